@@ -1,0 +1,1 @@
+"""Adapters for the linear layers of any model; torch and safetensors are all they need."""

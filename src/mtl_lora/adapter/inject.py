@@ -1,0 +1,96 @@
+"""Putting adapter layers on a model, finding them again, and folding them into plain linear layers."""
+
+import importlib
+from collections import Counter
+
+import torch
+from torch import nn
+
+from mtl_lora.adapter import routing
+from mtl_lora.adapter.base import AdapterLayer
+from mtl_lora.config import METHODS, AdapterConfig
+from mtl_lora.errors import UserError
+
+
+def layer_class(method: str) -> type[AdapterLayer]:
+    """The layer of a method in the table of methods."""
+    module, _, name = METHODS[method].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    """Wrap the targeted linear layers in place, freeze all other weights, and return the model.
+
+    Raises ``UserError`` for a target that names no linear layer (naming those there are) and for a model that
+    already carries an adapter. A failed call leaves the model as it was.
+    """
+    if adapter_layers(model):
+        raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
+    targets = find_targets(model, config.target_modules)
+    make = layer_class(config.method)
+    layers = {name: make(module, config) for name, module in targets.items()}
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        for parameter in layer.adapter_parameters().values():
+            parameter.requires_grad_(True)
+        layer.train(model.training)
+        replace_module(model, name, layer)
+    model.mtl_lora_config = config
+    routing.follow_beams(model)
+    return model
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapter layers of a model by module name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose name is, or ends with ``.`` and, one of ``target_modules``."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {}
+    for target in target_modules:
+        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matching:
+            raise UserError(f"no linear layer is named {target!r}; this model has {_endings(linear)}")
+        found.update((name, linear[name]) for name in matching)
+    return {name: module for name, module in linear.items() if name in found}
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) weights; a weight that two modules share counts once."""
+    trained = total = 0
+    for parameter in model.parameters():
+        # Under ZeRO-3 a weight lies in pieces and tells its whole size in ds_numel.
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        total += size
+        trained += size if parameter.requires_grad else 0
+    return trained, total
+
+
+@torch.no_grad()
+def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
+    """Fold the adapter into plain linear layers for one task, in place, and return the model.
+
+    Raises ``UserError`` for a task the adapter does not have and for a model without an adapter.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        raise UserError("the model carries no adapter to merge")
+    merged = {name: layer.merged_weight(task) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.base.weight = nn.Parameter(merged[name], requires_grad=False)
+        replace_module(model, name, layer.base)
+    del model.mtl_lora_config
+    return model
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place that the dotted ``name`` tells."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _endings(linear: dict[str, nn.Linear]) -> str:
+    counted = Counter(name.rpartition(".")[2] for name in linear)
+    return ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"

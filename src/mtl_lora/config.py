@@ -1,0 +1,138 @@
+"""Configuration as flat dataclasses: typed, validated, and the same after a trip through JSON."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+
+from mtl_lora.errors import UserError
+
+# The table of methods: name -> module:class. A new method is one file and one line here.
+METHODS = {
+    "lora": "mtl_lora.adapter.lora:LoraLayer",
+    "mtl_lora": "mtl_lora.adapter.mtl_lora:MtlLoraLayer",
+}
+METHOD_ALIASES = {"mlora": "mtl_lora"}
+
+
+def flag(default, help: str, **metadata):
+    """A dataclass field with its one-line documentation (meaning, unit, off value)."""
+    metadata = {"help": help, **metadata}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _matches(value: object, expected: object) -> bool:
+    """Whether ``value`` has the declared type; a bool is no number, an int is a valid float."""
+    origin = typing.get_origin(expected)
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, option) for option in typing.get_args(expected))
+    if origin is list:
+        (element,) = typing.get_args(expected)
+        return isinstance(value, list) and all(_matches(entry, element) for entry in value)
+    if expected is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if expected is types.NoneType:
+        return value is None
+    return type(value) is expected
+
+
+def type_name(expected: object) -> str:
+    """A declared type in words, for messages and help texts."""
+    origin = typing.get_origin(expected)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(type_name(option) for option in typing.get_args(expected))
+    if origin is list:
+        return "a list of strings"
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", types.NoneType: "none"}
+    return names.get(expected, str(expected))
+
+
+class Config:
+    """Base of every configuration: types are checked on construction, ``validate`` adds the rules between fields."""
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                value = list(value)
+                object.__setattr__(self, field.name, value)
+            if not _matches(value, hints[field.name]):
+                raise UserError(f"{field.name} must be {type_name(hints[field.name])}, not {value!r}")
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ``UserError`` for values that do not fit; overridden by each configuration."""
+
+    def require(self, name: str, rule: str, holds: bool) -> None:
+        """Raise ``UserError`` naming field, rule and value unless ``holds``."""
+        if not holds:
+            raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+
+    def to_json(self) -> dict:
+        """A JSON object that ``from_json`` reads back to an equal configuration."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object, source: str = "the configuration") -> typing.Self:
+        """Build from a JSON object; an unknown key is an error that names it and ``source``."""
+        if not isinstance(value, dict):
+            raise UserError(f"{source} must be a JSON object, not {type(value).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in value:
+            if key not in known:
+                raise UserError(f"{source} has the unknown key {key!r}{closest(key, known)}")
+        try:
+            return cls(**value)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+
+def closest(word: str, known: list[str]) -> str:
+    """`` (did you mean 'x'?)``, or the whole list of what is known."""
+    matches = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else f"; known are {', '.join(known)}"
+
+
+@dataclasses.dataclass
+class AdapterConfig(Config):
+    """What is put on which linear layers (MTL-LoRA: arXiv 2410.09437, section 4; LoRA: arXiv 2106.09685).
+
+    rank r and alpha give the scale alpha / rank. tasks are the task names in id order; target_modules are names or
+    name endings of linear layers. num_B up-projections mixed by softmax(w_t / temperature) and one r x r matrix
+    Lambda_t per task are MTL-LoRA's.
+    """
+
+    method: str = "mtl_lora"
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    target_modules: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    tasks: list[str] = dataclasses.field(default_factory=list)
+    num_B: int = 3
+    temperature: float = 0.1
+
+    def __post_init__(self):
+        if isinstance(self.method, str):
+            self.method = METHOD_ALIASES.get(self.method, self.method)
+        super().__post_init__()
+
+    def validate(self) -> None:
+        self.require("method", f"one of {', '.join(METHODS)}", self.method in METHODS)
+        self.require("rank", "at least 1", self.rank >= 1)
+        self.require("alpha", "greater than 0", self.alpha > 0)
+        self.require("dropout", "at least 0 and below 1", 0 <= self.dropout < 1)
+        self.require("temperature", "greater than 0", self.temperature > 0)
+        self.require("num_B", "at least 1", self.num_B >= 1)
+        self.require("target_modules", "at least one name of a linear layer", bool(self.target_modules))
+        self.require("tasks", "a list of different names", len(set(self.tasks)) == len(self.tasks))
+        if self.method == "mtl_lora":
+            self.require("tasks", "the task names in id order, at least one, for mtl_lora", bool(self.tasks))
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, the factor on the low-rank product."""
+        return self.alpha / self.rank

@@ -1,0 +1,1 @@
+"""Records to padded batches: reading, encoding, collating and sampling."""

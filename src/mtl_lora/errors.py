@@ -1,0 +1,29 @@
+"""The one exception for a user's mistake, and how a command line turns it into a sentence and exit code 2."""
+
+import contextlib
+import os
+import sys
+
+
+class UserError(ValueError):
+    """Bad input: one sentence naming the file, record or flag, what was found and the way out."""
+
+
+EXIT_CODE = 2
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2; no traceback.
+
+    Under a launcher each rank checks the same input, so only local rank 0 prints.
+    """
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from None
+    except KeyboardInterrupt:
+        print("stopped by the user", file=sys.stderr)
+        raise SystemExit(130) from None

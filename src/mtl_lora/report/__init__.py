@@ -1,0 +1,1 @@
+"""Tables from results files: reads JSON alone and never loads a model."""

@@ -1,0 +1,1 @@
+"""Training: the Trainer, its checkpoints and the command behind finetune.py."""

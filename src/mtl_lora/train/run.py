@@ -1,0 +1,238 @@
+"""What finetune.py does: check everything, then build the model and train it."""
+
+import os
+import shutil
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+import mtl_lora
+from mtl_lora import files
+from mtl_lora.adapter import checkpoint, routing
+from mtl_lora.adapter.inject import find_targets
+from mtl_lora.config import AdapterConfig
+from mtl_lora.data.collate import Collator
+from mtl_lora.data.dataset import shortened_note, training_rows
+from mtl_lora.errors import UserError
+from mtl_lora.model import fingerprint, load_model, load_tokenizer, resolve
+from mtl_lora.tasks import TaskSet
+from mtl_lora.train.settings import TrainConfig
+from mtl_lora.train.trainer import LOG_NAME, LogFile, RankedDropout, TaskTrainer, checkpoints
+
+RUN_NAME = "run.json"
+
+
+def run(config: TrainConfig) -> None:
+    """Check the settings, tokenise, train, save."""
+    tasks = config.task_set()
+    adapter = config.adapter_config(tasks)
+    check_files(config)
+    resume = resume_folder(config)
+    arguments = training_arguments(config)
+    check_targets(config, adapter)
+    tokenizer = load_tokenizer(config.base_model, config.trust_remote_code)
+    # One process of each node tokenises, the others read its cache.
+    with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
+        rows = training_rows(
+            config.data_path,
+            tokenizer,
+            config.template,
+            config.cutoff_len,
+            tasks,
+            config.cache_dir,
+            progress=arguments.local_process_index == 0,
+        )
+    train_rows, held_out = split(rows, config)
+    say = print if arguments.process_index == 0 else lambda *_, **__: None
+    say(describe(config, arguments, rows), file=sys.stderr, flush=True)
+    if config.check:
+        say("every setting is fine", file=sys.stderr)
+        return
+    claim_output(config, arguments, tasks, resume)
+    set_seed(config.seed)
+    model = load_model(config.base_model, config.dtype, config.trust_remote_code)
+    mtl_lora.inject(model, adapter)
+    if config.use_gradient_checkpointing:
+        routing.enable_gradient_checkpointing(model)
+    trained, total = mtl_lora.trainable_parameters(model)
+    say(f"training {trained:,} of {total:,} weights ({100 * trained / total:.3f} %)", file=sys.stderr, flush=True)
+    trainer = TaskTrainer(
+        model=model,
+        args=arguments,
+        tasks=tasks,
+        origin=origin_of(config, tasks),
+        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+        callbacks=[LogFile(config.output_dir), RankedDropout()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_model(config.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    say(f"saved the adapter to {config.output_dir}", file=sys.stderr)
+    trainer.accelerator.end_training()
+
+
+def check_files(config: TrainConfig) -> None:
+    """Raise ``UserError`` for an input file that is not there; nothing is loaded yet."""
+    if not Path(config.data_path).is_file():
+        raise UserError(
+            f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
+            "or pass --data_path FILE"
+        )
+    if config.deepspeed:
+        files.read_json(config.deepspeed, "the DeepSpeed configuration")
+        require_package("deepspeed", "--deepspeed")
+    if config.wandb_project:
+        require_package("wandb", "--wandb_project")
+    if config.tensorboard:
+        require_package("tensorboard", "--tensorboard")
+
+
+def require_package(name: str, flag: str) -> None:
+    """Raise ``UserError`` if a package that a flag asks for is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        raise UserError(f"{flag} needs the package {name}; install it with `pip install {name}`")
+
+
+def resume_folder(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, after checking that the output folder may be used as the flags say."""
+    output = Path(config.output_dir)
+    asked = config.resume_from_checkpoint
+    if asked and config.overwrite_output_dir:
+        raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
+    if asked and asked.lower() != "false":
+        folder = Path(asked)
+        if asked.lower() in ("true", "1", "yes"):
+            whole = checkpoints(output)
+            if not whole:
+                raise UserError(f"{output} holds no whole checkpoint; leave out --resume_from_checkpoint")
+            folder = whole[-1]
+        if not (folder / "trainer_state.json").is_file():
+            raise UserError(f"{folder} holds no resume state; pass a checkpoint-N folder of the run")
+        return folder
+    used = [name for name in (checkpoint.CONFIG_NAME, LOG_NAME, RUN_NAME) if (output / name).exists()]
+    if (used or checkpoints(output)) and not config.overwrite_output_dir:
+        raise UserError(
+            f"{output} already holds a run; pass --resume_from_checkpoint True to go on with it, "
+            "--overwrite_output_dir True to delete it, or another --output_dir"
+        )
+    return None
+
+
+def claim_output(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, resume: Path | None) -> None:
+    """Make the output folder this run's: clear it if told to, and write what the run was told to ``run.json``."""
+    output = Path(config.output_dir)
+    with arguments.main_process_first(local=False):
+        if arguments.process_index:
+            return
+        if config.overwrite_output_dir:
+            for name in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME):
+                (output / name).unlink(missing_ok=True)
+            for folder in output.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+        if not resume:
+            facts = {"settings": config.to_json(), "tasks": tasks.to_json(), "world_size": arguments.world_size}
+            files.write_json(output / RUN_NAME, {**facts, "data_sha256": files.sha256(config.data_path)})
+
+
+def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
+    """Raise ``UserError`` for target modules the model does not have, from its configuration alone."""
+    from mtl_lora.model import _one_sentence
+
+    with _one_sentence(config.base_model):
+        model_config = AutoConfig.from_pretrained(
+            resolve(config.base_model), trust_remote_code=config.trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    try:
+        find_targets(model, adapter.target_modules)
+    except UserError as error:
+        raise UserError(f"--lora_target_modules: {error}") from None
+
+
+def split(rows: datasets.Dataset, config: TrainConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """(training rows, held-out rows or None): ``val_set_size`` rows drawn by the seed."""
+    if not config.val_set_size:
+        return rows, None
+    if config.val_set_size >= len(rows):
+        raise UserError(f"val_set_size must be below the number of rows, {len(rows)}, not {config.val_set_size}")
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    return rows.select(np.sort(order[config.val_set_size :])), rows.select(np.sort(order[: config.val_set_size]))
+
+
+def origin_of(config: TrainConfig, tasks: TaskSet) -> checkpoint.Origin:
+    """What a checkpoint of this run says of its base, prompt and tasks."""
+    return checkpoint.Origin(
+        base_model=config.base_model,
+        base_fingerprint=fingerprint(config.base_model),
+        prompt_template=config.template,
+        cutoff_len=config.cutoff_len,
+        task_set=tasks.to_json(),
+        train_settings=config.to_json(),
+    )
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The Trainer's arguments; making them joins the process group of a distributed launch."""
+    saving = "steps" if config.save_step else "no"
+    report_to = (["wandb"] if config.wandb_project else []) + (["tensorboard"] if config.tensorboard else [])
+    if config.wandb_project:
+        os.environ["WANDB_PROJECT"] = config.wandb_project
+    if config.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    arguments = TrainingArguments(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy=saving,
+        save_steps=max(config.save_step, 1),
+        save_total_limit=config.save_total_limit or None,
+        eval_strategy=saving if config.val_set_size else "no",
+        eval_steps=max(config.save_step, 1),
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=config.deepspeed,
+        report_to=report_to or "none",
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        # The base already has its dtype and adapter weights stay float32, so nothing is left to autocast.
+        bf16=False,
+        fp16=False,
+    )
+    # Several GPUs without a launcher would mean DataParallel, whose threads the task route does not reach.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def describe(config: TrainConfig, arguments: TrainingArguments, rows: datasets.Dataset) -> str:
+    """Two lines on the batch and the data."""
+    rows_a_step = config.batch_size * arguments.world_size * config.gradient_accumulation_steps
+    return (
+        f"global batch: {config.batch_size} rows per device x {arguments.world_size} devices x "
+        f"{config.gradient_accumulation_steps} accumulation steps = {rows_a_step} rows a step\n"
+        f"{len(rows):,} rows; {shortened_note(rows, config.cutoff_len)}"
+    )

@@ -1,0 +1,105 @@
+"""The flags of finetune.py as one validated dataclass; names are those of the original and of LLM-Adapters."""
+
+import dataclasses
+
+from mtl_lora.config import AdapterConfig, Config, flag
+from mtl_lora.errors import UserError
+from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
+
+ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or LoRA."""
+
+
+@dataclasses.dataclass
+class TrainConfig(Config):
+    """Everything a training run is told."""
+
+    # what to train, on what, to where
+    base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
+    data_path: str = flag("commonsense_170k_taskid.json", "JSON list of records with instruction, output and task_id")
+    output_dir: str = flag("output/mtl_lora", "folder for the adapter, its checkpoints and logs")
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: the eight commonsense tasks")
+    cache_dir: str = flag(".cache/rows", "folder for tokenised data")
+
+    # adapter
+    adapter_name: str = flag("mtl_lora", "method: mtl_lora (its old name mlora is the same) or lora")
+    lora_r: int = flag(8, "rank r of the adapter")
+    lora_alpha: float = flag(16.0, "numerator of the scale alpha / r")
+    lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0 is off")
+    lora_target_modules: list[str] = flag(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], 'linear layers to adapt, as a,b or \'["a", "b"]\''
+    )
+    num_B: int = flag(3, "up-projections n of MTL-LoRA")
+    temperature: float = flag(0.1, "temperature tau of MTL-LoRA's mixture softmax(w_t / tau)")
+    lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
+
+    # batch and schedule
+    batch_size: int = flag(8, "rows per device and micro-batch; global = this x devices x gradient_accumulation_steps")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step")
+    num_epochs: float = flag(3.0, "passes over the training rows")
+    max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1 is off")
+    learning_rate: float = flag(3e-4, "peak learning rate of AdamW")
+    warmup_ratio: float = flag(0.01, "share of the steps with linear warm-up; linear decay follows")
+    weight_decay: float = flag(0.0, "AdamW weight decay; 0 is off")
+    max_grad_norm: float = flag(1.0, "gradient clipping norm; 0 is off")
+
+    # text
+    cutoff_len: int = flag(256, "most tokens of prompt, answer and EOS; longer instructions lose their middle")
+    template: str = flag("alpaca", "prompt template: alpaca, or original (the bytes LLM-Adapters trains with)")
+    train_on_inputs: bool = flag(False, "put loss on the prompt too")
+
+    # run
+    val_set_size: int = flag(0, "rows held out from training for a validation loss at every save; 0 is off")
+    save_step: int = flag(200, "steps between checkpoints; 0: only the final adapter")
+    save_total_limit: int = flag(3, "checkpoints kept; 0 keeps all")
+    logging_steps: int = flag(10, "steps between log lines")
+    seed: int = flag(42, "fixes data order, initialisation and dropout")
+    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
+    use_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none is off")
+    resume_from_checkpoint: str | None = flag(None, "checkpoint folder to go on from; True: the last in output_dir")
+    overwrite_output_dir: bool = flag(False, "delete a run that output_dir already holds")
+    wandb_project: str | None = flag(None, "log to this Weights & Biases project; WANDB_MODE=offline works")
+    tensorboard: bool = flag(False, "log for TensorBoard below output_dir")
+    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
+    check: bool = flag(False, "check every setting and tokenise the data, then stop")
+    local_rank: int = flag(-1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts")
+
+    def validate(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "cutoff_len"):
+            self.require(name, "at least 1", getattr(self, name) >= 1)
+        for name in ("learning_rate", "num_epochs"):
+            self.require(name, "greater than 0", getattr(self, name) > 0)
+        for name in ("weight_decay", "max_grad_norm", "val_set_size", "save_step", "save_total_limit", "seed"):
+            self.require(name, "at least 0", getattr(self, name) >= 0)
+        self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
+        self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
+
+    def task_set(self) -> TaskSet:
+        """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""
+        tasks = load_tasks_file(self.tasks_file) if self.tasks_file else COMMONSENSE
+        if self.lambda_num is not None and self.lambda_num != len(tasks):
+            raise UserError(
+                f"lambda_num must be the number of tasks, {len(tasks)}, not {self.lambda_num}; leave it out"
+            )
+        return tasks
+
+    def adapter_config(self, tasks: TaskSet) -> AdapterConfig:
+        """The adapter part of the settings; raises ``UserError`` that names the flag."""
+        values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
+        try:
+            return AdapterConfig(**values, tasks=tasks.names)
+        except UserError as error:
+            field, _, rest = str(error).partition(" ")
+            raise UserError(f"--{_ADAPTER_FLAGS[field]} {rest}" if field in _ADAPTER_FLAGS else str(error)) from None
+
+
+# The adapter's own words and the flags that users of the original and of LLM-Adapters know.
+_ADAPTER_FLAGS = {
+    "method": "adapter_name",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "num_B": "num_B",
+    "temperature": "temperature",
+}
