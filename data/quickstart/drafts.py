@@ -158,7 +158,7 @@ def partner_of(word: str, slot: str, split: str, rng: random.Random) -> str:
     return pick([other for other in stories().words[slot] if stories().held_out(word, other) == held_out], rng)
 
 
-def tell(form: dict, stem: str, partner: str, right: str, wrong: tuple[str, ...], truth: bool, rng: random.Random):
+def tell(form: dict, stem: str, partner: str, right: str, wrong: tuple, truth: bool, rng: random.Random) -> Draft:
     """The draft of one story: the asked word, its partner, and any words in the other slots."""
     asked = form["asked"]
     values = {asked: right, form["with"]: partner, f"other_{asked}": wrong[0], "asked": right if truth else wrong[0]}

@@ -1,8 +1,9 @@
 """Command line to configuration: fire builds it, and nothing starts before every argument was understood.
 
 fire alone runs the function before it complains of an unknown flag, hands over strings unchecked and turns a bare
-flag into True. So arguments are checked first, values are converted by the declared type, and fire's part is to
-build the configuration and to print the help.
+flag into True; its help cuts defaults short and offers one-letter flags that two flags may claim. So arguments are
+checked first, values are converted by the declared type, the help is written here, and fire's part is to build the
+configuration.
 """
 
 import ast
@@ -27,13 +28,31 @@ def parse(config_class: type[Config], arguments: Sequence[str], about: str) -> C
     flag with its meaning, unit and default, and exits.
     """
     if any(argument in ("--help", "-h") for argument in arguments):
-        fire.Fire(_builder(config_class, about), command=["--help"])
+        print(help_text(config_class, about))
+        raise SystemExit(0)
     hints = typing.get_type_hints(config_class)
     raw = _split(arguments, hints)
     for name, value in raw.items():
         _convert(name, value, hints[name])  # refuse a wrong value before fire sees any
     command = [f"--{name}={value}" for name, value in raw.items()]
-    return fire.Fire(_builder(config_class, about), command=command, serialize=lambda _: "")
+    return fire.Fire(_builder(config_class), command=command, serialize=lambda _: None)
+
+
+def help_text(config_class: type[Config], about: str) -> str:
+    """Every flag with its type, its default as one would write it, and its meaning."""
+    hints = typing.get_type_hints(config_class)
+    lines = [about, "", "Flags, as --name value or --name=value:", ""]
+    for field in dataclasses.fields(config_class):
+        lines.append(f"  --{field.name}  ({type_name(hints[field.name])}; default: {_spelled(_default(field))})")
+        lines.append(f"      {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _spelled(value: object) -> str:
+    """A default as it would be written on the command line."""
+    if isinstance(value, list):
+        return ",".join(value) or "empty"
+    return "none" if value is None else str(value)
 
 
 def _split(arguments: Sequence[str], hints: dict[str, object]) -> dict[str, str]:
@@ -62,6 +81,7 @@ def _split(arguments: Sequence[str], hints: dict[str, object]) -> dict[str, str]
 
 def _convert(name: str, text: str, expected: object) -> object:
     """A flag's text as its declared type; raises ``UserError`` that says what would be right."""
+    declared = expected
     if typing.get_origin(expected) in (types.UnionType, typing.Union):
         if text.lower() in _NONE:
             return None
@@ -74,7 +94,7 @@ def _convert(name: str, text: str, expected: object) -> object:
         if typing.get_origin(expected) is list:
             return _list(text)
     except (ValueError, KeyError, SyntaxError):
-        raise UserError(f"--{name} must be {type_name(expected)}, not {text!r}") from None
+        raise UserError(f"--{name} must be {type_name(declared)}, not {text!r}") from None
     return text
 
 
@@ -88,8 +108,8 @@ def _list(text: str) -> list[str]:
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
-def _builder(config_class: type[Config], about: str):
-    """A function with one keyword a field, whose help text is made from the fields' documentation."""
+def _builder(config_class: type[Config]):
+    """A function with one keyword a field, which fire calls with the values converted."""
     fields, hints = dataclasses.fields(config_class), typing.get_type_hints(config_class)
 
     def build(**values):
@@ -98,8 +118,6 @@ def _builder(config_class: type[Config], about: str):
     build.__signature__ = inspect.Signature(
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field)) for field in fields
     )
-    lines = [f"    {field.name}: {field.metadata['help']} ({type_name(hints[field.name])})" for field in fields]
-    build.__doc__ = f"{about}\n\nArgs:\n" + "\n".join(lines)
     converters = {field.name: lambda text, name=field.name: _convert(name, text, hints[name]) for field in fields}
     return fire.decorators.SetParseFns(**converters)(build)
 

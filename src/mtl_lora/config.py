@@ -85,6 +85,10 @@ class Config:
         for key in value:
             if key not in known:
                 raise UserError(f"{source} has the unknown key {key!r}{closest(key, known)}")
+        for field in dataclasses.fields(cls):
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and field.name not in value:
+                raise UserError(f"{source} lacks the key {field.name!r}")
         try:
             return cls(**value)
         except UserError as error:

@@ -38,7 +38,8 @@ class Task:
             raise UserError(f"task name {self.name!r} must be letters, digits, '_', '-' or '.'")
         if type(self.id) is not int or self.id < 0:
             raise UserError(f"task {self.name!r} has id {self.id!r}; ids are whole numbers from 0")
-        if isinstance(self.options, str) or not all(isinstance(option, str) and option for option in self.options):
+        listed = isinstance(self.options, list | tuple)
+        if not listed or not all(isinstance(option, str) and option for option in self.options):
             raise UserError(f"task {self.name!r} has options {self.options!r}; options are a list of non-empty strings")
         object.__setattr__(self, "options", tuple(self.options))
         if len(set(self.options)) != len(self.options) or len(self.options) == 1:
@@ -56,7 +57,9 @@ class Task:
     @property
     def answer_pattern(self) -> str:
         """The regular expression that finds an answer in generated text; empty for free text without a pattern."""
-        return self.pattern or "|".join(re.escape(option) for option in self.options)
+        # The first alternative that fits is taken, so an option that begins another one stands behind it.
+        begins = {option: sum(other.startswith(option) for other in self.options) for option in self.options}
+        return self.pattern or "|".join(re.escape(option) for option in sorted(self.options, key=begins.get))
 
     def options_of(self, instruction: str) -> tuple[str, ...]:
         """The options of one record: those its ``Answer format: a/b`` ending lists, else all of the task's.
@@ -117,7 +120,8 @@ class TaskSet:
 
     def to_json(self) -> dict:
         """A JSON value that ``from_json`` reads back to an equal set."""
-        return {"tasks": [dataclasses.asdict(task) for task in self.tasks], "columns": list(self.columns)}
+        tasks = [{**dataclasses.asdict(task), "options": list(task.options)} for task in self.tasks]
+        return {"tasks": tasks, "columns": list(self.columns)}
 
     @classmethod
     def from_json(cls, value: object, source: str = "the task set") -> "TaskSet":
@@ -128,17 +132,20 @@ class TaskSet:
         value = {"tasks": value} if isinstance(value, list) else value
         if not isinstance(value, dict) or not isinstance(value.get("tasks"), list) or set(value) - {"tasks", "columns"}:
             raise UserError(f"{source} must be a JSON list of tasks, or an object with 'tasks' and 'columns' alone")
+        columns = [] if value.get("columns") is None else value["columns"]
+        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+            raise UserError(f"{source}: the columns must be a list of task names, not {columns!r}")
         known = {field.name for field in dataclasses.fields(Task)}
         tasks = []
         for index, entry in enumerate(value["tasks"]):
             if not isinstance(entry, dict) or not {"name", "id"} <= set(entry) <= known:
                 raise UserError(f"{source}: task {index} needs 'name' and 'id' of {sorted(known)}, not {entry!r}")
             try:
-                tasks.append(Task(**{**entry, "options": entry.get("options") or ()}))
+                tasks.append(Task(**entry))
             except UserError as error:
                 raise UserError(f"{source}: {error}") from None
         try:
-            return cls(tuple(tasks), tuple(value.get("columns") or ()))
+            return cls(tuple(tasks), tuple(columns))
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mtl_lora import files
-from mtl_lora.adapter.inject import adapter_layers, inject, replace_module
+from mtl_lora.adapter.inject import adapter_layers, forget_adapter, inject, replace_module
 from mtl_lora.config import AdapterConfig, Config
 from mtl_lora.errors import UserError
 from mtl_lora.version import __version__
@@ -74,18 +74,19 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def save(
     model: nn.Module, folder: str | Path, origin: Origin | None = None, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write the adapter of ``model`` to ``folder``; weights first, so that a half-written folder never loads.
+    """Write the adapter of ``model`` to ``folder``: both files or neither, and a half-written folder never loads.
 
     origin: defaults to the one the adapter was loaded with. state: weights gathered elsewhere (ZeRO-3).
     """
     folder = Path(folder)
     state = adapter_state(model) if state is None else state
-    with files.atomic_path(folder / WEIGHTS_NAME) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
-        digest = files.sha256(temporary)
     origin = origin or getattr(model, "mtl_lora_origin", None) or Origin()
-    config = CheckpointConfig(FORMAT, __version__, model.mtl_lora_config.to_json(), origin.to_json(), digest)
-    files.write_json(folder / CONFIG_NAME, config.to_json())
+    # Both are whole before either takes its name, the weights first.
+    with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / WEIGHTS_NAME) as weights:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, weights)
+        adapter, digest = model.mtl_lora_config.to_json(), files.sha256(weights)
+        config = CheckpointConfig(FORMAT, __version__, adapter, origin.to_json(), digest)
+        files.write_json(config_file, config.to_json())
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -93,9 +94,11 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder} is no MTL-LoRA checkpoint: it has no {CONFIG_NAME}")
-    config = CheckpointConfig.from_json(files.read_json(path, "the checkpoint configuration"), str(path))
-    if config.format != FORMAT:
-        raise UserError(f"{path} has format {config.format}, and this version reads format {FORMAT}; update mtl-lora")
+    value = files.read_json(path, "the checkpoint configuration")
+    # Asked first, for another format has other keys.
+    if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path} has format {value['format']}, and this version reads format {FORMAT}; update mtl-lora")
+    config = CheckpointConfig.from_json(value, str(path))
     AdapterConfig.from_json(config.adapter, f"{path}, 'adapter'")
     Origin.from_json(config.origin, f"{path}, 'origin'")
     return config
@@ -109,11 +112,14 @@ def load(base_model: nn.Module, folder: str | Path) -> nn.Module:
     """
     config = read_config(folder)
     state = read_weights(folder, config)
+    unfrozen = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
     model = inject(base_model, config.adapter_config)
     try:
         load_state(model, state, str(Path(folder) / WEIGHTS_NAME))
     except UserError:
         remove(model)
+        for parameter in unfrozen:
+            parameter.requires_grad_(True)
         raise
     model.mtl_lora_origin = config.origin_config
     return model
@@ -145,10 +151,12 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) ->
         parts = [f"{label} {_some(keys)}" for label, keys in (("lacks", missing), ("has unknown", unexpected)) if keys]
         raise UserError(f"{source} does not fit this model: it {' and '.join(parts)}")
     for name, tensor in state.items():
-        for what in ("shape", "dtype"):
-            found, expected = getattr(tensor, what), getattr(own[name], what)
-            if found != expected:
-                raise UserError(f"{source} does not fit this model: {name} has {what} {found}, not {expected}")
+        if tensor.shape != own[name].shape:
+            shapes = f"{list(tensor.shape)}, not {list(own[name].shape)}"
+            raise UserError(f"{source} does not fit this model: {name} has shape {shapes}")
+        # A float64 model takes float32 weights as they are; anything else would round.
+        if tensor.dtype not in {torch.float32, own[name].dtype}:
+            raise UserError(f"{source} does not fit this model: {name} has dtype {tensor.dtype}, not {own[name].dtype}")
     for name, tensor in state.items():
         own[name].copy_(tensor)
 
@@ -157,7 +165,7 @@ def remove(model: nn.Module) -> nn.Module:
     """Take the adapter off, in place: the frozen linear layers are put back as they were."""
     for name, layer in adapter_layers(model).items():
         replace_module(model, name, layer.base)
-    del model.mtl_lora_config
+    forget_adapter(model)
     return model
 
 

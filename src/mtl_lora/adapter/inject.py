@@ -81,8 +81,15 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     for name, layer in layers.items():
         layer.base.weight = nn.Parameter(merged[name], requires_grad=False)
         replace_module(model, name, layer.base)
-    del model.mtl_lora_config
+    forget_adapter(model)
     return model
+
+
+def forget_adapter(model: nn.Module) -> None:
+    """Drop what the model says of an adapter it no longer carries, so that the next one does not inherit it."""
+    for name in ("mtl_lora_config", "mtl_lora_origin"):
+        if hasattr(model, name):
+            delattr(model, name)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

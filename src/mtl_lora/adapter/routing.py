@@ -23,14 +23,18 @@ class Route:
     """
 
     def __init__(self, task_ids: torch.Tensor):
-        if not isinstance(task_ids, torch.Tensor):
+        try:
             task_ids = torch.as_tensor(task_ids)
-        if task_ids.dtype.is_floating_point or task_ids.dtype == torch.bool or task_ids.dim() not in (1, 2):
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"task_ids must be a tensor of whole numbers, not {task_ids!r}") from None
+        dtype = task_ids.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or task_ids.dim() not in (1, 2):
             raise UserError(
                 "task_ids must be whole numbers of shape (batch,) or (batch, length), "
                 f"not {task_ids.dtype} of shape {tuple(task_ids.shape)}"
             )
-        self._by_repeats = {1: task_ids.long()}
+        # A copy, for the backward pass may come after the caller has filled its tensor with the next batch's ids.
+        self._by_repeats = {1: task_ids.to(torch.long, copy=True)}
         # The smallest and largest id are read once here, where the ids usually still lie on the CPU, so that layers
         # on a GPU need no synchronisation to refuse an id out of range.
         self.lowest, self.highest = (int(task_ids.min()), int(task_ids.max())) if task_ids.numel() else (0, 0)
@@ -64,7 +68,7 @@ class Route:
 @contextlib.contextmanager
 def use(task_ids: torch.Tensor):
     """Route the forwards inside the block: ``task_ids`` (B,) or (B, L), integers in 0..T-1."""
-    token = _current.set(task_ids if isinstance(task_ids, Route) else Route(task_ids))
+    token = _current.set(Route(task_ids))
     try:
         yield
     finally:
@@ -84,14 +88,27 @@ def task_ids_for(x: torch.Tensor, tasks: list[str]) -> torch.Tensor:
     return route.ids_for(x, tasks)
 
 
+class _Restored:
+    """Enters a route anew each time: a graph that is kept for a second backward pass is recomputed twice."""
+
+    def __init__(self, route: Route):
+        self.route = route
+
+    def __enter__(self) -> None:
+        self.token = _current.set(self.route)
+
+    def __exit__(self, *exception) -> None:
+        _current.reset(self.token)
+
+
 def checkpoint_context():
     """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation runs under the forward's route.
 
-    Both contexts are entered once a layer: the first as the forward runs, the second in the backward pass, by
-    which time another batch may have been routed.
+    The first context is entered as a checkpointed layer runs, the second in the backward pass, by which time
+    another batch may have been routed.
     """
     route = current()
-    return contextlib.nullcontext(), contextlib.nullcontext() if route is None else use(route)
+    return contextlib.nullcontext(), contextlib.nullcontext() if route is None else _Restored(route)
 
 
 def enable_gradient_checkpointing(model: torch.nn.Module) -> None:

@@ -16,6 +16,9 @@ from mtl_lora.tasks import Task, TaskSet
 
 # What a free-text answer may need beside its prompt, in tokens; options say exactly how long an answer can be.
 FREE_TEXT_RESERVE = 32
+# What must remain of a shortened instruction. Its outermost tokens may hold white space of the template, merged with
+# its own, so with less than this the template would suffer.
+LEAST_INSTRUCTION = 8
 
 
 @dataclasses.dataclass
@@ -68,7 +71,7 @@ class Encoder:
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> list[Encoded]:
         """Encode examples; ``with_answers`` adds ``output`` and EOS (training).
 
-        Raises ``UserError`` naming the record whose answer alone is longer than the cutoff.
+        Raises ``UserError`` naming the record whose answer, alone or with the template, does not fit in the cutoff.
         """
         texts = [self.template.split(example.text()) for example in examples]
         prompts = self._ids(["".join(parts) for parts in texts])
@@ -81,7 +84,10 @@ class Encoder:
                     f"{self.cutoff_len}; raise cutoff_len or shorten the output"
                 )
             room = self.cutoff_len - max(len(answer), self._reserves[example.task_id]) - len(self.prefix)
-            prompt = self.prefix + self._shorten(ids, parts, room)
+            try:
+                prompt = self.prefix + self._shorten(ids, parts, room)
+            except UserError as error:
+                raise UserError(f"record {example.index}: {error}") from None
             encoded.append(Encoded(prompt, answer, example.task_id, len(self.prefix) + len(ids) - len(prompt)))
         return encoded
 
@@ -97,10 +103,10 @@ class Encoder:
         before, after = self._fixed[opening, closing]
         head, tail = _common_prefix(ids, before), _common_prefix(ids[::-1], after[::-1])
         kept = room - head - tail
-        if kept < 1:
+        if kept < LEAST_INSTRUCTION:
             raise UserError(
                 f"cutoff_len {self.cutoff_len} leaves no room for an instruction beside the template's {head + tail} "
-                "tokens and the answer; raise cutoff_len"
+                f"tokens and the answer; raise cutoff_len to {self.cutoff_len + LEAST_INSTRUCTION - kept} or more"
             )
         first = head + (kept + 1) // 2
         return ids[:first] + ids[len(ids) - tail - kept // 2 :]

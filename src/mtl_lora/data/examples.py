@@ -52,11 +52,11 @@ def _read_records(path: Path) -> list:
         return records
     records = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    records.append(json.loads(line))
-                except ValueError as error:
+                    records.append(json.loads(line.decode("utf-8")))
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}, line {number} is not JSON: {error}") from None
     except OSError as error:
         raise UserError(f"the data file {path} can not be read ({error.strerror})") from None
@@ -73,6 +73,8 @@ def _example(record: object, index: int, path: str, tasks: TaskSet, task: str | 
             raise UserError(f"{where} has no field {field!r}")
         if not isinstance(values[field], str):
             raise UserError(f"{where}: {field!r} must be a string, not {values[field]!r}")
+        if not _is_text(values[field]):
+            raise UserError(f"{where}: {field!r} holds half a character (a lone surrogate), which no tokenizer reads")
     for field in ("instruction", "output"):
         if not values[field].strip():
             raise UserError(f"{where}: {field!r} is empty")
@@ -83,6 +85,15 @@ def _example(record: object, index: int, path: str, tasks: TaskSet, task: str | 
             raise UserError(f"{where}: the answer {values['answer']!r} is not one of its options {'/'.join(options)}")
     extra = {key: value for key, value in record.items() if key not in FIELDS and key != "task"}
     return Example(values["instruction"], values["input"], values["output"], values["answer"], task_id, index, extra)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8; JSON can spell half of a character, such as ``"\\ud800"``."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _task_id(record: dict, where: str, tasks: TaskSet, task: str | None) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from mtl_lora.errors import UserError
+
 # Rows are sorted by length within pools of so many batches: enough to leave almost no padding, few enough that a
 # batch differs from epoch to epoch.
 _BATCHES_PER_POOL = 128
@@ -86,7 +88,8 @@ class LengthBatchSampler(Sampler[list[int]]):
     A step's global batch of ``batch_size * accumulation * world_size`` rows is the same for any split of that
     product, so one process and many take the same steps. Its rows are sorted by length and dealt out in
     consecutive runs, so processes that work at the same time have similar work. Where the last, smaller batch can
-    not give every micro-batch a row, its rows are left out of that epoch.
+    not give every micro-batch a row, its rows are left out of that epoch. Raises ``UserError`` where that would leave
+    no step at all.
     """
 
     def __init__(
@@ -102,6 +105,11 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.lengths, self.task_ids, self.seed = np.asarray(lengths), np.asarray(task_ids), seed
         self.batch_size, self.accumulation, self.world_size, self.rank = batch_size, accumulation, world_size, rank
         self.epoch = 0
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"{len(self.lengths)} training rows are too few for a step of {accumulation} x {world_size} "
+                "micro-batches (gradient_accumulation_steps x devices); lower gradient_accumulation_steps or add rows"
+            )
 
     @property
     def global_batch_size(self) -> int:

@@ -73,6 +73,7 @@ class TrainConfig(Config):
             self.require(name, "at least 0", getattr(self, name) >= 0)
         self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
         self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
+        self.adapter_config(self.task_set())
 
     def task_set(self) -> TaskSet:
         """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""

@@ -1,0 +1,33 @@
+# Sourced by the other scripts: the folder of the project, a virtual environment with the pinned packages, and the
+# settings every run shares. Needs Python 3.11 or newer, bash and pip; nothing is installed outside the project.
+#
+#   PYTHON=python3.12 bash script/...   another interpreter for the environment
+#   VENV=/path bash script/...          another place for it; VENV= (empty) uses the environment that is active
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV="${VENV-.venv}"
+if [ -n "$VENV" ]; then
+    stamp="$VENV/.installed"
+    wanted="$(cat requirements.txt pyproject.toml | cksum) $PWD"
+    if [ ! -x "$VENV/bin/python" ]; then
+        PYTHON="${PYTHON:-$(command -v python3 || command -v python || true)}"
+        if [ -z "$PYTHON" ] || ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python" >&2
+            exit 2
+        fi
+        echo "making a virtual environment in $VENV" >&2
+        "$PYTHON" -m venv "$VENV"
+    fi
+    if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+        echo "installing requirements.txt into $VENV (some minutes the first time)" >&2
+        # DeepSpeed compiles its optional kernels when they are first used, not here.
+        DS_BUILD_OPS=0 "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet -r requirements.txt
+        printf '%s' "$wanted" > "$stamp"
+    fi
+    export PATH="$PWD/$VENV/bin:$PATH"
+    case "$VENV" in /*) export PATH="$VENV/bin:$PATH" ;; esac
+fi
+
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"

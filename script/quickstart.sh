@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# From nothing to a results table: makes the environment, fetches SmolLM2-135M, trains MTL-LoRA on the embedded
+# eight-task data, scores base and tuned model on held-out questions, prints the table.
+#
+#   bash script/quickstart.sh
+#
+# Needs Python 3.11 or newer, bash, pip and about 3 GB of disk. About 8 minutes on 2 CPU cores after the downloads;
+# a GPU is used if there is one. Everything it makes lies under output/quickstart/ (the environment in .venv, the base
+# model in the user's cache folder). A second run reuses environment, model and tokenised data.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+out=output/quickstart
+steps="${MAX_STEPS:-@@STEPS@@}"
+
+python finetune.py \
+    --base_model smollm2-135m --data_path data/quickstart/train.json \
+    --output_dir "$out/checkpoint" --cache_dir "$out/cache" --overwrite_output_dir True \
+    --adapter_name mtl_lora --lora_r 8 --lora_alpha 16 --num_B 3 --temperature 0.1 \
+    --batch_size 16 --max_steps "$steps" --learning_rate 3e-3 --warmup_ratio 0.05 --save_step 0 --seed 42
+
+score() {  # score FOLDER ARGUMENT...
+    python commonsense_evaluate.py --data_dir data/quickstart/test --output_dir "$out/$1" --overwrite True \
+        --mode generate --max_new_tokens 10 --batch_size 32 "${@:2}" > /dev/null
+}
+score base --base_model smollm2-135m --name "SmolLM2-135M"
+score mtl_lora --checkpoint "$out/checkpoint" --name "MTL-LoRA"
+
+python -m mtl_lora.report table "$out/base" "$out/mtl_lora" --difference --output "$out/table.md"
+cat "$out/table.md"

@@ -1,0 +1,73 @@
+# Sourced by the recipes: how a run is launched. One setting here serves every row of the table, so that rows differ
+# by their method alone.
+#
+#   BASE_MODEL    base model                    default meta-llama/Llama-2-7b-hf
+#   DATA_PATH     training records              default commonsense_170k_taskid.json
+#   OUTPUT_PATH   adapter and logs              default output/<recipe>_r<R>
+#   CACHE_PATH    tokenised data                default .cache/rows
+#   DATA_DIR      test sets                     default data/commonsense/test
+#   NPROC         processes                     default the GPUs of this machine; without one, 2 CPU processes
+#   LAUNCHER      torchrun or deepspeed         default torchrun
+#   BATCH_SIZE    rows per device               default 8
+#   ACCUMULATION  micro-batches a step          default 1
+#   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
+#   EPOCHS, LEARNING_RATE, CUTOFF_LEN, SEED, DTYPE, DEEPSPEED, PORT   see below
+#   MODE          generate or score             default generate (evaluation)
+#   EVAL_BATCH_SIZE  questions per device       default 16 (evaluation)
+# Further arguments of a recipe go to finetune.py or commonsense_evaluate.py as they are.
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
+LAUNCHER="${LAUNCHER:-torchrun}"
+if [ "$gpus" -eq 0 ]; then
+    export DS_ACCELERATOR=cpu
+    # Processes share the cores; without this each would start a thread for every one of them.
+    cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / NPROC > 0 ? cores / NPROC : 1))}"
+fi
+
+usage_if() {  # usage_if CONDITION TEXT
+    if [ "$1" -ne 0 ]; then echo "usage: bash $0 $2" >&2; exit 2; fi
+}
+
+launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the run in NPROC processes
+    # A launcher hides the exit code of a user's mistake behind a traceback of its own.
+    python "$@" --check True
+    case "$LAUNCHER" in
+        torchrun) torchrun --nproc_per_node "$NPROC" --master_port "${PORT:-29500}" "$@" ;;
+        deepspeed) deepspeed --num_gpus "$NPROC" --master_port "${PORT:-29500}" "$@" ;;
+        python) python "$@" ;;
+        *) echo "error: LAUNCHER must be torchrun, deepspeed or python, not $LAUNCHER" >&2; exit 2 ;;
+    esac
+}
+
+train() {  # train RECIPE R ALPHA ARGUMENT...
+    local recipe="$1" rank="$2" alpha="$3"
+    shift 3
+    launch finetune.py \
+        --base_model "${BASE_MODEL:-meta-llama/Llama-2-7b-hf}" \
+        --data_path "${DATA_PATH:-commonsense_170k_taskid.json}" \
+        --output_dir "${OUTPUT_PATH:-output/${recipe}_r${rank}}" \
+        --cache_dir "${CACHE_PATH:-.cache/rows}" \
+        --lora_r "$rank" --lora_alpha "$alpha" --lora_dropout 0.05 \
+        --lora_target_modules q_proj,k_proj,v_proj,o_proj \
+        --batch_size "${BATCH_SIZE:-8}" --gradient_accumulation_steps "${ACCUMULATION:-1}" \
+        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" \
+        --learning_rate "${LEARNING_RATE:-3e-4}" --warmup_ratio 0.01 --max_grad_norm 1.0 \
+        --cutoff_len "${CUTOFF_LEN:-256}" --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
+        --deepspeed "${DEEPSPEED-config/zero2.json}" \
+        "$@"
+}
+
+evaluate() {  # evaluate CHECKPOINT OUTPUT ARGUMENT...
+    local checkpoint="$1" output="$2"
+    shift 2
+    launch commonsense_evaluate.py \
+        --checkpoint "$checkpoint" --output_dir "$output" \
+        --data_dir "${DATA_DIR:-data/commonsense/test}" \
+        --mode "${MODE:-generate}" --batch_size "${EVAL_BATCH_SIZE:-16}" --dtype "${DTYPE:-auto}" \
+        ${BASE_MODEL:+--base_model "$BASE_MODEL"} \
+        "$@"
+}

@@ -1,0 +1,54 @@
+"""The flags of commonsense_evaluate.py as one validated dataclass. What a checkpoint says is never asked again."""
+
+import dataclasses
+
+from mtl_lora.config import Config, flag
+from mtl_lora.errors import UserError
+
+ABOUT = """Score a checkpoint, or a base model alone, on the test sets of its tasks."""
+MODES = ("generate", "score")
+
+
+@dataclasses.dataclass
+class EvalConfig(Config):
+    """Everything an evaluation is told."""
+
+    checkpoint: str | None = flag(None, "adapter folder; it names base model, prompt and tasks itself")
+    base_model: str | None = flag(None, "base model alone; with --checkpoint: where its base model lies now")
+    data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json")
+    output_dir: str | None = flag(None, "folder for predictions and results.json; none: <checkpoint>/evaluation")
+    name: str | None = flag(None, "row label in tables; none: the method, or the base model's name")
+    tasks: list[str] = flag([], "tasks to score, as a,b; empty: all")
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks, for --base_model alone")
+    limit: int = flag(0, "only the first so many questions of each task; 0: all")
+
+    mode: str = flag("generate", "generate: the answer is found in generated text; score: the likeliest option")
+    batch_size: int = flag(16, "questions at a time on each device; results do not depend on it")
+    max_new_tokens: int = flag(32, "most tokens generated for an answer")
+    num_beams: int = flag(1, "beams of generation; 1 is greedy")
+    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
+    template: str | None = flag(None, "prompt template for --base_model alone; none: alpaca")
+    cutoff_len: int | None = flag(None, "most tokens of prompt and answer for --base_model alone; none: 256")
+
+    overwrite: bool = flag(False, "delete the results that output_dir already holds")
+    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
+    check: bool = flag(False, "check every setting and the questions, then stop")
+    local_rank: int = flag(-1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts")
+
+    def validate(self) -> None:
+        if not self.checkpoint and not self.base_model:
+            raise UserError("pass --checkpoint DIR, or --base_model NAME to score a base model alone")
+        self.require("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
+        for name in ("batch_size", "max_new_tokens", "num_beams"):
+            self.require(name, "at least 1", getattr(self, name) >= 1)
+        self.require("limit", "at least 0", self.limit >= 0)
+        for name in ("template", "cutoff_len", "tasks_file"):
+            if self.checkpoint and getattr(self, name) is not None:
+                raise UserError(f"--{name} goes with --base_model alone; a checkpoint says it itself")
+
+    @property
+    def output_folder(self) -> str:
+        """Where predictions and results go."""
+        if self.output_dir:
+            return self.output_dir
+        return f"{self.checkpoint}/evaluation" if self.checkpoint else f"output/{self.base_model.replace('/', '_')}"

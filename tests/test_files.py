@@ -1,0 +1,143 @@
+"""Whole files or none, and one sentence for a file that can not be read or written."""
+
+import os
+import stat
+
+import pytest
+
+from mtl_lora import files
+from mtl_lora.errors import EXIT_CODE, UserError, one_sentence
+
+
+def everything(folder) -> dict[str, bytes]:
+    """Each file below a folder, hidden ones too, with its content."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- writing ----
+
+
+def test_file_takes_its_name_only_when_the_block_ends_well(tmp_path):
+    with files.atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"new")
+        assert not (tmp_path / "a.bin").exists()
+        assert temporary.parent == tmp_path, "a rename is whole only within one file system"
+    assert everything(tmp_path) == {"a.bin": b"new"}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, UserError, SystemExit])
+@pytest.mark.parametrize("before", [None, b"old"], ids=["new file", "replaced file"])
+def test_failure_leaves_what_was_there_and_nothing_else(tmp_path, failure, before):
+    if before is not None:
+        (tmp_path / "a.bin").write_bytes(before)
+    with pytest.raises(failure), files.atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"half of the ne")
+        raise failure("stopped")
+    assert everything(tmp_path) == ({} if before is None else {"a.bin": before})
+
+
+def test_value_that_is_no_json_leaves_the_old_file(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "a.json", {"a": object()})
+    assert everything(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
+
+
+def test_folders_above_the_file_are_made(tmp_path):
+    files.write_text(tmp_path / "a" / "b" / "c.txt", "text")
+    assert everything(tmp_path) == {"a/b/c.txt": b"text"}
+
+
+def test_text_is_written_as_it_is(tmp_path):
+    files.write_text(tmp_path / "a.txt", "é ☃\r\n\nend")
+    assert (tmp_path / "a.txt").read_bytes() == "é ☃\r\n\nend".encode()
+
+
+def test_written_file_has_the_usual_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+
+
+def test_path_that_can_not_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/a\.txt can not be written \(.+\); choose a writable folder") as caught:
+        files.write_text(tmp_path / "file" / "a.txt", "text")
+    assert "\n" not in str(caught.value)
+    assert everything(tmp_path) == {"file": b""}
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize("value", [{"a": [1, 2.5, None, "é ☃ \u2028"]}, [], "text", 0])
+def test_json_survives_a_trip_through_a_file(tmp_path, value):
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json", "the file") == value
+    assert (tmp_path / "a.json").read_bytes().endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, r"can not be read \(No such file or directory\)"),
+        (b"", "is not JSON: Expecting value"),
+        (b'{"a": 1', "is not JSON: Expecting ',' delimiter: line 1 column 8"),
+        (b'"\xff"', "is not JSON: 'utf-8' codec can't decode"),
+        (b"[" * 100_000, "is not JSON: maximum recursion depth"),
+        (b"1" * 5000, "is not JSON: Exceeds the limit"),
+    ],
+    ids=["missing", "empty", "cut off", "not UTF-8", "endless nesting", "endless number"],
+)
+def test_json_that_can_not_be_read_names_what_and_where(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^the settings {tmp_path}/a\.json {message}") as caught:
+        files.read_json(tmp_path / "a.json", "the settings")
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_in_place_of_a_file_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"can not be read \(Is a directory\)"):
+        files.read_json(tmp_path, "the settings")
+
+
+def test_hash_is_of_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    (tmp_path / "a").write_bytes(b"abd")
+    assert not files.sha256(tmp_path / "a").startswith("ba7816bf")
+
+
+# ---- how a command line tells of it ----
+
+
+def test_mistake_ends_a_command_with_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stopped, one_sentence():
+        raise UserError("the flag --a is wrong")
+    assert stopped.value.code == EXIT_CODE == 2
+    assert capsys.readouterr() == ("", "error: the flag --a is wrong\n")
+
+
+def test_only_the_first_process_of_a_node_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stopped, one_sentence():
+        raise UserError("the flag --a is wrong")
+    assert stopped.value.code == EXIT_CODE
+    assert capsys.readouterr() == ("", "")
+
+
+def test_stopping_a_command_is_no_crash(capsys):
+    with pytest.raises(SystemExit) as stopped, one_sentence():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped by the user\n"
+
+
+def test_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ValueError, match="a bug") as caught, one_sentence():
+        raise ValueError("a bug")
+    assert type(caught.value) is ValueError

