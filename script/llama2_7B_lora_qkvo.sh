@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LoRA on q/k/v/o of LLaMA-2-7B: the baseline of MTL-LoRA's table, with the same data, prompt, cutoff and schedule.
+# LoRA (arXiv 2106.09685) on q/k/v/o of LLaMA-2-7B, with the data, prompt, cutoff and schedule of every other row.
 #
 #   bash script/llama2_7B_lora_qkvo.sh R ALPHA [flags of finetune.py]
 #

@@ -3,8 +3,8 @@
 #
 #   bash script/llama2_7B_mlora_qkvo.sh R ALPHA [flags of finetune.py]      the paper: 8 16
 #
-# Needs: commonsense_170k_taskid.json (data/commonsense/prepare.py), access to LLaMA-2-7B, GPUs of 24 GB or more for
-# bf16 at 8 rows each. Time and expected score of the full run: not measured. script/recipe.sh lists the environment
+# Needs: commonsense_170k_taskid.json (data/commonsense/prepare.py), access to LLaMA-2-7B, and GPUs that hold it in bf16
+# with 8 rows each. Time and expected score of the full run: not measured. script/recipe.sh lists the environment
 # variables that override a setting.
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 usage_if $(($# < 2)) "R ALPHA [flags of finetune.py]"

@@ -15,7 +15,7 @@ steps="${MAX_STEPS:-@@STEPS@@}"
 python finetune.py \
     --base_model smollm2-135m --data_path data/quickstart/train.json \
     --output_dir "$out/checkpoint" --cache_dir "$out/cache" --overwrite_output_dir True \
-    --adapter_name mtl_lora --lora_r 8 --lora_alpha 16 --num_B 3 --temperature 0.1 \
+    --adapter_name mtl_lora --lora_r 8 --lora_alpha 16 --lora_dropout 0 --num_B 3 --temperature 0.1 \
     --batch_size 16 --max_steps "$steps" --learning_rate 3e-3 --warmup_ratio 0.05 --save_step 0 --seed 42
 
 score() {  # score FOLDER ARGUMENT...

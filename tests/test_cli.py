@@ -46,6 +46,8 @@ SPELLINGS = [
     (["--lora_target_modules=['q_proj', 'v_proj']"], "lora_target_modules", ["q_proj", "v_proj"]),
     (["--lora_target_modules=[q_proj, v_proj]"], "lora_target_modules", ["q_proj", "v_proj"]),
     (["--lora_target_modules", "q_proj"], "lora_target_modules", ["q_proj"]),
+    (["--lora_target_modules", "[qv]_proj"], "lora_target_modules", ["[qv]_proj"]),
+    (["--lora_target_modules", "[qv]_proj,o_proj"], "lora_target_modules", ["[qv]_proj", "o_proj"]),
     (["--lora_target_modules", "0,1"], "lora_target_modules", ["0", "1"]),
     (["--train_on_inputs"], "train_on_inputs", True),
     (["--train_on_inputs", "True"], "train_on_inputs", True),

@@ -41,7 +41,7 @@ ALLOWED = {
 # Part of the package -> packages from elsewhere it may import; parts that are not named may import any.
 PACKAGES = {
     **{part: set() for part in ("errors", "version", "files", "mtl_lora", "tasks", "config", "prompts")},
-    "adapter": {"torch", "safetensors"},
+    "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has spread
     "cli": {"fire"},
     "report": {"matplotlib"},
 }

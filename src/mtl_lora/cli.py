@@ -101,10 +101,12 @@ def _convert(name: str, text: str, expected: object) -> object:
 def _list(text: str) -> list[str]:
     """``a,b`` or ``["a", "b"]`` as a list of strings."""
     text = text.strip()
-    if text.startswith("["):
-        if '"' in text or "'" in text:
+    quoted = '"' in text or "'" in text
+    # A regular expression such as [qv]_proj begins with a bracket too, but does not end with one.
+    if text.startswith("[") and (quoted or text.endswith("]")):
+        if quoted:
             return [str(entry) for entry in ast.literal_eval(text)]
-        text = text.strip("[]")
+        text = text[1:-1]
     return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 

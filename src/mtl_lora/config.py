@@ -11,8 +11,12 @@ from mtl_lora.errors import UserError
 # The table of methods: name -> module:class. A new method is one file and one line here.
 METHODS = {
     "lora": "mtl_lora.adapter.lora:LoraLayer",
+    "dora": "mtl_lora.adapter.dora:DoraLayer",
+    "multilora": "mtl_lora.adapter.multilora:MultiLoraLayer",
+    "moelora": "mtl_lora.adapter.moelora:MoeLoraLayer",
     "mtl_lora": "mtl_lora.adapter.mtl_lora:MtlLoraLayer",
 }
+LAMBDA_SHAPES = ("full", "diagonal")
 METHOD_ALIASES = {"mlora": "mtl_lora"}
 
 
@@ -77,8 +81,11 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, value: object, source: str = "the configuration") -> typing.Self:
-        """Build from a JSON object; an unknown key is an error that names it and ``source``."""
+    def from_json(cls, value: object, source: str = "the configuration", complete: bool = False) -> typing.Self:
+        """Build from a JSON object; an unknown key is an error that names it and ``source``.
+
+        complete: every field must be there, so that none silently takes its default.
+        """
         if not isinstance(value, dict):
             raise UserError(f"{source} must be a JSON object, not {type(value).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -87,7 +94,7 @@ class Config:
                 raise UserError(f"{source} has the unknown key {key!r}{closest(key, known)}")
         for field in dataclasses.fields(cls):
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required and field.name not in value:
+            if (required or complete) and field.name not in value:
                 raise UserError(f"{source} lacks the key {field.name!r}")
         try:
             return cls(**value)
@@ -103,21 +110,29 @@ def closest(word: str, known: list[str]) -> str:
 
 @dataclasses.dataclass
 class AdapterConfig(Config):
-    """What is put on which linear layers (MTL-LoRA: arXiv 2410.09437, section 4; LoRA: arXiv 2106.09685).
+    """What is put on which linear layers; the methods' papers stand in their files.
 
-    rank r and alpha give the scale alpha / rank. tasks are the task names in id order; target_modules are names or
-    name endings of linear layers. num_B up-projections mixed by softmax(w_t / temperature) and one r x r matrix
-    Lambda_t per task are MTL-LoRA's.
+    rank r and alpha give the scale alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732). tasks: names in
+    id order. target_modules: names or name endings of linear layers; or, as one string, a regular expression that
+    the whole name must match, or ``all-linear`` for every one but the output head. num_B: MTL-LoRA's up-projections,
+    MultiLoRA's parallel modules. temperature and lambda_shape (a ``full`` r x r or a ``diagonal`` Lambda_t) are
+    MTL-LoRA's; num_experts and task_embedding_dim are MoELoRA's.
     """
 
     method: str = "mtl_lora"
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.05
-    target_modules: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    target_modules: list[str] | str = dataclasses.field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     tasks: list[str] = dataclasses.field(default_factory=list)
     num_B: int = 3
     temperature: float = 0.1
+    lambda_shape: str = "full"
+    num_experts: int = 8
+    task_embedding_dim: int = 64
+    use_rslora: bool = False
 
     def __post_init__(self):
         if isinstance(self.method, str):
@@ -133,10 +148,16 @@ class AdapterConfig(Config):
         self.require("num_B", "at least 1", self.num_B >= 1)
         self.require("target_modules", "at least one name of a linear layer", bool(self.target_modules))
         self.require("tasks", "a list of different names", len(set(self.tasks)) == len(self.tasks))
-        if self.method == "mtl_lora":
-            self.require("tasks", "the task names in id order, at least one, for mtl_lora", bool(self.tasks))
+        self.require("lambda_shape", f"one of {', '.join(LAMBDA_SHAPES)}", self.lambda_shape in LAMBDA_SHAPES)
+        self.require("num_experts", "at least 1", self.num_experts >= 1)
+        self.require("task_embedding_dim", "at least 1", self.task_embedding_dim >= 1)
+        if self.method in ("mtl_lora", "moelora"):
+            self.require("tasks", f"the task names in id order, at least one, for {self.method}", bool(self.tasks))
+        if self.method == "moelora":
+            rule = f"a multiple of the {self.num_experts} experts (num_experts) for moelora"
+            self.require("rank", rule, self.rank % self.num_experts == 0)
 
     @property
     def scale(self) -> float:
-        """alpha / rank, the factor on the low-rank product."""
-        return self.alpha / self.rank
+        """The factor on the low-rank product: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)

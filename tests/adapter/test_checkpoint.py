@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference.tiny import METHODS, TASKS, adapted_llama, adapter_config, randomise, tiny_llama, tokens
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import mtl_lora
 from mtl_lora import AdapterConfig, Origin, UserError, route
@@ -105,6 +106,21 @@ def test_saved_weights_are_float32_that_bfloat16_can_not_represent(tmp_path):
     for name, weight in load_file(tmp_path / WEIGHTS_NAME).items():
         assert weight.dtype == torch.float32, name
         assert not torch.equal(weight, weight.bfloat16().float()), name
+
+
+def test_float64_model_takes_float32_weights_as_they_are(tmp_path):
+    mtl_lora.save(adapted_llama(dtype=torch.float32), tmp_path)
+    loaded = adapter_state(mtl_lora.load(tiny_llama(torch.float64), tmp_path))
+    for name, weight in load_file(tmp_path / WEIGHTS_NAME).items():
+        assert loaded[name].dtype == torch.float64, name
+        assert torch.equal(loaded[name], weight.double()), name
+
+
+def test_float64_weights_are_not_rounded_for_a_float32_model(saved):
+    model = tiny_llama(torch.float32)
+    with pytest.raises(UserError, match=r"has dtype .*float64, not .*float32"):
+        mtl_lora.load(model, saved)
+    assert not mtl_lora.adapter_layers(model)
 
 
 def test_same_adapter_is_saved_as_the_same_bytes(saved, tmp_path):
@@ -265,7 +281,8 @@ def test_configuration_that_is_no_json_is_refused(saved, text):
         ({"adapter": None}, "lacks the key 'adapter'"),
         ({"weight_sha256": "0"}, r"unknown key 'weight_sha256' \(did you mean 'weights_sha256'\?\)"),
         ({"adapter": {"rnk": 8}}, r"'adapter' has the unknown key 'rnk' \(did you mean 'rank'\?\)"),
-        ({"adapter": {"tasks": TASKS, "rank": 0}}, "'adapter': rank must be at least 1, not 0"),
+        ({"adapter": {**adapter_config().to_json(), "rank": 0}}, "'adapter': rank must be at least 1, not 0"),
+        ({"adapter": {"tasks": TASKS}}, "'adapter' lacks the key 'method'"),
         ({"adapter": ["lora"]}, "adapter must be"),
         ({"origin": {"base": "tiny"}}, "'origin' has the unknown key 'base'"),
         ({"origin": {"cutoff_len": "256"}}, "cutoff_len must be a whole number or none, not '256'"),
@@ -342,8 +359,14 @@ def test_save_without_an_adapter_says_so(tmp_path):
         ({"target_modules": ["proj"]}, "no linear layer is named 'proj'"),
         ({"target_modules": ["self_attn"]}, "no linear layer is named 'self_attn'"),
         ({"target_modules": ["embed_tokens"]}, "no linear layer is named 'embed_tokens'"),
+        (
+            {"target_modules": "q_proj"},
+            r"no linear layer's whole name matches the expression 'q_proj'; "
+            r"this model has q_proj \(2\), .*, for example model.layers.0.self_attn.q_proj",
+        ),
+        ({"target_modules": "layers.(0"}, r"expression 'layers.\(0' is no regular expression: missing \)"),
     ],
-    ids=["one of two", "part of a name", "a block", "an embedding"],
+    ids=["one of two", "part of a name", "a block", "an embedding", "an expression", "no expression"],
 )
 def test_target_that_is_no_linear_layer_is_named_and_nothing_changes(changes, message):
     model = tiny_llama()
@@ -365,6 +388,30 @@ def test_second_injection_is_refused_and_the_first_stays():
     assert len(mtl_lora.adapter_layers(model)) == 8
     assert model.mtl_lora_config == adapter_config()
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Linear(2, 2)], ids=["none", "itself"])
+def test_all_linear_in_a_model_without_linear_layers_is_refused(model):
+    with pytest.raises(UserError, match="'all-linear' finds no linear layer"):
+        mtl_lora.inject(model, adapter_config(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        (r".*\.1\..*\.[qv]_proj", [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]),
+        (r"lm_head|.*0\.mlp\.up_proj", ["model.layers.0.mlp.up_proj", "lm_head"]),
+    ],
+)
+def test_targets_may_be_an_expression_for_the_whole_name(expression, expected):
+    model = mtl_lora.inject(tiny_llama(), adapter_config(target_modules=expression))
+    assert list(mtl_lora.adapter_layers(model)) == expected
+
+
+def test_all_linear_leaves_out_the_output_head():
+    model = mtl_lora.inject(tiny_llama(), adapter_config(target_modules="all-linear"))
+    assert len(mtl_lora.adapter_layers(model)) == 2 * 7
+    assert type(model.lm_head) is nn.Linear
 
 
 def test_targets_are_whole_names_or_endings():
@@ -394,14 +441,21 @@ def test_targets_are_whole_names_or_endings():
         ({"dropout": -0.05}, "dropout must be at least 0 and below 1, not -0.05"),
         ({"dropout": math.nan}, "dropout must be a number, not nan"),
         ({"num_B": 0}, "num_B must be at least 1, not 0"),
-        ({"method": "mtl-lora"}, "method must be one of lora, mtl_lora, not 'mtl-lora'"),
+        ({"method": "mtl-lora"}, "method must be one of lora, "),
         ({"method": None}, "method must be a string, not None"),
         ({"tasks": ["tides", "maps", "tides"]}, "tasks must be a list of different names"),
         ({"tasks": []}, "tasks must be the task names in id order, at least one, for mtl_lora"),
         ({"tasks": "tides"}, "tasks must be a list of strings, not 'tides'"),
         ({"tasks": [0, 1]}, "tasks must be a list of strings"),
+        ({"lambda_shape": "lower"}, "lambda_shape must be one of full, diagonal, not 'lower'"),
+        ({"method": "moelora", "num_experts": 8}, "rank must be a multiple of the 8 experts (num_experts) for moelora, not"),
+        ({"method": "moelora", "tasks": []}, "tasks must be the task names in id order, at least one, for moelora"),
+        ({"num_experts": 0}, "num_experts must be at least 1, not 0"),
+        ({"task_embedding_dim": 0}, "task_embedding_dim must be at least 1, not 0"),
+        ({"use_rslora": 1}, "use_rslora must be True or False, not 1"),
+        ({"target_modules": ""}, "target_modules must be at least one name of a linear layer"),
         ({"target_modules": []}, "target_modules must be at least one name of a linear layer"),
-        ({"target_modules": "q_proj"}, "target_modules must be a list of strings, not 'q_proj'"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules must be a list of strings"),
     ],
     ids=str,
 )
@@ -413,7 +467,8 @@ def test_adapter_configuration_refuses(changes, message):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adapter_configuration_survives_json(method):
-    config = adapter_config(method, rank=5, alpha=2.5, dropout=0.3, num_B=7, temperature=0.25, target_modules=["a.b"])
+    changes = {"rank": 9, "alpha": 2.5, "dropout": 0.3, "num_B": 7, "temperature": 0.25, "use_rslora": True}
+    config = adapter_config(method, **changes, target_modules=["a.b"])
     assert AdapterConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert config.to_json().keys() == {field.name for field in dataclasses.fields(AdapterConfig)}
 

@@ -121,6 +121,14 @@ def test_processes_work_on_rows_of_similar_length_at_a_time():
     assert np.abs(np.subtract(*means)).mean() < 3 < np.std(means[0])
 
 
+def test_micro_batches_of_a_step_are_dealt_out_so_that_processes_take_neighbours_at_a_time():
+    lengths, task_ids = made_rows(1024)
+    first, second = (list(LengthBatchSampler(lengths, task_ids, 4, 0, 2, 2, rank)) for rank in range(2))
+    for step in range(0, len(first), 2):
+        earlier, later = (lengths[first[step + n] + second[step + n]] for n in range(2))
+        assert earlier.max() <= later.min()
+
+
 # ---- same inputs, same order ----
 
 
@@ -189,6 +197,12 @@ def test_planning_an_epoch_takes_a_moment():
     started = time.perf_counter()
     plan_epoch(lengths, task_ids, 16, 0, 0)
     assert time.perf_counter() - started < 10
+
+
+def test_one_task_alone_does_not_come_in_order_of_length_either():
+    lengths = np.random.default_rng(0).integers(35, 256, size=3200)
+    means = [lengths[rows].mean() for rows in plan_epoch(lengths, np.zeros(3200, dtype=int), 16, 0, 0)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 
 @pytest.mark.parametrize("tasks", [1, 3])

@@ -9,7 +9,15 @@ from mtl_lora import AdapterConfig
 
 VOCABULARY = 37
 TASKS = ["tides", "maps", "birds", "rivers"]
-METHODS = ["lora", "mtl_lora"]
+# Every method by a label, with what its configuration changes: all tests over methods run through this table.
+METHODS = {
+    "lora": {},
+    "dora": {},
+    "multilora": {},
+    "moelora": {"rank": 6, "num_experts": 3, "task_embedding_dim": 5},
+    "mtl_lora": {},
+    "mtl_lora_diagonal": {"method": "mtl_lora", "lambda_shape": "diagonal"},
+}
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCausalLM:
@@ -33,15 +41,14 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCau
 
 
 def adapter_config(method: str = "mtl_lora", **changes) -> AdapterConfig:
-    """Rank 3, so that no two sizes of the model agree by accident."""
-    return AdapterConfig(
-        **{"method": method, "rank": 3, "alpha": 6, "dropout": 0.0, "tasks": TASKS, "temperature": 0.5, **changes}
-    )
+    """Of a method or a label in ``METHODS``; rank 3, so that no two sizes of the model agree by accident."""
+    settings = {"rank": 3, "alpha": 6, "dropout": 0.0, "tasks": TASKS, "temperature": 0.5}
+    return AdapterConfig(**{"method": method, **settings, **METHODS.get(method, {}), **changes})
 
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 1, spread: float = 0.4) -> nn.Module:
-    """Give every adapter weight a random value: at their start B is zero and Lambda the identity."""
+    """Give every adapter weight a random value: at its start a method adds nothing, and its Lambda is the identity."""
     generator = torch.Generator().manual_seed(seed)
     layers = [layer for layer in module.modules() if hasattr(layer, "adapter_parameters")]
     for layer in layers:

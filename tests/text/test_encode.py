@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_cases import INSTRUCTIONS, example
-from tokenizer_kinds import ADDS_BOS, KINDS, llama2
+from tokenizer_kinds import ADDS_BOS, KINDS, SPACES, llama2
 
 from mtl_lora.data.collate import IGNORED, Collator, pad_left
 from mtl_lora.data.encode import FREE_TEXT_RESERVE, Encoder
@@ -294,6 +294,31 @@ def test_cutoff_too_small_for_the_template_names_record_and_a_cutoff_that_suffic
     assert row.removed > 0
     with pytest.raises(UserError, match="leaves no room"):
         Encoder(tokenizer, "alpaca", enough - 1, COMMONSENSE).encode([record])
+
+
+# Instructions whose ends merge with the white space of a template.
+UNTIDY = [
+    "   \n\t " + WORDS * 9 + " .\n\n   ",
+    "\n\n" + WORDS * 9 + "?\n",
+    " éb é☃ \t\t.abthe \n\n,   b\n\n ?,?the  \n\na.a\n    !\néba \n\n?\na the . ,wordb.b b!!   ?",
+    "     " + WORDS * 9 + SPACES + "\n" + SPACES,
+]
+
+
+@pytest.mark.parametrize("instruction", UNTIDY)
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_smallest_cutoff_that_is_accepted_still_keeps_the_template_whole(tokenizer, name, instruction):
+    accepted = 0
+    for cutoff in range(40, 100):
+        try:
+            (row,) = Encoder(tokenizer, name, cutoff, COMMONSENSE).encode([example("boolq", instruction=instruction)])
+        except UserError:
+            assert not accepted
+            continue
+        accepted += 1
+        text = spelled(tokenizer, row.prompt_ids)
+        assert text.startswith(template(name).opening) and text.endswith(template(name).closing)
+    assert accepted
 
 
 # Words, line ends and runs of white space, so that tokens of template and instruction would merge, and any text.

@@ -4,6 +4,7 @@ Shape legend: B batch, L tokens, k in_features, d out_features, r rank, T tasks,
 R the width of the layer's rank space (r, or n r), N = all leading sizes of x multiplied.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from mtl_lora.errors import UserError
 class Factors:
     """The low-rank pair that equals a layer for one task: delta W = scale * B @ A.
 
-    A: (R, k). B: (d, R). Unpacks as ``A, B, scale``.
+    A: (R, k). B: (d, R). Unpacks as ``A, B, scale``. magnitude: (d,), DoRA's m, or None; with it the layer's weight is
+    m / ||W + delta W|| * (W + delta W), row by row.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
+    magnitude: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator:
         return iter((self.A, self.B, self.scale))
@@ -33,6 +36,43 @@ class Factors:
     def delta(self) -> torch.Tensor:
         """scale * B @ A, of shape (d, k)."""
         return self.scale * (self.B @ self.A)
+
+
+_UNIT_ROWS = 1024  # unit vectors sent through a base at a time
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Conv1D: a linear layer whose weight is stored (k, d)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) as the layer declares them: under ZeRO-3 a weight has no shape to read."""
+    return (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)
+
+
+def base_weight(base: nn.Module) -> torch.Tensor:
+    """The frozen weight as (d, k)."""
+    return base.weight.T if is_conv1d(base) else base.weight
+
+
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether a weight's numbers are codes: of 4 or 8 bits, or (bitsandbytes) packed into a wider dtype."""
+    return weight.dtype.itemsize < 2 or not weight.is_floating_point() or hasattr(weight, "quant_state")
+
+
+def in_pieces(weight: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has spread a weight over the processes."""
+    return hasattr(weight, "ds_id")
+
+
+def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A block in which a weight is there as a whole: under ZeRO-3 its pieces are gathered for the while."""
+    if not in_pieces(weight):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight])
 
 
 class AdapterLayer(nn.Module):
@@ -49,7 +89,10 @@ class AdapterLayer(nn.Module):
     def __init__(self, base: nn.Linear, config: AdapterConfig):
         super().__init__()
         self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = features(base)
+        # The output of a quantised layer, or of one whose weight lies in pieces (ZeRO-3), belongs to a function of
+        # its own, which does not let it be changed.
+        self.in_place = not is_quantised(base.weight) and not in_pieces(base.weight)
         self.rank, self.scale, self.tasks = config.rank, config.scale, list(config.tasks)
         self.dropout = config.dropout
         self.create(config)
@@ -87,16 +130,69 @@ class AdapterLayer(nn.Module):
         output = self.base(rows)
         dropped = F.dropout(rows, self.dropout, training=True) if self.training and self.dropout else rows
         z = F.linear(dropped, self.down().to(rows.dtype))
-        mixed = self.mix(z, x).to(output.dtype)
-        output.addmm_(mixed, self.up().to(output.dtype).T, alpha=self.scale)
+        output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
         return output.view(*x.shape[:-1], self.out_features)
+
+    def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Base output (N, d) and rank space (N, R) to the layer's output (N, d); ``dropped`` is dropout(x), (N, k)."""
+        up = self.up().to(output.dtype).T
+        if self.in_place:
+            return output.addmm_(mixed, up, alpha=self.scale)
+        return torch.addmm(output, mixed, up, alpha=self.scale)
 
     @torch.no_grad()
     def merged_weight(self, task: str | int | None = None) -> torch.Tensor:
-        """The plain weight (d, k) that equals this layer for ``task``, summed in the adapter's dtype."""
-        factors = self.factors(task)
+        """The plain weight (d, k) that equals this layer for ``task``, summed in the adapter's dtype.
+
+        Raises ``UserError`` for a quantised base, whose weight can not hold the sum.
+        """
+        if is_quantised(self.base.weight):
+            raise UserError("a quantised base can not take the adapter into its weights; load it in bf16 or float32")
+        weight, factors = base_weight(self.base), self.factors(task)
+        merged = weight.to(factors.A.dtype) + factors.delta()
+        if factors.magnitude is not None:
+            merged *= (factors.magnitude / positive(merged.norm(dim=1)))[:, None]
+        return merged.to(weight.dtype)
+
+    @torch.no_grad()
+    def base_product(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows W^T, (M, k) to (M, d), for any base.
+
+        A weight that can not be read is used through the base's own forward. A quantised one's bias is put aside for
+        the while, for (W x + b) - b loses what is small beside b.
+        """
+        if self.in_place:
+            return F.linear(rows, base_weight(self.base))
+        bias, quantised = self.bias, is_quantised(self.base.weight)
+        if bias is None or not quantised:
+            return self.base(rows) if bias is None else self.base(rows) - bias
+        self.base.bias = None
+        try:
+            return self.base(rows)
+        finally:
+            self.base.bias = bias
+
+    @torch.no_grad()
+    def base_row_squares(self) -> torch.Tensor:
+        """The squared norm of each output row of the frozen weight, (d,).
+
+        Where the weight is quantised, its columns come out of the base's forward one unit vector at a time; where it
+        lies in pieces (ZeRO-3), they are gathered, so all processes must call this together.
+        """
         weight = self.base.weight
-        return (weight.to(factors.A.dtype) + factors.delta()).to(weight.dtype)
+        if not is_quantised(weight):
+            with whole(weight):
+                return base_weight(self.base).to(self.parameter_dtype).square().sum(dim=1)
+        total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
+        unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
+        for rows in unit.split(_UNIT_ROWS):
+            total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
+        return total
+
+    def check_task(self, task: str | int | None) -> None:
+        """For methods that are the same for every task: None is fine, a task that is not there is not."""
+        if task is not None:
+            self.task_index(task)
 
     def task_index(self, task: str | int | None) -> int:
         """The id of a task given by name or id; raises ``UserError`` that lists the tasks there are."""
@@ -109,9 +205,19 @@ class AdapterLayer(nn.Module):
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """An unset trained parameter on the base's device, float32 unless the base is float64."""
-        weight = self.base.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return nn.Parameter(torch.empty(*shape, device=weight.device, dtype=dtype))
+        return nn.Parameter(torch.empty(*shape, device=self.base.weight.device, dtype=self.parameter_dtype))
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """float64 on a float64 base, float32 on every other."""
+        return torch.float64 if self.base.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations that the base takes: its weight's, or what a quantised layer computes in."""
+        if is_quantised(self.base.weight):
+            return getattr(self.base, "compute_dtype", None) or torch.float32
+        return self.base.weight.dtype
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: what a checkpoint holds of this layer."""
@@ -135,3 +241,8 @@ class AdapterLayer(nn.Module):
 def kaiming(parameter: torch.Tensor) -> None:
     """kaiming_uniform with a = sqrt 5, the start that torch gives an ``nn.Linear`` weight."""
     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+
+def positive(norms: torch.Tensor) -> torch.Tensor:
+    """Norms to divide by: a row of zeros has a norm of zero, and 0 / 0 is no number."""
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)

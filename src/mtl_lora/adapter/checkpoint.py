@@ -99,7 +99,8 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {value['format']}, and this version reads format {FORMAT}; update mtl-lora")
     config = CheckpointConfig.from_json(value, str(path))
-    AdapterConfig.from_json(config.adapter, f"{path}, 'adapter'")
+    # A lost alpha that took its default would change every output without a word.
+    AdapterConfig.from_json(config.adapter, f"{path}, 'adapter'", complete=True)
     Origin.from_json(config.origin, f"{path}, 'origin'")
     return config
 

@@ -1,13 +1,14 @@
 """Putting adapter layers on a model, finding them again, and folding them into plain linear layers."""
 
 import importlib
+import re
 from collections import Counter
 
 import torch
 from torch import nn
 
 from mtl_lora.adapter import routing
-from mtl_lora.adapter.base import AdapterLayer
+from mtl_lora.adapter.base import AdapterLayer, is_conv1d
 from mtl_lora.config import METHODS, AdapterConfig
 from mtl_lora.errors import UserError
 
@@ -45,16 +46,41 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
-def find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose name is, or ends with ``.`` and, one of ``target_modules``."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {}
+def find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str, nn.Module]:
+    """The linear layers that ``target_modules`` means (see ``AdapterConfig``), by name, in the model's order.
+
+    Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are.
+    """
+    linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    if target_modules == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        targets = {name: module for name, module in linear.items() if module is not head}
+        if not targets:
+            raise UserError("'all-linear' finds no linear layer to adapt in this model")
+        return targets
+    if isinstance(target_modules, str):
+        try:
+            found = {name for name in linear if re.fullmatch(target_modules, name)}
+        except re.error as error:
+            raise UserError(f"the target expression {target_modules!r} is no regular expression: {error}") from None
+        if not found:
+            raise UserError(
+                f"no linear layer's whole name matches the expression {target_modules!r}; "
+                f"this model has {_endings(linear)}, for example {next(iter(linear), 'none')}"
+            )
+        return {name: module for name, module in linear.items() if name in found}
+    found = set()
     for target in target_modules:
-        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
+        matching = {name for name in linear if name == target or name.endswith(f".{target}")}
         if not matching:
             raise UserError(f"no linear layer is named {target!r}; this model has {_endings(linear)}")
-        found.update((name, linear[name]) for name in matching)
+        found |= matching
     return {name: module for name, module in linear.items() if name in found}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can wrap a module: nn.Linear and what derives from it (quantised layers), GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -79,7 +105,8 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
         raise UserError("the model carries no adapter to merge")
     merged = {name: layer.merged_weight(task) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.base.weight = nn.Parameter(merged[name], requires_grad=False)
+        weight = merged[name].T.contiguous() if is_conv1d(layer.base) else merged[name]
+        layer.base.weight = nn.Parameter(weight, requires_grad=False)
         replace_module(model, name, layer.base)
     forget_adapter(model)
     return model
@@ -98,6 +125,6 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def _endings(linear: dict[str, nn.Linear]) -> str:
+def _endings(linear: dict[str, nn.Module]) -> str:
     counted = Counter(name.rpartition(".")[2] for name in linear)
     return ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"

@@ -28,6 +28,5 @@ class LoraLayer(AdapterLayer):
 
     def factors(self, task: str | int | None = None) -> Factors:
         """The layer's own pair; the same for every task. Raises ``UserError`` for a task that is not there."""
-        if task is not None:
-            self.task_index(task)
+        self.check_task(task)
         return Factors(self.lora_A, self.lora_B, self.scale)

@@ -12,7 +12,8 @@ from mtl_lora.config import AdapterConfig
 class MtlLoraLayer(AdapterLayer):
     """y = W x + b + (alpha / r) sum_i softmax(w_t / tau)_i B_i Lambda_t A dropout(x), i = 1..n, t the row's task.
 
-    lora_A: (r, k), shared. lora_lambda: (T, r, r), Lambda_t, starts at the identity. lora_w: (T, n), mixture logits;
+    lora_A: (r, k), shared. lora_lambda: (T, r, r), Lambda_t, starts at the identity; with ``lambda_shape="diagonal"``
+    (T, r), its diagonal. lora_w: (T, n), mixture logits;
     drawn at random, for with equal weights every B_i would get the same gradient and stay equal to its twins.
     lora_B: (d, n r), the matrix [B_1 ... B_n], starts at zero.
 
@@ -26,9 +27,10 @@ class MtlLoraLayer(AdapterLayer):
 
     def create(self, config: AdapterConfig) -> None:
         self.num_B, self.temperature = config.num_B, config.temperature
+        self.diagonal = config.lambda_shape == "diagonal"
         tasks = len(self.tasks)
         self.lora_A = self.new_parameter(self.rank, self.in_features)
-        self.lora_lambda = self.new_parameter(tasks, self.rank, self.rank)
+        self.lora_lambda = self.new_parameter(tasks, self.rank, *(() if self.diagonal else (self.rank,)))
         self.lora_w = self.new_parameter(tasks, self.num_B)
         self.lora_B = self.new_parameter(self.out_features, self.num_B * self.rank)
 
@@ -36,7 +38,7 @@ class MtlLoraLayer(AdapterLayer):
     def reset_parameters(self) -> None:
         kaiming(self.lora_A)
         kaiming(self.lora_w)
-        self.lora_lambda.copy_(torch.eye(self.rank).expand(len(self.tasks), -1, -1))
+        self.lora_lambda.copy_(torch.ones(self.rank) if self.diagonal else torch.eye(self.rank))
         nn.init.zeros_(self.lora_B)
 
     def down(self) -> torch.Tensor:
@@ -48,7 +50,10 @@ class MtlLoraLayer(AdapterLayer):
     def task_transform(self, task_ids: torch.Tensor) -> torch.Tensor:
         """P_t for each id: (M,) to (M, n r, r). Gathered before it is built, so the cost does not grow with T."""
         weights = F.softmax(self.lora_w[task_ids] / self.temperature, dim=-1)
-        return (weights[:, :, None, None] * self.lora_lambda[task_ids][:, None]).flatten(1, 2)
+        transform = self.lora_lambda[task_ids]
+        if self.diagonal:
+            transform = torch.diag_embed(transform)
+        return (weights[:, :, None, None] * transform[:, None]).flatten(1, 2)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)

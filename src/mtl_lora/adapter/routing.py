@@ -113,9 +113,7 @@ def checkpoint_context():
 
 def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
     """Turn on gradient checkpointing of a transformers model in the one form that keeps the route."""
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_context}
-    )
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
 
 
 def follow_beams(model: torch.nn.Module) -> None:

@@ -1,5 +1,9 @@
 """The loss of a batch: only answer positions go through the vocabulary, and tasks are told apart for the log."""
 
+import functools
+import inspect
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,20 +17,44 @@ def token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torc
 
     batch: input_ids, attention_mask, labels (B, L) and task_ids (B,). The hidden state at position j predicts the
     token at j + 1. Only positions with a label are projected to the vocabulary, through the model's own forward
-    (its ``logits_to_keep``), so that wrappers such as DDP and DeepSpeed see an ordinary call.
+    (its ``logits_to_keep``), so that wrappers such as DDP and DeepSpeed see an ordinary call; a model without that
+    argument projects every position.
     """
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     supervised = targets != IGNORED
+    keep = keeps_logits(type(_unwrapped(model)))
     with route.use(batch["task_ids"]):
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            logits_to_keep=supervised,
             use_cache=False,
+            **({"logits_to_keep": supervised} if keep else {}),
         ).logits
-    losses = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets[supervised], reduction="none")
+    logits = logits.view(-1, logits.shape[-1]) if keep else logits[supervised]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(logits, targets[supervised], reduction="none")
     task_ids = batch["task_ids"][:, None].expand_as(targets)[supervised]
     return losses, task_ids
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP's or DeepSpeed's wrapper."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+@functools.cache
+def keeps_logits(model_class: type[nn.Module]) -> bool:
+    """Whether a model's forward takes ``logits_to_keep``; for one that does not, a line on stderr says so, once."""
+    keeps = "logits_to_keep" in inspect.signature(model_class.forward).parameters
+    if not keeps:
+        print(
+            f"{model_class.__name__} takes no logits_to_keep: the vocabulary is projected at every position, "
+            "which takes more time and memory",
+            file=sys.stderr,
+        )
+    return keeps
 
 
 class TaskLosses:

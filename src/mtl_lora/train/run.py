@@ -1,7 +1,6 @@
 """What finetune.py does: check everything, then build the model and train it."""
 
 import os
-import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,10 +22,14 @@ from mtl_lora.data.dataset import shortened_note, training_rows
 from mtl_lora.errors import UserError
 from mtl_lora.model import fingerprint, load_model, load_tokenizer, resolve
 from mtl_lora.tasks import TaskSet
+from mtl_lora.train.output import claim_output, resume_folder
 from mtl_lora.train.settings import TrainConfig
-from mtl_lora.train.trainer import LOG_NAME, LogFile, RankedDropout, TaskTrainer, checkpoints
+from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer
 
-RUN_NAME = "run.json"
+
+# On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
+# length their (L, L) scores are small.
+_EAGER_LENGTH = 512
 
 
 def run(config: TrainConfig) -> None:
@@ -58,6 +61,8 @@ def run(config: TrainConfig) -> None:
     claim_output(config, arguments, tasks, resume)
     set_seed(config.seed)
     model = load_model(config.base_model, config.dtype, config.trust_remote_code)
+    if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
+        model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
         routing.enable_gradient_checkpointing(model)
@@ -82,7 +87,9 @@ def run(config: TrainConfig) -> None:
 
 
 def check_files(config: TrainConfig) -> None:
-    """Raise ``UserError`` for an input file that is not there; nothing is loaded yet."""
+    """Raise ``UserError`` for an input file or package that is not there; nothing is loaded yet."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("FSDP is not supported; to spread the base over GPUs use --deepspeed config/zero3.json")
     if not Path(config.data_path).is_file():
         raise UserError(
             f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
@@ -103,47 +110,6 @@ def require_package(name: str, flag: str) -> None:
 
     if find_spec(name) is None:
         raise UserError(f"{flag} needs the package {name}; install it with `pip install {name}`")
-
-
-def resume_folder(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, after checking that the output folder may be used as the flags say."""
-    output = Path(config.output_dir)
-    asked = config.resume_from_checkpoint
-    if asked and config.overwrite_output_dir:
-        raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
-    if asked and asked.lower() != "false":
-        folder = Path(asked)
-        if asked.lower() in ("true", "1", "yes"):
-            whole = checkpoints(output)
-            if not whole:
-                raise UserError(f"{output} holds no whole checkpoint; leave out --resume_from_checkpoint")
-            folder = whole[-1]
-        if not (folder / "trainer_state.json").is_file():
-            raise UserError(f"{folder} holds no resume state; pass a checkpoint-N folder of the run")
-        return folder
-    used = [name for name in (checkpoint.CONFIG_NAME, LOG_NAME, RUN_NAME) if (output / name).exists()]
-    if (used or checkpoints(output)) and not config.overwrite_output_dir:
-        raise UserError(
-            f"{output} already holds a run; pass --resume_from_checkpoint True to go on with it, "
-            "--overwrite_output_dir True to delete it, or another --output_dir"
-        )
-    return None
-
-
-def claim_output(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, resume: Path | None) -> None:
-    """Make the output folder this run's: clear it if told to, and write what the run was told to ``run.json``."""
-    output = Path(config.output_dir)
-    with arguments.main_process_first(local=False):
-        if arguments.process_index:
-            return
-        if config.overwrite_output_dir:
-            for name in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME):
-                (output / name).unlink(missing_ok=True)
-            for folder in output.glob("checkpoint-*"):
-                shutil.rmtree(folder)
-        if not resume:
-            facts = {"settings": config.to_json(), "tasks": tasks.to_json(), "world_size": arguments.world_size}
-            files.write_json(output / RUN_NAME, {**facts, "data_sha256": files.sha256(config.data_path)})
 
 
 def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:

@@ -1,6 +1,7 @@
 """The flags of finetune.py as one validated dataclass; names are those of the original and of LLM-Adapters."""
 
 import dataclasses
+import re
 
 from mtl_lora.config import AdapterConfig, Config, flag
 from mtl_lora.errors import UserError
@@ -21,15 +22,22 @@ class TrainConfig(Config):
     cache_dir: str = flag(".cache/rows", "folder for tokenised data")
 
     # adapter
-    adapter_name: str = flag("mtl_lora", "method: mtl_lora (its old name mlora is the same) or lora")
+    adapter_name: str = flag(
+        "mtl_lora", "method: mtl_lora (its old name mlora is the same), lora, dora, multilora or moelora"
+    )
     lora_r: int = flag(8, "rank r of the adapter")
     lora_alpha: float = flag(16.0, "numerator of the scale alpha / r")
     lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0 is off")
     lora_target_modules: list[str] = flag(
-        ["q_proj", "k_proj", "v_proj", "o_proj"], 'linear layers to adapt, as a,b or \'["a", "b"]\''
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "linear layers to adapt: a,b or all-linear or a regular expression of whole names",
     )
-    num_B: int = flag(3, "up-projections n of MTL-LoRA")
+    num_B: int = flag(3, "up-projections n of MTL-LoRA, parallel modules of MultiLoRA")
     temperature: float = flag(0.1, "temperature tau of MTL-LoRA's mixture softmax(w_t / tau)")
+    lambda_shape: str = flag("full", "MTL-LoRA's Lambda_t: full (r x r) or diagonal")
+    num_experts: int = flag(8, "experts of MoELoRA, which share the rank")
+    task_embedding_dim: int = flag(64, "width of MoELoRA's task embedding")
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")
     lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
 
     # batch and schedule
@@ -87,6 +95,9 @@ class TrainConfig(Config):
     def adapter_config(self, tasks: TaskSet) -> AdapterConfig:
         """The adapter part of the settings; raises ``UserError`` that names the flag."""
         values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
+        targets = self.lora_target_modules
+        if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
+            values["target_modules"] = targets[0]
         try:
             return AdapterConfig(**values, tasks=tasks.names)
         except UserError as error:
@@ -103,4 +114,8 @@ _ADAPTER_FLAGS = {
     "target_modules": "lora_target_modules",
     "num_B": "num_B",
     "temperature": "temperature",
+    "lambda_shape": "lambda_shape",
+    "num_experts": "num_experts",
+    "task_embedding_dim": "task_embedding_dim",
+    "use_rslora": "use_rslora",
 }

@@ -1,0 +1,65 @@
+"""DoRA (arXiv 2402.09353, equation 5): LoRA for a weight's direction, and its magnitude trained beside it."""
+
+import torch
+from torch import nn
+
+from mtl_lora.adapter.base import AdapterLayer, Factors, kaiming, positive
+from mtl_lora.config import AdapterConfig
+
+
+class DoraLayer(AdapterLayer):
+    """y = W x + b + (c - 1) * W x~ + c * (alpha / r) B A x~, with c = m / ||W + (alpha / r) B A|| per output row.
+
+    x~ = dropout(x). lora_A: (r, k). lora_B: (d, r), starts at zero. lora_magnitude: (d,), m, starts as the rows' norms
+    of W, so that c is exactly 1. The norm is a constant in the backward pass (section 4.3 of the paper).
+
+    Where weights lie in pieces (ZeRO-3) or are quantised, W is not read in a forward: W x~ and W A^T come from the base
+    layer's own forward. A row of W that is zero stays zero.
+    """
+
+    parameter_names = ("lora_A", "lora_B", "lora_magnitude")
+
+    def create(self, config: AdapterConfig) -> None:
+        self.lora_A = self.new_parameter(self.rank, self.in_features)
+        self.lora_B = self.new_parameter(self.out_features, self.rank)
+        self.lora_magnitude = self.new_parameter(self.out_features)
+        squares = self.base_row_squares().to(self.lora_magnitude.dtype)
+        self.register_buffer("base_squares", squares, persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        kaiming(self.lora_A)
+        nn.init.zeros_(self.lora_B)
+        self.lora_magnitude.copy_(self.base_squares.sqrt())
+
+    def down(self) -> torch.Tensor:
+        return self.lora_A
+
+    def up(self) -> torch.Tensor:
+        return self.lora_B
+
+    @torch.no_grad()
+    def norm(self) -> torch.Tensor:
+        """||W + s B A|| per output row, (d,), without forming B A.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T for a row w of W and b of B.
+        """
+        A, B, s = self.lora_A, self.lora_B, self.scale
+        projected = self.base_product(A.to(self.compute_dtype)).to(A.dtype)  # A W^T, (r, d)
+        cross = (B * projected.T).sum(dim=1)
+        own = ((B @ (A @ A.T)) * B).sum(dim=1)
+        return (self.base_squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
+
+    def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        c = self.lora_magnitude / positive(self.norm())
+        # Without dropout W x~ is the base's output, computed already; its bias is not scaled.
+        same = not (self.training and self.dropout)
+        plain = output if same else self.base(dropped)
+        plain = plain if self.bias is None else plain - self.bias
+        change = torch.nn.functional.linear(mixed, self.up().to(output.dtype)) * self.scale
+        return output + (c - 1).to(output.dtype) * plain + c.to(output.dtype) * change
+
+    def factors(self, task: str | int | None = None) -> Factors:
+        """The pair and the magnitude m; the same for every task. Raises ``UserError`` for a task that is not there."""
+        self.check_task(task)
+        return Factors(self.lora_A, self.lora_B, self.scale, self.lora_magnitude)

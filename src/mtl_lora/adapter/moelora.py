@@ -1,0 +1,57 @@
+"""MoELoRA (arXiv 2310.18339, equations 6 to 9): experts of small rank, mixed by a gate that reads the task."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mtl_lora.adapter import routing
+from mtl_lora.adapter.base import AdapterLayer, Factors, kaiming
+from mtl_lora.config import AdapterConfig
+
+_A_SPREAD = 0.01  # standard deviation of the A_i at the start
+
+
+class MoeLoraLayer(AdapterLayer):
+    """y = W x + b + (alpha / r) sum_i g_ti B_i A_i dropout(x), i = 1..N, g_t = softmax(G e_t), t the row's task.
+
+    N experts of rank r / N share the rank r. lora_A: (r, k), the A_i stacked, drawn from N(0, 0.01^2). lora_B: (d, r),
+    [B_1 ... B_N], starts at zero. lora_task_embedding: (T, E), e_t, drawn from N(0, 1). lora_gate: (N, E), G without
+    bias, as torch starts a Linear: with both zero the gate would stay as it is for ever.
+    """
+
+    parameter_names = ("lora_A", "lora_B", "lora_task_embedding", "lora_gate")
+    needs_task_ids = True
+
+    def create(self, config: AdapterConfig) -> None:
+        self.num_experts = config.num_experts
+        self.lora_A = self.new_parameter(self.rank, self.in_features)
+        self.lora_B = self.new_parameter(self.out_features, self.rank)
+        self.lora_task_embedding = self.new_parameter(len(self.tasks), config.task_embedding_dim)
+        self.lora_gate = self.new_parameter(self.num_experts, config.task_embedding_dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.lora_A, std=_A_SPREAD)
+        nn.init.zeros_(self.lora_B)
+        nn.init.normal_(self.lora_task_embedding)
+        kaiming(self.lora_gate)
+
+    def down(self) -> torch.Tensor:
+        return self.lora_A
+
+    def up(self) -> torch.Tensor:
+        return self.lora_B
+
+    def gate(self, task_ids: torch.Tensor) -> torch.Tensor:
+        """g_t spread over the columns of its experts: (M,) to (M, r)."""
+        gate = F.softmax(F.linear(self.lora_task_embedding[task_ids], self.lora_gate), dim=-1)
+        return gate.repeat_interleave(self.rank // self.num_experts, dim=-1)
+
+    def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)
+        gate = self.gate(task_ids).to(z.dtype)
+        return (z.view(len(task_ids), -1, self.rank) * gate[:, None]).view_as(z)
+
+    def factors(self, task: str | int | None = None) -> Factors:
+        """A and B with the gate of one task folded in; raises ``UserError`` for a task that is not there."""
+        index = torch.tensor([self.task_index(task)], device=self.lora_A.device)
+        return Factors(self.lora_A, self.lora_B * self.gate(index), self.scale)

@@ -1,0 +1,1 @@
+"""Checkpoints for other programs and from them: PEFT LoRA per task, merged models, imports; see docs/export.md."""

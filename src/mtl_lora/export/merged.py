@@ -1,0 +1,82 @@
+"""A plain model folder for one task: the adapter folded into the base model's weights, its tokenizer beside it."""
+
+import sys
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoTokenizer
+
+import mtl_lora
+from mtl_lora.adapter.checkpoint import read_config, read_weights
+from mtl_lora.adapter.inject import layer_class
+from mtl_lora.errors import UserError
+from mtl_lora.export.folders import whole_folder
+from mtl_lora.export.peft_format import choose_tasks
+from mtl_lora.export.structure import base_config, check_fingerprint
+from mtl_lora.model import DTYPES, _one_sentence, fingerprint, load_model, resolve
+
+# What transformers writes for a model and its tokenizer.
+FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+)
+
+
+def export_merged(
+    checkpoint: str | Path,
+    output: str | Path,
+    task: str | None = None,
+    base_model: str | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the model that equals the adapter for ``task``, for ``AutoModelForCausalLM.from_pretrained``.
+
+    task: may be None for a method that is the same for every task. dtype: ``auto`` is the base model's own (float32
+    for one that is neither bf16 nor float32), so that the files do not depend on the machine. Raises ``UserError``
+    for a task that is not there, a quantised base, another base, a damaged checkpoint, and an ``output`` in use.
+    """
+    config = read_config(checkpoint)
+    adapter = config.adapter_config
+    if task is None and layer_class(adapter.method).needs_task_ids:
+        raise UserError(f"{adapter.method} needs a task; pass --task, one of {', '.join(adapter.tasks)}")
+    if task is not None:
+        choose_tasks(adapter.tasks, [task])
+    base_model = base_model or config.origin_config.base_model
+    if base_model is None:
+        raise UserError(f"{checkpoint} does not say its base model; pass --base_model")
+    read_weights(checkpoint, config)  # a damaged file is told before the base model is loaded
+    settings = base_config(base_model, trust_remote_code)
+    if getattr(settings, "quantization_config", None):
+        raise UserError(
+            f"the base model {base_model!r} is quantised and can not take the adapter into its weights; pass "
+            "--base_model with the model it was quantised from, or export with the peft command"
+        )
+    check_fingerprint(checkpoint, config.origin_config.base_fingerprint, fingerprint(base_model), base_model)
+    if dtype == "auto":
+        dtype = {value: name for name, value in DTYPES.items() if value}.get(settings.dtype, "fp32")
+    model = mtl_lora.load(load_model(base_model, dtype, trust_remote_code), checkpoint)
+    untie_changed_head(mtl_lora.merge(model, task))
+    with whole_folder(output, FILES, overwrite, [checkpoint, resolve(base_model)]) as folder:
+        model.save_pretrained(folder)
+        _save_tokenizer(base_model, folder, trust_remote_code)
+    return Path(output)
+
+
+def untie_changed_head(model: nn.Module) -> None:
+    """Say in the configuration that head and embedding differ, where the adapter was on one of a tied pair."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+
+
+def _save_tokenizer(base_model: str, folder: Path, trust_remote_code: bool) -> None:
+    """The base model's own, unchanged; the pad rule is for whoever needs to pad."""
+    try:
+        with _one_sentence(base_model):
+            tokenizer = AutoTokenizer.from_pretrained(resolve(base_model), trust_remote_code=trust_remote_code)
+    except UserError as error:
+        print(f"note: no tokenizer was written: {error}", file=sys.stderr)
+        return
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,107 @@
+"""The output folder of a run: whose it is, what the run was told, and from where it may go on."""
+
+import shutil
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from mtl_lora import files
+from mtl_lora.adapter import checkpoint
+from mtl_lora.errors import UserError
+from mtl_lora.tasks import TaskSet
+from mtl_lora.train.settings import TrainConfig
+from mtl_lora.train.trainer import LOG_NAME, checkpoints
+
+RUN_NAME = "run.json"
+_OWN_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME)
+# Settings that may change between a run and its continuation, for they do not touch a weight.
+_FREE = {
+    "output_dir",
+    "cache_dir",
+    "data_path",  # the data's bytes are compared instead
+    "tasks_file",  # the tasks are compared instead
+    "save_step",
+    "save_total_limit",
+    "logging_steps",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "wandb_project",
+    "tensorboard",
+    "check",
+    "local_rank",
+}
+
+
+def resume_folder(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, None for a fresh run; raises ``UserError`` if the folder is another run's."""
+    output, asked = Path(config.output_dir), config.resume_from_checkpoint or "false"
+    if asked.lower() not in ("false", "0", "no"):
+        if config.overwrite_output_dir:
+            raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
+        return _last_whole(output) if asked.lower() in ("true", "1", "yes") else _whole(Path(asked))
+    used = any((output / name).exists() for name in _OWN_FILES) or checkpoints(output)
+    if used and not config.overwrite_output_dir:
+        raise UserError(
+            f"{output} already holds a run; pass --resume_from_checkpoint True to go on with it, "
+            "--overwrite_output_dir True to delete it, or another --output_dir"
+        )
+    return None
+
+
+def _last_whole(output: Path) -> Path:
+    found = checkpoints(output)
+    if not found:
+        raise UserError(f"{output} holds no whole checkpoint; leave out --resume_from_checkpoint")
+    return found[-1]
+
+
+def _whole(folder: Path) -> Path:
+    if not (folder / "trainer_state.json").is_file():
+        raise UserError(f"{folder} holds no resume state; pass a checkpoint-N folder of the run")
+    return folder
+
+
+def claim_output(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, resume: Path | None) -> None:
+    """Make the folder this run's: clear it if told to, and write what the run is told to ``run.json``.
+
+    For a run that goes on, raises ``UserError`` naming what differs from what it began with.
+    """
+    facts = {
+        "settings": config.to_json(),
+        "tasks": tasks.to_json(),
+        "data_sha256": files.sha256(config.data_path),
+        "world_size": arguments.world_size,
+    }
+    if resume:
+        check_same_run(resume, facts)
+    output = Path(config.output_dir)
+    with arguments.main_process_first(local=False):
+        if arguments.process_index:
+            return
+        if config.overwrite_output_dir:
+            for name in _OWN_FILES:
+                (output / name).unlink(missing_ok=True)
+            for folder in checkpoints(output):
+                shutil.rmtree(folder)
+        files.write_json(output / RUN_NAME, facts)
+
+
+def check_same_run(resume: Path, facts: dict) -> None:
+    """Raise ``UserError`` if a run began with other data or settings than it is to go on with."""
+    path = resume.parent / RUN_NAME
+    if not path.is_file():
+        raise UserError(f"{resume.parent} has no {RUN_NAME}, so it can not be told whether the settings are the same")
+    earlier = files.read_json(path, "what the run was told,")
+    before, now = earlier["settings"], facts["settings"]
+    changed = [
+        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted((before.keys() | now.keys()) - _FREE)
+        if before.get(name) != now.get(name)
+    ]
+    changed += [
+        what
+        for key, what in (("data_sha256", "the data file"), ("tasks", "the tasks"), ("world_size", "the devices"))
+        if earlier[key] != facts[key]
+    ]
+    if changed:
+        raise UserError(f"{resume} can not go on: the run began with other settings ({'; '.join(changed)})")

@@ -1,0 +1,202 @@
+"""The adapters on small random models of many architectures, on their own names for linear layers."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from reference.layers import assert_near
+from reference.tiny import METHODS, TASKS, VOCABULARY, adapter_config, randomise, tiny_llama, tokens
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import mtl_lora
+from mtl_lora import route
+from mtl_lora.data.collate import IGNORED
+from mtl_lora.train import loss
+from mtl_lora.train.loss import token_losses
+
+IDS = torch.arange(len(TASKS))
+GROUPED = {"num_key_value_heads": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """name: of the transformers classes. attention: the linear layers of its attention. linear: how many a block has."""
+
+    name: str
+    attention: tuple[str, ...]
+    linear: int
+    settings: dict = dataclasses.field(default_factory=dict)
+
+    def __str__(self):
+        return self.name
+
+    def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """Two layers of width 16 with random weights, the same at every call."""
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{self.name}Config")(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.4,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+            **self.settings,
+        )
+        model_class = f"{self.name}LMHeadModel" if self.name == "GPT2" else f"{self.name}ForCausalLM"
+        return getattr(transformers, model_class)(config).to(dtype).eval()
+
+
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+ARCHITECTURES = [
+    Architecture("Llama", QKVO, 7, GROUPED),
+    Architecture("Mistral", QKVO, 7, {**GROUPED, "sliding_window": 4}),
+    Architecture("Qwen2", QKVO, 7, GROUPED),
+    Architecture("Qwen3", QKVO, 7, {**GROUPED, "head_dim": 6}),
+    Architecture("Gemma", QKVO, 7, {"num_key_value_heads": 1, "head_dim": 8}),
+    # Soft-capped logits: the model's own head must be used.
+    Architecture("Gemma2", QKVO, 7, {**GROUPED, "head_dim": 8, "final_logit_softcapping": 2.0}),
+    Architecture("Gemma3", QKVO, 7, {**GROUPED, "head_dim": 8}),
+    Architecture("Phi", ("q_proj", "k_proj", "v_proj", "dense"), 6, GROUPED),
+    Architecture("Phi3", ("qkv_proj", "o_proj"), 4, GROUPED),
+    Architecture("GPT2", ("c_attn", "attn.c_proj"), 4),
+    Architecture("GPTNeoX", ("query_key_value", "attention.dense"), 4),
+]
+
+
+def targets(architecture: Architecture, everything: bool) -> list[str] | str:
+    """The attention's names, or all linear layers."""
+    return "all-linear" if everything else list(architecture.attention)
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["attention", "all-linear"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_adapter_starts_at_the_base_and_is_trained_everywhere(architecture, method, everything):
+    model, input_ids = architecture.build(torch.float32), tokens(4)
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    expected = model(input_ids=input_ids).logits
+    mtl_lora.inject(model, adapter_config(method, target_modules=targets(architecture, everything)))
+    names = set(mtl_lora.adapter_layers(model))
+    if everything:
+        assert names == linear - {"lm_head"}
+        assert len(names) == 2 * architecture.linear
+    else:
+        assert len(names) == 2 * len(architecture.attention)
+    with route.use(IDS):
+        assert torch.equal(model(input_ids=input_ids).logits, expected)
+        randomise(model)
+        model(input_ids=input_ids).logits.square().mean().backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is not None) == weight.requires_grad, name
+        assert not weight.requires_grad or weight.grad.any(), name
+
+
+def adapted(architecture: Architecture, method: str = "mtl_lora") -> nn.Module:
+    """The model with random adapter weights on all linear layers."""
+    return randomise(mtl_lora.inject(architecture.build(), adapter_config(method, target_modules="all-linear")))
+
+
+def batch_of(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Answers of different length at the end of each row."""
+    labels = input_ids.clone()
+    for row, prompt in enumerate((3, 6, 1, 5)):
+        labels[row, :prompt] = IGNORED
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels, "task_ids": IDS}
+
+
+def losses_of_all_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Token losses from the logits of every position."""
+    with route.use(batch["task_ids"]):
+        logits = model(input_ids=batch["input_ids"]).logits.log_softmax(dim=-1)
+    return torch.stack(
+        [
+            -logits[row, position - 1, batch["labels"][row, position]]
+            for row in range(4)
+            for position in range(1, 7)
+            if batch["labels"][row, position] != IGNORED
+        ]
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_answer_only_logits_are_those_of_the_whole_row(architecture):
+    model, batch = adapted(architecture), batch_of(tokens(4))
+    assert loss.keeps_logits(type(model))
+    losses, task_ids = token_losses(model, batch)
+    assert_near(losses, losses_of_all_logits(model, batch), 1e-10, "losses")
+    assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
+
+
+class WholeRows(transformers.LlamaForCausalLM):
+    """A model whose forward knows no ``logits_to_keep``."""
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, **options):
+        assert not options
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+class Wrapper(nn.Module):
+    """Hands everything on, as DDP and DeepSpeed do."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments, **options):
+        return self.module(*arguments, **options)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
+def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, capsys):
+    loss.keeps_logits.cache_clear()
+    model = randomise(mtl_lora.inject(tiny_llama(), adapter_config()))
+    batch = batch_of(tokens(4))
+    expected, _ = token_losses(wrap(model), batch)
+    assert capsys.readouterr().err == ""
+    model.__class__ = WholeRows
+    for _ in range(2):
+        losses, task_ids = token_losses(wrap(model), batch)
+        assert_near(losses, expected, 1e-12, "losses")
+    assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
+    message = "WholeRows takes no logits_to_keep: the vocabulary is projected at every position, "
+    assert capsys.readouterr().err == f"{message}which takes more time and memory\n"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_saved_adapter_loads_on_the_same_base(architecture, tmp_path):
+    model, input_ids = adapted(architecture), tokens(4)
+    mtl_lora.save(model, tmp_path)
+    loaded = mtl_lora.load(architecture.build(), tmp_path)
+    with route.use(IDS):
+        assert torch.equal(loaded(input_ids=input_ids).logits, model(input_ids=input_ids).logits)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_mixed_batch_generates_what_each_row_does_alone(architecture):
+    model, input_ids = adapted(architecture), tokens(4)
+
+    def generate(rows):
+        prompt = input_ids[rows]
+        with route.use(IDS[rows]):
+            sequences = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
+            )
+        return sequences.tolist()
+
+    assert generate(slice(0, 4)) == [generate(slice(row, row + 1))[0] for row in range(4)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_merged_model_equals_the_routed_one(architecture):
+    model, input_ids = adapted(architecture), tokens(4)
+    with route.use(torch.full((4,), 2)):
+        expected = model(input_ids=input_ids).logits
+    merged = mtl_lora.merge(model, TASKS[2])
+    assert merged.state_dict().keys() == architecture.build().state_dict().keys()
+    assert_near(merged(input_ids=input_ids).logits, expected, 1e-10, "logits")
