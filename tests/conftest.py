@@ -1,14 +1,12 @@
 """What many tests share: a tiny base model on disk, a few real records, and runs in this process."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
+from shared import quickstart_records
 
-PROJECT = Path(__file__).parent.parent
 EOS = "<end>"
-QUICKSTART = PROJECT / "data" / "quickstart"
 
 
 @pytest.fixture(scope="session")
@@ -42,18 +40,6 @@ def tiny_base(tmp_path_factory) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
-
-
-def free_port() -> str:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def quickstart_records() -> list[dict]:
-    """The embedded training records."""
-    return json.loads((QUICKSTART / "train.json").read_text())
 
 
 @pytest.fixture(scope="session")

@@ -283,11 +283,7 @@ BAD_SETTINGS = {
     "cutoff": ({"cutoff_len": 0}, "cutoff_len must be at least 1"),
     "cutoff below the template": ({"cutoff_len": 20}, "cutoff_len 20 leaves no room for an instruction"),
     "template": ({"template": "alpacca"}, "unknown prompt template 'alpacca' (did you mean 'alpaca'?)"),
-    "dtype": pytest.param(
-        {"dtype": "fp8"},
-        "dtype must be one of auto, bf16, fp32, fp64, not 'fp8'",
-        marks=pytest.mark.xfail(strict=True, reason="the dtype is read after the output folder was claimed"),
-    ),
+    "dtype": ({"dtype": "fp8"}, "dtype must be one of auto, bf16, fp32, fp64, not 'fp8'"),
     "held-out rows": ({"val_set_size": 96}, "val_set_size must be below the number of rows, 96, not 96"),
     "tasks file": ({"tasks_file": "nowhere.json"}, "the tasks file nowhere.json can not be read"),
     "data file": ({"data_path": "nowhere.json"}, "the data file nowhere.json does not exist"),

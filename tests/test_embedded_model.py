@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import QUICKSTART
+from shared import QUICKSTART
 
 import mtl_lora
 from mtl_lora import smollm2

@@ -29,7 +29,7 @@ from llm_adapters import (
 )
 
 from mtl_lora.download import fetch, git_blob_sha1
-from mtl_lora.errors import UserError, one_sentence
+from mtl_lora.errors import OneSentenceParser, UserError, one_sentence
 from mtl_lora.files import atomic_path
 from mtl_lora.tasks import Task
 
@@ -138,12 +138,9 @@ def table(sources: list[SourceFile], records: list[dict]) -> str:
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     """The command line as a namespace; raises ``UserError`` for what is no flag."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message}; see --help")
-
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneSentenceParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def add(flag: str, text: str, **options) -> None:
         parser.add_argument(*dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}")), help=text, **options)

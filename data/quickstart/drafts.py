@@ -190,19 +190,18 @@ def true_or_false(truth: bool) -> tuple[str, tuple[str, ...]]:
 
 
 def hard_drafts(task: str, split: str) -> list[Draft]:
-    """The records that need a fact: in training each fact is used twice, in the test sets once."""
+    """The records that need a fact, one for each fact."""
     drafts = []
     for relation in (relation for relation in relations() if relation["task"] == task):
         rng = generator_for(task, split, "hard", relation["relation"])
         if task == "boolq":
             drafts += judged(relation, split, rng)
-            continue
-        for use in range(2 if split == "train" else 1):
-            drafts += chosen(relation, split, use, rng)
+        else:
+            drafts += chosen(relation, split, rng)
     return drafts
 
 
-def chosen(relation: dict, split: str, use: int, rng: random.Random) -> list[Draft]:
+def chosen(relation: dict, split: str, rng: random.Random) -> list[Draft]:
     """One record for each fact of a relation, with wrong options that are the right ones of other facts."""
     facts, templates = relation[split], relation["stems"]
     rights = [right for _, right, _ in facts]
@@ -211,17 +210,17 @@ def chosen(relation: dict, split: str, use: int, rng: random.Random) -> list[Dra
     wrongs = deal(rights, refused, CHOICES[relation["task"]] - 1, rng)
     drafts = []
     for index, ((subject, right, _), wrong) in enumerate(zip(facts, wrongs, strict=True)):
-        stem = templates[(index + use) % len(templates)].replace("{subject}", subject)
+        stem = templates[index % len(templates)].replace("{subject}", subject)
         first, *others = (relation["option"].format(object=word) for word in (right, *wrong))
         drafts.append(Draft(relation["task"], "hard", (subject, right), fill(stem, {}, rng), first, tuple(others)))
     return drafts
 
 
 def judged(relation: dict, split: str, rng: random.Random) -> list[Draft]:
-    """boolq: training asks each fact once truly and once falsely; a test asks the first half of the facts truly."""
+    """boolq: the first half of the facts is asked truly, the second falsely."""
     facts = relation[split]
     half = len(facts) // 2
-    asked = [(facts, True), (facts, False)] if split == "train" else [(facts[:half], True), (facts[half:], False)]
+    asked = [(facts[:half], True), (facts[half:], False)]
     values = {right for _, right, _ in facts}
     drafts = []
     for part, truth in asked:

@@ -16,6 +16,7 @@ METHODS = {
     "moelora": "mtl_lora.adapter.moelora:MoeLoraLayer",
     "mtl_lora": "mtl_lora.adapter.mtl_lora:MtlLoraLayer",
 }
+DTYPES = ("auto", "bf16", "fp32", "fp64")
 LAMBDA_SHAPES = ("full", "diagonal")
 METHOD_ALIASES = {"mlora": "mtl_lora"}
 

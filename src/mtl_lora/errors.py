@@ -1,5 +1,6 @@
 """The one exception for a user's mistake, and how a command line turns it into a sentence and exit code 2."""
 
+import argparse
 import contextlib
 import os
 import sys
@@ -27,3 +28,11 @@ def one_sentence():
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """Complains of its flags as everything else does: one sentence, exit code 2, no usage text."""
+
+    def error(self, message: str):
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_CODE)

@@ -38,6 +38,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: str | Path) -> None:
+    """Raise ``UserError`` if files can not be written to ``folder``, which need not exist; makes nothing."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{folder} can not be written (Not a directory); choose a writable folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} can not be written (Permission denied); choose a writable folder")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically (UTF-8, newlines as they are)."""
     with atomic_path(path) as temporary:

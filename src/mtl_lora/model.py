@@ -3,28 +3,33 @@
 import contextlib
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
+from mtl_lora.config import DTYPES
 from mtl_lora.errors import UserError
 from mtl_lora.smollm2 import NAME as SMOLLM2
 from mtl_lora.smollm2 import smollm2_folder
 
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
 _SAMPLE_BYTES = 4096
+_WAY_OUT = (
+    "pass the folder of a causal language model with safetensors weights, a name on the Hugging Face hub, "
+    f"or {SMOLLM2!r}"
+)
 
 
 def device_for_this_process() -> torch.device:
     """The accelerator of this process (its local rank's), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    import os
-
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -32,8 +37,8 @@ def choose_dtype(name: str) -> torch.dtype:
     """The dtype of a ``--dtype`` value; ``auto`` is bf16 where the hardware multiplies it natively, else float32."""
     if name not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
-    if name != "auto":
-        return DTYPES[name]
+    if name in _DTYPES:
+        return _DTYPES[name]
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -52,15 +57,23 @@ def load_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) 
 
     Raises ``UserError`` with one sentence for a model that is missing, gated, or not a causal LM.
     """
-    with _one_sentence(name):
-        return AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=choose_dtype(dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+    with one_sentence_for(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            resolve(name),
+            dtype=choose_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+    # transformers draws what is missing at random; a base model with random weights is none.
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"the model {name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {_WAY_OUT}")
+    return model
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, with a pad token by the pad rule."""
-    with _one_sentence(name):
+    with one_sentence_for(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
     return with_pad_token(tokenizer)
 
@@ -78,7 +91,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str):
+def one_sentence_for(name: str):
     """Turn what transformers and the hub raise for a model that can not be had into one sentence."""
     from huggingface_hub.errors import GatedRepoError
 
@@ -88,7 +101,7 @@ def _one_sentence(name: str):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         causes, cause = [], error
         while cause is not None and cause not in causes:
             causes.append(cause)
@@ -99,10 +112,7 @@ def _one_sentence(name: str):
                 "or pass a folder that holds it"
             ) from None
         first = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"the model {name!r} can not be loaded ({first}); pass the folder of a causal language model with "
-            f"safetensors weights, a name on the Hugging Face hub, or {SMOLLM2!r}"
-        ) from None
+        raise UserError(f"the model {name!r} can not be loaded ({first}); {_WAY_OUT}") from None
     finally:
         logging.set_verbosity(verbosity)
 
@@ -115,7 +125,7 @@ def fingerprint(name: str) -> str:
     """
     entries = {}
     for path in weight_files(resolve(name)):
-        with path.open("rb") as opened:
+        with one_sentence_for(name), path.open("rb") as opened:
             (header_size,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(header_size))
             header.pop("__metadata__", None)
@@ -131,7 +141,8 @@ def fingerprint(name: str) -> str:
 
 def weight_files(name: str) -> list[Path]:
     """The safetensors files of a model by folder or hub name; raises ``UserError`` if it has none."""
-    index = _file_of(name, INDEX_NAME)
+    with one_sentence_for(name):
+        index = _file_of(name, INDEX_NAME)
     if index:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         found = [_file_of(name, part) for part in names]

@@ -448,7 +448,10 @@ def test_targets_are_whole_names_or_endings():
         ({"tasks": "tides"}, "tasks must be a list of strings, not 'tides'"),
         ({"tasks": [0, 1]}, "tasks must be a list of strings"),
         ({"lambda_shape": "lower"}, "lambda_shape must be one of full, diagonal, not 'lower'"),
-        ({"method": "moelora", "num_experts": 8}, "rank must be a multiple of the 8 experts (num_experts) for moelora, not"),
+        (
+            {"method": "moelora", "num_experts": 8},
+            "rank must be a multiple of the 8 experts (num_experts) for moelora, not",
+        ),
         ({"method": "moelora", "tasks": []}, "tasks must be the task names in id order, at least one, for moelora"),
         ({"num_experts": 0}, "num_experts must be at least 1, not 0"),
         ({"task_embedding_dim": 0}, "task_embedding_dim must be at least 1, not 0"),

@@ -22,12 +22,16 @@ GROUPED = {"num_key_value_heads": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """name: of the transformers classes. attention: the linear layers of its attention. linear: how many a block has."""
+    """name: of the transformers classes. attention: the linear layers of its attention. linear: how many a block has.
+
+    config: the configuration's class, where its name does not follow from the model's.
+    """
 
     name: str
     attention: tuple[str, ...]
     linear: int
     settings: dict = dataclasses.field(default_factory=dict)
+    config: str = ""
 
     def __str__(self):
         return self.name
@@ -35,7 +39,7 @@ class Architecture:
     def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """Two layers of width 16 with random weights, the same at every call."""
         torch.manual_seed(0)
-        config = getattr(transformers, f"{self.name}Config")(
+        config = getattr(transformers, self.config or f"{self.name}Config")(
             vocab_size=VOCABULARY,
             hidden_size=16,
             intermediate_size=24,
@@ -61,7 +65,7 @@ ARCHITECTURES = [
     Architecture("Gemma", QKVO, 7, {"num_key_value_heads": 1, "head_dim": 8}),
     # Soft-capped logits: the model's own head must be used.
     Architecture("Gemma2", QKVO, 7, {**GROUPED, "head_dim": 8, "final_logit_softcapping": 2.0}),
-    Architecture("Gemma3", QKVO, 7, {**GROUPED, "head_dim": 8}),
+    Architecture("Gemma3", QKVO, 7, {**GROUPED, "head_dim": 8}, config="Gemma3TextConfig"),
     Architecture("Phi", ("q_proj", "k_proj", "v_proj", "dense"), 6, GROUPED),
     Architecture("Phi3", ("qkv_proj", "o_proj"), 4, GROUPED),
     Architecture("GPT2", ("c_attn", "attn.c_proj"), 4),

@@ -9,6 +9,7 @@ from torch import nn
 
 import mtl_lora
 from mtl_lora import route
+from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.inject import layer_class
 
 
@@ -172,7 +173,7 @@ def test_start_follows_the_seed(method):
         torch.manual_seed(seed)
         layers = mtl_lora.adapter_layers(mtl_lora.inject(base, adapter_config(method)))
         weights = [weight.clone() for layer in layers.values() for weight in layer.adapter_parameters().values()]
-        mtl_lora.adapter.checkpoint.remove(base)
+        checkpoint.remove(base)
         return weights
 
     base = tiny_llama()

@@ -33,7 +33,7 @@ def whole(handler):
 
 def ranged(handler):
     """A server that honours Range, as GitHub does."""
-    start = int((handler.headers["Range"] or "bytes=0-")[len("bytes="):-1])
+    start = int((handler.headers["Range"] or "bytes=0-")[len("bytes=") : -1])
     if start >= len(BODY):
         answer(handler, 416, b"", Content_Range=f"bytes */{len(BODY)}")
     elif start:

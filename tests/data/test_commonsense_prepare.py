@@ -66,8 +66,13 @@ def world(tmp_path):
     known = {"path": "merged.json", "records": len(merged), "git_blob_sha1": blob(content)}
     dump(tmp_path / "manifest.json", {"repository": "a/b", "commit": "c", "merged": known, "tasks": tasks})
     return SimpleNamespace(
-        folder=tmp_path, source=source, merged=tmp_path / "merged.json", records=merged,
-        manifest=tmp_path / "manifest.json", output=tmp_path / "out" / "train.json", tests=tmp_path / "out" / "test",
+        folder=tmp_path,
+        source=source,
+        merged=tmp_path / "merged.json",
+        records=merged,
+        manifest=tmp_path / "manifest.json",
+        output=tmp_path / "out" / "train.json",
+        tests=tmp_path / "out" / "test",
     )
 
 
@@ -393,7 +398,9 @@ def mirror(world, monkeypatch):
     thread.start()
     downloads = world.folder / "downloads"
     yield SimpleNamespace(
-        asked=asked, downloads=downloads, dataset=world.folder / "served" / "dataset",
+        asked=asked,
+        downloads=downloads,
+        dataset=world.folder / "served" / "dataset",
         flags=("--base_url", f"http://127.0.0.1:{server.server_port}/", "--download_dir", downloads),
     )
     server.shutdown()

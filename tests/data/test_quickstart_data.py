@@ -16,7 +16,7 @@ from mtl_lora.tasks import COMMONSENSE
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "quickstart"
 KINDS = ("easy", "hard")
 STANDARD_ERRORS = 3  # how far from chance a heuristic may be by luck
-COUNTS = {("train", "easy"): 204, ("train", "hard"): 60, ("test", "easy"): 30, ("test", "hard"): 30}
+COUNTS = {("train", "easy"): 210, ("train", "hard"): 30, ("test", "easy"): 30, ("test", "hard"): 30}
 ARTICLES = {"a", "an", "the"}
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, QUICKSTART, free_port
 from safetensors.torch import load_file, save_file
+from shared import PROJECT, QUICKSTART, free_port
 
 from mtl_lora import files
 from mtl_lora.errors import UserError

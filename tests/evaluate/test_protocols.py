@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import QUICKSTART
+from shared import QUICKSTART
 
 from mtl_lora import route
 from mtl_lora.evaluate.generate import generate_answers

@@ -24,7 +24,7 @@ def bases(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def checkpoints(bases, tmp_path_factory):
-    """A checkpoint of a method on an architecture: ``checkpoints("llama", "dora")`` returns its folder, not to change."""
+    """A checkpoint of a method on an architecture: ``checkpoints("llama", "dora")`` returns its folder, to read."""
     made: dict[tuple[str, str], Path] = {}
 
     def get(kind: str, label: str) -> Path:

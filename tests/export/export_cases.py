@@ -50,7 +50,7 @@ def save_adapter(base: str, folder: Path, label: str, **changes) -> Path:
     """Write a checkpoint with random weights of a method on ``base``; returns its folder."""
     model = load_base(base)
     changes = {"target_modules": TARGETS[model.config.model_type], **changes}
-    randomise(mtl_lora.inject(model, adapter_config(label, **changes)))
+    randomise(mtl_lora.inject(model, adapter_config(label, **changes)), spread=0.3)
     mtl_lora.save(model, folder, Origin(base, fingerprint(base), "alpaca"))
     return folder
 

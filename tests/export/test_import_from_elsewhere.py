@@ -67,7 +67,7 @@ def test_import_equals_the_peft_lora_for_every_task(bases, tmp_path, kind, metho
     adapter = read_config(imported).adapter_config
     assert (adapter.rank, adapter.alpha, adapter.tasks) == (3, options.get("lora_alpha", 6), TASKS)
     assert adapter.dropout == options.get("lora_dropout", 0.0)
-    assert adapter.target_modules == TARGETS[kind]
+    assert sorted(adapter.target_modules) == sorted(TARGETS[kind])
 
 
 def test_imported_checkpoint_says_where_it_comes_from(bases, command, peft_folder, tmp_path):
@@ -133,7 +133,7 @@ def test_base_that_can_not_be_had_is_noted(peft_folder, tmp_path, command, edit_
         ({"rank_pattern": {"q_proj": 2}}, "sets rank_pattern to {'q_proj': 2}"),
         ({"alpha_pattern": {"q_proj": 2}}, "sets alpha_pattern to {'q_proj': 2}"),
         ({"trainable_token_indices": [1]}, "sets trainable_token_indices to [1]"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A, which is no part of a plain LoRA"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "which is no part of a plain LoRA on linear layers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -148,14 +148,16 @@ def test_peft_adapter_that_is_no_plain_lora_is_refused(refused, bases, tmp_path,
         ({"peft_type": "IA3"}, "describes no LoRA: its peft_type must be LORA"),
         ({"init_lora_weights": "pissa"}, "sets init_lora_weights to 'pissa'"),
         ({"some_future_option": {"on": 1}}, "sets some_future_option to {'on': 1}"),
-        ({"r": 4}, "lora_A.weight has shape (3, 16), where (4, k) was expected"),
+        ({"r": 4}, "where (4, k) was expected"),
         ({"r": "3"}, "must set r to a number, not '3'"),
         ({"lora_alpha": None}, "must set lora_alpha to a number, not None"),
         ({"base_model_name_or_path": None}, "does not say its base model; pass --base_model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_peft_configuration_that_can_not_be_held_is_refused(refused, peft_folder, tmp_path, edit_json, changes, message):
+def test_peft_configuration_that_can_not_be_held_is_refused(
+    refused, peft_folder, tmp_path, edit_json, changes, message
+):
     edit_json(peft_folder / "adapter_config.json", **changes)
     assert message in refused("import-peft", peft=peft_folder, output=tmp_path / "ours")
 
@@ -256,7 +258,7 @@ def test_imported_layer_computes_what_the_original_computed(command, tmp_path, l
     model = nn.Sequential()
     model.add_module("layer", nn.Linear(12, 10, bias=False).double())
     model.layer.weight.data.copy_(shared["W"])
-    mtl_lora.load(model, tmp_path / "ours")
+    mtl_lora.load(model, tmp_path / "ours").eval()
     with route.use(shared["task_ids"]), torch.no_grad():
         y = model(shared["x"])
     # The checkpoint is float32, and the original takes the softmax in it.
@@ -264,17 +266,17 @@ def test_imported_layer_computes_what_the_original_computed(command, tmp_path, l
     assert (shared["x"] @ shared["W"].T - weights["y"]).abs().max() > 0.1
 
 
-def as_original(state: dict[str, torch.Tensor], num_B: int, prefix: str = "") -> dict[str, torch.Tensor]:
+def as_original(state: dict[str, torch.Tensor], num_B: int) -> dict[str, torch.Tensor]:
     """Weights of this library as the original saves them."""
+    renamed = {"lora_lambda": "lora_lambdas", "lora_w": "lora_B_w"}
     saved = {}
     for key, tensor in state.items():
         name, _, weight = key.rpartition(".")
         if weight == "lora_A":
-            saved[f"{prefix}{name}.lora_A"] = tensor[None]
+            tensor = tensor[None]
         elif weight == "lora_B":
-            saved[f"{prefix}{name}.lora_B"] = torch.stack(tensor.chunk(num_B, dim=1))
-        else:
-            saved[f"{prefix}{name}.{ {'lora_lambda': 'lora_lambdas', 'lora_w': 'lora_B_w'}[weight] }"] = tensor
+            tensor = torch.stack(tensor.chunk(num_B, dim=1))
+        saved[f"{name}.{renamed.get(weight, weight)}"] = tensor
     return saved
 
 
@@ -302,9 +304,8 @@ def test_original_checkpoint_is_imported_weight_by_weight(bases, original, comma
     model = mtl_lora.load(load_base(bases["llama"]), tmp_path / "ours")
     for name, tensor in adapter_state(model).items():
         assert torch.equal(tensor, state[name].to(dtype).float()), name
-    assert model.mtl_lora_config == adapter_config(
-        "mtl_lora", tasks=COMMONSENSE.names, dropout=0.05, target_modules=TARGETS["llama"]
-    )
+    expected = adapter_config("mtl_lora", tasks=COMMONSENSE.names, dropout=0.05, target_modules=TARGETS["llama"])
+    assert model.mtl_lora_config == expected
     origin = model.mtl_lora_origin
     assert (origin.prompt_template, origin.base_fingerprint) == ("original", fingerprint(bases["llama"]))
     assert TaskSet.from_json(origin.task_set) == COMMONSENSE

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from export_cases import TARGETS, TOLERANCE, load_base, logits, merged_difference, relative_difference, save_adapter
-from reference.tiny import METHODS, TASKS
+from reference.tiny import METHODS, TASKS, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtl_lora
@@ -101,8 +101,6 @@ def test_quantised_base_is_refused(refused, bases, tmp_path, edit_json):
 
 def test_another_base_is_refused(refused, checkpoint, tmp_path):
     other = tmp_path / "other"
-    from reference.tiny import tiny_llama
-
     tiny_llama(torch.float32, seed=5).save_pretrained(other)
     sentence = refused("merge", checkpoint=checkpoint, output=tmp_path / "merged", task="maps", base_model=other)
     assert "was trained on another base model than" in sentence

@@ -1,4 +1,4 @@
-"""An exported folder is a plain PEFT LoRA that computes what the routed model computes, with a card that says what it is."""
+"""An exported folder is a plain PEFT LoRA that computes what the routed model computes; its card says what it is."""
 
 import json
 import shutil
@@ -20,13 +20,15 @@ from export_cases import (
 )
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from reference.tiny import METHODS, TASKS
+from reference.tiny import METHODS, TASKS, adapted_llama
 from safetensors.torch import load_file
 
 import mtl_lora
 from mtl_lora import Origin
 from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
+from mtl_lora.export.__main__ import main
 from mtl_lora.export.peft_format import export_peft
+from mtl_lora.model import load_model, load_tokenizer
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
@@ -153,8 +155,6 @@ def test_base_that_can_not_be_had_is_noted_and_the_checkpoint_is_enough(bases, t
 
 
 def test_float64_adapter_is_exported(bases, tmp_path):
-    from reference.tiny import adapted_llama
-
     mtl_lora.save(adapted_llama("mtl_lora", torch.float64), tmp_path / "checkpoint", Origin(bases["llama"]))
     (folder,) = export_peft(tmp_path / "checkpoint", tmp_path / "peft", ["maps"])
     assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float64}
@@ -188,7 +188,13 @@ def test_card_tells_score_recipe_prompt_and_use(checkpoint, tmp_path):
     maps, birds = export_peft(checkpoint, tmp_path / "peft", ["maps", "birds"])
     assert "Accuracy on maps: 62.5 % ± 6.2 of 60 questions, protocol `score`." in card(maps)
     assert "Accuracy on birds: not measured." in card(birds)
-    for row in ("method | mtl_lora", "rank | 3", "alpha | 6", "temperature | 0.5", "tasks | tides, maps, birds, rivers"):
+    for row in (
+        "method | mtl_lora",
+        "rank | 3",
+        "alpha | 6",
+        "temperature | 0.5",
+        "tasks | tides, maps, birds, rivers",
+    ):
         assert f"| {row} |" in card(maps)
     assert "arxiv.org/abs/2410.09437" in card(maps)
     assert repr("### Instruction:\n{instruction}\n\n### Response:\n")[1:-1] in card(maps)
@@ -221,7 +227,6 @@ def test_command_writes_one_folder_a_task_and_names_them(command, bases, checkpo
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"peft"}
     for folder in (tmp_path / "new" / "peft").iterdir():
         assert {path.name for path in folder.iterdir()} == FILES
-        assert folder.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o777 | 0o55
 
 
 def test_command_takes_a_choice_of_tasks_and_another_name_for_the_base(command, bases, checkpoints, tmp_path):
@@ -317,12 +322,19 @@ def test_named_results_of_other_weights_are_refused(refused, checkpoint, tmp_pat
     assert "results.json is not of this checkpoint's weights; evaluate" in sentence
 
 
-@pytest.mark.parametrize("flags, message", [({"taks": "maps"}, "--taks"), ({"output": "x"}, "--checkpoint")], ids=str)
-def test_wrong_flags_are_one_sentence(capsys, flags, message):
-    from mtl_lora.export.__main__ import main
-
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["peft", "--output", "x"], "--checkpoint"),
+        (["peft", "--output", "x", "--checkpoint", "y", "--taks", "maps"], "--taks"),
+        (["pfet"], "invalid choice: 'pfet'"),
+        ([], "COMMAND"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_one_sentence(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        main(["peft", "--output", "x", *(part for name, value in flags.items() for part in (f"--{name}", value))])
+        main(arguments)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -345,8 +357,6 @@ def test_lm_evaluation_harness_loads_an_exported_folder(bases, trained, tmp_path
         model = HFLM(pretrained=base, device="cpu", dtype="float32", batch_size=2, **options)
         requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
         return [score for score, _ in model.loglikelihood(requests)]
-
-    from mtl_lora.model import load_model, load_tokenizer
 
     model, tokenizer = mtl_lora.load(load_model(base, "fp32"), trained).eval(), load_tokenizer(base)
     expected = []

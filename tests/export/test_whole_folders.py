@@ -1,6 +1,7 @@
 """An output folder is there whole or not at all, and what this command did not write is never deleted."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,7 @@ def test_folder_appears_at_the_end_and_nothing_stays_beside_it(tmp_path):
         assert not (tmp_path / "new" / "out").exists()
     assert contents(tmp_path) == {"new/out/a.json": "text"}
     assert os.listdir(tmp_path / "new") == ["out"]
+    assert (tmp_path / "new" / "out").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_empty_folder_is_filled(tmp_path):
@@ -54,8 +56,6 @@ def test_failure_leaves_what_was_there(tmp_path, failure, earlier):
 
 def test_failure_at_the_last_moment_brings_the_old_folder_back(tmp_path, monkeypatch):
     write(tmp_path / "out", "old")
-    from pathlib import Path
-
     replace = Path.replace
 
     def fail(self, target):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
 from safetensors.torch import load_file
+from shared import PROJECT
 
 from mtl_lora.train.trainer import checkpoints
 

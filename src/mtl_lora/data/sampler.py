@@ -13,7 +13,7 @@ from mtl_lora.errors import UserError
 
 # Rows are sorted by length within pools of so many batches: enough to leave almost no padding, few enough that a
 # batch differs from epoch to epoch.
-_BATCHES_PER_POOL = 128
+LENGTH_POOL = 128
 # From so many batches the next one is chosen; more did not keep the shares any better.
 _CANDIDATES = 512
 # Over any WINDOW steps each task shall stay within two points of its share; the choice aims a little lower.
@@ -21,16 +21,19 @@ WINDOW = 50
 _AIM = 0.015
 
 
-def plan_epoch(lengths: np.ndarray, task_ids: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def plan_epoch(
+    lengths: np.ndarray, task_ids: np.ndarray, batch_size: int, seed: int, epoch: int, length_pool: int = LENGTH_POOL
+) -> list[np.ndarray]:
     """Row indices of each global batch of an epoch: every row once, the last batch perhaps smaller.
 
-    lengths (tokens) and task_ids: (rows,). batch_size: rows of an optimiser step over all processes.
+    lengths (tokens) and task_ids: (rows,). batch_size: rows of an optimiser step over all processes. length_pool:
+    batches sorted by length together; with 1, every batch holds each task's share of rows.
     """
     generator = np.random.default_rng([seed, epoch])
     order = _stratified_order(task_ids, generator)
     whole = len(order) - len(order) % batch_size
     order, rest = order[:whole], order[whole:]
-    pool = batch_size * _BATCHES_PER_POOL
+    pool = batch_size * length_pool
     batches = []
     for start in range(0, whole, pool):
         rows = order[start : start + pool]
@@ -101,10 +104,11 @@ class LengthBatchSampler(Sampler[list[int]]):
         accumulation: int = 1,
         world_size: int = 1,
         rank: int = 0,
+        length_pool: int = LENGTH_POOL,
     ):
         self.lengths, self.task_ids, self.seed = np.asarray(lengths), np.asarray(task_ids), seed
         self.batch_size, self.accumulation, self.world_size, self.rank = batch_size, accumulation, world_size, rank
-        self.epoch = 0
+        self.length_pool, self.epoch = length_pool, 0
         if not self.steps_per_epoch:
             raise UserError(
                 f"{len(self.lengths)} training rows are too few for a step of {accumulation} x {world_size} "
@@ -131,7 +135,7 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         parts = self.accumulation * self.world_size
-        plan = plan_epoch(self.lengths, self.task_ids, self.global_batch_size, self.seed, self.epoch)
+        plan = plan_epoch(self.lengths, self.task_ids, self.global_batch_size, self.seed, self.epoch, self.length_pool)
         for rows in plan[: self.steps_per_epoch]:
             micro_batches = np.array_split(rows, parts)
             for index in range(self.rank, parts, self.world_size):

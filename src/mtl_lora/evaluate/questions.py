@@ -55,7 +55,11 @@ def load_questions(
         examples = load_examples(path, tasks, task.name, closed=True)
         examples = examples[:limit] if limit else examples
         hashes[task.name] = files.sha256(path)
-        for example, encoded in zip(examples, encoder.encode(examples, with_answers=False), strict=True):
+        try:
+            prompts = encoder.encode(examples, with_answers=False)
+        except UserError as error:
+            raise UserError(f"{path}, {error}") from None
+        for example, encoded in zip(examples, prompts, strict=True):
             digest = hashlib.sha256(str(encoded.prompt_ids).encode()).hexdigest()
             questions.append(Question(task, example, encoded.prompt_ids, digest))
     return questions, hashes

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mtl_lora.config import Config, flag
+from mtl_lora.config import DTYPES, Config, flag
 from mtl_lora.errors import UserError
 
 ABOUT = """Score a checkpoint, or a base model alone, on the test sets of its tasks."""
@@ -39,6 +39,7 @@ class EvalConfig(Config):
         if not self.checkpoint and not self.base_model:
             raise UserError("pass --checkpoint DIR, or --base_model NAME to score a base model alone")
         self.require("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
+        self.require("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
         for name in ("batch_size", "max_new_tokens", "num_beams"):
             self.require(name, "at least 1", getattr(self, name) >= 1)
         self.require("limit", "at least 0", self.limit >= 0)

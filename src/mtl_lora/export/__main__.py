@@ -1,18 +1,9 @@
 """The command line of exports and imports: ``python -m mtl_lora.export peft|merge|import-peft|import-original ...``."""
 
 import argparse
-import sys
 
-from mtl_lora.errors import EXIT_CODE, one_sentence
+from mtl_lora.errors import OneSentenceParser, one_sentence
 from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Complains of its flags as everything else does: one sentence, exit code 2, no usage text."""
-
-    def error(self, message: str):
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(EXIT_CODE)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -13,12 +13,22 @@ from mtl_lora.errors import UserError
 from mtl_lora.export.folders import whole_folder
 from mtl_lora.export.peft_format import choose_tasks
 from mtl_lora.export.structure import base_config, check_fingerprint
-from mtl_lora.model import DTYPES, _one_sentence, fingerprint, load_model, resolve
+from mtl_lora.model import DTYPES, _file_of, _one_sentence, fingerprint, load_model, resolve
 
 # What transformers writes for a model and its tokenizer.
 FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+)
+
+# Any of them is a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
 )
 
 
@@ -73,10 +83,10 @@ def untie_changed_head(model: nn.Module) -> None:
 
 def _save_tokenizer(base_model: str, folder: Path, trust_remote_code: bool) -> None:
     """The base model's own, unchanged; the pad rule is for whoever needs to pad."""
-    try:
-        with _one_sentence(base_model):
-            tokenizer = AutoTokenizer.from_pretrained(resolve(base_model), trust_remote_code=trust_remote_code)
-    except UserError as error:
-        print(f"note: no tokenizer was written: {error}", file=sys.stderr)
+    # Without its files transformers makes an empty tokenizer up for some architectures.
+    if not any(_file_of(resolve(base_model), name) for name in TOKENIZER_FILES):
+        print(f"note: no tokenizer was written, for the base model {base_model!r} has none", file=sys.stderr)
         return
+    with _one_sentence(base_model):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(base_model), trust_remote_code=trust_remote_code)
     tokenizer.save_pretrained(folder)

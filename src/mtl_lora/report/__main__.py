@@ -4,21 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from mtl_lora.errors import EXIT_CODE, UserError, one_sentence
+from mtl_lora.errors import OneSentenceParser, UserError, one_sentence
 from mtl_lora.files import write_text
 from mtl_lora.report.render import RENDERERS
 from mtl_lora.report.results import FILE_NAME, read_results
 from mtl_lora.report.table import build_table
 
 SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".csv": "csv", ".tex": "latex"}
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Complains of its flags as everything else does: one sentence, exit code 2, no usage text."""
-
-    def error(self, message: str):
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(EXIT_CODE)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -35,6 +35,7 @@ _FREE = {
 def resume_folder(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from, None for a fresh run; raises ``UserError`` if the folder is another run's."""
     output, asked = Path(config.output_dir), config.resume_from_checkpoint or "false"
+    files.require_writable(output)
     if asked.lower() not in ("false", "0", "no"):
         if config.overwrite_output_dir:
             raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
@@ -61,19 +62,18 @@ def _whole(folder: Path) -> Path:
     return folder
 
 
-def claim_output(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, resume: Path | None) -> None:
-    """Make the folder this run's: clear it if told to, and write what the run is told to ``run.json``.
-
-    For a run that goes on, raises ``UserError`` naming what differs from what it began with.
-    """
-    facts = {
+def run_facts(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> dict:
+    """What a run is told, as ``run.json`` keeps it."""
+    return {
         "settings": config.to_json(),
         "tasks": tasks.to_json(),
         "data_sha256": files.sha256(config.data_path),
         "world_size": arguments.world_size,
     }
-    if resume:
-        check_same_run(resume, facts)
+
+
+def claim_output(config: TrainConfig, arguments: TrainingArguments, facts: dict) -> None:
+    """Make the folder this run's: clear it if told to, and write what the run is told to ``run.json``."""
     output = Path(config.output_dir)
     with arguments.main_process_first(local=False):
         if arguments.process_index:

@@ -18,14 +18,14 @@ from mtl_lora.adapter import checkpoint, routing
 from mtl_lora.adapter.inject import find_targets
 from mtl_lora.config import AdapterConfig
 from mtl_lora.data.collate import Collator
-from mtl_lora.data.dataset import shortened_note, training_rows
+from mtl_lora.data.dataset import row_columns, shortened_note, training_rows
+from mtl_lora.data.sampler import LengthBatchSampler
 from mtl_lora.errors import UserError
-from mtl_lora.model import fingerprint, load_model, load_tokenizer, resolve
+from mtl_lora.model import fingerprint, load_model, load_tokenizer, one_sentence_for, resolve
 from mtl_lora.tasks import TaskSet
-from mtl_lora.train.output import claim_output, resume_folder
+from mtl_lora.train.output import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer
-
 
 # On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
 # length their (L, L) scores are small.
@@ -53,12 +53,15 @@ def run(config: TrainConfig) -> None:
             progress=arguments.local_process_index == 0,
         )
     train_rows, held_out = split(rows, config)
+    sampler = batch_sampler(config, arguments, train_rows)
     say = print if arguments.process_index == 0 else lambda *_, **__: None
     say(describe(config, arguments, rows), file=sys.stderr, flush=True)
     if config.check:
         say("every setting is fine", file=sys.stderr)
         return
-    claim_output(config, arguments, tasks, resume)
+    facts = run_facts(config, arguments, tasks)
+    if resume:
+        check_same_run(resume, facts)
     set_seed(config.seed)
     model = load_model(config.base_model, config.dtype, config.trust_remote_code)
     if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
@@ -68,12 +71,15 @@ def run(config: TrainConfig) -> None:
         routing.enable_gradient_checkpointing(model)
     trained, total = mtl_lora.trainable_parameters(model)
     say(f"training {trained:,} of {total:,} weights ({100 * trained / total:.3f} %)", file=sys.stderr, flush=True)
+    # From here on the folder is this run's: whatever can be wrong was found before an older run is deleted.
+    claim_output(config, arguments, facts)
     trainer = TaskTrainer(
         model=model,
         args=arguments,
         tasks=tasks,
         origin=origin_of(config, tasks),
         collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
+        sampler=sampler,
         train_dataset=train_rows,
         eval_dataset=held_out,
         callbacks=[LogFile(config.output_dir), RankedDropout()],
@@ -114,9 +120,7 @@ def require_package(name: str, flag: str) -> None:
 
 def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
     """Raise ``UserError`` for target modules the model does not have, from its configuration alone."""
-    from mtl_lora.model import _one_sentence
-
-    with _one_sentence(config.base_model):
+    with one_sentence_for(config.base_model):
         model_config = AutoConfig.from_pretrained(
             resolve(config.base_model), trust_remote_code=config.trust_remote_code
         )
@@ -136,6 +140,21 @@ def split(rows: datasets.Dataset, config: TrainConfig) -> tuple[datasets.Dataset
         raise UserError(f"val_set_size must be below the number of rows, {len(rows)}, not {config.val_set_size}")
     order = np.random.default_rng(config.seed).permutation(len(rows))
     return rows.select(np.sort(order[config.val_set_size :])), rows.select(np.sort(order[: config.val_set_size]))
+
+
+def batch_sampler(config: TrainConfig, arguments: TrainingArguments, rows: datasets.Dataset) -> LengthBatchSampler:
+    """This process's micro-batches; raises ``UserError`` if the rows are too few for a step."""
+    columns = row_columns(rows)
+    return LengthBatchSampler(
+        columns["length"],
+        columns["task_id"],
+        config.batch_size,
+        config.seed,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=arguments.world_size,
+        rank=arguments.process_index,
+        length_pool=config.length_pool,
+    )
 
 
 def origin_of(config: TrainConfig, tasks: TaskSet) -> checkpoint.Origin:
@@ -169,7 +188,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=config.lr_scheduler_type,
         optim="adamw_torch",
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,

@@ -3,10 +3,11 @@
 import dataclasses
 import re
 
-from mtl_lora.config import AdapterConfig, Config, flag
+from mtl_lora.config import DTYPES, AdapterConfig, Config, flag
 from mtl_lora.errors import UserError
 from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
 
+SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or LoRA."""
 
 
@@ -45,8 +46,12 @@ class TrainConfig(Config):
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step")
     num_epochs: float = flag(3.0, "passes over the training rows")
     max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1 is off")
+    length_pool: int = flag(
+        128, "batches sorted by length together, against padding; 1: every batch is a mixture of all tasks"
+    )
+    lr_scheduler_type: str = flag("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
     learning_rate: float = flag(3e-4, "peak learning rate of AdamW")
-    warmup_ratio: float = flag(0.01, "share of the steps with linear warm-up; linear decay follows")
+    warmup_ratio: float = flag(0.01, "share of the steps with linear warm-up")
     weight_decay: float = flag(0.0, "AdamW weight decay; 0 is off")
     max_grad_norm: float = flag(1.0, "gradient clipping norm; 0 is off")
 
@@ -73,12 +78,14 @@ class TrainConfig(Config):
     local_rank: int = flag(-1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts")
 
     def validate(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "cutoff_len"):
+        for name in ("batch_size", "length_pool", "gradient_accumulation_steps", "logging_steps", "cutoff_len"):
             self.require(name, "at least 1", getattr(self, name) >= 1)
         for name in ("learning_rate", "num_epochs"):
             self.require(name, "greater than 0", getattr(self, name) > 0)
         for name in ("weight_decay", "max_grad_norm", "val_set_size", "save_step", "save_total_limit", "seed"):
             self.require(name, "at least 0", getattr(self, name) >= 0)
+        self.require("lr_scheduler_type", f"one of {', '.join(SCHEDULES)}", self.lr_scheduler_type in SCHEDULES)
+        self.require("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
         self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
         self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
         self.adapter_config(self.task_set())

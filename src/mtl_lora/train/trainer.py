@@ -37,8 +37,17 @@ class EpochLoader(DataLoader):
 class TaskTrainer(Trainer):
     """Trains an injected model on encoded rows (see ``mtl_lora.data.dataset``)."""
 
-    def __init__(self, *, tasks: TaskSet, origin: checkpoint.Origin, collator: Collator, **options):
-        self.tasks, self.origin, self.task_losses = tasks, origin, TaskLosses(len(tasks))
+    def __init__(
+        self,
+        *,
+        tasks: TaskSet,
+        origin: checkpoint.Origin,
+        collator: Collator,
+        sampler: LengthBatchSampler,
+        **options,
+    ):
+        self.tasks, self.origin, self.sampler = tasks, origin, sampler
+        self.task_losses = TaskLosses(len(tasks))
         super().__init__(data_collator=collator, **options)
         # compute_loss below divides by the supervised tokens of the whole step, so the Trainer shall count them and
         # shall not divide again by the number of micro-batches.
@@ -47,19 +56,9 @@ class TaskTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process's own micro-batches; not handed to accelerate, which would shard them once more."""
-        columns = row_columns(self.train_dataset)
-        sampler = LengthBatchSampler(
-            columns["length"],
-            columns["task_id"],
-            self.args.per_device_train_batch_size,
-            self.args.seed,
-            accumulation=self.args.gradient_accumulation_steps,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-        )
         return EpochLoader(
             self.train_dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.sampler,
             collate_fn=self.data_collator,
             pin_memory=self.args.device.type == "cuda",
         )
