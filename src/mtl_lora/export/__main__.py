@@ -2,6 +2,7 @@
 
 import argparse
 
+from mtl_lora.config import DTYPES
 from mtl_lora.errors import OneSentenceParser, one_sentence
 from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
 
@@ -74,7 +75,7 @@ def add_merge(commands) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=["auto", "bf16", "fp32", "fp64"],
+        choices=list(DTYPES),
         default="auto",
         help="dtype of the weights; auto: the base model's own (default: %(default)s)",
     )

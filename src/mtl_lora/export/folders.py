@@ -27,8 +27,8 @@ def whole_folder(
     read, and so must not be replaced. Raises ``UserError`` if ``output`` is in use and may not be replaced, or can
     not be written.
     """
-    output = Path(output).resolve()
     check_output(output, patterns, overwrite, inputs, nested)
+    output = Path(output).resolve()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
@@ -47,9 +47,10 @@ def whole_folder(
 
 
 def check_output(
-    output: Path, patterns: Sequence[str], overwrite: bool, inputs: Iterable[str | Path], nested: bool
+    output: str | Path, patterns: Sequence[str], overwrite: bool, inputs: Iterable[str | Path], nested: bool = False
 ) -> None:
     """Raise ``UserError`` unless ``output`` is free, empty, or an earlier output that may be replaced."""
+    output = Path(output).resolve()
     if not output.exists():
         return
     if not output.is_dir():

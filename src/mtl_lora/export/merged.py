@@ -9,11 +9,12 @@ from transformers import AutoTokenizer
 import mtl_lora
 from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.adapter.inject import layer_class
+from mtl_lora.config import DTYPES
 from mtl_lora.errors import UserError
-from mtl_lora.export.folders import whole_folder
-from mtl_lora.export.peft_format import choose_tasks
+from mtl_lora.export.folders import check_output, whole_folder
+from mtl_lora.export.peft_format import check_task
 from mtl_lora.export.structure import base_config, check_fingerprint
-from mtl_lora.model import DTYPES, _file_of, _one_sentence, fingerprint, load_model, resolve
+from mtl_lora.model import _file_of, choose_dtype, fingerprint, load_model, one_sentence_for, resolve
 
 # What transformers writes for a model and its tokenizer.
 FILES = (
@@ -52,11 +53,14 @@ def export_merged(
     if task is None and layer_class(adapter.method).needs_task_ids:
         raise UserError(f"{adapter.method} needs a task; pass --task, one of {', '.join(adapter.tasks)}")
     if task is not None:
-        choose_tasks(adapter.tasks, [task])
+        check_task(adapter.tasks, task)
     base_model = base_model or config.origin_config.base_model
     if base_model is None:
         raise UserError(f"{checkpoint} does not say its base model; pass --base_model")
-    read_weights(checkpoint, config)  # a damaged file is told before the base model is loaded
+    # What is wrong is told before the base model is loaded.
+    inputs = [checkpoint, resolve(base_model)]
+    check_output(output, FILES, overwrite, inputs)
+    read_weights(checkpoint, config)
     settings = base_config(base_model, trust_remote_code)
     if getattr(settings, "quantization_config", None):
         raise UserError(
@@ -65,10 +69,11 @@ def export_merged(
         )
     check_fingerprint(checkpoint, config.origin_config.base_fingerprint, fingerprint(base_model), base_model)
     if dtype == "auto":
-        dtype = {value: name for name, value in DTYPES.items() if value}.get(settings.dtype, "fp32")
+        own = (name for name in DTYPES if name != "auto" and choose_dtype(name) == settings.dtype)
+        dtype = next(own, "fp32")
     model = mtl_lora.load(load_model(base_model, dtype, trust_remote_code), checkpoint)
     untie_changed_head(mtl_lora.merge(model, task))
-    with whole_folder(output, FILES, overwrite, [checkpoint, resolve(base_model)]) as folder:
+    with whole_folder(output, FILES, overwrite, inputs) as folder:
         model.save_pretrained(folder)
         _save_tokenizer(base_model, folder, trust_remote_code)
     return Path(output)
@@ -87,6 +92,6 @@ def _save_tokenizer(base_model: str, folder: Path, trust_remote_code: bool) -> N
     if not any(_file_of(resolve(base_model), name) for name in TOKENIZER_FILES):
         print(f"note: no tokenizer was written, for the base model {base_model!r} has none", file=sys.stderr)
         return
-    with _one_sentence(base_model):
+    with one_sentence_for(base_model):
         tokenizer = AutoTokenizer.from_pretrained(resolve(base_model), trust_remote_code=trust_remote_code)
     tokenizer.save_pretrained(folder)

@@ -64,11 +64,16 @@ def choose_tasks(known: list[str], wanted: list[str] | None) -> list[str]:
     """The folder names to write; raises ``UserError`` for a task that is not there or can not name a folder."""
     chosen = list(dict.fromkeys(wanted or known or [FOR_ALL]))
     for name in chosen:
-        if name not in (known or [FOR_ALL]):
-            raise UserError(f"there is no task {name!r}; the adapter's tasks are {', '.join(known) or 'none'}")
+        check_task(known or [FOR_ALL], name)
         if name in (".", "..") or Path(name).name != name:
             raise UserError(f"the task {name!r} can not name a folder; rename it in the checkpoint's tasks")
     return chosen
+
+
+def check_task(known: list[str], name: str) -> None:
+    """Raise ``UserError`` that lists the tasks there are."""
+    if name not in known:
+        raise UserError(f"there is no task {name!r}; the adapter's tasks are {', '.join(known) or 'none'}")
 
 
 def _write_task(

@@ -13,14 +13,14 @@ from mtl_lora.adapter.base import features
 from mtl_lora.adapter.checkpoint import CheckpointConfig, load_state, read_weights
 from mtl_lora.adapter.inject import adapter_layers, inject, is_linear
 from mtl_lora.errors import UserError
-from mtl_lora.model import _one_sentence, fingerprint, resolve
+from mtl_lora.model import fingerprint, one_sentence_for, resolve
 
 Sizes = dict[str, tuple[int, int]]
 
 
 def base_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """A base model's configuration; raises ``UserError`` if it can not be had."""
-    with _one_sentence(name):
+    with one_sentence_for(name):
         return AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
 
 
@@ -28,7 +28,7 @@ def base_structure(name: str, trust_remote_code: bool = False) -> nn.Module | No
     """The base model on the meta device, or None, with a note on stderr, where its configuration can not be had."""
     try:
         config = base_config(name, trust_remote_code)
-        with _one_sentence(name), torch.device("meta"):
+        with one_sentence_for(name), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except UserError as error:
         print(f"note: layer names are not compared with the base model's: {error}", file=sys.stderr)
