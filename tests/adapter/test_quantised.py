@@ -92,13 +92,22 @@ def test_factors_are_there_and_merging_is_refused(method):
         layer.merged_weight("maps")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_injection_in_evaluation_mode_leaves_the_base_fit_for_training(method):
+    base, x = quantised("4", source(bias=False)).eval(), torch.randn(4, K, requires_grad=True)
+    layer = layer_class(adapter_config(method).method)(base, adapter_config(method)).train()
+    with route.use(IDS):
+        layer(x).sum().backward()
+    assert_near(x.grad[0], whole_weight(base).sum(dim=0), 1e-5, "the gradient of x")
+
+
 def test_model_with_quantised_layers_is_adapted_saved_and_not_merged(tmp_path):
     model = tiny_llama(torch.float32)
     for block in model.model.layers:
-        block.self_attn.q_proj = quantised("4", block.self_attn.q_proj)
+        block.mlp.gate_proj = quantised("8", block.mlp.gate_proj)
     input_ids = tokens(4)
-    expected = model(input_ids=input_ids).logits
-    mtl_lora.inject(model, adapter_config(target_modules=["q_proj"]))
+    expected = model.eval()(input_ids=input_ids).logits  # bitsandbytes computes otherwise in training mode
+    mtl_lora.inject(model, adapter_config(target_modules=["gate_proj"]))
     with route.use(IDS):
         assert torch.equal(model(input_ids=input_ids).logits, expected)
     mtl_lora.save(model, tmp_path)

@@ -1,8 +1,10 @@
 """The table of cases in which an exported adapter is compared with the routed model, and the comparison.
 
-The tests run through it, and ``PYTHONPATH=tests python tests/export/export_cases.py`` prints what it measures.
+The tests run through it, and ``PYTHONPATH=tests python tests/export/export_cases.py`` prints what it measures; with a
+checkpoint as its argument it measures that one, on the base model it was trained on, in float32 and float64.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,9 +43,9 @@ def save_base(kind: str, folder: Path) -> str:
     return str(folder)
 
 
-def load_base(folder: str | Path) -> nn.Module:
-    """The base model in float32, to be compared with."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def load_base(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The base model, to be compared with."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def save_adapter(base: str, folder: Path, label: str, **changes) -> Path:
@@ -108,5 +110,28 @@ def measure() -> None:
                 print(f"| {kind} | {label} | {peft:.1e} | {plain:.1e} |", flush=True)
 
 
+def measure_checkpoint(checkpoint: str) -> None:
+    """Print the difference for the first task of a trained checkpoint, one line a dtype."""
+    from peft import PeftModel
+
+    from mtl_lora.adapter.checkpoint import read_config
+    from mtl_lora.export.merged import export_merged
+    from mtl_lora.export.peft_format import export_peft
+    from mtl_lora.model import resolve
+
+    config = read_config(checkpoint)
+    base, task = resolve(config.origin_config.base_model), config.adapter_config.tasks[0]
+    print("| dtype | PEFT | merged |\n|---|---:|---:|")
+    with tempfile.TemporaryDirectory() as name:
+        (folder,) = export_peft(checkpoint, Path(name) / "peft", [task])
+        for dtype, word in ((torch.float32, "fp32"), (torch.float64, "fp64")):
+            expected = logits(mtl_lora.load(load_base(base, dtype), checkpoint).eval(), 0)
+            adapted = PeftModel.from_pretrained(load_base(base, dtype), folder).to(dtype).eval()
+            peft = relative_difference(logits(adapted), expected)
+            plain = export_merged(checkpoint, Path(name) / word, task, dtype=word)
+            merged = relative_difference(logits(load_base(plain, dtype)), expected)
+            print(f"| {dtype} | {peft:.1e} | {merged:.1e} |", flush=True)
+
+
 if __name__ == "__main__":
-    measure()
+    measure_checkpoint(sys.argv[1]) if len(sys.argv) > 1 else measure()

@@ -29,7 +29,18 @@ def test_folder_appears_at_the_end_and_nothing_stays_beside_it(tmp_path):
         assert not (tmp_path / "new" / "out").exists()
     assert contents(tmp_path) == {"new/out/a.json": "text"}
     assert os.listdir(tmp_path / "new") == ["out"]
-    assert (tmp_path / "new" / "out").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_folder_and_files_get_the_usual_permissions(tmp_path):
+    with whole_folder(tmp_path / "out", NAMES, False) as folder:
+        (folder / "part").mkdir()
+        for path in (folder / "a.json", folder / "part" / "b.bin"):
+            path.touch(mode=0o600)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        usual = tmp_path / ("folder" if path.is_dir() else "file")
+        assert path.stat().st_mode == usual.stat().st_mode, path
 
 
 def test_empty_folder_is_filled(tmp_path):

@@ -151,26 +151,26 @@ class AdapterLayer(nn.Module):
         weight, factors = base_weight(self.base), self.factors(task)
         merged = weight.to(factors.A.dtype) + factors.delta()
         if factors.magnitude is not None:
-            merged *= (factors.magnitude / positive(merged.norm(dim=1)))[:, None]
+            norm = merged.square().sum(dim=1).sqrt()
+            merged *= (factors.magnitude / positive(norm))[:, None]
         return merged.to(weight.dtype)
 
     @torch.no_grad()
     def base_product(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows W^T, (M, k) to (M, d), for any base.
-
-        A weight that can not be read is used through the base's own forward. A quantised one's bias is put aside for
-        the while, for (W x + b) - b loses what is small beside b.
-        """
+        """rows W^T, (M, k) to (M, d), for any base: a weight that can not be read acts through its forward."""
         if self.in_place:
             return F.linear(rows, base_weight(self.base))
-        bias, quantised = self.bias, is_quantised(self.base.weight)
-        if bias is None or not quantised:
-            return self.base(rows) if bias is None else self.base(rows) - bias
-        self.base.bias = None
+        if not is_quantised(self.base.weight):
+            product = self.base(rows)
+            return product if self.bias is None else product - self.bias
+        # The bias is put aside, for (W x + b) - b loses what is small beside b. The mode is training, for in the other
+        # bitsandbytes lays weights on a CPU out anew, in a form without gradients.
+        bias, training = self.base.bias, self.base.training
+        self.base.bias, self.base.training = None, True
         try:
             return self.base(rows)
         finally:
-            self.base.bias = bias
+            self.base.bias, self.base.training = bias, training
 
     @torch.no_grad()
     def base_row_squares(self) -> torch.Tensor:

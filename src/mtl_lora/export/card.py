@@ -84,9 +84,9 @@ tags:
 
 # {task}: {title} as {kind} of rank {rank}
 
-One task of a {title} adapter ([arXiv {source}](https://arxiv.org/abs/{source})), folded into the low-rank pair that
-equals it, so that PEFT and whatever reads PEFT's files run it without task ids. Written by mtl-lora from the weights
-with sha256 `{config.weights_sha256}`.
+One task of an adapter trained with {title} ([arXiv {source}](https://arxiv.org/abs/{source})), folded into the
+low-rank pair that equals it, so that PEFT and whatever reads PEFT's files run it without task ids. Written by mtl-lora
+from the weights with sha256 `{config.weights_sha256}`.
 
 Accuracy on {task}: {score or NOT_MEASURED}.
 

@@ -36,9 +36,7 @@ def whole_folder(
         raise UserError(f"{output} can not be written ({error.strerror}); choose a writable folder") from None
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
+        _give_usual_permissions(temporary)
         _take_place(temporary, output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} can not be written ({error}); nothing was kept of it") from None
@@ -69,6 +67,14 @@ def check_output(
     for entry in entries:
         if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns):
             raise UserError(f"{output} holds {entry.name}, which this command did not write; pass another --output")
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """Temporary folders and safetensors' files are made for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _take_place(temporary: Path, output: Path) -> None:
