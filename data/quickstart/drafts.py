@@ -16,7 +16,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
-SEED = 2410
+SEED = 2411
 SPLITS = ("train", "test")
 HELD_OUT_SHARE = 4  # every fourth pair of words is kept for the easy test records
 ATTEMPTS = 1000

@@ -58,12 +58,12 @@ def save_adapter(base: str, folder: Path, label: str, **changes) -> Path:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, task: int | None = None) -> torch.Tensor:
+def logits(model: nn.Module, task: int | None = None, input_ids: torch.Tensor | None = None) -> torch.Tensor:
     """Of two rows, under the route of a task or none."""
-    input_ids = tokens(2)
+    input_ids = tokens(2) if input_ids is None else input_ids
     if task is None:
         return model(input_ids=input_ids).logits
-    with route.use(torch.full((2,), task)):
+    with route.use(torch.full((len(input_ids),), task)):
         return model(input_ids=input_ids).logits
 
 
@@ -125,11 +125,13 @@ def measure_checkpoint(checkpoint: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         (folder,) = export_peft(checkpoint, Path(name) / "peft", [task])
         for dtype, word in ((torch.float32, "fp32"), (torch.float64, "fp64")):
-            expected = logits(mtl_lora.load(load_base(base, dtype), checkpoint).eval(), 0)
+            routed = mtl_lora.load(load_base(base, dtype), checkpoint).eval()
+            words = torch.randint(routed.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(2))
+            expected = logits(routed, 0, words)
             adapted = PeftModel.from_pretrained(load_base(base, dtype), folder).to(dtype).eval()
-            peft = relative_difference(logits(adapted), expected)
+            peft = relative_difference(logits(adapted, None, words), expected)
             plain = export_merged(checkpoint, Path(name) / word, task, dtype=word)
-            merged = relative_difference(logits(load_base(plain, dtype)), expected)
+            merged = relative_difference(logits(load_base(plain, dtype), None, words), expected)
             print(f"| {dtype} | {peft:.1e} | {merged:.1e} |", flush=True)
 
 
