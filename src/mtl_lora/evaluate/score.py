@@ -52,7 +52,7 @@ def score_options(
             use_cache=True,
             logits_to_keep=1,
         )
-    first = log_softmax(output.logits[:, -1].float(), dim=-1)
+    first = _log_probabilities(output.logits[:, -1])
     rows = [row for row, (_, tails) in enumerate(parts) for _ in tails]
     tails = [tail for _, tails in parts for tail in tails]
     scores = first[rows, [tail[0] for tail in tails]].double()
@@ -81,8 +81,13 @@ def _tail_scores(model, cache, mask: torch.Tensor, tails: list[list[int]], pad_t
         past_key_values=cache,
         use_cache=True,
     ).logits
-    logp = log_softmax(logits.float(), dim=-1).gather(2, wanted[:, :, None])[:, :, 0]
+    logp = _log_probabilities(logits).gather(2, wanted[:, :, None])[:, :, 0]
     return (logp.double() * real).sum(dim=1)
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """log softmax over the vocabulary, in float32 at least."""
+    return log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
