@@ -78,54 +78,6 @@ def test_two_processes_under_zero2_train_as_one_does(tmp_path, tiny_base, record
         assert torch.equal(tensor, resumed[name]), name
 
 
-METHODS = ["lora", "dora", "multilora", "moelora", "mtl_lora"]
-
-
-def train_many(folder: Path, tiny_base: str, records_file: str, cache_dir: str, processes: int, **flags) -> None:
-    """Train with every method, one after the other in one launch, into ``folder/<method>``."""
-    settings = [
-        {
-            "base_model": tiny_base,
-            "data_path": records_file,
-            "cache_dir": cache_dir,
-            "output_dir": str(folder / method),
-            "adapter_name": method,
-            "dtype": "fp32",
-            "lora_dropout": 0.0,
-            "batch_size": 8 // processes,
-            "max_steps": 8,
-            "save_step": 4,
-            "logging_steps": 1,
-            "learning_rate": 1e-2,
-            **flags,
-        }
-        for method in METHODS
-    ]
-    folder.mkdir()
-    (folder / "settings.json").write_text(json.dumps(settings))
-    launcher = [*TORCHRUN, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    script = ["tests/train/run_many.py", str(folder / "settings.json")]
-    done = start([*(launcher if processes > 1 else [sys.executable]), *script])
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_every_method_trains_alike_in_one_process_under_ddp_and_under_zero3(
-    tmp_path, tiny_base, records_file, cache_dir
-):
-    fixed = (tiny_base, records_file, cache_dir)
-    train_many(tmp_path / "one", *fixed, 1)
-    train_many(tmp_path / "ddp", *fixed, 2)
-    train_many(tmp_path / "zero3", *fixed, 2, deepspeed="config/zero3.json")
-    for method in METHODS:
-        one = load_file(tmp_path / "one" / method / "mtl_lora.safetensors")
-        for launch in ("ddp", "zero3"):
-            folder = tmp_path / launch / method
-            assert curve(tmp_path / "one" / method) == pytest.approx(curve(folder), rel=1e-5), (launch, method)
-            for found in (folder, folder / "checkpoint-8"):
-                for name, tensor in load_file(found / "mtl_lora.safetensors").items():
-                    torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-5, msg=f"{launch} {method} {name}")
-
-
 def test_adapter_weights_stay_float32_under_zero2_with_a_bf16_base(tmp_path, tiny_base, records_file, cache_dir):
     found = finetune(
         tmp_path / "run", tiny_base, records_file, cache_dir, 2, dtype="bf16", deepspeed="config/zero2.json"

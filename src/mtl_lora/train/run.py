@@ -18,14 +18,13 @@ from mtl_lora.adapter import checkpoint, routing
 from mtl_lora.adapter.inject import find_targets
 from mtl_lora.config import AdapterConfig
 from mtl_lora.data.collate import Collator
-from mtl_lora.data.dataset import row_columns, shortened_note, training_rows
-from mtl_lora.data.sampler import LengthBatchSampler
+from mtl_lora.data.dataset import shortened_note, training_rows
 from mtl_lora.errors import UserError
 from mtl_lora.model import fingerprint, load_model, load_tokenizer, one_sentence_for, resolve
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.output import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.train.settings import TrainConfig
-from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer
+from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
 
 # On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
 # length their (L, L) scores are small.
@@ -53,7 +52,7 @@ def run(config: TrainConfig) -> None:
             progress=arguments.local_process_index == 0,
         )
     train_rows, held_out = split(rows, config)
-    sampler = batch_sampler(config, arguments, train_rows)
+    sampler = batch_sampler(train_rows, arguments, config.length_pool)
     say = print if arguments.process_index == 0 else lambda *_, **__: None
     say(describe(config, arguments, rows), file=sys.stderr, flush=True)
     if config.check:
@@ -140,21 +139,6 @@ def split(rows: datasets.Dataset, config: TrainConfig) -> tuple[datasets.Dataset
         raise UserError(f"val_set_size must be below the number of rows, {len(rows)}, not {config.val_set_size}")
     order = np.random.default_rng(config.seed).permutation(len(rows))
     return rows.select(np.sort(order[config.val_set_size :])), rows.select(np.sort(order[: config.val_set_size]))
-
-
-def batch_sampler(config: TrainConfig, arguments: TrainingArguments, rows: datasets.Dataset) -> LengthBatchSampler:
-    """This process's micro-batches; raises ``UserError`` if the rows are too few for a step."""
-    columns = row_columns(rows)
-    return LengthBatchSampler(
-        columns["length"],
-        columns["task_id"],
-        config.batch_size,
-        config.seed,
-        accumulation=config.gradient_accumulation_steps,
-        world_size=arguments.world_size,
-        rank=arguments.process_index,
-        length_pool=config.length_pool,
-    )
 
 
 def origin_of(config: TrainConfig, tasks: TaskSet) -> checkpoint.Origin:

@@ -10,21 +10,39 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mtl_lora.adapter import checkpoint
 from mtl_lora.data.collate import Collator
 from mtl_lora.data.dataset import row_columns
-from mtl_lora.data.sampler import LengthBatchSampler
+from mtl_lora.data.sampler import LENGTH_POOL, LengthBatchSampler
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.loss import TaskLosses, token_losses
 
 LOG_NAME = "train_log.jsonl"
 _STAGING = ".saving"
+
+
+def batch_sampler(
+    rows: datasets.Dataset, arguments: TrainingArguments, length_pool: int = LENGTH_POOL
+) -> LengthBatchSampler:
+    """This process's micro-batches; raises ``UserError`` if the rows are too few for a step."""
+    columns = row_columns(rows)
+    return LengthBatchSampler(
+        columns["length"],
+        columns["task_id"],
+        arguments.per_device_train_batch_size,
+        arguments.seed,
+        accumulation=arguments.gradient_accumulation_steps,
+        world_size=arguments.world_size,
+        rank=arguments.process_index,
+        length_pool=length_pool,
+    )
 
 
 class EpochLoader(DataLoader):
@@ -43,7 +61,7 @@ class TaskTrainer(Trainer):
         tasks: TaskSet,
         origin: checkpoint.Origin,
         collator: Collator,
-        sampler: LengthBatchSampler,
+        sampler: LengthBatchSampler | None = None,
         **options,
     ):
         self.tasks, self.origin, self.sampler = tasks, origin, sampler
@@ -58,7 +76,7 @@ class TaskTrainer(Trainer):
         """Each process's own micro-batches; not handed to accelerate, which would shard them once more."""
         return EpochLoader(
             self.train_dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=self.sampler or batch_sampler(self.train_dataset, self.args),
             collate_fn=self.data_collator,
             pin_memory=self.args.device.type == "cuda",
         )
