@@ -154,6 +154,14 @@ def test_base_that_can_not_be_had_is_noted_and_the_checkpoint_is_enough(bases, t
     assert peft_difference(str(base), checkpoint, folder, "maps") < TOLERANCE
 
 
+def test_layers_are_named_whole_where_nobody_knows_the_others(bases, tmp_path):
+    base = shutil.copytree(bases["gpt2"], tmp_path / "base")
+    checkpoint = save_adapter(str(base), tmp_path / "checkpoint", "lora", target_modules=["h.1.attn.c_proj"])
+    shutil.rmtree(base)
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"])
+    assert settings(folder)["target_modules"] == ["transformer.h.1.attn.c_proj"]
+
+
 def test_float64_adapter_is_exported(bases, tmp_path):
     mtl_lora.save(adapted_llama("mtl_lora", torch.float64), tmp_path / "checkpoint", Origin(bases["llama"]))
     (folder,) = export_peft(tmp_path / "checkpoint", tmp_path / "peft", ["maps"])
@@ -309,6 +317,13 @@ def test_checkpoint_that_does_not_fit_the_base_names_what_is_wrong(refused, base
     edit_json(checkpoint / CONFIG_NAME, origin={"base_model": bases["gpt2"]})
     sentence = refused("peft", checkpoint=checkpoint, output=tmp_path / "peft")
     assert "no linear layer is named 'q_proj'; this model has c_attn (2)" in sentence
+
+
+def test_checkpoint_of_other_sizes_than_the_base_names_the_weight(refused, bases, checkpoint, tmp_path, edit_json):
+    base = shutil.copytree(bases["llama"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    edit_json(base / "config.json", intermediate_size=32)
+    sentence = refused("peft", checkpoint=checkpoint, output=tmp_path / "peft", base_model=base)
+    assert "mlp.down_proj.lora_A has shape [3, 24], not [3, 32]" in sentence
 
 
 def test_unknown_task_names_the_tasks_there_are(refused, checkpoint, tmp_path):
