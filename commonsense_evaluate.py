@@ -14,6 +14,9 @@ if __name__ == "__main__":
         from mtl_lora.evaluate.run import RESULTS_NAME, run
         from mtl_lora.report.__main__ import main as report
 
-        run(config)
+        found = run(config)
         if not config.check and int(os.environ.get("RANK", "0")) == 0:
-            report(["table", f"{config.output_folder}/{RESULTS_NAME}"])
+            report(["table", *(f"{folder}/{RESULTS_NAME}" for folder in config.protocols.values())])
+            report(["details", *(f"{folder}/{RESULTS_NAME}" for folder in config.protocols.values())])
+            if config.mode == "both":
+                print(f"\nThe protocols give the same answer to {100 * found['agreement']['all']:.1f} % of the questions.")

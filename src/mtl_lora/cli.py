@@ -83,9 +83,12 @@ def _convert(name: str, text: str, expected: object) -> object:
     """A flag's text as its declared type; raises ``UserError`` that says what would be right."""
     declared = expected
     if typing.get_origin(expected) in (types.UnionType, typing.Union):
-        if text.lower() in _NONE:
+        options = typing.get_args(expected)
+        if types.NoneType in options and text.lower() in _NONE:
             return None
-        (expected,) = [option for option in typing.get_args(expected) if option is not types.NoneType]
+        if str in options and int in options:
+            return int(text) if text.lstrip("-").isdecimal() else text
+        (expected,) = [option for option in options if option is not types.NoneType]
     try:
         if expected is bool:
             return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[text.lower()]

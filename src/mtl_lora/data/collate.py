@@ -33,12 +33,20 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "task_ids": task_ids}
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of different length to input_ids and attention_mask (B, L), padded on the left for generation."""
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_token_id: int, opening: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of different length to input_ids and attention_mask (B, L), padded on the left for generation.
+
+    opening: so many tokens, the same in every row, stay at the left edge, with the padding behind them.
+    """
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for index, row in enumerate(rows):
-        input_ids[index, length - len(row) :] = torch.as_tensor(row)
-        attention_mask[index, length - len(row) :] = 1
+        ids = torch.as_tensor(row)
+        input_ids[index, :opening] = ids[:opening]
+        attention_mask[index, :opening] = 1
+        input_ids[index, length - len(row) + opening :] = ids[opening:]
+        attention_mask[index, length - len(row) + opening :] = 1
     return input_ids, attention_mask

@@ -1,4 +1,4 @@
-"""Answers as generated text: KV cache, left padding with a mask, any mix of tasks in a batch, stop at EOS."""
+"""Answers as generated text: KV cache, left padding with a mask, a shared opening, stop when every row has ended."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mtl_lora import route
 from mtl_lora.data.collate import pad_left
+from mtl_lora.evaluate.opening import OpeningCaches
 from mtl_lora.evaluate.questions import Question
 
 
@@ -17,9 +18,17 @@ def generate_answers(
     questions: Sequence[Question],
     max_new_tokens: int,
     num_beams: int,
+    openings: OpeningCaches | None = None,
+    opening: Sequence[int] = (),
 ) -> list[str]:
-    """The text generated after each prompt, without special tokens. Greedy, or beam search; never sampled."""
-    input_ids, attention_mask = pad_left([question.prompt_ids for question in questions], tokenizer.pad_token_id)
+    """The text generated after each prompt, without special tokens. Greedy, or beam search; never sampled.
+
+    opening: the tokens that all prompts begin with, if the questions are of one task and ``openings`` keeps them.
+    """
+    cache = openings.cache(questions[0].task.id, opening, len(questions) * num_beams) if openings else None
+    input_ids, attention_mask = pad_left(
+        [question.prompt_ids for question in questions], tokenizer.pad_token_id, len(opening) if cache else 0
+    )
     # A fresh configuration: the one a base model brings may ask for sampling.
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -34,5 +43,6 @@ def generate_answers(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=settings,
+            **({"past_key_values": cache} if cache else {}),
         )
     return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)

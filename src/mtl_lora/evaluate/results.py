@@ -17,32 +17,32 @@ from mtl_lora.model import resolve, weight_files
 from mtl_lora.version import __version__
 
 if TYPE_CHECKING:
-    from mtl_lora.evaluate.run import Evaluation
+    from mtl_lora.evaluate.evaluation import Evaluation
 
 RESULTS_NAME = "results.json"
 
 
-def collect(evaluation: "Evaluation", found: dict[tuple[str, int], dict]) -> dict:
+def collect(evaluation: "Evaluation", protocol: str, found: dict[tuple[str, int], dict]) -> dict:
     """The content of ``results.json``, schema 1."""
-    config, adapter = evaluation.config, evaluation.adapter
+    config, adapter, peft = evaluation.config, evaluation.adapter, evaluation.peft
     by_task: dict[str, list[dict]] = {}
     for question in evaluation.questions:
         by_task.setdefault(question.task.name, []).append(found[question.key])
     tasks = {name: summarise_task(records) for name, records in by_task.items()}
-    method = adapter.adapter_config.method if adapter else None
+    method = adapter.adapter_config.method if adapter else "peft_lora" if peft else None
     return {
         "schema": 1,
         "name": config.name or method or evaluation.base_model,
         "method": method,
         "base_model": evaluation.base_model,
-        "mode": config.mode,
+        "mode": protocol,
         "trainable": _trainable(evaluation),
         "tasks": tasks,
         "average": average(tasks.values()),
         "task_set": evaluation.tasks.to_json(),
-        "settings": evaluation.settings() | {"limit": config.limit, "batch_size": config.batch_size},
+        "settings": evaluation.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size},
         "data": {name: evaluation.data_hashes[name] for name in tasks},
-        "adapter": adapter.to_json() if adapter else None,
+        "adapter": adapter.to_json() if adapter else peft.settings if peft else None,
         "versions": {
             "mtl_lora": __version__,
             "python": platform.python_version(),
@@ -56,12 +56,26 @@ def collect(evaluation: "Evaluation", found: dict[tuple[str, int], dict]) -> dic
     }
 
 
+def agreement(first: dict[tuple[str, int], dict], second: dict[tuple[str, int], dict]) -> dict:
+    """How often two protocols give a question the same answer: a share by task and over all questions."""
+    by_task: dict[str, list[bool]] = {}
+    for (task, index), record in first.items():
+        by_task.setdefault(task, []).append(record["parsed"] == second[task, index]["parsed"])
+    same = [value for values in by_task.values() for value in values]
+    return {
+        "tasks": {task: sum(values) / len(values) for task, values in by_task.items()},
+        "all": sum(same) / len(same),
+        "n": len(same),
+    }
+
+
 def _trainable(evaluation: "Evaluation") -> dict | None:
     """Weights of adapter and whole model, counted from files; None for a base model alone."""
-    if not evaluation.adapter:
+    if evaluation.adapter_sha256 is None:
         return None
     sizes = [_weights_in(path) for path in weight_files(resolve(evaluation.base_model))]
-    adapter = _weights_in(Path(evaluation.config.checkpoint) / checkpoint.WEIGHTS_NAME)
+    own = evaluation.peft.weights if evaluation.peft else Path(evaluation.config.checkpoint) / checkpoint.WEIGHTS_NAME
+    adapter = _weights_in(own)
     return {"adapter": adapter, "total": sum(sizes) + adapter}
 
 

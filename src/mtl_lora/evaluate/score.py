@@ -19,6 +19,7 @@ from mtl_lora import route
 from mtl_lora.data.collate import pad_left
 from mtl_lora.data.encode import Encoder
 from mtl_lora.errors import UserError
+from mtl_lora.evaluate.opening import OpeningCaches, takes
 from mtl_lora.evaluate.questions import Question
 
 
@@ -36,19 +37,30 @@ def option_tails(question: Question, encoder: Encoder) -> tuple[list[int], list[
 
 @torch.inference_mode()
 def score_options(
-    model: PreTrainedModel, encoder: Encoder, questions: Sequence[Question], pad_token_id: int
+    model: PreTrainedModel,
+    encoder: Encoder,
+    questions: Sequence[Question],
+    pad_token_id: int,
+    openings: OpeningCaches | None = None,
+    opening: Sequence[int] = (),
 ) -> list[list[float]]:
-    """The score of every option of every question: log-probabilities in nats, in the order of its options."""
+    """The score of every option of every question: log-probabilities in nats, in the order of its options.
+
+    opening: the tokens that all prompts begin with, if the questions are of one task and ``openings`` keeps them.
+    """
+    cache = openings.cache(questions[0].task.id, opening, len(questions)) if openings else None
+    start = len(opening) if cache else 0
     parts = [option_tails(question, encoder) for question in questions]
-    contexts = [question.prompt_ids + opening for question, (opening, _) in zip(questions, parts, strict=True)]
-    input_ids, mask = pad_left(contexts, pad_token_id)
+    contexts = [question.prompt_ids + said for question, (said, _) in zip(questions, parts, strict=True)]
+    input_ids, mask = pad_left(contexts, pad_token_id, start)
     input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     task_ids = torch.tensor([question.task.id for question in questions])
     with route.use(task_ids):
         output = model(
-            input_ids=input_ids,
+            input_ids=input_ids[:, start:],
             attention_mask=mask,
-            position_ids=_positions(mask),
+            **_positions(model, mask, start),
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -77,7 +89,7 @@ def _tail_scores(model, cache, mask: torch.Tensor, tails: list[list[int]], pad_t
     logits = model(
         input_ids=fed,
         attention_mask=whole_mask,
-        position_ids=_positions(whole_mask)[:, -length:],
+        **_positions(model, whole_mask, mask.shape[1]),
         past_key_values=cache,
         use_cache=True,
     ).logits
@@ -90,11 +102,22 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions counted from each row's first real token; padding gets 0, where nothing looks."""
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+def _positions(model: PreTrainedModel, mask: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+    """position_ids of the columns from ``start``, for a model that takes them.
+
+    They count from each row's first real token; padding gets 0 or a neighbour's, where nothing looks.
+    """
+    if not takes(model, "position_ids"):
+        return {}
+    return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]}
 
 
 def best_option(options: Sequence[str], scores: Sequence[float]) -> str:
     """The option with the highest score; of equals, the lowest."""
     return options[max(range(len(scores)), key=lambda index: (scores[index], -index))]
+
+
+def per_token(question: Question, encoder: Encoder, scores: Sequence[float]) -> list[float]:
+    """Scores divided by the number of tokens they sum over, EOS included: the length-normalised ones."""
+    _, tails = option_tails(question, encoder)
+    return [score / len(tail) for score, tail in zip(scores, tails, strict=True)]
