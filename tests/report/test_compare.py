@@ -93,6 +93,17 @@ def test_average_interval_resamples_within_each_task(compared):
     assert interval(comparison.average.accuracy) == pytest.approx((0.075 - half, 0.075 + half), abs=0.004)
 
 
+def test_tasks_are_resampled_independently_of_each_other(compared):
+    # Drawn alike, two tasks with the same answers would make the average no more certain than either of them.
+    a, b = {}, {}
+    for task in ("first", "second"):
+        a[task], b[task] = [True] * 400, [index % 2 == 0 for index in range(400)]
+    comparison = compared(predictions_of(a), predictions_of(b), resamples=5000)
+    widths = [row.accuracy.high - row.accuracy.low for row in (*comparison.rows, comparison.average)]
+    assert widths[2] == pytest.approx(widths[0] / math.sqrt(2), rel=0.1)
+    assert widths[0] == pytest.approx(widths[1], rel=0.1)
+
+
 def test_interval_of_a_task_depends_on_seed_and_not_on_other_tasks(compared):
     f1 = [index / 50 for index in range(50)], [(index * 7 % 50) / 50 for index in range(50)]
     flags = [True] * 50
@@ -146,6 +157,11 @@ def test_other_protocol_data_or_tasks_are_not_comparable(compared, tmp_path, pla
     results = [tmp_path / run / "results.json" for run in "ab"]
     assert str(caught.value).startswith(f"{results[0]} and {results[1]} are not comparable: ")
     assert complaint in str(caught.value)
+
+
+def test_a_task_that_the_second_run_alone_scored_is_named(compared, tmp_path):
+    with pytest.raises(UserError, match=r"there are scores of second in .*/b/results.json alone"):
+        compared(predictions_of({"first": RIGHT_A["first"]}), predictions_of(RIGHT_B))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +235,7 @@ def test_adapter_base_model_dtype_and_limit_may_differ_and_are_noted(compared):
         ({"settings__base_fingerprint": ...}, "settings.base_fingerprint is missing"),
         ({"data__first": ...}, "data.first is missing"),
         ({"tasks__first__n": 5}, "has 3 of 4 questions right where"),
+        ({"tasks__first__n": 5, "tasks__first__accuracy": 0.6}, "counts 3 of 5; evaluate again"),
         ({"tasks__first__accuracy": 0.5}, "counts 2 of 4; evaluate again with --overwrite True"),
     ],
 )
