@@ -43,7 +43,7 @@ PACKAGES = {
     **{part: set() for part in ("errors", "version", "files", "mtl_lora", "tasks", "config", "prompts")},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has spread
     "cli": {"fire"},
-    "report": {"matplotlib"},
+    "report": {"matplotlib", "numpy"},
 }
 ONLY_WHEN_ASKED_FOR = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "tensorboard", "peft"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -1,16 +1,22 @@
-"""The command line of reports: ``python -m mtl_lora.report table RESULTS...``."""
+"""The command line of reports: ``python -m mtl_lora.report table RESULTS...`` and ``compare A B``."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora.errors import OneSentenceParser, UserError, one_sentence
 from mtl_lora.files import write_text
+from mtl_lora.report import render_compare
+from mtl_lora.report.compare import compare
+from mtl_lora.report.predictions import predictions_path
 from mtl_lora.report.render import RENDERERS
 from mtl_lora.report.results import FILE_NAME, read_results
 from mtl_lora.report.table import build_table
 
 SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".csv": "csv", ".tex": "latex"}
+COMPARE_SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".csv": "csv", ".json": "json"}
+LEAST_RESAMPLES, MOST_RESAMPLES = 100, 1_000_000
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -18,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneSentenceParser(prog="python -m mtl_lora.report", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_table(commands)
+    add_compare(commands)
     return parser
 
 
@@ -45,27 +52,72 @@ def run_table(arguments: argparse.Namespace) -> None:
     if arguments.output:
         _check_output(arguments.output, [result.path for result in results])
     table = build_table(results, arguments.published, arguments.difference)
-    style = arguments.format or _format_of(arguments.output)
-    text = RENDERERS[style](table)
+    style = arguments.format or _format_of(arguments.output, SUFFIXES)
+    _hand_out(RENDERERS[style](table), arguments.output, table.notes if style == "csv" else ())
+
+
+def add_compare(commands) -> None:
+    """``compare``: two runs question by question."""
+    about = "B minus A per task, on the same questions: paired bootstrap interval and McNemar's exact p."
+    parser = commands.add_parser("compare", help=about, description=about, allow_abbrev=False)
+    for name in "AB":
+        parser.add_argument(name, help=f"an evaluation's output folder, with {FILE_NAME} and predictions/")
+    parser.add_argument(
+        "--format",
+        choices=list(render_compare.RENDERERS),
+        help="default: as the suffix of --output says, else markdown",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write to a file (default: print)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap, from 0 (default: %(default)s)")
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=10_000,
+        help=f"of the bootstrap, {LEAST_RESAMPLES} to {MOST_RESAMPLES} (default: %(default)s)",
+    )
+    parser.set_defaults(run=run_compare)
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    """Read, compare, render, then print or write."""
+    if arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}; it must be a whole number from 0")
+    if not LEAST_RESAMPLES <= arguments.resamples <= MOST_RESAMPLES:
+        raise UserError(
+            f"--resamples is {arguments.resamples}; it must be a whole number from {LEAST_RESAMPLES} to "
+            f"{MOST_RESAMPLES}"
+        )
+    runs = [read_results(path) for path in (arguments.A, arguments.B)]
     if arguments.output:
-        write_text(arguments.output, text)
+        predictions = [predictions_path(run, task) for run in runs for task in run.tasks]
+        _check_output(arguments.output, [*(run.path for run in runs), *predictions])
+    comparison = compare(*runs, seed=arguments.seed, resamples=arguments.resamples)
+    style = arguments.format or _format_of(arguments.output, COMPARE_SUFFIXES)
+    text = render_compare.RENDERERS[style](comparison)
+    _hand_out(text, arguments.output, comparison.notes if style == "csv" else ())
+
+
+def _hand_out(text: str, output: str | None, notes: Sequence[str]) -> None:
+    """Print ``text`` or write it to a file, and ``notes`` to stderr: CSV has no place for them."""
+    if output:
+        write_text(output, text)
     else:
         print(text, end="")
-    if style == "csv":
-        # CSV has no place for notes, and a warning that rows are not comparable must not be lost.
-        print("\n".join(table.notes), file=sys.stderr)
+    if notes:
+        # A warning that rows are not comparable must not be lost.
+        print("\n".join(notes), file=sys.stderr)
 
 
-def _format_of(output: str | None) -> str:
+def _format_of(output: str | None, suffixes: dict[str, str]) -> str:
     """The format that a file's suffix asks for; markdown for any other suffix and for the terminal."""
-    return SUFFIXES.get(Path(output or "").suffix.lower(), "markdown")
+    return suffixes.get(Path(output or "").suffix.lower(), "markdown")
 
 
 def _check_output(output: str, inputs: list[Path]) -> None:
     if Path(output).is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it")
     if Path(output).resolve() in {path.resolve() for path in inputs}:
-        raise UserError(f"--output {output} is one of the RESULTS and would be lost; name another file")
+        raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
 
 
 def main(arguments: list[str] | None = None) -> None:

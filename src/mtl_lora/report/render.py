@@ -55,9 +55,9 @@ LATEX = Style(_latex_escape, "${}$", r"${} \pm {}$")
 
 def markdown(table: Table) -> str:
     """Padded pipe tables (results, then averages by group if there are any) and the notes as a list."""
-    parts = [_markdown_table(*_score_grid(table, MARKDOWN))]
+    parts = [markdown_table(*_score_grid(table, MARKDOWN))]
     if table.groups:
-        parts.append(_markdown_table(*_group_grid(table, MARKDOWN)))
+        parts.append(markdown_table(*_group_grid(table, MARKDOWN)))
     parts.append("\n".join(f"- {MARKDOWN.text(note)}" for note in table.notes))
     return "\n\n".join(parts) + "\n"
 
@@ -149,7 +149,7 @@ def percent(fraction: float, signed: bool = False) -> str:
     return f"{rounded:+.1f}" if signed else f"{rounded:.1f}"
 
 
-def _markdown_table(header: list[str], lines: list[list[str]]) -> str:
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     # A ruler needs a dash beside its colon to make a table of the lines.
     widths = [max(2, *map(len, column)) for column in zip(header, *lines, strict=True)]
     ruler = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]

@@ -57,6 +57,7 @@ class Results:
     tasks: dict[str, Score]
     average: Score | None
     data: dict[str, str]
+    settings: dict[str, object]
 
     @property
     def missing(self) -> list[str]:
@@ -115,6 +116,7 @@ def _parse(path: Path, value: dict) -> Results:
         tasks=tasks,
         average=_parse_average(root, tasks),
         data=_parse_data(root),
+        settings=root.take("settings", _is_object, "an object", optional=True) or {},
     )
 
 
