@@ -19,4 +19,6 @@ if __name__ == "__main__":
             report(["table", *(f"{folder}/{RESULTS_NAME}" for folder in config.protocols.values())])
             report(["details", *(f"{folder}/{RESULTS_NAME}" for folder in config.protocols.values())])
             if config.mode == "both":
-                print(f"\nThe protocols give the same answer to {100 * found['agreement']['all']:.1f} % of the questions.")
+                print(
+                    f"\nThe protocols give the same answer to {100 * found['agreement']['all']:.1f} % of the questions."
+                )

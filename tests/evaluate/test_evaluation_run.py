@@ -1,20 +1,25 @@
 """Evaluation runs: what they write, that the batch size does not matter, that they resume and refuse."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from shared import PROJECT, QUICKSTART, free_port
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.evaluate import run as run_module
+from mtl_lora.evaluate.predictions import Predictions
 from mtl_lora.evaluate.run import run
 from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.export.peft_format import export_peft
 
 
 @pytest.fixture
@@ -81,28 +86,29 @@ def test_an_evaluation_that_was_killed_goes_on_and_repairs_a_torn_line(evaluate,
     asked = []
     answer = run_module.Evaluation.answer
 
-    def stop_after_two(self, questions):
+    def stop_after_two(self, questions, protocol):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(len(questions))
-        return answer(self, questions)
+        return answer(self, questions, protocol)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module.Evaluation, "answer", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             evaluate("cut", batch_size=5)
-    part = tmp_path / "cut" / "predictions" / "part-0.jsonl"
+    part = tmp_path / "cut" / "predictions" / "~part-0.jsonl"
     text = part.read_text()
     part.write_text(text[:-20])  # as a kill in the middle of a line leaves it
     asked_again = []
 
-    def count(self, questions):
+    def count(self, questions, protocol):
         asked_again.extend(question.key for question in questions)
-        return answer(self, questions)
+        return answer(self, questions, protocol)
 
     monkeypatch.setattr(run_module.Evaluation, "answer", count)
     assert evaluate("cut", batch_size=5)["tasks"] == whole["tasks"]
-    assert len(asked_again) == 32 - 10 + 1
+    # The batch of the torn line is answered whole: 4 of the 8 that were there.
+    assert len(asked_again) == 32 - 8 + 4
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
@@ -128,20 +134,119 @@ def test_another_adapter_or_setting_does_not_mix_with_earlier_results(evaluate, 
     evaluate("out", max_new_tokens=9, overwrite=True)
 
 
+def test_gathered_lines_of_an_earlier_data_set_never_win_over_new_ones(evaluate, tmp_path):
+    """Every task, for the order in which files are read depends on the task's name."""
+    data = tmp_path / "data"
+    shutil.copytree(QUICKSTART / "test", data)
+    evaluate("out", data_dir=str(data))
+    for path in data.glob("*/test.json"):
+        records = json.loads(path.read_text())
+        path.write_text(json.dumps(records[4:]))
+    evaluate("out", data_dir=str(data))
+    evaluate("fresh", data_dir=str(data))
+    assert lines(tmp_path / "out") == lines(tmp_path / "fresh")
+
+
+def test_line_breaks_of_other_scripts_do_not_tear_a_prediction(tmp_path):
+    record = {"task": "own", "index": 0, "text": "a\u2028b\u0085c"}
+    predictions = Predictions(tmp_path)
+    predictions.append([record])
+    predictions.close()
+    assert list(predictions.gather().values()) == [record]
+    assert list(predictions.read().values()) == [record]
+
+
+def test_both_protocols_run_one_after_the_other_and_their_agreement_is_counted(evaluate, tmp_path):
+    both = evaluate("both", mode="both")
+    for mode in ("generate", "score"):
+        assert both[mode]["tasks"] == evaluate(mode, mode=mode)["tasks"]
+        assert json.loads((tmp_path / "both" / mode / "results.json").read_text()) == both[mode]
+    generated, scored = (lines(tmp_path / "both" / mode) for mode in ("generate", "score"))
+    same = [one["parsed"] == other["parsed"] for one, other in zip(generated, scored, strict=True)]
+    assert both["agreement"]["all"] == sum(same) / 32
+    assert both["agreement"]["n"] == 32
+    assert json.loads((tmp_path / "both" / "agreement.json").read_text()) == both["agreement"]
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_a_shared_opening_changes_no_answer(evaluate, tmp_path, mode):
+    evaluate("shared", mode=mode, limit=8)
+    evaluate("alone", mode=mode, limit=8, share_opening=False)
+    shared, alone = lines(tmp_path / "shared"), lines(tmp_path / "alone")
+    for one, other in zip(shared, alone, strict=True):
+        assert one.pop("scores", 0) == pytest.approx(other.pop("scores", 0), abs=1e-4)
+        assert one == other
+
+
+def test_beams_share_an_opening_too(evaluate, tmp_path):
+    evaluate("shared", num_beams=3)
+    evaluate("alone", num_beams=3, share_opening=False, batch_size=1)
+    assert lines(tmp_path / "shared") == lines(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_peft_folder_gets_the_scores_of_the_checkpoint_it_came_from(evaluate, train, tmp_path, method):
+    checkpoint = train("run", adapter_name=method, max_steps=3, learning_rate=3e-2)
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["piqa"])
+    here = evaluate("here", checkpoint=str(checkpoint), mode="score", tasks=["piqa", "boolq"])
+    there = evaluate("there", checkpoint=None, peft=str(folder), mode="score", tasks=["piqa", "boolq"])
+    assert there["tasks"] == here["tasks"]
+    assert there["method"] == "peft_lora"
+    assert there["trainable"] == here["trainable"]
+    for one, other in zip(lines(tmp_path / "here"), lines(tmp_path / "there"), strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+
+
+def test_a_folder_that_is_no_peft_lora_is_refused(evaluate, tmp_path):
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(UserError, match="has peft_type 'IA3'; only LORA"):
+        evaluate("out", checkpoint=None, peft=str(folder))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors; other formats, such as \.bin"):
+        evaluate("out", checkpoint=None, peft=str(folder))
+
+
+@pytest.mark.parametrize("lines_before_the_kill", [1, 12, 31])
+def test_a_run_that_is_killed_ends_with_the_predictions_of_one_that_was_not(
+    evaluate, trained, tmp_path, lines_before_the_kill
+):
+    evaluate("whole", mode="score", batch_size=2)
+    flags = {"checkpoint": trained, "data_dir": QUICKSTART / "test", "limit": 4, "dtype": "fp32", "mode": "score"}
+    flags |= {"output_dir": tmp_path / "cut", "batch_size": 2}
+    command = [sys.executable, "commonsense_evaluate.py", *(f"--{name}={value}" for name, value in flags.items())]
+    part = tmp_path / "cut" / "predictions" / "~part-0.jsonl"
+    running = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= lines_before_the_kill):
+        time.sleep(0.001)
+    running.kill()
+    running.wait()
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
 def test_two_processes_share_the_questions_and_agree_with_one(evaluate, trained, tmp_path):
     whole = evaluate("one", mode="score")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     flags = {"checkpoint": trained, "data_dir": QUICKSTART / "test", "limit": 4, "dtype": "fp32", "mode": "score"}
     flags["output_dir"] = tmp_path / "two"
     arguments = [f"--{name}={value}" for name, value in flags.items()]
+    # torchrun would give each process one thread, and sums are rounded otherwise with another number of threads.
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        [*command, "commonsense_evaluate.py", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=300
+        [*command, "commonsense_evaluate.py", *arguments],
+        cwd=PROJECT,
+        env=threads,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "results.json").read_text())["tasks"] == whole["tasks"]
-    assert [record["parsed"] for record in lines(tmp_path / "two")] == [
-        record["parsed"] for record in lines(tmp_path / "one")
-    ]
+    # The very scores: the batches are the same, whoever answers them.
+    assert lines(tmp_path / "two") == lines(tmp_path / "one")
     assert "Average" in done.stdout
 
 
@@ -215,10 +320,13 @@ def test_a_broken_test_file_is_refused_by_file_and_record(evaluate, tmp_path, re
         ({"tasks": ["chess"]}, "there is no task 'chess'; the tasks are boolq 0"),
         ({"data_dir": "nowhere"}, "there is no test file nowhere"),
         ({"checkpoint": "nowhere"}, "nowhere is no MTL-LoRA checkpoint"),
-        ({"checkpoint": None}, "pass --checkpoint DIR, or --base_model NAME"),
+        ({"checkpoint": None}, "pass --checkpoint DIR, --peft DIR, or --base_model NAME"),
         ({"mode": "guess"}, "mode must be one of generate, score"),
-        ({"template": "original"}, "--template goes with --base_model alone"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"template": "original"}, "--template goes without --checkpoint"),
+        ({"batch_size": 0}, "batch_size must be at least 1, or auto"),
+        ({"batch_size": "many"}, "batch_size must be at least 1, or auto, not 'many'"),
+        ({"peft": "nowhere"}, "--checkpoint and --peft are two adapters"),
+        ({"checkpoint": None, "peft": "nowhere"}, "the PEFT configuration nowhere"),
     ],
 )
 def test_a_wrong_flag_is_refused(evaluate, flags, message):

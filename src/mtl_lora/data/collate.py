@@ -33,9 +33,7 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "task_ids": task_ids}
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_token_id: int, opening: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, opening: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts of different length to input_ids and attention_mask (B, L), padded on the left for generation.
 
     opening: so many tokens, the same in every row, stay at the left edge, with the padding behind them.

@@ -1,4 +1,4 @@
-"""Questions to batches: one task a batch, rows of similar length, the same batches however many processes share them."""
+"""Questions to batches: one task a batch, rows of similar length, the same for any number of processes."""
 
 from collections.abc import Sequence
 

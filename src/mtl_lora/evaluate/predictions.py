@@ -5,20 +5,25 @@ from pathlib import Path
 
 from mtl_lora import files
 
+PARTS = "~part-*.jsonl"  # no task name begins with "~"
+
 
 class Predictions:
     """The prediction lines of one output folder; each process appends to a file of its own."""
 
     def __init__(self, folder: str | Path, rank: int = 0):
         self.folder = Path(folder) / "predictions"
-        self.own = self.folder / f"part-{rank}.jsonl"
+        self.own = self.folder / f"~part-{rank}.jsonl"
         self._opened = None
 
     def read(self) -> dict[tuple[str, int], dict]:
         """Every whole line by (task, index); a line torn by a kill is left out, and so is answered again."""
         found = {}
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+        # Lines of a run that is under way stand for newer answers than those gathered before it.
+        parts = set(self.folder.glob(PARTS))
+        gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
+        for path in [*gathered, *sorted(parts)]:
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
                     record = json.loads(line)
                     found[record["task"], record["index"]] = record
@@ -52,6 +57,6 @@ class Predictions:
         for task, records in by_task.items():
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             files.write_text(self.folder / f"{task}.jsonl", text)
-        for part in self.folder.glob("part-*.jsonl"):
+        for part in self.folder.glob(PARTS):
             part.unlink()
         return found

@@ -48,7 +48,9 @@ class EvalConfig(Config):
         for name in ("max_new_tokens", "num_beams"):
             self.require(name, "at least 1", getattr(self, name) >= 1)
         number = isinstance(self.batch_size, int)
-        self.require("batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO)
+        self.require(
+            "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
+        )
         self.require("limit", "at least 0", self.limit >= 0)
         for name in ("template", "cutoff_len", "tasks_file"):
             if self.checkpoint and getattr(self, name) is not None:

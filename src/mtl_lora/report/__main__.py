@@ -1,4 +1,4 @@
-"""The command line of reports: ``python -m mtl_lora.report table RESULTS...`` and ``compare A B``."""
+"""The command line of reports: ``python -m mtl_lora.report table | details RESULTS...`` and ``compare A B``."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from mtl_lora.errors import OneSentenceParser, UserError, one_sentence
 from mtl_lora.files import write_text
 from mtl_lora.report import render_compare
 from mtl_lora.report.compare import compare
+from mtl_lora.report.details import details
 from mtl_lora.report.predictions import predictions_path
 from mtl_lora.report.render import RENDERERS
 from mtl_lora.report.results import FILE_NAME, read_results
@@ -24,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneSentenceParser(prog="python -m mtl_lora.report", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_table(commands)
+    add_details(commands)
     add_compare(commands)
     return parser
 
@@ -54,6 +56,16 @@ def run_table(arguments: argparse.Namespace) -> None:
     table = build_table(results, arguments.published, arguments.difference)
     style = arguments.format or _format_of(arguments.output, SUFFIXES)
     _hand_out(RENDERERS[style](table), arguments.output, table.notes if style == "csv" else ())
+
+
+def add_details(commands) -> None:
+    """``details``: how the answers of each run were read."""
+    about = "Each run by itself: unparsed answers, stricter readings, the answers given, beside the accuracy."
+    parser = commands.add_parser("details", help=about, description=about, allow_abbrev=False)
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help=f"a {FILE_NAME}, or a folder that contains one")
+    parser.set_defaults(
+        run=lambda arguments: print("\n".join(details(read_results(path)) for path in arguments.results), end="")
+    )
 
 
 def add_compare(commands) -> None:

@@ -1,0 +1,62 @@
+"""Batches of an evaluation, and the opening tokens their rows share."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtl_lora.data.examples import Example
+from mtl_lora.evaluate.batches import plan_batches
+from mtl_lora.evaluate.opening import shared_opening
+from mtl_lora.evaluate.questions import Question
+from mtl_lora.tasks import COMMONSENSE
+
+SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60)), min_size=1, max_size=40)
+
+
+def questions(sizes: list[tuple[int, int]]) -> list[Question]:
+    return [
+        Question(COMMONSENSE[task], Example("", "", "", "", task, index), list(range(length)), "")
+        for index, (task, length) in enumerate(sizes)
+    ]
+
+
+@given(SIZES, st.one_of(st.integers(1, 9), st.just("auto")), st.integers(10, 200))
+def test_every_question_is_in_one_batch_of_its_task_the_longest_first(sizes, batch_size, budget):
+    made = questions(sizes)
+    batches = plan_batches(made, batch_size, budget)
+    assert sorted(question.key for batch in batches for question in batch) == sorted(one.key for one in made)
+    for batch in batches:
+        assert len({question.task.id for question in batch}) == 1
+        lengths = [len(question.prompt_ids) for question in batch]
+        assert lengths == sorted(lengths, reverse=True)
+        if batch_size == "auto":
+            assert len(batch) == 1 or len(batch) * lengths[0] <= budget
+        else:
+            assert len(batch) <= batch_size
+
+
+@given(SIZES)
+def test_the_batches_do_not_depend_on_the_order_of_the_questions(sizes):
+    made = questions(sizes)
+    shuffled = random.Random(0).sample(made, len(made))
+    planned = [[[one.key for one in batch] for batch in plan_batches(given_, 4, 0)] for given_ in (made, shuffled)]
+    assert sorted(planned[0]) == sorted(planned[1])
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=20), st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=6)
+)
+def test_the_shared_opening_is_what_all_begin_with_but_never_a_whole_prompt(start, rest):
+    prompts = [start + row + [9] for row in rest]
+    found = shared_opening(prompts)
+    length = 0
+    while length < min(map(len, prompts)) - 1 and len({prompt[length] for prompt in prompts}) == 1:
+        length += 1
+    assert found == (prompts[0][:length] if length >= 8 else [])
+
+
+@pytest.mark.parametrize("prompts", [[list(range(30))], [list(range(30))] * 3])
+def test_equal_prompts_keep_their_last_token(prompts):
+    assert shared_opening(prompts) == list(range(29))
