@@ -12,7 +12,6 @@ Test sets are copied byte for byte.
 
 import argparse
 import collections
-import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -28,9 +27,9 @@ from llm_adapters import (
     record_problem,
 )
 
-from mtl_lora.download import fetch, git_blob_sha1
+from mtl_lora.download import fetch_all, git_blob_sha1, github_raw
 from mtl_lora.errors import OneSentenceParser, UserError, one_sentence
-from mtl_lora.files import atomic_path
+from mtl_lora.files import records_bytes, write_all
 from mtl_lora.tasks import Task
 
 FOLDER = Path(__file__).resolve().parent
@@ -39,15 +38,12 @@ NAMED = 5  # so many of the records without a place are named, the others counte
 
 def download(manifest: Manifest, base_url: str | None, folder: Path) -> None:
     """Fetch every file that is not in ``folder`` yet to <folder>/<task>/<split>.json; raises ``UserError``."""
-    base_url = base_url or f"https://raw.githubusercontent.com/{manifest.repository}/{manifest.commit}"
-    fetched = 0
-    for (name, split), expected in manifest.files.items():
-        url = f"{base_url.rstrip('/')}/{expected.path}"
-        try:
-            fetched += fetch(url, folder / name / f"{split}.json", expected_git_blob_sha1=expected.git_blob_sha1)
-        except UserError as error:
-            raise UserError(f"{error}; files had in another way are taken with --source DIR") from None
-    print(f"{fetched} files downloaded to {folder}, {len(manifest.files) - fetched} were there")
+    files = {
+        folder / name / f"{split}.json": (expected.path, expected.git_blob_sha1)
+        for (name, split), expected in manifest.files.items()
+    }
+    fetched = fetch_all(base_url or github_raw(manifest.repository, manifest.commit), files)
+    print(f"{fetched} files downloaded to {folder}, {len(files) - fetched} were there")
 
 
 def tagged(record: dict, task: Task) -> dict:
@@ -100,19 +96,6 @@ def describe_merged(path: Path, records: int, expected: Expected) -> str:
     )
 
 
-def write_all(contents: dict[Path, bytes]) -> None:
-    """Write all files under temporary names, then rename them, the first one last; raises ``UserError``."""
-    path = None
-    try:
-        with contextlib.ExitStack() as stack:
-            for path, content in contents.items():
-                if path.is_dir():
-                    raise UserError(f"{path} can not be written, it is a folder; pass the path of a file")
-                stack.enter_context(atomic_path(path)).write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path} can not be written ({error.strerror}); choose another place") from None
-
-
 def write(flags: argparse.Namespace, sources: list[SourceFile], records: list[dict]) -> str:
     """Write the test sets, then the training file; returns the latter's sha256. Raises ``UserError``."""
     found = [source for source in sources if source.split == "test" and source.state != "missing"]
@@ -120,7 +103,7 @@ def write(flags: argparse.Namespace, sources: list[SourceFile], records: list[di
     taken = [*tests, *(source.path for source in sources), *([flags.merged] if flags.merged else [])]
     if flags.output.resolve() in [path.resolve() for path in taken]:
         raise UserError(f"--output {flags.output} is a test set or a file it is made from; choose another name")
-    content = b"[\n" + b",\n".join(json.dumps(record).encode() for record in records) + b"\n]\n"
+    content = records_bytes(records)
     write_all({flags.output: content} | tests)
     return hashlib.sha256(content).hexdigest()
 
@@ -142,9 +125,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def add(flag: str, text: str, **options) -> None:
-        parser.add_argument(*dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}")), help=text, **options)
-
+    add = parser.add_flag
     add("source", "folder with <task>/{train,test}.json to take instead of downloading (default: download)", type=Path)
     output = FOLDER.parents[1] / "commonsense_170k_taskid.json"
     add("output", "training file to write (default: %(default)s)", type=Path, default=output)

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mtl_lora.errors import UserError
@@ -83,6 +83,25 @@ def fetch(
     except OSError as error:
         raise UserError(f"{error.filename or part} can not be written ({error.strerror or error})") from None
     raise UserError(f"{url} holds other bytes than expected ({kind} {found} instead of {expected}); nothing was kept")
+
+
+def fetch_all(base_url: str, files: Mapping[Path, tuple[str, str]]) -> int:
+    """Fetch what is not there yet of ``{file: (path below base_url, git blob id)}``; returns how many were fetched.
+
+    Raises ``UserError`` for the first that can not be had; those before it stay.
+    """
+    fetched = 0
+    for path, (name, git_blob) in files.items():
+        try:
+            fetched += fetch(f"{base_url.rstrip('/')}/{name}", path, expected_git_blob_sha1=git_blob)
+        except UserError as error:
+            raise UserError(f"{error}; files had in another way are taken with --source DIR") from None
+    return fetched
+
+
+def github_raw(repository: str, commit: str) -> str:
+    """The address below which GitHub serves the files of a commit."""
+    return f"https://raw.githubusercontent.com/{repository}/{commit}"
 
 
 def _transfer_with_retries(url: str, part: Path, progress: bool, sleep: Callable[[float], None]) -> None:

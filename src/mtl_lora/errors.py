@@ -36,3 +36,7 @@ class OneSentenceParser(argparse.ArgumentParser):
     def error(self, message: str):
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(EXIT_CODE)
+
+    def add_flag(self, name: str, text: str, **options) -> None:
+        """Add ``--name``, which may be written with ``_`` or ``-`` between its words; ``text`` is its help."""
+        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=text, **options)

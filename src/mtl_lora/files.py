@@ -38,6 +38,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_all(contents: dict[Path, bytes]) -> None:
+    """Write all files under temporary names, then rename them, the first one last; raises ``UserError``."""
+    path = None
+    try:
+        with contextlib.ExitStack() as stack:
+            for path, content in contents.items():
+                if path.is_dir():
+                    raise UserError(f"{path} can not be written, it is a folder; pass the path of a file")
+                stack.enter_context(atomic_path(path)).write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path} can not be written ({error.strerror}); choose another place") from None
+
+
 def require_writable(folder: str | Path) -> None:
     """Raise ``UserError`` if files can not be written to ``folder``, which need not exist; makes nothing."""
     folder = Path(folder).absolute()
@@ -57,6 +70,11 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """Write a JSON file atomically, indented, with a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def records_bytes(records: list[dict]) -> bytes:
+    """A JSON list, one record a line, in ASCII (other characters escaped): it reads the same under any locale."""
+    return b"[\n" + b",\n".join(json.dumps(record).encode() for record in records) + b"\n]\n"
 
 
 def read_json(path: str | Path, what: str) -> object:

@@ -1,18 +1,15 @@
 """data/commonsense/prepare.py on a small synthetic copy of LLM-Adapters' layout, and on the real files where given."""
 
-import functools
 import hashlib
-import http.server
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from data_scripts import blob, load_script
 
 from mtl_lora.tasks import COMMONSENSE
 
@@ -22,19 +19,7 @@ SCRIPT = ROOT / "data" / "commonsense" / "prepare.py"
 
 @pytest.fixture(scope="module")
 def prepare():
-    """The script as a module; its folder is on the path while it loads, as it is when it runs."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        specification = importlib.util.spec_from_file_location("commonsense_prepare", SCRIPT)
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
-
-
-def blob(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return load_script(SCRIPT)
 
 
 def record(task, text: str) -> dict:
@@ -377,35 +362,17 @@ def test_no_record_at_all_is_refused(refused, world):
 
 
 @pytest.fixture
-def mirror(world, monkeypatch):
+def mirror(world, serve):
     """The source served on loopback under the manifest's paths; ``asked`` lists the paths that were asked for."""
-    monkeypatch.setenv("no_proxy", "*")
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *arguments):
-            pass
-
     (world.folder / "served").mkdir()
     world.source.rename(world.folder / "served" / "dataset")
-    handler = functools.partial(Handler, directory=str(world.folder / "served"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    downloads = world.folder / "downloads"
-    yield SimpleNamespace(
-        asked=asked,
+    server, downloads = serve(world.folder / "served"), world.folder / "downloads"
+    return SimpleNamespace(
+        asked=server.asked,
         downloads=downloads,
         dataset=world.folder / "served" / "dataset",
-        flags=("--base_url", f"http://127.0.0.1:{server.server_port}/", "--download_dir", downloads),
+        flags=("--base_url", server.url, "--download_dir", downloads),
     )
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def test_files_are_downloaded_once(run, world, mirror):
