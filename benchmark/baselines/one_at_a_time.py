@@ -1,0 +1,24 @@
+"""The evaluation that ours is measured against, frozen: one question at a time, the whole text anew for every token.
+
+This is how evaluation scripts of this family ask: no KV cache, batch size 1, greedy, up to 8 new tokens, ended by EOS.
+Nothing in it is slowed down on purpose: same model, dtype and threads, no gradients, only the last position projected
+to the vocabulary.
+"""
+
+import torch
+
+from mtl_lora import route
+from mtl_lora.evaluate.questions import Question
+
+
+@torch.inference_mode()
+def answer(model, tokenizer, question: Question, max_new_tokens: int = 8) -> str:
+    """The text generated after a prompt."""
+    ids = list(question.prompt_ids)
+    for _ in range(max_new_tokens):
+        with route.use(torch.tensor([question.task.id])):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[len(question.prompt_ids) :], skip_special_tokens=True)

@@ -1,0 +1,108 @@
+"""How many questions a second: our two protocols against one question at a time without a cache.
+
+    python benchmark/evaluate.py --checkpoint output/quickstart/checkpoint --data_dir data/commonsense/test
+
+A tuned checkpoint, questions of all its tasks, one process: both sides use the same model object, dtype and threads and
+take turns. The baseline is baselines/one_at_a_time.py.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from baselines import one_at_a_time
+from measure import keep, ratio, rounds, shown, spread, table
+
+from mtl_lora.evaluate.answers import extract_answer
+from mtl_lora.evaluate.batches import TOKEN_BUDGET, plan_batches
+from mtl_lora.evaluate.evaluation import Evaluation
+from mtl_lora.evaluate.settings import EvalConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data_dir", default="data/commonsense/test")
+    parser.add_argument("--questions", type=int, default=64, help="of each task for our side (the baseline: an eighth)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="auto")
+    arguments = parser.parse_args()
+    evaluation = Evaluation(
+        EvalConfig(
+            checkpoint=arguments.checkpoint,
+            data_dir=arguments.data_dir,
+            mode="both",
+            dtype=arguments.dtype,
+            max_new_tokens=8,
+        )
+    )
+    evaluation.load()
+    chosen = sample(evaluation, arguments.questions)
+    few = sample(evaluation, max(arguments.questions // 8, 1))
+    rates = rounds(
+        {
+            "one at a time, no cache": lambda: baseline(evaluation, few),
+            "generate": lambda: ours(evaluation, chosen, "generate"),
+            "score": lambda: ours(evaluation, chosen, "score"),
+        },
+        arguments.rounds,
+    )
+    same = agreement(evaluation, few)
+    first, *others = rates
+    results = {name: {"questions/s": spread(values)} for name, values in rates.items()}
+    for name in others:
+        results[name]["ratio"] = ratio(rates[name], rates[first])
+    lines = [
+        [name, shown(one["questions/s"]), shown(one["ratio"], 1) if "ratio" in one else 1]
+        for name, one in results.items()
+    ]
+    text = table(["evaluation", "questions/s", "ratio"], lines)
+    text += (
+        f"\n\n{arguments.questions} questions of each of {len(evaluation.tasks)} tasks, {evaluation.base_model}, "
+        f"{evaluation.model.dtype}; median (smallest to largest) of {arguments.rounds} rounds. Generated answers equal "
+        f"the baseline's on {same[0]} of {same[1]} questions."
+    )
+    keep(
+        Path(__file__).stem,
+        text,
+        {"questions": arguments.questions, "dtype": str(evaluation.model.dtype), "sides": results},
+    )
+
+
+def sample(evaluation: Evaluation, count: int) -> list:
+    """``count`` questions of each task, drawn by a fixed seed."""
+    by_task: dict[str, list] = {}
+    for question in evaluation.questions:
+        by_task.setdefault(question.task.name, []).append(question)
+    return [question for rows in by_task.values() for question in random.Random(0).sample(rows, min(count, len(rows)))]
+
+
+def baseline(evaluation: Evaluation, questions: list) -> int:
+    for question in questions:
+        one_at_a_time.answer(evaluation.model, evaluation.tokenizer, question)
+    return len(questions)
+
+
+def ours(evaluation: Evaluation, questions: list, protocol: str) -> int:
+    for batch in plan_batches(questions, "auto", TOKEN_BUDGET):
+        evaluation.answer(batch, protocol)
+    return len(questions)
+
+
+def agreement(evaluation: Evaluation, questions: list) -> tuple[int, int]:
+    """On how many of the questions the answers found in generated text are the baseline's."""
+    found = {}
+    for batch in plan_batches(questions, "auto", TOKEN_BUDGET):
+        found |= {one.key: record for one, record in zip(batch, evaluation.answer(batch, "generate"), strict=True)}
+    same = [
+        extract_answer(one.task, one_at_a_time.answer(evaluation.model, evaluation.tokenizer, one))
+        == found[one.key]["parsed"]
+        for one in questions
+    ]
+    return sum(same), len(same)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
