@@ -105,9 +105,8 @@ def keep(name: str, text: str, record: dict) -> None:
     print(f"\n{text}\n")
     print(json.dumps(record))
     RESULTS.mkdir(exist_ok=True)
+    made_by = f"`{record['command']}`, commit {record['commit']}, {record['device']}, torch {record['torch']}"
     with (RESULTS / f"{name}.md").open("a") as file:
-        file.write(
-            f"`{record['command']}`, commit {record['commit']}, {record['device']}, torch {record['torch']}\n\n{text}\n\n"
-        )
+        file.write(f"{made_by}\n\n{text}\n\n")
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")

@@ -23,7 +23,7 @@ python finetune.py \
 
 score() {  # score FOLDER ARGUMENT...
     python commonsense_evaluate.py --data_dir data/quickstart/test --output_dir "$out/$1" --overwrite True \
-        --mode generate --limit 40 --max_new_tokens 8 --batch_size 32 "${@:2}" > /dev/null
+        --mode generate --limit 40 --max_new_tokens 8 "${@:2}" > /dev/null
 }
 score base --base_model smollm2-135m --name "SmolLM2-135M"
 score mtl_lora --checkpoint "$out/checkpoint" --name "MTL-LoRA"

@@ -12,8 +12,8 @@
 #   ACCUMULATION  micro-batches a step          default 1
 #   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
 #   EPOCHS, LEARNING_RATE, CUTOFF_LEN, SEED, DTYPE, DEEPSPEED, PORT   see below
-#   MODE          generate or score             default generate (evaluation)
-#   EVAL_BATCH_SIZE  questions per device       default 16 (evaluation)
+#   MODE          generate, score or both       default generate (evaluation)
+#   EVAL_BATCH_SIZE  questions per device       default auto (evaluation)
 # Further arguments of a recipe go to finetune.py or commonsense_evaluate.py as they are.
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -67,7 +67,7 @@ evaluate() {  # evaluate CHECKPOINT OUTPUT ARGUMENT...
     launch commonsense_evaluate.py \
         --checkpoint "$checkpoint" --output_dir "$output" \
         --data_dir "${DATA_DIR:-data/commonsense/test}" \
-        --mode "${MODE:-generate}" --batch_size "${EVAL_BATCH_SIZE:-16}" --dtype "${DTYPE:-auto}" \
+        --mode "${MODE:-generate}" --batch_size "${EVAL_BATCH_SIZE:-auto}" --dtype "${DTYPE:-auto}" \
         ${BASE_MODEL:+--base_model "$BASE_MODEL"} \
         "$@"
 }
