@@ -93,11 +93,12 @@ def test_what_accelerate_may_ask_for_and_is_not_done_is_said_in_one_sentence(mon
         run(TrainConfig(**settings))
 
 
-@pytest.mark.parametrize("config", [None, "config/zero3.json"], ids=["ddp", "zero3"])
-def test_an_error_in_one_process_ends_all(settings, tmp_path, config):
+def test_an_error_in_one_process_ends_all(settings, tmp_path):
     """The others wait in a collective for the one that is gone; without an end this runs into the timeout."""
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"runs": [{**settings, "max_steps": 1000, "deepspeed": config}], "break_after": 60}))
+    job.write_text(
+        json.dumps({"runs": [{**settings, "max_steps": 1000, "deepspeed": "config/zero3.json"}], "break_after": 60})
+    )
     launcher = [*TORCHRUN, "--nproc_per_node=2", f"--master_port={free_port()}"]
     done = start([*launcher, str(Path(__file__).with_name("launched.py")), str(job)], timeout=120)
     assert done.returncode != 0

@@ -35,7 +35,7 @@ def require_package(name: str, flag: str) -> None:
 
 
 def prepare(deepspeed: str | None) -> None:
-    """What must be so before the process group is made."""
+    """What must be so before the training arguments make the process group."""
     # The precision is what --dtype says; the one `accelerate launch` hands down would autocast on top of it.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     if deepspeed and not torch.cuda.is_available():
@@ -52,6 +52,20 @@ def _leave_out_shared_memory_operator() -> None:
     import deepspeed
 
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def join(deepspeed: str | None) -> None:
+    """Hand the process group to DeepSpeed, which counts processes as ZeRO-3 loads the base, before the engine starts.
+
+    Raises ``UserError`` without a launcher, for DeepSpeed would then look for MPI.
+    """
+    if not deepspeed:
+        return
+    if not torch.distributed.is_initialized():
+        raise UserError("--deepspeed needs a launcher, also for one process: torchrun --nproc_per_node 1 finetune.py")
+    import deepspeed as library
+
+    library.init_distributed()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from mtl_lora.data.dataset import shortened_note, training_rows
 from mtl_lora.errors import UserError
 from mtl_lora.model import fingerprint, load_model, load_tokenizer, one_sentence_for, resolve
 from mtl_lora.tasks import TaskSet
-from mtl_lora.train.launch import base_in, check_launch, prepare, require_package
+from mtl_lora.train.launch import base_in, check_launch, join, prepare, require_package
 from mtl_lora.train.output import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
@@ -59,6 +59,7 @@ def run(config: TrainConfig) -> None:
     if config.check:
         say("every setting is fine", file=sys.stderr)
         return
+    join(config.deepspeed)
     facts = run_facts(config, arguments, tasks)
     if resume:
         check_same_run(resume, facts)
