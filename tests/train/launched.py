@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/train/launched.py JOB.json
 
-``runs`` in the file lists settings of ``TrainConfig``; each run's folder also gets ``dtypes.json``, the dtypes seen in
-its adapter layers. ``break_after`` is the number of layer calls after which the last process raises an error.
+``runs`` in the file lists settings of ``TrainConfig``; each run's folder also gets ``facts.json``, what its adapter
+layers were in a forward. ``break_after`` is the number of layer calls after which the last process raises an error.
 """
 
 import json
@@ -21,7 +21,7 @@ from mtl_lora.train.settings import TrainConfig
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-calls, dtypes = 0, {}
+calls, facts = 0, {}
 
 
 def watch(module, inputs, output) -> None:
@@ -30,8 +30,9 @@ def watch(module, inputs, output) -> None:
     if not isinstance(module, AdapterLayer):
         return
     calls += 1
-    dtypes["base"] = str(module.base.weight.dtype)
-    dtypes["adapter"] = str(module.lora_A.dtype)
+    weights = [module.base.weight, *module.adapter_parameters().values()]
+    facts["dtypes"] = [str(weight.dtype) for weight in weights]
+    facts["in_pieces"] = all(hasattr(weight, "ds_id") and not weight.ds_persist for weight in weights)
     if calls == JOB.get("break_after") and RANK == WORLD - 1:
         raise RuntimeError("this process breaks")
 
@@ -41,5 +42,5 @@ for settings in JOB["runs"]:
     run(TrainConfig(**settings))
     unset_hf_deepspeed_config()  # transformers keeps a run's, and would make the next one's model by it
     if RANK == 0:
-        (Path(settings["output_dir"]) / "dtypes.json").write_text(json.dumps(dtypes))
+        (Path(settings["output_dir"]) / "facts.json").write_text(json.dumps(facts))
 leave()

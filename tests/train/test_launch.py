@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from shared import PROJECT, free_port
 
 from mtl_lora.errors import UserError
@@ -50,14 +52,18 @@ def flags(settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def test_accelerate_launch_trains_in_two_processes(settings, tmp_path):
+def test_accelerate_launch_trains_as_one_process_does(settings, tmp_path):
+    """In --dtype, here float32, whatever precision accelerate's own configuration asks for."""
+    settings |= {"lora_dropout": 0.0}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    done = start(
-        [*launcher, f"--main_process_port={free_port()}", "--mixed_precision=bf16", "finetune.py", *flags(settings)]
-    )
+    launcher += [f"--main_process_port={free_port()}", "--mixed_precision=bf16"]
+    done = start([*launcher, "finetune.py", *flags(settings)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 rows per device x 2 devices" in done.stderr
-    assert (tmp_path / "run" / "mtl_lora.safetensors").is_file()
+    run(TrainConfig(**{**settings, "output_dir": str(tmp_path / "alone"), "batch_size": 8}))
+    found, expected = (load_file(tmp_path / name / "mtl_lora.safetensors") for name in ("run", "alone"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_a_recipe_under_the_deepspeed_launcher(settings, tmp_path):
@@ -78,19 +84,22 @@ def test_a_recipe_under_the_deepspeed_launcher(settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "switch, sentence",
+    "switch, more, sentence",
     [
-        (
-            "ACCELERATE_USE_FSDP",
-            "FSDP is not supported; to spread the base over GPUs use --deepspeed config/zero3.json",
-        ),
-        ("ACCELERATE_USE_DEEPSPEED", "with accelerate launch, leave out its --use_deepspeed"),
+        ("ACCELERATE_USE_FSDP", {}, "FSDP is not supported; to spread the base over GPUs use --deepspeed"),
+        ("ACCELERATE_USE_DEEPSPEED", {}, "with accelerate launch, leave out its --use_deepspeed"),
+        ("", {"deepspeed": "config/zero3.json", "dtype": "fp64"}, "--dtype fp64 does not go with ZeRO-3"),
+        ("", {"deepspeed": "config/zero2.json"}, "--deepspeed needs a launcher, also for one process"),
     ],
+    ids=["fsdp", "accelerate", "fp64", "no launcher"],
 )
-def test_what_accelerate_may_ask_for_and_is_not_done_is_said_in_one_sentence(monkeypatch, settings, switch, sentence):
-    monkeypatch.setenv(switch, "true")
+def test_a_launch_that_is_not_done_is_refused_in_one_sentence(monkeypatch, settings, tmp_path, switch, more, sentence):
+    monkeypatch.chdir(PROJECT)
+    if switch:
+        monkeypatch.setenv(switch, "true")
     with pytest.raises(UserError, match=sentence):
-        run(TrainConfig(**settings))
+        run(TrainConfig(**{**settings, **more}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_in_one_process_ends_all(settings, tmp_path):

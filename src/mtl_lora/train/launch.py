@@ -15,7 +15,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.model import choose_dtype
 
 
-def check_launch(deepspeed: str | None) -> None:
+def check_launch(deepspeed: str | None, dtype: str) -> None:
     """Raise ``UserError`` for a launch that this training does not do, or a DeepSpeed configuration it can not have."""
     if _launcher_says("ACCELERATE_USE_FSDP"):
         raise UserError("FSDP is not supported; to spread the base over GPUs use --deepspeed config/zero3.json")
@@ -23,9 +23,12 @@ def check_launch(deepspeed: str | None) -> None:
         raise UserError(
             "with accelerate launch, leave out its --use_deepspeed and pass finetune.py --deepspeed config/zero2.json"
         )
-    if deepspeed:
-        files.read_json(deepspeed, "the DeepSpeed configuration")
-        require_package("deepspeed", "--deepspeed")
+    if not deepspeed:
+        return
+    require_package("deepspeed", "--deepspeed")
+    config = files.read_json(deepspeed, "the DeepSpeed configuration")
+    if dtype == "fp64" and config.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError("--dtype fp64 does not go with ZeRO-3; use bf16 or fp32, or --deepspeed config/zero2.json")
 
 
 def require_package(name: str, flag: str) -> None:
@@ -77,12 +80,9 @@ def base_in(dtype: str) -> Iterator[None]:
     """
     from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
-    wanted = choose_dtype(dtype)
-    if not is_deepspeed_zero3_enabled() or wanted == torch.float32:
+    if not is_deepspeed_zero3_enabled() or choose_dtype(dtype) != torch.bfloat16:
         yield
         return
-    if wanted != torch.bfloat16:
-        raise UserError(f"--dtype {dtype} does not go with ZeRO-3; use bf16 or fp32, or config/zero2.json")
     config = deepspeed_config()
     before, config["bf16"] = config.get("bf16", {}), {"enabled": True}
     try:

@@ -95,7 +95,7 @@ def run(config: TrainConfig) -> None:
 
 def check_files(config: TrainConfig) -> None:
     """Raise ``UserError`` for an input file or package that is not there; nothing is loaded yet."""
-    check_launch(config.deepspeed)
+    check_launch(config.deepspeed, config.dtype)
     if not Path(config.data_path).is_file():
         raise UserError(
             f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
