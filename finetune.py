@@ -10,6 +10,8 @@ if __name__ == "__main__":
     with one_sentence():
         config = cli.parse(TrainConfig, sys.argv[1:], ABOUT)
         # Imported after the flags are understood: a mistake in them is answered at once.
+        from mtl_lora.train.launch import leave
         from mtl_lora.train.run import run
 
         run(config)
+        leave()

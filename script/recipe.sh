@@ -7,7 +7,7 @@
 #   CACHE_PATH    tokenised data                default .cache/rows
 #   DATA_DIR      test sets                     default data/commonsense/test
 #   NPROC         processes                     default the GPUs of this machine; without one, 2 CPU processes
-#   LAUNCHER      torchrun or deepspeed         default torchrun
+#   LAUNCHER      torchrun, deepspeed, python   default torchrun; python is one process without DeepSpeed
 #   BATCH_SIZE    rows per device               default 8
 #   ACCUMULATION  micro-batches a step          default 1
 #   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
@@ -21,6 +21,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
 LAUNCHER="${LAUNCHER:-torchrun}"
+DEEPSPEED="${DEEPSPEED-$([ "$LAUNCHER" = python ] || echo config/zero2.json)}"
 if [ "$gpus" -eq 0 ]; then
     export DS_ACCELERATOR=cpu
     # Processes share the cores; without this each would start a thread for every one of them.
@@ -57,7 +58,7 @@ train() {  # train RECIPE R ALPHA ARGUMENT...
         --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" \
         --learning_rate "${LEARNING_RATE:-3e-4}" --warmup_ratio 0.01 --max_grad_norm 1.0 \
         --cutoff_len "${CUTOFF_LEN:-256}" --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
-        --deepspeed "${DEEPSPEED-config/zero2.json}" \
+        --deepspeed "$DEEPSPEED" \
         "$@"
 }
 

@@ -1,4 +1,4 @@
-"""Launches of several processes, as a user starts them: DeepSpeed ZeRO-2 on two CPU processes, and the recipes."""
+"""Launches of several CPU processes, as a user starts them, and the recipes."""
 
 import json
 import os
@@ -11,80 +11,108 @@ import torch
 from safetensors.torch import load_file
 from shared import PROJECT, free_port
 
+from mtl_lora.errors import UserError
+from mtl_lora.train.run import run
+from mtl_lora.train.settings import TrainConfig
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def start(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+def start(command: list[str], timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
     """Run a command in the project's folder with this interpreter first on the path and no environment of its own."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "VENV": "", "PATH": path, "PORT": free_port()}
     return subprocess.run(
-        command, cwd=PROJECT, env={**os.environ, **threads, **environment}, capture_output=True, text=True, timeout=600
+        command,
+        cwd=PROJECT,
+        env={**os.environ, **threads, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
-def finetune(output: Path, tiny_base: str, records_file: str, cache_dir: str, processes: int, **flags) -> dict:
-    settings = {
+@pytest.fixture
+def settings(tiny_base, records_file, cache_dir, tmp_path) -> dict:
+    """What a short training of the tiny model is told."""
+    return {
         "base_model": tiny_base,
         "data_path": records_file,
         "cache_dir": cache_dir,
-        "output_dir": output,
+        "output_dir": str(tmp_path / "run"),
         "dtype": "fp32",
-        "lora_dropout": 0.0,
-        "batch_size": 8 // processes,
-        "max_steps": 14,
+        "batch_size": 4,
+        "max_steps": 4,
         "save_step": 0,
         "logging_steps": 1,
-        "learning_rate": 1e-2,
-        **flags,
     }
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    launcher = [*TORCHRUN, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    done = start([*(launcher if processes > 1 else [sys.executable]), "finetune.py", *arguments])
+
+
+def flags(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def test_accelerate_launch_trains_as_one_process_does(settings, tmp_path):
+    """In --dtype, here float32, whatever precision accelerate's own configuration asks for."""
+    settings |= {"lora_dropout": 0.0}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launcher += [f"--main_process_port={free_port()}", "--mixed_precision=bf16"]
+    done = start([*launcher, "finetune.py", *flags(settings)])
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(output / "mtl_lora.safetensors")
+    assert "4 rows per device x 2 devices" in done.stderr
+    run(TrainConfig(**{**settings, "output_dir": str(tmp_path / "alone"), "batch_size": 8}))
+    found, expected = (load_file(tmp_path / name / "mtl_lora.safetensors") for name in ("run", "alone"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
-def curve(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+def test_a_recipe_under_the_deepspeed_launcher(settings, tmp_path):
+    run = {
+        "LAUNCHER": "deepspeed",
+        "DEEPSPEED": "config/zero3.json",
+        "BASE_MODEL": settings["base_model"],
+        "DATA_PATH": settings["data_path"],
+        "CACHE_PATH": settings["cache_dir"],
+        "OUTPUT_PATH": settings["output_dir"],
+        "BATCH_SIZE": "4",
+        "MAX_STEPS": "4",
+    }
+    done = start(["bash", "script/llama2_7B_dora_qkvo.sh", "8", "16"], **run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 rows per device x 2 devices" in done.stderr
+    assert (tmp_path / "run" / "mtl_lora.safetensors").is_file()
 
 
-@pytest.mark.parametrize("method", ["mtl_lora", "lora"])
-def test_two_processes_under_zero2_train_as_one_does(tmp_path, tiny_base, records_file, cache_dir, method):
-    fixed = (tiny_base, records_file, cache_dir)
-    one = finetune(tmp_path / "one", *fixed, 1, adapter_name=method)
-    two = finetune(tmp_path / "two", *fixed, 2, adapter_name=method, deepspeed="config/zero2.json", save_step=7)
-    assert curve(tmp_path / "one") == pytest.approx(curve(tmp_path / "two"), rel=1e-5)
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5, msg=name)
-    saved = tmp_path / "two" / "checkpoint-7"
-    base_size = (Path(tiny_base) / "model.safetensors").stat().st_size
-    assert (saved / "mtl_lora.safetensors").is_file()
-    assert all(path.stat().st_size < base_size for path in saved.rglob("*"))
-    for late in (tmp_path / "two").glob("checkpoint-14/*"):
-        if late.is_file():
-            late.unlink()
-    resumed = finetune(
-        tmp_path / "two",
-        *fixed,
-        2,
-        adapter_name=method,
-        deepspeed="config/zero2.json",
-        save_step=7,
-        resume_from_checkpoint=str(saved),
+@pytest.mark.parametrize(
+    "switch, more, sentence",
+    [
+        ("ACCELERATE_USE_FSDP", {}, "FSDP is not supported; to spread the base over GPUs use --deepspeed"),
+        ("ACCELERATE_USE_DEEPSPEED", {}, "with accelerate launch, leave out its --use_deepspeed"),
+        ("", {"deepspeed": "config/zero3.json", "dtype": "fp64"}, "--dtype fp64 does not go with ZeRO-3"),
+        ("", {"deepspeed": "config/zero2.json"}, "--deepspeed needs a launcher, also for one process"),
+    ],
+    ids=["fsdp", "accelerate", "fp64", "no launcher"],
+)
+def test_a_launch_that_is_not_done_is_refused_in_one_sentence(monkeypatch, settings, tmp_path, switch, more, sentence):
+    monkeypatch.chdir(PROJECT)
+    if switch:
+        monkeypatch.setenv(switch, "true")
+    with pytest.raises(UserError, match=sentence):
+        run(TrainConfig(**{**settings, **more}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_one_process_ends_all(settings, tmp_path):
+    """The others wait in a collective for the one that is gone; without an end this runs into the timeout."""
+    job = tmp_path / "job.json"
+    job.write_text(
+        json.dumps({"runs": [{**settings, "max_steps": 1000, "deepspeed": "config/zero3.json"}], "break_after": 60})
     )
-    for name, tensor in two.items():
-        assert torch.equal(tensor, resumed[name]), name
-
-
-def test_adapter_weights_stay_float32_under_zero2_with_a_bf16_base(tmp_path, tiny_base, records_file, cache_dir):
-    found = finetune(
-        tmp_path / "run", tiny_base, records_file, cache_dir, 2, dtype="bf16", deepspeed="config/zero2.json"
-    )
-    for name, tensor in found.items():
-        assert tensor.dtype == torch.float32
-        assert not torch.equal(tensor, tensor.bfloat16().float()), f"{name} holds nothing that bf16 could not"
+    launcher = [*TORCHRUN, "--nproc_per_node=2", f"--master_port={free_port()}"]
+    done = start([*launcher, str(Path(__file__).with_name("launched.py")), str(job)], timeout=120)
+    assert done.returncode != 0
+    assert "this process breaks" in done.stderr
+    assert not (tmp_path / "run" / "mtl_lora.safetensors").exists()
 
 
 def test_a_mistake_under_a_launcher_ends_all_processes_with_one_sentence(tmp_path, tiny_base, cache_dir):

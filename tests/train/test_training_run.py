@@ -88,8 +88,10 @@ def test_old_checkpoints_are_removed(train):
 
 
 def test_accumulation_does_not_change_the_result(train):
-    whole = train("whole", batch_size=8, lora_dropout=0.0)
-    parts = train("parts", batch_size=2, gradient_accumulation_steps=4, lora_dropout=0.0)
+    # At 1e-2 a step that Adam makes of rounding, where a gradient is all but zero, is more than the tolerance.
+    flags = {"lora_dropout": 0.0, "learning_rate": 3e-3}
+    whole = train("whole", batch_size=8, **flags)
+    parts = train("parts", batch_size=2, gradient_accumulation_steps=4, **flags)
     assert losses(whole) == pytest.approx(losses(parts), rel=1e-5)
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(tensor, weights(parts)[name], rtol=1e-4, atol=1e-5)

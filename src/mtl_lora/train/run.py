@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback
 
 import mtl_lora
-from mtl_lora import files
 from mtl_lora.adapter import checkpoint, routing
 from mtl_lora.adapter.inject import find_targets
 from mtl_lora.config import AdapterConfig
@@ -22,6 +21,7 @@ from mtl_lora.data.dataset import shortened_note, training_rows
 from mtl_lora.errors import UserError
 from mtl_lora.model import fingerprint, load_model, load_tokenizer, one_sentence_for, resolve
 from mtl_lora.tasks import TaskSet
+from mtl_lora.train.launch import base_in, check_launch, join, prepare, require_package
 from mtl_lora.train.output import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
@@ -32,13 +32,14 @@ _EAGER_LENGTH = 512
 
 
 def run(config: TrainConfig) -> None:
-    """Check the settings, tokenise, train, save."""
+    """Check the settings, tokenise, train, save. A process that ends here leaves its process group itself."""
     tasks = config.task_set()
     adapter = config.adapter_config(tasks)
     check_files(config)
     resume = resume_folder(config)
+    check_targets(config, adapter)  # before the arguments are made, for from then on ZeRO-3 cuts every new model
+    prepare(config.deepspeed)
     arguments = training_arguments(config)
-    check_targets(config, adapter)
     tokenizer = load_tokenizer(config.base_model, config.trust_remote_code)
     # One process of each node tokenises, the others read its cache.
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
@@ -58,11 +59,13 @@ def run(config: TrainConfig) -> None:
     if config.check:
         say("every setting is fine", file=sys.stderr)
         return
+    join(config.deepspeed)
     facts = run_facts(config, arguments, tasks)
     if resume:
         check_same_run(resume, facts)
     set_seed(config.seed)
-    model = load_model(config.base_model, config.dtype, config.trust_remote_code)
+    with base_in(config.dtype):
+        model = load_model(config.base_model, config.dtype, config.trust_remote_code)
     if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
@@ -88,33 +91,20 @@ def run(config: TrainConfig) -> None:
     trainer.save_model(config.output_dir)
     trainer.accelerator.wait_for_everyone()
     say(f"saved the adapter to {config.output_dir}", file=sys.stderr)
-    trainer.accelerator.end_training()
 
 
 def check_files(config: TrainConfig) -> None:
     """Raise ``UserError`` for an input file or package that is not there; nothing is loaded yet."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("FSDP is not supported; to spread the base over GPUs use --deepspeed config/zero3.json")
+    check_launch(config.deepspeed, config.dtype)
     if not Path(config.data_path).is_file():
         raise UserError(
             f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
             "or pass --data_path FILE"
         )
-    if config.deepspeed:
-        files.read_json(config.deepspeed, "the DeepSpeed configuration")
-        require_package("deepspeed", "--deepspeed")
     if config.wandb_project:
         require_package("wandb", "--wandb_project")
     if config.tensorboard:
         require_package("tensorboard", "--tensorboard")
-
-
-def require_package(name: str, flag: str) -> None:
-    """Raise ``UserError`` if a package that a flag asks for is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec(name) is None:
-        raise UserError(f"{flag} needs the package {name}; install it with `pip install {name}`")
 
 
 def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:

@@ -21,7 +21,9 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.data.collate import Collator
 from mtl_lora.data.dataset import row_columns
 from mtl_lora.data.sampler import LENGTH_POOL, LengthBatchSampler
+from mtl_lora.errors import UserError
 from mtl_lora.tasks import TaskSet
+from mtl_lora.train.launch import gathered_adapter_state
 from mtl_lora.train.loss import TaskLosses, token_losses
 
 LOG_NAME = "train_log.jsonl"
@@ -189,12 +191,14 @@ class TaskTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         # Non-strict, because the frozen base is not in the checkpoint; the adapter's own names are checked above.
-        self.model_wrapped.load_checkpoint(
+        found, _ = self.model_wrapped.load_checkpoint(
             resume_from_checkpoint,
             load_module_strict=False,
             load_optimizer_states=True,
             load_lr_scheduler_states=True,
         )
+        if found is None:  # DeepSpeed only warns, and would train from the start
+            raise UserError(f"{resume_from_checkpoint} holds no resume state of DeepSpeed")
         scheduler = torch.load(os.path.join(resume_from_checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
@@ -202,18 +206,6 @@ class TaskTrainer(Trainer):
     def _barrier(self) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
-
-
-def gathered_adapter_state(model) -> dict[str, torch.Tensor]:
-    """The adapter's weights as whole tensors; under ZeRO-3 every process takes part in gathering them."""
-    state = checkpoint.adapter_state(model)
-    parameters = [model.get_parameter(name) for name in state]
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return state
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters):
-        return {name: model.get_parameter(name).detach().cpu().clone() for name in state}
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
