@@ -1,9 +1,9 @@
 """What a launch of several processes needs: refusals, DeepSpeed without a compiler, weights that ZeRO-3 spreads."""
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def check_launch(deepspeed: str | None, dtype: str) -> None:
 
 def require_package(name: str, flag: str) -> None:
     """Raise ``UserError`` if a package that a flag asks for is not installed."""
-    if find_spec(name) is None:
+    if importlib.util.find_spec(name) is None:
         raise UserError(f"{flag} needs the package {name}; install it with `pip install {name}`")
 
 
