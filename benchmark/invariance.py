@@ -1,0 +1,99 @@
+"""Do predictions depend on how a run is carried out? Batch sizes, shared openings, processes; then float32 against bf16.
+
+    python benchmark/invariance.py --checkpoint output/quickstart/checkpoint --data_dir data/commonsense/test
+
+Each variant is a run of commonsense_evaluate.py in a folder of its own; predictions are compared line by line. In
+float32 every flip is listed with its margin: for ``score``, how far the first variant's two best options are apart.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import keep, table
+
+from mtl_lora.evaluate.predictions import Predictions
+
+PROJECT = Path(__file__).parent.parent
+VARIANTS = {
+    "batches of 32": ["--batch_size", "32"],
+    "batches of 7": ["--batch_size", "7"],
+    "one at a time": ["--batch_size", "1"],
+    "batches of 32, openings not shared": ["--batch_size", "32", "--share_opening", "False"],
+    "batches of 7, two processes": ["--batch_size", "7"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data_dir", default="data/commonsense/test")
+    parser.add_argument("--limit", type=int, default=63, help="questions of each task, from the first")
+    parser.add_argument("--bf16_limit", type=int, default=125)
+    arguments = parser.parse_args()
+    lines, flips = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in ("score", "generate"):
+            first = None
+            for name, flags in VARIANTS.items():
+                start = time.perf_counter()
+                found = evaluate(arguments, folder, mode, name, "fp32", arguments.limit, flags)
+                first = first or found
+                changed = [key for key in first if first[key]["parsed"] != found[key]["parsed"]]
+                flips += [f"{mode}, {name}, {key}: margin {margin(first[key])}" for key in changed]
+                seconds = time.perf_counter() - start
+                lines.append([mode, "fp32", name, len(found), len(changed), apart(first, found), f"{seconds:.0f}"])
+                print(lines[-1], file=sys.stderr, flush=True)
+            one, other = (
+                evaluate(arguments, folder, mode, name, "bf16", arguments.bf16_limit, VARIANTS[name])
+                for name in ("batches of 32", "batches of 7")
+            )
+            changed = [key for key in one if one[key]["parsed"] != other[key]["parsed"]]
+            lines.append([mode, "bf16", "batches of 7", len(one), len(changed), apart(one, other), ""])
+    header = ["mode", "dtype", "against batches of 32", "questions", "answers differ", "largest score difference", "s"]
+    text = table(header, lines) + "\n\n" + ("\n".join(flips) or "No answer differs in float32.")
+    keep(Path(__file__).stem, text, {"rows": [dict(zip(header, line, strict=True)) for line in lines], "flips": flips})
+
+
+def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: int, flags: list[str]) -> dict:
+    """Predictions of one run, by (task, index)."""
+    output = Path(folder) / f"{mode} {dtype} {name}"
+    launcher = [sys.executable]
+    threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    if "two processes" in name:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+        threads = str(max(int(threads) // 2, 1))
+    subprocess.run(
+        [*launcher, "commonsense_evaluate.py", "--checkpoint", str(Path(arguments.checkpoint).resolve())]
+        + ["--data_dir", str(Path(arguments.data_dir).resolve()), "--output_dir", str(output), "--mode", mode]
+        + ["--dtype", dtype, "--limit", str(limit), "--max_new_tokens", "8", *flags],
+        cwd=PROJECT,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        stdout=subprocess.DEVNULL,
+    )
+    return Predictions(output).read()
+
+
+def margin(record: dict) -> str:
+    """How far the two best options are apart, in nats; for generated text the text itself."""
+    if "scores" not in record:
+        return repr(record["text"])
+    best, second = sorted(record["scores"], reverse=True)[:2]
+    return f"{best - second:.1e}"
+
+
+def apart(first: dict, second: dict) -> str:
+    """The largest difference of two runs' option scores, in nats."""
+    if any("scores" not in record for record in first.values()):
+        return ""
+    pairs = (zip(first[key]["scores"], second[key]["scores"], strict=True) for key in first)
+    return f"{max(abs(a - b) for pair in pairs for a, b in pair):.1e}"
+
+
+if __name__ == "__main__":
+    main()
