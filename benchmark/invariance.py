@@ -1,4 +1,4 @@
-"""Do predictions depend on how a run is carried out? Batch sizes, shared openings, processes; then float32 against bf16.
+"""Do predictions depend on how a run is carried out? Batch sizes, shared openings, processes, float32 and bf16.
 
     python benchmark/invariance.py --checkpoint output/quickstart/checkpoint --data_dir data/commonsense/test
 
@@ -67,10 +67,11 @@ def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: in
     if "two processes" in name:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
         threads = str(max(int(threads) // 2, 1))
+    where = {"checkpoint": Path(arguments.checkpoint).resolve(), "data_dir": Path(arguments.data_dir).resolve()}
+    what = {"output_dir": output, "mode": mode, "dtype": dtype, "limit": limit, "max_new_tokens": 8}
+    settings = [f"--{name}={value}" for name, value in (where | what).items()]
     subprocess.run(
-        [*launcher, "commonsense_evaluate.py", "--checkpoint", str(Path(arguments.checkpoint).resolve())]
-        + ["--data_dir", str(Path(arguments.data_dir).resolve()), "--output_dir", str(output), "--mode", mode]
-        + ["--dtype", dtype, "--limit", str(limit), "--max_new_tokens", "8", *flags],
+        [*launcher, "commonsense_evaluate.py", *settings, *flags],
         cwd=PROJECT,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": threads},

@@ -7,8 +7,8 @@ import torch
 from shared import QUICKSTART
 
 from mtl_lora import route
+from mtl_lora.evaluate.evaluation import Evaluation
 from mtl_lora.evaluate.generate import generate_answers
-from mtl_lora.evaluate.run import Evaluation
 from mtl_lora.evaluate.score import best_option, option_tails, score_options
 from mtl_lora.evaluate.settings import EvalConfig
 from mtl_lora.tasks import Task
