@@ -27,7 +27,7 @@ from sentences import (
 )
 
 from mtl_lora.download import fetch_all, github_raw
-from mtl_lora.errors import OneSentenceParser, UserError, one_sentence
+from mtl_lora.errors import OneSentenceParser, UserError, files_within_reach, one_sentence
 from mtl_lora.files import records_bytes, write_all
 from mtl_lora.tasks import TaskSet, load_tasks_file
 
@@ -130,11 +130,8 @@ def prepare(flags: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
-    with one_sentence():
-        try:
-            prepare(parse_flags(arguments))
-        except OSError as error:  # such as a folder that may not be entered
-            raise UserError(f"a file or folder is out of reach: {error}") from None
+    with one_sentence(), files_within_reach():
+        prepare(parse_flags(arguments))
 
 
 if __name__ == "__main__":

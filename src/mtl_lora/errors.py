@@ -30,6 +30,15 @@ def one_sentence():
         raise SystemExit(130) from None
 
 
+@contextlib.contextmanager
+def files_within_reach():
+    """Turn an ``OSError`` inside the block, such as a folder that may not be entered, into a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"a file or folder is out of reach: {error}") from None
+
+
 class OneSentenceParser(argparse.ArgumentParser):
     """Complains of its flags as everything else does: one sentence, exit code 2, no usage text."""
 

@@ -3,6 +3,7 @@
 import copy
 import re
 
+from mtl_lora.report import __main__ as command_line
 from mtl_lora.tasks import COMMONSENSE
 
 TWO_TASKS = {"tasks": [{"name": "first", "id": 0, "title": "First"}, {"name": "second", "id": 1}], "columns": []}
@@ -77,3 +78,13 @@ def grid(text: str) -> dict[str, list[str]]:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {line[0]: line[1:] for line in cells}
+
+
+def run_command(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command line of reports."""
+    code = 0
+    try:
+        command_line.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()

@@ -6,8 +6,8 @@ import json
 
 import pytest
 from paired_runs import outcomes, predictions_of, write_run
+from report_records import run_command
 
-from mtl_lora.report import __main__ as command_line
 from mtl_lora.report.render_compare import p_text
 
 # All of one task changes and nothing of the other, so that no interval depends on the random numbers.
@@ -29,16 +29,6 @@ EXPECTED = """\
 corrected for the number of tasks.
 - Average: every task weighs the same in the scores, every question in p, which pools the questions of all tasks.
 """
-
-
-def run_command(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command line."""
-    code = 0
-    try:
-        command_line.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture

@@ -5,19 +5,7 @@ import io
 import json
 
 import pytest
-from report_records import BASE, COMMONSENSE_RESULTS, EXPECTED, TUNED, changed
-
-from mtl_lora.report import __main__ as command_line
-
-
-def run_command(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command line."""
-    code = 0
-    try:
-        command_line.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
+from report_records import BASE, COMMONSENSE_RESULTS, EXPECTED, TUNED, changed, run_command
 
 
 def test_command_prints_the_table(write, capsys):
