@@ -103,3 +103,14 @@ def trained(tiny_base, records_file, cache_dir, tmp_path_factory) -> str:
         )
     )
     return folder
+
+
+@pytest.fixture
+def edit_json():
+    """Change keys of a JSON file; None takes a key out."""
+
+    def edit(path: Path, **changes) -> None:
+        value = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not None}))
+
+    return edit

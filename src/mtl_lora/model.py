@@ -101,7 +101,8 @@ def one_sentence_for(name: str):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+    # ImportError: a base in 4 or 8 bits without the package that reads it.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, struct.error) as error:
         causes, cause = [], error
         while cause is not None and cause not in causes:
             causes.append(cause)

@@ -1,6 +1,5 @@
 """Tiny base models on disk, checkpoints on them, and the command line in this process."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -76,14 +75,3 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()} | {
         str(path): 0 for path in sorted(folder.rglob("*")) if path.is_dir()
     }
-
-
-@pytest.fixture
-def edit_json():
-    """Change keys of a JSON file; None takes a key out."""
-
-    def edit(path: Path, **changes) -> None:
-        value = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not None}))
-
-    return edit

@@ -4,6 +4,7 @@ The Trainer takes an injected model for a full model and reserves adapter-only s
 saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -47,6 +48,20 @@ def batch_sampler(
     )
 
 
+@contextlib.contextmanager
+def adapters_attached(model):
+    """A block in which transformers takes a quantised base with our adapters for one that may be trained.
+
+    The Trainer refuses a base in 4 or 8 bits unless it carries adapters, and asks for those by PEFT's mark alone.
+    """
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
+
+
 class EpochLoader(DataLoader):
     """A DataLoader whose batch sampler is told the epoch by the Trainer."""
 
@@ -68,7 +83,8 @@ class TaskTrainer(Trainer):
     ):
         self.tasks, self.origin, self.sampler = tasks, origin, sampler
         self.task_losses = TaskLosses(len(tasks))
-        super().__init__(data_collator=collator, **options)
+        with adapters_attached(options["model"]):
+            super().__init__(data_collator=collator, **options)
         # compute_loss below divides by the supervised tokens of the whole step, so the Trainer shall count them and
         # shall not divide again by the number of micro-batches.
         self.model_accepts_loss_kwargs = True
