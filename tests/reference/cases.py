@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mtl_lora import route
+from mtl_lora.adapter import base as base_module
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.inject import layer_class
 
@@ -74,14 +75,14 @@ def make_batch(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 @contextlib.contextmanager
 def recorded_masks() -> Iterator[list[torch.Tensor]]:
     """What every dropout inside the block multiplied its input with."""
-    masks, dropout = [], nn.functional.dropout
+    masks, dropout = [], base_module.dropout
 
-    def recording(x, p, training):
-        dropped = dropout(x, p, training)
+    def recording(x, p):
+        dropped = dropout(x, p)
         masks.append((dropped != 0).double() / (1 - p))
         return dropped
 
-    with mock.patch("torch.nn.functional.dropout", recording):
+    with mock.patch.object(base_module, "dropout", recording):
         yield masks
 
 

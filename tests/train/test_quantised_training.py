@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from shared import QUICKSTART
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from mtl_lora.errors import UserError
 from mtl_lora.evaluate.run import run
@@ -21,10 +21,15 @@ HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 @pytest.mark.parametrize("method", ["mtl_lora", "dora"])
 def test_a_quantised_base_is_trained_on_and_evaluated(train, tiny_base, tmp_path, bits, method):
     quantised = {4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}, 8: {"load_in_8bit": True}}[bits]
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
+    whole, base = shutil.copytree(tiny_base, tmp_path / "whole"), shutil.copytree(tiny_base, tmp_path / "base")
+    # bitsandbytes packs rows on a CPU by 32 and columns by 64, more than a layer of the tiny base has.
+    config = AutoConfig.from_pretrained(
+        tiny_base, hidden_size=64, head_dim=16, intermediate_size=64, num_key_value_heads=4
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(whole)
     settings = BitsAndBytesConfig(**quantised)
-    AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=settings).save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(whole, quantization_config=settings).save_pretrained(base)
     folder = train("run", base_model=str(base), adapter_name=method, max_steps=12)
     lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mtl_lora.adapter.dropout import dropout
 from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 
@@ -128,7 +129,7 @@ class AdapterLayer(nn.Module):
         # make autograd copy it.
         rows = x.reshape(-1, self.in_features)
         output = self.base(rows)
-        dropped = F.dropout(rows, self.dropout, training=True) if self.training and self.dropout else rows
+        dropped = dropout(rows, self.dropout) if self.training and self.dropout else rows
         z = F.linear(dropped, self.down().to(rows.dtype))
         output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
         return output.view(*x.shape[:-1], self.out_features)
