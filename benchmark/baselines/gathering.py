@@ -1,0 +1,38 @@
+"""MTL-LoRA as it is written down first, frozen: every row of a batch gets copies of A, Lambda and its own mixed B."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mtl_lora.adapter.mtl_lora import MtlLoraLayer
+
+
+class GatheringLayer(nn.Module):
+    """The same function as ``MtlLoraLayer``, whose weights it borrows; task_ids (B,) are set before each forward."""
+
+    task_ids: torch.Tensor
+
+    def __init__(self, layer: MtlLoraLayer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, L, k) to (B, L, d)."""
+        layer, ids = self.layer, GatheringLayer.task_ids
+        A = layer.lora_A.to(x.dtype).expand(len(ids), -1, -1).contiguous()
+        lambdas = layer.lora_lambda.to(x.dtype)[ids]
+        weights = F.softmax(layer.lora_w[ids] / layer.temperature, dim=-1).to(x.dtype)
+        up = layer.lora_B.to(x.dtype).view(layer.out_features, layer.num_B, layer.rank)
+        B = torch.einsum("bn,dnr->bdr", weights, up)
+        z = torch.bmm(F.dropout(x, layer.dropout, layer.training), A.transpose(1, 2))
+        z = torch.bmm(z, lambdas.transpose(1, 2))
+        return layer.base(x) + torch.bmm(z, B.transpose(1, 2)) * layer.scale
+
+
+def replace(model: nn.Module) -> nn.Module:
+    """Every ``MtlLoraLayer`` of a model inside a ``GatheringLayer``; returns the model."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, MtlLoraLayer) and not isinstance(module, GatheringLayer):
+                setattr(module, name, GatheringLayer(child))
+    return model
