@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from baselines import one_at_a_time
-from measure import keep, ratio, rounds, shown, spread, table
+from measure import keep, ratio, rounds, shown, spread
 
 from mtl_lora.evaluate.answers import extract_answer
 from mtl_lora.evaluate.batches import TOKEN_BUDGET, plan_batches
 from mtl_lora.evaluate.evaluation import Evaluation
 from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.report.render import markdown_table
 
 
 def main() -> None:
@@ -54,10 +55,10 @@ def main() -> None:
     for name in others:
         results[name]["ratio"] = ratio(rates[name], rates[first])
     lines = [
-        [name, shown(one["questions/s"]), shown(one["ratio"], 1) if "ratio" in one else 1]
+        [name, shown(one["questions/s"]), shown(one["ratio"], 1) if "ratio" in one else "1"]
         for name, one in results.items()
     ]
-    text = table(["evaluation", "questions/s", "ratio"], lines)
+    text = markdown_table(["evaluation", "questions/s", "ratio"], lines)
     text += (
         f"\n\n{arguments.questions} questions of each of {len(evaluation.tasks)} tasks, {evaluation.base_model}, "
         f"{evaluation.model.dtype}; median (smallest to largest) of {arguments.rounds} rounds. Generated answers equal "

@@ -14,9 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import keep, table
+from measure import keep
 
 from mtl_lora.evaluate.predictions import Predictions
+from mtl_lora.report.render import markdown_table
 
 PROJECT = Path(__file__).parent.parent
 VARIANTS = {
@@ -46,16 +47,18 @@ def main() -> None:
                 changed = [key for key in first if first[key]["parsed"] != found[key]["parsed"]]
                 flips += [f"{mode}, {name}, {key}: margin {margin(first[key])}" for key in changed]
                 seconds = time.perf_counter() - start
-                lines.append([mode, "fp32", name, len(found), len(changed), apart(first, found), f"{seconds:.0f}"])
+                lines.append(
+                    [mode, "fp32", name, f"{len(found)}", f"{len(changed)}", apart(first, found), f"{seconds:.0f}"]
+                )
                 print(lines[-1], file=sys.stderr, flush=True)
             one, other = (
                 evaluate(arguments, folder, mode, name, "bf16", arguments.bf16_limit, VARIANTS[name])
                 for name in ("batches of 32", "batches of 7")
             )
             changed = [key for key in one if one[key]["parsed"] != other[key]["parsed"]]
-            lines.append([mode, "bf16", "batches of 7", len(one), len(changed), apart(one, other), ""])
+            lines.append([mode, "bf16", "batches of 7", f"{len(one)}", f"{len(changed)}", apart(one, other), ""])
     header = ["mode", "dtype", "against batches of 32", "questions", "answers differ", "largest score difference", "s"]
-    text = table(header, lines) + "\n\n" + ("\n".join(flips) or "No answer differs in float32.")
+    text = markdown_table(header, lines) + "\n\n" + ("\n".join(flips) or "No answer differs in float32.")
     keep(Path(__file__).stem, text, {"rows": [dict(zip(header, line, strict=True)) for line in lines], "flips": flips})
 
 

@@ -1,17 +1,18 @@
-"""What every benchmark shares: interleaved rounds, median and spread, ratios, a table and a JSON line."""
+"""What every benchmark shares: interleaved rounds, median and spread, ratios, and where results are kept."""
 
 import json
 import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from mtl_lora.evaluate.results import checkout_commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,31 +47,12 @@ def facts() -> dict:
     """Where and by what a result was made."""
     return {
         "command": shlex.join(["python", *(os.path.relpath(sys.argv[0]), *sys.argv[1:])]),
-        "commit": commit(),
+        "commit": checkout_commit("benchmark/results"),  # earlier results change nothing that is measured
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
     }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with ``+changes`` if source files differ from it."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout
-        # Earlier results lie in the checkout too and change nothing that is measured.
-        changed = subprocess.run(
-            [*here, "status", "--porcelain", "-uno", "--", "..", ":!results"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("+changes" if changed.strip() else "")
 
 
 def cpu_name() -> str:
@@ -82,16 +64,6 @@ def cpu_name() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {cores} cores"
-
-
-def table(header: list[str], lines: list[list[object]]) -> str:
-    """A padded pipe table."""
-    rows = [[str(cell) for cell in line] for line in [header, *lines]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
 
 
 def shown(value: dict, digits: int = 2) -> str:

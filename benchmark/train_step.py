@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from baselines import gathering
-from measure import keep, ratio, rounds, shown, spread, table
+from measure import keep, ratio, rounds, shown, spread
 from peft import LoraConfig, get_peft_model
 
 import mtl_lora
@@ -28,6 +28,7 @@ from mtl_lora.data.encode import Encoder
 from mtl_lora.data.examples import load_examples
 from mtl_lora.data.sampler import LengthBatchSampler
 from mtl_lora.model import load_model, load_tokenizer
+from mtl_lora.report.render import markdown_table
 from mtl_lora.tasks import COMMONSENSE
 from mtl_lora.train.loss import token_losses
 
@@ -67,7 +68,7 @@ def main() -> None:
         ratios = {other: ratio(rates[name], rates[other]) for other in names}
         results[name]["ratios"] = ratios
         lines.append([name, shown(results[name]["samples/s"]), *(shown(value) for value in ratios.values())])
-    text = table(header, lines)
+    text = markdown_table(header, lines)
     text += (
         f"\n\n{len(rows)} records, {sum(lengths):,} tokens ({tokens['random']:,} in random batches of "
         f"{arguments.batch_size}, {tokens['sorted']:,} sorted), {arguments.base_model}, "

@@ -1,7 +1,9 @@
 """The base model and its tokenizer: any causal LM of transformers, the dtype rule, the pad rule, the fingerprint."""
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import os
 import struct
@@ -50,6 +52,12 @@ def choose_dtype(name: str) -> torch.dtype:
 def resolve(name: str) -> str:
     """The name or folder that transformers reads: the embedded default is converted into the cache first."""
     return str(smollm2_folder()) if name == SMOLLM2 else name
+
+
+@functools.cache
+def takes(model_class: type[torch.nn.Module], argument: str) -> bool:
+    """Whether the forward of a model's class has an argument of this name."""
+    return argument in inspect.signature(model_class.forward).parameters
 
 
 def load_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:

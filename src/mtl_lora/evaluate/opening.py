@@ -4,7 +4,6 @@ Under task routing keys and values depend on the task from the second layer on, 
 """
 
 import copy
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mtl_lora import route
+from mtl_lora.model import takes
 
 _LEAST = 8  # tokens; below, the copies cost more than they save
 
@@ -33,7 +33,7 @@ class OpeningCaches:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.usable = takes(model, "position_ids")
+        self.usable = takes(type(model), "position_ids")
         self._caches: dict[tuple[int, tuple[int, ...]], DynamicCache] = {}
 
     @torch.inference_mode()
@@ -53,8 +53,3 @@ class OpeningCaches:
         cache = copy.deepcopy(self._caches[key])
         cache.batch_repeat_interleave(rows)
         return cache
-
-
-def takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
-    return argument in inspect.signature(type(model).forward).parameters

@@ -52,7 +52,7 @@ def collect(evaluation: "Evaluation", protocol: str, found: dict[tuple[str, int]
         },
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": _device_name(),
-        "commit": _commit(),
+        "commit": checkout_commit(),
     }
 
 
@@ -91,12 +91,18 @@ def _device_name() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _commit() -> str | None:
-    """The project's commit, when it runs from a git checkout; ``+changes`` if files differ from it."""
+def checkout_commit(*without: str) -> str | None:
+    """The project's commit, when it runs from a git checkout; ``+changes`` if files differ from it.
+
+    without: paths from the checkout's top whose differences do not count.
+    """
     here = ["git", "-C", str(Path(__file__).parent)]
+    counted = ["--", ":/", *(f":(top,exclude){path}" for path in without)]
     try:
-        commit = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        commit, changed = (
+            subprocess.run([*here, *asked], capture_output=True, text=True, check=True).stdout.strip()
+            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", *counted])
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+changes" if changed.stdout.strip() else "")
+    return commit + ("+changes" if changed else "")

@@ -19,8 +19,9 @@ from mtl_lora import route
 from mtl_lora.data.collate import pad_left
 from mtl_lora.data.encode import Encoder
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.opening import OpeningCaches, takes
+from mtl_lora.evaluate.opening import OpeningCaches
 from mtl_lora.evaluate.questions import Question
+from mtl_lora.model import takes
 
 
 def option_tails(question: Question, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
@@ -107,7 +108,7 @@ def _positions(model: PreTrainedModel, mask: torch.Tensor, start: int) -> dict[s
 
     They count from each row's first real token; padding gets 0 or a neighbour's, where nothing looks.
     """
-    if not takes(model, "position_ids"):
+    if not takes(type(model), "position_ids"):
         return {}
     return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]}
 

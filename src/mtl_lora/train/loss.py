@@ -1,7 +1,6 @@
 """The loss of a batch: only answer positions go through the vocabulary, and tasks are told apart for the log."""
 
 import functools
-import inspect
 import sys
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from mtl_lora import route
 from mtl_lora.data.collate import IGNORED
+from mtl_lora.model import takes
 
 
 def token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 @functools.cache
 def keeps_logits(model_class: type[nn.Module]) -> bool:
     """Whether a model's forward takes ``logits_to_keep``; for one that does not, a line on stderr says so, once."""
-    keeps = "logits_to_keep" in inspect.signature(model_class.forward).parameters
+    keeps = takes(model_class, "logits_to_keep")
     if not keeps:
         print(
             f"{model_class.__name__} takes no logits_to_keep: the vocabulary is projected at every position, "
