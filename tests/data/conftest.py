@@ -39,3 +39,15 @@ def serve(monkeypatch) -> Callable[[Path], SimpleNamespace]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture
+def run(prepare, world, capsys):
+    """Run a test file's ``prepare`` script on its ``world``, with the flags that name it; returns what it printed."""
+
+    def command(*arguments, source=True):
+        where = ["--source", world.source] if source else []
+        prepare.main([str(argument) for argument in (*where, *world.flags, *arguments)])
+        return capsys.readouterr().out
+
+    return command

@@ -50,28 +50,17 @@ def world(tmp_path):
     content = dump(tmp_path / "merged.json", merged)
     known = {"path": "merged.json", "records": len(merged), "git_blob_sha1": blob(content)}
     dump(tmp_path / "manifest.json", {"repository": "a/b", "commit": "c", "merged": known, "tasks": tasks})
+    manifest, output, tests = tmp_path / "manifest.json", tmp_path / "out" / "train.json", tmp_path / "out" / "test"
     return SimpleNamespace(
         folder=tmp_path,
         source=source,
         merged=tmp_path / "merged.json",
         records=merged,
-        manifest=tmp_path / "manifest.json",
-        output=tmp_path / "out" / "train.json",
-        tests=tmp_path / "out" / "test",
+        manifest=manifest,
+        output=output,
+        tests=tests,
+        flags=["--manifest", manifest, "--output", output, "--test_dir", tests],
     )
-
-
-@pytest.fixture
-def run(prepare, world, capsys):
-    """Run the command on the world; returns what it printed."""
-
-    def command(*arguments, source=True):
-        where = ["--source", world.source] if source else []
-        paths = ["--manifest", world.manifest, "--output", world.output, "--test_dir", world.tests]
-        prepare.main([str(argument) for argument in (*where, *paths, *arguments)])
-        return capsys.readouterr().out
-
-    return command
 
 
 @pytest.fixture

@@ -30,20 +30,9 @@ def world(tmp_path):
     """Raw files of all tasks, a manifest of them, and where to write."""
     make_source(tmp_path)
     source, output = tmp_path / "source", tmp_path / "out"
-    return SimpleNamespace(folder=tmp_path, source=source, output=output, manifest=tmp_path / "manifest.json")
-
-
-@pytest.fixture
-def run(prepare, world, capsys):
-    """Run the command on the world; returns what it printed."""
-
-    def command(*arguments, source=True):
-        where = ["--source", world.source] if source else []
-        paths = ["--manifest", world.manifest, "--output_dir", world.output]
-        prepare.main([str(argument) for argument in (*where, *paths, *arguments)])
-        return capsys.readouterr().out
-
-    return command
+    manifest = tmp_path / "manifest.json"
+    flags = ["--manifest", manifest, "--output_dir", output]
+    return SimpleNamespace(folder=tmp_path, source=source, output=output, manifest=manifest, flags=flags)
 
 
 @pytest.fixture
