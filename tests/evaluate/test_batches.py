@@ -3,11 +3,14 @@
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_lora.data.examples import Example
+from mtl_lora.errors import UserError
 from mtl_lora.evaluate.batches import plan_batches
+from mtl_lora.evaluate.evaluation import in_halves
 from mtl_lora.evaluate.opening import shared_opening
 from mtl_lora.evaluate.questions import Question
 from mtl_lora.tasks import COMMONSENSE
@@ -60,3 +63,25 @@ def test_the_shared_opening_is_what_all_begin_with_but_never_a_whole_prompt(star
 @pytest.mark.parametrize("prompts", [[list(range(30))], [list(range(30))] * 3])
 def test_equal_prompts_keep_their_last_token(prompts):
     assert shared_opening(prompts) == list(range(29))
+
+
+@given(st.lists(st.integers(), min_size=1, max_size=40), st.integers(1, 40))
+def test_a_batch_that_does_not_fit_in_memory_is_answered_in_parts_in_its_order(rows, fits):
+    asked = []
+
+    def answer(part):
+        if len(part) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        asked.append(len(part))
+        return [row + 1 for row in part]
+
+    assert in_halves(answer, rows) == [row + 1 for row in rows]
+    assert max(asked) <= fits and sum(asked) == len(rows)
+
+
+def test_a_question_too_large_for_the_memory_is_said_in_one_sentence():
+    def answer(part):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="does not hold a single question"):
+        in_halves(answer, [1, 2, 3])

@@ -107,7 +107,8 @@ class Evaluation:
     def answer(self, questions: list[Question], protocol: str) -> list[dict]:
         """Prediction records of a batch of questions of one task."""
         answer: Callable = self._score if protocol == "score" else self._generate
-        found = answer(questions, self.openings[questions[0].task.id] if self.caches else ())
+        opening = self.openings[questions[0].task.id] if self.caches else []
+        found = in_halves(lambda rows: answer(rows, opening), questions)
         return [_record(question, values) for question, values in zip(questions, found, strict=True)]
 
     def _score(self, questions: list[Question], opening: list[int]) -> list[dict]:
@@ -128,6 +129,25 @@ class Evaluation:
             self.model, self.tokenizer, questions, config.max_new_tokens, config.num_beams, self.caches, opening
         )
         return [text_record(question, text) for question, text in zip(questions, texts, strict=True)]
+
+
+def in_halves(answer: Callable[[list], list], rows: list) -> list:
+    """``answer(rows)``; rows that do not fit in a GPU's memory together are answered in halves.
+
+    Raises ``UserError`` where a single row does not fit.
+    """
+    try:
+        return answer(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise UserError(
+                "the GPU's memory does not hold a single question; take a larger GPU or --dtype bf16"
+            ) from None
+    # Outside the except block, for the error holds on to the tensors of the pass that failed.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(rows) // 2
+    return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
 
 
 def text_record(question: Question, text: str) -> dict:
