@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from mtl_lora.adapter.dropout import dropout
+from mtl_lora.adapter.dropout import dropout, dropped_positions
 
 STEP = 2.0**-16
 
@@ -35,7 +35,7 @@ def test_the_share_of_zeros_is_p_in_every_row_column_and_lane(p):
     assert within(zeros.mean(), zeros.numel())
     assert within(zeros.mean(dim=(0, 1)), 4000)
     assert within(zeros.mean(dim=(0, 2)), 2560)
-    # The four elements that are cut from one random number.
+    # Lanes of four, which one random number could serve.
     assert within(zeros.view(-1, 4).mean(dim=0), zeros.numel() // 4)
 
 
@@ -76,8 +76,38 @@ def test_recomputation_under_checkpointing_draws_the_same_mask():
     assert dropped.any() and not dropped.all()
 
 
-def test_a_p_too_small_for_the_steps_is_torchs_own_dropout():
+@pytest.mark.parametrize("count", [1, 7, 100])
+@pytest.mark.parametrize("p", [1e-9, 0.05, 0.5])
+def test_positions_are_different_ascending_and_within_the_count(count, p):
     torch.manual_seed(0)
-    expected = torch.nn.functional.dropout(torch.ones(100), 1e-6)
+    for _ in range(50):
+        positions = dropped_positions(count, p)
+        assert torch.equal(positions, positions.unique())
+        assert not len(positions) or 0 <= positions[0] <= positions[-1] < count
+
+
+def test_each_set_of_positions_is_as_likely_as_bernoulli_draws_make_it():
     torch.manual_seed(0)
-    assert torch.equal(dropout(torch.ones(100), 1e-6), expected)
+    p, draws = 0.3, 20_000
+    found = torch.tensor([sum(1 << int(position) for position in dropped_positions(3, p)) for _ in range(draws)])
+    for subset in range(8):
+        dropped = subset.bit_count()
+        expected = p**dropped * (1 - p) ** (3 - dropped)
+        share = (found == subset).double().mean().item()
+        assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)
+
+
+def test_too_few_draws_are_followed_by_more(monkeypatch):
+    """The first draws reach the end nearly always; where they do not, the rest comes from further ones."""
+    monkeypatch.setattr("mtl_lora.adapter.dropout.math.ceil", lambda _: 2)
+    torch.manual_seed(0)
+    share = torch.stack([(dropout(torch.ones(50), 0.25) == 0).double().mean() for _ in range(400)]).mean().item()
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 20_000)
+
+
+@pytest.mark.parametrize("p", [0.6, 0.9])
+def test_above_a_half_it_is_torchs_own_dropout(p):
+    torch.manual_seed(0)
+    expected = torch.nn.functional.dropout(torch.ones(100), p)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(torch.ones(100), p), expected)

@@ -48,8 +48,9 @@ class MoeLoraLayer(AdapterLayer):
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)
-        gate = self.gate(task_ids).to(z.dtype)
-        return (z.view(len(task_ids), -1, self.rank) * gate[:, None]).view_as(z)
+        # In the gate's own dtype: its gradient is a difference of sums over the tokens, in which bf16 would round away.
+        gate = self.gate(task_ids)
+        return (z.to(gate.dtype).view(len(task_ids), -1, self.rank) * gate[:, None]).view_as(z)
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B with the gate of one task folded in; raises ``UserError`` for a task that is not there."""
