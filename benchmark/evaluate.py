@@ -6,14 +6,14 @@ A tuned checkpoint, questions of all its tasks, one process: both sides use the 
 take turns. The baseline is baselines/one_at_a_time.py.
 """
 
-import argparse
 import random
 from pathlib import Path
 
 import torch
 from baselines import one_at_a_time
-from measure import keep, ratio, rounds, shown, spread
+from measure import count, keep, parser, ratio, rounds, shown, spread
 
+from mtl_lora.errors import one_sentence
 from mtl_lora.evaluate.answers import extract_answer
 from mtl_lora.evaluate.batches import TOKEN_BUDGET, plan_batches
 from mtl_lora.evaluate.evaluation import Evaluation
@@ -22,13 +22,13 @@ from mtl_lora.report.render import markdown_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data_dir", default="data/commonsense/test")
-    parser.add_argument("--questions", type=int, default=64, help="of each task for our side (the baseline: an eighth)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="auto")
-    arguments = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_flag("checkpoint", "folder of a trained adapter", required=True)
+    flags.add_flag("data_dir", "folder with <task>/test.json", default="data/commonsense/test")
+    flags.add_flag("questions", "of each task for our side (the baseline: an eighth)", type=count, default=64)
+    flags.add_flag("rounds", "turns of every side", type=count, default=5)
+    flags.add_flag("dtype", "of the base model", default="auto")
+    arguments = flags.parse_args()
     evaluation = Evaluation(
         EvalConfig(
             checkpoint=arguments.checkpoint,
@@ -68,6 +68,7 @@ def main() -> None:
         Path(__file__).stem,
         text,
         {"questions": arguments.questions, "dtype": str(evaluation.model.dtype), "sides": results},
+        arguments.results,
     )
 
 
@@ -106,4 +107,5 @@ def agreement(evaluation: Evaluation, questions: list) -> tuple[int, int]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main()
+    with one_sentence():
+        main()

@@ -6,7 +6,6 @@ Each variant is a run of commonsense_evaluate.py in a folder of its own; predict
 float32 every flip is listed with its margin: for ``score``, how far the first variant's two best options are apart.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -14,12 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import keep
+from measure import PROJECT, count, keep, parser
 
+from mtl_lora.errors import UserError, one_sentence
 from mtl_lora.evaluate.predictions import Predictions
 from mtl_lora.report.render import markdown_table
 
-PROJECT = Path(__file__).parent.parent
 VARIANTS = {
     "batches of 32": ["--batch_size", "32"],
     "batches of 7": ["--batch_size", "7"],
@@ -30,12 +29,12 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data_dir", default="data/commonsense/test")
-    parser.add_argument("--limit", type=int, default=63, help="questions of each task, from the first")
-    parser.add_argument("--bf16_limit", type=int, default=125)
-    arguments = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_flag("checkpoint", "folder of a trained adapter", required=True)
+    flags.add_flag("data_dir", "folder with <task>/test.json", default="data/commonsense/test")
+    flags.add_flag("limit", "questions of each task in float32, from the first", type=count, default=63)
+    flags.add_flag("bf16_limit", "questions of each task in bf16", type=count, default=125)
+    arguments = flags.parse_args()
     lines, flips = [], []
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("score", "generate"):
@@ -59,7 +58,8 @@ def main() -> None:
             lines.append([mode, "bf16", "batches of 7", f"{len(one)}", f"{len(changed)}", apart(one, other), ""])
     header = ["mode", "dtype", "against batches of 32", "questions", "answers differ", "largest score difference", "s"]
     text = markdown_table(header, lines) + "\n\n" + ("\n".join(flips) or "No answer differs in float32.")
-    keep(Path(__file__).stem, text, {"rows": [dict(zip(header, line, strict=True)) for line in lines], "flips": flips})
+    record = {"rows": [dict(zip(header, line, strict=True)) for line in lines], "flips": flips}
+    keep(Path(__file__).stem, text, record, arguments.results)
 
 
 def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: int, flags: list[str]) -> dict:
@@ -73,13 +73,14 @@ def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: in
     where = {"checkpoint": Path(arguments.checkpoint).resolve(), "data_dir": Path(arguments.data_dir).resolve()}
     what = {"output_dir": output, "mode": mode, "dtype": dtype, "limit": limit, "max_new_tokens": 8}
     settings = [f"--{name}={value}" for name, value in (where | what).items()]
-    subprocess.run(
+    done = subprocess.run(
         [*launcher, "commonsense_evaluate.py", *settings, *flags],
         cwd=PROJECT,
-        check=True,
         env={**os.environ, "OMP_NUM_THREADS": threads},
         stdout=subprocess.DEVNULL,
     )
+    if done.returncode:
+        raise UserError(f"the evaluation {name!r} failed; what it says stands above")
     return Predictions(output).read()
 
 
@@ -100,4 +101,5 @@ def apart(first: dict, second: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main()

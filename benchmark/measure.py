@@ -1,5 +1,8 @@
-"""What every benchmark shares: interleaved rounds, median and spread, ratios, and where results are kept."""
+"""What every benchmark shares: interleaved rounds, median and spread, ratios, flags, and where results are kept."""
 
+import argparse
+import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -7,30 +10,90 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from mtl_lora.errors import OneSentenceParser
 from mtl_lora.evaluate.results import checkout_commit
+from mtl_lora.report.render import markdown_table
 
-RESULTS = Path(__file__).parent / "results"
+PROJECT = Path(__file__).parent.parent
+_RESAMPLES = 10_000
 
 
-def rounds(sides: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
-    """Rates (work per second) of each side over ``count`` rounds, the sides taking turns; one round before is not kept.
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's own text as it is written, and every flag with its default."""
 
-    A side does its work and returns how much it did, in units that all sides share.
+
+def parser(about: str) -> OneSentenceParser:
+    """A command line with ``--results``; ``about`` is the script's docstring."""
+    made = OneSentenceParser(description=about, formatter_class=_Help)
+    made.add_flag(
+        "results",
+        "folder that gets the table and the JSON line, from the project's; none: they are only printed",
+        default="benchmark/results",
+    )
+    return made
+
+
+def count(text: str) -> int:
+    """A whole number from 1; the type of a flag."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"it must be a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """``2,8`` as [2, 8]; the type of a flag."""
+    return [count(part) for part in text.split(",")]
+
+
+def fractions(text: str) -> list[float]:
+    """``0,0.05`` as [0.0, 0.05]; the type of a flag."""
+    return [float(part) for part in text.split(",")]
+
+
+def turns(sides: dict[str, Sequence[Callable[[], float]]], times: int) -> dict[str, list[float]]:
+    """Rates (work per second) of each side over ``times`` rounds; one round before is not kept.
+
+    A side is a list of pieces of work, as many as every other side has; a piece returns how much it did, in units that
+    all sides share. A round takes all sides through all their pieces, and they take turns piece by piece: a machine
+    whose speed drifts is as slow for one as for the other.
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(count + 1):
-        order = list(sides.items())
-        for name, side in order if number % 2 else reversed(order):
-            start = time.perf_counter()
-            work = side()
+    gc.collect()
+    gc.freeze()  # models and data built before need not be looked through again at every piece
+    try:
+        for number in range(times + 1):
+            done, seconds = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0)
+            for index, pieces in enumerate(zip(*sides.values(), strict=True)):
+                order = list(zip(sides, pieces, strict=True))
+                for name, work in order if (number + index) % 2 else reversed(order):
+                    gc.collect()
+                    start = clock()
+                    done[name] += work()
+                    seconds[name] += clock() - start
             if number:
-                rates[name].append(work / (time.perf_counter() - start))
+                for name in sides:
+                    rates[name].append(done[name] / seconds[name])
+    finally:
+        gc.unfreeze()
     return rates
+
+
+def rounds(sides: dict[str, Callable[[], float]], times: int) -> dict[str, list[float]]:
+    """``turns`` of sides that are one piece of work each."""
+    return turns({name: [side] for name, side in sides.items()}, times)
+
+
+def clock() -> float:
+    """Seconds, read when the GPU, if there is one, has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def spread(values: list[float]) -> dict:
@@ -38,9 +101,46 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
+def interval(values: list[float]) -> list[float]:
+    """A 95 % interval of the median: percentile bootstrap over the rounds, by a fixed seed.
+
+    With few rounds it is too narrow, for it never leaves their smallest and largest.
+    """
+    drawn = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values)))
+    return np.quantile(np.median(drawn, axis=1), [0.025, 0.975]).tolist()
+
+
 def ratio(ours: list[float], theirs: list[float]) -> dict:
     """ours / theirs, round by round: what was measured under the same load is divided."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {**spread(ratios), "interval": interval(ratios)}
+
+
+def compared(rates: dict[str, list[float]]) -> dict[str, dict[str, dict]]:
+    """Of each side the ratio to each side: ``compared(rates)[ours][theirs]``."""
+    return {ours: {theirs: ratio(rates[ours], rates[theirs]) for theirs in rates} for ours in rates}
+
+
+def ratio_table(ratios: dict[str, dict[str, dict]]) -> str:
+    """A line for each pair of sides, the later over the earlier: median, interval, smallest to largest round."""
+    names = list(ratios)
+    lines = [
+        [f"{ours} / {theirs}", *shown_ratio(ratios[ours][theirs])]
+        for index, ours in enumerate(names)
+        for theirs in names[:index]
+    ]
+    return markdown_table(["ratio", "median", "95 % interval", "rounds"], lines)
+
+
+def shown_ratio(value: dict) -> list[str]:
+    """Median, interval, smallest to largest."""
+    low, high = value["interval"]
+    return [f"{value['median']:.3f}", f"{low:.3f} to {high:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"]
+
+
+def shown(value: dict, digits: int = 2) -> str:
+    """``median (low to high)``."""
+    return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
 
 
 def facts() -> dict:
@@ -50,9 +150,18 @@ def facts() -> dict:
         "commit": checkout_commit("benchmark/results"),  # earlier results change nothing that is measured
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: version(name) for name in ("transformers", "peft")},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
     }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:
@@ -66,19 +175,17 @@ def cpu_name() -> str:
     return f"{name}, {cores} cores"
 
 
-def shown(value: dict, digits: int = 2) -> str:
-    """``median (low to high)``."""
-    return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
-
-
-def keep(name: str, text: str, record: dict) -> None:
-    """Print a table and append it, with a JSON line, to the files of this benchmark in ``results/``."""
+def keep(name: str, text: str, record: dict, folder: str) -> None:
+    """Print a table and a JSON line, and append them to this benchmark's files in ``folder`` (``--results``)."""
     record = {"benchmark": name, **facts(), **record}
     print(f"\n{text}\n")
     print(json.dumps(record))
-    RESULTS.mkdir(exist_ok=True)
+    if folder.lower() == "none":
+        return
+    results = PROJECT / folder
+    results.mkdir(parents=True, exist_ok=True)
     made_by = f"`{record['command']}`, commit {record['commit']}, {record['device']}, torch {record['torch']}"
-    with (RESULTS / f"{name}.md").open("a") as file:
+    with (results / f"{name}.md").open("a") as file:
         file.write(f"{made_by}\n\n{text}\n\n")
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
+    with (results / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")

@@ -1,150 +1,88 @@
 """Samples a second of whole training pipelines on the same records: forward, backward and, if asked for, optimiser.
 
     python benchmark/train_step.py --data_path commonsense_170k_taskid.json
+    python benchmark/train_step.py --data_path commonsense_170k_taskid.json --sides lora --tasks 2,8,64,512
 
-Sides, all with the same base model, dtype, threads and records:
-  original   random batches padded to their longest row, logits for every token, gradient checkpointing, the gathering
-             form of MTL-LoRA (baselines/gathering.py)
-  peft       PEFT's LoRA r 8, random padded batches, logits for every token, no checkpointing
-  lora, mtl_lora   ours: rows of similar length, logits for answers only
-  frozen     the limit: no adapter; forward, and backward to the embeddings, on our batches and logits
+All sides run in one process with the same base weights, dtype, threads and records, and take turns batch by batch.
+--tasks asks whether the cost grows with the number of tasks.
 """
 
-import argparse
-import gc
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from baselines import gathering
-from measure import keep, ratio, rounds, shown, spread
-from peft import LoraConfig, get_peft_model
+from batches import add_data, encoded_rows, make_batches
+from footprint import megabytes, tensor_bytes
+from measure import compared, count, counts, keep, parser, ratio_table, shown, spread, turns
+from pipelines import Pipeline, add_sides, pipeline
 
-import mtl_lora
-from mtl_lora import route
-from mtl_lora.adapter import routing
-from mtl_lora.data.collate import Collator
-from mtl_lora.data.encode import Encoder
-from mtl_lora.data.examples import load_examples
-from mtl_lora.data.sampler import LengthBatchSampler
-from mtl_lora.model import load_model, load_tokenizer
+from mtl_lora.errors import one_sentence
+from mtl_lora.model import device_for_this_process, load_model, load_tokenizer
 from mtl_lora.report.render import markdown_table
-from mtl_lora.tasks import COMMONSENSE
-from mtl_lora.train.loss import token_losses
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-DROPOUT = 0.05
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", default="data/quickstart/train.json")
-    parser.add_argument("--base_model", default="smollm2-135m")
-    parser.add_argument("--records", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--sides", default="original,peft,lora,mtl_lora,frozen")
-    parser.add_argument("--optimiser", action="store_true", help="AdamW on the trained weights after every batch")
-    arguments = parser.parse_args()
-    tokenizer = load_tokenizer(arguments.base_model)
-    rows = encoded_rows(arguments, tokenizer)
-    collator = Collator(tokenizer.pad_token_id)
-    mixed = np.random.default_rng(0).permutation(len(rows)).reshape(-1, arguments.batch_size).tolist()
-    lengths = [len(row["input_ids"]) for row in rows]
-    sorted_ = list(LengthBatchSampler(lengths, [row["task_id"] for row in rows], arguments.batch_size, seed=0))
-    batches = {
-        name: [collator([rows[index] for index in batch]) for batch in plan]
-        for name, plan in (("random", mixed), ("sorted", sorted_))
+    flags = parser(__doc__)
+    add_data(flags, records=128)
+    add_sides(flags, "frozen,original,peft,lora,mtl_lora")
+    flags.add_flag("tasks", "further sides: MTL-LoRA with so many tasks each, as 2,8,64,512", type=counts)
+    flags.add_flag("rounds", "passes of every side over all records", type=count, default=8)
+    flags.add_argument("--optimiser", action="store_true", help="AdamW on the trained weights after every batch")
+    flags.add_argument("--memory", action="store_true", help="also the peak of a step on the longest batch")
+    arguments = flags.parse_args()
+    arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]
+    tokenizer, device = load_tokenizer(arguments.base_model), device_for_this_process()
+    rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
+    plans = make_batches(rows, arguments.batch_size, tokenizer.pad_token_id, device)
+    base = load_model(arguments.base_model, arguments.dtype).to(device)
+    sides = {name: pipeline(name, base, arguments.optimiser) for name in arguments.sides}
+    rates = turns({name: work(side, plans) for name, side in sides.items()}, arguments.rounds)
+    ratios = compared(rates)
+    tokens_a_row = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    results = {
+        name: {
+            "samples/s": spread(values),
+            "tokens/s": spread([rate * tokens_a_row for rate in values]),
+            "ratios": ratios[name],
+            "peak_bytes": peak(sides[name], plans) if arguments.memory else None,
+        }
+        for name, values in rates.items()
     }
-    names = arguments.sides.split(",")
-    sides = {name: side(name, arguments, batches) for name in names}
-    rates = rounds(sides, arguments.rounds)
-    results = {name: {"samples/s": spread(values)} for name, values in rates.items()}
-    tokens = {name: sum(batch["input_ids"].numel() for batch in made) for name, made in batches.items()}
-    header = ["pipeline", "samples/s", *(f"/ {name}" for name in names)]
-    lines = []
-    for name in names:
-        ratios = {other: ratio(rates[name], rates[other]) for other in names}
-        results[name]["ratios"] = ratios
-        lines.append([name, shown(results[name]["samples/s"]), *(shown(value) for value in ratios.values())])
-    text = markdown_table(header, lines)
-    text += (
-        f"\n\n{len(rows)} records, {sum(lengths):,} tokens ({tokens['random']:,} in random batches of "
-        f"{arguments.batch_size}, {tokens['sorted']:,} sorted), {arguments.base_model}, "
-        f"{'with' if arguments.optimiser else 'without'} optimiser; median (smallest to largest) of {arguments.rounds} "
-        "rounds."
+    padded = {name: sum(batch["input_ids"].numel() for batch in made) for name, made in plans.items()}
+    text = markdown_table(
+        ["pipeline", "samples/s", "tokens/s", *(["peak, MB"] if arguments.memory else [])],
+        [
+            [name, shown(one["samples/s"]), shown(one["tokens/s"], 0)]
+            + ([megabytes(one["peak_bytes"])] if arguments.memory else [])
+            for name, one in results.items()
+        ],
     )
-    keep(Path(__file__).stem, text, {"settings": vars(arguments), "tokens": tokens, "sides": results})
+    text += f"\n\n{ratio_table(ratios)}" if len(ratios) > 1 else ""
+    text += (
+        f"\n\n{len(rows)} records, {len(rows) * tokens_a_row:,.0f} tokens ({padded['random']:,} with padding in random "
+        f"batches of {arguments.batch_size}, {padded['sorted']:,} sorted), {arguments.base_model}, {base.dtype}, "
+        f"{'with' if arguments.optimiser else 'without'} optimiser; median (smallest to largest) of "
+        f"{arguments.rounds} rounds, the sides taking turns batch by batch; tokens without padding."
+    )
+    if arguments.memory:
+        text += " Peak: tensors of a step on the longest batch, above weights and optimiser state."
+    settings = {name: value for name, value in vars(arguments).items() if name != "results"}
+    record = {"settings": settings, "dtype": str(base.dtype), "tokens": padded, "sides": results}
+    keep(Path(__file__).stem, text, record, arguments.results)
 
 
-def encoded_rows(arguments: argparse.Namespace, tokenizer) -> list[dict]:
-    """As many records of every task as of any other, as training rows."""
-    examples = load_examples(arguments.data_path, COMMONSENSE)
-    by_task = [[one for one in examples if one.task_id == task.id] for task in COMMONSENSE]
-    generator = np.random.default_rng(0)
-    chosen = [
-        rows[index]
-        for rows in by_task
-        for index in generator.choice(len(rows), arguments.records // len(by_task), replace=False)
-    ]
-    encoded = Encoder(tokenizer, "alpaca", 256, COMMONSENSE).encode(chosen)
-    return [
-        {"input_ids": one.prompt_ids + one.answer_ids, "prompt_length": len(one.prompt_ids), "task_id": one.task_id}
-        for one in encoded
-    ]
+def work(side: Pipeline, plans: dict[str, list[dict]]) -> list[partial]:
+    """A pass of a pipeline over all records, batch by batch."""
+    return [partial(side.step, batch) for batch in side.batches(plans)]
 
 
-def side(name: str, arguments: argparse.Namespace, batches: dict):
-    """A function that takes all records through one pipeline and returns their number."""
-    torch.manual_seed(0)
-    model = load_model(arguments.base_model, arguments.dtype)
-    plan, whole = ("random", True) if name in ("original", "peft") else ("sorted", False)
-    if name == "peft":
-        settings = LoraConfig(r=8, lora_alpha=16, lora_dropout=DROPOUT, target_modules=TARGETS, task_type="CAUSAL_LM")
-        model = get_peft_model(model, settings)
-    elif name == "frozen":
-        model.requires_grad_(False)
-        model.enable_input_require_grads()
-    else:
-        method = "lora" if name == "lora" else "mtl_lora"
-        adapter = mtl_lora.AdapterConfig(
-            method=method, dropout=DROPOUT, tasks=COMMONSENSE.names, target_modules=TARGETS
-        )
-        mtl_lora.inject(model, adapter)
-        if name == "original":
-            gathering.replace(model)
-            routing.enable_gradient_checkpointing(model)
-    if not whole:
-        model.set_attn_implementation("eager")  # as training on a CPU does
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4) if arguments.optimiser and trained else None
-
-    def run() -> int:
-        for batch in batches[plan]:
-            loss = whole_loss(model, batch) if whole else token_losses(model, batch)[0].mean()
-            loss.backward()
-            if optimiser:
-                optimiser.step()
-            model.zero_grad(set_to_none=True)
-        gc.collect()
-        return sum(len(batch["task_ids"]) for batch in batches[plan])
-
-    return run
-
-
-def whole_loss(model, batch: dict) -> torch.Tensor:
-    """The loss as a model computes it from labels: logits for every token."""
-    gathering.GatheringLayer.task_ids = batch["task_ids"]
-    with route.use(batch["task_ids"]):
-        return model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-            use_cache=False,
-        ).loss
+def peak(side: Pipeline, plans: dict[str, list[dict]]) -> int:
+    """The most bytes of tensors in a step on a pipeline's longest batch, above what is there between steps."""
+    longest = max(side.batches(plans), key=lambda batch: batch["input_ids"].numel())
+    return tensor_bytes(lambda: side.step(longest))[1]
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    with one_sentence():
+        main()

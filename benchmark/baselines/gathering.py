@@ -27,12 +27,3 @@ class GatheringLayer(nn.Module):
         z = torch.bmm(F.dropout(x, layer.dropout, layer.training), A.transpose(1, 2))
         z = torch.bmm(z, lambdas.transpose(1, 2))
         return layer.base(x) + torch.bmm(z, B.transpose(1, 2)) * layer.scale
-
-
-def replace(model: nn.Module) -> nn.Module:
-    """Every ``MtlLoraLayer`` of a model inside a ``GatheringLayer``; returns the model."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, MtlLoraLayer) and not isinstance(module, GatheringLayer):
-                setattr(module, name, GatheringLayer(child))
-    return model

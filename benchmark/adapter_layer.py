@@ -1,0 +1,151 @@
+"""Forward and backward of one adapter layer: every method's, against other forms of it and the frozen layer alone.
+
+    python benchmark/adapter_layer.py
+
+Layers, all around the same frozen linear layer without bias, k = d, 8 tasks, r 8, same input and gradient:
+  frozen      the limit: forward, and backward to the input
+  peft        PEFT's LoRA layer (peft.tuners.lora.Linear), dropout alike
+  lora, dora, multilora, moelora, mtl_lora   ours
+  gathering   MTL-LoRA with copies of A, Lambda and B for every row (baselines/gathering.py)
+  looping     MTL-LoRA as a loop over the tasks of the batch (baselines/looping.py)
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from baselines.gathering import GatheringLayer
+from baselines.looping import LoopingLayer
+from footprint import megabytes, tensor_bytes
+from measure import count, fractions, keep, parser, ratio, shown, spread, turns
+from pipelines import adapter_config, with_peft
+from torch import nn
+
+from mtl_lora import route
+from mtl_lora.adapter.inject import layer_class
+from mtl_lora.config import METHODS
+from mtl_lora.errors import one_sentence
+from mtl_lora.model import choose_dtype, device_for_this_process
+from mtl_lora.report.render import markdown_table
+
+TASKS = [f"task{number}" for number in range(8)]
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_flag("shapes", "rows x tokens x width", type=shapes, default="8x128x576,8x128x2048,8x256x4096")
+    flags.add_flag("dropout", "probabilities", type=fractions, default="0,0.05")
+    flags.add_flag("dtype", "of the frozen weight and the input; auto: bf16 where the hardware has it", default="auto")
+    flags.add_flag("repeats", "passes of a layer in one turn", type=count, default=5)
+    flags.add_flag("rounds", "turns of every layer", type=count, default=30)
+    flags.add_argument("--forward", action="store_true", help="the forward pass alone, without gradients")
+    arguments = flags.parse_args()
+    dtype, texts, cases = choose_dtype(arguments.dtype), [], []
+    if arguments.forward:
+        arguments.dropout = [0.0]  # nothing is dropped outside training
+    for shape in arguments.shapes:
+        for dropout in arguments.dropout:
+            text, case = measure_shape(shape, dropout, dtype, arguments)
+            texts.append(text)
+            cases.append({"shape": shape, "dropout": dropout, **case})
+            print(text, end="\n\n", file=sys.stderr, flush=True)
+    passes = "Forward without gradients" if arguments.forward else "Forward and backward"
+    texts.append(
+        f"{passes}, {dtype}, 8 tasks, r 8. Median (smallest to largest) of {arguments.rounds} rounds of "
+        f"{arguments.repeats}, the layers taking turns; of ratios the 95 % interval of the median. Peak: tensors of "
+        "one pass."
+    )
+    record = {"dtype": str(dtype), "forward_only": arguments.forward, "rounds": arguments.rounds, "cases": cases}
+    keep(Path(__file__).stem, "\n\n".join(texts), record, arguments.results)
+
+
+def shapes(text: str) -> list[list[int]]:
+    """``8x128x576,...`` as [[8, 128, 576], ...]; the type of a flag."""
+    rows = [[int(size) for size in part.split("x")] for part in text.split(",")]
+    if any(len(row) != 3 for row in rows):
+        raise ValueError
+    return rows
+
+
+def measure_shape(
+    shape: list[int], dropout: float, dtype: torch.dtype, arguments: argparse.Namespace
+) -> tuple[str, dict]:
+    """The table of one input shape, and the same as a record."""
+    passes, present = layer_passes(shape, dropout, dtype, arguments.forward)
+    pieces = {name: [partial(repeated, one, arguments.repeats)] for name, one in passes.items()}
+    rates = turns(pieces, arguments.rounds)
+    lines, results = [], {}
+    batch, length, width = shape
+    for name, values in rates.items():
+        of_frozen, ours = ratio(values, rates["frozen"]), ratio(rates["mtl_lora"], values)
+        one = {"tokens/s": spread(values), "seconds": spread([batch * length / rate for rate in values])}
+        one |= {"peak_bytes": tensor_bytes(passes[name])[1], "speed / frozen": of_frozen, "mtl_lora's / its": ours}
+        results[name] = one
+        milliseconds = shown({key: 1e3 * value for key, value in one["seconds"].items()})
+        speeds = [f"{one['tokens/s']['median']:,.0f}", megabytes(one["peak_bytes"])]
+        lines.append([name, milliseconds, *speeds, shown_interval(of_frozen), shown_interval(ours)])
+    table = markdown_table(["layer", "ms", "tokens/s", "peak, MB", "speed / frozen", "mtl_lora's speed / its"], lines)
+    title = f"({batch} x {length}, {width}), dropout {dropout:g}, {present} of 8 tasks in the batch"
+    return f"{title}\n\n{table}", {"tasks_present": present, "layers": results}
+
+
+def shown_interval(value: dict) -> str:
+    """``median (low to high)`` of a ratio, with the interval of the median."""
+    low, high = value["interval"]
+    return shown({"median": value["median"], "low": low, "high": high})
+
+
+def layer_passes(
+    shape: list[int], dropout: float, dtype: torch.dtype, forward_only: bool = False
+) -> tuple[dict[str, Callable[[], int]], int]:
+    """By layer a function that does one pass and returns its tokens; and how many tasks the batch holds."""
+    batch, length, width = shape
+    torch.manual_seed(0)
+    device = device_for_this_process()
+    base = nn.Linear(width, width, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    layers = {"frozen": base, "peft": peft_layer(base, dropout)}
+    layers |= {method: layer_class(method)(base, adapter_config(method, dropout, TASKS)) for method in METHODS}
+    layers |= {"gathering": GatheringLayer(layers["mtl_lora"]), "looping": LoopingLayer(layers["mtl_lora"])}
+    x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=not forward_only)
+    gradient = torch.randn_like(x)
+    task_ids = torch.randint(len(TASKS), (batch,)).to(device)  # as in a batch drawn at random
+    GatheringLayer.task_ids = LoopingLayer.task_ids = task_ids
+    one_pass, training = (forward_pass, False) if forward_only else (both_passes, True)
+    passes = {name: partial(one_pass, layer.train(training), x, gradient, task_ids) for name, layer in layers.items()}
+    return passes, len(task_ids.unique())
+
+
+def peft_layer(base: nn.Linear, dropout: float) -> nn.Module:
+    """PEFT's layer around a linear layer, as its users get it: made by ``get_peft_model``."""
+    return with_peft(nn.Sequential(base), dropout, ["0"]).base_model.model[0]
+
+
+def both_passes(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor, task_ids: torch.Tensor) -> int:
+    """x, gradient (B, L, k): forward, and backward to the input and the adapter's weights."""
+    with route.use(task_ids):
+        output = layer(x)
+    output.backward(gradient)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    return x.shape[0] * x.shape[1]
+
+
+@torch.no_grad()
+def forward_pass(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor, task_ids: torch.Tensor) -> int:
+    """x (B, L, k): the forward pass alone."""
+    with route.use(task_ids):
+        layer(x)
+    return x.shape[0] * x.shape[1]
+
+
+def repeated(work: Callable[[], int], times: int) -> int:
+    """Several passes, and their tokens together."""
+    return sum(work() for _ in range(times))
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

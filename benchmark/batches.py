@@ -1,0 +1,74 @@
+"""The records that training benchmarks run on, in batches drawn at random, as others do, and sorted by length."""
+
+import numpy as np
+import torch
+from measure import count
+from transformers import PreTrainedTokenizerBase
+
+from mtl_lora.data.collate import Collator
+from mtl_lora.data.encode import Encoder
+from mtl_lora.data.examples import load_examples
+from mtl_lora.data.sampler import LengthBatchSampler
+from mtl_lora.errors import OneSentenceParser, UserError
+from mtl_lora.tasks import COMMONSENSE
+
+
+def add_data(parser: OneSentenceParser, records: int) -> None:
+    """The flags that say which model trains on which records."""
+    parser.add_flag("data_path", "training records of the eight tasks", default="data/quickstart/train.json")
+    parser.add_flag("base_model", "name or folder of a causal language model", default="smollm2-135m")
+    parser.add_flag("records", "drawn in all, as many of each task", type=count, default=records)
+    parser.add_flag("batch_size", "rows of a training step", type=count, default=8)
+    parser.add_flag("dtype", "of the base model: bf16, fp32; auto: bf16 where the hardware has it", default="auto")
+
+
+def encoded_rows(data_path: str, records: int, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """``records`` training rows, as many of every task as of any other, drawn by a fixed seed.
+
+    Raises ``UserError`` where a task has too few, or ``records`` can not be shared out evenly.
+    """
+    each, rest = divmod(records, len(COMMONSENSE))
+    if rest or not each:
+        raise UserError(f"--records must be a multiple of the {len(COMMONSENSE)} tasks, not {records}")
+    generator, chosen = np.random.default_rng(0), []
+    examples = load_examples(data_path, COMMONSENSE)
+    for task in COMMONSENSE:
+        rows = [one for one in examples if one.task_id == task.id]
+        if len(rows) < each:
+            raise UserError(f"{data_path} has {len(rows)} records of {task.name}, {each} are needed; lower --records")
+        chosen += [rows[index] for index in generator.choice(len(rows), each, replace=False)]
+    return [
+        {"input_ids": one.prompt_ids + one.answer_ids, "prompt_length": len(one.prompt_ids), "task_id": one.task_id}
+        for one in Encoder(tokenizer, "alpaca", 256, COMMONSENSE).encode(chosen)
+    ]
+
+
+def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: torch.device) -> dict[str, list[dict]]:
+    """The same rows in ``random`` batches and in ours, ``sorted`` by length; raises ``UserError`` for a rest."""
+    if len(rows) % batch_size:
+        raise UserError(f"--records must be a multiple of --batch_size {batch_size}, not {len(rows)}")
+    lengths, ids = [len(row["input_ids"]) for row in rows], [row["task_id"] for row in rows]
+    plans = {
+        "random": np.random.default_rng(0).permutation(len(rows)).reshape(-1, batch_size).tolist(),
+        "sorted": LengthBatchSampler(lengths, ids, batch_size, seed=0),
+    }
+    collate = Collator(pad_token_id)
+    return {
+        name: [to_device(collate([rows[index] for index in batch]), device) for batch in plan]
+        for name, plan in plans.items()
+    }
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """A batch's tensors on another device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def spread_tasks(batches: list[dict], tasks: int) -> list[dict]:
+    """The same rows with task ids spread evenly over 0 to ``tasks`` - 1 and dealt out by a fixed seed."""
+    sizes = [len(batch["task_ids"]) for batch in batches]
+    ids = np.random.default_rng(0).permutation(np.arange(sum(sizes)) * tasks // sum(sizes))
+    parts = torch.from_numpy(ids).split(sizes)
+    return [
+        {**batch, "task_ids": part.to(batch["task_ids"].device)} for batch, part in zip(batches, parts, strict=True)
+    ]

@@ -1,0 +1,140 @@
+"""Peak memory of a training step, by method, against LoRA and the frozen limit: each side in a process of its own.
+
+    python benchmark/memory.py --data_path commonsense_170k_taskid.json
+
+One batch, the same rows for all: the longest of the records, for they set the peak of an epoch. Counted is everything
+above the loaded base model: adapter, gradients, AdamW's state, activations.
+  held     tensors that the forward pass leaves for the backward pass
+  tensors  the peak of all tensors in a step, from torch's allocator: exact, the same in every repeat
+  process  what the process grows by over building the adapter and two steps (resident memory; on a GPU: reserved)
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from batches import add_data, encoded_rows, to_device
+from footprint import megabytes, process_growth, tensor_bytes
+from measure import count, keep, parser, spread
+from pipelines import Pipeline, add_sides, pipeline
+
+from mtl_lora.adapter.inject import trainable_parameters
+from mtl_lora.data.collate import Collator
+from mtl_lora.errors import UserError, one_sentence
+from mtl_lora.model import device_for_this_process, load_model, load_tokenizer
+from mtl_lora.report.render import markdown_table
+
+MEASURES = ("held", "tensors", "process")
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    add_data(flags, records=256)
+    add_sides(flags, "frozen,lora,dora,multilora,moelora,mtl_lora,gathering,looping,peft_layer,peft,original")
+    flags.add_flag("repeats", "processes of each side, in turns", type=count, default=3)
+    flags.add_flag("alone", "measure one side in this process and print a JSON line; what the others are started with")
+    arguments = flags.parse_args()
+    if arguments.alone:
+        print(json.dumps(measure_alone(arguments)))
+        return
+    found: dict[str, list[dict]] = {name: [] for name in arguments.sides}
+    for repeat in range(arguments.repeats):
+        for name in arguments.sides if repeat % 2 else reversed(arguments.sides):
+            found[name].append(measure_in_own_process(name, arguments))
+            print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
+    report(found, arguments)
+
+
+def measure_in_own_process(name: str, arguments: argparse.Namespace) -> dict:
+    """What ``measure_alone`` finds in a fresh process."""
+    given = [f"--{flag}={getattr(arguments, flag)}" for flag in ("data_path", "base_model", "records", "batch_size")]
+    command = [sys.executable, __file__, f"--alone={name}", f"--dtype={arguments.dtype}", *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the process of {name} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_alone(arguments: argparse.Namespace) -> dict:
+    """Bytes that one side needs above the base model, and its number of trained weights."""
+    tokenizer, device = load_tokenizer(arguments.base_model), device_for_this_process()
+    rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
+    longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-arguments.batch_size :]
+    batch = to_device(Collator(tokenizer.pad_token_id)(longest), device)
+    base = load_model(arguments.base_model, arguments.dtype).to(device)
+    for weight in base.parameters():
+        weight.sum()  # a weight that is mapped from its file becomes resident when it is read first
+    side = None
+
+    def two_steps() -> None:
+        """The second is the first that finds the optimiser's state in place."""
+        nonlocal side
+        side = pipeline(arguments.alone, base, with_optimiser=True)
+        (one,) = side.batches({"random": [batch], "sorted": [batch]})
+        side.step(one)
+        side.step(one)
+
+    process = process_growth(two_steps)
+    (one,) = side.batches({"random": [batch], "sorted": [batch]})
+    kept = kept_bytes(side)
+    held, _ = tensor_bytes(lambda: side.forward(one))
+    _, peak = tensor_bytes(lambda: side.step(one))
+    return {
+        "held": held,
+        "tensors": kept + peak,
+        "process": process,
+        "trained": trainable_parameters(side.model)[0],
+        "shape": list(batch["input_ids"].shape),
+        "dtype": str(base.dtype),
+    }
+
+
+def kept_bytes(side: Pipeline) -> int:
+    """Trained weights and what the optimiser keeps of them: what is there between two steps, above the base."""
+    weights = [parameter for parameter in side.model.parameters() if parameter.requires_grad]
+    states = side.optimiser.state.values() if side.optimiser else ()
+    kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*weights, *kept))
+
+
+def report(found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
+    """The table: megabytes by side, and how many times those of LoRA and of the frozen limit."""
+    results, lines = {}, []
+    references = [name for name in ("lora", "frozen") if name in found]
+    for name, repeats in found.items():
+        known = [measure for measure in MEASURES if repeats[0][measure] is not None]
+        results[name] = {measure: spread([one[measure] for one in repeats]) for measure in known}
+        results[name]["trained"] = repeats[0]["trained"]
+    for name, one in results.items():
+        process = one.get("process")
+        limits = f" ({megabytes(process['low'])} to {megabytes(process['high'])})" if process else ""
+        tensors = one["tensors"]["median"]
+        lines.append(
+            [
+                name,
+                f"{one['trained']:,}",
+                megabytes(one["held"]["median"]),
+                megabytes(tensors),
+                megabytes(process and process["median"]) + limits,
+                *(f"{tensors / results[other]['tensors']['median']:.3f}" for other in references),
+            ]
+        )
+    header = ["pipeline", "trained weights", "held, MB", "tensors, MB", "process, MB"]
+    text = markdown_table([*header, *(f"tensors / {other}'s" for other in references)], lines)
+    facts = next(iter(found.values()))[0]
+    shape = " x ".join(str(size) for size in facts["shape"])
+    text += (
+        f"\n\nA step on {shape} tokens, {arguments.base_model}, {facts['dtype']}, AdamW; MB are 10^6 bytes above the "
+        f"loaded base model; median of {arguments.repeats} processes, of the process's growth (smallest to largest)."
+    )
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("results", "alone")}
+    record = {"settings": settings, "shape": facts["shape"], "dtype": facts["dtype"], "sides": results}
+    keep(Path(__file__).stem, text, record, arguments.results)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

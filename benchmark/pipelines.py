@@ -1,0 +1,156 @@
+"""The training pipelines that benchmarks compare: ours, the original's way, PEFT's, and the frozen limit."""
+
+import argparse
+import copy
+import dataclasses
+import re
+from collections.abc import Callable
+
+import torch
+from baselines import gathering, looping
+from batches import spread_tasks
+from torch import nn
+from transformers import PreTrainedModel
+
+import mtl_lora
+from mtl_lora import route
+from mtl_lora.adapter import routing
+from mtl_lora.adapter.inject import replace_module
+from mtl_lora.adapter.mtl_lora import MtlLoraLayer
+from mtl_lora.config import METHODS
+from mtl_lora.errors import OneSentenceParser
+from mtl_lora.tasks import COMMONSENSE
+from mtl_lora.train.loss import token_losses
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+RANK, ALPHA, DROPOUT = 8, 16, 0.05
+SIDES = {
+    "original": "the original's way: random batches padded to their longest row, logits for every token, gradient "
+    "checkpointing, the gathering form of MTL-LoRA (baselines/gathering.py)",
+    "peft": "PEFT's LoRA in its usual set-up: random padded batches, logits for every token, no checkpointing",
+    **dict.fromkeys(METHODS, "ours: rows of similar length, logits for answers only"),
+    "gathering": "as mtl_lora, but its layers in the gathering form (baselines/gathering.py)",
+    "looping": "as mtl_lora, but its layers loop over the tasks (baselines/looping.py)",
+    "peft_layer": "as lora, but with PEFT's layers",
+    "frozen": "the limit: no adapter; forward, and backward to the embeddings, on our batches and logits",
+    "mtl_lora_N_tasks": "as mtl_lora, with N tasks, over all of which the ids of the same rows are spread",
+}
+_BASELINE_LAYERS = {
+    "original": gathering.GatheringLayer,
+    "gathering": gathering.GatheringLayer,
+    "looping": looping.LoopingLayer,
+}
+_ANY_TASKS = re.compile(r"mtl_lora_([1-9]\d*)_tasks")
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """A model, which batches it takes (``random`` or ``sorted``), its loss of a batch, and perhaps an optimiser."""
+
+    model: nn.Module
+    plan: str
+    loss: Callable[[nn.Module, dict], torch.Tensor]
+    optimiser: torch.optim.Optimizer | None
+    tasks: int | None = None
+
+    def forward(self, batch: dict) -> torch.Tensor:
+        """The loss of a batch."""
+        gathering.GatheringLayer.task_ids = looping.LoopingLayer.task_ids = batch["task_ids"]
+        return self.loss(self.model, batch)
+
+    def step(self, batch: dict) -> int:
+        """One training step; returns the number of rows."""
+        self.forward(batch).backward()
+        if self.optimiser:
+            self.optimiser.step()
+        self.model.zero_grad(set_to_none=True)
+        return len(batch["task_ids"])
+
+    def batches(self, plans: dict[str, list[dict]]) -> list[dict]:
+        """This pipeline's batches of ``plans`` (see ``make_batches``)."""
+        return spread_tasks(plans[self.plan], self.tasks) if self.tasks else plans[self.plan]
+
+
+def add_sides(parser: OneSentenceParser, default: str) -> None:
+    """The flag ``--sides``, and a list of what it may name below the help."""
+    parser.add_flag("sides", "pipelines to compare, in the order of the table", type=side_names, default=default)
+    parser.epilog = "\n".join(["sides:", *(f"  {name:18}{text}" for name, text in SIDES.items())])
+
+
+def side_names(text: str) -> list[str]:
+    """``a,b`` as a list of pipelines; the type of a flag."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if not (name in SIDES or _ANY_TASKS.fullmatch(name)) or name == "mtl_lora_N_tasks":
+            raise argparse.ArgumentTypeError(f"there is no side {name!r}; the sides are {', '.join(SIDES)}")
+    return names
+
+
+def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> Pipeline:
+    """One of ``SIDES`` (``mtl_lora_64_tasks``: with 64 for N) on a base model, whose modules are left as they are."""
+    torch.manual_seed(0)
+    model, several = twin(base), _ANY_TASKS.fullmatch(name)
+    tasks = int(several.group(1)) if several else None
+    whole = name in ("original", "peft")
+    if name in ("peft", "peft_layer"):
+        model = with_peft(model, DROPOUT, TARGETS, None if name == "peft_layer" else "CAUSAL_LM")
+        model = model if whole else model.get_base_model()  # whose forward says that it takes logits_to_keep
+    elif name == "frozen":
+        model.enable_input_require_grads()
+    else:
+        names = [f"task{number}" for number in range(tasks)] if tasks else COMMONSENSE.names
+        mtl_lora.inject(model, adapter_config(name if name in METHODS else "mtl_lora", DROPOUT, names))
+        replace_layers(model, _BASELINE_LAYERS.get(name))
+    if name == "original":
+        routing.enable_gradient_checkpointing(model)
+    if not whole and model.device.type == "cpu":
+        model.set_attn_implementation("eager")  # as training on a CPU does
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4) if with_optimiser and trained else None
+    return Pipeline(model, "random" if whole else "sorted", whole_loss if whole else answer_loss, optimiser, tasks)
+
+
+def twin(base: nn.Module) -> nn.Module:
+    """A copy of a model's modules around the same weights, which are frozen."""
+    base.requires_grad_(False)
+    shared = [*base.parameters(), *base.buffers()]
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
+
+
+def adapter_config(method: str, dropout: float, tasks: list[str]) -> mtl_lora.AdapterConfig:
+    """The paper's sizes of a method."""
+    return mtl_lora.AdapterConfig(
+        method=method, rank=RANK, alpha=ALPHA, dropout=dropout, tasks=tasks, target_modules=TARGETS
+    )
+
+
+def with_peft(model: nn.Module, dropout: float, targets: list[str], task_type: str | None = None) -> nn.Module:
+    """PEFT's LoRA of the same rank, scale and dropout on a model."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": dropout, "target_modules": targets}
+    return get_peft_model(model, LoraConfig(**settings, task_type=task_type))
+
+
+def replace_layers(model: nn.Module, form: type[nn.Module] | None) -> None:
+    """Every ``MtlLoraLayer`` of a model inside another form of it; None changes nothing."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MtlLoraLayer)}
+    for name, layer in layers.items() if form else ():
+        replace_module(model, name, form(layer))
+
+
+def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The loss as a model computes it from labels: logits for every token."""
+    with route.use(batch["task_ids"]):
+        return model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+            use_cache=False,
+        ).loss
+
+
+def answer_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The loss as our training computes it: logits for the answers."""
+    return token_losses(model, batch)[0].mean()

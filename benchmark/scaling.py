@@ -1,0 +1,169 @@
+"""Samples a second of the real training by processes and threads, at the same global batch: how well it scales.
+
+    python benchmark/scaling.py --data_path commonsense_170k_taskid.json
+
+Every launch is a training of finetune.py's own path (`mtl_lora.train.run`: Trainer, DDP over gloo or NCCL, gradients,
+clipping, AdamW) in fresh processes; launches take turns. Timed are the optimiser steps after the first one. The
+efficiency is the speed-up over the first launch divided by how many times its cores (on GPUs: cards) are used.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measure import compared, count, keep, parser, shown, shown_ratio, spread
+
+from mtl_lora.data.dataset import row_columns, training_rows
+from mtl_lora.data.sampler import plan_epoch
+from mtl_lora.errors import UserError, one_sentence
+from mtl_lora.model import load_tokenizer
+from mtl_lora.report.render import markdown_table
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_flag("launches", "processes x threads of each; the first is the measure", default="1x1,1x2,2x1")
+    flags.add_flag("data_path", "training records", default="data/quickstart/train.json")
+    flags.add_flag("base_model", "name or folder of a causal language model", default="smollm2-135m")
+    flags.add_flag("adapter_name", "method, as of finetune.py", default="mtl_lora")
+    flags.add_flag("batch_size", "rows of an optimiser step over all processes", type=count, default=8)
+    flags.add_flag("dtype", "of the base model", default="auto")
+    flags.add_flag("deepspeed", "configuration, such as config/zero2.json; empty: DDP", default="")
+    flags.add_flag("cache_dir", "folder for tokenised data", default=".cache/rows")
+    flags.add_flag("steps", "timed optimiser steps of a launch; one more runs before them", type=count, default=12)
+    flags.add_flag("rounds", "times that each launch runs", type=count, default=3)
+    flags.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = flags.parse_args()
+    if arguments.worker:
+        work(Path(arguments.worker))
+        return
+    launches = {name: parse_launch(name, arguments.batch_size) for name in arguments.launches.split(",")}
+    found: dict[str, list[dict]] = {name: [] for name in launches}
+    for number in range(arguments.rounds):
+        order = list(launches.items())
+        for name, sizes in order if number % 2 == 0 else reversed(order):
+            found[name].append(launch(*sizes, arguments))
+            print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
+    report(launches, found, arguments)
+
+
+def parse_launch(text: str, batch_size: int) -> tuple[int, int]:
+    """``2x1`` as (2 processes, 1 thread each); raises ``UserError`` where the batch can not be shared out evenly."""
+    processes, _, threads = text.partition("x")
+    if not (processes.isdecimal() and threads.isdecimal() and int(processes) and int(threads)):
+        raise UserError(f"--launches lists processes x threads, as 1x1,2x1, not {text!r}")
+    if batch_size % int(processes):
+        raise UserError(f"--batch_size {batch_size} can not be shared out over {processes} processes")
+    return int(processes), int(threads)
+
+
+def launch(processes: int, threads: int, arguments: argparse.Namespace) -> dict:
+    """Train in fresh processes; what the first of them found."""
+    names = ("data_path", "base_model", "adapter_name", "dtype", "cache_dir")
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job.json"
+        settings = {
+            **{name: getattr(arguments, name) for name in names},
+            "batch_size": arguments.batch_size // processes,
+            "max_steps": arguments.steps + 1,
+            "deepspeed": arguments.deepspeed or None,
+            "output_dir": str(Path(folder) / "run"),
+            "save_step": 0,
+            "logging_steps": arguments.steps + 1,
+        }
+        job.write_text(json.dumps(settings))
+        launcher = [sys.executable]
+        if processes > 1 or arguments.deepspeed:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [*launcher, __file__, f"--worker={job}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise UserError(f"a launch of {processes} processes failed: {done.stderr.strip()[-2000:]}")
+        return json.loads(job.with_suffix(".found").read_text())
+
+
+def work(job: Path) -> None:
+    """One process of a launch: train, and let the first process write what it found beside the job."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from mtl_lora.train.launch import leave
+    from mtl_lora.train.run import run
+    from mtl_lora.train.settings import TrainConfig
+
+    times: list[float] = []
+
+    def after_step(*_) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    register_optimizer_step_post_hook(after_step)
+    config = TrainConfig(**json.loads(job.read_text()))
+    run(config)
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    leave()
+    if rank:
+        return
+    if len(times) != config.max_steps:
+        raise RuntimeError(f"{len(times)} optimiser steps were seen where {config.max_steps} were asked for")
+    tokenizer, tasks = load_tokenizer(config.base_model), config.task_set()
+    facts = row_columns(
+        training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
+    )
+    plan = plan_epoch(facts["length"], facts["task_id"], config.batch_size * processes, config.seed, 0)
+    timed = [row for rows in plan[1 : config.max_steps] for row in rows]
+    seconds = times[-1] - times[0]
+    found = {"samples/s": len(timed) / seconds, "tokens/s": float(facts["length"][timed].sum()) / seconds}
+    job.with_suffix(".found").write_text(json.dumps({**found, "peak_bytes": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had: on a GPU of the card, otherwise resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def report(launches: dict[str, tuple[int, int]], found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
+    """The table: rates, and speed-up and efficiency against the first launch."""
+    ratios = compared({name: [one["samples/s"] for one in runs] for name, runs in found.items()})
+    units = {name: sizes[0] * (1 if torch.cuda.is_available() else sizes[1]) for name, sizes in launches.items()}
+    first, lines, results = next(iter(launches)), [], {}
+    for name, runs in found.items():
+        one = {measure: spread([run[measure] for run in runs]) for measure in runs[0]}
+        times = units[name] / units[first]
+        results[name] = {**one, "ratios": ratios[name], "efficiency": ratios[name][first]["median"] / times}
+        speed, limits, _ = shown_ratio(ratios[name][first])
+        lines.append(
+            [
+                "{} x {}".format(*launches[name]),
+                shown(one["samples/s"]),
+                shown(one["tokens/s"], 0),
+                f"{speed} ({limits})",
+                f"{results[name]['efficiency']:.3f}",
+                f"{one['peak_bytes']['median'] / 1e6:,.0f}",
+            ]
+        )
+    header = ["processes x threads", "samples/s", "tokens/s", "speed-up (95 %)", "efficiency", "peak of a process, MB"]
+    text = markdown_table(header, lines)
+    text += (
+        f"\n\n{arguments.adapter_name}, {arguments.base_model}, {arguments.steps} optimiser steps of "
+        f"{arguments.batch_size} rows in all, {arguments.deepspeed or 'DDP'}; median (smallest to largest) of "
+        f"{arguments.rounds} launches each."
+    )
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("results", "worker")}
+    keep(Path(__file__).stem, text, {"settings": settings, "launches": results}, arguments.results)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
