@@ -1,7 +1,7 @@
 """The folder of a study that can be shared: study.json, table.md, and of every run its results, log and analysis."""
 
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_lora import files
@@ -9,14 +9,13 @@ from mtl_lora.errors import UserError
 from mtl_lora.study import table
 from mtl_lora.study.record import FILE_NAME
 
-_PATH_FLAGS = ("--base_model", "--data_path", "--output_dir", "--tasks_file", "--cache_dir", "--data_dir")
-_PATH_FLAGS += ("--checkpoint", "--deepspeed")
+_COLLECTED = ("results", "log", "analysis")
 
 
 def collect(folder: Path, target: Path) -> None:
-    """Copy what can be shared of the study in ``folder`` to ``target``; absolute paths become relative ones.
+    """Copy what can be shared of the study in ``folder`` to ``target``, without a path of this machine in it.
 
-    Raises ``UserError`` if ``target`` is the study's folder or holds another study.
+    Raises ``UserError`` if ``target`` is the study's own folder or holds another study.
     """
     value = files.read_json(folder / FILE_NAME, "the study")
     if target.resolve() == folder.resolve():
@@ -25,33 +24,43 @@ def collect(folder: Path, target: Path) -> None:
         other = files.read_json(target / FILE_NAME, "the study").get("name")
         if other != value["name"]:
             raise UserError(f"--collect {target} holds the study {other!r}; name another folder")
-    shown = {str(folder.absolute()): f"output/study/{value['name']}", str(Path.cwd()): "."}
-    shown |= {path: os.path.basename(path) for path in absolute_paths(value)}
-    written = {}
+    shown = shown_paths(folder, value)
+    texts = {target / name: (folder / name).read_text(encoding="utf-8") for name in collected_files(value)}
+    texts = {path: without_paths(text, shown) for path, text in texts.items()}
+    value = json.loads(without_paths(json.dumps(value), shown))
+    texts = {
+        target / FILE_NAME: json.dumps(value, indent=2, ensure_ascii=False) + "\n",
+        target / table.FILE_NAME: table.render(value),
+        **texts,
+    }
+    files.write_all({path: text.encode("utf-8") for path, text in texts.items()})
+    print(f"collected {len(texts)} files in {target}")
+
+
+def collected_files(value: dict) -> Iterator[str]:
+    """The files of the runs, relative to the study's folder."""
     for experiment in value["experiments"]:
         for run in experiment["runs"]:
             for part in (run, *run.get("parts", {}).values()):
-                for key in ("results", "log", "analysis"):
-                    if part[key]:
-                        text = (folder / part[key]).read_text(encoding="utf-8")
-                        written[target / part[key]] = _shown(text, shown)
-    written[target / table.FILE_NAME] = (folder / table.FILE_NAME).read_text(encoding="utf-8")
-    written[target / FILE_NAME] = _shown(json.dumps(value, indent=2, ensure_ascii=False) + "\n", shown)
-    files.write_all({path: text.encode() for path, text in reversed(written.items())})
-    print(f"collected {len(written)} files in {target}")
+                yield from (part[key] for key in _COLLECTED if part[key])
+
+
+def shown_paths(folder: Path, value: dict) -> dict[str, str]:
+    """How each absolute path of the study is shown: as in a fresh checkout, or by its last name alone."""
+    given = {path: Path(path).name for path in absolute_paths(value["grid"])}
+    return {**given, str(Path.cwd()): ".", str(folder.absolute()): f"output/study/{value['name']}"}
 
 
 def absolute_paths(value: object) -> set[str]:
-    """The absolute paths among the values of a grid's flags, wherever they stand in a record."""
-    if isinstance(value, dict):
-        return set().union(*(absolute_paths(entry) for entry in value.values()))
-    if isinstance(value, list):
-        return set().union(*(absolute_paths(entry) for entry in value))
-    return {value} if isinstance(value, str) and os.path.isabs(value) and " " not in value else set()
+    """The values anywhere in a grid that are absolute paths."""
+    if isinstance(value, dict | list):
+        entries = value.values() if isinstance(value, dict) else value
+        return set().union(*map(absolute_paths, entries))
+    return {value} if isinstance(value, str) and Path(value).is_absolute() else set()
 
 
-def _shown(text: str, shown: dict[str, str]) -> str:
-    """The text with every path as it is shown, the longest first."""
+def without_paths(text: str, shown: dict[str, str]) -> str:
+    """JSON text with every path of ``shown`` as it is shown, the longest first."""
     for path in sorted(shown, key=len, reverse=True):
         text = text.replace(json.dumps(path)[1:-1], shown[path])
     return text

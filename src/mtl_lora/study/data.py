@@ -57,6 +57,7 @@ class StudyData:
         self.source = Path(grid.train.get("data_path", TrainConfig().data_path))
         if not self.source.is_file():
             raise UserError(f"the training records {self.source} do not exist; {self._way_out()}")
+        self._parts: dict[tuple[str, ...], Part] = {}
         self._examples = _by_task(load_examples(self.source, study.tasks), study.tasks)
         test_dir = grid.evaluate.get("data_dir", EvalConfig(base_model="none").data_dir)
         self.test = self._questions(Path(test_dir), grid.test_records, "test")
@@ -69,8 +70,13 @@ class StudyData:
                     f"{', '.join(shared)}; choose by a development set"
                 )
 
-    def train(self, only: Sequence[str] = ()) -> Part:
+    def train(self, only: tuple[str, ...] = ()) -> Part:
         """The training records, of all tasks or ``only`` of some."""
+        if only not in self._parts:
+            self._parts[only] = self._train(only)
+        return self._parts[only]
+
+    def _train(self, only: tuple[str, ...]) -> Part:
         most = self.study.grid.train_records
         of = {name: len(examples) for name, examples in self._examples.items() if not only or name in only}
         if missing := [name for name in only if not self._examples.get(name)]:

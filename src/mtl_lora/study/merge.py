@@ -3,7 +3,7 @@
 from mtl_lora import files
 from mtl_lora.report.predictions import FOLDER_NAME, predictions_path
 from mtl_lora.report.results import FILE_NAME, Results, mean_score, read_results
-from mtl_lora.study.jobs import Run
+from mtl_lora.study.planner import Run
 
 
 def results_of(run: Run) -> Results:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mtl_lora.report.results import mean_score, read_results
-from mtl_lora.study.jobs import Planner, Run
+from mtl_lora.study.planner import Planner, Run
 
 
 def outcome(planner: Planner, name: str, candidates: Sequence[Run]) -> dict:
