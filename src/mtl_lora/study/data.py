@@ -39,10 +39,16 @@ def as_record(example: Example) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One data file of a study. path: as flags name it; counts, of: records kept and there are, by task."""
+    """Training records or test sets of a study.
+
+    path: as flags name it. sha256: of the files that are read, of each task's test set or of ``train``; source: of the
+    user's own files that they are from. counts, of: records that are kept and that there are, by task. content: the
+    files to write, none where the user's own are read.
+    """
 
     path: Path
     sha256: dict[str, str]
+    source: dict[str, str]
     counts: dict[str, int]
     of: dict[str, int]
     content: dict[Path, bytes]
@@ -58,13 +64,14 @@ class StudyData:
         if not self.source.is_file():
             raise UserError(f"the training records {self.source} do not exist; {self._way_out()}")
         self._parts: dict[tuple[str, ...], Part] = {}
+        self._source_sha256 = files.sha256(self.source)
         self._examples = _by_task(load_examples(self.source, study.tasks), study.tasks)
         test_dir = grid.evaluate.get("data_dir", EvalConfig(base_model="none").data_dir)
         self.test = self._questions(Path(test_dir), grid.test_records, "test")
         self.dev = None
         if study.search:
             self.dev = self._questions(Path(study.search.data_dir), study.search.records, "dev")
-            if shared := [name for name in self.dev.sha256 if self.dev.sha256[name] == self.test.sha256.get(name)]:
+            if shared := [name for name, digest in self.dev.source.items() if digest == self.test.source[name]]:
                 raise UserError(
                     f"the grid {study.path}, search: {study.search.data_dir} and {test_dir} hold the same records of "
                     f"{', '.join(shared)}; choose by a development set"
@@ -81,30 +88,32 @@ class StudyData:
         of = {name: len(examples) for name, examples in self._examples.items() if not only or name in only}
         if missing := [name for name in only if not self._examples.get(name)]:
             raise UserError(f"{self.source} has no records of {', '.join(missing)}")
+        source = {"train": self._source_sha256}
         if not only and not most:
-            return Part(self.source, {"train": files.sha256(self.source)}, of, of, {})
+            return Part(self.source, source, source, of, of, {})
         kept = {name: sample(self._examples[name], most, name) for name in of}
         path = self.folder / ("_".join(["train", *only]) + ".json")
         content = files.records_bytes([as_record(example) for name in kept for example in kept[name]])
         counts = {name: len(examples) for name, examples in kept.items()}
-        return Part(path, {"train": files.sha256_of(content)}, counts, of, {path: content})
+        return Part(path, {"train": files.sha256_of(content)}, source, counts, of, {path: content})
 
     def _questions(self, source: Path, most: int, name: str) -> Part:
         """The questions of every task that is asked: the user's folder, or a sample of it in the study's."""
         asked = self.study.grid.evaluate.get("tasks") or self.study.tasks.names
         target = self.folder / name if most else source
-        hashes, counts, of, contents = {}, {}, {}, {}
+        hashes, sources, counts, of, contents = {}, {}, {}, {}, {}
         for task in asked:
             path = source / task / "test.json"
             if not path.is_file():
                 raise UserError(f"there is no test file {path}; {self._way_out()}")
             examples = load_examples(path, self.study.tasks, task, closed=True)
             kept = sample(examples, most, task)
-            hashes[task], counts[task], of[task] = files.sha256(path), len(kept), len(examples)
+            hashes[task] = sources[task] = files.sha256(path)
+            counts[task], of[task] = len(kept), len(examples)
             if most:
                 content = files.records_bytes([as_record(example) for example in kept])
                 hashes[task], contents[target / task / "test.json"] = files.sha256_of(content), content
-        return Part(target, hashes, counts, of, contents)
+        return Part(target, hashes, sources, counts, of, contents)
 
     def _way_out(self) -> str:
         prepare = self.study.grid.prepare

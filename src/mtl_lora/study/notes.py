@@ -10,16 +10,18 @@ _LEVEL = f"{100 * CONFIDENCE:.0f} %"
 
 def notes(study: Study, value: dict) -> list[str]:
     """The grid's own notes, then those that every study's tables need. value: the record without its notes."""
+    data = value["data"]
     found = [*study.grid.notes]
     found.append(f"Base model: {value['base_model']}. Mode: {study.grid.evaluate.get('mode', 'generate')}.")
-    found.append(f"Trained on {_records(value['data']['train'], 'records')}; steps: {_steps(value)}.")
-    found.append(f"Test questions: {_records(value['data']['test'], 'questions')}.")
+    found.append(f"Trained on {_records(data['train'], 'records', 'all records')}; steps: {_steps(value)}.")
+    found.append(f"Test questions: {_records(data['test'], 'questions', 'the whole test sets')}.")
     found += _spread(value)
     if any(experiment["against"] for experiment in value["experiments"]) or value["transfer"]:
         found.append(
-            f"Differences: by question, correct minus correct of the other, averaged over the seeds that both have "
-            f"(seed i against seed i); {_LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions "
-            f"within each task, seed {SEED}. They say how far other questions could move a difference, not other seeds."
+            f"Differences: question by question, averaged over the seeds that both have (seed i against seed i, the "
+            f"base model against every seed); {_LEVEL} percentile intervals of {RESAMPLES:,} resamples of the "
+            f"questions within each task, seed {SEED}. They say how far other questions could move a difference, not "
+            "other seeds."
         )
     found += _unfinished(study, value)
     if len(value["commits"]) > 1:
@@ -27,27 +29,31 @@ def notes(study: Study, value: dict) -> list[str]:
     return found
 
 
-def _records(part: dict, word: str) -> str:
-    """``a fixed sample (seed 0) of 4,800 of 37,341 records: cr 800 of 3,013, ...``."""
+def _records(part: dict, word: str, whole: str) -> str:
+    """``a fixed sample (seed 0) of 800 records of each task (cr of 3,013, ...)``, or the whole and how much that is."""
     kept, of = part["records"], part["of"]
     if kept == of:
-        return f"all {sum(kept.values()):,} {word} ({', '.join(f'{name} {count:,}' for name, count in kept.items())})"
-    counts = ", ".join(f"{name} {count:,} of {of[name]:,}" for name, count in kept.items())
-    return f"a fixed sample (seed {SAMPLE_SEED}) of {sum(kept.values()):,} of {sum(of.values()):,} {word}: {counts}"
+        counts = ", ".join(f"{name} {count:,}" for name, count in kept.items())
+        return f"{whole}, {sum(kept.values()):,} ({counts})"
+    there = ", ".join(f"{name} {count:,} of {of[name]:,}" for name, count in kept.items())
+    if len(set(kept.values())) == 1:
+        each = next(iter(kept.values()))
+        there = ", ".join(f"{name} of {count:,}" for name, count in of.items())
+        return f"a fixed sample (seed {SAMPLE_SEED}) of {each:,} {word} of each task ({there})"
+    return f"a fixed sample (seed {SAMPLE_SEED}) of {sum(kept.values()):,} {word} ({there})"
 
 
 def _steps(value: dict) -> str:
-    """``200``, or by experiment where they differ."""
-    steps = {
-        experiment["name"]: experiment["runs"][0]["steps"]
-        for experiment in value["experiments"]
-        if experiment["method"]
-    }
-    if not steps:
-        return "no training"
-    if len(set(steps.values())) == 1:
-        return f"{next(iter(steps.values())):,}"
-    return ", ".join(f"{name} {count:,}" for name, count in steps.items())
+    """``200``, or by experiment where they differ; those of tasks trained alone are added up."""
+    steps = {}
+    for experiment in value["experiments"]:
+        if experiment["method"]:
+            total = experiment["runs"][0]["steps"]
+            count = experiment["adapters"]
+            steps[experiment["name"]] = f"{total:,} in {count} trainings" if count > 1 else f"{total:,}"
+    if len(set(steps.values())) <= 1:
+        return next(iter(steps.values()), "none")
+    return ", ".join(f"{name} {count}" for name, count in steps.items())
 
 
 def single_runs(value: dict) -> bool:

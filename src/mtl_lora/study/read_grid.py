@@ -81,6 +81,9 @@ def _check_names(study: Study, source: str) -> None:
         for task in [*experiment.only_tasks, *experiment.evaluate.get("tasks", grid_tasks)]:
             if task not in study.tasks.names:
                 raise UserError(f"{where}: there is no task {task!r}; the tasks are {study.tasks.describe()}")
+        for task in [*experiment.evaluate.get("tasks", []), *(experiment.only_tasks if experiment.alone else [])]:
+            if grid_tasks and task not in grid_tasks:
+                raise UserError(f"{where}: {task} is asked, and the grid's evaluate has the tasks {grid_tasks} alone")
         if experiment.alone:
             if experiment.group in alone:
                 raise UserError(f"{where}: the group {experiment.group!r} has an experiment with alone already")

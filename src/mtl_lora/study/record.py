@@ -143,7 +143,10 @@ def _search(planner: Planner, searches: Sequence[dict]) -> dict | None:
 def _data(planner: Planner) -> dict:
     """How many records of each task were used of how many, and the hashes of the files."""
     parts = {"train": planner.data.train(), "test": planner.data.test}
-    return {name: {"records": part.counts, "of": part.of, "sha256": part.sha256} for name, part in parts.items()}
+    return {
+        name: {"records": part.counts, "of": part.of, "sha256": part.sha256, "source_sha256": part.source}
+        for name, part in parts.items()
+    }
 
 
 def _made(found: Found) -> dict:

@@ -66,7 +66,7 @@ def changes(before: dict, now: dict) -> list[str]:
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = (str(recipe.get(key, "not given")) for recipe in (before, now))
-        if before.get(key) != now.get(key):
+        if (key in before, before.get(key)) != (key in now, now.get(key)):
             found.append(f"{key} {old} -> {new}" if len(old + new) < _SHOWN else key)
     return found
 
