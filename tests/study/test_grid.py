@@ -57,6 +57,10 @@ BAD = [
     (experiments(baseline="LoRa"), "has no experiment 'LoRa'"),
     (experiments(search="LoRA"), "search names 'LoRA', and the grid has no search"),
     (experiments(search="MTL-LoRA") | {"search": SEARCH}, "search names 'MTL-LoRA', for which nothing is searched"),
+    (
+        experiments(search="LoRA", train={"learning_rate": 1}) | {"search": SEARCH},
+        "search names 'LoRA', and train sets learning_rate itself",
+    ),
     (grid(search={**SEARCH, "value": [1]}), "grid.json, search has the unknown key 'value'"),
     (grid(search={**SEARCH, "values": [0.1]}), "search: values must be at least two different numbers"),
     (grid(search={**SEARCH, "flag": "rate"}), "grid.json, search has the unknown flag 'rate'"),

@@ -134,7 +134,7 @@ def test_killed_study_goes_on_to_the_same_table(undisturbed, study, grid_file, t
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     capsys.readouterr()
     study(folder)
-    assert capsys.readouterr().out.splitlines() == [f"tiny: 6 runs, in {folder}"]
+    assert capsys.readouterr().out.splitlines() == [f"tiny: 6 runs, 6 of them finished, in {folder}"]
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 

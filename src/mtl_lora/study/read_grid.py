@@ -100,6 +100,8 @@ def _check_search(study: Study, test_dir: str, source: str) -> None:
         where = f"{source}, experiment {experiment.name!r}"
         if study.search is None:
             raise UserError(f"{where}: search names {experiment.search!r}, and the grid has no search")
+        if study.search.flag in (experiment.train or {}):
+            raise UserError(f"{where}: search names {experiment.search!r}, and train sets {study.search.flag} itself")
         if study.searched_as(study.experiment(experiment.search)) != study.experiment(experiment.search):
             raise UserError(f"{where}: search names {experiment.search!r}, for which nothing is searched")
     if study.search is None:

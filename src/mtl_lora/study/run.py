@@ -94,19 +94,31 @@ class Work:
         for experiment in self.chosen:
             jobs += [job for seed in study.seeds(experiment) for job in self.planner.run(experiment, seed).jobs]
         progress = Progress([job.kind for job in jobs])
-        print(f"{study.grid.name}: {progress.total} runs, in {self.planner.folder}", flush=True)
+        known = [job for run in self._known() for job in run.jobs if finished(job, self.overwrite)]
+        print(
+            f"{study.grid.name}: {progress.total} runs, {len(known)} of them finished, in {self.planner.folder}",
+            flush=True,
+        )
         for name, candidates in self.candidates.items():
             for run in candidates:
                 self._execute(run, progress, lock)
             self.found[name] = outcome(self.planner, name, candidates)
         self._check_recipes()
         for run in self.runs(self.chosen):
-            self._execute(run, progress, lock)
-            self.report()
+            if self._execute(run, progress, lock):
+                self.report()
+        self.report()
 
-    def _execute(self, run: Run, progress: Progress, lock: int) -> None:
+    def _known(self) -> list[Run]:
+        """All runs whose recipe is known by now, those of the search among them."""
+        return [*(run for runs in self.candidates.values() for run in runs), *self.runs(self.chosen)]
+
+    def _execute(self, run: Run, progress: Progress, lock: int) -> bool:
+        """Do what is left of a run; whether there was anything."""
+        worked = False
         for job in run.jobs:
             skipped = finished(job, self.overwrite)
+            worked |= not skipped
             state = execute(job, lock, self.overwrite)
             seconds = {step: known["seconds"] for step, known in state.steps.items()}
             whole = all(known["starts"] == 1 for known in state.steps.values())
@@ -114,6 +126,7 @@ class Work:
             if not skipped:
                 average = mean_score(list(read_results(job.folder).tasks.values())).accuracy
                 print(progress.line(job.label, seconds, average), flush=True)
+        return worked
 
     def report(self) -> None:
         """Write study.json and table.md of all finished runs, those of experiments that are not chosen included."""
