@@ -37,13 +37,19 @@ ALLOWED = {
     "report": {"errors", "files", "tasks"},
     "train": GROUND | EVERYTHING_BELOW,
     "evaluate": GROUND | EVERYTHING_BELOW,
+    # Of data, train and evaluate only what needs no model: see NEEDS_NO_MODEL.
+    "study": GROUND | {"cli", "config", "tasks", "data", "report", "train", "evaluate"},
 }
+# What a study, which starts the two scripts as a user does, may know of the parts behind them.
+NEEDS_NO_MODEL = {"data": "mtl_lora.data.examples", "train": "mtl_lora.train.settings"}
+NEEDS_NO_MODEL["evaluate"] = "mtl_lora.evaluate.settings"
 # Part of the package -> packages from elsewhere it may import; parts that are not named may import any.
 PACKAGES = {
     **{part: set() for part in ("errors", "version", "files", "mtl_lora", "tasks", "config", "prompts")},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has spread
     "cli": {"fire"},
     "report": {"matplotlib", "numpy"},
+    "study": set(),
 }
 ONLY_WHEN_ASKED_FOR = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "tensorboard", "peft"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -80,6 +86,12 @@ def wrong_directions(part: str, tree: ast.AST) -> list[str]:
     """The names of the package that a module of ``part`` imports against the rule."""
     own = [name for name in imports_of(tree) if name.split(".")[0] == "mtl_lora"]
     return [name for name in own if part_of(name) not in ALLOWED[part] | {part}]
+
+
+def models_in_a_study(tree: ast.AST) -> list[str]:
+    """The names that a module of ``study`` imports of parts which work with models, but for what needs none."""
+    own = [name for name in imports_of(tree) if name.split(".")[0] == "mtl_lora"]
+    return [name for name in own if not name.startswith(NEEDS_NO_MODEL.get(part_of(name), "mtl_lora"))]
 
 
 def foreign_packages(part: str, tree: ast.AST) -> set[str]:
@@ -163,6 +175,11 @@ def test_train_and_evaluate_never_import_each_other():
     assert "evaluate" not in ALLOWED["train"] and "train" not in ALLOWED["evaluate"]
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "study").glob("*.py")), ids=named)
+def test_a_study_knows_settings_and_records_but_no_model(path):
+    assert models_in_a_study(parsed(path)) == []
+
+
 def test_the_order_of_parts_has_no_circle():
     placed: set[str] = set()
     while len(placed) < len(ALLOWED):
@@ -178,6 +195,7 @@ LOADED = [
     ("import mtl_lora", {"torch", "numpy", "safetensors", "transformers"}),
     ("import mtl_lora.cli, mtl_lora.tasks, mtl_lora.prompts, mtl_lora.train.settings", {"torch", "transformers"}),
     ("import mtl_lora.report.__main__", {"torch", "numpy", "transformers", "matplotlib"}),
+    ("import mtl_lora.study.__main__", {"torch", "numpy", "transformers", "datasets"}),
     (
         "import mtl_lora; mtl_lora.inject, mtl_lora.load, mtl_lora.save, mtl_lora.route, mtl_lora.merge",
         {"transformers", "datasets", "accelerate", "fire", "peft"},
@@ -185,7 +203,7 @@ LOADED = [
 ]
 
 
-@pytest.mark.parametrize("statement, unwanted", LOADED, ids=["package", "command line", "report", "adapters"])
+@pytest.mark.parametrize("statement, unwanted", LOADED, ids=["package", "command line", "report", "study", "adapters"])
 def test_import_brings_no_more_than_it_needs(statement, unwanted):
     code = f"{statement}\nimport sys; print(*[name for name in {sorted(unwanted)!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -207,10 +225,17 @@ def test_import_brings_no_more_than_it_needs(statement, unwanted):
         ("data", "import mtl_lora"),
         ("tasks", "from mtl_lora.config import closest"),
         ("errors", "from mtl_lora import files"),
+        ("train", "from mtl_lora.study.grid import Grid"),
+        ("study", "from mtl_lora import model"),
     ],
 )
 def test_import_against_the_order_is_found(part, line):
     assert wrong_directions(part, ast.parse(line))
+
+
+@pytest.mark.parametrize("line", ["from mtl_lora.train.run import run", "import mtl_lora.data.dataset"])
+def test_model_in_a_study_is_found(line):
+    assert models_in_a_study(ast.parse(line))
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,26 @@ def _matches(value: object, expected: object) -> bool:
     return type(value) is expected
 
 
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    dict: "an object",
+    types.NoneType: "none",
+}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "strings", dict: "objects"}
+
+
 def type_name(expected: object) -> str:
     """A declared type in words, for messages and help texts."""
     origin = typing.get_origin(expected)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_name(option) for option in typing.get_args(expected))
     if origin is list:
-        return "a list of strings"
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", types.NoneType: "none"}
-    return names.get(expected, str(expected))
+        (element,) = typing.get_args(expected)
+        return f"a list of {_PLURALS[element]}"
+    return _NAMES.get(expected, str(expected))
 
 
 class Config:

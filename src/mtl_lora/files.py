@@ -91,3 +91,8 @@ def sha256(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sha256_of(content: bytes) -> str:
+    """The sha256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()

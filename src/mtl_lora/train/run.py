@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 import mtl_lora
@@ -19,12 +19,13 @@ from mtl_lora.config import AdapterConfig
 from mtl_lora.data.collate import Collator
 from mtl_lora.data.dataset import shortened_note, training_rows
 from mtl_lora.errors import UserError
-from mtl_lora.model import fingerprint, load_model, load_tokenizer, one_sentence_for, resolve
+from mtl_lora.model import fingerprint, load_model, load_tokenizer
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.launch import base_in, check_launch, join, prepare, require_package
 from mtl_lora.train.output import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
+from mtl_lora.train.weights import model_without_memory
 
 # On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
 # length their (L, L) scores are small.
@@ -109,12 +110,7 @@ def check_files(config: TrainConfig) -> None:
 
 def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
     """Raise ``UserError`` for target modules the model does not have, from its configuration alone."""
-    with one_sentence_for(config.base_model):
-        model_config = AutoConfig.from_pretrained(
-            resolve(config.base_model), trust_remote_code=config.trust_remote_code
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    model = model_without_memory(config.base_model, config.trust_remote_code)
     try:
         find_targets(model, adapter.target_modules)
     except UserError as error:

@@ -1,0 +1,77 @@
+"""``job.json``: what is known of a job that was started, and whether it is the job that is asked for now."""
+
+import dataclasses
+
+from mtl_lora import files
+from mtl_lora.errors import UserError
+from mtl_lora.report.results import FILE_NAME as RESULTS_NAME
+from mtl_lora.study.jobs import Job
+
+STATE_NAME = "job.json"
+_SHOWN = 80  # characters of two values that are still quoted in a sentence
+
+
+@dataclasses.dataclass
+class State:
+    """A job's recipe, its command lines, and of each command: whether it is done, its seconds, its starts.
+
+    A command that was killed and started again has the seconds of its last start alone.
+    """
+
+    recipe: dict
+    commands: list[str]
+    train: dict | None
+    evaluate: dict
+
+    @classmethod
+    def fresh(cls, job: Job) -> "State":
+        """Of a job that was never started."""
+        train, evaluate = ({"done": False, "seconds": 0.0, "starts": 0} for _ in range(2))
+        return cls(job.recipe, job.commands, train if job.train else None, evaluate)
+
+    @property
+    def steps(self) -> dict[str, dict]:
+        """The commands there are, by name."""
+        return {"train": self.train, "evaluate": self.evaluate} if self.train else {"evaluate": self.evaluate}
+
+    def write(self, job: Job) -> None:
+        """Keep it in the job's folder."""
+        files.write_json(job.folder / STATE_NAME, dataclasses.asdict(self))
+
+
+def read_state(job: Job, overwrite: bool = False) -> State | None:
+    """The state of a job that was started before; None for one that was not.
+
+    Raises ``UserError`` naming what differs if the folder's job has another recipe; with ``overwrite`` it counts as
+    not started.
+    """
+    path = job.folder / STATE_NAME
+    if not path.is_file():
+        if job.folder.is_dir() and any(entry.is_file() for entry in job.folder.iterdir()):
+            raise UserError(f"{job.folder} holds files that no study made; pass another --output_dir")
+        return None
+    state = State(**files.read_json(path, "the state of a job,"))
+    if changed := changes(state.recipe, job.recipe):
+        if overwrite:
+            return None
+        raise UserError(
+            f"{job.folder} was made by another recipe ({'; '.join(changed)}); pass --overwrite True to make it anew, "
+            "or another --output_dir"
+        )
+    return state
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """``train.lora_r 8 -> 4``, one a key that differs; what is too long for a sentence is only named."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = (str(recipe.get(key, "not given")) for recipe in (before, now))
+        if (key in before, before.get(key)) != (key in now, now.get(key)):
+            found.append(f"{key} {old} -> {new}" if len(old + new) < _SHOWN else key)
+    return found
+
+
+def finished(job: Job, overwrite: bool = False) -> bool:
+    """Whether nothing of a job is left to do; see ``read_state``."""
+    state = read_state(job, overwrite)
+    return state is not None and state.evaluate["done"] and (job.folder / RESULTS_NAME).is_file()

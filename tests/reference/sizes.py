@@ -1,0 +1,35 @@
+"""The sizes of two real base models, and how many weights an adapter trains on them."""
+
+from transformers import LlamaConfig
+
+from mtl_lora import AdapterConfig
+from mtl_lora.train.weights import shapes_of, trained_weights
+
+LLAMA_2_7B = 6_738_415_616
+SMOLLM2_135M = 134_515_008
+
+
+def trained_and_all(config: LlamaConfig, tasks: int = 8, **settings) -> tuple[int, int]:
+    """(trained, all) of an adapter on q, k, v and o, with so many tasks."""
+    names = [f"task{index}" for index in range(tasks)]
+    return trained_weights(shapes_of(config), AdapterConfig(tasks=names, **settings))
+
+
+def llama_2_7b() -> LlamaConfig:
+    """LLaMA-2-7B's."""
+    return LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+
+
+def smollm2_135m() -> LlamaConfig:
+    """SmolLM2-135M's."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )

@@ -1,0 +1,168 @@
+"""Commands of a study: their logs, what a failure says, what ends with the study, and one study a folder."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from study_cases import grid, is_locked, planner, wait_for
+
+from mtl_lora.errors import UserError
+from mtl_lora.study.execute import JobFailed, check_launcher, execute, last_line, locked, start
+from mtl_lora.study.progress import Progress, clock, roughly
+from mtl_lora.study.state import read_state
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """A working folder in which finetune.py is a script of the test's own: ``scripts(text)``."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> None:
+        (tmp_path / "finetune.py").write_text(text)
+
+    return write
+
+
+@pytest.fixture
+def job(tmp_path):
+    made = planner(tmp_path, grid())
+    return made.run(made.study.experiment("LoRA"), 0).jobs[0]
+
+
+def test_failed_training_is_one_line_with_the_logs_place_and_last_line(job, tmp_path, scripts):
+    scripts("import sys; print('step 1'); sys.exit('error: the disk is full')")
+    with locked(tmp_path / "study") as lock, pytest.raises(JobFailed) as failure:
+        execute(job, lock)
+    log = job.folder / "train.out"
+    assert str(failure.value) == (
+        f"LoRA seed 0: the training ended with exit code 1; {log} ends with: error: the disk is full"
+    )
+    assert log.read_text().startswith(f"$ {job.commands[0]}\n")
+    state = read_state(job)
+    assert state.train == {"done": False, "seconds": 0.0, "starts": 1} and state.evaluate["starts"] == 0
+
+
+def test_next_start_of_a_failed_training_adds_to_its_log_and_begins_anew(job, tmp_path, scripts):
+    scripts("import sys; sys.exit(' '.join(sys.argv[-2:]))")
+    with locked(tmp_path / "study") as lock:
+        for ending in (f"--seed {job.train['seed']}", "--overwrite_output_dir True"):
+            with pytest.raises(JobFailed, match=f"ends with: {ending}$"):
+                execute(job, lock)
+    assert (job.folder / "train.out").read_text().count("$ python finetune.py") == 2
+    assert read_state(job).train["starts"] == 2
+
+
+def test_last_line_is_the_error_among_what_a_launcher_says_after_it(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("10%\r20%\rerror: too few rows\nTraceback\n  File\nChildFailedError\n\n")
+    assert last_line(log) == "error: too few rows"
+    log.write_text("10%\r20%\n\n")
+    assert last_line(log) == "20%"
+
+
+def test_launcher_that_is_not_there_is_named():
+    check_launcher("python")
+    check_launcher("torchrun --nproc_per_node 2")
+    with pytest.raises(UserError, match="the launcher 'no-such-launcher -n 2' can not be started"):
+        check_launcher("no-such-launcher -n 2")
+
+
+def test_a_folder_has_one_study_at_a_time(tmp_path):
+    with locked(tmp_path / "study"):
+        with (
+            pytest.raises(UserError, match=r"still runs in .*study; wait for it, end it, or pass another"),
+            locked(tmp_path / "study"),
+        ):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "study"):
+        pass
+
+
+WAITS = "import sys, time; print('here', flush=True); time.sleep(60)"
+STUDY = """
+import sys
+from pathlib import Path
+from mtl_lora.study.__main__ import _stop
+from mtl_lora.study.execute import locked, start
+import signal
+signal.signal(signal.SIGTERM, _stop)
+with locked(Path(sys.argv[1])) as lock, open(sys.argv[1] + ".out", "ab") as output:
+    start(["python", "-c", sys.argv[2]], output, lock)
+"""
+
+
+@pytest.fixture
+def waiting_study(tmp_path):
+    """A process that waits for a command, and the folder it has locked."""
+    folder = tmp_path / "study"
+    process = subprocess.Popen([sys.executable, "-c", STUDY, str(folder), WAITS], start_new_session=True)
+    wait_for(lambda: Path(f"{folder}.out").is_file() and "here" in Path(f"{folder}.out").read_text())
+    yield process, folder
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def test_ending_a_study_ends_its_command(waiting_study):
+    process, folder = waiting_study
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert not is_locked(folder)
+
+
+def test_command_of_a_killed_study_keeps_the_folder(waiting_study):
+    process, folder = waiting_study
+    process.kill()
+    process.wait()
+    assert is_locked(folder)
+    os.killpg(process.pid, signal.SIGKILL)
+    wait_for(lambda: not is_locked(folder))
+
+
+def test_exit_code_and_output_of_a_command_are_kept(tmp_path):
+    with locked(tmp_path) as lock, (tmp_path / "log").open("ab") as output:
+        assert (
+            start(["python", "-c", "import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"], output, lock) == 3
+        )
+    assert sorted((tmp_path / "log").read_text().split()) == ["1", "2"]
+
+
+# ---- progress ----
+
+
+def test_progress_line_counts_and_estimates_by_the_same_kind():
+    progress = Progress(["search LoRA", "search LoRA", "run Base", "run LoRA", "run LoRA", "run DoRA"])
+    progress.finish("search LoRA", 60)
+    progress.finish("search LoRA", 120)
+    line = progress.line("LoRA 0.1 (search)", {"train": 90.0, "evaluate": 30.2}, 0.7124)
+    # Nothing of the runs is known yet: four at the mean of the search.
+    assert line == "[2/6] LoRA 0.1 (search): train 1:30 evaluate 0:30, average 71.2; about 6 min left"
+    progress.finish("run Base", 30)
+    progress.finish("run LoRA", 312)
+    # A LoRA at 312, a DoRA at the mean of the runs, 171.
+    assert progress.left() == pytest.approx(312 + 171)
+    progress.finish("run LoRA", 5, whole=False)
+    progress.finish("run DoRA", 400)
+    assert (
+        progress.line("DoRA", {"train": 4000, "evaluate": 2}, 0)
+        == "[6/6] DoRA: train 1:06:40 evaluate 0:02, average 0.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(40, "40 s"), (89, "89 s"), (90, "2 min"), (3120, "52 min"), (12600, "3.5 h")]
+)
+def test_times_are_rounded_for_people(seconds, text):
+    assert roughly(seconds) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (312, "5:12"), (59.6, "1:00"), (3912, "1:05:12")])
+def test_clock_times(seconds, text):
+    assert clock(seconds) == text

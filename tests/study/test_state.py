@@ -1,0 +1,94 @@
+"""What is skipped, resumed, begun anew or refused when a study is started again."""
+
+import json
+
+import pytest
+from study_cases import finish, grid, planner
+
+from mtl_lora.errors import UserError
+from mtl_lora.study.execute import going_on
+from mtl_lora.study.state import State, changes, finished, read_state
+
+RIGHT = {"boolq": "10"}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The job of LoRA with seed 0."""
+    made = planner(tmp_path, grid())
+    return made.run(made.study.experiment("LoRA"), 0).jobs[0]
+
+
+@pytest.fixture
+def other_job(tmp_path, job):
+    """The same experiment with another rank."""
+    changed = grid()
+    changed["train"]["lora_r"] = 8
+    made = planner(tmp_path, changed)
+    return made.run(made.study.experiment("LoRA"), 0).jobs[0]
+
+
+def test_nothing_is_known_of_a_job_that_was_not_started(job):
+    assert read_state(job) is None and not finished(job)
+
+
+def test_finished_job_is_skipped_even_without_its_weights(job):
+    finish(job, RIGHT)
+    (job.folder / "mtl_lora.safetensors").unlink()
+    assert finished(job)
+    (job.folder / "results.json").unlink()
+    assert not finished(job)
+
+
+def test_other_recipe_is_refused_by_what_changed_and_made_anew_when_told(job, other_job):
+    finish(job, RIGHT)
+    with pytest.raises(UserError, match=r"made by another recipe \(train.lora_r 4 -> 8\); pass --overwrite True"):
+        read_state(other_job)
+    assert read_state(other_job, overwrite=True) is None
+    assert finished(job)
+
+
+def test_folder_of_something_else_is_never_taken(job):
+    job.folder.mkdir(parents=True)
+    (job.folder / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds files that no study made; pass another --output_dir"):
+            read_state(job, overwrite)
+
+
+@pytest.mark.parametrize(
+    ("starts", "checkpoint", "flags"),
+    [
+        (0, False, {}),
+        (1, False, {"overwrite_output_dir": True}),  # killed before its first checkpoint
+        (1, True, {"resume_from_checkpoint": True}),
+        (3, True, {"resume_from_checkpoint": True}),
+    ],
+)
+def test_training_goes_on_from_its_last_checkpoint(job, starts, checkpoint, flags):
+    state = State.fresh(job)
+    state.train["starts"] = starts
+    if checkpoint:
+        (job.folder / "checkpoint-2").mkdir(parents=True)
+        (job.folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert going_on(job, state) == flags
+
+
+def test_half_written_checkpoint_is_not_gone_on_from(job):
+    (job.folder / "checkpoint-2").mkdir(parents=True)
+    state = State.fresh(job)
+    state.train["starts"] = 1
+    assert going_on(job, state) == {"overwrite_output_dir": True}
+
+
+def test_state_is_the_same_after_a_trip_through_its_file(job):
+    state = State.fresh(job)
+    state.write(job)
+    assert read_state(job) == state
+    assert json.loads((job.folder / "job.json").read_text())["commands"] == job.commands
+
+
+def test_changes_name_long_values_without_quoting_them():
+    before = {"a": 1, "tasks": "x" * 90, "gone": True, "same": 0}
+    now = {"a": 2, "tasks": "y" * 90, "new": None, "same": 0}
+    assert changes(before, now) == ["a 1 -> 2", "gone True -> not given", "new not given -> None", "tasks"]
