@@ -60,6 +60,11 @@ def takes(model_class: type[torch.nn.Module], argument: str) -> bool:
     return argument in inspect.signature(model_class.forward).parameters
 
 
+def last_logits(model: torch.nn.Module) -> dict[str, int]:
+    """The argument that has a model project its last position alone to the vocabulary, for one that has it."""
+    return {"logits_to_keep": 1} if takes(type(model), "logits_to_keep") else {}
+
+
 def load_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal LM by name or folder, from safetensors alone.
 

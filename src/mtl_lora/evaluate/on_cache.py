@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import DynamicCache, PreTrainedModel
 
 from mtl_lora import route
-from mtl_lora.model import takes
+from mtl_lora.model import last_logits, takes
 
 
 def cache_scores(
@@ -31,7 +31,7 @@ def cache_scores(
         **_positions(model, mask, start),
         past_key_values=cache,
         use_cache=True,
-        **({"logits_to_keep": 1} if takes(type(model), "logits_to_keep") else {}),
+        **last_logits(model),
     )
     first = _log_probabilities(output.logits[:, -1])
     rows = [row for row, options in enumerate(tails) for _ in options]

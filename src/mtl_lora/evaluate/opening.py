@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mtl_lora import route
-from mtl_lora.model import takes
+from mtl_lora.model import last_logits, takes
 
 _LEAST = 8  # tokens; below, the copies cost more than they save
 
@@ -45,7 +45,7 @@ class OpeningCaches:
         if key not in self._caches:
             ids = torch.tensor([opening], device=self.model.device)
             with route.use(torch.tensor([task_id])):
-                found = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+                found = self.model(input_ids=ids, use_cache=True, **last_logits(self.model)).past_key_values
             self.usable = type(found) is DynamicCache and all(type(layer) is DynamicLayer for layer in found.layers)
             if not self.usable:
                 return None
