@@ -5,7 +5,16 @@ import torch
 import transformers
 from reference.architectures import ARCHITECTURES, Architecture
 from reference.layers import assert_near
-from reference.tiny import METHODS, TASKS, adapter_config, randomise, tiny_llama, tokens
+from reference.tiny import (
+    METHODS,
+    TASKS,
+    VOCABULARY,
+    adapter_config,
+    adapter_gradients,
+    randomise,
+    tiny_llama,
+    tokens,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,6 +91,46 @@ def test_answer_only_logits_are_those_of_the_whole_row(architecture):
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
 
 
+def padded(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with rows cut to different lengths and padding at the right, as training has it."""
+    for row, length in enumerate((5, 7, 4, 6)):
+        batch["attention_mask"][row, length:] = 0
+        batch["input_ids"][row, length:] = 0
+        batch["labels"][row, length:] = IGNORED
+    return batch
+
+
+def own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss that the model computes itself from labels and the logits of every position."""
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    with route.use(batch["task_ids"]):
+        return model(**given, use_cache=False).loss
+
+
+def positions_projected(model: nn.Module) -> list[int]:
+    """Collects how many positions each forward projects to the vocabulary."""
+    counts = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: counts.append(output[..., 0].numel())
+    )
+    return counts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_answer_only_loss_and_gradients_are_the_models_own(architecture):
+    model, batch = adapted(architecture), padded(batch_of(tokens(4)))
+    expected = own_loss(model, batch)
+    expected.backward()
+    gradients = adapter_gradients(model)
+    counts = positions_projected(model)
+    losses, _ = token_losses(model, batch)
+    losses.mean().backward()
+    assert counts == [len(losses)] == [(batch["labels"] != IGNORED).sum()], "only answers go through the vocabulary"
+    assert_near(losses.mean(), expected, 1e-6, "loss")  # the models' own is taken in float32
+    for name, gradient in adapter_gradients(model).items():
+        assert_near(gradient, gradients[name], 1e-5, name)
+
+
 class WholeRows(transformers.LlamaForCausalLM):
     """A model whose forward knows no ``logits_to_keep``."""
 
@@ -115,6 +164,18 @@ def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, cap
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
     message = "WholeRows takes no logits_to_keep: the vocabulary is projected at every position, "
     assert capsys.readouterr().err == f"{message}which takes more time and memory\n"
+
+
+def test_architecture_without_logits_to_keep_has_its_own_loss_too(capsys):
+    loss.keeps_logits.cache_clear()
+    torch.manual_seed(0)
+    settings = transformers.xLSTMConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_heads=4)
+    model = transformers.xLSTMForCausalLM(settings).double()
+    model = randomise(mtl_lora.inject(model, adapter_config(target_modules=["q", "v", "out_proj"]))).train()
+    batch = padded(batch_of(tokens(4)))
+    losses, _ = token_losses(model, batch)
+    assert capsys.readouterr().err.startswith("xLSTMForCausalLM takes no logits_to_keep: the vocabulary is projected")
+    assert_near(losses.mean(), own_loss(model, batch), 1e-6, "loss")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)

@@ -6,21 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampler_rows import SHARES, made_rows
 
 from mtl_lora.data.sampler import WINDOW, LengthBatchSampler, plan_epoch
 from mtl_lora.errors import UserError
-
-# Shares of the eight tasks in percent and their mean lengths in tokens, as in the commonsense training data.
-SHARES = (7, 12, 25, 2.5, 47, 0.8, 1.7, 3.7)
-LENGTHS = (66, 119, 105, 110, 92, 125, 115, 100)
-
-
-def made_rows(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(lengths, task ids) of rows shaped like the commonsense data."""
-    generator = np.random.default_rng(seed)
-    task_ids = generator.choice(len(SHARES), size=rows, p=np.array(SHARES) / sum(SHARES))
-    lengths = generator.normal(np.array(LENGTHS)[task_ids], 25)
-    return np.clip(lengths, 35, 256).astype(np.int64), task_ids
 
 
 def steps_of(rows: int, batch_size: int, accumulation: int, world_size: int, epoch: int = 0, seed: int = 3) -> list:

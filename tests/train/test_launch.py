@@ -90,8 +90,9 @@ def test_a_recipe_under_the_deepspeed_launcher(settings, tmp_path):
         ("ACCELERATE_USE_DEEPSPEED", {}, "with accelerate launch, leave out its --use_deepspeed"),
         ("", {"deepspeed": "config/zero3.json", "dtype": "fp64"}, "--dtype fp64 does not go with ZeRO-3"),
         ("", {"deepspeed": "config/zero2.json"}, "--deepspeed needs a launcher, also for one process"),
+        ("", {"deepspeed": "config/zero3.json", "batch_size": "auto"}, "--batch_size auto does not go with ZeRO-3"),
     ],
-    ids=["fsdp", "accelerate", "fp64", "no launcher"],
+    ids=["fsdp", "accelerate", "fp64", "no launcher", "auto"],
 )
 def test_a_launch_that_is_not_done_is_refused_in_one_sentence(monkeypatch, settings, tmp_path, switch, more, sentence):
     monkeypatch.chdir(PROJECT)

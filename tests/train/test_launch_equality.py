@@ -18,16 +18,21 @@ from mtl_lora.config import METHODS
 
 STEPS, MIDDLE = 14, 7  # an epoch is 10 steps, the last of them smaller
 LAUNCHES = ("ddp", "zero2", "zero3")
-# Name of a run beside the methods' own -> what it is told besides; it is compared with the method it trains.
+# Name of a run beside the methods' own -> what it is told besides; it is compared with the method it trains, or with
+# one process's run of the same name.
 MORE = {
     "accumulated": {"batch_size": 2, "gradient_accumulation_steps": 2},
     "bf16": {"dtype": "bf16"},
+    "by_tokens": {"token_budget": 1500, "sampling_temperature": 2.0},
     "checkpointing": {"adapter_name": "dora", "use_gradient_checkpointing": True},
     # Weights below the threshold of this file stay whole, and all of the tiny model's are below it.
     "with_small_weights_whole": {"deepspeed": str(PROJECT / "config" / "zero3.json")},
 }
 RUNS = [(launch, name) for launch in LAUNCHES for name in (*METHODS, "accumulated")]
 RUNS += [("zero3", "checkpointing"), ("zero3", "with_small_weights_whole")]
+RUNS += [("ddp", "by_tokens"), ("zero2", "by_tokens")]
+# The runs of one process.
+ALONE = (*METHODS, "bf16", "by_tokens")
 IN_BF16 = [("zero2", "bf16"), ("zero3", "bf16")]
 # Without DeepSpeed first, for a run with it leaves its switch in the environment; and nothing before the first run
 # with ZeRO-3 may make DeepSpeed's process group for it.
@@ -67,6 +72,8 @@ def settings_of(place, tiny_base, records_file, cache_dir):
             "learning_rate": 3e-3,
             "deepspeed": deepspeed.get(launch),
             **MORE.get(name, {}),
+            # The token budget of two processes is that of two micro-batches of one.
+            **({"gradient_accumulation_steps": 2} if (launch, name) == ("alone", "by_tokens") else {}),
         }
 
     return settings
@@ -107,7 +114,7 @@ def alone(settings_of):
     from mtl_lora.train.run import run
     from mtl_lora.train.settings import TrainConfig
 
-    for name in (*METHODS, "bf16"):
+    for name in ALONE:
         run(TrainConfig(**settings_of("alone", name)))
 
 
@@ -144,7 +151,7 @@ def facts(folder: Path) -> dict:
 
 @pytest.mark.parametrize("launch, name", RUNS)
 def test_two_processes_train_as_one_does(alone, two, place, launch, name):
-    one, other = place / "alone" / trained(name), place / launch / name
+    one, other = place / "alone" / (name if name in ALONE else trained(name)), place / launch / name
     for key, length in (("loss", STEPS), ("grad_norm", STEPS), ("eval_loss", 2)):
         assert len(curve(one, key)) == length
         assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-5), key

@@ -24,6 +24,16 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in log_lines(folder) if "loss" in line]
 
 
+def stopped_after_its_first_checkpoint(folder: Path) -> None:
+    """Take away what a run wrote after its first checkpoint, as if it had been stopped there."""
+    for late in checkpoints(folder)[1:]:
+        for path in sorted(late.iterdir()):
+            path.unlink()
+        late.rmdir()
+    for name in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME):
+        (folder / name).unlink()
+
+
 def assert_equal(left: dict, right: dict) -> None:
     assert left.keys() == right.keys()
     for name in left:
@@ -54,13 +64,29 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train, ac
     whole = train("whole", **flags)
     # 96 records are 12 steps, so the second half crosses into another epoch.
     cut = train("cut", **flags, save_step=5)
-    for late in checkpoints(cut)[1:]:
-        for path in sorted(late.iterdir()):
-            path.unlink()
-        late.rmdir()
-    for name in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME):
-        (cut / name).unlink()
+    stopped_after_its_first_checkpoint(cut)
     train("cut", **flags, save_step=5, resume_from_checkpoint="True")
+    assert_equal(weights(whole), weights(cut))
+    assert losses(whole) == losses(cut)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token_budget": 700, "gradient_accumulation_steps": 2},
+        {"token_budget": 1400, "sampling_temperature": 3.0},
+    ],
+    ids=["tokens", "tokens and temperature"],
+)
+def test_a_run_with_batches_by_tokens_resumes_exactly(train, records_file, tmp_path, options, capsys):
+    records = json.loads(Path(records_file).read_text())[:32]
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    flags = {**options, "data_path": str(tmp_path / "few.json"), "max_steps": 9}
+    whole = train("whole", **flags)
+    assert "; 4 steps an epoch" in capsys.readouterr().err, "the checkpoint shall lie within the second, the end later"
+    cut = train("cut", **flags, save_step=6)
+    stopped_after_its_first_checkpoint(cut)
+    train("cut", **flags, save_step=6, resume_from_checkpoint="True")
     assert_equal(weights(whole), weights(cut))
     assert losses(whole) == losses(cut)
 

@@ -26,7 +26,9 @@ _METHOD_KEYS = {
 }
 _TRAIN_KEYS = (
     "batch_size",
+    "token_budget",
     "gradient_accumulation_steps",
+    "sampling_temperature",
     "num_epochs",
     "max_steps",
     "learning_rate",

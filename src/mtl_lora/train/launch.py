@@ -13,9 +13,10 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.base import in_pieces
 from mtl_lora.errors import UserError
 from mtl_lora.model import choose_dtype
+from mtl_lora.train.settings import AUTO
 
 
-def check_launch(deepspeed: str | None, dtype: str) -> None:
+def check_launch(deepspeed: str | None, dtype: str, batch_size: int | str) -> None:
     """Raise ``UserError`` for a launch that this training does not do, or a DeepSpeed configuration it can not have."""
     if _launcher_says("ACCELERATE_USE_FSDP"):
         raise UserError("FSDP is not supported; to spread the base over GPUs use --deepspeed config/zero3.json")
@@ -27,8 +28,12 @@ def check_launch(deepspeed: str | None, dtype: str) -> None:
         return
     require_package("deepspeed", "--deepspeed")
     config = files.read_json(deepspeed, "the DeepSpeed configuration")
-    if dtype == "fp64" and config.get("zero_optimization", {}).get("stage") == 3:
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        return
+    if dtype == "fp64":
         raise UserError("--dtype fp64 does not go with ZeRO-3; use bf16 or fp32, or --deepspeed config/zero2.json")
+    if batch_size == AUTO:  # a trial that fails in one process would leave the others waiting for its weights
+        raise UserError("--batch_size auto does not go with ZeRO-3; pass a number of rows")
 
 
 def require_package(name: str, flag: str) -> None:

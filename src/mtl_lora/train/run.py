@@ -17,10 +17,12 @@ from mtl_lora.adapter import checkpoint, routing
 from mtl_lora.adapter.inject import find_targets
 from mtl_lora.config import AdapterConfig
 from mtl_lora.data.collate import Collator
-from mtl_lora.data.dataset import shortened_note, training_rows
+from mtl_lora.data.dataset import training_rows
 from mtl_lora.errors import UserError
 from mtl_lora.model import fingerprint, load_model, load_tokenizer
 from mtl_lora.tasks import TaskSet
+from mtl_lora.train.describe import describe, describe_batch
+from mtl_lora.train.fitting import fitted, tried_on
 from mtl_lora.train.launch import base_in, check_launch, join, prepare, require_package
 from mtl_lora.train.output import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.train.settings import TrainConfig
@@ -54,9 +56,11 @@ def run(config: TrainConfig) -> None:
             progress=arguments.local_process_index == 0,
         )
     train_rows, held_out = split(rows, config)
-    sampler = batch_sampler(train_rows, arguments, config.length_pool)
+    options = config.length_pool, config.token_budget, config.sampling_temperature
+    sampler = batch_sampler(train_rows, arguments, *options)
+    collator = Collator(tokenizer.pad_token_id, config.train_on_inputs)
     say = print if arguments.process_index == 0 else lambda *_, **__: None
-    say(describe(config, arguments, rows), file=sys.stderr, flush=True)
+    say(describe(config, arguments, sampler, rows), file=sys.stderr, flush=True)
     if config.check:
         say("every setting is fine", file=sys.stderr)
         return
@@ -72,6 +76,10 @@ def run(config: TrainConfig) -> None:
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
         routing.enable_gradient_checkpointing(model)
+    if tried_on(arguments.device, config):
+        arguments = training_arguments(fitted(config, model, train_rows, collator, arguments.device))
+        sampler = batch_sampler(train_rows, arguments, *options)
+        say(describe_batch(arguments, sampler), file=sys.stderr, flush=True)
     trained, total = mtl_lora.trainable_parameters(model)
     say(f"training {trained:,} of {total:,} weights ({100 * trained / total:.3f} %)", file=sys.stderr, flush=True)
     # From here on the folder is this run's: whatever can be wrong was found before an older run is deleted.
@@ -81,7 +89,7 @@ def run(config: TrainConfig) -> None:
         args=arguments,
         tasks=tasks,
         origin=origin_of(config, tasks),
-        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
+        collator=collator,
         sampler=sampler,
         train_dataset=train_rows,
         eval_dataset=held_out,
@@ -96,7 +104,7 @@ def run(config: TrainConfig) -> None:
 
 def check_files(config: TrainConfig) -> None:
     """Raise ``UserError`` for an input file or package that is not there; nothing is loaded yet."""
-    check_launch(config.deepspeed, config.dtype)
+    check_launch(config.deepspeed, config.dtype, config.batch_size)
     if not Path(config.data_path).is_file():
         raise UserError(
             f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
@@ -149,8 +157,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
     arguments = TrainingArguments(
         output_dir=config.output_dir,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=config.micro_batch_rows,
+        per_device_eval_batch_size=config.micro_batch_rows,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         num_train_epochs=config.num_epochs,
         max_steps=config.max_steps,
@@ -181,13 +189,3 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     # Several GPUs without a launcher would mean DataParallel, whose threads the task route does not reach.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def describe(config: TrainConfig, arguments: TrainingArguments, rows: datasets.Dataset) -> str:
-    """Two lines on the batch and the data."""
-    rows_a_step = config.batch_size * arguments.world_size * config.gradient_accumulation_steps
-    return (
-        f"global batch: {config.batch_size} rows per device x {arguments.world_size} devices x "
-        f"{config.gradient_accumulation_steps} accumulation steps = {rows_a_step} rows a step\n"
-        f"{len(rows):,} rows; {shortened_note(rows, config.cutoff_len)}"
-    )

@@ -8,6 +8,8 @@ from mtl_lora.errors import UserError
 from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
 
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
+AUTO = "auto"
+AUTO_ROWS = 8  # what counts as batch_size for the global batch where it is auto
 ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or LoRA."""
 
 
@@ -42,9 +44,21 @@ class TrainConfig(Config):
     lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
 
     # batch and schedule
-    batch_size: int = flag(8, "rows per device and micro-batch; global = this x devices x gradient_accumulation_steps")
+    batch_size: int | str = flag(
+        8,
+        "rows per device and micro-batch; global = this x devices x gradient_accumulation_steps; auto: the global "
+        f"batch of {AUTO_ROWS}, in the largest micro-batches that fit on the GPU",
+    )
+    token_budget: int = flag(
+        0,
+        "most tokens per device and micro-batch, padding included (rows x longest row), in place of batch_size rows, "
+        "which are then validation's alone; 0 is off",
+    )
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step")
     num_epochs: float = flag(3.0, "passes over the training rows")
+    sampling_temperature: float = flag(
+        1.0, "a task's share of an epoch's rows is proportional to its rows ^ (1 / this); 1: the data's own shares"
+    )
     max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1 is off")
     length_pool: int = flag(
         128, "batches sorted by length together, against padding; 1: every batch is a mixture of all tasks"
@@ -78,8 +92,10 @@ class TrainConfig(Config):
     local_rank: int = flag(-1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts")
 
     def validate(self) -> None:
-        for name in ("batch_size", "length_pool", "gradient_accumulation_steps", "logging_steps", "cutoff_len"):
+        self._validate_batch_size()
+        for name in ("length_pool", "gradient_accumulation_steps", "logging_steps", "cutoff_len"):
             self.require(name, "at least 1", getattr(self, name) >= 1)
+        self.require("sampling_temperature", "at least 1", self.sampling_temperature >= 1)
         for name in ("learning_rate", "num_epochs"):
             self.require(name, "greater than 0", getattr(self, name) > 0)
         for name in ("weight_decay", "max_grad_norm", "val_set_size", "save_step", "save_total_limit", "seed"):
@@ -89,6 +105,22 @@ class TrainConfig(Config):
         self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
         self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
         self.adapter_config(self.task_set())
+
+    def _validate_batch_size(self) -> None:
+        if isinstance(self.batch_size, str):
+            self.require("batch_size", f"a whole number or {AUTO}", self.batch_size == AUTO)
+        else:
+            self.require("batch_size", "at least 1", self.batch_size >= 1)
+        self.require("token_budget", "at least 0", self.token_budget >= 0)
+        if self.token_budget and self.batch_size == AUTO:
+            raise UserError("--token_budget and --batch_size auto both say how large a micro-batch is; pass one")
+        if self.token_budget and self.length_pool != TrainConfig.length_pool:
+            raise UserError("--token_budget sorts all rows by length, so it does not go with --length_pool; pass one")
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows of a micro-batch; for ``auto`` before anything was tried."""
+        return AUTO_ROWS if self.batch_size == AUTO else self.batch_size
 
     def task_set(self) -> TaskSet:
         """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""

@@ -32,9 +32,13 @@ _STAGING = ".saving"
 
 
 def batch_sampler(
-    rows: datasets.Dataset, arguments: TrainingArguments, length_pool: int = LENGTH_POOL
+    rows: datasets.Dataset,
+    arguments: TrainingArguments,
+    length_pool: int = LENGTH_POOL,
+    token_budget: int = 0,
+    temperature: float = 1.0,
 ) -> LengthBatchSampler:
-    """This process's micro-batches; raises ``UserError`` if the rows are too few for a step."""
+    """This process's micro-batches; raises ``UserError`` as ``LengthBatchSampler`` does."""
     columns = row_columns(rows)
     return LengthBatchSampler(
         columns["length"],
@@ -45,6 +49,8 @@ def batch_sampler(
         world_size=arguments.world_size,
         rank=arguments.process_index,
         length_pool=length_pool,
+        token_budget=token_budget,
+        temperature=temperature,
     )
 
 

@@ -1,0 +1,101 @@
+"""How long a training run takes to its first step's data: records read, validated and tokenised, or from the cache.
+
+    python benchmark/startup.py --data_path commonsense_170k_taskid.json
+
+Sides, each from a fresh cache folder and from a filled one:
+  rows     ``training_rows`` in this process, where everything is imported and the tokenizer loaded
+  process  ``finetune.py --check True`` as a user starts it, from the start of Python to its end: imports, settings,
+           the base model's configuration, the rows, the plan of the batches
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import datasets
+from measure import PROJECT, count, keep, parser, rounds, shown, spread
+from transformers import PreTrainedTokenizerBase
+
+from mtl_lora.data.dataset import row_columns, training_rows
+from mtl_lora.errors import one_sentence
+from mtl_lora.model import load_tokenizer
+from mtl_lora.report.render import markdown_table
+from mtl_lora.tasks import COMMONSENSE
+
+CUTOFF = 256
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_flag("data_path", "training records", default="commonsense_170k_taskid.json")
+    flags.add_flag("base_model", "whose tokenizer", default="smollm2-135m")
+    flags.add_flag("records", "only the first so many (default: all)", type=count)
+    flags.add_flag("rounds", "times that each side is timed", type=count, default=3)
+    arguments = flags.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data_path = Path(arguments.data_path).resolve()
+        if arguments.records:
+            data_path = first_records(arguments.data_path, arguments.records, folder)
+        tokenizer = load_tokenizer(arguments.base_model)
+
+        def rows(cache_dir: Path) -> int:
+            return len(rows_of(data_path, tokenizer, cache_dir))
+
+        def process(cache_dir: Path) -> int:
+            check(data_path, arguments.base_model, cache_dir)
+            return total
+
+        encoded = rows_of(data_path, tokenizer, folder / "filled")
+        total, tokens = len(encoded), int(row_columns(encoded)["length"].sum())
+        made = {
+            "rows, fresh": lambda: rows(Path(tempfile.mkdtemp(dir=folder))),
+            "rows, filled": lambda: rows(folder / "filled"),
+            "process, fresh": lambda: process(Path(tempfile.mkdtemp(dir=folder))),
+            "process, filled": lambda: process(folder / "filled"),
+        }
+        rates = rounds(made, arguments.rounds)
+    seconds = {name: spread([total / rate for rate in values]) for name, values in rates.items()}
+    header = ["seconds", "fresh cache folder", "filled cache folder"]
+    lines = [
+        [what, *(shown(seconds[f"{side}, {cache}"]) for cache in ("fresh", "filled"))]
+        for side, what in (("rows", "rows, in one process"), ("process", "whole process, `finetune.py --check True`"))
+    ]
+    text = markdown_table(header, lines)
+    text += (
+        f"\n\n{total:,} records, {tokens:,} tokens, tokenizer of {arguments.base_model}, cutoff {CUTOFF}; median "
+        f"(smallest to largest) of {arguments.rounds} rounds."
+    )
+    settings = {name: value for name, value in vars(arguments).items() if name != "results"}
+    record = {"settings": settings, "records": total, "tokens": tokens, "sides": seconds}
+    keep(Path(__file__).stem, text, record, arguments.results)
+
+
+def first_records(data_path: str, count: int, folder: Path) -> Path:
+    """A data file of the first so many records."""
+    records = json.loads(Path(data_path).read_text(encoding="utf-8"))
+    path = folder / "records.json"
+    path.write_text(json.dumps(records[:count]), encoding="utf-8")
+    return path
+
+
+def rows_of(data_path: Path, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> datasets.Dataset:
+    """The encoded rows, as training has them."""
+    return training_rows(data_path, tokenizer, "alpaca", CUTOFF, COMMONSENSE, cache_dir, progress=False)
+
+
+def check(data_path: Path, base_model: str, cache_dir: Path) -> None:
+    """Everything that a training run does before it loads the base model's weights."""
+    flags = {"base_model": base_model, "data_path": data_path, "cache_dir": cache_dir, "cutoff_len": CUTOFF}
+    flags |= {"output_dir": cache_dir / "run", "check": True}
+    command = [sys.executable, str(PROJECT / "finetune.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
