@@ -20,7 +20,7 @@ from mtl_lora.errors import OneSentenceParser
 from mtl_lora.evaluate.results import checkout_commit
 from mtl_lora.report.render import markdown_table
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).resolve().parent.parent
 _RESAMPLES = 10_000
 
 

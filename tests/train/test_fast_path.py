@@ -9,6 +9,7 @@ from shared import PROJECT
 from transformers import set_seed
 
 import mtl_lora
+from mtl_lora.adapter.inject import replace_module
 from mtl_lora.data.collate import Collator
 from mtl_lora.data.dataset import row_columns, training_rows
 from mtl_lora.data.sampler import LengthBatchSampler
@@ -35,7 +36,8 @@ def plain_losses(config: TrainConfig, rows, tokenizer, gathering) -> tuple[list[
     model = load_model(config.base_model, config.dtype)
     mtl_lora.inject(model, config.adapter_config(COMMONSENSE))
     layers = mtl_lora.adapter_layers(model)
-    gathering.replace(model)
+    for name, layer in layers.items():
+        replace_module(model, name, gathering.GatheringLayer(layer))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     columns, collator = row_columns(rows), Collator(tokenizer.pad_token_id)
