@@ -8,7 +8,7 @@
 #   DATA_DIR      test sets                     default data/commonsense/test
 #   NPROC         processes                     default the GPUs of this machine; without one, 2 CPU processes
 #   LAUNCHER      torchrun, deepspeed, python   default torchrun; python is one process without DeepSpeed
-#   BATCH_SIZE    rows per device               default 8
+#   BATCH_SIZE    rows per device, or auto      default 8
 #   ACCUMULATION  micro-batches a step          default 1
 #   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
 #   EPOCHS, LEARNING_RATE, CUTOFF_LEN, SEED, DTYPE, DEEPSPEED, PORT   see below

@@ -28,9 +28,8 @@ MORE = {
     # Weights below the threshold of this file stay whole, and all of the tiny model's are below it.
     "with_small_weights_whole": {"deepspeed": str(PROJECT / "config" / "zero3.json")},
 }
-RUNS = [(launch, name) for launch in LAUNCHES for name in (*METHODS, "accumulated")]
+RUNS = [(launch, name) for launch in LAUNCHES for name in (*METHODS, "accumulated", "by_tokens")]
 RUNS += [("zero3", "checkpointing"), ("zero3", "with_small_weights_whole")]
-RUNS += [("ddp", "by_tokens"), ("zero2", "by_tokens")]
 # The runs of one process.
 ALONE = (*METHODS, "bf16", "by_tokens")
 IN_BF16 = [("zero2", "bf16"), ("zero3", "bf16")]

@@ -92,7 +92,8 @@ def check_same_run(resume: Path, facts: dict) -> None:
     if not path.is_file():
         raise UserError(f"{resume.parent} has no {RUN_NAME}, so it can not be told whether the settings are the same")
     earlier = files.read_json(path, "what the run was told,")
-    before, now = earlier["settings"], facts["settings"]
+    # A flag that came with a later version did then what its default does.
+    before, now = TrainConfig().to_json() | earlier["settings"], facts["settings"]
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - _FREE)
