@@ -91,6 +91,17 @@ def test_a_run_with_batches_by_tokens_resumes_exactly(train, records_file, tmp_p
     assert losses(whole) == losses(cut)
 
 
+def test_a_run_that_began_before_a_flag_existed_goes_on_with_the_flags_default(train):
+    folder = train("run", save_step=2)
+    told = json.loads((folder / "run.json").read_text())
+    del told["settings"]["sampling_temperature"]
+    (folder / "run.json").write_text(json.dumps(told))
+    train("run", save_step=2, resume_from_checkpoint="True")
+    (folder / "run.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"sampling_temperature 1.0 -> 2.0"):
+        train("run", save_step=2, resume_from_checkpoint="True", sampling_temperature=2.0)
+
+
 def test_a_checkpoint_is_small_and_is_itself_an_adapter(train):
     folder = train("run", save_step=2)
     (first, last) = checkpoints(folder)
