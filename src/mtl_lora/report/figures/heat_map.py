@@ -1,0 +1,62 @@
+"""A matrix as coloured cells with their numbers written in: what similarity and transfer have in common."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mtl_lora.report.figures.picture import DIVERGING, GREY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+
+MOST_WRITTEN = 12  # rows or columns up to which numbers fit into cells
+_EMPTY = "#f4f4f4"
+
+
+def heat_map(
+    panel: "Axes",
+    matrix,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    limit: float,
+    text: Callable[[int, int], str] | None = None,
+    bold: Callable[[int, int], bool] = lambda row, column: False,
+    size: float = 7.5,
+) -> "QuadMesh":
+    """Draw a numpy matrix with NaN for no value, coloured from -limit to limit; ``text`` says what a cell holds."""
+    import numpy as np
+
+    panel.set_facecolor(_EMPTY)
+    mesh = panel.pcolormesh(np.ma.masked_invalid(matrix), cmap=DIVERGING, vmin=-limit, vmax=limit, edgecolors="white")
+    mesh.set_linewidth(0.8)
+    for (row, column), value in np.ndenumerate(matrix) if text else ():
+        # The ends of the map are dark, its middle white.
+        dark = np.isfinite(value) and abs(value) > 0.62 * limit
+        panel.text(
+            column + 0.5,
+            row + 0.5,
+            text(row, column),
+            ha="center",
+            va="center",
+            fontsize=size,
+            color="white" if dark else "black",
+            fontweight="bold" if bold(row, column) else "normal",
+        )
+    panel.set_xticks(
+        [index + 0.5 for index in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor"
+    )
+    panel.set_yticks([index + 0.5 for index in range(len(rows))], rows)
+    panel.invert_yaxis()
+    panel.tick_params(length=0)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+    return mesh
+
+
+def colour_bar(figure, mesh, panels, label: str):
+    """The scale of colours beside the panels."""
+    bar = figure.colorbar(mesh, ax=panels, shrink=0.7, pad=0.02, aspect=30)
+    bar.set_label(label, color=GREY)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, color=GREY, labelcolor=GREY)
+    return bar
