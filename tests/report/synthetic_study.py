@@ -12,11 +12,13 @@ SEEDS = (0, 1, 2)
 STEPS = range(10, 401, 10)
 
 
-def write_study(folder: Path, seeds=SEEDS, blocks: int = 30, transfer: bool = True, tasks: dict = TASKS) -> Path:
+def write_study(
+    folder: Path, seeds=SEEDS, blocks: int = 30, transfer: bool = True, tasks: dict = TASKS, methods: dict = METHODS
+) -> Path:
     """Write ``study.json`` with its runs' logs and analyses, and return the folder."""
     random = np.random.default_rng(7)
     experiments = [_experiment(folder, random, "SmolLM2-135M <base> & no adapter", None, (None,), blocks, tasks)]
-    experiments += [_experiment(folder, random, name, method, seeds, blocks, tasks) for name, method in METHODS.items()]
+    experiments += [_experiment(folder, random, name, method, seeds, blocks, tasks) for name, method in methods.items()]
     for experiment in experiments[2:]:
         experiment["against"] = {"baseline": "LoRA", **_differences(random, tasks)}
     rows = [(f"rank {rank}", name) for rank in (8, 4, 2) for name in ("LoRA", "MTL-LoRA")]
@@ -46,7 +48,7 @@ def write_study(folder: Path, seeds=SEEDS, blocks: int = 30, transfer: bool = Tr
 
 
 def _experiment(folder: Path, random, name: str, method: str | None, seeds, blocks: int, tasks: dict) -> dict:
-    level = 0.55 if method is None else 0.70 + 0.02 * list(METHODS).index(name)
+    level = 0.55 if method is None else 0.70 + 0.02 * list(METHODS.values()).index(method)
     runs = [_run(folder, random, method, seed, level, blocks, tasks) for seed in seeds]
     return {
         "name": name,

@@ -15,6 +15,7 @@ from mtl_lora.report.training_records import ANALYSIS_NAME, LOG_NAME, Analysis, 
 from mtl_lora.tasks import Task, TaskSet
 
 RUN_NAME = "run.json"  # what a training was told
+CHECKPOINT_NAME = "mtl_lora_config.json"  # what a training made
 EVALUATION = "evaluation"  # the folder in a checkpoint in which its evaluation stands by default
 
 
@@ -72,7 +73,9 @@ def _single(folder: Path) -> Study:
         raise UserError(f"{folder} holds none of {STUDY_NAME}, {RESULTS_NAME}, {LOG_NAME} and {ANALYSIS_NAME}")
     facts = read_json(results.path, "the results file") if results else {}
     if (folder / RUN_NAME).is_file():
-        facts = {**facts, "training": read_json(folder / RUN_NAME, "what the run was told,")}
+        facts = {**facts, "training": _object(folder / RUN_NAME, "what the run was told,")}
+    if (folder / CHECKPOINT_NAME).is_file():
+        facts = {"adapter": _object(folder / CHECKPOINT_NAME, "the checkpoint configuration"), **facts}
     name = results.name if results else folder.absolute().name
     method = results.method if results else analysis.method if analysis else None
     experiment = Experiment(
@@ -92,6 +95,13 @@ def _single(folder: Path) -> Study:
         majority={task: value for task, value in majority.items() if value is not None},
         facts=facts,
     )
+
+
+def _object(path: Path, what: str) -> dict:
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path} is no JSON object")
+    return value
 
 
 def _scores(name: str, results: Results | None) -> Scores:

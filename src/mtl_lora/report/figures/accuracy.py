@@ -42,9 +42,9 @@ def _caption(study: Study) -> str:
 
 def _draw(study: Study) -> "Figure":
     tasks: list[str | None] = list(study.scored)
-    if any(_values(study, None)):
+    if len(tasks) > 1 and any(_values(study, None)):
         tasks.append(None)
-    rows, columns = panels(len(tasks), 4 if len(tasks) > 6 else 3)
+    rows, columns = panels(len(tasks))
     labels = [experiment.name for experiment in study.experiments]
     width = 2.1 * columns + 0.4 + 0.075 * max(map(len, _wrapped(labels)))
     figure = new_figure(width, rows * (0.75 + 0.22 * len(labels)) + 0.6, TITLE, _caption(study))

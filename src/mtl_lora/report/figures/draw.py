@@ -24,6 +24,21 @@ def pictures(study: Study) -> list[Picture]:
     return list(with_different_names([picture for kind in KINDS for picture in kind(study)]))
 
 
+def pictures_of_all(runs: Sequence[str]) -> list[Picture]:
+    """What can be drawn of several folders; with more than one study, names begin with the study's.
+
+    Raises ``UserError`` if that is nothing.
+    """
+    studies = read_all(runs)
+    drawn = []
+    for study in studies:
+        prefix = f"{slug(study.name)}_" if len(studies) > 1 else ""
+        drawn += [dataclasses.replace(picture, name=f"{prefix}{picture.name}") for picture in pictures(study)]
+    if not drawn:
+        raise UserError(f"there is nothing to draw in {', '.join(map(str, runs))}")
+    return list(with_different_names(drawn))
+
+
 def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draw everything the folders hold numbers for into ``output`` (default: ``figures`` in the one folder).
 
@@ -32,19 +47,9 @@ def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str
     require_matplotlib()
     if output is None and len(runs) > 1:
         raise UserError("several runs are drawn together; pass --output DIR for their pictures")
-    studies = read_all(runs)
     folder = Path(output) if output else _own_folder(runs[0]) / "figures"
-    drawn = []
-    for study in studies:
-        prefix = f"{slug(study.name)}_" if len(studies) > 1 else ""
-        drawn += [dataclasses.replace(picture, name=f"{prefix}{picture.name}") for picture in pictures(study)]
-    if not drawn:
-        raise UserError(f"there is nothing to draw in {', '.join(map(str, runs))}")
-    contents = {
-        folder / f"{picture.name}.{style}": picture.render(style)
-        for picture in with_different_names(drawn)
-        for style in formats
-    }
+    found = pictures_of_all(runs)
+    contents = {folder / f"{picture.name}.{style}": picture.render(style) for picture in found for style in formats}
     write_all(contents)
     return list(contents)
 

@@ -21,7 +21,7 @@ def heat_map(
     limit: float,
     text: Callable[[int, int], str] | None = None,
     bold: Callable[[int, int], bool] = lambda row, column: False,
-    size: float = 7.5,
+    label_size: float = 9,
 ) -> "QuadMesh":
     """Draw a numpy matrix with NaN for no value, coloured from -limit to limit; ``text`` says what a cell holds."""
     import numpy as np
@@ -31,23 +31,23 @@ def heat_map(
     mesh.set_linewidth(0.8)
     for (row, column), value in np.ndenumerate(matrix) if text else ():
         # The ends of the map are dark, its middle white.
-        dark = np.isfinite(value) and abs(value) > 0.62 * limit
+        dark = np.isfinite(value) and abs(value) > 0.72 * limit
         panel.text(
             column + 0.5,
             row + 0.5,
             text(row, column),
             ha="center",
             va="center",
-            fontsize=size,
+            fontsize=7.5,
             color="white" if dark else "black",
             fontweight="bold" if bold(row, column) else "normal",
         )
-    panel.set_xticks(
-        [index + 0.5 for index in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor"
-    )
+    turned = 40 if label_size > 8 else 90
+    places = [index + 0.5 for index in range(len(columns))]
+    panel.set_xticks(places, columns, rotation=turned, ha="right", va="center", rotation_mode="anchor")
     panel.set_yticks([index + 0.5 for index in range(len(rows))], rows)
     panel.invert_yaxis()
-    panel.tick_params(length=0)
+    panel.tick_params(length=0, labelsize=label_size)
     for spine in panel.spines.values():
         spine.set_visible(False)
     return mesh

@@ -19,10 +19,15 @@ def mixture(study: Study) -> list[Picture]:
     """A picture for each experiment that has mixtures, of its first run: the order of the parts is another a seed."""
     found = []
     for experiment in study.experiments:
-        having = [run for run in experiment.runs if run.analysis and run.analysis.mixture]
+        having = [run for run in experiment.runs if run.analysis and _any_number(run.analysis)]
         if having:
             found.append(_picture(study, experiment, having[0]))
     return found
+
+
+def _any_number(analysis: Analysis) -> bool:
+    """Whether there are mixtures, and not of a training that went to NaN alone."""
+    return any(weight is not None for matrix in analysis.mixture.values() for row in matrix for weight in row)
 
 
 def _picture(study: Study, experiment: Experiment, run: Run) -> Picture:
@@ -31,7 +36,7 @@ def _picture(study: Study, experiment: Experiment, run: Run) -> Picture:
     count = len(next(iter(run.analysis.mixture.values()))[0])
     caption = (
         f"Each row a layer, from the first (above) to the last; within a task's columns its weights of the {count} "
-        f"{_PARTS.get(run.analysis.method, 'parts')}, which sum to 1 (equal weights: {1 / count:.2f})."
+        f"{_PARTS.get(run.analysis.method, 'parts')}, which sum to 1 (equal weights: {1 / count:.3g})."
     )
     return Picture(
         f"mixture_{slug(experiment.name)}", title, caption, lambda: _draw(study, run.analysis, title, caption)
@@ -49,7 +54,7 @@ def _draw(study: Study, analysis: Analysis, title: str, caption: str) -> "Figure
         modules.setdefault(layer.rpartition(".")[2], []).append(layer)
     weights = {name: rows_of(layers) for name, layers in modules.items()}
     width = next(iter(weights.values())).shape[1]
-    rows, columns = panels(len(modules), 2)
+    rows, columns = panels(len(modules), (2,))
     tallest = max(map(len, modules.values()))
     labels = [study.title(task) for task in analysis.tasks]
     edge = 0.075 * max(map(len, labels))
@@ -76,9 +81,10 @@ def _ticks(panel, layers: list[str], labels: list[str], parts: int) -> None:
     apart = -(-len(labels) // _MOST_LABELS)
     shown = range(0, len(labels), apart)
     centres = [index * parts + (parts - 1) / 2 for index in shown]
-    panel.set_xticks(centres, [labels[index] for index in shown], rotation=40, ha="right", rotation_mode="anchor")
+    names = [labels[index] for index in shown]
+    panel.set_xticks(centres, names, rotation=40, ha="right", va="center", rotation_mode="anchor")
     for index in range(1, len(labels)):
-        panel.axvline(index * parts - 0.5, color="white", linewidth=1.2)
+        panel.axvline(index * parts - 0.5, color="white", linewidth=1.2 if apart == 1 else 0.4)
     every = max(1, -(-len(layers) // 7) if len(layers) > 10 else 1)
     numbered = range(0, len(layers), every)
     panel.set_yticks(numbered, [_place(layers[index]) for index in numbered])

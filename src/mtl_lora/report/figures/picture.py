@@ -1,8 +1,10 @@
 """What a picture is, how all of them look, and how one becomes the bytes of a file: the same bytes every time."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -37,7 +39,7 @@ _LOOK = {
     "savefig.facecolor": "white",
 }
 _PIXELS_PER_INCH = 160
-_NOTE_LINE = 0.14  # inches
+_NOTE_LINE, _LEGEND_ROW = 0.14, 0.22  # inches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +51,21 @@ class Picture:
     caption: str
     draw: Callable[[], "Figure"]
 
-    def render(self, style: str) -> bytes:
-        """The picture as ``svg`` or ``png``; nothing in it depends on the time or on the user's own settings."""
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator["Figure"]:
+        """A block with the figure, under the settings that it is saved with, whatever the user's own are."""
         require_matplotlib()
         import matplotlib.style
 
-        buffer = io.BytesIO()
         # The salt makes ids of one picture differ from another's on the same page.
         with matplotlib.style.context(["default", {**_LOOK, "svg.hashsalt": self.name}]):
-            figure = self.draw()
-            metadata = {"Date": None, "Creator": None, "Title": self.title} if style == "svg" else {"Software": None}
+            yield self.draw()
+
+    def render(self, style: str) -> bytes:
+        """The picture as ``svg`` or ``png``; the same bytes every time, for nothing in it depends on the time."""
+        buffer = io.BytesIO()
+        metadata = {"Date": None, "Creator": None, "Title": self.title} if style == "svg" else {"Software": None}
+        with self.drawn() as figure:
             figure.savefig(buffer, format=style, metadata=metadata, dpi=_PIXELS_PER_INCH)
         return buffer.getvalue()
 
@@ -69,35 +76,41 @@ def require_matplotlib() -> None:
         raise UserError("pictures need matplotlib, which is not installed; run pip install 'mtl-lora[report]'")
 
 
-def new_figure(width: float, height: float, title: str, note: str, layout: str = "constrained") -> "Figure":
-    """An empty figure (inches) with its title above and a note below; its height grows with the note's lines."""
+def new_figure(
+    width: float, height: float, title: str, note: str, layout: str = "constrained", legend_rows: int = 0
+) -> "Figure":
+    """An empty figure (inches) with its title above and a note below; its height grows with what stands below."""
     from matplotlib.figure import Figure
 
-    lines = note_lines(width, note)
-    figure = Figure(figsize=(width, height + _NOTE_LINE * len(lines)), layout=layout)
+    lines = _note_lines(width, note)
+    # The layout keeps room for a legend or for a note, not for both: empty lines are the legend's room.
+    room = math.ceil(legend_rows * _LEGEND_ROW / _NOTE_LINE)
+    figure = Figure(figsize=(width, height + _NOTE_LINE * (len(lines) + room)), layout=layout)
     # Beside the left edge, wherever the panels begin.
     figure.suptitle(title, x=0.1 / width, ha="left", fontsize=11, fontweight="bold", color=DARK)
-    figure.supxlabel("\n".join(lines), x=0.1 / width, ha="left", fontsize=8, color=GREY)
+    figure.supxlabel("\n" * room + "\n".join(lines), x=0.1 / width, ha="left", fontsize=8, color=GREY)
     return figure
 
 
-def note_lines(width: float, note: str) -> list[str]:
-    """A note in lines that fit below a figure; letters of its size are about 1/15 inch wide."""
-    return textwrap.wrap(note, int(15 * width))
-
-
 def legend_below(figure: "Figure", entries: dict, columns: int, note: str) -> None:
-    """A legend between the panels and the note: the layout keeps room for both, but would put both at the edge."""
+    """A legend of name to line in the room that ``new_figure`` was told to keep above the note."""
     width, height = figure.get_size_inches()
-    above = (_NOTE_LINE * len(note_lines(width, note)) + 0.08) / height
-    figure.legend(
+    above = (_NOTE_LINE * len(_note_lines(width, note)) + 0.05) / height
+    legend = figure.legend(
         entries.values(),
         entries.keys(),
-        loc="outside lower left",
-        bbox_to_anchor=(0, above, 1, 1 - above),
-        ncols=min(len(entries), columns),
+        loc="lower left",
+        bbox_to_anchor=(0, above),
+        ncols=columns,
         handlelength=3,
+        labelspacing=0.3,
     )
+    legend.set_in_layout(False)
+
+
+def _note_lines(width: float, note: str) -> list[str]:
+    """A note in lines that fit below a figure; letters of its size are about 1/15 inch wide."""
+    return textwrap.wrap(note, int(15 * width))
 
 
 def look(index: int) -> dict:
@@ -109,9 +122,9 @@ def look(index: int) -> dict:
     }
 
 
-def panels(count: int, columns: int = 3) -> tuple[int, int]:
-    """(rows, columns) of a grid for so many panels."""
-    columns = min(count, columns)
+def panels(count: int, choices: tuple[int, ...] = (4, 3)) -> tuple[int, int]:
+    """(rows, columns) of a grid for so many panels: the number of columns that leaves the fewest places empty."""
+    columns = min(count, min(choices, key=lambda columns: -count % columns))
     return -(-count // columns), columns
 
 

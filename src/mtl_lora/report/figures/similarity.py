@@ -54,17 +54,18 @@ def _draw(
 ) -> "Figure":
     tasks = analyses[0].tasks
     names = list(of(analyses[0]))
-    rows, columns = panels(len(names), 3 if len(names) != 4 else 2)
+    rows, columns = panels(len(names), (3, 2))
     side = max(1.9, min(0.42, 6 / len(tasks)) * len(tasks))
     labels = [study.title(task) for task in tasks]
+    label_size = min(9, 60 * side / len(tasks))  # points; 72 would fill a cell
     edge = 0.075 * max(map(len, labels))
-    height = rows * (side + 0.35) + 0.7 * edge + 0.6
+    height = rows * (side + 0.35) + 0.7 * edge + 0.7
     figure = new_figure(columns * (side + 0.15) + edge + 1.1, height, title, caption, layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for name, panel in zip(names, axes, strict=False):
         matrix = _mean([of(analysis)[name] for analysis in analyses if name in of(analysis)])
         written = len(tasks) <= MOST_WRITTEN
-        mesh = heat_map(panel, matrix, labels, labels, 1.0, _text(matrix) if written else None)
+        mesh = heat_map(panel, matrix, labels, labels, 1.0, _text(matrix) if written else None, label_size=label_size)
         panel.set_title(name)
         panel.set_aspect("equal")
     # Shared axes were turned upside down once a panel.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 TITLE = "Training loss"
 _ALL = ""  # the key of the loss over all tasks
 _MARKS = 8  # markers on a line
+_RAW = "#b8b8b8"
 _SMOOTHED = 20  # a mean over one in so many of the log's lines
 
 
@@ -34,7 +35,7 @@ def _picture(study: Study, experiments: list[Experiment], group: str, named: boo
     if seeds:
         caption += ", mean over seeds; bands from the lowest seed to the highest"
     elif len(experiments) == 1:
-        caption += "; raw values in light grey"
+        caption += "; single values in grey"
     caption += "."
     return Picture(name, title, caption, lambda: _draw(study, experiments, title, caption))
 
@@ -43,8 +44,9 @@ def _draw(study: Study, experiments: list[Experiment], title: str, caption: str)
     having = {key for experiment in experiments for run in experiment.runs if run.log for key in run.log.losses}
     tasks = [name for name in study.tasks.columns if name in having]
     keys = [*tasks, _ALL] if len(tasks) != 1 else tasks
-    rows, columns = panels(len(keys), 4 if len(keys) > 6 else 3)
-    figure = new_figure(2.5 * columns + 0.4, 1.9 * rows + 0.8, title, caption)
+    rows, columns = panels(len(keys))
+    legend_rows = -(-len(experiments) // (columns + 1)) if len(experiments) > 1 else 0
+    figure = new_figure(2.5 * columns + 0.4, 1.9 * rows + 0.8, title, caption, legend_rows=legend_rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for key, panel in zip(keys, axes, strict=False):
         for index, experiment in enumerate(experiments):
@@ -60,7 +62,7 @@ def _draw(study: Study, experiments: list[Experiment], title: str, caption: str)
     for index, panel in enumerate(axes[: len(keys)]):
         if index + columns >= len(keys):
             panel.set_xlabel("step", color=GREY)
-    if len(experiments) > 1:
+    if legend_rows:
         legend_below(figure, _entries(figure, experiments), columns + 1, caption)
     return figure
 
@@ -71,7 +73,7 @@ def _line(panel: "Axes", curves: Sequence[dict[int, float]], index: int, name: s
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     seeds = np.array([[curve[step] for step in steps] for curve in curves])
     if raw and len(curves) == 1:
-        panel.plot(steps, seeds[0], color=LIGHT, linewidth=0.8)
+        panel.plot(steps, seeds[0], color=_RAW, linewidth=0.8)
     smooth = np.array([_running_mean(losses) for losses in seeds])
     style = look(index)
     if len(curves) > 1:
