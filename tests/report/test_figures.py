@@ -15,7 +15,8 @@ from synthetic_study import analysis, log_text, write_study
 from mtl_lora.report.figures.draw import pictures, pictures_of_all
 from mtl_lora.report.figures.picture import COLOURS, LINES, MARKERS, look
 from mtl_lora.report.read_folder import read_one
-from mtl_lora.report.study import Scores, Value
+from mtl_lora.report.study import Run, Scores, Value
+from mtl_lora.report.training_records import Log
 
 OF_A_STUDY = ["accuracy", "transfer", "training_loss", "mixture_mtl_lora", "similarity_mtl_lora"]
 OF_A_STUDY += ["similarity_by_module_mtl_lora"]
@@ -177,6 +178,17 @@ def test_loss_is_the_running_mean_of_each_seed_and_the_mean_over_seeds(study):
                 assert list(line.get_xdata()) == steps
                 assert line.get_ydata() == pytest.approx(expected)
         assert [text.get_text() for text in figure.legends[0].texts] == ["LoRA", "MTL-LoRA"]
+
+
+def test_loss_of_a_task_that_some_steps_lack_is_drawn_over_all_steps_of_its_seeds(study):
+    experiment = study.experiments[1]
+    curves = [{10: 4.0, 20: 2.0, 30: 1.0}, {10: 2.0, 30: 2.0}]
+    runs = tuple(Run(seed, Log({"cr": curve, "": {}})) for seed, curve in enumerate(curves))
+    changed = dataclasses.replace(study, experiments=(dataclasses.replace(experiment, runs=runs),))
+    with named(changed, "training_loss").drawn() as figure:
+        (line,) = figure.axes[0].lines
+        assert list(line.get_xdata()) == [10, 20, 30]
+        assert list(line.get_ydata()) == [3.0, 2.0, 1.5]
 
 
 def test_mixture_has_a_row_a_layer_and_the_weights_of_a_task_side_by_side(study):

@@ -59,7 +59,7 @@ def read_log(path: Path) -> Log:
                 losses.setdefault(task, {})[int(step)] = float(loss)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}, line {number} is no log line of a training; delete the line") from None
-    return Log(losses)
+    return Log({task: dict(sorted(curve.items())) for task, curve in losses.items()})
 
 
 def _lines(path: Path) -> list[str]:

@@ -30,8 +30,6 @@ def heat_map(
     mesh = panel.pcolormesh(np.ma.masked_invalid(matrix), cmap=DIVERGING, vmin=-limit, vmax=limit, edgecolors="white")
     mesh.set_linewidth(0.8)
     for (row, column), value in np.ndenumerate(matrix) if text else ():
-        # The ends of the map are dark, its middle white.
-        dark = np.isfinite(value) and abs(value) > 0.72 * limit
         panel.text(
             column + 0.5,
             row + 0.5,
@@ -39,7 +37,7 @@ def heat_map(
             ha="center",
             va="center",
             fontsize=7.5,
-            color="white" if dark else "black",
+            color=_ink(mesh.cmap(mesh.norm(value))) if np.isfinite(value) else "black",
             fontweight="bold" if bold(row, column) else "normal",
         )
     turned = 40 if label_size > 8 else 90
@@ -51,6 +49,13 @@ def heat_map(
     for spine in panel.spines.values():
         spine.set_visible(False)
     return mesh
+
+
+def _ink(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever stands out more from a colour (relative luminance and contrast of WCAG 2)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"
 
 
 def colour_bar(figure, mesh, panels, label: str):

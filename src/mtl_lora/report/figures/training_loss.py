@@ -70,11 +70,11 @@ def _draw(study: Study, experiments: list[Experiment], title: str, caption: str)
 def _line(panel: "Axes", curves: Sequence[dict[int, float]], index: int, name: str, raw: bool) -> None:
     import numpy as np
 
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    seeds = np.array([[curve[step] for step in steps] for curve in curves])
+    steps = sorted({step for curve in curves for step in curve})
     if raw and len(curves) == 1:
-        panel.plot(steps, seeds[0], color=_RAW, linewidth=0.8)
-    smooth = np.array([_running_mean(losses) for losses in seeds])
+        panel.plot(steps, [curves[0][step] for step in steps], color=_RAW, linewidth=0.8)
+    # A line of the log lacks a task that no row of its steps was of.
+    smooth = np.array([np.interp(steps, list(curve), _running_mean(list(curve.values()))) for curve in curves])
     style = look(index)
     if len(curves) > 1:
         panel.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
@@ -93,12 +93,12 @@ def _line(panel: "Axes", curves: Sequence[dict[int, float]], index: int, name: s
     )
 
 
-def _running_mean(losses):
+def _running_mean(losses: list[float]) -> list[float]:
     """The mean of each value and those before it, over one twentieth of the log; shorter at its beginning."""
     import numpy as np
 
     window = max(1, len(losses) // _SMOOTHED)
-    return np.array([losses[max(0, end - window) : end].mean() for end in range(1, len(losses) + 1)])
+    return [np.mean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
 
 
 def _entries(figure: "Figure", experiments: list[Experiment]) -> dict:
