@@ -32,6 +32,17 @@ def write_study(
         "task_set": {"tasks": [{"name": name, "id": i, "title": t} for i, (name, t) in enumerate(tasks.items())]},
         "grid": {"name": "synthetic", "seeds": list(seeds), "train": {"batch_size": 16, "max_steps": 400}},
         "grid_sha256": "a" * 64,
+        "search": {
+            "flag": "learning_rate",
+            "experiments": [
+                {
+                    "name": name,
+                    "chosen": 0.002,
+                    "candidates": [{"value": 0.001, "dev": 0.5}, {"value": 0.002, "dev": 0.6}],
+                }
+                for name in methods
+            ],
+        },
         "commit": "0" * 40,
         "versions": {"mtl_lora": "0.0.0", "torch": "0.0"},
         "device": "none",

@@ -77,7 +77,7 @@ def test_nothing_is_fetched_and_everything_refers_to_something_in_the_file(page)
 
 def test_tables_hold_the_studys_numbers(page):
     tables = Outline(page).tables
-    assert list(tables) == ["results", "against", "transfer", "runs", "facts"]
+    assert list(tables) == ["results", "against", "transfer", "search", "runs", "facts"]
     results = {row[0]: row[1:] for row in tables["results"]}
     columns = ["CR", "SST-5", "AG <News> & more", "Average"]
     assert results["Experiment"] == [
@@ -90,6 +90,11 @@ def test_tables_hold_the_studys_numbers(page):
     assert re.fullmatch(r"\d\d\.\d", results["SmolLM2-135M <base> & no adapter"][3])  # a single run has no spread
     assert [row[0] for row in tables["against"][1:]] == ["MTL-LoRA − LoRA"]
     assert re.fullmatch(r"[+-]\d\.\d \[[+-]\d\.\d, [+-]\d\.\d\]", tables["against"][1][1])
+    assert tables["search"][:3] == [
+        ["Experiment", "learning_rate", "Development average", "Choice"],
+        ["LoRA", "0.001", "50.0", "–"],
+        ["LoRA", "0.002", "60.0", "chosen"],
+    ]
     assert [row[:5] for row in tables["runs"][2:4]] == [
         ["LoRA", "0", "400", "5.2", "0.7"], ["LoRA", "1", "400", "5.2", "0.7"],
     ]  # fmt: skip

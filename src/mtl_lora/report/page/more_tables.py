@@ -36,7 +36,7 @@ def search_tables(study: Study) -> list[PageTable]:
     rows = [
         (
             text_cell(experiment.get("name")),
-            number_cell(candidate.get("value")),
+            _value(candidate.get("value")),
             _fraction(candidate.get("dev")),
             text_cell("chosen" if candidate.get("value") == experiment.get("chosen") else ""),
         )
@@ -46,7 +46,8 @@ def search_tables(study: Study) -> list[PageTable]:
     flag = str(search.get("flag", "value"))
     note = f"Short trainings with each value of --{flag}, scored on development data: average accuracy in percent."
     headings = ("Experiment", flag, "Development average", "Choice")
-    return [PageTable("search", "Search", headings, (False, True, True, False), tuple(rows), (note,))]
+    numbers = (False, all(isinstance(row[1].key, int | float) for row in rows), True, False)
+    return [PageTable("search", "Search", headings, numbers, tuple(rows), (note,))]
 
 
 def task_tables(study: Study) -> list[PageTable]:
@@ -83,6 +84,11 @@ def loss_tables(study: Study) -> list[PageTable]:
             rows.append((text_cell(study.title(name) if name else "all tasks"), *cells))
     note = "Per answer token: the log's first value, and the mean of its last twentieth."
     return [PageTable("losses", "Training loss", ("Task", "First", "Last"), (False, True, True), tuple(rows), (note,))]
+
+
+def _value(value: object) -> Cell:
+    """A candidate: numbers sort as numbers, for all candidates of a flag are of one kind."""
+    return number_cell(value) if type(value) in (int, float) else text_cell(value)
 
 
 def _fraction(value: float | None, stderr: float | None = None) -> Cell:
