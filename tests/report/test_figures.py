@@ -138,6 +138,8 @@ def test_what_is_compared_differs_in_more_than_colour():
     looks = [look(index) for index in range(len(COLOURS))]
     for key in ("color", "marker", "linestyle"):
         assert len({str(entry[key]) for entry in looks}) == len(COLOURS) == len(MARKERS) == len(LINES)
+    more = [look(index) for index in range(3 * len(COLOURS))]
+    assert len({(entry["color"], entry["marker"]) for entry in more}) == len(more)
     luminances = [np.dot(matplotlib.colors.to_rgb(colour), [0.2126, 0.7152, 0.0722]) for colour in COLOURS]
     assert max(luminances) < 0.7  # none is lost on white
 

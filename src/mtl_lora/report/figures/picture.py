@@ -114,11 +114,15 @@ def _note_lines(width: float, note: str) -> list[str]:
 
 
 def look(index: int) -> dict:
-    """Colour, marker and line of the index-th thing compared: any one of the three tells it apart."""
+    """Colour, marker and line of the index-th thing compared: of seven, any one of the three tells it apart.
+
+    Of more, which is seldom, colour and marker together do.
+    """
+    around = index // len(COLOURS)
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[(index + around) % len(MARKERS)],
+        "linestyle": LINES[(index + around) % len(LINES)],
     }
 
 
