@@ -48,10 +48,10 @@ PACKAGES = {
     **{part: set() for part in ("errors", "version", "files", "mtl_lora", "tasks", "config", "prompts")},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has spread
     "cli": {"fire"},
-    "report": {"matplotlib", "numpy"},
+    "report": {"matplotlib", "numpy", "jinja2", "markupsafe"},
     "study": set(),
 }
-ONLY_WHEN_ASKED_FOR = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "tensorboard", "peft"}
+ONLY_WHEN_ASKED_FOR = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -103,6 +103,8 @@ def foreign_packages(part: str, tree: ast.AST) -> set[str]:
 def eager_imports(tree: ast.Module) -> set[str]:
     """Packages for which someone has to ask, imported by merely importing the module."""
     delayed = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    # What stands under TYPE_CHECKING is for reading alone and never runs.
+    delayed += [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
     inner = {id(node) for function in delayed for node in ast.walk(function)}
     outside = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in inner]
     return {name.split(".")[0] for node in outside for name in imports_of(node)} & ONLY_WHEN_ASKED_FOR
@@ -194,7 +196,7 @@ LOADED = [
     # (statement, packages that must not come with it)
     ("import mtl_lora", {"torch", "numpy", "safetensors", "transformers"}),
     ("import mtl_lora.cli, mtl_lora.tasks, mtl_lora.prompts, mtl_lora.train.settings", {"torch", "transformers"}),
-    ("import mtl_lora.report.__main__", {"torch", "numpy", "transformers", "matplotlib"}),
+    ("import mtl_lora.report.__main__", {"torch", "numpy", "transformers", "matplotlib", "jinja2"}),
     ("import mtl_lora.study.__main__", {"torch", "numpy", "transformers", "datasets"}),
     (
         "import mtl_lora; mtl_lora.inject, mtl_lora.load, mtl_lora.save, mtl_lora.route, mtl_lora.merge",
@@ -248,6 +250,8 @@ def test_package_against_the_rule_is_found(part, line):
 def test_eager_import_is_found_and_a_delayed_one_is_not():
     assert eager_imports(ast.parse("try:\n    import deepspeed.zero\nexcept ImportError:\n    pass")) == {"deepspeed"}
     assert eager_imports(ast.parse("class A:\n    def f(self):\n        import deepspeed")) == set()
+    assert eager_imports(ast.parse("if TYPE_CHECKING:\n    import matplotlib")) == set()
+    assert eager_imports(ast.parse("if True:\n    import matplotlib")) == {"matplotlib"}
 
 
 @pytest.mark.parametrize(

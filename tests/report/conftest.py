@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from synthetic_study import write_study
 
 from mtl_lora.report.results import read_results
 from mtl_lora.report.table import build_table
@@ -29,3 +31,25 @@ def table_of(write):
         return build_table([read_results(write(record, f"run{i}")) for i, record in enumerate(records)], **flags)
 
     return build
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    """A seeded source of made-up numbers."""
+    return np.random.default_rng(3)
+
+
+@pytest.fixture(scope="session")
+def study_folder(tmp_path_factory):
+    """A small made-up study, to read: three tasks, two methods, two seeds."""
+    tasks = {"cr": "CR", "sst5": "SST-5", "agnews": "AG <News> & more"}
+    methods = {"LoRA": "lora", "MTL-LoRA": "mtl_lora"}
+    return write_study(tmp_path_factory.mktemp("study"), seeds=(0, 1), blocks=2, tasks=tasks, methods=methods)
+
+
+@pytest.fixture(scope="session")
+def study_page(study_folder, tmp_path_factory):
+    """The path of that study's page, to read."""
+    from mtl_lora.report.page.write import write_page
+
+    return write_page(str(study_folder), str(tmp_path_factory.mktemp("page") / "page.html"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter import analysis, checkpoint
 from mtl_lora.errors import UserError
 from mtl_lora.train.trainer import checkpoints
 
@@ -56,6 +56,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
     first, again, other = (weights(train(name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert_equal(first, again)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_finished_run_holds_the_analysis_of_its_weights(train):
+    folder = train("run")
+    found = json.loads((folder / analysis.FILE_NAME).read_text())
+    assert found["adapter_sha256"] == checkpoint.read_config(folder).weights_sha256
+    assert len(found["mixture"]) == len(found["layers"]) == 8
+    # Four steps have moved every task's B, not yet far.
+    assert all(value is not None for row in found["update_similarity"] for value in row)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

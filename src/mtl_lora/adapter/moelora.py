@@ -41,10 +41,13 @@ class MoeLoraLayer(AdapterLayer):
     def up(self) -> torch.Tensor:
         return self.lora_B
 
+    def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
+        """g_t for each id: (M,) to (M, N)."""
+        return F.softmax(F.linear(self.lora_task_embedding[task_ids], self.lora_gate), dim=-1)
+
     def gate(self, task_ids: torch.Tensor) -> torch.Tensor:
         """g_t spread over the columns of its experts: (M,) to (M, r)."""
-        gate = F.softmax(F.linear(self.lora_task_embedding[task_ids], self.lora_gate), dim=-1)
-        return gate.repeat_interleave(self.rank // self.num_experts, dim=-1)
+        return self.mixture(task_ids).repeat_interleave(self.rank // self.num_experts, dim=-1)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)

@@ -47,9 +47,13 @@ class MtlLoraLayer(AdapterLayer):
     def up(self) -> torch.Tensor:
         return self.lora_B
 
+    def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
+        """softmax(w_t / tau) for each id: (M,) to (M, n)."""
+        return F.softmax(self.lora_w[task_ids] / self.temperature, dim=-1)
+
     def task_transform(self, task_ids: torch.Tensor) -> torch.Tensor:
         """P_t for each id: (M,) to (M, n r, r). Gathered before it is built, so the cost does not grow with T."""
-        weights = F.softmax(self.lora_w[task_ids] / self.temperature, dim=-1)
+        weights = self.mixture(task_ids)
         transform = self.lora_lambda[task_ids]
         if self.diagonal:
             transform = torch.diag_embed(transform)

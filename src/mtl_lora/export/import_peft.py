@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from mtl_lora import files, prompts
 from mtl_lora.adapter.base import kaiming
+from mtl_lora.adapter.without_base import Sizes, sizes_of
 from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.export.imports import State, check_shape, check_whole, find_targets, write_checkpoint
-from mtl_lora.export.structure import Sizes, sizes_of
 from mtl_lora.tasks import TaskSet
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

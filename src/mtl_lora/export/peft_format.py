@@ -9,11 +9,11 @@ from mtl_lora import files
 from mtl_lora.adapter.base import AdapterLayer, Factors, is_conv1d
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.without_base import adapter_without_base
 from mtl_lora.errors import UserError
 from mtl_lora.export.card import model_card, read_scores
 from mtl_lora.export.folders import whole_folder
 from mtl_lora.export.structure import (
-    adapter_on_structure,
     base_structure,
     check_fingerprint,
     local_fingerprint,
@@ -49,7 +49,7 @@ def export_peft(
     check_fingerprint(checkpoint, config.origin_config.base_fingerprint, local_fingerprint(base_model), base_model)
     scores = read_scores(checkpoint, config, results)
     base = base_structure(base_model, trust_remote_code)
-    layers = adapter_layers(adapter_on_structure(checkpoint, config, base))
+    layers = adapter_layers(adapter_without_base(checkpoint, config, base))
     targets = targets_for(layers, base)
     with whole_folder(output, FILES, overwrite, [checkpoint], nested=True) as folder:
         for name in names:

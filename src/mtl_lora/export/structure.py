@@ -10,12 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from mtl_lora.adapter.base import features
-from mtl_lora.adapter.checkpoint import CheckpointConfig, load_state, read_weights
-from mtl_lora.adapter.inject import adapter_layers, inject, is_linear
+from mtl_lora.adapter.inject import is_linear
+from mtl_lora.adapter.without_base import Sizes
 from mtl_lora.errors import UserError
 from mtl_lora.model import fingerprint, one_sentence_for, resolve
-
-Sizes = dict[str, tuple[int, int]]
 
 
 def base_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -33,44 +31,6 @@ def base_structure(name: str, trust_remote_code: bool = False) -> nn.Module | No
     except UserError as error:
         print(f"note: layer names are not compared with the base model's: {error}", file=sys.stderr)
         return None
-
-
-def stand_in(sizes: Sizes) -> nn.Module:
-    """A module tree on the meta device with a linear layer of each (k, d) under its dotted name, and nothing else."""
-    root = nn.Module()
-    for name, (in_features, out_features) in sizes.items():
-        *path, last = name.split(".")
-        parent = root
-        for part in path:
-            if part not in dict(parent.named_children()):
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, nn.Linear(in_features, out_features, bias=False, device="meta"))
-    return root
-
-
-def adapter_on_structure(folder: str | Path, config: CheckpointConfig, base: nn.Module | None) -> nn.Module:
-    """The checkpoint's adapter with its weights, on a base without any: every layer's ``factors`` can be asked for.
-
-    base: from ``base_structure``; None: layers as the checkpoint's own shapes say. Raises ``UserError`` for a damaged
-    checkpoint and for one that does not fit the base.
-    """
-    state = read_weights(folder, config)
-    model = base or stand_in(sizes_of(state))
-    if any(tensor.dtype == torch.float64 for tensor in state.values()):
-        model.to(torch.float64)
-    inject(model, config.adapter_config)
-    load_state(model, state, str(folder))  # on the meta device it compares names, shapes and dtypes, and copies nothing
-    for name, layer in adapter_layers(model).items():
-        for key in layer.parameter_names:
-            setattr(layer, key, nn.Parameter(state[f"{name}.{key}"], requires_grad=False))
-    return model
-
-
-def sizes_of(state: dict[str, torch.Tensor]) -> Sizes:
-    """(k, d) of every adapted layer, read off its lora_A (.., k) and lora_B (d, ..), which every method has."""
-    names = [key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")]
-    return {name: (state[f"{name}.lora_A"].shape[1], state[f"{name}.lora_B"].shape[0]) for name in names}
 
 
 def check_layers(base: nn.Module, sizes: Sizes, source: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line of reports: ``python -m mtl_lora.report table | details RESULTS...`` and ``compare A B``."""
+"""The command line of reports: ``python -m mtl_lora.report table | details | compare | figures | page ...``."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ from mtl_lora.report.details import details
 from mtl_lora.report.predictions import predictions_path
 from mtl_lora.report.render import RENDERERS
 from mtl_lora.report.results import FILE_NAME, read_results
+from mtl_lora.report.showing import add_figures, add_page
 from mtl_lora.report.table import build_table
 
 SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".csv": "csv", ".tex": "latex"}
@@ -27,6 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_table(commands)
     add_details(commands)
     add_compare(commands)
+    add_figures(commands)
+    add_page(commands)
     return parser
 
 

@@ -8,11 +8,11 @@ import dataclasses
 import json
 import math
 import reprlib
-from collections.abc import Callable
 from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
+from mtl_lora.report.record import Record, is_object, one_line
 from mtl_lora.tasks import TaskSet
 
 FILE_NAME = "results.json"
@@ -96,7 +96,7 @@ def read_results(path: str | Path) -> Results:
 
 
 def _parse(path: Path, value: dict) -> Results:
-    root = _Record(path, "", value)
+    root = Record(path, "", value)
     root.take("schema", lambda schema: schema == SCHEMA and type(schema) is int, str(SCHEMA), optional=True)
     task_set = _parse_task_set(path, root)
     tasks = {key: _parse_score(record) for key, record in root.children("tasks").items()}
@@ -116,20 +116,20 @@ def _parse(path: Path, value: dict) -> Results:
         tasks=tasks,
         average=_parse_average(root, tasks),
         data=_parse_data(root),
-        settings=root.take("settings", _is_object, "an object", optional=True) or {},
+        settings=root.take("settings", is_object, "an object", optional=True) or {},
     )
 
 
-def _parse_task_set(path: Path, root: "_Record") -> TaskSet:
-    value = root.take("task_set", _is_object, "an object with 'tasks' and 'columns'")
+def _parse_task_set(path: Path, root: Record) -> TaskSet:
+    value = root.take("task_set", is_object, "an object with 'tasks' and 'columns'")
     try:
         return TaskSet.from_json(value, f"{path}: task_set")
     except TypeError as error:
         raise UserError(f"{path}: task_set is no task set: {error}") from None
 
 
-def _parse_score(record: "_Record") -> Score:
-    groups = {_one_line(key): _parse_score(child) for key, child in record.children("groups", optional=True).items()}
+def _parse_score(record: Record) -> Score:
+    groups = {one_line(key): _parse_score(child) for key, child in record.children("groups", optional=True).items()}
     return Score(
         accuracy=record.fraction("accuracy"),
         stderr=record.stderr(),
@@ -139,7 +139,7 @@ def _parse_score(record: "_Record") -> Score:
     )
 
 
-def _parse_average(root: "_Record", tasks: dict[str, Score]) -> Score | None:
+def _parse_average(root: Record, tasks: dict[str, Score]) -> Score | None:
     record = root.child("average")
     if record is None:
         return None
@@ -152,76 +152,18 @@ def _parse_average(root: "_Record", tasks: dict[str, Score]) -> Score | None:
         )
     stderr = record.stderr(optional=True)
     groups = {
-        _one_line(key): Score(child.fraction("accuracy"), child.stderr(optional=True))
+        one_line(key): Score(child.fraction("accuracy"), child.stderr(optional=True))
         for key, child in record.children("groups", optional=True).items()
     }
     return Score(accuracy, mean.stderr if stderr is None else stderr, groups=groups)
 
 
-def _parse_trainable(root: "_Record") -> Trainable | None:
+def _parse_trainable(root: Record) -> Trainable | None:
     record = root.child("trainable")
     return None if record is None else Trainable(record.count("adapter", least=0), record.count("total"))
 
 
-def _parse_data(root: "_Record") -> dict[str, str]:
+def _parse_data(root: Record) -> dict[str, str]:
     record = root.child("data")
     hashes = {key: record.text(key, optional=True) for key in record.value} if record else {}
     return {key: value for key, value in hashes.items() if value is not None}
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """A JSON object that knows its file and its place in it, so that every complaint can name both."""
-
-    path: Path
-    place: str
-    value: dict
-
-    def take(self, key: str, holds: Callable[[object], bool], rule: str, optional: bool = False):
-        """The value of ``key`` if it ``holds``; None for an optional key that is absent or null."""
-        if optional and self.value.get(key) is None:
-            return None
-        if key not in self.value:
-            raise UserError(f"{self.path}: the key {self.place}{key} is missing; it must be {rule}")
-        if not holds(self.value[key]):
-            raise UserError(f"{self.path}: {self.place}{key} is {reprlib.repr(self.value[key])}; it must be {rule}")
-        return self.value[key]
-
-    def text(self, key: str, optional: bool = False) -> str | None:
-        text = self.take(key, lambda text: isinstance(text, str) and text.strip(), "a non-empty string", optional)
-        return None if text is None else _one_line(text)
-
-    def fraction(self, key: str, optional: bool = False) -> float | None:
-        return self.take(key, _is_fraction, "a fraction from 0 to 1", optional)
-
-    def stderr(self, optional: bool = False) -> float | None:
-        return self.take("stderr", _is_fraction, "a standard error, a fraction from 0 to 1", optional)
-
-    def count(self, key: str, least: int = 1) -> int:
-        return self.take(key, lambda count: type(count) is int and count >= least, f"a whole number from {least}")
-
-    def child(self, key: str) -> "_Record | None":
-        """The object under an optional ``key``."""
-        value = self.take(key, _is_object, "an object", optional=True)
-        return None if value is None else _Record(self.path, f"{self.place}{key}.", value)
-
-    def children(self, key: str, optional: bool = False) -> "dict[str, _Record]":
-        """The objects under ``key``, which is an object of objects."""
-        values = self.take(key, _is_object, "an object", optional) or {}
-        holder = _Record(self.path, f"{self.place}{key}.", values)
-        return {
-            name: _Record(self.path, f"{holder.place}{name}.", holder.take(name, _is_object, "an object"))
-            for name in values
-        }
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_fraction(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1

@@ -6,14 +6,14 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from mtl_lora import files
-from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter import analysis, checkpoint
 from mtl_lora.errors import UserError
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LOG_NAME, checkpoints
 
 RUN_NAME = "run.json"
-_OWN_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME)
+_OWN_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME, analysis.FILE_NAME)
 # Settings that may change between a run and its continuation, for they do not touch a weight.
 _FREE = {
     "output_dir",

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import mtl_lora
 from mtl_lora.adapter import checkpoint, routing
+from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.inject import find_targets
 from mtl_lora.config import AdapterConfig
 from mtl_lora.data.collate import Collator
@@ -98,6 +99,8 @@ def run(config: TrainConfig) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model(config.output_dir)
+    if arguments.process_index == 0:
+        write_analysis(config.output_dir)
     trainer.accelerator.wait_for_everyone()
     say(f"saved the adapter to {config.output_dir}", file=sys.stderr)
 

@@ -1,0 +1,1 @@
+"""Pictures of studies and runs; matplotlib is imported when one is drawn."""
