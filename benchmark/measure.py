@@ -172,7 +172,7 @@ def cpu_name() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {cores} cores"
+    return f"{name}, {cores} core{'s' if cores != 1 else ''}"
 
 
 def keep(name: str, text: str, record: dict, folder: str) -> None:
