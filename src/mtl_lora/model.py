@@ -65,6 +65,19 @@ def last_logits(model: torch.nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if takes(type(model), "logits_to_keep") else {}
 
 
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in a dtype in which log-probabilities are exact enough: float64 stays, all else becomes float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """position_ids of an attention mask (B, L): counted from each row's first real token.
+
+    Padding gets 0 or a neighbour's, where nothing looks.
+    """
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def load_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal LM by name or folder, from safetensors alone.
 

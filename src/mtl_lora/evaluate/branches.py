@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from mtl_lora.model import takes
+from mtl_lora.model import at_least_float32, positions_of, takes
 
 _ATTENTION = ("sdpa", "eager")  # implementations that take a mask of their caller's, (B, 1, Q, K)
 
@@ -45,8 +45,7 @@ def branch_scores(
     device = model.device
     branches = _Branches(tails, pad_token_id)
     whole = torch.cat([input_ids, branches.tokens], dim=1)[:, start:]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    positions = torch.cat([positions, mask.sum(dim=1, keepdim=True) + branches.depths], dim=1)[:, start:]
+    positions = torch.cat([positions_of(mask), mask.sum(dim=1, keepdim=True) + branches.depths], dim=1)[:, start:]
     visible = _visible(mask, branches.numbers)[:, None, start:]
     hidden = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
     logits = model(
@@ -57,7 +56,7 @@ def branch_scores(
         use_cache=cache is not None,
         logits_to_keep=branches.tokens.shape[1] + 1,
     ).logits
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     log_total = logits.logsumexp(dim=-1)
     rows, columns, targets = (torch.tensor(values, device=device) for values in branches.predictions)
     logp = (logits[rows, columns, targets] - log_total[rows, columns]).double().cpu()

@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 from transformers import DynamicCache, PreTrainedModel
 
 from mtl_lora import route
-from mtl_lora.model import last_logits, takes
+from mtl_lora.model import at_least_float32, last_logits, positions_of, takes
 
 
 def cache_scores(
@@ -70,14 +70,11 @@ def _tail_scores(model, cache, mask: torch.Tensor, tails: list[list[int]], pad_t
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """log softmax over the vocabulary, in float32 at least."""
-    return log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return log_softmax(at_least_float32(logits), dim=-1)
 
 
 def _positions(model: PreTrainedModel, mask: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
-    """position_ids of the columns from ``start``, for a model that takes them.
-
-    They count from each row's first real token; padding gets 0 or a neighbour's, where nothing looks.
-    """
+    """position_ids of the columns from ``start``, for a model that takes them."""
     if not takes(type(model), "position_ids"):
         return {}
-    return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:]}
+    return {"position_ids": positions_of(mask)[:, start:]}

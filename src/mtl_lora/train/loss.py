@@ -9,7 +9,7 @@ from torch import nn
 
 from mtl_lora import route
 from mtl_lora.data.collate import IGNORED
-from mtl_lora.model import takes
+from mtl_lora.model import at_least_float32, takes
 
 
 def token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,8 +31,7 @@ def token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torc
             **({"logits_to_keep": supervised} if keep else {}),
         ).logits
     logits = logits.view(-1, logits.shape[-1]) if keep else logits[supervised]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(logits, targets[supervised], reduction="none")
+    losses = F.cross_entropy(at_least_float32(logits), targets[supervised], reduction="none")
     task_ids = batch["task_ids"][:, None].expand_as(targets)[supervised]
     return losses, task_ids
 
