@@ -17,6 +17,7 @@ from measure import compared, count, counts, keep, parser, ratio_table, shown, s
 from pipelines import Pipeline, add_sides, pipeline
 
 from mtl_lora.errors import one_sentence
+from mtl_lora.memory import keep_freed_memory
 from mtl_lora.model import device_for_this_process, load_model, load_tokenizer
 from mtl_lora.report.render import markdown_table
 
@@ -32,6 +33,8 @@ def main() -> None:
     arguments = flags.parse_args()
     arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]
     tokenizer, device = load_tokenizer(arguments.base_model), device_for_this_process()
+    if device.type == "cpu":
+        keep_freed_memory()  # as finetune.py does; the process has one C library, so every side gains
     rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
     plans = make_batches(rows, arguments.batch_size, tokenizer.pad_token_id, device)
     base = load_model(arguments.base_model, arguments.dtype).to(device)

@@ -18,7 +18,7 @@ CODE = [*MODULES, *PROJECT.glob("*.py"), *(PROJECT / "data").rglob("*.py"), *(PR
 # Part of the package -> parts it may import. "mtl_lora" itself is the door to the adapters for those above them.
 GROUND = {"errors", "files", "version"}
 TEXT = {"tasks", "config", "prompts", "data"}
-EVERYTHING_BELOW = {"mtl_lora", "adapter", "model", "export", *TEXT}
+EVERYTHING_BELOW = {"mtl_lora", "adapter", "model", "memory", "export", *TEXT}
 ALLOWED = {
     "errors": set(),
     "version": set(),
@@ -27,6 +27,7 @@ ALLOWED = {
     "tasks": GROUND,
     "config": GROUND,
     "download": GROUND,
+    "memory": set(),
     "smollm2": GROUND,
     "prompts": GROUND | {"tasks", "config"},
     "cli": GROUND | {"config"},
@@ -45,7 +46,7 @@ NEEDS_NO_MODEL = {"data": "mtl_lora.data.examples", "train": "mtl_lora.train.set
 NEEDS_NO_MODEL["evaluate"] = "mtl_lora.evaluate.settings"
 # Part of the package -> packages from elsewhere it may import; parts that are not named may import any.
 PACKAGES = {
-    **{part: set() for part in ("errors", "version", "files", "mtl_lora", "tasks", "config", "prompts")},
+    **{part: set() for part in ("errors", "version", "files", "memory", "mtl_lora", "tasks", "config", "prompts")},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has spread
     "cli": {"fire"},
     "report": {"matplotlib", "numpy", "jinja2", "markupsafe"},

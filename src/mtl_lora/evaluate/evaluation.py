@@ -16,6 +16,7 @@ from mtl_lora.evaluate.peft_adapter import PeftAdapter
 from mtl_lora.evaluate.questions import Question, load_questions
 from mtl_lora.evaluate.score import best_option, option_tails, per_token, score_options
 from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.memory import keep_freed_memory
 from mtl_lora.model import choose_dtype, device_for_this_process, fingerprint, load_model, load_tokenizer
 from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
 
@@ -95,12 +96,15 @@ class Evaluation:
         """Build the model on this process's device, once."""
         if self.model is not None:
             return
+        device = device_for_this_process()
+        if device.type == "cpu":
+            keep_freed_memory()
         model = load_model(self.base_model, self.config.dtype, self.config.trust_remote_code)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)
         elif self.peft:
             model = self.peft.load(model)
-        self.model = model.eval().to(device_for_this_process())
+        self.model = model.eval().to(device)
         _feed_whole_matrices(self.model.get_output_embeddings())
         self.caches = OpeningCaches(self.model) if self.config.share_opening else None
 

@@ -20,6 +20,7 @@ from mtl_lora.config import AdapterConfig
 from mtl_lora.data.collate import Collator
 from mtl_lora.data.dataset import training_rows
 from mtl_lora.errors import UserError
+from mtl_lora.memory import keep_freed_memory
 from mtl_lora.model import fingerprint, load_model, load_tokenizer
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.describe import describe, describe_batch
@@ -72,8 +73,10 @@ def run(config: TrainConfig) -> None:
     set_seed(config.seed)
     with base_in(config.dtype):
         model = load_model(config.base_model, config.dtype, config.trust_remote_code)
-    if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
-        model.set_attn_implementation("eager")
+    if arguments.device.type == "cpu":
+        keep_freed_memory()
+        if config.cutoff_len <= _EAGER_LENGTH:
+            model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
         routing.enable_gradient_checkpointing(model)
