@@ -36,7 +36,7 @@ _REQUEST = ". Write a response that appropriately completes the request."
 
 
 def _template(trailing: str, margin: str) -> Template:
-    """Both templates say the same; they differ in white space: ``trailing`` the sentences, ``margin`` of a section."""
+    """Alpaca's words; what differs is white space: ``trailing`` the sentences, ``margin`` of a section."""
     section = f"\n{margin}\n{margin}"
     opening = f"{trailing}\n\n{margin}### Instruction:\n{margin}"
     return Template(
@@ -53,6 +53,10 @@ TEMPLATES = {
     # The bytes with which LLM-Adapters and the original MTL-LoRA train: two spaces after the sentence, sections
     # indented by 16 spaces, which also stand on the blank line between them.
     "original": _template("  ", " " * 16),
+    # For one's own tasks with short texts, of whose rows the others' words are a half.
+    "plain": Template(
+        opening="Task:\n", opening_with_input="Task:\n", input_marker="\nInput:\n", closing="\nAnswer:\n"
+    ),
 }
 
 

@@ -10,7 +10,9 @@ import pytest
 from study_cases import grid, is_locked, planner, wait_for
 
 from mtl_lora.errors import UserError
-from mtl_lora.study.execute import JobFailed, check_launcher, execute, last_line, locked, start
+from mtl_lora.study import commands as commands_module
+from mtl_lora.study.commands import locked, shares_of_the_machine
+from mtl_lora.study.execute import JobFailed, check_launcher, execute, execute_all, last_line
 from mtl_lora.study.progress import Progress, clock, roughly
 from mtl_lora.study.state import read_state
 
@@ -34,8 +36,8 @@ def job(tmp_path):
 
 def test_failed_training_is_one_line_with_the_logs_place_and_last_line(job, tmp_path, scripts):
     scripts("import sys; print('step 1'); sys.exit('error: the disk is full')")
-    with locked(tmp_path / "study") as lock, pytest.raises(JobFailed) as failure:
-        execute(job, lock)
+    with locked(tmp_path / "study") as commands, pytest.raises(JobFailed) as failure:
+        execute(job, commands)
     log = job.folder / "train.out"
     assert str(failure.value) == (
         f"LoRA seed 0: the training ended with exit code 1; {log} ends with: error: the disk is full"
@@ -47,10 +49,10 @@ def test_failed_training_is_one_line_with_the_logs_place_and_last_line(job, tmp_
 
 def test_next_start_of_a_failed_training_adds_to_its_log_and_begins_anew(job, tmp_path, scripts):
     scripts("import sys; sys.exit(' '.join(sys.argv[-2:]))")
-    with locked(tmp_path / "study") as lock:
+    with locked(tmp_path / "study") as commands:
         for ending in (f"--seed {job.train['seed']}", "--overwrite_output_dir True"):
             with pytest.raises(JobFailed, match=f"ends with: {ending}$"):
-                execute(job, lock)
+                execute(job, commands)
     assert (job.folder / "train.out").read_text().count("$ python finetune.py") == 2
     assert read_state(job).train["starts"] == 2
 
@@ -88,11 +90,11 @@ STUDY = """
 import sys
 from pathlib import Path
 from mtl_lora.study.__main__ import _stop
-from mtl_lora.study.execute import locked, start
+from mtl_lora.study.commands import locked
 import signal
 signal.signal(signal.SIGTERM, _stop)
-with locked(Path(sys.argv[1])) as lock, open(sys.argv[1] + ".out", "ab") as output:
-    start(["python", "-c", sys.argv[2]], output, lock)
+with locked(Path(sys.argv[1])) as commands, open(sys.argv[1] + ".out", "ab") as output:
+    commands.start(["python", "-c", sys.argv[2]], output)
 """
 
 
@@ -127,11 +129,87 @@ def test_command_of_a_killed_study_keeps_the_folder(waiting_study):
 
 
 def test_exit_code_and_output_of_a_command_are_kept(tmp_path):
-    with locked(tmp_path) as lock, (tmp_path / "log").open("ab") as output:
-        assert (
-            start(["python", "-c", "import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"], output, lock) == 3
-        )
+    with locked(tmp_path) as commands, (tmp_path / "log").open("ab") as output:
+        words = ["python", "-c", "import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"]
+        assert commands.start(words, output) == 3
     assert sorted((tmp_path / "log").read_text().split()) == ["1", "2"]
+
+
+# ---- side by side ----
+
+# Finishes only if the training of the other seed runs at the same time.
+MEETS = """
+import os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+(folder / "here").write_text(os.environ["OMP_NUM_THREADS"])
+while len(list(folder.parent.glob("*/here"))) < 2:
+    time.sleep(0.01)
+"""
+# One seed fails as soon as the other, which never ends by itself, has started.
+ONE_FAILS = (
+    MEETS
+    + """
+if folder.name == "seed0":
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(600)
+while not (folder.parent / "seed0" / "pid").is_file():
+    time.sleep(0.01)
+sys.exit("error: the disk is full")
+"""
+)
+
+
+@pytest.fixture
+def two_jobs(tmp_path, scripts, monkeypatch):
+    """Two seeds of an experiment, whose evaluations do nothing."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (tmp_path / "commonsense_evaluate.py").write_text("")
+    made = planner(tmp_path, grid())
+    return [made.run(made.study.experiment("LoRA"), seed).jobs[0] for seed in (0, 1)]
+
+
+def test_two_at_once_run_at_the_same_time(two_jobs, tmp_path, scripts):
+    scripts(MEETS)
+    with locked(tmp_path / "study", 2) as commands:
+        done = {job.folder: state for job, state in execute_all(two_jobs, commands)}
+    assert done.keys() == {job.folder for job in two_jobs}
+    assert all(state.train["done"] and state.evaluate["done"] for state in done.values())
+    assert (two_jobs[0].folder / "here").read_text() == "3", "the user's own number of threads"
+
+
+def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, scripts):
+    scripts(ONE_FAILS)
+    with locked(tmp_path / "study", 2) as commands, pytest.raises(JobFailed, match=r"seed 1: .* the disk is full"):
+        list(execute_all(two_jobs, commands))
+    assert not is_locked(tmp_path / "study"), "a command that still ran would hold the lock"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((two_jobs[0].folder / "pid").read_text()), 0)
+    assert not read_state(two_jobs[0]).train["done"]
+
+
+def test_every_command_gets_its_share_of_the_machine(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(commands_module, "_cpus", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert shares_of_the_machine(1) == [{}]
+    assert shares_of_the_machine(3) == [
+        {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("2", "5", "7")
+    ]
+    with pytest.raises(UserError, match="--parallel 4 needs as many GPUs, and there are 3"):
+        shares_of_the_machine(4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert shares_of_the_machine(16) == [{"OMP_NUM_THREADS": "1"}] * 16
+
+
+def test_gpus_are_counted_by_nvidia_smi_where_nothing_else_is_said(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commands_module.visible_gpus() == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho '  MIG 1g'\necho 'GPU 1: H100 (UUID: b)'\n")
+    program.chmod(0o755)
+    assert commands_module.visible_gpus() == ["0", "1"]
 
 
 # ---- progress ----
@@ -154,6 +232,12 @@ def test_progress_line_counts_and_estimates_by_the_same_kind():
         progress.line("DoRA", {"train": 4000, "evaluate": 2}, 0)
         == "[6/6] DoRA: train 1:06:40 evaluate 0:02, average 0.0"
     )
+
+
+def test_time_left_is_shared_by_runs_side_by_side():
+    progress = Progress(["run LoRA"] * 5, at_once=2)
+    progress.finish("run LoRA", 100)
+    assert progress.left() == 200
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from study_cases import dev_set, is_locked, wait_for, write_grid
 from mtl_lora import cli
 from mtl_lora.errors import UserError
 from mtl_lora.evaluate.settings import EvalConfig
-from mtl_lora.study import execute
 from mtl_lora.study.__main__ import main
+from mtl_lora.study.commands import Commands
 from mtl_lora.train.settings import TrainConfig
 
 STEPS = 12
@@ -53,8 +53,8 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
     return write_grid(folder, value)
 
 
-def in_this_process(command, output, lock) -> int:
-    """What ``execute.start`` does, without the seconds that a new process takes to import torch."""
+def in_this_process(commands, command, output) -> int:
+    """What ``Commands.start`` does, without the seconds that a new process takes to import torch."""
     from mtl_lora.evaluate.run import run as evaluate
     from mtl_lora.train.run import run as train
 
@@ -75,7 +75,7 @@ def study(grid_file):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(PROJECT)
-        patch.setattr(execute, "start", in_this_process)
+        patch.setattr(Commands, "start", in_this_process)
         yield start
 
 

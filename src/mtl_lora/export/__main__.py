@@ -100,7 +100,7 @@ def add_import_peft(commands) -> None:
         "--template",
         default="alpaca",
         metavar="NAME",
-        help="prompt template it was trained with: alpaca or original (default: %(default)s)",
+        help="prompt template it was trained with: alpaca, original or plain (default: %(default)s)",
     )
 
 

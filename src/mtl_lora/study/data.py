@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mtl_lora.tasks import TaskSet
 from mtl_lora.train.settings import TrainConfig
 
 SAMPLE_SEED = 0
+_WRITING = threading.Lock()  # jobs that run side by side read the same parts
 
 
 def sample(examples: Sequence[Example], most: int, task: str) -> list[Example]:
@@ -129,6 +131,7 @@ def _by_task(examples: Sequence[Example], tasks: TaskSet) -> dict[str, list[Exam
 
 def write(part: Part) -> None:
     """Write the part's files that are not there yet with these very bytes."""
-    for path, content in part.content.items():
-        if not path.is_file() or path.read_bytes() != content:
-            files.write_all({path: content})
+    with _WRITING:
+        for path, content in part.content.items():
+            if not path.is_file() or path.read_bytes() != content:
+                files.write_all({path: content})

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 
 class Progress:
-    """Counts jobs and keeps how long those that were finished took, by kind."""
+    """Counts jobs, of which ``at_once`` run side by side, and keeps how long the finished ones took, by kind."""
 
-    def __init__(self, kinds: Sequence[str]):
+    def __init__(self, kinds: Sequence[str], at_once: int = 1):
+        self.at_once = at_once
         self.waiting, self.total, self.done = list(kinds), len(kinds), 0
         self.seconds: dict[str, list[float]] = {}
 
@@ -26,7 +27,7 @@ class Progress:
             if not known:
                 return None
             total += statistics.fmean(known)
-        return total
+        return total / self.at_once
 
     def _of_stage(self, stage: str) -> list[float]:
         return [second for kind, seconds in self.seconds.items() if kind.startswith(stage) for second in seconds]

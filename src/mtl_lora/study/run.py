@@ -1,6 +1,7 @@
 """What a study does, from its grid to study.json and table.md."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mtl_lora import files
@@ -9,8 +10,9 @@ from mtl_lora.report.results import mean_score, read_results
 from mtl_lora.study import record as records
 from mtl_lora.study import table
 from mtl_lora.study.collect import collect
+from mtl_lora.study.commands import Commands, locked
 from mtl_lora.study.data import StudyData
-from mtl_lora.study.execute import check_launcher, execute, locked
+from mtl_lora.study.execute import check_launcher, execute_all
 from mtl_lora.study.grid import Experiment, Study
 from mtl_lora.study.jobs import Job
 from mtl_lora.study.plan import plan
@@ -19,7 +21,7 @@ from mtl_lora.study.progress import Progress
 from mtl_lora.study.read_grid import read_grid
 from mtl_lora.study.search import outcome
 from mtl_lora.study.settings import StudyConfig
-from mtl_lora.study.state import finished
+from mtl_lora.study.state import State, finished
 
 
 def run(config: StudyConfig) -> None:
@@ -28,6 +30,11 @@ def run(config: StudyConfig) -> None:
     if not Path("finetune.py").is_file():
         raise UserError("start the study in the project's folder, where finetune.py lies")
     check_launcher(study.grid.launcher)
+    if config.parallel > 1 and study.grid.launcher != "python":
+        raise UserError(
+            f"--parallel is for runs of one process, and the grid {study.path} starts each with "
+            f"{study.grid.launcher!r}; take its launcher out, or --parallel"
+        )
     folder = output_folder(config, study)
     planner = Planner(study, StudyData(study, folder), folder)
     chosen = [study.experiment(name) for name in config.only] or list(study.experiments)
@@ -38,8 +45,8 @@ def run(config: StudyConfig) -> None:
     if config.report:
         work.report()
     else:
-        with locked(folder) as lock:
-            work.run(lock)
+        with locked(folder, config.parallel) as commands:
+            work.run(commands)
     if config.collect:
         collect(folder, Path(config.collect))
 
@@ -87,46 +94,47 @@ class Work:
                 known += [self.planner.run(experiment, seed, value) for seed in study.seeds(experiment)]
         return known
 
-    def run(self, lock: int) -> None:
+    def run(self, commands: Commands) -> None:
         """Do every job that is not done; after each run study.json and table.md are written anew."""
         study = self.planner.study
         jobs: list[Job] = [job for runs in self.candidates.values() for run in runs for job in run.jobs]
         for experiment in self.chosen:
             jobs += [job for seed in study.seeds(experiment) for job in self.planner.run(experiment, seed).jobs]
-        progress = Progress([job.kind for job in jobs])
+        progress = Progress([job.kind for job in jobs], commands.at_once)
         known = [job for run in self._known() for job in run.jobs if finished(job, self.overwrite)]
         print(
             f"{study.grid.name}: {progress.total} runs, {len(known)} of them finished, in {self.planner.folder}",
             flush=True,
         )
+        self._execute([run for runs in self.candidates.values() for run in runs], progress, commands)
         for name, candidates in self.candidates.items():
-            for run in candidates:
-                self._execute(run, progress, lock)
             self.found[name] = outcome(self.planner, name, candidates)
         self._check_recipes()
-        for run in self.runs(self.chosen):
-            if self._execute(run, progress, lock):
-                self.report()
+        self._execute(self.runs(self.chosen), progress, commands, self.report)
         self.report()
 
     def _known(self) -> list[Run]:
         """All runs whose recipe is known by now, those of the search among them."""
         return [*(run for runs in self.candidates.values() for run in runs), *self.runs(self.chosen)]
 
-    def _execute(self, run: Run, progress: Progress, lock: int) -> bool:
-        """Do what is left of a run; whether there was anything."""
-        worked = False
-        for job in run.jobs:
-            skipped = finished(job, self.overwrite)
-            worked |= not skipped
-            state = execute(job, lock, self.overwrite)
-            seconds = {step: known["seconds"] for step, known in state.steps.items()}
-            whole = all(known["starts"] == 1 for known in state.steps.values())
-            progress.finish(job.kind, sum(seconds.values()), whole)
-            if not skipped:
-                average = mean_score(list(read_results(job.folder).tasks.values())).accuracy
-                print(progress.line(job.label, seconds, average), flush=True)
-        return worked
+    def _execute(
+        self,
+        runs: Sequence[Run],
+        progress: Progress,
+        commands: Commands,
+        after_each: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Do what is left of the runs, with a line a job; ``after_each`` is called when a run has become whole."""
+        home = {job.folder: run for run in runs for job in run.jobs}
+        skipped = {job.folder for run in runs for job in run.jobs if finished(job, self.overwrite)}
+        left = Counter(run.folder for folder, run in home.items() if folder not in skipped)
+        for job, state in execute_all([job for run in runs for job in run.jobs], commands, self.overwrite):
+            _finish(progress, job, state, job.folder in skipped)
+            if job.folder not in skipped:
+                run = home[job.folder].folder
+                left[run] -= 1
+                if not left[run]:
+                    after_each()
 
     def report(self) -> None:
         """Write study.json and table.md of all finished runs, those of experiments that are not chosen included."""
@@ -146,3 +154,12 @@ def done(run: Run, overwrite: bool) -> bool:
     """Whether every job of a run is finished; raises ``UserError`` for another recipe's folder unless ``overwrite``."""
     # Every job is looked at, for a folder behind an unfinished one may be another recipe's.
     return not [job for job in run.jobs if not finished(job, overwrite)]
+
+
+def _finish(progress: Progress, job: Job, state: State, skipped: bool) -> None:
+    """Count a job that is done, and print its line if it was done now."""
+    seconds = {step: known["seconds"] for step, known in state.steps.items()}
+    progress.finish(job.kind, sum(seconds.values()), all(known["starts"] == 1 for known in state.steps.values()))
+    if not skipped:
+        average = mean_score(list(read_results(job.folder).tasks.values())).accuracy
+        print(progress.line(job.label, seconds, average), flush=True)

@@ -20,10 +20,13 @@ class StudyConfig(Config):
     check: bool = flag(False, "check the grid and every recipe, print the plan, then stop")
     report: bool = flag(False, "start nothing: study.json and table.md of the runs that are finished")
     overwrite: bool = flag(False, "delete runs that were made by another recipe, and make them anew")
+    parallel: int = flag(1, "runs side by side, each with its share of the CPU's threads or a GPU of its own")
     collect: str | None = flag(None, "at the end, a folder for what can be shared: no weights, predictions or data")
 
     def validate(self) -> None:
         if not self.grid:
             raise UserError("pass --grid FILE, such as script/grids/quickstart.json")
+        if self.parallel < 1:
+            raise UserError(f"parallel must be at least 1, not {self.parallel}")
         if self.check and self.report:
             raise UserError("--check stops before anything is written and --report writes; pass one")

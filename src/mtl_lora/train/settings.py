@@ -71,7 +71,7 @@ class TrainConfig(Config):
 
     # text
     cutoff_len: int = flag(256, "most tokens of prompt, answer and EOS; longer instructions lose their middle")
-    template: str = flag("alpaca", "prompt template: alpaca, or original (the bytes LLM-Adapters trains with)")
+    template: str = flag("alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), or the short plain")
     train_on_inputs: bool = flag(False, "put loss on the prompt too")
 
     # run
