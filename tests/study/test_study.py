@@ -169,3 +169,21 @@ def test_study_outside_the_projects_folder_is_one_sentence(study, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"in the project's folder, where finetune\.py lies"):
         run(StudyConfig(grid=str(grid)))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags", "sentence"),
+    [
+        ("torchrun --nproc_per_node 2", {"parallel": 2}, "--parallel is for runs of one process"),
+        ("python", {"parallel": 0}, "parallel must be at least 1, not 0"),
+    ],
+)
+def test_runs_side_by_side_are_of_one_process_each(grid_file, tmp_path, monkeypatch, launcher, flags, sentence):
+    from mtl_lora.study.run import run
+    from mtl_lora.study.settings import StudyConfig
+
+    monkeypatch.chdir(PROJECT)
+    grid = write_grid(tmp_path, {**json.loads(grid_file.read_text()), "launcher": launcher})
+    with pytest.raises(UserError, match=sentence):
+        run(StudyConfig(grid=str(grid), output_dir=str(tmp_path / "study"), **flags))
+    assert not (tmp_path / "study").exists()
