@@ -13,7 +13,7 @@ from report_records import TUNED, run_command
 from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.report.figures.draw import pictures, pictures_of_all
-from mtl_lora.report.figures.picture import COLOURS, LINES, MARKERS, look
+from mtl_lora.report.figures.picture import COLOURS, GREY, LINES, MARKERS, look
 from mtl_lora.report.read_folder import read_one
 from mtl_lora.report.study import Run, Scores, Value
 from mtl_lora.report.training_records import Log
@@ -163,6 +163,17 @@ def test_accuracy_is_drawn_where_it_is_with_interval_and_baseline(study):
         assert [label.get_text() for label in figure.axes[0].get_yticklabels()][1:] == ["LoRA", "MTL-LoRA"]
     caption = named(study, "accuracy").caption
     assert "interval of the mean over seeds" in caption and "one standard error" in caption
+
+
+def test_an_experiment_has_one_colour_in_all_pictures_and_a_model_without_training_none(study):
+    with named(study, "training_loss").drawn() as figure:
+        losses = [line.get_color() for line in figure.axes[0].lines]
+    with named(study, "accuracy").drawn() as figure:
+        accuracies = [
+            next(line.get_color() for line in figure.axes[0].lines if set(line.get_ydata()) == {index})
+            for index in range(len(study.experiments))
+        ]
+    assert accuracies[1:] == losses and accuracies[0] == GREY
 
 
 def test_loss_is_the_running_mean_of_each_seed_and_the_mean_over_seeds(study):

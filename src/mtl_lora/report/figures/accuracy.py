@@ -1,6 +1,7 @@
 """Accuracy of every experiment, a panel a task: a point and its interval, and the most frequent answer as a line."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -48,9 +49,10 @@ def _draw(study: Study) -> "Figure":
     labels = [experiment.name for experiment in study.experiments]
     width = 2.1 * columns + 0.4 + 0.075 * max(map(len, _wrapped(labels)))
     figure = new_figure(width, rows * (0.75 + 0.22 * len(labels)) + 0.6, TITLE, _caption(study))
+    looks = _looks(study)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for task, panel in zip(tasks, axes, strict=False):
-        _panel(panel, _values(study, task), _majority(study, task))
+        _panel(panel, _values(study, task), looks, _majority(study, task))
         panel.set_title("Average" if task is None else study.title(task), fontweight="bold" if task is None else None)
     for panel in axes[len(tasks) :]:
         panel.set_axis_off()
@@ -59,11 +61,24 @@ def _draw(study: Study) -> "Figure":
     return figure
 
 
-def _panel(panel: "Axes", values: Sequence[Value | None], majority: float | None) -> None:
-    for index, value in enumerate(values):
+def _looks(study: Study) -> list[dict]:
+    """By experiment: the look that it has among the training losses of its group; grey for a model without training."""
+    trained = [any(run.log for run in experiment.runs) for experiment in study.experiments]
+    before: Counter[str] = Counter()
+    looks = []
+    for experiment, has_log in zip(study.experiments, trained, strict=True):
+        if has_log or not any(trained):
+            looks.append(look(before[experiment.group]))
+            before[experiment.group] += 1
+        else:
+            looks.append({**look(0), "color": GREY})
+    return looks
+
+
+def _panel(panel: "Axes", values: Sequence[Value | None], looks: Sequence[dict], majority: float | None) -> None:
+    for index, (value, style) in enumerate(zip(values, looks, strict=True)):
         if value is None:
             continue
-        style = look(index)
         if value.low is not None and value.high is not None:
             low, high = 100 * max(value.low, 0), 100 * min(value.high, 1)
             thick = value.of == OVER_SEEDS
