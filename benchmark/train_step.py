@@ -33,8 +33,7 @@ def main() -> None:
     arguments = flags.parse_args()
     arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]
     tokenizer, device = load_tokenizer(arguments.base_model), device_for_this_process()
-    if device.type == "cpu":
-        keep_freed_memory()  # as finetune.py does; the process has one C library, so every side gains
+    keep_freed_memory(device.type)  # as finetune.py does; the process has one C library, so every side gains
     rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
     plans = make_batches(rows, arguments.batch_size, tokenizer.pad_token_id, device)
     base = load_model(arguments.base_model, arguments.dtype).to(device)

@@ -9,14 +9,15 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = 2**30, 2**31 - 1  # bytes; the parameter is a C int
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(device: str = "cpu") -> bool:
     """Tell glibc to keep large freed buffers for the next allocation of this process; True where that was done.
 
     An activation of a step is some megabytes, more than glibc keeps by itself. So every step asks the system for
     them anew, and the system clears them page by page: a tenth of the time of a step of 8 rows and more for larger ones
-    (``benchmark/LOG.md``). Nothing that is computed changes. Another C library is left as it is: False.
+    (``benchmark/LOG.md``). Nothing that is computed changes. False, and nothing done, for another C library, and for a
+    ``device`` (the type of a ``torch.device``) whose buffers are not the C library's.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if device != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))

@@ -97,8 +97,7 @@ class Evaluation:
         if self.model is not None:
             return
         device = device_for_this_process()
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device.type)
         model = load_model(self.base_model, self.config.dtype, self.config.trust_remote_code)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)

@@ -73,10 +73,9 @@ def run(config: TrainConfig) -> None:
     set_seed(config.seed)
     with base_in(config.dtype):
         model = load_model(config.base_model, config.dtype, config.trust_remote_code)
-    if arguments.device.type == "cpu":
-        keep_freed_memory()
-        if config.cutoff_len <= _EAGER_LENGTH:
-            model.set_attn_implementation("eager")
+    keep_freed_memory(arguments.device.type)
+    if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
+        model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
         routing.enable_gradient_checkpointing(model)
