@@ -62,6 +62,11 @@ class Experiment:
     learning_rate: float | None = None
     against: Scores | None = None
 
+    @property
+    def has_log(self) -> bool:
+        """Whether there is a training log of any run."""
+        return any(run.log for run in self.runs)
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:

@@ -63,11 +63,11 @@ def _draw(study: Study) -> "Figure":
 
 def _looks(study: Study) -> list[dict]:
     """By experiment: the look that it has among the training losses of its group; grey for a model without training."""
-    trained = [any(run.log for run in experiment.runs) for experiment in study.experiments]
+    any_log = any(experiment.has_log for experiment in study.experiments)
     before: Counter[str] = Counter()
     looks = []
-    for experiment, has_log in zip(study.experiments, trained, strict=True):
-        if has_log or not any(trained):
+    for experiment in study.experiments:
+        if experiment.has_log or not any_log:
             looks.append(look(before[experiment.group]))
             before[experiment.group] += 1
         else:

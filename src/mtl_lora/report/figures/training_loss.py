@@ -19,7 +19,7 @@ _SMOOTHED = 20  # a mean over one in so many of the log's lines
 
 def training_loss(study: Study) -> list[Picture]:
     """A picture for each group of experiments of which there is a log."""
-    trained = [experiment for experiment in study.experiments if any(run.log for run in experiment.runs)]
+    trained = [experiment for experiment in study.experiments if experiment.has_log]
     groups = list(dict.fromkeys(experiment.group for experiment in trained))
     return [
         _picture(study, [experiment for experiment in trained if experiment.group == group], group, len(groups) > 1)
