@@ -4,8 +4,8 @@
 #
 #   bash script/quickstart.sh
 #
-# Needs Python 3.11 or newer, bash, pip and about 3 GB of disk. About 9 minutes on 2 CPU cores after the downloads;
-# a GPU is used if there is one. Everything it makes lies under output/quickstart/ (the environment in .venv, the base
+# Needs Python 3.11 or newer, bash, pip and about 3 GB of disk. About 10 minutes on 2 CPU cores with bf16, downloads
+# included; a GPU is used if there is one. Everything it makes lies under output/quickstart/ (the environment in .venv, the base
 # model in the user's cache folder). A second run reuses environment, model and tokenised data.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

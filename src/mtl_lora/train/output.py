@@ -52,7 +52,7 @@ def resume_folder(config: TrainConfig) -> Path | None:
 def _last_whole(output: Path) -> Path:
     found = checkpoints(output)
     if not found:
-        raise UserError(f"{output} holds no whole checkpoint; leave out --resume_from_checkpoint")
+        raise UserError(f"{output} holds no whole checkpoint; pass --overwrite_output_dir True to begin anew")
     return found[-1]
 
 

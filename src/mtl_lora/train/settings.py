@@ -10,7 +10,7 @@ from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 AUTO = "auto"
 AUTO_ROWS = 8  # what counts as batch_size for the global batch where it is auto
-ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or LoRA."""
+ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA, LoRA, DoRA, MultiLoRA or MoELoRA."""
 
 
 @dataclasses.dataclass
@@ -19,7 +19,9 @@ class TrainConfig(Config):
 
     # what to train, on what, to where
     base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
-    data_path: str = flag("commonsense_170k_taskid.json", "JSON list of records with instruction, output and task_id")
+    data_path: str = flag(
+        "commonsense_170k_taskid.json", "JSON list of records with instruction, output, answer and task_id"
+    )
     output_dir: str = flag("output/mtl_lora", "folder for the adapter, its checkpoints and logs")
     tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: the eight commonsense tasks")
     cache_dir: str = flag(".cache/rows", "folder for tokenised data")
