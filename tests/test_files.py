@@ -105,6 +105,11 @@ def test_folder_in_place_of_a_file_is_one_sentence(tmp_path):
         files.read_json(tmp_path, "the settings")
 
 
+def test_hash_of_a_file_that_can_not_be_read_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="can not be read"):
+        files.sha256(tmp_path)
+
+
 def test_hash_is_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

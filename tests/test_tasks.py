@@ -82,6 +82,7 @@ def test_record_says_how_many_of_its_tasks_options_it_has(name, count):
         "Please choose. Answer format: answer1/answer9",
         "Please choose. Answer format: answer1",
         "Please choose. Answer format: answer1/answer2 or so",
+        "Please choose. Answer format: answer1/answer1",
     ],
 )
 def test_record_that_lists_nothing_known_has_all_options_of_its_task(instruction):

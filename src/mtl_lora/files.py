@@ -88,9 +88,12 @@ def read_json(path: str | Path, what: str) -> object:
 
 
 def sha256(path: str | Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """The sha256 of a file's bytes, in hexadecimal; raises ``UserError`` if it can not be read."""
+    try:
+        with Path(path).open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} can not be read ({error.strerror})") from None
 
 
 def sha256_of(content: bytes) -> str:

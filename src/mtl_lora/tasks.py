@@ -4,6 +4,8 @@ The eight commonsense tasks are one table below; any other set is read from a JS
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +70,7 @@ class Task:
         """
         _, marker, listed = instruction.rpartition(OPTIONS_MARKER)
         options = tuple(listed.strip().split("/")) if marker else ()
-        if len(options) > 1 and set(options) <= set(self.options):
+        if len(options) > 1 and len(set(options)) == len(options) and set(options) <= set(self.options):
             return options
         return self.options
 
@@ -98,6 +100,12 @@ class TaskSet:
     def names(self) -> list[str]:
         """Task names in id order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def answers_sha256(self) -> str:
+        """A hash of all that decides how answers are read and which are right; titles and columns do not."""
+        parts = [(task.name, task.options, task.answer_pattern, task.answer_prefix) for task in self.tasks]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

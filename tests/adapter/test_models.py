@@ -20,11 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 import mtl_lora
 from mtl_lora import route
+from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.data.collate import IGNORED
+from mtl_lora.errors import UserError
 from mtl_lora.train import loss
 from mtl_lora.train.loss import token_losses
 
 IDS = torch.arange(len(TASKS))
+MAMBA = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=4, num_hidden_layers=1)
 
 
 def targets(architecture: Architecture, everything: bool) -> list[str] | str:
@@ -210,3 +213,25 @@ def test_merged_model_equals_the_routed_one(architecture):
     merged = mtl_lora.merge(model, TASKS[2])
     assert merged.state_dict().keys() == architecture.build().state_dict().keys()
     assert_near(merged(input_ids=input_ids).logits, expected, 1e-10, "logits")
+
+
+@pytest.mark.parametrize(
+    ("build", "target"),
+    [
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16), "linear1"),
+        (lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), "out_proj"),
+        (lambda: transformers.MambaForCausalLM(MAMBA), "x_proj"),
+    ],
+    ids=["encoder layer", "attention", "Mamba"],
+)
+def test_layer_whose_weight_is_read_past_an_adapter_is_refused(build, target):
+    model = build()
+    with pytest.raises(UserError, match=f"{target} can not carry an adapter: "):
+        mtl_lora.inject(model, adapter_config(target_modules=[target]))
+    assert not adapter_layers(model)
+
+
+def test_projection_that_mamba_calls_can_be_adapted():
+    model = transformers.MambaForCausalLM(MAMBA)
+    mtl_lora.inject(model, adapter_config(target_modules=["in_proj"]))
+    assert adapter_layers(model)

@@ -17,21 +17,7 @@ from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.evaluate import run as run_module
 from mtl_lora.evaluate.predictions import Predictions
-from mtl_lora.evaluate.run import run
-from mtl_lora.evaluate.settings import EvalConfig
 from mtl_lora.export.peft_format import export_peft
-
-
-@pytest.fixture
-def evaluate(trained, tmp_path):
-    """Score in this process: ``evaluate("name", flag=value, ...)`` returns the results."""
-
-    def start(name: str, **flags) -> dict:
-        settings = {"checkpoint": trained, "data_dir": str(QUICKSTART / "test"), "limit": 4, "dtype": "fp32"}
-        settings |= {"max_new_tokens": 8, "output_dir": str(tmp_path / name), **flags}
-        return run(EvalConfig(**settings))
-
-    return start
 
 
 def lines(folder: Path) -> list[dict]:

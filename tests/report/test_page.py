@@ -150,6 +150,16 @@ def test_a_page_of_an_evaluation(write, capsys):
     assert "python commonsense_evaluate.py --checkpoint run" in text
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_evaluation_of_an_earlier_adapter_is_not_shown_as_this_ones(write, tmp_path, capsys, same):
+    write(changed(EVALUATION, settings__adapter_sha256="d" * 64), "evaluation")
+    (tmp_path / "mtl_lora_config.json").write_text(json.dumps({"weights_sha256": ("d" if same else "0") * 64}))
+    (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0, "loss/first": 2.0, "loss/second": 2.0}\n')
+    code, _, err = run_command(capsys, "page", tmp_path)
+    assert code == 0 and ("is of an earlier adapter" in err) == (not same)
+    assert ("tasks" in Outline((tmp_path / "page.html").read_text(encoding="utf-8")).tables) == same
+
+
 def test_a_page_of_a_training(tmp_path, random, capsys):
     tasks = {"tides": "Tides", "maps": "Maps"}
     (tmp_path / "train_log.jsonl").write_text(log_text(random, 0.5, tasks))

@@ -80,6 +80,7 @@ def test_the_most_frequent_answer_needs_every_task(table_of):
         ({"mode": "generate"}, "Rows differ in mode: base score, mtl_lora generate."),
         ({"mode": ...}, "Rows differ in mode: base score, mtl_lora unknown."),
         ({"base_model": "llama"}, "Rows differ in base model: base smollm2-135m, mtl_lora llama."),
+        ({"settings": {"num_beams": 4}}, None),
         ({"tasks__first__majority": 0.7}, '"always the most frequent answer" is on the questions of base.'),
         ({"data": ...}, None),
         ({"data__second": ...}, None),
@@ -90,6 +91,32 @@ def test_notes_say_what_keeps_rows_from_being_compared(table_of, changes, note):
     usual = set(table_of(BASE, TUNED).notes)
     new = [line for line in table_of(BASE, changed(TUNED, **changes)).notes if line not in usual]
     assert [line for line in new if not line.startswith("Questions:")] == ([note] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "other", "note"),
+    [
+        (
+            "dtype",
+            "torch.float32",
+            "torch.bfloat16",
+            "Rows differ in dtype: base torch.float32, mtl_lora torch.bfloat16.",
+        ),
+        ("num_beams", 1, 4, "Rows differ in num_beams: base 1, mtl_lora 4."),
+        (
+            "tasks_sha256",
+            "a" * 64,
+            "b" * 64,
+            "the tasks' options and patterns: base aaaaaaaaaaaa, mtl_lora bbbbbbbbbbbb.",
+        ),
+        ("adapter_sha256", "a" * 64, "b" * 64, None),
+        ("template", "alpaca", "alpaca", None),
+    ],
+)
+def test_rows_of_other_protocols_are_named(table_of, key, one, other, note):
+    table = table_of(changed(BASE, settings={key: one}), changed(TUNED, settings={key: other}))
+    found = [line for line in table.notes if line.startswith("Rows differ")]
+    assert len(found) == (note is not None) and all(line.endswith(note) for line in found)
 
 
 GROUPS = {"easy": {"accuracy": 0.8, "stderr": 0.03, "n": 10}, "hard": {"accuracy": 0.2, "stderr": 0.04, "n": 5}}

@@ -1,9 +1,10 @@
 """What is skipped, resumed, begun anew or refused when a study is started again."""
 
+import copy
 import json
 
 import pytest
-from study_cases import finish, grid, planner
+from study_cases import ALONE, finish, grid, planner
 
 from mtl_lora.errors import UserError
 from mtl_lora.study.execute import going_on
@@ -54,6 +55,35 @@ def test_folder_of_something_else_is_never_taken(job):
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds files that no study made; pass another --output_dir"):
             read_state(job, overwrite)
+
+
+@pytest.fixture
+def alone_and_joint(tmp_path):
+    """The first job of an experiment that trains each task alone, and the one job of the same without ``alone``."""
+    changed = copy.deepcopy(ALONE)
+    jobs = []
+    for alone in (True, False):
+        changed["alone"] = alone
+        made = planner(tmp_path, grid(changed))
+        jobs.append(made.run(made.study.experiment("Alone"), 0).jobs[0])
+    return jobs
+
+
+def test_tasks_trained_alone_are_not_deleted_for_a_joint_training(alone_and_joint):
+    alone, joint = alone_and_joint
+    finish(alone, RIGHT)
+    with pytest.raises(UserError, match=r"holds runs of another recipe \(boolq\); pass --overwrite True"):
+        read_state(joint)
+    assert read_state(joint, overwrite=True) is None
+    assert finished(alone)
+
+
+def test_tasks_are_not_trained_alone_inside_a_joint_training(alone_and_joint):
+    alone, joint = alone_and_joint
+    finish(joint, RIGHT)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="seed0 holds a run of another recipe"):
+            read_state(alone, overwrite)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,21 @@ def test_a_launch_that_is_not_done_is_refused_in_one_sentence(monkeypatch, setti
     assert not (tmp_path / "run").exists()
 
 
+DIFFERING = {"bf16": {"enabled": True}, "gradient_clipping": 0.3, "train_batch_size": 999}
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_values_of_the_deepspeed_file_that_contradict_the_flags_are_refused(settings, tmp_path, check):
+    value = json.loads((PROJECT / "config" / "zero2.json").read_text()) | DIFFERING
+    (tmp_path / "own.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match="the DeepSpeed configuration and the flags differ") as caught:
+        run(TrainConfig(**{**settings, "deepspeed": str(tmp_path / "own.json"), "check": check}))
+    assert "bf16.enabled=True" in str(caught.value) and "gradient_clipping=0.3" in str(caught.value)
+    # One process says nothing of the batch of a launch.
+    assert ("train_batch_size=999" in str(caught.value)) == (not check)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_error_in_one_process_ends_all(settings, tmp_path):
     """The others wait in a collective for the one that is gone; without an end this runs into the timeout."""
     job = tmp_path / "job.json"

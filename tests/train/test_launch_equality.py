@@ -25,13 +25,14 @@ MORE = {
     "bf16": {"dtype": "bf16"},
     "by_tokens": {"token_budget": 1500, "sampling_temperature": 2.0},
     "checkpointing": {"adapter_name": "dora", "use_gradient_checkpointing": True},
+    "few_held_out": {"val_set_size": 1},  # fewer rows than processes
     # Weights below the threshold of this file stay whole, and all of the tiny model's are below it.
     "with_small_weights_whole": {"deepspeed": str(PROJECT / "config" / "zero3.json")},
 }
 RUNS = [(launch, name) for launch in LAUNCHES for name in (*METHODS, "accumulated", "by_tokens")]
-RUNS += [("zero3", "checkpointing"), ("zero3", "with_small_weights_whole")]
+RUNS += [("ddp", "few_held_out"), ("zero3", "checkpointing"), ("zero3", "with_small_weights_whole")]
 # The runs of one process.
-ALONE = (*METHODS, "bf16", "by_tokens")
+ALONE = (*METHODS, "bf16", "by_tokens", "few_held_out")
 IN_BF16 = [("zero2", "bf16"), ("zero3", "bf16")]
 # Without DeepSpeed first, for a run with it leaves its switch in the environment; and nothing before the first run
 # with ZeRO-3 may make DeepSpeed's process group for it.

@@ -1,11 +1,12 @@
 """Training runs on a tiny real model: what they write, that they repeat, resume, and refuse what is wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mtl_lora.adapter import analysis, checkpoint
 from mtl_lora.errors import UserError
@@ -180,6 +181,28 @@ def test_resuming_without_a_checkpoint_is_refused(train, tmp_path):
         train("new", resume_from_checkpoint="True")
     with pytest.raises(UserError, match="no resume state"):
         train("new", resume_from_checkpoint=str(tmp_path))
+
+
+def test_resuming_another_run_leaves_the_folder_of_this_one(train):
+    one, other = (train(name, max_steps=2, save_step=2) for name in ("one", "other"))
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"other holds a run, and .*one/checkpoint-2 is of another"):
+        train("other", max_steps=4, save_step=2, resume_from_checkpoint=str(one / "checkpoint-2"))
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_run_goes_on_with_the_settings_and_the_base_it_began_with(train, tiny_base, tmp_path, check):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    train("run", base_model=str(base), max_steps=2, save_step=1)
+    again = {"base_model": str(base), "save_step": 1, "resume_from_checkpoint": "True", "check": check}
+    with pytest.raises(UserError, match=r"other settings .*learning_rate 0.01 -> 0.02"):
+        train("run", max_steps=2, learning_rate=0.02, **again)
+    state = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"other settings .*the base model's files"):
+        train("run", max_steps=2, **again)
 
 
 def test_checking_stops_before_anything_is_written(train, tmp_path):

@@ -49,8 +49,16 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str, nn.Module]:
     """The linear layers that ``target_modules`` means (see ``AdapterConfig``), by name, in the model's order.
 
-    Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are.
+    Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are, and for a
+    layer whose owner would bypass an adapter.
     """
+    targets = _matching(model, target_modules)
+    for name in targets:
+        _refuse_bypassed(model, name)
+    return targets
+
+
+def _matching(model: nn.Module, target_modules: list[str] | str) -> dict[str, nn.Module]:
     linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
     if target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -76,6 +84,24 @@ def find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str,
             raise UserError(f"no linear layer is named {target!r}; this model has {_endings(linear)}")
         found |= matching
     return {name: module for name, module in linear.items() if name in found}
+
+
+def _refuse_bypassed(model: nn.Module, name: str) -> None:
+    """Raise ``UserError`` for a layer whose owner may read its weight instead of calling it, past any adapter.
+
+    torch's own attention does so always and its encoder layer in evaluation; fused kernels of Mamba do so on GPUs.
+    """
+    owners = [model.get_submodule(name[:end]) for end in range(len(name)) if name[end] == "."]
+    for owner in [model, *owners]:
+        if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer) or _fuses_kernels(owner, name):
+            raise UserError(
+                f"the layer {name} can not carry an adapter: {type(owner).__name__} may use its weight without calling "
+                "the layer; name other target modules"
+            )
+
+
+def _fuses_kernels(owner: nn.Module, name: str) -> bool:
+    return "Mamba" in type(owner).__name__ and name.rpartition(".")[2] in ("x_proj", "dt_proj", "out_proj")
 
 
 def is_linear(module: nn.Module) -> bool:

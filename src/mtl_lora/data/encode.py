@@ -35,7 +35,8 @@ class Encoder:
     """Encodes prompts and answers for one tokenizer, template and cutoff.
 
     cutoff_len: tokens of prompt, answer and EOS together. The room kept for the answer depends on the task alone,
-    never on the record's right answer, so that training and evaluation shorten a prompt alike.
+    so that training and evaluation shorten a prompt alike; only a free-text answer longer than what is kept for one
+    takes more of it, in training, where it must fit.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_name: str, cutoff_len: int, tasks: TaskSet):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from transformers import GenerationConfig
 
 import mtl_lora
 from mtl_lora.adapter import checkpoint
@@ -35,6 +36,7 @@ class Evaluation:
         if base_model is None:
             raise UserError(f"{config.checkpoint or config.peft} does not say its base model; pass --base_model")
         self.base_model = base_model
+        _refuse_what_is_known(config, origin)
         self.template = origin.prompt_template or config.template or _DEFAULT_TEMPLATE
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or _DEFAULT_CUTOFF
         self.tasks = self._tasks(origin)
@@ -56,9 +58,18 @@ class Evaluation:
         self.model = None
 
     def _tasks(self, origin: checkpoint.Origin) -> TaskSet:
+        config = self.config
         if origin.task_set:
-            return TaskSet.from_json(origin.task_set, f"the task set of {self.config.checkpoint}")
-        return load_tasks_file(self.config.tasks_file) if self.config.tasks_file else COMMONSENSE
+            tasks = TaskSet.from_json(origin.task_set, f"the task set of {config.checkpoint}")
+        else:
+            tasks = load_tasks_file(config.tasks_file) if config.tasks_file else COMMONSENSE
+        adapted = self.adapter.adapter_config.tasks if self.adapter else []
+        if adapted and adapted != tasks.names:
+            raise UserError(
+                f"{config.checkpoint} has weights for the tasks {', '.join(adapted)}, in this order, and would be "
+                f"asked about {', '.join(tasks.names)}; pass --tasks_file FILE that declares its tasks"
+            )
+        return tasks
 
     def _shared_openings(self) -> dict[int, list[int]]:
         """By task id, the tokens that all its prompts begin with."""
@@ -81,6 +92,7 @@ class Evaluation:
             "adapter_sha256": self.adapter_sha256,
             "template": self.template,
             "cutoff_len": self.cutoff_len,
+            "tasks_sha256": self.tasks.answers_sha256,
             "dtype": str(choose_dtype(self.config.dtype)),
         }
         if protocol == "generate":
@@ -103,6 +115,8 @@ class Evaluation:
             mtl_lora.load(model, self.config.checkpoint)
         elif self.peft:
             model = self.peft.load(model)
+        # generate fills whatever it is not told (a repetition penalty, tokens to suppress) from here.
+        model.generation_config = GenerationConfig()
         self.model = model.eval().to(device)
         _feed_whole_matrices(self.model.get_output_embeddings())
         self.caches = OpeningCaches(self.model) if self.config.share_opening else None
@@ -132,6 +146,18 @@ class Evaluation:
             self.model, self.tokenizer, questions, config.max_new_tokens, config.num_beams, self.caches, opening
         )
         return [text_record(question, text) for question, text in zip(questions, texts, strict=True)]
+
+
+def _refuse_what_is_known(config: EvalConfig, origin: checkpoint.Origin) -> None:
+    """Raise ``UserError`` for a flag that the checkpoint answers itself."""
+    known = {
+        "template": origin.prompt_template,
+        "cutoff_len": origin.cutoff_len,
+        "tasks_file": origin.task_set,
+    }
+    for name, value in known.items():
+        if value and getattr(config, name) is not None:
+            raise UserError(f"--{name} goes without --checkpoint; {config.checkpoint} says it itself")
 
 
 def in_halves(answer: Callable[[list], list], rows: list) -> list:

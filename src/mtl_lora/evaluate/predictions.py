@@ -23,7 +23,7 @@ class Predictions:
         parts = set(self.folder.glob(PARTS))
         gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
         for path in [*gathered, *sorted(parts)]:
-            for line in path.read_text(encoding="utf-8").split("\n"):
+            for line in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
                 try:
                     record = json.loads(line)
                     found[record["task"], record["index"]] = record

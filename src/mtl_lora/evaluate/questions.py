@@ -50,7 +50,7 @@ def load_questions(
     Raises ``UserError`` for a task that is not there, a missing file and a broken record.
     """
     questions, hashes = [], {}
-    for task in [tasks[name] for name in chosen] or list(tasks):
+    for task in [tasks[name] for name in dict.fromkeys(chosen)] or list(tasks):
         path = test_file(data_dir, task)
         examples = load_examples(path, tasks, task.name, closed=True)
         examples = examples[:limit] if limit else examples

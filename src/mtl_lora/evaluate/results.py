@@ -4,6 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,11 +57,13 @@ def collect(evaluation: "Evaluation", protocol: str, found: dict[tuple[str, int]
     }
 
 
-def agreement(first: dict[tuple[str, int], dict], second: dict[tuple[str, int], dict]) -> dict:
-    """How often two protocols give a question the same answer: a share by task and over all questions."""
+def agreement(
+    asked: Iterable[tuple[str, int]], first: dict[tuple[str, int], dict], second: dict[tuple[str, int], dict]
+) -> dict:
+    """How often two protocols give a question that was asked the same answer: a share by task and over all."""
     by_task: dict[str, list[bool]] = {}
-    for (task, index), record in first.items():
-        by_task.setdefault(task, []).append(record["parsed"] == second[task, index]["parsed"])
+    for key in asked:
+        by_task.setdefault(key[0], []).append(first[key]["parsed"] == second[key]["parsed"])
     same = [value for values in by_task.values() for value in values]
     return {
         "tasks": {task: sum(values) / len(values) for task, values in by_task.items()},

@@ -28,6 +28,8 @@ def run(config: EvalConfig) -> dict:
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     evaluation = Evaluation(config)
+    for protocol, folder in config.protocols.items():
+        _check_settings(Path(folder), evaluation.settings(protocol), config.overwrite)
     if config.check:
         print(f"every setting is fine; {len(evaluation.questions):,} questions", file=sys.stderr)
         return {}
@@ -39,7 +41,8 @@ def run(config: EvalConfig) -> dict:
         if config.mode != "both":
             return found[config.mode]
         if rank == 0:
-            found["agreement"] = agreement(*(Predictions(folder).read() for folder in config.protocols.values()))
+            asked = [question.key for question in evaluation.questions]
+            found["agreement"] = agreement(asked, *(Predictions(folder).read() for folder in config.protocols.values()))
             files.write_json(Path(config.output_folder) / AGREEMENT_NAME, found["agreement"])
     return found
 
@@ -78,10 +81,8 @@ def _process_group(world_size: int):
 
 
 def claim_output(evaluation: Evaluation) -> None:
-    """Make the output folders this evaluation's; raises ``UserError`` naming what differs if one is another's."""
+    """Make the output folders, which were checked, this evaluation's."""
     config = evaluation.config
-    for protocol, folder in config.protocols.items():
-        _check_settings(Path(folder), evaluation.settings(protocol), config.overwrite)
     for protocol, folder in config.protocols.items():
         if config.overwrite:
             shutil.rmtree(Path(folder) / "predictions", ignore_errors=True)
@@ -90,6 +91,7 @@ def claim_output(evaluation: Evaluation) -> None:
 
 
 def _check_settings(folder: Path, settings: dict, overwrite: bool) -> None:
+    """Raise ``UserError`` naming what differs if a folder holds the results of another evaluation."""
     path = folder / SETTINGS_NAME
     if overwrite or not path.exists():
         return

@@ -21,7 +21,7 @@ class EvalConfig(Config):
     output_dir: str | None = flag(None, "folder for predictions and results.json; none: <checkpoint>/evaluation")
     name: str | None = flag(None, "row label in tables; none: the method, or the base model's name")
     tasks: list[str] = flag([], "tasks to score, as a,b; empty: all")
-    tasks_file: str | None = flag(None, "JSON file that declares your own tasks, without --checkpoint")
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks, where no checkpoint does")
     limit: int = flag(0, "only the first so many questions of each task; 0: all")
 
     mode: str = flag("generate", "generate: the answer is found in generated text; score: the likeliest option; both")
@@ -30,8 +30,8 @@ class EvalConfig(Config):
     max_new_tokens: int = flag(32, "most tokens generated for an answer")
     num_beams: int = flag(1, "beams of generation; 1 is greedy")
     dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
-    template: str | None = flag(None, "prompt template without --checkpoint; none: alpaca")
-    cutoff_len: int | None = flag(None, "most tokens of prompt and answer without --checkpoint; none: 256")
+    template: str | None = flag(None, "prompt template, where no checkpoint says it; none: alpaca")
+    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint says it; none: 256")
 
     overwrite: bool = flag(False, "delete the results that output_dir already holds")
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
@@ -52,9 +52,6 @@ class EvalConfig(Config):
             "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
         )
         self.require("limit", "at least 0", self.limit >= 0)
-        for name in ("template", "cutoff_len", "tasks_file"):
-            if self.checkpoint and getattr(self, name) is not None:
-                raise UserError(f"--{name} goes without --checkpoint; a checkpoint says it itself")
 
     @property
     def output_folder(self) -> str:

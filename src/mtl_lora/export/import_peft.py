@@ -48,7 +48,7 @@ def import_peft(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a checkpoint that equals a PEFT LoRA for every one of ``tasks``, to train on from there.
+    """Write a checkpoint that equals a PEFT LoRA for every one of ``tasks``.
 
     method: ``lora``, or ``mtl_lora``, whose B_i are all the LoRA's B (their weights sum to 1), whose Lambda_t are
     the identity and whose w is drawn by ``seed``, so that the B_i part when training goes on. Raises ``UserError``

@@ -9,8 +9,8 @@ from mtl_lora.tasks import Task
 
 NEEDED_SETTINGS = ("mode", "base_fingerprint", "template", "cutoff_len")
 # What is compared, and what the answers do not depend on. Any other setting, a future one too, is protocol.
-# (limit decides which questions are asked, and those are compared one by one.)
-FREE_SETTINGS = {"base_fingerprint", "adapter_sha256", "dtype", "batch_size", "limit"}
+# (limit decides which questions are asked, and those are compared one by one; so are the definitions of tasks.)
+FREE_SETTINGS = {"base_fingerprint", "adapter_sha256", "tasks_sha256", "dtype", "batch_size", "limit"}
 
 
 def check_comparable(a: Results, b: Results) -> None:

@@ -1,6 +1,7 @@
 """From what a command line names to what can be shown: a study's folder, or folders of trainings and evaluations."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +68,9 @@ def _renamed(experiment: Experiment, name: str) -> Experiment:
 def _single(folder: Path) -> Study:
     places = [path for path in (folder / RESULTS_NAME, folder / EVALUATION / RESULTS_NAME) if path.is_file()]
     results = read_results(places[0]) if places else None
+    if results and results.path.parent.name == EVALUATION and not _of_this_adapter(results, folder):
+        print(f"{results.path} is of an earlier adapter of {folder} and left out; evaluate it again", file=sys.stderr)
+        results = None
     log = read_log(folder / LOG_NAME) if (folder / LOG_NAME).is_file() else None
     analysis = read_analysis(folder / ANALYSIS_NAME) if (folder / ANALYSIS_NAME).is_file() else None
     if results is None and log is None and analysis is None:
@@ -95,6 +99,14 @@ def _single(folder: Path) -> Study:
         majority={task: value for task, value in majority.items() if value is not None},
         facts=facts,
     )
+
+
+def _of_this_adapter(results: Results, folder: Path) -> bool:
+    """Whether an evaluation in a checkpoint's folder is of the weights that lie there now."""
+    if not (folder / CHECKPOINT_NAME).is_file():
+        return True
+    weights = _object(folder / CHECKPOINT_NAME, "the checkpoint configuration").get("weights_sha256")
+    return results.settings.get("adapter_sha256") in (None, weights)
 
 
 def _object(path: Path, what: str) -> dict:

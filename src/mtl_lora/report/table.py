@@ -8,6 +8,17 @@ from mtl_lora.report.results import Results
 from mtl_lora.report.rows import Row, difference_row, majority_row, published_rows, result_row
 from mtl_lora.tasks import COMMONSENSE, Task
 
+# Settings of an evaluation that rows must share to be compared, and what a note calls them.
+_PROTOCOL = {
+    "base_fingerprint": "the base model's files",
+    "tasks_sha256": "the tasks' options and patterns",
+    "template": "template",
+    "cutoff_len": "cutoff_len",
+    "dtype": "dtype",
+    "max_new_tokens": "max_new_tokens",
+    "num_beams": "num_beams",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -109,7 +120,20 @@ def _comparability_notes(results: Sequence[Results]) -> list[str]:
         if len(set(values)) > 1:
             pairs = (f"{result.name} {value}" for result, value in zip(results, values, strict=True))
             notes.append(f"Rows differ in {word}: {', '.join(pairs)}.")
-    return notes
+    # Another base model has other files, which says nothing more.
+    keys = [
+        key for key in _PROTOCOL if key != "base_fingerprint" or len({result.base_model for result in results}) == 1
+    ]
+    return notes + [note for key in keys if (note := _setting_note(results, key))]
+
+
+def _setting_note(results: Sequence[Results], key: str) -> str | None:
+    """Which rows have which value of a setting, if those that have it do not agree; hashes are cut short."""
+    shown = 12 if key in ("base_fingerprint", "tasks_sha256") else None
+    having = [(result.name, str(result.settings[key])[:shown]) for result in results if key in result.settings]
+    if len({value for _, value in having}) <= 1:
+        return None
+    return f"Rows differ in {_PROTOCOL[key]}: {', '.join(f'{name} {value}' for name, value in having)}."
 
 
 def _questions_differ(results: Sequence[Results], name: str) -> bool:

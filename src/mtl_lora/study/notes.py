@@ -26,6 +26,8 @@ def notes(study: Study, value: dict) -> list[str]:
     found += _unfinished(study, value)
     if len(value["commits"]) > 1:
         found.append(f"Runs were evaluated at different commits: {', '.join(map(str, value['commits']))}.")
+    if len(value["devices"]) > 1:
+        found.append(f"Runs were evaluated on different devices: {', '.join(map(str, value['devices']))}.")
     return found
 
 

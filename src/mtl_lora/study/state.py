@@ -46,9 +46,17 @@ def read_state(job: Job, overwrite: bool = False) -> State | None:
     not started.
     """
     path = job.folder / STATE_NAME
+    if (job.folder.parent / STATE_NAME).is_file():
+        raise UserError(f"{job.folder.parent} holds a run of another recipe; pass another --output_dir, or delete it")
     if not path.is_file():
-        if job.folder.is_dir() and any(entry.is_file() for entry in job.folder.iterdir()):
+        held = list(job.folder.iterdir()) if job.folder.is_dir() else []
+        if any(entry.is_file() for entry in held):
             raise UserError(f"{job.folder} holds files that no study made; pass another --output_dir")
+        if held and not overwrite:
+            raise UserError(
+                f"{job.folder} holds runs of another recipe ({', '.join(sorted(entry.name for entry in held))}); pass "
+                "--overwrite True to delete them, or another --output_dir"
+            )
         return None
     state = State(**files.read_json(path, "the state of a job,"))
     if changed := changes(state.recipe, job.recipe):

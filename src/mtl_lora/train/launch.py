@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from mtl_lora import files
 from mtl_lora.adapter import checkpoint
@@ -34,6 +35,21 @@ def check_launch(deepspeed: str | None, dtype: str, batch_size: int | str) -> No
         raise UserError("--dtype fp64 does not go with ZeRO-3; use bf16 or fp32, or --deepspeed config/zero2.json")
     if batch_size == AUTO:  # a trial that fails in one process would leave the others waiting for its weights
         raise UserError("--batch_size auto does not go with ZeRO-3; pass a number of rows")
+
+
+def check_values(arguments: TrainingArguments, one_process: bool) -> None:
+    """Raise ``UserError`` for values in the DeepSpeed configuration that contradict the flags.
+
+    one_process: a check before the launch, which knows nothing of the global batch.
+    """
+    if not arguments.deepspeed:
+        return
+    wrong = [line.removeprefix("- ds ") for line in arguments.hf_deepspeed_config.mismatches]
+    wrong = [line for line in wrong if not (one_process and line.startswith("train_batch_size"))]
+    if wrong:
+        raise UserError(
+            f'the DeepSpeed configuration and the flags differ ({"; ".join(wrong)}); write "auto" for these values'
+        )
 
 
 def require_package(name: str, flag: str) -> None:

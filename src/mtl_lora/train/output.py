@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from mtl_lora import files
 from mtl_lora.adapter import analysis, checkpoint
 from mtl_lora.errors import UserError
+from mtl_lora.model import choose_dtype, fingerprint
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LOG_NAME, checkpoints
@@ -30,17 +31,28 @@ _FREE = {
     "check",
     "local_rank",
 }
+_FACTS = {
+    "data_sha256": "the data file",
+    "tasks": "the tasks",
+    "base_fingerprint": "the base model's files",
+    "dtype": "the dtype that --dtype auto means",
+}
 
 
 def resume_folder(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from, None for a fresh run; raises ``UserError`` if the folder is another run's."""
     output, asked = Path(config.output_dir), config.resume_from_checkpoint or "false"
     files.require_writable(output)
+    used = any((output / name).exists() for name in _OWN_FILES) or bool(checkpoints(output))
     if asked.lower() not in ("false", "0", "no"):
         if config.overwrite_output_dir:
             raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
-        return _last_whole(output) if asked.lower() in ("true", "1", "yes") else _whole(Path(asked))
-    used = any((output / name).exists() for name in _OWN_FILES) or checkpoints(output)
+        if asked.lower() in ("true", "1", "yes"):
+            return _last_whole(output)
+        resume = _whole(Path(asked))
+        if used and resume.resolve().parent != output.resolve():
+            raise UserError(f"{output} holds a run, and {resume} is of another; pass an --output_dir that is empty")
+        return resume
     if used and not config.overwrite_output_dir:
         raise UserError(
             f"{output} already holds a run; pass --resume_from_checkpoint True to go on with it, "
@@ -68,6 +80,8 @@ def run_facts(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet)
         "settings": config.to_json(),
         "tasks": tasks.to_json(),
         "data_sha256": files.sha256(config.data_path),
+        "base_fingerprint": fingerprint(config.base_model),
+        "dtype": str(choose_dtype(config.dtype)),
         "world_size": arguments.world_size,
     }
 
@@ -86,8 +100,11 @@ def claim_output(config: TrainConfig, arguments: TrainingArguments, facts: dict)
         files.write_json(output / RUN_NAME, facts)
 
 
-def check_same_run(resume: Path, facts: dict) -> None:
-    """Raise ``UserError`` if a run began with other data or settings than it is to go on with."""
+def check_same_run(resume: Path, facts: dict, devices: bool = True) -> None:
+    """Raise ``UserError`` if a run began with other data or settings than it is to go on with.
+
+    devices: whether the number of processes is compared; the one process of a check says nothing of it.
+    """
     path = resume.parent / RUN_NAME
     if not path.is_file():
         raise UserError(f"{resume.parent} has no {RUN_NAME}, so it can not be told whether the settings are the same")
@@ -99,10 +116,9 @@ def check_same_run(resume: Path, facts: dict) -> None:
         for name in sorted((before.keys() | now.keys()) - _FREE)
         if before.get(name) != now.get(name)
     ]
-    changed += [
-        what
-        for key, what in (("data_sha256", "the data file"), ("tasks", "the tasks"), ("world_size", "the devices"))
-        if earlier[key] != facts[key]
-    ]
+    # What a later version came to note is compared where an earlier one noted it.
+    changed += [what for key, what in _FACTS.items() if key in earlier and earlier[key] != facts[key]]
+    if devices and earlier["world_size"] != facts["world_size"]:
+        changed.append("the devices")
     if changed:
         raise UserError(f"{resume} can not go on: the run began with other settings ({'; '.join(changed)})")

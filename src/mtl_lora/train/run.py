@@ -25,7 +25,7 @@ from mtl_lora.model import fingerprint, load_model, load_tokenizer
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.describe import describe, describe_batch
 from mtl_lora.train.fitting import fitted, tried_on
-from mtl_lora.train.launch import base_in, check_launch, join, prepare, require_package
+from mtl_lora.train.launch import base_in, check_launch, check_values, join, prepare, require_package
 from mtl_lora.train.output import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
@@ -45,6 +45,7 @@ def run(config: TrainConfig) -> None:
     check_targets(config, adapter)  # before the arguments are made, for from then on ZeRO-3 cuts every new model
     prepare(config.deepspeed)
     arguments = training_arguments(config)
+    check_values(arguments, config.check)
     tokenizer = load_tokenizer(config.base_model, config.trust_remote_code)
     # One process of each node tokenises, the others read its cache.
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
@@ -63,13 +64,13 @@ def run(config: TrainConfig) -> None:
     collator = Collator(tokenizer.pad_token_id, config.train_on_inputs)
     say = print if arguments.process_index == 0 else lambda *_, **__: None
     say(describe(config, arguments, sampler, rows), file=sys.stderr, flush=True)
+    facts = run_facts(config, arguments, tasks)
+    if resume:
+        check_same_run(resume, facts, devices=not config.check)
     if config.check:
         say("every setting is fine", file=sys.stderr)
         return
     join(config.deepspeed)
-    facts = run_facts(config, arguments, tasks)
-    if resume:
-        check_same_run(resume, facts)
     set_seed(config.seed)
     with base_in(config.dtype):
         model = load_model(config.base_model, config.dtype, config.trust_remote_code)

@@ -142,7 +142,7 @@ class TaskTrainer(Trainer):
         batches = -(-len(rows) // (size * self.args.world_size))
         for index in range(batches):
             chosen = order[index * size : (index + 1) * size]
-            batch = self.data_collator([rows[int(row)] for row in (chosen if len(chosen) else order[:1])])
+            batch = self.data_collator([rows[int(row)] for row in (chosen if len(chosen) else [0])])
             token_loss, task_ids = token_losses(model, self._prepare_inputs(batch))
             if len(chosen):
                 losses.add(token_loss, task_ids)
