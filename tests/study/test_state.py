@@ -1,7 +1,9 @@
 """What is skipped, resumed, begun anew or refused when a study is started again."""
 
 import copy
+import dataclasses
 import json
+import threading
 
 import pytest
 from study_cases import ALONE, finish, grid, planner
@@ -47,6 +49,38 @@ def test_other_recipe_is_refused_by_what_changed_and_made_anew_when_told(job, ot
         read_state(other_job)
     assert read_state(other_job, overwrite=True) is None
     assert finished(job)
+
+
+def test_state_that_another_thread_is_writing_is_no_strange_file(job):
+    job.folder.mkdir(parents=True)
+    (job.folder / ".job.json.abc.partial").write_text("{")
+    assert read_state(job) is None
+
+
+def test_state_that_is_written_while_others_look_is_never_a_strange_file(job):
+    jobs = [dataclasses.replace(job, folder=job.folder.with_name(f"seed{seed}")) for seed in range(60)]
+    seen, written = [], threading.Event()
+
+    def look() -> None:
+        while not written.is_set():
+            seen.extend(error for error in map(refused, jobs) if error)
+
+    readers = [threading.Thread(target=look) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for one in jobs:
+        State.fresh(one).write(one)
+    written.set()
+    for reader in readers:
+        reader.join()
+    assert seen == [] and all(map(read_state, jobs))
+
+
+def refused(job) -> str | None:
+    try:
+        read_state(job)
+    except UserError as error:
+        return str(error)
 
 
 def test_folder_of_something_else_is_never_taken(job):

@@ -1,6 +1,7 @@
 """``job.json``: what is known of a job that was started, and whether it is the job that is asked for now."""
 
 import dataclasses
+from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
@@ -48,8 +49,9 @@ def read_state(job: Job, overwrite: bool = False) -> State | None:
     path = job.folder / STATE_NAME
     if (job.folder.parent / STATE_NAME).is_file():
         raise UserError(f"{job.folder.parent} holds a run of another recipe; pass another --output_dir, or delete it")
+    # Listed before the state is looked for: another thread may be writing the first state of this job.
+    held = _visible(job.folder)
     if not path.is_file():
-        held = list(job.folder.iterdir()) if job.folder.is_dir() else []
         if any(entry.is_file() for entry in held):
             raise UserError(f"{job.folder} holds files that no study made; pass another --output_dir")
         if held and not overwrite:
@@ -67,6 +69,14 @@ def read_state(job: Job, overwrite: bool = False) -> State | None:
             "or another --output_dir"
         )
     return state
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What a folder holds, none if it is not there, without files that are being written."""
+    try:
+        return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except FileNotFoundError:
+        return []
 
 
 def changes(before: dict, now: dict) -> list[str]:
