@@ -23,12 +23,24 @@ def job(tmp_path):
 
 
 @pytest.fixture
-def other_job(tmp_path, job):
-    """The same experiment with another rank."""
+def job_and_other_job(tmp_path, job):
+    """A job, and that of the same experiment with another rank."""
     changed = grid()
     changed["train"]["lora_r"] = 8
     made = planner(tmp_path, changed)
-    return made.run(made.study.experiment("LoRA"), 0).jobs[0]
+    return job, made.run(made.study.experiment("LoRA"), 0).jobs[0]
+
+
+@pytest.fixture
+def alone_and_joint(tmp_path):
+    """The first job of an experiment that trains each task alone, and the one job of the same without ``alone``."""
+    changed = copy.deepcopy(ALONE)
+    jobs = []
+    for alone in (True, False):
+        changed["alone"] = alone
+        made = planner(tmp_path, grid(changed))
+        jobs.append(made.run(made.study.experiment("Alone"), 0).jobs[0])
+    return jobs
 
 
 def test_nothing_is_known_of_a_job_that_was_not_started(job):
@@ -43,12 +55,20 @@ def test_finished_job_is_skipped_even_without_its_weights(job):
     assert not finished(job)
 
 
-def test_other_recipe_is_refused_by_what_changed_and_made_anew_when_told(job, other_job):
-    finish(job, RIGHT)
-    with pytest.raises(UserError, match=r"made by another recipe \(train.lora_r 4 -> 8\); pass --overwrite True"):
-        read_state(other_job)
-    assert read_state(other_job, overwrite=True) is None
-    assert finished(job)
+@pytest.mark.parametrize(
+    ("before_and_now", "sentence"),
+    [
+        ("job_and_other_job", r"made by another recipe \(train.lora_r 4 -> 8\); pass --overwrite True"),
+        ("alone_and_joint", r"holds runs of another recipe \(boolq\); pass --overwrite True"),
+    ],
+)
+def test_other_recipe_is_refused_by_what_changed_and_made_anew_when_told(request, before_and_now, sentence):
+    before, now = request.getfixturevalue(before_and_now)
+    finish(before, RIGHT)
+    with pytest.raises(UserError, match=sentence):
+        read_state(now)
+    assert read_state(now, overwrite=True) is None
+    assert finished(before)
 
 
 def test_state_that_another_thread_is_writing_is_no_strange_file(job):
@@ -89,27 +109,6 @@ def test_folder_of_something_else_is_never_taken(job):
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds files that no study made; pass another --output_dir"):
             read_state(job, overwrite)
-
-
-@pytest.fixture
-def alone_and_joint(tmp_path):
-    """The first job of an experiment that trains each task alone, and the one job of the same without ``alone``."""
-    changed = copy.deepcopy(ALONE)
-    jobs = []
-    for alone in (True, False):
-        changed["alone"] = alone
-        made = planner(tmp_path, grid(changed))
-        jobs.append(made.run(made.study.experiment("Alone"), 0).jobs[0])
-    return jobs
-
-
-def test_tasks_trained_alone_are_not_deleted_for_a_joint_training(alone_and_joint):
-    alone, joint = alone_and_joint
-    finish(alone, RIGHT)
-    with pytest.raises(UserError, match=r"holds runs of another recipe \(boolq\); pass --overwrite True"):
-        read_state(joint)
-    assert read_state(joint, overwrite=True) is None
-    assert finished(alone)
 
 
 def test_tasks_are_not_trained_alone_inside_a_joint_training(alone_and_joint):
