@@ -41,6 +41,8 @@ def _picture(study: Study, experiments: list[Experiment], group: str, named: boo
 
 
 def _draw(study: Study, experiments: list[Experiment], title: str, caption: str) -> "Figure":
+    from matplotlib.ticker import MaxNLocator
+
     having = {key for experiment in experiments for run in experiment.runs if run.log for key in run.log.losses}
     tasks = [name for name in study.tasks.columns if name in having]
     keys = [*tasks, _ALL] if len(tasks) != 1 else tasks
@@ -55,6 +57,8 @@ def _draw(study: Study, experiments: list[Experiment], title: str, caption: str)
                 _line(panel, curves, index, experiment.name, raw=len(experiments) == 1)
         panel.set_title(study.title(key) if key else "All tasks", fontweight=None if key else "bold")
         panel.set_ylim(bottom=0)
+        # Few enough for any width: were there more once the layout is settled, the last could reach over the edge.
+        panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
         panel.grid()
         panel.tick_params(color=LIGHT, labelcolor=GREY, labelbottom=True)
     for panel in axes[len(keys) :]:
