@@ -4,7 +4,6 @@ The eight commonsense tasks are one table below; any other set is read from a JS
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -63,6 +62,11 @@ class Task:
         begins = {option: sum(other.startswith(option) for other in self.options) for option in self.options}
         return self.pattern or "|".join(re.escape(option) for option in sorted(self.options, key=begins.get))
 
+    @property
+    def reading(self) -> tuple:
+        """What decides how an answer is read and whether it is right; id and title do not."""
+        return self.options, self.answer_pattern, self.answer_prefix
+
     def options_of(self, instruction: str) -> tuple[str, ...]:
         """The options of one record: those its ``Answer format: a/b`` ending lists, else all of the task's.
 
@@ -103,9 +107,8 @@ class TaskSet:
 
     @property
     def answers_sha256(self) -> str:
-        """A hash of all that decides how answers are read and which are right; titles and columns do not."""
-        parts = [(task.name, task.options, task.answer_pattern, task.answer_prefix) for task in self.tasks]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """A hash of every task's name and ``Task.reading``, in id order."""
+        return files.sha256_of(json.dumps([(task.name, *task.reading) for task in self.tasks]).encode())
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

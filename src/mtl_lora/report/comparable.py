@@ -5,7 +5,6 @@ import reprlib
 from mtl_lora.errors import UserError
 from mtl_lora.report.predictions import Prediction
 from mtl_lora.report.results import Results
-from mtl_lora.tasks import Task
 
 NEEDED_SETTINGS = ("mode", "base_fingerprint", "template", "cutoff_len")
 # What is compared, and what the answers do not depend on. Any other setting, a future one too, is protocol.
@@ -31,7 +30,7 @@ def check_comparable(a: Results, b: Results) -> None:
         alone = [name for name in one.tasks if name not in other.tasks]
         if alone:
             raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
-    redefined = [name for name in a.tasks if _definition(a.task_set[name]) != _definition(b.task_set[name])]
+    redefined = [name for name in a.tasks if a.task_set[name].reading != b.task_set[name].reading]
     if redefined:
         raise _not_comparable(a, b, f"they declare other options, pattern or answer prefix of {', '.join(redefined)}")
     other_data = [name for name in a.tasks if a.data[name] != b.data[name]]
@@ -41,11 +40,6 @@ def check_comparable(a: Results, b: Results) -> None:
 
 def _shown(settings: dict, key: str) -> str:
     return reprlib.repr(settings[key]) if key in settings else "none"
-
-
-def _definition(task: Task) -> tuple:
-    """What decides whether an answer is right; id and title do not."""
-    return task.options, task.answer_pattern, task.answer_prefix
 
 
 def check_same_questions(

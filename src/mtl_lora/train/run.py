@@ -21,7 +21,7 @@ from mtl_lora.data.collate import Collator
 from mtl_lora.data.dataset import training_rows
 from mtl_lora.errors import UserError
 from mtl_lora.memory import keep_freed_memory
-from mtl_lora.model import fingerprint, load_model, load_tokenizer
+from mtl_lora.model import load_model, load_tokenizer
 from mtl_lora.tasks import TaskSet
 from mtl_lora.train.describe import describe, describe_batch
 from mtl_lora.train.fitting import fitted, tried_on
@@ -92,7 +92,7 @@ def run(config: TrainConfig) -> None:
         model=model,
         args=arguments,
         tasks=tasks,
-        origin=origin_of(config, tasks),
+        origin=origin_of(config, tasks, facts["base_fingerprint"]),
         collator=collator,
         sampler=sampler,
         train_dataset=train_rows,
@@ -141,11 +141,11 @@ def split(rows: datasets.Dataset, config: TrainConfig) -> tuple[datasets.Dataset
     return rows.select(np.sort(order[config.val_set_size :])), rows.select(np.sort(order[: config.val_set_size]))
 
 
-def origin_of(config: TrainConfig, tasks: TaskSet) -> checkpoint.Origin:
+def origin_of(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Origin:
     """What a checkpoint of this run says of its base, prompt and tasks."""
     return checkpoint.Origin(
         base_model=config.base_model,
-        base_fingerprint=fingerprint(config.base_model),
+        base_fingerprint=base_fingerprint,
         prompt_template=config.template,
         cutoff_len=config.cutoff_len,
         task_set=tasks.to_json(),
