@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from mtl_lora.errors import OneSentenceParser
-from mtl_lora.evaluate.results import checkout_commit
 from mtl_lora.report.render import markdown_table
+from mtl_lora.version import checkout_commit
 
 PROJECT = Path(__file__).resolve().parent.parent
 _RESAMPLES = 10_000

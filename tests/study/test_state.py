@@ -71,6 +71,36 @@ def test_other_recipe_is_refused_by_what_changed_and_made_anew_when_told(request
     assert finished(before)
 
 
+def evaluated_otherwise(folder, **changes):
+    """The job of LoRA with seed 0 in a grid whose evaluation is another."""
+    changed = grid(**changes)
+    changed["evaluate"]["mode"] = "generate"
+    made = planner(folder, changed)
+    return made.run(made.study.experiment("LoRA"), 0).jobs[0]
+
+
+def test_training_is_kept_where_the_evaluation_alone_is_another(job, tmp_path):
+    finish(job, RIGHT)
+    other = evaluated_otherwise(tmp_path)
+    with pytest.raises(UserError, match="True to evaluate it anew and keep its training, or another --output_dir"):
+        read_state(other)
+    state = read_state(other, overwrite=True)
+    assert state.train == {"done": True, "seconds": 10.0, "starts": 1}
+    assert state.evaluate == {"done": False, "seconds": 0.0, "starts": 0}
+    assert (state.recipe, state.commands) == (other.recipe, other.commands)
+    assert not finished(other, overwrite=True) and finished(job)
+
+
+def test_training_by_another_recipe_or_not_at_its_end_is_not_kept(job, tmp_path):
+    finish(job, RIGHT)
+    assert read_state(evaluated_otherwise(tmp_path, seeds=[0], train_records=1), overwrite=True) is None
+    other = evaluated_otherwise(tmp_path)
+    state = read_state(job)
+    state.train["done"] = False
+    state.write(job)
+    assert read_state(other, overwrite=True) is None
+
+
 def test_state_that_another_thread_is_writing_is_no_strange_file(job):
     job.folder.mkdir(parents=True)
     (job.folder / ".job.json.abc.partial").write_text("{")

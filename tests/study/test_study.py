@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,23 @@ def test_changed_recipe_is_refused_before_anything_starts_and_made_anew_when_tol
     told = capsys.readouterr().err
     assert "runs/lora/seed0 was made by another recipe (train.lora_alpha not given -> 4)" in told
     assert "--overwrite True" in told
+
+
+def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, grid_file, tmp_path, capsys):
+    folder = tmp_path / "study"
+    shutil.copytree(undisturbed, folder)
+    changed = write_grid(tmp_path, json.loads(grid_file.read_text()) | {"test_records": 6})
+    weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    main(["--grid", str(changed), "--output_dir", str(folder), "--overwrite", "True"])
+    assert weights == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert f"tiny: 6 runs, 2 of them finished, in {folder}" in capsys.readouterr().out
+    before = {run["folder"]: run for experiment in figures(undisturbed)["experiments"] for run in experiment["runs"]}
+    for experiment in figures(folder)["experiments"]:
+        for run in experiment["runs"]:
+            assert [score["n"] for score in run["tasks"].values()] == [6, 6]
+            assert run["adapter_sha256"] == before[run["folder"]]["adapter_sha256"]
+            predictions = folder / run["folder"] / "predictions" / "boolq.jsonl"
+            assert len(predictions.read_text().splitlines()) == 6
 
 
 def test_check_starts_nothing_and_names_what_would_run(study, tmp_path, capsys):

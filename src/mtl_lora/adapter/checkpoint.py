@@ -28,6 +28,7 @@ class Origin(Config):
 
     base_model: name or folder. base_fingerprint: see ``mtl_lora.model.fingerprint``. prompt_template: name in
     ``mtl_lora.prompts``. cutoff_len: tokens. task_set: ``TaskSet.to_json()``. train_settings: what it was trained with.
+    commit: the project's, if it was trained from a git checkout.
     """
 
     base_model: str | None = None
@@ -36,6 +37,7 @@ class Origin(Config):
     cutoff_len: int | None = None
     task_set: dict | None = None
     train_settings: dict | None = None
+    commit: str | None = None
 
 
 @dataclasses.dataclass

@@ -1,10 +1,13 @@
 """Predictions on disk: a JSON line a question, appended as it is answered, so that a killed run goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 from mtl_lora import files
+from mtl_lora.report.results import FILE_NAME as RESULTS_NAME
 
+SETTINGS_NAME = "settings.json"
 PARTS = "~part-*.jsonl"  # no task name begins with "~"
 
 
@@ -60,3 +63,10 @@ class Predictions:
         for part in self.folder.glob(PARTS):
             part.unlink()
         return found
+
+
+def delete_evaluation(folder: Path) -> None:
+    """Delete what an evaluation has left in its output folder, and nothing of a training in the same one."""
+    for name in (RESULTS_NAME, SETTINGS_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "predictions", ignore_errors=True)

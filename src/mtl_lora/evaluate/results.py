@@ -2,7 +2,6 @@
 
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ import transformers
 from mtl_lora.adapter import checkpoint
 from mtl_lora.evaluate.answers import average, summarise_task
 from mtl_lora.model import resolve, weight_files
-from mtl_lora.version import __version__
+from mtl_lora.version import __version__, checkout_commit
 
 if TYPE_CHECKING:
     from mtl_lora.evaluate.evaluation import Evaluation
@@ -92,20 +91,3 @@ def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def checkout_commit(*without: str) -> str | None:
-    """The project's commit, when it runs from a git checkout; ``+changes`` if files differ from it.
-
-    without: paths from the checkout's top whose differences do not count.
-    """
-    here = ["git", "-C", str(Path(__file__).parent)]
-    counted = ["--", ":/", *(f":(top,exclude){path}" for path in without)]
-    try:
-        commit, changed = (
-            subprocess.run([*here, *asked], capture_output=True, text=True, check=True).stdout.strip()
-            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", *counted])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if changed else "")

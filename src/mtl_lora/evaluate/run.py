@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ from tqdm import tqdm
 from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.evaluate.evaluation import Evaluation
-from mtl_lora.evaluate.predictions import Predictions
+from mtl_lora.evaluate.predictions import SETTINGS_NAME, Predictions, delete_evaluation
 from mtl_lora.evaluate.results import RESULTS_NAME, agreement, collect
 from mtl_lora.evaluate.settings import EvalConfig
 
-SETTINGS_NAME, AGREEMENT_NAME = "settings.json", "agreement.json"
+AGREEMENT_NAME = "agreement.json"
 
 
 def run(config: EvalConfig) -> dict:
@@ -85,8 +84,7 @@ def claim_output(evaluation: Evaluation) -> None:
     config = evaluation.config
     for protocol, folder in config.protocols.items():
         if config.overwrite:
-            shutil.rmtree(Path(folder) / "predictions", ignore_errors=True)
-            (Path(folder) / RESULTS_NAME).unlink(missing_ok=True)
+            delete_evaluation(Path(folder))
         files.write_json(Path(folder) / SETTINGS_NAME, evaluation.settings(protocol))
 
 

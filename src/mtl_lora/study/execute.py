@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from mtl_lora.errors import UserError
+from mtl_lora.evaluate.predictions import delete_evaluation
 from mtl_lora.study import data
 from mtl_lora.study.commands import MODULES, Commands
 from mtl_lora.study.jobs import Job
@@ -35,6 +36,9 @@ def execute(job: Job, commands: Commands, overwrite: bool = False) -> State:
     state.commands = job.commands
     if state.train and not (state.train["done"] and (job.folder / _WEIGHTS_NAME).is_file()):
         _step(job, state, "train", job.train_command(**going_on(job, state)), commands)
+    if not state.evaluate["starts"]:
+        # What another recipe's evaluation has left beside a training that is kept.
+        delete_evaluation(job.folder)
     _step(job, state, "evaluate", job.evaluate_command(), commands)
     return state
 

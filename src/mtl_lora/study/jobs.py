@@ -52,6 +52,12 @@ class Job:
         return command(self.launcher, "commonsense_evaluate.py", {**self.evaluate, **more})
 
 
+def trained_by(recipe: dict[str, object]) -> dict[str, object]:
+    """The part of a recipe that decides the trained weights: all but the evaluation's flags and its questions."""
+    asked = "the test data (sha256)"
+    return {key: value for key, value in recipe.items() if not key.startswith("evaluate.") and key != asked}
+
+
 def command(launcher: str, script: str, flags: dict) -> list[str]:
     """``python script --flag value ...``; a flag's value is written as the scripts read it."""
     words = [*shlex.split(launcher), script]

@@ -26,9 +26,17 @@ def notes(study: Study, value: dict) -> list[str]:
     found += _unfinished(study, value)
     if len(value["commits"]) > 1:
         found.append(f"Runs were evaluated at different commits: {', '.join(map(str, value['commits']))}.")
+    if trained := sorted(_trained_at(value) - {*value["commits"], None}):
+        found.append(f"Trainings of earlier commits were kept: {', '.join(trained)}.")
     if len(value["devices"]) > 1:
         found.append(f"Runs were evaluated on different devices: {', '.join(map(str, value['devices']))}.")
     return found
+
+
+def _trained_at(value: dict) -> set[str | None]:
+    """The commits by which the adapters were trained, None for one that does not say."""
+    runs = [run for experiment in value["experiments"] for run in experiment["runs"]]
+    return {part["train_commit"] for run in runs for part in (run, *run.get("parts", {}).values())}
 
 
 def _records(part: dict, word: str, whole: str) -> str:

@@ -39,7 +39,7 @@ def run_record(run: Run, found: Results, top: Path) -> dict:
 def _together(parts: list[dict]) -> dict:
     """What a run of several jobs has: sums where there is one, nothing where each has its own."""
     return {
-        **dict.fromkeys(("analysis", "log", "train_data_sha256", "adapter_sha256")),
+        **dict.fromkeys(("analysis", "log", "train_commit", "train_data_sha256", "adapter_sha256")),
         "commands": [command for part in parts for command in part["commands"]],
         "seconds": {step: sum(part["seconds"][step] for part in parts) for step in ("train", "evaluate")},
         "starts": {step: max(part["starts"][step] for part in parts) for step in ("train", "evaluate")},
@@ -61,6 +61,7 @@ def job_record(job: Job, top: Path) -> dict:
         "commands": job.commands,
         "seconds": {step: known and known["seconds"] for step, known in steps.items()},
         "starts": {step: known and known["starts"] for step, known in steps.items()},
+        "train_commit": (results.get("adapter") or {}).get("origin", {}).get("commit"),
         "train_data_sha256": job.data["train"].sha256["train"] if job.train else None,
         "adapter_sha256": results["settings"].get("adapter_sha256"),
         "steps": json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"] if log.is_file() else None,

@@ -19,7 +19,9 @@ class StudyConfig(Config):
     only: list[str] = flag([], "run these experiments alone, as a,b; empty: all")
     check: bool = flag(False, "check the grid and every recipe, print the plan, then stop")
     report: bool = flag(False, "start nothing: study.json and table.md of the runs that are finished")
-    overwrite: bool = flag(False, "delete runs that were made by another recipe, and make them anew")
+    overwrite: bool = flag(
+        False, "make runs of another recipe anew; one that differs in its evaluation alone keeps its training"
+    )
     parallel: int = flag(1, "runs side by side, each with its share of the CPU's threads or a GPU of its own")
     collect: str | None = flag(None, "at the end, a folder for what can be shared: no weights, predictions or data")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.report.results import FILE_NAME as RESULTS_NAME
-from mtl_lora.study.jobs import Job
+from mtl_lora.study.jobs import Job, trained_by
 
 STATE_NAME = "job.json"
 _SHOWN = 80  # characters of two values that are still quoted in a sentence
@@ -27,8 +27,11 @@ class State:
     @classmethod
     def fresh(cls, job: Job) -> "State":
         """Of a job that was never started."""
-        train, evaluate = ({"done": False, "seconds": 0.0, "starts": 0} for _ in range(2))
-        return cls(job.recipe, job.commands, train if job.train else None, evaluate)
+        return cls(job.recipe, job.commands, _not_started() if job.train else None, _not_started())
+
+    def asked_anew(self, job: Job) -> "State":
+        """With the training there is, and the evaluation of ``job`` not started."""
+        return State(job.recipe, job.commands, self.train, _not_started())
 
     @property
     def steps(self) -> dict[str, dict]:
@@ -44,7 +47,7 @@ def read_state(job: Job, overwrite: bool = False) -> State | None:
     """The state of a job that was started before; None for one that was not.
 
     Raises ``UserError`` naming what differs if the folder's job has another recipe; with ``overwrite`` it counts as
-    not started.
+    not started, or as trained if it is and another evaluation is all that differs.
     """
     path = job.folder / STATE_NAME
     if (job.folder.parent / STATE_NAME).is_file():
@@ -62,13 +65,19 @@ def read_state(job: Job, overwrite: bool = False) -> State | None:
         return None
     state = State(**files.read_json(path, "the state of a job,"))
     if changed := changes(state.recipe, job.recipe):
+        kept = job.train and state.train["done"] and trained_by(state.recipe) == trained_by(job.recipe)
         if overwrite:
-            return None
+            return state.asked_anew(job) if kept else None
+        again = "evaluate it anew and keep its training" if kept else "make it anew"
         raise UserError(
-            f"{job.folder} was made by another recipe ({'; '.join(changed)}); pass --overwrite True to make it anew, "
+            f"{job.folder} was made by another recipe ({'; '.join(changed)}); pass --overwrite True to {again}, "
             "or another --output_dir"
         )
     return state
+
+
+def _not_started() -> dict:
+    return {"done": False, "seconds": 0.0, "starts": 0}
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from mtl_lora.train.output import check_same_run, claim_output, resume_folder, r
 from mtl_lora.train.settings import TrainConfig
 from mtl_lora.train.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
 from mtl_lora.train.weights import model_without_memory
+from mtl_lora.version import checkout_commit
 
 # On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
 # length their (L, L) scores are small.
@@ -150,6 +151,7 @@ def origin_of(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> che
         cutoff_len=config.cutoff_len,
         task_set=tasks.to_json(),
         train_settings=config.to_json(),
+        commit=checkout_commit(),
     )
 
 
