@@ -216,27 +216,40 @@ def test_gpus_are_counted_by_nvidia_smi_where_nothing_else_is_said(monkeypatch, 
 
 
 def test_progress_line_counts_and_estimates_by_the_same_kind():
-    progress = Progress(["search LoRA", "search LoRA", "run Base", "run LoRA", "run LoRA", "run DoRA"])
-    progress.finish("search LoRA", 60)
-    progress.finish("search LoRA", 120)
+    both = ("train", "evaluate")
+    progress = Progress(
+        {
+            "0.1": ("search LoRA", both),
+            "0.2": ("search LoRA", both),
+            "Base": ("run Base", both[1:]),
+            "LoRA 0": ("run LoRA", both),
+            "LoRA 1": ("run LoRA", both),
+            "DoRA": ("run DoRA", both),
+            "DoRA, trained": ("run DoRA", both[1:]),
+        }
+    )
+    progress.finish("0.1", {"train": 40, "evaluate": 20})
+    progress.finish("0.2", {"train": 80, "evaluate": 40})
     line = progress.line("LoRA 0.1 (search)", {"train": 90.0, "evaluate": 30.2}, 0.7124)
-    # Nothing of the runs is known yet: four at the mean of the search.
-    assert line == "[2/6] LoRA 0.1 (search): train 1:30 evaluate 0:30, average 71.2; about 6 min left"
-    progress.finish("run Base", 30)
-    progress.finish("run LoRA", 312)
-    # A LoRA at 312, a DoRA at the mean of the runs, 171.
-    assert progress.left() == pytest.approx(312 + 171)
-    progress.finish("run LoRA", 5, whole=False)
-    progress.finish("run DoRA", 400)
+    # Nothing of the runs is known yet: three trainings and five evaluations at the mean of the search, 330 seconds.
+    assert line == "[2/7] LoRA 0.1 (search): train 1:30 evaluate 0:30, average 71.2; about 6 min left"
+    progress.finish("Base", {"evaluate": 30})
+    progress.finish("LoRA 0", {"train": 300, "evaluate": 12})
+    # LoRA as before; DoRA's training like LoRA's, its two evaluations at the mean of the runs, 21.
+    assert progress.left() == pytest.approx(312 + 300 + 2 * 21)
+    progress.finish("LoRA 1", {"train": 5})
+    progress.finish("DoRA", {"train": 400, "evaluate": 100})
+    assert progress.left() == 100
+    progress.finish("DoRA, trained", {"train": 400, "evaluate": 100})
     assert (
         progress.line("DoRA", {"train": 4000, "evaluate": 2}, 0)
-        == "[6/6] DoRA: train 1:06:40 evaluate 0:02, average 0.0"
+        == "[7/7] DoRA: train 1:06:40 evaluate 0:02, average 0.0"
     )
 
 
 def test_time_left_is_shared_by_runs_side_by_side():
-    progress = Progress(["run LoRA"] * 5, at_once=2)
-    progress.finish("run LoRA", 100)
+    progress = Progress({str(seed): ("run LoRA", ["train"]) for seed in range(5)}, at_once=2)
+    progress.finish("0", {"train": 100})
     assert progress.left() == 200
 
 

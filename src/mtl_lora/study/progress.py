@@ -1,36 +1,42 @@
 """Progress lines: which job of how many, how long it took, and about how long the rest will take."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 
 class Progress:
-    """Counts jobs, of which ``at_once`` run side by side, and keeps how long the finished ones took, by kind."""
+    """Counts jobs, of which ``at_once`` run side by side, and keeps how long their commands took, by kind of job.
 
-    def __init__(self, kinds: Sequence[str], at_once: int = 1):
+    jobs: by what tells one from another, (kind, names of the commands that are left of it).
+    """
+
+    def __init__(self, jobs: Mapping[Hashable, tuple[str, Sequence[str]]], at_once: int = 1):
         self.at_once = at_once
-        self.waiting, self.total, self.done = list(kinds), len(kinds), 0
-        self.seconds: dict[str, list[float]] = {}
+        self.waiting, self.total, self.done = dict(jobs), len(jobs), 0
+        self.seconds: dict[tuple[str, str], list[float]] = {}
 
-    def finish(self, kind: str, seconds: float, whole: bool = True) -> None:
-        """One job is done; ``whole`` False: it was started more than once, so its seconds say little."""
-        self.waiting.remove(kind)
+    def finish(self, job: Hashable, seconds: Mapping[str, float]) -> None:
+        """One job is done; seconds: by command, of those that say how long it takes."""
+        kind, _ = self.waiting.pop(job)
         self.done += 1
-        if whole:
-            self.seconds.setdefault(kind, []).append(seconds)
+        for step, value in seconds.items():
+            self.seconds.setdefault((step, kind), []).append(value)
 
     def left(self) -> float | None:
         """Seconds that the waiting jobs will take, by the mean of their kind, else of their stage (the first word)."""
         total = 0.0
-        for kind in self.waiting:
-            known = self.seconds.get(kind) or self._of_stage(kind.split()[0]) or self._of_stage("")
-            if not known:
-                return None
-            total += statistics.fmean(known)
+        for kind, steps in self.waiting.values():
+            for step in steps:
+                known = self._of(step, kind) or self._of(step, kind.split()[0]) or self._of(step, "")
+                if not known:
+                    return None
+                total += statistics.fmean(known)
         return total / self.at_once
 
-    def _of_stage(self, stage: str) -> list[float]:
-        return [second for kind, seconds in self.seconds.items() if kind.startswith(stage) for second in seconds]
+    def _of(self, step: str, beginning: str) -> list[float]:
+        """The known seconds of a command in the jobs whose kind begins so."""
+        own = [known for (name, kind), known in self.seconds.items() if name == step and kind.startswith(beginning)]
+        return [value for known in own for value in known]
 
     def line(self, label: str, seconds: dict[str, float | None], average: float) -> str:
         """``[ 7/16] MTL-LoRA seed 1: train 5:12 evaluate 0:40, average 71.2; about 52 min left``."""

@@ -21,7 +21,7 @@ from mtl_lora.study.progress import Progress
 from mtl_lora.study.read_grid import read_grid
 from mtl_lora.study.search import outcome
 from mtl_lora.study.settings import StudyConfig
-from mtl_lora.study.state import State, finished
+from mtl_lora.study.state import State, finished, read_state
 
 
 def run(config: StudyConfig) -> None:
@@ -100,7 +100,9 @@ class Work:
         jobs: list[Job] = [job for runs in self.candidates.values() for run in runs for job in run.jobs]
         for experiment in self.chosen:
             jobs += [job for seed in study.seeds(experiment) for job in self.planner.run(experiment, seed).jobs]
-        progress = Progress([job.kind for job in jobs], commands.at_once)
+        states = {job.folder: read_state(job, self.overwrite) for run in self._known() for job in run.jobs}
+        left = {job.folder: (job.kind, _left(job, states.get(job.folder))) for job in jobs}
+        progress = Progress(left, commands.at_once)
         known = [job for run in self._known() for job in run.jobs if finished(job, self.overwrite)]
         print(
             f"{study.grid.name}: {progress.total} runs, {len(known)} of them finished, in {self.planner.folder}",
@@ -156,10 +158,16 @@ def done(run: Run, overwrite: bool) -> bool:
     return not [job for job in run.jobs if not finished(job, overwrite)]
 
 
+def _left(job: Job, state: State | None) -> list[str]:
+    """The names of the commands that are left of a job; all where nothing of it is known."""
+    return [step for step, known in (state or State.fresh(job)).steps.items() if not known["done"]]
+
+
 def _finish(progress: Progress, job: Job, state: State, skipped: bool) -> None:
     """Count a job that is done, and print its line if it was done now."""
-    seconds = {step: known["seconds"] for step, known in state.steps.items()}
-    progress.finish(job.kind, sum(seconds.values()), all(known["starts"] == 1 for known in state.steps.values()))
+    # Those of a command that was started more than once are of its last start alone.
+    progress.finish(job.folder, {step: known["seconds"] for step, known in state.steps.items() if known["starts"] == 1})
     if not skipped:
+        seconds = {step: known["seconds"] for step, known in state.steps.items()}
         average = mean_score(list(read_results(job.folder).tasks.values())).accuracy
         print(progress.line(job.label, seconds, average), flush=True)
