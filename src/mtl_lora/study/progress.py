@@ -27,15 +27,15 @@ class Progress:
         total = 0.0
         for kind, steps in self.waiting.values():
             for step in steps:
-                known = self._of(step, kind) or self._of(step, kind.split()[0]) or self._of(step, "")
+                stage = kind.split()[0]
+                known = self.seconds.get((step, kind)) or self._of_stage(step, stage) or self._of_stage(step, "")
                 if not known:
                     return None
                 total += statistics.fmean(known)
         return total / self.at_once
 
-    def _of(self, step: str, beginning: str) -> list[float]:
-        """The known seconds of a command in the jobs whose kind begins so."""
-        own = [known for (name, kind), known in self.seconds.items() if name == step and kind.startswith(beginning)]
+    def _of_stage(self, step: str, stage: str) -> list[float]:
+        own = [known for (name, kind), known in self.seconds.items() if name == step and kind.startswith(stage)]
         return [value for known in own for value in known]
 
     def line(self, label: str, seconds: dict[str, float | None], average: float) -> str:
