@@ -65,6 +65,7 @@ def provenance(study: Study) -> list[Fact]:
     training = facts.get("training") or {}
     found = {
         "commit": facts.get("commit"),
+        "training commit": (adapter.get("origin") or {}).get("commit"),
         "device": facts.get("device"),
         **{f"version of {name}": version for name, version in (facts.get("versions") or {}).items()},
         "grid sha256": facts.get("grid_sha256"),

@@ -17,14 +17,15 @@ def run_tables(study: Study) -> list[PageTable]:
         "Average": lambda facts: _fraction(facts.get("average")),
         "Adapter sha256": lambda facts: _hash(facts.get("adapter_sha256")),
         "Training data sha256": lambda facts: _hash(facts.get("train_data_sha256")),
-        "Commit": lambda facts: _hash(facts.get("commit")),
+        "Training commit": lambda facts: _hash(facts.get("train_commit")),
+        "Evaluation commit": lambda facts: _hash(facts.get("commit")),
     }
     rows = [
         (text_cell(experiment.name), number_cell(run.seed), *(cell(run.facts) for cell in columns.values()))
         for experiment in study.experiments
         for run in experiment.runs
     ]
-    numbers = (False, True, True, True, True, True, False, False, False)
+    numbers = (False, True, True, True, True, True, False, False, False, False)
     return [PageTable("runs", "Runs", ("Experiment", "Seed", *columns), numbers, tuple(rows))]
 
 
