@@ -91,6 +91,7 @@ def _run(folder: Path, random, method: str | None, seed: int | None, level: floa
         "commands": [f"python finetune.py --adapter_name {method} --seed {seed}", "python commonsense_evaluate.py"],
         "commit": "0" * 40,
         "seconds": {"train": 312.5, "evaluate": 41.0},
+        "train_commit": "1" * 40 if method else None,
         "train_data_sha256": "b" * 64 if method else None,
         "test_data_sha256": {task: f"{i:064x}" for i, task in enumerate(tasks)},
         "adapter_sha256": "c" * 64 if method else None,

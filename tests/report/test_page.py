@@ -20,7 +20,7 @@ EVALUATION = {
     "versions": {"torch": "9.9"},
     "command": "commonsense_evaluate.py --checkpoint run",
     "settings": {"mode": "score", "template": "<script>alert(1)</script>"},
-    "adapter": {"weights_sha256": "d" * 64, "origin": {"base_fingerprint": "e" * 64}},
+    "adapter": {"weights_sha256": "d" * 64, "origin": {"base_fingerprint": "e" * 64, "commit": "9" * 40}},
 }
 
 
@@ -123,6 +123,9 @@ def test_settings_commands_and_origins_are_there(page):
     for text in ("python finetune.py --adapter_name mtl_lora --seed 1", "0" * 40, "a" * 64, "b" * 64, "max_steps"):
         assert text in page
     assert "test data sha256, sst5" in page
+    heading, *rows = Outline(page).tables["runs"]
+    assert heading[-2:] == ["Training commit", "Evaluation commit"]
+    assert {tuple(row[-2:]) for row in rows} == {("1" * 12, "0" * 12), ("–", "0" * 12)}
 
 
 def test_a_page_of_the_same_run_is_the_same_bytes(write, tmp_path, capsys):
@@ -145,6 +148,7 @@ def test_a_page_of_an_evaluation(write, capsys):
     ]
     facts = dict(tables["facts"])
     assert facts["evaluation: template"] == "<script>alert(1)</script>" and "<script>alert" not in text
+    assert facts["training commit"] == "9" * 40
     assert (facts["commit"], facts["version of torch"], facts["adapter sha256"]) == ("f" * 40, "9.9", "d" * 64)
     assert facts["test data sha256, first"] == "aaaa"
     assert "python commonsense_evaluate.py --checkpoint run" in text

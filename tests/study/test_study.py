@@ -18,6 +18,7 @@ from mtl_lora.evaluate.settings import EvalConfig
 from mtl_lora.study.__main__ import main
 from mtl_lora.study.commands import Commands
 from mtl_lora.train.settings import TrainConfig
+from mtl_lora.version import checkout_commit
 
 STEPS = 12
 
@@ -166,6 +167,7 @@ def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, 
         for run in experiment["runs"]:
             assert [score["n"] for score in run["tasks"].values()] == [6, 6]
             assert run["adapter_sha256"] == before[run["folder"]]["adapter_sha256"]
+            assert run["train_commit"] == before[run["folder"]]["train_commit"] == checkout_commit()
             predictions = folder / run["folder"] / "predictions" / "boolq.jsonl"
             assert len(predictions.read_text().splitlines()) == 6
 
