@@ -43,7 +43,7 @@ ALLOWED = {
 }
 # What a study, which starts the two scripts as a user does, may know of the parts behind them.
 NEEDS_NO_MODEL = {"data": "mtl_lora.data.examples", "train": "mtl_lora.train.settings"}
-NEEDS_NO_MODEL["evaluate"] = "mtl_lora.evaluate.settings"
+NEEDS_NO_MODEL["evaluate"] = ("mtl_lora.evaluate.settings", "mtl_lora.evaluate.output")
 # Part of the package -> packages from elsewhere it may import; parts that are not named may import any.
 PACKAGES = {
     **{part: set() for part in ("errors", "version", "files", "memory", "mtl_lora", "tasks", "config", "prompts")},

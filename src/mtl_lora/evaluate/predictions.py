@@ -1,13 +1,11 @@
 """Predictions on disk: a JSON line a question, appended as it is answered, so that a killed run goes on."""
 
 import json
-import shutil
 from pathlib import Path
 
 from mtl_lora import files
-from mtl_lora.report.results import FILE_NAME as RESULTS_NAME
+from mtl_lora.evaluate.output import PREDICTIONS_NAME
 
-SETTINGS_NAME = "settings.json"
 PARTS = "~part-*.jsonl"  # no task name begins with "~"
 
 
@@ -15,7 +13,7 @@ class Predictions:
     """The prediction lines of one output folder; each process appends to a file of its own."""
 
     def __init__(self, folder: str | Path, rank: int = 0):
-        self.folder = Path(folder) / "predictions"
+        self.folder = Path(folder) / PREDICTIONS_NAME
         self.own = self.folder / f"~part-{rank}.jsonl"
         self._opened = None
 
@@ -63,10 +61,3 @@ class Predictions:
         for part in self.folder.glob(PARTS):
             part.unlink()
         return found
-
-
-def delete_evaluation(folder: Path) -> None:
-    """Delete what an evaluation has left in its output folder, and nothing of a training in the same one."""
-    for name in (RESULTS_NAME, SETTINGS_NAME):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "predictions", ignore_errors=True)

@@ -19,8 +19,6 @@ from mtl_lora.version import __version__, checkout_commit
 if TYPE_CHECKING:
     from mtl_lora.evaluate.evaluation import Evaluation
 
-RESULTS_NAME = "results.json"
-
 
 def collect(evaluation: "Evaluation", protocol: str, found: dict[tuple[str, int], dict]) -> dict:
     """The content of ``results.json``, schema 1."""

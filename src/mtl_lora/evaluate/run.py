@@ -12,8 +12,9 @@ from tqdm import tqdm
 from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.evaluate.evaluation import Evaluation
-from mtl_lora.evaluate.predictions import SETTINGS_NAME, Predictions, delete_evaluation
-from mtl_lora.evaluate.results import RESULTS_NAME, agreement, collect
+from mtl_lora.evaluate.output import RESULTS_NAME, SETTINGS_NAME, delete_evaluation
+from mtl_lora.evaluate.predictions import Predictions
+from mtl_lora.evaluate.results import agreement, collect
 from mtl_lora.evaluate.settings import EvalConfig
 
 AGREEMENT_NAME = "agreement.json"
