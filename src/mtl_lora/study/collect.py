@@ -8,6 +8,7 @@ from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.study import table
 from mtl_lora.study.record import FILE_NAME
+from mtl_lora.study.run_record import records_of_runs
 
 _COLLECTED = ("results", "log", "analysis")
 
@@ -39,10 +40,8 @@ def collect(folder: Path, target: Path) -> None:
 
 def collected_files(value: dict) -> Iterator[str]:
     """The files of the runs, relative to the study's folder."""
-    for experiment in value["experiments"]:
-        for run in experiment["runs"]:
-            for part in (run, *run.get("parts", {}).values()):
-                yield from (part[key] for key in _COLLECTED if part[key])
+    for run in records_of_runs(value):
+        yield from (run[key] for key in _COLLECTED if run[key])
 
 
 def shown_paths(folder: Path, value: dict) -> dict[str, str]:

@@ -4,6 +4,7 @@ from mtl_lora.report.paired import CONFIDENCE
 from mtl_lora.study.data import SAMPLE_SEED
 from mtl_lora.study.grid import Study
 from mtl_lora.study.paired_seeds import RESAMPLES, SEED
+from mtl_lora.study.run_record import records_of_runs
 
 _LEVEL = f"{100 * CONFIDENCE:.0f} %"
 
@@ -26,17 +27,12 @@ def notes(study: Study, value: dict) -> list[str]:
     found += _unfinished(study, value)
     if len(value["commits"]) > 1:
         found.append(f"Runs were evaluated at different commits: {', '.join(map(str, value['commits']))}.")
-    if trained := sorted(_trained_at(value) - {*value["commits"], None}):
-        found.append(f"Trainings of earlier commits were kept: {', '.join(trained)}.")
+    trained = {run["train_commit"] for run in records_of_runs(value)} - {*value["commits"], None}
+    if trained:
+        found.append(f"Trainings of earlier commits were kept: {', '.join(sorted(trained))}.")
     if len(value["devices"]) > 1:
         found.append(f"Runs were evaluated on different devices: {', '.join(map(str, value['devices']))}.")
     return found
-
-
-def _trained_at(value: dict) -> set[str | None]:
-    """The commits by which the adapters were trained, None for one that does not say."""
-    runs = [run for experiment in value["experiments"] for run in experiment["runs"]]
-    return {part["train_commit"] for run in runs for part in (run, *run.get("parts", {}).values())}
 
 
 def _records(part: dict, word: str, whole: str) -> str:

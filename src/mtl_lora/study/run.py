@@ -100,12 +100,13 @@ class Work:
         jobs: list[Job] = [job for runs in self.candidates.values() for run in runs for job in run.jobs]
         for experiment in self.chosen:
             jobs += [job for seed in study.seeds(experiment) for job in self.planner.run(experiment, seed).jobs]
-        states = {job.folder: read_state(job, self.overwrite) for run in self._known() for job in run.jobs}
-        left = {job.folder: (job.kind, _left(job, states.get(job.folder))) for job in jobs}
+        known = [job for run in self._known() for job in run.jobs]
+        states = {job.folder: read_state(job, self.overwrite) for job in known}
+        left = {job.folder: (job.kind, (states.get(job.folder) or State.fresh(job)).left) for job in jobs}
         progress = Progress(left, commands.at_once)
-        known = [job for run in self._known() for job in run.jobs if finished(job, self.overwrite)]
+        done_before = sum(finished(job, self.overwrite) for job in known)
         print(
-            f"{study.grid.name}: {progress.total} runs, {len(known)} of them finished, in {self.planner.folder}",
+            f"{study.grid.name}: {progress.total} runs, {done_before} of them finished, in {self.planner.folder}",
             flush=True,
         )
         self._execute([run for runs in self.candidates.values() for run in runs], progress, commands)
@@ -156,11 +157,6 @@ def done(run: Run, overwrite: bool) -> bool:
     """Whether every job of a run is finished; raises ``UserError`` for another recipe's folder unless ``overwrite``."""
     # Every job is looked at, for a folder behind an unfinished one may be another recipe's.
     return not [job for job in run.jobs if not finished(job, overwrite)]
-
-
-def _left(job: Job, state: State | None) -> list[str]:
-    """The names of the commands that are left of a job; all where nothing of it is known."""
-    return [step for step, known in (state or State.fresh(job)).steps.items() if not known["done"]]
 
 
 def _finish(progress: Progress, job: Job, state: State, skipped: bool) -> None:

@@ -1,6 +1,7 @@
 """What study.json says of one run: its figures, its files, how it was made and from what."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_lora import files
@@ -45,6 +46,13 @@ def _together(parts: list[dict]) -> dict:
         "starts": {step: max(part["starts"][step] for part in parts) for step in ("train", "evaluate")},
         "steps": sum(part["steps"] or 0 for part in parts),
     }
+
+
+def records_of_runs(value: dict) -> Iterator[dict]:
+    """Every run in the content of study.json, and behind one of several jobs each of these."""
+    for experiment in value["experiments"]:
+        for run in experiment["runs"]:
+            yield from (run, *run.get("parts", {}).values())
 
 
 def job_record(job: Job, top: Path) -> dict:

@@ -27,16 +27,18 @@ class State:
     @classmethod
     def fresh(cls, job: Job) -> "State":
         """Of a job that was never started."""
-        return cls(job.recipe, job.commands, _not_started() if job.train else None, _not_started())
-
-    def asked_anew(self, job: Job) -> "State":
-        """With the training there is, and the evaluation of ``job`` not started."""
-        return State(job.recipe, job.commands, self.train, _not_started())
+        train, evaluate = ({"done": False, "seconds": 0.0, "starts": 0} for _ in range(2))
+        return cls(job.recipe, job.commands, train if job.train else None, evaluate)
 
     @property
     def steps(self) -> dict[str, dict]:
         """The commands there are, by name."""
         return {"train": self.train, "evaluate": self.evaluate} if self.train else {"evaluate": self.evaluate}
+
+    @property
+    def left(self) -> list[str]:
+        """The names of the commands that are not done."""
+        return [step for step, known in self.steps.items() if not known["done"]]
 
     def write(self, job: Job) -> None:
         """Keep it in the job's folder."""
@@ -67,17 +69,13 @@ def read_state(job: Job, overwrite: bool = False) -> State | None:
     if changed := changes(state.recipe, job.recipe):
         kept = job.train and state.train["done"] and trained_by(state.recipe) == trained_by(job.recipe)
         if overwrite:
-            return state.asked_anew(job) if kept else None
+            return dataclasses.replace(State.fresh(job), train=state.train) if kept else None
         again = "evaluate it anew and keep its training" if kept else "make it anew"
         raise UserError(
             f"{job.folder} was made by another recipe ({'; '.join(changed)}); pass --overwrite True to {again}, "
             "or another --output_dir"
         )
     return state
-
-
-def _not_started() -> dict:
-    return {"done": False, "seconds": 0.0, "starts": 0}
 
 
 def _visible(folder: Path) -> list[Path]:

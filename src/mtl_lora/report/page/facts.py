@@ -62,15 +62,15 @@ def provenance(study: Study) -> list[Fact]:
     """Commit, versions, device and hashes."""
     facts = study.facts
     adapter = facts.get("adapter") if isinstance(facts.get("adapter"), dict) else {}
-    training = facts.get("training") or {}
+    origin, training = adapter.get("origin") or {}, facts.get("training") or {}
     found = {
         "commit": facts.get("commit"),
-        "training commit": (adapter.get("origin") or {}).get("commit"),
+        "training commit": origin.get("commit"),
         "device": facts.get("device"),
         **{f"version of {name}": version for name, version in (facts.get("versions") or {}).items()},
         "grid sha256": facts.get("grid_sha256"),
         "adapter sha256": adapter.get("weights_sha256"),
-        "base model fingerprint": (adapter.get("origin") or {}).get("base_fingerprint"),
+        "base model fingerprint": origin.get("base_fingerprint"),
         "training data sha256": training.get("data_sha256") or _train_data(study),
         **{f"test data sha256, {task}": digest for task, digest in _test_data(study).items()},
     }
