@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import pickle
 
 import pytest
@@ -59,30 +60,54 @@ def test_hyperparameters_are_given_and_read_by_name_and_stored_nested():
         _ = config.num_experts
 
 
+def refused(*facts, **settings):
+    """A row of the table below, read as settings and what the error must say of them."""
+    return pytest.param(settings, facts, id=str(settings))
+
+
 @pytest.mark.parametrize(
-    ("settings", "names"),
+    ("settings", "facts"),
     [
-        ({}, ["tasks", "MTL-LoRA"]),
-        ({"method": "loar"}, ["method", "'loar'", "multilora"]),
-        ({"method": 3}, ["method", "3"]),
-        ({"method": "lora", "num_B": 3}, ["num_B", "lora"]),
-        ({"method": "lora", "rnak": 3}, ["rnak", "'rank'"]),
-        ({"method": "lora", "rank": 0}, ["rank", "0"]),
-        ({"method": "lora", "dropout": 1.0}, ["dropout", "1.0"]),
-        ({"method": "lora", "tasks": ["a", "a"]}, ["tasks", "'a'"]),
-        ({"method": "multilora", "num_B": 0}, ["num_B", "0"]),
-        ({"method": "multilora", "num_B": 1.5}, ["num_B", "1.5"]),
-        ({"method": "hydralora", "num_B": 0}, ["num_B", "0"]),
-        ({"method": "moelora", "tasks": ["a"], "num_experts": 3}, ["rank", "3 experts", "8"]),
-        ({"method": "mtl_lora", "tasks": ["a"], "temperature": 0}, ["temperature", "0"]),
-        ({"method": "mtl_lora", "tasks": ["a"], "lambda_shape": "round"}, ["lambda_shape", "'round'"]),
+        refused("tasks", "MTL-LoRA", tasks=[]),
+        refused("tasks", "MoELoRA", method="moelora", tasks=[]),
+        refused("tasks", "tides", tasks=["tides", "maps", "tides"]),
+        refused("tasks", "a list of strings", "'tides'", tasks="tides"),
+        refused("tasks", "a list of strings", tasks=[0, 1]),
+        refused("method", "'mtl-lora'", "multilora", method="mtl-lora"),
+        refused("method", "None", method=None),
+        refused("num_B", "lora", method="lora", num_B=3),
+        refused("rnak", "'rank'", rnak=3),
+        *(refused("rank", "at least 1", str(value), rank=value) for value in (0, -8)),
+        *(refused("rank", "a whole number", repr(value), rank=value) for value in (True, 8.0, "8")),
+        refused("alpha", "greater than 0", alpha=0),
+        *(refused("alpha", "a number", str(value), alpha=value) for value in (math.nan, math.inf, False)),
+        *(refused("dropout", "below 1", str(value), dropout=value) for value in (1, -0.05)),
+        refused("dropout", "a number", dropout=math.nan),
+        refused("use_rslora", "True or False", use_rslora=1),
+        *(refused("target_modules", "at least one name", target_modules=value) for value in ("", [])),
+        refused("target_modules", "a list of strings", target_modules=["q_proj", 1]),
+        *(refused("temperature", "greater than 0", str(value), temperature=value) for value in (0, -0.1)),
+        refused("temperature", "a number", temperature=math.nan),
+        refused("lambda_shape", "full, diagonal", "'lower'", lambda_shape="lower"),
+        *(refused("num_B", "at least 1", method=name, num_B=0) for name in ("mtl_lora", "multilora", "hydralora")),
+        refused("num_B", "a whole number", "1.5", num_B=1.5),
+        refused("rank", "3 experts", "8", method="moelora", num_experts=3),
+        *(
+            refused(name, "at least 1", **{"method": "moelora", name: 0})
+            for name in ("num_experts", "task_embedding_dim")
+        ),
     ],
-    ids=str,
 )
-def test_a_wrong_setting_is_named_with_its_value(settings, names):
+def test_a_wrong_setting_is_named_with_its_value(settings, facts):
     with pytest.raises(UserError) as caught:
-        AdapterConfig(**settings)
-    assert all(name in str(caught.value) for name in names) and "\n" not in str(caught.value)
+        AdapterConfig(**{"tasks": ["tides", "maps"], **settings})
+    text = str(caught.value)
+    assert text.startswith(facts[0]) and all(fact in text for fact in facts) and "\n" not in text
+
+
+def test_the_default_method_asks_for_tasks():
+    with pytest.raises(UserError, match=r"^tasks must be the names of the tasks in id order"):
+        AdapterConfig()
 
 
 @pytest.mark.parametrize("method", methods())
@@ -118,6 +143,8 @@ def test_an_unknown_key_is_named():
     nested = AdapterConfig.from_json(FORMAT_1).to_json()
     inside = {**nested, "hyperparameters": {**nested["hyperparameters"], "tau": 1.0}}
     flat = {**FORMAT_1, "rang": 1}
+    with pytest.raises(UserError, match=r"^file\.json has the unknown key 'rnk' \(did you mean 'rank'"):
+        AdapterConfig.from_json({"rnk": 8}, "file.json")
     for value, key in [(flat, "rang"), ({**nested, "num_experts": 2}, "num_experts"), (inside, "tau")]:
         with pytest.raises(UserError, match=rf"^file\.json.* unknown key '{key}'"):
             AdapterConfig.from_json(value, "file.json")
