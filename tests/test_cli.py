@@ -172,7 +172,7 @@ def test_help_says_name_type_default_and_meaning_of_every_flag(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     lines = capsys.readouterr().out.splitlines()
-    for field in dataclasses.fields(TrainConfig):
+    for field in TrainConfig.flags():
         (at,) = [n for n, line in enumerate(lines) if line.startswith(f"  --{field.name} ")]
         default = getattr(TrainConfig(), field.name)
         shown = "none" if default is None else ",".join(default) if isinstance(default, list) else str(default)
@@ -180,7 +180,7 @@ def test_help_says_name_type_default_and_meaning_of_every_flag(capsys):
         assert lines[at + 1].strip() == field.metadata["help"]
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", TrainConfig.flags(), ids=lambda field: field.name)
 def test_default_as_help_spells_it_can_be_passed(field):
     shown = cli.help_text(TrainConfig, ABOUT).split(f"--{field.name}  (")[1].split("default: ")[1].split(")\n")[0]
     assert parse(f"--{field.name}={shown}") == TrainConfig()

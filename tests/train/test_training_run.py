@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtl_lora.adapter import analysis, checkpoint
+from mtl_lora import artifacts
+from mtl_lora.adapter import checkpoint
 from mtl_lora.errors import UserError
 from mtl_lora.training.trainer import checkpoints
 
@@ -61,7 +62,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
 
 def test_a_finished_run_holds_the_analysis_of_its_weights(train):
     folder = train("run")
-    found = json.loads((folder / analysis.FILE_NAME).read_text())
+    found = json.loads((folder / artifacts.ADAPTER_ANALYSIS).read_text())
     assert found["adapter_sha256"] == checkpoint.read_config(folder).weights_sha256
     assert len(found["mixture"]) == len(found["layers"]) == 8
     # Four steps have moved every task's B, not yet far.

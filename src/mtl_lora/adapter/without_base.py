@@ -18,15 +18,18 @@ def adapter_without_base(
 ) -> nn.Module:
     """The checkpoint's adapter on a base that has no weights: every layer's ``factors`` can be asked for.
 
-    base: a structure on the meta device; None: layers as the checkpoint's own shapes say. dtype: what the adapter's
-    weights become; None: as they are stored. Modules saved whole are left out. Raises ``UserError`` for a damaged
-    checkpoint and for one that does not fit the base.
+    base: a structure on the meta device; None: layers of the sizes that the checkpoint's weights show, and no layers if
+    they show none. dtype: what the adapter's weights become; None: as they are stored. Modules saved whole are left
+    out. Raises ``UserError`` for a damaged checkpoint and for one that does not fit the base.
     """
     adapter = copy.copy(config.adapter_config)
     state, _ = split_state(adapter, read_weights(folder, config))
     adapter.modules_to_save = []
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
-    model = base or stand_in(layer_sizes(adapter, state))
+    sizes = layer_sizes(adapter, state)
+    model = base or stand_in(sizes)
+    if not base and not sizes:
+        return model
     if any(tensor.dtype == torch.float64 for tensor in state.values()):
         model.to(torch.float64)
     inject(model, adapter)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from mtl_lora import files
-from mtl_lora.adapter import analysis, checkpoint
+from mtl_lora import artifacts, files
+from mtl_lora.adapter import checkpoint
 from mtl_lora.base_model import BaseModel, choose_dtype
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
@@ -14,7 +14,7 @@ from mtl_lora.language.tasks import TaskSet
 from mtl_lora.training.trainer import LOG_NAME, checkpoints
 
 RUN_NAME = "run.json"
-_OWN_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME, analysis.FILE_NAME)
+_OWN_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME, artifacts.ADAPTER_ANALYSIS)
 # Settings that may change between a run and its continuation, for they do not touch a weight.
 _FREE = {
     "output_dir",
