@@ -29,7 +29,7 @@ def training_llama(checkpointing: bool, **changes) -> torch.nn.Module:
     """A model in training mode, which is when transformers checkpoints."""
     model = adapted_llama(**changes).train()
     if checkpointing:
-        routing.enable_gradient_checkpointing(model)
+        model.activation_checkpointing_enable()
     return model
 
 

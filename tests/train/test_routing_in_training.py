@@ -66,7 +66,7 @@ def test_answer_only_loss_and_gradients_equal_those_of_all_logits(train_on_input
 
     model = adapted_llama().train()
     if checkpointing:
-        routing.enable_gradient_checkpointing(model)
+        model.activation_checkpointing_enable()
     losses, tasks = token_losses(model, batch)
     losses.sum().backward()  # outside the route, where the Trainer's backward runs
 

@@ -104,6 +104,7 @@ class AdapterLayer(nn.Module):
     has_factors = True
     mixture_parts = ""
     Hyperparameters: type[Hyperparameters] = Hyperparameters
+    is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)

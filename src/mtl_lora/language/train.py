@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 import mtl_lora
-from mtl_lora.adapter import checkpoint, routing
+from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets
@@ -79,7 +79,7 @@ def run(config: TrainConfig) -> None:
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
-        routing.enable_gradient_checkpointing(model)
+        model.activation_checkpointing_enable()
     if tried_on(arguments.device, config):
         arguments = training_arguments(fitted(config, model, train_rows, collator, arguments.device))
         sampler = batch_sampler(train_rows, arguments, *options)
@@ -126,7 +126,7 @@ def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
     """Raise ``UserError`` for target modules the model does not have, from its configuration alone."""
     model = BaseModel(config.base_model, config.trust_remote_code).structure()
     try:
-        find_targets(model, adapter.target_modules)
+        find_targets(model, adapter)
     except UserError as error:
         raise UserError(f"--lora_target_modules: {error}") from None
 
