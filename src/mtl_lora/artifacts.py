@@ -1,0 +1,34 @@
+"""Every file name that one part of the package writes and another reads. Standard library alone."""
+
+import re
+from pathlib import Path
+
+# an adapter checkpoint
+CHECKPOINT_CONFIG = "mtl_lora_config.json"
+CHECKPOINT_WEIGHTS = "mtl_lora.safetensors"
+# a training run, beside its final adapter; each checkpoint-N is an adapter checkpoint with resume state
+RUN_CONFIG = "run.json"
+TRAIN_LOG = "train_log.jsonl"
+ADAPTER_ANALYSIS = "adapter_analysis.json"
+RESUME_STATE = "trainer_state.json"
+# an evaluation
+EVALUATION = "evaluation"
+RESULTS = "results.json"
+EVAL_SETTINGS = "settings.json"
+PREDICTIONS = "predictions"
+AGREEMENT = "agreement.json"
+# an adapter in PEFT's format
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+# a study
+STUDY = "study.json"
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete ``checkpoint-N`` folders of a training run, oldest first."""
+    found = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if number and (folder / RESUME_STATE).is_file():
+            found.append((int(number.group(1)), folder))
+    return [folder for _, folder in sorted(found)]
