@@ -26,9 +26,9 @@ from torch import nn
 
 from mtl_lora import route
 from mtl_lora.adapter.inject import layer_class
+from mtl_lora.base_model import choose_dtype, device_for_this_process
 from mtl_lora.config import METHODS
-from mtl_lora.errors import one_sentence
-from mtl_lora.model import choose_dtype, device_for_this_process
+from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.report.render import markdown_table
 
 TASKS = [f"task{number}" for number in range(8)]
@@ -147,5 +147,5 @@ def repeated(work: Callable[[], int], times: int) -> int:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

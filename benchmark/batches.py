@@ -5,12 +5,12 @@ import torch
 from measure import count
 from transformers import PreTrainedTokenizerBase
 
-from mtl_lora.data.collate import Collator
-from mtl_lora.data.encode import Encoder
-from mtl_lora.data.examples import load_examples
-from mtl_lora.data.sampler import LengthBatchSampler
 from mtl_lora.errors import OneSentenceParser, UserError
-from mtl_lora.tasks import COMMONSENSE
+from mtl_lora.language.collate import Collator
+from mtl_lora.language.encode import Encoder
+from mtl_lora.language.examples import load_examples
+from mtl_lora.language.tasks import COMMONSENSE
+from mtl_lora.training.sampler import LengthBatchSampler
 
 
 def add_data(parser: OneSentenceParser, records: int) -> None:
@@ -25,7 +25,7 @@ def add_data(parser: OneSentenceParser, records: int) -> None:
 def encoded_rows(data_path: str, records: int, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """``records`` training rows, as many of every task as of any other, drawn by a fixed seed.
 
-    Raises ``UserError`` where a task has too few, or ``records`` can not be shared out evenly.
+    Raises ``UserError`` where a task has too few, or ``records`` cannot be shared out evenly.
     """
     each, rest = divmod(records, len(COMMONSENSE))
     if rest or not each:

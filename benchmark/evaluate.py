@@ -13,11 +13,11 @@ import torch
 from baselines import one_at_a_time
 from measure import count, keep, parser, ratio, rounds, shown, spread
 
-from mtl_lora.errors import one_sentence
-from mtl_lora.evaluate.answers import extract_answer
-from mtl_lora.evaluate.batches import TOKEN_BUDGET, plan_batches
-from mtl_lora.evaluate.evaluation import Evaluation
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.language.batches import TOKEN_BUDGET, plan_batches
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluator import Evaluation
+from mtl_lora.language.metrics import extract_answer
 from mtl_lora.report.render import markdown_table
 
 
@@ -107,5 +107,5 @@ def agreement(evaluation: Evaluation, questions: list) -> tuple[int, int]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

@@ -20,11 +20,11 @@ from pipelines import add_sides, pipeline
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtl_lora.data.collate import IGNORED
-from mtl_lora.errors import UserError, one_sentence
-from mtl_lora.model import choose_dtype
+from mtl_lora.base_model import choose_dtype
+from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.language.collate import IGNORED
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.report.render import markdown_table
-from mtl_lora.tasks import COMMONSENSE
 
 ANSWER = 6  # supervised tokens of a row, as in the commonsense data
 
@@ -131,5 +131,5 @@ def matrix_peak(width: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

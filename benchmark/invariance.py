@@ -15,8 +15,8 @@ from pathlib import Path
 
 from measure import PROJECT, count, keep, parser
 
-from mtl_lora.errors import UserError, one_sentence
-from mtl_lora.evaluate.predictions import Predictions
+from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.language.predictions import Predictions
 from mtl_lora.report.render import markdown_table
 
 VARIANTS = {
@@ -101,5 +101,5 @@ def apart(first: dict, second: dict) -> str:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

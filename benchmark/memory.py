@@ -22,9 +22,9 @@ from measure import count, keep, parser, spread
 from pipelines import Pipeline, add_sides, pipeline
 
 from mtl_lora.adapter.inject import trainable_parameters
-from mtl_lora.data.collate import Collator
-from mtl_lora.errors import UserError, one_sentence
-from mtl_lora.model import device_for_this_process, load_model, load_tokenizer
+from mtl_lora.base_model import BaseModel, device_for_this_process
+from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.language.collate import Collator
 from mtl_lora.report.render import markdown_table
 
 MEASURES = ("held", "tensors", "process")
@@ -60,11 +60,11 @@ def measure_in_own_process(name: str, arguments: argparse.Namespace) -> dict:
 
 def measure_alone(arguments: argparse.Namespace) -> dict:
     """Bytes that one side needs above the base model, and its number of trained weights."""
-    tokenizer, device = load_tokenizer(arguments.base_model), device_for_this_process()
+    tokenizer, device = BaseModel(arguments.base_model).tokenizer(), device_for_this_process()
     rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
     longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-arguments.batch_size :]
     batch = to_device(Collator(tokenizer.pad_token_id)(longest), device)
-    base = load_model(arguments.base_model, arguments.dtype).to(device)
+    base = BaseModel(arguments.base_model).load(arguments.dtype).to(device)
     for weight in base.parameters():
         weight.sum()  # a weight that is mapped from its file becomes resident when it is read first
     side = None
@@ -136,5 +136,5 @@ def report(found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

@@ -19,8 +19,8 @@ from mtl_lora.adapter.inject import replace_module
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
 from mtl_lora.config import METHODS
 from mtl_lora.errors import OneSentenceParser
-from mtl_lora.tasks import COMMONSENSE
-from mtl_lora.train.loss import token_losses
+from mtl_lora.language.loss import token_losses
+from mtl_lora.language.tasks import COMMONSENSE
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, ALPHA, DROPOUT = 8, 16, 0.05

@@ -2,8 +2,8 @@
 
     python benchmark/scaling.py --data_path commonsense_170k_taskid.json
 
-Every launch is a training of finetune.py's own path (`mtl_lora.train.run`: Trainer, DDP over gloo or NCCL, gradients,
-clipping, AdamW) in fresh processes; launches take turns. Timed are the optimiser steps after the first one. The
+Every launch is a training of finetune.py's own path (`mtl_lora.language.train`: Trainer, DDP over gloo or NCCL,
+gradients, clipping, AdamW) in fresh processes; launches take turns. Timed are the optimiser steps after the first. The
 efficiency is the speed-up over the first launch divided by how many times its cores (on GPUs: cards) are used.
 """
 
@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from measure import compared, count, keep, parser, shown, shown_ratio, spread
 
-from mtl_lora.data.dataset import row_columns, training_rows
-from mtl_lora.data.sampler import plan_epoch
-from mtl_lora.errors import UserError, one_sentence
-from mtl_lora.model import load_tokenizer
+from mtl_lora.base_model import BaseModel
+from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.language.token_cache import row_columns, training_rows
 from mtl_lora.report.render import markdown_table
+from mtl_lora.training.sampler import plan_epoch
 
 
 def main() -> None:
@@ -55,12 +55,12 @@ def main() -> None:
 
 
 def parse_launch(text: str, batch_size: int) -> tuple[int, int]:
-    """``2x1`` as (2 processes, 1 thread each); raises ``UserError`` where the batch can not be shared out evenly."""
+    """``2x1`` as (2 processes, 1 thread each); raises ``UserError`` where the batch cannot be shared out evenly."""
     processes, _, threads = text.partition("x")
     if not (processes.isdecimal() and threads.isdecimal() and int(processes) and int(threads)):
         raise UserError(f"--launches lists processes x threads, as 1x1,2x1, not {text!r}")
     if batch_size % int(processes):
-        raise UserError(f"--batch_size {batch_size} can not be shared out over {processes} processes")
+        raise UserError(f"--batch_size {batch_size} cannot be shared out over {processes} processes")
     return int(processes), int(threads)
 
 
@@ -94,9 +94,9 @@ def work(job: Path) -> None:
     """One process of a launch: train, and let the first process write what it found beside the job."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from mtl_lora.train.launch import leave
-    from mtl_lora.train.run import run
-    from mtl_lora.train.settings import TrainConfig
+    from mtl_lora.language.config import TrainConfig
+    from mtl_lora.language.train import run
+    from mtl_lora.training.distributed import leave
 
     times: list[float] = []
 
@@ -114,7 +114,7 @@ def work(job: Path) -> None:
         return
     if len(times) != config.max_steps:
         raise RuntimeError(f"{len(times)} optimiser steps were seen where {config.max_steps} were asked for")
-    tokenizer, tasks = load_tokenizer(config.base_model), config.task_set()
+    tokenizer, tasks = BaseModel(config.base_model).tokenizer(), config.task_set()
     facts = row_columns(
         training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
     )
@@ -165,5 +165,5 @@ def report(launches: dict[str, tuple[int, int]], found: dict[str, list[dict]], a
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

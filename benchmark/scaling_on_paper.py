@@ -18,7 +18,7 @@ Left out: attention's scores, the adapter itself, waiting for the slowest GPU, l
 
 import argparse
 
-from mtl_lora.errors import OneSentenceParser, one_sentence
+from mtl_lora.errors import OneSentenceParser, user_errors_to_exit_code
 from mtl_lora.report.render import markdown_table
 
 TRAINED = 16_845_824  # MTL-LoRA r 8, n 3, 8 tasks on q/k/v/o; float32
@@ -101,5 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

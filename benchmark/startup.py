@@ -18,11 +18,11 @@ import datasets
 from measure import PROJECT, count, keep, parser, rounds, shown, spread
 from transformers import PreTrainedTokenizerBase
 
-from mtl_lora.data.dataset import row_columns, training_rows
-from mtl_lora.errors import one_sentence
-from mtl_lora.model import load_tokenizer
+from mtl_lora.base_model import BaseModel
+from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.language.tasks import COMMONSENSE
+from mtl_lora.language.token_cache import row_columns, training_rows
 from mtl_lora.report.render import markdown_table
-from mtl_lora.tasks import COMMONSENSE
 
 CUTOFF = 256
 
@@ -39,7 +39,7 @@ def main() -> None:
         data_path = Path(arguments.data_path).resolve()
         if arguments.records:
             data_path = first_records(arguments.data_path, arguments.records, folder)
-        tokenizer = load_tokenizer(arguments.base_model)
+        tokenizer = BaseModel(arguments.base_model).tokenizer()
 
         def rows(cache_dir: Path) -> int:
             return len(rows_of(data_path, tokenizer, cache_dir))
@@ -97,5 +97,5 @@ def check(data_path: Path, base_model: str, cache_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

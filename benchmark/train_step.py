@@ -16,9 +16,9 @@ from footprint import megabytes, tensor_bytes
 from measure import compared, count, counts, keep, parser, ratio_table, shown, spread, turns
 from pipelines import Pipeline, add_sides, pipeline
 
-from mtl_lora.errors import one_sentence
+from mtl_lora.base_model import BaseModel, device_for_this_process
+from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.memory import keep_freed_memory
-from mtl_lora.model import device_for_this_process, load_model, load_tokenizer
 from mtl_lora.report.render import markdown_table
 
 
@@ -32,11 +32,11 @@ def main() -> None:
     flags.add_argument("--memory", action="store_true", help="also the peak of a step on the longest batch")
     arguments = flags.parse_args()
     arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]
-    tokenizer, device = load_tokenizer(arguments.base_model), device_for_this_process()
+    tokenizer, device = BaseModel(arguments.base_model).tokenizer(), device_for_this_process()
     keep_freed_memory(device.type)  # as finetune.py does; the process has one C library, so every side gains
     rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
     plans = make_batches(rows, arguments.batch_size, tokenizer.pad_token_id, device)
-    base = load_model(arguments.base_model, arguments.dtype).to(device)
+    base = BaseModel(arguments.base_model).load(arguments.dtype).to(device)
     sides = {name: pipeline(name, base, arguments.optimiser) for name in arguments.sides}
     rates = turns({name: work(side, plans) for name, side in sides.items()}, arguments.rounds)
     ratios = compared(rates)
@@ -86,5 +86,5 @@ def peak(side: Pipeline, plans: dict[str, list[dict]]) -> int:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    with one_sentence():
+    with user_errors_to_exit_code():
         main()

@@ -59,8 +59,8 @@ def cache_dir(tmp_path_factory) -> str:
 @pytest.fixture
 def train(tiny_base, records_file, cache_dir, tmp_path):
     """Train in this process: ``train("name", flag=value, ...)`` returns the output folder."""
-    from mtl_lora.train.run import run
-    from mtl_lora.train.settings import TrainConfig
+    from mtl_lora.language.config import TrainConfig
+    from mtl_lora.language.train import run
 
     def start(name: str, **flags) -> Path:
         settings = {
@@ -86,8 +86,8 @@ def train(tiny_base, records_file, cache_dir, tmp_path):
 @pytest.fixture(scope="session")
 def trained(tiny_base, records_file, cache_dir, tmp_path_factory) -> str:
     """A checkpoint of a few steps on the tiny base."""
-    from mtl_lora.train.run import run
-    from mtl_lora.train.settings import TrainConfig
+    from mtl_lora.language.config import TrainConfig
+    from mtl_lora.language.train import run
 
     folder = str(tmp_path_factory.mktemp("trained") / "run")
     run(

@@ -13,7 +13,8 @@ import pytest
 from mtl_lora import cli
 from mtl_lora.config import Config, flag
 from mtl_lora.errors import EXIT_CODE, UserError
-from mtl_lora.train.settings import ABOUT, TrainConfig
+from mtl_lora.language.config import TRAIN_ABOUT as ABOUT
+from mtl_lora.language.config import TrainConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -233,13 +234,13 @@ def test_flags_are_answered_without_loading_torch(arguments, code):
     assert done.stderr.splitlines()[-1] == f"{code} []"
 
 
-# ---- settings that can not work ----
+# ---- settings that cannot work ----
 
 
 @pytest.fixture
 def refused(tiny_base, records_file, cache_dir, tmp_path, monkeypatch):
     """Run training with settings that must be refused before the model is loaded; the sentence comes back."""
-    from mtl_lora.train import run
+    from mtl_lora.language import train as run
 
     def load_no_model(*arguments, **options):
         raise AssertionError("the model must not be loaded with such settings")
@@ -296,12 +297,12 @@ BAD_SETTINGS = {
     "template": ({"template": "alpacca"}, "unknown prompt template 'alpacca' (did you mean 'alpaca'?)"),
     "dtype": ({"dtype": "fp8"}, "dtype must be one of auto, bf16, fp32, fp64, not 'fp8'"),
     "held-out rows": ({"val_set_size": 96}, "val_set_size must be below the number of rows, 96, not 96"),
-    "tasks file": ({"tasks_file": "nowhere.json"}, "the tasks file nowhere.json can not be read"),
+    "tasks file": ({"tasks_file": "nowhere.json"}, "the tasks file nowhere.json cannot be read"),
     "data file": ({"data_path": "nowhere.json"}, "the data file nowhere.json does not exist"),
     "data a folder": ({"data_path": "."}, "the data file . does not exist"),
-    "base model": ({"base_model": "./nowhere"}, "the model './nowhere' can not be loaded"),
-    "base model a file": ({"base_model": "file"}, "the model 'file' can not be loaded"),
-    "DeepSpeed": ({"deepspeed": "nowhere.json"}, "the DeepSpeed configuration nowhere.json can not be read"),
+    "base model": ({"base_model": "./nowhere"}, "the model './nowhere' cannot be loaded"),
+    "base model a file": ({"base_model": "file"}, "the model 'file' cannot be loaded"),
+    "DeepSpeed": ({"deepspeed": "nowhere.json"}, "the DeepSpeed configuration nowhere.json cannot be read"),
     "DeepSpeed no JSON": ({"deepspeed": "file"}, "the DeepSpeed configuration file is not JSON"),
     "resume from nowhere": (
         {"resume_from_checkpoint": "nowhere"},
@@ -312,9 +313,9 @@ BAD_SETTINGS = {
         {"resume_from_checkpoint": "True", "overwrite_output_dir": True},
         "--resume_from_checkpoint and --overwrite_output_dir contradict each other",
     ),
-    "cache below a file": ({"cache_dir": "file/rows"}, "the cache folder file/rows can not be written"),
-    "output below a file": ({"output_dir": "file/out"}, "can not be written (Not a directory)"),
-    "output a file": ({"output_dir": "file"}, "can not be written"),
+    "cache below a file": ({"cache_dir": "file/rows"}, "the cache folder file/rows cannot be written"),
+    "output below a file": ({"output_dir": "file/out"}, "cannot be written (Not a directory)"),
+    "output a file": ({"output_dir": "file"}, "cannot be written"),
 }
 
 

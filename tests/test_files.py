@@ -1,4 +1,4 @@
-"""Whole files or none, and one sentence for a file that can not be read or written."""
+"""Whole files or none, and one sentence for a file that cannot be read or written."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from mtl_lora import files
-from mtl_lora.errors import EXIT_CODE, UserError, one_sentence
+from mtl_lora.errors import EXIT_CODE, UserError, user_errors_to_exit_code
 
 
 def everything(folder) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ def test_written_file_has_the_usual_permissions(tmp_path):
 
 def test_path_that_can_not_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/a\.txt can not be written \(.+\); choose a writable folder") as caught:
+    with pytest.raises(UserError, match=r"file/a\.txt cannot be written \(.+\); choose a writable folder") as caught:
         files.write_text(tmp_path / "file" / "a.txt", "text")
     assert "\n" not in str(caught.value)
     assert everything(tmp_path) == {"file": b""}
@@ -83,7 +83,7 @@ def test_json_survives_a_trip_through_a_file(tmp_path, value):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, r"can not be read \(No such file or directory\)"),
+        (None, r"cannot be read \(No such file or directory\)"),
         (b"", "is not JSON: Expecting value"),
         (b'{"a": 1', "is not JSON: Expecting ',' delimiter: line 1 column 8"),
         (b'"\xff"', "is not JSON: 'utf-8' codec can't decode"),
@@ -101,12 +101,12 @@ def test_json_that_can_not_be_read_names_what_and_where(tmp_path, content, messa
 
 
 def test_folder_in_place_of_a_file_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"can not be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         files.read_json(tmp_path, "the settings")
 
 
 def test_hash_of_a_file_that_can_not_be_read_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="can not be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         files.sha256(tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_hash_is_of_the_bytes(tmp_path):
 
 
 def test_mistake_ends_a_command_with_one_line_and_exit_code_2(capsys):
-    with pytest.raises(SystemExit) as stopped, one_sentence():
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
         raise UserError("the flag --a is wrong")
     assert stopped.value.code == EXIT_CODE == 2
     assert capsys.readouterr() == ("", "error: the flag --a is wrong\n")
@@ -129,20 +129,20 @@ def test_mistake_ends_a_command_with_one_line_and_exit_code_2(capsys):
 
 def test_only_the_first_process_of_a_node_speaks(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as stopped, one_sentence():
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
         raise UserError("the flag --a is wrong")
     assert stopped.value.code == EXIT_CODE
     assert capsys.readouterr() == ("", "")
 
 
 def test_stopping_a_command_is_no_crash(capsys):
-    with pytest.raises(SystemExit) as stopped, one_sentence():
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
         raise KeyboardInterrupt
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "stopped by the user\n"
 
 
 def test_fault_of_the_program_keeps_its_traceback():
-    with pytest.raises(ValueError, match="a bug") as caught, one_sentence():
+    with pytest.raises(ValueError, match="a bug") as caught, user_errors_to_exit_code():
         raise ValueError("a bug")
     assert type(caught.value) is ValueError

@@ -42,8 +42,8 @@ ALLOWED = {
     "study": GROUND | {"cli", "config", "tasks", "data", "report", "train", "evaluate"},
 }
 # What a study, which starts the two scripts as a user does, may know of the parts behind them.
-NEEDS_NO_MODEL = {"data": "mtl_lora.data.examples", "train": "mtl_lora.train.settings"}
-NEEDS_NO_MODEL["evaluate"] = ("mtl_lora.evaluate.settings", "mtl_lora.evaluate.output")
+NEEDS_NO_MODEL = {"data": "mtl_lora.language.examples", "train": "mtl_lora.language.config"}
+NEEDS_NO_MODEL["evaluate"] = ("mtl_lora.language.config", "mtl_lora.language.output")
 # Part of the package -> packages from elsewhere it may import; parts that are not named may import any.
 PACKAGES = {
     **{part: set() for part in ("errors", "version", "files", "memory", "mtl_lora", "tasks", "config", "prompts")},
@@ -196,7 +196,10 @@ def test_the_order_of_parts_has_no_circle():
 LOADED = [
     # (statement, packages that must not come with it)
     ("import mtl_lora", {"torch", "numpy", "safetensors", "transformers"}),
-    ("import mtl_lora.cli, mtl_lora.tasks, mtl_lora.prompts, mtl_lora.train.settings", {"torch", "transformers"}),
+    (
+        "import mtl_lora.cli, mtl_lora.language.tasks, mtl_lora.language.prompts, mtl_lora.language.config",
+        {"torch", "transformers"},
+    ),
     ("import mtl_lora.report.__main__", {"torch", "numpy", "transformers", "matplotlib", "jinja2"}),
     ("import mtl_lora.study.__main__", {"torch", "numpy", "transformers", "datasets"}),
     (
@@ -219,11 +222,11 @@ def test_import_brings_no_more_than_it_needs(statement, unwanted):
 @pytest.mark.parametrize(
     "part, line",
     [
-        ("train", "from mtl_lora.evaluate.run import run"),
-        ("evaluate", "import mtl_lora.train.trainer"),
+        ("train", "from mtl_lora.language.evaluate import run"),
+        ("evaluate", "import mtl_lora.training.trainer"),
         ("report", "from mtl_lora import model"),
         ("report", "from mtl_lora import route"),
-        ("adapter", "from mtl_lora.tasks import COMMONSENSE"),
+        ("adapter", "from mtl_lora.language.tasks import COMMONSENSE"),
         ("adapter", "def f():\n    from mtl_lora import prompts"),
         ("data", "import mtl_lora"),
         ("tasks", "from mtl_lora.config import closest"),
@@ -236,7 +239,7 @@ def test_import_against_the_order_is_found(part, line):
     assert wrong_directions(part, ast.parse(line))
 
 
-@pytest.mark.parametrize("line", ["from mtl_lora.train.run import run", "import mtl_lora.data.dataset"])
+@pytest.mark.parametrize("line", ["from mtl_lora.language.train import run", "import mtl_lora.language.token_cache"])
 def test_model_in_a_study_is_found(line):
     assert models_in_a_study(ast.parse(line))
 

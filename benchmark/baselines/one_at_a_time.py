@@ -8,7 +8,7 @@ to the vocabulary.
 import torch
 
 from mtl_lora import route
-from mtl_lora.evaluate.questions import Question
+from mtl_lora.language.questions import Question
 
 
 @torch.inference_mode()

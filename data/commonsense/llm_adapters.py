@@ -6,7 +6,7 @@ from pathlib import Path
 from mtl_lora.download import git_blob_sha1
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
-from mtl_lora.tasks import COMMONSENSE, Task
+from mtl_lora.language.tasks import COMMONSENSE, Task
 
 FIELDS = ("instruction", "input", "output", "answer")
 

@@ -28,9 +28,9 @@ from llm_adapters import (
 )
 
 from mtl_lora.download import fetch_all, git_blob_sha1, github_raw
-from mtl_lora.errors import OneSentenceParser, UserError, files_within_reach, one_sentence
+from mtl_lora.errors import OneSentenceParser, UserError, files_within_reach, user_errors_to_exit_code
 from mtl_lora.files import records_bytes, write_all
-from mtl_lora.tasks import Task
+from mtl_lora.language.tasks import Task
 
 FOLDER = Path(__file__).resolve().parent
 NAMED = 5  # so many of the records without a place are named, the others counted
@@ -171,7 +171,7 @@ def prepare(flags: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
-    with one_sentence(), files_within_reach():
+    with user_errors_to_exit_code(), files_within_reach():
         prepare(parse_flags(arguments))
 
 

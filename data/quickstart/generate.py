@@ -12,9 +12,9 @@ import json
 
 from drafts import CHOICES, FOLDER, Draft, easy_drafts, generator_for, hard_drafts, shuffled
 
-from mtl_lora.errors import UserError, one_sentence
+from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.files import write_text
-from mtl_lora.tasks import COMMONSENSE, OPTIONS_MARKER
+from mtl_lora.language.tasks import COMMONSENSE, OPTIONS_MARKER
 
 QUESTION = "Please choose the correct answer to the question: "
 OPENINGS = {
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the files that are there (default: write)")
     check = parser.parse_args(arguments).check
-    with one_sentence():
+    with user_errors_to_exit_code():
         for name, text in build().items():
             path = FOLDER / name
             if not check:

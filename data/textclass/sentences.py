@@ -8,7 +8,7 @@ from pathlib import Path
 from mtl_lora.download import git_blob_sha1
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
-from mtl_lora.tasks import Task, TaskSet
+from mtl_lora.language.tasks import Task, TaskSet
 
 SPLITS = ("train", "dev", "test")
 TREC_DEV = 500

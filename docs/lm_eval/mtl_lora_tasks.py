@@ -13,11 +13,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from mtl_lora.data.encode import Encoded, Encoder
-from mtl_lora.data.examples import Example, load_examples
+from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
-from mtl_lora.model import load_tokenizer
-from mtl_lora.tasks import COMMONSENSE, Task, load_tasks_file
+from mtl_lora.language.encode import Encoded, Encoder
+from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.tasks import COMMONSENSE, Task, load_tasks_file
 
 DATA_DIR = Path(__file__).resolve().parents[2] / "data" / "commonsense" / "test"
 
@@ -46,7 +46,9 @@ def load(
     task = tasks[mtl_lora_task]
     if not task.options:
         raise UserError(f"the task {task.name} is free text and has no options to score")
-    encoder = Encoder(load_tokenizer(tokenizer or pretrained, trust_remote_code), template, int(cutoff_len), tasks)
+    encoder = Encoder(
+        BaseModel(tokenizer or pretrained, trust_remote_code).tokenizer(), template, int(cutoff_len), tasks
+    )
     examples = load_examples(Path(data_dir) / task.name / "test.json", tasks, task.name, closed=True)
     encoded = encoder.encode(examples, with_answers=False)
     found, other = documents(task, encoder, examples, encoded, joiner="")

@@ -21,8 +21,16 @@ LAMBDA_SHAPES = ("full", "diagonal")
 METHOD_ALIASES = {"mlora": "mtl_lora"}
 
 
+REQUIRED = dataclasses.MISSING
+
+
 def flag(default, help: str, **metadata):
-    """A dataclass field with its one-line documentation (meaning, unit, off value)."""
+    """A dataclass field with its one-line documentation (meaning, unit, off value).
+
+    default: ``REQUIRED`` for a flag without one. metadata: ``affects``, what the flag can change: ``weights`` or
+    ``answers`` (the default of a configuration is its ``affects``), ``content`` for a path whose content decides, or
+    ``nothing``; ``positional=True`` for the list of the arguments without a name; ``aliases``, earlier names.
+    """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -66,8 +74,41 @@ def type_name(expected: object) -> str:
     return _NAMES.get(expected, str(expected))
 
 
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a configuration: ``default`` is ``REQUIRED`` where there is none."""
+
+    name: str
+    type: object
+    default: object
+    metadata: dict
+
+    @property
+    def required(self) -> bool:
+        """Whether the flag must be passed."""
+        return self.default is REQUIRED
+
+
 class Config:
     """Base of every configuration: types are checked on construction, ``validate`` adds the rules between fields."""
+
+    affects = "nothing"  # what a field changes that does not say so itself
+
+    @classmethod
+    def flags(cls) -> list[Flag]:
+        """The fields that can be written as flags, with types and defaults, in order."""
+        hints = typing.get_type_hints(cls)
+        found = []
+        for field in dataclasses.fields(cls):
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            found.append(Flag(field.name, hints[field.name], default, {"help": "", **field.metadata}))
+        return found
+
+    @classmethod
+    def names_affecting(cls, what: str) -> set[str]:
+        """The names of the flags that can change ``what``: weights, answers, content or nothing."""
+        return {flag.name for flag in cls.flags() if flag.metadata.get("affects", cls.affects) == what}
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))

@@ -81,14 +81,14 @@ def fetch(
                 return True
             part.unlink()
     except OSError as error:
-        raise UserError(f"{error.filename or part} can not be written ({error.strerror or error})") from None
+        raise UserError(f"{error.filename or part} cannot be written ({error.strerror or error})") from None
     raise UserError(f"{url} holds other bytes than expected ({kind} {found} instead of {expected}); nothing was kept")
 
 
 def fetch_all(base_url: str, files: Mapping[Path, tuple[str, str]]) -> int:
     """Fetch what is not there yet of ``{file: (path below base_url, git blob id)}``; returns how many were fetched.
 
-    Raises ``UserError`` for the first that can not be had; those before it stay.
+    Raises ``UserError`` for the first that cannot be had; those before it stay.
     """
     fetched = 0
     for path, (name, git_blob) in files.items():
@@ -165,7 +165,7 @@ def _read(response, url: str) -> bytes:
 
 @contextlib.contextmanager
 def _network_errors(url: str):
-    """Sort what can happen on the network: ``_Broken`` where waiting may help, ``UserError`` where it can not."""
+    """Sort what can happen on the network: ``_Broken`` where waiting may help, ``UserError`` where it cannot."""
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -174,13 +174,13 @@ def _network_errors(url: str):
             wait = error.headers.get("Retry-After", "")
             wait_s = float(wait) if wait.isdecimal() else 0.0
             raise _Broken(f"the server answered {error.code} {error.reason}", error.code, wait_s) from None
-        raise UserError(f"{url} can not be downloaded: the server answered {error.code} {error.reason}") from None
+        raise UserError(f"{url} cannot be downloaded: the server answered {error.code} {error.reason}") from None
     except (http.client.InvalidURL, UnicodeError) as error:
         raise UserError(f"{url} is no address to download from: {error}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # URLError wraps what happened below it
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise UserError(f"{url} can not be downloaded: its certificate is not trusted ({reason})") from None
+            raise UserError(f"{url} cannot be downloaded: its certificate is not trusted ({reason})") from None
         raise _Broken(str(reason) or type(reason).__name__) from None
 
 

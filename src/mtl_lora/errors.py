@@ -14,7 +14,7 @@ EXIT_CODE = 2
 
 
 @contextlib.contextmanager
-def one_sentence():
+def user_errors_to_exit_code():
     """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2; no traceback.
 
     Under a launcher each rank checks the same input, so only local rank 0 prints.

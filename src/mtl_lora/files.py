@@ -15,7 +15,7 @@ from mtl_lora.errors import UserError
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends well and is removed when it fails.
 
-    Raises ``UserError`` naming the folder when it can not be written.
+    Raises ``UserError`` naming the folder when it cannot be written.
     """
     path = Path(path)
     try:
@@ -23,7 +23,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise UserError(f"{path} can not be written ({error.strerror}); choose a writable folder") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder") from None
     temporary = Path(name)
     try:
         yield temporary
@@ -45,20 +45,20 @@ def write_all(contents: dict[Path, bytes]) -> None:
         with contextlib.ExitStack() as stack:
             for path, content in contents.items():
                 if path.is_dir():
-                    raise UserError(f"{path} can not be written, it is a folder; pass the path of a file")
+                    raise UserError(f"{path} cannot be written, it is a folder; pass the path of a file")
                 stack.enter_context(atomic_path(path)).write_bytes(content)
     except OSError as error:
-        raise UserError(f"{path} can not be written ({error.strerror}); choose another place") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
 
 
 def require_writable(folder: str | Path) -> None:
-    """Raise ``UserError`` if files can not be written to ``folder``, which need not exist; makes nothing."""
+    """Raise ``UserError`` if files cannot be written to ``folder``, which need not exist; makes nothing."""
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"{folder} can not be written (Not a directory); choose a writable folder")
+        raise UserError(f"{folder} cannot be written (Not a directory); choose a writable folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} can not be written (Permission denied); choose a writable folder")
+        raise UserError(f"{folder} cannot be written (Permission denied); choose a writable folder")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -82,18 +82,18 @@ def read_json(path: str | Path, what: str) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{what} {path} can not be read ({error.strerror})") from None
+        raise UserError(f"{what} {path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not JSON: {error}") from None
 
 
 def sha256(path: str | Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal; raises ``UserError`` if it can not be read."""
+    """The sha256 of a file's bytes, in hexadecimal; raises ``UserError`` if it cannot be read."""
     try:
         with Path(path).open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} can not be read ({error.strerror})") from None
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def sha256_of(content: bytes) -> str:

@@ -314,7 +314,7 @@ def test_checkpoint_for_a_model_without_its_targets_is_refused(tmp_path):
 
 def test_save_below_a_file_names_the_path_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="can not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         mtl_lora.save(adapted_llama(), tmp_path / "file" / "adapter")
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"

@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter.inject import adapter_layers
-from mtl_lora.data.collate import IGNORED
 from mtl_lora.errors import UserError
-from mtl_lora.train import loss
-from mtl_lora.train.loss import token_losses
+from mtl_lora.language import loss
+from mtl_lora.language.collate import IGNORED
+from mtl_lora.language.loss import token_losses
 
 IDS = torch.arange(len(TASKS))
 MAMBA = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=4, num_hidden_layers=1)
@@ -226,7 +226,7 @@ def test_merged_model_equals_the_routed_one(architecture):
 )
 def test_layer_whose_weight_is_read_past_an_adapter_is_refused(build, target):
     model = build()
-    with pytest.raises(UserError, match=f"{target} can not carry an adapter: "):
+    with pytest.raises(UserError, match=f"{target} cannot carry an adapter: "):
         mtl_lora.inject(model, adapter_config(target_modules=[target]))
     assert not adapter_layers(model)
 

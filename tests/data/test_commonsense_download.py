@@ -306,12 +306,12 @@ def test_full_or_closed_disk_is_one_sentence(get, monkeypatch, code):
         raise OSError(code, "no room")
 
     monkeypatch.setattr(download.os, "fsync", fail)
-    assert "can not be written (no room)" in refused(get)
+    assert "cannot be written (no room)" in refused(get)
 
 
 def test_path_below_a_file_is_one_sentence(get):
     get.path.parent.write_text("a file")
-    assert "can not be written" in refused(get)
+    assert "cannot be written" in refused(get)
 
 
 def test_fetch_needs_exactly_one_hash(tmp_path: Path):

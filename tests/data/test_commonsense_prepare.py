@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from data_scripts import blob, load_script
 
-from mtl_lora.tasks import COMMONSENSE
+from mtl_lora.language.tasks import COMMONSENSE
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "data" / "commonsense" / "prepare.py"
@@ -212,7 +212,7 @@ def test_folder_in_the_place_of_a_file_is_one_sentence(refused, world):
     path = world.source / "winogrande" / "train.json"
     path.unlink()
     path.mkdir()
-    assert f"{path} can not be read" in refused("--allow-partial")
+    assert f"{path} cannot be read" in refused("--allow-partial")
 
 
 def test_source_that_is_no_source_is_one_sentence(refused, world):
@@ -418,7 +418,7 @@ def test_process_ends_with_code_2_and_no_traceback(incomplete):
 # --- the real files
 
 
-def test_manifest_has_every_file_of_every_task(prepare):
+def test_manifest_has_everycached_path_every_task(prepare):
     manifest = prepare.load_manifest(SCRIPT.parent / "manifest.json")
     train = [entry.records for (_, split), entry in manifest.files.items() if split == "train"]
     test = [entry.records for (_, split), entry in manifest.files.items() if split == "test"]

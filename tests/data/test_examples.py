@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from mtl_lora.data.examples import Example, load_examples
 from mtl_lora.errors import UserError
-from mtl_lora.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 GOOD = {
     "instruction": "Please choose the correct answer to the question: what do bees make?\n\n"
@@ -47,8 +47,8 @@ def lines(*records) -> bytes:
 
 BAD_FILES = {
     # name of the case: (file name, content, message)
-    "missing": ("data.json", None, r"the data file .*data\.json can not be read \(No such file"),
-    "missing lines": ("data.jsonl", None, r"the data file .*data\.jsonl can not be read \(No such file"),
+    "missing": ("data.json", None, r"the data file .*data\.json cannot be read \(No such file"),
+    "missing lines": ("data.jsonl", None, r"the data file .*data\.jsonl cannot be read \(No such file"),
     "empty": ("data.json", b"", r"data\.json is not JSON"),
     "cut off": ("data.json", b'[{"instruction": "a"', r"data\.json is not JSON: .*line 1 column"),
     "not UTF-8": ("data.json", b'["\xff"]', r"data\.json is not JSON: 'utf-8' codec"),

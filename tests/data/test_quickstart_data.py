@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_lora.tasks import COMMONSENSE
+from mtl_lora.language.tasks import COMMONSENSE
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "quickstart"
 KINDS = ("easy", "hard")

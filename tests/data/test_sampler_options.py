@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_rows import SHARES, made_rows
 
-from mtl_lora.data.sampler import WINDOW, LengthBatchSampler, plan_by_tokens, plan_epoch
-from mtl_lora.data.shares import next_rows, task_rows
 from mtl_lora.errors import UserError
+from mtl_lora.training.sampler import WINDOW, LengthBatchSampler, plan_by_tokens, plan_epoch
+from mtl_lora.training.shares import next_rows, task_rows
 
 
 def steps_of(rows: int, accumulation: int, world_size: int, epoch: int = 0, seed: int = 3, **options) -> list:

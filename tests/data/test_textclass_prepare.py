@@ -229,7 +229,7 @@ def test_stop_while_writing_leaves_the_old_files(run, world, monkeypatch):
         (["--limit", "-1"], "--limit must be at least 0, not -1"),
         (["--limit", "many"], "--limit"),
         (["--source", "nowhere"], "nowhere is no folder"),
-        (["--manifest", "nowhere.json"], "the manifest nowhere.json can not be read"),
+        (["--manifest", "nowhere.json"], "the manifest nowhere.json cannot be read"),
         (["--sauce", "x"], "--sauce"),
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 from data_scripts import blob
 from shared import PROJECT
 
-from mtl_lora.data.examples import load_examples
-from mtl_lora.tasks import load_tasks_file
+from mtl_lora.language.examples import load_examples
+from mtl_lora.language.tasks import load_tasks_file
 
 PARTS = ("train", "dev", "test")
 FOLDER = PROJECT / "data" / "textclass"

@@ -3,8 +3,8 @@
 import pytest
 from shared import QUICKSTART
 
-from mtl_lora.evaluate.run import run
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluate import run
 
 
 @pytest.fixture

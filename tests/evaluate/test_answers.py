@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_lora.evaluate.answers import (
+from mtl_lora.language.metrics import (
     average,
     exact_match,
     extract_answer,
@@ -16,7 +16,7 @@ from mtl_lora.evaluate.answers import (
     summarise_task,
     token_f1,
 )
-from mtl_lora.tasks import COMMONSENSE, Task
+from mtl_lora.language.tasks import COMMONSENSE, Task
 
 texts = st.text(alphabet=st.sampled_from("aenoprstuw 0123456789\n.,:"), max_size=60)
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_lora.data.examples import Example
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.batches import plan_batches
-from mtl_lora.evaluate.evaluation import in_halves
-from mtl_lora.evaluate.opening import shared_opening
-from mtl_lora.evaluate.questions import Question
-from mtl_lora.tasks import COMMONSENSE
+from mtl_lora.language.batches import plan_batches
+from mtl_lora.language.evaluator import in_halves
+from mtl_lora.language.examples import Example
+from mtl_lora.language.prefix_cache import shared_opening
+from mtl_lora.language.questions import Question
+from mtl_lora.language.tasks import COMMONSENSE
 
 SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60)), min_size=1, max_size=40)
 

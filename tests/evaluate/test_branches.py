@@ -8,10 +8,10 @@ from transformers import DynamicCache
 
 import mtl_lora
 from mtl_lora import route
-from mtl_lora.data.collate import pad_left
-from mtl_lora.evaluate import score
-from mtl_lora.evaluate.branches import branch_scores, takes_branches
-from mtl_lora.evaluate.on_cache import cache_scores
+from mtl_lora.language import option_scoring as score
+from mtl_lora.language.branches import branch_scores, takes_branches
+from mtl_lora.language.collate import pad_left
+from mtl_lora.language.on_cache import cache_scores
 
 # Layers with a sliding window forget tokens, and with a mask of ours they would not.
 SLIDING = {"Mistral", "Gemma2", "Gemma3"}

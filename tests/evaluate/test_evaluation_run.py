@@ -15,9 +15,9 @@ from shared import PROJECT, QUICKSTART, free_port
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate import run as run_module
-from mtl_lora.evaluate.predictions import Predictions
 from mtl_lora.export.peft_format import export_peft
+from mtl_lora.language import evaluate as run_module
+from mtl_lora.language.predictions import Predictions
 
 
 def lines(folder: Path) -> list[dict]:

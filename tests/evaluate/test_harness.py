@@ -8,12 +8,12 @@ import pytest
 from shared import PROJECT, QUICKSTART
 from text.tokenizer_kinds import KINDS
 
-from mtl_lora.data.encode import Encoder
-from mtl_lora.data.examples import load_examples
-from mtl_lora.evaluate.run import run
-from mtl_lora.evaluate.settings import EvalConfig
-from mtl_lora.prompts import template
-from mtl_lora.tasks import COMMONSENSE
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.encode import Encoder
+from mtl_lora.language.evaluate import run
+from mtl_lora.language.examples import load_examples
+from mtl_lora.language.prompts import template
+from mtl_lora.language.tasks import COMMONSENSE
 
 FOLDER = PROJECT / "docs" / "lm_eval"
 NAMES = ["boolq", "piqa", "ARC-Challenge", "openbookqa"]

@@ -7,11 +7,11 @@ import torch
 from shared import QUICKSTART
 
 from mtl_lora import route
-from mtl_lora.evaluate.evaluation import Evaluation
-from mtl_lora.evaluate.generate import generate_answers
-from mtl_lora.evaluate.score import best_option, option_tails, score_options
-from mtl_lora.evaluate.settings import EvalConfig
-from mtl_lora.tasks import Task
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluator import Evaluation
+from mtl_lora.language.generate import generate_answers
+from mtl_lora.language.option_scoring import best_option, option_tails, score_options
+from mtl_lora.language.tasks import Task
 
 
 @pytest.fixture

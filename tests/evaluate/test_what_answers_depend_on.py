@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 import mtl_lora
 from mtl_lora.adapter.checkpoint import Origin
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.predictions import Predictions
+from mtl_lora.language.predictions import Predictions
 
 MOODS = {"name": "boolq", "id": 0, "options": ["true", "false"]}
 PAIRS = {"name": "piqa", "id": 1, "options": ["solution1", "solution2"]}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import mtl_lora
 from mtl_lora import Origin, route
-from mtl_lora.model import fingerprint
+from mtl_lora.base_model import BaseModel
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 # Architecture -> what is adapted on it: nn.Linear, and GPT-2's Conv1D with biases and three outputs in one.
@@ -53,7 +53,7 @@ def save_adapter(base: str, folder: Path, label: str, **changes) -> Path:
     model = load_base(base)
     changes = {"target_modules": TARGETS[model.config.model_type], **changes}
     randomise(mtl_lora.inject(model, adapter_config(label, **changes)), spread=0.3)
-    mtl_lora.save(model, folder, Origin(base, fingerprint(base), "alpaca"))
+    mtl_lora.save(model, folder, Origin(base, BaseModel(base).fingerprint(), "alpaca"))
     return folder
 
 
@@ -115,12 +115,12 @@ def measure_checkpoint(checkpoint: str) -> None:
     from peft import PeftModel
 
     from mtl_lora.adapter.checkpoint import read_config
+    from mtl_lora.base_model import BaseModel
     from mtl_lora.export.merged import export_merged
     from mtl_lora.export.peft_format import export_peft
-    from mtl_lora.model import resolve
 
     config = read_config(checkpoint)
-    base, task = resolve(config.origin_config.base_model), config.adapter_config.tasks[0]
+    base, task = BaseModel(config.origin_config.base_model).path, config.adapter_config.tasks[0]
     print("| dtype | PEFT | merged |\n|---|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         (folder,) = export_peft(checkpoint, Path(name) / "peft", [task])

@@ -1,4 +1,4 @@
-"""An imported adapter computes what it computed where it comes from; what can not be held here is one sentence."""
+"""An imported adapter computes what it computed where it comes from; what cannot be held here is one sentence."""
 
 import json
 
@@ -15,11 +15,11 @@ from torch import nn
 import mtl_lora
 from mtl_lora import UserError, route
 from mtl_lora.adapter.checkpoint import adapter_state, read_config
+from mtl_lora.base_model import BaseModel
 from mtl_lora.export.import_original import import_original
 from mtl_lora.export.import_peft import import_peft
 from mtl_lora.export.peft_format import export_peft
-from mtl_lora.model import fingerprint
-from mtl_lora.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 ORIGINAL = reference.__file__.replace("layers.py", "original_layers.safetensors")
 FOUR = TaskSet(tuple(Task(name, index) for index, name in enumerate(TASKS)))
@@ -74,7 +74,7 @@ def test_imported_checkpoint_says_where_it_comes_from(bases, command, peft_folde
     command("import-peft", peft=peft_folder, output=tmp_path / "ours", template="original")
     config = read_config(tmp_path / "ours")
     origin = config.origin_config
-    assert (origin.base_model, origin.base_fingerprint) == (bases["llama"], fingerprint(bases["llama"]))
+    assert (origin.base_model, origin.base_fingerprint) == (bases["llama"], BaseModel(bases["llama"]).fingerprint())
     assert origin.prompt_template == "original"
     assert TaskSet.from_json(origin.task_set) == COMMONSENSE
     assert config.adapter_config.tasks == COMMONSENSE.names
@@ -223,7 +223,7 @@ def test_peft_weights_that_can_not_be_read_are_refused(refused, peft_folder, tmp
         ({"temperature": 0}, "temperature must be greater than 0"),
         ({"template": "poem"}, "poem"),
         ({"method": "dora"}, "invalid choice: 'dora'"),
-        ({"tasks_file": "nowhere.json"}, "the tasks file nowhere.json can not be read"),
+        ({"tasks_file": "nowhere.json"}, "the tasks file nowhere.json cannot be read"),
     ],
     ids=str,
 )
@@ -307,7 +307,7 @@ def test_original_checkpoint_is_imported_weight_by_weight(bases, original, comma
     expected = adapter_config("mtl_lora", tasks=COMMONSENSE.names, dropout=0.05, target_modules=TARGETS["llama"])
     assert model.mtl_lora_config == expected
     origin = model.mtl_lora_origin
-    assert (origin.prompt_template, origin.base_fingerprint) == ("original", fingerprint(bases["llama"]))
+    assert (origin.prompt_template, origin.base_fingerprint) == ("original", BaseModel(bases["llama"]).fingerprint())
     assert TaskSet.from_json(origin.task_set) == COMMONSENSE
 
 
@@ -404,7 +404,7 @@ class Trap:
 
 def test_code_in_an_original_checkpoint_is_never_run(bases, original, tmp_path):
     torch.save({**original[0], "trap": Trap(tmp_path / "ran")}, tmp_path / "adapter.bin")
-    with pytest.raises(UserError, match=r"adapter\.bin can not be read as a file of tensors alone") as caught:
+    with pytest.raises(UserError, match=r"adapter\.bin cannot be read as a file of tensors alone") as caught:
         import_original(tmp_path / "adapter.bin", tmp_path / "ours", bases["llama"], COMMONSENSE)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 import mtl_lora
 from mtl_lora import Origin
 from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
+from mtl_lora.base_model import BaseModel
 from mtl_lora.export.__main__ import main
 from mtl_lora.export.peft_format import export_peft
-from mtl_lora.model import load_model, load_tokenizer
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
@@ -301,7 +301,7 @@ def be_no_checkpoint(checkpoint, edit_json):
         (flip_a_bit, "mtl_lora.safetensors is damaged"),
         (cut_off_the_end, "mtl_lora.safetensors is damaged"),
         (forget_the_base, "does not say its base model; pass --base_model"),
-        (name_a_task_like_a_path, "the task 'a/../b' can not name a folder"),
+        (name_a_task_like_a_path, "the task 'a/../b' cannot name a folder"),
         (be_of_another_base, "was trained on another base model than"),
         (have_results_without_scores, "results.json holds no scores"),
         (be_no_checkpoint, "is no MTL-LoRA checkpoint"),
@@ -373,7 +373,7 @@ def test_lm_evaluation_harness_loads_an_exported_folder(bases, trained, tmp_path
         requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
         return [score for score, _ in model.loglikelihood(requests)]
 
-    model, tokenizer = mtl_lora.load(load_model(base, "fp32"), trained).eval(), load_tokenizer(base)
+    model, tokenizer = mtl_lora.load(BaseModel(base).load("fp32"), trained).eval(), BaseModel(base).tokenizer()
     expected = []
     for context, answer in pairs:
         ids, tail = tokenizer(context)["input_ids"], tokenizer(answer)["input_ids"]

@@ -60,7 +60,7 @@ def test_failure_leaves_what_was_there(tmp_path, failure, earlier):
         raise failure
     if isinstance(failure, OSError):
         assert isinstance(caught.value, UserError)
-        assert "can not be written ([Errno 28] No space left on device)" in str(caught.value)
+        assert "cannot be written ([Errno 28] No space left on device)" in str(caught.value)
     assert contents(tmp_path) == before
     assert os.listdir(tmp_path) == (["out"] if earlier else [])
 
@@ -75,7 +75,7 @@ def test_failure_at_the_last_moment_brings_the_old_folder_back(tmp_path, monkeyp
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(UserError, match="can not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write(tmp_path / "out", overwrite=True)
     assert contents(tmp_path) == {"out/a.json": "old", "out/b1.bin": "old"}
     assert os.listdir(tmp_path) == ["out"]
@@ -128,5 +128,5 @@ def test_file_in_the_place_of_the_folder_is_one_sentence(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="out is a file; name a folder"):
         write(tmp_path / "out")
-    with pytest.raises(UserError, match=r"out/in can not be written \(.*\); choose a writable folder"):
+    with pytest.raises(UserError, match=r"out/in cannot be written \(.*\); choose a writable folder"):
         write(tmp_path / "out" / "in")

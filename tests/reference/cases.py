@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mtl_lora import route
-from mtl_lora.adapter import base as base_module
+from mtl_lora.adapter import layer as base_module
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.inject import layer_class
 

@@ -2,8 +2,9 @@
 
 from transformers import LlamaConfig
 
+import mtl_lora
 from mtl_lora import AdapterConfig
-from mtl_lora.train.weights import shapes_of, trained_weights
+from mtl_lora.base_model import structure_of
 
 LLAMA_2_7B = 6_738_415_616
 SMOLLM2_135M = 134_515_008
@@ -12,7 +13,7 @@ SMOLLM2_135M = 134_515_008
 def trained_and_all(config: LlamaConfig, tasks: int = 8, **settings) -> tuple[int, int]:
     """(trained, all) of an adapter on q, k, v and o, with so many tasks."""
     names = [f"task{index}" for index in range(tasks)]
-    return trained_weights(shapes_of(config), AdapterConfig(tasks=names, **settings))
+    return mtl_lora.trainable_parameters(mtl_lora.inject(structure_of(config), AdapterConfig(tasks=names, **settings)))
 
 
 def llama_2_7b() -> LlamaConfig:

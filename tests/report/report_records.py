@@ -3,8 +3,8 @@
 import copy
 import re
 
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.report import __main__ as command_line
-from mtl_lora.tasks import COMMONSENSE
 
 TWO_TASKS = {"tasks": [{"name": "first", "id": 0, "title": "First"}, {"name": "second", "id": 1}], "columns": []}
 BASE = {

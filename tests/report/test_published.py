@@ -6,9 +6,9 @@ import re
 import pytest
 from report_records import COMMONSENSE_RESULTS, grid
 
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.report.render import RENDERERS
 from mtl_lora.report.rows import PUBLISHED_FILE, published_rows
-from mtl_lora.tasks import COMMONSENSE
 
 
 def test_published_rows_have_eight_scores_their_average_and_a_source():

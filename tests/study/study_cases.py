@@ -8,13 +8,13 @@ from pathlib import Path
 from shared import QUICKSTART
 
 from mtl_lora.errors import UserError
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.study.commands import locked
 from mtl_lora.study.data import StudyData
 from mtl_lora.study.jobs import Job
 from mtl_lora.study.planner import Planner
 from mtl_lora.study.read_grid import read_grid
 from mtl_lora.study.state import State
-from mtl_lora.tasks import COMMONSENSE
 
 GRID = {
     "name": "small",

@@ -7,9 +7,8 @@ from reference.sizes import smollm2_135m, trained_and_all
 from shared import PROJECT
 
 from mtl_lora.config import METHODS
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.study.read_grid import read_grid
-from mtl_lora.train.settings import TrainConfig
 
 GRIDS = sorted((PROJECT / "script" / "grids").glob("*.json"))
 

@@ -8,9 +8,8 @@ from study_cases import ALONE, SEARCH, dev_set, grid, planner
 
 from mtl_lora import cli
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.study.jobs import command
-from mtl_lora.train.settings import TrainConfig
 
 
 def told(line: str, config):

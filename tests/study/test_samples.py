@@ -9,11 +9,11 @@ from shared import QUICKSTART, quickstart_records
 from study_cases import SEARCH, dev_set, grid, planner, write_grid
 
 from mtl_lora import files
-from mtl_lora.data.examples import load_examples
 from mtl_lora.errors import UserError
+from mtl_lora.language.examples import load_examples
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.study.data import StudyData, as_record, sample, write
 from mtl_lora.study.read_grid import read_grid
-from mtl_lora.tasks import COMMONSENSE
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ from study_cases import dev_set, is_locked, wait_for, write_grid
 
 from mtl_lora import cli
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.study.__main__ import main
 from mtl_lora.study.commands import Commands
-from mtl_lora.train.settings import TrainConfig
 from mtl_lora.version import checkout_commit
 
 STEPS = 12
@@ -57,8 +56,8 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
 
 def in_this_process(commands, command, output) -> int:
     """What ``Commands.start`` does, without the seconds that a new process takes to import torch."""
-    from mtl_lora.evaluate.run import run as evaluate
-    from mtl_lora.train.run import run as train
+    from mtl_lora.language.evaluate import run as evaluate
+    from mtl_lora.language.train import run as train
 
     words = command[2:]
     if command[1] == "finetune.py":

@@ -4,7 +4,7 @@ import pytest
 from tokenizer_kinds import KINDS
 from transformers import PreTrainedTokenizerBase
 
-from mtl_lora.model import with_pad_token
+from mtl_lora.base_model import with_pad_token
 
 
 @pytest.fixture(scope="session")

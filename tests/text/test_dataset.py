@@ -8,11 +8,11 @@ import pytest
 from text_cases import INSTRUCTIONS, example, record
 from transformers import AutoTokenizer
 
-from mtl_lora.data import dataset
-from mtl_lora.data.dataset import row_columns, shortened_note, tokenizer_hash, training_rows
-from mtl_lora.data.encode import Encoder
 from mtl_lora.errors import UserError
-from mtl_lora.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.language import token_cache as dataset
+from mtl_lora.language.encode import Encoder
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.language.token_cache import row_columns, shortened_note, tokenizer_hash, training_rows
 
 CUTOFF = 128
 RECORDS = [
@@ -80,7 +80,7 @@ def test_same_settings_reuse_the_cache_without_tokenising(rows_of, tmp_path, no_
     assert cached(tmp_path) == folders and len(folders) == 1
 
 
-def test_file_of_another_name_with_the_same_bytes_reuses_the_cache(rows_of, tmp_path, no_tokenising):
+def testcached_path_another_name_with_the_same_bytes_reuses_the_cache(rows_of, tmp_path, no_tokenising):
     rows_of()
     (tmp_path / "copy.json").write_bytes((tmp_path / "train.json").read_bytes())
     no_tokenising()
@@ -153,7 +153,7 @@ def test_failure_while_saving_leaves_nothing_in_the_cache(rows_of, tmp_path, mon
 
 def test_cache_folder_that_can_not_be_written_is_one_sentence(rows_of, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"the cache folder .*file/cache can not be written \(.+\); pass another"):
+    with pytest.raises(UserError, match=r"the cache folder .*file/cache cannot be written \(.+\); pass another"):
         rows_of(cache=tmp_path / "file" / "cache")
 
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from text_cases import INSTRUCTIONS, example
 from tokenizer_kinds import ADDS_BOS, KINDS, SPACES, llama2
 
-from mtl_lora.data.collate import IGNORED, Collator, pad_left
-from mtl_lora.data.encode import FREE_TEXT_RESERVE, Encoder
 from mtl_lora.errors import UserError
-from mtl_lora.prompts import TEMPLATES, template
-from mtl_lora.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.language.collate import IGNORED, Collator, pad_left
+from mtl_lora.language.encode import FREE_TEXT_RESERVE, Encoder
+from mtl_lora.language.prompts import TEMPLATES, template
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 WORDS = "the old miller opened the gate and let the river carry sand to the harbour, "
 CUTOFFS = {"uncut": 1024, "cut": 100}

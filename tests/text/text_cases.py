@@ -1,7 +1,7 @@
 """Records of the eight commonsense tasks, written for these tests, as the data files hold them."""
 
-from mtl_lora.data.examples import Example
-from mtl_lora.tasks import COMMONSENSE
+from mtl_lora.language.examples import Example
+from mtl_lora.language.tasks import COMMONSENSE
 
 INSTRUCTIONS = {
     "boolq": "Please answer the following question with true or false, question: can a candle burn under water?\n\n"

@@ -14,10 +14,10 @@ from pathlib import Path
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from mtl_lora.adapter.base import AdapterLayer
-from mtl_lora.train.launch import leave
-from mtl_lora.train.run import run
-from mtl_lora.train.settings import TrainConfig
+from mtl_lora.adapter.layer import AdapterLayer
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.train import run
+from mtl_lora.training.distributed import leave
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

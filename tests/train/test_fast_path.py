@@ -10,12 +10,12 @@ from transformers import set_seed
 
 import mtl_lora
 from mtl_lora.adapter.inject import replace_module
-from mtl_lora.data.collate import Collator
-from mtl_lora.data.dataset import row_columns, training_rows
-from mtl_lora.data.sampler import LengthBatchSampler
-from mtl_lora.model import load_model, load_tokenizer
-from mtl_lora.tasks import COMMONSENSE
-from mtl_lora.train.settings import TrainConfig
+from mtl_lora.base_model import BaseModel
+from mtl_lora.language.collate import Collator
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.tasks import COMMONSENSE
+from mtl_lora.language.token_cache import row_columns, training_rows
+from mtl_lora.training.sampler import LengthBatchSampler
 
 STEPS = 50
 FLAGS = {"batch_size": 4, "lora_dropout": 0.0, "learning_rate": 1e-3, "lr_scheduler_type": "constant_with_warmup"}
@@ -33,7 +33,7 @@ def gathering(monkeypatch):
 def plain_losses(config: TrainConfig, rows, tokenizer, gathering) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The loss of every step, and the weights after the last: labels, all logits, torch's AdamW."""
     set_seed(config.seed)
-    model = load_model(config.base_model, config.dtype)
+    model = BaseModel(config.base_model).load(config.dtype)
     mtl_lora.inject(model, config.adapter_config(COMMONSENSE))
     layers = mtl_lora.adapter_layers(model)
     for name, layer in layers.items():
@@ -68,7 +68,7 @@ def test_fifty_losses_equal_those_of_the_plain_loop(train, gathering, tiny_base,
     found = [line["loss"] for line in lines if "loss" in line]
 
     config = TrainConfig(base_model=tiny_base, dtype="fp32", **FLAGS)
-    tokenizer = load_tokenizer(tiny_base)
+    tokenizer = BaseModel(tiny_base).tokenizer()
     rows = training_rows(records_file, tokenizer, config.template, config.cutoff_len, COMMONSENSE, cache_dir)
     expected, weights = plain_losses(config, rows, tokenizer, gathering)
     assert len(found) == len(expected) == STEPS

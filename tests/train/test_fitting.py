@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from reference.tiny import VOCABULARY, adapted_llama
 from safetensors.torch import load_file
 
-from mtl_lora.data.collate import Collator
-from mtl_lora.data.dataset import COLUMNS
 from mtl_lora.errors import UserError
-from mtl_lora.train import fitting
-from mtl_lora.train.fitting import fitted, largest_that_fits
-from mtl_lora.train.settings import TrainConfig
+from mtl_lora.language.collate import Collator
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.token_cache import COLUMNS
+from mtl_lora.training import fitting
+from mtl_lora.training.fitting import fitted, largest_that_fits
 
 CPU = torch.device("cpu")
 LENGTHS = [9, 4, 12, 7, 5]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from shared import PROJECT, free_port
 
 from mtl_lora.errors import UserError
-from mtl_lora.train.run import run
-from mtl_lora.train.settings import TrainConfig
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.train import run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 

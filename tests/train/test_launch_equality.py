@@ -112,8 +112,8 @@ def launch(runs: list[dict], folder: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(settings_of):
     """Every method trained in one process, this one."""
-    from mtl_lora.train.run import run
-    from mtl_lora.train.settings import TrainConfig
+    from mtl_lora.language.config import TrainConfig
+    from mtl_lora.language.train import run
 
     for name in ALONE:
         run(TrainConfig(**settings_of("alone", name)))

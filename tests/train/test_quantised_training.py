@@ -10,8 +10,8 @@ from shared import QUICKSTART
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.run import run
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluate import run
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 

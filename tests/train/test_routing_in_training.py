@@ -9,13 +9,13 @@ from transformers import Trainer
 
 from mtl_lora import Origin, route
 from mtl_lora.adapter import routing
-from mtl_lora.data.collate import IGNORED, Collator
-from mtl_lora.data.dataset import COLUMNS
-from mtl_lora.tasks import Task, TaskSet
-from mtl_lora.train.loss import TaskLosses, token_losses
-from mtl_lora.train.run import training_arguments
-from mtl_lora.train.settings import TrainConfig
-from mtl_lora.train.trainer import TaskTrainer
+from mtl_lora.language.collate import IGNORED, Collator
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.loss import TaskLosses, token_losses
+from mtl_lora.language.tasks import Task, TaskSet
+from mtl_lora.language.token_cache import COLUMNS
+from mtl_lora.language.train import training_arguments
+from mtl_lora.training.trainer import TaskTrainer
 
 TASK_SET = TaskSet(tuple(Task(name, index) for index, name in enumerate(TASKS)))
 LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mtl_lora.adapter import analysis, checkpoint
 from mtl_lora.errors import UserError
-from mtl_lora.train.trainer import checkpoints
+from mtl_lora.training.trainer import checkpoints
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -217,7 +217,7 @@ def test_a_target_module_that_does_not_exist_is_refused_with_those_that_do(train
 
 def test_an_output_folder_that_can_not_be_written_is_refused(train, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         train("file/run")
 
 

@@ -1,22 +1,23 @@
-"""Weights that a recipe would train are counted without loading a model, and what can not be counted says why."""
+"""Trainable parameters are counted on the meta device, as training then reports them."""
 
-import io
-import json
+import pytest
 
-from mtl_lora.train import weights
+from mtl_lora.base_model import BaseModel
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import TrainConfig
 
 
-def test_recipes_are_counted_and_one_without_a_base_model_says_so(tiny_base, train, monkeypatch, capsys, tmp_path):
-    recipes = [
-        {"base_model": tiny_base, "lora_r": 3},
-        {"base_model": str(tmp_path / "nowhere")},
-        {"base_model": tiny_base, "lora_target_modules": ["elbow_proj"]},
-    ]
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(recipes)))
-    weights.main()
-    counted, unknown, untargeted = json.loads(capsys.readouterr().out)
-    folder = train("run", lora_r=3, max_steps=1)
-    said = capsys.readouterr().err
-    assert f"training {counted[0]:,} of {counted[1]:,} weights" in said and folder.is_dir()
-    assert "nowhere" in unknown and "can not be loaded" in unknown
-    assert "elbow_proj" in untargeted
+def test_counts_are_those_that_training_reports(tiny_base, train, capsys, tmp_path):
+    config = TrainConfig(base_model=tiny_base, lora_r=3)
+    trained, total = BaseModel(tiny_base).count(config.adapter_config(config.task_set()))
+    train("run", lora_r=3, max_steps=1)
+    assert f"training {trained:,} of {total:,} weights" in capsys.readouterr().err
+
+
+def test_a_missing_base_model_and_an_unknown_target_are_named(tiny_base, tmp_path):
+    config = TrainConfig(base_model=tiny_base, lora_target_modules=["elbow_proj"])
+    adapter = config.adapter_config(config.task_set())
+    with pytest.raises(UserError, match="elbow_proj"):
+        BaseModel(tiny_base).count(adapter)
+    with pytest.raises(UserError, match="nowhere"):
+        BaseModel(str(tmp_path / "nowhere")).count(adapter)

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from mtl_lora import files
-from mtl_lora.adapter.base import AdapterLayer, Factors
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.layer import AdapterLayer, Factors
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
 from mtl_lora.adapter.without_base import adapter_without_base
-from mtl_lora.errors import OneSentenceParser, one_sentence
+from mtl_lora.errors import OneSentenceParser, user_errors_to_exit_code
 
 FILE_NAME = "adapter_analysis.json"
 SCHEMA = 1
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneSentenceParser(prog="python -m mtl_lora.adapter.analysis", description=about, allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="adapter folder of a training run")
     parser.add_argument("--output", metavar="FILE", help=f"default: {FILE_NAME} in the checkpoint")
-    with one_sentence():
+    with user_errors_to_exit_code():
         parsed: argparse.Namespace = parser.parse_args(arguments)
         print(write_analysis(parsed.checkpoint, parsed.output))
 

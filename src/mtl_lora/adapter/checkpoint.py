@@ -26,9 +26,9 @@ FORMAT = 1
 class Origin(Config):
     """Where an adapter comes from, so that nothing about it needs to be said again: its base, prompt and tasks.
 
-    base_model: name or folder. base_fingerprint: see ``mtl_lora.model.fingerprint``. prompt_template: name in
-    ``mtl_lora.prompts``. cutoff_len: tokens. task_set: ``TaskSet.to_json()``. train_settings: what it was trained with.
-    commit: the project's, if it was trained from a git checkout.
+    base_model: name or folder. base_fingerprint: see ``BaseModel.fingerprint``. prompt_template: name in
+    ``mtl_lora.language.prompts``. cutoff_len: tokens. task_set: ``TaskSet.to_json()``. train_settings: the training's
+    flags. commit: the project's, if it was trained from a git checkout.
     """
 
     base_model: str | None = None

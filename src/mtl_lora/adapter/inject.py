@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter import routing
-from mtl_lora.adapter.base import AdapterLayer, is_conv1d
+from mtl_lora.adapter.layer import AdapterLayer, is_conv1d
 from mtl_lora.config import METHODS, AdapterConfig
 from mtl_lora.errors import UserError
 
@@ -95,7 +95,7 @@ def _refuse_bypassed(model: nn.Module, name: str) -> None:
     for owner in [model, *owners]:
         if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer) or _fuses_kernels(owner, name):
             raise UserError(
-                f"the layer {name} can not carry an adapter: {type(owner).__name__} may use its weight without calling "
+                f"the layer {name} cannot carry an adapter: {type(owner).__name__} may use its weight without calling "
                 "the layer; name other target modules"
             )
 

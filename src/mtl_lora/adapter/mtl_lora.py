@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtl_lora.adapter import routing
-from mtl_lora.adapter.base import AdapterLayer, Factors, kaiming
+from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
 from mtl_lora.config import AdapterConfig
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mtl_lora.adapter.base import AdapterLayer, Factors, kaiming
+from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
 from mtl_lora.config import AdapterConfig
 
 

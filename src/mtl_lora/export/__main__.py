@@ -3,8 +3,8 @@
 import argparse
 
 from mtl_lora.config import DTYPES
-from mtl_lora.errors import OneSentenceParser, one_sentence
-from mtl_lora.tasks import COMMONSENSE, TaskSet, load_tasks_file
+from mtl_lora.errors import OneSentenceParser, user_errors_to_exit_code
+from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -152,7 +152,7 @@ def tasks_of(options: dict) -> TaskSet:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand; a user's mistake ends in one sentence and exit code 2."""
-    with one_sentence():
+    with user_errors_to_exit_code():
         options = vars(make_parser().parse_args(arguments))
         del options["command"]
         options.pop("run")(options)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import CheckpointConfig
+from mtl_lora.base_model import SMOLLM2
 from mtl_lora.errors import UserError
-from mtl_lora.model import SMOLLM2
-from mtl_lora.prompts import template
+from mtl_lora.language.prompts import template
 
 DEFAULT_RESULTS = Path("evaluation") / "results.json"
 SOURCES = {
@@ -113,7 +113,8 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 def _base_line(base_model: str) -> str:
     if base_model == SMOLLM2:
         return (
-            f"from mtl_lora.model import resolve\nbase = resolve({base_model!r})  # fetched and converted on first use"
+            "from mtl_lora.base_model import BaseModel\n"
+            f"base = BaseModel({base_model!r}).path  # fetched and converted on first use"
         )
     return f"base = {base_model!r}"
 

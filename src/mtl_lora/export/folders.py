@@ -33,13 +33,13 @@ def whole_folder(
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     except OSError as error:
-        raise UserError(f"{output} can not be written ({error.strerror}); choose a writable folder") from None
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose a writable folder") from None
     try:
         yield temporary
         _give_usual_permissions(temporary)
         _take_place(temporary, output)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{output} can not be written ({error}); nothing was kept of it") from None
+        raise UserError(f"{output} cannot be written ({error}); nothing was kept of it") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -60,7 +60,7 @@ def check_output(
         raise UserError(f"{output} is not empty; pass --overwrite to replace it, or another --output")
     read = [Path(path).resolve() for path in inputs]
     if any(path == output or output in path.parents for path in read):
-        raise UserError(f"{output} holds what is read and can not be replaced by it; pass another --output")
+        raise UserError(f"{output} holds what is read and cannot be replaced by it; pass another --output")
     # Whatever else lies there, such as a training run, was not made by this command and is not deleted by it.
     if nested:
         entries = [entry for part in entries for entry in (part.iterdir() if part.is_dir() else [part])]

@@ -9,7 +9,7 @@ from mtl_lora.adapter.without_base import sizes_of
 from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.export.imports import State, check_shape, check_whole, find_targets, write_checkpoint
-from mtl_lora.tasks import TaskSet
+from mtl_lora.language.tasks import TaskSet
 
 _TENSOR_NAME = re.compile(
     r"(?:module\.|base_model\.model\.)*(?P<module>.+)\.(?P<weight>lora_A|lora_lambdas|lora_B|lora_B_w)"
@@ -70,7 +70,7 @@ def _read_tensors(path: Path) -> State:
         value = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises half a dozen kinds for bytes that are no tensors
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} can not be read as a file of tensors alone ({reason})") from None
+        raise UserError(f"{path} cannot be read as a file of tensors alone ({reason})") from None
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds a {type(value).__name__}; it must hold tensors by name")
     tensors: State = {}

@@ -7,13 +7,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mtl_lora import files, prompts
-from mtl_lora.adapter.base import kaiming
+from mtl_lora import files
+from mtl_lora.adapter.layer import kaiming
 from mtl_lora.adapter.without_base import Sizes, sizes_of
 from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.export.imports import State, check_shape, check_whole, find_targets, write_checkpoint
-from mtl_lora.tasks import TaskSet
+from mtl_lora.language import prompts
+from mtl_lora.language.tasks import TaskSet
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # Options of PEFT that are read here, or that say nothing about what a saved adapter computes.
@@ -88,7 +89,7 @@ def _read_options(folder: Path) -> dict:
     for key, value in options.items():
         if value and key not in _READ_OR_IDLE and value not in _PLAIN.get(key, ()):
             raise UserError(
-                f"{folder / CONFIG_NAME} sets {key} to {value!r}, which the checkpoint here can not hold; "
+                f"{folder / CONFIG_NAME} sets {key} to {value!r}, which the checkpoint here cannot hold; "
                 "only a plain LoRA can be imported"
             )
     for key, types in (("r", (int,)), ("lora_alpha", (int, float))):

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter import checkpoint
+from mtl_lora.base_model import BaseModel
 from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.export.folders import whole_folder
-from mtl_lora.export.structure import Sizes, base_structure, check_layers, local_fingerprint, targets_for
-from mtl_lora.tasks import TaskSet
+from mtl_lora.export.structure import Sizes, base_structure, check_layers, targets_for
+from mtl_lora.language.tasks import TaskSet
 
 State = dict[str, torch.Tensor]
 
@@ -58,7 +59,7 @@ def write_checkpoint(
     """Write ``state`` as the checkpoint of an ``adapter`` that was trained on ``base_model`` with ``template``."""
     origin = checkpoint.Origin(
         base_model=base_model,
-        base_fingerprint=local_fingerprint(base_model),
+        base_fingerprint=BaseModel(base_model).local_fingerprint(),
         prompt_template=template,
         task_set=tasks.to_json(),
     )

@@ -9,12 +9,11 @@ from transformers import AutoTokenizer
 import mtl_lora
 from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.adapter.inject import layer_class
+from mtl_lora.base_model import BaseModel, cached_path, choose_dtype, hub_errors
 from mtl_lora.config import DTYPES
 from mtl_lora.errors import UserError
 from mtl_lora.export.folders import check_output, whole_folder
 from mtl_lora.export.peft_format import check_task
-from mtl_lora.export.structure import base_config, check_fingerprint
-from mtl_lora.model import _file_of, choose_dtype, fingerprint, load_model, one_sentence_for, resolve
 
 # What transformers writes for a model and its tokenizer.
 FILES = (
@@ -58,20 +57,21 @@ def export_merged(
     if base_model is None:
         raise UserError(f"{checkpoint} does not say its base model; pass --base_model")
     # What is wrong is told before the base model is loaded.
-    inputs = [checkpoint, resolve(base_model)]
+    inputs = [checkpoint, BaseModel(base_model).path]
     check_output(output, FILES, overwrite, inputs)
     read_weights(checkpoint, config)
-    settings = base_config(base_model, trust_remote_code)
+    settings = BaseModel(base_model, trust_remote_code).config()
     if getattr(settings, "quantization_config", None):
         raise UserError(
-            f"the base model {base_model!r} is quantised and can not take the adapter into its weights; pass "
+            f"the base model {base_model!r} is quantised and cannot take the adapter into its weights; pass "
             "--base_model with the model it was quantised from, or export with the peft command"
         )
-    check_fingerprint(checkpoint, config.origin_config.base_fingerprint, fingerprint(base_model), base_model)
+    base = BaseModel(base_model, trust_remote_code)
+    base.check_fingerprint(config.origin_config.base_fingerprint, base.fingerprint(), checkpoint)
     if dtype == "auto":
         own = (name for name in DTYPES if name != "auto" and choose_dtype(name) == settings.dtype)
         dtype = next(own, "fp32")
-    model = mtl_lora.load(load_model(base_model, dtype, trust_remote_code), checkpoint)
+    model = mtl_lora.load(BaseModel(base_model, trust_remote_code).load(dtype), checkpoint)
     untie_changed_head(mtl_lora.merge(model, task))
     with whole_folder(output, FILES, overwrite, inputs) as folder:
         model.save_pretrained(folder)
@@ -89,9 +89,9 @@ def untie_changed_head(model: nn.Module) -> None:
 def _save_tokenizer(base_model: str, folder: Path, trust_remote_code: bool) -> None:
     """The base model's own, unchanged; the pad rule is for whoever needs to pad."""
     # Without its files transformers makes an empty tokenizer up for some architectures.
-    if not any(_file_of(resolve(base_model), name) for name in TOKENIZER_FILES):
+    if not any(cached_path(BaseModel(base_model).path, name) for name in TOKENIZER_FILES):
         print(f"note: no tokenizer was written, for the base model {base_model!r} has none", file=sys.stderr)
         return
-    with one_sentence_for(base_model):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(base_model), trust_remote_code=trust_remote_code)
+    with hub_errors(base_model):
+        tokenizer = AutoTokenizer.from_pretrained(BaseModel(base_model).path, trust_remote_code=trust_remote_code)
     tokenizer.save_pretrained(folder)

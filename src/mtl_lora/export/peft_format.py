@@ -6,19 +6,15 @@ import torch
 from safetensors.torch import save_file
 
 from mtl_lora import files
-from mtl_lora.adapter.base import AdapterLayer, Factors, is_conv1d
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d
 from mtl_lora.adapter.without_base import adapter_without_base
+from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.export.card import model_card, read_scores
 from mtl_lora.export.folders import whole_folder
-from mtl_lora.export.structure import (
-    base_structure,
-    check_fingerprint,
-    local_fingerprint,
-    targets_for,
-)
+from mtl_lora.export.structure import base_structure, targets_for
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
@@ -46,7 +42,8 @@ def export_peft(
     base_model = base_model or config.origin_config.base_model
     if base_model is None:
         raise UserError(f"{checkpoint} does not say its base model; pass --base_model")
-    check_fingerprint(checkpoint, config.origin_config.base_fingerprint, local_fingerprint(base_model), base_model)
+    handle = BaseModel(base_model, trust_remote_code)
+    handle.check_fingerprint(config.origin_config.base_fingerprint, handle.local_fingerprint(), checkpoint)
     scores = read_scores(checkpoint, config, results)
     base = base_structure(base_model, trust_remote_code)
     layers = adapter_layers(adapter_without_base(checkpoint, config, base))
@@ -61,12 +58,12 @@ def export_peft(
 
 
 def choose_tasks(known: list[str], wanted: list[str] | None) -> list[str]:
-    """The folder names to write; raises ``UserError`` for a task that is not there or can not name a folder."""
+    """The folder names to write; raises ``UserError`` for a task that is not there or cannot name a folder."""
     chosen = list(dict.fromkeys(wanted or known or [FOR_ALL]))
     for name in chosen:
         check_task(known or [FOR_ALL], name)
         if name in (".", "..") or Path(name).name != name:
-            raise UserError(f"the task {name!r} can not name a folder; rename it in the checkpoint's tasks")
+            raise UserError(f"the task {name!r} cannot name a folder; rename it in the checkpoint's tasks")
     return chosen
 
 

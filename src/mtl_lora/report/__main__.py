@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.errors import OneSentenceParser, UserError, one_sentence
+from mtl_lora.errors import OneSentenceParser, UserError, user_errors_to_exit_code
 from mtl_lora.files import write_text
 from mtl_lora.report import render_compare
 from mtl_lora.report.compare import compare
@@ -137,7 +137,7 @@ def _check_output(output: str, inputs: list[Path]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one subcommand; a user's mistake ends in one sentence and exit code 2."""
-    with one_sentence():
+    with user_errors_to_exit_code():
         parsed = make_parser().parse_args(arguments)
         parsed.run(parsed)
 

@@ -4,11 +4,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from mtl_lora.language.tasks import Task
 from mtl_lora.report.comparable import check_comparable, check_same_questions
 from mtl_lora.report.paired import CONFIDENCE, bootstrap_means, mcnemar_p, percentile_interval
 from mtl_lora.report.predictions import Prediction, read_predictions
 from mtl_lora.report.results import Results
-from mtl_lora.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
+from mtl_lora.language.tasks import Task, TaskSet
 from mtl_lora.report.read_study import FILE_NAME as STUDY_NAME
 from mtl_lora.report.read_study import read_study
 from mtl_lora.report.results import FILE_NAME as RESULTS_NAME
 from mtl_lora.report.results import Results, Score, mean_score, read_results
 from mtl_lora.report.study import OVER_QUESTIONS, Experiment, Run, Scores, Study, Value
 from mtl_lora.report.training_records import ANALYSIS_NAME, LOG_NAME, Analysis, Log, read_analysis, read_log
-from mtl_lora.tasks import Task, TaskSet
 
 RUN_NAME = "run.json"  # what a training was told
 CHECKPOINT_NAME = "mtl_lora_config.json"  # what a training made

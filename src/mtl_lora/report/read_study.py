@@ -5,11 +5,11 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
+from mtl_lora.language.tasks import TaskSet
 from mtl_lora.report.record import Record, is_object
 from mtl_lora.report.results import Trainable
 from mtl_lora.report.study import OVER_QUESTIONS, OVER_SEEDS, Experiment, Run, Scores, Study, Value
 from mtl_lora.report.training_records import read_analysis, read_log
-from mtl_lora.tasks import TaskSet
 
 FILE_NAME = "study.json"
 SCHEMA = 1

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
+from mtl_lora.language.tasks import TaskSet
 from mtl_lora.report.record import Record, is_object, one_line
-from mtl_lora.tasks import TaskSet
 
 FILE_NAME = "results.json"
 SCHEMA = 1

@@ -6,9 +6,9 @@ A study's ``study.json`` holds many; a folder of one training or evaluation is a
 import dataclasses
 from pathlib import Path
 
+from mtl_lora.language.tasks import TaskSet
 from mtl_lora.report.results import Trainable
 from mtl_lora.report.training_records import Analysis, Log
-from mtl_lora.tasks import TaskSet
 
 OVER_SEEDS, OVER_QUESTIONS = "seeds", "questions"
 

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from mtl_lora.errors import UserError
+from mtl_lora.language.tasks import COMMONSENSE, Task
 from mtl_lora.report.results import Results
 from mtl_lora.report.rows import Row, difference_row, majority_row, published_rows, result_row
-from mtl_lora.tasks import COMMONSENSE, Task
 
 # Settings of an evaluation that rows must share to be compared, and what a note calls them.
 _PROTOCOL = {

@@ -4,7 +4,7 @@ import signal
 import sys
 
 from mtl_lora import cli
-from mtl_lora.errors import files_within_reach, one_sentence
+from mtl_lora.errors import files_within_reach, user_errors_to_exit_code
 from mtl_lora.study.execute import JobFailed
 from mtl_lora.study.run import run
 from mtl_lora.study.settings import ABOUT, StudyConfig
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a study."""
     # Ending the study shall end the command that it waits for.
     signal.signal(signal.SIGTERM, _stop)
-    with one_sentence(), files_within_reach():
+    with user_errors_to_exit_code(), files_within_reach():
         config = cli.parse(StudyConfig, sys.argv[1:] if arguments is None else arguments, ABOUT)
         try:
             run(config)

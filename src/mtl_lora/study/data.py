@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import files
-from mtl_lora.data.examples import Example, load_examples
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.tasks import TaskSet
 from mtl_lora.study.grid import Study
-from mtl_lora.tasks import TaskSet
-from mtl_lora.train.settings import TrainConfig
 
 SAMPLE_SEED = 0
 _WRITING = threading.Lock()  # jobs that run side by side read the same parts

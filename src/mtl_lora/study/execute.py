@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.output import delete_evaluation
+from mtl_lora.language.output import delete_evaluation
 from mtl_lora.study import data
 from mtl_lora.study.commands import MODULES, Commands
 from mtl_lora.study.jobs import Job

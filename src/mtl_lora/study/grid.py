@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mtl_lora.config import Config, closest
 from mtl_lora.errors import UserError
-from mtl_lora.tasks import TaskSet
+from mtl_lora.language.tasks import TaskSet
 
 
 @dataclasses.dataclass

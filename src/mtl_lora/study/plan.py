@@ -39,7 +39,7 @@ def plan(planner: Planner, chosen: Sequence[Experiment], candidates: dict[str, l
 def _trained_weights(jobs: dict[str, Job]) -> dict[str, str]:
     """What each recipe trains, in words; counted in a process of its own, for a study loads no model."""
     asked = json.dumps([job.train for job in jobs.values()])
-    words = [sys.executable, "-m", "mtl_lora.train.weights"]
+    words = [sys.executable, "-m", "mtl_lora.language.weights"]
     done = subprocess.run(words, input=asked, capture_output=True, text=True)
     if done.returncode:
         return dict.fromkeys(jobs, "trained weights not counted")

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.study.data import Part, StudyData
 from mtl_lora.study.grid import Experiment, Study
 from mtl_lora.study.jobs import Job
 from mtl_lora.study.read_grid import FROM_TRAIN
-from mtl_lora.train.settings import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,8 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.config import Config, closest
 from mtl_lora.errors import UserError
-from mtl_lora.evaluate.settings import EvalConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.study.grid import Experiment, Grid, Search, Study
-from mtl_lora.train.settings import TrainConfig
 
 # Flags that the study sets itself, and those without which runs of one table would not be comparable.
 OWN_TRAIN = ("output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir", "check", "local_rank")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mtl_lora import files
 from mtl_lora.config import AdapterConfig
+from mtl_lora.language.config import TrainConfig
 from mtl_lora.report.results import Results
 from mtl_lora.study.grid import Experiment
 from mtl_lora.study.merge import results_of
@@ -12,7 +13,6 @@ from mtl_lora.study.paired_seeds import against
 from mtl_lora.study.planner import Planner, Run
 from mtl_lora.study.run_record import run_record
 from mtl_lora.study.statistics import summarise
-from mtl_lora.train.settings import TrainConfig
 
 FILE_NAME = "study.json"
 SCHEMA = 1

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from mtl_lora.language.tasks import Task, TaskSet
 from mtl_lora.report.render import MARKDOWN, NOTHING, markdown_table, percent, trainable_text
 from mtl_lora.report.results import Trainable
 from mtl_lora.report.rows import MAJORITY_LABEL, Cell
 from mtl_lora.study.notes import single_runs
-from mtl_lora.tasks import Task, TaskSet
 
 FILE_NAME = "table.md"
 

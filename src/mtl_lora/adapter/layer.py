@@ -1,0 +1,249 @@
+"""The contract of every method: one layer wrapped around a frozen linear layer.
+
+Shape legend: B batch, L tokens, k in_features, d out_features, r rank, T tasks, n up-projections,
+R the width of the layer's rank space (r, or n r), N = all leading sizes of x multiplied.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mtl_lora.adapter.dropout import dropout
+from mtl_lora.config import AdapterConfig
+from mtl_lora.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The low-rank pair that equals a layer for one task: delta W = scale * B @ A.
+
+    A: (R, k). B: (d, R). Unpacks as ``A, B, scale``. magnitude: (d,), DoRA's m, or None; with it the layer's weight is
+    m / ||W + delta W|| * (W + delta W), row by row.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator:
+        return iter((self.A, self.B, self.scale))
+
+    def delta(self) -> torch.Tensor:
+        """scale * B @ A, of shape (d, k)."""
+        return self.scale * (self.B @ self.A)
+
+
+_UNIT_ROWS = 1024  # unit vectors sent through a base at a time
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Conv1D: a linear layer whose weight is stored (k, d)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) as the layer declares them: under ZeRO-3 a weight has no shape to read."""
+    return (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)
+
+
+def base_weight(base: nn.Module) -> torch.Tensor:
+    """The frozen weight as (d, k)."""
+    return base.weight.T if is_conv1d(base) else base.weight
+
+
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether a weight's numbers are codes: of 4 or 8 bits, or (bitsandbytes) packed into a wider dtype."""
+    return weight.dtype.itemsize < 2 or not weight.is_floating_point() or hasattr(weight, "quant_state")
+
+
+def in_pieces(weight: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has spread a weight over the processes."""
+    return hasattr(weight, "ds_id")
+
+
+def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A block in which a weight is there as a whole: under ZeRO-3 its pieces are gathered for the while."""
+    if not in_pieces(weight):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight])
+
+
+class AdapterLayer(nn.Module):
+    """y = base(x) + scale * up @ mix(down @ dropout(x)): a frozen linear layer and a trained low-rank path beside it.
+
+    A method says what ``down`` (R, k), ``mix`` and ``up`` (d, R) are; the wrapped layer is kept as it is, weight and
+    bias untouched. Trained weights are float32 (float64 for a float64 base) and are cast to the activations' dtype
+    as they are used.
+    """
+
+    parameter_names: tuple[str, ...] = ()
+    needs_task_ids = False
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig):
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = features(base)
+        # The output of a quantised layer, or of one whose weight lies in pieces (ZeRO-3), belongs to a function of
+        # its own, which does not let it be changed.
+        self.in_place = not is_quantised(base.weight) and not in_pieces(base.weight)
+        self.rank, self.scale, self.tasks = config.rank, config.scale, list(config.tasks)
+        self.dropout = config.dropout
+        self.create(config)
+        self.reset_parameters()
+
+    def create(self, config: AdapterConfig) -> None:
+        """Make the parameters named in ``parameter_names`` with ``new_parameter``."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the starting values from torch's global generator; the layer then equals its base."""
+        raise NotImplementedError
+
+    def down(self) -> torch.Tensor:
+        """(R, k), from the input to rank space."""
+        raise NotImplementedError
+
+    def up(self) -> torch.Tensor:
+        """(d, R), from rank space to the output."""
+        raise NotImplementedError
+
+    def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What a task does in rank space: (N, R) to (N, R); ``x`` (..., k) is there for its shape alone."""
+        return z
+
+    def factors(self, task: str | int | None = None) -> Factors:
+        """The pair (A, B) and scale that equal this layer for ``task`` (a name, an id, or None without tasks)."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., k) to (..., d)."""
+        # Rows are flattened before the base runs, not after: an in-place sum into a view of the base's output would
+        # make autograd copy it.
+        rows = x.reshape(-1, self.in_features)
+        output = self.base(rows)
+        dropped = dropout(rows, self.dropout) if self.training and self.dropout else rows
+        z = F.linear(dropped, self.down().to(rows.dtype))
+        output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """Base output (N, d) and rank space (N, R) to the layer's output (N, d); ``dropped`` is dropout(x), (N, k)."""
+        up = self.up().to(output.dtype).T
+        if self.in_place:
+            return output.addmm_(mixed, up, alpha=self.scale)
+        return torch.addmm(output, mixed, up, alpha=self.scale)
+
+    @torch.no_grad()
+    def merged_weight(self, task: str | int | None = None) -> torch.Tensor:
+        """The plain weight (d, k) that equals this layer for ``task``, summed in the adapter's dtype.
+
+        Raises ``UserError`` for a quantised base, whose weight cannot hold the sum.
+        """
+        if is_quantised(self.base.weight):
+            raise UserError("a quantised base cannot take the adapter into its weights; load it in bf16 or float32")
+        weight, factors = base_weight(self.base), self.factors(task)
+        merged = weight.to(factors.A.dtype) + factors.delta()
+        if factors.magnitude is not None:
+            norm = merged.square().sum(dim=1).sqrt()
+            merged *= (factors.magnitude / positive(norm))[:, None]
+        return merged.to(weight.dtype)
+
+    @torch.no_grad()
+    def base_product(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows W^T, (M, k) to (M, d), for any base: a weight that cannot be read acts through its forward."""
+        if self.in_place:
+            return F.linear(rows, base_weight(self.base))
+        if not is_quantised(self.base.weight):
+            product = self.base(rows)
+            return product if self.bias is None else product - self.bias
+        # The bias is put aside, for (W x + b) - b loses what is small beside b. The mode is training, for in the other
+        # bitsandbytes lays weights on a CPU out anew, in a form without gradients.
+        bias, training = self.base.bias, self.base.training
+        self.base.bias, self.base.training = None, True
+        try:
+            return self.base(rows)
+        finally:
+            self.base.bias, self.base.training = bias, training
+
+    @torch.no_grad()
+    def base_row_squares(self) -> torch.Tensor:
+        """The squared norm of each output row of the frozen weight, (d,).
+
+        Where the weight is quantised, its columns come out of the base's forward one unit vector at a time; where it
+        lies in pieces (ZeRO-3), they are gathered, so all processes must call this together.
+        """
+        weight = self.base.weight
+        if not is_quantised(weight):
+            with whole(weight):
+                return base_weight(self.base).to(self.parameter_dtype).square().sum(dim=1)
+        total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
+        unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
+        for rows in unit.split(_UNIT_ROWS):
+            total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
+        return total
+
+    def check_task(self, task: str | int | None) -> None:
+        """For methods that are the same for every task: None is fine, a task that is not there is not."""
+        if task is not None:
+            self.task_index(task)
+
+    def task_index(self, task: str | int | None) -> int:
+        """The id of a task given by name or id; raises ``UserError`` that lists the tasks there are."""
+        if task in self.tasks:
+            return self.tasks.index(task)
+        if type(task) is int and 0 <= task < len(self.tasks):
+            return task
+        listed = ", ".join(f"{name} {index}" for index, name in enumerate(self.tasks)) or "none"
+        raise UserError(f"there is no task {task!r}; the adapter's tasks are {listed}")
+
+    def new_parameter(self, *shape: int) -> nn.Parameter:
+        """An unset trained parameter on the base's device, float32 unless the base is float64."""
+        return nn.Parameter(torch.empty(*shape, device=self.base.weight.device, dtype=self.parameter_dtype))
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """float64 on a float64 base, float32 on every other."""
+        return torch.float64 if self.base.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations that the base takes: its weight's, or what a quantised layer computes in."""
+        if is_quantised(self.base.weight):
+            return getattr(self.base, "compute_dtype", None) or torch.float32
+        return self.base.weight.dtype
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name: what a checkpoint holds of this layer."""
+        return {name: self.get_parameter(name) for name in self.parameter_names}
+
+    # Code that asks a linear layer for its weight or bias gets the frozen base's.
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight (d, k)."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen bias (d,), or None."""
+        return self.base.bias
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout}, tasks={len(self.tasks)}"
+
+
+def kaiming(parameter: torch.Tensor) -> None:
+    """kaiming_uniform with a = sqrt 5, the start that torch gives an ``nn.Linear`` weight."""
+    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+
+def positive(norms: torch.Tensor) -> torch.Tensor:
+    """Norms to divide by: a row of zeros has a norm of zero, and 0 / 0 is no number."""
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)

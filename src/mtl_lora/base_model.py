@@ -1,0 +1,259 @@
+"""The base model as a handle: a name and a trust flag give configuration, weights, tokenizer and fingerprint."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file, logging
+
+from mtl_lora.adapter.inject import inject, trainable_parameters
+from mtl_lora.config import DTYPES, AdapterConfig
+from mtl_lora.embedded import NAME as SMOLLM2
+from mtl_lora.embedded import smollm2_folder
+from mtl_lora.errors import UserError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
+_SAMPLE_BYTES = 4096
+_WAY_OUT = (
+    "pass the folder of a causal language model with safetensors weights, a name on the Hugging Face hub, "
+    f"or {SMOLLM2!r}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A causal language model by name on the hub, folder, or embedded name, and whether its own code may run.
+
+    Every method raises ``UserError`` with one sentence for a model that is missing, gated or of another kind.
+    """
+
+    name: str
+    trust_remote_code: bool = False
+
+    @property
+    def path(self) -> str:
+        """The name or folder that transformers reads; an embedded model is converted into the cache first."""
+        return str(smollm2_folder()) if self.name == SMOLLM2 else self.name
+
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        with hub_errors(self.name):
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    def structure(self) -> PreTrainedModel:
+        """The model on the meta device: every module and shape, no memory."""
+        config = self.config()
+        with hub_errors(self.name):
+            return structure_of(config, self.trust_remote_code)
+
+    def load(self, dtype: str = "auto", **options) -> PreTrainedModel:
+        """The model with its weights, from safetensors alone.
+
+        dtype: a ``--dtype`` value. options: further arguments of ``from_pretrained``, such as ``device_map``,
+        ``attn_implementation`` or ``quantization_config``.
+        """
+        with hub_errors(self.name):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=choose_dtype(dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+        # transformers draws what is missing at random, and a base model with random weights is not one.
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {_WAY_OUT}"
+            )
+        return model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a pad token by the pad rule."""
+        with hub_errors(self.name):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        return with_pad_token(tokenizer)
+
+    def weight_files(self) -> list[Path]:
+        """The model's safetensors files."""
+        path = self.path
+        with hub_errors(self.name):
+            index = cached_path(path, INDEX_NAME)
+        if index:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            found = [cached_path(path, part) for part in names]
+        else:
+            found = [cached_path(path, WEIGHTS_NAME)]
+        if not found or None in found:
+            with hub_errors(self.name):  # a gated model or no network has a reason of its own
+                cached_file(path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+            raise UserError(
+                f"the model {self.name!r} has no safetensors weights; convert it with save_pretrained first"
+            )
+        return found
+
+    def fingerprint(self) -> str:
+        """A hash that distinguishes one base model's weights from another's, read from its files in under a second.
+
+        Covers every tensor's name, dtype, shape and the first and last 4 KiB of its data, in name order, so it does
+        not depend on how the weights are divided into files. Computed from files because under ZeRO-3 the tensors
+        are partitioned.
+        """
+        entries = {}
+        for path in self.weight_files():
+            with hub_errors(self.name), path.open("rb") as opened:
+                (header_size,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(header_size))
+                header.pop("__metadata__", None)
+                for tensor, facts in header.items():
+                    start, end = (8 + header_size + offset for offset in facts["data_offsets"])
+                    opened.seek(start)
+                    head = opened.read(min(_SAMPLE_BYTES, end - start))
+                    opened.seek(max(start, end - _SAMPLE_BYTES))
+                    tail = opened.read(min(_SAMPLE_BYTES, end - start))
+                    entries[tensor] = (facts["dtype"], facts["shape"], hashlib.sha256(head + tail).hexdigest())
+        return hashlib.sha256(json.dumps(sorted(entries.items())).encode()).hexdigest()
+
+    def local_fingerprint(self) -> str | None:
+        """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = self.path
+            if not Path(folder).is_dir():
+                folder = snapshot_download(folder, local_files_only=True, allow_patterns=["*.safetensors*"])
+            return BaseModel(folder).fingerprint()
+        except (UserError, OSError, ValueError):
+            return None
+
+    def count(self, adapter: AdapterConfig) -> tuple[int, int]:
+        """(trainable, all) parameters with an adapter on it, counted on the meta device."""
+        return trainable_parameters(inject(self.structure(), adapter))
+
+    def check_fingerprint(self, expected: str | None, found: str | None, source: str | Path) -> None:
+        """Raise ``UserError`` if both fingerprints are known and differ: ``source`` belongs to another base model."""
+        if expected and found and found != expected:
+            raise UserError(
+                f"{source} was trained on another base model than {self.name!r}: its fingerprint is "
+                f"{expected[:12]}..., not {found[:12]}...; pass --base_model"
+            )
+
+
+def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model by its configuration, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def device_for_this_process() -> torch.device:
+    """The accelerator of this process (its local rank's), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The dtype of a ``--dtype`` value; ``auto`` is bf16 where the hardware multiplies it natively, else float32."""
+    if name not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    if name in _DTYPES:
+        return _DTYPES[name]
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+@functools.cache
+def accepts_argument(model_class: type[torch.nn.Module], argument: str) -> bool:
+    """Whether the forward of a model's class has an argument of this name."""
+    return argument in inspect.signature(model_class.forward).parameters
+
+
+def last_logits(model: torch.nn.Module) -> dict[str, int]:
+    """The argument that has a model project its last position alone to the vocabulary, for one that has it."""
+    return {"logits_to_keep": 1} if accepts_argument(type(model), "logits_to_keep") else {}
+
+
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in a dtype in which log-probabilities are exact enough: float64 stays, all else becomes float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """position_ids of an attention mask (B, L): counted from each row's first real token.
+
+    Padding gets 0 or a neighbour's, where nothing looks.
+    """
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The pad rule: the tokenizer's own pad token, else unk, else EOS; never a new word, so no embedding is resized.
+
+    Any of them is right, for padding is masked and labels are set by position, never by comparing ids with pad.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no pad, unk or end-of-sequence token; set one in its tokenizer_config.json")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def hub_errors(name: str):
+    """Turn what transformers and the hub raise for a model that cannot be loaded into one sentence."""
+    from huggingface_hub.errors import GatedRepoError
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except UserError:
+        raise
+    # ImportError: a base in 4 or 8 bits without the package that reads it.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, struct.error) as error:
+        causes, cause = [], error
+        while cause is not None and cause not in causes:
+            causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error):
+            raise UserError(
+                f"the model {name!r} is gated: accept its licence on huggingface.co and log in with `hf auth login`, "
+                "or pass a folder that holds it"
+            ) from None
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"the model {name!r} cannot be loaded ({first}); {_WAY_OUT}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def cached_path(name: str, filename: str) -> Path | None:
+    """A file of a model by folder or hub name, downloaded if need be; None where there is none."""
+    path = cached_file(
+        name,
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return Path(path) if path else None

@@ -1,1 +1,0 @@
-"""Records to padded batches: reading, encoding, collating and sampling."""

@@ -1,1 +1,0 @@
-"""Evaluation: generation, scoring, answer extraction and the command behind commonsense_evaluate.py."""

@@ -1,0 +1,1 @@
+"""Causal language models that answer in words: the eight commonsense benchmarks and one's own tasks."""

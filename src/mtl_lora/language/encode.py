@@ -1,0 +1,121 @@
+"""Text to token ids, one way for training and evaluation, so that a prompt has the same ids in both.
+
+Prompt and answer are tokenised apart and joined: no token merges across the boundary, and exactly the answer and
+EOS carry loss. A prompt that is too long loses tokens from the middle of its instruction.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from mtl_lora.errors import UserError
+from mtl_lora.language.examples import Example
+from mtl_lora.language.prompts import template
+from mtl_lora.language.tasks import Task, TaskSet
+
+# What a free-text answer may need beside its prompt, in tokens; options say exactly how long an answer can be.
+FREE_TEXT_RESERVE = 32
+# What must remain of a shortened instruction. Its outermost tokens may hold white space of the template, merged with
+# its own, so with less than this the template would suffer.
+LEAST_INSTRUCTION = 8
+
+
+@dataclasses.dataclass
+class Encoded:
+    """One example in token ids: ``prompt_ids + answer_ids``, and how many prompt tokens the cutoff took."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    task_id: int
+    removed: int = 0
+
+
+class Encoder:
+    """Encodes prompts and answers for one tokenizer, template and cutoff.
+
+    cutoff_len: tokens of prompt, answer and EOS together. The room kept for the answer depends on the task alone,
+    so that training and evaluation shorten a prompt alike; only a free-text answer longer than what is kept for one
+    takes more of it, in training, where it must fit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_name: str, cutoff_len: int, tasks: TaskSet):
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
+        self.template = template(template_name)
+        self.prefix = self._special_prefix()
+        self._answers: dict[str, list[int]] = {}
+        self._reserves = {task.id: self._reserve(task) for task in tasks}
+        self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def _special_prefix(self) -> list[int]:
+        """The ids that the tokenizer puts before a text by itself (BOS), as a list that may be empty."""
+        bare, full = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
+        start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+        return full[:start]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def _reserve(self, task: Task) -> int:
+        if not task.options:
+            return FREE_TEXT_RESERVE
+        return max(len(self.answer_ids(task.answer_prefix + option)) for option in task.options)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The ids of an answer with EOS at the end; the few different answers of a data set are encoded once."""
+        if text not in self._answers:
+            self._answers[text] = [*self._ids([text])[0], self.tokenizer.eos_token_id]
+        return self._answers[text]
+
+    def encode(self, examples: Sequence[Example], with_answers: bool = True) -> list[Encoded]:
+        """Encode examples; ``with_answers`` adds ``output`` and EOS (training).
+
+        Raises ``UserError`` naming the record whose answer, alone or with the template, does not fit in the cutoff.
+        """
+        texts = [self.template.split(example.text()) for example in examples]
+        prompts = self._ids(["".join(parts) for parts in texts])
+        encoded = []
+        for example, parts, ids in zip(examples, texts, prompts, strict=True):
+            answer = self.answer_ids(example.output) if with_answers else []
+            if len(answer) > self.cutoff_len:
+                raise UserError(
+                    f"record {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "
+                    f"{self.cutoff_len}; raise cutoff_len or shorten the output"
+                )
+            room = self.cutoff_len - max(len(answer), self._reserves[example.task_id]) - len(self.prefix)
+            try:
+                prompt = self.prefix + self._shorten(ids, parts, room)
+            except UserError as error:
+                raise UserError(f"record {example.index}: {error}") from None
+            encoded.append(Encoded(prompt, answer, example.task_id, len(self.prefix) + len(ids) - len(prompt)))
+        return encoded
+
+    def _shorten(self, ids: list[int], parts: tuple[str, str, str], room: int) -> list[int]:
+        """``ids`` with tokens cut from the middle of the instruction until they fit in ``room`` tokens."""
+        if len(ids) <= room:
+            return ids
+        opening, _, closing = parts
+        if (opening, closing) not in self._fixed:
+            # A neighbour on the other side keeps white space from being tokenised otherwise than in the prompt.
+            before, after = self._ids([opening + "a", "a" + closing])
+            self._fixed[opening, closing] = before, after
+        before, after = self._fixed[opening, closing]
+        head, tail = _common_prefix(ids, before), _common_prefix(ids[::-1], after[::-1])
+        kept = room - head - tail
+        if kept < LEAST_INSTRUCTION:
+            raise UserError(
+                f"cutoff_len {self.cutoff_len} leaves no room for an instruction beside the template's {head + tail} "
+                f"tokens and the answer; raise cutoff_len to {self.cutoff_len + LEAST_INSTRUCTION - kept} or more"
+            )
+        first = head + (kept + 1) // 2
+        return ids[:first] + ids[len(ids) - tail - kept // 2 :]
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids two sequences share at their start."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))

@@ -1,1 +1,0 @@
-"""Training: the Trainer, its checkpoints and the command behind finetune.py."""
