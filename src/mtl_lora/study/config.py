@@ -1,6 +1,5 @@
 """What a study is: its flags, and the grid file that describes its experiments, read and checked."""
 
-import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -30,7 +29,9 @@ class StudyConfig(Config):
     """The flags of ``mtl-lora study``."""
 
     grid: str | None = flag(None, f"JSON file that describes the experiments, or one of {', '.join(GRIDS)}")
-    output_dir: str | None = flag(None, "folder for all runs, study.json and table.md; none: output/study/<grid's name>")
+    output_dir: str | None = flag(
+        None, "folder for all runs, study.json and table.md; none: output/study/<grid's name>"
+    )
     only: list[str] = flag([], "run these experiments alone, as a,b; empty: all")
     check: bool = flag(False, "check the grid and every job's flags, print the plan, then stop")
     report: bool = flag(False, "start nothing: write study.json and table.md of the finished runs")
@@ -69,6 +70,8 @@ class SearchConfig(Config):
             self.require(name, "at least 0", getattr(self, name) >= 0)
         (self.flag,) = _checked({self.flag: 0}, TrainConfig, for_all=False)
         self.train = _checked(self.train, TrainConfig, for_all=False)
+        if type(getattr(TrainConfig(), self.flag)) is int:
+            self.values = [int(value) if value == int(value) else value for value in self.values]
 
 
 @dataclasses.dataclass
@@ -76,8 +79,9 @@ class ExperimentConfig(Config):
     """One row of the table: one configuration over all seeds; ``train`` null is the base model alone.
 
     group: the table it belongs to. only_tasks: trained on these tasks' examples. alone: a training for every task by
-    itself, scored on that task. search: False keeps the flag as it is; a name takes that experiment's choice.
-    baseline, seeds: instead of the grid's.
+    itself, scored on that task. baseline, seeds: instead of the grid's. search: False keeps the flag as it is; a name
+    takes that experiment's choice. The grid completes it: ``baseline`` and ``search`` are then names of experiments
+    or empty, and ``seeds`` are those of its runs, [None] for the base model, in which nothing is random.
     """
 
     name: str
@@ -94,7 +98,7 @@ class ExperimentConfig(Config):
         self.slug = re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_.")  # the name as a folder
         self.require("name", "a name with a letter or digit", bool(self.slug))
         self.require("only_tasks", "different names", len(set(self.only_tasks)) == len(self.only_tasks))
-        _check_seeds(self)
+        self.require("seeds", "different whole numbers from 0", _are_seeds(self.seeds))
         for key in ("only_tasks", "alone", "seeds"):
             if self.train is None and getattr(self, key):
                 raise UserError(f"{key} needs a training, and train is null")
@@ -110,9 +114,9 @@ class Grid(Config):
 
     notes: what a reader of the table must know. launcher: what starts the commands, such as ``torchrun
     --nproc_per_node 8``. prepare: the command that makes the data, for errors. train_records, test_records: most
-    examples and questions of each task, a fixed sample for all experiments; 0 takes all. ``validate`` makes
-    ``SearchConfig`` and ``ExperimentConfig`` of the objects, and adds ``tasks``, the task set of all experiments,
-    and ``scored``, the names of those that a whole average needs.
+    examples and questions of each task, a fixed sample for all experiments; 0 takes all. Validated, it has
+    ``SearchConfig`` and ``ExperimentConfig`` in place of objects, ``tasks``, the task set of all experiments, and
+    ``scored``, the names of the tasks that a whole average needs.
     """
 
     name: str
@@ -133,22 +137,22 @@ class Grid(Config):
 
     def validate(self) -> None:
         self.require("name", "letters, digits, '_', '-' or '.'", bool(re.fullmatch(r"\w[\w.\-]*", self.name)))
-        self.require("seeds", "at least one whole number", bool(self.seeds))
+        self.require(
+            "seeds", "different whole numbers from 0, at least one", bool(self.seeds) and _are_seeds(self.seeds)
+        )
         self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(self.launcher.strip()))
         self.require("experiments", "at least one experiment", bool(self.experiments))
-        _check_seeds(self)
         for name in ("train_records", "test_records"):
             self.require(name, "at least 0", getattr(self, name) >= 0)
-        with _naming("train"):
-            train = TrainConfig.from_json(_checked(self.train, TrainConfig))
-            self.train = {"base_model": train.base_model, "data_path": train.data_path} | _checked(self.train, TrainConfig)
-            self.tasks = train.task_set()
-        with _naming("evaluate"):
-            evaluate = EvalConfig.from_json({"base_model": "any"} | _checked(self.evaluate, EvalConfig))
-            self.evaluate = {"data_dir": evaluate.data_dir} | _checked(self.evaluate, EvalConfig)
-            if evaluate.mode == "both":
-                raise UserError("mode is both, and a table has one; choose generate or score")
+        train = TrainConfig.from_json(_checked(self.train, TrainConfig, place="train: "), "train")
+        self.train = {"base_model": train.base_model, "data_path": train.data_path, **_checked(self.train, TrainConfig)}
+        self.tasks = train.task_set()
+        flags = _checked(self.evaluate, EvalConfig, place="evaluate: ")
+        evaluate = EvalConfig.from_json({"base_model": "any", **flags}, "evaluate")
+        self.evaluate = {"data_dir": evaluate.data_dir, **flags}
         self.scored = evaluate.tasks or self.tasks.names
+        if evaluate.mode == "both":
+            raise UserError("evaluate: mode is both, and a table has one; choose generate or score")
         if self.search is not None:
             self.search = SearchConfig.from_json(self.search, "search")
             if Path(self.search.data_dir).resolve() == Path(evaluate.data_dir).resolve():
@@ -157,35 +161,43 @@ class Grid(Config):
             ExperimentConfig.from_json(value, f"experiment {value.get('name', index)!r}")
             for index, value in enumerate(self.experiments)
         ]
-        alone = [experiment.group for experiment in self.experiments if experiment.alone]
         for key, values in {
             "name": [experiment.name for experiment in self.experiments],
             "folder name": [experiment.slug for experiment in self.experiments],
-            "group, and alone,": alone,
+            "group, and alone,": [experiment.group for experiment in self.experiments if experiment.alone],
         }.items():
             if repeated := next((value for value in values if values.count(value) > 1), None):
                 raise UserError(f"two experiments have the {key} {repeated!r}")
         if self.baseline:
             self.experiment(self.baseline)
         for experiment in self.experiments:
-            with _naming(f"experiment {experiment.name!r}"):
-                self._check_names(experiment, evaluate.tasks)
+            try:
+                self._complete(experiment, evaluate.tasks)
+            except UserError as error:
+                raise UserError(f"experiment {experiment.name!r}: {error}") from None
 
-    def _check_names(self, experiment: ExperimentConfig, scored: list[str]) -> None:
-        """The names of other experiments and of tasks, and what a search that is named is for."""
-        self.baseline_of(experiment)
+    def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
+        """Check the names of tasks and of other experiments, and put those of the grid where it has none itself."""
         own = [*experiment.evaluate.get("tasks", []), *(experiment.only_tasks if experiment.alone else [])]
         for task in [*experiment.only_tasks, *scored, *own]:
             if self.tasks[task].name in own and scored and task not in scored:
                 raise UserError(f"{task} is to be scored, and the grid's evaluate has the tasks {scored} alone")
+        baseline = experiment.baseline or self.baseline
+        experiment.baseline = self.experiment(baseline).name if baseline and baseline != experiment.name else ""
+        experiment.seeds = [None] if experiment.train is None else experiment.seeds or self.seeds
+        sets_flag = self.search is not None and self.search.flag in (experiment.train or {})
         if isinstance(experiment.search, str):
-            named = f"search names {experiment.search!r}"
+            home, named = self.experiment(experiment.search), f"search names {experiment.search!r}"
             if self.search is None:
                 raise UserError(f"{named}, and the grid has no search")
-            if self.search.flag in (experiment.train or {}):
+            if sets_flag:
                 raise UserError(f"{named}, and train sets {self.search.flag} itself")
-            if self.searched_as(home := self.experiment(experiment.search)) is not home:
+            if home.train is None or self.search.flag in home.train or home.search not in (True, home.name):
                 raise UserError(f"{named}, for which nothing is searched")
+        elif not experiment.search or self.search is None or experiment.train is None or sets_flag:
+            experiment.search = ""
+        else:
+            experiment.search = experiment.name
 
     def experiment(self, name: str) -> ExperimentConfig:
         """An experiment by name; raises ``UserError`` that lists the names."""
@@ -193,23 +205,6 @@ class Grid(Config):
         if name not in named:
             raise UserError(f"the grid {self.name} has no experiment {name!r}{closest(name, list(named))}")
         return named[name]
-
-    def seeds_of(self, experiment: ExperimentConfig) -> list[int | None]:
-        """The seeds of an experiment; [None] for the base model alone, in which nothing is random."""
-        return [None] if experiment.train is None else experiment.seeds or self.seeds
-
-    def baseline_of(self, experiment: ExperimentConfig) -> ExperimentConfig | None:
-        """The experiment that this one is compared with."""
-        name = experiment.baseline or self.baseline
-        return self.experiment(name) if name and name != experiment.name else None
-
-    def searched_as(self, experiment: ExperimentConfig) -> ExperimentConfig | None:
-        """The experiment whose search decides the flag of this one; None if nothing is searched."""
-        if self.search is None or experiment.train is None or experiment.search is False:
-            return None
-        if isinstance(experiment.search, str):
-            return self.experiment(experiment.search)
-        return None if self.search.flag in experiment.train else experiment
 
 
 def read_grid(name: str) -> Grid:
@@ -227,35 +222,22 @@ def read_grid(name: str) -> Grid:
     return grid
 
 
-def _checked(flags: dict, config: type[Config], for_all: bool = True) -> dict:
-    """Flags under today's names; for_all: whether they are those of all experiments.
-
-    Raises ``UserError`` for one that ``config`` does not have or that may not be set there.
-    """
+def _checked(flags: dict, config: type[Config], for_all: bool = True, place: str = "") -> dict:
+    """Flags of ``config`` under today's names. for_all: those of the grid, for all experiments; place: for errors."""
     names = {alias: flag.name for flag in config.flags() for alias in (flag.name, *flag.metadata.get("aliases", ()))}
     for key in flags:
         if key not in names:
-            raise UserError(f"unknown flag {key!r}{closest(key, list(names))}")
+            raise UserError(f"{place}unknown flag {key!r}{closest(key, list(names))}")
         if config is EvalConfig and key in FROM_TRAIN:
-            raise UserError(f"{key} is given once, in the grid's train; leave it out here")
+            raise UserError(f"{place}{key} is given once, in the grid's train; leave it out here")
         if key == "limit":
-            raise UserError("limit takes the first questions; use the grid's test_records, a fixed sample")
+            raise UserError(f"{place}limit takes the first questions; use the grid's test_records, a fixed sample")
         if names[key] in _OWN[config]:
-            raise UserError(f"{key} is set by the study; leave it out")
+            raise UserError(f"{place}{key} is set by the study; leave it out")
         if names[key] in _SHARED[config] and not for_all:
-            raise UserError(f"{key} must be equal for all experiments; set it in the grid's own flags")
+            raise UserError(f"{place}{key} must be equal for all experiments; set it in the grid's own flags")
     return {names[key]: value for key, value in flags.items()}
 
 
-def _check_seeds(config: Grid | ExperimentConfig) -> None:
-    valid = len(set(config.seeds)) == len(config.seeds) and all(seed >= 0 for seed in config.seeds)
-    config.require("seeds", "different whole numbers from 0", valid)
-
-
-@contextlib.contextmanager
-def _naming(place: str):
-    """A block whose ``UserError`` begins with the place in the grid."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+def _are_seeds(seeds: list[int]) -> bool:
+    return len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)

@@ -13,7 +13,8 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import Example, load_examples
 from mtl_lora.language.tasks import TaskSet
-from mtl_lora.report.load import Sample
+from mtl_lora.report.study_model import Sample
+from mtl_lora.report.table import trainable_text
 from mtl_lora.results import Trainable
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 
@@ -47,12 +48,6 @@ class Part:
     path: Path
     used: Sample
     content: dict[Path, bytes]
-
-    def write(self) -> None:
-        """Write the files that are not there yet with these very bytes."""
-        for path, content in self.content.items():
-            if not path.is_file() or path.read_bytes() != content:
-                files.write_all({path: content})
 
 
 class Data:
@@ -221,41 +216,34 @@ class Plan:
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
         self.grid, self.folder, self.data = grid, folder, Data(grid, folder)
-        self.base_fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
+        self._fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
 
     def _base_model(self):
         from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
 
         return BaseModel(self.grid.train["base_model"], self.grid.train.get("trust_remote_code", False))
 
-    def run(self, experiment: ExperimentConfig, seed: int | None, chosen: float | None = None) -> PlannedRun:
-        """One run; ``chosen``: the value that the search gave its flag."""
-        folder, label = self.folder / "runs" / experiment.slug, experiment.name
-        if seed is not None:
-            folder, label = folder / f"seed{seed}", f"{label} seed {seed}"
-        flags = {} if chosen is None else {self.grid.search.flag: self._typed(chosen)}
-        jobs = self._jobs(experiment, folder, label, "run", {**flags, "seed": seed}, self.data.test)
-        return PlannedRun(experiment, seed, folder, list(jobs), chosen)
-
     def runs(self, experiment: ExperimentConfig, chosen: float | None = None) -> list[PlannedRun]:
-        """The runs of all seeds."""
-        return [self.run(experiment, seed, chosen) for seed in self.grid.seeds_of(experiment)]
+        """The runs of all seeds; ``chosen``: the value that the search gave its flag."""
+        flags, runs = {} if chosen is None else {self.grid.search.flag: chosen}, []
+        for seed in experiment.seeds:
+            folder, label = self.folder / "runs" / experiment.slug, experiment.name
+            if seed is not None:
+                folder, label = folder / f"seed{seed}", f"{label} seed {seed}"
+            jobs = self._jobs(experiment, folder, label, "run", {**flags, "seed": seed}, self.data.test)
+            runs.append(PlannedRun(experiment, seed, folder, list(jobs), chosen))
+        return runs
 
-    def trials(self, experiment: ExperimentConfig) -> list[PlannedRun]:
-        """The short trainings of the search, one for each value."""
-        search, runs = self.grid.search, []
+    def trials(self, name: str) -> list[PlannedRun]:
+        """The short trainings of the search for an experiment, one for each value."""
+        experiment, search, runs = self.grid.experiment(name), self.grid.search, []
         for value in search.values:
             folder = self.folder / "search" / experiment.slug / f"{search.flag}_{value:g}"
-            label = f"{experiment.name} {search.flag} {value:g} (search)"
-            flags = {**search.train, search.flag: self._typed(value), "seed": search.seed}
+            label = f"{name} {search.flag} {value:g} (search)"
+            flags = {**search.train, search.flag: value, "seed": search.seed}
             jobs = self._jobs(experiment, folder, label, "search", flags, self.data.dev)
             runs.append(PlannedRun(experiment, search.seed, folder, list(jobs), value))
         return runs
-
-    def _typed(self, value: float) -> float | int:
-        """A whole number where the searched flag is one."""
-        whole = type(getattr(TrainConfig(), self.grid.search.flag)) is int
-        return int(value) if whole and value == int(value) else value
 
     def _jobs(
         self, experiment: ExperimentConfig, folder: Path, label: str, stage: str, flags: dict, test: Part
@@ -267,7 +255,7 @@ class Plan:
             train, data = None, {"test": test}
             evaluate = {key: grid.train[key] for key in FROM_TRAIN if key in grid.train}
             if experiment.train is not None:
-                data = {"train": self.data.train((task,) if task else tuple(experiment.only_tasks)), **data}
+                data["train"] = self.data.train((task,) if task else tuple(experiment.only_tasks))
                 train = {**grid.train, **experiment.train, **flags}
                 train |= {"data_path": str(data["train"].path), "output_dir": str(place)}
                 TrainConfig.from_json(train, f"{where}, train")
@@ -275,35 +263,32 @@ class Plan:
             evaluate |= {**grid.evaluate, **experiment.evaluate, **({"tasks": [task]} if task else {})}
             evaluate |= {"data_dir": str(test.path), "output_dir": str(place), "name": experiment.name}
             EvalConfig.from_json(evaluate, f"{where}, evaluate")
-            yield PlannedJob(
-                label=f"{label} {task}" if task else label,
-                kind=(stage, experiment.name),
-                folder=place,
-                train=train,
-                evaluate=evaluate,
-                launcher=grid.launcher,
-                data=data,
-                tasks=grid.tasks,
-                base_fingerprint=self.base_fingerprint,
-            )
+            label_of, kind = f"{label} {task}" if task else label, (stage, experiment.name)
+            known = (grid.launcher, data, grid.tasks, self._fingerprint)
+            yield PlannedJob(label_of, kind, place, train, evaluate, *known)
 
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
         """The lines that ``--check`` prints: every experiment with its trainable parameters and command lines."""
         model, grid, total = self._base_model(), self.grid, 0
         yield f"{grid.name}: {grid.about}"
         for name, runs in trials.items():
-            jobs = [job for run in runs for job in run.jobs]
+            jobs, values = jobs_of(runs), ", ".join(f"{run.value:g}" for run in runs)
             total += len(jobs)
-            yield f"search of {grid.search.flag} for {name}: {', '.join(f'{run.value:g}' for run in runs)}; jobs: {len(jobs)}"
+            yield f"search of {grid.search.flag} for {name}: {values}; jobs: {len(jobs)}"
         for experiment in chosen:
-            jobs = [job for run in self.runs(experiment) for job in run.jobs]
+            jobs = jobs_of(self.runs(experiment))
             total += len(jobs)
             facts = f"{experiment.name}; jobs: {len(jobs)}"
             try:
                 if train := jobs[0].train:
                     count = model.count(TrainConfig(**train).adapter_config(grid.tasks))
-                    facts += f", trainable parameters, M (%): {Trainable(*count).text}"
+                    facts += f", trainable parameters, M (%): {trainable_text(Trainable(*count))}"
             except UserError as error:
                 facts += f", trainable parameters not counted ({error})"
             yield "\n    ".join([facts, *jobs[0].commands])
         yield f"every job's flags are valid; {total} jobs in {self.folder}"
+
+
+def jobs_of(runs: Iterable[PlannedRun]) -> list[PlannedJob]:
+    """The jobs of runs, in order."""
+    return [job for run in runs for job in run.jobs]

@@ -1,6 +1,5 @@
 """Doing a study: its jobs side by side, what is known of each on disk, progress, and resuming after a kill."""
 
-import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -21,7 +20,7 @@ from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.results import Results
 from mtl_lora.study.config import ExperimentConfig, Grid, StudyConfig, read_grid
-from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, keeps_training
+from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, jobs_of, keeps_training
 from mtl_lora.study.summary import StudyWriter, collect
 from mtl_lora.typed_json import Reader
 
@@ -76,68 +75,64 @@ class Runner:
     """
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
-        self.plan, self.chosen, self.overwrite = plan, chosen, overwrite
-        self.writer = StudyWriter(plan)
-        self.trials = {home.name: plan.trials(home) for home in filter(None, map(plan.grid.searched_as, chosen))}
-        self._check(_jobs(*self.trials.values()))
-        self._add_searches(self.trials)
-        self._check(_jobs(self._runs(chosen)))
+        self.plan, self.chosen, self.overwrite, self.writer = plan, chosen, overwrite, StudyWriter(plan)
+        self.trials = {each.search: plan.trials(each.search) for each in chosen if each.search}
+        self._check([job for runs in self.trials.values() for job in jobs_of(runs)])
+        self._finish_searches(self.trials)
+        self._check(jobs_of(self._runs(chosen)))
 
     def _check(self, jobs: Iterable[PlannedJob]) -> None:
         for job in jobs:
             check_folder(job, self.overwrite)
 
-    def _add_searches(self, trials: dict[str, list[PlannedRun]]) -> None:
+    def _finish_searches(self, trials: dict[str, list[PlannedRun]]) -> None:
         for name, runs in trials.items():
-            if name not in self.writer.chosen and all(map(is_finished, _jobs(runs))):
+            if name not in self.writer.chosen and all(map(is_finished, jobs_of(runs))):
                 self.writer.add_search(name, runs)
 
     def _runs(self, experiments: Iterable[ExperimentConfig]) -> list[PlannedRun]:
         """The runs whose configuration is known: those that wait for no search."""
-        homes = {each.name: self.plan.grid.searched_as(each) for each in experiments}
-        chosen = {None: None} | self.writer.chosen
-        names = {each.name: home and home.name for each, home in zip(experiments, homes.values(), strict=True)}
-        known = [each for each in experiments if names[each.name] in chosen]
-        return [run for each in known for run in self.plan.runs(each, chosen[names[each.name]])]
+        chosen = {"": None, **self.writer.chosen}
+        known = [each for each in experiments if each.search in chosen]
+        return [run for each in known for run in self.plan.runs(each, chosen[each.search])]
 
     def run(self, pool: "ProcessPool") -> None:
         """Do every job that is not done; after each job study.json and table.md are written anew."""
-        trials = _jobs(*self.trials.values())
-        known = {job.folder: job for job in [*trials, *_jobs(self._runs(self.chosen))]}
-        waiting = {job.folder: job for each in self.chosen for job in _jobs(self.plan.runs(each))} | known
-        progress = Progress([*waiting.values()], pool.parallel)
-        finished = sum(map(is_finished, known.values()))
-        print(f"{self.plan.grid.name}: {len(waiting)} jobs, {finished} of them finished, in {self.plan.folder}", flush=True)
+        trials = [job for runs in self.trials.values() for job in jobs_of(runs)]
+        known = {job.folder: job for job in [*trials, *jobs_of(self._runs(self.chosen))]}
+        waiting = {job.folder: job for each in self.chosen for job in jobs_of(self.plan.runs(each))} | known
+        progress, finished = Progress([*waiting.values()], pool.parallel), sum(map(is_finished, known.values()))
+        name, folder = self.plan.grid.name, self.plan.folder
+        print(f"{name}: {len(waiting)} jobs, {finished} of them finished, in {folder}", flush=True)
         self._execute(trials, progress, pool)
-        self._add_searches(self.trials)
-        jobs = _jobs(self._runs(self.chosen))
+        self._finish_searches(self.trials)
+        jobs = jobs_of(self._runs(self.chosen))
         self._check(jobs)
         self._execute(jobs, progress, pool)
         self.report()
 
     def _execute(self, jobs: Sequence[PlannedJob], progress: "Progress", pool: "ProcessPool") -> None:
         """Do what is left of the jobs, with a line each."""
-        done = [job for job in jobs if is_finished(job)]
-        for job in done:
+        left = [job for job in jobs if not is_finished(job)]
+        for job in (job for job in jobs if job not in left):
             progress.finish(job, load_state(job))
-        for job, state in execute_all([job for job in jobs if job not in done], pool):
+        for job, state in execute_all(left, pool):
             progress.finish(job, state)
             print(progress.line(job, state, Results.load(job.folder).average.value), flush=True)
             self.report()
 
     def report(self) -> bool:
-        """Write study.json and table.md of all finished runs, those of experiments that are not chosen included."""
-        grid = self.plan.grid
-        others = {home.name: home for home in filter(None, map(grid.searched_as, grid.experiments))}
-        self._add_searches({name: self.plan.trials(home) for name, home in others.items() if name not in self.trials})
-        finished = [run for run in self._runs(grid.experiments) if all(map(is_finished, run.jobs))]
+        """Write study.json and table.md of all finished runs, those of experiments that are not chosen included.
+
+        Returns whether there is any.
+        """
+        experiments = self.plan.grid.experiments
+        others = {each.search for each in experiments if each.search and each.search not in self.trials}
+        self._finish_searches({name: self.plan.trials(name) for name in sorted(others)})
+        finished = [run for run in self._runs(experiments) if all(map(is_finished, run.jobs))]
         if finished:
             self.writer.write([(run, list(map(load_state, run.jobs))) for run in finished])
         return bool(finished)
-
-
-def _jobs(*runs: Iterable[PlannedRun]) -> list[PlannedJob]:
-    return [job for several in runs for run in several for job in run.jobs]
 
 
 # ---- what is known of a job ----
@@ -183,7 +178,11 @@ def load_state(job: PlannedJob) -> State | None:
     changes = job.changes(state.configuration)
     if changes and not (job.train and "train" in state.seconds and keeps_training(changes)):
         return None
-    trained = {"starts": {"train": state.starts.get("train", 1)}, "seconds": {"train": state.seconds["train"]}} if changes else {}
+    trained = (
+        {"starts": {"train": state.starts.get("train", 1)}, "seconds": {"train": state.seconds["train"]}}
+        if changes
+        else {}
+    )
     return dataclasses.replace(state, configuration=job.configuration, commands=job.commands, **trained)
 
 
@@ -218,8 +217,8 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
         raise UserError(f"{job.folder} holds {foreign[0]}, which no study made; pass another --output_dir")
     if jobs and not overwrite:
         raise UserError(
-            f"{job.folder} holds runs of another configuration ({', '.join(jobs)}); pass --overwrite to delete them, or "
-            "another --output_dir"
+            f"{job.folder} holds runs of another configuration ({', '.join(jobs)}); pass --overwrite to delete them, "
+            "or another --output_dir"
         )
 
 
@@ -244,13 +243,15 @@ def execute_all(jobs: Sequence[PlannedJob], pool: "ProcessPool") -> Iterator[tup
 
 def execute(job: PlannedJob, pool: "ProcessPool") -> State:
     """Do what is left of a job; raises ``JobFailed``."""
+    pool.check()
     state = load_state(job)
     if state is None:
         shutil.rmtree(job.folder, ignore_errors=True)
         state = State(job.configuration, job.commands)
     with pool.lock:  # jobs side by side read the same data
-        for part in job.data.values():
-            part.write()
+        for path, content in ((path, content) for part in job.data.values() for path, content in part.content.items()):
+            if not path.is_file() or path.read_bytes() != content:
+                files.write_all({path: content})
     for step in job.steps:
         if step in state.seconds and (job.folder / _MADE[step]).is_file():
             continue
@@ -284,7 +285,9 @@ def _command(job: PlannedJob, step: str, flags: dict, pool: "ProcessPool") -> fl
             output.flush()
             code = pool.start(command, output)
         if code:
-            raise JobFailed(f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last_line(log)}")
+            failure = f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last_line(log)}"
+            pool.end()  # before this thread takes the next job
+            raise JobFailed(failure)
     return round(time.monotonic() - began, 3)
 
 
@@ -335,8 +338,7 @@ class ProcessPool:
         options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "pass_fds": [self._descriptor]}
         try:
             with self.lock:
-                if self._ended:
-                    raise JobFailed("the study has ended")  # in a thread that nobody waits for any more
+                self.check()
                 process = subprocess.Popen(command, env={**os.environ, **environment}, **options)
                 self._running.add(process)
             code = process.wait()
@@ -344,6 +346,11 @@ class ProcessPool:
             return code
         finally:
             self._slots.put(environment)
+
+    def check(self) -> None:
+        """Raise ``JobFailed`` after ``end``, in threads that nobody waits for any more."""
+        if self._ended:
+            raise JobFailed("the study has ended")
 
     def end(self) -> None:
         """End every command that runs; none starts after it."""
@@ -364,7 +371,9 @@ def environments(parallel: int) -> list[dict[str, str]]:
     if gpus and parallel > len(gpus):
         raise UserError(f"--parallel {parallel} needs as many GPUs, and there are {len(gpus)}")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    slots = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // parallel))} for _ in range(parallel)]
+    slots = [
+        {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // parallel))} for _ in range(parallel)
+    ]
     return [slot | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}) for index, slot in enumerate(slots)]
 
 
@@ -398,12 +407,12 @@ class Progress:
         for job in self.waiting.values():
             done = (load_state(job) or State({}, [])).seconds
             for step in (step for step in job.steps if step not in done):
-                for alike in (lambda kind: kind == job.kind, lambda kind: kind[0] == job.kind[0], lambda kind: True):
-                    if seconds := [value for kind, name, value in self.known if name == step and alike(kind)]:
-                        total += statistics.fmean(seconds)
-                        break
-                else:
+                known = [(kind, value) for kind, name, value in self.known if name == step]
+                same_stage = [(kind, value) for kind, value in known if kind[0] == job.kind[0]]
+                same_kind = [(kind, value) for kind, value in same_stage if kind == job.kind]
+                if not known:
                     return None
+                total += statistics.fmean(value for _, value in same_kind or same_stage or known)
         return total / self.parallel
 
     def line(self, job: PlannedJob, state: State, average: float) -> str:
