@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts
 from mtl_lora.errors import UserError
-from mtl_lora.report.study_model import Estimate, Experiment, Run, Study, Summary
+from mtl_lora.report.study_model import Estimate, Experiment, Job, Run, Study, Summary
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.typed_json import UNWRITTEN, Fraction, Index, Reader, Text, read_object
 
@@ -102,7 +102,7 @@ def _lines(path: Path, what: str) -> list[str]:
 
 def log_of(study: Study, run: Run) -> Log | None:
     """The training log of a run; of tasks that were trained alone, that of all its parts."""
-    logs = [read_log(_file(study, part, "log")) for part in (run, *run.parts.values()) if part.log]
+    logs = [read_log(_file(study, job, "log")) for job in run.jobs if job.log]
     if len(logs) < 2:
         return logs[0] if logs else None
     # The loss over all tasks is that of no part.
@@ -114,11 +114,11 @@ def analysis_of(study: Study, run: Run) -> Analysis | None:
     return read_analysis(_file(study, run, "analysis")) if run.analysis else None
 
 
-def _file(study: Study, run: Run, key: str) -> Path:
-    path = study.path.parent / getattr(run, key)
+def _file(study: Study, job: Job, key: str) -> Path:
+    path = study.path.parent / getattr(job, key)
     if path.is_file():
         return path
-    reason = f"{key} of the run {run.folder} names {getattr(run, key)}, which is not there"
+    reason = f"{key} of the run {job.folder} names {getattr(job, key)}, which is not there"
     raise UserError(f"{study.path}: {reason}; collect the study again")
 
 
@@ -202,17 +202,16 @@ def _own_results(folder: Path, adapter: dict) -> Results | None:
 
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     """The studies among ``paths``, and all other folders as one; raises ``UserError`` for one that holds nothing."""
-    studies = [load_study(path) for path in paths]
-    single = [study for study in studies if study.is_single]
-    return [study for study in studies if not study.is_single] + ([_side_by_side(single)] if single else [])
+    found = [load_run(path) for path in paths]
+    single = [run.study() for run in found if isinstance(run, RunFolder)]
+    return [run for run in found if isinstance(run, Study)] + ([_side_by_side(single)] if single else [])
 
 
-def load_study(path: str | Path) -> Study:
-    """A study, or one training or evaluation as a study of one experiment."""
+def load_run(path: str | Path) -> Study | RunFolder:
+    """A study, or the folder of one training or evaluation."""
     path = Path(path)
-    if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
-        return Study.load(path)
-    return RunFolder.load(path).study()
+    is_study = path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file()
+    return Study.load(path) if is_study else RunFolder.load(path)
 
 
 def _side_by_side(studies: Sequence[Study]) -> Study:
