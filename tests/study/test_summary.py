@@ -134,7 +134,7 @@ def test_tasks_trained_alone_are_one_run_and_give_the_transfer(tmp_path):
     # LoRA together 0.625 and 0.375 minus alone 0.25 and 0.875.
     assert (rows["LoRA"].tasks["boolq"].difference, rows["LoRA"].tasks["piqa"].difference) == (0.375, -0.5)
     assert (rows["MTL-LoRA"].method, rows["MTL-LoRA"].group, rows["LoRA"].alone) == ("MTL_LORA", "main", "Alone")
-    assert "| LoRA - Alone " in render(study)
+    assert "Trained together" in render(study)
 
 
 def test_commits_and_devices_are_those_of_every_part(tmp_path, edit_json):
@@ -288,7 +288,7 @@ def test_shared_folder_has_every_number_and_no_weights_predictions_data_or_paths
     study, own = Study.load(shared), Study.load(tmp_path / "study")
     assert [each.summary for each in study.experiments] == [each.summary for each in own.experiments]
     assert study.transfer == own.transfer
-    for run in study.runs:
+    for run in study.jobs:
         assert (run.results, run.log, run.analysis) == (None, None, None)
     command = by_name(study)["LoRA"].runs[0].commands[0]
     assert (

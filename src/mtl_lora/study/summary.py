@@ -12,10 +12,11 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.report import study_model as model
 from mtl_lora.report.compare import paired_answers, percentile_interval, task_means
+from mtl_lora.report.figures import draw
 from mtl_lora.report.load import predictions_path
 from mtl_lora.report.study_model import CONFIDENCE, Difference, Estimate, Experiment, Run, Study
 from mtl_lora.report.table import markdown_text, study_tables
-from mtl_lora.results import Results, TaskNames, average_of
+from mtl_lora.results import Results, TaskNames, TaskResult, average_of
 from mtl_lora.study.config import ExperimentConfig
 from mtl_lora.study.plan import SAMPLE_SEED, Plan, PlannedJob, PlannedRun
 
@@ -75,31 +76,31 @@ class StudyWriter:
         evaluations = [Results.load(job.folder) for job in planned.jobs]
         results = combine(evaluations, planned.folder) if planned.experiment.alone else evaluations[0]
         jobs = [self._job(*entry) for entry in zip(planned.jobs, states, evaluations, strict=True)]
-        run = jobs[0]
+        facts = vars(jobs[0])
         if planned.experiment.alone:
-            run = Run(
-                commands=[command for job in jobs for command in job.commands],
-                seconds={step: sum(job.seconds[step] for job in jobs) for step in jobs[0].seconds},
-                starts={step: max(job.starts[step] for job in jobs) for step in jobs[0].starts},
-                steps=None if None in (steps := [job.steps for job in jobs]) else sum(steps),
-                parts={job.folder.name: run for job, run in zip(planned.jobs, jobs, strict=True)},
-            )
-        run = dataclasses.replace(
-            run,
+            steps = [job.steps for job in jobs]
+            facts = {
+                "commands": [command for job in jobs for command in job.commands],
+                "seconds": {step: sum(job.seconds[step] for job in jobs) for step in jobs[0].seconds},
+                "starts": {step: max(job.starts[step] for job in jobs) for step in jobs[0].starts},
+                "steps": None if None in steps else sum(steps),
+                "parts": {job.folder.name: part for job, part in zip(planned.jobs, jobs, strict=True)},
+            }
+        facts |= {"folder": self._relative(planned.folder), "results": self._relative(results.path)}
+        run = Run(
+            **facts,
             seed=planned.seed,
-            folder=self._relative(planned.folder),
-            results=self._relative(results.path),
             commit=results.commit,
             test_data_sha256={name: results.data.get(name) for name in results.scored},
-            tasks={name: results.tasks[name] for name in results.scored},
+            tasks={name: _score(results.tasks[name]) for name in results.scored},
             average=results.average.value if {*self.grid.scored} <= {*results.tasks} else None,
         )
         return Finished(planned, run, results, evaluations)
 
-    def _job(self, job: PlannedJob, state, results: Results) -> Run:
+    def _job(self, job: PlannedJob, state, results: Results) -> model.Job:
         """What one training and its evaluation left."""
         log, analysis = (job.folder / name for name in (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS))
-        return Run(
+        return model.Job(
             folder=self._relative(job.folder),
             results=self._relative(results.path),
             analysis=self._relative(analysis) if analysis.is_file() else None,
@@ -188,6 +189,11 @@ class StudyWriter:
         return self._intervals.get(key)
 
 
+def _score(result: TaskResult) -> TaskResult:
+    """A result without its parts and other measures, which stay in the run's own file."""
+    return dataclasses.replace(result, groups={}, others={}, measured={})
+
+
 def _last_step(log: Path) -> int | None:
     """The optimiser steps of a training log; None without one, or without a whole last line."""
     try:
@@ -204,7 +210,6 @@ def combine(parts: Sequence[Results], folder: Path) -> Results:
         **{key: "; ".join(filter(None, values)) or None for key, values in texts.items()},
         tasks={name: result for part in parts for name, result in part.tasks.items()},
         data={name: digest for part in parts for name, digest in part.data.items()},
-        average=None,  # computed from the tasks
         # The run has an adapter a task, so no single one is its own.
         adapter=None,
         settings={**parts[0].settings, "adapter_sha256": None},
@@ -260,7 +265,7 @@ def notes(study: Study, planned: dict[str, int], mode: str | None) -> list[str]:
         f"Trained on {_counted(study.data['train'], 'examples')}; steps: {_steps(study)}.",
         f"Test questions: {_counted(study.data['test'], 'questions')}.",
         "Accuracy in percent, one seed; ± is one standard error over the questions."
-        if one_seed(study)
+        if not study.has_seeds
         else f"Accuracy in percent, mean ± standard deviation over seeds ({', '.join(map(str, seeds))}); a row without "
         f"± is a single run. Interval: {_LEVEL} Student t interval of the mean over seeds, on the same questions.",
     ]
@@ -271,10 +276,17 @@ def notes(study: Study, planned: dict[str, int], mode: str | None) -> list[str]:
             f"questions within each task, seed {SEED}. They say how far other questions could move a difference, not "
             "other seeds."
         )
+    searched = [
+        (each.name, each.chosen, [c.value for c in each.candidates])
+        for each in getattr(study.search, "experiments", [])
+    ]
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
     lists = {
         "Not all runs are finished": [
             f"{name} {done.get(name, 0)} of {count}" for name, count in planned.items() if done.get(name, 0) < count
+        ],
+        "The search chose the smallest or the largest value that it tried, so others may be better, for": [
+            name for name, chosen, values in searched if chosen in (min(values), max(values))
         ],
         "Runs were evaluated at different commits": study.commits if len(study.commits) > 1 else [],
         "Trainings of earlier commits were kept": sorted(
@@ -283,11 +295,6 @@ def notes(study: Study, planned: dict[str, int], mode: str | None) -> list[str]:
         "Runs were evaluated on different devices": study.devices if len(study.devices) > 1 else [],
     }
     return found + [f"{text}: {', '.join(map(str, entries))}." for text, entries in lists.items() if entries]
-
-
-def one_seed(study: Study) -> bool:
-    """Whether no experiment has more than one run."""
-    return all(len(experiment.runs) == 1 for experiment in study.experiments)
 
 
 def _counted(sample: model.Sample, word: str) -> str:
@@ -326,7 +333,7 @@ def render(study: Study) -> str:
 
 
 def collect(folder: Path, target: Path) -> None:
-    """Write study.json and table.md of the study in ``folder`` to ``target``, without a path of this machine.
+    """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths.
 
     Raises ``UserError`` if ``target`` is the study's own folder or holds another study.
     """
@@ -339,10 +346,18 @@ def collect(folder: Path, target: Path) -> None:
     shown |= {str(Path.cwd()): ".", str(folder.absolute()): f"output/study/{study.name}"}
     value = without_paths(study.to_json(), shown)
     for run in [run for experiment in value["experiments"] for run in experiment["runs"]]:
-        for part in (run, *run["parts"].values()):
-            part |= dict.fromkeys(("results", "log", "analysis"))
+        for job in (run, *run["parts"].values()):
+            job |= dict.fromkeys(("results", "log", "analysis"))
     files.write_json(target / artifacts.STUDY, value)
     files.write_text(target / TABLE, render(Study.load(target)))
+    try:
+        drawings = draw(study)
+    except UserError as error:
+        print(f"no figures: {error}")
+        return
+    for kind in ("accuracy", "transfer", "training_loss"):
+        for drawing in [drawing for drawing in drawings if drawing.name.startswith(kind)][:1]:
+            files.write_all({target / f"{drawing.name}.png": drawing.render("png")})
 
 
 def _absolute_paths(value: object) -> set[str]:
