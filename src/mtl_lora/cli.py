@@ -34,7 +34,7 @@ COMMANDS = {
     "predict": Command("mtl_lora.language.commands:predict", "answer the examples of a file with a checkpoint"),
     "export": Command("mtl_lora.export.cli:main", "PEFT LoRA per task, merged models, imports"),
     "report": Command("mtl_lora.report.cli:main", "tables, comparisons, figures, page"),
-    "study": Command("mtl_lora.study.__main__:main", "train and evaluate a grid of experiments over seeds"),
+    "study": Command("mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds"),
     "prepare": Command("mtl_lora.language.commands:prepare", "download, verify and tag a data set"),
 }
 

@@ -1,13 +1,11 @@
 """Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures; time left."""
 
-import copy
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from study_cases import ALONE, finish, grid, is_locked, job_of, plan_of, run_of, wait_for, with_flags
@@ -25,7 +23,6 @@ from mtl_lora.study.runner import (
     execute,
     execute_all,
     is_finished,
-    last_line,
     load_state,
 )
 
@@ -50,15 +47,11 @@ def refusal(job, overwrite: bool = False) -> str:
 # ---- what is known of a job ----
 
 
-def test_nothing_is_known_of_a_job_that_was_not_started(job):
-    assert load_state(job) is None and not is_finished(job) and not refusal(job)
-
-
 def test_state_is_the_same_after_a_trip_through_its_file(job):
+    assert load_state(job) is None and not is_finished(job) and not refusal(job)
     state = State(job.configuration, job.commands, {"train": 2}, {"train": 1.5})
     state.save(job.folder)
-    assert load_state(job) == state
-    assert json.loads((job.folder / "job.json").read_text())["commands"] == job.commands
+    assert load_state(job) == state and json.loads((job.folder / "job.json").read_text())["commands"] == job.commands
 
 
 def test_state_that_version_0_1_0_wrote_is_read(job):
@@ -66,8 +59,7 @@ def test_state_that_version_0_1_0_wrote_is_read(job):
     step = {"done": True, "seconds": 7.5, "starts": 2}
     old = {"recipe": job.configuration, "commands": [], "train": step, "evaluate": {**step, "done": False}}
     (job.folder / "job.json").write_text(json.dumps(old))
-    state = load_state(job)
-    assert (state.starts, state.seconds) == ({"train": 2, "evaluate": 2}, {"train": 7.5})
+    assert load_state(job).starts == {"train": 2, "evaluate": 2} and load_state(job).seconds == {"train": 7.5}
 
 
 @pytest.mark.parametrize(
@@ -84,17 +76,7 @@ def test_state_that_version_0_1_0_wrote_is_read(job):
 def test_broken_state_is_one_sentence(job, value, fact):
     job.folder.mkdir(parents=True)
     (job.folder / "job.json").write_text(value)
-    for read in (load_state, lambda job: check_folder(job, False)):
-        with pytest.raises(UserError) as error:
-            read(job)
-        assert str(job.folder / "job.json") in str(error.value) and fact in str(error.value)
-
-
-def test_state_with_a_key_of_a_later_version_is_read(job):
-    finish(job, RIGHT)
-    path = job.folder / "job.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
-    assert is_finished(job)
+    assert str(job.folder / "job.json") in refusal(job) and fact in refusal(job)
 
 
 def test_finished_job_is_skipped_even_without_its_weights(job):
@@ -107,34 +89,21 @@ def test_finished_job_is_skipped_even_without_its_weights(job):
 
 def test_other_configuration_is_refused_by_what_differs_unless_told_to_overwrite(job, tmp_path):
     finish(job, RIGHT)
-    now = job_of(tmp_path, with_flags(lora_r=8))
-    assert all(fact in refusal(now) for fact in (str(job.folder), "train.lora_r 4 -> 8", "--overwrite", "repeat"))
+    now = job_of(tmp_path, with_flags(lora_r=8) | {"train_records": 11})
+    facts = (str(job.folder), "the train data (sha256)", "train.lora_r 4 -> 8", "--overwrite", "repeat")
+    assert all(fact in refusal(now) for fact in facts)
+    assert job.data["train"].used.sha256["train"] not in refusal(now), "what is too long is only named"
     assert not refusal(now, overwrite=True) and load_state(now) is None and is_finished(job)
-
-
-def test_long_values_that_differ_are_named_and_not_quoted(job, tmp_path):
-    finish(job, RIGHT)
-    assert "(the train data (sha256);" not in refusal(job_of(tmp_path, grid(train_records=11)))
-    assert "the train data (sha256)" in refusal(job_of(tmp_path, grid(train_records=11)))
-    assert job.data["train"].used.sha256["train"] not in refusal(job_of(tmp_path, grid(train_records=11)))
 
 
 def test_training_is_kept_where_the_evaluation_alone_differs(job, tmp_path):
     finish(job, RIGHT)
     other = job_of(tmp_path, with_flags("evaluate", mode="generate"))
     assert "keep its training" in refusal(other) and not refusal(other, overwrite=True)
-    state = load_state(other)
-    assert (state.starts, state.seconds) == ({"train": 1}, {"train": 10.0})
-    assert (state.configuration, state.commands) == (other.configuration, other.commands)
-    assert not is_finished(other) and is_finished(job)
-
-
-def test_training_of_another_configuration_or_unfinished_is_not_kept(job, tmp_path):
-    finish(job, RIGHT)
-    assert load_state(job_of(tmp_path, with_flags("evaluate", mode="generate") | {"train_records": 1})) is None
-    other, state = job_of(tmp_path, with_flags("evaluate", mode="generate")), load_state(job)
-    dataclasses.replace(state, seconds={}).save(job.folder)
-    assert load_state(other) is None
+    expected = State(other.configuration, other.commands, {"train": 1}, {"train": 10.0})
+    assert load_state(other) == expected and not is_finished(other) and is_finished(job)
+    dataclasses.replace(load_state(job), seconds={}).save(job.folder)
+    assert load_state(other) is None, "a training that did not end is not kept"
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -149,10 +118,7 @@ def test_what_no_study_made_is_never_deleted(job, inside):
 @pytest.fixture
 def alone_and_joint(tmp_path):
     """The first job of an experiment that trains each task alone, and the one job of the same without ``alone``."""
-    changed, jobs = copy.deepcopy(ALONE), []
-    for changed["alone"] in (True, False):
-        jobs.append(job_of(tmp_path, grid(changed), "Alone"))
-    return jobs
+    return [job_of(tmp_path, grid({**ALONE, "alone": alone}), "Alone") for alone in (True, False)]
 
 
 def test_tasks_trained_alone_are_replaced_by_a_joint_training_when_told(alone_and_joint):
@@ -181,12 +147,13 @@ def script(tmp_path, monkeypatch):
     return (tmp_path / "mtl_lora.py").write_text
 
 
-def test_failed_training_is_one_line_with_the_logs_place_and_last_line(job, tmp_path, script):
-    script("import sys; print('step 1'); sys.exit('error: the disk is full')")
+def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, tmp_path, script):
+    # Launchers talk on after the error.
+    script("import sys; print('1%', end='\\r'); print('error: the disk is full\\nTraceback\\n\\nEnd\\n'); sys.exit(1)")
     with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed) as failure:
         execute(job, pool)
     log = job.folder / "train.out"
-    facts = ("LoRA seed 0", "train", "exit code 1", str(log), "error: the disk is full")
+    facts = ("LoRA seed 0", "train", "exit code 1", str(log), "ends with: error: the disk is full")
     assert all(fact in str(failure.value) for fact in facts) and "\n" not in str(failure.value)
     assert log.read_text().startswith(f"$ {job.commands[0]}\n")
     assert (load_state(job).starts, load_state(job).seconds) == ({"train": 1}, {})
@@ -200,9 +167,7 @@ def test_failed_training_is_one_line_with_the_logs_place_and_last_line(job, tmp_
         ("half_written", "--overwrite_output_dir True"),
     ],
 )
-def test_next_start_adds_to_the_log_and_resumes_from_the_last_complete_checkpoint(
-    job, tmp_path, script, checkpoint, flags
-):
+def test_next_start_resumes_from_the_last_complete_checkpoint(job, tmp_path, script, checkpoint, flags):
     script("import sys; sys.exit(' '.join(sys.argv[-2:]))")
     for ending in (f"--output_dir {job.folder}", flags):
         with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match=f"ends with: {ending}$"):
@@ -215,19 +180,10 @@ def test_next_start_adds_to_the_log_and_resumes_from_the_last_complete_checkpoin
 
 
 def test_launcher_is_preceded_by_a_check_in_one_process(job, tmp_path, script):
-    script("import sys; print(*sys.argv[1:]); sys.exit('error: wrong' if '--check' in sys.argv else None)")
+    script("import sys; sys.exit('error: wrong' if '--check' in sys.argv else None)")
     with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match="error: wrong"):
         execute(dataclasses.replace(job, launcher="torchrun --nproc_per_node 2"), pool)
-    log = (job.folder / "train.out").read_text()
-    assert log.startswith("$ python -m mtl_lora train ") and "torchrun" not in log
-
-
-def test_last_line_is_the_error_among_what_a_launcher_says_after_it(tmp_path):
-    log = tmp_path / "log"
-    log.write_text("10%\r20%\rerror: too few rows\nTraceback\n  File\nChildFailedError\n\n")
-    assert last_line(log) == "error: too few rows"
-    log.write_text("10%\r20%\n\n")
-    assert last_line(log) == "20%"
+    assert "torchrun" not in (job.folder / "train.out").read_text()
 
 
 @pytest.mark.parametrize(
@@ -235,10 +191,9 @@ def test_last_line_is_the_error_among_what_a_launcher_says_after_it(tmp_path):
     [("no-such-launcher -n 2", 1, ["no-such-launcher -n 2"]), ("torchrun", 2, ["--parallel", "torchrun"])],
 )
 def test_launcher_that_cannot_be_used_is_refused(tmp_path, launcher, parallel, facts):
-    plan = plan_of(tmp_path, grid(launcher=launcher))
-    config = StudyConfig(grid=str(plan.grid.path), output_dir=str(tmp_path / "study"), parallel=parallel)
+    path = str(plan_of(tmp_path, grid(launcher=launcher)).grid.path)
     with pytest.raises(UserError) as error:
-        runner.run(config)
+        runner.run(StudyConfig(grid=path, output_dir=str(tmp_path / "study"), parallel=parallel))
     assert all(fact in str(error.value) for fact in facts) and not (tmp_path / "study").exists()
 
 
@@ -247,15 +202,12 @@ def test_launcher_that_cannot_be_used_is_refused(tmp_path, launcher, parallel, f
 STUDY = """
 import signal, sys
 from pathlib import Path
-from mtl_lora.study.__main__ import _stop
-from mtl_lora.study.plan import PlannedJob
 from mtl_lora.study import runner
-signal.signal(signal.SIGTERM, _stop)
-words = ["python", "-c", "import time; print('here', flush=True); time.sleep(60)"]
 def wait(job, pool):
     with open(sys.argv[1] + ".out", "ab") as output:
-        pool.start(words, output)
+        pool.start(["python", "-c", "import time; print('here', flush=True); time.sleep(60)"], output)
 runner.execute = wait
+signal.signal(signal.SIGTERM, runner.stop)
 with runner.ProcessPool(Path(sys.argv[1])) as pool:
     list(runner.execute_all(["job"], pool))
 """
@@ -264,9 +216,9 @@ with runner.ProcessPool(Path(sys.argv[1])) as pool:
 @pytest.fixture
 def waiting_study(tmp_path):
     """A process that waits for a command, and the folder it has locked."""
-    folder = tmp_path / "study"
+    folder, output = tmp_path / "study", tmp_path / "study.out"
     process = subprocess.Popen([sys.executable, "-c", STUDY, str(folder)], start_new_session=True)
-    wait_for(lambda: Path(f"{folder}.out").is_file() and "here" in Path(f"{folder}.out").read_text())
+    wait_for(lambda: output.is_file() and "here" in output.read_text())
     yield process, folder
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -286,18 +238,11 @@ def test_command_of_a_killed_study_keeps_the_folder(waiting_study):
     process, folder = waiting_study
     process.kill()
     process.wait()
-    assert is_locked(folder)
+    with pytest.raises(UserError, match=r"runs in .*study; .*--output_dir"), ProcessPool(folder):
+        pass
+    assert not is_locked(folder.with_name("other"))
     os.killpg(process.pid, signal.SIGKILL)
     wait_for(lambda: not is_locked(folder))
-
-
-def test_a_folder_has_one_study_at_a_time(tmp_path):
-    with ProcessPool(tmp_path / "study"):
-        with pytest.raises(UserError, match=r"runs in .*study; .*--output_dir"), ProcessPool(tmp_path / "study"):
-            pass
-        with ProcessPool(tmp_path / "other"):
-            pass
-    assert not is_locked(tmp_path / "study")
 
 
 # Finishes only if the training of the other seed runs at the same time.
@@ -348,16 +293,14 @@ def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
     assert "train" not in load_state(two_jobs[0]).seconds
 
 
-def test_after_a_failure_no_other_job_is_started(tmp_path, script):
+def test_after_a_failure_no_other_job_is_started(two_jobs, tmp_path, script):
     script("import sys; sys.exit('error: the disk is full')")
-    plan = plan_of(tmp_path, grid())
-    jobs = [run_of(plan, name).jobs[0] for name in ("LoRA", "MTL-LoRA")]
     with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match=r"LoRA seed 0: .* the disk is full"):
-        list(execute_all(jobs, pool))
-    assert not jobs[1].folder.exists()
+        list(execute_all(two_jobs, pool))
+    assert not two_jobs[1].folder.exists()
 
 
-def test_every_command_gets_its_part_of_the_machine(monkeypatch):
+def test_every_command_gets_its_part_of_the_machine(monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
@@ -367,10 +310,8 @@ def test_every_command_gets_its_part_of_the_machine(monkeypatch):
         environments(4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environments(16) == [{"OMP_NUM_THREADS": "1"}] * 16
-
-
-def test_gpus_are_counted_by_nvidia_smi_where_nothing_else_is_said(monkeypatch, tmp_path):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    # Where nothing is said, nvidia-smi is asked.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runner.visible_gpus() == []
     program = tmp_path / "nvidia-smi"
@@ -383,25 +324,28 @@ def test_gpus_are_counted_by_nvidia_smi_where_nothing_else_is_said(monkeypatch, 
 
 
 def test_time_left_is_estimated_by_jobs_of_the_same_kind(tmp_path):
-    job = job_of(tmp_path, grid())
-    kinds = [("search", "LoRA"), ("search", "LoRA"), ("run", "Base"), ("run", "LoRA"), ("run", "LoRA"), ("run", "DoRA")]
+    job, kinds = (
+        job_of(tmp_path, grid()),
+        ["search LoRA", "search LoRA", "run Base", "run LoRA", "run LoRA", "run DoRA"],
+    )
     first, second, base, lora, again, dora = jobs = [
-        dataclasses.replace(
-            job, kind=kind, folder=tmp_path / str(index), train=job.train if kind[1] != "Base" else None
-        )
+        dataclasses.replace(job, kind=(*kind.split(),), folder=tmp_path / str(index), **changes)
         for index, kind in enumerate(kinds)
+        for changes in [{"train": None} if kind == "run Base" else {}]
     ]
+    progress, two = Progress(jobs), Progress(jobs, parallel=2)
 
     def done(one, starts: int = 1, **seconds) -> State:
-        progress.finish(one, state := State({}, [], dict.fromkeys(seconds, starts), seconds))
+        state = State({}, [], dict.fromkeys(seconds, starts), seconds)
+        progress.finish(one, state)
+        two.finish(one, state)
         return state
 
-    progress = Progress(jobs)
     assert progress.left() is None
     done(first, train=40, evaluate=20)
     state = done(second, train=80, evaluate=40)
     # Nothing of the runs is known yet: three trainings and four evaluations at the means of the search.
-    assert progress.left() == 3 * 60 + 4 * 30
+    assert progress.left() == 3 * 60 + 4 * 30 == 2 * two.left()
     line = progress.line(second, state, 0.7124)
     assert line == "[2/6] LoRA seed 0: train 0:01:20, evaluate 0:00:40, average 71.2; about 0:05:00 left"
     done(base, evaluate=30)
@@ -413,11 +357,3 @@ def test_time_left_is_estimated_by_jobs_of_the_same_kind(tmp_path):
     State(dora.configuration, [], {"train": 1}, {"train": 1.0}).save(dora.folder)
     assert progress.left() == 21, "a training that is done takes no time"
     assert "left" not in progress.line(dora, done(dora, train=4000), 0) and progress.left() == 0
-
-
-def test_time_left_is_divided_by_jobs_side_by_side(tmp_path):
-    job = job_of(tmp_path, grid())
-    jobs = [dataclasses.replace(job, folder=tmp_path / str(index), train=None) for index in range(5)]
-    progress = Progress(jobs, parallel=2)
-    progress.finish(jobs[0], State({}, [], {"evaluate": 1}, {"evaluate": 100.0}))
-    assert progress.left() == 200

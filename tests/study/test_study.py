@@ -17,12 +17,12 @@ from mtl_lora.report.study_model import Study
 from mtl_lora.study.runner import ProcessPool
 from mtl_lora.version import checkout_commit
 
-STEPS = 12
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
-    """Two methods with two seeds, a searched learning rate for one of them."""
+    """LoRA with two seeds, MTL-LoRA with one and a searched learning rate."""
     folder = tmp_path_factory.mktemp("grid")
     value = {
         "name": "tiny",
@@ -37,9 +37,9 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
             "cache_dir": cache_dir,
             "dtype": "fp32",
             "lora_r": 2,
-            "batch_size": 8,
+            "batch_size": 4,
             "max_steps": STEPS,
-            "save_step": 4,
+            "save_step": 2,
             "logging_steps": 1,
         },
         "evaluate": {
@@ -51,7 +51,7 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
         "search": {"values": [0.01, 0.03], "data_dir": dev_set(folder), "records": 4, "train": {"max_steps": 2}},
         "experiments": [
             {"name": "LoRA", "train": {"adapter_name": "lora", "learning_rate": 0.02}},
-            {"name": "MTL-LoRA", "train": {"adapter_name": "mtl_lora"}},
+            {"name": "MTL-LoRA", "train": {"adapter_name": "mtl_lora"}, "seeds": [1]},
         ],
     }
     return write_grid(folder, value)
@@ -91,9 +91,6 @@ def numbers(folder: Path) -> dict:
         for run in experiment["runs"]:
             for key in ("seconds", "starts", "commands"):
                 del run[key]
-    for experiment in value["search"]["experiments"]:
-        for candidate in experiment["candidates"]:
-            del candidate["commands"]
     return value
 
 
@@ -104,16 +101,16 @@ def weights(folder: Path) -> dict[Path, int]:
 
 def test_table_is_of_every_experiment_seed_and_choice(undisturbed):
     found = Study.load(undisturbed)
-    assert [[run.seed for run in experiment.runs] for experiment in found.experiments] == [[0, 1], [0, 1]]
+    assert [[run.seed for run in experiment.runs] for experiment in found.experiments] == [[0, 1], [1]]
     assert all(run.steps == STEPS and run.train_commit == checkout_commit() for run in found.runs)
     lora, mtl_lora = found.experiments
     (search,) = found.search.experiments
     assert (lora.learning_rate, mtl_lora.learning_rate) == (0.02, search.chosen)
-    assert len(search.candidates) == 2 and len({run.adapter_sha256 for run in found.runs}) == 4
+    assert len(search.candidates) == 2 and len({run.adapter_sha256 for run in found.runs}) == 3
     assert "| MTL-LoRA - LoRA " in (undisturbed / "table.md").read_text()
 
 
-def test_killed_study_resumes_to_the_same_table(undisturbed, study, grid_file, tmp_path, capsys):
+def test_killed_study_resumes_to_the_same_numbers(undisturbed, study, grid_file, tmp_path, capsys):
     folder = tmp_path / "study"
     words = [sys.executable, "-m", "mtl_lora", "study", "--grid", str(grid_file), "--output_dir", "study"]
     source = os.pathsep.join([str(PROJECT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -126,16 +123,15 @@ def test_killed_study_resumes_to_the_same_table(undisturbed, study, grid_file, t
     process.wait()
     wait_for(lambda: not is_locked(folder))  # the training is gone too
     assert not (run / "mtl_lora.safetensors").exists() and not (folder / "table.md").exists()
-    study(folder)
+    study(folder, "--only", "LoRA")
     assert json.loads((run / "job.json").read_text())["starts"] == {"train": 2, "evaluate": 1}
-    assert (folder / "table.md").read_text() == (undisturbed / "table.md").read_text()
-    assert numbers(folder) == numbers(undisturbed)
+    assert numbers(folder)["experiments"][0] == numbers(undisturbed)["experiments"][0]
     # Everything is finished now: nothing is trained or asked again.
     before = weights(folder)
     capsys.readouterr()
-    study(folder)
+    study(folder, "--only", "LoRA")
     (line,) = capsys.readouterr().out.splitlines()
-    assert "6 jobs, 6 of them finished" in line and before == weights(folder)
+    assert "2 jobs, 2 of them finished" in line and before == weights(folder)
 
 
 def test_changed_configuration_is_refused_before_anything_starts(undisturbed, study, grid_file, tmp_path, capsys):
@@ -155,7 +151,7 @@ def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, 
     before = weights(folder)
     study(folder, "--overwrite", grid=changed)
     assert weights(folder) == before
-    assert "6 jobs, 2 of them finished" in capsys.readouterr().out
+    assert "5 jobs, 2 of them finished" in capsys.readouterr().out
     adapters = {run.folder: run.adapter_sha256 for run in Study.load(undisturbed).runs}
     for run in Study.load(folder).runs:
         assert [result.n for result in run.tasks.values()] == [6, 6]
@@ -166,7 +162,7 @@ def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, 
 def test_check_starts_nothing_and_names_what_would_run(study, tmp_path, capsys):
     study(tmp_path / "study", "--check")
     text = capsys.readouterr().out
-    assert "MTL-LoRA; jobs: 2, trainable parameters, M (%): 0.00" in text and "6 jobs in" in text
+    assert "MTL-LoRA; jobs: 1, trainable parameters, M (%): 0.00" in text and "5 jobs in" in text
     assert "search of learning_rate for MTL-LoRA: 0.01, 0.03; jobs: 2" in text
     assert "python -m mtl_lora train --base_model" in text and not (tmp_path / "study").exists()
 
@@ -175,9 +171,8 @@ def test_report_starts_nothing_and_writes_the_same_again(undisturbed, study, tmp
     folder = tmp_path / "study"
     shutil.copytree(undisturbed, folder)
     (folder / "table.md").unlink()
-    study(folder, "--report", "--collect", str(tmp_path / "shared"))
+    study(folder, "--report")
     assert (folder / "table.md").read_text() == (undisturbed / "table.md").read_text()
-    assert Study.load(tmp_path / "shared").experiments[0].summary == Study.load(folder).experiments[0].summary
     with pytest.raises(SystemExit):
         study(tmp_path / "empty", "--report")
     assert "no run in" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import queue
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from mtl_lora import artifacts, files
-from mtl_lora.errors import UserError
+from mtl_lora import artifacts, cli, files
+from mtl_lora.errors import UserError, files_within_reach
 from mtl_lora.results import Results
-from mtl_lora.study.config import ExperimentConfig, Grid, StudyConfig, read_grid
+from mtl_lora.study.config import ABOUT, ExperimentConfig, Grid, StudyConfig, read_grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, jobs_of, keeps_training
 from mtl_lora.study.summary import StudyWriter, collect
 from mtl_lora.typed_json import Reader
@@ -33,6 +34,24 @@ _MADE = {"train": artifacts.CHECKPOINT_WEIGHTS, "evaluate": artifacts.RESULTS}
 
 class JobFailed(Exception):
     """A command ended with an error: one line that says which, where its log is, and what it said last."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``mtl-lora study``: ends with exit code 2 for a user's mistake, 1 for a job that failed."""
+    config = cli.parse(StudyConfig, arguments, ABOUT)
+    # A study that is ended ends the commands that it waits for.
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        with files_within_reach():
+            run(config)
+    except JobFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def stop(number: int, frame: object) -> None:
+    """A signal handler: leave as a shell says that a program ended by a signal."""
+    raise SystemExit(128 + number)
 
 
 def run(config: StudyConfig) -> None:
@@ -113,10 +132,11 @@ class Runner:
 
     def _execute(self, jobs: Sequence[PlannedJob], progress: "Progress", pool: "ProcessPool") -> None:
         """Do what is left of the jobs, with a line each."""
-        left = [job for job in jobs if not is_finished(job)]
-        for job in (job for job in jobs if job not in left):
-            progress.finish(job, load_state(job))
-        for job, state in execute_all(left, pool):
+        done = {job.folder: load_state(job) for job in jobs if is_finished(job)}
+        for job in jobs:
+            if job.folder in done:
+                progress.finish(job, done[job.folder])
+        for job, state in execute_all([job for job in jobs if job.folder not in done], pool):
             progress.finish(job, state)
             print(progress.line(job, state, Results.load(job.folder).average.value), flush=True)
             self.report()

@@ -1,6 +1,7 @@
 """What a study found: study.json and table.md of its finished runs, and the folder of them that can be shared."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,12 +17,13 @@ from mtl_lora.report.figures import draw
 from mtl_lora.report.load import predictions_path
 from mtl_lora.report.study_model import CONFIDENCE, Difference, Estimate, Experiment, Run, Study
 from mtl_lora.report.table import markdown_text, study_tables
-from mtl_lora.results import Results, TaskNames, TaskResult, average_of
+from mtl_lora.results import Results, TaskNames, average_of
 from mtl_lora.study.config import ExperimentConfig
 from mtl_lora.study.plan import SAMPLE_SEED, Plan, PlannedJob, PlannedRun
 
 TABLE = "table.md"
 RESAMPLES, SEED = 10_000, 0
+_REST = {"groups": {}, "others": {}, "measured": {}}
 _LEVEL = f"{100 * CONFIDENCE:.0f} %"
 
 
@@ -46,8 +48,10 @@ class StudyWriter:
         self.chosen: dict[str, float] = {}
         self._searches: list[model.SearchOutcome] = []
         self._finished: dict[Path, Finished] = {}
-        self._differences: dict[tuple[Path, Path], dict[str, list[int]]] = {}
-        self._intervals: dict[tuple, dict] = {}
+        self._differences = functools.cache(question_differences)
+        self._intervals = functools.cache(
+            lambda pairs: intervals([self._differences(*p) for p in pairs], plan.grid.scored)
+        )
 
     def add_search(self, name: str, trials: Sequence[PlannedRun]) -> None:
         """Keep the trials' development scores, means over tasks; the best value is chosen, of equals the smallest."""
@@ -76,7 +80,7 @@ class StudyWriter:
         evaluations = [Results.load(job.folder) for job in planned.jobs]
         results = combine(evaluations, planned.folder) if planned.experiment.alone else evaluations[0]
         jobs = [self._job(*entry) for entry in zip(planned.jobs, states, evaluations, strict=True)]
-        facts = vars(jobs[0])
+        facts = dict(vars(jobs[0]))
         if planned.experiment.alone:
             steps = [job.steps for job in jobs]
             facts = {
@@ -92,7 +96,8 @@ class StudyWriter:
             seed=planned.seed,
             commit=results.commit,
             test_data_sha256={name: results.data.get(name) for name in results.scored},
-            tasks={name: _score(results.tasks[name]) for name in results.scored},
+            # Parts of a task's questions and other measures stay in the run's own file.
+            tasks={name: dataclasses.replace(results.tasks[name], **_REST) for name in results.scored},
             average=results.average.value if {*self.grid.scored} <= {*results.tasks} else None,
         )
         return Finished(planned, run, results, evaluations)
@@ -174,24 +179,9 @@ class StudyWriter:
         return rows
 
     def _against(self, found: dict, a: str, b: str) -> dict | None:
-        """B minus A as ``tasks`` and ``average``, over the seeds that both have; None without a common seed or task.
-
-        For each question, correct in B minus correct in A, averaged over the seeds; then a percentile interval of a
-        bootstrap over the questions within each task.
-        """
-        pairs = seed_pairs(*({seed: run.results for seed, run in found.get(name, {}).items()} for name in (a, b)))
-        key = tuple((one.path, other.path) for one, other in pairs)
-        if key and key not in self._intervals:
-            for one, other in pairs:
-                if (one.path, other.path) not in self._differences:
-                    self._differences[one.path, other.path] = question_differences(one, other)
-            self._intervals[key] = intervals([self._differences[pair] for pair in key], self.grid.scored)
-        return self._intervals.get(key)
-
-
-def _score(result: TaskResult) -> TaskResult:
-    """A result without its parts and other measures, which stay in the run's own file."""
-    return dataclasses.replace(result, groups={}, others={}, measured={})
+        """B minus A over the seeds that both have, see ``intervals``; None without a common seed or task."""
+        paths = ({seed: run.results.path for seed, run in found.get(name, {}).items()} for name in (a, b))
+        return self._intervals(tuple(seed_pairs(*paths)))
 
 
 def _last_step(log: Path) -> int | None:
@@ -223,31 +213,35 @@ def combine(parts: Sequence[Results], folder: Path) -> Results:
     return results
 
 
-def seed_pairs(a: dict[int | None, Results], b: dict[int | None, Results]) -> list[tuple[Results, Results]]:
+def seed_pairs(a: dict[int | None, Path], b: dict[int | None, Path]) -> list[tuple[Path, Path]]:
     """Seed i of A with seed i of B; a run without a seed (the base model alone) goes with every run of the other."""
     if None in a or None in b:
         return [(one, other) for one in a.values() for other in b.values()]
     return [(a[seed], b[seed]) for seed in a if seed in b]
 
 
-def question_differences(a: Results, b: Results) -> dict[str, list[int]]:
-    """By task that both have, for each question: correct in B minus correct in A; see ``paired_answers``."""
-    answers = paired_answers(a, b, [name for name in a.tasks if name in b.tasks])
+def question_differences(a: Path, b: Path) -> dict[str, list[int]]:
+    """By task that both results files have, for each question: correct in B minus correct in A.
+
+    Raises ``UserError`` where they are not comparable, see ``paired_answers``.
+    """
+    one, other = Results.load(a), Results.load(b)
+    answers = paired_answers(one, other, [name for name in one.tasks if name in other.tasks])
     return {name: [last.correct - first.correct for first, last in pairs] for name, pairs in answers.items()}
 
 
 def intervals(pairs: Sequence[dict[str, list[int]]], scored: Sequence[str]) -> dict | None:
-    """Mean differences and their intervals as ``tasks`` and ``average``, which is None unless all ``scored`` are there.
+    """Differences averaged over ``pairs`` of runs (see ``question_differences``), with their percentile intervals.
 
-    pairs: ``question_differences`` of each pair of runs. None if they have no task in common.
+    A bootstrap over the questions within each task. Returns ``tasks`` and ``average``, which is None unless all of
+    ``scored`` are there; None if no task is in all pairs.
     """
-    shared = [name for name in pairs[0] if all(name in pair for pair in pairs)]
     tasks, means = {}, {}
-    for name in shared:
+    for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
         values = [math.fsum(each) / len(pairs) for each in zip(*(pair[name] for pair in pairs), strict=True)]
         means[name] = task_means(name, values, SEED, RESAMPLES)
         tasks[name] = Difference(math.fsum(values) / len(values), *percentile_interval(means[name]))
-    if not set(scored) <= set(shared):
+    if not {*scored} <= {*tasks}:
         return {"tasks": tasks, "average": None} if tasks else None
     center = math.fsum(tasks[name].difference for name in scored) / len(scored)
     interval = percentile_interval(sum(means[name] for name in scored) / len(scored))
@@ -298,27 +292,26 @@ def notes(study: Study, planned: dict[str, int], mode: str | None) -> list[str]:
 
 
 def _counted(sample: model.Sample, word: str) -> str:
-    """``a fixed sample (seed 0) of 800 examples of each task (cr of 3,013, ...)``, or all and the number of them."""
+    """``384 examples, a fixed sample (seed 0): cr 64 of 3,013, ...``, or all of them."""
     kept, of = sample.records, sample.of
-    if kept == of:
-        return f"all {sum(kept.values()):,} {word} ({', '.join(f'{name} {n:,}' for name, n in kept.items())})"
-    if len({*kept.values()}) == 1:
-        number, each = next(iter(kept.values())), ", ".join(f"{name} of {n:,}" for name, n in of.items())
-        return f"a fixed sample (seed {SAMPLE_SEED}) of {number:,} {word} of each task ({each})"
-    each = ", ".join(f"{name} {n:,} of {of[name]:,}" for name, n in kept.items())
-    return f"a fixed sample (seed {SAMPLE_SEED}) of {sum(kept.values()):,} {word} ({each})"
+    start = (
+        f"all {sum(kept.values()):,} {word}"
+        if kept == of
+        else f"{sum(kept.values()):,} {word}, a fixed sample (seed {SAMPLE_SEED})"
+    )
+    each = (f"{name} {n:,}" if n == of[name] else f"{name} {n:,} of {of[name]:,}" for name, n in kept.items())
+    return f"{start}: {', '.join(each)}"
 
 
 def _steps(study: Study) -> str:
     """``200``, or by experiment where they differ; those of tasks trained alone are added up."""
     steps = {}
-    for experiment in study.experiments:
-        if experiment.method:
-            total = "unknown" if (known := experiment.runs[0].steps) is None else f"{known:,}"
-            steps[experiment.name] = f"{total} in {count} trainings" if (count := experiment.adapters) > 1 else total
-    if len(set(steps.values())) <= 1:
-        return next(iter(steps.values()), "none")
-    return ", ".join(f"{name} {count}" for name, count in steps.items())
+    for experiment in (each for each in study.experiments if each.method):
+        total = "unknown" if (known := experiment.runs[0].steps) is None else f"{known:,}"
+        steps[experiment.name] = f"{total} in {count} trainings" if (count := experiment.adapters) > 1 else total
+    if len({*steps.values()}) > 1:
+        return ", ".join(f"{name} {count}" for name, count in steps.items())
+    return next(iter(steps.values()), "none")
 
 
 def render(study: Study) -> str:
