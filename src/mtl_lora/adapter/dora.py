@@ -18,6 +18,7 @@ class DoraLayer(AdapterLayer):
     """
 
     parameter_names = ("lora_A", "lora_B", "lora_magnitude")
+    no_decay = ("lora_magnitude",)  # starts at the norms of W
 
     def create(self, config: AdapterConfig) -> None:
         self.lora_A = self.new_parameter(self.rank, self.in_features)

@@ -86,6 +86,7 @@ class AdapterLayer(nn.Module):
 
     parameter_names: tuple[str, ...] = ()
     needs_task_ids = False
+    no_decay: tuple[str, ...] = ()  # parameters that weight decay spares: zero is not where they would rest
 
     def __init__(self, base: nn.Linear, config: AdapterConfig):
         super().__init__()

@@ -23,6 +23,7 @@ class MtlLoraLayer(AdapterLayer):
     """
 
     parameter_names = ("lora_A", "lora_lambda", "lora_w", "lora_B")
+    no_decay = ("lora_lambda",)  # starts at the identity
     needs_task_ids = True
 
     def create(self, config: AdapterConfig) -> None:
