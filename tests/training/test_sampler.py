@@ -42,7 +42,7 @@ def rows_of(steps: list) -> list[list[int]]:
     return [sorted(itertools.chain.from_iterable(step)) for step in steps]
 
 
-# ---- plans of earlier versions, so that a run that began with one of them resumes with the rows it would have seen ----
+# ---- plans of earlier versions, so that a run of one of them resumes with the rows it would have seen ----
 
 LENGTHS = np.arange(26) * 7 % 11 + 3
 EARLIER = {
@@ -159,7 +159,7 @@ def test_small_last_batch_is_dealt_out_evenly_and_comes_last():
 def test_longest_row_alone_must_fit_the_budget():
     lengths, task_ids = np.array([30, 90, 41]), np.zeros(3, dtype=int)
     assert len(LengthGroupedBatchSampler(lengths, task_ids, 8, seed=0, token_budget=90)) == 2
-    with pytest.raises(UserError, match="token_budget must be at least .* 90 tokens, not 89"):
+    with pytest.raises(UserError, match=r"token_budget must be at least .* 90 tokens, not 89"):
         LengthGroupedBatchSampler(lengths, task_ids, 8, seed=0, token_budget=89)
 
 

@@ -1,9 +1,11 @@
 """The flags of train and evaluate as validated dataclasses; names are those of the original and of LLM-Adapters."""
 
+import copy
 import dataclasses
 import re
 
-from mtl_lora.config import DTYPES, AdapterConfig, Config, Flag, flag
+from mtl_lora.adapter.config import AdapterConfig, hyperparameter_flags
+from mtl_lora.config import DTYPES, Config, Flag, flag
 from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.training.config import TrainingConfig
@@ -11,12 +13,16 @@ from mtl_lora.training.config import TrainingConfig
 AUTO = "auto"
 EVALUATE_ABOUT = """Score a checkpoint, or a base model alone, on the test sets of its tasks."""
 MODES = ("generate", "score", "both")
-TRAIN_ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA, LoRA, DoRA, MultiLoRA or MoELoRA."""
+TRAIN_ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter."""
 
 
 @dataclasses.dataclass
 class TrainConfig(TrainingConfig):
-    """Everything that configures a training run of a language model."""
+    """Everything that configures a training run of a language model.
+
+    The hyperparameters of every registered method are flags too, read and passed by name (``config.num_B``,
+    ``TrainConfig(num_B=2)``); those that the chosen method does not read change nothing.
+    """
 
     # what to train, on what
     base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
@@ -31,9 +37,7 @@ class TrainConfig(TrainingConfig):
     cache_dir: str = flag(".cache/rows", "folder for tokenised data", affects="nothing")
 
     # adapter
-    adapter_name: str = flag(
-        "mtl_lora", "method: mtl_lora (its old name mlora is the same), lora, dora, multilora or moelora"
-    )
+    adapter_name: str = flag("mtl_lora", "method")
     lora_r: int = flag(8, "rank r of the adapter")
     lora_alpha: float = flag(16.0, "numerator of the scale alpha / r")
     lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0 is off")
@@ -41,11 +45,7 @@ class TrainConfig(TrainingConfig):
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         "linear layers to adapt: a,b or all-linear or a regular expression of whole names",
     )
-    num_B: int = flag(3, "up-projections n of MTL-LoRA, parallel modules of MultiLoRA")
-    temperature: float = flag(0.1, "temperature tau of MTL-LoRA's mixture softmax(w_t / tau)")
-    lambda_shape: str = flag("full", "MTL-LoRA's Lambda_t: full (r x r) or diagonal")
-    num_experts: int = flag(8, "experts of MoELoRA, which share the rank")
-    task_embedding_dim: int = flag(64, "width of MoELoRA's task embedding")
+    hyperparameters: dict = dataclasses.field(default_factory=dict)  # of all methods; each is a flag of its own
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")
     lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
 
@@ -55,10 +55,41 @@ class TrainConfig(TrainingConfig):
     train_on_inputs: bool = flag(False, "put loss on the prompt too")
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
 
+    def __init__(self, **values):
+        values |= values.pop("hyperparameters", {})
+        defaults = {each.name: each.default for each in self.flags()}
+        if unknown := values.keys() - defaults.keys():
+            raise TypeError(f"TrainConfig has no flag {', '.join(sorted(unknown))}")
+        values = defaults | values
+        own = {field.name for field in dataclasses.fields(self)}
+        self.hyperparameters = {name: value for name, value in values.items() if name not in own}
+        for name in own - {"hyperparameters"}:
+            setattr(self, name, values[name])
+        self.__post_init__()
+
+    def __getattr__(self, name: str):
+        # Reached for names that are no attribute of the instance; a copy under construction has none at all.
+        try:
+            return self.__dict__["hyperparameters"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+
     @classmethod
     def flags(cls) -> list[Flag]:
-        """The flags of language, then those of every training."""
-        return sorted(super().flags(), key=lambda flag: flag.name not in cls.__annotations__)
+        """The flags of language, with those of the methods for ``hyperparameters``, then those of every training."""
+        from mtl_lora.adapter.layer import methods
+
+        names = [" or ".join((name, *layer.aliases)) + f" ({layer.title})" for name, layer in methods().items()]
+        found = []
+        for each in sorted(super().flags(), key=lambda each: each.name not in cls.__annotations__):
+            if each.name == "adapter_name":
+                each = dataclasses.replace(each, metadata={**each.metadata, "help": f"method: {', '.join(names)}"})
+            found += hyperparameter_flags() if each.name == "hyperparameters" else [each]
+        return found
+
+    def to_json(self) -> dict:
+        """A flat JSON object of every flag."""
+        return {each.name: copy.deepcopy(getattr(self, each.name)) for each in self.flags()}
 
     def validate(self) -> None:
         super().validate()
@@ -76,15 +107,20 @@ class TrainConfig(TrainingConfig):
 
     def adapter_config(self, tasks: TaskSet) -> AdapterConfig:
         """The adapter part of the settings; raises ``UserError`` that names the flag."""
+        from mtl_lora.adapter.layer import layer_class
+
         values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
+        flags = _ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
         targets = self.lora_target_modules
         if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
             values["target_modules"] = targets[0]
         try:
-            return AdapterConfig(**values, tasks=tasks.names)
+            declared = layer_class(self.adapter_name).Hyperparameters.flags()
+            read = {each.name: getattr(self, each.name) for each in declared}
+            return AdapterConfig(**values, tasks=tasks.names, hyperparameters=read)
         except UserError as error:
             field, _, rest = str(error).partition(" ")
-            raise UserError(f"--{_ADAPTER_FLAGS[field]} {rest}" if field in _ADAPTER_FLAGS else str(error)) from None
+            raise UserError(f"--{flags[field]} {rest}" if field in flags else str(error)) from None
 
 
 @dataclasses.dataclass
@@ -165,10 +201,5 @@ _ADAPTER_FLAGS = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "target_modules": "lora_target_modules",
-    "num_B": "num_B",
-    "temperature": "temperature",
-    "lambda_shape": "lambda_shape",
-    "num_experts": "num_experts",
-    "task_embedding_dim": "task_embedding_dim",
     "use_rslora": "use_rslora",
 }

@@ -14,9 +14,10 @@ import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter import checkpoint, routing
 from mtl_lora.adapter.analysis import write_analysis
-from mtl_lora.adapter.inject import find_targets, layer_class
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.adapter.inject import find_targets
+from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype
-from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.language.collate import Collator
 from mtl_lora.language.config import TrainConfig

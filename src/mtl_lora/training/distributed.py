@@ -1,4 +1,4 @@
-"""What a launch of several processes needs: refusals, DeepSpeed without a compiler, parameters partitioned by ZeRO-3."""
+"""What a launch of several processes needs: refusals, DeepSpeed without a compiler, partitioned parameters (ZeRO-3)."""
 
 import contextlib
 import importlib.util

@@ -45,9 +45,7 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
     if not (checkpoint / artifacts.RESUME_STATE).is_file():
         raise UserError(f"{checkpoint} holds no resume state; pass a checkpoint-N folder of the run")
     if used and checkpoint.resolve().parent != output.resolve():
-        raise UserError(
-            f"{output} holds a run that {checkpoint} is not part of; pass an --output_dir that is empty"
-        )
+        raise UserError(f"{output} holds a run that {checkpoint} is not part of; pass an --output_dir that is empty")
     return checkpoint
 
 
