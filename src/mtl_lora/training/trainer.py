@@ -252,7 +252,7 @@ class MultiTaskTrainer(Trainer):
         return os.path.join(self.args.output_dir, _STAGING) if getattr(self, "_saving", False) else self.args.output_dir
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save beside the run and rename when complete: a run killed while saving resumes from the checkpoint before."""
+        """Save beside the run and rename when complete: a run killed while saving resumes from the one before."""
         staging = Path(self.args.output_dir) / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
