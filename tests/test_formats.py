@@ -24,15 +24,15 @@ ASKED = ["--dtype", "fp32", "--max_new_tokens", "12", "--data_dir"]
 
 
 def base_model():
-    from mtl_lora.model import load_model
+    from mtl_lora.base_model import BaseModel
 
-    return load_model("base", "fp32")
+    return BaseModel("base").load("fp32")
 
 
 def train(arguments: list[str]) -> None:
     from mtl_lora import cli
-    from mtl_lora.train.run import run
-    from mtl_lora.train.settings import TrainConfig
+    from mtl_lora.language.config import TrainConfig
+    from mtl_lora.language.train import run
 
     run(cli.parse(TrainConfig, arguments, ""))
 
