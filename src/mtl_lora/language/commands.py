@@ -23,7 +23,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the table at the end."""
     config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
     from mtl_lora.language.evaluate import run
-    from mtl_lora.report.__main__ import main as report
+    from mtl_lora.report.cli import main as report
 
     found = run(config)
     if not config.check and int(os.environ.get("RANK", "0")) == 0:
