@@ -118,7 +118,7 @@ class Config:
                 value = list(value)
                 object.__setattr__(self, field.name, value)
             if not _matches(value, hints[field.name]):
-                raise UserError(f"{field.name} must be {type_name(hints[field.name])}, not {value!r}")
+                raise UserError(f"{field.name} must be {type_name(hints[field.name])}, not {value!r}", field.name)
         self.validate()
 
     def validate(self) -> None:
@@ -127,7 +127,7 @@ class Config:
     def require(self, name: str, rule: str, holds: bool) -> None:
         """Raise ``UserError`` naming field, rule and value unless ``holds``."""
         if not holds:
-            raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+            raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}", name)
 
     def to_json(self) -> dict:
         """A JSON object that ``from_json`` reads back to an equal configuration."""

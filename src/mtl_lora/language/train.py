@@ -25,7 +25,15 @@ from mtl_lora.language.describe import describe, describe_batch
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import training_rows
 from mtl_lora.memory import keep_freed_memory
-from mtl_lora.training.distributed import base_in, check_launch, check_values, join, prepare, require_package
+from mtl_lora.training.distributed import (
+    base_in,
+    check_launch,
+    check_values,
+    deepspeed_file,
+    join,
+    prepare,
+    require_package,
+)
 from mtl_lora.training.fitting import fitted, tried_on
 from mtl_lora.training.resume import check_same_run, claim_output, resume_folder, run_facts
 from mtl_lora.training.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
@@ -184,7 +192,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         eval_steps=max(config.save_step, 1),
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        deepspeed=config.deepspeed,
+        deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
         report_to=report_to or "none",
         remove_unused_columns=False,
         average_tokens_across_devices=True,

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,13 +29,19 @@ def check_launch(deepspeed: str | None, dtype: str, batch_size: int | str) -> No
     if not deepspeed:
         return
     require_package("deepspeed", "--deepspeed")
-    config = files.read_json(deepspeed, "the DeepSpeed configuration")
+    config = files.read_json(deepspeed_file(deepspeed), "the DeepSpeed configuration")
     if config.get("zero_optimization", {}).get("stage") != 3:
         return
     if dtype == "fp64":
         raise UserError("--dtype fp64 does not go with ZeRO-3; use bf16 or fp32, or --deepspeed config/zero2.json")
     if batch_size == AUTO:  # a trial that fails in one process would leave the others waiting for its weights
         raise UserError("--batch_size auto does not go with ZeRO-3; pass a number of rows")
+
+
+def deepspeed_file(name: str) -> str:
+    """A DeepSpeed configuration's file: a path, or the package's own by name (``zero2``, ``config/zero2.json``)."""
+    own = Path(__file__).with_name("deepspeed") / f"{name.removeprefix('config/').removesuffix('.json')}.json"
+    return str(own) if not Path(name).exists() and own.is_file() else name
 
 
 def check_values(arguments: TrainingArguments, one_process: bool) -> None:
