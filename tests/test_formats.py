@@ -38,16 +38,18 @@ def train(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from mtl_lora import cli
     from mtl_lora.evaluate.run import run
     from mtl_lora.evaluate.settings import EvalConfig
+
+    from mtl_lora import cli
 
     run(cli.parse(EvalConfig, arguments, ""))
 
 
 def merged(checkpoint: str, task: str, output: Path):
-    from mtl_lora.export.merged import export_merged
     from mtl_lora.model import load_model
+
+    from mtl_lora.export.merged import export_merged
 
     return load_model(str(export_merged(checkpoint, output, task, dtype="fp32")), "fp32")
 
