@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from reference.tiny import METHODS, TASKS, VOCABULARY, adapter_config, randomise, tiny_llama, tokens
+from reference.tiny import FACTORED, TASKS, VOCABULARY, adapter_config, randomise, tiny_llama, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -100,7 +100,7 @@ def measure() -> None:
     with tempfile.TemporaryDirectory() as name:
         for kind in TARGETS:
             base = save_base(kind, Path(name) / kind)
-            for label in METHODS:
+            for label in FACTORED:
                 work = Path(name) / f"{kind}_{label}"
                 checkpoint = save_adapter(base, work / "checkpoint", label)
                 exported = dict(zip(TASKS, export_peft(checkpoint, work / "peft"), strict=True))

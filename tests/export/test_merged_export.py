@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from export_cases import TARGETS, TOLERANCE, load_base, logits, merged_difference, relative_difference, save_adapter
-from reference.tiny import METHODS, TASKS, tiny_llama
+from reference.tiny import FACTORED, TASKS, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtl_lora
@@ -15,7 +15,7 @@ from mtl_lora.export.merged import export_merged
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", FACTORED)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_merged_model_computes_what_the_routed_model_computes(bases, checkpoints, tmp_path, kind, label, task):
     folder = export_merged(checkpoints(kind, label), tmp_path / "merged", task, dtype="fp32")

@@ -20,7 +20,7 @@ from export_cases import (
 )
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from reference.tiny import METHODS, TASKS, adapted_llama
+from reference.tiny import FACTORED, TASKS, adapted_llama
 from safetensors.torch import load_file
 
 import mtl_lora
@@ -56,7 +56,7 @@ def settings(folder) -> dict:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", FACTORED)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_peft_computes_what_the_routed_model_computes(bases, checkpoints, exported, kind, label, task):
     checkpoint, folder = checkpoints(kind, label), exported(kind, label) / task
@@ -143,7 +143,7 @@ def test_weights_of_the_base_are_not_needed(bases, tmp_path):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", FACTORED)
 def test_base_that_can_not_be_had_is_noted_and_the_checkpoint_is_enough(bases, tmp_path, capsys, kind, label):
     base = shutil.copytree(bases[kind], tmp_path / "base")
     checkpoint = save_adapter(str(base), tmp_path / "checkpoint", label)

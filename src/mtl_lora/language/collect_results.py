@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel
 from mtl_lora.language.metrics import average, summarise_task
 from mtl_lora.version import __version__, checkout_commit
@@ -32,6 +33,7 @@ def collect(evaluation: "Evaluation", protocol: str, found: dict[tuple[str, int]
         "schema": 1,
         "name": config.name or method or evaluation.base_model,
         "method": method,
+        "method_title": layer_class(method).title if adapter else None,
         "base_model": evaluation.base_model,
         "mode": protocol,
         "trainable": _trainable(evaluation),

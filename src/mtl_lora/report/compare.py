@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mtl_lora.errors import UserError
 from mtl_lora.report.load import Prediction, read_predictions
 from mtl_lora.report.study_model import CONFIDENCE
-from mtl_lora.report.table import NOTHING, csv_table, markdown_table, markdown_text, percent
+from mtl_lora.report.table import AVERAGE, NOTHING, TextTable, csv_table, interval_text, markdown_text, percent
 from mtl_lora.results import Results
 
 if TYPE_CHECKING:
@@ -33,16 +33,15 @@ Pairs = list[tuple[Prediction, Prediction]]
 def mcnemar_p(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
 
-    The binomial test of ``only_a`` against half of the pairs. It is 1 without discordant pairs and never 0: the
-    smallest float stands for all below it. Raises ``UserError`` without scipy.
+    min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
+    discordant pairs and never 0: the smallest float stands for all below it. Raises ``UserError`` without scipy.
     """
-    if only_a == only_b:
-        return 1.0
     try:
-        from scipy.stats import binomtest
+        from scipy.special import bdtr
     except ImportError:
         raise UserError("comparing needs scipy, which is not installed; run pip install 'mtl-lora[report]'") from None
-    return max(float(binomtest(only_a, only_a + only_b).pvalue), math.ulp(0.0))
+    both_sides = 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))
+    return min(1.0, max(both_sides, math.ulp(0.0)))
 
 
 def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples: int) -> "numpy.ndarray":
@@ -110,11 +109,10 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
     base model may have another tokenizer and so other prompt ids; only with one base must these agree.)
     """
     check_comparable(a, b, tasks)
-    answers_a, answers_b = read_predictions(a, tasks), read_predictions(b, tasks)
     same_base = a.settings["base_fingerprint"] == b.settings["base_fingerprint"]
     found: dict[str, Pairs] = {}
     for task in tasks:
-        of_a, of_b = answers_a[task], answers_b[task]
+        of_a, of_b = read_predictions(a, task), read_predictions(b, task)
         alone = sorted(of_a.keys() - of_b.keys()) or sorted(of_b.keys() - of_a.keys())
         if alone:
             place = (of_a.get(alone[0]) or of_b[alone[0]]).place
@@ -145,24 +143,19 @@ def _not_comparable(a: Results, b: Results, reason: str) -> UserError:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A mean score (a fraction) of A and of B, their difference B - A, and its interval."""
+    """A mean score (a fraction) of A and of B, their ``difference`` B - A, and its interval."""
 
     a: float
     b: float
+    difference: float
     low: float
     high: float
 
-    @property
-    def difference(self) -> float:
-        """B - A, a fraction."""
-        return self.b - self.a
-
 
 @dataclasses.dataclass(frozen=True)
-class ComparedTask:
-    """One task, or all (``task`` None): n questions, ``only_a`` of them answered right by A alone, ``only_b`` by B."""
+class Compared:
+    """One task, or all: n questions, ``only_a`` of them answered right by A alone, ``only_b`` by B alone."""
 
-    task: str | None
     n: int
     accuracy: Change
     only_a: int
@@ -173,15 +166,15 @@ class ComparedTask:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What the renderers show: a row a task in column order, their average, and the notes below."""
+    """What the renderers show: tasks in column order, their average, and the notes below."""
 
     a: Results
     b: Results
-    rows: tuple[ComparedTask, ...]
-    average: ComparedTask
+    tasks: dict[str, Compared]
+    average: Compared
     seed: int
     resamples: int
-    notes: tuple[str, ...]
+    notes: list[str]
 
 
 def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> Comparison:
@@ -193,45 +186,38 @@ def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> C
         alone = [name for name in one.tasks if name not in other.tasks]
         if alone:
             raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
-    rows, accuracy_means, f1_means = [], [], []
+    means: dict[str, list] = {"accuracy": [], "f1": []}
+
+    def change(name: str, key: str, pairs: Sequence[tuple[float, float]]) -> Change:
+        drawn = task_means(name, [float(y) - float(x) for x, y in pairs], seed, resamples)
+        means[key].append(drawn)
+        return _change(*(math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True)), drawn)
+
+    tasks = {}
     for name, pairs in paired_answers(a, b, a.scored).items():
-        accuracy, means = _change(name, [(x.correct, y.correct) for x, y in pairs], seed, resamples)
-        f1 = None
-        accuracy_means.append(means)
-        if all(answer.f1 is not None for pair in pairs for answer in pair):
-            f1, means = _change(name, [(x.f1, y.f1) for x, y in pairs], seed, resamples)
-            f1_means.append(means)
-        only_a = sum(x.correct and not y.correct for x, y in pairs)
-        only_b = sum(y.correct and not x.correct for x, y in pairs)
-        rows.append(ComparedTask(name, len(pairs), accuracy, only_a, only_b, mcnemar_p(only_a, only_b), f1))
-    only_a, only_b = sum(row.only_a for row in rows), sum(row.only_b for row in rows)
-    average = ComparedTask(
-        task=None,
-        n=sum(row.n for row in rows),
-        accuracy=_average([row.accuracy for row in rows], accuracy_means),
-        only_a=only_a,
-        only_b=only_b,
-        p=mcnemar_p(only_a, only_b),
-        f1=_average([row.f1 for row in rows], f1_means) if all(row.f1 for row in rows) else None,
-    )
-    return Comparison(a, b, tuple(rows), average, seed, resamples, tuple(_notes(a, b, rows, seed, resamples)))
+        right, scores = [(x.correct, y.correct) for x, y in pairs], [(x.f1, y.f1) for x, y in pairs]
+        has_f1 = all(None not in pair for pair in scores)
+        only_a, only_b = right.count((True, False)), right.count((False, True))
+        accuracy, f1 = change(name, "accuracy", right), change(name, "f1", scores) if has_f1 else None
+        tasks[name] = Compared(len(pairs), accuracy, only_a, only_b, mcnemar_p(only_a, only_b), f1)
+    rows, count = list(tasks.values()), len(tasks)
+
+    def average(key: str) -> Change:
+        """The unweighted mean over tasks; questions were resampled within each task (a stratified bootstrap)."""
+        sides = (math.fsum(getattr(getattr(row, key), side) for row in rows) / count for side in "ab")
+        return _change(*sides, sum(means[key]) / count)
+
+    n, only_a, only_b = (sum(getattr(row, key) for row in rows) for key in ("n", "only_a", "only_b"))
+    f1 = average("f1") if all(row.f1 for row in rows) else None
+    whole = Compared(n, average("accuracy"), only_a, only_b, mcnemar_p(only_a, only_b), f1)
+    return Comparison(a, b, tasks, whole, seed, resamples, _notes(a, b, tasks, seed, resamples))
 
 
-def _change(task: str, pairs: Sequence[tuple[float, float]], seed: int, resamples: int):
-    """(change of the mean score over pairs, bootstrap means of B - A)."""
-    means = task_means(task, [float(y) - float(x) for x, y in pairs], seed, resamples)
-    a, b = (math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True))
-    return Change(a, b, *percentile_interval(means)), means
+def _change(a: float, b: float, means: "numpy.ndarray") -> Change:
+    return Change(a, b, b - a, *percentile_interval(means))
 
 
-def _average(changes: Sequence[Change], means: Sequence) -> Change:
-    """The unweighted mean over tasks; questions were resampled within each task (a stratified bootstrap)."""
-    count = len(changes)
-    a, b = math.fsum(change.a for change in changes) / count, math.fsum(change.b for change in changes) / count
-    return Change(a, b, *percentile_interval(sum(means) / count))
-
-
-def _notes(a: Results, b: Results, rows: Sequence[ComparedTask], seed: int, resamples: int) -> list[str]:
+def _notes(a: Results, b: Results, tasks: dict[str, Compared], seed: int, resamples: int) -> list[str]:
     """What the numbers are, and what differs between the runs besides what is compared."""
     notes = [
         f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
@@ -242,9 +228,9 @@ def _notes(a: Results, b: Results, rows: Sequence[ComparedTask], seed: int, resa
         "Average: every task weighs the same in the scores, every question in p, which pools the questions of all "
         "tasks.",
     ]
-    partly = [row.task for row in rows if row.f1 is None]
-    if partly and len(partly) < len(rows):
-        notes.append(f"No F1 for {', '.join(partly)}, nor on average: not every prediction has one.")
+    without_f1 = [name for name, row in tasks.items() if row.f1 is None]
+    if 0 < len(without_f1) < len(tasks):
+        notes.append(f"No F1 for {', '.join(without_f1)}, nor on average: not every prediction has one.")
     if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
         notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
     if a.settings.get("dtype") != b.settings.get("dtype"):
@@ -252,30 +238,30 @@ def _notes(a: Results, b: Results, rows: Sequence[ComparedTask], seed: int, resa
     return notes
 
 
-# ---- as text ----
-
-
 def markdown(comparison: Comparison) -> str:
     """A padded pipe table (percent, one decimal), a line a task and one for their average, and the notes as a list."""
-    rows = [*comparison.rows, comparison.average]
-    with_f1 = any(row.f1 for row in rows)
+    rows = [(comparison.a.task_set.title(name), row) for name, row in comparison.tasks.items()]
+    with_f1 = any(row.f1 for row in comparison.tasks.values())
     interval = f"{100 * CONFIDENCE:.0f} % interval"
     header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
     header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if with_f1 else []
     lines = []
-    for row in rows:
-        title = markdown_text(comparison.a.task_set.title(row.task)) if row.task else "Average"
+    for title, row in [*rows, (AVERAGE, comparison.average)]:
         line = [title, f"{row.n:,}", *_change_texts(row.accuracy), f"{row.only_a:,}", f"{row.only_b:,}", p_text(row.p)]
-        lines.append([*line, *(_change_texts(row.f1) if with_f1 else [])])
+        lines.append(line + (_change_texts(row.f1) if with_f1 else []))
     notes = "\n".join(f"- {markdown_text(note)}" for note in comparison.notes)
-    return f"{markdown_table(header, lines)}\n\n{notes}\n"
+    return f"{TextTable('', header, lines).markdown()}\n\n{notes}\n"
 
 
 def _change_texts(change: Change | None) -> list[str]:
     if change is None:
         return [NOTHING] * 4
-    interval = f"{percent(change.low, signed=True)} to {percent(change.high, signed=True)}"
-    return [percent(change.a), percent(change.b), percent(change.difference, signed=True), interval]
+    return [
+        percent(change.a),
+        percent(change.b),
+        percent(change.difference, signed=True),
+        interval_text(change, signed=True),
+    ]
 
 
 def p_text(p: float) -> str:
@@ -286,37 +272,27 @@ def p_text(p: float) -> str:
 def csv_text(comparison: Comparison) -> str:
     """Fractions with every digit: one line a task, then the average, whose task is empty."""
     lines = []
-    for row in (*comparison.rows, comparison.average):
-        line = {"task": row.task, "n": row.n, **{f"accuracy {key}": getattr(row.accuracy, key) for key in CHANGE_KEYS}}
-        line |= {"only_a": row.only_a, "only_b": row.only_b, "p": row.p}
-        lines.append(line | {f"f1 {key}": getattr(row.f1, key, None) for key in CHANGE_KEYS})
+    for name, row in (*comparison.tasks.items(), (None, comparison.average)):
+        lines.append({"task": name})
+        for key, value in dataclasses.asdict(row).items():
+            is_change = key in ("accuracy", "f1")
+            lines[-1] |= {f"{key} {k}": (value or {}).get(k) for k in CHANGE_KEYS} if is_change else {key: value}
     return csv_table(lines)
 
 
 def json_text(comparison: Comparison) -> str:
     """One object: the two runs, a record a task, the average, and how the intervals were drawn."""
-    runs = {"a": comparison.a, "b": comparison.b}
     value = {
-        side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
-        for side, run in runs.items()
-    } | {
-        "tasks": {row.task: _record(row) for row in comparison.rows},
-        "average": _record(comparison.average),
+        **{
+            side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
+            for side, run in (("a", comparison.a), ("b", comparison.b))
+        },
+        "tasks": {name: dataclasses.asdict(row) for name, row in comparison.tasks.items()},
+        "average": dataclasses.asdict(comparison.average),
         "confidence": CONFIDENCE,
-        "resamples": comparison.resamples,
-        "seed": comparison.seed,
-        "notes": list(comparison.notes),
+        **{key: getattr(comparison, key) for key in ("resamples", "seed", "notes")},
     }
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _record(row: ComparedTask) -> dict:
-    scores = {
-        name: change and {key: getattr(change, key) for key in CHANGE_KEYS}
-        for name, change in (("accuracy", row.accuracy), ("f1", row.f1))
-    }
-    counts = {"only_a": row.only_a, "only_b": row.only_b, "p": row.p}
-    return {"n": row.n, "accuracy": scores["accuracy"], **counts, "f1": scores["f1"]}
 
 
 RENDERERS: dict[str, Callable[[Comparison], str]] = {"markdown": markdown, "csv": csv_text, "json": json_text}

@@ -9,11 +9,10 @@ from mtl_lora.files import write_all
 from mtl_lora.report.figures import draw
 from mtl_lora.report.load import RunFolder, load_run
 from mtl_lora.report.study_model import Study
-from mtl_lora.report.table import NOTHING, TextTable, details, percent, study_tables
+from mtl_lora.report.table import details, study_tables
+from mtl_lora.typed_json import object_of
 
 FILE_NAME = "page.html"
-_HASH = 12  # characters shown of a sha256 or commit in a table
-_LONG = 120  # characters from which a setting is folded away
 
 
 def write_page(run: str, output: str | None = None) -> Path:
@@ -36,11 +35,7 @@ def page(run: Study | RunFolder) -> str:
     except ImportError:
         raise UserError("pages need jinja2, which is not installed; run pip install 'mtl-lora[report]'") from None
     study = run if isinstance(run, Study) else run.study()
-    about = _about_study(run) if isinstance(run, Study) else _about_run(run)
-    drawings = [
-        (drawing, "data:image/svg+xml;base64," + base64.b64encode(drawing.render("svg")).decode())
-        for drawing in draw(study)
-    ]
+    tables, facts = _of_study(run) if isinstance(run, Study) else _of_run(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -48,93 +43,40 @@ def page(run: Study | RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(FILE_NAME).render(study=study, drawings=drawings, long=_LONG, **about)
+    drawings = [
+        (drawing, f"data:image/svg+xml;base64,{base64.b64encode(drawing.render('svg')).decode()}")
+        for drawing in draw(study)
+    ]
+    facts = {name: _in_words(values) for name, values in facts.items()}
+    return environment.get_template(FILE_NAME).render(study=study, tables=tables, drawings=drawings, facts=facts)
 
 
-def _about_study(study: Study) -> dict:
-    """Tables, settings, commands and provenance of a study."""
-    test: dict[str, dict] = {}
-    for run in study.runs:
-        for task, digest in run.test_data_sha256.items():
-            test.setdefault(task, {})[digest] = None
-    train = dict.fromkeys(job.train_data_sha256 for job in study.jobs)
-    return {
-        "tables": [*study_tables(study), _runs(study)],
-        "settings": _facts({"base model": study.base_model, "grid": study.grid}),
-        "commands": {
-            experiment.name + ("" if run.seed is None else f", seed {run.seed}"): run.commands
-            for experiment in study.experiments
-            for run in experiment.runs
-            if run.commands
-        },
-        "provenance": _facts(
-            {
-                "commit": [*dict.fromkeys(study.commits or [study.commit])],
-                "training commit": [*dict.fromkeys(job.train_commit for job in study.jobs)],
-                "device": study.devices or study.device,
-                "version of": study.versions,
-                "grid sha256": study.grid_sha256,
-                "training data sha256": [*train],
-                "test data sha256": {task: [*digests] for task, digests in test.items()},
-            }
-        ),
-    }
-
-
-def _runs(study: Study) -> TextTable:
-    """Every run of a study: its seed, steps, time, average and hashes."""
-    header = ["Experiment", "Seed", "Steps", "Training, min", "Evaluation, min", "Average"]
-    header += ["Adapter sha256", "Training data sha256", "Training commit", "Evaluation commit"]
-    rows = []
+def _of_study(study: Study) -> tuple[list, dict[str, dict]]:
+    """(tables, facts by section): what the study was made from, then every run without its scores."""
+    shown = ("tables", "name", "about", "notes", "experiments", "transfer", "search", "task_set")
+    facts = {"Study": {key: value for key, value in object_of(study).items() if key not in shown}}
     for experiment in study.experiments:
         for run in experiment.runs:
-            minutes = [
-                None if (s := run.seconds.get(step)) is None else f"{s / 60:.1f}" for step in ("train", "evaluate")
-            ]
-            average = None if run.average is None else percent(run.average)
-            hashes = (run.adapter_sha256, run.train_data_sha256, run.train_commit, run.commit)
-            values = [run.seed, run.steps, *minutes, average, *(digest and digest[:_HASH] for digest in hashes)]
-            rows.append([experiment.name, *(NOTHING if value is None else str(value) for value in values)])
-    return TextTable("Runs", header, rows)
+            name = experiment.name if run.seed is None else f"{experiment.name}, seed {run.seed}"
+            facts[name] = {key: value for key, value in object_of(run).items() if key not in ("tasks", "seed")}
+    return study_tables(study), facts
 
 
-def _about_run(run: RunFolder) -> dict:
+def _of_run(run: RunFolder) -> tuple[list, dict[str, dict]]:
     """The same of a single training, evaluation or both."""
-    results, origin = run.results, run.adapter.get("origin") or {}
-    command = results.command if results else None
-    return {
-        "tables": [details(results)] if results else [],
-        "settings": _facts(
-            {
-                **({key: getattr(results, key) for key in ("base_model", "method", "mode")} if results else {}),
-                "evaluation": results.settings if results else None,
-                "training": run.training.get("settings"),
-            }
-        ),
-        "commands": {"evaluation": [f"python {command}"]} if command else {},
-        "provenance": _facts(
-            {
-                "commit": results and results.commit,
-                "training commit": origin.get("commit"),
-                "device": results and results.device,
-                "version of": results and results.versions,
-                "adapter sha256": run.adapter.get("weights_sha256"),
-                "base model fingerprint": origin.get("base_fingerprint"),
-                "training data sha256": run.training.get("data_sha256"),
-                "test data sha256": results and results.data,
-            }
-        ),
-    }
+    results = run.results.to_json() if run.results else {}
+    evaluation = {key: value for key, value in results.items() if key not in ("tasks", "average", "adapter")}
+    adapter = run.adapter or results.get("adapter") or {}
+    facts = {"Evaluation": evaluation, "Training": run.training, "Adapter": adapter}
+    return [details(run.results)] if run.results else [], {name: found for name, found in facts.items() if found}
 
 
-def _facts(values: dict) -> dict[str, str]:
-    """Names and values in words, of those that are known; a nested object's keys behind its own."""
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= {f"{name} {key}": text for key, text in _facts(value).items()}
-        elif isinstance(value, list) and all(isinstance(entry, str | int | float | None) for entry in value):
-            found[name] = ", ".join(str(entry) for entry in value if entry is not None)
-        elif value is not None:
-            found[name] = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-    return {name.replace("_", " "): text for name, text in found.items() if text}
+def _in_words(value: object, name: str = "") -> dict[str, str]:
+    """Facts by name, of those that are known; a nested object's keys stand behind its own."""
+    if isinstance(value, dict):
+        return {key: text for part, entry in value.items() for key, text in _in_words(entry, f"{name} {part}").items()}
+    if isinstance(value, list):
+        value = "\n".join(
+            entry if isinstance(entry, str) else json.dumps(entry) for entry in value if entry is not None
+        )
+    return {} if value in (None, "") else {name.strip().replace("_", " "): str(value)}

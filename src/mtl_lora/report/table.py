@@ -384,6 +384,7 @@ def details(results: Results) -> TextTable:
         task = results.tasks[name]
         row = {
             "Task": results.task_set.title(name),
+            "Questions": f"{task.n:,}",
             FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric),
             "Majority class": value_text(task.majority, None, task.metric),
             "Unparsed": value_text(task.measured.get("unparsed")),
