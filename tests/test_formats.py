@@ -38,9 +38,10 @@ def train(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from mtl_lora import cli
     from mtl_lora.evaluate.run import run
     from mtl_lora.evaluate.settings import EvalConfig
+
+    from mtl_lora import cli
 
     run(cli.parse(EvalConfig, arguments, ""))
 

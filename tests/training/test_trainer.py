@@ -10,7 +10,6 @@ from torch import nn
 from transformers import Trainer
 
 from mtl_lora import AdapterConfig, Origin, inject, route
-from mtl_lora.adapter import routing
 from mtl_lora.language.collate import IGNORED, Collator
 from mtl_lora.language.loss import token_losses
 from mtl_lora.language.token_cache import COLUMNS

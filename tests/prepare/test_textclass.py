@@ -1,4 +1,4 @@
-"""data/textclass/prepare.py on small made-up raw files against a slow, obvious splitter, and on the real sets."""
+"""The text-classification set of small made-up raw files against a slow, obvious splitter, and on the real sets."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from data_scripts import blob, load_script
+from shared import git_blob
 from textclass_cases import (
     FOLDER,
     MANIFEST,
@@ -19,10 +19,8 @@ from textclass_cases import (
     written,
 )
 
-
-@pytest.fixture(scope="module")
-def prepare():
-    return load_script(FOLDER / "prepare.py")
+from mtl_lora import cli
+from mtl_lora.language.prepare import textclass
 
 
 @pytest.fixture
@@ -31,23 +29,10 @@ def world(tmp_path):
     make_source(tmp_path)
     source, output = tmp_path / "source", tmp_path / "out"
     manifest = tmp_path / "manifest.json"
-    flags = ["--manifest", manifest, "--output_dir", output]
-    return SimpleNamespace(folder=tmp_path, source=source, output=output, manifest=manifest, flags=flags)
-
-
-@pytest.fixture
-def refused(run, world, capsys):
-    """Run the command, which must fail with one sentence and write nothing; returns the sentence."""
-
-    def command(*arguments, **options):
-        with pytest.raises(SystemExit) as caught:
-            run(*arguments, **options)
-        error = capsys.readouterr().err
-        assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-        assert not world.output.exists()
-        return error
-
-    return command
+    flags = {"--manifest": manifest, "--output_dir": output}
+    return SimpleNamespace(
+        set=["textclass"], folder=tmp_path, source=source, output=output, manifest=manifest, flags=flags
+    )
 
 
 # --- raw files
@@ -64,12 +49,12 @@ def test_raw_files_are_split_as_the_rules_say(run, world):
     }
 
 
-def test_text_of_another_tasks_test_set_is_dropped(prepare):
+def test_text_of_another_tasks_test_set_is_dropped():
     sets = {
         "a": {"train": [("x", "1"), ("y", "1")], "dev": [("z", "1")], "test": [("t", "1")]},
         "b": {"train": [("t", "2")], "dev": [("y", "2")], "test": [("y", "2"), ("y", "2"), ("z", "2")]},
     }
-    assert prepare.without_test_texts(sets) == {
+    assert textclass.without_test_texts(sets) == {
         "a": {"train": [("x", "1")], "dev": [], "test": [("t", "1")]},
         "b": {"train": [], "dev": [], "test": [("y", "2"), ("y", "2"), ("z", "2")]},
     }
@@ -107,7 +92,7 @@ def test_wrong_line_is_named(refused, world, line):
     path = world.source / "data" / "custrev.all"
     path.write_bytes(b"1 good\n" + line.encode() + b"\n0 bad\n")
     manifest = json.loads(world.manifest.read_text())
-    manifest["tasks"]["cr"]["files"]["all"]["git_blob_sha1"] = blob(path.read_bytes())
+    manifest["tasks"]["cr"]["files"]["all"]["git_blob_sha1"] = git_blob(path.read_bytes())
     world.manifest.write_text(json.dumps(manifest))
     assert f"{path}, line 2 is {line!r}" in refused()
 
@@ -116,7 +101,7 @@ def test_other_bytes_and_missing_files_are_all_named(refused, world):
     (world.source / "data" / "mpqa.all").write_bytes(b"1 good\n")
     (world.source / "data" / "TREC.test.all").unlink()
     sentence = refused()
-    assert f"data/mpqa.all has other bytes (git blob {blob(b'1 good' + bytes([10]))} instead of" in sentence
+    assert f"data/mpqa.all has other bytes (git blob {git_blob(b'1 good' + bytes([10]))} instead of" in sentence
     assert "data/TREC.test.all is missing" in sentence and "custrev" not in sentence
 
 
@@ -124,9 +109,9 @@ def test_too_little_data_is_refused(refused, world):
     path = world.source / "data" / "custrev.all"
     path.write_bytes(b"1 good\n")
     manifest = json.loads(world.manifest.read_text())
-    manifest["tasks"]["cr"]["files"]["all"]["git_blob_sha1"] = blob(path.read_bytes())
+    manifest["tasks"]["cr"]["files"]["all"]["git_blob_sha1"] = git_blob(path.read_bytes())
     world.manifest.write_text(json.dumps(manifest))
-    assert "no record is left for" in refused()
+    assert "no example is left for" in refused()
 
 
 # --- sets that are split already
@@ -163,7 +148,7 @@ def test_prepared_sets_become_records_without_texts_of_test_sets(run, world, pre
         ('["a"]', "record 0 must be an object with a text"),
         ("{}", "holds a JSON dict"),
         ("[", "is not JSON"),
-        ("[]", "no record is left for sst2/dev"),
+        ("[]", "no example is left for sst2/dev"),
     ],
 )
 def test_wrong_prepared_file_is_one_sentence(refused, prepared, content, message):
@@ -197,7 +182,7 @@ def test_files_are_downloaded_once_and_verified(run, refused, world, serve):
     content = raw.read_bytes()
     raw.write_bytes(content[:-2])
     sentence = refused(*flags, source=False)
-    assert "data/subj.all holds other bytes" in sentence and "--source" in sentence
+    assert "data/subj.all" in sentence and "other bytes" in sentence and "--source" in sentence
     raw.write_bytes(content)
     assert "3 files downloaded" in run(*flags, source=False)  # subj, and TREC's two behind it
     assert written(world.output) == obvious(world.source)
@@ -226,9 +211,9 @@ def test_stop_while_writing_leaves_the_old_files(run, world, monkeypatch):
     [
         (["--prepared", "x"], "pass one of them"),
         (["--base_url", "http://127.0.0.1:9"], "pass one of them"),
-        (["--limit", "-1"], "--limit must be at least 0, not -1"),
+        (["--limit", "-1"], "limit must be at least 0, which takes all, not -1"),
         (["--limit", "many"], "--limit"),
-        (["--source", "nowhere"], "nowhere is no folder"),
+        (["--source", "nowhere"], "nowhere is not a folder"),
         (["--manifest", "nowhere.json"], "the manifest nowhere.json cannot be read"),
         (["--sauce", "x"], "--sauce"),
     ],
@@ -253,6 +238,11 @@ def test_wrong_manifest_is_one_sentence(refused, world, change):
     assert str(world.manifest) in refused()
 
 
+def test_tasks_file_goes_with_the_examples_and_is_that_of_the_project(run, world):
+    run("--limit", "5")
+    assert (world.output / "tasks.json").read_bytes() == (FOLDER / "tasks.json").read_bytes()
+
+
 # --- the real sets
 
 
@@ -268,12 +258,13 @@ def test_tasks_and_manifest_agree_with_the_table_of_the_readme():
         assert [f"{known[task.name][part]:,}" for part in PARTS] == [cell.strip() for cell in row.split("|")[3:6]]
 
 
-def test_real_sets_give_the_known_records(prepare, tmp_path, capsys):
+@pytest.mark.slow
+def test_real_sets_give_the_known_records(tmp_path, capsys):
     folder = os.environ.get("COMMONSENSE_DATA")
     if not folder or not (Path(folder) / "textclass").is_dir():
         pytest.skip("COMMONSENSE_DATA is not set to a folder with textclass/<task>/{train,dev,test}.json")
     source = Path(folder) / "textclass"
-    prepare.main(["--prepared", str(source), "--output_dir", str(tmp_path)])
+    cli.main(["prepare", "textclass", "--prepared", str(source), "--output_dir", str(tmp_path)])
     assert "known set" not in capsys.readouterr().out
     sets = written(tmp_path)
     assert_no_test_text_is_trained_on(sets)

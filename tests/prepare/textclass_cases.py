@@ -4,16 +4,16 @@ import json
 import random
 from pathlib import Path
 
-from data_scripts import blob
-from shared import PROJECT
+from shared import PROJECT, git_blob
 
 from mtl_lora.language.examples import load_examples
+from mtl_lora.language.prepare.textclass import MANIFEST as MANIFEST_FILE
 from mtl_lora.language.tasks import load_tasks_file
 
 PARTS = ("train", "dev", "test")
 FOLDER = PROJECT / "data" / "textclass"
 TASKS = load_tasks_file(FOLDER / "tasks.json")
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
+MANIFEST = json.loads(MANIFEST_FILE.read_text())
 # Texts that try the rules: white space, control characters that other readers take for line ends, latin-1, and the
 # marker that evaluation reads a record's options from.
 ODD = ["a  b\t c ", "one\x85two", "x\x1cy", "caf\xe9 \xa0 voil\xc3\xa0", "3 stars", "Answer format: yes/no", "cr\rlf\r"]
@@ -37,7 +37,8 @@ def make_source(folder: Path) -> None:
             path = folder / "source" / raw["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-            raw["git_blob_sha1"] = blob(content)
+            raw["git_blob_sha1"] = git_blob(content)
+            raw.pop("sha256", None)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -1,5 +1,6 @@
-"""data/commonsense/prepare.py on a small synthetic copy of LLM-Adapters' layout, and on the real files where given."""
+"""The commonsense set of a small synthetic copy of LLM-Adapters' layout, and of the real files where they are."""
 
+import collections
 import hashlib
 import json
 import os
@@ -9,17 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from data_scripts import blob, load_script
+from shared import PROJECT, git_blob
 
+from mtl_lora import cli
+from mtl_lora.files import sha256
+from mtl_lora.language.prepare import commonsense
 from mtl_lora.language.tasks import COMMONSENSE
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "data" / "commonsense" / "prepare.py"
-
-
-@pytest.fixture(scope="module")
-def prepare():
-    return load_script(SCRIPT)
+SCRIPT = PROJECT / "data" / "commonsense" / "prepare.py"
 
 
 def record(task, text: str) -> dict:
@@ -45,10 +43,10 @@ def world(tmp_path):
             merged += records if split == "train" else []
             content = dump(source / task.name / f"{split}.json", records)
             path = f"dataset/{task.name}/{split}.json"
-            tasks[task.name][split] = {"path": path, "records": count, "git_blob_sha1": blob(content)}
+            tasks[task.name][split] = {"path": path, "records": count, "git_blob_sha1": git_blob(content)}
     merged = merged[::-1]
     content = dump(tmp_path / "merged.json", merged)
-    known = {"path": "merged.json", "records": len(merged), "git_blob_sha1": blob(content)}
+    known = {"path": "merged.json", "records": len(merged), "git_blob_sha1": git_blob(content)}
     dump(tmp_path / "manifest.json", {"repository": "a/b", "commit": "c", "merged": known, "tasks": tasks})
     manifest, output, tests = tmp_path / "manifest.json", tmp_path / "out" / "train.json", tmp_path / "out" / "test"
     return SimpleNamespace(
@@ -57,30 +55,16 @@ def world(tmp_path):
         merged=tmp_path / "merged.json",
         records=merged,
         manifest=manifest,
-        output=output,
+        output=output.parent,
+        train=output,
         tests=tests,
-        flags=["--manifest", manifest, "--output", output, "--test_dir", tests],
+        set=["--set", "commonsense"],
+        flags={"--manifest": manifest, "--output": output, "--test_dir": tests},
     )
 
 
-@pytest.fixture
-def refused(run, world, capsys):
-    """Run the command, which must fail with one sentence and write nothing; returns the sentence."""
-
-    def command(*arguments, **options):
-        with pytest.raises(SystemExit) as caught:
-            run(*arguments, **options)
-        captured = capsys.readouterr()
-        sentences = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-        assert caught.value.code == 2 and len(sentences) == 1 and captured.err.endswith(sentences[0] + "\n")
-        assert [path for path in world.output.parent.rglob("*") if path.is_file()] == []
-        return sentences[0]
-
-    return command
-
-
 def training_records(world) -> list[dict]:
-    return json.loads(world.output.read_bytes())
+    return json.loads(world.train.read_bytes())
 
 
 def half_written(folder: Path) -> list[Path]:
@@ -97,16 +81,16 @@ def test_records_carry_the_id_of_the_file_they_came_from_in_order_of_ids(run, wo
     for entry in records:
         assert set(entry) == {"instruction", "input", "output", "answer", "task_id"}
         assert f"of {COMMONSENSE[entry['task_id']].name}\n" in entry["instruction"]
-    assert "17 of 17 training records" in printed
-    assert hashlib.sha256(world.output.read_bytes()).hexdigest() in printed
+    assert "17 of 17 training examples" in printed
+    assert hashlib.sha256(world.train.read_bytes()).hexdigest() in printed
 
 
 def test_output_is_ascii_one_record_a_line_and_the_same_every_time(run, world):
     run()
-    first = world.output.read_bytes()
+    first = world.train.read_bytes()
     assert first.isascii() and len(first.splitlines()) == 17 + 2
     run()
-    assert world.output.read_bytes() == first and half_written(world.folder) == []
+    assert world.train.read_bytes() == first and half_written(world.folder) == []
 
 
 def test_test_sets_are_copied_byte_for_byte(run, world):
@@ -118,7 +102,7 @@ def test_test_sets_are_copied_byte_for_byte(run, world):
 
 def test_table_names_id_counts_and_state_of_every_task(run, world):
     (world.source / "piqa" / "test.json").unlink()
-    lines = run("--allow-partial").splitlines()
+    lines = run("--allow_partial").splitlines()
     assert lines[1].split() == ["boolq", "0", "3", "exact", "1", "exact"]
     assert lines[2].split() == ["piqa", "1", "2", "exact", "0", "missing"]
     assert lines[9].split() == ["total", "17", "7"]
@@ -126,7 +110,7 @@ def test_table_names_id_counts_and_state_of_every_task(run, world):
 
 @pytest.fixture
 def incomplete(world):
-    """HellaSwag with one of two training records, in train_partial.json, and another test set; OBQA without one."""
+    """HellaSwag with one of two training examples, in train_partial.json, and another test set; OBQA without one."""
     hellaswag = world.source / "hellaswag"
     records = json.loads((hellaswag / "train.json").read_bytes())
     (hellaswag / "train.json").unlink()
@@ -137,24 +121,24 @@ def incomplete(world):
 
 
 def assert_names_what_is_incomplete(text: str, world):
-    assert "hellaswag/train_partial.json is partial (1 of 2 records, git blob " in text
-    found = blob((world.source / "hellaswag" / "test.json").read_bytes())
+    assert "hellaswag/train_partial.json is partial (1 of 2 examples, git blob " in text
+    found = git_blob((world.source / "hellaswag" / "test.json").read_bytes())
     expected = json.loads(world.manifest.read_bytes())["tasks"]["hellaswag"]["test"]["git_blob_sha1"]
-    assert f"hellaswag/test.json is inexact (1 of 1 records, git blob {found} instead of {expected})" in text
-    assert "openbookqa/test.json is missing (1 records)" in text
+    assert f"hellaswag/test.json is inexact (1 of 1 examples, git blob {found} instead of {expected})" in text
+    assert "openbookqa/test.json is missing (1 examples)" in text
     assert text.count(" is missing ") == text.count(" is inexact ") == text.count(" is partial ") == 1
 
 
 def test_incomplete_source_is_refused_and_named(refused, incomplete):
     sentence = refused()
     assert_names_what_is_incomplete(sentence, incomplete)
-    assert "16 of 17 training records" in sentence and "--allow-partial" in sentence
+    assert "16 of 17 training examples" in sentence and "--allow_partial" in sentence
 
 
 def test_incomplete_source_is_written_when_allowed_and_named(run, incomplete):
-    printed = run("--allow-partial")
+    printed = run("--allow_partial")
     assert_names_what_is_incomplete(printed, incomplete)
-    assert "16 of 17 training records" in printed
+    assert "16 of 17 training examples" in printed
     assert [entry["task_id"] for entry in training_records(incomplete)].count(3) == 1
     assert not (incomplete.tests / "openbookqa").exists()
 
@@ -174,7 +158,7 @@ WRONG_RECORDS = {
     "a number": (spoil(input=3), "has the input 3, which must be a string"),
     "null": (spoil(output=None), "has the output None"),
     "blank": (spoil(instruction=" \n"), "has an empty instruction"),
-    "another task's answer": (spoil(answer="answer1"), "has the answer 'answer1', which is none of piqa's"),
+    "another task's answer": (spoil(answer="answer1"), "has the answer 'answer1', which must be one of piqa's"),
     "another output": (spoil(output="the correct answer is solution1"), "instead of 'the correct answer is solution2'"),
 }
 
@@ -187,7 +171,7 @@ def test_wrong_record_is_named_by_file_and_index(refused, world, case, split):
     records = json.loads(path.read_bytes())
     change(records[-1])
     dump(path, records)
-    sentence = refused("--allow-partial")
+    sentence = refused("--allow_partial")
     assert f"{path}: record {len(records) - 1} " in sentence and message in sentence
 
 
@@ -204,7 +188,7 @@ def test_wrong_record_is_named_by_file_and_index(refused, world, case, split):
 def test_file_that_is_no_list_of_records_is_named(refused, world, content, message):
     path = world.source / "winogrande" / "train.json"
     path.write_bytes(content)
-    sentence = refused("--allow-partial")
+    sentence = refused("--allow_partial")
     assert str(path) in sentence and message in sentence
 
 
@@ -212,13 +196,13 @@ def test_folder_in_the_place_of_a_file_is_one_sentence(refused, world):
     path = world.source / "winogrande" / "train.json"
     path.unlink()
     path.mkdir()
-    assert f"{path} cannot be read" in refused("--allow-partial")
+    assert f"{path} cannot be read" in refused("--allow_partial")
 
 
 def test_source_that_is_no_source_is_one_sentence(refused, world):
-    assert "is no folder" in refused("--source", world.folder / "nowhere")
-    assert "is no folder" in refused("--source", world.merged)
-    assert "holds no file of any task" in refused("--source", world.folder, "--allow-partial")
+    assert "is not a folder" in refused("--source", world.folder / "nowhere")
+    assert "is not a folder" in refused("--source", world.merged)
+    assert "holds no file of any task" in refused("--source", world.folder, "--allow_partial")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +211,8 @@ def test_source_that_is_no_source_is_one_sentence(refused, world):
         (lambda value: value["tasks"].pop("piqa"), "'piqa'"),
         (lambda value: value.pop("commit"), "'commit'"),
         (lambda value: value["merged"].update(records="17"), "whole number"),
-        (lambda value: value["tasks"].update(piqa=[]), "not laid out"),
+        (lambda value: value["tasks"]["piqa"]["test"].update(size=3), "'size'"),
+        (lambda value: value["tasks"].update(piqa=[]), "laid out"),
     ],
 )
 def test_wrong_manifest_is_one_sentence(refused, world, change, message):
@@ -257,8 +242,8 @@ def test_output_that_is_a_folder_or_an_input_is_refused(refused, world):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("moment", [1, 5, 9])
 def test_stop_while_writing_leaves_nothing_half_written_and_the_old_output(run, world, monkeypatch, stop, moment):
-    world.output.parent.mkdir()
-    world.output.write_text("old")
+    world.output.mkdir()
+    world.train.write_text("old")
     calls = iter(range(1, 100))
 
     def interrupted(descriptor):
@@ -268,7 +253,7 @@ def test_stop_while_writing_leaves_nothing_half_written_and_the_old_output(run, 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises((SystemExit, RuntimeError)):
         run()
-    assert world.output.read_text() == "old" and half_written(world.output.parent) == []
+    assert world.train.read_text() == "old" and half_written(world.output) == []
     for path in world.tests.rglob("*.json"):
         assert path.read_bytes() == (world.source / path.relative_to(world.tests)).read_bytes()
 
@@ -281,15 +266,15 @@ def test_merged_file_is_tagged_in_its_own_order(run, world):
     records = training_records(world)
     assert [entry.pop("task_id") for entry in records] == [7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0, 0]
     assert records == world.records
-    assert "is the known merged file (17 records" in printed
+    assert "is the known merged file (17 examples" in printed
 
 
 def test_merged_file_with_other_bytes_says_so(run, world):
     dump(world.merged, world.records[2:])
     printed = run("--merged", world.merged)
-    found = blob(world.merged.read_bytes())
-    assert f"is not the known merged file: 15 of 17 records, git blob {found} instead of" in printed
-    assert "15 of 17 training records" in printed
+    found = git_blob(world.merged.read_bytes())
+    assert f"is not the known merged file: 15 of 17 examples, git blob {found} instead of" in printed
+    assert "15 of 17 training examples" in printed
 
 
 @pytest.fixture
@@ -310,9 +295,9 @@ def test_records_without_a_task_are_refused_and_named(refused, strangers):
 
 
 def test_records_without_a_task_are_left_out_and_counted_when_allowed(run, strangers):
-    printed = run("--merged", strangers.merged, "--allow-partial")
+    printed = run("--merged", strangers.merged, "--allow_partial")
     assert "record 1 " in printed and "and 2 more" in printed
-    assert "24 of 17 records" in printed
+    assert "24 of 17 examples" in printed
     records = training_records(strangers)
     assert len(records) == 17 and not any("stranger" in entry["instruction"] for entry in records)
 
@@ -322,7 +307,7 @@ def test_instruction_of_two_tasks_is_not_guessed(refused, world):
     path = world.source / "ARC-Challenge" / "train.json"
     content = dump(path, [*json.loads(path.read_bytes()), twin])
     value = json.loads(world.manifest.read_bytes())
-    value["tasks"]["ARC-Challenge"]["train"].update(records=3, git_blob_sha1=blob(content))
+    value["tasks"]["ARC-Challenge"]["train"].update(records=3, git_blob_sha1=git_blob(content))
     dump(world.manifest, value)
     assert 'record 3 "train question 0 of ARC-Easy' in refused("--merged", world.merged)
 
@@ -344,7 +329,7 @@ def test_merged_file_needs_a_whole_source_too(refused, incomplete):
 
 def test_no_record_at_all_is_refused(refused, world):
     dump(world.merged, [])
-    assert "gives no training record" in refused("--merged", world.merged, "--allow-partial")
+    assert "gives no training example" in refused("--merged", world.merged, "--allow_partial")
 
 
 # --- downloading
@@ -368,12 +353,12 @@ def test_files_are_downloaded_once(run, world, mirror):
     printed = run(*mirror.flags, source=False)
     assert "16 files downloaded" in printed and "17 of 17" in printed
     assert mirror.asked[0] == "/dataset/boolq/train.json" and len(mirror.asked) == 16
-    first = world.output.read_bytes()
+    first = world.train.read_bytes()
     assert "0 files downloaded" in run(*mirror.flags, source=False)
     (mirror.downloads / "piqa" / "test.json").write_text("broken")
     assert "1 files downloaded" in run(*mirror.flags, source=False)
     assert len(mirror.asked) == 17
-    assert world.output.read_bytes() == first and half_written(world.folder) == []
+    assert world.train.read_bytes() == first and half_written(world.folder) == []
 
 
 def test_missing_file_on_the_mirror_is_one_sentence_with_its_address(refused, mirror):
@@ -382,7 +367,7 @@ def test_missing_file_on_the_mirror_is_one_sentence_with_its_address(refused, mi
     assert "/dataset/winogrande/test.json" in sentence and "404" in sentence and "--source" in sentence
     (mirror.dataset / "winogrande" / "test.json").write_text("[]")
     mirror.asked.clear()
-    assert "holds other bytes" in refused(*mirror.flags, source=False)
+    assert "other bytes" in refused(*mirror.flags, source=False)
     assert set(mirror.asked) == {"/dataset/winogrande/test.json"}  # the nine before it were kept
     assert half_written(mirror.downloads) == []
 
@@ -403,23 +388,33 @@ def test_wrong_flag_is_one_sentence(refused, flags, message):
     assert message in refused(*flags)
 
 
-def test_process_ends_with_code_2_and_no_traceback(incomplete):
-    # fmt: off
-    command = [sys.executable, str(SCRIPT), "--source", str(incomplete.source), "--manifest", str(incomplete.manifest),
-               "--output", str(incomplete.output), "--test-dir", str(incomplete.tests)]
-    # fmt: on
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert not incomplete.output.exists()
+def test_the_script_beside_the_data_takes_the_flags_and_ends_with_code_2(incomplete):
+    flags = {"source": incomplete.source, "manifest": incomplete.manifest, "output": incomplete.train}
+    command = [sys.executable, str(SCRIPT), *(f"--{name}={path}" for name, path in flags.items())]
+    done = subprocess.run([*command, "--test-dir", str(incomplete.tests)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert_names_what_is_incomplete(done.stderr, incomplete)
+    assert not incomplete.train.exists()
+
+
+@pytest.mark.parametrize("root", [True, False], ids=["script", "installed command"])
+def test_places_are_those_of_the_project_for_its_script_and_of_the_caller_for_the_command(world, monkeypatch, root):
+    here, there = world.folder / "here", world.folder / "there"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    arguments = ["commonsense", "--source", "../source", "--manifest", "../manifest.json"]
+    cli.prepare(arguments, there if root else None)
+    folder, other = (there, here) if root else (here, there)
+    assert (folder / "commonsense_170k_taskid.json").is_file()
+    assert len(list(folder.glob("data/commonsense/test/*/test.json"))) == 8
+    assert not other.exists() or list(other.iterdir()) == []
 
 
 # --- the real files
 
 
-def test_manifest_has_everycached_path_every_task(prepare):
-    manifest = prepare.load_manifest(SCRIPT.parent / "manifest.json")
+def test_manifest_has_every_file_of_every_task():
+    manifest = commonsense.load_manifest(commonsense.MANIFEST)
     train = [entry.records for (_, split), entry in manifest.files.items() if split == "train"]
     test = [entry.records for (_, split), entry in manifest.files.items() if split == "test"]
     assert sum(train) == manifest.merged.records == 170_420
@@ -429,20 +424,24 @@ def test_manifest_has_everycached_path_every_task(prepare):
         assert entry.path == f"dataset/{name}/{split}.json"
 
 
-def test_real_files_give_the_known_records(prepare, tmp_path, capsys):
+@pytest.mark.slow
+def test_real_files_give_the_known_examples(tmp_path, capsys):
     folder = os.environ.get("COMMONSENSE_DATA")
     if not folder:
         pytest.skip("COMMONSENSE_DATA is not set to a folder with llm_adapters/<task>/{train,test}.json")
     source, output = Path(folder) / "llm_adapters", tmp_path / "train.json"
-    manifest = prepare.load_manifest(SCRIPT.parent / "manifest.json")
-    states = {(found.task.name, found.split): found.state for found in prepare.read_source(source, manifest)}
-    for (name, split), state in states.items():
-        assert state == "exact" or name == "hellaswag", f"{name}/{split}.json is {state}"
     flags = ["--source", str(source), "--output", str(output), "--test_dir", str(tmp_path / "test")]
-    prepare.main([*flags, "--allow-partial"])
+    cli.main(["prepare", "commonsense", *flags, "--allow_partial"])
     printed = capsys.readouterr().out
-    ids = [entry["task_id"] for entry in json.loads(output.read_bytes())]
-    whole = states["hellaswag", "train"] == "exact"
-    counts = [9_427, 16_113, 33_410, 39_905 if whole else 3_368, 63_238, 1_119, 2_251, 4_957]
-    assert [ids.count(task.id) for task in COMMONSENSE] == counts
-    assert len(ids) == (170_420 if whole else 133_883) and f"{len(ids):,} of 170,420 training records" in printed
+    states = {row.split()[0]: row.split()[3::2] for row in printed.splitlines()[1:9]}
+    assert list(states) == COMMONSENSE.names
+    assert {name: state for name, state in states.items() if name != "hellaswag" and state != ["exact", "exact"]} == {}
+    for (name, split), known in commonsense.load_manifest(commonsense.MANIFEST).files.items():
+        exact = states[name][split == "test"] == "exact"
+        assert not exact or known.sha256 in (None, sha256(source / name / f"{split}.json"))
+        assert name == "hellaswag" or known.sha256
+    counts = collections.Counter(entry["task_id"] for entry in json.loads(output.read_bytes()))
+    whole = states["hellaswag"][0] == "exact"
+    known = [9_427, 16_113, 33_410, 39_905 if whole else 3_368, 63_238, 1_119, 2_251, 4_957]
+    assert [counts[task.id] for task in COMMONSENSE] == known
+    assert f"{170_420 if whole else 133_883:,} of 170,420 training examples" in printed

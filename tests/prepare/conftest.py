@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pooch.core
 import pytest
+
+from mtl_lora import cli
 
 
 @pytest.fixture
@@ -42,12 +45,36 @@ def serve(monkeypatch) -> Callable[[Path], SimpleNamespace]:
 
 
 @pytest.fixture
-def run(prepare, world, capsys):
-    """Run a test file's ``prepare`` script on its ``world``, with the flags that name it; returns what it printed."""
+def run(world, capsys):
+    """Prepare a test file's ``world`` with the flags that describe it; returns what was printed."""
 
     def command(*arguments, source=True):
-        where = ["--source", world.source] if source else []
-        prepare.main([str(argument) for argument in (*where, *world.flags, *arguments)])
+        flags = {**world.flags, **({"--source": world.source} if source else {})}
+        given = [str(argument) for argument in arguments]
+        given += [f"{name}={value}" for name, value in flags.items() if name not in given]
+        cli.main(["prepare", *world.set, *given])
         return capsys.readouterr().out
 
     return command
+
+
+@pytest.fixture
+def refused(run, world, capsys):
+    """Prepare, which must fail with one sentence and write nothing; returns the sentence."""
+
+    def command(*arguments, **options):
+        with pytest.raises(SystemExit) as caught:
+            run(*arguments, **options)
+        captured = capsys.readouterr()
+        sentences = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert caught.value.code == 2 and len(sentences) == 1 and captured.err.endswith(sentences[0] + "\n")
+        assert [path for path in world.output.rglob("*") if path.is_file()] == []
+        return sentences[0]
+
+    return command
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Failed downloads are tried again at once."""
+    monkeypatch.setattr(pooch.core.time, "sleep", lambda seconds: None)
