@@ -70,7 +70,7 @@ class SearchConfig(Config):
             self.require(name, "at least 0", getattr(self, name) >= 0)
         (self.flag,) = _checked({self.flag: 0}, TrainConfig, for_all=False)
         self.train = _checked(self.train, TrainConfig, for_all=False)
-        if type(getattr(TrainConfig(), self.flag)) is int:
+        if next(flag.type for flag in TrainConfig.flags() if flag.name == self.flag) is int:
             self.values = [int(value) if value == int(value) else value for value in self.values]
 
 

@@ -98,7 +98,7 @@ class StudyWriter:
             test_data_sha256={name: results.data.get(name) for name in results.scored},
             # Parts of a task's questions and other measures stay in the run's own file.
             tasks={name: dataclasses.replace(results.tasks[name], **_REST) for name in results.scored},
-            average=results.average.value if {*self.grid.scored} <= {*results.tasks} else None,
+            average=results.average.value if {*self.grid.scored} <= {*results.tasks} and results.average else None,
         )
         return Finished(planned, run, results, evaluations)
 
@@ -114,7 +114,7 @@ class StudyWriter:
             seconds={step: state.seconds.get(step) for step in ("train", "evaluate")},
             starts={step: state.starts.get(step) for step in ("train", "evaluate")},
             steps=_last_step(log),
-            train_commit=(results.adapter or {}).get("origin", {}).get("commit"),
+            train_commit=_provenance(results.adapter or {}).get("commit"),
             train_data_sha256=job.data["train"].used.sha256["train"] if job.train else None,
             adapter_sha256=results.settings.get("adapter_sha256"),
         )
@@ -182,6 +182,11 @@ class StudyWriter:
         """B minus A over the seeds that both have, see ``intervals``; None without a common seed or task."""
         paths = ({seed: run.results.path for seed, run in found.get(name, {}).items()} for name in (a, b))
         return self._intervals(tuple(seed_pairs(*paths)))
+
+
+def _provenance(checkpoint: dict) -> dict:
+    """Where a checkpoint comes from, as it says itself; in format 1 under another key."""
+    return checkpoint.get("provenance") or checkpoint.get("origin") or {}
 
 
 def _last_step(log: Path) -> int | None:
