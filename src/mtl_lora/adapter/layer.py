@@ -151,7 +151,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k), for its shape alone."""
+        """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k) for its shape alone."""
         return z
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
