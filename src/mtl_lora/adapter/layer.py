@@ -145,7 +145,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def down(self) -> torch.Tensor:
-        """(R, k), from the input to rank space."""
+        """(R, k), from the input to rank space; a gate that reads the input adds rows of its own."""
         raise NotImplementedError
 
     def up(self) -> torch.Tensor:
@@ -153,7 +153,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What a task does in rank space: (N, R) to (N, R); ``x`` (..., k) is there for its shape alone."""
+        """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k) for its shape alone."""
         return z
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
