@@ -66,34 +66,35 @@ def analyse(checkpoint: str, output: Path) -> None:
 
 
 def scores(folder: str) -> tuple[dict, float]:
-    """What the report reads from a results file: the figures by task, and the average accuracy."""
-    from mtl_lora.report.results import read_results
+    """What the report reads from a results file: the scores by task, and the average accuracy."""
+    from mtl_lora.results import Results
 
-    found = read_results(folder)
+    found = Results.load(folder)
     tasks = {
         name: {
-            "accuracy": score.accuracy,
-            "stderr": score.stderr,
-            "n": score.n,
-            "majority": score.majority,
-            "groups": {kind: group.accuracy for kind, group in score.groups.items()},
+            "accuracy": task.value,
+            "stderr": task.stderr,
+            "n": task.n,
+            "majority": task.majority,
+            "groups": {kind: group.value for kind, group in task.groups.items()},
         }
-        for name, score in found.tasks.items()
+        for name, task in found.tasks.items()
     }
-    return tasks, found.average.accuracy
+    return tasks, found.average.value
 
 
 def report(*arguments: str) -> None:
-    from mtl_lora.report.__main__ import main
+    from mtl_lora.report.cli import main
 
     main([*arguments])
 
 
 def read_folder(path: str):
     """A study of the report's, from the folder of a study, a training or an evaluation."""
-    from mtl_lora.report.read_folder import read_one
+    from mtl_lora.report.load import RunFolder, load_run
 
-    return read_one(path)
+    found = load_run(path)
+    return found.study() if isinstance(found, RunFolder) else found
 
 
 # ---- tests ----

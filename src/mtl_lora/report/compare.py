@@ -33,16 +33,15 @@ Pairs = list[tuple[Prediction, Prediction]]
 def mcnemar_p(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
 
-    The binomial test of ``only_a`` against half of the pairs. It is 1 without discordant pairs and never 0: the
-    smallest float stands for all below it. Raises ``UserError`` without scipy.
+    min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
+    discordant pairs and never 0: the smallest float stands for all below it. Raises ``UserError`` without scipy.
     """
-    if only_a == only_b:
-        return 1.0
     try:
-        from scipy.stats import binomtest
+        from scipy.special import bdtr
     except ImportError:
         raise UserError("comparing needs scipy, which is not installed; run pip install 'mtl-lora[report]'") from None
-    return max(float(binomtest(only_a, only_a + only_b).pvalue), math.ulp(0.0))
+    both_sides = 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))
+    return min(1.0, max(both_sides, math.ulp(0.0)))
 
 
 def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples: int) -> "numpy.ndarray":

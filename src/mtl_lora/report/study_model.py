@@ -38,10 +38,10 @@ class Estimate:
         mean = statistics.fmean(values)
         if len(values) < 2:
             return cls(mean)
-        from scipy.stats import t
+        from scipy.special import stdtrit  # the quantile of Student's distribution
 
         sd = statistics.stdev(values)
-        half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
+        half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(len(values))
         return cls(mean, sd, mean - half, mean + half)
 
 
