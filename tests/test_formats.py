@@ -17,21 +17,22 @@ CHECKPOINTS = sorted(path.name for path in (FIXTURES / "checkpoints").iterdir())
 EVALUATIONS = sorted(str(path.parent.relative_to(FIXTURES)) for path in FIXTURES.glob("evaluations/**/results.json"))
 PEFT = ["lora/blank", "mtl_lora/hellaswag"]
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32
+ASKED = ["--dtype", "fp32", "--max_new_tokens", "12", "--data_dir"]
 
 
 # ---- where today's code has what the tests need ----
 
 
 def base_model():
-    from mtl_lora.model import load_model
+    from mtl_lora.base_model import BaseModel
 
-    return load_model("base", "fp32")
+    return BaseModel("base").load("fp32")
 
 
 def train(arguments: list[str]) -> None:
     from mtl_lora import cli
-    from mtl_lora.train.run import run
-    from mtl_lora.train.settings import TrainConfig
+    from mtl_lora.language.config import TrainConfig
+    from mtl_lora.language.train import run
 
     run(cli.parse(TrainConfig, arguments, ""))
 
@@ -64,7 +65,7 @@ def analyse(checkpoint: str, output: Path) -> None:
 
 
 def scores(folder: str) -> tuple[dict, float]:
-    """What the report reads from a results file: the scores by task, and the average accuracy."""
+    """What the report reads from a results file: the figures by task, and the average accuracy."""
     from mtl_lora.report.results import read_results
 
     found = read_results(folder)
@@ -195,13 +196,13 @@ def test_a_merged_model_gives_the_logits_of_its_task(expected, tmp_path):
 
 def test_the_analysis_of_a_checkpoint_is_the_one_written_then(tmp_path):
     analyse("checkpoints/mtl_lora", tmp_path / "analysis.json")
-    found, before = (json.loads(path.read_text()) for path in (tmp_path / "analysis.json", Path(ANALYSIS)))
+    found, before = (
+        json.loads(path.read_text())
+        for path in (tmp_path / "analysis.json", Path("checkpoints/mtl_lora/adapter_analysis.json"))
+    )
     assert found.keys() == before.keys()
     for key in before:
         assert_alike(found[key], before[key], key)
-
-
-ANALYSIS = "checkpoints/mtl_lora/adapter_analysis.json"
 
 
 def assert_alike(found: object, before: object, where: str) -> None:
@@ -248,19 +249,20 @@ def test_the_report_reads_a_folder(path):
     assert read_folder(path).experiments
 
 
-@pytest.mark.parametrize("mode", ["score", "generate"])
-def test_an_evaluation_of_today_gives_the_predictions_of_then(mode, tmp_path):
-    evaluate(["--checkpoint", "checkpoints/mtl_lora", "--mode", mode, *ASKED, "--output_dir", str(tmp_path)])
-    assert_same_predictions(tmp_path, Path("evaluations/mtl_lora") / mode)
+def test_an_evaluation_of_today_gives_the_predictions_of_then(tmp_path):
+    asked = [*ASKED, "commonsense/questions", "--mode", "both"]
+    evaluate(["--checkpoint", "checkpoints/mtl_lora", *asked, "--output_dir", str(tmp_path)])
+    before = Path("evaluations/mtl_lora")
+    for mode in ("score", "generate"):
+        assert_same_predictions(tmp_path / mode, before / mode)
+    found, stored = (json.loads((folder / "agreement.json").read_text()) for folder in (tmp_path, before))
+    assert {key: found[key] for key in stored} == stored
 
 
 def test_an_evaluation_of_a_peft_folder_gives_the_predictions_of_then(tmp_path):
-    asked = ["--data_dir", "own/questions", "--tasks_file", "own/tasks.json", *ASKED[2:]]
+    asked = [*ASKED, "own/questions", "--tasks_file", "own/tasks.json"]
     evaluate(["--peft", "peft/lora/blank", *asked, "--output_dir", str(tmp_path)])
     assert_same_predictions(tmp_path, Path("evaluations/peft_lora"))
-
-
-ASKED = ["--data_dir", "commonsense/questions", "--dtype", "fp32", "--max_new_tokens", "12"]
 
 
 def assert_same_predictions(found: Path, before: Path) -> None:
@@ -281,19 +283,16 @@ def predictions(folder: Path) -> dict[tuple[str, int], dict]:
 
 def test_an_evaluation_of_then_is_continued(tmp_path):
     """Predictions that lie there are kept, and only what is missing is answered."""
-    shutil.copytree("evaluations/mtl_lora/score", tmp_path / "score")
-    shutil.rmtree(tmp_path / "score" / "predictions")
-    (tmp_path / "score" / "predictions").mkdir()
-    for path in Path("evaluations/mtl_lora/score/predictions").glob("*.jsonl"):
-        if path.stem != "boolq":
-            # A score that the model does not give shows that the stored line was kept.
-            lines = [{**json.loads(line), "scores": [-1.0]} for line in path.read_text().splitlines()]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (tmp_path / "score" / "predictions" / path.name).write_text(text)
-    evaluate(
-        ["--checkpoint", "checkpoints/mtl_lora", "--mode", "score", *ASKED[:4], "--output_dir", str(tmp_path / "score")]
-    )
-    again, stored = predictions(tmp_path / "score"), predictions(Path("evaluations/mtl_lora/score"))
+    folder = tmp_path / "score"
+    shutil.copytree("evaluations/mtl_lora/score", folder)
+    (folder / "predictions" / "boolq.jsonl").unlink()
+    for path in (folder / "predictions").glob("*.jsonl"):
+        # A score that the model does not give shows that the stored line was kept.
+        lines = [{**json.loads(line), "scores": [-1.0]} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = [*ASKED, "commonsense/questions", "--mode", "score"]
+    evaluate(["--checkpoint", "checkpoints/mtl_lora", *asked, "--output_dir", str(folder)])
+    again, stored = predictions(folder), predictions(Path("evaluations/mtl_lora/score"))
     assert again.keys() == stored.keys()
     assert {task for (task, _), record in again.items() if record["scores"] != [-1.0]} == {"boolq"}
-    assert scores(str(tmp_path / "score")) == scores("evaluations/mtl_lora/score")
+    assert scores(str(folder)) == scores("evaluations/mtl_lora/score")

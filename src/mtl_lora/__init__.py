@@ -7,7 +7,7 @@ from mtl_lora.version import __version__
 # Where each public name lives. Loaded on first use, so that reading a command line or a results file, which need
 # no tensor, do not wait for torch.
 _HOMES = {
-    "AdapterConfig": "mtl_lora.config",
+    "AdapterConfig": "mtl_lora.adapter.config",
     "Origin": "mtl_lora.adapter.checkpoint",
     "UserError": "mtl_lora.errors",
     "adapter_layers": "mtl_lora.adapter.inject",

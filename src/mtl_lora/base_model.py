@@ -22,8 +22,9 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject, trainable_parameters
-from mtl_lora.config import DTYPES, AdapterConfig
+from mtl_lora.config import DTYPES
 from mtl_lora.embedded import NAME as SMOLLM2
 from mtl_lora.embedded import smollm2_folder
 from mtl_lora.errors import UserError

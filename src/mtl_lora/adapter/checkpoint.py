@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mtl_lora import files
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, forget_adapter, inject, replace_module
-from mtl_lora.config import AdapterConfig, Config
+from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 from mtl_lora.version import __version__
 

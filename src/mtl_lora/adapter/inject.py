@@ -1,6 +1,5 @@
 """Putting adapter layers on a model, finding them again, and folding them into plain linear layers."""
 
-import importlib
 import re
 from collections import Counter
 
@@ -8,15 +7,9 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter import routing
-from mtl_lora.adapter.layer import AdapterLayer, is_conv1d
-from mtl_lora.config import METHODS, AdapterConfig
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, layer_class
 from mtl_lora.errors import UserError
-
-
-def layer_class(method: str) -> type[AdapterLayer]:
-    """The layer of a method in the table of methods."""
-    module, _, name = METHODS[method].partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:

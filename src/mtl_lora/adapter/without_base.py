@@ -7,6 +7,7 @@ from torch import nn
 
 from mtl_lora.adapter.checkpoint import CheckpointConfig, load_state, read_weights
 from mtl_lora.adapter.inject import adapter_layers, inject
+from mtl_lora.adapter.layer import layer_sizes
 
 Sizes = dict[str, tuple[int, int]]
 
@@ -21,7 +22,7 @@ def adapter_without_base(
     fit the base.
     """
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in read_weights(folder, config).items()}
-    model = base or stand_in(sizes_of(state))
+    model = base or stand_in(layer_sizes(config.adapter_config, state))
     if any(tensor.dtype == torch.float64 for tensor in state.values()):
         model.to(torch.float64)
     inject(model, config.adapter_config)
@@ -47,6 +48,6 @@ def stand_in(sizes: Sizes) -> nn.Module:
 
 
 def sizes_of(state: dict[str, torch.Tensor]) -> Sizes:
-    """(k, d) of every adapted layer, read off its lora_A (.., k) and lora_B (d, ..), which every method has."""
+    """(k, d) of every adapted layer, read off its lora_A (.., k) and lora_B (d, ..), as LoRA and MTL-LoRA have them."""
     names = [key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")]
     return {name: (state[f"{name}.lora_A"].shape[1], state[f"{name}.lora_B"].shape[0]) for name in names}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.without_base import sizes_of
-from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.export.imports import State, check_shape, check_whole, find_targets, write_checkpoint
 from mtl_lora.language.tasks import TaskSet

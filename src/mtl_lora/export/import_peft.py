@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mtl_lora import files
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import kaiming
 from mtl_lora.adapter.without_base import Sizes, sizes_of
-from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.export.imports import State, check_shape, check_whole, find_targets, write_checkpoint
 from mtl_lora.language import prompts
@@ -71,9 +71,8 @@ def import_peft(
         dropout=options.get("lora_dropout") or 0.0,
         target_modules=find_targets(base_model, sizes, str(folder), trust_remote_code),
         tasks=tasks.names,
-        num_B=num_B,
-        temperature=temperature,
         use_rslora=bool(options.get("use_rslora")),
+        **({"num_B": num_B, "temperature": temperature} if method == "mtl_lora" else {}),
     )
     state = pairs if method == "lora" else _mtl_lora_state(pairs, sizes, adapter, seed)
     return write_checkpoint(output, adapter, state, base_model, template, tasks, [folder], overwrite)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.base_model import BaseModel
-from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 from mtl_lora.export.folders import whole_folder
 from mtl_lora.export.structure import Sizes, base_structure, check_layers, targets_for

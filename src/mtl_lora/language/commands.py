@@ -12,10 +12,11 @@ def train(arguments: Sequence[str]) -> None:
     """``mtl-lora train``, and ``finetune.py``."""
     config = parse(TrainConfig, arguments, TRAIN_ABOUT)
     from mtl_lora.language.train import run
-    from mtl_lora.training.distributed import leave
+    from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
+    prepare_process(config)
     run(config)
-    leave()
+    destroy_process_group()
 
 
 def evaluate(arguments: Sequence[str]) -> None:

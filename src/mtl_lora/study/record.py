@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mtl_lora import files
-from mtl_lora.config import AdapterConfig
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.report.results import Results
 from mtl_lora.study.grid import Experiment

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_lora.adapter import analysis, checkpoint
+from mtl_lora.artifacts import checkpoints
 from mtl_lora.errors import UserError
-from mtl_lora.training.trainer import checkpoints
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from mtl_lora.language.collate import Collator
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.token_cache import row_columns, training_rows
-from mtl_lora.training.sampler import LengthBatchSampler
+from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 STEPS = 50
 FLAGS = {"batch_size": 4, "lora_dropout": 0.0, "learning_rate": 1e-3, "lr_scheduler_type": "constant_with_warmup"}
@@ -41,7 +41,7 @@ def plain_losses(config: TrainConfig, rows, tokenizer, gathering) -> tuple[list[
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     columns, collator = row_columns(rows), Collator(tokenizer.pad_token_id)
-    sampler = LengthBatchSampler(columns["length"], columns["task_id"], config.batch_size, config.seed)
+    sampler = LengthGroupedBatchSampler(columns["length"], columns["task_id"], config.batch_size, config.seed)
     losses = []
     while len(losses) < STEPS:
         sampler.set_epoch(len(losses) // len(sampler))

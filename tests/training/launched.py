@@ -1,6 +1,6 @@
 """Several trainings one after another in one launch, for starting the processes costs more than a tiny training.
 
-    torchrun --nproc_per_node 2 tests/train/launched.py JOB.json
+    torchrun --nproc_per_node 2 tests/training/launched.py JOB.json
 
 ``runs`` in the file lists settings of ``TrainConfig``; each run's folder also gets ``facts.json``, what its adapter
 layers were in a forward. ``break_after`` is the number of layer calls after which the last process raises an error.
@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from mtl_lora.adapter.layer import AdapterLayer
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.train import run
-from mtl_lora.training.distributed import leave
+from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -39,8 +39,10 @@ def watch(module, inputs, output) -> None:
 
 register_module_forward_hook(watch)
 for settings in JOB["runs"]:
-    run(TrainConfig(**settings))
+    config = TrainConfig(**settings)
+    prepare_process(config)
+    run(config)
     unset_hf_deepspeed_config()  # transformers keeps a run's, and would make the next one's model by it
     if RANK == 0:
         (Path(settings["output_dir"]) / "facts.json").write_text(json.dumps(facts))
-leave()
+destroy_process_group()

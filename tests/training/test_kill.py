@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from shared import PROJECT
 
-from mtl_lora.training.trainer import checkpoints
+from mtl_lora.artifacts import checkpoints
 
 STEPS = 40
 
