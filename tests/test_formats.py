@@ -39,8 +39,8 @@ def train(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     from mtl_lora import cli
-    from mtl_lora.evaluate.run import run
-    from mtl_lora.evaluate.settings import EvalConfig
+    from mtl_lora.language.config import EvalConfig
+    from mtl_lora.language.evaluate import run
 
     run(cli.parse(EvalConfig, arguments, ""))
 
@@ -65,21 +65,21 @@ def analyse(checkpoint: str, output: Path) -> None:
 
 
 def scores(folder: str) -> tuple[dict, float]:
-    """What the report reads from a results file: the figures by task, and the average accuracy."""
-    from mtl_lora.report.results import read_results
+    """What a results file holds: the scores by task, and the average accuracy."""
+    from mtl_lora.results import Results
 
-    found = read_results(folder)
+    found = Results.load(folder)
     tasks = {
         name: {
-            "accuracy": score.accuracy,
+            "accuracy": score.value,
             "stderr": score.stderr,
             "n": score.n,
             "majority": score.majority,
-            "groups": {kind: group.accuracy for kind, group in score.groups.items()},
+            "groups": {kind: group.value for kind, group in score.groups.items()},
         }
         for name, score in found.tasks.items()
     }
-    return tasks, found.average.accuracy
+    return tasks, found.average.value
 
 
 def report(*arguments: str) -> None:

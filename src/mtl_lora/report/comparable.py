@@ -30,7 +30,7 @@ def check_comparable(a: Results, b: Results) -> None:
         alone = [name for name in one.tasks if name not in other.tasks]
         if alone:
             raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
-    redefined = [name for name in a.tasks if a.task_set[name].reading != b.task_set[name].reading]
+    redefined = [name for name in a.tasks if a.task_set[name].extraction_key != b.task_set[name].extraction_key]
     if redefined:
         raise _not_comparable(a, b, f"they declare other options, pattern or answer prefix of {', '.join(redefined)}")
     other_data = [name for name in a.tasks if a.data[name] != b.data[name]]
