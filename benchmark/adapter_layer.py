@@ -20,7 +20,7 @@ import torch
 from baselines.gathering import GatheringLayer
 from baselines.looping import LoopingLayer
 from footprint import megabytes, tensor_bytes
-from measure import count, fractions, keep, parser, ratio, shown, spread, turns
+from measure import count, fractions, keep, markdown_table, parser, ratio, shown, spread, turns
 from pipelines import adapter_config, with_peft
 from torch import nn
 
@@ -28,7 +28,6 @@ from mtl_lora import route
 from mtl_lora.adapter.layer import layer_class, methods
 from mtl_lora.base_model import choose_dtype, device_for_this_process
 from mtl_lora.errors import user_errors_to_exit_code
-from mtl_lora.report.render import markdown_table
 
 TASKS = [f"task{number}" for number in range(8)]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from baselines import gathering, looping
 from batches import spread_tasks
+from measure import Parser
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,7 +18,6 @@ from mtl_lora import route
 from mtl_lora.adapter.inject import replace_module
 from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
-from mtl_lora.errors import OneSentenceParser
 from mtl_lora.language.loss import token_losses
 from mtl_lora.language.tasks import COMMONSENSE
 
@@ -70,7 +70,7 @@ class Pipeline:
         return spread_tasks(plans[self.plan], self.tasks) if self.tasks else plans[self.plan]
 
 
-def add_sides(parser: OneSentenceParser, default: str) -> None:
+def add_sides(parser: Parser, default: str) -> None:
     """The flag ``--sides``, and a list of what it may name below the help."""
     parser.add_flag("sides", "pipelines to compare, in the order of the table", type=side_names, default=default)
     parser.epilog = "\n".join(["sides:", *(f"  {name:18}{text}" for name, text in SIDES.items())])

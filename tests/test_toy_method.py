@@ -15,7 +15,6 @@ from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Factors, layer_class
 from mtl_lora.config import flag
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.report.__main__ import main as report
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_toy_method_is_trained_evaluated_and_reported(toy, tiny_base, records_fi
     results = json.loads((scores / artifacts.RESULTS).read_text())
     assert (results["method"], results["method_title"]) == ("toy", "Toy-LoRA")
     capsys.readouterr()
-    report(["table", str(scores)])
+    cli.main(["report", "table", str(scores)])
     assert results["name"] in capsys.readouterr().out
 
 

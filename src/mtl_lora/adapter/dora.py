@@ -20,6 +20,7 @@ class DoraLayer(AdapterLayer):
     """
 
     method, title, paper = "dora", "DoRA", "2402.09353"
+    no_decay = ("lora_magnitude",)  # starts at the norms of W
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:

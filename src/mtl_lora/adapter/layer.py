@@ -93,7 +93,8 @@ class AdapterLayer(nn.Module):
     method: its name in configurations and flags; a class that sets it is registered. aliases: earlier names. title: its
     name in tables. paper: arXiv id. needs_task_ids: whether a forward needs the task of each row. has_factors: whether
     the layer equals a low-rank pair for each task, which merging and exporting need. mixture_parts: what ``mixture``
-    mixes, in the plural. Hyperparameters: the method's own values.
+    mixes, in the plural. no_decay: parameters that weight decay spares, for they would not rest at zero.
+    Hyperparameters: the method's own values.
     """
 
     method: str
@@ -103,6 +104,7 @@ class AdapterLayer(nn.Module):
     needs_task_ids = False
     has_factors = True
     mixture_parts = ""
+    no_decay: tuple[str, ...] = ()
     Hyperparameters: type[Hyperparameters] = Hyperparameters
     is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
 

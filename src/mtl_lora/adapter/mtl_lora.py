@@ -28,6 +28,7 @@ class MtlLoraLayer(AdapterLayer):
 
     method, title, paper = "mtl_lora", "MTL-LoRA", "2410.09437"
     aliases = ("mlora",)
+    no_decay = ("lora_lambda",)  # starts at the identity
     needs_task_ids = True
     mixture_parts = "up-projections"
 

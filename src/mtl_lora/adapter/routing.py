@@ -72,7 +72,9 @@ class Route:
                     [index[row] if isinstance(row, str) else [index[name] for name in row] for row in self.names]
                 )
             except KeyError as error:
-                raise UserError(f"there is no task {error.args[0]!r}; the adapter's tasks are {_listed(tasks)}") from None
+                raise UserError(
+                    f"there is no task {error.args[0]!r}; the adapter's tasks are {_listed(tasks)}"
+                ) from None
             except (TypeError, ValueError):
                 raise UserError(f"{_RULE}, not {self.names!r}") from None
         ids = self.task_ids

@@ -104,7 +104,9 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
     weights: dict[str, list[tuple[nn.Module, str]]] = {}  # by identity: a weight that is tied has several places
     tensors: dict[str, torch.Tensor] = {}
     for path, module in modules.items():
-        persistent = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        persistent = {
+            key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set
+        }
         for key, value in [*module._parameters.items(), *persistent.items()]:
             if value is not None:
                 tensors[f"{path}.{key}" if path else key] = value

@@ -12,17 +12,18 @@ def train(arguments: Sequence[str]) -> None:
     """``mtl-lora train``, and ``finetune.py``."""
     config = parse(TrainConfig, arguments, TRAIN_ABOUT)
     from mtl_lora.language.train import run
-    from mtl_lora.training.distributed import leave
+    from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
+    prepare_process(config)
     run(config)
-    leave()
+    destroy_process_group()
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the table at the end."""
     config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
     from mtl_lora.language.evaluate import run
-    from mtl_lora.report.__main__ import main as report
+    from mtl_lora.report.cli import main as report
 
     found = run(config)
     if not config.check and int(os.environ.get("RANK", "0")) == 0:
