@@ -12,7 +12,7 @@ import mtl_lora
 from mtl_lora import UserError, artifacts, cli
 from mtl_lora.adapter import layer
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
-from mtl_lora.adapter.layer import AdapterLayer, Factors, layer_class
+from mtl_lora.adapter.layer import AdapterLayer, layer_class
 from mtl_lora.config import flag
 from mtl_lora.language.config import TrainConfig
 
@@ -46,10 +46,6 @@ def toy():
 
         def up(self) -> torch.Tensor:
             return self.hyperparameters.strength * self.toy_U
-
-        def factors(self, task: str | int | None = None) -> Factors:
-            self.check_task(task)
-            return Factors(self.toy_V, self.up(), self.scale)
 
     yield ToyLayer
     del layer._registered["toy"]
