@@ -10,7 +10,7 @@ from mtl_lora.language.collate import Collator
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.training.sampler import LengthBatchSampler
+from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 
 def add_data(parser: Parser, records: int) -> None:
@@ -50,7 +50,7 @@ def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: t
     lengths, ids = [len(row["input_ids"]) for row in rows], [row["task_id"] for row in rows]
     plans = {
         "random": np.random.default_rng(0).permutation(len(rows)).reshape(-1, batch_size).tolist(),
-        "sorted": LengthBatchSampler(lengths, ids, batch_size, seed=0),
+        "sorted": LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0),
     }
     collate = Collator(pad_token_id)
     return {

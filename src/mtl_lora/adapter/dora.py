@@ -1,10 +1,12 @@
 """DoRA (arXiv 2402.09353, equation 5): LoRA for a weight's direction, and its magnitude trained beside it."""
 
+import contextlib
+
 import torch
 from torch import nn
 
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming, positive
-from mtl_lora.config import AdapterConfig
 
 
 class DoraLayer(AdapterLayer):
@@ -13,23 +15,22 @@ class DoraLayer(AdapterLayer):
     x~ = dropout(x). lora_A: (r, k). lora_B: (d, r), starts at zero. lora_magnitude: (d,), m, starts as the rows' norms
     of W, so that c is exactly 1. The norm is a constant in the backward pass (section 4.3 of the paper).
 
-    Where weights lie in pieces (ZeRO-3) or are quantised, W is not read in a forward: W x~ and W A^T come from the base
+    Where weights are partitioned (ZeRO-3) or quantised, W is not read in a forward: W x~ and W A^T come from the base
     layer's own forward. A row of W that is zero stays zero.
     """
 
-    parameter_names = ("lora_A", "lora_B", "lora_magnitude")
+    method, title, paper = "dora", "DoRA", "2402.09353"
+    no_decay = ("lora_magnitude",)  # starts at the norms of W
 
-    def create(self, config: AdapterConfig) -> None:
-        self.lora_A = self.new_parameter(self.rank, self.in_features)
-        self.lora_B = self.new_parameter(self.out_features, self.rank)
-        self.lora_magnitude = self.new_parameter(self.out_features)
-        squares = self.base_row_squares().to(self.lora_magnitude.dtype)
-        self.register_buffer("base_squares", squares, persistent=False)
+    @staticmethod
+    def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (config.rank, k), "lora_B": (d, config.rank), "lora_magnitude": (d,)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         kaiming(self.lora_A)
         nn.init.zeros_(self.lora_B)
+        self.register_buffer("base_squares", self.base_row_squares(), persistent=False)
         self.lora_magnitude.copy_(self.base_squares.sqrt())
 
     def down(self) -> torch.Tensor:
@@ -45,9 +46,13 @@ class DoraLayer(AdapterLayer):
         ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T for a row w of W and b of B.
         """
         A, B, s = self.lora_A, self.lora_B, self.scale
-        projected = self.base_product(A.to(self.compute_dtype)).to(A.dtype)  # A W^T, (r, d)
-        cross = (B * projected.T).sum(dim=1)
-        own = ((B @ (A @ A.T)) * B).sum(dim=1)
+        device = A.device.type
+        # c is 1 but for small changes, which the bf16 products of an autocast region would round away.
+        exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+        with exact:
+            projected = self.base_product(A.to(self.compute_dtype)).to(A.dtype)  # A W^T, (r, d)
+            cross = (B * projected.T).sum(dim=1)
+            own = ((B @ (A @ A.T)) * B).sum(dim=1)
         return (self.base_squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
 
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:

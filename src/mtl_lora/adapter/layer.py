@@ -1,4 +1,7 @@
-"""The contract of every method: one layer wrapped around a frozen linear layer.
+"""The contract of every method: one layer wrapped around a frozen linear layer, and the registry of methods.
+
+A method is one class in one file of this package. The class declares what there is to know of the method (name, title,
+paper, hyperparameters, shapes of its weights), and everything else in the library reads it from there.
 
 Shape legend: B batch, L tokens, k in_features, d out_features, r rank, T tasks, n up-projections,
 R the width of the layer's rank space (r, or n r), N = all leading sizes of x multiplied.
@@ -6,15 +9,19 @@ R the width of the layer's rank space (r, or n r), N = all leading sizes of x mu
 
 import contextlib
 import dataclasses
+import functools
+import importlib
 import math
+import pkgutil
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mtl_lora import adapter
+from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.dropout import dropout
-from mtl_lora.config import AdapterConfig
 from mtl_lora.errors import UserError
 
 
@@ -79,36 +86,66 @@ def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
 class AdapterLayer(nn.Module):
     """y = base(x) + scale * up @ mix(down @ dropout(x)): a frozen linear layer and a trained low-rank path beside it.
 
-    A method says what ``down`` (R, k), ``mix`` and ``up`` (d, R) are; the wrapped layer is kept as it is, weight and
-    bias untouched. Trained weights are float32 (float64 for a float64 base) and are cast to the activations' dtype
-    as they are used.
+    A method declares the attributes below and ``shapes``, and says what ``down`` (R, k), ``mix`` and ``up`` (d, R) are;
+    the wrapped layer is kept as it is, weight and bias untouched. Trained weights are float32 (float64 for a float64
+    base) and are cast to the activations' dtype as they are used.
+
+    method: its name in configurations and flags; a class that sets it is registered. aliases: earlier names. title: its
+    name in tables. paper: arXiv id. needs_task_ids: whether a forward needs the task of each row. has_factors: whether
+    the layer equals a low-rank pair for each task, which merging and exporting need. mixture_parts: what ``mixture``
+    mixes, in the plural. no_decay: parameters that weight decay spares, for they would not rest at zero.
+    Hyperparameters: the method's own values.
     """
 
-    parameter_names: tuple[str, ...] = ()
+    method: str
+    aliases: tuple[str, ...] = ()
+    title: str
+    paper: str = ""
     needs_task_ids = False
+    has_factors = True
+    mixture_parts = ""
+    no_decay: tuple[str, ...] = ()
+    Hyperparameters: type[Hyperparameters] = Hyperparameters
+    is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "method" in cls.__dict__:
+            known = _registered.get(cls.method)
+            if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"two classes declare the method {cls.method!r}: {known!r} and {cls!r}")
+            _registered[cls.method] = cls
 
     def __init__(self, base: nn.Linear, config: AdapterConfig):
         super().__init__()
         self.base = base
         self.in_features, self.out_features = features(base)
-        # The output of a quantised layer, or of one whose weight lies in pieces (ZeRO-3), belongs to a function of
+        # The output of a quantised layer, or of one whose weight is partitioned (ZeRO-3), belongs to a function of
         # its own, which does not let it be changed.
         self.in_place = not is_quantised(base.weight) and not in_pieces(base.weight)
         self.rank, self.scale, self.tasks = config.rank, config.scale, list(config.tasks)
-        self.dropout = config.dropout
-        self.create(config)
+        self.dropout, self.hyperparameters = config.dropout, config.hyperparameters
+        shapes = self.shapes(config, self.in_features, self.out_features)
+        self.parameter_names = tuple(shapes)
+        for name, shape in shapes.items():
+            setattr(self, name, self.new_parameter(*shape))
         self.reset_parameters()
 
-    def create(self, config: AdapterConfig) -> None:
-        """Make the parameters named in ``parameter_names`` with ``new_parameter``."""
+    @staticmethod
+    def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each trained parameter by its name, on a linear layer (d, k)."""
         raise NotImplementedError
+
+    @classmethod
+    def check_config(cls, config: AdapterConfig) -> None:
+        """Raise ``UserError`` where the method's own values and the rest of a configuration do not go together."""
 
     def reset_parameters(self) -> None:
         """Draw the starting values from torch's global generator; the layer then equals its base."""
         raise NotImplementedError
 
     def down(self) -> torch.Tensor:
-        """(R, k), from the input to rank space."""
+        """(R, k), from the input to rank space; a gate that reads the input adds rows of its own."""
         raise NotImplementedError
 
     def up(self) -> torch.Tensor:
@@ -116,11 +153,32 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What a task does in rank space: (N, R) to (N, R); ``x`` (..., k) is there for its shape alone."""
+        """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k) for its shape alone."""
         return z
 
+    def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
+        """The weights with which each task mixes the layer's parts, (M,) to (M, n); None without such a mixture."""
+        return None
+
+    def task_transforms(self) -> torch.Tensor | None:
+        """What each task does to the rank space, (T, r, r), starting at the identity; None without such matrices."""
+        return None
+
+    @classmethod
+    def require_factors(cls) -> None:
+        """Raise ``UserError`` for a method whose layers equal no low-rank pair."""
+        if not cls.has_factors:
+            raise UserError(
+                f"{cls.title} has no factors, since its gate depends on the input, so it cannot be merged into the "
+                "base model or exported for PEFT; use the checkpoint itself"
+            )
+
     def factors(self, task: str | int | None = None) -> Factors:
-        """The pair (A, B) and scale that equal this layer for ``task`` (a name, an id, or None without tasks)."""
+        """The pair (A, B) and scale that equal this layer for ``task`` (a name, an id, or None without tasks).
+
+        Raises ``UserError`` for a task that is not there, and for a method without factors.
+        """
+        self.require_factors()
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -247,3 +305,47 @@ def kaiming(parameter: torch.Tensor) -> None:
 def positive(norms: torch.Tensor) -> torch.Tensor:
     """Norms to divide by: a row of zeros has a norm of zero, and 0 / 0 is no number."""
     return norms.clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+# ---- the registry ----
+
+_registered: dict[str, type[AdapterLayer]] = {}
+# Stand for k and d in ``shapes``: primes that no product of the other sizes reaches.
+_K, _D = 1_000_003, 1_000_033
+
+
+@functools.cache
+def _import_built_in() -> None:
+    for module in pkgutil.iter_modules(adapter.__path__):
+        importlib.import_module(f"{adapter.__name__}.{module.name}")
+
+
+def methods() -> dict[str, type[AdapterLayer]]:
+    """Every method by its name: those of the modules of this package, and whatever other class registered itself."""
+    _import_built_in()
+    return dict(sorted(_registered.items()))
+
+
+def layer_class(method: str) -> type[AdapterLayer]:
+    """The layer of a method by its name or an alias; raises ``UserError`` that lists the methods."""
+    known = methods()
+    by_alias = {alias: layer for layer in known.values() for alias in layer.aliases}
+    if not isinstance(method, str) or method not in known | by_alias:
+        raise UserError(f"method must be one of {', '.join(known)}, not {method!r}")
+    return (by_alias | known)[method]
+
+
+def layer_sizes(config: AdapterConfig, state: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """(k, d) of each adapted layer by its name, from adapter weights by ``<layer>.<parameter>``.
+
+    The sizes stand where the method's ``shapes`` puts them. Tensors that are no parameter of the method are left out,
+    and so is a layer whose parameters do not show both sizes.
+    """
+    shapes = layer_class(config.method).shapes(config, _K, _D)
+    found: dict[str, dict[int, int]] = {}
+    for key, tensor in state.items():
+        name, _, parameter = key.rpartition(".")
+        for declared, actual in zip(shapes.get(parameter, ()), tensor.shape, strict=False):
+            if declared in (_K, _D):
+                found.setdefault(name, {})[declared] = actual
+    return {name: (sizes[_K], sizes[_D]) for name, sizes in found.items() if len(sizes) == 2}

@@ -3,18 +3,18 @@
 import torch
 from torch import nn
 
+from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
-from mtl_lora.config import AdapterConfig
 
 
 class LoraLayer(AdapterLayer):
     """y = W x + b + (alpha / r) B A dropout(x), with A (r, k) and B (d, r); B starts at zero."""
 
-    parameter_names = ("lora_A", "lora_B")
+    method, title, paper = "lora", "LoRA", "2106.09685"
 
-    def create(self, config: AdapterConfig) -> None:
-        self.lora_A = self.new_parameter(self.rank, self.in_features)
-        self.lora_B = self.new_parameter(self.out_features, self.rank)
+    @staticmethod
+    def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (config.rank, k), "lora_B": (d, config.rank)}
 
     def reset_parameters(self) -> None:
         kaiming(self.lora_A)

@@ -1,12 +1,15 @@
 """MoELoRA (arXiv 2310.18339, equations 6 to 9): experts of small rank, mixed by a gate that reads the task."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mtl_lora.adapter import routing
+from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
-from mtl_lora.config import AdapterConfig
+from mtl_lora.config import flag
 
 _A_SPREAD = 0.01  # standard deviation of the A_i at the start
 
@@ -19,15 +22,33 @@ class MoeLoraLayer(AdapterLayer):
     bias, as torch starts a Linear: with both zero the gate would stay as it is for ever.
     """
 
-    parameter_names = ("lora_A", "lora_B", "lora_task_embedding", "lora_gate")
+    method, title, paper = "moelora", "MoELoRA", "2310.18339"
     needs_task_ids = True
+    mixture_parts = "experts"
 
-    def create(self, config: AdapterConfig) -> None:
-        self.num_experts = config.num_experts
-        self.lora_A = self.new_parameter(self.rank, self.in_features)
-        self.lora_B = self.new_parameter(self.out_features, self.rank)
-        self.lora_task_embedding = self.new_parameter(len(self.tasks), config.task_embedding_dim)
-        self.lora_gate = self.new_parameter(self.num_experts, config.task_embedding_dim)
+    @dataclasses.dataclass
+    class Hyperparameters(Hyperparameters):
+        num_experts: int = flag(8, "number N of experts, which share the rank")
+        task_embedding_dim: int = flag(64, "width of the task embedding e_t")
+
+        def validate(self) -> None:
+            self.require("num_experts", "at least 1", self.num_experts >= 1)
+            self.require("task_embedding_dim", "at least 1", self.task_embedding_dim >= 1)
+
+    @classmethod
+    def check_config(cls, config: AdapterConfig) -> None:
+        rule = f"a multiple of the {config.num_experts} experts (num_experts) for moelora"
+        config.require("rank", rule, config.rank % config.num_experts == 0)
+
+    @staticmethod
+    def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+        E = config.task_embedding_dim
+        return {
+            "lora_A": (config.rank, k),
+            "lora_B": (d, config.rank),
+            "lora_task_embedding": (len(config.tasks), E),
+            "lora_gate": (config.num_experts, E),
+        }
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.lora_A, std=_A_SPREAD)
@@ -47,10 +68,10 @@ class MoeLoraLayer(AdapterLayer):
 
     def gate(self, task_ids: torch.Tensor) -> torch.Tensor:
         """g_t spread over the columns of its experts: (M,) to (M, r)."""
-        return self.mixture(task_ids).repeat_interleave(self.rank // self.num_experts, dim=-1)
+        return self.mixture(task_ids).repeat_interleave(self.rank // self.hyperparameters.num_experts, dim=-1)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)
+        task_ids = routing.task_ids_for(x, self).reshape(-1)
         # In the gate's own dtype: its gradient is a difference of sums over the tokens, in which bf16 would round away.
         gate = self.gate(task_ids)
         return (z.to(gate.dtype).view(len(task_ids), -1, self.rank) * gate[:, None]).view_as(z)

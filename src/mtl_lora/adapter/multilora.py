@@ -1,10 +1,13 @@
 """MultiLoRA (arXiv 2311.11501, equation 4): n parallel LoRAs, each scaled per output feature from zero."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
-from mtl_lora.config import AdapterConfig
+from mtl_lora.config import flag
 
 
 class MultiLoraLayer(AdapterLayer):
@@ -14,13 +17,19 @@ class MultiLoraLayer(AdapterLayer):
     lora_scaling: (n, d), c_i, starts at zero. c_i is folded into B_i, so the layer is one low-rank pair of rank n r.
     """
 
-    parameter_names = ("lora_A", "lora_B", "lora_scaling")
+    method, title, paper = "multilora", "MultiLoRA", "2311.11501"
 
-    def create(self, config: AdapterConfig) -> None:
-        self.num_B = config.num_B
-        self.lora_A = self.new_parameter(self.num_B * self.rank, self.in_features)
-        self.lora_B = self.new_parameter(self.out_features, self.num_B * self.rank)
-        self.lora_scaling = self.new_parameter(self.num_B, self.out_features)
+    @dataclasses.dataclass
+    class Hyperparameters(Hyperparameters):
+        num_B: int = flag(3, "number n of parallel modules")
+
+        def validate(self) -> None:
+            self.require("num_B", "at least 1", self.num_B >= 1)
+
+    @staticmethod
+    def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+        n, r = config.num_B, config.rank
+        return {"lora_A": (n * r, k), "lora_B": (d, n * r), "lora_scaling": (n, d)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -35,7 +44,7 @@ class MultiLoraLayer(AdapterLayer):
 
     def up(self) -> torch.Tensor:
         """[c_1 * B_1 ... c_n * B_n], (d, n r)."""
-        blocks = self.lora_B.view(self.out_features, self.num_B, self.rank)
+        blocks = self.lora_B.view(self.out_features, -1, self.rank)
         return (blocks * self.lora_scaling.T[:, :, None]).flatten(1)
 
     def factors(self, task: str | int | None = None) -> Factors:

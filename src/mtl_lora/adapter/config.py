@@ -1,0 +1,155 @@
+"""The configuration of an adapter: a method, what it is put on, and the hyperparameters that the method declares.
+
+Which methods there are, and what each of them declares, the layer classes say (``mtl_lora.adapter.layer.methods``).
+They need torch, so they are imported when a configuration is made, not with this module.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+
+from mtl_lora.config import Config, Flag, closest
+from mtl_lora.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from mtl_lora.adapter.layer import AdapterLayer
+
+# Hyperparameters as files of format 1 hold them: flat, and those of every method whatever the method is.
+_FORMAT_1 = ("num_B", "temperature", "lambda_shape", "num_experts", "task_embedding_dim")
+
+
+@dataclasses.dataclass
+class Hyperparameters(Config):
+    """A method's own values beside rank, alpha and dropout: fields made with ``flag``, and their rules in ``validate``.
+
+    A field that a method gains after checkpoints were written declares the value that was fixed until then, as
+    ``before=value``: a file without the field takes it.
+    """
+
+
+@dataclasses.dataclass
+class AdapterConfig(Config):
+    """What is put on which linear layers.
+
+    rank r and alpha give the scale alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732). dropout: the
+    probability p on the trained path's input, 0 is off. target_modules: names or name endings of linear layers; or, as
+    one string, a regular expression that the whole name must match, or ``all-linear`` for every one but the output
+    head. tasks: names in id order. modules_to_save: modules that are trained and saved whole beside the adapter.
+    hyperparameters: what the method's class declares; given by name (``num_B=3``) and read so too (``config.num_B``).
+
+    Raises ``UserError`` naming the setting for an unknown method or hyperparameter and for a value against its rule.
+    """
+
+    method: str
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: list[str] | str
+    tasks: list[str]
+    use_rslora: bool = dataclasses.field(metadata={"before": False})
+    modules_to_save: list[str] = dataclasses.field(metadata={"before": ()})
+    hyperparameters: Hyperparameters
+
+    def __init__(
+        self,
+        method: str = "mtl_lora",
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.05,
+        target_modules: Sequence[str] | str = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        tasks: Sequence[str] = (),
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] = (),
+        hyperparameters: Hyperparameters | dict | None = None,
+        **own,
+    ):
+        layer = _layer_class(method)
+        self.method, self.rank, self.alpha, self.dropout = layer.method, rank, alpha, dropout
+        self.target_modules, self.tasks = target_modules, tasks
+        self.use_rslora, self.modules_to_save = use_rslora, modules_to_save
+        if isinstance(hyperparameters, Hyperparameters):
+            hyperparameters = hyperparameters.to_json()
+        values = {**(hyperparameters or {}), **own}
+        declared = [flag.name for flag in layer.Hyperparameters.flags()]
+        for name in values:
+            if name not in declared:
+                known = [field.name for field in dataclasses.fields(self)][:-1] + declared
+                raise UserError(f"{name} is not a setting of the method {layer.method}{closest(name, known)}")
+        self.hyperparameters = layer.Hyperparameters(**values)
+        self.__post_init__()
+
+    def __getattr__(self, name: str):
+        # Reached for names that are no attribute of the instance; a copy under construction has none at all.
+        own = self.__dict__.get("hyperparameters")
+        if own is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(own, name)
+
+    def validate(self) -> None:
+        layer = _layer_class(self.method)
+        self.require("rank", "at least 1", self.rank >= 1)
+        self.require("alpha", "greater than 0", self.alpha > 0)
+        self.require("dropout", "at least 0 and below 1", 0 <= self.dropout < 1)
+        self.require("target_modules", "at least one name of a linear layer", bool(self.target_modules))
+        self.require("tasks", "a list of different names", len(set(self.tasks)) == len(self.tasks))
+        if layer.needs_task_ids:
+            rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
+            self.require("tasks", rule, bool(self.tasks))
+        layer.check_config(self)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the low-rank product: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @classmethod
+    def from_json(cls, value: object, source: str = "the adapter configuration", complete: bool = True) -> typing.Self:
+        """Build from a JSON object, of this format or of format 1; errors name ``source`` and the key.
+
+        Every field must be there, for a lost alpha that took its default would change every output without a word;
+        but for those that came later and say what was fixed before.
+        """
+        if not isinstance(value, dict) or "method" not in value:
+            return super().from_json(value, source, complete)
+        try:
+            declared = _layer_class(value["method"]).Hyperparameters
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+        if "hyperparameters" not in value:
+            names = {flag.name for flag in declared.flags()}
+            own = {name: value[name] for name in _FORMAT_1 if name in names and name in value}
+            value = {key: entry for key, entry in value.items() if key not in _FORMAT_1} | {"hyperparameters": own}
+        own = declared.from_json(value["hyperparameters"], f"{source}, 'hyperparameters'", complete)
+        return super().from_json({**value, "hyperparameters": own}, source, complete)
+
+
+def hyperparameter_flags() -> list[Flag]:
+    """The hyperparameters of all methods as flags, once each; the help says which methods read it, and as what.
+
+    Raises ``TypeError`` for two methods that give one name different types or defaults: a flag has one meaning.
+    """
+    from mtl_lora.adapter.layer import methods
+
+    declared: dict[str, list[tuple[str, Flag]]] = {}
+    for layer in methods().values():
+        for flag in layer.Hyperparameters.flags():
+            declared.setdefault(flag.name, []).append((layer.title, flag))
+    flags = []
+    for name, users in declared.items():
+        first = users[0][1]
+        if any((flag.type, flag.default) != (first.type, first.default) for _, flag in users):
+            titles = ", ".join(title for title, _ in users)
+            raise TypeError(f"the methods {titles} declare {name} with different types or defaults")
+        titles_by_help: dict[str, list[str]] = {}
+        for title, flag in users:
+            titles_by_help.setdefault(flag.metadata["help"], []).append(title)
+        about = "; ".join(f"{', '.join(titles)}: {text}" for text, titles in titles_by_help.items())
+        flags.append(dataclasses.replace(first, metadata={**first.metadata, "help": about}))
+    return flags
+
+
+def _layer_class(method: object) -> "type[AdapterLayer]":
+    from mtl_lora.adapter.layer import layer_class
+
+    return layer_class(method)
