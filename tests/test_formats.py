@@ -38,24 +38,22 @@ def train(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from mtl_lora.evaluate.run import run
-    from mtl_lora.evaluate.settings import EvalConfig
-
     from mtl_lora import cli
+    from mtl_lora.language.config import EvalConfig
+    from mtl_lora.language.evaluate import run
 
     run(cli.parse(EvalConfig, arguments, ""))
 
 
 def merged(checkpoint: str, task: str, output: Path):
-    from mtl_lora.model import load_model
+    from mtl_lora.base_model import BaseModel
+    from mtl_lora.export.merge import export_merged
 
-    from mtl_lora.export.merged import export_merged
-
-    return load_model(str(export_merged(checkpoint, output, task, dtype="fp32")), "fp32")
+    return BaseModel(str(export_merged(checkpoint, output, task, dtype="fp32"))).load("fp32")
 
 
 def export_peft(checkpoint: str, task: str, output: Path) -> None:
-    from mtl_lora.export.peft_format import export_peft
+    from mtl_lora.export.peft import export_peft
 
     export_peft(checkpoint, output, [task])
 
@@ -67,19 +65,19 @@ def analyse(checkpoint: str, output: Path) -> None:
 
 
 def scores(folder: str) -> tuple[dict, float]:
-    """What the report reads from a results file: the scores by task, and the average accuracy."""
+    """What a results file holds: the scores by task, and the average accuracy."""
     from mtl_lora.results import Results
 
     found = Results.load(folder)
     tasks = {
         name: {
-            "accuracy": task.value,
-            "stderr": task.stderr,
-            "n": task.n,
-            "majority": task.majority,
-            "groups": {kind: group.value for kind, group in task.groups.items()},
+            "accuracy": score.value,
+            "stderr": score.stderr,
+            "n": score.n,
+            "majority": score.majority,
+            "groups": {kind: group.value for kind, group in score.groups.items()},
         }
-        for name, task in found.tasks.items()
+        for name, score in found.tasks.items()
     }
     return tasks, found.average.value
 

@@ -13,8 +13,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CODE = [*MODULES, *(path for folder in ("data", "benchmark") for path in (PROJECT / folder).rglob("*.py"))]
 CODE += PROJECT.glob("*.py")
 
-GROUND = {"artifacts", "config", "download", "embedded", "errors", "files", "memory", "results", "version"} | {
-    "typed_json"
+GROUND = {
+    "artifacts",
+    "config",
+    "download",
+    "embedded",
+    "errors",
+    "files",
+    "memory",
+    "results",
+    "typed_json",
+    "version",
 }
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 BELOW_SYSTEMS = GROUND | {"mtl_lora", "adapter", "base_model"}
@@ -30,7 +39,7 @@ ALLOWED = {
     **dict.fromkeys(SYSTEMS, BELOW_SYSTEMS | DOORS | {"training", "report"}),
     "export": BELOW_SYSTEMS | DOORS | SYSTEMS,
     "report": GROUND | DOORS,
-    "study": GROUND | DOORS | {"report"},
+    "study": GROUND | DOORS | {"report", "base_model"},  # the last, which loads torch, where a plan counts parameters
 }
 # What a study, which starts commands as a user does, may import of the systems: modules that need no model.
 NEEDS_NO_MODEL = ("mtl_lora.language.config", "mtl_lora.language.examples", "mtl_lora.language.tasks")
@@ -40,7 +49,7 @@ PACKAGES = {
     "download": {"pooch", "requests", "tqdm"},
     "embedded": {"filelock", "torch", "transformers"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
-    "report": {"pandas", "scipy", "tabulate", "matplotlib", "numpy", "jinja2", "markupsafe"},
+    "report": {"pandas", "scipy", "tabulate", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),
 }
 LAZY = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft", "pooch"}

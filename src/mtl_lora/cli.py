@@ -44,7 +44,7 @@ COMMANDS = {
     "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
     "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
-        "mtl_lora.study.__main__:main", "train and evaluate a grid of experiments over seeds", "train,report"
+        "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"
     ),
     "prepare": Command("mtl_lora.cli:prepare", "download, verify and tag a data set", "data"),
 }

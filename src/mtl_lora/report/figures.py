@@ -58,7 +58,16 @@ class Drawing:
         metadata = {"Date": None, "Creator": None, "Title": self.title} if style == "svg" else {"Software": None}
         with _style():
             self.figure.savefig(buffer, format=style, metadata=metadata)
-        return buffer.getvalue()
+        return buffer.getvalue() if style == "svg" else _with_palette(buffer)
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    """An image of at most 256 colours, which takes half the bytes."""
+    import PIL.Image  # matplotlib brings it
+
+    written = io.BytesIO()
+    PIL.Image.open(png).convert("RGB").quantize(256).save(written, "png", optimize=True)
+    return written.getvalue()
 
 
 def _style():

@@ -292,6 +292,6 @@ class Study:
 
     @property
     def average_majority(self) -> float | None:
-        """The mean over tasks of the majority class; None unless every task of the set has one."""
-        known = [self.majority.get(name) for name in self.task_set.columns]
-        return None if None in known else sum(known) / len(known)
+        """The mean over tasks of the majority class; None unless every task with a result has one."""
+        known = [self.majority.get(name) for name in self.scored]
+        return None if None in known or not known else sum(known) / len(known)
