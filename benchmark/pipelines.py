@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 import mtl_lora
 from mtl_lora import route
-from mtl_lora.adapter import routing
 from mtl_lora.adapter.inject import replace_module
 from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
@@ -102,7 +101,7 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         mtl_lora.inject(model, adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names))
         replace_layers(model, _BASELINE_LAYERS.get(name))
     if name == "original":
-        routing.enable_gradient_checkpointing(model)
+        model.activation_checkpointing_enable()
     if not whole and model.device.type == "cpu":
         model.set_attn_implementation("eager")  # as training on a CPU does
     model.train()

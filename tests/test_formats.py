@@ -38,10 +38,9 @@ def train(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from mtl_lora.evaluate.run import run
-    from mtl_lora.evaluate.settings import EvalConfig
-
     from mtl_lora import cli
+    from mtl_lora.language.config import EvalConfig
+    from mtl_lora.language.evaluate import run
 
     run(cli.parse(EvalConfig, arguments, ""))
 
@@ -66,19 +65,19 @@ def analyse(checkpoint: str, output: Path) -> None:
 
 
 def scores(folder: str) -> tuple[dict, float]:
-    """What the report reads from a results file: the scores by task, and the average accuracy."""
+    """What a results file holds: the scores by task, and the average accuracy."""
     from mtl_lora.results import Results
 
     found = Results.load(folder)
     tasks = {
         name: {
-            "accuracy": task.value,
-            "stderr": task.stderr,
-            "n": task.n,
-            "majority": task.majority,
-            "groups": {kind: group.value for kind, group in task.groups.items()},
+            "accuracy": score.value,
+            "stderr": score.stderr,
+            "n": score.n,
+            "majority": score.majority,
+            "groups": {kind: group.value for kind, group in score.groups.items()},
         }
-        for name, task in found.tasks.items()
+        for name, score in found.tasks.items()
     }
     return tasks, found.average.value
 
@@ -91,10 +90,9 @@ def report(*arguments: str) -> None:
 
 def read_folder(path: str):
     """A study of the report's, from the folder of a study, a training or an evaluation."""
-    from mtl_lora.report.load import RunFolder, load_run
+    from mtl_lora.report.load import load_run
 
-    found = load_run(path)
-    return found.study() if isinstance(found, RunFolder) else found
+    return load_run(path)
 
 
 # ---- tests ----

@@ -13,7 +13,18 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CODE = [*MODULES, *(path for folder in ("data", "benchmark") for path in (PROJECT / folder).rglob("*.py"))]
 CODE += PROJECT.glob("*.py")
 
-GROUND = {"artifacts", "config", "download", "embedded", "errors", "files", "memory", "results", "typed_json", "version"}
+GROUND = {
+    "artifacts",
+    "config",
+    "download",
+    "embedded",
+    "errors",
+    "files",
+    "memory",
+    "results",
+    "typed_json",
+    "version",
+}
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 BELOW_SYSTEMS = GROUND | {"mtl_lora", "adapter", "base_model"}
 SYSTEMS = {"language"}

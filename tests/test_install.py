@@ -24,14 +24,14 @@ def done(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess
 
 def test_quick_start_trains_the_real_base_model_and_prints_a_table(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    small = {"OUTPUT": str(tmp_path), "MAX_STEPS": "1", "LIMIT": "1"}
+    small = {"OUTPUT": str(tmp_path), "MAX_STEPS": "1", "BATCH_SIZE": "1", "TASKS": "boolq,piqa", "LIMIT": "1"}
     found = done("bash", "script/quickstart.sh", cwd=PROJECT, VENV="", PATH=path, **small)
     lines = [line for line in found.stdout.splitlines() if line.startswith("|")]
     assert "SmolLM2-135M" in found.stdout and any(line.startswith("| MTL-LoRA") for line in lines)
-    assert found.stdout.strip() == (tmp_path / "table.md").read_text().strip()
-    (step,) = [json.loads(line) for line in (tmp_path / "checkpoint" / "train_log.jsonl").read_text().splitlines()][:1]
-    assert 0 < step["loss"] < 10
-    assert len(list((tmp_path / "mtl_lora" / "predictions").glob("*.jsonl"))) == 8
+    assert found.stdout.endswith((tmp_path / "table.md").read_text())
+    summary = json.loads((tmp_path / "checkpoint" / "train_log.jsonl").read_text().splitlines()[-1])
+    assert 0 < summary["train_loss"] < 10
+    assert sorted(path.stem for path in (tmp_path / "mtl_lora" / "predictions").iterdir()) == ["boolq", "piqa"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def installed(tmp_path_factory) -> Path:
     return folder
 
 
-def test_installed_wheel_trains_evaluates_exports_and_draws(installed, tiny_base):
+def test_installed_wheel_trains_evaluates_exports_and_draws_a_table(installed, tiny_base):
     command = installed / ".venv" / "bin" / "mtl-lora"
 
     def run(*arguments) -> str:
@@ -81,22 +81,12 @@ def test_installed_wheel_trains_evaluates_exports_and_draws(installed, tiny_base
         own = [row for row in rows if row["task"] == task["name"]]
         (installed / "test" / task["name"] / "test.json").write_text(json.dumps(own))
 
-    train = [
-        "--tasks_file",
-        "tasks.json",
-        "--data_path",
-        "train.json",
-        "--output_dir",
-        "run",
-        "--base_model",
-        tiny_base,
-    ]
-    run("train", *train, "--max_steps=3", "--batch_size=4", "--save_step=0", "--dtype=fp32", "--system", "language")
+    flags = {"tasks_file": "tasks.json", "data_path": "train.json", "output_dir": "run", "base_model": tiny_base}
+    flags |= {"max_steps": 3, "batch_size": 4, "save_step": 0, "dtype": "fp32"}
+    run("train", "--system", "language", *(f"--{name}={value}" for name, value in flags.items()))
     run("evaluate", "--checkpoint", "run", "--data_dir", "test", "--mode", "score", "--dtype", "fp32")
     run("export", "peft", "--checkpoint", "run", "--tasks", "mood", "--output", "peft", "--base_model", tiny_base)
     assert "mood" in run("report", "table", "run/evaluation") and (installed / "peft").is_dir()
-    run("report", "figures", "run", "--output", "figures")
-    assert list((installed / "figures").rglob("*.*"))
     results = json.loads((installed / "run" / "evaluation" / "results.json").read_text())
     assert results["commit"] is None, "the commit of another project must not be given as ours"
 
@@ -108,6 +98,3 @@ def test_installed_wheel_has_the_files_that_are_no_modules(installed):
     assert {path for path in data if not (package / path).is_file()} == set()
     names = [path.name for path in data]
     assert {"zero2.json", "zero3.json", "commonsense.json", "textclass.json", "textclass_tasks.json"} <= set(names)
-    code = "from mtl_lora.training.distributed import deepspeed_file as f; print(f('zero3'), f('config/zero2.json'))"
-    python = installed / ".venv" / "bin" / "python"
-    assert done(python, "-c", code, cwd=installed, PYTHONPATH="").stdout.count(str(package)) == 2

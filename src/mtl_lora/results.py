@@ -28,7 +28,12 @@ from mtl_lora.typed_json import (
 
 SCHEMA = 2
 # Metrics that are fractions from 0 to 1 and shown in percent, with their titles; any other is shown as it is.
-FRACTIONS = {"accuracy": "Accuracy", "acc_norm": "Accuracy (length-normalised)", "f1": "F1"}
+FRACTIONS = {
+    "accuracy": "Accuracy",
+    "exact_match": "Exact match",
+    "acc_norm": "Accuracy (length-normalised)",
+    "f1": "F1",
+}
 # A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
 AVERAGE_TOLERANCE = 0.001
 _SCHEMA_1_TITLES = {"lora": "LoRA", "dora": "DoRA", "multilora": "MultiLoRA", "moelora": "MoELoRA"}

@@ -198,12 +198,9 @@ def load_state(job: PlannedJob) -> State | None:
     changes = job.changes(state.configuration)
     if changes and not (job.train and "train" in state.seconds and keeps_training(changes)):
         return None
-    trained = (
-        {"starts": {"train": state.starts.get("train", 1)}, "seconds": {"train": state.seconds["train"]}}
-        if changes
-        else {}
-    )
-    return dataclasses.replace(state, configuration=job.configuration, commands=job.commands, **trained)
+    if changes:
+        state = State({}, [], {"train": state.starts.get("train", 1)}, {"train": state.seconds["train"]})
+    return dataclasses.replace(state, configuration=job.configuration, commands=job.commands)
 
 
 def is_finished(job: PlannedJob) -> bool:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from shared import PROJECT, QUICKSTART
-from text.tokenizer_kinds import KINDS
+from tokenizer_kinds import KINDS
 
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.encode import Encoder

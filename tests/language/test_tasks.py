@@ -101,6 +101,17 @@ def test_free_text_task_has_no_options_and_no_pattern():
     assert task.answer_pattern == "" and task.title == "free"
 
 
+def test_metric_is_that_of_the_kind_of_answer_unless_the_task_names_one():
+    assert [task.metric_name for task in OWN] == ["accuracy", "accuracy", "f1"]
+    assert Task("free", 0).metric_name == "exact_match"
+
+
+def test_task_set_of_the_default_metrics_is_written_as_before_there_were_others():
+    keys = {key for task in COMMONSENSE.to_json()["tasks"] for key in task}
+    assert keys == {"name", "id", "options", "pattern", "answer_prefix", "title"}
+    assert COMMONSENSE.answers_sha256.startswith("3a6421ca8894b546")
+
+
 # ---- patterns ----
 
 
@@ -125,7 +136,7 @@ OWN = TaskSet(
     (
         Task("topic", 1, ("sport", "trade", "science"), title="Topic"),
         Task("mood", 0, ("good", "bad"), pattern="good|bad|poor", answer_prefix="it sounds "),
-        Task("free-text_2.0", 2),
+        Task("free-text_2.0", 2, metric="f1"),
     ),
     columns=("topic", "free-text_2.0", "mood"),
 )
@@ -184,9 +195,10 @@ BAD = {
     "option empty": ([{**A, "options": ["yes", ""]}], r"task 'a' has options \['yes', ''\]"),
     "one option": ([{**A, "options": ["yes"]}], "task 'a' needs at least two different options"),
     "same option twice": ([{**A, "options": ["yes", "yes"]}], "task 'a' needs at least two different options"),
-    "bad pattern": ([{**A, "pattern": "(yes"}], "task 'a' has a pattern that is no regular expression: missing"),
+    "bad pattern": ([{**A, "pattern": "(yes"}], "task 'a' has a pattern .*missing"),
     "pattern a list": ([{**A, "pattern": ["yes"]}], r"task 'a' has pattern \['yes'\]; it must be a string"),
     "prefix null": ([{**A, "answer_prefix": None}], "task 'a' has answer_prefix None; it must be a string"),
+    "metric unknown": ([{**A, "metric": "rouge"}], "task 'a' has the metric 'rouge'.* accuracy, exact_match, f1"),
     "title a number": ([{**A, "title": 1}], "task 'a' has title 1; it must be a string"),
     "columns a number": ({"tasks": [A], "columns": 5}, "the columns must be a list of task names, not 5"),
     "columns zero": ({"tasks": [A], "columns": 0}, "the columns must be a list of task names, not 0"),

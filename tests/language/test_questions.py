@@ -1,20 +1,20 @@
-"""Batches of an evaluation, and the opening tokens their rows share."""
+"""Questions, the batches in which they are answered, and the prompt prefix that they share."""
 
 import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora.errors import UserError
-from mtl_lora.language.batches import plan_batches
 from mtl_lora.language.evaluator import in_halves
 from mtl_lora.language.examples import Example
-from mtl_lora.language.prefix_cache import shared_opening
-from mtl_lora.language.questions import Question
+from mtl_lora.language.prefix_cache import shared_prefix
+from mtl_lora.language.questions import Question, plan_batches
 from mtl_lora.language.tasks import COMMONSENSE
 
+few = settings(max_examples=30, deadline=None)
 SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60)), min_size=1, max_size=40)
 
 
@@ -25,6 +25,7 @@ def questions(sizes: list[tuple[int, int]]) -> list[Question]:
     ]
 
 
+@few
 @given(SIZES, st.one_of(st.integers(1, 9), st.just("auto")), st.integers(10, 200))
 def test_every_question_is_in_one_batch_of_its_task_the_longest_first(sizes, batch_size, budget):
     made = questions(sizes)
@@ -40,6 +41,7 @@ def test_every_question_is_in_one_batch_of_its_task_the_longest_first(sizes, bat
             assert len(batch) <= batch_size
 
 
+@few
 @given(SIZES)
 def test_the_batches_do_not_depend_on_the_order_of_the_questions(sizes):
     made = questions(sizes)
@@ -48,12 +50,13 @@ def test_the_batches_do_not_depend_on_the_order_of_the_questions(sizes):
     assert sorted(planned[0]) == sorted(planned[1])
 
 
+@few
 @given(
     st.lists(st.integers(0, 3), max_size=20), st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=6)
 )
-def test_the_shared_opening_is_what_all_begin_with_but_never_a_whole_prompt(start, rest):
+def test_the_shared_prefix_is_what_all_begin_with_but_never_a_whole_prompt(start, rest):
     prompts = [start + row + [9] for row in rest]
-    found = shared_opening(prompts)
+    found = shared_prefix(prompts)
     length = 0
     while length < min(map(len, prompts)) - 1 and len({prompt[length] for prompt in prompts}) == 1:
         length += 1
@@ -62,21 +65,22 @@ def test_the_shared_opening_is_what_all_begin_with_but_never_a_whole_prompt(star
 
 @pytest.mark.parametrize("prompts", [[list(range(30))], [list(range(30))] * 3])
 def test_equal_prompts_keep_their_last_token(prompts):
-    assert shared_opening(prompts) == list(range(29))
+    assert shared_prefix(prompts) == list(range(29))
 
 
+@few
 @given(st.lists(st.integers(), min_size=1, max_size=40), st.integers(1, 40))
 def test_a_batch_that_does_not_fit_in_memory_is_answered_in_parts_in_its_order(rows, fits):
-    asked = []
+    answered = []
 
     def answer(part):
         if len(part) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        asked.append(len(part))
+        answered.append(len(part))
         return [row + 1 for row in part]
 
     assert in_halves(answer, rows) == [row + 1 for row in rows]
-    assert max(asked) <= fits and sum(asked) == len(rows)
+    assert max(answered) <= fits and sum(answered) == len(rows)
 
 
 def test_a_question_too_large_for_the_memory_is_said_in_one_sentence():
