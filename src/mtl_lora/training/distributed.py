@@ -63,6 +63,7 @@ def prepare_process(config: TrainingConfig) -> None:
     if torch.cuda.is_available():
         return
     keep_freed_memory()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed if installed, which would warn
     if config.deepspeed and importlib.util.find_spec("deepspeed"):
         # With its process group DeepSpeed compiles a shared-memory all-reduce for inference on a CPU; training's
         # collectives are gloo's with or without it. Entered in the table of operators before DeepSpeed fills it, the
