@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from mtl_lora import files
 from mtl_lora.adapter import checkpoint
@@ -60,6 +62,10 @@ def prepare_process(config: TrainingConfig) -> None:
         os.environ["WANDB_PROJECT"] = config.wandb_project
     if config.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    # DeepSpeed calls collectives by names that torch is about to change, and would warn of it in every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one progress bar, that of the first process
+        logging.disable_progress_bar()
     if torch.cuda.is_available():
         return
     keep_freed_memory()
