@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 from baselines import one_at_a_time
-from measure import count, keep, parser, ratio, rounds, shown, spread
+from measure import count, keep, markdown_table, parser, ratio, rounds, shown, spread
 
 from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.language.batches import TOKEN_BUDGET, plan_batches
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluation
 from mtl_lora.language.metrics import extract_answer
-from mtl_lora.report.render import markdown_table
 
 
 def main() -> None:

@@ -65,12 +65,6 @@ class MtlLoraLayer(AdapterLayer):
         self.lora_lambda.copy_(torch.ones(self.rank) if self.diagonal else torch.eye(self.rank))
         nn.init.zeros_(self.lora_B)
 
-    def down(self) -> torch.Tensor:
-        return self.lora_A
-
-    def up(self) -> torch.Tensor:
-        return self.lora_B
-
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
         """softmax(w_t / tau) for each id: (M,) to (M, n)."""
         return F.softmax(self.lora_w[task_ids] / self.hyperparameters.temperature, dim=-1)
@@ -88,7 +82,7 @@ class MtlLoraLayer(AdapterLayer):
         return (weights[:, :, None, None] * transform[:, None]).flatten(1, 2)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)
+        task_ids = routing.task_ids_for(x, self).reshape(-1)
         transform = self.combined_transform(task_ids).to(z.dtype)
         rows_per_id = z.view(len(task_ids), -1, self.rank)
         return torch.bmm(rows_per_id, transform.transpose(1, 2)).view(len(z), -1)

@@ -1,18 +1,21 @@
-"""The flags of train and evaluate as validated dataclasses; names are those of the original and of LLM-Adapters."""
+"""The flags of train, evaluate and predict as validated dataclasses; names are the original's and LLM-Adapters'."""
 
 import copy
 import dataclasses
 import re
 
 from mtl_lora.adapter.config import AdapterConfig, hyperparameter_flags
-from mtl_lora.config import DTYPES, Config, Flag, flag
+from mtl_lora.artifacts import EVALUATION
+from mtl_lora.config import DTYPES, REQUIRED, Config, Flag, flag
 from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.training.config import TrainingConfig
 
 AUTO = "auto"
 EVALUATE_ABOUT = """Score a checkpoint, or a base model alone, on the test sets of its tasks."""
-MODES = ("generate", "score", "both")
+PREDICT_ABOUT = """Answer the examples of a file with a checkpoint, or with a base model alone."""
+PROTOCOLS = ("generate", "score")
+MODES = (*PROTOCOLS, "both")
 TRAIN_ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter."""
 
 
@@ -123,59 +126,72 @@ class TrainConfig(TrainingConfig):
             raise UserError(f"--{flags[field]} {rest}" if field in flags else str(error)) from None
 
 
-@dataclasses.dataclass
-class EvalConfig(Config):
-    """Everything that configures an evaluation."""
+@dataclasses.dataclass(kw_only=True)
+class AnswerConfig(Config):
+    """The flags that evaluate and predict share: which model answers, in which prompt, and how."""
 
     affects = "answers"
 
-    checkpoint: str | None = flag(
-        None, "adapter folder; it names base model, prompt and tasks itself", affects="content"
+    checkpoint: str | None = flag(None, "adapter folder; it names its base model, prompt and tasks", affects="content")
+    peft: str | None = flag(None, "PEFT LoRA folder, answered by the same protocol")
+    base_model: str | None = flag(
+        None, "base model alone; with --checkpoint or --peft: where its base model lies, if that has moved"
     )
-    peft: str | None = flag(None, "PEFT LoRA folder, evaluated by the same protocol")
-    base_model: str | None = flag(None, "base model alone; with --checkpoint or --peft: where its base model lies now")
-    data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json", affects="content")
-    output_dir: str | None = flag(
-        None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
-    )
-    name: str | None = flag(None, "row label in tables; none: the method, or the base model's name", affects="nothing")
-    tasks: list[str] = flag([], "tasks to score, as a,b; empty: all")
     tasks_file: str | None = flag(
         None, "JSON file that declares your own tasks, where no checkpoint does", affects="content"
     )
-    limit: int = flag(0, "only the first so many questions of each task; 0: all")
-
-    mode: str = flag("generate", "generate: the answer is found in generated text; score: the likeliest option; both")
+    template: str | None = flag(None, "prompt template, where no checkpoint names it; none: alpaca")
+    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint has it; none: 256")
+    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
     batch_size: int | str = flag(
         AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"
     )
-    share_opening: bool = flag(True, "compute the tokens that all prompts of a task begin with once", affects="nothing")
+    reuse_prefix: bool = flag(
+        True,
+        "compute the prompt prefix that all prompts of a task share once",
+        affects="nothing",
+        aliases=("share_opening",),
+    )
     max_new_tokens: int = flag(32, "most tokens generated for an answer")
     num_beams: int = flag(1, "beams of generation; 1 is greedy")
-    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
-    template: str | None = flag(None, "prompt template, where no checkpoint says it; none: alpaca")
-    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint says it; none: 256")
-
-    overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
-    check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
     local_rank: int = flag(
         -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
     )
 
     def validate(self) -> None:
         if not self.checkpoint and not self.peft and not self.base_model:
-            raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME to score a base model alone")
+            raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME for a base model alone")
         if self.checkpoint and self.peft:
             raise UserError("--checkpoint and --peft are two adapters; pass one")
-        self.require("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
         self.require("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
         for name in ("max_new_tokens", "num_beams"):
             self.require(name, "at least 1", getattr(self, name) >= 1)
+        self.require("cutoff_len", "at least 1", self.cutoff_len is None or self.cutoff_len >= 1)
         number = isinstance(self.batch_size, int)
         self.require(
             "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
         )
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvalConfig(AnswerConfig):
+    """Everything that configures an evaluation."""
+
+    data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json", affects="content")
+    output_dir: str | None = flag(
+        None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
+    )
+    name: str | None = flag(None, "row label in tables; none: the method, or the base model's name", affects="nothing")
+    tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
+    limit: int = flag(0, "evaluate only the first n questions of each task; 0: all")
+    mode: str = flag("generate", "generate: the answer is found in generated text; score: the likeliest option; both")
+    overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
+    check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
         self.require("limit", "at least 0", self.limit >= 0)
 
     @property
@@ -184,14 +200,32 @@ class EvalConfig(Config):
         if self.output_dir:
             return self.output_dir
         adapter = self.checkpoint or self.peft
-        return f"{adapter}/evaluation" if adapter else f"output/{self.base_model.replace('/', '_')}"
+        return f"{adapter}/{EVALUATION}" if adapter else f"output/{self.base_model.replace('/', '_')}"
 
     @property
     def protocols(self) -> dict[str, str]:
         """The protocols to run, each with its folder: with ``both`` a folder each inside the output folder."""
         if self.mode != "both":
             return {self.mode: self.output_folder}
-        return {protocol: f"{self.output_folder}/{protocol}" for protocol in MODES if protocol != "both"}
+        return {protocol: f"{self.output_folder}/{protocol}" for protocol in PROTOCOLS}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PredictConfig(AnswerConfig):
+    """Everything that configures a prediction."""
+
+    input: str = flag(REQUIRED, "JSON list or JSON lines of examples with instruction (and input)", affects="content")
+    output: str = flag(REQUIRED, "file for one JSON line per example, in the order of the input", affects="nothing")
+    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
+    mode: str | None = flag(
+        None, "score: the likeliest option; generate: generated text; none: score, and generate for free text"
+    )
+    overwrite: bool = flag(False, "replace the output file, or an unfinished one", affects="nothing")
+    check: bool = flag(False, "check every setting and the examples, then stop", affects="nothing")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("mode", f"one of {', '.join(PROTOCOLS)}", self.mode in (None, *PROTOCOLS))
 
 
 # The adapter's own words and the flags that users of the original and of LLM-Adapters know.

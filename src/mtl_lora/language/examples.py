@@ -37,14 +37,14 @@ def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, clo
     task: the name of the task when the file holds one task alone; else each example has ``task_id`` or ``task``,
     unless there is only one task. closed: require an answer, one of its example's options (evaluation).
     """
-    values = _read(Path(path))
+    values = read_values(Path(path))
     if not values:
         raise UserError(f"{path} holds no examples")
     task = tasks.names[0] if task is None and len(tasks) == 1 else task
-    return [_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
+    return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
 
 
-def _read(path: Path) -> list:
+def read_values(path: Path) -> list:
     """The values of a JSON list or of JSON lines; a BOM and blank lines are skipped."""
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
@@ -70,15 +70,28 @@ def _read(path: Path) -> list:
     return values
 
 
-def _example(value: object, index: int, path: str, tasks: TaskSet, task: str | None, closed: bool) -> Example:
-    where = f"{path}, example {index}"
+def parse_example(
+    value: object,
+    index: int,
+    source: str,
+    tasks: TaskSet,
+    task: str | None = None,
+    closed: bool = False,
+    answered: bool = True,
+) -> Example:
+    """One example from its JSON value; arguments and errors as ``load_examples``, which names ``source``.
+
+    answered: False for an example to predict: ``output`` and ``answer`` are neither needed nor kept.
+    """
+    where = f"{source}, example {index}"
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object with {', '.join(FIELDS)}, not {type(value).__name__}")
     # Only an evaluation compares answers.
     values = {"input": "", **({} if closed else {"answer": ""}), **value}
     if values["input"] is None:
         values["input"] = ""
-    for field in ("instruction", "input", "output", "answer"):
+    needed = ("instruction", "input", "output", "answer") if answered else ("instruction", "input")
+    for field in needed:
         if field not in values:
             raise UserError(f"{where} has no field {field!r}")
         if not isinstance(values[field], str):
@@ -90,7 +103,7 @@ def _example(value: object, index: int, path: str, tasks: TaskSet, task: str | N
                 f"{where}: {field!r} holds half a character (a lone surrogate), which no tokenizer reads"
             ) from None
     for field in ("instruction", "output"):
-        if not values[field].strip():
+        if field in needed and not values[field].strip():
             raise UserError(f"{where}: {field!r} is empty")
     task_id = _task_id(value, where, tasks, task)
     if closed:
@@ -98,7 +111,8 @@ def _example(value: object, index: int, path: str, tasks: TaskSet, task: str | N
         if options and values["answer"] not in options:
             raise UserError(f"{where}: the answer {values['answer']!r} is not one of its options {'/'.join(options)}")
     extra = {key: entry for key, entry in value.items() if key not in FIELDS and key != "task"}
-    return Example(values["instruction"], values["input"], values["output"], values["answer"], task_id, index, extra)
+    texts = [values[field] if field in needed else "" for field in ("instruction", "input", "output", "answer")]
+    return Example(*texts, task_id, index, extra)
 
 
 def _task_id(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:
