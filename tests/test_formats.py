@@ -90,10 +90,9 @@ def report(*arguments: str) -> None:
 
 def read_folder(path: str):
     """A study of the report's, from the folder of a study, a training or an evaluation."""
-    from mtl_lora.report.load import RunFolder, load_run
+    from mtl_lora.report.load import load_run
 
-    found = load_run(path)
-    return found.study() if isinstance(found, RunFolder) else found
+    return load_run(path)
 
 
 # ---- tests ----

@@ -189,6 +189,19 @@ def test_tokenizer_without_eos_is_refused(tokenizers):
         Encoder(Endless(), "alpaca", 256, COMMONSENSE)
 
 
+def test_a_tokenizer_that_merges_its_special_tokens_with_the_text_is_refused(tokenizer):
+    class Merging:
+        """Puts a token before a text that swallows the text's first one."""
+
+        eos_token_id, name_or_path = tokenizer.eos_token_id, "merging"
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [101] if add_special_tokens else [[7]]}
+
+    with pytest.raises(UserError, match=r"'merging'.*special tokens"):
+        Encoder(Merging(), "alpaca", 256, COMMONSENSE)
+
+
 # ---- labels ----
 
 
@@ -281,13 +294,13 @@ def test_free_text_answer_longer_than_its_reserve_still_fits_in_the_cutoff(token
 def test_answer_that_alone_exceeds_the_cutoff_names_its_record(tokenizer):
     records = [example("boolq"), example("boolq", output="the correct answer is " + WORDS * 30, index=1)]
     encoder = Encoder(tokenizer, "alpaca", 200, COMMONSENSE)
-    with pytest.raises(UserError, match=r"record 1: the answer alone has \d+ tokens, more than the cutoff_len 200"):
+    with pytest.raises(UserError, match=r"example 1: the answer alone has \d+ tokens, more than the cutoff_len 200"):
         encoder.encode(records)
 
 
 def test_cutoff_too_small_for_the_template_names_record_and_a_cutoff_that_suffices(tokenizer):
     record = example("piqa", index=7)
-    with pytest.raises(UserError, match=r"record 7: cutoff_len 24 leaves no room for an instruction.*to \d+") as caught:
+    with pytest.raises(UserError, match=r"example 7: cutoff_len 24 leaves no room .*to \d+") as caught:
         Encoder(tokenizer, "alpaca", 24, COMMONSENSE).encode([record])
     enough = int(re.search(r"to (\d+) or more", str(caught.value)).group(1))
     (row,) = Encoder(tokenizer, "alpaca", enough, COMMONSENSE).encode([record])
@@ -308,10 +321,10 @@ UNTIDY = [
 @pytest.mark.parametrize("instruction", UNTIDY)
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_smallest_cutoff_that_is_accepted_still_keeps_the_template_whole(tokenizer, name, instruction):
-    accepted = 0
+    accepted, tasks = 0, TaskSet((COMMONSENSE["boolq"],))
     for cutoff in range(40, 100):
         try:
-            (row,) = Encoder(tokenizer, name, cutoff, COMMONSENSE).encode([example("boolq", instruction=instruction)])
+            (row,) = Encoder(tokenizer, name, cutoff, tasks).encode([example("boolq", instruction=instruction)])
         except UserError:
             assert not accepted
             continue
@@ -330,7 +343,7 @@ instructions = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     instruction=instructions,
     kind=st.sampled_from(list(KINDS)),

@@ -1,4 +1,4 @@
-"""Records from a file: every kind of mistake is one sentence that names the file, the record and the field."""
+"""Examples from a file: every kind of mistake is one sentence that names the file, the example and the field."""
 
 import json
 import re
@@ -53,14 +53,14 @@ BAD_FILES = {
     "cut off": ("data.json", b'[{"instruction": "a"', r"data\.json is not JSON: .*line 1 column"),
     "not UTF-8": ("data.json", b'["\xff"]', r"data\.json is not JSON: 'utf-8' codec"),
     "endless nesting": ("data.json", b"[" * 100_000, r"data\.json is not JSON: maximum recursion"),
-    "object": ("data.json", {"train": [GOOD]}, r"data\.json must hold a JSON list of records, not dict"),
-    "string": ("data.json", "records", r"data\.json must hold a JSON list of records, not str"),
-    "empty list": ("data.json", [], r"data\.json holds no records"),
-    "no lines": ("data.jsonl", b"", r"data\.jsonl holds no records"),
+    "object": ("data.json", {"train": [GOOD]}, r"data\.json must hold a JSON list of examples, not dict"),
+    "string": ("data.json", "records", r"data\.json must hold a JSON list of examples, not str"),
+    "empty list": ("data.json", [], r"data\.json holds no examples"),
+    "no lines": ("data.jsonl", b"", r"data\.jsonl holds no examples"),
     "broken line": ("data.jsonl", lines(GOOD, b'{"instruction": ', GOOD), r"data\.jsonl, line 2 is not JSON"),
     "line not UTF-8": ("data.jsonl", lines(GOOD, GOOD, b'"\xff"'), r"data\.jsonl, line 3 is not JSON: 'utf-8'"),
     "endless line": ("data.jsonl", lines(GOOD, b"[" * 100_000), r"data\.jsonl, line 2 is not JSON: maximum rec"),
-    "list in lines": ("data.jsonl", lines([GOOD]), r"data\.jsonl, record 0 must be an object"),
+    "list in lines": ("data.jsonl", lines([GOOD]), r"data\.jsonl, example 0 must be an object"),
 }
 
 
@@ -77,9 +77,8 @@ BAD_RECORDS = {
     "null": (None, r" must be an object with .*, not NoneType"),
     "no instruction": (without("instruction"), r" has no field 'instruction'"),
     "no output": (without("output"), r" has no field 'output'"),
-    "no answer": (without("answer"), r" has no field 'answer'"),
     "number for a string": (without(answer=1), r": 'answer' must be a string, not 1"),
-    "null for a string": (without(input=None), r": 'input' must be a string, not None"),
+    "null for a string": (without(output=None), r": 'output' must be a string, not None"),
     "list for a string": (without(output=["a"]), r": 'output' must be a string, not \['a'\]"),
     "empty instruction": (without(instruction=""), r": 'instruction' is empty"),
     "white instruction": (without(instruction=" \n\t"), r": 'instruction' is empty"),
@@ -94,25 +93,25 @@ BAD_RECORDS = {
     "task_id null": (without(task_id=None), rf": task_id None is {TASKS}"),
     "task unknown": (without("task_id", task="siqa"), rf": task 'siqa' is {TASKS}"),
     "task a list": (without("task_id", task=["piqa"]), rf": task \['piqa'\] is {TASKS}"),
-    "task and task_id disagree": (without(task="piqa"), r" is said to belong to social_i_qa and piqa"),
+    "task and task_id disagree": (without(task="piqa"), r" belongs to different tasks at once: social_i_qa and piqa"),
 }
 
 
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("record, message", BAD_RECORDS.values(), ids=list(BAD_RECORDS))
 def test_bad_record_is_one_sentence_that_names_file_record_and_field(load, tmp_path, record, message, closed):
-    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/data.json, record 1{message}") as caught:
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/data.json, example 1{message}") as caught:
         load([GOOD, record, GOOD], closed=closed)
     assert "\n" not in str(caught.value)
 
 
 def test_record_number_of_json_lines_is_named_too(load):
-    with pytest.raises(UserError, match=r"data\.jsonl, record 2 has no field 'output'"):
+    with pytest.raises(UserError, match=r"data\.jsonl, example 2 has no field 'output'"):
         load(lines(GOOD, GOOD, without("output")), "data.jsonl")
 
 
 def test_record_that_contradicts_its_file_is_refused(load):
-    with pytest.raises(UserError, match="record 0 is said to belong to social_i_qa and boolq"):
+    with pytest.raises(UserError, match="example 0 belongs to different tasks at once: social_i_qa and boolq"):
         load([GOOD], task="boolq")
 
 
@@ -128,7 +127,7 @@ def test_unknown_task_of_a_file_lists_the_tasks(load):
 def test_answer_outside_the_records_options_is_refused_for_evaluation_alone(load, answer):
     record = without(answer=answer)
     assert load([record])[0].answer == answer
-    with pytest.raises(UserError, match=rf"record 0: the answer {answer!r} is not one of its options answer1/answer2/"):
+    with pytest.raises(UserError, match=rf"example 0: the answer {answer!r} is not .* options answer1/answer2/"):
         load([record], closed=True)
 
 
@@ -156,8 +155,34 @@ def test_json_lines_hold_the_same_records_as_a_list(load):
     assert load(raw.replace(b"\n{", b"\r\n{"), "windows.jsonl") == load(records)
 
 
-def test_input_may_be_left_out(load):
-    assert load([without("input")]) == load([GOOD])
+def test_input_may_be_left_out_or_null(load):
+    assert load([without("input")]) == load([without(input=None)]) == load([GOOD])
+
+
+def test_answer_is_needed_where_it_is_compared(load):
+    assert load([without("answer")])[0].answer == ""
+    with pytest.raises(UserError, match="example 0 has no field 'answer'"):
+        load([without("answer")], closed=True)
+
+
+def test_one_task_alone_needs_no_task_id(load):
+    (example,) = load([without("task_id")], tasks=TaskSet((Task("free", 0),)))
+    assert example.task_id == 0
+
+
+ONE_A_LINE = lines(GOOD, without(task_id=6))
+READ = {
+    "BOM": ("data.json", b"\xef\xbb\xbf" + json.dumps([GOOD, without(task_id=6)]).encode()),
+    "BOM before lines": ("data.jsonl", b"\xef\xbb\xbf" + ONE_A_LINE),
+    "blank lines": ("data.jsonl", b"\n" + ONE_A_LINE.replace(b"}\n", b"}\n\n \r\n")),
+    "upper case": ("DATA.JSONL", ONE_A_LINE),
+    "lines in a .json file": ("data.json", ONE_A_LINE),
+}
+
+
+@pytest.mark.parametrize("name, content", READ.values(), ids=READ)
+def test_what_other_tools_write_is_read(load, name, content):
+    assert load(content, name) == load([GOOD, without(task_id=6)])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Encoded rows on disk: made once for everything that shapes them, and nothing half-made ever found there."""
+"""Encoded examples on disk: made once for everything that shapes them, and nothing half-made ever found there."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,7 +10,7 @@ from text_cases import INSTRUCTIONS, example, record
 from transformers import AutoTokenizer
 
 from mtl_lora.errors import UserError
-from mtl_lora.language import token_cache as dataset
+from mtl_lora.language import token_cache
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, tokenizer_hash, training_rows
@@ -43,7 +44,7 @@ def no_tokenising(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("rows in the cache must not be tokenised again")
 
-    return lambda: monkeypatch.setattr(dataset.Encoder, "encode", refuse)
+    return lambda: monkeypatch.setattr(token_cache.Encoder, "encode", refuse)
 
 
 def cached(tmp_path) -> list[str]:
@@ -68,8 +69,8 @@ def test_rows_are_what_the_encoder_gives(rows_of, tokenizers):
 
 def test_rows_longer_than_one_chunk_keep_their_order(rows_of, monkeypatch):
     whole = rows_of()[:]
-    monkeypatch.setattr(dataset, "_CHUNK", 3)
-    monkeypatch.setattr(dataset, "_VERSION", "another")  # so that the cache is not read
+    monkeypatch.setattr(token_cache, "_CHUNK", 3)
+    monkeypatch.setattr(token_cache, "_VERSION", "another")  # so that the cache is not read
     assert rows_of()[:] == whole
 
 
@@ -80,7 +81,7 @@ def test_same_settings_reuse_the_cache_without_tokenising(rows_of, tmp_path, no_
     assert cached(tmp_path) == folders and len(folders) == 1
 
 
-def testcached_path_another_name_with_the_same_bytes_reuses_the_cache(rows_of, tmp_path, no_tokenising):
+def test_another_name_with_the_same_bytes_reuses_the_cache(rows_of, tmp_path, no_tokenising):
     rows_of()
     (tmp_path / "copy.json").write_bytes((tmp_path / "train.json").read_bytes())
     no_tokenising()
@@ -119,11 +120,11 @@ def test_changed_byte_in_the_data_has_a_cache_of_its_own(rows_of, tmp_path):
         ("[{", "is not JSON"),
         (
             json.dumps([*RECORDS, {"instruction": "a", "output": "b", "answer": "b"}]),
-            "record 16 has no field 'task_id'",
+            "example 16 has no field 'task_id'",
         ),
-        (json.dumps([*RECORDS, record("boolq", output="word " * 300)]), r"record 16: the answer alone has \d+ tokens"),
+        (json.dumps([*RECORDS, record("boolq", output="word " * 300)]), r"example 16: the answer alone has \d+ tokens"),
     ],
-    ids=["broken JSON", "bad record", "answer too long"],
+    ids=["broken JSON", "bad example", "answer too long"],
 )
 def test_refused_data_names_the_file_and_leaves_nothing_in_the_cache(rows_of, tmp_path, content, message):
     (tmp_path / "train.json").write_text(content)
@@ -131,6 +132,29 @@ def test_refused_data_names_the_file_and_leaves_nothing_in_the_cache(rows_of, tm
         rows_of()
     assert str(tmp_path / "train.json") in str(caught.value)
     assert cached(tmp_path) == []
+
+
+def test_titles_and_columns_of_the_tasks_shape_nothing(rows_of, no_tokenising):
+    rows_of()
+    no_tokenising()
+    retitled = [dataclasses.replace(task, title=f"Title of {task.name}") for task in COMMONSENSE]
+    rows_of(tasks=TaskSet(tuple(retitled), tuple(reversed(COMMONSENSE.names))))
+
+
+def test_two_runs_that_encode_the_same_file_at_once_find_one_cache(rows_of, tmp_path, monkeypatch):
+    save = token_cache.datasets.Dataset.save_to_disk
+    started = []
+
+    def overtaken(self, folder, **options):
+        save(self, folder, **options)
+        if not started:
+            started.append(folder)
+            rows_of()  # the other run, from its start to its end
+
+    monkeypatch.setattr(token_cache.datasets.Dataset, "save_to_disk", overtaken)
+    assert len(rows_of()) == len(RECORDS)
+    assert len(cached(tmp_path)) == 1
+    assert not list((tmp_path / "cache").glob("rows-*/rows")), "one run's folder lies in the other's"
 
 
 def test_missing_data_file_is_named(rows_of, tmp_path):
@@ -144,7 +168,7 @@ def test_failure_while_saving_leaves_nothing_in_the_cache(rows_of, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(dataset.datasets.Dataset, "save_to_disk", full_disk)
+        patched.setattr(token_cache.datasets.Dataset, "save_to_disk", full_disk)
         with pytest.raises(UserError, match="No space left on device"):
             rows_of()
     assert cached(tmp_path) == []
@@ -195,18 +219,16 @@ def test_columns_are_those_of_the_selected_rows(rows_of, selection):
         assert column.tolist() == [row[name] for row in rows]
 
 
-def test_note_counts_shortened_rows_and_removed_tokens(rows_of):
+def test_note_counts_shortened_examples_and_removed_tokens(rows_of):
     rows = rows_of()
     whole = rows_of(cutoff=4096)
     lost = [len(a["input_ids"]) - len(b["input_ids"]) for a, b in zip(whole, rows, strict=True)]
     assert 0 < sum(n > 0 for n in lost) < len(rows)
-    assert shortened_note(rows, CUTOFF) == (
-        f"{sum(n > 0 for n in lost)} of 16 rows are longer than the cutoff of 128 tokens: {sum(lost):,} tokens were "
-        "taken from the middle of their instructions"
-    )
-    assert shortened_note(whole, 4096) == "no row is longer than the cutoff of 4096 tokens"
+    facts = (f"{sum(n > 0 for n in lost)} of 16 ", "128 tokens", f" {sum(lost):,} tokens")
+    assert all(fact in shortened_note(rows, CUTOFF) for fact in facts)
+    assert shortened_note(whole, 4096).startswith("no example")
 
 
 def test_note_is_about_the_selected_rows(rows_of):
     short = rows_of().filter(lambda row: row["removed"] == 0, load_from_cache_file=False)
-    assert shortened_note(short, CUTOFF).startswith("no row is longer")
+    assert shortened_note(short, CUTOFF).startswith("no example")

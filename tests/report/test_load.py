@@ -7,7 +7,7 @@ from report_cases import BASE, TUNED, TUNED_SCHEMA_1, changed
 from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.errors import UserError
-from mtl_lora.report.load import RunFolder, analysis_of, load_run, load_studies, log_of
+from mtl_lora.report.load import analysis_of, load_run, load_studies, log_of
 from mtl_lora.report.study_model import Estimate, Study
 
 TASKS = {"first": "First", "second": "Second <&>"}
@@ -123,7 +123,7 @@ def test_a_broken_study_is_named_by_file_and_key(study_file, places, fact):
 def test_a_broken_log_or_analysis_is_named_by_file_and_place(tmp_path, name, text, fact):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=fact) as error:
-        RunFolder.load(tmp_path).study()
+        load_run(tmp_path)
     assert str(tmp_path / name) in str(error.value)
 
 
@@ -141,7 +141,7 @@ def test_an_analysis_with_matrices_of_another_size_is_refused(tmp_path, random, 
     value = analysis(random, "mtl_lora", TASKS, blocks=1)
     (tmp_path / "adapter_analysis.json").write_text(json.dumps({**value, key: wrong}))
     with pytest.raises(UserError, match=key):
-        RunFolder.load(tmp_path).study()
+        load_run(tmp_path)
 
 
 def test_a_file_that_the_study_names_must_be_there(study_file):
@@ -159,7 +159,7 @@ def test_a_training_with_its_evaluation_is_one_experiment(tmp_path, random, resu
     (folder / "train_log.jsonl").write_text(log_text(random, TASKS))
     (folder / "adapter_analysis.json").write_text(json.dumps(analysis(random, "mtl_lora", TASKS, blocks=1)))
     (folder / "evaluation" / "results.json").write_text(json.dumps(results))
-    study = load_run(folder).study()
+    study = load_run(folder)
     (experiment,) = study.experiments
     assert (experiment.name, experiment.method, experiment.estimate("first").mean) == ("mtl_lora", "mtl_lora", 0.75)
     assert log_of(study, experiment.runs[0]) and analysis_of(study, experiment.runs[0])
@@ -171,7 +171,7 @@ def test_evaluation_of_an_earlier_adapter_is_not_shown_as_this_ones(write, tmp_p
     write(changed(TUNED, settings={"adapter_sha256": "d" * 64}), "evaluation")
     (tmp_path / "mtl_lora_config.json").write_text(json.dumps({"weights_sha256": ("d" if same else "0") * 64}))
     (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0, "loss/first": 2.0, "loss/second": 2.0}\n')
-    assert (RunFolder.load(tmp_path).results is not None) == same
+    assert bool(load_run(tmp_path).scored) == same
     assert (str(tmp_path / "evaluation") in capsys.readouterr().err) == (not same)
 
 

@@ -99,7 +99,7 @@ def test_a_page_of_an_evaluation_is_the_same_bytes_every_time(write, tmp_path, c
     text = again.read_text(encoding="utf-8")
     assert (folder / "page.html").read_text(encoding="utf-8") == text
     tables = Outline(text).tables
-    assert tables["mtl_lora (score)"][1][:5] == ["First", "300", "75.0 ± 3.0", "60.0", "1.0"]
+    assert tables["mtl_lora"][1][:5] == ["First", "300", "75.0 ± 3.0", "60.0", "1.0"]
     facts = dict(tables[""])
     assert facts["settings template"] == "<script>alert(1)</script>" and "<script>" not in text
     assert (facts["commit"], facts["versions torch"], facts["weights sha256"]) == ("f" * 40, "9.9", "d" * 64)

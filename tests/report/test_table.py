@@ -263,7 +263,8 @@ def test_details_show_other_measures_and_the_answers_given(write, capsys):
     assert rows["First"] == ["300", "50.0 ± 3.0", "60.0", "12.5", "80.0", "+30.0", "25.0", "–", "no 3, yes 3, – 1"]
     assert rows["second"][-2:] == ["50.0", ""] and rows["second"][4] == "–"
     many = changed(BASE, tasks__first__predicted={f"a{index}": 1 for index in range(7)})
-    assert details(Results.load(write(many))).rows[0][-1] == "a0 1, a1 1, a2 1, a3 1, a4 1, a5 1, ..."
+    results = Results.load(write(many))
+    assert details("", results.task_set, results.tasks).rows[0][-1] == "a0 1, a1 1, a2 1, a3 1, a4 1, a5 1, ..."
 
 
 # ---- studies ----

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 tests/training/launched.py JOB.json
 
 ``runs`` in the file lists settings of ``TrainConfig``; each run's folder also gets ``facts.json``, what its adapter
-layers were in a forward. ``break_after`` is the number of layer calls after which the last process raises an error.
+layers were in a forward. Of a run that is ``broken`` the last process raises an error after some layer calls.
 """
 
 import json
@@ -21,7 +21,7 @@ from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-calls, facts = 0, {}
+calls, broken, facts = 0, False, {}
 
 
 def watch(module, inputs, output) -> None:
@@ -30,15 +30,16 @@ def watch(module, inputs, output) -> None:
     if not isinstance(module, AdapterLayer):
         return
     calls += 1
-    weights = [module.base.weight, *module.adapter_parameters().values()]
+    weights = [module.weight, *module.adapter_parameters().values()]
     facts["dtypes"] = [str(weight.dtype) for weight in weights]
-    facts["in_pieces"] = all(hasattr(weight, "ds_id") and not weight.ds_persist for weight in weights)
-    if calls == JOB.get("break_after") and RANK == WORLD - 1:
+    facts["partitioned"] = all(hasattr(weight, "ds_id") and not weight.ds_persist for weight in weights)
+    if broken and calls == 60 and RANK == WORLD - 1:
         raise RuntimeError("this process breaks")
 
 
 register_module_forward_hook(watch)
 for settings in JOB["runs"]:
+    calls, broken = 0, settings.pop("broken", False)
     config = TrainConfig(**settings)
     prepare_process(config)
     run(config)

@@ -100,7 +100,9 @@ def test_own_tasks_are_trained_by_name(train, tmp_path):
     assert checkpoint.read_config(folder).adapter_config.tasks == ["sky", "free"]
 
 
-@pytest.mark.parametrize("flags", [{"tensorboard": True}, {"wandb_project": "test"}])
+@pytest.mark.parametrize(
+    "flags", [{"tensorboard": True}, pytest.param({"wandb_project": "test"}, marks=pytest.mark.slow)]
+)
 def test_loggers_write_to_the_output_folder_or_the_project(train, tmp_path, monkeypatch, flags):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

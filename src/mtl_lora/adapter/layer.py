@@ -86,8 +86,9 @@ def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
 class AdapterLayer(nn.Module):
     """y = base(x) + scale * up @ mix(down @ dropout(x)): a frozen linear layer and a trained low-rank path beside it.
 
-    A method declares the attributes below and ``shapes``, and says what ``down`` (R, k), ``mix`` and ``up`` (d, R) are;
-    the wrapped layer is kept as it is, weight and bias untouched. Trained weights are float32 (float64 for a float64
+    A method declares the attributes below, ``shapes`` and ``reset_parameters``. It says what ``down`` (R, k), ``mix``
+    and ``up`` (d, R) are where they are not lora_A, the identity and lora_B, and, where tasks differ, ``factors``.
+    The wrapped layer is kept as it is, weight and bias untouched. Trained weights are float32 (float64 for a float64
     base) and are cast to the activations' dtype as they are used.
 
     method: its name in configurations and flags; a class that sets it is registered. aliases: earlier names. title: its
@@ -146,11 +147,11 @@ class AdapterLayer(nn.Module):
 
     def down(self) -> torch.Tensor:
         """(R, k), from the input to rank space; a gate that reads the input adds rows of its own."""
-        raise NotImplementedError
+        return self.lora_A
 
     def up(self) -> torch.Tensor:
         """(d, R), from rank space to the output."""
-        raise NotImplementedError
+        return self.lora_B
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k) for its shape alone."""
@@ -174,12 +175,16 @@ class AdapterLayer(nn.Module):
             )
 
     def factors(self, task: str | int | None = None) -> Factors:
-        """The pair (A, B) and scale that equal this layer for ``task`` (a name, an id, or None without tasks).
+        """The pair (A, B) and scale that equal this layer for ``task`` (a name or an id; None if all tasks share them).
 
         Raises ``UserError`` for a task that is not there, and for a method without factors.
         """
         self.require_factors()
-        raise NotImplementedError
+        if self.needs_task_ids:
+            raise NotImplementedError
+        if task is not None:
+            self.task_index(task)
+        return Factors(self.down(), self.up(), self.scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., k) to (..., d)."""
@@ -247,11 +252,6 @@ class AdapterLayer(nn.Module):
         for rows in unit.split(_UNIT_ROWS):
             total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
         return total
-
-    def check_task(self, task: str | int | None) -> None:
-        """For methods that are the same for every task: None is fine, a task that is not there is not."""
-        if task is not None:
-            self.task_index(task)
 
     def task_index(self, task: str | int | None) -> int:
         """The id of a task given by name or id; raises ``UserError`` that lists the tasks there are."""

@@ -65,12 +65,6 @@ class MtlLoraLayer(AdapterLayer):
         self.lora_lambda.copy_(torch.ones(self.rank) if self.diagonal else torch.eye(self.rank))
         nn.init.zeros_(self.lora_B)
 
-    def down(self) -> torch.Tensor:
-        return self.lora_A
-
-    def up(self) -> torch.Tensor:
-        return self.lora_B
-
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
         """softmax(w_t / tau) for each id: (M,) to (M, n)."""
         return F.softmax(self.lora_w[task_ids] / self.hyperparameters.temperature, dim=-1)

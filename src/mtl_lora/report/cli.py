@@ -45,8 +45,9 @@ class DetailsConfig(Config):
     results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
 
     def run(self) -> None:
-        found = [table.details(Results.load(path)) for path in self.results]
-        print("\n".join(f"{table.markdown_text(each.title)}\n\n{each.markdown()}\n" for each in found), end="")
+        found = [Results.load(path) for path in self.results]
+        tables = [table.details(f"{each.name} ({each.mode})", each.task_set, each.tasks) for each in found]
+        print("\n".join(f"{table.markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
 
 
 @dataclasses.dataclass

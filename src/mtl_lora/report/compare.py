@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mtl_lora.errors import UserError
 from mtl_lora.report.load import Prediction, read_predictions
 from mtl_lora.report.study_model import CONFIDENCE
-from mtl_lora.report.table import AVERAGE, NOTHING, TextTable, csv_table, interval_text, markdown_text, percent
+from mtl_lora.report.table import AVERAGE, NOTHING, TextTable, csv_table, interval_text, markdown_text, percent, require
 from mtl_lora.results import Results
 
 if TYPE_CHECKING:
@@ -36,12 +36,10 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
     discordant pairs and never 0: the smallest float stands for all below it. Raises ``UserError`` without scipy.
     """
-    try:
-        from scipy.special import bdtr
-    except ImportError:
-        raise UserError("comparing needs scipy, which is not installed; run pip install 'mtl-lora[report]'") from None
-    both_sides = 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))
-    return min(1.0, max(both_sides, math.ulp(0.0)))
+    require("scipy")
+    from scipy.special import bdtr
+
+    return min(1.0, max(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), math.ulp(0.0)))
 
 
 def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples: int) -> "numpy.ndarray":

@@ -108,65 +108,46 @@ def _lines(path: Path) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-# ---- folders of single runs ----
+# ---- folders ----
 
 
-@dataclasses.dataclass(frozen=True)
-class RunFolder:
-    """The folder of one training, one evaluation or both. log, analysis: files that are there.
+def load_run(path: str | Path) -> Study:
+    """A study; or the folder of one training, one evaluation or both, as a study of one experiment.
 
-    training: the run configuration (``run.json``); adapter: the checkpoint's configuration; empty where there is none.
+    Raises ``UserError`` for a folder that holds nothing of a run.
     """
-
-    path: Path
-    results: Results | None
-    log: Path | None
-    analysis: Path | None
-    training: dict
-    adapter: dict
-
-    @classmethod
-    def load(cls, path: str | Path) -> "RunFolder":
-        """Read a folder, or that of a results file; raises ``UserError`` for one that holds nothing of a run."""
-        path = Path(path)
-        path = path.parent if path.name == artifacts.RESULTS else path
-        if not path.is_dir():
-            raise UserError(f"there is no folder {path}; pass that of a study, a training or an evaluation")
-        log, analysis, *configurations = (
-            path / name if (path / name).is_file() else None
-            for name in (
-                artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG
-            )
-        )  # fmt: skip
-        training, adapter = (read_object(file, "the configuration") if file else {} for file in configurations)
-        results = _own_results(path, adapter)
-        if not (results or log or analysis):
-            names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
-            raise UserError(f"{path} holds none of {', '.join(names)}")
-        return cls(path, results, log, analysis, training, adapter)
-
-    def study(self) -> Study:
-        """The run as a study of one experiment."""
-        results, whole = self.results, self.results and self.results.whole_average
-        tasks = results.tasks if results else {}
-        files = {key: path and str(path.absolute()) for key, path in (("log", self.log), ("analysis", self.analysis))}
-        experiment = Experiment(
-            name=results.name if results else self.path.absolute().name,
-            method=results.method if results else read_analysis(self.analysis).method if self.analysis else None,
-            trainable=results and results.trainable,
-            runs=[Run(folder=str(self.path), tasks=tasks, **files)],
-            summary=Summary({task: Estimate(tasks[task].value) for task in tasks}, whole and Estimate(whole.value)),
-        )
-        task_set = results.task_set if results else self._task_set()
-        return Study(name=experiment.name, task_set=task_set, experiments=[experiment], path=self.path)
-
-    def _task_set(self) -> TaskNames:
-        """The tasks of a training: as it was configured, else by the names in its analysis or log."""
-        if self.training.get("tasks"):
-            return TaskNames.from_json(self.training["tasks"], str(self.path / artifacts.RUN_CONFIG))
-        names = read_analysis(self.analysis).tasks if self.analysis else [*filter(None, read_log(self.log))]
-        tasks = [{"name": name, "id": index} for index, name in enumerate(names or ["task"])]
-        return TaskNames.from_json({"tasks": tasks}, str(self.path))
+    path = Path(path)
+    if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
+        return Study.load(path)
+    folder = path.parent if path.name == artifacts.RESULTS else path
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; pass that of a study, a training or an evaluation")
+    names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
+    log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
+    training, adapter = (read_object(file, "the configuration") if file else {} for file in rest)
+    results = _own_results(folder, adapter)
+    if not (results or log or analysis):
+        names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
+        raise UserError(f"{folder} holds none of {', '.join(names)}")
+    adapts = read_analysis(analysis) if analysis else None
+    if results:
+        task_set, tasks, average = results.task_set, results.tasks, results.whole_average
+    else:
+        # As the training was configured, else by the names in its analysis or log.
+        known = adapts.tasks if adapts else [*filter(None, read_log(log))] or ["task"]
+        listed = {"tasks": [{"name": name, "id": index} for index, name in enumerate(known)]}
+        task_set = TaskNames.from_json(training.get("tasks") or listed, str(folder / artifacts.RUN_CONFIG))
+        tasks, average = {}, None
+    experiment = Experiment(
+        name=results.name if results else folder.absolute().name,
+        method=results.method if results else adapts and adapts.method,
+        trainable=results and results.trainable,
+        runs=[Run(folder=str(folder), tasks=tasks, log=log and str(log), analysis=analysis and str(analysis))],
+        summary=Summary({task: Estimate(tasks[task].value) for task in tasks}, average and Estimate(average.value)),
+    )
+    evaluation = results.to_json() if results else {}
+    facts = {"evaluation": evaluation, "training": training, "adapter": adapter or evaluation.get("adapter")}
+    return Study(name=experiment.name, task_set=task_set, experiments=[experiment], path=folder, facts=facts)
 
 
 def _own_results(folder: Path, adapter: dict) -> Results | None:
@@ -181,35 +162,26 @@ def _own_results(folder: Path, adapter: dict) -> Results | None:
     return results
 
 
-def load_run(path: str | Path) -> Study | RunFolder:
-    """A study, or the folder of one training or evaluation."""
-    path = Path(path)
-    is_study = path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file()
-    return Study.load(path) if is_study else RunFolder.load(path)
-
-
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
-    """The studies among ``paths``, and all other folders as one, whose experiments they are.
+    """The studies among ``paths``, and all single runs as one, whose experiments they are.
 
     Raises ``UserError`` for a folder that holds nothing, and for single runs whose tasks differ.
     """
     found = [load_run(path) for path in paths]
-    studies = [run for run in found if isinstance(run, Study)]
-    single = [run.study() for run in found if isinstance(run, RunFolder)]
+    single = [study for study in found if study.facts]
     names = [study.name for study in single]
+    experiments = []
     for study in single:
+        (experiment,) = study.experiments
         if set(study.task_set.names) != set(single[0].task_set.names):
             raise UserError(
                 f"{study.path} is about the tasks {', '.join(study.task_set.names)} and {single[0].path} about "
                 f"{', '.join(single[0].task_set.names)}; figures side by side need one set of tasks"
             )
-    experiments = [
-        dataclasses.replace(each.experiments[0], name=f"{each.name} ({each.path})")
-        if names.count(each.name) > 1
-        else each.experiments[0]
-        for each in single
-    ]
-    return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
+        name = f"{study.name} ({study.path})" if names.count(study.name) > 1 else study.name
+        experiments.append(dataclasses.replace(experiment, name=name))
+    side_by_side = [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
+    return [study for study in found if not study.facts] + side_by_side
 
 
 # ---- predictions ----

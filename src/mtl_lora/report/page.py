@@ -7,9 +7,9 @@ from pathlib import Path
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
 from mtl_lora.report.figures import draw
-from mtl_lora.report.load import RunFolder, load_run
+from mtl_lora.report.load import load_run
 from mtl_lora.report.study_model import Study
-from mtl_lora.report.table import details, study_tables
+from mtl_lora.report.table import details, require, study_tables
 from mtl_lora.typed_json import object_of
 
 FILE_NAME = "page.html"
@@ -20,22 +20,19 @@ def write_page(run: str, output: str | None = None) -> Path:
 
     Raises ``UserError`` for a folder that holds none of them, and where a package is missing.
     """
-    loaded = load_run(run)
+    study = load_run(run)
     path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / FILE_NAME
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path} must be the path of an .html file")
-    write_all({path: page(loaded).encode("utf-8")})
+    write_all({path: page(study).encode("utf-8")})
     return path
 
 
-def page(run: Study | RunFolder) -> str:
-    """The page as text. Everything that a run holds is escaped."""
-    try:
-        import jinja2
-    except ImportError:
-        raise UserError("pages need jinja2, which is not installed; run pip install 'mtl-lora[report]'") from None
-    study = run if isinstance(run, Study) else run.study()
-    tables, facts = _of_study(run) if isinstance(run, Study) else _of_run(run)
+def page(study: Study) -> str:
+    """The page as text. Everything that a study or run holds is escaped."""
+    require("jinja2", "matplotlib", "pandas")
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -47,28 +44,22 @@ def page(run: Study | RunFolder) -> str:
         (drawing, f"data:image/svg+xml;base64,{base64.b64encode(drawing.render('svg')).decode()}")
         for drawing in draw(study)
     ]
-    facts = {name: _in_words(values) for name, values in facts.items()}
+    facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}
+    tables = study_tables(study)
+    if study.facts:
+        tables = [details(study.name, study.task_set, study.runs[0].tasks)] if study.scored else []
     return environment.get_template(FILE_NAME).render(study=study, tables=tables, drawings=drawings, facts=facts)
 
 
-def _of_study(study: Study) -> tuple[list, dict[str, dict]]:
-    """(tables, facts by section): what the study was made from, then every run without its scores."""
-    shown = ("tables", "name", "about", "notes", "experiments", "transfer", "search", "task_set")
-    facts = {"Study": {key: value for key, value in object_of(study).items() if key not in shown}}
+def _facts(study: Study) -> dict[str, dict]:
+    """By section: what the study was made from, then every run without its scores."""
+    shown = ("name", "about", "notes", "experiments", "transfer", "search", "task_set")
+    facts = {"study": {key: value for key, value in object_of(study).items() if key not in shown}}
     for experiment in study.experiments:
         for run in experiment.runs:
             name = experiment.name if run.seed is None else f"{experiment.name}, seed {run.seed}"
             facts[name] = {key: value for key, value in object_of(run).items() if key not in ("tasks", "seed")}
-    return study_tables(study), facts
-
-
-def _of_run(run: RunFolder) -> tuple[list, dict[str, dict]]:
-    """The same of a single training, evaluation or both."""
-    results = run.results.to_json() if run.results else {}
-    evaluation = {key: value for key, value in results.items() if key not in ("tasks", "average", "adapter")}
-    adapter = run.adapter or results.get("adapter") or {}
-    facts = {"Evaluation": evaluation, "Training": run.training, "Adapter": adapter}
-    return [details(run.results)] if run.results else [], {name: found for name, found in facts.items() if found}
+    return facts
 
 
 def _in_words(value: object, name: str = "") -> dict[str, str]:

@@ -209,7 +209,7 @@ class Study:
     """``study.json``: experiments in table order and what they were made from.
 
     grid: what was asked for. commit, versions, device: of the last evaluation; commits, devices: of all. data:
-    ``train`` and ``test``. path: the file, or the folder of a single run.
+    ``train`` and ``test``. path: the file, or the folder of a single run, of which facts are the files' contents.
     """
 
     name: Text
@@ -229,6 +229,7 @@ class Study:
     transfer: list[Transfer] = dataclasses.field(default_factory=list)
     search: Search | None = None
     path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
+    facts: dict = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import importlib.util
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.report.study_model import Difference, Differences, Estimate, Experiment, Study
-from mtl_lora.results import FRACTIONS, Average, Results, TaskResult, Trainable, average_of
+from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
@@ -77,21 +78,23 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def data_frame(*arguments, **options):
-    """A pandas frame; raises ``UserError`` if a package is missing that frames are written with."""
-    try:
-        import jinja2  # noqa: F401 - pandas writes LaTeX with it
-        import pandas
-    except ImportError as error:
-        raise UserError(
-            f"this needs {error.name}, which is not installed; run pip install 'mtl-lora[report]'"
-        ) from None
-    return pandas.DataFrame(*arguments, **options)
+def require(*packages: str) -> None:
+    """Raise ``UserError`` with the way out for a package that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this needs {package}, which is not installed; run pip install 'mtl-lora[report]'")
+
+
+def _frame(rows: Sequence, columns: Sequence[str] | None = None):
+    require("pandas", "jinja2")  # pandas writes LaTeX with the latter
+    import pandas
+
+    return pandas.DataFrame(rows, columns=columns, dtype=object)
 
 
 def csv_table(lines: Sequence[dict]) -> str:
     """Records with the same keys as CSV, a key a column; None is empty."""
-    return data_frame(lines, dtype=object).to_csv(index=False, lineterminator="\n")
+    return _frame(lines).to_csv(index=False, lineterminator="\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +113,14 @@ class TextTable:
         """A booktabs tabular without the title."""
         columns = "l" + "r" * (len(self.header) - 1)
         rows = [[" ".join(cell.split()).replace("−", "-") for cell in row] for row in self.rows]
-        text = data_frame(rows, columns=self.header).to_latex(index=False, escape=True, column_format=columns)
+        text = _frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
         text = text.translate({ord("<"): r"\textless{}", ord(">"): r"\textgreater{}", ord("|"): r"\textbar{}"})
         # After the line break of the row above, either would be read as its argument.
         return re.sub(r"(?<=\\\\\n)[\[*]", r"{\g<0>}", text)
 
     def html(self) -> str:
         """A table element with the title as its caption."""
-        text = data_frame(self.rows, columns=self.header).to_html(index=False, border=0, justify="unset")
+        text = _frame(self.rows, self.header).to_html(index=False, border=0, justify="unset")
         return text.replace("<thead>", f"<caption>{html.escape(self.title)}</caption>\n  <thead>", 1)
 
 
@@ -377,24 +380,24 @@ RENDERERS: dict[str, Callable[[ResultsTable], str]] = {
 }
 
 
-def details(results: Results) -> TextTable:
+def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> TextTable:
     """One evaluation, a line a task: its value, the majority class, other measures, the answers given."""
     rows, last = [], "Answers given"
-    for name in results.scored:
-        task = results.tasks[name]
+    for name in (name for name in task_set.columns if name in tasks):
+        task = tasks[name]
         row = {
-            "Task": results.task_set.title(name),
+            "Task": task_set.title(name),
             "Questions": f"{task.n:,}",
             FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric),
             "Majority class": value_text(task.majority, None, task.metric),
             "Unparsed": value_text(task.measured.get("unparsed")),
         }
         for key, other in task.others.items():
-            title = {"strict": "Strict", "acc_norm": "Length-normalised"}.get(key, key)
-            row[title] = value_text(other.value, None, other.metric)
-            row[f"{title} - {task.metric}"] = value_text(other.value - task.value, None, task.metric, signed=True)
+            words = {"strict": "Strict", "acc_norm": "Length-normalised"}.get(key, key)
+            row[words] = value_text(other.value, None, other.metric)
+            row[f"{words} - {task.metric}"] = value_text(other.value - task.value, None, task.metric, signed=True)
             if key == "strict":
-                row[f"{title} unparsed"] = value_text(other.measured.get("unparsed"))
+                row[f"{words} unparsed"] = value_text(other.measured.get("unparsed"))
         if "f1" in task.measured:
             row["F1"] = value_text(task.measured["f1"])
         # The most frequent first; no answer is a dash.
@@ -402,9 +405,7 @@ def details(results: Results) -> TextTable:
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
     header = [*dict.fromkeys(key for row in rows for key in row if key != last), last]
-    return TextTable(
-        f"{results.name} ({results.mode})", header, [[r.get(key, NOTHING) for key in header] for r in rows]
-    )
+    return TextTable(title, header, [[row.get(key, NOTHING) for key in header] for row in rows])
 
 
 # ---- studies ----
