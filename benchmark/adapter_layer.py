@@ -3,7 +3,7 @@
     python benchmark/adapter_layer.py
 
 Layers, all around the same frozen linear layer without bias, k = d, 8 tasks, r 8, same input and gradient:
-  frozen      the limit: forward, and backward to the input
+  frozen      a reference, no bound: forward, and backward to the input
   peft        PEFT's LoRA layer (peft.tuners.lora.Linear), dropout alike
   lora, dora, multilora, moelora, mtl_lora   ours
   gathering   MTL-LoRA with copies of A, Lambda and B for every row (baselines/gathering.py)
@@ -20,7 +20,7 @@ import torch
 from baselines.gathering import GatheringLayer
 from baselines.looping import LoopingLayer
 from footprint import megabytes, tensor_bytes
-from measure import count, fractions, keep, parser, ratio, shown, spread, turns
+from measure import count, fractions, keep, markdown_table, parser, ratio, shown, spread, turns
 from pipelines import adapter_config, with_peft
 from torch import nn
 
@@ -28,7 +28,6 @@ from mtl_lora import route
 from mtl_lora.adapter.layer import layer_class, methods
 from mtl_lora.base_model import choose_dtype, device_for_this_process
 from mtl_lora.errors import user_errors_to_exit_code
-from mtl_lora.report.render import markdown_table
 
 TASKS = [f"task{number}" for number in range(8)]
 

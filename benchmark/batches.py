@@ -2,18 +2,18 @@
 
 import numpy as np
 import torch
-from measure import count
+from measure import Parser, count
 from transformers import PreTrainedTokenizerBase
 
-from mtl_lora.errors import OneSentenceParser, UserError
+from mtl_lora.errors import UserError
 from mtl_lora.language.collate import Collator
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.training.sampler import LengthBatchSampler
+from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 
-def add_data(parser: OneSentenceParser, records: int) -> None:
+def add_data(parser: Parser, records: int) -> None:
     """The flags that say which model trains on which records."""
     parser.add_flag("data_path", "training records of the eight tasks", default="data/quickstart/train.json")
     parser.add_flag("base_model", "name or folder of a causal language model", default="smollm2-135m")
@@ -50,7 +50,7 @@ def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: t
     lengths, ids = [len(row["input_ids"]) for row in rows], [row["task_id"] for row in rows]
     plans = {
         "random": np.random.default_rng(0).permutation(len(rows)).reshape(-1, batch_size).tolist(),
-        "sorted": LengthBatchSampler(lengths, ids, batch_size, seed=0),
+        "sorted": LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0),
     }
     collate = Collator(pad_token_id)
     return {

@@ -13,22 +13,21 @@ from pathlib import Path
 import torch
 from batches import add_data, encoded_rows, make_batches
 from footprint import megabytes, tensor_bytes
-from measure import compared, count, counts, keep, parser, ratio_table, shown, spread, turns
+from measure import compared, count, counts, keep, markdown_table, parser, ratio_table, shown, spread, turns
 from pipelines import Pipeline, add_sides, pipeline
 
 from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.memory import keep_freed_memory
-from mtl_lora.report.render import markdown_table
 
 
 def main() -> None:
     flags = parser(__doc__)
     add_data(flags, records=128)
     add_sides(flags, "frozen,original,peft,lora,mtl_lora")
-    flags.add_flag("tasks", "further sides: MTL-LoRA with so many tasks each, as 2,8,64,512", type=counts)
+    flags.add_flag("tasks", "further sides: MTL-LoRA with n tasks each, as 2,8,64,512", type=counts)
     flags.add_flag("rounds", "passes of every side over all records", type=count, default=8)
-    flags.add_argument("--optimiser", action="store_true", help="AdamW on the trained weights after every batch")
+    flags.add_argument("--optimiser", action="store_true", help="AdamW on the trainable parameters after every batch")
     flags.add_argument("--memory", action="store_true", help="also the peak of a step on the longest batch")
     arguments = flags.parse_args()
     arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]

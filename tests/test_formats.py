@@ -24,36 +24,36 @@ ASKED = ["--dtype", "fp32", "--max_new_tokens", "12", "--data_dir"]
 
 
 def base_model():
-    from mtl_lora.model import load_model
+    from mtl_lora.base_model import BaseModel
 
-    return load_model("base", "fp32")
+    return BaseModel("base").load("fp32")
 
 
 def train(arguments: list[str]) -> None:
     from mtl_lora import cli
-    from mtl_lora.train.run import run
-    from mtl_lora.train.settings import TrainConfig
+    from mtl_lora.language.config import TrainConfig
+    from mtl_lora.language.train import run
 
     run(cli.parse(TrainConfig, arguments, ""))
 
 
 def evaluate(arguments: list[str]) -> None:
     from mtl_lora import cli
-    from mtl_lora.evaluate.run import run
-    from mtl_lora.evaluate.settings import EvalConfig
+    from mtl_lora.language.config import EvalConfig
+    from mtl_lora.language.evaluate import run
 
     run(cli.parse(EvalConfig, arguments, ""))
 
 
 def merged(checkpoint: str, task: str, output: Path):
-    from mtl_lora.export.merged import export_merged
-    from mtl_lora.model import load_model
+    from mtl_lora.base_model import BaseModel
+    from mtl_lora.export.merge import export_merged
 
-    return load_model(str(export_merged(checkpoint, output, task, dtype="fp32")), "fp32")
+    return BaseModel(str(export_merged(checkpoint, output, task, dtype="fp32"))).load("fp32")
 
 
 def export_peft(checkpoint: str, task: str, output: Path) -> None:
-    from mtl_lora.export.peft_format import export_peft
+    from mtl_lora.export.peft import export_peft
 
     export_peft(checkpoint, output, [task])
 
@@ -65,34 +65,34 @@ def analyse(checkpoint: str, output: Path) -> None:
 
 
 def scores(folder: str) -> tuple[dict, float]:
-    """What the report reads from a results file: the figures by task, and the average accuracy."""
-    from mtl_lora.report.results import read_results
+    """What a results file holds: the scores by task, and the average accuracy."""
+    from mtl_lora.results import Results
 
-    found = read_results(folder)
+    found = Results.load(folder)
     tasks = {
         name: {
-            "accuracy": score.accuracy,
+            "accuracy": score.value,
             "stderr": score.stderr,
             "n": score.n,
             "majority": score.majority,
-            "groups": {kind: group.accuracy for kind, group in score.groups.items()},
+            "groups": {kind: group.value for kind, group in score.groups.items()},
         }
         for name, score in found.tasks.items()
     }
-    return tasks, found.average.accuracy
+    return tasks, found.average.value
 
 
 def report(*arguments: str) -> None:
-    from mtl_lora.report.__main__ import main
+    from mtl_lora.report.cli import main
 
     main([*arguments])
 
 
 def read_folder(path: str):
     """A study of the report's, from the folder of a study, a training or an evaluation."""
-    from mtl_lora.report.read_folder import read_one
+    from mtl_lora.report.load import load_run
 
-    return read_one(path)
+    return load_run(path)
 
 
 # ---- tests ----

@@ -12,10 +12,9 @@ import mtl_lora
 from mtl_lora import UserError, artifacts, cli
 from mtl_lora.adapter import layer
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
-from mtl_lora.adapter.layer import AdapterLayer, Factors, layer_class
+from mtl_lora.adapter.layer import AdapterLayer, layer_class
 from mtl_lora.config import flag
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.report.__main__ import main as report
 
 
 @pytest.fixture
@@ -48,10 +47,6 @@ def toy():
         def up(self) -> torch.Tensor:
             return self.hyperparameters.strength * self.toy_U
 
-        def factors(self, task: str | int | None = None) -> Factors:
-            self.check_task(task)
-            return Factors(self.toy_V, self.up(), self.scale)
-
     yield ToyLayer
     del layer._registered["toy"]
 
@@ -73,7 +68,7 @@ def test_toy_method_is_trained_evaluated_and_reported(toy, tiny_base, records_fi
     results = json.loads((scores / artifacts.RESULTS).read_text())
     assert (results["method"], results["method_title"]) == ("toy", "Toy-LoRA")
     capsys.readouterr()
-    report(["table", str(scores)])
+    cli.main(["report", "table", str(scores)])
     assert results["name"] in capsys.readouterr().out
 
 

@@ -1,13 +1,19 @@
 """The one exception for a user's mistake, and how a command line turns it into a sentence and exit code 2."""
 
-import argparse
 import contextlib
 import os
 import sys
 
 
 class UserError(ValueError):
-    """Bad input: one sentence naming the file, record or flag, what was found and the way out."""
+    """Bad input: one sentence naming the file, record or flag, what was found and the way out.
+
+    field: the configuration's field that the sentence begins with, where it is about one.
+    """
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 EXIT_CODE = 2
@@ -32,20 +38,8 @@ def user_errors_to_exit_code():
 
 @contextlib.contextmanager
 def files_within_reach():
-    """Turn an ``OSError`` inside the block, such as a folder that may not be entered, into a ``UserError``."""
+    """Turn an ``OSError`` inside the block, such as a folder without permission, into a ``UserError``."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"a file or folder is out of reach: {error}") from None
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Complains of its flags as everything else does: one sentence, exit code 2, no usage text."""
-
-    def error(self, message: str):
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(EXIT_CODE)
-
-    def add_flag(self, name: str, text: str, **options) -> None:
-        """Add ``--name``, which may be written with ``_`` or ``-`` between its words; ``text`` is its help."""
-        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=text, **options)
+        raise UserError(f"a file or folder cannot be used: {error}") from None

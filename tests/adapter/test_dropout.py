@@ -88,7 +88,7 @@ def test_positions_are_different_ascending_and_within_the_count(count, p):
 
 def test_each_set_of_positions_is_as_likely_as_bernoulli_draws_make_it():
     torch.manual_seed(0)
-    p, draws = 0.3, 20_000
+    p, draws = 0.3, 5_000
     found = torch.tensor([sum(1 << int(position) for position in dropped_positions(3, p)) for _ in range(draws)])
     for subset in range(8):
         dropped = subset.bit_count()
@@ -111,3 +111,11 @@ def test_above_a_half_it_is_torchs_own_dropout(p):
     expected = torch.nn.functional.dropout(torch.ones(100), p)
     torch.manual_seed(0)
     assert torch.equal(dropout(torch.ones(100), p), expected)
+
+
+def test_compiled_code_takes_torchs_own_dropout():
+    compiled = torch.compile(lambda x: dropout(x, 0.25), backend="eager", fullgraph=True)
+    torch.manual_seed(0)
+    found = compiled(torch.ones(100))
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.nn.functional.dropout(torch.ones(100), 0.25))

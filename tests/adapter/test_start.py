@@ -9,7 +9,6 @@ from torch import nn
 
 import mtl_lora
 from mtl_lora import route
-from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.layer import layer_class
 
 
@@ -179,7 +178,7 @@ def test_start_follows_the_seed(method):
         torch.manual_seed(seed)
         layers = mtl_lora.adapter_layers(mtl_lora.inject(base, adapter_config(method)))
         weights = [weight.clone() for layer in layers.values() for weight in layer.adapter_parameters().values()]
-        checkpoint.remove(base)
+        mtl_lora.unload(base)
         return weights
 
     base = tiny_llama()

@@ -1,4 +1,4 @@
-"""Results files and tables made from records."""
+"""Results files and tables made from records, and a small made-up study."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from synthetic_study import write_study
 
-from mtl_lora.report.results import read_results
 from mtl_lora.report.table import build_table
+from mtl_lora.results import Results
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def table_of(write):
     """Build a table from records instead of files."""
 
     def build(*records, **flags):
-        return build_table([read_results(write(record, f"run{i}")) for i, record in enumerate(records)], **flags)
+        return build_table([Results.load(write(record, f"run{i}")) for i, record in enumerate(records)], **flags)
 
     return build
 
@@ -43,13 +43,4 @@ def random() -> np.random.Generator:
 def study_folder(tmp_path_factory):
     """A small made-up study, to read: three tasks, two methods, two seeds."""
     tasks = {"cr": "CR", "sst5": "SST-5", "agnews": "AG <News> & more"}
-    methods = {"LoRA": "lora", "MTL-LoRA": "mtl_lora"}
-    return write_study(tmp_path_factory.mktemp("study"), seeds=(0, 1), blocks=2, tasks=tasks, methods=methods)
-
-
-@pytest.fixture(scope="session")
-def study_page(study_folder, tmp_path_factory):
-    """The path of that study's page, to read."""
-    from mtl_lora.report.page.write import write_page
-
-    return write_page(str(study_folder), str(tmp_path_factory.mktemp("page") / "page.html"))
+    return write_study(tmp_path_factory.mktemp("study"), tasks, {"lora": "LoRA", "mtl_lora": "MTL-LoRA"})

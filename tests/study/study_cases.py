@@ -1,4 +1,4 @@
-"""A small valid grid, and runs of a study on disk as the two scripts leave them."""
+"""A small valid grid, and runs of a study on disk as the two commands leave them."""
 
 import copy
 import json
@@ -9,12 +9,10 @@ from shared import QUICKSTART
 
 from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.study.commands import locked
-from mtl_lora.study.data import StudyData
-from mtl_lora.study.jobs import Job
-from mtl_lora.study.planner import Planner
-from mtl_lora.study.read_grid import read_grid
-from mtl_lora.study.state import State
+from mtl_lora.results import Results, TaskNames, TaskResult, Trainable
+from mtl_lora.study.config import read_grid
+from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
+from mtl_lora.study.runner import ProcessPool, State
 
 GRID = {
     "name": "small",
@@ -42,6 +40,13 @@ def grid(*more: dict, **changes) -> dict:
     return {key: entry for key, entry in value.items() if entry is not ...}
 
 
+def with_flags(step: str = "train", **flags) -> dict:
+    """``GRID`` with further flags for all experiments."""
+    value = grid()
+    value[step] |= flags
+    return value
+
+
 def write_grid(folder: Path, value: dict) -> Path:
     """The grid's file."""
     path = folder / "grid.json"
@@ -50,7 +55,7 @@ def write_grid(folder: Path, value: dict) -> Path:
 
 
 def dev_set(folder: Path) -> str:
-    """A development set: the second half of the quick start's test records."""
+    """A development set: the second half of the quick start's test questions."""
     for task in COMMONSENSE.names:
         records = json.loads((QUICKSTART / "test" / task / "test.json").read_text())
         (folder / "dev" / task).mkdir(parents=True)
@@ -58,33 +63,36 @@ def dev_set(folder: Path) -> str:
     return str(folder / "dev")
 
 
-def planner(folder: Path, value: dict) -> Planner:
-    """A planner whose study lies in ``folder``/study."""
-    study = read_grid(write_grid(folder, value))
-    return Planner(study, StudyData(study, folder / "study"), folder / "study")
+def plan_of(folder: Path, value: dict) -> Plan:
+    """The plan of a study that lies in ``folder``/study."""
+    return Plan(read_grid(str(write_grid(folder, value))), folder / "study")
 
 
-def outcomes(text: str) -> list[bool]:
-    """``110`` is right, right, wrong."""
-    return [character == "1" for character in text]
+def run_of(plan: Plan, name: str, seed: int | None = 0, chosen: float | None = None) -> PlannedRun:
+    """One run of a plan."""
+    return next(run for run in plan.runs(plan.grid.experiment(name), chosen) if run.seed == seed)
 
 
-def finish(job: Job, right: dict[str, str], seconds: float = 10.0) -> None:
-    """Leave a job's folder as a finished training and evaluation would; ``right``: ``outcomes`` by task."""
-    step = {"done": True, "seconds": seconds, "starts": 1}
-    State(job.recipe, job.commands, dict(step) if job.train else None, dict(step)).write(job)
-    method = job.train and job.train["adapter_name"]
-    write_results(job.folder, right, name=job.evaluate["name"], method=method)
+def job_of(folder: Path, value: dict, name: str = "LoRA") -> PlannedJob:
+    """The first job of an experiment with seed 0."""
+    return run_of(plan_of(folder, value), name).jobs[0]
+
+
+def finish(job: PlannedJob, right: dict[str, str], seconds: float = 10.0) -> None:
+    """Leave a job's folder as a finished training and evaluation would; ``right``: by task, ``110`` is two of three."""
+    steps = dict.fromkeys(job.steps, 1)
+    State(job.configuration, job.commands, steps, dict.fromkeys(steps, seconds)).save(job.folder)
+    write_results(job.folder, right, job.evaluate["name"], job.train and job.train["adapter_name"])
     if job.train:
         (job.folder / "train_log.jsonl").write_text('{"step": 2, "loss": 2.0}\n{"step": 3, "train_runtime": 1.0}\n')
         (job.folder / "mtl_lora.safetensors").write_text("weights")
 
 
-def write_results(folder: Path, right: dict[str, str], name: str = "run", method: str | None = "lora") -> Path:
-    """The results and predictions of an evaluation; returns the folder."""
-    scores = {}
+def write_results(folder: Path, right: dict[str, str], name: str = "run", method: str | None = "lora") -> Results:
+    """The results and predictions of an evaluation."""
+    tasks = {}
     for task, text in right.items():
-        correct = outcomes(text)
+        correct = [character == "1" for character in text]
         lines = [
             {"task": task, "index": index, "answer": "yes", "correct": outcome, "prompt_sha256": f"{task} {index}"}
             for index, outcome in enumerate(correct)
@@ -92,29 +100,28 @@ def write_results(folder: Path, right: dict[str, str], name: str = "run", method
         path = folder / "predictions" / f"{task}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        share = sum(correct) / len(correct)
-        stderr = (share * (1 - share) / len(correct)) ** 0.5
-        scores[task] = {"accuracy": share, "stderr": stderr, "n": len(correct), "majority": 0.5}
+        value = sum(correct) / len(correct)
+        tasks[task] = TaskResult("accuracy", value, (value * (1 - value) / len(correct)) ** 0.5, len(correct), 0.5)
     settings = {"mode": "score", "base_fingerprint": "base", "template": "alpaca", "cutoff_len": 256, "limit": 0}
-    results = {
-        "schema": 1,
-        "name": name,
-        "method": method,
-        "base_model": "base",
-        "mode": "score",
-        "trainable": {"adapter": 1000, "total": 50_000} if method else None,
-        "tasks": scores,
-        "average": {"accuracy": sum(score["accuracy"] for score in scores.values()) / len(scores), "stderr": 0.1},
-        "task_set": COMMONSENSE.to_json(),
-        "settings": settings | {"adapter_sha256": f"weights in {folder.name}" if method else None},
-        "data": {task: f"{task} data" for task in right},
-        "command": f"commonsense_evaluate.py --output_dir {folder}",
-        "commit": "abc",
-        "versions": {"torch": "2"},
-        "device": "a CPU",
-    }
-    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    return folder
+    results = Results(
+        name=name,
+        method=method,
+        method_title=method and method.upper(),
+        base_model="base",
+        mode="score",
+        trainable=Trainable(1000, 50_000) if method else None,
+        tasks=tasks,
+        task_set=TaskNames.from_json(COMMONSENSE.to_json(), "the tasks"),
+        settings=settings | {"adapter_sha256": f"weights in {folder.name}" if method else None},
+        data={task: f"{task} data" for task in right},
+        command=f"mtl-lora evaluate --output_dir {folder}",
+        commit="abc",
+        versions={"torch": "2"},
+        device="a CPU",
+        path=folder / "results.json",
+    )
+    results.save(results.path)
+    return results
 
 
 def wait_for(holds) -> None:
@@ -128,7 +135,7 @@ def wait_for(holds) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a study, or a command that outlived one, runs in a folder."""
     try:
-        with locked(folder):
+        with ProcessPool(folder):
             return False
     except UserError:
         return True

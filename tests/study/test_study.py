@@ -1,4 +1,4 @@
-"""A whole study on a tiny model: from its command to the table, killed in the middle or not, started again or not."""
+"""A whole study on a tiny model through the real commands: killed, resumed, started again, changed."""
 
 import json
 import os
@@ -13,18 +13,16 @@ from shared import PROJECT
 from study_cases import dev_set, is_locked, wait_for, write_grid
 
 from mtl_lora import cli
-from mtl_lora.errors import UserError
-from mtl_lora.language.config import EvalConfig, TrainConfig
-from mtl_lora.study.__main__ import main
-from mtl_lora.study.commands import Commands
+from mtl_lora.report.study_model import Study
+from mtl_lora.study.runner import ProcessPool
 from mtl_lora.version import checkout_commit
 
-STEPS = 12
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
-    """Two methods with two seeds, a searched learning rate for one of them."""
+    """LoRA with two seeds, MTL-LoRA with one and a searched learning rate."""
     folder = tmp_path_factory.mktemp("grid")
     value = {
         "name": "tiny",
@@ -35,35 +33,34 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
         "test_records": 4,
         "train": {
             "base_model": tiny_base,
-            "data_path": "data/quickstart/train.json",
+            "data_path": str(PROJECT / "data/quickstart/train.json"),
             "cache_dir": cache_dir,
             "dtype": "fp32",
             "lora_r": 2,
-            "batch_size": 8,
+            "batch_size": 4,
             "max_steps": STEPS,
-            "save_step": 4,
+            "save_step": 2,
             "logging_steps": 1,
         },
-        "evaluate": {"data_dir": "data/quickstart/test", "mode": "score", "dtype": "fp32", "tasks": ["boolq", "piqa"]},
+        "evaluate": {
+            "data_dir": str(PROJECT / "data/quickstart/test"),
+            "mode": "score",
+            "dtype": "fp32",
+            "tasks": ["boolq", "piqa"],
+        },
         "search": {"values": [0.01, 0.03], "data_dir": dev_set(folder), "records": 4, "train": {"max_steps": 2}},
         "experiments": [
             {"name": "LoRA", "train": {"adapter_name": "lora", "learning_rate": 0.02}},
-            {"name": "MTL-LoRA", "train": {"adapter_name": "mtl_lora"}},
+            {"name": "MTL-LoRA", "train": {"adapter_name": "mtl_lora"}, "seeds": [1]},
         ],
     }
     return write_grid(folder, value)
 
 
-def in_this_process(commands, command, output) -> int:
-    """What ``Commands.start`` does, without the seconds that a new process takes to import torch."""
-    from mtl_lora.language.evaluate import run as evaluate
-    from mtl_lora.language.train import run as train
-
-    words = command[2:]
-    if command[1] == "finetune.py":
-        train(cli.parse(TrainConfig, words, ""))
-    else:
-        evaluate(cli.parse(EvalConfig, words, ""))
+def in_this_process(pool, command, output) -> int:
+    """What ``ProcessPool.start`` does, without the seconds that a new process takes to import torch."""
+    assert command[:3] == ["python", "-m", "mtl_lora"]
+    cli.main(command[3:])
     return 0
 
 
@@ -71,12 +68,11 @@ def in_this_process(commands, command, output) -> int:
 def study(grid_file):
     """Run the study here: ``study(folder, flag, ...)``."""
 
-    def start(folder: Path, *flags: str) -> None:
-        main(["--grid", str(grid_file), "--output_dir", str(folder), *flags])
+    def start(folder: Path, *flags: str, grid: Path = grid_file) -> None:
+        cli.main(["study", "--grid", str(grid), "--output_dir", str(folder), *flags])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(PROJECT)
-        patch.setattr(Commands, "start", in_this_process)
+        patch.setattr(ProcessPool, "start", in_this_process)
         yield start
 
 
@@ -88,38 +84,38 @@ def undisturbed(study, tmp_path_factory) -> Path:
     return folder
 
 
-def figures(folder: Path) -> dict:
+def numbers(folder: Path) -> dict:
     """What a study found, without its times and places."""
-    value = json.loads((folder / "study.json").read_text())
+    value = Study.load(folder).to_json()
     for experiment in value["experiments"]:
         for run in experiment["runs"]:
             for key in ("seconds", "starts", "commands"):
                 del run[key]
-    for experiment in value["search"]["experiments"]:
-        for candidate in experiment["candidates"]:
-            del candidate["commands"]
     return value
 
 
+def weights(folder: Path) -> dict[Path, int]:
+    """When each adapter of a study was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
 def test_table_is_of_every_experiment_seed_and_choice(undisturbed):
-    value = figures(undisturbed)
-    assert [[run["seed"] for run in experiment["runs"]] for experiment in value["experiments"]] == [[0, 1], [0, 1]]
-    assert all(run["steps"] == STEPS for experiment in value["experiments"] for run in experiment["runs"])
-    lora, mtl_lora = value["experiments"]
-    (search,) = value["search"]["experiments"]
-    assert (lora["learning_rate"], mtl_lora["learning_rate"]) == (0.02, search["chosen"])
-    assert len(search["candidates"]) == 2
-    adapters = {run["adapter_sha256"] for experiment in value["experiments"] for run in experiment["runs"]}
-    assert len(adapters) == 4
+    found = Study.load(undisturbed)
+    assert [[run.seed for run in experiment.runs] for experiment in found.experiments] == [[0, 1], [1]]
+    assert all(run.steps == STEPS and run.train_commit == checkout_commit() for run in found.runs)
+    lora, mtl_lora = found.experiments
+    (search,) = found.search.experiments
+    assert (lora.learning_rate, mtl_lora.learning_rate) == (0.02, search.chosen)
+    assert len(search.candidates) == 2 and len({run.adapter_sha256 for run in found.runs}) == 3
     assert "| MTL-LoRA - LoRA " in (undisturbed / "table.md").read_text()
 
 
-def test_killed_study_goes_on_to_the_same_table(undisturbed, study, grid_file, tmp_path, capsys):
+def test_killed_study_resumes_to_the_same_numbers(undisturbed, study, grid_file, tmp_path, capsys):
     folder = tmp_path / "study"
-    words = [sys.executable, "-m", "mtl_lora.study", "--grid", str(grid_file), "--output_dir", str(folder)]
+    words = [sys.executable, "-m", "mtl_lora", "study", "--grid", str(grid_file), "--output_dir", "study"]
     source = os.pathsep.join([str(PROJECT / "src"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [*words, "--only", "LoRA"], cwd=PROJECT, env={**os.environ, "PYTHONPATH": source}, start_new_session=True
+        [*words, "--only", "LoRA"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": source}, start_new_session=True
     )
     run = folder / "runs" / "lora" / "seed0"
     wait_for(lambda: list(run.glob("checkpoint-*/trainer_state.json")) or process.poll() is not None)
@@ -127,82 +123,56 @@ def test_killed_study_goes_on_to_the_same_table(undisturbed, study, grid_file, t
     process.wait()
     wait_for(lambda: not is_locked(folder))  # the training is gone too
     assert not (run / "mtl_lora.safetensors").exists() and not (folder / "table.md").exists()
-    study(folder)
-    assert json.loads((run / "job.json").read_text())["train"]["starts"] == 2
-    assert (folder / "table.md").read_text() == (undisturbed / "table.md").read_text()
-    assert figures(folder) == figures(undisturbed)
+    study(folder, "--only", "LoRA")
+    assert json.loads((run / "job.json").read_text())["starts"] == {"train": 2, "evaluate": 1}
+    assert numbers(folder)["experiments"][0] == numbers(undisturbed)["experiments"][0]
     # Everything is finished now: nothing is trained or asked again.
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    before = weights(folder)
     capsys.readouterr()
-    study(folder)
-    assert capsys.readouterr().out.splitlines() == [f"tiny: 6 runs, 6 of them finished, in {folder}"]
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    study(folder, "--only", "LoRA")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "2 jobs, 2 of them finished" in line and before == weights(folder)
 
 
-def test_changed_recipe_is_refused_before_anything_starts_and_made_anew_when_told(
-    undisturbed, study, grid_file, tmp_path, capsys
-):
+def test_changed_configuration_is_refused_before_anything_starts(undisturbed, study, grid_file, tmp_path, capsys):
     value = json.loads(grid_file.read_text())
     value["experiments"][0]["train"]["lora_alpha"] = 4
-    changed = write_grid(tmp_path, value)
     with pytest.raises(SystemExit) as stop:
-        main(["--grid", str(changed), "--output_dir", str(undisturbed)])
+        study(undisturbed, grid=write_grid(tmp_path, value))
+    error = capsys.readouterr().err
     assert stop.value.code == 2
-    told = capsys.readouterr().err
-    assert "runs/lora/seed0 was made by another recipe (train.lora_alpha not given -> 4)" in told
-    assert "--overwrite True" in told
+    assert all(fact in error for fact in ("runs/lora/seed0", "train.lora_alpha 16.0 -> 4", "--overwrite"))
 
 
 def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, grid_file, tmp_path, capsys):
     folder = tmp_path / "study"
     shutil.copytree(undisturbed, folder)
     changed = write_grid(tmp_path, json.loads(grid_file.read_text()) | {"test_records": 6})
-    weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    main(["--grid", str(changed), "--output_dir", str(folder), "--overwrite", "True"])
-    assert weights == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert f"tiny: 6 runs, 2 of them finished, in {folder}" in capsys.readouterr().out
-    before = {run["folder"]: run for experiment in figures(undisturbed)["experiments"] for run in experiment["runs"]}
-    for experiment in figures(folder)["experiments"]:
-        for run in experiment["runs"]:
-            assert [score["n"] for score in run["tasks"].values()] == [6, 6]
-            assert run["adapter_sha256"] == before[run["folder"]]["adapter_sha256"]
-            assert run["train_commit"] == before[run["folder"]]["train_commit"] == checkout_commit()
-            predictions = folder / run["folder"] / "predictions" / "boolq.jsonl"
-            assert len(predictions.read_text().splitlines()) == 6
+    before = weights(folder)
+    study(folder, "--overwrite", grid=changed)
+    assert weights(folder) == before
+    assert "5 jobs, 2 of them finished" in capsys.readouterr().out
+    adapters = {run.folder: run.adapter_sha256 for run in Study.load(undisturbed).runs}
+    for run in Study.load(folder).runs:
+        assert [result.n for result in run.tasks.values()] == [6, 6]
+        assert run.adapter_sha256 == adapters[run.folder] and run.train_commit == checkout_commit()
+        assert len((folder / run.folder / "predictions" / "boolq.jsonl").read_text().splitlines()) == 6
 
 
 def test_check_starts_nothing_and_names_what_would_run(study, tmp_path, capsys):
-    study(tmp_path / "study", "--check", "True")
-    said = capsys.readouterr().out
-    assert "MTL-LoRA; runs: 2, trained weights, M (%): 0.00" in said and "every recipe is fine; 6 runs" in said
-    assert "search of learning_rate for MTL-LoRA: 0.01, 0.03; runs: 2" in said
-    assert not (tmp_path / "study").exists()
+    study(tmp_path / "study", "--check")
+    text = capsys.readouterr().out
+    assert "MTL-LoRA; jobs: 1, trainable parameters, M (%): 0.00" in text and "5 jobs in" in text
+    assert "search of learning_rate for MTL-LoRA: 0.01, 0.03; jobs: 2" in text
+    assert "python -m mtl_lora train --base_model" in text and not (tmp_path / "study").exists()
 
 
-def test_study_outside_the_projects_folder_is_one_sentence(study, tmp_path, monkeypatch):
-    from mtl_lora.study.run import run
-    from mtl_lora.study.settings import StudyConfig
-
-    grid = tmp_path / "grid.json"
-    grid.write_text(json.dumps({**json.loads((PROJECT / "script/grids/quickstart.json").read_text())}))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"in the project's folder, where finetune\.py lies"):
-        run(StudyConfig(grid=str(grid)))
-
-
-@pytest.mark.parametrize(
-    ("launcher", "flags", "sentence"),
-    [
-        ("torchrun --nproc_per_node 2", {"parallel": 2}, "--parallel is for runs of one process"),
-        ("python", {"parallel": 0}, "parallel must be at least 1, not 0"),
-    ],
-)
-def test_runs_side_by_side_are_of_one_process_each(grid_file, tmp_path, monkeypatch, launcher, flags, sentence):
-    from mtl_lora.study.run import run
-    from mtl_lora.study.settings import StudyConfig
-
-    monkeypatch.chdir(PROJECT)
-    grid = write_grid(tmp_path, {**json.loads(grid_file.read_text()), "launcher": launcher})
-    with pytest.raises(UserError, match=sentence):
-        run(StudyConfig(grid=str(grid), output_dir=str(tmp_path / "study"), **flags))
-    assert not (tmp_path / "study").exists()
+def test_report_starts_nothing_and_writes_the_same_again(undisturbed, study, tmp_path, capsys):
+    folder = tmp_path / "study"
+    shutil.copytree(undisturbed, folder)
+    (folder / "table.md").unlink()
+    study(folder, "--report")
+    assert (folder / "table.md").read_text() == (undisturbed / "table.md").read_text()
+    with pytest.raises(SystemExit):
+        study(tmp_path / "empty", "--report")
+    assert "no run in" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """DoRA (arXiv 2402.09353, equation 5): LoRA for a weight's direction, and its magnitude trained beside it."""
 
 import contextlib
+import dataclasses
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ class DoraLayer(AdapterLayer):
     """
 
     method, title, paper = "dora", "DoRA", "2402.09353"
+    no_decay = ("lora_magnitude",)  # starts at the norms of W
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
@@ -31,12 +33,6 @@ class DoraLayer(AdapterLayer):
         nn.init.zeros_(self.lora_B)
         self.register_buffer("base_squares", self.base_row_squares(), persistent=False)
         self.lora_magnitude.copy_(self.base_squares.sqrt())
-
-    def down(self) -> torch.Tensor:
-        return self.lora_A
-
-    def up(self) -> torch.Tensor:
-        return self.lora_B
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
@@ -64,6 +60,5 @@ class DoraLayer(AdapterLayer):
         return output + (c - 1).to(output.dtype) * plain + c.to(output.dtype) * change
 
     def factors(self, task: str | int | None = None) -> Factors:
-        """The pair and the magnitude m; the same for every task. Raises ``UserError`` for a task that is not there."""
-        self.check_task(task)
-        return Factors(self.lora_A, self.lora_B, self.scale, self.lora_magnitude)
+        """The pair and the magnitude m, the same for every task."""
+        return dataclasses.replace(super().factors(task), magnitude=self.lora_magnitude)

@@ -44,9 +44,6 @@ class HydraLoraLayer(AdapterLayer):
         """A above G, (r + n, k)."""
         return torch.cat([self.lora_A, self.lora_gate])
 
-    def up(self) -> torch.Tensor:
-        return self.lora_B
-
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """(N, r + n), A x~ beside G x~, to (N, n r)."""
         # In the parameters' dtype: bf16 would round the gate's gradient, a difference of near numbers, away.

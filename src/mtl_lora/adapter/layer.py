@@ -86,14 +86,16 @@ def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
 class AdapterLayer(nn.Module):
     """y = base(x) + scale * up @ mix(down @ dropout(x)): a frozen linear layer and a trained low-rank path beside it.
 
-    A method declares the attributes below and ``shapes``, and says what ``down`` (R, k), ``mix`` and ``up`` (d, R) are;
-    the wrapped layer is kept as it is, weight and bias untouched. Trained weights are float32 (float64 for a float64
+    A method declares the attributes below, ``shapes`` and ``reset_parameters``. It says what ``down`` (R, k), ``mix``
+    and ``up`` (d, R) are where they are not lora_A, the identity and lora_B, and, where tasks differ, ``factors``.
+    The wrapped layer is kept as it is, weight and bias untouched. Trained weights are float32 (float64 for a float64
     base) and are cast to the activations' dtype as they are used.
 
     method: its name in configurations and flags; a class that sets it is registered. aliases: earlier names. title: its
     name in tables. paper: arXiv id. needs_task_ids: whether a forward needs the task of each row. has_factors: whether
     the layer equals a low-rank pair for each task, which merging and exporting need. mixture_parts: what ``mixture``
-    mixes, in the plural. Hyperparameters: the method's own values.
+    mixes, in the plural. no_decay: parameters that weight decay spares, for they would not rest at zero.
+    Hyperparameters: the method's own values.
     """
 
     method: str
@@ -103,6 +105,7 @@ class AdapterLayer(nn.Module):
     needs_task_ids = False
     has_factors = True
     mixture_parts = ""
+    no_decay: tuple[str, ...] = ()
     Hyperparameters: type[Hyperparameters] = Hyperparameters
     is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
 
@@ -143,15 +146,15 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def down(self) -> torch.Tensor:
-        """(R, k), from the input to rank space."""
-        raise NotImplementedError
+        """(R, k), from the input to rank space; a gate that reads the input adds rows of its own."""
+        return self.lora_A
 
     def up(self) -> torch.Tensor:
         """(d, R), from rank space to the output."""
-        raise NotImplementedError
+        return self.lora_B
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What a task does in rank space: (N, R) to (N, R); ``x`` (..., k) is there for its shape alone."""
+        """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k) for its shape alone."""
         return z
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
@@ -172,12 +175,16 @@ class AdapterLayer(nn.Module):
             )
 
     def factors(self, task: str | int | None = None) -> Factors:
-        """The pair (A, B) and scale that equal this layer for ``task`` (a name, an id, or None without tasks).
+        """The pair (A, B) and scale that equal this layer for ``task`` (a name or an id; None if all tasks share them).
 
         Raises ``UserError`` for a task that is not there, and for a method without factors.
         """
         self.require_factors()
-        raise NotImplementedError
+        if self.needs_task_ids:
+            raise NotImplementedError
+        if task is not None:
+            self.task_index(task)
+        return Factors(self.down(), self.up(), self.scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., k) to (..., d)."""
@@ -245,11 +252,6 @@ class AdapterLayer(nn.Module):
         for rows in unit.split(_UNIT_ROWS):
             total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
         return total
-
-    def check_task(self, task: str | int | None) -> None:
-        """For methods that are the same for every task: None is fine, a task that is not there is not."""
-        if task is not None:
-            self.task_index(task)
 
     def task_index(self, task: str | int | None) -> int:
         """The id of a task given by name or id; raises ``UserError`` that lists the tasks there are."""

@@ -1,10 +1,9 @@
 """LoRA (arXiv 2106.09685, equation 3): one low-rank pair that all tasks share."""
 
-import torch
 from torch import nn
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
+from mtl_lora.adapter.layer import AdapterLayer, kaiming
 
 
 class LoraLayer(AdapterLayer):
@@ -19,14 +18,3 @@ class LoraLayer(AdapterLayer):
     def reset_parameters(self) -> None:
         kaiming(self.lora_A)
         nn.init.zeros_(self.lora_B)
-
-    def down(self) -> torch.Tensor:
-        return self.lora_A
-
-    def up(self) -> torch.Tensor:
-        return self.lora_B
-
-    def factors(self, task: str | int | None = None) -> Factors:
-        """The layer's own pair; the same for every task. Raises ``UserError`` for a task that is not there."""
-        self.check_task(task)
-        return Factors(self.lora_A, self.lora_B, self.scale)

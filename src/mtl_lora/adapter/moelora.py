@@ -56,12 +56,6 @@ class MoeLoraLayer(AdapterLayer):
         nn.init.normal_(self.lora_task_embedding)
         kaiming(self.lora_gate)
 
-    def down(self) -> torch.Tensor:
-        return self.lora_A
-
-    def up(self) -> torch.Tensor:
-        return self.lora_B
-
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
         """g_t for each id: (M,) to (M, N)."""
         return F.softmax(F.linear(self.lora_task_embedding[task_ids], self.lora_gate), dim=-1)

@@ -28,6 +28,7 @@ class MtlLoraLayer(AdapterLayer):
 
     method, title, paper = "mtl_lora", "MTL-LoRA", "2410.09437"
     aliases = ("mlora",)
+    no_decay = ("lora_lambda",)  # starts at the identity
     needs_task_ids = True
     mixture_parts = "up-projections"
 
@@ -63,12 +64,6 @@ class MtlLoraLayer(AdapterLayer):
         kaiming(self.lora_w)
         self.lora_lambda.copy_(torch.ones(self.rank) if self.diagonal else torch.eye(self.rank))
         nn.init.zeros_(self.lora_B)
-
-    def down(self) -> torch.Tensor:
-        return self.lora_A
-
-    def up(self) -> torch.Tensor:
-        return self.lora_B
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
         """softmax(w_t / tau) for each id: (M,) to (M, n)."""

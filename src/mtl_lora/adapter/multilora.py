@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
-from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
+from mtl_lora.adapter.layer import AdapterLayer, kaiming
 from mtl_lora.config import flag
 
 
@@ -39,15 +39,7 @@ class MultiLoraLayer(AdapterLayer):
             kaiming(block)
         nn.init.zeros_(self.lora_scaling)
 
-    def down(self) -> torch.Tensor:
-        return self.lora_A
-
     def up(self) -> torch.Tensor:
         """[c_1 * B_1 ... c_n * B_n], (d, n r)."""
         blocks = self.lora_B.view(self.out_features, -1, self.rank)
         return (blocks * self.lora_scaling.T[:, :, None]).flatten(1)
-
-    def factors(self, task: str | int | None = None) -> Factors:
-        """The stacked pair of rank n r; the same for every task. Raises ``UserError`` for a task that is not there."""
-        self.check_task(task)
-        return Factors(self.lora_A, self.up(), self.scale)

@@ -1,34 +1,55 @@
 """The commands of this system: each parses its flags, which needs no torch, before importing what does the work."""
 
-import os
 from collections.abc import Sequence
 
-from mtl_lora.artifacts import RESULTS
+from mtl_lora.artifacts import AGREEMENT, RESULTS
 from mtl_lora.cli import parse
-from mtl_lora.language.config import EVALUATE_ABOUT, TRAIN_ABOUT, EvalConfig, TrainConfig
+from mtl_lora.files import read_json
+from mtl_lora.language.config import (
+    EVALUATE_ABOUT,
+    PREDICT_ABOUT,
+    TRAIN_ABOUT,
+    EvalConfig,
+    PredictConfig,
+    TrainConfig,
+)
 
 
 def train(arguments: Sequence[str]) -> None:
     """``mtl-lora train``, and ``finetune.py``."""
     config = parse(TrainConfig, arguments, TRAIN_ABOUT)
     from mtl_lora.language.train import run
-    from mtl_lora.training.distributed import leave
+    from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
+    prepare_process(config)
     run(config)
-    leave()
+    destroy_process_group()
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the table at the end."""
     config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
     from mtl_lora.language.evaluate import run
-    from mtl_lora.report.__main__ import main as report
 
-    found = run(config)
-    if not config.check and int(os.environ.get("RANK", "0")) == 0:
-        results = [f"{folder}/{RESULTS}" for folder in config.protocols.values()]
-        report(["table", *results])
-        report(["details", *results])
-        if config.mode == "both":
-            agreement = 100 * found["agreement"]["all"]
-            print(f"\nThe protocols give the same answer to {agreement:.1f} % of the questions.")
+    if run(config):
+        _print_results(config)
+
+
+def _print_results(config: EvalConfig) -> None:
+    """The table, what was measured beside it, and with ``--mode both`` how often the protocols agree."""
+    from mtl_lora.report.cli import main as report
+
+    results = [f"{folder}/{RESULTS}" for folder in config.protocols.values()]
+    report(["table", *results])
+    report(["details", *results])
+    if config.mode == "both":
+        agreement = read_json(f"{config.output_folder}/{AGREEMENT}", "the agreement of the protocols")
+        print(f"\nThe protocols give the same answer to {100 * agreement['all']:.1f} % of the questions.")
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """``mtl-lora predict``."""
+    config = parse(PredictConfig, arguments, PREDICT_ABOUT)
+    from mtl_lora.language.predict import run
+
+    run(config)

@@ -1,40 +1,39 @@
-"""The flags of train and evaluate as validated dataclasses; names are those of the original and of LLM-Adapters."""
+"""The flags of train, evaluate and predict as validated dataclasses; names are the original's and LLM-Adapters'."""
 
 import copy
 import dataclasses
 import re
 
 from mtl_lora.adapter.config import AdapterConfig, hyperparameter_flags
-from mtl_lora.config import DTYPES, Config, Flag, flag
+from mtl_lora.artifacts import EVALUATION
+from mtl_lora.config import DTYPES, REQUIRED, Config, Flag, flag
 from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
+from mtl_lora.training.config import TrainingConfig
 
-SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 AUTO = "auto"
-AUTO_ROWS = 8  # what counts as batch_size for the global batch where it is auto
 EVALUATE_ABOUT = """Score a checkpoint, or a base model alone, on the test sets of its tasks."""
-MODES = ("generate", "score", "both")
+PREDICT_ABOUT = """Answer the examples of a file with a checkpoint, or with a base model alone."""
+PROTOCOLS = ("generate", "score")
+MODES = (*PROTOCOLS, "both")
 TRAIN_ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter."""
 
 
 @dataclasses.dataclass
-class TrainConfig(Config):
-    """Everything that configures a training run.
+class TrainConfig(TrainingConfig):
+    """Everything that configures a training run of a language model.
 
     The hyperparameters of every registered method are flags too, read and passed by name (``config.num_B``,
     ``TrainConfig(num_B=2)``); those that the chosen method does not read change nothing.
     """
 
-    affects = "weights"
-
-    # what to train, on what, to where
+    # what to train, on what
     base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
     data_path: str = flag(
         "commonsense_170k_taskid.json",
-        "JSON list of records with instruction, output, answer and task_id",
+        "JSON list or JSON lines of examples with instruction, output and task_id (or task, a name)",
         affects="content",
     )
-    output_dir: str = flag("output/mtl_lora", "folder for the adapter, its checkpoints and logs", affects="nothing")
     tasks_file: str | None = flag(
         None, "JSON file that declares your own tasks; none: the eight commonsense tasks", affects="content"
     )
@@ -53,59 +52,11 @@ class TrainConfig(Config):
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")
     lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
 
-    # batch and schedule
-    batch_size: int | str = flag(
-        8,
-        "rows per device and micro-batch; global = this x devices x gradient_accumulation_steps; auto: the global "
-        f"batch of {AUTO_ROWS}, in the largest micro-batches that fit on the GPU",
-    )
-    token_budget: int = flag(
-        0,
-        "most tokens per device and micro-batch, padding included (rows x longest row), in place of batch_size rows, "
-        "which are then validation's alone; 0 is off",
-    )
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step")
-    num_epochs: float = flag(3.0, "passes over the training rows")
-    sampling_temperature: float = flag(
-        1.0, "a task's share of an epoch's rows is proportional to its rows ^ (1 / this); 1: the data's own shares"
-    )
-    max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1 is off")
-    length_pool: int = flag(
-        128, "batches sorted by length together, against padding; 1: every batch is a mixture of all tasks"
-    )
-    lr_scheduler_type: str = flag("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
-    learning_rate: float = flag(3e-4, "peak learning rate of AdamW")
-    warmup_ratio: float = flag(0.01, "share of the steps with linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW weight decay; 0 is off")
-    max_grad_norm: float = flag(1.0, "gradient clipping norm; 0 is off")
-
     # text
     cutoff_len: int = flag(256, "most tokens of prompt, answer and EOS; longer instructions lose their middle")
     template: str = flag("alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), or the short plain")
     train_on_inputs: bool = flag(False, "put loss on the prompt too")
-
-    # run
-    val_set_size: int = flag(0, "rows held out from training for a validation loss at every save; 0 is off")
-    save_step: int = flag(200, "steps between checkpoints; 0: only the final adapter", affects="nothing")
-    save_total_limit: int = flag(3, "checkpoints kept; 0 keeps all", affects="nothing")
-    logging_steps: int = flag(10, "steps between log lines", affects="nothing")
-    seed: int = flag(42, "fixes data order, initialisation and dropout")
-    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
-    use_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none is off")
-    resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder to go on from; True: the last in output_dir", affects="nothing"
-    )
-    overwrite_output_dir: bool = flag(False, "delete a run that output_dir already holds", affects="nothing")
-    wandb_project: str | None = flag(
-        None, "log to this Weights & Biases project; WANDB_MODE=offline works", affects="nothing"
-    )
-    tensorboard: bool = flag(False, "log for TensorBoard below output_dir", affects="nothing")
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
-    check: bool = flag(False, "check every setting and tokenise the data, then stop", affects="nothing")
-    local_rank: int = flag(
-        -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
-    )
 
     def __init__(self, **values):
         values |= values.pop("hyperparameters", {})
@@ -128,12 +79,12 @@ class TrainConfig(Config):
 
     @classmethod
     def flags(cls) -> list[Flag]:
-        """Every flag, those of the methods where ``hyperparameters`` stands."""
+        """The flags of language, with those of the methods for ``hyperparameters``, then those of every training."""
         from mtl_lora.adapter.layer import methods
 
         names = [" or ".join((name, *layer.aliases)) + f" ({layer.title})" for name, layer in methods().items()]
         found = []
-        for each in super().flags():
+        for each in sorted(super().flags(), key=lambda each: each.name not in cls.__annotations__):
             if each.name == "adapter_name":
                 each = dataclasses.replace(each, metadata={**each.metadata, "help": f"method: {', '.join(names)}"})
             found += hyperparameter_flags() if each.name == "hyperparameters" else [each]
@@ -144,35 +95,9 @@ class TrainConfig(Config):
         return {each.name: copy.deepcopy(getattr(self, each.name)) for each in self.flags()}
 
     def validate(self) -> None:
-        self._validate_batch_size()
-        for name in ("length_pool", "gradient_accumulation_steps", "logging_steps", "cutoff_len"):
-            self.require(name, "at least 1", getattr(self, name) >= 1)
-        self.require("sampling_temperature", "at least 1", self.sampling_temperature >= 1)
-        for name in ("learning_rate", "num_epochs"):
-            self.require(name, "greater than 0", getattr(self, name) > 0)
-        for name in ("weight_decay", "max_grad_norm", "val_set_size", "save_step", "save_total_limit", "seed"):
-            self.require(name, "at least 0", getattr(self, name) >= 0)
-        self.require("lr_scheduler_type", f"one of {', '.join(SCHEDULES)}", self.lr_scheduler_type in SCHEDULES)
-        self.require("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
-        self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
-        self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
+        super().validate()
+        self.require("cutoff_len", "at least 1", self.cutoff_len >= 1)
         self.adapter_config(self.task_set())
-
-    def _validate_batch_size(self) -> None:
-        if isinstance(self.batch_size, str):
-            self.require("batch_size", f"a whole number or {AUTO}", self.batch_size == AUTO)
-        else:
-            self.require("batch_size", "at least 1", self.batch_size >= 1)
-        self.require("token_budget", "at least 0", self.token_budget >= 0)
-        if self.token_budget and self.batch_size == AUTO:
-            raise UserError("--token_budget and --batch_size auto both say how large a micro-batch is; pass one")
-        if self.token_budget and self.length_pool != TrainConfig.length_pool:
-            raise UserError("--token_budget sorts all rows by length, so it does not go with --length_pool; pass one")
-
-    @property
-    def micro_batch_rows(self) -> int:
-        """Rows of a micro-batch; for ``auto`` before anything was tried."""
-        return AUTO_ROWS if self.batch_size == AUTO else self.batch_size
 
     def task_set(self) -> TaskSet:
         """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""
@@ -201,59 +126,72 @@ class TrainConfig(Config):
             raise UserError(f"--{flags[field]} {rest}" if field in flags else str(error)) from None
 
 
-@dataclasses.dataclass
-class EvalConfig(Config):
-    """Everything that configures an evaluation."""
+@dataclasses.dataclass(kw_only=True)
+class AnswerConfig(Config):
+    """The flags that evaluate and predict share: which model answers, in which prompt, and how."""
 
     affects = "answers"
 
-    checkpoint: str | None = flag(
-        None, "adapter folder; it names base model, prompt and tasks itself", affects="content"
+    checkpoint: str | None = flag(None, "adapter folder; it names its base model, prompt and tasks", affects="content")
+    peft: str | None = flag(None, "PEFT LoRA folder, answered by the same protocol")
+    base_model: str | None = flag(
+        None, "base model alone; with --checkpoint or --peft: where its base model lies, if that has moved"
     )
-    peft: str | None = flag(None, "PEFT LoRA folder, evaluated by the same protocol")
-    base_model: str | None = flag(None, "base model alone; with --checkpoint or --peft: where its base model lies now")
-    data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json", affects="content")
-    output_dir: str | None = flag(
-        None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
-    )
-    name: str | None = flag(None, "row label in tables; none: the method, or the base model's name", affects="nothing")
-    tasks: list[str] = flag([], "tasks to score, as a,b; empty: all")
     tasks_file: str | None = flag(
         None, "JSON file that declares your own tasks, where no checkpoint does", affects="content"
     )
-    limit: int = flag(0, "only the first so many questions of each task; 0: all")
-
-    mode: str = flag("generate", "generate: the answer is found in generated text; score: the likeliest option; both")
+    template: str | None = flag(None, "prompt template, where no checkpoint names it; none: alpaca")
+    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint has it; none: 256")
+    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
     batch_size: int | str = flag(
         AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"
     )
-    share_opening: bool = flag(True, "compute the tokens that all prompts of a task begin with once", affects="nothing")
+    reuse_prefix: bool = flag(
+        True,
+        "compute the prompt prefix that all prompts of a task share once",
+        affects="nothing",
+        aliases=("share_opening",),
+    )
     max_new_tokens: int = flag(32, "most tokens generated for an answer")
     num_beams: int = flag(1, "beams of generation; 1 is greedy")
-    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
-    template: str | None = flag(None, "prompt template, where no checkpoint says it; none: alpaca")
-    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint says it; none: 256")
-
-    overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
-    check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
     local_rank: int = flag(
         -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
     )
 
     def validate(self) -> None:
         if not self.checkpoint and not self.peft and not self.base_model:
-            raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME to score a base model alone")
+            raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME for a base model alone")
         if self.checkpoint and self.peft:
             raise UserError("--checkpoint and --peft are two adapters; pass one")
-        self.require("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
         self.require("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
         for name in ("max_new_tokens", "num_beams"):
             self.require(name, "at least 1", getattr(self, name) >= 1)
+        self.require("cutoff_len", "at least 1", self.cutoff_len is None or self.cutoff_len >= 1)
         number = isinstance(self.batch_size, int)
         self.require(
             "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
         )
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvalConfig(AnswerConfig):
+    """Everything that configures an evaluation."""
+
+    data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json", affects="content")
+    output_dir: str | None = flag(
+        None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
+    )
+    name: str | None = flag(None, "row label in tables; none: the method, or the base model's name", affects="nothing")
+    tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
+    limit: int = flag(0, "evaluate only the first n questions of each task; 0: all")
+    mode: str = flag("generate", "generate: the answer is found in generated text; score: the likeliest option; both")
+    overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
+    check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
         self.require("limit", "at least 0", self.limit >= 0)
 
     @property
@@ -262,14 +200,32 @@ class EvalConfig(Config):
         if self.output_dir:
             return self.output_dir
         adapter = self.checkpoint or self.peft
-        return f"{adapter}/evaluation" if adapter else f"output/{self.base_model.replace('/', '_')}"
+        return f"{adapter}/{EVALUATION}" if adapter else f"output/{self.base_model.replace('/', '_')}"
 
     @property
     def protocols(self) -> dict[str, str]:
         """The protocols to run, each with its folder: with ``both`` a folder each inside the output folder."""
         if self.mode != "both":
             return {self.mode: self.output_folder}
-        return {protocol: f"{self.output_folder}/{protocol}" for protocol in MODES if protocol != "both"}
+        return {protocol: f"{self.output_folder}/{protocol}" for protocol in PROTOCOLS}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PredictConfig(AnswerConfig):
+    """Everything that configures a prediction."""
+
+    input: str = flag(REQUIRED, "JSON list or JSON lines of examples with instruction (and input)", affects="content")
+    output: str = flag(REQUIRED, "file for one JSON line per example, in the order of the input", affects="nothing")
+    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
+    mode: str | None = flag(
+        None, "score: the likeliest option; generate: generated text; none: score, and generate for free text"
+    )
+    overwrite: bool = flag(False, "replace the output file, or an unfinished one", affects="nothing")
+    check: bool = flag(False, "check every setting and the examples, then stop", affects="nothing")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("mode", f"one of {', '.join(PROTOCOLS)}", self.mode in (None, *PROTOCOLS))
 
 
 # The adapter's own words and the flags that users of the original and of LLM-Adapters know.

@@ -14,16 +14,16 @@ from mtl_lora.language.examples import Example
 from mtl_lora.language.prompts import template
 from mtl_lora.language.tasks import Task, TaskSet
 
-# What a free-text answer may need beside its prompt, in tokens; options say exactly how long an answer can be.
+# Tokens kept free for a free-text answer; with options the longest one decides.
 FREE_TEXT_RESERVE = 32
-# What must remain of a shortened instruction. Its outermost tokens may hold white space of the template, merged with
-# its own, so with less than this the template would suffer.
+# Tokens that must remain of a shortened instruction. Its outermost tokens may hold white space of the template, merged
+# with its own, so with fewer than this the template would suffer.
 LEAST_INSTRUCTION = 8
 
 
 @dataclasses.dataclass
 class Encoded:
-    """One example in token ids: ``prompt_ids + answer_ids``, and how many prompt tokens the cutoff took."""
+    """One example in token ids: ``prompt_ids + answer_ids``, and the number of prompt tokens that were cut."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -35,8 +35,8 @@ class Encoder:
     """Encodes prompts and answers for one tokenizer, template and cutoff.
 
     cutoff_len: tokens of prompt, answer and EOS together. The room kept for the answer depends on the task alone,
-    so that training and evaluation shorten a prompt alike; only a free-text answer longer than what is kept for one
-    takes more of it, in training, where it must fit.
+    so that training and evaluation shorten a prompt alike; only a free-text answer longer than ``FREE_TEXT_RESERVE``
+    takes more of it, in training, where it must fit. Raises ``UserError`` for a tokenizer that cannot be used so.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_name: str, cutoff_len: int, tasks: TaskSet):
@@ -52,8 +52,13 @@ class Encoder:
     def _special_prefix(self) -> list[int]:
         """The ids that the tokenizer puts before a text by itself (BOS), as a list that may be empty."""
         bare, full = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
-        start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-        return full[:start]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start]
+        raise UserError(
+            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text behind them "
+            f"(ids {full} for 'a', {bare} without them), so a prompt cannot be cut; use another tokenizer"
+        )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -64,7 +69,7 @@ class Encoder:
         return max(len(self.answer_ids(task.answer_prefix + option)) for option in task.options)
 
     def answer_ids(self, text: str) -> list[int]:
-        """The ids of an answer with EOS at the end; the few different answers of a data set are encoded once."""
+        """The ids of an answer with EOS at the end; each different answer is encoded once."""
         if text not in self._answers:
             self._answers[text] = [*self._ids([text])[0], self.tokenizer.eos_token_id]
         return self._answers[text]
@@ -72,7 +77,7 @@ class Encoder:
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> list[Encoded]:
         """Encode examples; ``with_answers`` adds ``output`` and EOS (training).
 
-        Raises ``UserError`` naming the record whose answer, alone or with the template, does not fit in the cutoff.
+        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff.
         """
         texts = [self.template.split(example.text()) for example in examples]
         prompts = self._ids(["".join(parts) for parts in texts])
@@ -81,14 +86,14 @@ class Encoder:
             answer = self.answer_ids(example.output) if with_answers else []
             if len(answer) > self.cutoff_len:
                 raise UserError(
-                    f"record {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "
+                    f"example {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "
                     f"{self.cutoff_len}; raise cutoff_len or shorten the output"
                 )
             room = self.cutoff_len - max(len(answer), self._reserves[example.task_id]) - len(self.prefix)
             try:
                 prompt = self.prefix + self._shorten(ids, parts, room)
             except UserError as error:
-                raise UserError(f"record {example.index}: {error}") from None
+                raise UserError(f"example {example.index}: {error}") from None
             encoded.append(Encoded(prompt, answer, example.task_id, len(self.prefix) + len(ids) - len(prompt)))
         return encoded
 
@@ -96,12 +101,12 @@ class Encoder:
         """``ids`` with tokens cut from the middle of the instruction until they fit in ``room`` tokens."""
         if len(ids) <= room:
             return ids
-        opening, _, closing = parts
-        if (opening, closing) not in self._fixed:
-            # A neighbour on the other side keeps white space from being tokenised otherwise than in the prompt.
-            before, after = self._ids([opening + "a", "a" + closing])
-            self._fixed[opening, closing] = before, after
-        before, after = self._fixed[opening, closing]
+        above, _, below = parts  # the template's own text around the instruction
+        if (above, below) not in self._fixed:
+            # A neighbour on the other side keeps white space from being tokenised differently than in the prompt.
+            before, after = self._ids([above + "a", "a" + below])
+            self._fixed[above, below] = before, after
+        before, after = self._fixed[above, below]
         head, tail = _common_prefix(ids, before), _common_prefix(ids[::-1], after[::-1])
         kept = room - head - tail
         if kept < LEAST_INSTRUCTION:
@@ -114,7 +119,7 @@ class Encoder:
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids two sequences share at their start."""
+    """The number of ids that two sequences share at their start."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index

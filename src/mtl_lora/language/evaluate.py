@@ -1,127 +1,136 @@
-"""What commonsense_evaluate.py does: questions to predictions to ``results.json``."""
+"""``mtl-lora evaluate``: from test sets to predictions to ``results.json``."""
 
-import contextlib
-import os
+import platform
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
+import safetensors
 import torch
-from tqdm import tqdm
+import transformers
 
-from mtl_lora import files
-from mtl_lora.errors import UserError
-from mtl_lora.language.collect_results import agreement, collect
+from mtl_lora import artifacts, files
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluation
-from mtl_lora.language.output import RESULTS_NAME, SETTINGS_NAME, delete_evaluation
-from mtl_lora.language.predictions import Predictions
+from mtl_lora.language.evaluator import Evaluator, answer_all, process_group
+from mtl_lora.language.metrics import task_result
+from mtl_lora.language.predictions import Predictions, check_settings, claim
+from mtl_lora.language.questions import Question, QuestionSets, load_questions
+from mtl_lora.results import Results, TaskNames, Trainable
+from mtl_lora.version import __version__, checkout_commit
 
-AGREEMENT_NAME = "agreement.json"
 
+def run(config: EvalConfig) -> dict[str, Results]:
+    """Answer every question that has no answer yet; writes and returns the results of each protocol.
 
-def run(config: EvalConfig) -> dict:
-    """Answer every question that has no answer yet and write ``results.json``; returns its content.
-
-    With ``mode="both"`` each protocol has a folder and results of its own, and ``agreement.json`` says how often they
-    agree; returned is then ``{protocol: results, "agreement": ...}``.
+    With ``mode="both"`` each protocol has a folder and results of its own, and ``agreement.json`` beside them says how
+    often they agree. Empty with ``check``, and on every process but the first.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    evaluation = Evaluation(config)
+    evaluator = Evaluator(config)
+    asked = load_questions(config.data_dir, evaluator.tasks, config.tasks, evaluator.encoder, config.limit)
+    evaluator.prepare(dict.fromkeys(config.protocols, asked.questions))
     for protocol, folder in config.protocols.items():
-        _check_settings(Path(folder), evaluation.settings(protocol), config.overwrite)
+        if not config.overwrite:
+            way_out = "pass another --output_dir, or --overwrite to delete them"
+            check_settings(folder, evaluator.settings(protocol), way_out)
     if config.check:
-        print(f"every setting is fine; {len(evaluation.questions):,} questions", file=sys.stderr)
+        print(f"every setting is fine; {len(asked.questions):,} questions", file=sys.stderr)
         return {}
-    with _process_group(world_size) as barrier:
-        if rank == 0:
-            claim_output(evaluation)
-        barrier()
-        found = {protocol: _run(evaluation, protocol, rank, world_size, barrier) for protocol in config.protocols}
-        if config.mode != "both":
-            return found[config.mode]
-        if rank == 0:
-            asked = [question.key for question in evaluation.questions]
-            found["agreement"] = agreement(asked, *(Predictions(folder).read() for folder in config.protocols.values()))
-            files.write_json(Path(config.output_folder) / AGREEMENT_NAME, found["agreement"])
-    return found
-
-
-def _run(evaluation: Evaluation, protocol: str, rank: int, world_size: int, barrier: Callable) -> dict:
-    """One protocol in its folder, the questions shared over the processes; the first one returns the results."""
-    folder = evaluation.config.protocols[protocol]
-    predictions = Predictions(folder, rank)
-    done = known_predictions(evaluation, predictions)
-    barrier()  # nobody appends before everybody has read
-    # A batch of which a part is missing is answered whole: its figures then do not depend on where a run was cut.
-    waiting = [batch for batch in evaluation.batches() if any(question.key not in done for question in batch)]
-    answer_all(evaluation, protocol, waiting[rank::world_size], predictions, rank)
-    predictions.close()
-    barrier()
-    results = {}
-    if rank == 0:
-        results = collect(evaluation, protocol, predictions.gather())
-        files.write_json(Path(folder) / RESULTS_NAME, results)
-    barrier()
+    found: dict[str, dict[tuple[str, int], dict]] = {}
+    results: dict[str, Results] = {}
+    with process_group() as processes:
+        if processes.rank == 0:
+            for protocol, folder in config.protocols.items():
+                claim(folder, evaluator.settings(protocol), config.overwrite)
+        processes.barrier()
+        for protocol, folder in config.protocols.items():
+            answer_all(evaluator, protocol, asked.questions, folder, processes)
+            if processes.rank == 0:
+                found[protocol] = _gather(folder, asked)
+                results[protocol] = collect(evaluator, config, protocol, asked, found[protocol])
+                results[protocol].save(Path(folder) / artifacts.RESULTS)
+            processes.barrier()
+        if processes.rank == 0 and config.mode == "both":
+            value = agreement((question.key for question in asked.questions), *found.values())
+            files.write_json(Path(config.output_folder) / artifacts.AGREEMENT, value)
     return results
 
 
-@contextlib.contextmanager
-def _process_group(world_size: int):
-    """The processes of a distributed launch, and a barrier between them; nothing for one process."""
-    if world_size == 1:
-        yield lambda: None
-        return
-    # Only barriers cross between processes, so gloo serves GPU runs too.
-    torch.distributed.init_process_group("gloo")
-    try:
-        yield torch.distributed.barrier
-    finally:
-        torch.distributed.destroy_process_group()
+def _gather(folder: str, asked: QuestionSets) -> dict[tuple[str, int], dict]:
+    """Every prediction line of a folder, those of the questions with their answers extracted by today's rules."""
+    predictions = Predictions(folder)
+    lines = predictions.read()
+    lines |= {question.key: question.extract_again(lines[question.key]) for question in asked.questions}
+    predictions.gather(lines, asked.sizes)
+    return lines
 
 
-def claim_output(evaluation: Evaluation) -> None:
-    """Make the output folders, which were checked, this evaluation's."""
-    config = evaluation.config
-    for protocol, folder in config.protocols.items():
-        if config.overwrite:
-            delete_evaluation(Path(folder))
-        files.write_json(Path(folder) / SETTINGS_NAME, evaluation.settings(protocol))
+def collect(
+    evaluator: Evaluator, config: EvalConfig, protocol: str, asked: QuestionSets, lines: dict[tuple[str, int], dict]
+) -> Results:
+    """What was measured, and everything needed to trace and repeat it."""
+    by_task: dict[str, list[Question]] = {}
+    for question in asked.questions:
+        by_task.setdefault(question.task.name, []).append(question)
+    adapter, peft = evaluator.adapter, evaluator.peft
+    return Results(
+        name=config.name or evaluator.method or evaluator.base_model.name,
+        method=evaluator.method,
+        method_title=evaluator.method_title,
+        base_model=evaluator.base_model.name,
+        mode=protocol,
+        trainable=_trainable(evaluator),
+        tasks={
+            name: task_result(part[0].task, [lines[question.key] for question in part])
+            for name, part in by_task.items()
+        },
+        task_set=TaskNames.from_json(evaluator.tasks.to_json()),
+        settings=evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size},
+        data={name: asked.sha256[name] for name in by_task},
+        adapter=adapter.to_json() if adapter else peft.settings if peft else None,
+        versions={
+            "mtl_lora": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        device=_device_name(),
+        commit=checkout_commit(),
+    )
 
 
-def _check_settings(folder: Path, settings: dict, overwrite: bool) -> None:
-    """Raise ``UserError`` naming what differs if a folder holds the results of another evaluation."""
-    path = folder / SETTINGS_NAME
-    if overwrite or not path.exists():
-        return
-    earlier = files.read_json(path, "the settings of an earlier evaluation")
-    different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
-    if different:
-        raise UserError(
-            f"{folder} holds results with another {', '.join(different)}; pass another --output_dir, "
-            "or --overwrite True to delete them"
-        )
-
-
-def known_predictions(evaluation: Evaluation, predictions: Predictions) -> set[tuple[str, int]]:
-    """Keys of the questions already answered, each for the very prompt and right answer it has now."""
-    found = predictions.read()
+def agreement(
+    asked: Iterable[tuple[str, int]], first: dict[tuple[str, int], dict], second: dict[tuple[str, int], dict]
+) -> dict:
+    """How often two protocols give a question the same answer: a fraction by task and over all."""
+    by_task: dict[str, list[bool]] = {}
+    for key in asked:
+        by_task.setdefault(key[0], []).append(first[key]["parsed"] == second[key]["parsed"])
+    same = [value for values in by_task.values() for value in values]
     return {
-        question.key
-        for question in evaluation.questions
-        if (record := found.get(question.key))
-        and record["prompt_sha256"] == question.prompt_sha256
-        and record["answer"] == question.example.answer
+        "tasks": {task: sum(values) / len(values) for task, values in by_task.items()},
+        "all": sum(same) / len(same),
+        "n": len(same),
     }
 
 
-def answer_all(evaluation: Evaluation, protocol: str, batches: list, predictions: Predictions, rank: int) -> None:
-    """Answer batches of questions, appending as they come; those of a task follow each other, the longest first."""
-    if not batches:
-        return
-    evaluation.load()
-    total = sum(len(batch) for batch in batches)
-    with tqdm(total=total, desc=protocol, unit=" questions", smoothing=0.02, disable=rank > 0) as bar:
-        for batch in batches:
-            predictions.append(evaluation.answer(batch, protocol))
-            bar.update(len(batch))
+def _trainable(evaluator: Evaluator) -> Trainable | None:
+    """Parameters of the adapter and of the whole model, counted from files; None for a base model alone."""
+    if evaluator.adapter_file is None:
+        return None
+    adapter = _parameters_in(evaluator.adapter_file)
+    return Trainable(adapter, adapter + sum(map(_parameters_in, evaluator.base_model.weight_files())))
+
+
+def _parameters_in(path: Path) -> int:
+    with safetensors.safe_open(path, framework="pt") as opened:
+        slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a mapping
+        return sum(torch.Size(part.get_shape()).numel() for part in slices)
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,61 +1,60 @@
-"""One evaluation: who is asked (base model, adapter), in which words, and how a batch of questions is answered."""
+"""Evaluator: a model, its prompt and its tasks; answers batches of questions for evaluate and predict."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
 
 import mtl_lora
+from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.errors import UserError
-from mtl_lora.language.batches import GPU_TOKEN_BUDGET, TOKEN_BUDGET, plan_batches
-from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.metrics import exact_match, extract_answer, strict_answer, token_f1
-from mtl_lora.language.option_scoring import best_option, option_tails, per_token, score_options
-from mtl_lora.language.peft_adapter import PeftAdapter
-from mtl_lora.language.prefix_cache import OpeningCaches, shared_opening
-from mtl_lora.language.questions import Question, load_questions
+from mtl_lora.language.option_scoring import best_option, continuations, per_token, score_options
+from mtl_lora.language.predictions import PROTOCOL, Predictions
+from mtl_lora.language.prefix_cache import PrefixCaches, shared_prefix
+from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, plan_batches
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory
 
 _DEFAULT_TEMPLATE, _DEFAULT_CUTOFF = "alpaca", 256
 
 
-class Evaluation:
-    """What is evaluated, settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
+class Evaluator:
+    """Who answers, in which prompt: settled before a model is loaded; raises ``UserError`` for whatever cannot be.
 
-    def __init__(self, config: EvalConfig):
+    adapter: the checkpoint's configuration; peft: the PEFT folder; both None for a base model alone. method, title: of
+    the adapter, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
+    """
+
+    def __init__(self, config: AnswerConfig):
         self.config = config
         self.adapter = checkpoint.read_config(config.checkpoint) if config.checkpoint else None
         self.peft = PeftAdapter(config.peft) if config.peft else None
         origin = self.adapter.origin_config if self.adapter else checkpoint.Origin()
-        base_model = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
-        if base_model is None:
-            raise UserError(f"{config.checkpoint or config.peft} does not say its base model; pass --base_model")
-        self.base_model = base_model
+        name = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
+        if name is None:
+            raise UserError(f"{config.checkpoint or config.peft} does not name its base model; pass --base_model")
+        self.base_model = BaseModel(name, config.trust_remote_code)
         _refuse_what_is_known(config, origin)
         self.template = origin.prompt_template or config.template or _DEFAULT_TEMPLATE
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or _DEFAULT_CUTOFF
         self.tasks = self._tasks(origin)
-        self.base_fingerprint = BaseModel(base_model).fingerprint()
-        if origin.base_fingerprint and origin.base_fingerprint != self.base_fingerprint:
-            raise UserError(
-                f"{config.checkpoint} was trained on another base model than {base_model!r}: its fingerprint is "
-                f"{origin.base_fingerprint[:12]}..., not {self.base_fingerprint[:12]}...; pass --base_model"
-            )
-        self.tokenizer = BaseModel(base_model, config.trust_remote_code).tokenizer()
-        self.encoder = Encoder(self.tokenizer, self.template, self.cutoff_len, self.tasks)
-        self.questions, self.data_hashes = load_questions(
-            config.data_dir, self.tasks, config.tasks, self.encoder, config.limit
-        )
-        if "score" in config.protocols:
-            for question in self.questions:
-                option_tails(question, self.encoder)
-        self.openings = self._shared_openings()
-        self.model = None
+        self.base_fingerprint = self.base_model.fingerprint()
+        self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
+        self.encoder = Encoder(self.base_model.tokenizer(), self.template, self.cutoff_len, self.tasks)
+        self.prefixes: dict[int, list[int]] = {}
+        self.model: PreTrainedModel | None = None
+        self.caches: PrefixCaches | None = None
 
     def _tasks(self, origin: checkpoint.Origin) -> TaskSet:
         config = self.config
@@ -66,43 +65,63 @@ class Evaluation:
         adapted = self.adapter.adapter_config.tasks if self.adapter else []
         if adapted and adapted != tasks.names:
             raise UserError(
-                f"{config.checkpoint} has weights for the tasks {', '.join(adapted)}, in this order, and would be "
-                f"asked about {', '.join(tasks.names)}; pass --tasks_file FILE that declares its tasks"
+                f"{config.checkpoint} has weights for the tasks {', '.join(adapted)}, in this order, but the questions "
+                f"are of {', '.join(tasks.names)}; pass --tasks_file FILE that declares its tasks"
             )
         return tasks
 
-    def _shared_openings(self) -> dict[int, list[int]]:
-        """By task id, the tokens that all its prompts begin with."""
-        prompts: dict[int, list[list[int]]] = {}
-        for question in self.questions:
-            prompts.setdefault(question.task.id, []).append(question.prompt_ids)
-        return {task_id: shared_opening(rows) for task_id, rows in prompts.items()}
+    @property
+    def method(self) -> str | None:
+        """The adapter's method; None for a base model alone."""
+        return self.adapter.adapter_config.method if self.adapter else "peft_lora" if self.peft else None
 
     @property
-    def adapter_sha256(self) -> str | None:
-        """The hash of the adapter's weights; None for a base model alone."""
-        return self.adapter.weights_sha256 if self.adapter else self.peft.weights_sha256 if self.peft else None
+    def method_title(self) -> str | None:
+        """The method's name in tables."""
+        if self.peft:
+            return "LoRA (PEFT)"
+        return layer_class(self.method).title if self.adapter else None
+
+    @property
+    def adapter_file(self) -> Path | None:
+        """The adapter's weights; None for a base model alone."""
+        if self.peft:
+            return self.peft.weights
+        return Path(self.config.checkpoint) / artifacts.CHECKPOINT_WEIGHTS if self.adapter else None
 
     def settings(self, protocol: str) -> dict:
-        """Everything that a prediction depends on; batch size and the number of processes are not part of it."""
-        config = self.config
+        """Everything that an answer depends on; the batch size and the number of processes do not belong to it.
+
+        protocol: ``score``, ``generate``, or a name for a mixture of them.
+        """
+        adapter = self.adapter or self.peft
         settings = {
             "mode": protocol,
+            "protocol": PROTOCOL,
             "base_fingerprint": self.base_fingerprint,
-            "adapter_sha256": self.adapter_sha256,
+            "adapter_sha256": adapter.weights_sha256 if adapter else None,
             "template": self.template,
             "cutoff_len": self.cutoff_len,
             "tasks_sha256": self.tasks.answers_sha256,
             "dtype": str(choose_dtype(self.config.dtype)),
         }
-        if protocol == "generate":
-            settings |= {"max_new_tokens": config.max_new_tokens, "num_beams": config.num_beams}
+        if protocol != "score":
+            settings |= {"max_new_tokens": self.config.max_new_tokens, "num_beams": self.config.num_beams}
         return settings
 
-    def batches(self) -> list[list[Question]]:
-        """All questions in the batches in which they are answered, whoever answers them and whenever."""
-        budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
-        return plan_batches(self.questions, self.config.batch_size, budget)
+    def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
+        """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
+        for question in questions.get("score", ()):
+            continuations(question, self.encoder)
+        prompts: dict[int, list[list[int]]] = {}
+        for question in (question for part in questions.values() for question in part):
+            prompts.setdefault(question.task.id, []).append(question.prompt_ids)
+        self.prefixes = {task_id: shared_prefix(rows) for task_id, rows in prompts.items()}
+        self._renew_caches()
+
+    def _renew_caches(self) -> None:
+        if self.model is not None and self.config.reuse_prefix:
+            self.caches = PrefixCaches(self.model, self.prefixes)
 
     def load(self) -> None:
         """Build the model on this process's device, once."""
@@ -110,27 +129,29 @@ class Evaluation:
             return
         device = device_for_this_process()
         keep_freed_memory(device.type)
-        model = BaseModel(self.base_model, self.config.trust_remote_code).load(self.config.dtype)
+        model = self.base_model.load(self.config.dtype)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)
         elif self.peft:
             model = self.peft.load(model)
-        # generate fills whatever it is not told (a repetition penalty, tokens to suppress) from here.
+        # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
         self.model = model.eval().to(device)
-        _feed_whole_matrices(self.model.get_output_embeddings())
-        self.caches = OpeningCaches(self.model) if self.config.share_opening else None
+        _feed_contiguous(self.model.get_output_embeddings())
+        self._renew_caches()
 
-    def answer(self, questions: list[Question], protocol: str) -> list[dict]:
-        """Prediction records of a batch of questions of one task."""
-        answer: Callable = self._score if protocol == "score" else self._generate
-        opening = self.openings[questions[0].task.id] if self.caches else []
-        found = in_halves(lambda rows: answer(rows, opening), questions)
-        return [_record(question, values) for question, values in zip(questions, found, strict=True)]
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """The batches in which questions are answered, whoever answers them and whenever."""
+        budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
+        return plan_batches(questions, self.config.batch_size, budget)
 
-    def _score(self, questions: list[Question], opening: list[int]) -> list[dict]:
-        pad = self.tokenizer.pad_token_id
-        scores = score_options(self.model, self.encoder, questions, pad, self.caches, opening)
+    def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
+        """The prediction lines of a batch of questions of one task."""
+        answers = in_halves(self._score if protocol == "score" else self._generate, questions)
+        return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
+
+    def _score(self, questions: Sequence[Question]) -> list[dict]:
+        scores = score_options(self.model, self.encoder, questions, self.caches)
         return [
             {
                 "parsed": best_option(question.options, values),
@@ -140,16 +161,14 @@ class Evaluation:
             for question, values in zip(questions, scores, strict=True)
         ]
 
-    def _generate(self, questions: list[Question], opening: list[int]) -> list[dict]:
-        config = self.config
-        texts = generate_answers(
-            self.model, self.tokenizer, questions, config.max_new_tokens, config.num_beams, self.caches, opening
-        )
-        return [text_record(question, text) for question, text in zip(questions, texts, strict=True)]
+    def _generate(self, questions: Sequence[Question]) -> list[dict]:
+        limits = self.config.max_new_tokens, self.config.num_beams
+        texts = generate_answers(self.model, self.encoder, questions, *limits, self.caches)
+        return [question.answer_in(text) for question, text in zip(questions, texts, strict=True)]
 
 
-def _refuse_what_is_known(config: EvalConfig, origin: checkpoint.Origin) -> None:
-    """Raise ``UserError`` for a flag that the checkpoint answers itself."""
+def _refuse_what_is_known(config: AnswerConfig, origin: checkpoint.Origin) -> None:
+    """Raise ``UserError`` for a flag whose value the checkpoint defines."""
     known = {
         "template": origin.prompt_template,
         "cutoff_len": origin.cutoff_len,
@@ -157,7 +176,7 @@ def _refuse_what_is_known(config: EvalConfig, origin: checkpoint.Origin) -> None
     }
     for name, value in known.items():
         if value and getattr(config, name) is not None:
-            raise UserError(f"--{name} goes without --checkpoint; {config.checkpoint} says it itself")
+            raise UserError(f"--{name} cannot be combined with --checkpoint: {config.checkpoint} defines it")
 
 
 def in_halves(answer: Callable[[list], list], rows: list) -> list:
@@ -179,26 +198,7 @@ def in_halves(answer: Callable[[list], list], rows: list) -> list:
     return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
 
 
-def text_record(question: Question, text: str) -> dict:
-    """What is read out of a generated text, as a prediction record keeps it."""
-    record = {"parsed": extract_answer(question.task, text), "text": text}
-    if question.options:
-        return record | {"strict": strict_answer(question.task, question.options, text)}
-    return record | {"f1": token_f1(record["parsed"], question.example.answer)}
-
-
-def _record(question: Question, values: dict) -> dict:
-    """One line of the predictions file."""
-    right, parsed = question.example.answer, values["parsed"]
-    correct = parsed == right if question.options else exact_match(parsed, right)
-    record = {"task": question.task.name, "index": question.example.index, "answer": right, "correct": correct}
-    record |= {**values, "prompt_sha256": question.prompt_sha256}
-    if "kind" in question.example.extra:
-        record["kind"] = question.example.extra["kind"]
-    return record
-
-
-def _feed_whole_matrices(head: torch.nn.Module | None) -> None:
+def _feed_contiguous(head: torch.nn.Module | None) -> None:
     """Have the output head see no slice of a larger tensor: torch would multiply it row by row on a CPU.
 
     generate and ``logits_to_keep=1`` cut the last position out of (B, L, k); on such a view a product by the (k, V)
@@ -206,3 +206,89 @@ def _feed_whole_matrices(head: torch.nn.Module | None) -> None:
     """
     if head is not None:
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
+# ---- several processes, and a run that was killed ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes that share the questions: this one's rank, how many there are, a barrier between them."""
+
+    rank: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Processes]:
+    """The processes of a distributed launch, or this one alone."""
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    # Only barriers cross between processes, so gloo serves GPU runs too.
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield Processes(rank, count, torch.distributed.barrier)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def answer_all(
+    evaluator: Evaluator, protocol: str, questions: Sequence[Question], folder: str | Path, processes: Processes
+) -> None:
+    """Append the prediction lines of the questions that have none in ``folder``, shared over the processes.
+
+    A batch of which a line is missing is answered whole: its scores then do not depend on where a run was cut.
+    """
+    predictions = Predictions(folder, processes.rank)
+    found = predictions.read()
+    done = {question.key for question in questions if question.answered_by(found.get(question.key))}
+    processes.barrier()  # nobody appends before everybody has read
+    waiting = [batch for batch in evaluator.batches(questions) if any(one.key not in done for one in batch)]
+    own = waiting[processes.rank :: processes.count]
+    if own:
+        evaluator.load()
+        total = sum(len(batch) for batch in own)
+        with tqdm(total=total, desc=protocol, unit=" questions", smoothing=0.02, disable=processes.rank > 0) as bar:
+            for batch in own:
+                predictions.append(evaluator.answer(batch, protocol))
+                bar.update(len(batch))
+    predictions.close()
+    processes.barrier()
+
+
+# ---- an adapter in PEFT's format ----
+
+
+class PeftAdapter:
+    """What a PEFT folder says of itself; raises ``UserError`` unless it is a LoRA in safetensors and peft is there."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.weights = Path(folder), Path(folder) / artifacts.PEFT_WEIGHTS
+        self.settings = files.read_json(self.folder / artifacts.PEFT_CONFIG, "the PEFT configuration")
+        kind = self.settings.get("peft_type") if isinstance(self.settings, dict) else None
+        if kind != "LORA":
+            raise UserError(f"{self.folder / artifacts.PEFT_CONFIG} has peft_type {kind!r}; only LORA can be evaluated")
+        if not self.weights.is_file():
+            raise UserError(f"{self.folder} has no {self.weights.name}; other formats, such as .bin, are not read")
+        try:
+            import peft
+        except ImportError:
+            raise UserError("--peft needs the package peft; install it with `pip install peft`") from None
+        self._peft = peft
+        self.base_model = self.settings.get("base_model_name_or_path") or None
+        self.weights_sha256 = files.sha256(self.weights)
+
+    def load(self, model: PreTrainedModel) -> PreTrainedModel:
+        """``model`` with the adapter in its layers, by PEFT; raises ``UserError`` if they do not fit."""
+        before = {name for name, _ in model.named_parameters()}
+        try:
+            wrapped = self._peft.PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"PEFT cannot load {self.folder} ({str(error).splitlines()[0]})") from None
+        found = wrapped.get_base_model()
+        if {name for name, _ in found.named_parameters()} == before:
+            raise UserError(f"{self.folder} adapts no layer of this model")
+        return found

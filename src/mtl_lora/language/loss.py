@@ -1,7 +1,8 @@
-"""The loss of a batch: only answer positions go through the vocabulary, and tasks are told apart for the log."""
+"""The losses of a batch: cross entropy of every supervised token; no other position goes through the vocabulary."""
 
 import functools
 import sys
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from mtl_lora.base_model import accepts_argument, at_least_float32
 from mtl_lora.language.collate import IGNORED
 
 
-def token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of every supervised token, (N,), and the task id of its row, (N,).
+def token_losses(
+    model: nn.Module, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross entropy of every supervised token, (N,), its weight, which is one, (N,), and its row's task id, (N,).
 
     batch: input_ids, attention_mask, labels (B, L) and task_ids (B,). The hidden state at position j predicts the
     token at j + 1. Only positions with a label are projected to the vocabulary, through the model's own forward
@@ -33,7 +36,7 @@ def token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torc
     logits = logits.view(-1, logits.shape[-1]) if keep else logits[supervised]
     losses = F.cross_entropy(at_least_float32(logits), targets[supervised], reduction="none")
     task_ids = batch["task_ids"][:, None].expand_as(targets)[supervised]
-    return losses, task_ids
+    return losses, torch.ones_like(losses), task_ids
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -54,26 +57,3 @@ def keeps_logits(model_class: type[nn.Module]) -> bool:
             file=sys.stderr,
         )
     return keeps
-
-
-class TaskLosses:
-    """Sums of token losses by task since the last reading, kept on the device: no synchronisation while training."""
-
-    def __init__(self, tasks: int):
-        self.tasks = tasks
-        self.sums: torch.Tensor | None = None
-
-    def add(self, losses: torch.Tensor, task_ids: torch.Tensor) -> None:
-        """Count token losses (N,) to their tasks (N,)."""
-        if self.sums is None:
-            self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=losses.device)
-        values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)])
-        self.sums.index_add_(1, task_ids, values)
-
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss sums, token counts), each (T,), over all processes; starts from zero again."""
-        sums = torch.zeros(2, self.tasks, dtype=torch.float64) if self.sums is None else self.sums
-        self.sums = None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        return sums[0].cpu(), sums[1].cpu()

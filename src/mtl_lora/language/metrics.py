@@ -1,15 +1,24 @@
-"""From generated text to an answer and from answers to figures: pure functions, tested without a model."""
+"""From generated text to an answer, and from answers to metrics: pure functions, tested without a model.
+
+A metric is a function of predictions and targets in a table by name; a task names the one that decides its result.
+"""
 
 import collections
 import math
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from mtl_lora.language.tasks import Task
+from mtl_lora.results import TaskResult
+
+if TYPE_CHECKING:
+    from mtl_lora.language.tasks import Task
+
+# ---- answer extraction ----
 
 
-def extract_answer(task: Task, text: str) -> str:
+def extract_answer(task: "Task", text: str) -> str:
     """The answer in generated text, or ``""``: the first match of the task's pattern, as LLM-Adapters extracts.
 
     A free-text task without a pattern takes the first line, without the answer prefix.
@@ -22,91 +31,132 @@ def extract_answer(task: Task, text: str) -> str:
     return lines[0].removeprefix(task.answer_prefix).strip() if lines else ""
 
 
-def strict_answer(task: Task, options: Sequence[str], text: str) -> str:
-    """The answer where the text is nothing but one of the record's options, else ``""``.
+def strict_answer(task: "Task", options: Sequence[str], text: str) -> str:
+    """The answer where the text is nothing but one of the question's options, else ``""``.
 
     The task's answer prefix before the option and a full stop behind it are allowed. Unlike ``extract_answer`` this
-    reads no option into ``answer12``, a denial or a list of all of them.
+    finds no option in ``answer12``, in a denial or in a list of all of them.
     """
-    said = text.strip().removeprefix(task.answer_prefix.strip()).strip()
+    given = text.strip().removeprefix(task.answer_prefix.strip()).strip()
     for option in options:
-        if said in (option, f"{option}."):
+        if given in (option, f"{option}."):
             return option
     return ""
 
 
+# ---- free text ----
+
+_KEPT = re.compile(
+    r"(?<!\w)[-.]+(?=\d)"  # the sign or point before a number: -5, .5
+    r"|(?<=\d)[.,:/^*-](?=\d)"  # the signs inside one: 1.5, 1/2, 12:30
+    r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # those behind a single letter: C++, F#, A-
+    rf"|[^{re.escape(string.punctuation)}]"
+)
+
+
 def free_text_words(text: str) -> list[str]:
-    """Lower-case words without punctuation and the articles a, an, the, as SQuAD (1606.05250) compares answers."""
-    kept = "".join(character for character in text.lower() if character not in string.punctuation)
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
+    """Lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers, with three exceptions.
+
+    Signs that belong to a number or to a single letter count (-1.5 is not 15, C++ is not C); ``a``, ``an`` and ``the``
+    count at the end, where they are no article (vitamin A); and text of punctuation alone is compared as it is.
+    """
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower().replace("\N{MINUS SIGN}", "-"))
+    words = "".join(_KEPT.findall(plain)).split()
+    kept = [word for word in words[:-1] if word not in ("a", "an", "the")] + words[-1:]
+    return kept or plain.split()
 
 
-def exact_match(text: str, right: str) -> bool:
-    """Whether two free texts have the same words, see ``free_text_words``."""
-    return free_text_words(text) == free_text_words(right)
+def same_text(text: str, target: str) -> bool:
+    """Whether two free texts have the same words, see ``free_text_words``; an empty text equals nothing."""
+    words = free_text_words(text)
+    return bool(words) and words == free_text_words(target)
 
 
-def token_f1(text: str, right: str) -> float:
-    """2 P R / (P + R) of the words two free texts share, each counted as often as it stands in both (SQuAD)."""
-    given, wanted = free_text_words(text), free_text_words(right)
+def text_f1(text: str, target: str) -> float:
+    """2 P R / (P + R) of the words that two free texts share, each counted as often as it occurs in both (SQuAD)."""
+    given, wanted = free_text_words(text), free_text_words(target)
     if not given or not wanted:
-        return float(given == wanted)
+        return 0.0
     return 2 * sum((collections.Counter(given) & collections.Counter(wanted)).values()) / (len(given) + len(wanted))
 
 
-def standard_error(correct: int, total: int) -> float:
-    """Standard error of an accuracy, sqrt(p (1 - p) / n)."""
-    share = correct / total
-    return math.sqrt(share * (1 - share) / total)
+# ---- metrics: (predictions, targets), non-empty and of equal length -> (value, standard error) ----
+
+Metric = Callable[[Sequence[str], Sequence[str]], tuple[float, float]]
 
 
-def accuracy(outcomes: Sequence[bool]) -> dict:
-    """``accuracy`` (a fraction), ``stderr``, ``n`` and ``correct`` of a non-empty list of outcomes."""
-    correct, total = sum(outcomes), len(outcomes)
-    return {"accuracy": correct / total, "stderr": standard_error(correct, total), "n": total, "correct": correct}
+def proportion(outcomes: Sequence[bool]) -> tuple[float, float]:
+    """(p, sqrt(p (1 - p) / n)) of n outcomes."""
+    share = sum(outcomes) / len(outcomes)
+    return share, math.sqrt(share * (1 - share) / len(outcomes))
 
 
-def summarise_task(records: Sequence[dict]) -> dict:
-    """One task's figures from its prediction records (see ``mtl_lora.language.evaluator``).
+def mean(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, standard deviation / sqrt(n)) of n values; for zeros and ones that is ``proportion``."""
+    center = sum(values) / len(values)
+    return center, math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
 
-    majority: the accuracy of always giving the answer that is most frequent in these questions. unparsed: the
-    share of texts without an answer. predicted: how often each answer was given. strict (generated options):
-    accuracy and unparsed share if the whole text must be the answer. normalised (scores): accuracy of the choice by
-    score per token. f1 (free text): mean token F1. groups: accuracy by ``kind``, where records have one.
+
+def accuracy(predictions: Sequence[str], targets: Sequence[str]) -> tuple[float, float]:
+    """The proportion of predictions that are their target."""
+    return proportion([given == target for given, target in zip(predictions, targets, strict=True)])
+
+
+def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> tuple[float, float]:
+    """The proportion of free texts with the words of their target, see ``same_text``."""
+    return proportion([same_text(given, target) for given, target in zip(predictions, targets, strict=True)])
+
+
+def f1(predictions: Sequence[str], targets: Sequence[str]) -> tuple[float, float]:
+    """The mean token F1 of free texts and their targets, see ``text_f1``."""
+    return mean([text_f1(given, target) for given, target in zip(predictions, targets, strict=True)])
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy, "exact_match": exact_match, "f1": f1}
+
+
+# ---- results ----
+
+
+def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
+    """One task's result from its prediction lines (see ``questions.Question.line``), at least one.
+
+    majority: the metric of always giving the majority class of these questions. correct: the number of right answers.
+    unparsed: the proportion of texts without an answer. predicted: how often each answer was given. strict (generated
+    options): the metric and ``unparsed`` if the whole text must be the answer. acc_norm (scores): of the
+    length-normalised choice. f1 (free text): mean token F1. groups: the metric by ``kind``, where questions have one.
     """
-    right = collections.Counter(record["answer"] for record in records)
-    summary = accuracy([record["correct"] for record in records])
-    summary["unparsed"] = sum(record["parsed"] == "" for record in records) / len(records)
-    summary["majority"] = right.most_common(1)[0][1] / len(records)
-    summary["predicted"] = dict(sorted(collections.Counter(record["parsed"] for record in records).items()))
-    for other in ("strict", "normalised"):
-        if all(other in record for record in records):
-            summary[other] = accuracy([record[other] == record["answer"] for record in records])
-            summary[other]["unparsed"] = sum(record[other] == "" for record in records) / len(records)
-    if all("f1" in record for record in records):
-        summary["f1"] = sum(record["f1"] for record in records) / len(records)
-    kinds = sorted({record["kind"] for record in records if record.get("kind")})
-    if kinds:
-        summary["groups"] = {
-            kind: accuracy([record["correct"] for record in records if record.get("kind") == kind]) for kind in kinds
-        }
-    return summary
+    targets = [line["answer"] for line in lines]
+    ((majority_class, _),) = collections.Counter(targets).most_common(1)
+    majority, _ = METRICS[task.metric_name]([majority_class] * len(lines), targets)
+    others = {}
+    for name, key in (("strict", "strict"), ("acc_norm", "normalised")):
+        if all(key in line for line in lines):
+            others[name] = _measure(task.metric_name, lines, key, unparsed=_proportion_empty(lines, key))
+    if task.metric_name != "f1" and all("f1" in line for line in lines):
+        others["f1"] = _measure("f1", lines)
+    kinds = sorted({line["kind"] for line in lines if line.get("kind")})
+    groups = {kind: [line for line in lines if line.get("kind") == kind] for kind in kinds}
+    return _measure(
+        task.metric_name,
+        lines,
+        majority=majority,
+        others=others,
+        groups={kind: _measure(task.metric_name, part) for kind, part in groups.items()},
+        unparsed=_proportion_empty(lines, "parsed"),
+        predicted=dict(sorted(collections.Counter(line["parsed"] for line in lines).items())),
+    )
 
 
-def average(summaries: Iterable[dict]) -> dict:
-    """The plain mean over tasks, its standard error from the tasks' own, and the same for each group in all tasks."""
-    summaries = list(summaries)
-    result = _mean(summaries)
-    groups = set.intersection(*(set(summary.get("groups", {})) for summary in summaries))
-    if groups:
-        result["groups"] = {kind: _mean([summary["groups"][kind] for summary in summaries]) for kind in sorted(groups)}
-    return result
+def _measure(
+    metric: str, lines: Sequence[dict], key: str = "parsed", majority=None, others=(), groups=(), **measured
+) -> TaskResult:
+    """A metric of one kind of answer in prediction lines."""
+    value, stderr = METRICS[metric]([line[key] for line in lines], [line["answer"] for line in lines])
+    if key == "parsed":
+        measured = {"correct": sum(line["correct"] for line in lines), **measured}
+    return TaskResult(metric, value, stderr, len(lines), majority, dict(groups), dict(others), measured)
 
 
-def _mean(summaries: Sequence[dict]) -> dict:
-    count = len(summaries)
-    return {
-        "accuracy": sum(summary["accuracy"] for summary in summaries) / count,
-        "stderr": math.sqrt(sum(summary["stderr"] ** 2 for summary in summaries)) / count,
-        "tasks": count,
-    }
+def _proportion_empty(lines: Sequence[dict], key: str) -> float:
+    return sum(line[key] == "" for line in lines) / len(lines)

@@ -1,42 +1,48 @@
 """Answers as the likeliest option: the summed log-probability of an option's tokens and EOS after the prompt.
 
     prompt ... | the correct answer is  answer | 1  EOS
-               |<------- opening ------------->|<tail>
+               |<------- shared ------------->|<continuation>
 
-The opening is what all options of a question share in tokens; its probability is the same for all of them, so it is
-part of the context. EOS belongs to the tail so that solution1 does not win over solution10 by being shorter.
-One pass scores all options of a batch of questions (``branches``); a model that cannot be asked so takes two
-(``on_cache``).
+The tokens that all options of a question share have the same probability for each of them, so they are context. EOS
+belongs to the continuation so that solution1 does not win over solution10 by being shorter.
+
+One pass over the contexts of a batch fills the cache and gives the first token of every continuation; the few tokens
+after it run on that cache, all options of all questions in one batch. This takes any model with a cache.
 """
 
-import sys
-import weakref
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from mtl_lora import route
+from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
 from mtl_lora.errors import UserError
-from mtl_lora.language.branches import branch_scores, takes_branches
 from mtl_lora.language.collate import pad_left
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.on_cache import cache_scores
-from mtl_lora.language.prefix_cache import OpeningCaches
+from mtl_lora.language.prefix_cache import PrefixCaches
 from mtl_lora.language.questions import Question
 
-# By model, whether one pass gives the scores of two: tried on the first question that it is asked.
-_one_pass: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
-_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}  # of a score, in its own size; other dtypes 1e-4
 
+def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
+    """(tokens that all options share, the rest of each option's), cut from the answers as training encodes them.
 
-def option_tails(question: Question, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
-    """(opening, tail of each option) in tokens, cut from the answers as training encodes them."""
-    if not question.options:
-        raise UserError(f"the task {question.task.name} is free text and has no options to score; use --mode generate")
-    answers = [encoder.answer_ids(question.task.answer_prefix + option) for option in question.options]
+    Raises ``UserError`` for free text and for two options that have the same tokens.
+    """
+    task, options = question.task, question.options
+    if not options:
+        raise UserError(f"the task {task.name} is free text and has no options to score; use --mode generate")
+    answers = [encoder.answer_ids(task.answer_prefix + option) for option in options]
+    for index, answer in enumerate(answers):
+        if answer in answers[:index]:
+            raise UserError(
+                f"the options {options[answers.index(answer)]!r} and {options[index]!r} of the task {task.name} are "
+                "the same tokens to this tokenizer, so no score can tell them apart; rename one of them"
+            )
     shared = 0
-    # Every answer ends in EOS, so no answer is the beginning of another and the opening ends before any of them does.
+    # Every answer ends in EOS, so no answer is the beginning of another and the shared part ends before any of them.
     while len({answer[shared] for answer in answers}) == 1:
         shared += 1
     return answers[0][:shared], [answer[shared:] for answer in answers]
@@ -44,42 +50,106 @@ def option_tails(question: Question, encoder: Encoder) -> tuple[list[int], list[
 
 @torch.inference_mode()
 def score_options(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    questions: Sequence[Question],
-    pad_token_id: int,
-    openings: OpeningCaches | None = None,
-    opening: Sequence[int] = (),
+    model: PreTrainedModel, encoder: Encoder, questions: Sequence[Question], caches: PrefixCaches | None = None
 ) -> list[list[float]]:
     """The score of every option of every question: log-probabilities in nats, in the order of its options.
 
-    opening: the tokens that all prompts begin with, if the questions are of one task and ``openings`` keeps them.
+    caches: of prompt prefixes; the questions must then be of one task. Raises ``UserError`` for a score that is not
+    finite.
     """
-    parts = [option_tails(question, encoder) for question in questions]
-    contexts = [question.prompt_ids + said for question, (said, _) in zip(questions, parts, strict=True)]
-    tails = [tails for _, tails in parts]
-    task_ids = torch.tensor([question.task.id for question in questions])
+    parts = [continuations(question, encoder) for question in questions]
+    contexts = [question.prompt_ids + shared for question, (shared, _) in zip(questions, parts, strict=True)]
+    rows = [row for row, (_, options) in enumerate(parts) for _ in options]
+    flat = [option for _, options in parts for option in options]
+    pad, task_ids = encoder.tokenizer.pad_token_id, torch.tensor([question.task.id for question in questions])
+    cache, start = caches.start(questions[0].task.id, len(questions)) if caches else (None, 0)
+    input_ids, mask = (tensor.to(model.device) for tensor in pad_left(contexts, pad, start))
+    with route.use(task_ids):
+        output = model(
+            input_ids=input_ids[:, start:],
+            attention_mask=mask,
+            **_positions(model, mask, start),
+            past_key_values=cache,
+            use_cache=True,
+            **last_logits(model),
+        )
+    scores = _log_probabilities(output.logits[:, -1])[rows, [option[0] for option in flat]].double()
+    longer = [index for index, option in enumerate(flat) if len(option) > 1]
+    if longer:
+        chosen = torch.tensor([rows[index] for index in longer])
+        cache = _repeat_rows(output.past_key_values, chosen.to(model.device))
+        with route.use(task_ids[chosen]):
+            scores[longer] += _later_tokens(
+                model, cache, mask[chosen.to(mask.device)], [flat[index] for index in longer], pad
+            )
+    found = [part.tolist() for part in torch.split(scores.cpu(), [len(options) for _, options in parts])]
+    for question, values in zip(questions, found, strict=True):
+        if not torch.tensor(values).isfinite().all():
+            raise UserError(
+                f"question {question.example.index} of {question.task.name} has the scores {values}, which are not "
+                "finite: the base model or the adapter holds values that are no numbers; see the training's log"
+            )
+    return found
 
-    def ask(scores, rows: int):
-        """``scores`` of the first so many questions."""
-        cache = openings.cache(questions[0].task.id, opening, rows) if openings else None
-        input_ids, mask = pad_left(contexts[:rows], pad_token_id, len(opening) if cache else 0)
-        with route.use(task_ids[:rows]):
-            return scores(model, input_ids, mask, tails[:rows], cache, pad_token_id)
 
-    if model not in _one_pass:
-        _one_pass[model] = takes_branches(model) and _agree(ask(branch_scores, 1), ask(cache_scores, 1), model)
-    return ask(branch_scores if _one_pass[model] else cache_scores, len(questions))
+def _later_tokens(model, cache: Cache, mask: torch.Tensor, options: list[list[int]], pad: int) -> torch.Tensor:
+    """Summed log-probability of each option's tokens after its first, which is fed; cache and mask have its row."""
+    length, device = max(len(option) for option in options) - 1, mask.device
+    fed = torch.tensor([(option[:-1] + [pad] * length)[:length] for option in options], device=device)
+    wanted = torch.tensor([(option[1:] + [pad] * length)[:length] for option in options], device=device)
+    real = torch.tensor([[column < len(option) - 1 for column in range(length)] for option in options], device=device)
+    whole_mask = torch.cat([mask, real.to(mask.dtype)], dim=1)
+    logits = model(
+        input_ids=fed,
+        attention_mask=whole_mask,
+        **_positions(model, whole_mask, mask.shape[1]),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    logp = _log_probabilities(logits).gather(2, wanted[:, :, None])[:, :, 0]
+    return (logp.double() * real).sum(dim=1)
 
 
-def _agree(one: list[list[float]], other: list[list[float]], model: PreTrainedModel) -> bool:
-    """Whether both ways give a question the same scores; a model may take a mask and do something else with it."""
-    tolerance = _TOLERANCE.get(model.dtype, 1e-4)
-    one, other = torch.tensor(one), torch.tensor(other)
-    if torch.allclose(one, other, rtol=tolerance, atol=tolerance):
-        return True
-    print(f"{type(model).__name__} does not score all options in one pass alike: they take two", file=sys.stderr)
-    return False
+def _repeat_rows(cache: Cache, rows: torch.Tensor) -> Cache:
+    """The cache with the given rows of its batch, in place; a layer that keeps every token repeats them when read."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = _RepeatedLayer(layer, rows)
+        else:
+            layer.batch_select_indices(rows)
+    return cache
+
+
+class _RepeatedLayer(DynamicLayer):
+    """A layer for one more pass, which copies its rows only when it is read: one layer's copies at a time."""
+
+    def __init__(self, layer: DynamicLayer, rows: torch.Tensor):
+        super().__init__()
+        self.__dict__.update(vars(layer))
+        self.rows = rows
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
+        """(keys, values) of the rows with the new tokens behind them; they are not kept."""
+        return self._with(self.keys, key_states), self._with(self.values, value_states)
+
+    def _with(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = kept.shape[2]
+        whole = new.new_empty(len(self.rows), kept.shape[1], length + new.shape[2], kept.shape[3])
+        torch.index_select(kept, 0, self.rows, out=whole[:, :, :length])
+        whole[:, :, length:] = new
+        return whole
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """log softmax over the vocabulary, in float32 at least."""
+    return log_softmax(at_least_float32(logits), dim=-1)
+
+
+def _positions(model: PreTrainedModel, mask: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+    """position_ids of the columns from ``start``, for a model that takes them."""
+    if not accepts_argument(type(model), "position_ids"):
+        return {}
+    return {"position_ids": positions_of(mask)[:, start:]}
 
 
 def best_option(options: Sequence[str], scores: Sequence[float]) -> str:
@@ -88,6 +158,6 @@ def best_option(options: Sequence[str], scores: Sequence[float]) -> str:
 
 
 def per_token(question: Question, encoder: Encoder, scores: Sequence[float]) -> list[float]:
-    """Scores divided by the number of tokens they sum over, EOS included: the length-normalised ones."""
-    _, tails = option_tails(question, encoder)
-    return [score / len(tail) for score, tail in zip(scores, tails, strict=True)]
+    """Length-normalised scores: divided by the number of tokens they sum over, EOS included."""
+    _, options = continuations(question, encoder)
+    return [score / len(option) for score, option in zip(scores, options, strict=True)]

@@ -1,38 +1,42 @@
-"""Predictions on disk: a JSON line a question, appended as it is answered, so that a killed run goes on."""
+"""Predictions on disk: one JSON line per question, appended as it is answered, so that a killed run resumes."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from mtl_lora import files
-from mtl_lora.language.output import PREDICTIONS_NAME
+from mtl_lora import artifacts, files
+from mtl_lora.errors import UserError
 
 PARTS = "~part-*.jsonl"  # no task name begins with "~"
+# Raised when a question gets another answer from the same model and settings: prompts, generation or scores changed.
+PROTOCOL = 1
 
 
 class Predictions:
-    """The prediction lines of one output folder; each process appends to a file of its own."""
+    """The prediction lines of one evaluation's folder; each process appends to a file of its own."""
 
     def __init__(self, folder: str | Path, rank: int = 0):
-        self.folder = Path(folder) / PREDICTIONS_NAME
+        self.folder = Path(folder) / artifacts.PREDICTIONS
         self.own = self.folder / f"~part-{rank}.jsonl"
         self._opened = None
 
     def read(self) -> dict[tuple[str, int], dict]:
-        """Every whole line by (task, index); a line torn by a kill is left out, and so is answered again."""
+        """Every complete line by (task, index); a line that a kill tore is left out, and so is answered again."""
         found = {}
-        # Lines of a run that is under way stand for newer answers than those gathered before it.
+        # Lines of a run in progress are newer than those gathered before it.
         parts = set(self.folder.glob(PARTS))
         gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
         for path in [*gathered, *sorted(parts)]:
-            for line in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
+            for text in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
                 try:
-                    record = json.loads(line)
-                    found[record["task"], record["index"]] = record
+                    line = json.loads(text)
+                    found[line["task"], line["index"]] = line
                 except (ValueError, KeyError, TypeError):
                     continue
         return found
 
-    def append(self, records: list[dict]) -> None:
+    def append(self, lines: list[dict]) -> None:
         """Write lines and flush them to the disk."""
         if self._opened is None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +44,7 @@ class Predictions:
             self._opened = self.own.open("a", encoding="utf-8")
             if torn:
                 self._opened.write("\n")
-        self._opened.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self._opened.write(_text(lines))
         self._opened.flush()
 
     def close(self) -> None:
@@ -49,15 +53,45 @@ class Predictions:
             self._opened.close()
             self._opened = None
 
-    def gather(self) -> dict[tuple[str, int], dict]:
-        """Put the lines of all processes into one file a task, in the order of the questions; returns them all."""
-        found = self.read()
-        by_task = {}
-        for (task, _), record in sorted(found.items()):
-            by_task.setdefault(task, []).append(record)
-        for task, records in by_task.items():
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            files.write_text(self.folder / f"{task}.jsonl", text)
+    def gather(self, lines: Mapping[tuple[str, int], dict], sizes: Mapping[str, int]) -> None:
+        """Write ``lines`` to one file per task, in the order of the questions, in place of every process's file.
+
+        sizes: the number of examples by task; lines beyond it belong to an earlier, larger test set and are dropped.
+        """
+        by_task: dict[str, list[dict]] = {}
+        for (task, index), line in sorted(lines.items()):
+            if task not in sizes or index < sizes[task]:
+                by_task.setdefault(task, []).append(line)
+        for task, kept in by_task.items():
+            files.write_text(self.folder / f"{task}.jsonl", _text(kept))
         for part in self.folder.glob(PARTS):
             part.unlink()
-        return found
+
+
+def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
+    """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
+    path = Path(folder) / artifacts.EVAL_SETTINGS
+    if not path.exists():
+        return
+    earlier = {"protocol": 1, **files.read_json(path, "the settings of an earlier evaluation")}
+    different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
+    if different:
+        raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
+
+
+def claim(folder: str | Path, settings: dict, overwrite: bool) -> None:
+    """Make a folder, which was checked, that of answers under ``settings``."""
+    if overwrite:
+        delete_evaluation(folder)
+    files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
+
+
+def delete_evaluation(folder: str | Path) -> None:
+    """Delete an evaluation's results, settings and predictions, and nothing else: a training may share its folder."""
+    for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
+        (Path(folder) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(folder) / artifacts.PREDICTIONS, ignore_errors=True)
+
+
+def _text(lines: list[dict]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Tasks as data: the only place that knows task names, ids, options and answer patterns.
+"""Tasks as data: the only place that knows task names, ids, options, answer patterns and metrics.
 
 The eight commonsense tasks are one table below; any other set is read from a JSON file with the same fields.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
+from mtl_lora.language.metrics import METRICS
 
 ANSWER_PREFIX = "the correct answer is "
 OPTIONS_MARKER = "Answer format: "
@@ -25,6 +26,7 @@ class Task:
     pattern: regular expression whose first match in generated text is the answer; empty: the options joined by
         ``|`` as LLM-Adapters does, or the whole text after the answer prefix for a free-text task.
     answer_prefix: the words before the answer in every ``output``. title: column heading in tables.
+    metric: name in ``metrics.METRICS``; empty: accuracy of options, exact_match of free text.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Task:
     pattern: str = ""
     answer_prefix: str = ANSWER_PREFIX
     title: str = ""
+    metric: str = ""
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w.\-]+", self.name):
@@ -45,13 +48,16 @@ class Task:
         object.__setattr__(self, "options", tuple(self.options))
         if len(set(self.options)) != len(self.options) or len(self.options) == 1:
             raise UserError(f"task {self.name!r} needs at least two different options, or none for free text")
-        for field in ("pattern", "answer_prefix", "title"):
+        for field in ("pattern", "answer_prefix", "title", "metric"):
             if not isinstance(getattr(self, field), str):
                 raise UserError(f"task {self.name!r} has {field} {getattr(self, field)!r}; it must be a string")
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise UserError(f"task {self.name!r} has a pattern that is no regular expression: {error}") from None
+            raise UserError(f"task {self.name!r} has a pattern that is not a regular expression: {error}") from None
+        if self.metric and self.metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise UserError(f"task {self.name!r} has the metric {self.metric!r}; it must be one of {known}")
         if not self.title:
             object.__setattr__(self, "title", self.name)
 
@@ -63,14 +69,19 @@ class Task:
         return self.pattern or "|".join(re.escape(option) for option in sorted(self.options, key=begins.get))
 
     @property
-    def reading(self) -> tuple:
-        """What decides how an answer is read and whether it is right; id and title do not."""
+    def metric_name(self) -> str:
+        """The metric in effect."""
+        return self.metric or ("accuracy" if self.options else "exact_match")
+
+    @property
+    def extraction_key(self) -> tuple:
+        """What decides which answer is extracted from a text; id, title and metric do not."""
         return self.options, self.answer_pattern, self.answer_prefix
 
     def options_of(self, instruction: str) -> tuple[str, ...]:
-        """The options of one record: those its ``Answer format: a/b`` ending lists, else all of the task's.
+        """The options of one question: those its ``Answer format: a/b`` ending lists, else all of the task's.
 
-        A few ARC records have three or five options instead of four, so the record decides where it says so.
+        A few ARC questions have three or five options instead of four, so the question decides where it lists them.
         """
         _, marker, listed = instruction.rpartition(OPTIONS_MARKER)
         options = tuple(listed.strip().split("/")) if marker else ()
@@ -107,8 +118,8 @@ class TaskSet:
 
     @property
     def answers_sha256(self) -> str:
-        """A hash of every task's name and ``Task.reading``, in id order."""
-        return files.sha256_of(json.dumps([(task.name, *task.reading) for task in self.tasks]).encode())
+        """A hash of every task's name and ``Task.extraction_key``, in id order."""
+        return files.sha256_of(json.dumps([(task.name, *task.extraction_key) for task in self.tasks]).encode())
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)
@@ -130,8 +141,11 @@ class TaskSet:
         return ", ".join(f"{task.name} {task.id}" for task in self.tasks)
 
     def to_json(self) -> dict:
-        """A JSON value that ``from_json`` reads back to an equal set."""
+        """A JSON value that ``from_json`` reads back to an equal set; a metric by default is not written."""
         tasks = [{**dataclasses.asdict(task), "options": list(task.options)} for task in self.tasks]
+        for task in tasks:
+            if not task["metric"]:
+                del task["metric"]
         return {"tasks": tasks, "columns": list(self.columns)}
 
     @classmethod

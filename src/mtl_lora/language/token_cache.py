@@ -1,9 +1,11 @@
-"""Encoded training rows on disk: tokenised once, keyed by everything that shapes them, mapped into memory after."""
+"""Encoded training examples on disk: tokenised once, keyed by everything that shapes them, then memory-mapped."""
 
+import contextlib
 import hashlib
 import json
-import shutil
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -18,7 +20,7 @@ from mtl_lora.language.examples import load_examples
 from mtl_lora.language.prompts import template
 from mtl_lora.language.tasks import TaskSet
 
-# Raised when the way rows are encoded changes, so that caches of an older version are not read.
+# Raised when the way examples are encoded changes, so that caches of an older version are not read.
 _VERSION = 1
 _CHUNK = 4096
 COLUMNS = datasets.Features(
@@ -41,37 +43,43 @@ def training_rows(
     cache_dir: str | Path,
     progress: bool = True,
 ) -> datasets.Dataset:
-    """The encoded rows of a data file, from the cache if they are there.
+    """The encoded examples of a data file, one a row, from the cache if they are there.
 
     Columns: input_ids (prompt, answer, EOS), prompt_length, length, task_id, removed (prompt tokens cut).
-    Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for an unwritable cache folder.
+    progress: show a bar while tokenising. Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
+    an unwritable cache folder.
     """
     if not Path(path).is_file():
         raise UserError(f"the data file {path} does not exist; see data/commonsense/README.md for how to make it")
-    facts = [_VERSION, files.sha256(path), Path(path).suffix, cutoff_len, tasks.to_json()]
+    # The room that is kept for an answer depends on the options and what is written before them.
+    shaping = [(task.name, task.options, task.answer_prefix) for task in tasks]
+    facts = [_VERSION, files.sha256(path), Path(path).suffix.lower(), cutoff_len, shaping]
     facts += [tokenizer_hash(tokenizer), repr(template(template_name))]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     folder = Path(cache_dir) / f"rows-{key}"
     if folder.is_dir():
         return datasets.load_from_disk(str(folder))
-    rows = _encode(path, Encoder(tokenizer, template_name, cutoff_len, tasks), tasks, progress)
+    rows = _encode_file(path, Encoder(tokenizer, template_name, cutoff_len, tasks), tasks, progress)
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rows-", dir=cache_dir) as temporary:
             part = Path(temporary) / "rows"
             with _quiet():
                 rows.save_to_disk(str(part))
-            if not folder.is_dir():
-                shutil.move(part, folder)
+            try:
+                os.rename(part, folder)
+            except OSError:
+                if not folder.is_dir():  # it is there if another run has encoded the same file meanwhile
+                    raise
     except OSError as error:
         raise UserError(f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another") from None
     return datasets.load_from_disk(str(folder))
 
 
-def _encode(path: str | Path, encoder: Encoder, tasks: TaskSet, progress: bool) -> datasets.Dataset:
+def _encode_file(path: str | Path, encoder: Encoder, tasks: TaskSet, progress: bool) -> datasets.Dataset:
     examples = load_examples(path, tasks)
     columns = {name: [] for name in COLUMNS}
-    with tqdm(total=len(examples), desc="tokenising", unit=" records", disable=not progress) as bar:
+    with tqdm(total=len(examples), desc="tokenising", unit=" examples", disable=not progress) as bar:
         for start in range(0, len(examples), _CHUNK):
             chunk = examples[start : start + _CHUNK]
             try:
@@ -90,7 +98,7 @@ def _encode(path: str | Path, encoder: Encoder, tasks: TaskSet, progress: bool) 
 
 
 def row_columns(rows: datasets.Dataset) -> dict[str, np.ndarray]:
-    """The number columns of encoded rows as arrays, read straight from memory."""
+    """The number columns of encoded examples as arrays (N,), read straight from memory."""
     names = [name for name in COLUMNS if name != "input_ids"]
     columns = {name: rows.data.column(name).to_numpy() for name in names}
     if rows._indices is not None:
@@ -100,13 +108,13 @@ def row_columns(rows: datasets.Dataset) -> dict[str, np.ndarray]:
 
 
 def shortened_note(rows: datasets.Dataset, cutoff_len: int) -> str:
-    """One line on how many rows the cutoff shortened."""
+    """One line on how many examples the cutoff shortened."""
     removed = row_columns(rows)["removed"]
     count = int((removed > 0).sum())
     if not count:
-        return f"no row is longer than the cutoff of {cutoff_len} tokens"
+        return f"no example is longer than the cutoff of {cutoff_len} tokens"
     return (
-        f"{count:,} of {len(rows):,} rows are longer than the cutoff of {cutoff_len} tokens: "
+        f"{count:,} of {len(rows):,} examples are longer than the cutoff of {cutoff_len} tokens: "
         f"{int(removed.sum()):,} tokens were taken from the middle of their instructions"
     )
 
@@ -122,13 +130,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-class _quiet:
-    """Silence the progress bars of ``datasets`` for the moment of saving."""
-
-    def __enter__(self):
-        self.enabled = datasets.utils.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *exception):
-        if self.enabled:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A block without the progress bars of ``datasets``."""
+    enabled = datasets.utils.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
             datasets.enable_progress_bars()

@@ -1,34 +1,32 @@
-"""What finetune.py does: check everything, then build the model and train it."""
+"""Training of language models: check everything, encode the examples, build the model, train it, save the adapter."""
 
-import os
+import dataclasses
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 import mtl_lora
+from mtl_lora import files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets
-from mtl_lora.base_model import BaseModel
+from mtl_lora.adapter.layer import layer_class
+from mtl_lora.base_model import BaseModel, choose_dtype
 from mtl_lora.errors import UserError
 from mtl_lora.language.collate import Collator
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.describe import describe, describe_batch
+from mtl_lora.language.loss import token_losses
 from mtl_lora.language.tasks import TaskSet
-from mtl_lora.language.token_cache import training_rows
-from mtl_lora.memory import keep_freed_memory
-from mtl_lora.training.distributed import base_in, check_launch, check_values, join, prepare, require_package
-from mtl_lora.training.fitting import fitted, tried_on
-from mtl_lora.training.resume import check_same_run, claim_output, resume_folder, run_facts
-from mtl_lora.training.trainer import LogFile, RankedDropout, TaskTrainer, batch_sampler
+from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
+from mtl_lora.training import distributed, resume
+from mtl_lora.training.sampler import LengthGroupedBatchSampler
+from mtl_lora.training.trainer import MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
 # On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
@@ -36,16 +34,88 @@ from mtl_lora.version import checkout_commit
 _EAGER_LENGTH = 512
 
 
+@dataclasses.dataclass
+class Data:
+    """What a run trains on: encoded examples, those held out, the micro-batches of this process, and the collator."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    sampler: LengthGroupedBatchSampler
+    collator: Collator
+    note: str  # on the number of examples and those that the cutoff shortened
+
+
 def run(config: TrainConfig) -> None:
-    """Check the settings, tokenise, train, save. A process that ends here leaves its process group itself."""
+    """Train as ``config`` says, or with ``check`` stop before the model is loaded.
+
+    Raises ``UserError`` for every mistake that can be found before training. The process is expected to be prepared
+    (``distributed.prepare_process``); one that ends here leaves its process group itself.
+    """
     tasks = config.task_set()
     adapter = config.adapter_config(tasks)
-    check_files(config)
-    resume = resume_folder(config)
-    check_targets(config, adapter)  # before the arguments are made, for from then on ZeRO-3 cuts every new model
-    prepare(config.deepspeed)
+    check_inputs(config)
+    from_checkpoint = resume.checkpoint_to_resume(config)
+    check_targets(config, adapter)  # before the arguments are made, for from then on ZeRO-3 partitions every new model
     arguments = training_arguments(config)
-    check_values(arguments, config.check)
+    distributed.check_deepspeed_values(arguments, one_process=config.check)
+    data = prepare_data(config, arguments, tasks)
+    log(arguments, f"{data.sampler}\n{data.note}")
+    configuration = run_configuration(config, arguments, tasks)
+    if from_checkpoint:
+        resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
+    if config.check:
+        log(arguments, "every setting is fine")
+        return
+    model = build_model(config, adapter, arguments)
+    # From here on the folder is this run's: every mistake was found before an older run is deleted.
+    resume.claim_output(config, arguments, configuration)
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=arguments,
+        losses=token_losses,
+        collator=data.collator,
+        tasks=tasks.names,
+        sampler=data.sampler,
+        provenance=provenance(config, tasks, configuration["base_fingerprint"]),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        eval_lengths=row_columns(data.held_out)["length"] if data.held_out else None,
+    )
+    trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
+    trainer.save_model(config.output_dir)
+    if arguments.process_index == 0:
+        write_analysis(config.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    log(arguments, f"saved the adapter to {config.output_dir}")
+
+
+def log(arguments: TrainingArguments, text: str) -> None:
+    """Print lines on stderr, from the first process alone."""
+    if arguments.process_index == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Raise ``UserError`` for a launch, a package or an input file that is not there; nothing is loaded yet."""
+    distributed.check_launch(config)
+    if not Path(config.data_path).is_file():
+        raise UserError(
+            f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
+            "or pass --data_path FILE"
+        )
+
+
+def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
+    """Raise ``UserError`` for target modules that the model does not have, from its configuration alone."""
+    model = BaseModel(config.base_model, config.trust_remote_code).structure()
+    try:
+        find_targets(model, adapter)
+    except UserError as error:
+        raise UserError(f"--lora_target_modules: {error}") from None
+
+
+def prepare_data(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> Data:
+    """Encode the examples, or read them from the cache, split them, and plan the batches."""
     tokenizer = BaseModel(config.base_model, config.trust_remote_code).tokenizer()
     # One process of each node tokenises, the others read its cache.
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
@@ -58,91 +128,72 @@ def run(config: TrainConfig) -> None:
             config.cache_dir,
             progress=arguments.local_process_index == 0,
         )
-    train_rows, held_out = split(rows, config)
-    options = config.length_pool, config.token_budget, config.sampling_temperature
-    sampler = batch_sampler(train_rows, arguments, *options)
-    collator = Collator(tokenizer.pad_token_id, config.train_on_inputs)
-    say = print if arguments.process_index == 0 else lambda *_, **__: None
-    say(describe(config, arguments, sampler, rows), file=sys.stderr, flush=True)
-    facts = run_facts(config, arguments, tasks)
-    if resume:
-        check_same_run(resume, facts, devices=not config.check)
-    if config.check:
-        say("every setting is fine", file=sys.stderr)
-        return
-    join(config.deepspeed)
+    train, held_out = split(rows, config.val_set_size, config.seed)
+    columns = row_columns(train)
+    return Data(
+        train,
+        held_out,
+        sampler=make_sampler(config, arguments, columns["length"], columns["task_id"]),
+        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
+        note=f"{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}",
+    )
+
+
+def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """(training examples, held-out examples or None): ``held_out`` examples drawn by the seed."""
+    if not held_out:
+        return rows, None
+    if held_out >= len(rows):
+        raise UserError(f"val_set_size must be below the number of examples, {len(rows)}, not {held_out}")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
+
+
+def run_configuration(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> dict:
+    """What ``run.json`` holds: the flags and what they stand for on this machine."""
+    return {
+        "settings": config.to_json(),
+        "tasks": tasks.to_json(),
+        "data_sha256": files.sha256(config.data_path),
+        "base_fingerprint": BaseModel(config.base_model).fingerprint(),
+        "dtype": str(choose_dtype(config.dtype)),
+        "no_decay": list(layer_class(config.adapter_config(tasks).method).no_decay) if config.weight_decay else [],
+        "world_size": arguments.world_size,
+    }
+
+
+def deciding_facts(configuration: dict) -> dict[str, object]:
+    """Of a run configuration, what decides the weights besides its flags, by the words of an error.
+
+    Titles and columns of the tasks do not. None where an earlier version did not record it.
+    """
+    return {
+        "the data file": configuration.get("data_sha256"),
+        "the tasks": TaskSet.from_json(configuration["tasks"], "the run configuration").answers_sha256,
+        "the base model's files": configuration.get("base_fingerprint"),
+        "the dtype that --dtype auto means": configuration.get("dtype"),
+        "the parameters without weight decay": configuration.get("no_decay", []),
+    }
+
+
+def build_model(config: TrainConfig, adapter: AdapterConfig, arguments: TrainingArguments) -> PreTrainedModel:
+    """The base model with the adapter, as the seed draws it."""
+    distributed.init_deepspeed(config)
     set_seed(config.seed)
-    with base_in(config.dtype):
+    with distributed.loading_base(config.dtype):
         model = BaseModel(config.base_model, config.trust_remote_code).load(config.dtype)
-    keep_freed_memory(arguments.device.type)
     if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if tried_on(arguments.device, config):
-        arguments = training_arguments(fitted(config, model, train_rows, collator, arguments.device))
-        sampler = batch_sampler(train_rows, arguments, *options)
-        say(describe_batch(arguments, sampler), file=sys.stderr, flush=True)
-    trained, total = mtl_lora.trainable_parameters(model)
-    say(f"training {trained:,} of {total:,} weights ({100 * trained / total:.3f} %)", file=sys.stderr, flush=True)
-    # From here on the folder is this run's: whatever can be wrong was found before an older run is deleted.
-    claim_output(config, arguments, facts)
-    trainer = TaskTrainer(
-        model=model,
-        args=arguments,
-        tasks=tasks,
-        origin=origin_of(config, tasks, facts["base_fingerprint"]),
-        collator=collator,
-        sampler=sampler,
-        train_dataset=train_rows,
-        eval_dataset=held_out,
-        callbacks=[LogFile(config.output_dir), RankedDropout()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.save_model(config.output_dir)
-    if arguments.process_index == 0:
-        write_analysis(config.output_dir)
-    trainer.accelerator.wait_for_everyone()
-    say(f"saved the adapter to {config.output_dir}", file=sys.stderr)
+    trainable, total = mtl_lora.trainable_parameters(model)
+    log(arguments, f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    return model
 
 
-def check_files(config: TrainConfig) -> None:
-    """Raise ``UserError`` for an input file or package that is not there; nothing is loaded yet."""
-    check_launch(config.deepspeed, config.dtype, config.batch_size)
-    if not Path(config.data_path).is_file():
-        raise UserError(
-            f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
-            "or pass --data_path FILE"
-        )
-    if config.wandb_project:
-        require_package("wandb", "--wandb_project")
-    if config.tensorboard:
-        require_package("tensorboard", "--tensorboard")
-
-
-def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
-    """Raise ``UserError`` for target modules the model does not have, from its configuration alone."""
-    model = BaseModel(config.base_model, config.trust_remote_code).structure()
-    try:
-        find_targets(model, adapter)
-    except UserError as error:
-        raise UserError(f"--lora_target_modules: {error}") from None
-
-
-def split(rows: datasets.Dataset, config: TrainConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """(training rows, held-out rows or None): ``val_set_size`` rows drawn by the seed."""
-    if not config.val_set_size:
-        return rows, None
-    if config.val_set_size >= len(rows):
-        raise UserError(f"val_set_size must be below the number of rows, {len(rows)}, not {config.val_set_size}")
-    order = np.random.default_rng(config.seed).permutation(len(rows))
-    return rows.select(np.sort(order[config.val_set_size :])), rows.select(np.sort(order[: config.val_set_size]))
-
-
-def origin_of(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Origin:
-    """What a checkpoint of this run says of its base, prompt and tasks."""
+def provenance(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Origin:
+    """What a checkpoint of this run records of its base model, prompt and tasks."""
     return checkpoint.Origin(
         base_model=config.base_model,
         base_fingerprint=base_fingerprint,
@@ -152,47 +203,3 @@ def origin_of(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> che
         train_settings=config.to_json(),
         commit=checkout_commit(),
     )
-
-
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The Trainer's arguments; making them joins the process group of a distributed launch."""
-    saving = "steps" if config.save_step else "no"
-    report_to = (["wandb"] if config.wandb_project else []) + (["tensorboard"] if config.tensorboard else [])
-    if config.wandb_project:
-        os.environ["WANDB_PROJECT"] = config.wandb_project
-    if config.tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
-    arguments = TrainingArguments(
-        output_dir=config.output_dir,
-        per_device_train_batch_size=config.micro_batch_rows,
-        per_device_eval_batch_size=config.micro_batch_rows,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type=config.lr_scheduler_type,
-        optim="adamw_torch",
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        save_strategy=saving,
-        save_steps=max(config.save_step, 1),
-        save_total_limit=config.save_total_limit or None,
-        eval_strategy=saving if config.val_set_size else "no",
-        eval_steps=max(config.save_step, 1),
-        seed=config.seed,
-        use_cpu=not torch.cuda.is_available(),
-        deepspeed=config.deepspeed,
-        report_to=report_to or "none",
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
-        # The base already has its dtype and adapter weights stay float32, so nothing is left to autocast.
-        bf16=False,
-        fp16=False,
-    )
-    # Several GPUs without a launcher would mean DataParallel, whose threads the task route does not reach.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

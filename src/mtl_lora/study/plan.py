@@ -1,51 +1,296 @@
-"""What ``--check`` prints: every experiment with its seeds, trained weights and command lines."""
+"""From a grid to jobs: the samples of the data, and for every run the command lines and what decides their result."""
 
+import dataclasses
+import functools
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
+import random
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from mtl_lora.report.render import trainable_text
-from mtl_lora.report.results import Trainable
-from mtl_lora.study.grid import Experiment
-from mtl_lora.study.jobs import Job
-from mtl_lora.study.planner import Planner, Run
+from mtl_lora import files
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.tasks import TaskSet
+from mtl_lora.report.study_model import Sample
+from mtl_lora.report.table import trainable_text
+from mtl_lora.results import Trainable
+from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 
-
-def plan(planner: Planner, chosen: Sequence[Experiment], candidates: dict[str, list[Run]]) -> str:
-    """A text of a few lines an experiment; ``candidates`` are the runs of each search."""
-    study = planner.study
-    lines, total = [f"{study.grid.name}: {study.grid.about}"], 0
-    for name, runs in candidates.items():
-        count = sum(len(run.jobs) for run in runs)
-        values = ", ".join(f"{run.value:g}" for run in runs)
-        lines.append(f"search of {study.search.flag} for {name}: {values}; runs: {count}")
-        total += count
-    jobs = {
-        experiment.name: [job for seed in study.seeds(experiment) for job in planner.run(experiment, seed).jobs]
-        for experiment in chosen
-    }
-    weights = _trained_weights({name: own[0] for name, own in jobs.items() if own[0].train})
-    for experiment in chosen:
-        own = jobs[experiment.name]
-        facts = [f"runs: {len(own)}", *([weights[experiment.name]] if experiment.name in weights else [])]
-        lines.append(f"{experiment.name}; {', '.join(facts)}")
-        lines += [f"    {command}" for command in own[0].commands]
-        total += len(own)
-    lines.append(f"every recipe is fine; {total} runs in {planner.folder}")
-    return "\n".join(lines)
+SAMPLE_SEED = 0
+# A job's commands: the class of their flags, and what a flag must affect to be part of the job's configuration.
+_DECIDING = {"train": (TrainConfig, "weights"), "evaluate": (EvalConfig, "answers")}
+_TEST_DATA, _BASE = "the test data (sha256)", "the base model (fingerprint)"
 
 
-def _trained_weights(jobs: dict[str, Job]) -> dict[str, str]:
-    """What each recipe trains, in words; counted in a process of its own, for a study loads no model."""
-    asked = json.dumps([job.train for job in jobs.values()])
-    words = [sys.executable, "-m", "mtl_lora.language.weights"]
-    done = subprocess.run(words, input=asked, capture_output=True, text=True)
-    if done.returncode:
-        return dict.fromkeys(jobs, "trained weights not counted")
-    return {
-        name: f"trained weights not counted ({count})"
-        if isinstance(count, str)
-        else f"trained weights, M (%): {trainable_text(Trainable(*count))}"
-        for name, count in zip(jobs, json.loads(done.stdout), strict=True)
-    }
+def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
+    """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
+    if not most:
+        return list(examples)
+    order = list(range(len(examples)))
+    random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
+    return [examples[index] for index in sorted(order[:most])]
+
+
+def _file_of(examples: Iterable[Example]) -> bytes:
+    keys = ("instruction", "input", "output", "answer", "task_id")
+    return files.records_bytes([{key: getattr(example, key) for key in keys} | example.extra for example in examples])
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Training examples or test sets of a study. path: as flags name it; used: how many, of which files by sha256.
+
+    content: the files to write; none where the user's own are read.
+    """
+
+    path: Path
+    used: Sample
+    content: dict[Path, bytes]
+
+
+class Data:
+    """The data of a study: ``train(only)``, ``test`` and, for a search, ``dev``, sampled into the study's folder.
+
+    Where nothing is sampled, the user's own files are read. Raises ``UserError`` for data that are missing or wrong.
+    """
+
+    def __init__(self, grid: Grid, folder: Path):
+        self._grid, self._folder, self._source = grid, folder / "data", Path(grid.train["data_path"])
+        self._require(self._source, "the training examples")
+        self._examples: dict[str, list[Example]] = {name: [] for name in grid.tasks.names}
+        for example in load_examples(self._source, grid.tasks):
+            self._examples[grid.tasks[example.task_id].name].append(example)
+        self.test = self._questions("test", Path(grid.evaluate["data_dir"]), grid.test_records)
+        self.dev = None
+        if grid.search:
+            self.dev = self._questions("dev", Path(grid.search.data_dir), grid.search.records)
+            equal = self.dev.used.source_sha256.items() & self.test.used.source_sha256.items()
+            if shared := sorted(name for name, _ in equal):
+                raise UserError(
+                    f"the grid {grid.path}, search: {grid.search.data_dir} holds the same questions of "
+                    f"{', '.join(shared)} as the test sets; choose by a development set"
+                )
+
+    @functools.cache  # noqa: B019 - a study has one such object, as long as it runs
+    def train(self, only: tuple[str, ...] = ()) -> Part:
+        """The training examples, of all tasks or ``only`` of some."""
+        most, source = self._grid.train_records, {"train": files.sha256(self._source)}
+        if missing := [name for name in only if not self._examples[name]]:
+            raise UserError(f"{self._source} has no examples of {', '.join(missing)}")
+        chosen = {name: found for name, found in self._examples.items() if found and name in (only or self._examples)}
+        of = {name: len(examples) for name, examples in chosen.items()}
+        if not only and not most:
+            return Part(self._source, Sample(of, of, source, source), {})
+        kept = {name: sampled(examples, most, name) for name, examples in chosen.items()}
+        path = self._folder / ("_".join(["train", *only]) + ".json")
+        content = _file_of(example for examples in kept.values() for example in examples)
+        counts = {name: len(examples) for name, examples in kept.items()}
+        return Part(path, Sample(counts, of, {"train": files.sha256_of(content)}, source), {path: content})
+
+    def _questions(self, name: str, source: Path, most: int) -> Part:
+        """The questions of every task that is scored."""
+        target, used, contents = self._folder / name if most else source, Sample({}, {}, {}, {}), {}
+        for task in self._grid.scored:
+            path = self._require(source / task / "test.json", "the test file")
+            examples = load_examples(path, self._grid.tasks, task, closed=True)
+            kept = sampled(examples, most, task)
+            used.records[task], used.of[task] = len(kept), len(examples)
+            used.sha256[task] = used.source_sha256[task] = files.sha256(path)
+            if most:
+                content = contents[target / task / "test.json"] = _file_of(kept)
+                used.sha256[task] = files.sha256_of(content)
+        return Part(target, used, contents)
+
+    def _require(self, path: Path, what: str) -> Path:
+        if not path.is_file():
+            prepare = self._grid.prepare
+            way_out = f"make it with `{prepare}`" if prepare else "name its place in the grid"
+            raise UserError(f"{what} {path} cannot be found; {way_out}")
+        return path
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedJob:
+    """One training and its evaluation in one folder; ``train`` None: an evaluation of the base model alone.
+
+    label: for progress lines. kind: jobs of one kind take about as long. train, evaluate: flags of the two commands.
+    data: the parts that are read, by name. base_fingerprint: of the base model's weights, where it is known.
+    """
+
+    label: str
+    kind: tuple[str, str]
+    folder: Path
+    train: dict | None
+    evaluate: dict
+    launcher: str
+    data: dict[str, Part]
+    tasks: TaskSet
+    base_fingerprint: str | None = None
+
+    @functools.cached_property
+    def configuration(self) -> dict[str, object]:
+        """What decides the result, flat: ``train.lora_r``, ..., data, tasks and base model by their hashes."""
+        found = {f"the {name} data (sha256)": part.used.sha256 for name, part in self.data.items()}
+        found |= {"launcher": self.launcher, "the tasks (sha256)": self.tasks.answers_sha256}
+        found |= {_BASE: self.base_fingerprint} if self.base_fingerprint else {}
+        for step in self.steps:
+            (config, effect), flags = _DECIDING[step], getattr(self, step)
+            values = config(**flags).to_json()
+            found |= {f"{step}.{name}": values[name] for name in config.names_affecting(effect)}
+        return found
+
+    def changes(self, earlier: dict[str, object]) -> dict[str, tuple[object, object]]:
+        """Where the configuration that a folder was made by, by any version, differs: what was, what is, by key."""
+        then, now = _complete(earlier), self.configuration
+        known = {_BASE} if {_BASE} <= then.keys() & now.keys() else set()
+        keys = sorted((then.keys() | now.keys()) - {_BASE} | known)
+        return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+    @property
+    def steps(self) -> list[str]:
+        """The names of the commands."""
+        return ["evaluate"] if self.train is None else ["train", "evaluate"]
+
+    @property
+    def commands(self) -> list[str]:
+        """The command lines, as one would type them."""
+        return [shlex.join(self.command(step, self.launcher)) for step in self.steps]
+
+    def command(self, step: str, launcher: str, **more) -> list[str]:
+        """The words of a command, with ``more`` flags."""
+        words = shlex.split(launcher)
+        # DeepSpeed's launcher has its own flag for a module, and would put --local_rank before the command's name.
+        words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
+        words += ["mtl_lora", step]
+        for name, value in (getattr(self, step) | more).items():
+            words += [f"--{name}", _spelled(value)]
+        return words
+
+
+def keeps_training(changes: Iterable[str]) -> bool:
+    """Whether a job with these ``PlannedJob.changes`` has the same trained weights."""
+    return all(key.startswith("evaluate.") or key == _TEST_DATA for key in changes)
+
+
+def _complete(earlier: dict[str, object]) -> dict[str, object]:
+    """A stored configuration in today's terms: flags that it lacks had their default, or what was fixed before them.
+
+    Version 0.1.0 stored the given flags alone, and the whole task set, titles included.
+    """
+    found = {key: value for key, value in earlier.items() if key.partition(".")[0] not in _DECIDING}
+    if "tasks" in found:
+        found["the tasks (sha256)"] = TaskSet.from_json(found.pop("tasks")).answers_sha256
+    for step, (config, effect) in _DECIDING.items():
+        deciding = config.names_affecting(effect) if any(key.startswith(f"{step}.") for key in earlier) else ()
+        for flag in (flag for flag in config.flags() if flag.name in deciding):
+            names = [f"{step}.{name}" for name in (flag.name, *flag.metadata.get("aliases", ()))]
+            default = flag.metadata.get("before", flag.default)
+            found[names[0]] = next((earlier[name] for name in names if name in earlier), default)
+    return found
+
+
+def _spelled(value: object) -> str:
+    """A flag's value as the command line reads it."""
+    if isinstance(value, list):
+        plain = all(not set(entry) & set(",[]'\"") for entry in value)
+        return ",".join(value) if plain else json.dumps(value)
+    return "none" if value is None else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """An experiment with one seed: one job, or with ``alone`` one for every task. value: of the searched flag."""
+
+    experiment: ExperimentConfig
+    seed: int | None
+    folder: Path
+    jobs: list[PlannedJob]
+    value: float | None = None
+
+
+class Plan:
+    """Makes the runs of a study in a folder; raises ``UserError`` for wrong data and flags.
+
+    with_fingerprint: make the base model's weights, if they are on this machine, part of every configuration.
+    """
+
+    def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
+        self.grid, self.folder, self.data = grid, folder, Data(grid, folder)
+        self._fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
+
+    def _base_model(self):
+        from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
+
+        return BaseModel(self.grid.train["base_model"], self.grid.train.get("trust_remote_code", False))
+
+    def runs(self, experiment: ExperimentConfig, chosen: float | None = None) -> list[PlannedRun]:
+        """The runs of all seeds; ``chosen``: the value that the search gave its flag."""
+        flags, runs = {} if chosen is None else {self.grid.search.flag: chosen}, []
+        for seed in experiment.seeds:
+            folder, label = self.folder / "runs" / experiment.slug, experiment.name
+            if seed is not None:
+                folder, label = folder / f"seed{seed}", f"{label} seed {seed}"
+            jobs = self._jobs(experiment, folder, label, "run", {**flags, "seed": seed}, self.data.test)
+            runs.append(PlannedRun(experiment, seed, folder, list(jobs), chosen))
+        return runs
+
+    def trials(self, name: str) -> list[PlannedRun]:
+        """The short trainings of the search for an experiment, one for each value."""
+        experiment, search, runs = self.grid.experiment(name), self.grid.search, []
+        for value in search.values:
+            folder = self.folder / "search" / experiment.slug / f"{search.flag}_{value:g}"
+            label = f"{name} {search.flag} {value:g} (search)"
+            flags = {**search.train, search.flag: value, "seed": search.seed}
+            jobs = self._jobs(experiment, folder, label, "search", flags, self.data.dev)
+            runs.append(PlannedRun(experiment, search.seed, folder, list(jobs), value))
+        return runs
+
+    def _jobs(
+        self, experiment: ExperimentConfig, folder: Path, label: str, stage: str, flags: dict, test: Part
+    ) -> Iterator[PlannedJob]:
+        """The jobs of a run. stage: ``run`` or ``search``; flags: of the training, over those of the experiment."""
+        grid, where = self.grid, f"the grid {self.grid.path}, experiment {experiment.name!r}"
+        for task in (experiment.only_tasks or grid.scored) if experiment.alone else [None]:
+            place = folder / task if task else folder
+            train, data = None, {"test": test}
+            evaluate = {key: grid.train[key] for key in FROM_TRAIN if key in grid.train}
+            if experiment.train is not None:
+                data["train"] = self.data.train((task,) if task else tuple(experiment.only_tasks))
+                train = {**grid.train, **experiment.train, **flags}
+                train |= {"data_path": str(data["train"].path), "output_dir": str(place)}
+                TrainConfig.from_json(train, f"{where}, train")
+                evaluate = {"checkpoint": str(place)}
+            evaluate |= {**grid.evaluate, **experiment.evaluate, **({"tasks": [task]} if task else {})}
+            evaluate |= {"data_dir": str(test.path), "output_dir": str(place), "name": experiment.name}
+            EvalConfig.from_json(evaluate, f"{where}, evaluate")
+            label_of, kind = f"{label} {task}" if task else label, (stage, experiment.name)
+            known = (grid.launcher, data, grid.tasks, self._fingerprint)
+            yield PlannedJob(label_of, kind, place, train, evaluate, *known)
+
+    def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
+        """The lines that ``--check`` prints: every experiment with its trainable parameters and command lines."""
+        model, grid, total = self._base_model(), self.grid, 0
+        yield f"{grid.name}: {grid.about}"
+        for name, runs in trials.items():
+            jobs, values = jobs_of(runs), ", ".join(f"{run.value:g}" for run in runs)
+            total += len(jobs)
+            yield f"search of {grid.search.flag} for {name}: {values}; jobs: {len(jobs)}"
+        for experiment in chosen:
+            jobs = jobs_of(self.runs(experiment))
+            total += len(jobs)
+            facts = f"{experiment.name}; jobs: {len(jobs)}"
+            try:
+                if train := jobs[0].train:
+                    count = model.count(TrainConfig(**train).adapter_config(grid.tasks))
+                    facts += f", trainable parameters, M (%): {trainable_text(Trainable(*count))}"
+            except UserError as error:
+                facts += f", trainable parameters not counted ({error})"
+            yield "\n    ".join([facts, *jobs[0].commands])
+        yield f"every job's flags are valid; {total} jobs in {self.folder}"
+
+
+def jobs_of(runs: Iterable[PlannedRun]) -> list[PlannedJob]:
+    """The jobs of runs, in order."""
+    return [job for run in runs for job in run.jobs]

@@ -1,93 +1,94 @@
-"""The output folder of a run: whose it is, what the run was told, and from where it may go on."""
+"""The output folder of a run: its run configuration, and which checkpoint a run may resume from."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from mtl_lora import artifacts, files
-from mtl_lora.adapter import checkpoint
-from mtl_lora.base_model import BaseModel, choose_dtype
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.tasks import TaskSet
-from mtl_lora.training.trainer import LOG_NAME, checkpoints
+from mtl_lora.training.config import TrainingConfig
 
-RUN_NAME = "run.json"
-_OWN_FILES = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, LOG_NAME, RUN_NAME, artifacts.ADAPTER_ANALYSIS)
-# Settings that may change between a run and its continuation, for they do not touch a weight.
-_FREE = {
-    "output_dir",
-    "cache_dir",
-    "data_path",  # the data's bytes are compared instead
-    "tasks_file",  # the tasks are compared instead
-    "save_step",
-    "save_total_limit",
-    "logging_steps",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "wandb_project",
-    "tensorboard",
-    "check",
-    "local_rank",
-}
-_FACTS = {
-    "data_sha256": "the data file",
-    "tasks": "the tasks",
-    "base_fingerprint": "the base model's files",
-    "dtype": "the dtype that --dtype auto means",
-}
+_OWN_FILES = (
+    artifacts.CHECKPOINT_CONFIG,
+    artifacts.CHECKPOINT_WEIGHTS,
+    artifacts.TRAIN_LOG,
+    artifacts.RUN_CONFIG,
+    artifacts.ADAPTER_ANALYSIS,
+)
 
 
-def resume_folder(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, None for a fresh run; raises ``UserError`` if the folder is another run's."""
+def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means, None for a fresh run.
+
+    Raises ``UserError`` where there is none, or where the output folder holds another run.
+    """
     output, asked = Path(config.output_dir), config.resume_from_checkpoint or "false"
     files.require_writable(output)
-    used = any((output / name).exists() for name in _OWN_FILES) or bool(checkpoints(output))
-    if asked.lower() not in ("false", "0", "no"):
-        if config.overwrite_output_dir:
-            raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
-        if asked.lower() in ("true", "1", "yes"):
-            return _last_whole(output)
-        resume = _whole(Path(asked))
-        if used and resume.resolve().parent != output.resolve():
-            raise UserError(f"{output} holds a run, and {resume} is of another; pass an --output_dir that is empty")
-        return resume
-    if used and not config.overwrite_output_dir:
-        raise UserError(
-            f"{output} already holds a run; pass --resume_from_checkpoint True to go on with it, "
-            "--overwrite_output_dir True to delete it, or another --output_dir"
-        )
-    return None
+    found = artifacts.checkpoints(output)
+    used = bool(found) or any((output / name).exists() for name in _OWN_FILES)
+    if asked.lower() in ("false", "0", "no"):
+        if used and not config.overwrite_output_dir:
+            raise UserError(
+                f"{output} already holds a run; pass --resume_from_checkpoint True to resume it, "
+                "--overwrite_output_dir True to delete it, or another --output_dir"
+            )
+        return None
+    if config.overwrite_output_dir:
+        raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
+    if asked.lower() in ("true", "1", "yes"):
+        if not found:
+            raise UserError(f"{output} holds no complete checkpoint; pass --overwrite_output_dir True to start again")
+        return found[-1]
+    checkpoint = Path(asked)
+    if not (checkpoint / artifacts.RESUME_STATE).is_file():
+        raise UserError(f"{checkpoint} holds no resume state; pass a checkpoint-N folder of the run")
+    if used and checkpoint.resolve().parent != output.resolve():
+        raise UserError(f"{output} holds a run that {checkpoint} is not part of; pass an --output_dir that is empty")
+    return checkpoint
 
 
-def _last_whole(output: Path) -> Path:
-    found = checkpoints(output)
-    if not found:
-        raise UserError(f"{output} holds no whole checkpoint; pass --overwrite_output_dir True to begin anew")
-    return found[-1]
+def check_same_run(
+    checkpoint: Path,
+    configuration: dict,
+    flags: type[TrainingConfig],
+    facts: Callable[[dict], dict[str, object]],
+    devices: bool = True,
+) -> None:
+    """Raise ``UserError``, naming what differs, if the run of a checkpoint had other settings or data than this one.
+
+    configuration: this run's, of which ``settings`` are the flags and ``world_size`` the processes. facts: of a run
+    configuration, what decides the weights besides its flags, by the words of the message; None is not compared.
+    devices: whether the number of processes is compared; the single process of ``--check`` does not know it.
+    """
+    path = checkpoint.parent / artifacts.RUN_CONFIG
+    if not path.is_file():
+        raise UserError(f"{checkpoint.parent} has no {artifacts.RUN_CONFIG}, so the settings cannot be compared")
+    earlier = files.read_json(path, "the run configuration")
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("settings"), dict):
+        raise UserError(f"the run configuration {path} must be a JSON object with 'settings'")
+    # A flag that a later version added did then what its default does; one that it renamed has an alias.
+    names = {alias: flag.name for flag in flags.flags() for alias in flag.metadata.get("aliases", ())}
+    before = {flag.name: flag.default for flag in flags.flags()}
+    before |= {names.get(name, name): value for name, value in earlier["settings"].items()}
+    now = configuration["settings"]
+    free = {flag.name for flag in flags.flags()} - flags.names_affecting("weights")
+    changed = [
+        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted((before.keys() | now.keys()) - free)
+        if before.get(name) != now.get(name)
+    ]
+    facts_before, facts_now = facts(earlier), facts(configuration)
+    changed += [what for what, value in facts_now.items() if facts_before[what] not in (None, value)]
+    if devices and earlier.get("world_size") != configuration["world_size"]:
+        changed.append("the devices")
+    if changed:
+        raise UserError(f"{checkpoint} cannot be resumed: the run began with other settings ({'; '.join(changed)})")
 
 
-def _whole(folder: Path) -> Path:
-    if not (folder / "trainer_state.json").is_file():
-        raise UserError(f"{folder} holds no resume state; pass a checkpoint-N folder of the run")
-    return folder
-
-
-def run_facts(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> dict:
-    """What a run is told, as ``run.json`` keeps it."""
-    return {
-        "settings": config.to_json(),
-        "tasks": tasks.to_json(),
-        "data_sha256": files.sha256(config.data_path),
-        "base_fingerprint": BaseModel(config.base_model).fingerprint(),
-        "dtype": str(choose_dtype(config.dtype)),
-        "world_size": arguments.world_size,
-    }
-
-
-def claim_output(config: TrainConfig, arguments: TrainingArguments, facts: dict) -> None:
-    """Make the folder this run's: clear it if told to, and write what the run is told to ``run.json``."""
+def claim_output(config: TrainingConfig, arguments: TrainingArguments, configuration: dict) -> None:
+    """Make the output folder this run's: delete an older run if configured, and write the run configuration."""
     output = Path(config.output_dir)
     with arguments.main_process_first(local=False):
         if arguments.process_index:
@@ -95,30 +96,6 @@ def claim_output(config: TrainConfig, arguments: TrainingArguments, facts: dict)
         if config.overwrite_output_dir:
             for name in _OWN_FILES:
                 (output / name).unlink(missing_ok=True)
-            for folder in checkpoints(output):
+            for folder in artifacts.checkpoints(output):
                 shutil.rmtree(folder)
-        files.write_json(output / RUN_NAME, facts)
-
-
-def check_same_run(resume: Path, facts: dict, devices: bool = True) -> None:
-    """Raise ``UserError`` if a run began with other data or settings than it is to go on with.
-
-    devices: whether the number of processes is compared; the one process of a check says nothing of it.
-    """
-    path = resume.parent / RUN_NAME
-    if not path.is_file():
-        raise UserError(f"{resume.parent} has no {RUN_NAME}, so it cannot be told whether the settings are the same")
-    earlier = files.read_json(path, "what the run was told,")
-    # A flag that came with a later version did then what its default does.
-    before, now = TrainConfig().to_json() | earlier["settings"], facts["settings"]
-    changed = [
-        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted((before.keys() | now.keys()) - _FREE)
-        if before.get(name) != now.get(name)
-    ]
-    # What a later version came to note is compared where an earlier one noted it.
-    changed += [what for key, what in _FACTS.items() if key in earlier and earlier[key] != facts[key]]
-    if devices and earlier["world_size"] != facts["world_size"]:
-        changed.append("the devices")
-    if changed:
-        raise UserError(f"{resume} cannot go on: the run began with other settings ({'; '.join(changed)})")
+        files.write_json(output / artifacts.RUN_CONFIG, configuration)

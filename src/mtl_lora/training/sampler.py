@@ -1,9 +1,8 @@
-"""Batches of rows of similar length in which, over any short stretch of steps, each task keeps its share.
+"""Batches of examples of similar length in which, over any short stretch of steps, each task keeps its proportion.
 
-A plan is a pure function of (seed, epoch): every process computes it and takes its own rows, so nothing is sharded
-again, no row is repeated, and a resumed run sees the rows it would have seen. Two options: batches by padded tokens
-instead of rows, and more equal shares of the tasks (``mtl_lora.training.shares``), in which case rows of small tasks do
-come again.
+A plan is a pure function of (seed, epoch): every process computes it and takes its own examples, so nothing is sharded
+a second time, no example is repeated, and a resumed run sees the examples it would have seen. Two options: batches
+by padded tokens, or more equal proportions of the tasks, in which case examples of small tasks do come again.
 """
 
 from collections.abc import Iterator
@@ -12,14 +11,108 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from mtl_lora.errors import UserError
-from mtl_lora.training.order import balanced_order, stratified_rows
 
-# Rows are sorted by length within pools of so many batches: enough to leave almost no padding, few enough that a
-# batch differs from epoch to epoch.
+# Examples are sorted by length within pools of this many batches: enough to leave almost no padding, few enough that
+# a batch differs from epoch to epoch.
 LENGTH_POOL = 128
-# Over any WINDOW steps each task stays within two points of its share: of the rows, or of the tokens where tokens are
-# what batches are measured in.
+# Over any WINDOW steps each task stays within two percentage points of its proportion: of the examples, or of the
+# tokens with a token budget.
 WINDOW = 50
+# Candidates for the next step in the greedy order; more did not keep the proportions any better.
+_CANDIDATES = 512
+# The greedy order aims a little below the two percentage points that are promised.
+_AIM = 0.015
+
+
+# ---- proportions of the tasks ----
+
+
+def examples_per_task(counts: np.ndarray, temperature: float) -> np.ndarray:
+    """Examples of each task in an epoch, (T,), summing to the size of the data.
+
+    counts: (T,), the examples n_t of each task. Task t's proportion is that of n_t^(1 / temperature), rounded by the
+    largest remainder: 1 gives the data's own, a large temperature nearly equal ones (arXiv 1910.10683, section 3.5.2).
+    """
+    weights = np.where(counts > 0, counts, 1) ** (1 / temperature) * (counts > 0)
+    exact = counts.sum() * weights / weights.sum()
+    taken = np.floor(exact).astype(np.int64)
+    missing = counts.sum() - taken.sum()
+    taken[np.argsort(taken - exact, kind="stable")[:missing]] += 1
+    return taken
+
+
+def sample_cyclically(examples: np.ndarray, count: int, seed: int, task_id: int, epoch: int) -> np.ndarray:
+    """The ``count`` examples of a task that an epoch takes, in order: sampling without replacement.
+
+    A task cycles through reshuffled passes that continue across epochs, so no example comes again before every other
+    example of its task has come as often.
+    """
+    first = epoch * count // len(examples)
+    last = ((epoch + 1) * count - 1) // len(examples)
+    # task_id + 1, because numpy takes (a, b) and (a, b, 0) for one seed, and (seed, epoch) is in use.
+    passes = [
+        np.random.default_rng([seed, number, task_id + 1]).permutation(examples) for number in range(first, last + 1)
+    ]
+    start = epoch * count - first * len(examples)
+    return np.concatenate(passes)[start : start + count]
+
+
+def stratified_order(
+    task_ids: np.ndarray, temperature: float, seed: int, epoch: int, generator: np.random.Generator
+) -> np.ndarray:
+    """The examples of an epoch in a random order in which those of each task are spread evenly.
+
+    With a temperature of 1 every example comes once, else each task as often as ``examples_per_task`` says.
+    """
+    ids, of_task = np.unique(task_ids, return_inverse=True)
+    taken = examples_per_task(np.bincount(of_task), temperature)
+    examples, positions = [], []
+    for number, task_id in enumerate(ids):
+        own = np.flatnonzero(of_task == number)
+        if temperature == 1:
+            own = generator.permutation(own)
+        else:
+            own = sample_cyclically(own, taken[number], seed, int(task_id), epoch)
+        examples.append(own)
+        positions.append((np.arange(len(own)) + generator.random()) / len(own))
+    return np.concatenate(examples)[np.argsort(np.concatenate(positions), kind="stable")]
+
+
+def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.ndarray, window: int) -> list[int]:
+    """An order of the steps (arrays of examples) in which every ``window`` of them hold each task's proportion.
+
+    task_ids and weights: (examples,); an example counts as its weight, and steps should be of similar weight. Greedy:
+    of the next few hundred steps, the one that brings the running counts closest to the tasks' proportions, and that
+    above all does not let the last ``window`` steps stray.
+    """
+    if not steps:
+        return []
+    tasks = int(task_ids.max()) + 1
+    counts = [np.bincount(task_ids[step], weights=weights[step], minlength=tasks) for step in steps]
+    counts = np.array(counts, dtype=np.float32)
+    sizes = counts.sum(axis=1, dtype=np.float64)
+    size = float(sizes.mean())
+    excess = counts - (sizes / size).astype(np.float32)[:, None] * counts.mean(axis=0)
+    following, waiting = list(range(len(steps)))[:_CANDIDATES], list(range(_CANDIDATES, len(steps)))[::-1]
+    candidates = excess[following]
+    drifts, order = [np.zeros_like(excess[0])], []
+    for _ in range(len(steps)):
+        drift = candidates + drifts[-1]
+        stray = np.abs(drift - drifts[max(0, len(drifts) - window)]).max(axis=1)
+        over = np.maximum(stray - _AIM * window * size, 0)
+        best = int(np.argmin((drift**2).sum(axis=1) + 10 * over * (size + over)))
+        order.append(following[best])
+        drifts.append(drift[best])
+        if waiting:
+            following[best] = waiting.pop()
+            candidates[best] = excess[following[best]]
+        else:
+            following.pop(best)
+            candidates = np.delete(candidates, best, axis=0)
+    return order
+
+
+# ---- the steps of an epoch ----
 
 
 def plan_epoch(
@@ -31,22 +124,22 @@ def plan_epoch(
     length_pool: int = LENGTH_POOL,
     temperature: float = 1.0,
 ) -> list[np.ndarray]:
-    """Row indices of each global batch of an epoch: every row once, the last batch perhaps smaller.
+    """Indices of the examples of each global batch of an epoch: each once, the last batch perhaps smaller.
 
-    lengths (tokens) and task_ids: (rows,). batch_size: rows of an optimiser step over all processes. length_pool:
-    batches sorted by length together; with 1, every batch holds each task's share of rows. temperature: other than 1,
-    the epoch has as many rows, but of each task as many as ``mtl_lora.training.shares`` says.
+    lengths (tokens) and task_ids: (examples,). batch_size: examples of an optimiser step over all processes.
+    length_pool: batches sorted by length together; with 1, every batch holds each task's proportion. temperature:
+    other than 1, the epoch is as long, but holds as many of each task as ``examples_per_task`` says.
     """
     generator = np.random.default_rng([seed, epoch])
-    order = stratified_rows(task_ids, temperature, seed, epoch, generator)
-    whole = len(order) - len(order) % batch_size
-    order, rest = order[:whole], order[whole:]
+    order = stratified_order(task_ids, temperature, seed, epoch, generator)
+    full = len(order) - len(order) % batch_size
+    order, rest = order[:full], order[full:]
     pool = batch_size * length_pool
     batches = []
-    for start in range(0, whole, pool):
-        rows = order[start : start + pool]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches.extend(generator.permutation(rows.reshape(-1, batch_size)))
+    for start in range(0, full, pool):
+        pooled = order[start : start + pool]
+        pooled = pooled[np.argsort(lengths[pooled], kind="stable")]
+        batches.extend(generator.permutation(pooled.reshape(-1, batch_size)))
     batches = [batches[index] for index in balanced_order(batches, task_ids, np.ones(len(task_ids)), WINDOW)]
     if len(rest):
         batches.append(rest[np.argsort(lengths[rest], kind="stable")])
@@ -54,37 +147,31 @@ def plan_epoch(
 
 
 def plan_by_tokens(
-    lengths: np.ndarray,
-    task_ids: np.ndarray,
-    token_budget: int,
-    parts: int,
-    seed: int,
-    epoch: int,
-    temperature: float = 1.0,
+    lengths: np.ndarray, task_ids: np.ndarray, token_budget: int, parts: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Row indices of each global batch of an epoch, as many as ``parts`` micro-batches of ``token_budget`` tokens hold.
+    """Indices of the examples of each global batch, as many as ``parts`` micro-batches of ``token_budget`` tokens hold.
 
-    The rows of an epoch are sorted by length, those of one length at random, and cut into steps by ``step_sizes``. So
-    the number of steps follows from the lengths alone and, without a temperature, is that of every epoch, which the
-    Trainer relies on; within pools drawn anew it would not be. Fewer than ``parts`` rows are left out, others in every
-    epoch.
+    The examples of an epoch are sorted by length, those of one length at random, and cut into steps by
+    ``step_sizes``. So the number of steps follows from the lengths alone and is that of every epoch, which the Trainer
+    relies on; within pools drawn for each epoch it would not be. Fewer than ``parts`` examples are left out, others in
+    every epoch.
     """
     generator = np.random.default_rng([seed, epoch])
-    order = stratified_rows(task_ids, temperature, seed, epoch, generator)
+    order = stratified_order(task_ids, 1.0, seed, epoch, generator)
     sizes = step_sizes(lengths[order], token_budget, parts)
-    rows = order[: sum(sizes)]
-    rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    steps = [step[::-1] for step in np.split(rows, np.cumsum(sizes)[:-1])] if sizes else []
+    taken = order[: sum(sizes)]
+    taken = taken[np.argsort(-lengths[taken], kind="stable")]
+    steps = [step[::-1] for step in np.split(taken, np.cumsum(sizes)[:-1])] if sizes else []
     steps = [steps[index] for index in generator.permutation(len(steps))]
     return [steps[index] for index in balanced_order(steps, task_ids, lengths, WINDOW)]
 
 
 def step_sizes(lengths: np.ndarray, token_budget: int, parts: int) -> list[int]:
-    """Rows of each step where rows of these lengths are taken from the longest to the shortest.
+    """Examples of each step where examples of these lengths are taken from the longest to the shortest.
 
-    A step that begins with a row of length L has ``parts`` micro-batches of floor(token_budget / L) rows, and the last
-    step what is left, if that is a row for each micro-batch. Should others than the shortest rows be left out, the
-    sizes still keep to the budget: rows then move up, to places of rows at least as long.
+    A step that begins with an example of length L has ``parts`` micro-batches of floor(token_budget / L) examples, and
+    the last step what is left, if that is an example for each micro-batch. If others than the shortest examples are
+    left out, the sizes still keep to the budget: examples then move up, to places of examples at least as long.
     """
     lengths = np.sort(lengths)[::-1]
     sizes, start = [], 0
@@ -94,17 +181,17 @@ def step_sizes(lengths: np.ndarray, token_budget: int, parts: int) -> list[int]:
     return sizes
 
 
-class LengthBatchSampler(Sampler[list[int]]):
+class LengthGroupedBatchSampler(Sampler[list[int]]):
     """The micro-batches of one process, ``accumulation`` of them a step.
 
-    Each has at most ``batch_size`` rows or, with a ``token_budget``, at most so many tokens with its padding (rows
-    times the longest). A step's global batch, of ``batch_size * accumulation * world_size`` rows or of
+    Each has at most ``batch_size`` examples or, with a ``token_budget``, at most that many tokens with its padding
+    (examples times the longest). A step's global batch, of ``batch_size * accumulation * world_size`` examples or of
     ``accumulation * world_size`` token budgets, is the same for any split of that product, so one process and many
-    take the same steps. Its rows are sorted by length and dealt out in consecutive runs, so processes that work at the
-    same time have similar work. Where the last, smaller batch cannot give every micro-batch a row, its rows are left
-    out of that epoch.
+    take the same steps. Its examples are sorted by length and dealt out in consecutive runs, so processes that work at
+    the same time have similar work. Where the last, smaller batch cannot give every micro-batch an example, its
+    examples are left out of that epoch.
 
-    Raises ``UserError`` where that would leave no step at all, and for a row longer than the token budget.
+    Raises ``UserError`` where that would leave no step at all, and for an example longer than the token budget.
     """
 
     def __init__(
@@ -125,14 +212,19 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.length_pool, self.token_budget, self.temperature, self.epoch = length_pool, token_budget, temperature, 0
         if token_budget and self.lengths.max(initial=0) > token_budget:
             raise UserError(
-                f"token_budget must be at least the longest row's {self.lengths.max()} tokens, not {token_budget}; "
+                f"token_budget must be at least the longest example's {self.lengths.max()} tokens, not {token_budget}; "
                 "raise it, or lower cutoff_len"
             )
-        self.steps_per_epoch = self._steps_of_pass(0)
+        if token_budget:
+            self.steps_per_epoch = len(step_sizes(self.lengths, token_budget, self.parts))
+        else:
+            full, rest = divmod(len(self.lengths), self.global_batch_size)
+            self.steps_per_epoch = full + (rest >= self.parts)
         if not self.steps_per_epoch:
             raise UserError(
-                f"{len(self.lengths)} training rows are too few for a step of {accumulation} x {world_size} "
-                "micro-batches (gradient_accumulation_steps x devices); lower gradient_accumulation_steps or add rows"
+                f"{len(self.lengths)} training examples are too few for a step of {accumulation} x {world_size} "
+                "micro-batches (gradient_accumulation_steps x devices); lower gradient_accumulation_steps or add "
+                "examples"
             )
 
     @property
@@ -142,7 +234,7 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of one optimiser step over all processes, without a token budget."""
+        """Examples of one optimiser step over all processes, without a token budget."""
         return self.batch_size * self.parts
 
     def set_epoch(self, epoch: int) -> None:
@@ -153,45 +245,23 @@ class LengthBatchSampler(Sampler[list[int]]):
         return self.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self.steps():
-            micro_batches = np.array_split(rows, self.parts)
+        for examples in self.steps():
+            micro_batches = np.array_split(examples, self.parts)
             for index in range(self.rank, self.parts, self.world_size):
                 yield micro_batches[index].tolist()
 
-    def steps(self) -> Iterator[np.ndarray]:
-        """The rows of each optimiser step of the epoch, over all processes.
-
-        Every epoch has as many steps as the first. With both a token budget and a temperature passes over the data
-        need a step more or fewer, for each draws other rows: then they follow one another without regard to where an
-        epoch ends, and nothing is left out or comes twice.
-        """
-        number, start = self.epoch, 0
-        if self._passes_differ:
-            number, start = 0, self.epoch * self.steps_per_epoch
-            while start >= (steps := self._steps_of_pass(number)):
-                number, start = number + 1, start - steps
-        left = self.steps_per_epoch
-        while left:
-            steps = self._plan(number)[start : start + left]
-            yield from steps
-            number, start, left = number + 1, 0, left - len(steps)
-
-    @property
-    def _passes_differ(self) -> bool:
-        return bool(self.token_budget) and self.temperature != 1
-
-    def _plan(self, number: int) -> list[np.ndarray]:
+    def steps(self) -> list[np.ndarray]:
+        """The examples of each optimiser step of the epoch, over all processes; every epoch has as many steps."""
         data = self.lengths, self.task_ids
         if self.token_budget:
-            return plan_by_tokens(*data, self.token_budget, self.parts, self.seed, number, self.temperature)
-        plan = plan_epoch(*data, self.global_batch_size, self.seed, number, self.length_pool, self.temperature)
+            return plan_by_tokens(*data, self.token_budget, self.parts, self.seed, self.epoch)
+        plan = plan_epoch(*data, self.global_batch_size, self.seed, self.epoch, self.length_pool, self.temperature)
         return plan[: self.steps_per_epoch]
 
-    def _steps_of_pass(self, number: int) -> int:
-        if not self.token_budget:
-            whole, rest = divmod(len(self.lengths), self.global_batch_size)
-            return whole + (rest >= self.parts)
-        rows = slice(None)
-        if self._passes_differ:
-            rows = stratified_rows(self.task_ids, self.temperature, self.seed, number, np.random.default_rng(0))
-        return len(step_sizes(self.lengths[rows], self.token_budget, self.parts))
+    def __str__(self) -> str:
+        """One line on the global batch."""
+        one = f"{self.token_budget:,} tokens with padding" if self.token_budget else f"{self.batch_size} examples"
+        size = f"about {len(self.lengths) / self.steps_per_epoch:.0f}" if self.token_budget else self.global_batch_size
+        split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
+        steps = f"{self.steps_per_epoch:,} steps an epoch"
+        return f"global batch: {one} (per device) x {split}, {size} examples; {steps}"

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with task routing, answer-only logits, length-sorted batches and small checkpoints.
+"""transformers' Trainer for many tasks: weighted losses of any system, grouped batches, small checkpoints, logs.
 
 The Trainer takes an injected model for a full model and reserves adapter-only saving for PEFT, so loading and
 saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
@@ -7,58 +7,116 @@ saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this l
 import contextlib
 import json
 import os
-import re
 import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import PrinterCallback
 
+from mtl_lora import artifacts
 from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
-from mtl_lora.language.collate import Collator
-from mtl_lora.language.loss import TaskLosses, token_losses
-from mtl_lora.language.tasks import TaskSet
-from mtl_lora.language.token_cache import row_columns
-from mtl_lora.training.distributed import gathered_adapter_state
-from mtl_lora.training.sampler import LENGTH_POOL, LengthBatchSampler
+from mtl_lora.training.config import TrainingConfig
+from mtl_lora.training.distributed import deepspeed_file, gathered_adapter_state
+from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
-LOG_NAME = "train_log.jsonl"
 _STAGING = ".saving"
+Batch = Mapping[str, torch.Tensor]
 
 
-def batch_sampler(
-    rows: datasets.Dataset,
-    arguments: TrainingArguments,
-    length_pool: int = LENGTH_POOL,
-    token_budget: int = 0,
-    temperature: float = 1.0,
-) -> LengthBatchSampler:
-    """This process's micro-batches; raises ``UserError`` as ``LengthBatchSampler`` does."""
-    columns = row_columns(rows)
-    return LengthBatchSampler(
-        columns["length"],
-        columns["task_id"],
-        arguments.per_device_train_batch_size,
-        arguments.seed,
-        accumulation=arguments.gradient_accumulation_steps,
+def training_arguments(config: TrainingConfig) -> TrainingArguments:
+    """The Trainer's arguments; making them joins the process group of a distributed launch."""
+    saving = "steps" if config.save_step else "no"
+    arguments = TrainingArguments(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type=config.lr_scheduler_type,
+        optim="adamw_torch",
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy=saving,
+        save_steps=max(config.save_step, 1),
+        save_total_limit=config.save_total_limit or None,
+        eval_strategy=saving if config.val_set_size else "no",
+        eval_steps=max(config.save_step, 1),
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
+        report_to=["wandb"] * bool(config.wandb_project) + ["tensorboard"] * config.tensorboard or "none",
+        disable_tqdm=True,  # ``Progress`` shows one bar
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        # The base already has its dtype and adapter parameters stay float32, so nothing is left to autocast.
+        bf16=False,
+        fp16=False,
+    )
+    # Several GPUs without a launcher would mean DataParallel, whose threads the task route does not reach.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def make_sampler(
+    config: TrainingConfig, arguments: TrainingArguments, lengths: np.ndarray, task_ids: np.ndarray
+) -> LengthGroupedBatchSampler:
+    """This process's micro-batches of examples with these lengths and task ids, (N,); raises as the sampler does."""
+    return LengthGroupedBatchSampler(
+        lengths,
+        task_ids,
+        config.batch_size,
+        config.seed,
+        accumulation=config.gradient_accumulation_steps,
         world_size=arguments.world_size,
         rank=arguments.process_index,
-        length_pool=length_pool,
-        token_budget=token_budget,
-        temperature=temperature,
+        length_pool=config.length_pool,
+        token_budget=config.token_budget,
+        temperature=config.sampling_temperature,
     )
 
 
+class TaskLosses:
+    """Weighted losses and weights by task since the last reading, kept on the device: no synchronisation."""
+
+    def __init__(self, tasks: int):
+        self.tasks = tasks
+        self.sums: torch.Tensor | None = None
+
+    def add(self, losses: torch.Tensor, weights: torch.Tensor, task_ids: torch.Tensor) -> None:
+        """Add losses (N,) with their weights (N,) to their tasks (N,)."""
+        if self.sums is None:
+            self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=losses.device)
+        weights = weights.detach().double()
+        self.sums.index_add_(1, task_ids, torch.stack([losses.detach().double() * weights, weights]))
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sums of weighted losses, sums of weights), each (T,), over all processes; starts from zero again."""
+        sums = torch.zeros(2, self.tasks, dtype=torch.float64) if self.sums is None else self.sums
+        self.sums = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return sums[0].cpu(), sums[1].cpu()
+
+
 @contextlib.contextmanager
-def adapters_attached(model):
+def trainable_when_quantised(model: nn.Module):
     """A block in which transformers takes a quantised base with our adapters for one that may be trained.
 
-    The Trainer refuses a base in 4 or 8 bits unless it carries adapters, and asks for those by PEFT's mark alone.
+    The Trainer refuses a base in 4 or 8 bits unless it carries adapters, which it recognises by PEFT's mark alone.
     """
     before = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = True
@@ -69,51 +127,78 @@ def adapters_attached(model):
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader whose batch sampler is told the epoch by the Trainer."""
+    """A DataLoader that passes the epoch on from the Trainer to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
 
 
-class TaskTrainer(Trainer):
-    """Trains an injected model on encoded rows (see ``mtl_lora.language.token_cache``)."""
+class MultiTaskTrainer(Trainer):
+    """Trains an injected model of any system.
+
+    losses: ``(model, batch) -> losses (N,), weights (N,), task ids (N,)``, where an entry is whatever the system counts
+    (a token, an example, a pixel). The loss of a step is the weighted sum over the sum of the weights of the whole
+    step: all its micro-batches in all processes. collator: examples to a batch, which holds besides what ``losses``
+    needs ``loss_weight``, a scalar: the sum of the weights that ``losses`` will give. tasks: names in id order.
+    provenance: what the system records in every checkpoint. eval_lengths: (examples,), by which ``eval_dataset`` is
+    sorted into batches.
+    """
 
     def __init__(
         self,
         *,
-        tasks: TaskSet,
-        origin: checkpoint.Origin,
-        collator: Collator,
-        sampler: LengthBatchSampler | None = None,
+        losses: Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        collator: Callable[[Sequence], Batch],
+        tasks: Sequence[str],
+        sampler: LengthGroupedBatchSampler,
+        provenance: checkpoint.Origin,
+        eval_lengths: np.ndarray | None = None,
         **options,
     ):
-        self.tasks, self.origin, self.sampler = tasks, origin, sampler
-        self.task_losses = TaskLosses(len(tasks))
-        with adapters_attached(options["model"]):
+        self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
+        self.eval_lengths, self.task_losses = eval_lengths, TaskLosses(len(self.tasks))
+        with trainable_when_quantised(options["model"]):
             super().__init__(data_collator=collator, **options)
-        # compute_loss below divides by the supervised tokens of the whole step, so the Trainer shall count them and
-        # shall not divide again by the number of micro-batches.
+        # compute_loss divides by the weights of the whole step; the Trainer must not divide by the micro-batches too.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.remove_callback(PrinterCallback)
+        for callback in (LogFile(self.args.output_dir), RankedDropout(), Progress()):
+            self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Each process's own micro-batches; not handed to accelerate, which would shard them once more."""
+        """Each process's own micro-batches; not handed to accelerate, which would shard them a second time."""
         return EpochLoader(
             self.train_dataset,
-            batch_sampler=self.sampler or batch_sampler(self.train_dataset, self.args),
+            batch_sampler=self.sampler,
             collate_fn=self.data_collator,
             pin_memory=self.args.device.type == "cuda",
         )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of this micro-batch's token losses over the supervised tokens of the whole step.
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Besides norms and biases, weight decay spares what an adapter layer declares as ``no_decay``."""
+        names, spared = super().get_decay_parameter_names(model), set()
+        # Without weight decay the groups stay those in the optimiser states of earlier versions.
+        if self.args.weight_decay:
+            spared = {f"{name}.{key}" for name, layer in adapter_layers(model).items() for key in layer.no_decay}
+        return [name for name in names if name not in spared]
 
-        The mean per process or micro-batch would weigh tokens by how long other answers are; gradients are averaged
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """The sum of the weights of a step, () float32, over all its micro-batches and processes."""
+        total = sum((batch["loss_weight"] for batch in batch_samples), torch.zeros(())).to(device)
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total.clamp(min=torch.finfo(total.dtype).tiny)  # a step without any weight has a loss of zero
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of this micro-batch's losses over the weights of the whole step.
+
+        A mean per process or micro-batch would weigh an entry by how many others come with it; gradients are averaged
         over processes afterwards, hence the factor.
         """
-        losses, task_ids = token_losses(model, inputs)
-        self.task_losses.add(losses, task_ids)
-        return losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        losses, weights, task_ids = self.losses(model, inputs)
+        self.task_losses.add(losses, weights, task_ids)
+        return (losses * weights).sum() / num_items_in_batch * self.accelerator.num_processes
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: the Trainer's formula is for full fine-tuning."""
@@ -122,38 +207,35 @@ class TaskTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss per task since the last log line."""
         if "loss" in logs:
-            sums, counts = self.task_losses.read()
-            for task in self.tasks:
-                if counts[task.id]:
-                    logs[f"loss/{task.name}"] = (sums[task.id] / counts[task.id]).item()
+            logs |= self._by_task("loss", *self.task_losses.read())
         super().log(logs, start_time)
+
+    def _by_task(self, key: str, sums: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
+        """Mean loss of every task that has any weight, as ``key/task``."""
+        means = zip(self.tasks, sums.tolist(), weights.tolist(), strict=True)
+        return {f"{key}/{task}": total / weight for task, total, weight in means if weight}
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Mean token loss on held-out rows, over all and per task, exact for any split into batches."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        losses = TaskLosses(len(self.tasks))
-        lengths = row_columns(rows)["length"]
+        """Mean loss on held-out examples, over all and per task, exact for any split into batches."""
+        examples, losses = self.eval_dataset, TaskLosses(len(self.tasks))
+        lengths = np.zeros(len(examples)) if self.eval_lengths is None else self.eval_lengths
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model = self.model_wrapped
         model.eval()
         size = self.args.per_device_eval_batch_size
-        # ZeRO-3 gathers weights in every forward, so all processes take the same number of batches.
-        batches = -(-len(rows) // (size * self.args.world_size))
+        # ZeRO-3 gathers parameters in every forward, so all processes take the same number of batches.
+        batches = -(-len(examples) // (size * self.args.world_size))
         for index in range(batches):
             chosen = order[index * size : (index + 1) * size]
-            batch = self.data_collator([rows[int(row)] for row in (chosen if len(chosen) else [0])])
-            token_loss, task_ids = token_losses(model, self._prepare_inputs(batch))
+            batch = self.data_collator([examples[int(row)] for row in (chosen if len(chosen) else [0])])
+            found = self.losses(model, self._prepare_inputs(batch))
             if len(chosen):
-                losses.add(token_loss, task_ids)
+                losses.add(*found)
         model.train()
-        sums, counts = losses.read()
-        metrics = {f"{metric_key_prefix}_loss": (sums.sum() / counts.sum()).item()}
-        metrics |= {
-            f"{metric_key_prefix}_loss/{task.name}": (sums[task.id] / counts[task.id]).item()
-            for task in self.tasks
-            if counts[task.id]
-        }
+        sums, weights = losses.read()
+        key = f"{metric_key_prefix}_loss"
+        metrics = {key: (sums.sum() / weights.sum()).item(), **self._by_task(key, sums, weights)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -164,13 +246,13 @@ class TaskTrainer(Trainer):
         """Write the adapter alone; all processes take part, the first one writes."""
         state = gathered_adapter_state(self.model)
         if self.args.should_save:
-            checkpoint.save(self.model, output_dir or self.args.output_dir, self.origin, state)
+            checkpoint.save(self.model, output_dir or self.args.output_dir, self.provenance, state)
 
     def _get_output_dir(self, trial) -> str:
         return os.path.join(self.args.output_dir, _STAGING) if getattr(self, "_saving", False) else self.args.output_dir
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save beside the run and rename when whole, so that a run killed while saving resumes from the one before."""
+        """Save beside the run and rename when complete: a run killed while saving resumes from the one before."""
         staging = Path(self.args.output_dir) / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -182,18 +264,15 @@ class TaskTrainer(Trainer):
             self._saving = False
         self._barrier()
         if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            target = Path(self.args.output_dir) / name
+            (complete,) = artifacts.checkpoints(staging)
+            target = Path(self.args.output_dir) / complete.name
             shutil.rmtree(target, ignore_errors=True)
-            (staging / name).replace(target)
+            complete.replace(target)
             shutil.rmtree(staging, ignore_errors=True)
-            self._remove_old_checkpoints()
+            kept = self.args.save_total_limit
+            for folder in artifacts.checkpoints(self.args.output_dir)[: -kept or None] if kept else []:
+                shutil.rmtree(folder, ignore_errors=True)
         self._barrier()
-
-    def _remove_old_checkpoints(self) -> None:
-        kept = self.args.save_total_limit
-        for folder in checkpoints(self.args.output_dir)[: -kept or None] if kept else []:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -230,21 +309,11 @@ class TaskTrainer(Trainer):
             torch.distributed.barrier()
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = []
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-        if number and (folder / "trainer_state.json").is_file():
-            found.append((int(number.group(1)), folder))
-    return [folder for _, folder in sorted(found)]
-
-
 class LogFile(TrainerCallback):
     """Appends every log line to ``train_log.jsonl``; a resumed run first drops lines after its checkpoint."""
 
     def __init__(self, output_dir: str | Path):
-        self.path = Path(output_dir) / LOG_NAME
+        self.path = Path(output_dir) / artifacts.TRAIN_LOG
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -268,8 +337,40 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+class Progress(TrainerCallback):
+    """What a person sees of a training: a bar with the latest loss on a terminal, else a line for every log line."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.terminal = sys.stderr.isatty()
+        hidden = not (self.terminal and state.is_world_process_zero)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=hidden,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}")
+        names = {"eval_loss": "validation loss", "train_loss": "mean training loss"}
+        for key, name in (names if self.terminal else {"loss": "loss", **names}).items():
+            if key in logs:
+                self.bar.write(f"step {state.global_step} of {state.max_steps}: {name} {logs[key]:.4f}", sys.stderr)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
 class RankedDropout(TrainerCallback):
-    """Gives each process its own dropout masks; weights were drawn before, alike on all."""
+    """Gives each process its own dropout masks; parameters were drawn before, alike on all."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         torch.manual_seed(args.seed + args.process_index)

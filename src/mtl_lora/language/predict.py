@@ -1,0 +1,132 @@
+"""``mtl-lora predict`` and ``Predictor``: the answers of a trained adapter, or of a base model alone, to any examples.
+
+An example is a JSON object with ``instruction`` (and ``input``), and ``task`` or ``task_id`` where several tasks are
+mixed; its other fields are kept. A result has ``index`` (its place, from 0), the example's other fields, ``task`` and
+``answer``; where options were scored, ``scores`` (log-probabilities in nats) and ``probabilities`` (among the
+options) by option; where text was generated, ``text``.
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mtl_lora import files
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import PROTOCOLS, AnswerConfig, PredictConfig
+from mtl_lora.language.evaluator import Evaluator, answer_all, process_group
+from mtl_lora.language.examples import parse_example, read_values
+from mtl_lora.language.predictions import Predictions, check_settings, claim
+from mtl_lora.language.questions import Question, encode_questions
+
+
+class Predictor:
+    """Answers examples in Python; the model is loaded with the first of them.
+
+        predictor = Predictor("output/run")
+        predictor.predict([{"instruction": "Is the sky blue?"}], task="boolq")
+        # [{"index": 0, "task": "boolq", "answer": "true", "scores": {...}, "probabilities": {...}}]
+
+    checkpoint: folder of an adapter, which names its base model, prompt and tasks. flags: any other flag of
+    ``mtl-lora predict`` (``base_model``, ``peft``, ``tasks_file``, ``dtype``, ``batch_size`` ...), by name. Raises
+    ``UserError`` as the command does.
+    """
+
+    def __init__(self, checkpoint: str | Path | None = None, **flags):
+        path = None if checkpoint is None else str(checkpoint)
+        self.evaluator = Evaluator(AnswerConfig(checkpoint=path, **flags))
+
+    def predict(
+        self, examples: Sequence[Mapping | str], task: str | None = None, mode: str | None = None
+    ) -> list[dict]:
+        """One result per example, in their order; a string is an instruction alone.
+
+        task: of all examples that name none. mode: ``score``, ``generate``, or None: score where there are options.
+        """
+        if mode not in (None, *PROTOCOLS):
+            raise UserError(f"mode must be one of {', '.join(PROTOCOLS)}, or None, not {mode!r}")
+        values = [{"instruction": example} if isinstance(example, str) else dict(example) for example in examples]
+        by_protocol = _questions(values, self.evaluator, task, mode, "the examples")
+        self.evaluator.prepare(by_protocol)
+        if by_protocol:
+            self.evaluator.load()
+        results = []
+        for protocol, questions in by_protocol.items():
+            for batch in self.evaluator.batches(questions):
+                lines = self.evaluator.answer(batch, protocol)
+                results += [_result(question, line) for question, line in zip(batch, lines, strict=True)]
+        return [result for _, result in sorted(results, key=lambda pair: pair[0])]
+
+
+def run(config: PredictConfig) -> None:
+    """Answer every example of the input file that has no answer yet, then write the output file whole.
+
+    Until then the answers lie in ``<output>.partial``, from which the same command resumes.
+    """
+    evaluator = Evaluator(config)
+    by_protocol = _questions(read_values(Path(config.input)), evaluator, config.task, config.mode, config.input)
+    evaluator.prepare(by_protocol)
+    output, partial = Path(config.output), Path(f"{config.output}.partial")
+    settings = evaluator.settings(config.mode or "score, generate for free text")
+    settings |= {"input_sha256": files.sha256(config.input), "task": config.task}
+    _check_output(config, output, partial, settings)
+    questions = [question for part in by_protocol.values() for question in part]
+    if config.check:
+        print(f"every setting is fine; {len(questions):,} examples", file=sys.stderr)
+        return
+    with process_group() as processes:
+        if processes.rank == 0:
+            claim(partial, settings, config.overwrite)
+        processes.barrier()
+        for protocol, part in by_protocol.items():
+            answer_all(evaluator, protocol, part, partial, processes)
+        if processes.rank == 0:
+            lines = Predictions(partial).read()
+            results = sorted(
+                (_result(question, lines[question.key]) for question in questions), key=lambda pair: pair[0]
+            )
+            files.write_text(output, "".join(json.dumps(one, ensure_ascii=False) + "\n" for _, one in results))
+            shutil.rmtree(partial)
+
+
+def _check_output(config: PredictConfig, output: Path, partial: Path, settings: dict) -> None:
+    """Raise ``UserError`` for an output that cannot be written, is there already, or is another prediction's half."""
+    files.require_writable(output.parent)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; pass the path of a file")
+    if config.overwrite:
+        return
+    if output.exists() and not partial.exists():
+        raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")
+    check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
+
+
+def _questions(
+    values: Sequence[object], evaluator: Evaluator, task: str | None, mode: str | None, source: str
+) -> dict[str, list[Question]]:
+    """The questions by the protocol that answers them; raises ``UserError`` naming source and example."""
+    if task is not None:
+        evaluator.tasks[task]  # an unknown name is an error of the flag, not of an example
+    tasks = evaluator.tasks
+    task = tasks.names[0] if task is None and len(tasks) == 1 else task
+    examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
+    by_protocol: dict[str, list[Question]] = {}
+    for question in encode_questions(examples, tasks, evaluator.encoder, source) if examples else ():
+        protocol = mode or ("score" if question.options else "generate")
+        by_protocol.setdefault(protocol, []).append(question)
+    return by_protocol
+
+
+def _result(question: Question, line: Mapping) -> tuple[int, dict]:
+    """(index, what is returned for an example) from its prediction line."""
+    index = question.example.index
+    result = {"index": index, **question.example.extra, "task": question.task.name, "answer": line["parsed"]}
+    if "text" in line:
+        return index, result | {"text": line["text"]}
+    highest = max(line["scores"])
+    total = sum(math.exp(score - highest) for score in line["scores"])
+    scores = dict(zip(question.options, line["scores"], strict=True))
+    probabilities = {option: math.exp(score - highest) / total for option, score in scores.items()}
+    return index, result | {"scores": scores, "probabilities": probabilities}

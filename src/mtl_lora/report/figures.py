@@ -1,0 +1,374 @@
+"""Figures of studies and runs: whatever they hold numbers for. The same numbers give the same bytes."""
+
+import dataclasses
+import io
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_lora.errors import UserError
+from mtl_lora.files import write_all
+from mtl_lora.report.load import analysis_of, load_studies, log_of
+from mtl_lora.report.study_model import Study
+from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, require, value_text
+from mtl_lora.results import FRACTIONS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("svg", "png")
+# Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
+GREY, LIGHT = "#666666", "#dddddd"
+MOST_WRITTEN = 12  # tasks up to which numbers fit into the cells of a matrix
+_SMOOTHED = 20  # the running mean of a loss is over 1/20 of the lines of its log
+_STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.labelcolor"), GREY),
+    **dict.fromkeys(("grid.color", "xtick.color", "ytick.color"), LIGHT),
+    "ytick.labelcolor": "black",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "mtl-lora",
+    "image.interpolation": "none",
+    "savefig.dpi": 160,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure. name: stem of its file. caption: what it shows, and what bars, bands and colours mean."""
+
+    name: str
+    title: str
+    caption: str
+    figure: "Figure"
+
+    def render(self, style: str) -> bytes:
+        """The figure as ``svg`` or ``png``; nothing in it depends on the time or on the user's settings."""
+        buffer = io.BytesIO()
+        metadata = {"Date": None, "Creator": None, "Title": self.title} if style == "svg" else {"Software": None}
+        with _style():
+            self.figure.savefig(buffer, format=style, metadata=metadata)
+        return buffer.getvalue() if style == "svg" else _with_palette(buffer)
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    """An image of at most 256 colours, which takes half the bytes."""
+    import PIL.Image  # matplotlib brings it
+
+    written = io.BytesIO()
+    PIL.Image.open(png).convert("RGB").quantize(256).save(written, "png", optimize=True)
+    return written.getvalue()
+
+
+def _style():
+    """The settings that figures are made and saved with, whatever the user's own are."""
+    import matplotlib.style
+
+    return matplotlib.style.context(["default", _STYLE])
+
+
+def draw(study: Study) -> list[Drawing]:
+    """Everything that a study or a run has the numbers for, each under a name of its own.
+
+    Raises ``UserError`` with the way out if matplotlib or pandas is not installed.
+    """
+    require("matplotlib", "pandas")
+    found, names = [], Counter()
+    with _style():
+        for drawing in (each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)):
+            names[drawing.name] += 1
+            number = f"_{names[drawing.name]}" if names[drawing.name] > 1 else ""
+            found.append(dataclasses.replace(drawing, name=drawing.name + number))
+    return found
+
+
+def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Draw everything the folders hold numbers for into ``output`` (default: ``figures`` in the one folder).
+
+    Raises ``UserError`` if there is nothing to draw, or several folders and no ``output``.
+    """
+    if output is None and len(runs) > 1:
+        raise UserError("several runs are drawn together; pass --output DIR for their figures")
+    own = Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent
+    folder, studies, contents = Path(output) if output else own / "figures", load_studies(runs), {}
+    for study in studies:
+        prefix = f"{_slug(study.name)}_" if len(studies) > 1 else ""
+        for drawing in draw(study):
+            contents |= {folder / f"{prefix}{drawing.name}.{style}": drawing.render(style) for style in formats}
+    if not contents:
+        raise UserError(f"there is nothing to draw in {', '.join(map(str, runs))}")
+    write_all(contents)
+    return list(contents)
+
+
+# ---- what all figures share ----
+
+
+def look(index: int) -> dict:
+    """Colour, marker and line of a study's index-th experiment: of seven, any one of the three tells it apart."""
+    turned = (index + index // len(COLOURS)) % len(COLOURS)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[turned], "linestyle": LINES[turned]}
+
+
+def _slug(text: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower() or "unnamed"
+
+
+def _width(labels: Collection[str]) -> float:
+    """Inches that the longest label takes."""
+    return 0.075 * max(map(len, labels))
+
+
+def _new_figure(
+    count: int, panel: tuple[float, float], margin: tuple[float, float], title: str, caption: str, *columns: int, **axes
+) -> "tuple[Figure, list[Axes]]":
+    """A grid of ``count`` panels (inches) with its title above and its caption below.
+
+    columns: of those, the number that leaves the fewest places empty.
+    """
+    from matplotlib.figure import Figure
+
+    across = min(count, min(columns, key=lambda columns: -count % columns))
+    down, width = -(-count // across), across * panel[0] + margin[0]
+    lines = textwrap.wrap(caption, int(15 * width))  # letters of its size are about 1/15 inch wide
+    size = (width, down * panel[1] + margin[1] + 0.14 * len(lines))
+    figure = Figure(figsize=size, layout=axes.pop("layout", "constrained"))
+    # Beside the left edge, wherever the panels begin.
+    figure.suptitle(title, x=0.1 / width, ha="left", fontsize=11, fontweight="bold")
+    figure.supxlabel("\n".join(lines), x=0.1 / width, ha="left", fontsize=8, color=GREY)
+    panels = figure.subplots(down, across, squeeze=False, **axes).flatten()
+    for empty in panels[count:]:
+        empty.set_axis_off()
+    return figure, list(panels[:count])
+
+
+def _heat_map(panel: "Axes", matrix, rows: Sequence[str], columns: Sequence[str], limit: float, texts, bold=()):
+    """A matrix with NaN for no value, coloured from -limit to limit. texts: in its cells; bold: places of them."""
+    import numpy as np
+
+    panel.set_facecolor("#f4f4f4")
+    mesh = panel.pcolormesh(np.ma.masked_invalid(matrix), cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white")
+    for (row, column), text in np.ndenumerate(np.array(texts, dtype=object)):
+        ink = "white" if abs(matrix[row][column]) > 0.6 * limit else "black"
+        weight = "bold" if (row, column) in bold else "normal"
+        panel.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=7.5, color=ink, weight=weight)
+    panel.set_yticks([index + 0.5 for index in range(len(rows))], rows)
+    panel.set_ylim(len(rows), 0)
+    _name_columns(panel, [index + 0.5 for index in range(len(columns))], columns)
+    return mesh
+
+
+def _name_columns(panel: "Axes", places: Sequence[float], names: Sequence[str]) -> None:
+    """Slanting names below the columns of a matrix, whose frame goes."""
+    panel.set_xticks(places, names, rotation=40, ha="right", va="center", rotation_mode="anchor")
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+
+
+# ---- results ----
+
+
+def _accuracy(study: Study) -> Iterator[Drawing]:
+    """Every experiment, a panel a task: a point and its interval, and the majority class as a line."""
+    tasks: list[str | None] = list(study.scored)
+    if not tasks:
+        return
+    tasks += [None] if len(tasks) > 1 and any(each.summary.average for each in study.experiments) else []
+    title = FRACTIONS.get(study.metric(tasks[0]), "Results")
+    caption = (
+        f"{title}, fractions in percent; bars: 95 % t interval of the mean over seeds (thick), or one standard error "
+        f"over the questions of a single run (thin); dashed line: {MAJORITY_LABEL}; each panel has its own scale."
+    )
+    labels = [textwrap.shorten(experiment.name, 32, placeholder=" …") for experiment in study.experiments]
+    panel, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
+    figure, panels = _new_figure(len(tasks), panel, margin, title, caption, 4, 3, sharey=True)
+    majority = study.majority | {None: study.average_majority}
+    for panel, task in zip(panels, tasks, strict=True):
+        scale = 100 if study.metric(task) in FRACTIONS else 1
+        for index, value in enumerate(experiment.estimate(task) for experiment in study.experiments):
+            if value:
+                ends = (
+                    None
+                    if value.low is None
+                    else [[scale * (value.mean - value.low)], [scale * (value.high - value.mean)]]
+                )
+                style = {"fmt": look(index)["marker"], "color": look(index)["color"], "capsize": 3}
+                panel.errorbar(
+                    scale * value.mean, index, xerr=ends, elinewidth=0.9 if value.sd is None else 2.4, **style
+                )
+        if majority.get(task) is not None:
+            panel.axvline(scale * majority[task], color="black", linestyle="--", linewidth=1)
+        panel.set_title(study.task_set.title(task) if task else AVERAGE, fontweight=None if task else "bold")
+        panel.grid(axis="x")
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.5, -0.5)
+    yield Drawing("accuracy", title, caption, figure)
+
+
+def _transfer(study: Study) -> Iterator[Drawing]:
+    """What training together does to each task: together minus alone, with intervals."""
+    import numpy as np
+
+    if not study.transfer:
+        return
+    title = "Trained together, minus trained alone"
+    caption = (
+        "Difference in percentage points, its 95 % interval below it, in bold where that leaves out 0. Red: worse "
+        "together; blue: better."
+    )
+    cells = [[*(row.tasks.get(task) for task in study.scored), row.average] for row in study.transfer]
+    matrix = np.array([[100 * cell.difference if cell else np.nan for cell in row] for row in cells])
+    labels = [row.label for row in study.transfer]
+    columns = [*(study.task_set.title(task) for task in study.scored), AVERAGE]
+    size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
+    figure, panels = _new_figure(1, size, margin, title, caption, 1)
+    texts, bold = np.full(matrix.shape, "", dtype=object), set()
+    for place, cell in ((place, cells[place[0]][place[1]]) for place in np.ndindex(matrix.shape)):
+        if cell:
+            interval = f"\n{interval_text(cell, signed=True)}" if cell.low is not None else ""
+            texts[place] = f"{value_text(cell.difference, signed=True)}{interval}".replace("-", "−")
+            bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
+    mesh = _heat_map(panels[0], matrix, labels, columns, max(1.0, float(np.nanmax(np.abs(matrix)))), texts, bold)
+    figure.colorbar(mesh, ax=panels, shrink=0.7, aspect=30, label="percentage points")
+    yield Drawing("transfer", title, caption, figure)
+
+
+# ---- trainings ----
+
+
+def _loss(study: Study) -> Iterator[Drawing]:
+    """Training loss by step, a panel a task and one over all: every experiment a line, its seeds as a band."""
+    import pandas
+    from matplotlib.ticker import MaxNLocator
+
+    groups: dict[str, list] = {}
+    for index, experiment in enumerate(study.experiments):
+        if experiment.has_log:
+            logs = [log for run in experiment.runs if (log := log_of(study, run))]
+            groups.setdefault(experiment.group, []).append((index, experiment.name, logs))
+    for group, trained in groups.items():
+        title, name = ("Training loss", "training_loss")
+        if len(groups) > 1:
+            title, name = f"{title}, {group}", f"{name}_{_slug(group)}"
+        caption = (
+            f"Loss by training step, running mean over 1/{_SMOOTHED} of the log; over several seeds their mean, and a "
+            "band from the lowest to the highest."
+        )
+        having = {task for _, _, logs in trained for log in logs for task in log}
+        tasks = [task for task in study.task_set.columns if task in having]
+        tasks += [""] if len(tasks) != 1 else []
+        margin = (0.4 + (_width([name for _, name, _ in trained]) + 0.8 if len(trained) > 1 else 0), 0.8)
+        figure, panels = _new_figure(len(tasks), (2.5, 1.9), margin, title, caption, 4, 3, sharex=True)
+        lines = {}
+        for task, panel in zip(tasks, panels, strict=True):
+            for index, label, logs in trained:
+                curves = [pandas.Series(log[task]) for log in logs if log.get(task)]
+                if not curves:
+                    continue
+                curves = [each.rolling(max(1, len(each) // _SMOOTHED), min_periods=1).mean() for each in curves]
+                # A line of the log lacks a task that no row of its steps was of.
+                frame = pandas.concat(curves, axis=1).sort_index().interpolate("index", limit_direction="both")
+                low, high, style = frame.min(axis=1), frame.max(axis=1), look(index)
+                panel.fill_between(frame.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                marks = {"markersize": 4, "markevery": max(1, len(frame) // 8), "linewidth": 1.3}
+                (lines[label],) = panel.plot(frame.index, frame.mean(axis=1), **style, **marks)
+            panel.set_title(study.task_set.title(task) if task else "All tasks", fontweight=None if task else "bold")
+            panel.set_ylim(bottom=0)
+            # Few enough for any width: were there more once the layout is settled, the last could reach over the edge.
+            panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
+            panel.grid()
+            panel.tick_params(labelbottom=True)
+        if len(trained) > 1:
+            figure.legend(lines.values(), lines.keys(), loc="outside right upper", handlelength=3)
+        yield Drawing(name, title, caption, figure)
+
+
+def _mixture(study: Study) -> Iterator[Drawing]:
+    """With which weights each task mixes up-projections or experts, layer by layer.
+
+    Of an experiment's first run: the order of the parts is another one with each seed.
+    """
+    import numpy as np
+
+    for experiment in study.experiments:
+        found = [(run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture]
+        if not found:
+            continue
+        (run, analysis), modules = found[0], {}
+        for layer in (layer for layer in analysis.layers if layer in analysis.mixture):
+            row = np.ravel(np.array(analysis.mixture[layer], dtype=float))
+            modules.setdefault(layer.rpartition(".")[2], []).append(row)
+        if all(np.isnan(row).all() for rows in modules.values() for row in rows):
+            continue  # a training that went to NaN
+        width = len(row)
+        labels = [study.task_set.title(task) for task in analysis.tasks]
+        parts = width // len(labels)
+        title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")
+        caption = (
+            f"Each row a layer, from the first (above) to the last; within a task's columns its weights of the {parts} "
+            f"up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g})."
+        )
+        height = min(max(1.0, 0.085 * max(map(len, modules.values()))), 4) + 0.6 + 0.7 * _width(labels)
+        panel = (min(max(2.6, 0.12 * width + 0.6), 5.5), height)
+        figure, panels = _new_figure(len(modules), panel, (1, 0.6), title, caption, 2)
+        top = max(np.nanmax(rows) for rows in modules.values())
+        for panel, (name, rows) in zip(panels, modules.items(), strict=True):
+            image = panel.imshow(rows, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+            panel.set_title(name)
+            panel.yaxis.get_major_locator().set_params(integer=True)
+            apart = -(-len(labels) // 24)
+            _name_columns(panel, np.arange(0, len(labels), apart) * parts + (parts - 1) / 2, labels[::apart])
+            for index in range(1, len(labels)):
+                panel.axvline(index * parts - 0.5, color="white", linewidth=1.2 / apart)
+        figure.colorbar(image, ax=panels, shrink=0.7, aspect=30, label="weight")
+        yield Drawing(f"mixture_{_slug(experiment.name)}", title, caption, figure)
+
+
+def _similarity(study: Study) -> Iterator[Drawing]:
+    """How alike the tasks are to an adapter: cosines of Lambda_t and of updates, and of updates by module.
+
+    Each a heat map a kind, the mean over seeds.
+    """
+    import numpy as np
+
+    for experiment in study.experiments:
+        analyses = [each for run in experiment.runs if (each := analysis_of(study, run)) and len(each.tasks) > 1]
+        for name, title, found in (
+            ("similarity", "Similarity of tasks", [each.similarities for each in analyses]),
+            ("similarity_by_module", "Similarity of tasks' updates", [a.update_similarity_by_module for a in analyses]),
+        ):
+            if not any(found):
+                continue
+            title = f"{title}, {experiment.name}"
+            labels = [study.task_set.title(task) for task in analyses[0].tasks]
+            written = len(labels) <= MOST_WRITTEN
+            caption = (
+                f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where "
+            )
+            caption += "one of the two is zero." + ("" if written else f" Numbers: for up to {MOST_WRITTEN} tasks.")
+            side = max(1.9, (0.42 if written else 0.2) * len(labels))
+            panel, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
+            shared = {"layout": "compressed", "sharex": True, "sharey": True}
+            figure, panels = _new_figure(len(found[0]), panel, margin, title, caption, 3, 2, **shared)
+            for kind, panel in zip(found[0], panels, strict=True):
+                seeds = np.array([of_seed[kind] for of_seed in found if kind in of_seed], dtype=float)
+                matrix = np.ma.masked_invalid(seeds).mean(axis=0).filled(np.nan)
+                # A zero that rounding left has no sign.
+                texts = [
+                    ["" if v != v else f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix
+                ]
+                mesh = _heat_map(panel, matrix, labels, labels, 1.0, texts if written else [[]])
+                panel.set(title=kind, aspect="equal")
+            figure.colorbar(mesh, ax=panels, shrink=0.7, aspect=30, label="cosine")
+            yield Drawing(f"{name}_{_slug(experiment.name)}", title, caption, figure)

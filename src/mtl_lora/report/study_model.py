@@ -1,0 +1,297 @@
+"""``study.json``: the experiments of a study with their runs, summaries over seeds and comparisons.
+
+``mtl_lora.study`` writes it through these classes (schema 2), tables, figures and pages read it through them. Schema 1
+is read for ever; the two differ in the results by task alone, of which schema 2 names the metric.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_lora import artifacts, files
+from mtl_lora.errors import UserError
+from mtl_lora.results import TaskNames, TaskResult, Trainable, average_of
+from mtl_lora.typed_json import UNWRITTEN, Reader, Text, object_of, read_object
+
+STUDY_SCHEMA = 2
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval, where one is known.
+
+    Over seeds: ``sd`` is the standard deviation, ``low`` to ``high`` the 95 % t interval of the mean. Of a single
+    run: ``sd`` is None and the interval, where there is one, a standard error over the questions to each side.
+    """
+
+    mean: float
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def over_seeds(cls, values: Sequence[float]) -> "Estimate":
+        """Mean, standard deviation (n - 1) and Student t interval of the mean; of a single value the mean alone."""
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean)
+        from scipy.special import stdtrit  # the quantile of Student's distribution
+
+        sd = statistics.stdev(values)
+        half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(len(values))
+        return cls(mean, sd, mean - half, mean + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Estimates over the runs of an experiment: by task, and of the average if every task has a result."""
+
+    tasks: dict[str, Estimate]
+    average: Estimate | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One experiment minus another on the same questions, with the 95 % interval of the paired difference."""
+
+    difference: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Differences:
+    """An experiment minus its ``baseline``, by task and on average."""
+
+    baseline: str = ""
+    tasks: dict[str, Difference]
+    average: Difference | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transfer(Differences):
+    """Tasks trained together (``experiment``) minus each trained ``alone``. method: the title of theirs."""
+
+    group: Text
+    method: str = ""
+    experiment: str = ""
+    alone: str = ""
+
+    @property
+    def label(self) -> str:
+        """The experiment, with its group where the name does not say it."""
+        name = self.experiment or self.method
+        return name if self.group in name else f"{self.group}: {name}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training with its evaluation: files (relative to the study's folder), commands, hashes.
+
+    seconds, starts: by step (``train``, ``evaluate``), None where there was none. steps: of the optimiser.
+    """
+
+    folder: str = ""
+    results: str | None = None
+    analysis: str | None = None
+    log: str | None = None
+    commands: list[str] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    starts: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    steps: int | None = None
+    train_commit: str | None = None
+    train_data_sha256: str | None = None
+    adapter_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Job):
+    """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one.
+
+    parts: of tasks that were trained alone, a job a task; the run then has sums of theirs.
+    """
+
+    seed: int | None = None
+    commit: str | None = None
+    test_data_sha256: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
+    average: float | None = None
+    parts: dict[str, Job] = dataclasses.field(default_factory=dict)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The run itself, then its parts."""
+        return [self, *self.parts.values()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Runs that differ in their seed alone. adapters: the number trained by each run, with ``alone`` one a task.
+
+    method: None for the base model. trained_on: tasks. against: this minus a baseline.
+    """
+
+    name: Text
+    method: Text | None = None
+    group: Text = "main"
+    alone: bool = False
+    trainable: Trainable | None = None
+    adapters: int = 0
+    rank: int | None = None
+    learning_rate: float | None = None
+    trained_on: list[str] | None = None
+    runs: list[Run]
+    summary: Summary
+    against: Differences | None = None
+
+    @property
+    def has_log(self) -> bool:
+        """Whether there is a training log of any run."""
+        return any(job.log for run in self.runs for job in run.jobs)
+
+    def estimate(self, task: str | None) -> Estimate | None:
+        """The summary's value of a task, or of the average (None); a single run's has its standard error."""
+        found = self.summary.average if task is None else self.summary.tasks.get(task)
+        if found is None or found.low is not None or len(self.runs) != 1:
+            return found
+        having = [self.runs[0].tasks.get(name) for name in (self.summary.tasks if task is None else [task])]
+        error = None if None in having else average_of(having).stderr
+        return found if error is None else Estimate(found.mean, None, found.mean - error, found.mean + error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One value of the searched flag with its results on development data: the average, and by task."""
+
+    value: object
+    dev: float
+    tasks: dict[str, float] = dataclasses.field(default_factory=dict)
+    commands: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOutcome:
+    """The candidates of the experiment ``name``, and the value that was chosen."""
+
+    name: Text
+    candidates: list[Candidate]
+    chosen: object
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search for the value of ``flag`` by short trainings. train: their flags; questions: by development task."""
+
+    flag: Text
+    data_dir: str | None = None
+    seed: int | None = None
+    train: dict = dataclasses.field(default_factory=dict)
+    questions: dict[str, int] = dataclasses.field(default_factory=dict)
+    dev_data_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    experiments: list[SearchOutcome]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources."""
+
+    records: dict[str, int]
+    of: dict[str, int]
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """``study.json``: experiments in table order and what they were made from.
+
+    grid: what was asked for. commit, versions, device: of the last evaluation; commits, devices: of all. data:
+    ``train`` and ``test``. path: the file, or the folder of a single run, of which facts are the files' contents.
+    """
+
+    name: Text
+    about: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    base_model: str | None = None
+    task_set: TaskNames
+    grid: dict = dataclasses.field(default_factory=dict)
+    grid_sha256: str | None = None
+    commit: str | None = None
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    device: str | None = None
+    commits: list[str | None] = dataclasses.field(default_factory=list)
+    devices: list[str | None] = dataclasses.field(default_factory=list)
+    data: dict[str, Sample] = dataclasses.field(default_factory=dict)
+    experiments: list[Experiment]
+    transfer: list[Transfer] = dataclasses.field(default_factory=list)
+    search: Search | None = None
+    path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
+    facts: dict = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """Read a study's file, or the one in a folder; raises ``UserError`` naming the file and the key."""
+        path = Path(path)
+        path = path / artifacts.STUDY if path.is_dir() else path
+        value = read_object(path, "the study")
+        schema = value.get("schema")
+        if value.get("kind") != "study" or type(schema) is not int or schema not in (1, STUDY_SCHEMA):
+            raise UserError(f"{path} is not a study of schema 1 or {STUDY_SCHEMA}; write it with mtl-lora study")
+        study = cls(**Reader(str(path), schema).fields(cls, value), path=path)
+        if not study.experiments:
+            raise UserError(f"{path}: experiments is empty; run the study first")
+        return study
+
+    def to_json(self) -> dict:
+        """The content of ``study.json``, schema 2."""
+        return {"schema": STUDY_SCHEMA, "kind": "study", **object_of(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole, or not at all."""
+        files.write_json(path, self.to_json())
+
+    @property
+    def groups(self) -> list[str]:
+        """The experiments' groups, in order."""
+        return list(dict.fromkeys(experiment.group for experiment in self.experiments))
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run of every experiment."""
+        return [run for experiment in self.experiments for run in experiment.runs]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every run, and behind one of several jobs each of these."""
+        return [job for run in self.runs for job in run.jobs]
+
+    @property
+    def scored(self) -> list[str]:
+        """Tasks, in column order, with a result in any experiment."""
+        return [name for name in self.task_set.columns if any(name in e.summary.tasks for e in self.experiments)]
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether an experiment has more than one run."""
+        return any(len(experiment.runs) > 1 for experiment in self.experiments)
+
+    def metric(self, task: str | None) -> str:
+        """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
+        return next(
+            (r.metric for run in self.runs for name, r in run.tasks.items() if task in (name, None)), "accuracy"
+        )
+
+    @property
+    def majority(self) -> dict[str, float]:
+        """The majority class's value by task, from the first run that was asked its questions."""
+        results = [(name, result.majority) for run in reversed(self.runs) for name, result in run.tasks.items()]
+        return {name: value for name, value in results if value is not None}
+
+    @property
+    def average_majority(self) -> float | None:
+        """The mean over tasks of the majority class; None unless every task with a result has one."""
+        known = [self.majority.get(name) for name in self.scored]
+        return None if None in known or not known else sum(known) / len(known)

@@ -1,0 +1,238 @@
+"""What a study is: its flags, and the grid file that describes its experiments, read and checked."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from mtl_lora import files
+from mtl_lora.config import Config, closest, flag
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import EvalConfig, TrainConfig
+
+ABOUT = """Run every experiment of a grid file over its seeds, and write study.json and table.md."""
+GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").glob("*.json"))}
+# Flags of both commands: a grid gives them once, in its train.
+FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
+# Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
+_OWN = {
+    TrainConfig: {"output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir", "check", "local_rank"},
+    EvalConfig: {"checkpoint", "peft", "output_dir", "name", "limit", "overwrite", "check", "local_rank", *FROM_TRAIN},
+}
+_SHARED = {TrainConfig: {"data_path", *FROM_TRAIN}, EvalConfig: {"data_dir", "mode", "max_new_tokens", "num_beams"}}
+
+
+@dataclasses.dataclass
+class StudyConfig(Config):
+    """The flags of ``mtl-lora study``."""
+
+    grid: str | None = flag(None, f"JSON file that describes the experiments, or one of {', '.join(GRIDS)}")
+    output_dir: str | None = flag(
+        None, "folder for all runs, study.json and table.md; none: output/study/<grid's name>"
+    )
+    only: list[str] = flag([], "run these experiments alone, as a,b; empty: all")
+    check: bool = flag(False, "check the grid and every job's flags, print the plan, then stop")
+    report: bool = flag(False, "start nothing: write study.json and table.md of the finished runs")
+    overwrite: bool = flag(
+        False, "delete and repeat runs of another configuration; one whose evaluation alone differs keeps its training"
+    )
+    parallel: int = flag(1, "jobs side by side, each with its part of the CPU threads or a GPU of its own")
+    collect: str | None = flag(None, "at the end, a folder for what can be shared: study.json, table.md and figures")
+
+    def validate(self) -> None:
+        if not self.grid:
+            raise UserError(f"pass --grid, a JSON file or one of {', '.join(GRIDS)}")
+        self.require("parallel", "at least 1", self.parallel >= 1)
+        if self.check and self.report:
+            raise UserError("--check stops before anything is written and --report writes; pass one")
+
+
+@dataclasses.dataclass
+class SearchConfig(Config):
+    """How one training flag's value is chosen for each experiment: short trainings, scored on a development set.
+
+    flag, values: what is tried. data_dir: the development set; records: most questions of each task, 0 all. train:
+    flags of the short trainings. seed: of every trial.
+    """
+
+    values: list[float]
+    data_dir: str
+    flag: str = "learning_rate"
+    train: dict = dataclasses.field(default_factory=dict)
+    records: int = 0
+    seed: int = 0
+
+    def validate(self) -> None:
+        self.require("values", "at least two different numbers", len(set(self.values)) == len(self.values) > 1)
+        for name in ("records", "seed"):
+            self.require(name, "at least 0", getattr(self, name) >= 0)
+        (self.flag,) = _checked({self.flag: 0}, TrainConfig)
+        self.train = _checked(self.train, TrainConfig)
+        if next(flag.type for flag in TrainConfig.flags() if flag.name == self.flag) is int:
+            self.values = [int(value) if value == int(value) else value for value in self.values]
+
+
+@dataclasses.dataclass
+class ExperimentConfig(Config):
+    """One row of the table: one configuration over all seeds; ``train`` null is the base model alone.
+
+    group: the table it belongs to. only_tasks: trained on these tasks' examples. alone: a training for every task by
+    itself, scored on that task. baseline, seeds: instead of the grid's. search: False keeps the flag as it is; a name
+    takes that experiment's choice. The grid completes it: ``baseline`` and ``search`` are then names of experiments
+    or empty, and ``seeds`` are those of its runs, [None] for the base model, in which nothing is random.
+    """
+
+    name: str
+    train: dict | None
+    evaluate: dict = dataclasses.field(default_factory=dict)
+    group: str = "main"
+    baseline: str = ""
+    only_tasks: list[str] = dataclasses.field(default_factory=list)
+    alone: bool = False
+    search: bool | str = True
+    seeds: list[int] = dataclasses.field(default_factory=list)
+
+    def validate(self) -> None:
+        self.slug = re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_.")  # the name as a folder
+        self.require("name", "a name with a letter or digit", bool(self.slug))
+        self.require("only_tasks", "different names", len(set(self.only_tasks)) == len(self.only_tasks))
+        self.require("seeds", "different whole numbers from 0", _are_seeds(self.seeds))
+        for key in ("only_tasks", "alone", "seeds"):
+            if self.train is None and getattr(self, key):
+                raise UserError(f"{key} needs a training, and train is null")
+        if self.alone and "tasks" in self.evaluate:
+            raise UserError("alone scores each training on its own task; leave out evaluate's tasks")
+        self.train = None if self.train is None else _checked(self.train, TrainConfig)
+        self.evaluate = _checked(self.evaluate, EvalConfig)
+
+
+@dataclasses.dataclass
+class Grid(Config):
+    """A whole study. ``train`` and ``evaluate`` are the flags that all experiments share.
+
+    notes: what a reader of the table must know. launcher: what starts the commands, such as ``torchrun
+    --nproc_per_node 8``. prepare: the command that makes the data, for errors. train_records, test_records: most
+    examples and questions of each task, a fixed sample for all experiments; 0 takes all. Validated, it has
+    ``SearchConfig`` and ``ExperimentConfig`` in place of objects, ``tasks``, the task set of all experiments, and
+    ``scored``, the names of the tasks that a whole average needs.
+    """
+
+    name: str
+    about: str
+    seeds: list[int]
+    train: dict
+    evaluate: dict
+    experiments: list[dict]
+    notes: list[str] = dataclasses.field(default_factory=list)
+    launcher: str = "python"
+    prepare: str = ""
+    baseline: str = ""
+    train_records: int = 0
+    test_records: int = 0
+    search: dict | None = None
+
+    path = Path("grid.json")  # the file it was read from
+
+    def validate(self) -> None:
+        self.require("name", "letters, digits, '_', '-' or '.'", bool(re.fullmatch(r"\w[\w.\-]*", self.name)))
+        self.require("seeds", "at least one seed, all different", bool(self.seeds) and _are_seeds(self.seeds))
+        self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(self.launcher.strip()))
+        self.require("experiments", "at least one experiment", bool(self.experiments))
+        for name in ("train_records", "test_records"):
+            self.require(name, "at least 0", getattr(self, name) >= 0)
+        flags = _checked(self.train, TrainConfig, "train: ", for_all=True)
+        train = TrainConfig.from_json(flags, "train")
+        self.train = {"base_model": train.base_model, "data_path": train.data_path, **flags}
+        self.tasks = train.task_set()
+        flags = _checked(self.evaluate, EvalConfig, "evaluate: ", for_all=True)
+        evaluate = EvalConfig.from_json({"base_model": "any", **flags}, "evaluate")
+        self.evaluate = {"data_dir": evaluate.data_dir, **flags}
+        self.scored = evaluate.tasks or self.tasks.names
+        if evaluate.mode == "both":
+            raise UserError("evaluate: mode is both, and a table has one; choose generate or score")
+        if self.search is not None:
+            self.search = SearchConfig.from_json(self.search, "search")
+            if Path(self.search.data_dir).resolve() == Path(evaluate.data_dir).resolve():
+                raise UserError(f"search: data_dir is {evaluate.data_dir}, the test sets; choose by a development set")
+        self.experiments = [
+            ExperimentConfig.from_json(value, f"experiment {value.get('name', index)!r}")
+            for index, value in enumerate(self.experiments)
+        ]
+        for key, values in {
+            "name": [experiment.name for experiment in self.experiments],
+            "folder name": [experiment.slug for experiment in self.experiments],
+            "group, and alone,": [experiment.group for experiment in self.experiments if experiment.alone],
+        }.items():
+            if repeated := next((value for value in values if values.count(value) > 1), None):
+                raise UserError(f"two experiments have the {key} {repeated!r}")
+        if self.baseline:
+            self.experiment(self.baseline)
+        for experiment in self.experiments:
+            try:
+                self._complete(experiment, evaluate.tasks)
+            except UserError as error:
+                raise UserError(f"experiment {experiment.name!r}: {error}") from None
+
+    def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
+        """Check the names of tasks and of other experiments, and put those of the grid where it has none itself."""
+        own = [*experiment.evaluate.get("tasks", []), *(experiment.only_tasks if experiment.alone else [])]
+        for task in [*experiment.only_tasks, *scored, *own]:
+            if self.tasks[task].name in own and scored and task not in scored:
+                raise UserError(f"{task} is to be scored, and the grid's evaluate has the tasks {scored} alone")
+        baseline = experiment.baseline or self.baseline
+        experiment.baseline = self.experiment(baseline).name if baseline and baseline != experiment.name else ""
+        experiment.seeds = [None] if experiment.train is None else experiment.seeds or self.seeds
+        sets_flag = self.search is not None and self.search.flag in (experiment.train or {})
+        if isinstance(experiment.search, str):
+            home, named = self.experiment(experiment.search), f"search names {experiment.search!r}"
+            if self.search is None:
+                raise UserError(f"{named}, and the grid has no search")
+            if sets_flag:
+                raise UserError(f"{named}, and train sets {self.search.flag} itself")
+            if home.train is None or self.search.flag in home.train or home.search not in (True, home.name):
+                raise UserError(f"{named}, for which nothing is searched")
+        elif not experiment.search or self.search is None or experiment.train is None or sets_flag:
+            experiment.search = ""
+        else:
+            experiment.search = experiment.name
+
+    def experiment(self, name: str) -> ExperimentConfig:
+        """An experiment by name; raises ``UserError`` that lists the names."""
+        named = {experiment.name: experiment for experiment in self.experiments}
+        if name not in named:
+            raise UserError(f"the grid {self.name} has no experiment {name!r}{closest(name, list(named))}")
+        return named[name]
+
+
+def read_grid(name: str) -> Grid:
+    """Read and check a grid by its path, or by the name of one of the package's.
+
+    Raises ``UserError`` naming the file, the experiment and the key that is wrong.
+    """
+    path = Path(name)
+    if not path.is_file():
+        if name not in GRIDS:
+            raise UserError(f"there is no grid file {name}; grids that are found by name are {', '.join(GRIDS)}")
+        path = GRIDS[name]
+    grid = Grid.from_json(files.read_json(path, "the grid"), f"the grid {path}")
+    grid.path = path
+    return grid
+
+
+def _checked(flags: dict, config: type[Config], place: str = "", for_all: bool = False) -> dict:
+    """Flags of ``config`` under today's names. for_all: those of all experiments; place: for errors."""
+    names = {alias: flag.name for flag in config.flags() for alias in (flag.name, *flag.metadata.get("aliases", ()))}
+    for key in flags:
+        if key not in names:
+            raise UserError(f"{place}unknown flag {key!r}{closest(key, list(names))}")
+        if names[key] in _OWN[config]:
+            rest = (
+                "comes from the grid's train" if key in FROM_TRAIN else "is set by the study (see test_records, seeds)"
+            )
+            raise UserError(f"{place}{key} {rest}; leave it out")
+        if names[key] in _SHARED[config] and not for_all:
+            raise UserError(f"{place}{key} must be equal for all experiments; set it in the grid's own flags")
+    return {names[key]: value for key, value in flags.items()}
+
+
+def _are_seeds(seeds: list[int]) -> bool:
+    return len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)

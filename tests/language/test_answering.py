@@ -1,0 +1,212 @@
+"""Generation and scoring against slow references, on models whose every adapter weight matters."""
+
+import json
+
+import pytest
+import torch
+from reference.architectures import ARCHITECTURES
+from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_config, randomise, tiny_llama
+from shared import QUICKSTART
+
+import mtl_lora
+from mtl_lora import route
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.examples import Example
+from mtl_lora.language.generate import generate_answers
+from mtl_lora.language.option_scoring import best_option, continuations, score_options
+from mtl_lora.language.prefix_cache import PrefixCaches
+from mtl_lora.language.questions import Question, load_questions
+from mtl_lora.language.tasks import Task
+
+# ---- scores on every architecture ----
+
+PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+PROMPTS = [PREFIX + rest for rest in ([9, 2, 6], [5], [3, 5, 8, 9, 7, 9, 3], [2, 3])]
+# Options by the name that stands for their tokens: alike at the start, one token and several, 2 as EOS.
+ANSWERS = {"w": [8, 4, 2], "x": [8, 7, 2], "y": [6, 1, 8, 2], "z": [6, 2], "u": [5, 2], "v": [2], "t": [3, 8, 8, 8, 2]}
+OPTIONS = [("w", "x"), ("y", "z", "u"), ("v", "w"), ("t", "y", "v", "x")]
+
+
+class Tokens:
+    """What scoring needs of an encoder: the ids of an answer, and the pad token, which also is a word."""
+
+    class tokenizer:
+        pad_token_id = 0
+
+    def answer_ids(self, text: str) -> list[int]:
+        return ANSWERS[text]
+
+
+def questions(task_ids: list[int]) -> list[Question]:
+    return [
+        Question(Task("own", task_id, options, answer_prefix=""), Example("", "", "", "", task_id, row), prompt, "")
+        for row, (task_id, options, prompt) in enumerate(zip(task_ids, OPTIONS, PROMPTS, strict=True))
+    ]
+
+
+def slow(model, asked: list[Question]) -> list[list[float]]:
+    """One forward per option, without padding or cache: the log-probability of its answer from where it differs."""
+    found = []
+    for question in asked:
+        answers = [ANSWERS[option] for option in question.options]
+        shared = next(index for index in range(5) if len({answer[index] for answer in answers}) > 1)
+        start, scores = len(question.prompt_ids) + shared, []
+        for answer in answers:
+            ids = question.prompt_ids + answer
+            with torch.no_grad(), route.use(torch.tensor([question.task.id])):
+                logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(logp[place - 1, ids[place]].item() for place in range(start, len(ids))))
+        found.append(scores)
+    return found
+
+
+def flat(scores: list[list[float]]) -> list[float]:
+    return [value for row in scores for value in row]
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["whole", "prefix reused"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_padded_batch_gives_every_option_its_log_probability(architecture, reuse):
+    model, tolerance = architecture.build(), 1e-9
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
+    else:
+        # Eager attention takes its softmax in float32, where the float64 mask of a row of padding alone becomes -inf.
+        model, tolerance = model.float(), 1e-4
+    model = randomise(mtl_lora.inject(model, adapter_config(target_modules=list(architecture.attention))), spread=0.2)
+    # With a reused prefix all questions are of one task; a model that cannot reuse one computes the whole prompt.
+    asked = questions([1] * len(PROMPTS) if reuse else list(range(len(PROMPTS))))
+    caches = PrefixCaches(model, {1: PREFIX}) if reuse else None
+    found = score_options(model, Tokens(), asked, caches)
+    assert flat(found) == pytest.approx(flat(slow(model, asked)), abs=tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.4)], ids=str)
+def test_scores_in_the_dtypes_and_attentions_of_use(implementation, dtype, tolerance):
+    model = tiny_llama(dtype)
+    model.set_attn_implementation(implementation)
+    asked = questions([0] * len(PROMPTS))
+    assert flat(score_options(model, Tokens(), asked)) == pytest.approx(
+        flat(slow(tiny_llama(torch.float64), asked)), abs=tolerance
+    )
+
+
+def test_tables_hold_what_the_tests_above_need():
+    assert {len(ANSWERS[option]) for options in OPTIONS for option in options} == {1, 2, 3, 4, 5}
+    assert len({len(prompt) for prompt in PROMPTS}) == len(PROMPTS) <= len(TASKS)
+    assert max(token for answer in ANSWERS.values() for token in answer) < VOCABULARY
+
+
+def test_prefix_goes_through_the_model_once_for_each_task():
+    model, lengths = adapted_llama(dtype=torch.float32), []
+    model.register_forward_pre_hook(lambda _, __, named: lengths.append(named["input_ids"].shape), with_kwargs=True)
+    caches = PrefixCaches(model, {0: PREFIX, 1: PREFIX})
+    for task_id in (0, 0, 1, 1):
+        score_options(model, Tokens(), questions([task_id] * len(PROMPTS)), caches)
+    assert lengths.count((1, len(PREFIX))) == 2
+
+
+def test_options_with_the_same_tokens_are_refused_by_name():
+    ANSWERS["V"] = ANSWERS["v"]
+    question = Question(Task("own", 0, ("v", "w", "V"), answer_prefix=""), Example("", "", "", "", 0, 0), PREFIX, "")
+    with pytest.raises(UserError, match="'v' and 'V' of the task own"):
+        continuations(question, Tokens())
+
+
+def test_scores_and_logits_that_are_not_numbers_are_refused():
+    model = adapted_llama(dtype=torch.float32)
+    next(iter(mtl_lora.adapter_layers(model).values())).lora_A.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="question 0 of own has the scores .*nan"):
+        score_options(model, Tokens(), questions([0] * len(PROMPTS)))
+    encoder = Tokens()
+    encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})
+    with pytest.raises(UserError, match="not numbers for questions of own"):
+        generate_answers(model, encoder, questions([0] * len(PROMPTS)), 2)
+
+
+def test_ties_go_to_the_lowest_option():
+    assert best_option(["a", "b", "c"], [-2.0, -1.0, -1.0]) == "b"
+
+
+# ---- real prompts and a real tokenizer ----
+
+
+@pytest.fixture(scope="module")
+def evaluator(trained):
+    made = Evaluator(EvalConfig(checkpoint=trained, dtype="fp64"))
+    made.load()
+    return made
+
+
+@pytest.fixture
+def asked(evaluator) -> list[Question]:
+    """Two questions of each task; made for each test, which may change them."""
+    return load_questions(QUICKSTART / "test", evaluator.tasks, [], evaluator.encoder, limit=2).questions
+
+
+def own(question: Question, *options: str) -> Question:
+    """The question with options of its own."""
+    question.task = Task("own", question.task.id, options)
+    question.example = Example("Which?", "", "x", options[0], question.task.id, 0)
+    return question
+
+
+def slow_score(evaluator, question, option: str) -> float:
+    """Log-probability of the option's tokens and EOS: one forward per option, no cache, no padding."""
+    shared, _ = continuations(question, evaluator.encoder)
+    ids = torch.tensor([question.prompt_ids + evaluator.encoder.answer_ids(question.task.answer_prefix + option)])
+    with torch.no_grad(), route.use(torch.tensor([question.task.id])):
+        logp = evaluator.model(input_ids=ids).logits[0].log_softmax(-1)
+    start = len(question.prompt_ids) + len(shared)
+    return sum(logp[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1]))
+
+
+def test_option_scores_the_log_probability_of_its_tokens_and_eos(evaluator, asked):
+    asked.append(own(asked.pop(), "red", "red kite", "a very old red kite", "solution1", "solution10"))
+    for question, scores in zip(asked, score_options(evaluator.model, evaluator.encoder, asked), strict=True):
+        assert scores == pytest.approx([slow_score(evaluator, question, one) for one in question.options], abs=1e-6)
+
+
+def test_eos_keeps_an_option_from_winning_by_being_the_beginning_of_another(evaluator, asked):
+    _, (short, long) = continuations(own(asked[0], "solution1", "solution10"), evaluator.encoder)
+    assert short[-1] == long[-1] == evaluator.encoder.tokenizer.eos_token_id
+
+
+def slow_greedy(evaluator, question, tokens: int) -> str:
+    ids, tokenizer = list(question.prompt_ids), evaluator.encoder.tokenizer
+    for _ in range(tokens):
+        with torch.no_grad(), route.use(torch.tensor([question.task.id])):
+            best = evaluator.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+        ids.append(best)
+        if best == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[len(question.prompt_ids) :], skip_special_tokens=True)
+
+
+def test_generation_in_mixed_batches_is_greedy_decoding_of_each_question_alone(evaluator, asked):
+    texts = generate_answers(evaluator.model, evaluator.encoder, asked, 6)
+    assert texts == [slow_greedy(evaluator, question, 6) for question in asked]
+
+
+def test_beams_in_a_mixed_batch_are_those_of_each_question_alone(evaluator, asked):
+    together = generate_answers(evaluator.model, evaluator.encoder, asked[::3], 6, 3)
+    assert together == [generate_answers(evaluator.model, evaluator.encoder, [one], 6, 3)[0] for one in asked[::3]]
+
+
+def test_another_task_id_gives_other_scores(evaluator, asked):
+    """The route reaches the layers: the same prompt under another task is another function."""
+    (before,) = score_options(evaluator.model, evaluator.encoder, asked[:1])
+    asked[0].task = Task("other", (asked[0].task.id + 1) % 8, asked[0].task.options)
+    (after,) = score_options(evaluator.model, evaluator.encoder, asked[:1])
+    assert before != pytest.approx(after, abs=1e-9)
+
+
+def test_scoring_free_text_is_refused(tmp_path, tiny_base):
+    (tmp_path / "tasks.json").write_text(json.dumps([{"name": "free", "id": 0}]))
+    made = Evaluator(EvalConfig(base_model=tiny_base, tasks_file=str(tmp_path / "tasks.json")))
+    question = Question(made.tasks["free"], Example("a", "", "b", "b", 0, 0), [1], "")
+    with pytest.raises(UserError, match=r"free is free text.*--mode generate"):
+        made.prepare({"score": [question]})

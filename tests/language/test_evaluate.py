@@ -1,0 +1,484 @@
+"""Evaluations: what they write, what their answers depend on and what not, that they resume and refuse."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from shared import PROJECT, QUICKSTART, free_port
+from transformers import LlamaForCausalLM
+
+import mtl_lora
+from mtl_lora import files
+from mtl_lora.adapter.checkpoint import Origin
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluate import run
+from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.predictions import Predictions
+from mtl_lora.results import Results
+
+FEW = ["boolq", "ARC-Easy"]  # tasks of two and of four options, where eight show no more than two
+
+
+def arguments(output: Path, **flags) -> dict:
+    settings = {"data_dir": str(QUICKSTART / "test"), "limit": 4, "dtype": "fp32", "max_new_tokens": 8}
+    return settings | {"output_dir": str(output), **flags}
+
+
+@pytest.fixture
+def evaluate(trained, tmp_path):
+    """Evaluate in this process: ``evaluate("name", flag=value, ...)`` returns the results by protocol."""
+
+    def start(name: str, **flags) -> dict[str, Results]:
+        return run(EvalConfig(**arguments(tmp_path / name, **{"checkpoint": trained, **flags})))
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory) -> Path:
+    """A folder with an evaluation of all eight tasks by both protocols, which no test changes."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(EvalConfig(**arguments(folder, checkpoint=trained, mode="both")))
+    return folder
+
+
+def lines(folder: Path) -> list[dict]:
+    found = []
+    for path in sorted((folder / "predictions").glob("*.jsonl")):
+        found += [json.loads(line) for line in path.read_text().splitlines()]
+    return found
+
+
+def write_test_set(folder: Path, records: object, task: str = "boolq") -> str:
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    (folder / task / "test.json").write_text(records if isinstance(records, str) else json.dumps(records))
+    return str(folder)
+
+
+def quickstart_test(task: str) -> list[dict]:
+    return json.loads((QUICKSTART / "test" / task / "test.json").read_text())
+
+
+# ---- what is written ----
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_results_hold_what_was_measured_and_how(whole, mode):
+    results, found = Results.load(whole / mode), lines(whole / mode)
+    assert (results.system, results.method, results.method_title, results.mode) == ("language", *MTL_LORA, mode)
+    assert len(results.tasks) == 8
+    for name, task in results.tasks.items():
+        correct = [line["correct"] for line in found if line["task"] == name]
+        assert (task.metric, task.n, task.measured["correct"]) == ("accuracy", 4, sum(correct))
+        assert (task.value, task.majority is not None) == (sum(correct) / 4, True)
+        assert set(task.others) == {"strict" if mode == "generate" else "acc_norm"}
+    assert results.data["piqa"] == files.sha256(QUICKSTART / "test" / "piqa" / "test.json")
+    assert (results.settings["template"], results.settings["protocol"], results.settings["limit"]) == ("alpaca", 1, 4)
+    assert results.trainable.total > results.trainable.adapter > 0
+    assert {"torch", "transformers", "python", "mtl_lora"} <= results.versions.keys()
+    assert len(found) == 32
+    assert all(line["correct"] == (line["parsed"] == line["answer"]) for line in found)
+    assert all(("scores" in line) == (mode == "score") for line in found)
+
+
+MTL_LORA = ("mtl_lora", "MTL-LoRA")
+
+
+def test_both_protocols_run_one_after_the_other_and_their_agreement_is_counted(whole, evaluate, tmp_path):
+    for mode in ("generate", "score"):
+        assert evaluate(mode, mode=mode, tasks=FEW)[mode].tasks.items() <= Results.load(whole / mode).tasks.items()
+        here = [line for line in lines(whole / mode) if line["task"] in FEW]
+        assert lines(tmp_path / mode) == here
+    generated, scored = lines(whole / "generate"), lines(whole / "score")
+    same = [one["parsed"] == other["parsed"] for one, other in zip(generated, scored, strict=True)]
+    agreement = json.loads((whole / "agreement.json").read_text())
+    assert (agreement["all"], agreement["n"], len(agreement["tasks"])) == (sum(same) / 32, 32, 8)
+
+
+def test_agreement_is_of_the_questions_that_were_answered(whole, trained, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    run(EvalConfig(**arguments(tmp_path / "out", checkpoint=trained, mode="both", tasks=["piqa", "piqa"], limit=2)))
+    agreement = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    assert (agreement["n"], list(agreement["tasks"])) == (2, ["piqa"])
+    assert Results.load(tmp_path / "out" / "score").tasks["piqa"].n == 2
+    assert lines(tmp_path / "out" / "score") == lines(whole / "score"), "a smaller evaluation deletes no answers"
+
+
+def test_the_base_model_alone_is_evaluated_in_the_same_words(evaluate, whole, tiny_base, tmp_path):
+    results = evaluate("base", checkpoint=None, base_model=tiny_base, tasks=FEW)["generate"]
+    assert (results.method, results.method_title, results.trainable, results.name) == (None, None, None, tiny_base)
+    adapted = {(line["task"], line["index"]): line["prompt_sha256"] for line in lines(whole / "generate")}
+    assert all(adapted[line["task"], line["index"]] == line["prompt_sha256"] for line in lines(tmp_path / "base"))
+
+
+def test_free_text_is_measured_by_the_metric_of_its_task(evaluate, tiny_base, tmp_path):
+    tasks = [{"name": "free", "id": 0}, {"name": "long", "id": 1, "metric": "f1"}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    for task in ("free", "long"):
+        data = write_test_set(tmp_path / "data", [{"instruction": "a", "output": "b", "answer": "b"}] * 2, task)
+    flags = {"checkpoint": None, "base_model": tiny_base, "tasks_file": str(tmp_path / "tasks.json"), "data_dir": data}
+    results = evaluate("out", **flags)["generate"].tasks
+    assert (results["free"].metric, results["long"].metric) == ("exact_match", "f1")
+    assert results["free"].others["f1"].metric == "f1"
+    assert Results.load(tmp_path / "out").tasks == results
+
+
+# ---- what does not change an answer ----
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_answers_do_not_depend_on_batches_or_on_a_reused_prefix(evaluate, tmp_path, mode):
+    variants = {
+        "one": {"batch_size": 1},
+        "three": {"batch_size": 3},
+        "sixteen": {"batch_size": 16},
+        "alone": {"reuse_prefix": False},
+    }
+    for name, flags in variants.items():
+        evaluate(name, mode=mode, tasks=FEW, limit=8, **flags)
+    first = lines(tmp_path / "one")
+    for name in variants:
+        for line, other in zip(first, lines(tmp_path / name), strict=True):
+            assert other.pop("scores", 0) == pytest.approx(line.get("scores", 0), abs=1e-4)
+            assert other == {key: value for key, value in line.items() if key != "scores"}
+
+
+def test_beams_reuse_a_prefix_too(evaluate, tmp_path):
+    evaluate("reused", num_beams=3, tasks=FEW)
+    evaluate("alone", num_beams=3, tasks=FEW, reuse_prefix=False, batch_size=1)
+    assert lines(tmp_path / "reused") == lines(tmp_path / "alone")
+
+
+def test_generation_is_greedy_whatever_the_base_model_configures(evaluate, tiny_base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    configured = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "do_sample": True, "temperature": 2.0}
+    (other / "generation_config.json").write_text(json.dumps(configured))
+    for name, base in (("plain", tiny_base), ("configured", str(other))):
+        evaluate(name, checkpoint=None, base_model=base, tasks=FEW)
+    plain, configured = (lines(tmp_path / name) for name in ("plain", "configured"))
+    assert any(line["text"] for line in plain)
+    assert [line["text"] for line in configured] == [line["text"] for line in plain]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_peft_folder_gets_the_scores_of_the_checkpoint_it_came_from(evaluate, train, tmp_path, method):
+    from mtl_lora.export.peft_format import export_peft
+
+    checkpoint = train("run", adapter_name=method, max_steps=3, learning_rate=3e-2)
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["piqa"])
+    here = evaluate("here", checkpoint=str(checkpoint), mode="score", tasks=["piqa"])["score"]
+    there = evaluate("there", checkpoint=None, peft=str(folder), mode="score", tasks=["piqa"])["score"]
+    assert (there.tasks, there.trainable, there.method) == (here.tasks, here.trainable, "peft_lora")
+    for one, other in zip(lines(tmp_path / "here"), lines(tmp_path / "there"), strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions_and_agree_with_one(whole, trained, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    flags = arguments(tmp_path / "two", checkpoint=trained, mode="score")
+    # torchrun would give each process one thread, and sums are rounded otherwise with another number of threads.
+    done = subprocess.run(
+        [*command, "-m", "mtl_lora", "evaluate", *(f"--{name}={value}" for name, value in flags.items())],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Results.load(tmp_path / "two").tasks == Results.load(whole / "score").tasks
+    # The very scores: the batches are the same, whoever answers them.
+    assert lines(tmp_path / "two") == lines(whole / "score")
+    assert "Average" in done.stdout
+
+
+# ---- what an answer depends on ----
+
+
+def test_a_changed_test_set_is_answered_again(evaluate, tmp_path):
+    data = write_test_set(tmp_path / "data", quickstart_test("boolq"))
+    before = evaluate("out", data_dir=data, tasks=["boolq"])["generate"]
+    swapped = [{**one, "answer": {"true": "false", "false": "true"}[one["answer"]]} for one in quickstart_test("boolq")]
+    after = evaluate("out", data_dir=write_test_set(tmp_path / "data", swapped), tasks=["boolq"])["generate"]
+    assert after.data != before.data
+    assert after.tasks["boolq"].measured["correct"] <= 4 - before.tasks["boolq"].measured["correct"]
+
+
+def test_lines_of_an_earlier_test_set_never_win_over_new_ones(evaluate, tmp_path):
+    """Of several tasks, for the order in which files are read depends on the task's name."""
+    for task in FEW:
+        data = write_test_set(tmp_path / "data", quickstart_test(task)[:8], task)
+    evaluate("out", data_dir=data, tasks=FEW, limit=0)
+    for task in FEW:
+        write_test_set(tmp_path / "data", quickstart_test(task)[4:8], task)
+    evaluate("out", data_dir=data, tasks=FEW, limit=0)
+    evaluate("fresh", data_dir=data, tasks=FEW, limit=0)
+    assert lines(tmp_path / "out") == lines(tmp_path / "fresh"), "lines beyond a test set that shrank are dropped"
+
+
+def test_texts_of_an_earlier_version_are_extracted_by_the_rules_of_today(evaluate, tmp_path):
+    evaluate("out", tasks=FEW)
+    before = lines(tmp_path / "out")
+    for task in FEW:
+        changed = [{**line, "parsed": "by older rules", "correct": True} for line in before if line["task"] == task]
+        text = "".join(json.dumps(line) + "\n" for line in changed)
+        (tmp_path / "out" / "predictions" / f"{task}.jsonl").write_text(text)
+    results = evaluate("out", tasks=FEW)["generate"]
+    assert lines(tmp_path / "out") == before
+    assert results.tasks["boolq"].measured["correct"] == sum(one["correct"] for one in before if one["task"] == "boolq")
+
+
+def test_another_adapter_setting_or_protocol_does_not_mix_with_earlier_answers(
+    evaluate, tiny_base, tmp_path, edit_json
+):
+    evaluate("out", tasks=FEW)
+    for flags, name in (
+        ({"max_new_tokens": 9}, "max_new_tokens"),
+        ({"max_new_tokens": 9, "check": True}, "max_new_tokens"),
+        ({"checkpoint": None, "base_model": tiny_base}, "adapter_sha256"),
+    ):
+        with pytest.raises(UserError, match=f"another {name}; pass another --output_dir"):
+            evaluate("out", tasks=FEW, **flags)
+    edit_json(tmp_path / "out" / "settings.json", protocol=None)  # as version 0.1.0, whose protocol was the first
+    evaluate("out", tasks=FEW, check=True)
+    edit_json(tmp_path / "out" / "settings.json", protocol=0)
+    with pytest.raises(UserError, match="another protocol"):
+        evaluate("out", tasks=FEW)
+    evaluate("out", tasks=FEW, overwrite=True)
+
+
+@pytest.fixture
+def saved(tiny_base, tmp_path):
+    """An adapter that a loop of one's own trained and saved, for two tasks; what it says of itself is up to the test."""
+
+    def save(tasks: list[str], **origin) -> str:
+        model = LlamaForCausalLM.from_pretrained(tiny_base)
+        mtl_lora.inject(model, mtl_lora.AdapterConfig(tasks=tasks, target_modules=["q_proj"]))
+        mtl_lora.save(model, str(tmp_path / "adapter"), Origin(base_model=tiny_base, **origin))
+        return str(tmp_path / "adapter")
+
+    return save
+
+
+MOODS = {"name": "boolq", "id": 0, "options": ["true", "false"]}
+PAIRS = {"name": "piqa", "id": 1, "options": ["solution1", "solution2"]}
+
+
+def tasks_file(folder: Path, *tasks: dict) -> str:
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    return str(folder / "tasks.json")
+
+
+@pytest.mark.parametrize("tasks", [["piqa", "boolq"], ["boolq", "piqa"]], ids=["other order", "fewer"])
+def test_an_adapter_never_answers_for_tasks_that_are_not_its_own(evaluate, saved, tasks):
+    with pytest.raises(UserError, match=f"has weights for the tasks {', '.join(tasks)}, in this order"):
+        evaluate("out", checkpoint=saved(tasks))
+
+
+def test_flags_give_what_an_adapter_does_not_define(evaluate, saved, tmp_path):
+    tasks = tasks_file(tmp_path, MOODS, PAIRS)
+    evaluate("out", checkpoint=saved(["boolq", "piqa"]), tasks_file=tasks, template="plain", cutoff_len=200)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert (settings["template"], settings["cutoff_len"]) == ("plain", 200)
+    with pytest.raises(UserError, match="--template cannot be combined with --checkpoint"):
+        evaluate("out", checkpoint=saved(["boolq", "piqa"], prompt_template="plain"), template="alpaca")
+
+
+@pytest.mark.parametrize("change", [{"pattern": "true"}, {"answer_prefix": "It is "}])
+def test_tasks_with_another_answer_extraction_do_not_resume_earlier_answers(evaluate, tiny_base, tmp_path, change):
+    flags = {"checkpoint": None, "base_model": tiny_base, "tasks": ["piqa"], "limit": 1}
+    evaluate("out", tasks_file=tasks_file(tmp_path, MOODS, PAIRS), **flags)
+    evaluate("out", tasks_file=tasks_file(tmp_path, MOODS, {**PAIRS, "title": "Pairs"}), **flags)
+    with pytest.raises(UserError, match="another tasks_sha256"):
+        evaluate("out", tasks_file=tasks_file(tmp_path, {**MOODS, **change}, PAIRS), **flags)
+
+
+# ---- resuming ----
+
+
+def test_a_finished_evaluation_is_not_run_again(whole, trained, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(Evaluator, "load", lambda self: pytest.fail("the model was loaded again"))
+    again = run(EvalConfig(**arguments(tmp_path / "out", checkpoint=trained, mode="both")))
+    assert {mode: results.tasks for mode, results in again.items()} == {
+        mode: Results.load(whole / mode).tasks for mode in ("generate", "score")
+    }
+
+
+def test_an_interrupted_evaluation_resumes_and_repairs_torn_lines(evaluate, tmp_path, monkeypatch):
+    complete = evaluate("complete", tasks=FEW, limit=10, batch_size=5)["generate"]
+    answered = []
+    answer = Evaluator.answer
+
+    def stop_after_two(self, questions, protocol):
+        if len(answered) == 10:
+            raise KeyboardInterrupt
+        answered.extend(question.key for question in questions)
+        return answer(self, questions, protocol)
+
+    monkeypatch.setattr(Evaluator, "answer", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("cut", tasks=FEW, limit=10, batch_size=5)
+    part = tmp_path / "cut" / "predictions" / "~part-0.jsonl"
+    *kept, last = part.read_text().splitlines(keepends=True)
+    without_prompt = json.dumps({"task": "boolq", "index": 9, "answer": "true"}) + "\n"
+    part.write_text("".join([*kept, without_prompt, last[:-20]]))  # as a kill in the middle of a line leaves it
+    answered.clear()
+    monkeypatch.setattr(Evaluator, "answer", lambda self, *batch: answered.extend(batch[0]) or answer(self, *batch))
+    assert evaluate("cut", tasks=FEW, limit=10, batch_size=5)["generate"].tasks == complete.tasks
+    # The batch of the torn line is answered whole, and that of the line without its prompt.
+    assert len(answered) in (15, 20) and lines(tmp_path / "cut") == lines(tmp_path / "complete")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_predictions_of_one_that_was_not(evaluate, trained, tmp_path):
+    evaluate("complete", mode="score", batch_size=2)
+    flags = arguments(tmp_path / "cut", checkpoint=trained, mode="score", batch_size=2)
+    command = [sys.executable, "commonsense_evaluate.py", *(f"--{name}={value}" for name, value in flags.items())]
+    part = tmp_path / "cut" / "predictions" / "~part-0.jsonl"
+    running = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= 12):
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "cut" / "results.json").exists()
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert lines(tmp_path / "cut") == lines(tmp_path / "complete")
+
+
+def test_line_breaks_of_other_scripts_do_not_tear_a_prediction(tmp_path):
+    line = {"task": "own", "index": 0, "text": "a\u2028b\u0085c"}
+    predictions = Predictions(tmp_path)
+    predictions.append([line])
+    predictions.close()
+    predictions.gather(predictions.read(), {"own": 1})
+    assert [path.name for path in predictions.folder.iterdir()] == ["own.jsonl"]
+    assert predictions.read() == {("own", 0): line}
+
+
+def test_line_torn_inside_a_character_is_left_out(tmp_path):
+    predictions = Predictions(tmp_path)
+    predictions.append([{"task": "own", "index": index, "text": "né"} for index in range(2)])
+    predictions.close()
+    complete = predictions.own.read_bytes()
+    predictions.own.write_bytes(complete[: complete.rindex("é".encode()) + 1])
+    assert list(Predictions(tmp_path).read()) == [("own", 0)]
+
+
+# ---- refusals ----
+
+
+def broken_checkpoint(trained: str, folder: Path, change) -> str:
+    """A copy of a checkpoint whose tensors were changed and whose hash was made to fit."""
+    shutil.copytree(trained, folder)
+    state = load_file(folder / "mtl_lora.safetensors")
+    change(state)
+    save_file(state, folder / "mtl_lora.safetensors")
+    config = json.loads((folder / "mtl_lora_config.json").read_text())
+    config["weights_sha256"] = files.sha256(folder / "mtl_lora.safetensors")
+    (folder / "mtl_lora_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+NAME = "model.layers.0.self_attn.q_proj.lora_A"
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(evaluate, trained, tmp_path):
+    folder = broken_checkpoint(trained, tmp_path / "broken", lambda state: state.pop(NAME))
+    with pytest.raises(UserError, match=NAME):
+        evaluate("out", checkpoint=folder, tasks=FEW)
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_an_adapter_with_values_that_are_not_numbers_is_refused(evaluate, trained, tmp_path, mode):
+    folder = broken_checkpoint(trained, tmp_path / "broken", lambda state: state[NAME].fill_(float("nan")))
+    with pytest.raises(UserError, match="of boolq.* not (finite|numbers)|not numbers for questions of boolq"):
+        evaluate("out", checkpoint=folder, tasks=["boolq"], mode=mode)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(evaluate, tiny_base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    state = load_file(other / "model.safetensors")
+    state["model.norm.weight"] += 1
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="another base model"):
+        evaluate("out", base_model=str(other))
+
+
+def test_a_gated_base_model_is_said_to_be_gated(evaluate, monkeypatch):
+    import httpx
+    from huggingface_hub.errors import GatedRepoError
+    from transformers.utils import hub
+
+    def gated(*_, **__):
+        raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://example.org")))
+
+    monkeypatch.setattr(hub, "hf_hub_download", gated)
+    with pytest.raises(UserError, match="'org/gated' is gated.*log in"):
+        evaluate("out", checkpoint=None, base_model="org/gated")
+
+
+def test_a_folder_that_is_not_a_peft_lora_is_refused(evaluate, tmp_path):
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    for content, message in (
+        ('{"peft_type": "IA3"}', "peft_type 'IA3'"),
+        ('{"peft_type": "LORA"}', "no adapter_model"),
+    ):
+        (folder / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            evaluate("out", checkpoint=None, peft=str(folder))
+
+
+GOOD = {"instruction": "is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ('[{"instruction"', "is not JSON"),
+        ([GOOD, {**GOOD, "answer": "maybe"}], "1: the answer 'maybe' .* true/false"),
+        ([{key: value for key, value in GOOD.items() if key != "answer"}], "0 has no field 'answer'"),
+        ([], "holds no"),
+    ],
+)
+def test_a_broken_test_file_is_refused_by_file_and_example(evaluate, tmp_path, records, message):
+    with pytest.raises(UserError, match=f"boolq/test.json.* {message}"):
+        evaluate("out", data_dir=write_test_set(tmp_path / "data", records), tasks=["boolq"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tasks": ["chess"]}, "'chess'; the tasks are boolq 0"),
+        ({"data_dir": "nowhere"}, "nowhere/boolq/test.json.* --data_dir"),
+        ({"checkpoint": "nowhere"}, "nowhere"),
+        ({"checkpoint": None}, "--checkpoint DIR, --peft DIR, or --base_model NAME"),
+        ({"mode": "guess"}, "mode .* generate, score, both, not 'guess'"),
+        ({"template": "original"}, "--template .* --checkpoint"),
+        ({"batch_size": 0}, "batch_size must be at least 1, or auto"),
+        ({"batch_size": "many"}, "batch_size must be at least 1, or auto, not 'many'"),
+        ({"cutoff_len": 0}, "cutoff_len must be at least 1, not 0"),
+        ({"limit": -1}, "limit must be at least 0"),
+        ({"peft": "nowhere"}, "--checkpoint and --peft"),
+        ({"checkpoint": None, "peft": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_wrong_flag_is_refused(evaluate, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        evaluate("out", **flags)
+    assert not (tmp_path / "out").exists()

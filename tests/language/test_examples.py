@@ -1,0 +1,202 @@
+"""Examples from a file: every kind of mistake is one sentence that names the file, the example and the field."""
+
+import json
+import re
+
+import pytest
+
+from mtl_lora.errors import UserError
+from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
+
+GOOD = {
+    "instruction": "Please choose the correct answer to the question: what do bees make?\n\n"
+    "Answer1: honey Answer2: silk Answer3: salt\n\nAnswer format: answer1/answer2/answer3",
+    "input": "",
+    "output": "the correct answer is answer1",
+    "answer": "answer1",
+    "task_id": 2,
+}
+TASKS = r"none of the tasks boolq 0, piqa 1, .*, openbookqa 7"
+
+
+def without(*fields: str, **changed) -> dict:
+    """The good record without some fields and with others changed."""
+    return {**{name: value for name, value in GOOD.items() if name not in fields}, **changed}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Write content to a data file and load it."""
+
+    def write_and_load(content, name="data.json", tasks=COMMONSENSE, **options):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            path.write_text(json.dumps(content), encoding="utf-8")
+        return load_examples(path, tasks, **options)
+
+    return write_and_load
+
+
+def lines(*records) -> bytes:
+    """Records as JSON lines; a bytes value stands for itself."""
+    return b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records)
+
+
+BAD_FILES = {
+    # name of the case: (file name, content, message)
+    "missing": ("data.json", None, r"the data file .*data\.json cannot be read \(No such file"),
+    "missing lines": ("data.jsonl", None, r"the data file .*data\.jsonl cannot be read \(No such file"),
+    "empty": ("data.json", b"", r"data\.json is not JSON"),
+    "cut off": ("data.json", b'[{"instruction": "a"', r"data\.json is not JSON: .*line 1 column"),
+    "not UTF-8": ("data.json", b'["\xff"]', r"data\.json is not JSON: 'utf-8' codec"),
+    "endless nesting": ("data.json", b"[" * 100_000, r"data\.json is not JSON: maximum recursion"),
+    "object": ("data.json", {"train": [GOOD]}, r"data\.json must hold a JSON list of examples, not dict"),
+    "string": ("data.json", "records", r"data\.json must hold a JSON list of examples, not str"),
+    "empty list": ("data.json", [], r"data\.json holds no examples"),
+    "no lines": ("data.jsonl", b"", r"data\.jsonl holds no examples"),
+    "broken line": ("data.jsonl", lines(GOOD, b'{"instruction": ', GOOD), r"data\.jsonl, line 2 is not JSON"),
+    "line not UTF-8": ("data.jsonl", lines(GOOD, GOOD, b'"\xff"'), r"data\.jsonl, line 3 is not JSON: 'utf-8'"),
+    "endless line": ("data.jsonl", lines(GOOD, b"[" * 100_000), r"data\.jsonl, line 2 is not JSON: maximum rec"),
+    "list in lines": ("data.jsonl", lines([GOOD]), r"data\.jsonl, example 0 must be an object"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=list(BAD_FILES))
+def test_bad_file_is_one_sentence_that_names_it(load, name, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(content, name)
+    assert "\n" not in str(caught.value)
+
+
+BAD_RECORDS = {
+    # name of the case: (record, what follows "..., record 1" in the message)
+    "list": (["a", "b"], r" must be an object with instruction, input, output, answer, task_id, not list"),
+    "null": (None, r" must be an object with .*, not NoneType"),
+    "no instruction": (without("instruction"), r" has no field 'instruction'"),
+    "no output": (without("output"), r" has no field 'output'"),
+    "number for a string": (without(answer=1), r": 'answer' must be a string, not 1"),
+    "null for a string": (without(output=None), r": 'output' must be a string, not None"),
+    "list for a string": (without(output=["a"]), r": 'output' must be a string, not \['a'\]"),
+    "empty instruction": (without(instruction=""), r": 'instruction' is empty"),
+    "white instruction": (without(instruction=" \n\t"), r": 'instruction' is empty"),
+    "empty output": (without(output=""), r": 'output' is empty"),
+    "half a character": (without(instruction="a\ud800b"), r": 'instruction' holds half a character"),
+    "no task": (without("task_id"), r" has no field 'task_id' \(or 'task', a name\); the tasks are boolq 0"),
+    "task_id out of range": (without(task_id=8), rf": task_id 8 is {TASKS}"),
+    "task_id negative": (without(task_id=-1), rf": task_id -1 is {TASKS}"),
+    "task_id bool": (without(task_id=True), rf": task_id True is {TASKS}"),
+    "task_id string": (without(task_id="2"), rf": task_id '2' is {TASKS}"),
+    "task_id float": (without(task_id=2.0), rf": task_id 2\.0 is {TASKS}"),
+    "task_id null": (without(task_id=None), rf": task_id None is {TASKS}"),
+    "task unknown": (without("task_id", task="siqa"), rf": task 'siqa' is {TASKS}"),
+    "task a list": (without("task_id", task=["piqa"]), rf": task \['piqa'\] is {TASKS}"),
+    "task and task_id disagree": (without(task="piqa"), r" belongs to different tasks at once: social_i_qa and piqa"),
+}
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("record, message", BAD_RECORDS.values(), ids=list(BAD_RECORDS))
+def test_bad_record_is_one_sentence_that_names_file_record_and_field(load, tmp_path, record, message, closed):
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}/data.json, example 1{message}") as caught:
+        load([GOOD, record, GOOD], closed=closed)
+    assert "\n" not in str(caught.value)
+
+
+def test_record_number_of_json_lines_is_named_too(load):
+    with pytest.raises(UserError, match=r"data\.jsonl, example 2 has no field 'output'"):
+        load(lines(GOOD, GOOD, without("output")), "data.jsonl")
+
+
+def test_record_that_contradicts_its_file_is_refused(load):
+    with pytest.raises(UserError, match="example 0 belongs to different tasks at once: social_i_qa and boolq"):
+        load([GOOD], task="boolq")
+
+
+def test_unknown_task_of_a_file_lists_the_tasks(load):
+    with pytest.raises(UserError, match="there is no task 'siqa'; the tasks are boolq 0"):
+        load([without("task_id")], task="siqa")
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize("answer", ["answer4", "honey", "", "Answer1", "answer1 "])
+def test_answer_outside_the_records_options_is_refused_for_evaluation_alone(load, answer):
+    record = without(answer=answer)
+    assert load([record])[0].answer == answer
+    with pytest.raises(UserError, match=rf"example 0: the answer {answer!r} is not .* options answer1/answer2/"):
+        load([record], closed=True)
+
+
+def test_free_text_task_takes_any_answer(load):
+    free = TaskSet((Task("free", 0),))
+    (example,) = load([without(answer="a jar of honey", task_id=0)], tasks=free, closed=True)
+    assert example.answer == "a jar of honey"
+
+
+# ---- what is read ----
+
+
+def test_records_are_read_as_they_stand_in_order(load):
+    first, second = load([GOOD, without(task_id=6, input="some text", instruction=" É\u2028☃ ", kind="easy", source=3)])
+    assert first == Example(GOOD["instruction"], "", GOOD["output"], "answer1", 2, 0)
+    assert (second.instruction, second.input, second.task_id, second.index) == (" É\u2028☃ ", "some text", 6, 1)
+    assert first.extra == {} and second.extra == {"kind": "easy", "source": 3}
+    assert second.text() == {"instruction": " É\u2028☃ ", "input": "some text"}
+
+
+def test_json_lines_hold_the_same_records_as_a_list(load):
+    records = [GOOD, without(instruction="a\u2028b", output="line\nend"), without(task_id=6)]
+    raw = b"\n".join(json.dumps(record, ensure_ascii=False).encode() for record in records)
+    assert load(raw, "data.jsonl") == load(records)
+    assert load(raw.replace(b"\n{", b"\r\n{"), "windows.jsonl") == load(records)
+
+
+def test_input_may_be_left_out_or_null(load):
+    assert load([without("input")]) == load([without(input=None)]) == load([GOOD])
+
+
+def test_answer_is_needed_where_it_is_compared(load):
+    assert load([without("answer")])[0].answer == ""
+    with pytest.raises(UserError, match="example 0 has no field 'answer'"):
+        load([without("answer")], closed=True)
+
+
+def test_one_task_alone_needs_no_task_id(load):
+    (example,) = load([without("task_id")], tasks=TaskSet((Task("free", 0),)))
+    assert example.task_id == 0
+
+
+ONE_A_LINE = lines(GOOD, without(task_id=6))
+READ = {
+    "BOM": ("data.json", b"\xef\xbb\xbf" + json.dumps([GOOD, without(task_id=6)]).encode()),
+    "BOM before lines": ("data.jsonl", b"\xef\xbb\xbf" + ONE_A_LINE),
+    "blank lines": ("data.jsonl", b"\n" + ONE_A_LINE.replace(b"}\n", b"}\n\n \r\n")),
+    "upper case": ("DATA.JSONL", ONE_A_LINE),
+    "lines in a .json file": ("data.json", ONE_A_LINE),
+}
+
+
+@pytest.mark.parametrize("name, content", READ.values(), ids=READ)
+def test_what_other_tools_write_is_read(load, name, content):
+    assert load(content, name) == load([GOOD, without(task_id=6)])
+
+
+@pytest.mark.parametrize(
+    "record, options",
+    [
+        (without("task_id", task="ARC-Easy"), {}),
+        (without("task_id", task="ARC-Easy"), {"task": "ARC-Easy"}),
+        (without(task="ARC-Easy", task_id=6), {}),
+        (without(task_id=6), {"task": "ARC-Easy"}),
+        (without("task_id"), {"task": "ARC-Easy"}),
+    ],
+    ids=["name", "name twice", "name and id", "id in a file of the task", "file of the task"],
+)
+def test_task_is_known_by_name_by_id_or_by_its_file(load, record, options):
+    (example,) = load([record], **options)
+    assert example.task_id == COMMONSENSE["ARC-Easy"].id
+    assert example.extra == {}

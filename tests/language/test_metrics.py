@@ -1,0 +1,214 @@
+"""Answer extraction and metrics, without a model."""
+
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtl_lora.language.metrics import (
+    METRICS,
+    extract_answer,
+    proportion,
+    same_text,
+    strict_answer,
+    task_result,
+    text_f1,
+)
+from mtl_lora.language.tasks import COMMONSENSE, Task
+
+few = settings(max_examples=30, deadline=None)
+texts = st.text(alphabet=st.sampled_from("aenoprstuw 0123456789\n.,:"), max_size=60)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("boolq", "the correct answer is true", "true"),
+        ("boolq", "false, not true", "false"),
+        ("piqa", " the correct answer is solution2.", "solution2"),
+        ("social_i_qa", "answer5", "answer5"),  # LLM-Adapters' pattern has five answers for every answer task
+        ("hellaswag", "ending4 and ending1", "ending4"),
+        ("winogrande", "Option1", ""),
+        ("ARC-Easy", "the answer is 1", ""),
+        ("openbookqa", "answer12", "answer1"),
+        ("boolq", "", ""),
+    ],
+)
+def test_the_first_match_of_the_pattern_is_the_answer(task, text, answer):
+    assert extract_answer(COMMONSENSE[task], text) == answer
+
+
+@few
+@given(st.sampled_from(COMMONSENSE.names), texts, texts)
+def test_an_option_in_the_text_is_found_unless_another_stands_before_it(name, before, after):
+    task = COMMONSENSE[name]
+    for option in task.options:
+        found = extract_answer(task, before + option + after)
+        assert found
+        assert re.fullmatch(task.answer_pattern, found)
+        if not re.search(task.answer_pattern, before + option[:-1]):
+            assert found.startswith(option[:-1])
+
+
+@few
+@given(st.sampled_from(COMMONSENSE.names), texts)
+def test_what_is_found_stands_in_the_text_and_nothing_is_made_up(name, text):
+    found = extract_answer(COMMONSENSE[name], text)
+    assert found in text
+    assert bool(found) == bool(re.search(COMMONSENSE[name].answer_pattern, text.strip()))
+
+
+def test_options_with_signs_that_mean_something_in_a_pattern_are_found_as_they_are():
+    task = Task("math", 0, ("x+y", "x*y"))
+    assert extract_answer(task, "the correct answer is x*y") == "x*y"
+
+
+def test_free_text_is_the_first_line_without_the_prefix():
+    task = Task("free", 0)
+    assert extract_answer(task, " the correct answer is a red kite\nand more") == "a red kite"
+    assert extract_answer(task, "\n") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("the correct answer is answer1", "answer1"),
+        (" answer4.\n", "answer4"),
+        ("the correct answer is answer12", ""),
+        ("not answer1", ""),
+        ("answer1 answer2", ""),
+        ("Answer1", ""),
+        ("answer5", ""),  # not one of this record's
+        ("", ""),
+    ],
+)
+def test_strict_extraction_takes_nothing_but_an_option(text, answer):
+    task = COMMONSENSE["ARC-Easy"]
+    assert strict_answer(task, task.options[:4], text) == answer
+
+
+@few
+@given(st.sampled_from(COMMONSENSE.names), texts)
+def test_an_answer_extracted_strictly_is_found_by_the_pattern_too(name, text):
+    task = COMMONSENSE[name]
+    strict = strict_answer(task, task.options, text)
+    assert strict == "" or extract_answer(task, text) == strict
+
+
+@few
+@given(st.sampled_from(COMMONSENSE.names), st.data())
+def test_the_answer_that_training_shows_is_extracted_alike_both_ways(name, data):
+    task = COMMONSENSE[name]
+    option = data.draw(st.sampled_from(task.options))
+    text = task.answer_prefix + option
+    assert strict_answer(task, task.options, text) == option == extract_answer(task, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "f1", "exact"),
+    [
+        ("The red kite.", "red kite", 1.0, True),
+        ("a red kite", "red kite flies", 0.8, False),
+        ("red red", "red", 2 / 3, False),
+        ("blue", "red", 0.0, False),
+        ("don't!", "dont", 1.0, True),
+        ("U.S.", "US", 1.0, True),
+        ("1,000", "1000", 1.0, True),
+        ("(5).", "5", 1.0, True),
+        ("B)", "b", 1.0, True),
+        # an empty answer is never right
+        ("", "red", 0.0, False),
+        ("", "A", 0.0, False),
+        ("", "", 0.0, False),
+        # signs that belong to a number or to a single letter count, and so do articles that are none
+        ("15", "-1.5", 0.0, False),
+        ("5", "-5", 0.0, False),
+        ("\N{MINUS SIGN}5", "-5", 1.0, True),
+        ("12", "1/2", 0.0, False),
+        ("5", ".5", 0.0, False),
+        ("C", "C++", 0.0, False),
+        ("A", "A-", 0.0, False),
+        ("vitamin", "vitamin A", 2 / 3, False),
+        ("the", "A", 0.0, False),
+        ("?", "!", 0.0, False),
+    ],
+)
+def test_free_text_is_compared_word_by_word(text, right, f1, exact):
+    assert text_f1(text, right) == pytest.approx(f1)
+    assert same_text(text, right) == exact
+
+
+words = st.lists(st.sampled_from(["red", "kite", "the", "sky", "a", "blue"]), max_size=6).map(" ".join)
+
+
+@few
+@given(words, words)
+def test_f1_is_the_harmonic_mean_of_precision_and_recall(text, right):
+    text, right = f"{text} end", f"{right} end"  # an article counts at the end alone
+    given_words = [word for word in text.split() if word not in ("a", "the")]
+    wanted = [word for word in right.split() if word not in ("a", "the")]
+    shared, left = 0, list(wanted)
+    for word in given_words:
+        if word in left:
+            left.remove(word)
+            shared += 1
+    precision, recall = shared / len(given_words), shared / len(wanted)
+    assert text_f1(text, right) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert text_f1(text, right) == pytest.approx(text_f1(right, text))
+
+
+@few
+@given(st.lists(st.booleans(), min_size=1, max_size=400))
+def test_the_standard_error_is_that_of_the_mean_of_zeros_and_ones(outcomes):
+    share = sum(outcomes) / len(outcomes)
+    variance = sum((value - share) ** 2 for value in outcomes) / len(outcomes)
+    assert proportion(outcomes) == (share, pytest.approx(math.sqrt(variance / len(outcomes))))
+
+
+def test_every_metric_of_the_table_gives_a_value_and_its_standard_error():
+    predictions, targets = ["red", "a kite", "blue sky"], ["red", "kite.", "sky"]
+    by_name = {name: metric(predictions, targets) for name, metric in METRICS.items()}
+    f1 = (1 + 1 + 2 / 3) / 3
+    variance = sum((value - f1) ** 2 for value in (1, 1, 2 / 3)) / 3
+    assert by_name == {
+        "accuracy": (1 / 3, pytest.approx(math.sqrt(2 / 27))),
+        "exact_match": (2 / 3, pytest.approx(math.sqrt(2 / 27))),
+        "f1": (pytest.approx(f1), pytest.approx(math.sqrt(variance / 3))),
+    }
+
+
+OPTIONS, FREE = Task("letters", 0, ("a", "b")), Task("free", 0)
+
+
+def line(answer, parsed, kind=None, **more):
+    line = {"answer": answer, "parsed": parsed, "correct": answer == parsed, **more}
+    return line | ({"kind": kind} if kind else {})
+
+
+def test_a_result_counts_right_unparsed_and_majority_answers():
+    lines = [line("a", "a", "easy"), line("a", "b", "hard"), line("b", "", "hard"), line("a", "a", "easy")]
+    result = task_result(OPTIONS, lines)
+    assert (result.metric, result.value, result.stderr, result.n) == ("accuracy", 0.5, 0.25, 4)
+    assert result.majority == 0.75
+    assert result.measured == {"correct": 2, "unparsed": 0.25, "predicted": {"": 1, "a": 2, "b": 1}}
+    assert {kind: (group.value, group.n) for kind, group in result.groups.items()} == {"easy": (1, 2), "hard": (0, 2)}
+
+
+def test_a_result_has_the_other_measures_where_every_line_has_them():
+    strict = task_result(OPTIONS, [line("a", "a", strict="a"), line("a", "a", strict="")]).others["strict"]
+    assert (strict.value, strict.stderr, strict.n) == (0.5, pytest.approx(0.5 / math.sqrt(2)), 2)
+    assert strict.measured == {"unparsed": 0.5}
+    scored = task_result(OPTIONS, [line("a", "b", normalised="a"), line("b", "b", normalised="a")])
+    assert scored.others["acc_norm"].value == 0.5
+    assert task_result(OPTIONS, [line("a", "a")]).others == {}
+
+
+def test_a_task_names_the_metric_that_decides_its_result():
+    lines = [line("red kite", "red", f1=2 / 3), line("red kite", "the red kite.", f1=1.0)]
+    result = task_result(FREE, lines)
+    assert (result.metric, result.value) == ("exact_match", 0.5)
+    assert (result.others["f1"].metric, result.others["f1"].value) == ("f1", pytest.approx(5 / 6))
+    result = task_result(Task("free", 0, metric="f1"), lines)
+    assert (result.metric, result.value, result.others) == ("f1", pytest.approx(5 / 6), {})

@@ -1,0 +1,178 @@
+"""Predictions for any examples: the answers of an evaluation, in the order of the input, whatever the batches."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shared import PROJECT, QUICKSTART
+
+from mtl_lora.errors import UserError
+from mtl_lora.language import Predictor
+from mtl_lora.language.config import EvalConfig, PredictConfig
+from mtl_lora.language.evaluate import run as evaluate
+from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.predict import run
+from mtl_lora.language.predictions import Predictions
+
+
+def questions(task: str, count: int = 6) -> list[dict]:
+    """Instructions of the quick start's test set, under an id of their own."""
+    records = json.loads((QUICKSTART / "test" / task / "test.json").read_text())[:count]
+    return [{"id": f"{task}-{index}", "instruction": one["instruction"]} for index, one in enumerate(records)]
+
+
+@pytest.fixture
+def predict(trained, tmp_path):
+    """Predict in this process: ``predict(examples, flag=value, ...)`` returns the lines of the output file."""
+
+    def start(examples: list, **flags) -> list[dict]:
+        path = tmp_path / "input.jsonl"
+        path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+        given = {"checkpoint": trained, "input": str(path), "output": str(tmp_path / "out.jsonl"), "dtype": "fp32"}
+        config = PredictConfig(**given | {"max_new_tokens": 6} | flags)
+        run(config)
+        return [json.loads(line) for line in Path(config.output).read_text().split("\n") if line]
+
+    return start
+
+
+@pytest.mark.parametrize("mode", ["score", "generate"])
+def test_predictions_are_the_answers_of_an_evaluation(predict, trained, tmp_path, mode):
+    flags = {"data_dir": str(QUICKSTART / "test"), "tasks": ["ARC-Easy"], "limit": 6, "max_new_tokens": 6}
+    evaluate(EvalConfig(checkpoint=trained, output_dir=str(tmp_path / "eval"), mode=mode, dtype="fp32", **flags))
+    lines = Predictions(tmp_path / "eval").read()
+    results = predict(questions("ARC-Easy"), task="ARC-Easy", mode=mode)
+    assert [one["id"] for one in results] == [f"ARC-Easy-{index}" for index in range(6)]
+    for index, one in enumerate(results):
+        line = lines["ARC-Easy", index]
+        assert (one["index"], one["task"], one["answer"]) == (index, "ARC-Easy", line["parsed"])
+        if mode == "generate":
+            assert one["text"] == line["text"] and "scores" not in one
+            continue
+        assert list(one["scores"].values()) == pytest.approx(line["scores"], abs=1e-4)
+        assert list(one["scores"])[:2] == ["answer1", "answer2"]
+        total = sum(map(math.exp, line["scores"]))
+        assert list(one["probabilities"].values()) == pytest.approx([math.exp(x) / total for x in line["scores"]])
+
+
+def test_batches_and_mixed_tasks_change_no_answer_and_no_order(predict, tmp_path):
+    mixed = [{**one, "task": task} for pair in zip(questions("boolq"), questions("piqa"), strict=True)
+             for one, task in zip(pair, ("boolq", "piqa"), strict=True)]  # fmt: skip
+    by_size = [predict(mixed, batch_size=size, output=str(tmp_path / f"{size}.jsonl")) for size in (1, 3, "auto")]
+    alone = [predict(questions(task), task=task, output=str(tmp_path / task)) for task in ("boolq", "piqa")]
+    for results in by_size:
+        assert [one["id"] for one in results] == [one["id"] for one in mixed]
+        for task, expected in zip(("boolq", "piqa"), alone, strict=True):
+            found = [one for one in results if one["task"] == task]
+            assert [one["answer"] for one in found] == [one["answer"] for one in expected]
+            for one, other in zip(found, expected, strict=True):
+                assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+
+
+def test_python_gives_the_lines_of_the_command(predict, trained):
+    predictor = Predictor(trained, dtype="fp32", max_new_tokens=6)
+    for _ in range(2):  # the model and the tokenizer stay loaded
+        found = predictor.predict(questions("winogrande", 3), task="winogrande")
+    expected = predict(questions("winogrande", 3), task="winogrande")
+    for one, other in zip(found, expected, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+        assert {**one, "scores": 0, "probabilities": 0} == {**other, "scores": 0, "probabilities": 0}
+    (one,) = predictor.predict(["Is it? Answer format: true/false"], task="boolq", mode="generate")
+    assert set(one) == {"index", "task", "answer", "text"}
+    assert predictor.predict([]) == []
+    with pytest.raises(UserError, match="mode .* 'both'"):
+        predictor.predict(["a"], task="boolq", mode="both")
+
+
+def test_base_model_alone_answers_own_tasks_each_in_its_way(tiny_base, tmp_path):
+    tasks = [{"name": "mood", "id": 0, "options": ["glad", "sad"]}, {"name": "free", "id": 1}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    predictor = Predictor(base_model=tiny_base, tasks_file=str(tmp_path / "tasks.json"), max_new_tokens=3)
+    found = predictor.predict([{"instruction": "A", "task": "free"}, {"instruction": "B", "task_id": 0, "input": None}])
+    assert [set(one) & {"scores", "text"} for one in found] == [{"text"}, {"scores"}]
+    assert set(found[1]["scores"]) == {"glad", "sad"} and found[1]["answer"] in ("glad", "sad")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\xef\xbb\xbf{"instruction": "a", "answer": "true", "output": 5}\n\n{"instruction": "b"}\n\n',
+        b'[{"instruction": "a"}, {"instruction": "b", "input": null}]',
+    ],
+    ids=["JSON lines with a BOM, blank lines and answers that are not needed", "a JSON list"],
+)
+def test_input_is_read_as_people_write_it(predict, tmp_path, content):
+    (tmp_path / "given.json").write_bytes(content)
+    results = predict([], input=str(tmp_path / "given.json"), task="boolq")
+    assert [(one["index"], set(one["scores"])) for one in results] == [(0, {"true", "false"}), (1, {"true", "false"})]
+
+
+def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, tmp_path, monkeypatch):
+    examples, answer, answered = questions("boolq"), Evaluator.answer, []
+    complete = predict(examples, task="boolq", batch_size=2, output=str(tmp_path / "complete.jsonl"))
+
+    def stop_after_four(self, batch, protocol):
+        if len(answered) == 4:
+            raise KeyboardInterrupt
+        answered.extend(batch)
+        return answer(self, batch, protocol)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "answer", stop_after_four)
+        with pytest.raises(KeyboardInterrupt):
+            predict(examples, task="boolq", batch_size=2)
+    assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(UserError, match=r"out.jsonl.partial holds answers with another mode; .*--overwrite"):
+        predict(examples, task="boolq", batch_size=2, mode="generate")
+    with pytest.raises(UserError, match="input_sha256"):
+        predict(examples[:3], task="boolq", batch_size=2)
+    monkeypatch.setattr(Evaluator, "answer", lambda self, *batch: answered.extend(batch[0]) or answer(self, *batch))
+    assert predict(examples, task="boolq", batch_size=2) == complete
+    assert len(answered) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete.jsonl", "input.jsonl", "out.jsonl"]
+    with pytest.raises(UserError, match=r"out.jsonl is there already; .*--overwrite"):
+        predict(examples, task="boolq")
+    assert predict(examples[:1], task="boolq", overwrite=True)[0]["answer"] == complete[0]["answer"]
+
+
+@pytest.mark.slow
+def test_killed_command_resumes_to_the_whole_output(predict, trained, tmp_path):
+    complete = predict(questions("piqa", 40), task="piqa", batch_size=1, output=str(tmp_path / "complete.jsonl"))
+    flags = {"checkpoint": trained, "input": tmp_path / "input.jsonl", "output": tmp_path / "out.jsonl", "task": "piqa"}
+    flags |= {"dtype": "fp32", "batch_size": 1}
+    command = [sys.executable, "-m", "mtl_lora", "predict", *(f"--{name}={value}" for name, value in flags.items())]
+    part = tmp_path / "out.jsonl.partial" / "predictions" / "~part-0.jsonl"
+    running = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= 5):
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "out.jsonl").exists()
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "complete.jsonl").read_text()
+    assert not part.parent.parent.exists()
+    assert len(complete) == 40
+
+
+@pytest.mark.parametrize(
+    ("examples", "flags", "message"),
+    [
+        ([{"instruction": "a"}], {}, "input.jsonl, example 0 .*'task_id'"),
+        ([{"instruction": "a"}], {"task": "chess"}, "no task 'chess'; the tasks are boolq 0"),
+        ([{"instruction": "a"}, {"question": "b"}], {"task": "boolq"}, "example 1 has no field 'instruction'"),
+        ([{"instruction": "a", "task": "piqa"}], {"task": "boolq"}, "example 0 .*piqa and boolq"),
+        (["a"], {"task": "boolq"}, "example 0 must be an object"),
+        ([{"instruction": "a"}], {"task": "boolq", "mode": "both"}, "mode must be one of generate, score"),
+        ([{"instruction": "a"}], {"task": "boolq", "output": "."}, r"--output \. is a folder"),
+        ([{"instruction": "a"}], {"task": "boolq", "input": "nowhere.jsonl"}, r"nowhere\.jsonl cannot be read"),
+    ],
+)
+def test_wrong_input_is_refused_by_file_and_example(predict, tmp_path, examples, flags, message):
+    with pytest.raises(UserError, match=message):
+        predict(examples, **flags)
+    assert {path.name for path in tmp_path.iterdir()} == {"input.jsonl"}

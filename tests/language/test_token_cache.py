@@ -1,0 +1,234 @@
+"""Encoded examples on disk: made once for everything that shapes them, and nothing half-made ever found there."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from text_cases import INSTRUCTIONS, example, record
+from transformers import AutoTokenizer
+
+from mtl_lora.errors import UserError
+from mtl_lora.language import token_cache
+from mtl_lora.language.encode import Encoder
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.language.token_cache import row_columns, shortened_note, tokenizer_hash, training_rows
+
+CUTOFF = 128
+RECORDS = [
+    record(task, instruction="Think well. " * repeats + INSTRUCTIONS[task])
+    for repeats in (0, 30)
+    for task in COMMONSENSE.names
+]
+RENAMED = TaskSet(tuple(Task(f"other-{task.name}", task.id, task.options) for task in COMMONSENSE))
+
+
+@pytest.fixture
+def rows_of(tokenizers, tmp_path):
+    """Encode a data file with defaults that a test may change one by one."""
+    (tmp_path / "train.json").write_text(json.dumps(RECORDS))
+
+    def make(path=None, tokenizer=None, template="alpaca", cutoff=CUTOFF, tasks=COMMONSENSE, cache=None):
+        tokenizer = tokenizer or tokenizers["llama3"]
+        path, cache = path or tmp_path / "train.json", cache or tmp_path / "cache"
+        return training_rows(path, tokenizer, template, cutoff, tasks, cache, progress=False)
+
+    return make
+
+
+@pytest.fixture
+def no_tokenising(monkeypatch):
+    """Any call of the encoder fails the test."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("rows in the cache must not be tokenised again")
+
+    return lambda: monkeypatch.setattr(token_cache.Encoder, "encode", refuse)
+
+
+def cached(tmp_path) -> list[str]:
+    """Everything in the cache folder, hidden files too."""
+    return sorted(path.name for path in (tmp_path / "cache").iterdir()) if (tmp_path / "cache").exists() else []
+
+
+def test_rows_are_what_the_encoder_gives(rows_of, tokenizers):
+    examples = [example(COMMONSENSE[r["task_id"]].name, instruction=r["instruction"]) for r in RECORDS]
+    expected = Encoder(tokenizers["llama3"], "alpaca", CUTOFF, COMMONSENSE).encode(examples)
+    rows = rows_of()
+    assert len(rows) == len(expected)
+    for row, encoded in zip(rows, expected, strict=True):
+        assert row["input_ids"] == encoded.prompt_ids + encoded.answer_ids
+        assert row["length"] == len(row["input_ids"]) <= CUTOFF
+        assert (row["prompt_length"], row["task_id"], row["removed"]) == (
+            len(encoded.prompt_ids),
+            encoded.task_id,
+            encoded.removed,
+        )
+
+
+def test_rows_longer_than_one_chunk_keep_their_order(rows_of, monkeypatch):
+    whole = rows_of()[:]
+    monkeypatch.setattr(token_cache, "_CHUNK", 3)
+    monkeypatch.setattr(token_cache, "_VERSION", "another")  # so that the cache is not read
+    assert rows_of()[:] == whole
+
+
+def test_same_settings_reuse_the_cache_without_tokenising(rows_of, tmp_path, no_tokenising):
+    first, folders = rows_of(), cached(tmp_path)
+    no_tokenising()
+    assert rows_of()[:] == first[:]
+    assert cached(tmp_path) == folders and len(folders) == 1
+
+
+def test_another_name_with_the_same_bytes_reuses_the_cache(rows_of, tmp_path, no_tokenising):
+    rows_of()
+    (tmp_path / "copy.json").write_bytes((tmp_path / "train.json").read_bytes())
+    no_tokenising()
+    rows_of(path=tmp_path / "copy.json")
+
+
+CHANGES = {
+    "template": lambda tokenizers: {"template": "original"},
+    "cutoff": lambda tokenizers: {"cutoff": CUTOFF + 1},
+    "tasks": lambda tokenizers: {"tasks": RENAMED},
+    "tokenizer": lambda tokenizers: {"tokenizer": tokenizers["gpt2"]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_every_setting_that_shapes_rows_has_a_cache_of_its_own(rows_of, tmp_path, tokenizers, change):
+    first = rows_of()
+    second = rows_of(**change(tokenizers))
+    assert len(cached(tmp_path)) == 2
+    assert len(second) == len(first)
+    assert rows_of()[:] == first[:], "the first cache must be left alone"
+
+
+def test_changed_byte_in_the_data_has_a_cache_of_its_own(rows_of, tmp_path):
+    first = rows_of()
+    changed = [{**RECORDS[0], "output": "the correct answer is false"}, *RECORDS[1:]]
+    (tmp_path / "train.json").write_text(json.dumps(changed))
+    rows = rows_of()
+    assert len(cached(tmp_path)) == 2
+    assert rows[0]["input_ids"] != first[0]["input_ids"] and rows[1:] == first[1:]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[{", "is not JSON"),
+        (
+            json.dumps([*RECORDS, {"instruction": "a", "output": "b", "answer": "b"}]),
+            "example 16 has no field 'task_id'",
+        ),
+        (json.dumps([*RECORDS, record("boolq", output="word " * 300)]), r"example 16: the answer alone has \d+ tokens"),
+    ],
+    ids=["broken JSON", "bad example", "answer too long"],
+)
+def test_refused_data_names_the_file_and_leaves_nothing_in_the_cache(rows_of, tmp_path, content, message):
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        rows_of()
+    assert str(tmp_path / "train.json") in str(caught.value)
+    assert cached(tmp_path) == []
+
+
+def test_titles_and_columns_of_the_tasks_shape_nothing(rows_of, no_tokenising):
+    rows_of()
+    no_tokenising()
+    retitled = [dataclasses.replace(task, title=f"Title of {task.name}") for task in COMMONSENSE]
+    rows_of(tasks=TaskSet(tuple(retitled), tuple(reversed(COMMONSENSE.names))))
+
+
+def test_two_runs_that_encode_the_same_file_at_once_find_one_cache(rows_of, tmp_path, monkeypatch):
+    save = token_cache.datasets.Dataset.save_to_disk
+    started = []
+
+    def overtaken(self, folder, **options):
+        save(self, folder, **options)
+        if not started:
+            started.append(folder)
+            rows_of()  # the other run, from its start to its end
+
+    monkeypatch.setattr(token_cache.datasets.Dataset, "save_to_disk", overtaken)
+    assert len(rows_of()) == len(RECORDS)
+    assert len(cached(tmp_path)) == 1
+    assert not list((tmp_path / "cache").glob("rows-*/rows")), "one run's folder lies in the other's"
+
+
+def test_missing_data_file_is_named(rows_of, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+        rows_of(path=tmp_path / "nowhere.json")
+
+
+def test_failure_while_saving_leaves_nothing_in_the_cache(rows_of, tmp_path, monkeypatch):
+    def full_disk(self, folder, **options):
+        (tmp_path / "cache").joinpath(folder).mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cache.datasets.Dataset, "save_to_disk", full_disk)
+        with pytest.raises(UserError, match="No space left on device"):
+            rows_of()
+    assert cached(tmp_path) == []
+    assert len(rows_of()) == len(RECORDS)
+
+
+def test_cache_folder_that_can_not_be_written_is_one_sentence(rows_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the cache folder .*file/cache cannot be written \(.+\); pass another"):
+        rows_of(cache=tmp_path / "file" / "cache")
+
+
+def test_tokenizer_hash_is_of_what_the_tokenizer_does_not_of_where_it_lies(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    here, there = (AutoTokenizer.from_pretrained(str(tmp_path / name)) for name in ("here", "there"))
+    assert tokenizer_hash(here) == tokenizer_hash(there)
+    there(["a text", "another one"])
+    assert tokenizer_hash(here) == tokenizer_hash(there), "using a tokenizer does not change it"
+    there.add_tokens(["lighthouse"])
+    assert tokenizer_hash(here) != tokenizer_hash(there)
+
+
+def test_tokenizers_of_different_kinds_have_different_hashes(tokenizers):
+    assert len({tokenizer_hash(tokenizer) for tokenizer in tokenizers.values()}) == len(tokenizers)
+
+
+# ---- number columns and the note on shortened rows ----
+
+SELECTIONS = {
+    "all": lambda rows: rows,
+    "scattered": lambda rows: rows.select([5, 2, 11, 3]),
+    "a stretch": lambda rows: rows.select(range(4, 9)),
+    "twice": lambda rows: rows.select([5, 2, 11, 3]).select([2, 0]),
+    "a stretch of scattered": lambda rows: rows.select([5, 2, 11, 3]).select(range(1, 3)),
+    "scattered from a stretch": lambda rows: rows.select(range(4, 9)).select([3, 0]),
+    "shuffled": lambda rows: rows.shuffle(seed=1),
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=list(SELECTIONS))
+def test_columns_are_those_of_the_selected_rows(rows_of, selection):
+    rows = selection(rows_of())
+    columns = row_columns(rows)
+    assert set(columns) == {"prompt_length", "length", "task_id", "removed"}
+    for name, column in columns.items():
+        assert isinstance(column, np.ndarray)
+        assert column.tolist() == [row[name] for row in rows]
+
+
+def test_note_counts_shortened_examples_and_removed_tokens(rows_of):
+    rows = rows_of()
+    whole = rows_of(cutoff=4096)
+    lost = [len(a["input_ids"]) - len(b["input_ids"]) for a, b in zip(whole, rows, strict=True)]
+    assert 0 < sum(n > 0 for n in lost) < len(rows)
+    facts = (f"{sum(n > 0 for n in lost)} of 16 ", "128 tokens", f" {sum(lost):,} tokens")
+    assert all(fact in shortened_note(rows, CUTOFF) for fact in facts)
+    assert shortened_note(whole, 4096).startswith("no example")
+
+
+def test_note_is_about_the_selected_rows(rows_of):
+    short = rows_of().filter(lambda row: row["removed"] == 0, load_from_cache_file=False)
+    assert shortened_note(short, CUTOFF).startswith("no example")

@@ -1,0 +1,163 @@
+"""Grids: a mistake is refused by a sentence that names the file, the place and the way out; those of the package."""
+
+import json
+
+import pytest
+from reference.sizes import smollm2_135m, trained_and_all
+from shared import PROJECT
+from study_cases import ALONE, GRID, SEARCH, grid, with_flags, write_grid
+
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.study.config import GRIDS, StudyConfig, read_grid
+
+
+def experiments(**changes) -> dict:
+    """The grid with an experiment of this kind besides its own."""
+    return grid({"name": "Other", "train": {}, **changes})
+
+
+OTHER = "experiment 'Other'"
+BAD = [
+    # (grid, what the sentence names)
+    (grid(seeds=...), ["lacks", "'seeds'"]),
+    (grid(seeds=[]), ["seeds", "at least one", "[]"]),
+    (grid(seeds=[1, 1]), ["seeds", "[1, 1]"]),
+    (grid(name="a/b"), ["name", "'a/b'"]),
+    (grid(launcher=" "), ["launcher", "torchrun"]),
+    (grid(experiments=[]), ["experiments", "at least one"]),
+    (with_flags(lora_rr=4), ["train", "'lora_rr'", "'lora_r'"]),
+    (with_flags(lora_r="4"), ["train", "lora_r", "'4'"]),
+    (with_flags(seed=4), ["train", "seed", "set by the study"]),
+    (with_flags(tasks_file="none.json"), ["none.json"]),
+    (with_flags("evaluate", limit=4), ["evaluate", "limit", "test_records"]),
+    (with_flags("evaluate", base_model="x"), ["evaluate", "base_model", "train"]),
+    (with_flags("evaluate", mode="both"), ["evaluate", "both", "generate or score"]),
+    (with_flags("evaluate", overwrite=True), ["evaluate", "overwrite", "set by the study"]),
+    (grid(baseline="Lora"), ["'Lora'", "Base, LoRA, MTL-LoRA"]),
+    (experiments(kind="x"), [OTHER, "'kind'"]),
+    (grid({"train": {}}), ["experiment 3", "lacks", "'name'"]),
+    (experiments(name="LoRA"), ["name 'LoRA'"]),
+    (experiments(name="lora"), ["folder name 'lora'"]),
+    (experiments(name="!"), ["name", "'!'"]),
+    (experiments(train={"data_path": "x"}), [OTHER, "data_path", "equal for all"]),
+    (experiments(train={"rank": 4}), [OTHER, "unknown flag 'rank'"]),
+    (experiments(evaluate={"mode": "generate"}), [OTHER, "mode", "equal for all"]),
+    (experiments(only_tasks=["cola"]), [OTHER, "'cola'", "boolq 0"]),
+    (experiments(train=None, only_tasks=["boolq"]), [OTHER, "only_tasks", "train is null"]),
+    (experiments(train=None, alone=True), [OTHER, "alone", "train is null"]),
+    (experiments(alone=True, evaluate={"tasks": ["boolq"]}), [OTHER, "alone", "tasks"]),
+    (experiments(evaluate={"tasks": ["piqa"]}) | {"evaluate": {"tasks": ["boolq"]}}, [OTHER, "piqa", "['boolq']"]),
+    (grid(ALONE, {**ALONE, "name": "Again"}), ["alone", "'main'"]),
+    (experiments(baseline="LoRa"), [OTHER, "'LoRa'"]),
+    (experiments(search="LoRA"), [OTHER, "'LoRA'", "no search"]),
+    (experiments(search="MTL-LoRA") | {"search": SEARCH}, [OTHER, "'MTL-LoRA'", "nothing is searched"]),
+    (experiments(search="LoRA", train={"learning_rate": 1}) | {"search": SEARCH}, [OTHER, "sets learning_rate"]),
+    (grid(search={**SEARCH, "values": [0.1]}), ["search", "values", "at least two"]),
+    (grid(search={**SEARCH, "flag": "rate"}), ["search", "unknown flag 'rate'"]),
+    (grid(search={**SEARCH, "flag": "seed"}), ["search", "seed", "set by the study"]),
+    (grid(search={**SEARCH, "train": {"cutoff_len": 9}}), ["search", "cutoff_len", "equal for all"]),
+    (grid(search={**SEARCH, "data_dir": GRID["evaluate"]["data_dir"]}), ["search", "test sets", "development"]),
+]
+
+
+@pytest.mark.parametrize(("value", "facts"), BAD, ids=[" ".join(facts)[:50] for _, facts in BAD])
+def test_bad_grid_is_refused_by_a_sentence(tmp_path, value, facts):
+    with pytest.raises(UserError) as error:
+        read_grid(str(write_grid(tmp_path, value)))
+    assert all(fact in str(error.value) for fact in [*facts, "grid.json"]), str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"grid"'])
+def test_file_that_is_not_a_grid_is_refused(tmp_path, text):
+    (tmp_path / "grid.json").write_text(text)
+    with pytest.raises(UserError, match=r"grid\.json"):
+        read_grid(str(tmp_path / "grid.json"))
+
+
+def test_experiments_take_the_grids_seeds_and_baseline_unless_they_have_their_own(tmp_path):
+    read = read_grid(str(write_grid(tmp_path, grid({"name": "Own", "train": {}, "seeds": [7], "baseline": "Base"}))))
+    assert [each.seeds for each in read.experiments] == [[None], [0, 1], [0, 1], [7]]
+    assert [each.baseline for each in read.experiments] == ["LoRA", "", "LoRA", "Base"]
+
+
+def test_search_leaves_alone_what_has_no_training_sets_the_flag_itself_or_opts_out(tmp_path):
+    more = [{"name": "Out", "train": {}, "search": False}, {"name": "As", "train": {}, "search": "LoRA"}]
+    read = read_grid(str(write_grid(tmp_path, grid(*more, search=SEARCH))))
+    searched = {each.name: each.search for each in read.experiments}
+    assert searched == {"Base": "", "LoRA": "LoRA", "MTL-LoRA": "", "Out": "", "As": "LoRA"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "facts"),
+    [
+        ({}, ["--grid", "textclass"]),
+        ({"grid": "x", "parallel": 0}, ["parallel", "0"]),
+        ({"grid": "x", "check": True, "report": True}, ["--check", "--report"]),
+    ],
+)
+def test_wrong_flags_of_a_study_are_refused(flags, facts):
+    with pytest.raises(UserError) as error:
+        StudyConfig(**flags)
+    assert all(fact in str(error.value) for fact in facts)
+
+
+# ---- the grids of the package ----
+
+
+def adapters(read) -> dict:
+    """The adapter of every trained experiment by name."""
+    trained = [each for each in read.experiments if each.train is not None]
+    configs = {each.name: TrainConfig(**{**read.train, **each.train}) for each in trained}
+    return {name: config.adapter_config(config.task_set()) for name, config in configs.items()}
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    """Grids name files from the project's folder."""
+    monkeypatch.chdir(PROJECT)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grid_of_the_package_is_found_by_name_and_has_the_flags_of_the_commands(name):
+    read = read_grid(name)
+    assert read.name == name and adapters(read)
+    for experiment in read.experiments:
+        EvalConfig(**{"base_model": "any", **read.evaluate, **experiment.evaluate})
+
+
+def test_unknown_name_of_a_grid_lists_those_of_the_package():
+    for name in ("quikstart", "script/grids/quickstart.json"):
+        with pytest.raises(UserError, match=f"{name}.*commonsense, llama2_7B, quickstart, textclass, transfer"):
+            read_grid(name)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "textclass", "commonsense", "llama2_7B"])
+def test_main_tables_have_the_base_model_and_the_methods_of_the_paper(name):
+    read = read_grid(name)
+    assert read.experiments[0].train is None
+    methods = {adapter.method for adapter in adapters(read).values()}
+    assert methods >= {"lora", "dora", "multilora", "moelora", "mtl_lora"}
+
+
+@pytest.mark.parametrize("name", ["textclass", "commonsense"])
+def test_budgets_are_equal_within_two_percent(name):
+    read, counts = read_grid(name), {}
+    one_layer = smollm2_135m()
+    layers, one_layer.num_hidden_layers = one_layer.num_hidden_layers, 1
+    for experiment, adapter in adapters(read).items():
+        settings = {key: value for key, value in adapter.to_json().items() if key != "tasks"}
+        counts[experiment] = layers * trained_and_all(one_layer, len(read.tasks), **settings)[0]
+    middle = (min(counts.values()) + max(counts.values())) / 2
+    assert all(abs(count / middle - 1) < 0.02 for count in counts.values()), counts
+    assert f"{middle / 1e6:.2f} M parameters within 2 %" in " ".join(read.notes)
+
+
+def test_transfer_compares_equal_ranks_and_schedules():
+    read, groups = read_grid("transfer"), {}
+    for name, adapter in adapters(read).items():
+        groups.setdefault(read.experiment(name).group, []).append((adapter.method, adapter.rank, adapter.scale))
+    for rank in (8, 4, 2):
+        assert groups[f"rank {rank}"] == [("lora", rank, 2), ("lora", rank, 2), ("mtl_lora", rank, 2)]
+    assert [each.alone for each in read.experiments] == [True, False, False] * 3
+    assert "max_steps" not in json.dumps(read.to_json())

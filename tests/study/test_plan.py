@@ -1,0 +1,217 @@
+"""From a grid to jobs: samples that stay the same, command lines, and what makes another configuration."""
+
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from shared import QUICKSTART, quickstart_records
+from study_cases import ALONE, SEARCH, dev_set, grid, job_of, plan_of, run_of, with_flags, write_grid
+
+from mtl_lora import cli, files
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.examples import load_examples
+from mtl_lora.language.tasks import COMMONSENSE, TaskSet
+from mtl_lora.study.config import read_grid
+from mtl_lora.study.plan import Data, Plan, keeps_training, sampled
+
+
+def data(folder: Path, **changes) -> Data:
+    return Data(read_grid(str(write_grid(folder, grid(**changes)))), folder / "study")
+
+
+def records(part) -> list[dict]:
+    """What the one file of a part holds."""
+    (content,) = part.content.values()
+    return json.loads(content)
+
+
+def test_sample_is_these_examples_for_ever_and_a_larger_one_adds_in_the_files_order():
+    examples = load_examples(QUICKSTART / "test" / "piqa" / "test.json", COMMONSENSE, "piqa")
+    assert [example.index for example in sampled(examples, 5, "piqa")] == [8, 24, 37, 48, 58]
+    assert sampled(examples, 5, "piqa") != sampled(examples, 5, "boolq")
+    indices = [[example.index for example in sampled(examples, most, "piqa")] for most in range(1, 70)]
+    for smaller, larger in itertools.pairwise(indices):
+        assert set(smaller) <= set(larger) and larger == sorted(larger)
+    assert indices[-1] == list(range(60)) == [example.index for example in sampled(examples, 0, "piqa")]
+
+
+def test_training_sample_has_equally_many_examples_of_every_task_as_the_file_has_them(tmp_path):
+    read = data(tmp_path, train_records=7)
+    part, one_task = read.train(), read.train(("winogrande",))
+    assert part.used.records == dict.fromkeys(COMMONSENSE.names, 7)
+    assert part.used.of == dict.fromkeys(COMMONSENSE.names, 240)
+    assert [record["task_id"] for record in records(part)] == [task for task in range(8) for _ in range(7)]
+    assert all(record in quickstart_records() for record in records(part))
+    assert part.used.sha256 == {"train": files.sha256_of(part.content[part.path])}
+    assert part.used.source_sha256 == {"train": files.sha256(QUICKSTART / "train.json")}
+    assert records(one_task) == [record for record in records(part) if record["task_id"] == 4]
+    assert one_task.path != part.path
+
+
+def test_test_sample_is_a_folder_that_the_evaluation_reads(tmp_path):
+    part = data(tmp_path, test_records=4).test
+    files.write_all(part.content)
+    for task in COMMONSENSE.names:
+        kept = load_examples(part.path / task / "test.json", COMMONSENSE, task, closed=True)
+        assert len(kept) == 4 == part.used.records[task]
+        assert part.used.sha256[task] == files.sha256(part.path / task / "test.json")
+
+
+def test_whole_sets_are_read_where_they_lie(tmp_path):
+    read = data(tmp_path, train_records=0, test_records=0)
+    assert (read.train().path, read.test.path) == (QUICKSTART / "train.json", QUICKSTART / "test")
+    assert not read.train().content and not read.test.content
+    assert read.test.used.sha256["boolq"] == files.sha256(QUICKSTART / "test" / "boolq" / "test.json")
+
+
+def test_missing_data_name_the_command_that_makes_them(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json .*`python prepare.py`"):
+        plan_of(tmp_path, with_flags(data_path="none.json") | {"prepare": "python prepare.py"})
+    with pytest.raises(UserError, match=r"boolq/test\.json"):
+        plan_of(tmp_path, with_flags("evaluate", data_dir=str(tmp_path)))
+
+
+def test_development_set_that_is_a_copy_of_the_test_sets_is_refused(tmp_path):
+    search = {**SEARCH, "data_dir": dev_set(tmp_path)}
+    copied = Path("piqa", "test.json")
+    (tmp_path / "dev" / copied).write_bytes((QUICKSTART / "test" / copied).read_bytes())
+    with pytest.raises(UserError, match=r"search: .*dev holds the same questions of piqa"):
+        plan_of(tmp_path, grid(search=search))
+
+
+# ---- commands ----
+
+
+def parsed(line: str, config):
+    """The configuration that a command line means to its command."""
+    words = shlex.split(line)
+    assert words[:4] == ["python", "-m", "mtl_lora", "train" if config is TrainConfig else "evaluate"]
+    return cli.parse(config, words[4:], "")
+
+
+def test_commands_have_common_and_own_flags_seed_and_folder(tmp_path):
+    run = run_of(plan_of(tmp_path, grid()), "MTL-LoRA", 1)
+    (job,) = run.jobs
+    train, evaluate = parsed(job.commands[0], TrainConfig), parsed(job.commands[1], EvalConfig)
+    assert (train.lora_r, train.learning_rate, train.seed, train.adapter_name) == (4, 0.01, 1, "mtl_lora")
+    assert train.data_path == str(tmp_path / "study" / "data" / "train.json")
+    assert Path(train.output_dir) == run.folder == tmp_path / "study" / "runs" / "mtl_lora" / "seed1"
+    assert evaluate.checkpoint == evaluate.output_dir == train.output_dir
+    assert (evaluate.mode, evaluate.name, evaluate.base_model) == ("score", "MTL-LoRA", None)
+    assert evaluate.data_dir == str(tmp_path / "study" / "data" / "test")
+
+
+def test_base_model_alone_is_asked_with_the_prompt_of_the_trainings(tmp_path):
+    (job,) = run_of(plan_of(tmp_path, with_flags(template="original", cutoff_len=99)), "Base", None).jobs
+    (line,) = job.commands
+    evaluate = parsed(line, EvalConfig)
+    assert (evaluate.base_model, evaluate.template, evaluate.cutoff_len) == ("base", "original", 99)
+    assert job.folder == tmp_path / "study" / "runs" / "base"
+
+
+def test_alone_trains_every_task_on_its_own_examples_and_scores_it_alone(tmp_path):
+    run = run_of(plan_of(tmp_path, grid({**ALONE, "only_tasks": ["piqa", "boolq"]})), "Alone")
+    assert [job.folder.relative_to(run.folder).name for job in run.jobs] == ["piqa", "boolq"]
+    for job in run.jobs:
+        task = job.folder.name
+        assert parsed(job.commands[1], EvalConfig).tasks == [task]
+        assert parsed(job.commands[0], TrainConfig).data_path.endswith(f"train_{task}.json")
+        assert job.data["train"].used.records == {task: 12}
+
+
+@pytest.mark.parametrize(("flag", "values"), [("learning_rate", [0.01, 0.001]), ("num_experts", [2, 4.0])])
+def test_search_trains_shortly_and_scores_on_the_development_set(tmp_path, flag, values):
+    search = {**SEARCH, "flag": flag, "values": values, "data_dir": dev_set(tmp_path)}
+    plan = plan_of(tmp_path, grid(search=search))
+    trials = plan.trials("LoRA")
+    configs = [parsed(trial.jobs[0].commands[0], TrainConfig) for trial in trials]
+    assert [(getattr(config, flag), config.max_steps) for config in configs] == [(value, 2) for value in values]
+    assert parsed(trials[0].jobs[0].commands[1], EvalConfig).data_dir == str(tmp_path / "study" / "data" / "dev")
+    config = parsed(run_of(plan, "LoRA", 0, trials[1].value).jobs[0].commands[0], TrainConfig)
+    assert (getattr(config, flag), config.max_steps) == (values[1], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_target_modules", ["q_proj", "v_proj"]),
+        ("lora_target_modules", [r".*\.[qv]_proj"]),
+        ("lora_target_modules", ["a,b", "c"]),
+        ("deepspeed", None),
+        ("train_on_inputs", True),
+        ("learning_rate", 1e-5),
+    ],
+)
+def test_a_flag_survives_the_command_line(tmp_path, name, value):
+    assert getattr(parsed(job_of(tmp_path, with_flags(**{name: value})).commands[0], TrainConfig), name) == value
+
+
+@pytest.mark.parametrize(
+    ("launcher", "option"),
+    [("torchrun --nproc_per_node 8", "-m"), ("deepspeed --num_gpus 8", "--no_local_rank --module")],
+)
+def test_launcher_stands_before_the_module(tmp_path, launcher, option):
+    for step, line in zip(("train", "evaluate"), job_of(tmp_path, grid(launcher=launcher)).commands, strict=True):
+        assert line.startswith(f"{launcher} {option} mtl_lora {step} --")
+
+
+def test_wrong_value_of_an_experiment_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"grid\.json, experiment 'Other', train: --lora_dropout .* 2"):
+        job_of(tmp_path, grid({"name": "Other", "train": {"lora_dropout": 2}}), "Other")
+
+
+# ---- what makes another configuration ----
+
+
+@pytest.mark.parametrize(
+    ("step", "flags", "changed", "kept"),
+    [
+        ("train", {"lora_r": 8}, {"train.lora_r": (4, 8)}, False),
+        ("train", {"learning_rate": 0.5}, {"train.learning_rate": (3e-4, 0.5)}, False),
+        ("evaluate", {"mode": "generate"}, {"evaluate.mode": ("score", "generate")}, True),
+        ("train", {"save_step": 1, "logging_steps": 1, "cache_dir": "elsewhere"}, {}, True),
+        ("evaluate", {"batch_size": 1}, {}, True),
+        ("train", {"weight_decay": 0.0}, {}, True),  # the default, written out
+    ],
+)
+def test_configuration_differs_only_where_a_result_could(tmp_path, step, flags, changed, kept):
+    before, now = job_of(tmp_path, grid()), job_of(tmp_path, with_flags(step, **flags))
+    assert now.changes(json.loads(json.dumps(before.configuration))) == changed
+    assert keeps_training(changed) == kept
+
+
+def test_data_count_by_content_and_not_by_place(tmp_path):
+    (tmp_path / "moved").mkdir()
+    first, moved = job_of(tmp_path, grid()), job_of(tmp_path / "moved", grid())
+    assert first.configuration == moved.configuration
+    fewer, asked = job_of(tmp_path, grid(train_records=11)), job_of(tmp_path, grid(test_records=5))
+    assert not keeps_training(fewer.changes(first.configuration)) and keeps_training(asked.changes(first.configuration))
+
+
+def test_titles_and_columns_of_tasks_do_not_count_but_their_options_do(tmp_path):
+    tasks, configurations, path = COMMONSENSE.to_json(), [], tmp_path / "tasks.json"
+    for change in ({}, {"title": "Yes or no"}, {"options": ["true", "false", "maybe"]}):
+        tasks["tasks"][0] |= change
+        path.write_text(json.dumps({**tasks, "columns": sorted(tasks["columns"], reverse=bool(change))}))
+        configurations.append(job_of(tmp_path, with_flags(tasks_file=str(path))).configuration)
+    assert configurations[0] == configurations[1] != configurations[2]
+
+
+def test_other_weights_under_the_base_models_name_are_another_configuration(tmp_path, tiny_base):
+    read = read_grid(str(write_grid(tmp_path, with_flags(base_model=tiny_base))))
+    job, key = run_of(Plan(read, tmp_path, with_fingerprint=True), "LoRA").jobs[0], "the base model (fingerprint)"
+    assert job.changes({**job.configuration, key: "other"}) == {key: ("other", job.configuration[key])}
+    unknown = {name: value for name, value in job.configuration.items() if name != key}
+    assert job.changes(unknown) == {}, "a job that did not note its base model is not another one"
+
+
+def test_configuration_that_version_0_1_0_wrote_is_understood(tmp_path):
+    job = job_of(tmp_path, grid())
+    recipe = {key: value for key, value in job.configuration.items() if "." not in key and "tasks" not in key}
+    recipe |= {"train.lora_r": 4, "train.max_steps": 3, "train.base_model": "base", "train.adapter_name": "lora"}
+    recipe |= {"train.seed": 0, "evaluate.mode": "score", "tasks": COMMONSENSE.to_json()}
+    assert job.changes(recipe) == {} and job.changes({**recipe, "train.lora_r": 8}) == {"train.lora_r": (8, 4)}
+    assert [*job.changes({**recipe, "tasks": TaskSet(COMMONSENSE.tasks[:7]).to_json()})] == ["the tasks (sha256)"]

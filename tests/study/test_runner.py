@@ -1,0 +1,360 @@
+"""Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures; time left."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from study_cases import ALONE, finish, grid, is_locked, job_of, plan_of, run_of, wait_for, with_flags
+
+from mtl_lora.errors import UserError
+from mtl_lora.results import Average
+from mtl_lora.study import runner
+from mtl_lora.study.config import StudyConfig
+from mtl_lora.study.runner import (
+    JobFailed,
+    ProcessPool,
+    Progress,
+    State,
+    check_folder,
+    environments,
+    execute,
+    execute_all,
+    is_finished,
+    load_state,
+)
+
+RIGHT = {"boolq": "10"}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The job of LoRA with seed 0."""
+    return job_of(tmp_path, grid())
+
+
+def refusal(job, overwrite: bool = False) -> str:
+    """The sentence by which a job's folder is refused; empty if it is not."""
+    try:
+        check_folder(job, overwrite)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+# ---- what is known of a job ----
+
+
+def test_state_is_the_same_after_a_trip_through_its_file(job):
+    assert load_state(job) is None and not is_finished(job) and not refusal(job)
+    state = State(job.configuration, job.commands, {"train": 2}, {"train": 1.5})
+    state.save(job.folder)
+    assert load_state(job) == state and json.loads((job.folder / "job.json").read_text())["commands"] == job.commands
+
+
+def test_state_that_version_0_1_0_wrote_is_read(job):
+    finish(job, RIGHT)
+    step = {"done": True, "seconds": 7.5, "starts": 2}
+    old = {"recipe": job.configuration, "commands": [], "train": step, "evaluate": {**step, "done": False}}
+    (job.folder / "job.json").write_text(json.dumps(old))
+    assert load_state(job).starts == {"train": 2, "evaluate": 2} and load_state(job).seconds == {"train": 7.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "fact"),
+    [
+        ("{", "not JSON"),
+        ("[]", "an object"),
+        ('{"configuration": {}}', "commands"),
+        ('{"configuration": {}, "commands": [], "starts": {"train": "1"}}', "starts.train"),
+        ('{"recipe": {}, "commands": [], "train": 3}', "train"),
+        ('{"recipe": {}, "commands": [], "train": {"done": true}}', "seconds.train"),
+    ],
+)
+def test_broken_state_is_one_sentence(job, value, fact):
+    job.folder.mkdir(parents=True)
+    (job.folder / "job.json").write_text(value)
+    assert str(job.folder / "job.json") in refusal(job) and fact in refusal(job)
+
+
+def test_finished_job_is_skipped_even_without_its_weights(job):
+    finish(job, RIGHT)
+    (job.folder / "mtl_lora.safetensors").unlink()
+    assert is_finished(job)
+    (job.folder / "results.json").unlink()
+    assert not is_finished(job)
+
+
+def test_other_configuration_is_refused_by_what_differs_unless_told_to_overwrite(job, tmp_path):
+    finish(job, RIGHT)
+    now = job_of(tmp_path, with_flags(lora_r=8) | {"train_records": 11})
+    facts = (str(job.folder), "the train data (sha256)", "train.lora_r 4 -> 8", "--overwrite", "repeat")
+    assert all(fact in refusal(now) for fact in facts)
+    assert job.data["train"].used.sha256["train"] not in refusal(now), "what is too long is only named"
+    assert not refusal(now, overwrite=True) and load_state(now) is None and is_finished(job)
+
+
+def test_training_is_kept_where_the_evaluation_alone_differs(job, tmp_path):
+    finish(job, RIGHT)
+    other = job_of(tmp_path, with_flags("evaluate", mode="generate"))
+    assert "keep its training" in refusal(other) and not refusal(other, overwrite=True)
+    expected = State(other.configuration, other.commands, {"train": 1}, {"train": 10.0})
+    assert load_state(other) == expected and not is_finished(other) and is_finished(job)
+    dataclasses.replace(load_state(job), seconds={}).save(job.folder)
+    assert load_state(other) is None, "a training that did not end is not kept"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_no_study_made_is_never_deleted(job, inside):
+    place = job.folder / "chapter" if inside else job.folder
+    place.mkdir(parents=True)
+    (place / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        assert ("chapter" if inside else "thesis.tex") in refusal(job, overwrite)
+
+
+@pytest.fixture
+def alone_and_joint(tmp_path):
+    """The first job of an experiment that trains each task alone, and the one job of the same without ``alone``."""
+    return [job_of(tmp_path, grid({**ALONE, "alone": alone}), "Alone") for alone in (True, False)]
+
+
+def test_tasks_trained_alone_are_replaced_by_a_joint_training_when_told(alone_and_joint):
+    alone, joint = alone_and_joint
+    finish(alone, RIGHT)
+    (joint.folder / "results.json").write_text("{}")  # the tasks' results put together
+    assert "boolq" in refusal(joint) and "--overwrite" in refusal(joint)
+    assert not refusal(joint, overwrite=True) and load_state(joint) is None
+
+
+def test_tasks_are_not_trained_alone_inside_a_joint_training(alone_and_joint):
+    alone, joint = alone_and_joint
+    finish(joint, RIGHT)
+    for overwrite in (False, True):
+        assert str(joint.folder) in refusal(alone, overwrite)
+
+
+# ---- commands ----
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """``python -m mtl_lora`` in a working folder is a script of the test's own: ``script(text)``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return (tmp_path / "mtl_lora.py").write_text
+
+
+def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, tmp_path, script):
+    # Launchers talk on after the error.
+    script("import sys; print('1%', end='\\r'); print('error: the disk is full\\nTraceback\\n\\nEnd\\n'); sys.exit(1)")
+    with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed) as failure:
+        execute(job, pool)
+    log = job.folder / "train.out"
+    facts = ("LoRA seed 0", "train", "exit code 1", str(log), "ends with: error: the disk is full")
+    assert all(fact in str(failure.value) for fact in facts) and "\n" not in str(failure.value)
+    assert log.read_text().startswith(f"$ {job.commands[0]}\n")
+    assert (load_state(job).starts, load_state(job).seconds) == ({"train": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "flags"),
+    [
+        (None, "--overwrite_output_dir True"),  # killed before its first checkpoint
+        ("trainer_state.json", "--resume_from_checkpoint True"),
+        ("half_written", "--overwrite_output_dir True"),
+    ],
+)
+def test_next_start_resumes_from_the_last_complete_checkpoint(job, tmp_path, script, checkpoint, flags):
+    script("import sys; sys.exit(' '.join(sys.argv[-2:]))")
+    for ending in (f"--output_dir {job.folder}", flags):
+        with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match=f"ends with: {ending}$"):
+            execute(job, pool)
+        if checkpoint:
+            (job.folder / "checkpoint-2").mkdir(exist_ok=True)
+            (job.folder / "checkpoint-2" / checkpoint).write_text("{}")
+    assert (job.folder / "train.out").read_text().count("$ python -m mtl_lora train") == 2
+    assert load_state(job).starts == {"train": 2}
+
+
+def test_launcher_is_preceded_by_a_check_in_one_process(job, tmp_path, script):
+    script("import sys; sys.exit('error: wrong' if '--check' in sys.argv else None)")
+    with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match="error: wrong"):
+        execute(dataclasses.replace(job, launcher="torchrun --nproc_per_node 2"), pool)
+    assert "torchrun" not in (job.folder / "train.out").read_text()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "parallel", "facts"),
+    [("no-such-launcher -n 2", 1, ["no-such-launcher -n 2"]), ("torchrun", 2, ["--parallel", "torchrun"])],
+)
+def test_launcher_that_cannot_be_used_is_refused(tmp_path, launcher, parallel, facts):
+    path = str(plan_of(tmp_path, grid(launcher=launcher)).grid.path)
+    with pytest.raises(UserError) as error:
+        runner.run(StudyConfig(grid=path, output_dir=str(tmp_path / "study"), parallel=parallel))
+    assert all(fact in str(error.value) for fact in facts) and not (tmp_path / "study").exists()
+
+
+# ---- processes ----
+
+STUDY = """
+import signal, sys
+from pathlib import Path
+from mtl_lora.study import runner
+def wait(job, pool):
+    with open(sys.argv[1] + ".out", "ab") as output:
+        pool.start(["python", "-c", "import time; print('here', flush=True); time.sleep(60)"], output)
+runner.execute = wait
+signal.signal(signal.SIGTERM, runner.stop)
+with runner.ProcessPool(Path(sys.argv[1])) as pool:
+    list(runner.execute_all(["job"], pool))
+"""
+
+
+@pytest.fixture
+def waiting_study(tmp_path):
+    """A process that waits for a command, and the folder it has locked."""
+    folder, output = tmp_path / "study", tmp_path / "study.out"
+    process = subprocess.Popen([sys.executable, "-c", STUDY, str(folder)], start_new_session=True)
+    wait_for(lambda: output.is_file() and "here" in output.read_text())
+    yield process, folder
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def test_ending_a_study_ends_its_command(waiting_study):
+    process, folder = waiting_study
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert not is_locked(folder)
+
+
+def test_command_of_a_killed_study_keeps_the_folder(waiting_study):
+    process, folder = waiting_study
+    process.kill()
+    process.wait()
+    with pytest.raises(UserError, match=r"runs in .*study; .*--output_dir"), ProcessPool(folder):
+        pass
+    assert not is_locked(folder.with_name("other"))
+    os.killpg(process.pid, signal.SIGKILL)
+    wait_for(lambda: not is_locked(folder))
+
+
+# Finishes only if the training of the other seed runs at the same time.
+MEETS = """
+import os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+if sys.argv[1] == "train":
+    (folder / "here").write_text(os.environ["OMP_NUM_THREADS"])
+    while len(list(folder.parent.glob("*/here"))) < 2:
+        time.sleep(0.01)
+"""
+# One seed fails as soon as the other, which never ends by itself, has started.
+ONE_FAILS = """
+if folder.name == "seed0":
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(600)
+while not (folder.parent / "seed0" / "pid").is_file():
+    time.sleep(0.01)
+sys.exit("error: the disk is full")
+"""
+
+
+@pytest.fixture
+def two_jobs(tmp_path, monkeypatch):
+    """Two seeds of an experiment."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    plan = plan_of(tmp_path, grid())
+    return [run_of(plan, "LoRA", seed).jobs[0] for seed in (0, 1)]
+
+
+def test_two_at_once_run_at_the_same_time(two_jobs, tmp_path, script):
+    script(MEETS)
+    with ProcessPool(tmp_path / "study", 2) as pool:
+        done = {job.folder: state for job, state in execute_all(two_jobs, pool)}
+    assert done.keys() == {job.folder for job in two_jobs}
+    assert all(state.seconds.keys() == {"train", "evaluate"} for state in done.values())
+    assert (two_jobs[0].folder / "here").read_text() == "3", "the user's own number of threads"
+
+
+def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
+    script(MEETS + ONE_FAILS)
+    with ProcessPool(tmp_path / "study", 2) as pool, pytest.raises(JobFailed, match=r"seed 1: .* the disk is full"):
+        list(execute_all(two_jobs, pool))
+    assert not is_locked(tmp_path / "study"), "a command that still ran would hold the lock"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((two_jobs[0].folder / "pid").read_text()), 0)
+    assert "train" not in load_state(two_jobs[0]).seconds
+
+
+def test_after_a_failure_no_other_job_is_started(two_jobs, tmp_path, script):
+    script("import sys; sys.exit('error: the disk is full')")
+    with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match=r"LoRA seed 0: .* the disk is full"):
+        list(execute_all(two_jobs, pool))
+    assert not two_jobs[1].folder.exists()
+
+
+def test_every_command_gets_its_part_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert environments(1) == [{}]
+    assert environments(3) == [{"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("2", "5", "7")]
+    with pytest.raises(UserError, match=r"--parallel 4 .* 3"):
+        environments(4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert environments(16) == [{"OMP_NUM_THREADS": "1"}] * 16
+    # Where nothing is said, nvidia-smi is asked.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runner.visible_gpus() == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho '  MIG 1g'\necho 'GPU 1: H100 (UUID: b)'\n")
+    program.chmod(0o755)
+    assert runner.visible_gpus() == ["0", "1"]
+
+
+# ---- progress ----
+
+
+def test_time_left_is_estimated_by_jobs_of_the_same_kind(tmp_path):
+    job, kinds = (
+        job_of(tmp_path, grid()),
+        ["search LoRA", "search LoRA", "run Base", "run LoRA", "run LoRA", "run DoRA"],
+    )
+    first, second, base, lora, again, dora = jobs = [
+        dataclasses.replace(job, kind=(*kind.split(),), folder=tmp_path / str(index), **changes)
+        for index, kind in enumerate(kinds)
+        for changes in [{"train": None} if kind == "run Base" else {}]
+    ]
+    progress, two = Progress(jobs), Progress(jobs, parallel=2)
+
+    def done(one, starts: int = 1, **seconds) -> State:
+        state = State({}, [], dict.fromkeys(seconds, starts), seconds)
+        progress.finish(one, state)
+        two.finish(one, state)
+        return state
+
+    assert progress.left() is None
+    done(first, train=40, evaluate=20)
+    state = done(second, train=80, evaluate=40)
+    # Nothing of the runs is known yet: three trainings and four evaluations at the means of the search.
+    assert progress.left() == 3 * 60 + 4 * 30 == 2 * two.left()
+    line = progress.line(second, state, Average(0.7124, None, 8))
+    assert line == "[2/6] LoRA seed 0: train 0:01:20, evaluate 0:00:40, average 71.2; about 0:05:00 left"
+    done(base, evaluate=30)
+    done(lora, train=300, evaluate=12)
+    # LoRA as before; DoRA's training like LoRA's, its evaluation at the mean of the runs.
+    assert progress.left() == 312 + 300 + 21
+    done(again, starts=2, train=5)  # of its last start alone
+    assert progress.left() == 300 + 21
+    State(dora.configuration, [], {"train": 1}, {"train": 1.0}).save(dora.folder)
+    assert progress.left() == 21, "a training that is done takes no time"
+    assert "left" not in progress.line(dora, done(dora, train=4000), None) and progress.left() == 0

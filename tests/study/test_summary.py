@@ -1,0 +1,283 @@
+"""study.json and table.md of finished runs: summaries, comparisons, transfer, search, and what can be shared."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from study_cases import ALONE, SEARCH, dev_set, finish, grid, plan_of, run_of, write_results
+
+from mtl_lora.errors import UserError
+from mtl_lora.report.compare import bootstrap_means, compare, percentile_interval
+from mtl_lora.report.study_model import Study
+from mtl_lora.results import Results
+from mtl_lora.study import summary
+from mtl_lora.study.runner import load_state
+from mtl_lora.study.summary import (
+    RESAMPLES,
+    SEED,
+    StudyWriter,
+    collect,
+    intervals,
+    question_differences,
+    render,
+    seed_pairs,
+    without_paths,
+)
+
+TWO = {"evaluate": {**grid()["evaluate"], "tasks": ["boolq", "piqa"]}}
+RIGHT = {
+    # by experiment and seed
+    ("Base", None): {"boolq": "0010", "piqa": "1000"},
+    ("LoRA", 0): {"boolq": "1100", "piqa": "1000"},
+    ("LoRA", 1): {"boolq": "1110", "piqa": "1100"},
+    ("MTL-LoRA", 0): {"boolq": "1111", "piqa": "1100"},
+    ("MTL-LoRA", 1): {"boolq": "1110", "piqa": "1110"},
+}
+RIGHT_ALONE = {("Alone", 0): {"boolq": "1000", "piqa": "1110"}, ("Alone", 1): {"boolq": "1000", "piqa": "1111"}}
+
+
+def finished(plan, right) -> list:
+    """The runs of a plan with their folders filled, those of several jobs a task each, and the states of their jobs."""
+    runs = []
+    for (name, seed), by_task in right.items():
+        run = run_of(plan, name, seed)
+        for job in run.jobs:
+            finish(job, {job.folder.name: by_task[job.folder.name]} if run.experiment.alone else by_task)
+        runs.append((run, [load_state(job) for job in run.jobs]))
+    return runs
+
+
+def study_of(folder: Path, right=RIGHT, *more: dict, **changes) -> tuple[Study, str]:
+    """What is written for finished runs: study.json as it is read again, and table.md."""
+    plan = plan_of(folder, grid(*more, **{**TWO, **changes}))
+    StudyWriter(plan).write(finished(plan, right))
+    return Study.load(folder / "study"), (folder / "study" / "table.md").read_text()
+
+
+def by_name(study: Study) -> dict:
+    return {experiment.name: experiment for experiment in study.experiments}
+
+
+def test_every_run_has_its_results_and_where_they_come_from(tmp_path):
+    run = by_name(study_of(tmp_path)[0])["MTL-LoRA"].runs[1]
+    assert (run.seed, run.average, run.steps, run.commit) == (1, 0.75, 3, "abc")
+    assert (run.tasks["piqa"].value, run.tasks["piqa"].n, run.tasks["piqa"].majority) == (0.75, 4, 0.5)
+    assert run.seconds == {"train": 10.0, "evaluate": 10.0} and run.starts == {"train": 1, "evaluate": 1}
+    assert all((tmp_path / "study" / path).is_file() for path in (run.results, run.log))
+    assert run.analysis is None and run.folder == "runs/mtl_lora/seed1"
+    assert run.adapter_sha256 == "weights in seed1" and len(run.train_data_sha256) == 64
+    assert [command.split()[3] for command in run.commands] == ["train", "evaluate"]
+
+
+def test_summaries_are_over_seeds_and_differences_from_the_baseline(tmp_path):
+    found = by_name(study_of(tmp_path)[0])
+    base, lora, mtl_lora = found.values()
+    # Averages 37.5 and 62.5: sd 17.68, half an interval 12.706 * 17.68 / sqrt 2.
+    average = lora.summary.average
+    assert (average.mean, average.sd) == (0.5, pytest.approx(0.1768, abs=1e-4))
+    assert (average.low, average.high) == (pytest.approx(-1.0883, abs=1e-4), pytest.approx(2.0883, abs=1e-4))
+    assert (base.summary.average.mean, base.summary.average.sd, base.summary.average.low) == (0.25, None, None)
+    assert (base.method, base.rank, base.trained_on, base.trainable) == (None, None, None, None)
+    assert (lora.method, lora.rank, lora.group, mtl_lora.learning_rate) == ("lora", 4, "main", 0.01)
+    assert lora.against is None and mtl_lora.against.baseline == "LoRA"
+    assert (mtl_lora.against.tasks["boolq"].difference, mtl_lora.against.average.difference) == (0.25, 0.25)
+    assert base.against.average.difference == -0.25
+
+
+def test_what_a_finished_run_holds_is_compared_once(tmp_path, monkeypatch):
+    compared, real = [], question_differences
+    monkeypatch.setattr(summary, "question_differences", lambda *pair: compared.append(pair) or real(*pair))
+    plan = plan_of(tmp_path, grid(**TWO))
+    writer, runs = StudyWriter(plan), finished(plan, RIGHT)
+    writer.write(runs[:4])
+    before = len(compared)
+    for _ in range(2):
+        writer.write(runs)
+    assert before == 3 and [(a.parent.name, b.parent.name) for a, b in compared[3:]] == [("seed1", "seed1")]
+
+
+def test_experiments_without_a_finished_run_are_left_out_and_named(tmp_path):
+    study, text = study_of(tmp_path, {key: RIGHT[key] for key in (("Base", None), ("LoRA", 0))})
+    assert list(by_name(study)) == ["Base", "LoRA"] and "LoRA 1 of 2, MTL-LoRA 0 of 2" in text
+
+
+def test_tasks_trained_alone_are_one_run_and_give_the_transfer(tmp_path):
+    study, text = study_of(tmp_path, RIGHT | RIGHT_ALONE, ALONE)
+    alone = by_name(study)["Alone"]
+    assert (alone.adapters, alone.alone, alone.trained_on) == (2, True, ["boolq", "piqa"])
+    run = alone.runs[0]
+    assert (run.average, run.steps, run.log, run.adapter_sha256) == (0.5, 6, None, None)
+    assert run.parts["piqa"].log == "runs/alone/seed0/piqa/train_log.jsonl"
+    assert run.seconds["train"] == 20.0 and len(run.commands) == 4
+    combined = Results.load(tmp_path / "study" / run.results)
+    assert list(combined.tasks) == ["boolq", "piqa"] and combined.average.value == 0.5
+    rows = {row.experiment: row for row in study.transfer}
+    # LoRA together 0.625 and 0.375 minus alone 0.25 and 0.875.
+    assert (rows["LoRA"].tasks["boolq"].difference, rows["LoRA"].tasks["piqa"].difference) == (0.375, -0.5)
+    assert (rows["MTL-LoRA"].method, rows["MTL-LoRA"].group, rows["LoRA"].alone) == ("MTL_LORA", "main", "Alone")
+    assert "Transfer" in text
+
+
+def test_commits_and_devices_are_those_of_every_part(tmp_path, edit_json):
+    plan = plan_of(tmp_path, grid(ALONE, **TWO))
+    runs = finished(plan, RIGHT_ALONE)
+    edit_json(runs[0][0].jobs[1].folder / "results.json", commit="def", device="a GPU")
+    StudyWriter(plan).write(runs)
+    study = Study.load(tmp_path / "study")
+    assert (study.commits, study.devices) == (["abc", "def"], ["a CPU", "a GPU"])
+    assert by_name(study)["Alone"].runs[0].commit == "abc; def"
+    assert all(any(fact in note for note in study.notes) for fact in ("abc, def", "a CPU, a GPU"))
+
+
+@pytest.mark.parametrize("log", [None, "", "{", "3\n"])
+def test_training_without_a_whole_log_has_unknown_steps(tmp_path, log):
+    plan = plan_of(tmp_path, grid(**TWO))
+    runs = finished(plan, {("LoRA", 0): RIGHT["LoRA", 0]})
+    path = runs[0][0].folder / "train_log.jsonl"
+    path.unlink() if log is None else path.write_text(log)
+    StudyWriter(plan).write(runs)
+    assert "steps: unknown" in (tmp_path / "study" / "table.md").read_text()
+
+
+def test_table_has_a_row_a_method_with_its_spread_over_seeds(tmp_path):
+    _, text = study_of(tmp_path)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+    header, _, majority, base, lora, *_ = rows
+    assert header[2:] == ["Rank", "Learning rate", "BoolQ", "PIQA", "Average", "95 % interval"]
+    assert majority[4:] == ["50.0", "50.0", "50.0", "–"] and base == ["Base", *"–––", "25.0", "25.0", "25.0", "–"]
+    assert lora[:4] == ["LoRA", "0.0010 (2.00 %)", "4", "0.0003"]
+    assert lora[4:] == ["62.5 ± 17.7", "37.5 ± 17.7", "50.0 ± 17.7", "-108.8 to 208.8"]
+    difference = next(line for line in rows if line[0] == "MTL-LoRA - LoRA")
+    assert difference[1].startswith("+25.0 (") and len(difference) == 4
+    assert "8 questions, a fixed sample (seed 0): boolq 4 of 60, piqa 4 of 60" in text
+    assert "96 examples, a fixed sample (seed 0): boolq 12 of 240" in text and "steps: 3." in text
+
+
+def test_table_of_one_seed_has_standard_errors_and_says_so(tmp_path):
+    _, text = study_of(tmp_path, {key: right for key, right in RIGHT.items() if key[1] != 1}, seeds=[0])
+    assert "95 % interval |" not in text and "one seed; ± is one standard error" in text
+    assert "50.0 ± 25.0" in next(line for line in text.splitlines() if line.startswith("| LoRA "))
+
+
+@pytest.mark.parametrize(
+    ("right", "best"), [(("1000", "1110"), 0.001), (("1100", "0011"), 0.001), (("1110", "1000"), 0.01)]
+)
+def test_best_value_of_a_search_wins_and_of_equals_the_smaller(tmp_path, right, best):
+    plan = plan_of(tmp_path, grid(**TWO, search={**SEARCH, "data_dir": dev_set(tmp_path)}))
+    trials, writer = plan.trials("LoRA"), StudyWriter(plan)
+    for trial, answers in zip(trials, right, strict=True):
+        finish(trial.jobs[0], {"boolq": answers, "piqa": "1100"})
+    writer.add_search("LoRA", trials)
+    writer.write(finished(plan, RIGHT))
+    search = Study.load(tmp_path / "study").search
+    (outcome,) = search.experiments
+    assert writer.chosen == {"LoRA": best} and (outcome.chosen, search.flag) == (best, "learning_rate")
+    scores = [(answers.count("1") / 4 + 0.5) / 2 for answers in right]
+    assert [(each.value, each.dev) for each in outcome.candidates] == [*zip((0.01, 0.001), scores, strict=True)]
+    assert search.questions == {"boolq": 2, "piqa": 2} and len(outcome.candidates[0].commands) == 2
+
+
+# ---- one experiment against another, over seeds ----
+
+ANSWERS = {
+    # by run: correct or not, task by task
+    "a0": {"boolq": "1100", "piqa": "10"},
+    "a1": {"boolq": "1000", "piqa": "11"},
+    "b0": {"boolq": "1011", "piqa": "11"},
+    "b1": {"boolq": "1111", "piqa": "01"},
+}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Results files of two runs of A and two of B on six questions."""
+    return {name: write_results(tmp_path / name, right).path for name, right in ANSWERS.items()}
+
+
+def test_intervals_are_of_questions_within_each_task_averaged_over_the_seeds(runs):
+    found = intervals([question_differences(runs[f"a{seed}"], runs[f"b{seed}"]) for seed in (0, 1)], ["boolq", "piqa"])
+    differences = {"boolq": [0.0, 0.0, 1.0, 1.0], "piqa": [-0.5, 0.5]}
+    means = {task: bootstrap_means(values, [SEED, *task.encode()], RESAMPLES) for task, values in differences.items()}
+    for task, mean in (("boolq", 0.5), ("piqa", 0.0)):
+        assert dataclasses.astuple(found["tasks"][task]) == (mean, *percentile_interval(means[task]))
+    interval = percentile_interval((means["boolq"] + means["piqa"]) / 2)
+    assert dataclasses.astuple(found["average"]) == (0.25, *interval)
+
+
+def test_one_pair_of_runs_has_the_interval_of_report_compare(runs):
+    found = intervals([question_differences(runs["a0"], runs["b0"])], ["boolq", "piqa"])
+    compared = compare(Results.load(runs["a0"]), Results.load(runs["b0"]), seed=SEED, resamples=RESAMPLES)
+    for entry, other in [
+        *((found["tasks"][name], compared.tasks[name]) for name in ("boolq", "piqa")),
+        (found["average"], compared.average),
+    ]:
+        expected = (other.accuracy.difference, other.accuracy.low, other.accuracy.high)
+        assert dataclasses.astuple(entry) == pytest.approx(expected)
+
+
+def test_seeds_go_together_and_a_run_without_one_goes_with_every_seed():
+    assert seed_pairs({0: "a0", 1: "a1", 2: "a2"}, {1: "b1", 0: "b0", 5: "b5"}) == [("a0", "b0"), ("a1", "b1")]
+    assert seed_pairs({0: "a0", 1: "a1"}, {None: "b"}) == [("a0", "b"), ("a1", "b")]
+    assert seed_pairs({None: "a"}, {0: "b0"}) == [("a", "b0")]
+
+
+def test_only_tasks_of_both_are_compared_and_only_on_the_same_questions(tmp_path, runs):
+    one = write_results(tmp_path / "one", {"boolq": "1111"}).path
+    found = intervals([question_differences(runs["a0"], one)], ["boolq", "piqa"])
+    assert list(found["tasks"]) == ["boolq"] and found["average"] is None
+    assert intervals([{}], ["boolq"]) is None is intervals([], ["boolq"])
+    with pytest.raises(UserError, match="question 4 of boolq"):
+        question_differences(runs["a0"], write_results(tmp_path / "other", {"boolq": "11001", "piqa": "10"}).path)
+
+
+# ---- collecting ----
+
+
+def test_shared_folder_has_every_number_and_no_weights_predictions_data_or_paths(tmp_path, edit_json):
+    own, table = study_of(tmp_path, RIGHT | RIGHT_ALONE, ALONE)
+    folder, shared = tmp_path / "study", tmp_path / "shared"
+    collect(folder, shared)
+    assert {path.name for path in shared.iterdir()} == {
+        *("study.json", "table.md", "accuracy.png", "transfer.png", "training_loss.png")
+    }
+    assert str(tmp_path) not in "".join(path.read_text() for path in shared.iterdir() if path.suffix != ".png")
+    study = Study.load(shared)
+    assert [each.summary for each in study.experiments] == [each.summary for each in own.experiments]
+    assert study.transfer == own.transfer and (shared / "table.md").read_text() == table
+    assert all((job.results, job.log, job.analysis) == (None, None, None) for job in study.jobs)
+    command = by_name(study)["LoRA"].runs[0].commands[0]
+    assert all(f" output/study/small/{place}" in command for place in ("runs/lora/seed0", "data/train.json"))
+    with pytest.raises(UserError, match="own folder"):
+        collect(folder, folder)
+    edit_json(shared / "study.json", name="other")
+    with pytest.raises(UserError, match="'other'"):
+        collect(folder, shared)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--data_path /data/train.json", "--data_path ./train.json"),
+        ("--output_dir=/data/out/x", "--output_dir=OUT/x"),
+        ("'/data'", "'.'"),
+        ("output/study/x/data/train.json", "output/study/x/data/train.json"),
+        ("/database/x /data-2 /data.old", "/database/x /data-2 /data.old"),
+        ("See /data.", "See .."),
+        ("meta-llama/Llama-2-7b-hf /x", "meta-llama/Llama-2-7b-hf /x"),
+    ],
+)
+def test_paths_are_replaced_at_their_boundaries_alone(text, shown):
+    assert without_paths({"a": [text]}, {"/data": ".", "/data/out": "OUT", "/": "."}) == {"a": [shown]}
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_study_is_its_table_and_small(path):
+    study = Study.load(path)
+    assert render(study) == path.with_name("table.md").read_text()
+    for run in study.runs:
+        assert run.average == pytest.approx(sum(task.value for task in run.tasks.values()) / len(run.tasks))
+    sizes = [file.stat().st_size for file in path.parent.rglob("*") if file.is_file()]
+    assert len(sizes) <= 5 and sum(sizes) < 300_000

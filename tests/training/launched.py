@@ -1,0 +1,51 @@
+"""Several trainings one after another in one launch, for starting the processes costs more than a tiny training.
+
+    torchrun --nproc_per_node 2 tests/training/launched.py JOB.json
+
+``runs`` in the file lists settings of ``TrainConfig``; each run's folder also gets ``facts.json``, what its adapter
+layers were in a forward. Of a run that is ``broken`` the last process raises an error after some layer calls.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from mtl_lora.adapter.layer import AdapterLayer
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.train import run
+from mtl_lora.training.distributed import destroy_process_group, prepare_process
+
+JOB = json.loads(Path(sys.argv[1]).read_text())
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+calls, broken, facts = 0, False, {}
+
+
+def watch(module, inputs, output) -> None:
+    """Runs after every module's forward."""
+    global calls
+    if not isinstance(module, AdapterLayer):
+        return
+    calls += 1
+    weights = [module.weight, *module.adapter_parameters().values()]
+    facts["dtypes"] = [str(weight.dtype) for weight in weights]
+    facts["partitioned"] = all(hasattr(weight, "ds_id") and not weight.ds_persist for weight in weights)
+    if broken and calls == 60 and RANK == WORLD - 1:
+        raise RuntimeError("this process breaks")
+
+
+register_module_forward_hook(watch)
+gc.freeze()  # every training collects garbage, and that of the imports takes longer than a tiny training
+for settings in JOB["runs"]:
+    calls, broken = 0, settings.pop("broken", False)
+    config = TrainConfig(**settings)
+    prepare_process(config)
+    run(config)
+    unset_hf_deepspeed_config()  # transformers keeps a run's, and would make the next one's model by it
+    if RANK == 0:
+        (Path(settings["output_dir"]) / "facts.json").write_text(json.dumps(facts))
+destroy_process_group()

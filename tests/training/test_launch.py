@@ -1,0 +1,139 @@
+"""Launches of several CPU processes, as a user starts them, and the recipes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shared import PROJECT, free_port
+
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.train import run
+
+
+def start(command: list[str], timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in the project's folder with this interpreter first on the path and no environment of its own."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "VENV": "", "PATH": path, "PORT": free_port()}
+    return subprocess.run(
+        command,
+        cwd=PROJECT,
+        env={**os.environ, **threads, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def settings(tiny_base, records_file, cache_dir, tmp_path) -> dict:
+    """The flags of a short training of the tiny model."""
+    return {
+        "base_model": tiny_base,
+        "data_path": records_file,
+        "cache_dir": cache_dir,
+        "output_dir": str(tmp_path / "run"),
+        "dtype": "fp32",
+        "batch_size": 4,
+        "max_steps": 2,
+        "save_step": 0,
+        "logging_steps": 1,
+    }
+
+
+@pytest.fixture
+def recipe(settings) -> dict[str, str]:
+    """The environment with which a recipe trains the tiny model."""
+    names = {
+        "BASE_MODEL": "base_model",
+        "DATA_PATH": "data_path",
+        "CACHE_PATH": "cache_dir",
+        "OUTPUT_PATH": "output_dir",
+        "BATCH_SIZE": "batch_size",
+        "MAX_STEPS": "max_steps",
+        "DTYPE": "dtype",
+    }
+    return {name: str(settings[flag]) for name, flag in names.items()}
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_as_one_process_does(settings, tmp_path):
+    """In --dtype, here float32, whatever precision accelerate's own configuration asks for."""
+    settings |= {"lora_dropout": 0.0}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launcher += [f"--main_process_port={free_port()}", "--mixed_precision=bf16"]
+    done = start([*launcher, "finetune.py", *(f"--{name}={value}" for name, value in settings.items())])
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(TrainConfig(**{**settings, "output_dir": str(tmp_path / "alone"), "batch_size": 8}))
+    found, expected = (load_file(tmp_path / name / "mtl_lora.safetensors") for name in ("run", "alone"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_under_the_deepspeed_launcher_and_its_evaluation_scores_that_checkpoint(recipe, tmp_path):
+    recipe |= {"DATA_DIR": "data/quickstart/test", "MODE": "score"}
+    flags = {"LAUNCHER": "deepspeed", "DEEPSPEED": str(PROJECT / "config" / "zero3.json")}
+    done = start(["bash", "script/llama2_7B_mlora_qkvo.sh", "8", "16", "--save_step", "2"], **recipe, **flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
+    checkpoint, scored = str(tmp_path / "run" / "checkpoint-2"), str(tmp_path / "scores")
+    command = ["bash", "script/llama2_7B_mlora_qkvo_eval.sh", checkpoint, scored, "--limit", "3"]
+    done = start(command, **recipe, LAUNCHER="python")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((Path(scored) / "results.json").read_text())
+    assert results["adapter"]["adapter"]["rank"] == 8
+    assert {task["n"] for task in results["tasks"].values()} == {3}
+    assert "BoolQ" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "switch, more, facts",
+    [
+        ("ACCELERATE_USE_FSDP", {}, ("FSDP", "--deepspeed")),
+        ("ACCELERATE_USE_DEEPSPEED", {}, ("--use_deepspeed", "--deepspeed")),
+        ("", {"deepspeed": "config/zero3.json", "dtype": "fp64"}, ("ZeRO-3", "--dtype fp64")),
+        ("", {"deepspeed": "config/zero2.json"}, ("--deepspeed", "launcher", "torchrun")),
+    ],
+    ids=["fsdp", "accelerate", "fp64", "no launcher"],
+)
+def test_a_launch_that_is_not_supported_is_refused(monkeypatch, settings, tmp_path, switch, more, facts):
+    monkeypatch.chdir(PROJECT)
+    if switch:
+        monkeypatch.setenv(switch, "true")
+    with pytest.raises(UserError) as caught:
+        run(TrainConfig(**{**settings, **more}))
+    assert all(fact in str(caught.value) for fact in facts)
+    assert not (tmp_path / "run").exists()
+
+
+DIFFERING = {"bf16": {"enabled": True}, "gradient_clipping": 0.3, "train_batch_size": 999}
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_values_of_the_deepspeed_file_that_contradict_the_flags_are_refused(settings, tmp_path, check):
+    value = json.loads((PROJECT / "config" / "zero2.json").read_text()) | DIFFERING
+    (tmp_path / "own.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match="the DeepSpeed configuration and the flags differ") as caught:
+        run(TrainConfig(**{**settings, "deepspeed": str(tmp_path / "own.json"), "check": check}))
+    assert "bf16.enabled=True" in str(caught.value) and "gradient_clipping=0.3" in str(caught.value)
+    # One process does not know the batch of a launch.
+    assert ("train_batch_size=999" in str(caught.value)) == (not check)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_without_its_arguments_says_how_it_is_called():
+    done = start(["bash", "script/llama2_7B_mlora_qkvo.sh"])
+    assert done.returncode == 2
+    assert "usage: bash script/llama2_7B_mlora_qkvo.sh R ALPHA" in done.stderr
+
+
+def test_a_recipe_stops_at_a_mistake_before_the_launcher():
+    done = start(["bash", "script/llama2_7B_lora_qkvo.sh", "0", "16"], DATA_PATH="data/quickstart/train.json")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: --lora_r must be at least 1, not 0"

@@ -1,0 +1,248 @@
+"""The loss of a step on a mixed batch: that of all logits, whatever the system, and however the batch is split."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from reference.layers import assert_near
+from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_gradients
+from torch import nn
+from transformers import Trainer
+
+from mtl_lora import AdapterConfig, Origin, inject, route
+from mtl_lora.language.collate import IGNORED, Collator
+from mtl_lora.language.loss import token_losses
+from mtl_lora.language.token_cache import COLUMNS
+from mtl_lora.training.config import TrainingConfig
+from mtl_lora.training.trainer import MultiTaskTrainer, TaskLosses, make_sampler, training_arguments
+
+LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row
+PROMPTS = [4, 3, 5, 2, 5, 10, 1, 6]  # of which the prompt; the answers differ in length, as means over them would
+TASK_IDS = [0, 2, 1, 2, 3, 0, 1, 2]
+
+
+def encoded_rows() -> datasets.Dataset:
+    """Eight rows of random tokens as training has them."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+    columns = {
+        "input_ids": tokens,
+        "prompt_length": PROMPTS,
+        "length": LENGTHS,
+        "task_id": TASK_IDS,
+        "removed": [0] * 8,
+    }
+    return datasets.Dataset.from_dict(columns, features=COLUMNS)
+
+
+def batch_of(train_on_inputs: bool = False) -> dict[str, torch.Tensor]:
+    """All eight rows, padded."""
+    rows = encoded_rows()
+    return Collator(0, train_on_inputs)([rows[index] for index in range(8)])
+
+
+def full_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """The loss of every supervised token from the logits of all positions, one by one, and each token's task."""
+    with route.use(batch["task_ids"]):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    losses, tasks = [], []
+    for row, labels in enumerate(batch["labels"].tolist()):
+        for position, label in enumerate(labels[1:]):
+            if label != IGNORED:
+                losses.append(-logits[row, position].log_softmax(dim=-1)[label])
+                tasks.append(TASK_IDS[row])
+    return torch.stack(losses), tasks
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True], ids=["answers", "all tokens"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_answer_only_loss_and_gradients_equal_those_of_all_logits(train_on_inputs, checkpointing):
+    batch = batch_of(train_on_inputs)
+    reference = adapted_llama().train()
+    expected, expected_tasks = full_losses(reference, batch)
+    expected.sum().backward()
+
+    model = adapted_llama().train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    losses, weights, tasks = token_losses(model, batch)
+    losses.sum().backward()  # outside the route, where the Trainer's backward runs
+
+    assert len(expected) == (sum(LENGTHS) - 8 if train_on_inputs else sum(LENGTHS) - sum(PROMPTS))
+    assert tasks.tolist() == expected_tasks
+    assert weights.tolist() == [1] * len(expected)
+    assert batch["loss_weight"] == weights.sum()
+    # The loss is taken in float32.
+    assert_near(losses, expected, 1e-6, "losses")
+    gradients, expected_gradients = adapter_gradients(model), adapter_gradients(reference)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert_near(gradient, expected_gradients[name], 2e-6, name)
+
+
+def make_trainer(
+    tmp_path, batch_size: int = 8, accumulation: int = 1, train_on_inputs: bool = False, **options
+) -> MultiTaskTrainer:
+    """The project's trainer, on the eight rows unless told otherwise."""
+    config = TrainingConfig(
+        output_dir=str(tmp_path), batch_size=batch_size, gradient_accumulation_steps=accumulation, weight_decay=0.1
+    )
+    arguments = training_arguments(config)
+    language = {
+        "model": adapted_llama().train(),
+        "losses": token_losses,
+        "collator": Collator(0, train_on_inputs),
+        "tasks": TASKS,
+        "train_dataset": encoded_rows(),
+    }
+    return MultiTaskTrainer(
+        args=arguments,
+        sampler=make_sampler(config, arguments, np.array(LENGTHS), np.array(TASK_IDS)),
+        provenance=Origin(),
+        **(language | options),
+    )
+
+
+def one_step(trainer: MultiTaskTrainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one optimiser step, taken as the Trainer's own loop does."""
+    steps = trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    batches, num_items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), steps, torch.device("cpu"))
+    assert len(batches) == steps
+    loss = sum(trainer.training_step(trainer.model, batch, num_items).item() for batch in batches)
+    return loss, adapter_gradients(trainer.model)
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True], ids=["answers", "all tokens"])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_a_step_is_the_mean_over_its_tokens_however_it_is_split(tmp_path, batch_size, accumulation, train_on_inputs):
+    model = adapted_llama().train()
+    losses, _ = full_losses(model, batch_of(train_on_inputs))
+    expected = losses.mean()
+    expected.backward()
+    loss, gradients = one_step(make_trainer(tmp_path, batch_size, accumulation, train_on_inputs))
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in adapter_gradients(model).items():
+        assert_near(gradients[name], gradient, 2e-6, name)
+
+
+def test_trainer_keeps_task_ids_in_its_batches(tmp_path):
+    trainer = make_trainer(tmp_path, batch_size=4)
+    batches = list(trainer.get_train_dataloader())
+    assert sorted(torch.cat([batch["task_ids"] for batch in batches]).tolist()) == sorted(TASK_IDS)
+
+
+def test_training_arguments_keep_columns_the_model_does_not_know(tmp_path):
+    # transformers' own loaders drop task_ids otherwise: LlamaForCausalLM.forward has no such argument.
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "task_ids": [1, 0]})
+    arguments = training_arguments(TrainingConfig(output_dir=str(tmp_path)))
+    trainer = Trainer(model=adapted_llama(), args=arguments, train_dataset=rows)
+    (batch,) = trainer.get_train_dataloader()
+    assert sorted(batch["task_ids"].tolist()) == [0, 1]
+
+
+class Regression(nn.Module):
+    """A model of another system: numbers in, numbers out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(6, 5, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x)
+
+
+def regression_losses(model, batch):
+    """Squared errors of every output, weighted, some by zero."""
+    with route.use(batch["task_ids"]):
+        errors = (model(batch["x"]) - batch["y"]) ** 2
+    return errors.flatten(), batch["weights"].flatten(), batch["task_ids"].repeat_interleave(5)
+
+
+def regression_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**batch, "loss_weight": batch["weights"].sum()}
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4), (1, 8)])
+def test_a_system_with_weights_trains_on_their_mean_however_it_is_split(tmp_path, batch_size, accumulation):
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        {
+            "x": torch.randn(6, generator=generator, dtype=torch.float64),
+            "y": torch.randn(5, generator=generator, dtype=torch.float64),
+            # One row weighs nothing at all.
+            "weights": torch.rand(5, generator=generator, dtype=torch.float64) * (task != 3),
+            "task_ids": torch.tensor(task),
+        }
+        for task in TASK_IDS
+    ]
+    model = inject(Regression(), AdapterConfig(target_modules=["head"], tasks=TASKS, rank=2, dropout=0.0)).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_w" not in name:
+                parameter.normal_(generator=generator)
+    losses, weights, task_ids = regression_losses(model, regression_batch(rows))
+    expected = (losses * weights).sum() / weights.sum()
+    expected.backward()
+    reference = adapter_gradients(model)
+    model.zero_grad()
+    trainer = make_trainer(
+        tmp_path,
+        batch_size,
+        accumulation,
+        model=model,
+        losses=regression_losses,
+        collator=regression_batch,
+        train_dataset=rows,
+    )
+    loss, gradients = one_step(trainer)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in gradients.items():
+        assert_near(gradient, reference[name], 1e-9, name)
+    sums, counted = trainer.task_losses.read()
+    for task in range(len(TASKS)):
+        own = task_ids == task
+        assert counted[task].item() == pytest.approx(weights[own].sum().item())
+        assert sums[task].item() == pytest.approx((losses * weights)[own].sum().item())
+
+
+def test_a_step_without_any_weight_has_a_loss_of_zero(tmp_path):
+    batch = batch_of() | {"labels": torch.full((8, max(LENGTHS)), IGNORED), "loss_weight": torch.tensor(0.0)}
+    loss, gradients = one_step(make_trainer(tmp_path, collator=lambda rows: batch))
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_weight_decay_spares_what_a_method_declares(tmp_path):
+    trainer = make_trainer(tmp_path)
+    decayed, spared = trainer.create_optimizer().param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    assert {names[id(parameter)].rpartition(".")[2] for parameter in spared["params"]} == {"lora_lambda"}
+    kinds = {names[id(parameter)].rpartition(".")[2] for parameter in decayed["params"]}
+    assert kinds == {"lora_A", "lora_B", "lora_w"}
+
+
+def test_loss_per_task_is_the_weighted_sum_since_the_last_reading():
+    losses = TaskLosses(4)
+    first = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+    losses.add(first * 1, torch.tensor([1.0, 0.5, 1.0]), torch.tensor([2, 0, 2]))
+    losses.add(torch.tensor([8.0]), torch.tensor([1.0]), torch.tensor([0]))
+    losses.add(torch.tensor([]), torch.tensor([]), torch.tensor([], dtype=torch.long))
+    assert not losses.sums.requires_grad
+    sums, weights = losses.read()
+    assert sums.tolist() == [9, 0, 5, 0]
+    assert weights.tolist() == [1.5, 0, 2, 0]
+    assert [part.tolist() for part in losses.read()] == [[0] * 4, [0] * 4]
+
+
+def test_trainer_counts_a_step_to_its_tasks(tmp_path):
+    trainer = make_trainer(tmp_path, batch_size=2, accumulation=4)
+    losses, tasks = full_losses(adapted_llama(), batch_of())
+    one_step(trainer)
+    sums, counts = trainer.task_losses.read()
+    for task in range(4):
+        own = torch.tensor([each == task for each in tasks])
+        assert counts[task] == own.sum()
+        assert sums[task].item() == pytest.approx(losses[own].sum().item(), rel=1e-6)
