@@ -75,8 +75,11 @@ class CheckpointConfig(Config):
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint holds, as the model uses it: adapter weights by ``<module name>.<parameter name>``,
-    modules saved whole under their own names. Raises ``UserError`` without an adapter."""
+    """Every tensor that a checkpoint holds, as the model uses it.
+
+    Adapter weights by ``<module name>.<parameter name>``, modules saved whole under their own names. Raises
+    ``UserError`` without an adapter.
+    """
     layers = adapter_layers(model)
     if not layers:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
@@ -97,7 +100,8 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     sharded = any("FullyShardedDataParallel" in map(_class_name, type(module).__mro__) for module in model.modules())
     if sharded or any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
         raise UserError(
-            "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use DeepSpeed's ZeRO-3"
+            "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use "
+            "DeepSpeed's ZeRO-3"
         )
     partitioned = [tensor for tensor in tensors.values() if in_pieces(tensor)]
     if not partitioned:

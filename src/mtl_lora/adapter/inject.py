@@ -22,15 +22,16 @@ class Injection:
     """What ``inject`` did to a model beside its layers: what must be undone, and what its hooks need.
 
     trainable: weights that required a gradient before. slots: ``modules_to_save``. checkpointed: modules that
-    transformers may checkpoint. has_head: whether the output head carries an adapter. unchecked: whether a layer that is
-    never called is still looked for. called: ids of the layers that this forward has called, while it is looked for.
+    transformers may checkpoint. has_head: whether the output head carries an adapter. unchecked: whether no forward
+    that trains has been looked at yet. called: ids of the layers that this forward has called, while it is looked at.
     """
 
     trainable: list[nn.Parameter]
     slots: list[Slot]
     checkpointed: list[nn.Module]
     has_head: bool
-    unchecked: bool
+    allow_unused: bool
+    unchecked: bool = True
     handles: list = dataclasses.field(default_factory=list)
     watchers: list = dataclasses.field(default_factory=list)
     called: set[int] = dataclasses.field(default_factory=set)
@@ -60,7 +61,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     checkpointed = [module for module in root.modules() if hasattr(module, "gradient_checkpointing")]
     trainable = [parameter for parameter in root.parameters() if parameter.requires_grad]
     root.mtl_lora_config = config
-    root.mtl_lora_injection = Injection(trainable, slots, checkpointed, head in layers, not allow_unused)
+    root.mtl_lora_injection = Injection(trainable, slots, checkpointed, head in layers, allow_unused)
     root.requires_grad_(False)
     for layer in layers.values():
         for parameter in layer.adapter_parameters().values():
@@ -103,8 +104,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
         _refuse_bypassed(model, name, module)
         if layer_class(config.method).needs_task_ids and _is_expert(name):
             raise UserError(
-                f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of many "
-                "rows in an order of its own, so their task is unknown; leave experts out of target_modules"
+                f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of "
+                "many rows in an order of its own, so their task is unknown; leave experts out of target_modules"
             )
     return targets
 
@@ -225,10 +226,23 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not _is_compiled():
+            _refuse_drifting_averages(model)
             injection.called.clear()
             note = functools.partial(_note_call, injection.called)
             injection.watchers = [layer.register_forward_pre_hook(note) for layer in adapter_layers(model).values()]
     return arguments, options
+
+
+def _refuse_drifting_averages(model: nn.Module) -> None:
+    """Raise ``UserError`` for a frozen batch norm in training mode: its running averages would change, unsaved."""
+    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
+    for name, module in named_modules(model):
+        tracks = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if tracks and module.training and module not in kept:
+            raise UserError(
+                f"the batch norm {name} is frozen, and in training mode it changes its running averages, which a "
+                "checkpoint would not hold; name it in modules_to_save, or call eval() on it before each forward"
+            )
 
 
 @torch._disable_dynamo
@@ -245,7 +259,7 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
         return
     layers = adapter_layers(model)
     unused = [name for name, layer in layers.items() if id(layer) not in injection.called and not _is_expert(name)]
-    if unused:
+    if unused and not injection.allow_unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
             f"the adapter layer {unused[0]}{others} of {len(layers)} was not called in a forward that trains, so it "

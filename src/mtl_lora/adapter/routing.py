@@ -107,9 +107,9 @@ class BoundRoute:
             ids = self.task_ids = _moved(ids, x.device)
         if x.dim() > ids.dim() and x.shape[: ids.dim()] == ids.shape:
             return ids
-        if x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length:
-            if ids.dim() == 1 or ids.shape[1] == self.length:
-                return ids
+        flattened = self.length is not None and x.dim() == 2 and len(x) == len(ids) * self.length
+        if flattened and ids.shape[1:] in ((), (self.length,)):
+            return ids
         raise UserError(
             f"a batch of shape {tuple(x.shape[:-1])} does not match task_ids of shape {tuple(ids.shape)}; "
             f"pass ids of shape {_SHAPES}"
@@ -172,9 +172,9 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
         return _routes.outer.bind(tasks)
     if _backward_pass() != -1:
         raise UserError(
-            "a layer is recomputed in the backward pass without the task ids of its forward: pass "
-            "use_reentrant=False and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, "
-            "or turn on transformers' own gradient checkpointing"
+            "a layer is recomputed in the backward pass without the task ids of its forward: pass use_reentrant=False "
+            "and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, or turn on the "
+            "gradient checkpointing of transformers"
         )
     raise UserError(
         "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):`"
