@@ -147,11 +147,6 @@ class Experiment:
     summary: Summary
     against: Differences | None = None
 
-    @property
-    def has_log(self) -> bool:
-        """Whether there is a training log of any run."""
-        return any(job.log for run in self.runs for job in run.jobs)
-
     def estimate(self, task: str | None) -> Estimate | None:
         """The summary's value of a task, or of the average (None); a single run's has its standard error."""
         found = self.summary.average if task is None else self.summary.tasks.get(task)
@@ -254,11 +249,6 @@ class Study:
         files.write_json(path, self.to_json())
 
     @property
-    def groups(self) -> list[str]:
-        """The experiments' groups, in order."""
-        return list(dict.fromkeys(experiment.group for experiment in self.experiments))
-
-    @property
     def runs(self) -> list[Run]:
         """Every run of every experiment."""
         return [run for experiment in self.experiments for run in experiment.runs]
@@ -285,13 +275,9 @@ class Study:
         )
 
     @property
-    def majority(self) -> dict[str, float]:
-        """The majority class's value by task, from the first run that was asked its questions."""
+    def majority(self) -> dict[str | None, float]:
+        """The majority class's value by task, from the first run that has one; None: their mean, if all have."""
         results = [(name, result.majority) for run in reversed(self.runs) for name, result in run.tasks.items()]
-        return {name: value for name, value in results if value is not None}
-
-    @property
-    def average_majority(self) -> float | None:
-        """The mean over tasks of the majority class; None unless every task with a result has one."""
-        known = [self.majority.get(name) for name in self.scored]
-        return None if None in known or not known else sum(known) / len(known)
+        found = {name: value for name, value in results if value is not None}
+        known = [found[name] for name in self.scored if name in found]
+        return found | ({None: sum(known) / len(known)} if known and len(known) == len(self.scored) else {})

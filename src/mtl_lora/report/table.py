@@ -378,8 +378,9 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
 def study_tables(study: Study) -> list[TextTable]:
     """By group, the experiments by task and their differences from the baseline; transfer; the search."""
     tables, titles = [], [*(study.task_set.title(task) for task in study.scored), AVERAGE]
-    for group in study.groups if study.scored else ():
-        of = f", {group}" if len(study.groups) > 1 else ""
+    groups = list(dict.fromkeys(experiment.group for experiment in study.experiments))
+    for group in groups if study.scored else ():
+        of = f", {group}" if len(groups) > 1 else ""
         experiments = [experiment for experiment in study.experiments if experiment.group == group]
         tables.append(_experiments(study, experiments, titles, f"Results{of}"))
         compared = [each for each in experiments if each.against]
@@ -404,8 +405,7 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
     """A row an experiment: mean ± standard deviation over seeds, or ± standard error where no experiment has seeds."""
     header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles]
     metrics = {task: study.metric(task) for task in [*study.scored, None]}
-    majority = study.majority | {None: study.average_majority}
-    rows = [[MAJORITY_LABEL, *[NOTHING] * 3, *(value_text(majority.get(t), None, m) for t, m in metrics.items())]]
+    rows = [[MAJORITY_LABEL, *[NOTHING] * 3, *(value_text(study.majority.get(t), None, m) for t, m in metrics.items())]]
     for each in experiments:
         settings = [NOTHING if value is None else f"{value:g}" for value in (each.rank, each.learning_rate)]
         rows.append([each.name, trainable_text(each.trainable, each.adapters), *settings])
