@@ -14,10 +14,10 @@ from baselines import one_at_a_time
 from measure import count, keep, markdown_table, parser, ratio, rounds, shown, spread
 
 from mtl_lora.errors import user_errors_to_exit_code
-from mtl_lora.language.batches import TOKEN_BUDGET, plan_batches
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluation
+from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.metrics import extract_answer
+from mtl_lora.language.questions import Question, load_questions
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     flags.add_flag("rounds", "turns of every side", type=count, default=5)
     flags.add_flag("dtype", "of the base model", default="auto")
     arguments = flags.parse_args()
-    evaluation = Evaluation(
+    evaluation = Evaluator(
         EvalConfig(
             checkpoint=arguments.checkpoint,
             data_dir=arguments.data_dir,
@@ -37,9 +37,11 @@ def main() -> None:
             max_new_tokens=8,
         )
     )
+    questions = load_questions(arguments.data_dir, evaluation.tasks, [], evaluation.encoder).questions
+    evaluation.prepare({"generate": questions, "score": questions})
     evaluation.load()
-    chosen = sample(evaluation, arguments.questions)
-    few = sample(evaluation, max(arguments.questions // 8, 1))
+    chosen = sample(questions, arguments.questions)
+    few = sample(questions, max(arguments.questions // 8, 1))
     rates = rounds(
         {
             "one at a time, no cache": lambda: baseline(evaluation, few),
@@ -59,7 +61,7 @@ def main() -> None:
     ]
     text = markdown_table(["evaluation", "questions/s", "ratio"], lines)
     text += (
-        f"\n\n{arguments.questions} questions of each of {len(evaluation.tasks)} tasks, {evaluation.base_model}, "
+        f"\n\n{arguments.questions} questions of each of {len(evaluation.tasks)} tasks, {evaluation.base_model.name}, "
         f"{evaluation.model.dtype}; median (smallest to largest) of {arguments.rounds} rounds. Generated answers equal "
         f"the baseline's on {same[0]} of {same[1]} questions."
     )
@@ -71,33 +73,33 @@ def main() -> None:
     )
 
 
-def sample(evaluation: Evaluation, count: int) -> list:
+def sample(questions: list[Question], count: int) -> list[Question]:
     """``count`` questions of each task, drawn by a fixed seed."""
-    by_task: dict[str, list] = {}
-    for question in evaluation.questions:
+    by_task: dict[str, list[Question]] = {}
+    for question in questions:
         by_task.setdefault(question.task.name, []).append(question)
     return [question for rows in by_task.values() for question in random.Random(0).sample(rows, min(count, len(rows)))]
 
 
-def baseline(evaluation: Evaluation, questions: list) -> int:
+def baseline(evaluation: Evaluator, questions: list[Question]) -> int:
     for question in questions:
-        one_at_a_time.answer(evaluation.model, evaluation.tokenizer, question)
+        one_at_a_time.answer(evaluation.model, evaluation.encoder.tokenizer, question)
     return len(questions)
 
 
-def ours(evaluation: Evaluation, questions: list, protocol: str) -> int:
-    for batch in plan_batches(questions, "auto", TOKEN_BUDGET):
+def ours(evaluation: Evaluator, questions: list[Question], protocol: str) -> int:
+    for batch in evaluation.batches(questions):
         evaluation.answer(batch, protocol)
     return len(questions)
 
 
-def agreement(evaluation: Evaluation, questions: list) -> tuple[int, int]:
+def agreement(evaluation: Evaluator, questions: list[Question]) -> tuple[int, int]:
     """On how many of the questions the answers found in generated text are the baseline's."""
     found = {}
-    for batch in plan_batches(questions, "auto", TOKEN_BUDGET):
-        found |= {one.key: record for one, record in zip(batch, evaluation.answer(batch, "generate"), strict=True)}
+    for batch in evaluation.batches(questions):
+        found |= {one.key: line for one, line in zip(batch, evaluation.answer(batch, "generate"), strict=True)}
     same = [
-        extract_answer(one.task, one_at_a_time.answer(evaluation.model, evaluation.tokenizer, one))
+        extract_answer(one.task, one_at_a_time.answer(evaluation.model, evaluation.encoder.tokenizer, one))
         == found[one.key]["parsed"]
         for one in questions
     ]

@@ -1,4 +1,4 @@
-"""The training pipelines that benchmarks compare: ours, the original's way, PEFT's, and the frozen limit."""
+"""The training pipelines that benchmarks compare: ours, the reference implementation, PEFT's, and the frozen base."""
 
 import argparse
 import copy
@@ -23,14 +23,14 @@ from mtl_lora.language.tasks import COMMONSENSE
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
 SIDES = {
-    "original": "the original's way: random batches padded to their longest row, logits for every token, gradient "
-    "checkpointing, the gathering form of MTL-LoRA (baselines/gathering.py)",
+    "original": "the reference implementation: random batches padded to their longest row, logits for every token, "
+    "gradient checkpointing, the gathering form of MTL-LoRA (baselines/gathering.py)",
     "peft": "PEFT's LoRA in its usual set-up: random padded batches, logits for every token, no checkpointing",
     **dict.fromkeys(methods(), "ours: rows of similar length, logits for answers only"),
     "gathering": "as mtl_lora, but its layers in the gathering form (baselines/gathering.py)",
     "looping": "as mtl_lora, but its layers loop over the tasks (baselines/looping.py)",
     "peft_layer": "as lora, but with PEFT's layers",
-    "frozen": "the limit: no adapter; forward, and backward to the embeddings, on our batches and logits",
+    "frozen": "a reference, no bound: no adapter; forward, and backward to the embeddings, on our batches and logits",
     "mtl_lora_N_tasks": "as mtl_lora, with N tasks, over all of which the ids of the same rows are spread",
 }
 _BASELINE_LAYERS = {
@@ -97,7 +97,8 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         model.enable_input_require_grads()
     else:
         names = [f"task{number}" for number in range(tasks)] if tasks else COMMONSENSE.names
-        mtl_lora.inject(model, adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names))
+        config = adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names)
+        mtl_lora.inject(model, config, allow_unused=name in _BASELINE_LAYERS)  # those call the layer's parts instead
         replace_layers(model, _BASELINE_LAYERS.get(name))
     if name == "original":
         model.activation_checkpointing_enable()

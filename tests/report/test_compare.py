@@ -150,7 +150,7 @@ def test_f1_is_left_out_of_a_task_that_lacks_one_and_so_of_the_average(compared)
     comparison = compared(predictions_of(RIGHT_A, whole), predictions_of(RIGHT_A, partly))
     assert comparison.tasks["first"].f1.difference == 0
     assert comparison.tasks["second"].f1 is None and comparison.average.f1 is None
-    assert any("F1" in note and "second" in note for note in comparison.notes)
+    assert any("F1" in note and "second" in note for note in comparison.report().notes)
 
 
 def test_average_interval_resamples_within_each_task(compared):
@@ -272,7 +272,7 @@ def test_adapter_base_model_dtype_and_limit_may_differ_and_are_noted(compared):
     places = {f"settings__{key}": value for key, value in free.items()}
     comparison = compared(predictions_of(RIGHT_A), records, base_model="other", task_set=other_tasks, **places)
     assert comparison.tasks["first"].only_b == 2
-    base, dtype = comparison.notes[-2:]
+    base, dtype = comparison.report().notes[-2:]
     assert "A smollm2-135m, B other" in base and "A torch.bfloat16, B torch.float32" in dtype
 
 
@@ -407,7 +407,7 @@ def test_json_says_who_what_and_how(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "opening"), [("x.md", "| Task"), ("x.csv", "task,n,"), ("x.json", "{\n"), ("x.tex", "| Task")]
+    ("name", "opening"), [("x.md", "| Task"), ("x.csv", "task,n,"), ("x.json", "{\n"), ("x.tex", "% needs")]
 )
 def test_format_follows_the_suffix(runs, tmp_path, capsys, name, opening):
     code, out, _ = run_command(capsys, "compare", *runs, "--output", tmp_path / name)
@@ -430,7 +430,7 @@ def test_every_mistake_ends_in_one_sentence_and_exit_code_2(runs, tmp_path, caps
         ([a, b, "--seed", "x"], "seed"),
         ([a, b, "--resamples", "99"], "100 to 1000000"),
         ([a, b, "--resamples", "1000001"], "1000001"),
-        ([a, b, "--format", "latex"], "latex"),
+        ([a, b, "--format", "docx"], "docx"),
         ([a, b, "--output", tmp_path], "is a folder"),
         ([a, b, "--output", b / "results.json"], "would be lost"),
         ([a, b, "--output", a / "predictions" / "first.jsonl"], "would be lost"),

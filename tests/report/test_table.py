@@ -96,7 +96,7 @@ def test_a_missing_task_is_a_dash_and_takes_the_average_with_it(table_of):
 
 
 def test_the_majority_class_needs_every_task(table_of):
-    assert [row.kind for row in table_of(changed(BASE, tasks__first__majority=...)).rows] == ["result"]
+    assert [row["kind"] for row in table_of(changed(BASE, tasks__first__majority=...)).records] == ["result"]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_published_rows_stand_beside_ours_with_their_sources(table_of):
 
 
 def test_published_rows_never_enter_the_difference(table_of):
-    row = table_of(COMMONSENSE_RESULTS, COMMONSENSE_RESULTS, published=True, difference=True).rows[-1]
-    assert (row.kind, row.average.value) == ("difference", 0)
+    row = table_of(COMMONSENSE_RESULTS, COMMONSENSE_RESULTS, published=True, difference=True).records[-1]
+    assert (row["kind"], row["average"]) == ("difference", 0)
 
 
 # ---- the command ----
@@ -322,7 +322,7 @@ def test_csv_carries_every_digit(table_of, record):
         read = (float(lines[0][f"{task} accuracy"]), float(lines[0][f"{task} stderr"]), int(lines[0][f"{task} n"]))
         assert read == (score["value"], score["stderr"], score["n"])
         assert float(lines[2][f"{task} accuracy"]) == 0
-    assert float(lines[0]["average"]) == table.rows[0].average.value
+    assert float(lines[0]["average"]) == table.records[0]["average"]
     assert lines[0]["name"] == " ".join(record["name"].split())
 
 

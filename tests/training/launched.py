@@ -6,6 +6,7 @@
 layers were in a forward. Of a run that is ``broken`` the last process raises an error after some layer calls.
 """
 
+import gc
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ def watch(module, inputs, output) -> None:
 
 
 register_module_forward_hook(watch)
+gc.freeze()  # every training collects garbage, and that of the imports takes longer than a tiny training
 for settings in JOB["runs"]:
     calls, broken = 0, settings.pop("broken", False)
     config = TrainConfig(**settings)

@@ -2,16 +2,15 @@
 
 import collections
 import dataclasses
-import json
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.report.load import Prediction, read_predictions
 from mtl_lora.report.study_model import CONFIDENCE
-from mtl_lora.report.table import AVERAGE, NOTHING, TextTable, csv_table, interval_text, markdown_text, percent, require
+from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent, require
 from mtl_lora.results import Results
 
 if TYPE_CHECKING:
@@ -149,6 +148,11 @@ class Change:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, a: float, b: float, means: "numpy.ndarray") -> "Change":
+        """means: of the bootstrap."""
+        return cls(a, b, b - a, *percentile_interval(means))
+
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
@@ -164,7 +168,7 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What the renderers show: tasks in column order, their average, and the notes below."""
+    """Tasks in column order, and their average, of B against A."""
 
     a: Results
     b: Results
@@ -172,7 +176,57 @@ class Comparison:
     average: Compared
     seed: int
     resamples: int
-    notes: list[str]
+
+    def report(self) -> Report:
+        """The table (percent, one decimal), fractions with every digit, and what the numbers are."""
+        rows = [*self.tasks.items(), (None, self.average)]
+        interval, with_f1 = f"{100 * CONFIDENCE:.0f} % interval", any(row.f1 for row in self.tasks.values())
+        header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
+        header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if with_f1 else []
+        lines, records = [], []
+        for name, row in rows:
+            lines.append([self.a.task_set.title(name) if name else AVERAGE, f"{row.n:,}", *_texts(row.accuracy)])
+            lines[-1] += [f"{row.only_a:,}", f"{row.only_b:,}", p_text(row.p), *(_texts(row.f1) if with_f1 else [])]
+            records.append({"task": name})
+            for key, value in vars(row).items():
+                is_change = key in ("accuracy", "f1")
+                parts = {f"{key} {part}": getattr(value, part, None) for part in CHANGE_KEYS}
+                records[-1] |= parts if is_change else {key: value}
+        notes = self._notes()
+        value = {
+            side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
+            for side, run in (("a", self.a), ("b", self.b))
+        }
+        value |= {
+            "tasks": {name: dataclasses.asdict(row) for name, row in self.tasks.items()},
+            "average": dataclasses.asdict(self.average),
+            "confidence": CONFIDENCE,
+            "resamples": self.resamples,
+            "seed": self.seed,
+            "notes": notes,
+        }
+        return Report([TextTable("", header, lines)], records, notes, value)
+
+    def _notes(self) -> list[str]:
+        """What the numbers are, and what differs between the runs besides what is compared."""
+        a, b = self.a, self.b
+        notes = [
+            f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
+            f"Interval: {100 * CONFIDENCE:.0f} % percentile interval of a paired bootstrap, {self.resamples:,} "
+            f"resamples of the questions within each task, seed {self.seed}.",
+            "p: exact two-sided McNemar test of the questions that only A answers right against those that only B "
+            "does; not corrected for the number of tasks.",
+            "Average: every task weighs the same in the scores, every question in p, which pools the questions of all "
+            "tasks.",
+        ]
+        without_f1 = [name for name, row in self.tasks.items() if row.f1 is None]
+        if 0 < len(without_f1) < len(self.tasks):
+            notes.append(f"No F1 for {', '.join(without_f1)}, nor on average: not every prediction has one.")
+        if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
+            notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
+        if a.settings.get("dtype") != b.settings.get("dtype"):
+            notes.append(f"The dtypes differ: A {a.settings.get('dtype')}, B {b.settings.get('dtype')}.")
+        return notes
 
 
 def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> Comparison:
@@ -184,113 +238,40 @@ def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> C
         alone = [name for name in one.tasks if name not in other.tasks]
         if alone:
             raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
-    means: dict[str, list] = {"accuracy": [], "f1": []}
+    tasks, means = {}, {"correct": [], "f1": []}
 
-    def change(name: str, key: str, pairs: Sequence[tuple[float, float]]) -> Change:
-        drawn = task_means(name, [float(y) - float(x) for x, y in pairs], seed, resamples)
-        means[key].append(drawn)
-        return _change(*(math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True)), drawn)
+    def change(name: str, key: str, pairs: Pairs) -> Change | None:
+        scores = [(getattr(first, key), getattr(last, key)) for first, last in pairs]
+        if any(None in pair for pair in scores):
+            return None
+        means[key].append(task_means(name, [float(y) - float(x) for x, y in scores], seed, resamples))
+        return Change.of(*(math.fsum(side) / len(pairs) for side in zip(*scores, strict=True)), means[key][-1])
 
-    tasks = {}
-    for name, pairs in paired_answers(a, b, a.scored).items():
-        right, scores = [(x.correct, y.correct) for x, y in pairs], [(x.f1, y.f1) for x, y in pairs]
-        has_f1 = all(None not in pair for pair in scores)
-        only_a, only_b = right.count((True, False)), right.count((False, True))
-        accuracy, f1 = change(name, "accuracy", right), change(name, "f1", scores) if has_f1 else None
-        tasks[name] = Compared(len(pairs), accuracy, only_a, only_b, mcnemar_p(only_a, only_b), f1)
-    rows, count = list(tasks.values()), len(tasks)
-
-    def average(key: str) -> Change:
+    def average(changes: Sequence[Change | None], drawn: Sequence["numpy.ndarray"]) -> Change | None:
         """The unweighted mean over tasks; questions were resampled within each task (a stratified bootstrap)."""
-        sides = (math.fsum(getattr(getattr(row, key), side) for row in rows) / count for side in "ab")
-        return _change(*sides, sum(means[key]) / count)
+        if None in changes:
+            return None
+        sides = (math.fsum(getattr(each, side) for each in changes) / len(changes) for side in "ab")
+        return Change.of(*sides, sum(drawn) / len(changes))
 
-    n, only_a, only_b = (sum(getattr(row, key) for row in rows) for key in ("n", "only_a", "only_b"))
-    f1 = average("f1") if all(row.f1 for row in rows) else None
-    whole = Compared(n, average("accuracy"), only_a, only_b, mcnemar_p(only_a, only_b), f1)
-    return Comparison(a, b, tasks, whole, seed, resamples, _notes(a, b, tasks, seed, resamples))
-
-
-def _change(a: float, b: float, means: "numpy.ndarray") -> Change:
-    return Change(a, b, b - a, *percentile_interval(means))
-
-
-def _notes(a: Results, b: Results, tasks: dict[str, Compared], seed: int, resamples: int) -> list[str]:
-    """What the numbers are, and what differs between the runs besides what is compared."""
-    notes = [
-        f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
-        f"Interval: {100 * CONFIDENCE:.0f} % percentile interval of a paired bootstrap, {resamples:,} resamples of the "
-        f"questions within each task, seed {seed}.",
-        "p: exact two-sided McNemar test of the questions that only A answers right against those that only B does; "
-        "not corrected for the number of tasks.",
-        "Average: every task weighs the same in the scores, every question in p, which pools the questions of all "
-        "tasks.",
-    ]
-    without_f1 = [name for name, row in tasks.items() if row.f1 is None]
-    if 0 < len(without_f1) < len(tasks):
-        notes.append(f"No F1 for {', '.join(without_f1)}, nor on average: not every prediction has one.")
-    if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
-        notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
-    if a.settings.get("dtype") != b.settings.get("dtype"):
-        notes.append(f"The dtypes differ: A {a.settings.get('dtype')}, B {b.settings.get('dtype')}.")
-    return notes
+    for name, pairs in paired_answers(a, b, a.scored).items():
+        right = collections.Counter((first.correct, last.correct) for first, last in pairs)
+        discordant = right[True, False], right[False, True]
+        accuracy, f1 = (change(name, key, pairs) for key in means)
+        tasks[name] = Compared(len(pairs), accuracy, *discordant, mcnemar_p(*discordant), f1)
+    rows = list(tasks.values())
+    n, *discordant = (sum(getattr(row, key) for row in rows) for key in ("n", "only_a", "only_b"))
+    accuracy, f1 = average([r.accuracy for r in rows], means["correct"]), average([r.f1 for r in rows], means["f1"])
+    return Comparison(a, b, tasks, Compared(n, accuracy, *discordant, mcnemar_p(*discordant), f1), seed, resamples)
 
 
-def markdown(comparison: Comparison) -> str:
-    """A padded pipe table (percent, one decimal), a line a task and one for their average, and the notes as a list."""
-    rows = [(comparison.a.task_set.title(name), row) for name, row in comparison.tasks.items()]
-    with_f1 = any(row.f1 for row in comparison.tasks.values())
-    interval = f"{100 * CONFIDENCE:.0f} % interval"
-    header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
-    header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if with_f1 else []
-    lines = []
-    for title, row in [*rows, (AVERAGE, comparison.average)]:
-        line = [title, f"{row.n:,}", *_change_texts(row.accuracy), f"{row.only_a:,}", f"{row.only_b:,}", p_text(row.p)]
-        lines.append(line + (_change_texts(row.f1) if with_f1 else []))
-    notes = "\n".join(f"- {markdown_text(note)}" for note in comparison.notes)
-    return f"{TextTable('', header, lines).markdown()}\n\n{notes}\n"
-
-
-def _change_texts(change: Change | None) -> list[str]:
+def _texts(change: Change | None) -> list[str]:
     if change is None:
         return [NOTHING] * 4
-    return [
-        percent(change.a),
-        percent(change.b),
-        percent(change.difference, signed=True),
-        interval_text(change, signed=True),
-    ]
+    difference = percent(change.difference, signed=True)
+    return [percent(change.a), percent(change.b), difference, interval_text(change, signed=True)]
 
 
 def p_text(p: float) -> str:
     """Four decimals, or ``<0.0001``."""
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
-
-
-def csv_text(comparison: Comparison) -> str:
-    """Fractions with every digit: one line a task, then the average, whose task is empty."""
-    lines = []
-    for name, row in (*comparison.tasks.items(), (None, comparison.average)):
-        lines.append({"task": name})
-        for key, value in dataclasses.asdict(row).items():
-            is_change = key in ("accuracy", "f1")
-            lines[-1] |= {f"{key} {k}": (value or {}).get(k) for k in CHANGE_KEYS} if is_change else {key: value}
-    return csv_table(lines)
-
-
-def json_text(comparison: Comparison) -> str:
-    """One object: the two runs, a record a task, the average, and how the intervals were drawn."""
-    value = {
-        **{
-            side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
-            for side, run in (("a", comparison.a), ("b", comparison.b))
-        },
-        "tasks": {name: dataclasses.asdict(row) for name, row in comparison.tasks.items()},
-        "average": dataclasses.asdict(comparison.average),
-        "confidence": CONFIDENCE,
-        **{key: getattr(comparison, key) for key in ("resamples", "seed", "notes")},
-    }
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-RENDERERS: dict[str, Callable[[Comparison], str]] = {"markdown": markdown, "csv": csv_text, "json": json_text}

@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from mtl_lora import files
 from mtl_lora.adapter import checkpoint
@@ -66,9 +68,14 @@ def prepare_process(config: TrainingConfig) -> None:
         os.environ["WANDB_PROJECT"] = config.wandb_project
     if config.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    # DeepSpeed calls collectives by names that torch is about to change, and would warn of it in every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one progress bar, that of the first process
+        logging.disable_progress_bar()
     if torch.cuda.is_available():
         return
     keep_freed_memory()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed if installed, which would warn
     if config.deepspeed and importlib.util.find_spec("deepspeed"):
         # With its process group DeepSpeed compiles a shared-memory all-reduce for inference on a CPU; training's
         # collectives are gloo's with or without it. Entered in the table of operators before DeepSpeed fills it, the

@@ -260,11 +260,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
     def __str__(self) -> str:
         """One line on the global batch."""
-        split = f"{self.world_size} devices x {self.accumulation} accumulation steps"
-        if self.token_budget:
-            return (
-                f"global batch: {self.token_budget:,} tokens with padding per device x {split}; "
-                f"{self.steps_per_epoch:,} steps an epoch, of {len(self.lengths) / self.steps_per_epoch:.1f} examples "
-                "on average"
-            )
-        return f"global batch: {self.batch_size} examples per device x {split} = {self.global_batch_size} examples"
+        one = f"{self.token_budget:,} tokens with padding" if self.token_budget else f"{self.batch_size} examples"
+        size = f"about {len(self.lengths) / self.steps_per_epoch:.0f}" if self.token_budget else self.global_batch_size
+        split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
+        steps = f"{self.steps_per_epoch:,} steps an epoch"
+        return f"global batch: {one} (per device) x {split}, {size} examples; {steps}"
