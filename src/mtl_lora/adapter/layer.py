@@ -39,14 +39,11 @@ class Factors:
     magnitude: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator:
-        return iter((self.A, self.B, self.scale))
+        yield from (self.A, self.B, self.scale)
 
     def delta(self) -> torch.Tensor:
         """scale * B @ A, of shape (d, k)."""
         return self.scale * (self.B @ self.A)
-
-
-_UNIT_ROWS = 1024  # unit vectors sent through a base at a time
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -90,23 +87,17 @@ class AdapterLayer(nn.Module):
     and ``up`` (d, R) are where they are not lora_A, the identity and lora_B, and, where tasks differ, ``factors``.
     The wrapped layer is kept as it is, weight and bias untouched. Trained weights are float32 (float64 for a float64
     base) and are cast to the activations' dtype as they are used.
-
-    method: its name in configurations and flags; a class that sets it is registered. aliases: earlier names. title: its
-    name in tables. paper: arXiv id. needs_task_ids: whether a forward needs the task of each row. has_factors: whether
-    the layer equals a low-rank pair for each task, which merging and exporting need. mixture_parts: what ``mixture``
-    mixes, in the plural. no_decay: parameters that weight decay spares, for they would not rest at zero.
-    Hyperparameters: the method's own values.
     """
 
-    method: str
-    aliases: tuple[str, ...] = ()
-    title: str
-    paper: str = ""
-    needs_task_ids = False
-    has_factors = True
-    mixture_parts = ""
-    no_decay: tuple[str, ...] = ()
-    Hyperparameters: type[Hyperparameters] = Hyperparameters
+    method: str  # the name in configurations and flags; a class that sets it is registered
+    aliases: tuple[str, ...] = ()  # earlier names
+    title: str  # the name in tables
+    paper: str = ""  # arXiv id
+    needs_task_ids = False  # whether a forward needs the task of each row
+    has_factors = True  # whether the layer equals a low-rank pair for each task, which merging and exporting need
+    mixture_parts = ""  # what ``mixture`` mixes, in the plural
+    no_decay: tuple[str, ...] = ()  # parameters that weight decay spares, for they would not rest at zero
+    Hyperparameters: type[Hyperparameters] = Hyperparameters  # the method's own values
     is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
 
     def __init_subclass__(cls, **options):
@@ -126,10 +117,12 @@ class AdapterLayer(nn.Module):
         self.in_place = not is_quantised(base.weight) and not in_pieces(base.weight)
         self.rank, self.scale, self.tasks = config.rank, config.scale, list(config.tasks)
         self.dropout, self.hyperparameters = config.dropout, config.hyperparameters
+        self.parameter_dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         shapes = self.shapes(config, self.in_features, self.out_features)
         self.parameter_names = tuple(shapes)
         for name, shape in shapes.items():
-            setattr(self, name, self.new_parameter(*shape))
+            empty = torch.empty(shape, device=base.weight.device, dtype=self.parameter_dtype)
+            setattr(self, name, nn.Parameter(empty))
         self.reset_parameters()
 
     @staticmethod
@@ -240,8 +233,8 @@ class AdapterLayer(nn.Module):
     def base_row_squares(self) -> torch.Tensor:
         """The squared norm of each output row of the frozen weight, (d,).
 
-        Where the weight is quantised, its columns come out of the base's forward one unit vector at a time; where it
-        lies in pieces (ZeRO-3), they are gathered, so all processes must call this together.
+        The columns of a quantised weight come out of the base's forward, one unit vector at a time; a partitioned one
+        (ZeRO-3) is gathered, so all processes must call this together.
         """
         weight = self.base.weight
         if not is_quantised(weight):
@@ -249,7 +242,7 @@ class AdapterLayer(nn.Module):
                 return base_weight(self.base).to(self.parameter_dtype).square().sum(dim=1)
         total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
         unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
-        for rows in unit.split(_UNIT_ROWS):
+        for rows in unit.split(1024):
             total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
         return total
 
@@ -262,21 +255,11 @@ class AdapterLayer(nn.Module):
         listed = ", ".join(f"{name} {index}" for index, name in enumerate(self.tasks)) or "none"
         raise UserError(f"there is no task {task!r}; the adapter's tasks are {listed}")
 
-    def new_parameter(self, *shape: int) -> nn.Parameter:
-        """An unset trained parameter on the base's device, float32 unless the base is float64."""
-        return nn.Parameter(torch.empty(*shape, device=self.base.weight.device, dtype=self.parameter_dtype))
-
-    @property
-    def parameter_dtype(self) -> torch.dtype:
-        """float64 on a float64 base, float32 on every other."""
-        return torch.float64 if self.base.weight.dtype == torch.float64 else torch.float32
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of activations that the base takes: its weight's, or what a quantised layer computes in."""
-        if is_quantised(self.base.weight):
-            return getattr(self.base, "compute_dtype", None) or torch.float32
-        return self.base.weight.dtype
+        quantised = is_quantised(self.base.weight)
+        return (getattr(self.base, "compute_dtype", None) or torch.float32) if quantised else self.base.weight.dtype
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: what a checkpoint holds of this layer."""
