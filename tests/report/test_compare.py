@@ -26,20 +26,30 @@ from report_cases import (
 )
 
 from mtl_lora.errors import UserError
-from mtl_lora.report.compare import Comparison, bootstrap_means, compare, mcnemar_p, p_text, percentile_interval
+from mtl_lora.report.compare import bootstrap_means, compare, mcnemar_p, p_text, percentile_interval
 from mtl_lora.results import Results
 
 RIGHT_A = {"first": outcomes("1100"), "second": outcomes("10")}
 RIGHT_B = {"first": outcomes("1011"), "second": outcomes("11")}
 
 
+class Numbers(dict):
+    """A JSON object whose keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+def numbers(*arguments, **flags) -> Numbers:
+    return json.loads(json.dumps(compare(*arguments, **flags).value), object_hook=Numbers)
+
+
 @pytest.fixture
 def compared(tmp_path):
     """Compare two sets of prediction records, the second run's results changed in ``places``."""
 
-    def run(a, b, resamples=200, seed=0, **places) -> Comparison:
+    def run(a, b, resamples=200, seed=0, **places) -> "Numbers":
         folders = write_run(tmp_path / "a", a), write_run(tmp_path / "b", b, **places)
-        return compare(*map(Results.load, folders), seed=seed, resamples=resamples)
+        return numbers(*map(Results.load, folders), seed=seed, resamples=resamples)
 
     return run
 
@@ -131,7 +141,7 @@ def test_tasks_are_in_column_order_and_questions_are_paired_by_index(tmp_path):
     records = predictions_of(RIGHT_B)
     shuffled = {task: lines[::-1] for task, lines in records.items()}
     folders = write_run(tmp_path / "a", records, task_set=columns), write_run(tmp_path / "b", shuffled)
-    tasks = compare(*map(Results.load, folders), resamples=100).tasks
+    tasks = numbers(*map(Results.load, folders), resamples=100).tasks
     assert list(tasks) == ["second", "first"]
     assert all((task.only_a, task.only_b) == (0, 0) for task in tasks.values())
 
@@ -150,7 +160,7 @@ def test_f1_is_left_out_of_a_task_that_lacks_one_and_so_of_the_average(compared)
     comparison = compared(predictions_of(RIGHT_A, whole), predictions_of(RIGHT_A, partly))
     assert comparison.tasks["first"].f1.difference == 0
     assert comparison.tasks["second"].f1 is None and comparison.average.f1 is None
-    assert any("F1" in note and "second" in note for note in comparison.report().notes)
+    assert any("F1" in note and "second" in note for note in comparison.notes)
 
 
 def test_average_interval_resamples_within_each_task(compared):
@@ -260,7 +270,7 @@ def test_answers_beyond_the_limit_that_the_results_count_are_left_out(tmp_path):
         write_run(tmp_path / name, predictions_of({"first": outcomes(flags)}), settings__limit=2, tasks__first=fewer)
         for name, flags in (("a", "1100"), ("b", "1111"))
     ]
-    row = compare(*map(Results.load, two), resamples=100).tasks["first"]
+    row = numbers(*map(Results.load, two), resamples=100).tasks["first"]
     assert (row.n, row.only_a, row.only_b) == (2, 0, 0)
 
 
@@ -272,7 +282,7 @@ def test_adapter_base_model_dtype_and_limit_may_differ_and_are_noted(compared):
     places = {f"settings__{key}": value for key, value in free.items()}
     comparison = compared(predictions_of(RIGHT_A), records, base_model="other", task_set=other_tasks, **places)
     assert comparison.tasks["first"].only_b == 2
-    base, dtype = comparison.report().notes[-2:]
+    base, dtype = comparison.notes[-2:]
     assert "A smollm2-135m, B other" in base and "A torch.bfloat16, B torch.float32" in dtype
 
 

@@ -11,7 +11,9 @@ from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_text
 from mtl_lora.report.compare import compare
+from mtl_lora.report.figures import FORMATS, write_figures
 from mtl_lora.report.load import predictions_path
+from mtl_lora.report.page import write_page
 from mtl_lora.report.table import RENDERERS, Report, build_table, details, markdown_text
 from mtl_lora.results import Results
 
@@ -70,7 +72,7 @@ class CompareConfig(Config):
     def run(self) -> None:
         a, b = (Results.load(path) for path in self.runs)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
-        _hand_out(self, compare(a, b, self.seed, self.resamples).report(), [a.path, b.path, *predictions])
+        _hand_out(self, compare(a, b, self.seed, self.resamples), [a.path, b.path, *predictions])
 
 
 @dataclasses.dataclass
@@ -82,8 +84,6 @@ class FiguresConfig(Config):
     format: str = flag("svg,png", "svg, png, or both with a comma")
 
     def run(self) -> None:
-        from mtl_lora.report.figures import FORMATS, write_figures
-
         formats = list(dict.fromkeys(name.strip().lower() for name in self.format.split(",")))
         self.require("format", "svg or png, or both with a comma", set(formats) <= set(FORMATS))
         print("\n".join(map(str, write_figures(self.runs, self.output, formats))))
@@ -100,8 +100,6 @@ class PageConfig(Config):
         self.require("runs", "one folder", len(self.runs) == 1)
 
     def run(self) -> None:
-        from mtl_lora.report.page import write_page
-
         print(write_page(self.runs[0], self.output))
 
 

@@ -66,13 +66,14 @@ def read_analysis(path: Path) -> Analysis:
     if value.get("kind") != "adapter_analysis" or value.get("schema") != 1:
         raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
     analysis = reader.read(Analysis, value)
-    T, square = len(analysis.tasks), {key: getattr(analysis, key) for key in SIMILARITIES}
-    square |= {f"update_similarity_by_module.{key}": m for key, m in analysis.update_similarity_by_module.items()}
-    sizes = {key: (matrix, {T}) for key, matrix in square.items() if matrix is not None}
-    sizes |= {f"mixture.{key}": (m, {len(row) for row in m[:1]}) for key, m in analysis.mixture.items()}
-    for key, (matrix, widths) in sizes.items():
-        if len(matrix) != T or {len(row) for row in matrix} != widths:
-            raise reader.wrong(key, matrix, f"{T} rows of equally many numbers, {T} for a similarity")
+    T = len(analysis.tasks)
+    parts = ("mixture", "update_similarity_by_module")
+    matrices = {f"{part}.{key}": matrix for part in parts for key, matrix in getattr(analysis, part).items()}
+    for key, matrix in (matrices | {key: getattr(analysis, key) for key in SIMILARITIES}).items():
+        if matrix is not None:
+            width = len(matrix[0]) if matrix and key.startswith("mixture.") else T
+            if [len(row) for row in matrix] != [width] * T:
+                raise reader.wrong(key, matrix, f"{T} rows of equally many numbers, {T} for a similarity")
     return analysis
 
 
