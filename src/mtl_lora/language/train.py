@@ -192,9 +192,9 @@ def build_model(config: TrainConfig, adapter: AdapterConfig, arguments: Training
     return model
 
 
-def provenance(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Origin:
+def provenance(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Provenance:
     """What a checkpoint of this run records of its base model, prompt and tasks."""
-    return checkpoint.Origin(
+    return checkpoint.Provenance(
         base_model=config.base_model,
         base_fingerprint=base_fingerprint,
         prompt_template=config.template,
