@@ -20,16 +20,14 @@ import torch
 from baselines.gathering import GatheringLayer
 from baselines.looping import LoopingLayer
 from footprint import megabytes, tensor_bytes
-from measure import count, fractions, keep, parser, ratio, shown, spread, turns
+from measure import count, fractions, keep, markdown_table, parser, ratio, shown, spread, turns
 from pipelines import adapter_config, with_peft
 from torch import nn
 
 from mtl_lora import route
-from mtl_lora.adapter.inject import layer_class
+from mtl_lora.adapter.layer import layer_class, methods
 from mtl_lora.base_model import choose_dtype, device_for_this_process
-from mtl_lora.config import METHODS
 from mtl_lora.errors import user_errors_to_exit_code
-from mtl_lora.report.render import markdown_table
 
 TASKS = [f"task{number}" for number in range(8)]
 
@@ -107,7 +105,7 @@ def layer_passes(
     device = device_for_this_process()
     base = nn.Linear(width, width, bias=False, device=device, dtype=dtype).requires_grad_(False)
     layers = {"frozen": base, "peft": peft_layer(base, dropout)}
-    layers |= {method: layer_class(method)(base, adapter_config(method, dropout, TASKS)) for method in METHODS}
+    layers |= {method: layer_class(method)(base, adapter_config(method, dropout, TASKS)) for method in methods()}
     layers |= {"gathering": GatheringLayer(layers["mtl_lora"]), "looping": LoopingLayer(layers["mtl_lora"])}
     x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=not forward_only)
     gradient = torch.randn_like(x)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from measure import count
+from measure import Parser, count
 from transformers import PreTrainedTokenizerBase
 
-from mtl_lora.errors import OneSentenceParser, UserError
+from mtl_lora.errors import UserError
 from mtl_lora.language.collate import Collator
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import load_examples
@@ -13,7 +13,7 @@ from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 
-def add_data(parser: OneSentenceParser, records: int) -> None:
+def add_data(parser: Parser, records: int) -> None:
     """The flags that say which model trains on which records."""
     parser.add_flag("data_path", "training records of the eight tasks", default="data/quickstart/train.json")
     parser.add_flag("base_model", "name or folder of a causal language model", default="smollm2-135m")

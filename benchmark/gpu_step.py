@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from footprint import megabytes, tensor_bytes
-from measure import clock, compared, count, keep, parser, ratio_table, shown, spread, turns
+from measure import clock, compared, count, keep, markdown_table, parser, ratio_table, shown, spread, turns
 from pipelines import add_sides, pipeline
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,7 +24,6 @@ from mtl_lora.base_model import choose_dtype
 from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.language.collate import IGNORED
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.report.render import markdown_table
 
 ANSWER = 6  # supervised tokens of a row, as in the commonsense data
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mtl_lora.errors import OneSentenceParser
-from mtl_lora.report.render import markdown_table
+from mtl_lora.errors import EXIT_CODE
 from mtl_lora.version import checkout_commit
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -28,9 +27,21 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """The script's own text as it is written, and every flag with its default."""
 
 
-def parser(about: str) -> OneSentenceParser:
+class Parser(argparse.ArgumentParser):
+    """A command line of a benchmark: a wrong flag is one sentence and exit code 2, without the usage text."""
+
+    def error(self, message: str):
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_CODE)
+
+    def add_flag(self, name: str, text: str, **options) -> None:
+        """Add ``--name``, which may be written with ``_`` or ``-`` between its words; ``text`` is its help."""
+        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=text, **options)
+
+
+def parser(about: str) -> Parser:
     """A command line with ``--results``; ``about`` is the script's docstring."""
-    made = OneSentenceParser(description=about, formatter_class=_Help)
+    made = Parser(description=about, formatter_class=_Help)
     made.add_flag(
         "results",
         "folder that gets the table and the JSON line, from the project's; none: they are only printed",
@@ -154,6 +165,18 @@ def facts() -> dict:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
     }
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    # A ruler needs a dash beside its colon to make a table of the lines.
+    widths = [max(2, *map(len, column)) for column in zip(header, *lines, strict=True)]
+    ruler = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+    padded = [
+        [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
+        for line in (header, *lines)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], ruler, *padded[1:]])
 
 
 def version(package: str) -> str | None:

@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 from batches import add_data, encoded_rows, to_device
 from footprint import megabytes, process_growth, tensor_bytes
-from measure import count, keep, parser, spread
+from measure import count, keep, markdown_table, parser, spread
 from pipelines import Pipeline, add_sides, pipeline
 
 from mtl_lora.adapter.inject import trainable_parameters
 from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.language.collate import Collator
-from mtl_lora.report.render import markdown_table
 
 MEASURES = ("held", "tensors", "process")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from baselines import gathering, looping
 from batches import spread_tasks
+from measure import Parser
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,9 +17,8 @@ import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.inject import replace_module
+from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
-from mtl_lora.config import METHODS
-from mtl_lora.errors import OneSentenceParser
 from mtl_lora.language.loss import token_losses
 from mtl_lora.language.tasks import COMMONSENSE
 
@@ -28,7 +28,7 @@ SIDES = {
     "original": "the original's way: random batches padded to their longest row, logits for every token, gradient "
     "checkpointing, the gathering form of MTL-LoRA (baselines/gathering.py)",
     "peft": "PEFT's LoRA in its usual set-up: random padded batches, logits for every token, no checkpointing",
-    **dict.fromkeys(METHODS, "ours: rows of similar length, logits for answers only"),
+    **dict.fromkeys(methods(), "ours: rows of similar length, logits for answers only"),
     "gathering": "as mtl_lora, but its layers in the gathering form (baselines/gathering.py)",
     "looping": "as mtl_lora, but its layers loop over the tasks (baselines/looping.py)",
     "peft_layer": "as lora, but with PEFT's layers",
@@ -71,7 +71,7 @@ class Pipeline:
         return spread_tasks(plans[self.plan], self.tasks) if self.tasks else plans[self.plan]
 
 
-def add_sides(parser: OneSentenceParser, default: str) -> None:
+def add_sides(parser: Parser, default: str) -> None:
     """The flag ``--sides``, and a list of what it may name below the help."""
     parser.add_flag("sides", "pipelines to compare, in the order of the table", type=side_names, default=default)
     parser.epilog = "\n".join(["sides:", *(f"  {name:18}{text}" for name, text in SIDES.items())])
@@ -99,7 +99,7 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         model.enable_input_require_grads()
     else:
         names = [f"task{number}" for number in range(tasks)] if tasks else COMMONSENSE.names
-        mtl_lora.inject(model, adapter_config(name if name in METHODS else "mtl_lora", DROPOUT, names))
+        mtl_lora.inject(model, adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names))
         replace_layers(model, _BASELINE_LAYERS.get(name))
     if name == "original":
         routing.enable_gradient_checkpointing(model)

@@ -18,12 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-from measure import compared, count, keep, parser, shown, shown_ratio, spread
+from measure import compared, count, keep, markdown_table, parser, shown, shown_ratio, spread
 
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.language.token_cache import row_columns, training_rows
-from mtl_lora.report.render import markdown_table
 from mtl_lora.training.sampler import plan_epoch
 
 

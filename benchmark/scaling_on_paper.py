@@ -18,8 +18,9 @@ Left out: attention's scores, the adapter itself, waiting for the slowest GPU, l
 
 import argparse
 
-from mtl_lora.errors import OneSentenceParser, user_errors_to_exit_code
-from mtl_lora.report.render import markdown_table
+from measure import Parser, markdown_table
+
+from mtl_lora.errors import user_errors_to_exit_code
 
 TRAINED = 16_845_824  # MTL-LoRA r 8, n 3, 8 tasks on q/k/v/o; float32
 WEIGHTS = 6.7e9
@@ -93,7 +94,7 @@ def text(peak: float, utilisation: float) -> str:
 
 
 def main() -> None:
-    parser = OneSentenceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_flag("peak", "TFLOP/s of a GPU in bf16 (312: an A100)", type=float, default=312)
     parser.add_flag("utilisation", "share of the peak that training reaches; an assumption", type=float, default=0.4)
     arguments = parser.parse_args()

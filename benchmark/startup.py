@@ -15,14 +15,13 @@ import tempfile
 from pathlib import Path
 
 import datasets
-from measure import PROJECT, count, keep, parser, rounds, shown, spread
+from measure import PROJECT, count, keep, markdown_table, parser, rounds, shown, spread
 from transformers import PreTrainedTokenizerBase
 
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.token_cache import row_columns, training_rows
-from mtl_lora.report.render import markdown_table
 
 CUTOFF = 256
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from batches import add_data, encoded_rows, make_batches
 from footprint import megabytes, tensor_bytes
-from measure import compared, count, counts, keep, parser, ratio_table, shown, spread, turns
+from measure import compared, count, counts, keep, markdown_table, parser, ratio_table, shown, spread, turns
 from pipelines import Pipeline, add_sides, pipeline
 
 from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.memory import keep_freed_memory
-from mtl_lora.report.render import markdown_table
 
 
 def main() -> None:

@@ -31,3 +31,7 @@ if [ -n "$VENV" ]; then
 fi
 
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
+
+cores() {  # cores : the CPU cores that this process may use
+    python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
+}

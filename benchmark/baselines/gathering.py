@@ -21,8 +21,8 @@ class GatheringLayer(nn.Module):
         layer, ids = self.layer, GatheringLayer.task_ids
         A = layer.lora_A.to(x.dtype).expand(len(ids), -1, -1).contiguous()
         lambdas = layer.lora_lambda.to(x.dtype)[ids]
-        weights = F.softmax(layer.lora_w[ids] / layer.temperature, dim=-1).to(x.dtype)
-        up = layer.lora_B.to(x.dtype).view(layer.out_features, layer.num_B, layer.rank)
+        weights = F.softmax(layer.lora_w[ids] / layer.hyperparameters.temperature, dim=-1).to(x.dtype)
+        up = layer.lora_B.to(x.dtype).view(layer.out_features, layer.hyperparameters.num_B, layer.rank)
         B = torch.einsum("bn,dnr->bdr", weights, up)
         z = torch.bmm(F.dropout(x, layer.dropout, layer.training), A.transpose(1, 2))
         z = torch.bmm(z, lambdas.transpose(1, 2))

@@ -19,11 +19,11 @@ class LoopingLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, L, k) to (B, L, d)."""
         layer, ids = self.layer, LoopingLayer.task_ids
-        A, up = layer.lora_A.to(x.dtype), layer.lora_B.view(layer.out_features, layer.num_B, layer.rank)
+        A, up = layer.lora_A.to(x.dtype), layer.lora_B.view(layer.out_features, layer.hyperparameters.num_B, layer.rank)
         dropped, output = F.dropout(x, layer.dropout, layer.training), layer.base(x)
         for task in ids.unique().tolist():
             rows = (ids == task).nonzero().squeeze(1)
-            weights = F.softmax(layer.lora_w[task] / layer.temperature, dim=-1)
+            weights = F.softmax(layer.lora_w[task] / layer.hyperparameters.temperature, dim=-1)
             B = torch.einsum("n,dnr->dr", weights, up).to(x.dtype)
             z = F.linear(F.linear(dropped[rows], A), layer.lora_lambda[task].to(x.dtype))
             # Added in place: its backward hands the output's gradient on without a copy for each task.

@@ -1,25 +1,53 @@
 """MTL-LoRA (arXiv 2410.09437) and its rivals: low-rank adaptation of one language model to many tasks."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from mtl_lora.version import __version__
+
+if TYPE_CHECKING:
+    from mtl_lora.adapter import routing as route
+    from mtl_lora.adapter.checkpoint import Provenance, load, save
+    from mtl_lora.adapter.config import AdapterConfig
+    from mtl_lora.adapter.inject import adapter_layers, inject, print_trainable_parameters, trainable_parameters
+    from mtl_lora.adapter.merge import disabled, merge, unload
+    from mtl_lora.errors import UserError
 
 # Where each public name lives. Loaded on first use, so that reading a command line or a results file, which need
 # no tensor, do not wait for torch.
 _HOMES = {
     "AdapterConfig": "mtl_lora.adapter.config",
-    "Origin": "mtl_lora.adapter.checkpoint",
+    "Origin": "mtl_lora.adapter.checkpoint",  # the earlier name of Provenance
+    "Provenance": "mtl_lora.adapter.checkpoint",
     "UserError": "mtl_lora.errors",
     "adapter_layers": "mtl_lora.adapter.inject",
+    "disabled": "mtl_lora.adapter.merge",
     "inject": "mtl_lora.adapter.inject",
     "load": "mtl_lora.adapter.checkpoint",
-    "merge": "mtl_lora.adapter.inject",
-    "route": "mtl_lora.adapter.routing",
+    "merge": "mtl_lora.adapter.merge",
+    "print_trainable_parameters": "mtl_lora.adapter.inject",
+    "route": "mtl_lora.route",
     "save": "mtl_lora.adapter.checkpoint",
     "trainable_parameters": "mtl_lora.adapter.inject",
+    "unload": "mtl_lora.adapter.merge",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "AdapterConfig",
+    "Provenance",
+    "UserError",
+    "__version__",
+    "adapter_layers",
+    "disabled",
+    "inject",
+    "load",
+    "merge",
+    "print_trainable_parameters",
+    "route",
+    "save",
+    "trainable_parameters",
+    "unload",
+]
 
 
 def __getattr__(name: str):

@@ -29,7 +29,8 @@ from mtl_lora.embedded import NAME as SMOLLM2
 from mtl_lora.embedded import smollm2_folder
 from mtl_lora.errors import UserError
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+STORED = "stored"  # the dtype in which a model's files hold its weights
 INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
 _SAMPLE_BYTES = 4096
 _WAY_OUT = (
@@ -67,13 +68,13 @@ class BaseModel:
     def load(self, dtype: str = "auto", **options) -> PreTrainedModel:
         """The model with its weights, from safetensors alone.
 
-        dtype: a ``--dtype`` value. options: further arguments of ``from_pretrained``, such as ``device_map``,
-        ``attn_implementation`` or ``quantization_config``.
+        dtype: a ``--dtype`` value, ``fp16``, or ``STORED``. options: further arguments of ``from_pretrained``, such as
+        ``device_map``, ``attn_implementation`` or ``quantization_config``.
         """
         with hub_errors(self.name):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
-                dtype=choose_dtype(dtype),
+                dtype="auto" if dtype == STORED else choose_dtype(dtype),
                 use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
@@ -172,10 +173,10 @@ def device_for_this_process() -> torch.device:
 
 def choose_dtype(name: str) -> torch.dtype:
     """The dtype of a ``--dtype`` value; ``auto`` is bf16 where the hardware multiplies it natively, else float32."""
-    if name not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
     if name in _DTYPES:
         return _DTYPES[name]
+    if name != "auto":
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -10,32 +10,48 @@ import importlib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from mtl_lora.config import Config, Flag, closest, type_name
-from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.errors import UserError, files_within_reach, user_errors_to_exit_code
 from mtl_lora.version import __version__
 
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
+_HELP = ("--help", "-h")
 SYSTEMS = ("language",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: ``module:function`` of its arguments, imported when it is called, and its one-line help."""
+    """A command: ``module:function`` of its arguments, imported when it is called, and its one-line help.
+
+    extra: the optional dependencies of the package that it needs.
+    """
 
     home: str
     about: str
+    extra: str = "train"
 
 
 COMMANDS = {
-    "train": Command("mtl_lora.language.commands:train", "fine-tune a base model on many tasks"),
+    "train": Command(
+        "mtl_lora.language.commands:train",
+        f"fine-tune a base model on many tasks; --system {SYSTEMS[0]} is the default and the only system",
+    ),
     "evaluate": Command("mtl_lora.language.commands:evaluate", "score a checkpoint or a base model on test sets"),
     "predict": Command("mtl_lora.language.commands:predict", "answer the examples of a file with a checkpoint"),
-    "export": Command("mtl_lora.export.cli:main", "PEFT LoRA per task, merged models, imports"),
-    "report": Command("mtl_lora.report.cli:main", "tables, comparisons, figures, page"),
-    "study": Command("mtl_lora.study.cli:main", "train and evaluate a grid of experiments over seeds"),
-    "prepare": Command("mtl_lora.language.commands:prepare", "download, verify and tag a data set"),
+    "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
+    "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
+    "study": Command(
+        "mtl_lora.study.__main__:main", "train and evaluate a grid of experiments over seeds", "train,report"
+    ),
+    "prepare": Command("mtl_lora.cli:prepare", "download, verify and tag a data set", "data"),
+}
+# The data sets that can be prepared; a module has ``Prepare``, a configuration, and ``run(config)``.
+SETS = {
+    "commonsense": Command("mtl_lora.language.prepare.commonsense", "the eight commonsense tasks of LLM-Adapters"),
+    "textclass": Command("mtl_lora.language.prepare.textclass", "six small text-classification tasks"),
 }
 
 
@@ -43,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's mistake ends in one sentence and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with user_errors_to_exit_code():
-        if not arguments or arguments[0] in ("--help", "-h"):
-            print("\n".join(_overview()))
+        if not arguments or arguments[0] in _HELP:
+            print(_overview("COMMAND", COMMANDS, "mtl-lora --version prints the version"))
             return
         name, *rest = arguments
         if name == "--version":
@@ -52,48 +68,83 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; see mtl-lora --help")
+        if name == "train":  # a checkpoint names its system, so no other command asks for it
+            system, rest = _take("system", rest)
+            if system not in (None, *SYSTEMS):
+                raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
         module, _, function = COMMANDS[name].home.partition(":")
-        getattr(importlib.import_module(module), function)(_without_system(rest) if name == "train" else rest)
+        try:
+            getattr(importlib.import_module(module), function)(rest)
+        except ModuleNotFoundError as error:
+            if (error.name or "mtl_lora").startswith("mtl_lora"):
+                raise
+            extra = COMMANDS[name].extra
+            raise UserError(
+                f"mtl-lora {name} needs the package {error.name}; pip install 'mtl-lora[{extra}]'"
+            ) from None
 
 
-def _overview() -> list[str]:
-    width = max(map(len, COMMANDS))
-    return [
-        "usage: mtl-lora COMMAND [--flag value ...]",
-        "",
-        *(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()),
-        "",
-        "mtl-lora COMMAND --help lists the flags; mtl-lora --version prints the version",
-    ]
+def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
+    """``mtl-lora prepare SET``, also written ``--set SET``.
+
+    root: the folder that the default places to write to are relative to; None: the current folder.
+    """
+    name, rest = _take("set", list(arguments))
+    if name is None and rest and not rest[0].startswith("-"):
+        name, *rest = rest
+    if name is None and any(argument in _HELP for argument in rest):
+        print(_overview("prepare SET", SETS))
+        return
+    if name not in SETS:
+        found = "no data set is named" if name is None else f"unknown data set {name!r}"
+        raise UserError(f"{found}; write mtl-lora prepare {' or '.join(SETS)}")
+    module = importlib.import_module(SETS[name].home)
+    places = [flag for flag in module.Prepare.flags() if flag.metadata.get("place")]
+    defaults = {flag.name: str(root / flag.default) for flag in places} if root else {}
+    with files_within_reach():
+        module.run(parse(module.Prepare, rest, module.__doc__, defaults))
 
 
-def _without_system(arguments: list[str]) -> list[str]:
-    """Arguments of ``train`` without ``--system``, of which there is one; a checkpoint names its system itself."""
+def _overview(what: str, table: Mapping[str, Command], *more: str) -> str:
+    """The help of a command that has commands below it."""
+    width = max(map(len, table))
+    usage = f"mtl-lora {what}"
+    lines = [f"usage: {usage} [--flag value ...]", ""]
+    lines += [f"  {name:{width}}  {command.about}" for name, command in table.items()]
+    return "\n".join([*lines, "", f"{usage} --help lists the flags", *more])
+
+
+def _take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--name`` (None without it), and the other arguments."""
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
-        if flag == "--system":
-            value = value if equals else (arguments[index + 1] if index + 1 < len(arguments) else "")
-            if value not in SYSTEMS:
-                raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {value!r}")
-            return arguments[:index] + arguments[index + (1 if equals else 2) :]
-    return arguments
+        if flag == f"--{name}":
+            end = index + (1 if equals else 2)
+            return value if equals else "".join(arguments[index + 1 : end]), arguments[:index] + arguments[end:]
+    return None, arguments
 
 
 Parsed = typing.TypeVar("Parsed", bound=Config)
 
 
-def parse(config_class: type[Parsed], arguments: Sequence[str], about: str) -> Parsed:
+def parse(
+    config_class: type[Parsed], arguments: Sequence[str], about: str, defaults: Mapping[str, object] | None = None
+) -> Parsed:
     """The configuration that ``arguments`` (without the program's name) describe.
 
-    Raises ``UserError`` for an unknown, stray, repeated, missing or wrongly typed argument. ``--help`` prints every
-    flag with its meaning, unit and default, and exits.
+    defaults: values that replace the dataclass's own defaults. Raises ``UserError`` for an unknown, stray, repeated,
+    missing or wrongly typed argument. ``--help`` prints every flag with its meaning, unit and default, and exits.
     """
-    if any(argument in ("--help", "-h") for argument in arguments):
-        print(help_text(config_class, about))
+    values = dict(defaults or {})
+    flags = {
+        flag.name: dataclasses.replace(flag, default=values.get(flag.name, flag.default))
+        for flag in config_class.flags()
+    }
+    if any(argument in _HELP for argument in arguments):
+        print(help_text(list(flags.values()), about))
         raise SystemExit(0)
-    flags = {flag.name: flag for flag in config_class.flags()}
     raw, listed = _split(arguments, flags)
-    values = {name: _convert(flags[name], text) for name, text in raw.items()}
+    values |= {name: _convert(flags[name], text) for name, text in raw.items()}
     positional = _positional(flags)
     if positional and listed:
         values[positional.name] = listed
@@ -105,10 +156,9 @@ def parse(config_class: type[Parsed], arguments: Sequence[str], about: str) -> P
     return config_class(**values)
 
 
-def help_text(config_class: type[Config], about: str) -> str:
-    """Every flag with its type, its default as one would write it, and its meaning."""
-    lines = [about, ""]
-    flags = config_class.flags()
+def help_text(flags: Sequence[Flag], about: str) -> str:
+    """Every flag with its type, its default as one would write it, its earlier names, and its meaning."""
+    lines = [about.strip(), ""]
     for flag in flags:
         if flag.metadata.get("positional"):
             lines += [f"  {flag.name.upper()} ...", f"      {flag.metadata['help']}", ""]
@@ -116,27 +166,29 @@ def help_text(config_class: type[Config], about: str) -> str:
     for flag in flags:
         if not flag.metadata.get("positional"):
             default = "required" if flag.required else f"default: {_spelled(flag.default)}"
-            lines += [f"  --{flag.name}  ({type_name(flag.type)}; {default})", f"      {flag.metadata['help']}"]
+            also = "".join(f", --{alias}" for alias in flag.metadata.get("aliases", ()))
+            lines += [f"  --{flag.name}{also}  ({type_name(flag.type)}; {default})", f"      {flag.metadata['help']}"]
     return "\n".join(lines)
 
 
 def _spelled(value: object) -> str:
     """A default as it would be written on the command line."""
     if isinstance(value, list):
-        return ",".join(value) or "empty"
+        return ",".join(map(str, value)) or "empty"
     return "none" if value is None else str(value)
 
 
-def _positional(flags: dict[str, Flag]) -> Flag | None:
+def _positional(flags: Mapping[str, Flag]) -> Flag | None:
     """The flag that takes the arguments without a name, if the configuration has one."""
     return next((flag for flag in flags.values() if flag.metadata.get("positional")), None)
 
 
-def _split(arguments: Sequence[str], flags: dict[str, Flag]) -> tuple[dict[str, str], list[str]]:
+def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str], list[str]]:
     """Flag names to raw values, and the positional arguments."""
     aliases = {alias: flag.name for flag in flags.values() for alias in flag.metadata.get("aliases", ())}
-    raw, listed, waiting = {}, [], list(arguments)
     positional = _positional(flags)
+    named = [name for name in flags if flags[name] is not positional]
+    raw, listed, waiting = {}, [], list(arguments)
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("--") or argument == "--":
@@ -147,35 +199,36 @@ def _split(arguments: Sequence[str], flags: dict[str, Flag]) -> tuple[dict[str, 
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         name = aliases.get(name, name)
-        if name not in flags or flags[name] is positional:
-            raise UserError(f"unknown flag --{name}{closest(name, [key for key in flags if flags[key] != positional])}")
+        if name not in named:
+            raise UserError(f"unknown flag --{name}{closest(name, named)}")
         if name in raw:
             raise UserError(f"the flag --{name} is given twice")
-        if not equals:
-            is_bool = flags[name].type is bool
-            # Beside positional arguments a bare switch takes no value but True or False.
-            takes_next = waiting and not waiting[0].startswith("--")
-            if takes_next and is_bool and positional and waiting[0].lower() not in (*_TRUE, *_FALSE):
-                takes_next = False
-            if takes_next:
-                value = waiting.pop(0)
-            elif is_bool:
-                value = "True"
-            else:
-                raise UserError(f"the flag --{name} needs a value: {type_name(flags[name].type)}")
-        raw[name] = value
+        raw[name] = value if equals else _value_after(flags[name], waiting, positional is not None)
     return raw, listed
 
 
+def _value_after(flag: Flag, waiting: list[str], beside_positional: bool) -> str:
+    """The value of a flag without ``=``, taken from the arguments that follow; a switch alone is True."""
+    following = waiting[0] if waiting and not waiting[0].startswith("--") else None
+    # Beside positional arguments a switch takes nothing but True or False.
+    if flag.type is bool and beside_positional and following and following.lower() not in (*_TRUE, *_FALSE):
+        following = None
+    if following is not None:
+        return waiting.pop(0)
+    if flag.type is bool:
+        return "True"
+    raise UserError(f"the flag --{flag.name} needs a value: {type_name(flag.type)}")
+
+
 def _convert(flag: Flag, text: str) -> object:
-    """A flag's text as its declared type; raises ``UserError`` that says what would be right."""
+    """A flag's text as its declared type; raises ``UserError`` with the type that is right."""
     expected = flag.type
     if typing.get_origin(expected) in (types.UnionType, typing.Union):
         options = typing.get_args(expected)
         if types.NoneType in options and text.lower() in _NONE:
             return None
         if str in options and int in options:
-            return int(text) if text.lstrip("-").isdecimal() and text.count("-") < 2 else text
+            return int(text) if text.removeprefix("-").isdecimal() else text
         (expected,) = [option for option in options if option is not types.NoneType]
     try:
         if expected is bool:
@@ -183,9 +236,10 @@ def _convert(flag: Flag, text: str) -> object:
         if expected in (int, float):
             return expected(text)
         if typing.get_origin(expected) is list:
-            return _list(text)
+            (element,) = typing.get_args(expected)
+            return [element(entry) for entry in _list(text)]
     except (ValueError, KeyError, SyntaxError):
-        raise UserError(f"--{flag.name} must be {type_name(flag.type)}, not {text!r}") from None
+        raise UserError(f"--{flag.name} must be {type_name(flag.type)}, not {text!r}", flag.name) from None
     return text
 
 
@@ -198,7 +252,7 @@ def _list(text: str) -> list[str]:
         if quoted:
             return [str(entry) for entry in ast.literal_eval(text)]
         text = text[1:-1]
-    # The commas inside (a,b), [a,b] and {1,2} belong to an expression.
+    # The commas inside (a,b), [a,b] and {1,2} belong to a regular expression.
     entries, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -106,7 +106,7 @@ class Config:
                 value = list(value)
                 object.__setattr__(self, flag.name, value)
             if not _matches(value, flag.type):
-                raise UserError(f"{flag.name} must be {type_name(flag.type)}, not {value!r}")
+                raise UserError(f"{flag.name} must be {type_name(flag.type)}, not {value!r}", flag.name)
         self.validate()
 
     def validate(self) -> None:
@@ -115,7 +115,7 @@ class Config:
     def require(self, name: str, rule: str, holds: bool) -> None:
         """Raise ``UserError`` naming field, rule and value unless ``holds``."""
         if not holds:
-            raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+            raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}", name)
 
     def to_json(self) -> dict:
         """A JSON object that ``from_json`` reads back to an equal configuration."""

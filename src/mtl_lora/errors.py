@@ -7,7 +7,14 @@ import sys
 
 
 class UserError(ValueError):
-    """Bad input: one sentence naming the file, record or flag, what was found and the way out."""
+    """Bad input: one sentence naming the file, record or flag, what was found and the way out.
+
+    field: the configuration's field that the sentence begins with, where it is about one.
+    """
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 EXIT_CODE = 2
@@ -32,11 +39,11 @@ def user_errors_to_exit_code():
 
 @contextlib.contextmanager
 def files_within_reach():
-    """Turn an ``OSError`` inside the block, such as a folder that may not be entered, into a ``UserError``."""
+    """Turn an ``OSError`` inside the block, such as a folder without permission, into a ``UserError``."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"a file or folder is out of reach: {error}") from None
+        raise UserError(f"a file or folder cannot be used: {error}") from None
 
 
 class OneSentenceParser(argparse.ArgumentParser):

@@ -1,14 +1,20 @@
 """Whole files or none: written under a temporary name and renamed; hashed to tell a changed byte."""
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
+
+# Read once: it can only be read by setting it, which is the whole process's and so would race between threads.
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 @contextlib.contextmanager
@@ -29,13 +35,90 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files for the owner alone; give the final file the usual permissions.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        give_usual_permissions(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def give_usual_permissions(path: str | Path) -> None:
+    """Give a file, or a folder with all that it holds, the permissions of new ones; temporary ones are private."""
+    path = Path(path)
+    for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~UMASK)
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    output: str | Path,
+    patterns: Sequence[str],
+    overwrite: bool,
+    inputs: Iterable[str | Path] = (),
+    nested: bool = False,
+) -> Iterator[Path]:
+    """A temporary folder beside ``output`` that takes its place when the block ends well, and is removed if not.
+
+    patterns: names of the files that such an output holds; nested: its subfolders hold them. inputs: what is read,
+    and so must not be replaced. Raises ``UserError`` if ``output`` is in use and may not be replaced, or cannot be
+    written.
+    """
+    check_output(output, patterns, overwrite, inputs, nested)
+    output = Path(output).resolve()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose a writable folder") from None
+    try:
+        yield temporary
+        give_usual_permissions(temporary)
+        _take_place(temporary, output)
+    except Exception as error:
+        # safetensors reports a full disk by an exception class of its own, which its Rust module defines.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{output} cannot be written ({error}); nothing was kept of it") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(
+    output: str | Path, patterns: Sequence[str], overwrite: bool, inputs: Iterable[str | Path], nested: bool = False
+) -> None:
+    """Raise ``UserError`` unless ``output`` is free, empty, or an earlier output that may be replaced."""
+    output = Path(output).resolve()
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output} is a file; name a folder")
+    entries = list(output.iterdir())
+    if not entries:
+        return
+    if not overwrite:
+        raise UserError(f"{output} is not empty; pass --overwrite to replace it, or another --output")
+    read = [Path(path).resolve() for path in inputs]
+    if any(path == output or output in path.parents for path in read):
+        raise UserError(f"{output} holds what is read and cannot be replaced by it; pass another --output")
+    # Anything else, such as a training run, was not made by this command and is not deleted by it.
+    if nested:
+        entries = [entry for part in entries for entry in (part.iterdir() if part.is_dir() else [part])]
+    for entry in entries:
+        if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns):
+            raise UserError(f"{output} holds {entry.name}, which this command did not write; pass another --output")
+
+
+def _take_place(temporary: Path, output: Path) -> None:
+    if not output.exists():
+        temporary.replace(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+    output.replace(aside)
+    try:
+        temporary.replace(output)
+    except OSError:
+        aside.replace(output)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_all(contents: dict[Path, bytes]) -> None:

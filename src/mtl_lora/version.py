@@ -3,21 +3,30 @@
 import subprocess
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def checkout_commit(*without: str) -> str | None:
-    """The project's commit, when it runs from a git checkout; ``+changes`` if files differ from it.
+    """The project's commit where the package runs from its own git checkout; ``+changes`` if files differ from it.
 
-    without: paths from the checkout's top whose differences do not count.
+    None elsewhere, also for a package that is installed inside another project's checkout. without: paths from the
+    checkout's top whose differences do not count.
     """
-    here = ["git", "-C", str(Path(__file__).parent)]
-    counted = ["--", ":/", *(f":(top,exclude){path}" for path in without)]
+    checkout = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit, changed = (
-            subprocess.run([*here, *asked], capture_output=True, text=True, check=True).stdout.strip()
-            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno", *counted])
-        )
+        # An installed package lies in site-packages, so its parents[2] is the top of no checkout.
+        if (
+            Path(git("rev-parse", "--show-toplevel")).resolve() != checkout
+            or not (checkout / "pyproject.toml").is_file()
+        ):
+            return None
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "-uno", "--", ":/", *(f":(top,exclude){path}" for path in without))
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed else "")

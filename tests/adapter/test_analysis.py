@@ -1,18 +1,16 @@
 """The analysis of a checkpoint, in rank space and without its base, equals the dense one with its base at hand."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from reference import layers as reference
 from reference.tiny import METHODS, TASKS, adapted_llama, adapter_config, randomise, tiny_llama
-from shared import PROJECT
 
 import mtl_lora
-from mtl_lora.adapter.analysis import FILE_NAME, MOST_TASKS, analyse, in_depth_order, main, write_analysis
-from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
+from mtl_lora import artifacts
+from mtl_lora.adapter.analysis import MOST_TASKS, analyse, in_depth_order, main, write_analysis
+from mtl_lora.adapter.checkpoint import read_config
 
 SHARED = ["lora", "dora", "multilora"]
 PER_TASK = ["moelora", "mtl_lora", "mtl_lora_diagonal"]
@@ -89,7 +87,7 @@ def test_mixture_is_the_softmax_of_each_layer(method, tmp_path):
         if method == "moelora":
             logits = [layer.lora_gate.detach() @ embedding for embedding in layer.lora_task_embedding.detach()]
         else:
-            logits = list(layer.lora_w.detach() / layer.temperature)
+            logits = list(layer.lora_w.detach() / layer.hyperparameters.temperature)
         near(found[name], torch.stack([torch.stack(reference.softmax(row)) for row in logits]))
 
 
@@ -129,6 +127,20 @@ def test_an_untrained_task_and_an_untrained_layer_are_left_out_of_the_means(tmp_
     assert minus_identity[0][1] is not None
 
 
+def test_a_gate_that_reads_the_input_leaves_a_note_and_no_tables(tmp_path):
+    mtl_lora.save(adapted_llama("hydralora"), tmp_path)
+    found = analyse(tmp_path)
+    assert [found[key] for key in ["mixture", *MATRICES]] == [None] * 5
+    assert len(found["layers"]) == 8 and "gate of HydraLoRA" in found["notes"][0]
+
+
+def test_titles_of_method_and_parts_come_from_the_method(tmp_path):
+    for method, title, parts in [("moelora", "MoELoRA", "experts"), ("lora", "LoRA", None)]:
+        mtl_lora.save(adapted_llama(method), tmp_path / method)
+        found = analyse(tmp_path / method)
+        assert (found["method_title"], found["mixture_parts"]) == (title, parts)
+
+
 def test_many_tasks_leave_the_matrices_out_and_say_so(tmp_path):
     tasks = [f"task{index}" for index in range(MOST_TASKS + 1)]
     mtl_lora.save(adapted_llama(tasks=tasks), tmp_path)
@@ -142,7 +154,7 @@ def test_the_file_names_its_weights_and_holds_what_was_computed(tmp_path):
     mtl_lora.save(adapted_llama(), tmp_path)
     path = write_analysis(tmp_path)
     found, exact = json.loads(path.read_text()), analyse(tmp_path)
-    assert path == tmp_path / FILE_NAME and found.keys() == exact.keys()
+    assert path == tmp_path / artifacts.ADAPTER_ANALYSIS and found.keys() == exact.keys()
     assert found["adapter_sha256"] == read_config(tmp_path).weights_sha256
     torch.testing.assert_close(
         torch.tensor(found["update_similarity"]), torch.tensor(exact["update_similarity"]), rtol=0, atol=1e-6
@@ -167,19 +179,21 @@ def test_layers_stand_from_input_to_output_and_as_targets_are_listed():
 
 def test_a_damaged_checkpoint_ends_in_one_sentence(tmp_path, capsys):
     mtl_lora.save(randomise(adapted_llama()), tmp_path)
-    (tmp_path / WEIGHTS_NAME).write_bytes((tmp_path / WEIGHTS_NAME).read_bytes()[:-1] + b"x")
-    for folder, complaint in [(tmp_path, "is damaged"), (tmp_path / "missing", f"has no {CONFIG_NAME}")]:
+    weights = tmp_path / artifacts.CHECKPOINT_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    for folder, complaint in [(tmp_path, "is damaged"), (tmp_path / "missing", artifacts.CHECKPOINT_CONFIG)]:
         with pytest.raises(SystemExit) as stop:
             main([str(folder)])
         out, err = capsys.readouterr()
         assert (stop.value.code, out, err.count("\n")) == (2, "", 1) and complaint in err
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / artifacts.ADAPTER_ANALYSIS).exists()
 
 
-def test_the_command_needs_the_checkpoint_alone(tmp_path):
+def test_the_command_needs_the_checkpoint_alone(tmp_path, capsys):
     mtl_lora.save(adapted_llama(), tmp_path / "adapter")
     output = tmp_path / "elsewhere" / "analysis.json"
-    command = [sys.executable, "-W", "error", "-m", "mtl_lora.adapter.analysis", str(tmp_path / "adapter")]
-    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=120, cwd=PROJECT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{output}\n", "")
+    main([str(tmp_path / "adapter"), "--output", str(output)])
+    assert capsys.readouterr().out == f"{output}\n"
     assert json.loads(output.read_text())["kind"] == "adapter_analysis"
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "adapter"), str(tmp_path / "adapter"), "--output", str(output)])

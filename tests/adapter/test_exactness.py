@@ -1,21 +1,19 @@
 """Every method computes its formula: forward and all gradients against slow references, for every kind of input."""
 
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from exactness import markdown
 from reference import layers as reference
-from reference.cases import CASES, SHAPE_CASES, TOLERANCES, Case, compare, make_layer
+from reference.cases import CASES, TOLERANCES, Case, compare, make_layer
 from reference.layers import assert_near
-from reference.tiny import METHODS, TASKS, adapter_config
+from reference.tiny import FACTORED, METHODS, TASKS, adapter_config
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mtl_lora import UserError, route
-from mtl_lora.adapter.inject import layer_class
+from mtl_lora.adapter.layer import layer_class
 
 ORIGINAL = Path(reference.__file__).parent / "original_layers.safetensors"
 
@@ -31,19 +29,14 @@ def test_layer_equals_its_formula(case):
     check(case)
 
 
-@pytest.mark.parametrize("case", SHAPE_CASES, ids=str)
-def test_layer_equals_its_formula_for_every_shape(case):
-    check(case)
-
-
 @pytest.mark.parametrize(
     ("method", "change"),
     [
         *((method, {"alpha": 0.5}) for method in METHODS),
         *((method, {"use_rslora": True}) for method in METHODS),
         *((method, {"rank": 1, "num_experts": 1}) for method in METHODS),
-        *((method, {"num_B": number}) for method in METHODS if method.startswith("m") for number in (1, 5)),
-        *((method, {"temperature": 0.1}) for method in METHODS if method.startswith("mtl")),
+        *((method, {"num_B": number}) for method in ("multilora", "mtl_lora", "hydralora") for number in (1, 5)),
+        ("mtl_lora", {"temperature": 0.1}),
         ("moelora", {"rank": 8, "num_experts": 4}),
         ("moelora", {"rank": 3, "num_experts": 3}),
         ("moelora", {"task_embedding_dim": 1}),
@@ -52,18 +45,6 @@ def test_layer_equals_its_formula_for_every_shape(case):
 )
 def test_layer_follows_every_setting(method, change):
     check(Case(method), **change)
-
-
-def test_formulas_of_the_methods_differ():
-    outputs = [compare(Case(method))["y"][1] for method in METHODS]
-    for one, other in itertools.combinations(outputs, 2):
-        assert (one - other).abs().max() > 0.1
-
-
-def test_printed_table_has_a_row_for_each_case():
-    lines = markdown([Case("lora"), Case("dora", dropout=True)]).splitlines()
-    assert any(line.startswith("| lora | mixed batch | off | off |") for line in lines)
-    assert any(line.startswith("| dora | mixed batch | on | off |") for line in lines)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +64,7 @@ def test_dropout_follows_the_seed_and_stops_at_evaluation(method):
     assert torch.equal(run(1), run(2))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "multilora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "multilora", "hydralora"])
 def test_methods_without_task_weights_need_neither_tasks_nor_a_route(method):
     layer = make_layer(method, nn.Linear(12, 10).double(), tasks=[])
     x = torch.randn(3, 4, 12, dtype=torch.float64)
@@ -139,6 +120,14 @@ def test_dora_sees_a_small_weight_beside_a_large_bias(size):
     assert_near(layer.norm(), norm, 5e-3, "the norm")
 
 
+def test_norm_of_dora_is_exact_inside_autocast():
+    torch.manual_seed(0)
+    layer = make_layer("dora", nn.Linear(256, 64))
+    weight = layer.weight.double() + layer.scale * layer.lora_B.double() @ layer.lora_A.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_near(layer.norm(), weight.norm(dim=1), 1e-6, "the norm")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_conv1d_is_adapted_as_the_linear_layer_it_is(method):
     torch.manual_seed(0)
@@ -150,8 +139,9 @@ def test_conv1d_is_adapted_as_the_linear_layer_it_is(method):
     with route.use(task_ids):
         one, other = (layer(x) for layer in layers)
     assert_near(other, one, 1e-13, "y")
-    for task in TASKS:
-        assert_near(layers[1].merged_weight(task), layers[0].merged_weight(task), 1e-13, task)
+    if method in FACTORED:
+        for task in TASKS:
+            assert_near(layers[1].merged_weight(task), layers[0].merged_weight(task), 1e-13, task)
 
 
 # ---- the original implementation ----

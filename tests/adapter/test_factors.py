@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference.cases import make_layer
 from reference.layers import assert_near
-from reference.tiny import METHODS, TASKS, adapted_llama, tiny_llama, tokens
+from reference.tiny import FACTORED, TASKS, adapted_llama, tiny_llama, tokens
 from torch import nn
 
 import mtl_lora
@@ -18,7 +18,7 @@ WIDTHS = {"lora": 3, "dora": 3, "multilora": 2 * 3, "moelora": 6, "mtl_lora": 3,
 PER_TASK = ["moelora", "mtl_lora", "mtl_lora_diagonal"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 def test_factors_equal_the_layer_for_each_task(method):
     layer = make_layer(method, nn.Linear(12, 10).double())
     x = torch.randn(3, 4, 12, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_factors_equal_the_layer_for_each_task(method):
         assert torch.equal(layer.factors(index).delta(), factors.delta())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 def test_tasks_differ_where_the_method_has_weights_of_their_own(method):
     layer = make_layer(method, nn.Linear(12, 10).double())
     for one, other in itertools.combinations(TASKS, 2):
@@ -44,14 +44,14 @@ def test_tasks_differ_where_the_method_has_weights_of_their_own(method):
 
 
 @pytest.mark.parametrize("task", ["oceans", 4, -1, True], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 def test_factors_of_an_unknown_task_list_the_tasks(method, task):
     layer = make_layer(method, nn.Linear(12, 10))
     with pytest.raises(UserError, match=rf"no task {task!r}.*tides 0, maps 1, birds 2, rivers 3"):
         layer.factors(task)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 def test_factors_without_a_task_are_there_where_all_tasks_share_them(method):
     layer = make_layer(method, nn.Linear(12, 10))
     if method in PER_TASK:
@@ -61,7 +61,7 @@ def test_factors_without_a_task_are_there_where_all_tasks_share_them(method):
         assert torch.equal(layer.factors().delta(), layer.factors("maps").delta())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 def test_merge_leaves_plain_linear_layers_with_the_same_logits(method):
     model = adapted_llama(method)
     names = list(mtl_lora.adapter_layers(model))
@@ -76,7 +76,7 @@ def test_merge_leaves_plain_linear_layers_with_the_same_logits(method):
         assert_near(merged(input_ids=input_ids).logits, expected, 1e-10, task)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 def test_merge_sums_in_float32_and_rounds_once(method):
     layer = make_layer(method, nn.Linear(12, 10).bfloat16())
     A, B, scale = factors = layer.factors("maps")
@@ -87,6 +87,19 @@ def test_merge_sums_in_float32_and_rounds_once(method):
     assert merged.dtype == torch.bfloat16
     # Half a unit in the last place of bfloat16, which keeps eight bits.
     assert ((merged.double() - weight).abs() <= weight.abs() * 2**-8 * 1.001).all()
+
+
+def test_a_method_whose_gate_reads_the_input_refuses_factors_and_merging():
+    model = adapted_llama("hydralora")
+    layers = mtl_lora.adapter_layers(model)
+    for refused in (
+        lambda: next(iter(layers.values())).factors("maps"),
+        lambda: mtl_lora.merge(model, "maps"),
+        lambda: mtl_lora.merge(model),
+    ):
+        with pytest.raises(UserError, match=r"HydraLoRA.*gate depends on the input"):
+            refused()
+    assert mtl_lora.adapter_layers(model) == layers
 
 
 def test_merge_keeps_the_base_dtype():

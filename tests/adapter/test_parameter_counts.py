@@ -13,6 +13,7 @@ from reference.sizes import LLAMA_2_7B, SMOLLM2_135M, llama_2_7b, smollm2_135m, 
         ({"method": "moelora", "num_experts": 8, "task_embedding_dim": 64}, 8_519_680),
         ({"method": "mtl_lora", "num_B": 3}, 16_845_824),
         ({"method": "mtl_lora", "num_B": 3, "lambda_shape": "diagonal"}, 16_788_480),
+        ({"method": "hydralora", "num_B": 3}, 18_350_080),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

@@ -4,12 +4,12 @@ import pytest
 import torch
 from reference.cases import make_layer
 from reference.layers import assert_near
-from reference.tiny import METHODS, TASKS, adapter_config, tiny_llama, tokens
+from reference.tiny import FACTORED, METHODS, TASKS, adapter_config, tiny_llama, tokens
 from torch import nn
 
 import mtl_lora
 from mtl_lora import UserError, route
-from mtl_lora.adapter.inject import layer_class
+from mtl_lora.adapter.layer import layer_class
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed", exc_type=ImportError)
 
@@ -82,7 +82,7 @@ def test_dora_starts_at_the_norms_of_the_weight_beside_a_large_bias():
     assert torch.equal(base.bias, linear.bias)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 def test_factors_are_there_and_merging_is_refused(method):
     layer = make_layer(method, quantised("4", source()))
     assert layer.factors("maps").delta().shape == (D, K)

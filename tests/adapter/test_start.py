@@ -10,7 +10,7 @@ from torch import nn
 import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.inject import layer_class
+from mtl_lora.adapter.layer import layer_class
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -82,9 +82,10 @@ def test_every_weight_of_a_fresh_adapter_learns(method):
         assert weight.grad.flatten(1).any(dim=1).all() if weight.dim() > 1 else weight.grad.all(), name
 
 
-def test_up_projections_part_at_the_first_step():
+@pytest.mark.parametrize("method", ["mtl_lora", "hydralora"])
+def test_up_projections_part_at_the_first_step(method):
     torch.manual_seed(5)
-    model = mtl_lora.inject(tiny_llama(), adapter_config(num_B=3, temperature=0.1))
+    model = mtl_lora.inject(tiny_llama(), adapter_config(method, num_B=3, temperature=0.1))
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.01)
     with route.use(torch.tensor([0, 1, 2, 3])):
         model(input_ids=tokens(4)).logits.square().mean().backward()
@@ -142,6 +143,11 @@ STARTS = {
         "lora_A": lambda v: is_uniform(v, INPUTS),
         "lora_lambda": lambda v: torch.equal(v, torch.ones(TASKS, RANK)),
         "lora_w": lambda v: is_uniform(v, PARALLEL),
+        "lora_B": is_zero,
+    },
+    "hydralora": {
+        "lora_A": lambda v: is_uniform(v, INPUTS),
+        "lora_gate": lambda v: is_uniform(v, INPUTS),
         "lora_B": is_zero,
     },
 }

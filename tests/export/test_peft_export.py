@@ -4,74 +4,68 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from export_cases import (
-    SCALES,
-    TARGETS,
-    TOLERANCE,
-    load_base,
-    logits,
-    peft_difference,
-    relative_difference,
-    routed_logits,
-    save_adapter,
-)
+from export_cases import FOUR, TARGETS, TOLERANCE, difference, load_base, logits, peft_difference, routed, save_adapter
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from reference.tiny import METHODS, TASKS, adapted_llama
+from reference.tiny import FACTORED, TASKS, adapted_llama
 from safetensors.torch import load_file
+from shared import PROJECT
 
 import mtl_lora
-from mtl_lora import Origin
-from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
+from mtl_lora import Provenance
+from mtl_lora.adapter.checkpoint import read_config
+from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from mtl_lora.base_model import BaseModel
-from mtl_lora.export.__main__ import main
-from mtl_lora.export.peft_format import export_peft
+from mtl_lora.export.peft import export_peft
+from mtl_lora.results import Results, TaskNames, TaskResult
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoints, tmp_path_factory):
-    """The export of a method on an architecture; made once."""
-    made = {}
-
-    def get(kind: str, label: str):
-        if (kind, label) not in made:
-            made[kind, label] = tmp_path_factory.mktemp("exports") / f"{kind}_{label}"
-            export_peft(checkpoints(kind, label), made[kind, label])
-        return made[kind, label]
-
-    return get
+RANKS = {"lora": 3, "dora": 3, "multilora": 9, "moelora": 6, "mtl_lora": 3, "mtl_lora_diagonal": 3}
 
 
-def settings(folder) -> dict:
+def settings(folder: Path) -> dict:
     """The configuration of an exported task."""
     return json.loads((folder / "adapter_config.json").read_text())
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
 
 
 # ---- what it computes ----
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", FACTORED)
 @pytest.mark.parametrize("kind", TARGETS)
-def test_peft_computes_what_the_routed_model_computes(bases, checkpoints, exported, kind, label, task):
-    checkpoint, folder = checkpoints(kind, label), exported(kind, label) / task
-    assert peft_difference(bases[kind], checkpoint, folder, task) < TOLERANCE
-    # The comparison could fail: the adapter changes a lot.
-    assert relative_difference(logits(load_base(bases[kind])), routed_logits(bases[kind], checkpoint, task)) > 0.1
+def test_peft_computes_what_the_routed_model_computes_for_every_task(bases, checkpoints, tmp_path, kind, label):
+    folders = export_peft(checkpoints(kind, label), tmp_path / "peft")
+    assert [folder.name for folder in folders] == TASKS
+    model, own = load_base(bases[kind]), routed(bases[kind], checkpoints(kind, label))
+    # The comparison could fail: the adapter changes a lot, and another task's weights compute something else.
+    before, expected = logits(model), {task: logits(own, task) for task in TASKS}
+    differs = difference(expected[TASKS[1]], expected[TASKS[0]]) > 100 * TOLERANCE
+    assert differs == (label in ("moelora", "mtl_lora", "mtl_lora_diagonal"))
+    for task, folder in zip(TASKS, folders, strict=True):
+        if task == TASKS[0]:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=task).eval()
+        else:
+            model.load_adapter(folder, adapter_name=task)
+            model.set_adapter(task)
+        assert difference(logits(model), expected[task]) < TOLERANCE
+        assert difference(before, expected[task]) > 0.1
+    config = settings(folders[0])
+    assert (config["r"], config["use_dora"]) == (RANKS[label], label == "dora")
+    assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
+    assert (config["inference_mode"], config["lora_dropout"]) == (True, 0.0)
+    assert config["fan_in_fan_out"] == (kind == "gpt2")
+    assert sorted(config["target_modules"]) == sorted(TARGETS[kind]), "short names, which match nothing else"
+    assert config["base_model_name_or_path"] == bases[kind]
 
 
-@pytest.mark.parametrize("label", ["moelora", "mtl_lora", "mtl_lora_diagonal"])
-def test_folder_of_another_task_computes_something_else(bases, checkpoints, exported, label):
-    folder = exported("llama", label) / TASKS[1]
-    assert peft_difference(bases["llama"], checkpoints("llama", label), folder, TASKS[0]) > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("scale", [{"alpha": 0.5}, {"alpha": 7.3}, {"use_rslora": True}], ids=str)
 @pytest.mark.parametrize("label", ["lora", "dora", "multilora", "mtl_lora"])
 def test_scale_that_no_whole_alpha_gives_is_kept(bases, tmp_path, label, scale):
     checkpoint = save_adapter(bases["llama"], tmp_path / "checkpoint", label, **scale)
@@ -95,290 +89,269 @@ def test_scale_that_no_whole_alpha_gives_is_kept(bases, tmp_path, label, scale):
 def test_peft_adapts_exactly_the_same_modules(bases, tmp_path, kind, targets):
     checkpoint = save_adapter(bases[kind], tmp_path / "checkpoint", "mtl_lora", target_modules=targets)
     (folder,) = export_peft(checkpoint, tmp_path / "peft", [TASKS[1]])
-    model = PeftModel.from_pretrained(load_base(bases[kind]), folder).base_model.model
-    ours = mtl_lora.adapter_layers(mtl_lora.load(load_base(bases[kind]), checkpoint))
-    assert [name for name, module in model.named_modules() if isinstance(module, LoraLayer)] == list(ours)
-    assert peft_difference(bases[kind], checkpoint, folder, TASKS[1]) < TOLERANCE
+    model, own = PeftModel.from_pretrained(load_base(bases[kind]), folder).eval(), routed(bases[kind], checkpoint)
+    adapted = [name for name, module in model.base_model.model.named_modules() if isinstance(module, LoraLayer)]
+    assert adapted == list(mtl_lora.adapter_layers(own))
+    assert difference(logits(model), logits(own, TASKS[1])) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind, expected", [("llama", TARGETS["llama"]), ("gpt2", TARGETS["gpt2"])])
-def test_targets_are_short_names_where_these_mean_the_same(exported, kind, expected):
-    assert sorted(settings(exported(kind, "mtl_lora") / TASKS[0])["target_modules"]) == sorted(expected)
-
-
-def test_configuration_is_a_plain_lora_of_the_right_rank(bases, exported):
-    ranks = {"lora": 3, "dora": 3, "multilora": 9, "moelora": 6, "mtl_lora": 3, "mtl_lora_diagonal": 3}
-    for label, rank in ranks.items():
-        config = settings(exported("gpt2", label) / TASKS[0])
-        assert (config["r"], config["use_dora"]) == (rank, label == "dora")
-        assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
-        assert config["fan_in_fan_out"] is True
-        assert config["base_model_name_or_path"] == bases["gpt2"]
-        assert (config["inference_mode"], config["lora_dropout"]) == (True, 0.0)
-
-
-def test_weights_are_the_factors_bit_for_bit_in_float32(bases, checkpoints, exported):
-    model = mtl_lora.load(load_base(bases["llama"]), checkpoints("llama", "mtl_lora"))
-    tensors = load_file(exported("llama", "mtl_lora") / "birds" / "adapter_model.safetensors")
-    expected = {}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_are_the_factors_bit_for_bit_in_their_dtype(bases, tmp_path, dtype):
+    model = adapted_llama("mtl_lora", dtype)
+    mtl_lora.save(model, tmp_path / "checkpoint", Provenance(bases["llama"]))
+    (folder,) = export_peft(tmp_path / "checkpoint", tmp_path / "peft", ["birds"])
+    tensors, expected = load_file(folder / "adapter_model.safetensors"), {}
     for name, layer in mtl_lora.adapter_layers(model).items():
         A, B, _ = layer.factors("birds")
         expected |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
 
 
-# ---- what it needs ----
+def test_modules_saved_whole_are_modules_to_save_of_peft(bases, tmp_path):
+    entries = ["lm_head", "norm", "post_attention_layernorm"]
+    checkpoint = save_adapter(bases["llama"], tmp_path / "checkpoint", "mtl_lora", modules_to_save=entries)
+    for folder in export_peft(checkpoint, tmp_path / "peft", TASKS[:2]):
+        assert peft_difference(bases["llama"], checkpoint, folder, folder.name) < TOLERANCE
+        layers = [f"model.layers.{index}.post_attention_layernorm" for index in (0, 1)]
+        assert settings(folder)["modules_to_save"] == [*layers, "model.norm", "lm_head"]
 
 
-def test_weights_of_the_base_are_not_needed(bases, tmp_path):
-    base = shutil.copytree(bases["gpt2"], tmp_path / "base")
-    checkpoint = save_adapter(str(base), tmp_path / "checkpoint", "dora")
-    (base / "model.safetensors").unlink()
-    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"])
-    shutil.copytree(bases["gpt2"], base, dirs_exist_ok=True)
-    assert settings(folder)["fan_in_fan_out"] is True
-    assert peft_difference(str(base), checkpoint, folder, "maps") < TOLERANCE
+@pytest.mark.parametrize(
+    "kind, entry, found",
+    [
+        ("gpt2", "lm_head", "lm_head.weight"),  # tied to the embedding
+        ("gpt2", "*.ln_1.bias", "transformer.h.0.ln_1.bias"),  # a weight and no module
+        ("llama", "model.norm.weight", "model.norm.weight"),
+    ],
+)
+def test_modules_that_peft_cannot_save_can_be_merged(refused, command, bases, tmp_path, kind, entry, found):
+    checkpoint = save_adapter(bases[kind], tmp_path / "checkpoint", "mtl_lora", modules_to_save=[entry])
+    sentence = refused("peft", checkpoint=checkpoint)
+    assert found in sentence and "use the merge command" in sentence
+    command("merge", checkpoint=checkpoint, task="maps", output=tmp_path / "merged")
+    expected = logits(routed(bases[kind], checkpoint), "maps")
+    assert difference(logits(load_base(tmp_path / "merged")), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("label", METHODS)
-def test_base_that_can_not_be_had_is_noted_and_the_checkpoint_is_enough(bases, tmp_path, capsys, kind, label):
+@pytest.mark.parametrize("kind, label", [("llama", "moelora"), ("gpt2", "dora"), ("gpt2", "mtl_lora")])
+def test_weights_of_the_base_are_not_needed_nor_is_its_configuration(bases, tmp_path, capsys, kind, label):
     base = shutil.copytree(bases[kind], tmp_path / "base")
     checkpoint = save_adapter(str(base), tmp_path / "checkpoint", label)
+    (base / "model.safetensors").unlink()
+    (without_weights,) = export_peft(checkpoint, tmp_path / "peft1", ["maps"])
     shutil.rmtree(base)
-    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"])
+    (without_base,) = export_peft(checkpoint, tmp_path / "peft2", ["maps"])
     assert "note: layer names are not compared with the base model's" in capsys.readouterr().err
-    shutil.copytree(bases[kind], base)
-    assert peft_difference(str(base), checkpoint, folder, "maps") < TOLERANCE
-
-
-def test_layers_are_named_whole_where_nobody_knows_the_others(bases, tmp_path):
-    base = shutil.copytree(bases["gpt2"], tmp_path / "base")
-    checkpoint = save_adapter(str(base), tmp_path / "checkpoint", "lora", target_modules=["h.1.attn.c_proj"])
-    shutil.rmtree(base)
-    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"])
-    assert settings(folder)["target_modules"] == ["transformer.h.1.attn.c_proj"]
-
-
-def test_float64_adapter_is_exported(bases, tmp_path):
-    mtl_lora.save(adapted_llama("mtl_lora", torch.float64), tmp_path / "checkpoint", Origin(bases["llama"]))
-    (folder,) = export_peft(tmp_path / "checkpoint", tmp_path / "peft", ["maps"])
-    assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float64}
+    assert sorted(settings(without_weights)["target_modules"]) == sorted(TARGETS[kind])
+    names = mtl_lora.adapter_layers(routed(bases[kind], checkpoint))
+    assert sorted(settings(without_base)["target_modules"]) == sorted(names)
+    for folder in (without_weights, without_base):
+        assert peft_difference(bases[kind], checkpoint, folder, "maps") < TOLERANCE
 
 
 def test_adapter_without_tasks_is_one_folder(bases, tmp_path):
     checkpoint = save_adapter(bases["llama"], tmp_path / "checkpoint", "dora", tasks=[])
     assert export_peft(checkpoint, tmp_path / "peft") == [tmp_path / "peft" / "all"]
-    model = mtl_lora.load(load_base(bases["llama"]), checkpoint).eval()
     plain = PeftModel.from_pretrained(load_base(bases["llama"]), tmp_path / "peft" / "all").eval()
-    assert relative_difference(logits(plain), logits(model)) < TOLERANCE
+    assert difference(logits(plain), logits(routed(bases["llama"], checkpoint))) < TOLERANCE
 
 
 # ---- the card ----
 
 
-def write_results(path, checkpoint, **changes):
-    """The part of an evaluation's results that a card reads."""
-    tasks = {"maps": {"accuracy": 0.625, "stderr": 0.0625, "n": 60}}
-    adapter = {"weights_sha256": read_config(checkpoint).weights_sha256}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"schema": 1, "mode": "score", "tasks": tasks, "adapter": adapter, **changes}))
+def write_results(folder: Path, checkpoint: Path, sha256: str | None = None) -> None:
+    """An evaluation of the checkpoint's weights, or of those with another hash."""
+    Results(
+        name="run",
+        mode="score",
+        tasks={"maps": TaskResult("accuracy", 0.625, 0.0625, 60)},
+        task_set=TaskNames.from_json(FOUR.to_json()),
+        adapter={"weights_sha256": sha256 or read_config(checkpoint).weights_sha256},
+    ).save(folder / "results.json")
 
 
-def card(folder) -> str:
-    return (folder / "README.md").read_text()
-
-
-def test_card_tells_score_recipe_prompt_and_use(checkpoint, tmp_path):
-    write_results(checkpoint / "evaluation" / "results.json", checkpoint)
+def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path):
+    write_results(checkpoint / "evaluation", checkpoint)
     maps, birds = export_peft(checkpoint, tmp_path / "peft", ["maps", "birds"])
-    assert "Accuracy on maps: 62.5 % ± 6.2 of 60 questions, protocol `score`." in card(maps)
-    assert "Accuracy on birds: not measured." in card(birds)
-    for row in (
-        "method | mtl_lora",
-        "rank | 3",
-        "alpha | 6",
-        "temperature | 0.5",
-        "tasks | tides, maps, birds, rivers",
-    ):
-        assert f"| {row} |" in card(maps)
+    assert "Result on maps: Accuracy 62.5 % ± 6.2 (n = 60, protocol `score`)." in card(maps)
+    assert "Result on birds: not measured." in card(birds)
+    rows = ["method | mtl_lora", "rank | 3", "alpha | 6", "temperature | 0.5", "tasks | tides, maps, birds, rivers"]
+    assert all(f"| {row} |" in card(maps) for row in rows)
+    assert "num_experts" not in card(maps), "another method's hyperparameter"
     assert "arxiv.org/abs/2410.09437" in card(maps)
     assert repr("### Instruction:\n{instruction}\n\n### Response:\n")[1:-1] in card(maps)
-    assert "PeftModel.from_pretrained" in card(maps)
+    assert f"base = {bases['llama']!r}" in card(maps)
 
 
-def test_card_without_an_evaluation_says_not_measured(exported):
-    assert "Accuracy on maps: not measured." in card(exported("llama", "lora") / "maps")
+def test_card_of_a_training_of_version_0_1_has_its_settings_and_its_result(monkeypatch, tmp_path):
+    monkeypatch.chdir(PROJECT / "tests" / "fixtures" / "v1")
+    results = "evaluations/mtl_lora/score"
+    (folder,) = export_peft("checkpoints/mtl_lora", tmp_path / "peft", ["hellaswag"], results=results)
+    measured = json.loads(Path(results, "results.json").read_text())["tasks"]["hellaswag"]
+    trained = json.loads(Path("checkpoints/mtl_lora/run.json").read_text())["settings"]
+    assert f"Accuracy {100 * measured['accuracy']:.1f} %" in card(folder)
+    assert f"| learning_rate | {trained['learning_rate']} |" in card(folder)
+    assert trained["data_path"] not in card(folder) and "lora_r" not in card(folder)
 
 
-def test_scores_of_other_weights_are_not_put_on_the_card(checkpoint, tmp_path):
-    write_results(checkpoint / "evaluation" / "results.json", checkpoint, adapter={"weights_sha256": "0" * 64})
-    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"])
-    assert "Accuracy on maps: not measured." in card(folder)
-
-
-def test_results_that_are_named_are_read_from_file_or_folder(checkpoint, tmp_path):
-    write_results(tmp_path / "elsewhere" / "results.json", checkpoint)
-    for number, path in enumerate([tmp_path / "elsewhere", tmp_path / "elsewhere" / "results.json"]):
-        (folder,) = export_peft(checkpoint, tmp_path / f"peft{number}", ["maps"], results=path)
-        assert "62.5 %" in card(folder)
+def test_results_count_if_they_are_of_the_same_weights(checkpoint, tmp_path, refused):
+    write_results(checkpoint / "evaluation", checkpoint, "0" * 64)
+    assert "Result on maps: not measured." in card(export_peft(checkpoint, tmp_path / "own", ["maps"])[0])
+    results = checkpoint / "evaluation" / "results.json"
+    assert "is not of this checkpoint's weights" in refused("peft", checkpoint=checkpoint, results=results)
+    write_results(tmp_path / "named", checkpoint)
+    for index, path in enumerate((tmp_path / "named", tmp_path / "named" / "results.json")):
+        assert "62.5 %" in card(export_peft(checkpoint, tmp_path / str(index), ["maps"], results=path)[0])
 
 
 # ---- the command ----
 
 
-def test_command_writes_one_folder_a_task_and_names_them(command, bases, checkpoints, tmp_path):
+def test_command_writes_one_folder_per_task_and_prints_them(command, checkpoints, tmp_path):
     printed = command("peft", checkpoint=checkpoints("llama", "lora"), output=tmp_path / "new" / "peft")
     assert printed == [str(tmp_path / "new" / "peft" / task) for task in TASKS]
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"peft"}
-    for folder in (tmp_path / "new" / "peft").iterdir():
-        assert {path.name for path in folder.iterdir()} == FILES
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["peft"]
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert all({path.name for path in Path(folder).iterdir()} == files for folder in printed)
 
 
-def test_command_takes_a_choice_of_tasks_and_another_name_for_the_base(command, bases, checkpoints, tmp_path):
+@pytest.mark.parametrize("overwrite", [["--overwrite"], ["--overwrite", "True"]], ids=str)
+def test_earlier_export_is_replaced_if_asked(command, refused, bases, checkpoints, tmp_path, overwrite):
     base = shutil.copytree(bases["llama"], tmp_path / "moved")
-    printed = command(
-        "peft",
-        checkpoint=checkpoints("llama", "mtl_lora"),
-        output=tmp_path / "peft",
-        tasks="rivers, tides",
-        base_model=base,
-    )
+    flags = {"checkpoint": checkpoints("llama", "mtl_lora"), "output": tmp_path / "peft", "base_model": base}
+    command("peft", tasks="maps", **flags)
+    assert "pass --overwrite to replace it" in refused("peft", tasks="rivers, tides", **flags)
+    printed = command("peft", *overwrite, tasks="rivers, tides", **flags)
     assert printed == [str(tmp_path / "peft" / task) for task in ("rivers", "tides")]
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == ["rivers", "tides"]
     assert settings(tmp_path / "peft" / "tides")["base_model_name_or_path"] == str(base)
 
 
-def test_module_runs_from_the_command_line(checkpoints, tmp_path):
-    arguments = ["peft", "--checkpoint", checkpoints("llama", "lora"), "--output", tmp_path / "peft", "--tasks", "no"]
-    command = [sys.executable, "-m", "mtl_lora.export", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr == "error: there is no task 'no'; the adapter's tasks are tides, maps, birds, rivers\n"
+def test_module_runs_from_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "mtl_lora.export", "pfet"], capture_output=True, text=True, timeout=120
+    )
+    error = "error: unknown command 'pfet' (did you mean 'peft'?); see mtl-lora export --help\n"
+    assert (done.returncode, done.stderr) == (2, error)
+
+
+def test_help_lists_the_commands_and_their_flags(command, capsys):
+    overview = "\n".join(command("--help"))
+    assert all(name in overview for name in ("peft", "merge", "import-peft", "import-original"))
+    for name, flags in {
+        "peft": "checkpoint tasks results",
+        "merge": "checkpoint task dtype",
+        "import-peft": "peft tasks_file method num_B temperature seed template",
+        "import-original": "file tasks_file alpha temperature",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            command(name, "--help")
+        shown = capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert all(f"--{flag}  (" in shown for flag in f"{flags} base_model output overwrite trust_remote_code".split())
 
 
 # ---- refusals ----
 
 
-def flip_a_bit(checkpoint, edit_json):
-    path = checkpoint / WEIGHTS_NAME
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+def bytes_of_the_weights(change):
+    def damage(checkpoint):
+        (checkpoint / CHECKPOINT_WEIGHTS).write_bytes(change((checkpoint / CHECKPOINT_WEIGHTS).read_bytes()))
+
+    return damage
 
 
-def cut_off_the_end(checkpoint, edit_json):
-    path = checkpoint / WEIGHTS_NAME
-    path.write_bytes(path.read_bytes()[:-4])
+def configuration(part: str, **changes):
+    def damage(checkpoint):
+        value = json.loads((checkpoint / CHECKPOINT_CONFIG).read_text())
+        value[part] |= changes
+        (checkpoint / CHECKPOINT_CONFIG).write_text(json.dumps(value))
+
+    return damage
 
 
-def forget_the_base(checkpoint, edit_json):
-    edit_json(checkpoint / CONFIG_NAME, origin={})
+def broken_results(checkpoint):
+    (checkpoint / "evaluation").mkdir()
+    (checkpoint / "evaluation" / "results.json").write_text('{"name": "run", "tasks": {"maps": 0.5}}')
 
 
-def name_a_task_like_a_path(checkpoint, edit_json):
-    adapter = json.loads((checkpoint / CONFIG_NAME).read_text())["adapter"]
-    edit_json(checkpoint / CONFIG_NAME, adapter={**adapter, "tasks": ["a/../b", "maps", "birds", "rivers"]})
-
-
-def be_of_another_base(checkpoint, edit_json):
-    origin = json.loads((checkpoint / CONFIG_NAME).read_text())["origin"]
-    edit_json(checkpoint / CONFIG_NAME, origin={**origin, "base_fingerprint": "0" * 64})
-
-
-def have_results_without_scores(checkpoint, edit_json):
-    write_results(checkpoint / "evaluation" / "results.json", checkpoint, tasks={"maps": 0.5})
-
-
-def be_no_checkpoint(checkpoint, edit_json):
-    (checkpoint / CONFIG_NAME).unlink()
+DAMAGED = {
+    "bit at the start": (bytes_of_the_weights(lambda b: bytes([b[0] ^ 4]) + b[1:]), "safetensors is damaged"),
+    "bit of the header": (bytes_of_the_weights(lambda b: b[:50] + bytes([b[50] ^ 4]) + b[51:]), "is damaged"),
+    "bit at the end": (bytes_of_the_weights(lambda b: b[:-1] + bytes([b[-1] ^ 1])), "safetensors is damaged"),
+    "cut off": (bytes_of_the_weights(lambda b: b[:-4]), "safetensors is damaged"),
+    "no base": (configuration("provenance", base_model=None), "does not record its base model; pass --base_model"),
+    "another base": (configuration("provenance", base_fingerprint="0" * 64), "was trained on another base model"),
+    "no checkpoint": (lambda checkpoint: (checkpoint / CHECKPOINT_CONFIG).unlink(), CHECKPOINT_CONFIG),
+}
+ONLY_PEFT = {
+    "task": (configuration("adapter", tasks=["a/../b", *TASKS[1:]]), "the task 'a/../b' cannot name a folder"),
+    "results": (broken_results, "results.json: tasks.maps"),
+}
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (flip_a_bit, "mtl_lora.safetensors is damaged"),
-        (cut_off_the_end, "mtl_lora.safetensors is damaged"),
-        (forget_the_base, "does not say its base model; pass --base_model"),
-        (name_a_task_like_a_path, "the task 'a/../b' cannot name a folder"),
-        (be_of_another_base, "was trained on another base model than"),
-        (have_results_without_scores, "results.json holds no scores"),
-        (be_no_checkpoint, "is no MTL-LoRA checkpoint"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    "name, words, case",
+    [("peft", {}, case) for case in DAMAGED | ONLY_PEFT] + [("merge", {"task": "maps"}, case) for case in DAMAGED],
 )
-def test_checkpoint_that_can_not_be_exported_is_one_sentence(refused, checkpoint, tmp_path, edit_json, spoil, message):
-    spoil(checkpoint, edit_json)
-    assert message in refused("peft", checkpoint=checkpoint, output=tmp_path / "peft")
+def test_damaged_checkpoint_is_one_sentence(refused, checkpoint, name, words, case):
+    damage, message = (DAMAGED | ONLY_PEFT)[case]
+    damage(checkpoint)
+    assert message in refused(name, checkpoint=checkpoint, **words)
 
 
 def test_checkpoint_that_does_not_fit_the_base_names_what_is_wrong(refused, bases, checkpoint, tmp_path, edit_json):
-    edit_json(checkpoint / CONFIG_NAME, origin={"base_model": bases["gpt2"]})
-    sentence = refused("peft", checkpoint=checkpoint, output=tmp_path / "peft")
+    base = shutil.copytree(bases["llama"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    edit_json(base / "config.json", intermediate_size=32)
+    sentence = refused("peft", checkpoint=checkpoint, base_model=base)
+    assert "mlp.down_proj.lora_A has shape [3, 24], not [3, 32]" in sentence
+    configuration("provenance", base_fingerprint=None)(checkpoint)
+    sentence = refused("peft", checkpoint=checkpoint, base_model=bases["gpt2"])
     assert "no linear layer is named 'q_proj'; this model has c_attn (2)" in sentence
 
 
-def test_checkpoint_of_other_sizes_than_the_base_names_the_weight(refused, bases, checkpoint, tmp_path, edit_json):
-    base = shutil.copytree(bases["llama"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-    edit_json(base / "config.json", intermediate_size=32)
-    sentence = refused("peft", checkpoint=checkpoint, output=tmp_path / "peft", base_model=base)
-    assert "mlp.down_proj.lora_A has shape [3, 24], not [3, 32]" in sentence
-
-
-def test_unknown_task_names_the_tasks_there_are(refused, checkpoint, tmp_path):
-    sentence = refused("peft", checkpoint=checkpoint, output=tmp_path / "peft", tasks="maps,oceans")
+@pytest.mark.parametrize("name, words", [("peft", {"tasks": "maps,oceans"}), ("merge", {"task": "oceans"})])
+def test_unknown_task_lists_the_tasks(refused, checkpoints, name, words):
+    sentence = refused(name, checkpoint=checkpoints("llama", "mtl_lora"), **words)
     assert sentence == "there is no task 'oceans'; the adapter's tasks are tides, maps, birds, rivers"
 
 
-def test_named_results_of_other_weights_are_refused(refused, checkpoint, tmp_path):
-    write_results(tmp_path / "results.json", checkpoint, adapter=None)
-    sentence = refused("peft", checkpoint=checkpoint, output=tmp_path / "peft", results=tmp_path / "results.json")
-    assert "results.json is not of this checkpoint's weights; evaluate" in sentence
+@pytest.mark.parametrize("name, words", [("peft", {}), ("merge", {"task": "maps"})])
+def test_method_without_factors_is_refused(refused, checkpoints, name, words):
+    sentence = refused(name, checkpoint=checkpoints("llama", "hydralora"), **words)
+    assert "HydraLoRA has no factors, since its gate depends on the input" in sentence
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["peft", "--output", "x"], "--checkpoint"),
-        (["peft", "--output", "x", "--checkpoint", "y", "--taks", "maps"], "--taks"),
-        (["pfet"], "invalid choice: 'pfet'"),
-        ([], "COMMAND"),
-    ],
-    ids=str,
-)
-def test_wrong_flags_are_one_sentence(capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_wrong_flags_are_one_sentence(refused):
+    assert "--checkpoint is required" in refused("peft")
+    assert "--taks (did you mean 'tasks'?)" in refused("peft", checkpoint="x", taks="maps")
+    assert "dtype must be one of" in refused("merge", checkpoint="x", dtype="int8")
 
 
 # ---- in lm-evaluation-harness ----
 
 
-def test_lm_evaluation_harness_loads_an_exported_folder(bases, trained, tmp_path):
+def test_lm_evaluation_harness_loads_an_exported_folder(tiny_base, tmp_path):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed; pip install lm-eval==0.4.13 to run this")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    (folder,) = export_peft(trained, tmp_path / "peft", ["piqa"])
-    base = settings(folder)["base_model_name_or_path"]
+    checkpoint = save_adapter(tiny_base, tmp_path / "checkpoint", "mtl_lora")
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", [TASKS[1]])
     pairs = [("A lamp gives", " light"), ("Soup is best", " hot")]
 
     def scores(**options) -> list[float]:
-        model = HFLM(pretrained=base, device="cpu", dtype="float32", batch_size=2, **options)
+        model = HFLM(pretrained=tiny_base, device="cpu", dtype="float32", batch_size=2, **options)
         requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
         return [score for score, _ in model.loglikelihood(requests)]
 
-    model, tokenizer = mtl_lora.load(BaseModel(base).load("fp32"), trained).eval(), BaseModel(base).tokenizer()
-    expected = []
+    model, tokenizer, expected = routed(tiny_base, checkpoint), BaseModel(tiny_base).tokenizer(), []
     for context, answer in pairs:
         ids, tail = tokenizer(context)["input_ids"], tokenizer(answer)["input_ids"]
-        with torch.no_grad(), mtl_lora.route.use(torch.tensor([1])):
-            steps = model(input_ids=torch.tensor([ids + tail])).logits[0].log_softmax(dim=-1)
+        with torch.no_grad():
+            steps = model(input_ids=torch.tensor([ids + tail]), task_ids=[TASKS[1]]).logits[0].log_softmax(dim=-1)
         expected.append(sum(steps[len(ids) + i - 1, token].item() for i, token in enumerate(tail)))
     assert scores(peft=str(folder)) == pytest.approx(expected, rel=1e-4)
     assert scores() != pytest.approx(expected, rel=1e-2)

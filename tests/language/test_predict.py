@@ -84,7 +84,7 @@ def test_python_gives_the_lines_of_the_command(predict, trained):
     (one,) = predictor.predict(["Is it? Answer format: true/false"], task="boolq", mode="generate")
     assert set(one) == {"index", "task", "answer", "text"}
     assert predictor.predict([]) == []
-    with pytest.raises(UserError, match="mode .* 'both'"):
+    with pytest.raises(UserError, match=r"mode .* 'both'"):
         predictor.predict(["a"], task="boolq", mode="both")
 
 

@@ -1,7 +1,4 @@
-"""The table of cases in which a layer is compared with its formula, and the comparison.
-
-The tests run through it, and ``python tests/exactness.py`` prints what it measures.
-"""
+"""The table of cases in which a layer is compared with its formula, and the comparison."""
 
 import contextlib
 import dataclasses
@@ -18,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mtl_lora import route
 from mtl_lora.adapter import layer as base_module
 from mtl_lora.adapter import routing
-from mtl_lora.adapter.inject import layer_class
+from mtl_lora.adapter.layer import layer_class
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 IDS = ("one task", "mixed batch", "per token")
@@ -46,13 +43,28 @@ class Case:
         return "-".join([self.method, str(self.dtype).removeprefix("torch."), self.ids, shape, *switches])
 
 
-CASES = [Case(*axes) for axes in itertools.product(METHODS, DTYPES, IDS, (False, True), (False, True))]
-
-SHAPES = [((5,), 7, 5), ((1, 7), 5, 7), ((2, 3, 4), 7, 12)]
-SHAPE_CASES = [
-    Case(method, ids=ids, leading=leading, in_features=k, out_features=d, bias=bias)
-    for method, ids, (leading, k, d), bias in itertools.product(METHODS, IDS, SHAPES, (False, True))
-    if ids != "per token" or len(leading) > 1
+# Whether the formula is right shows in float64, in every combination; whether the dtypes are handled, in a few.
+SWITCHES = list(itertools.product((False, True), (False, True)))
+SHAPES = [
+    ("one task", (5,), 7, 5),
+    ("mixed batch", (5,), 5, 7),
+    ("per token", (1, 7), 5, 7),
+    ("mixed batch", (1, 7), 7, 5),
+]
+SHAPES += [("one task", (2, 3, 4), 7, 12), ("mixed batch", (2, 3, 4), 7, 12), ("per token", (2, 3, 4), 12, 7)]
+CASES = [
+    case
+    for method in METHODS
+    for case in (
+        *(Case(method, torch.float64, ids, *switches) for ids in IDS for switches in SWITCHES),
+        *(Case(method, dtype, "mixed batch", *switches) for dtype in DTYPES[1:] for switches in SWITCHES),
+        *(Case(method, dtype, "per token", dropout=True) for dtype in DTYPES[1:]),
+        *(
+            Case(method, ids=ids, leading=leading, in_features=k, out_features=d, bias=bool(index % 2))
+            for index, (ids, leading, k, d) in enumerate(SHAPES)
+        ),
+        Case(method, bias=False),
+    )
 ]
 
 

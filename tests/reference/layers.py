@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from mtl_lora.config import AdapterConfig
+from mtl_lora.adapter.config import AdapterConfig
 
 Parameters = dict[str, torch.Tensor]
 
@@ -72,7 +72,24 @@ def mtl_lora(x: torch.Tensor, task: int, weight: torch.Tensor, p: Parameters, co
     return scale(config) * total
 
 
-UPDATES = {"lora": lora, "dora": dora, "multilora": multilora, "moelora": moelora, "mtl_lora": mtl_lora}
+def hydralora(x: torch.Tensor, task: int, weight: torch.Tensor, p: Parameters, config: AdapterConfig) -> torch.Tensor:
+    """s sum_i softmax(G x)_i B_i A x."""
+    gate = softmax(p["lora_gate"] @ x)
+    total = torch.zeros(weight.shape[0], dtype=x.dtype)
+    for i in range(config.num_B):
+        block = slice(i * config.rank, (i + 1) * config.rank)
+        total = total + gate[i] * (p["lora_B"][:, block] @ (p["lora_A"] @ x))
+    return scale(config) * total
+
+
+UPDATES = {
+    "lora": lora,
+    "dora": dora,
+    "multilora": multilora,
+    "moelora": moelora,
+    "mtl_lora": mtl_lora,
+    "hydralora": hydralora,
+}
 
 
 def forward(

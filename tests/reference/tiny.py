@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtl_lora
 from mtl_lora import AdapterConfig
+from mtl_lora.adapter.layer import layer_class, methods
 
 VOCABULARY = 37
 TASKS = ["tides", "maps", "birds", "rivers"]
@@ -17,7 +18,9 @@ METHODS = {
     "moelora": {"rank": 6, "num_experts": 3, "task_embedding_dim": 5},
     "mtl_lora": {},
     "mtl_lora_diagonal": {"method": "mtl_lora", "lambda_shape": "diagonal"},
+    "hydralora": {},
 }
+FACTORED = [label for label in METHODS if label != "hydralora"]
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCausalLM:
@@ -43,7 +46,11 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCau
 def adapter_config(method: str = "mtl_lora", **changes) -> AdapterConfig:
     """Of a method or a label in ``METHODS``; rank 3, so that no two sizes of the model agree by accident."""
     settings = {"rank": 3, "alpha": 6, "dropout": 0.0, "tasks": TASKS, "temperature": 0.5}
-    return AdapterConfig(**{"method": method, **settings, **METHODS.get(method, {}), **changes})
+    settings = {"method": method, **settings, **METHODS.get(method, {}), **changes}
+    # Hyperparameters of other methods are left out, so that one call serves every method.
+    read = {each.name for each in layer_class(settings["method"]).Hyperparameters.flags()}
+    every = {each.name for layer in methods().values() for each in layer.Hyperparameters.flags()}
+    return AdapterConfig(**{name: value for name, value in settings.items() if name in read or name not in every})
 
 
 @torch.no_grad()

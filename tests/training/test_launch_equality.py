@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from shared import PROJECT, free_port
 
-from mtl_lora.config import METHODS
+from mtl_lora.adapter.layer import methods
 
+METHODS = tuple(methods())
 STEPS, MIDDLE = 14, 7  # an epoch is 10 steps, the last of them smaller
 LAUNCHES = ("ddp", "zero2", "zero3")
 # Name of a run beside the methods' own -> what it is told besides; it is compared with the method it trains, or with

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import Trainer
 
 from mtl_lora import AdapterConfig, Origin, inject, route
-from mtl_lora.adapter import routing
 from mtl_lora.language.collate import IGNORED, Collator
 from mtl_lora.language.loss import token_losses
 from mtl_lora.language.token_cache import COLUMNS
@@ -65,7 +64,7 @@ def test_answer_only_loss_and_gradients_equal_those_of_all_logits(train_on_input
 
     model = adapted_llama().train()
     if checkpointing:
-        routing.enable_gradient_checkpointing(model)
+        model.activation_checkpointing_enable()
     losses, weights, tasks = token_losses(model, batch)
     losses.sum().backward()  # outside the route, where the Trainer's backward runs
 

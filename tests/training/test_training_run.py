@@ -8,31 +8,35 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtl_lora.adapter import analysis, checkpoint
+from mtl_lora import artifacts
+from mtl_lora.adapter import checkpoint
 from mtl_lora.artifacts import checkpoints
+from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.tasks import COMMONSENSE
+from mtl_lora.training.distributed import prepare_process
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / checkpoint.WEIGHTS_NAME)
+    return load_file(folder / artifacts.CHECKPOINT_WEIGHTS)
 
 
 def log_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / artifacts.TRAIN_LOG).read_text().splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in log_lines(folder) if "loss" in line]
 
 
-def stopped_after_its_first_checkpoint(folder: Path) -> None:
-    """Take away what a run wrote after its first checkpoint, as if it had been stopped there."""
-    for late in checkpoints(folder)[1:]:
-        for path in sorted(late.iterdir()):
-            path.unlink()
-        late.rmdir()
-    for name in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME):
-        (folder / name).unlink()
+def stopped_after_its_first_checkpoint(folder: Path, copy: Path) -> None:
+    """A copy of a run without what it wrote after its first checkpoint, as if it had been stopped there."""
+    shutil.copytree(folder, copy)
+    for late in checkpoints(copy)[1:]:
+        shutil.rmtree(late)
+    for name in (artifacts.CHECKPOINT_CONFIG, artifacts.CHECKPOINT_WEIGHTS, artifacts.ADAPTER_ANALYSIS):
+        (copy / name).unlink()
 
 
 def assert_equal(left: dict, right: dict) -> None:
@@ -41,75 +45,25 @@ def assert_equal(left: dict, right: dict) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
+# ---- what a run writes ----
+
+
 @pytest.mark.parametrize("method", ["lora", "mtl_lora"])
-def test_a_run_learns_and_writes_adapter_and_log(train, method):
-    folder = train("run", adapter_name=method, max_steps=12)
+def test_a_run_learns_and_leaves_adapter_log_and_analysis(train, tiny_base, capsys, method):
+    folder = train("run", adapter_name=method, max_steps=8)
     found = weights(folder)
     assert found and all(tensor.dtype == torch.float32 for tensor in found.values())
     curve = losses(folder)
     assert curve[-1] < curve[0] - 0.5
     assert any(key.startswith("loss/") for key in log_lines(folder)[0])
-    origin = checkpoint.read_config(folder).origin_config
-    assert (origin.prompt_template, origin.cutoff_len) == ("alpaca", 256)
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
-    first, again, other = (weights(train(name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
-    assert_equal(first, again)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-def test_a_finished_run_holds_the_analysis_of_its_weights(train):
-    folder = train("run")
-    found = json.loads((folder / analysis.FILE_NAME).read_text())
-    assert found["adapter_sha256"] == checkpoint.read_config(folder).weights_sha256
-    assert len(found["mixture"]) == len(found["layers"]) == 8
-    # Four steps have moved every task's B, not yet far.
-    assert all(value is not None for row in found["update_similarity"] for value in row)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train, accumulation):
-    flags = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation, "max_steps": 15}
-    whole = train("whole", **flags)
-    # 96 records are 12 steps, so the second half crosses into another epoch.
-    cut = train("cut", **flags, save_step=5)
-    stopped_after_its_first_checkpoint(cut)
-    train("cut", **flags, save_step=5, resume_from_checkpoint="True")
-    assert_equal(weights(whole), weights(cut))
-    assert losses(whole) == losses(cut)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"token_budget": 700, "gradient_accumulation_steps": 2},
-        {"token_budget": 1400, "sampling_temperature": 3.0},
-    ],
-    ids=["tokens", "tokens and temperature"],
-)
-def test_a_run_with_batches_by_tokens_resumes_exactly(train, records_file, tmp_path, options, capsys):
-    records = json.loads(Path(records_file).read_text())[:32]
-    (tmp_path / "few.json").write_text(json.dumps(records))
-    flags = {**options, "data_path": str(tmp_path / "few.json"), "max_steps": 9}
-    whole = train("whole", **flags)
-    assert "; 4 steps an epoch" in capsys.readouterr().err, "the checkpoint shall lie within the second, the end later"
-    cut = train("cut", **flags, save_step=6)
-    stopped_after_its_first_checkpoint(cut)
-    train("cut", **flags, save_step=6, resume_from_checkpoint="True")
-    assert_equal(weights(whole), weights(cut))
-    assert losses(whole) == losses(cut)
-
-
-def test_a_run_that_began_before_a_flag_existed_goes_on_with_the_flags_default(train):
-    folder = train("run", save_step=2)
-    told = json.loads((folder / "run.json").read_text())
-    del told["settings"]["sampling_temperature"]
-    (folder / "run.json").write_text(json.dumps(told))
-    train("run", save_step=2, resume_from_checkpoint="True")
-    (folder / "run.json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match=r"sampling_temperature 1.0 -> 2.0"):
-        train("run", save_step=2, resume_from_checkpoint="True", sampling_temperature=2.0)
+    config = checkpoint.read_config(folder)
+    assert (config.origin_config.prompt_template, config.origin_config.cutoff_len) == ("alpaca", 256)
+    analysis = json.loads((folder / artifacts.ADAPTER_ANALYSIS).read_text())
+    assert analysis["adapter_sha256"] == config.weights_sha256
+    assert len(analysis["layers"]) == 8
+    # What is printed is what is counted on the meta device.
+    trainable, total = BaseModel(tiny_base).count(config.adapter_config)
+    assert f"trainable parameters: {trainable:,} of {total:,} (" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_small_and_is_itself_an_adapter(train):
@@ -134,9 +88,66 @@ def test_old_checkpoints_are_removed(train):
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
 
 
+def test_own_tasks_are_trained_by_name(train, tmp_path):
+    tasks = {"tasks": [{"name": "sky", "id": 0, "options": ["day", "night"]}, {"name": "free", "id": 1}]}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    examples = [
+        {"instruction": "The sun is up.", "output": "the correct answer is day", "answer": "day", "task": "sky"},
+        {"instruction": "Name a star.", "output": "Vega", "task": "free"},
+    ]
+    (tmp_path / "own.json").write_text(json.dumps(examples * 8))
+    folder = train("own", tasks_file=str(tmp_path / "tasks.json"), data_path=str(tmp_path / "own.json"), max_steps=1)
+    assert checkpoint.read_config(folder).adapter_config.tasks == ["sky", "free"]
+
+
+@pytest.mark.parametrize("flags", [{"tensorboard": True}, {"wandb_project": "test"}])
+def test_loggers_write_to_the_output_folder_or_the_project(train, tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.setenv(name, "")  # so that what the process is prepared with is undone
+    prepare_process(TrainConfig(output_dir=str(tmp_path / "run"), **flags))
+    folder = train("run", max_steps=2, **flags)
+    pattern = "tensorboard/**/events*" if "tensorboard" in flags else "../wandb/offline-run*/*.wandb"
+    assert list(folder.glob(pattern))
+
+
+# ---- the same result ----
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
+    first, again = weights(train("a", seed=1, max_steps=2)), weights(train("b", seed=1, max_steps=2, save_step=1))
+    other = weights(train("c", seed=2, max_steps=2))
+    assert_equal(first, again)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1},
+        {"token_budget": 700, "gradient_accumulation_steps": 2},
+        {"sampling_temperature": 3.0},
+    ],
+    ids=["plain", "accumulation", "tokens", "temperature"],
+)
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train, records_file, tmp_path, options):
+    (tmp_path / "few.json").write_text(json.dumps(json.loads(Path(records_file).read_text())[:32]))
+    # 4 steps an epoch: the checkpoint lies within the second, the end in the third.
+    flags = {**options, "data_path": str(tmp_path / "few.json"), "save_step": 6, "max_steps": 9}
+    whole = train("whole", **flags)
+    assert json.loads((checkpoints(whole)[0] / "trainer_state.json").read_text())["epoch"] == 1.5
+    stopped_after_its_first_checkpoint(whole, tmp_path / "cut")
+    cut = train("cut", **flags, resume_from_checkpoint="True")
+    assert_equal(weights(whole), weights(cut))
+    assert losses(whole) == losses(cut)
+
+
 def test_accumulation_does_not_change_the_result(train):
     # At 1e-2 a step that Adam makes of rounding, where a gradient is all but zero, is more than the tolerance.
-    flags = {"lora_dropout": 0.0, "learning_rate": 3e-3}
+    flags = {"lora_dropout": 0.0, "learning_rate": 3e-3, "max_steps": 3}
     whole = train("whole", batch_size=8, **flags)
     parts = train("parts", batch_size=2, gradient_accumulation_steps=4, **flags)
     assert losses(whole) == pytest.approx(losses(parts), rel=1e-5)
@@ -145,15 +156,15 @@ def test_accumulation_does_not_change_the_result(train):
 
 
 def test_gradient_checkpointing_does_not_change_the_result(train):
-    plain = train("plain")
-    saving = train("saving", use_gradient_checkpointing=True)
+    plain = train("plain", max_steps=3)
+    saving = train("saving", max_steps=3, use_gradient_checkpointing=True)
     assert losses(plain) == pytest.approx(losses(saving), rel=1e-6)
 
 
 def test_the_validation_loss_does_not_depend_on_the_batch_size(train):
     found = []
     for size in (8, 3):
-        folder = train(f"run{size}", val_set_size=10, save_step=2, max_steps=2, batch_size=8, learning_rate=1e-9)
+        folder = train(f"run{size}", val_set_size=10, save_step=1, max_steps=1, batch_size=size, learning_rate=1e-9)
         lines = [line for line in log_lines(folder) if "eval_loss" in line]
         assert any(key.startswith("eval_loss/") for key in lines[0])
         found.append(lines[0]["eval_loss"])
@@ -165,7 +176,49 @@ def test_training_on_inputs_puts_loss_on_the_prompt(train):
     assert losses(answers) != losses(everything)
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_told(train):
+# ---- what is refused ----
+
+
+def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, tiny_base, records_file, tmp_path):
+    base, data = shutil.copytree(tiny_base, tmp_path / "base"), shutil.copy(records_file, tmp_path / "train.json")
+    tasks = COMMONSENSE.to_json()
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    places = {"base_model": str(base), "data_path": str(data), "tasks_file": str(tmp_path / "tasks.json")}
+    folder = train("run", **places, save_step=2, max_steps=2, weight_decay=0.1)
+    before = json.loads((folder / "run.json").read_text())
+
+    def resume(**flags) -> None:
+        (folder / "run.json").write_text(json.dumps(before))
+        common = {"save_step": 2, "max_steps": 2, "weight_decay": 0.1, "resume_from_checkpoint": "True"}
+        train("run", **{**places, **common, **flags})
+
+    def refused(fact: str, **flags) -> None:
+        for check in (True, False):
+            with pytest.raises(UserError, match=f"cannot be resumed.*{fact}"):
+                resume(check=check, **flags)
+
+    # Another title, another place, and a flag that a later version added change nothing.
+    tasks["tasks"][0]["title"] = "Another title"
+    tasks["columns"].reverse()
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    del before["settings"]["sampling_temperature"]
+    resume(save_step=1, logging_steps=3, data_path=str(shutil.copy(data, tmp_path / "copy.json")))
+    refused(r"sampling_temperature 1\.0 -> 2\.0", sampling_temperature=2.0)
+    refused(r"learning_rate 0\.01 -> 0\.5; lora_r 8 -> 4", learning_rate=0.5, lora_r=4)
+    no_decay = before.pop("no_decay")  # as in a run of a version that decayed everything
+    refused("the parameters without weight decay")
+    before["no_decay"] = no_decay
+    tasks["tasks"][0]["options"].append("maybe")
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    refused("the tasks")
+    Path(data).write_text(Path(records_file).read_text().replace("a", "e", 1))
+    refused("the data file", tasks_file=None)
+    state = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
+    refused("the base model's files")
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_overwritten(train):
     folder = train("run", max_steps=1)
     with pytest.raises(UserError, match="already holds a run"):
         train("run", max_steps=1)
@@ -177,32 +230,19 @@ def test_a_folder_that_holds_a_run_is_refused_unless_told(train):
 
 
 def test_resuming_without_a_checkpoint_is_refused(train, tmp_path):
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         train("new", resume_from_checkpoint="True")
     with pytest.raises(UserError, match="no resume state"):
         train("new", resume_from_checkpoint=str(tmp_path))
 
 
-def test_resuming_another_run_leaves_the_folder_of_this_one(train):
-    one, other = (train(name, max_steps=2, save_step=2) for name in ("one", "other"))
+def test_resuming_another_run_leaves_the_folder_of_this_one(train, tmp_path):
+    one = train("one", max_steps=1, save_step=1)
+    other = shutil.copytree(one, tmp_path / "other")
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"other holds a run, and .*one/checkpoint-2 is of another"):
-        train("other", max_steps=4, save_step=2, resume_from_checkpoint=str(one / "checkpoint-2"))
+    with pytest.raises(UserError, match=r"other holds a run that .*one/checkpoint-1 is not part of"):
+        train("other", max_steps=2, save_step=1, resume_from_checkpoint=str(one / "checkpoint-1"))
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize("check", [False, True])
-def test_run_goes_on_with_the_settings_and_the_base_it_began_with(train, tiny_base, tmp_path, check):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    train("run", base_model=str(base), max_steps=2, save_step=1)
-    again = {"base_model": str(base), "save_step": 1, "resume_from_checkpoint": "True", "check": check}
-    with pytest.raises(UserError, match=r"other settings .*learning_rate 0.01 -> 0.02"):
-        train("run", max_steps=2, learning_rate=0.02, **again)
-    state = load_file(base / "model.safetensors")
-    save_file({name: tensor + 1 for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"other settings .*the base model's files"):
-        train("run", max_steps=2, **again)
 
 
 def test_checking_stops_before_anything_is_written(train, tmp_path):
@@ -215,30 +255,31 @@ def test_a_target_module_that_does_not_exist_is_refused_with_those_that_do(train
         train("run", lora_target_modules=["query"])
 
 
-def test_an_output_folder_that_can_not_be_written_is_refused(train, tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_refused(train, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         train("file/run")
 
 
-def test_own_tasks_are_trained_by_name(train, tmp_path):
-    tasks = {"tasks": [{"name": "sky", "id": 0, "options": ["day", "night"]}, {"name": "free", "id": 1}]}
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    records = [
-        {"instruction": "The sun is up.", "output": "the correct answer is day", "answer": "day", "task": "sky"},
-        {"instruction": "Name a star.", "output": "Vega", "answer": "Vega", "task": "free"},
-    ]
-    (tmp_path / "own.json").write_text(json.dumps(records * 8))
-    folder = train("own", tasks_file=str(tmp_path / "tasks.json"), data_path=str(tmp_path / "own.json"), max_steps=2)
-    assert checkpoint.read_config(folder).adapter_config.tasks == ["sky", "free"]
+def test_counting_names_a_missing_base_model_and_an_unknown_target(tiny_base, tmp_path):
+    config = TrainConfig(base_model=tiny_base, lora_target_modules=["elbow_proj"])
+    adapter = config.adapter_config(config.task_set())
+    with pytest.raises(UserError, match="elbow_proj"):
+        BaseModel(tiny_base).count(adapter)
+    with pytest.raises(UserError, match="nowhere"):
+        BaseModel(str(tmp_path / "nowhere")).count(adapter)
 
 
-@pytest.mark.parametrize("flags", [{"tensorboard": True}, {"wandb_project": "test"}])
-def test_loggers_write_where_they_are_told(train, tmp_path, monkeypatch, flags):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    folder = train("run", max_steps=2, **flags)
-    pattern = "tensorboard/**/events*" if "tensorboard" in flags else "../wandb/offline-run*/*.wandb"
-    assert list(folder.glob(pattern))
+@pytest.mark.parametrize(
+    "flags, facts",
+    [
+        ({"batch_size": "auto"}, ("batch_size", "'auto'", "--token_budget")),
+        ({"token_budget": 2048, "sampling_temperature": 2.0}, ("--token_budget", "--sampling_temperature")),
+        ({"token_budget": 2048, "length_pool": 1}, ("--token_budget", "--length_pool")),
+    ],
+    ids=["auto", "budget and temperature", "budget and pool"],
+)
+def test_flags_that_cannot_be_combined_are_refused(flags, facts):
+    with pytest.raises(UserError) as caught:
+        TrainConfig(**flags)
+    assert all(fact in str(caught.value) for fact in facts)

@@ -1,27 +1,27 @@
 """What a trained adapter does differently for each task: mixture weights, and how alike two tasks' updates are.
 
 ``python -m mtl_lora.adapter.analysis CHECKPOINT`` writes ``adapter_analysis.json``; training does so when it ends.
-Read are the checkpoint's two files, never the base model.
+Only the checkpoint's two files are read, never the base model.
 """
 
-import argparse
+import dataclasses
 import json
 import math
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-from mtl_lora import files
+from mtl_lora import artifacts, cli, files
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.adapter.inject import adapter_layers
-from mtl_lora.adapter.layer import AdapterLayer, Factors
-from mtl_lora.adapter.mtl_lora import MtlLoraLayer
+from mtl_lora.adapter.layer import AdapterLayer, Factors, layer_class
 from mtl_lora.adapter.without_base import adapter_without_base
-from mtl_lora.errors import OneSentenceParser, user_errors_to_exit_code
+from mtl_lora.config import REQUIRED, Config, flag
+from mtl_lora.errors import UserError, user_errors_to_exit_code
 
-FILE_NAME = "adapter_analysis.json"
 SCHEMA = 1
 MOST_TASKS = 64  # with more, the T x T matrices are left out
 _DIGITS = 6
@@ -37,35 +37,46 @@ Matrix = list[list[float | None]]
 def analyse(checkpoint: str | Path) -> dict:
     """The content of ``adapter_analysis.json``; all sums are taken in float64.
 
-    mixture: by layer, (T, n) weights softmax(w_t / tau) of MTL-LoRA, (T, N) gates of MoELoRA, else null. Similarities
-    are (T, T) cosines under the Frobenius inner product, means over layers: of Lambda_t, of Lambda_t - I, and of the
-    updates scale * B_t A_t; null where the method is the same for every task. Raises ``UserError`` for a damaged
-    checkpoint.
+    mixture: by layer, the (T, n) weights with which tasks mix what the method calls ``mixture_parts``; null for a
+    method without. Similarities are (T, T) cosines under the Frobenius inner product, means over layers: of Lambda_t,
+    of Lambda_t - I, and of the updates scale * B_t A_t; null where the method is the same for every task. Raises
+    ``UserError`` for a damaged checkpoint.
     """
     config = read_config(checkpoint)
-    tasks = config.adapter_config.tasks
+    method, tasks = layer_class(config.adapter_config.method), config.adapter_config.tasks
     adapter = adapter_without_base(checkpoint, config, dtype=torch.float64)
     layers = in_depth_order(adapter_layers(adapter), config.adapter_config.target_modules)
-    per_task = {name: layer for name, layer in layers.items() if layer.needs_task_ids}
-    compared = per_task if len(tasks) <= MOST_TASKS else {}
-    lambdas = {name: layer for name, layer in compared.items() if isinstance(layer, MtlLoraLayer)}
+    mixtures = {name: mixture(layer) for name, layer in layers.items() if method.needs_task_ids}
+    comparable = method.needs_task_ids and method.has_factors
+    compared = layers if comparable and len(tasks) <= MOST_TASKS else {}
+    transforms = [found for layer in compared.values() if (found := layer.task_transforms()) is not None]
     updates = {name: cosines(update_products(layer)) for name, layer in compared.items()}
     by_module = defaultdict(list)
     for name, similarity in updates.items():
         by_module[name.rpartition(".")[2]].append(similarity)
     notes = [_UNDEFINED] if compared else []
-    if per_task and not compared:
+    if comparable and not compared:
         notes.append(f"similarities are left out: they are for up to {MOST_TASKS} tasks, and there are {len(tasks)}")
+    if not layers:
+        notes.append(f"nothing is compared, since the weights of {method.title} do not show the sizes of their layers")
+    if not method.has_factors:
+        notes.append(
+            f"there is no mixture and no update of a task, since the gate of {method.title} depends on the input"
+        )
     return {
         "schema": SCHEMA,
         "kind": "adapter_analysis",
-        "method": config.adapter_config.method,
+        "method": method.method,
+        "method_title": method.title,
+        "mixture_parts": method.mixture_parts or None,
         "tasks": tasks,
         "adapter_sha256": config.weights_sha256,
         "layers": list(layers),
-        "mixture": {name: mixture(layer) for name, layer in per_task.items()} or None,
-        "lambda_similarity": mean([cosines(lambda_products(layer, False)) for layer in lambdas.values()]),
-        "lambda_minus_identity_similarity": mean([cosines(lambda_products(layer, True)) for layer in lambdas.values()]),
+        "mixture": {name: found for name, found in mixtures.items() if found is not None} or None,
+        "lambda_similarity": mean([cosines(products(found)) for found in transforms]),
+        "lambda_minus_identity_similarity": mean(
+            [cosines(products(found - torch.eye(found.shape[-1]))) for found in transforms]
+        ),
         "update_similarity": mean(list(updates.values())),
         "update_similarity_by_module": {module: mean(found) for module, found in by_module.items()} or None,
         "notes": notes,
@@ -85,18 +96,15 @@ def in_depth_order(layers: dict[str, AdapterLayer], targets: list[str] | str) ->
     return {name: layers[name] for name in sorted(layers, key=place)}
 
 
-def mixture(layer: AdapterLayer) -> Matrix:
-    """The weights with which each task mixes the layer's up-projections or experts, (T, n)."""
-    return layer.mixture(torch.arange(len(layer.tasks))).tolist()
+def mixture(layer: AdapterLayer) -> Matrix | None:
+    """The weights with which each task mixes the layer's parts, (T, n); None for a method without a mixture."""
+    found = layer.mixture(torch.arange(len(layer.tasks)))
+    return None if found is None else found.tolist()
 
 
-def lambda_products(layer: MtlLoraLayer, minus_identity: bool) -> torch.Tensor:
-    """Inner products of the tasks' Lambda_t, or of Lambda_t - I, (T, T)."""
-    transforms = layer.lora_lambda
-    if minus_identity:
-        # A diagonal Lambda is stored as its diagonal, and so is its identity.
-        transforms = transforms - (torch.ones(layer.rank) if layer.diagonal else torch.eye(layer.rank))
-    flat = transforms.flatten(1)
+def products(matrices: torch.Tensor) -> torch.Tensor:
+    """Inner products of the tasks' matrices (T, r, r), (T, T)."""
+    flat = matrices.flatten(1)
     return flat @ flat.T
 
 
@@ -113,10 +121,10 @@ def update_products(layer: AdapterLayer) -> torch.Tensor:
     return ((up @ up.T) * (down @ down.T)).view(T, R, T, R).sum(dim=(1, 3))
 
 
-def cosines(products: torch.Tensor) -> torch.Tensor:
+def cosines(inner: torch.Tensor) -> torch.Tensor:
     """Inner products (T, T) to cosines; NaN where one of the two is zero."""
-    norms = products.diagonal().sqrt()
-    return (products / (norms[:, None] * norms)).clamp(-1, 1)
+    norms = inner.diagonal().sqrt()
+    return (inner / (norms[:, None] * norms)).clamp(-1, 1)
 
 
 def mean(similarities: list[torch.Tensor]) -> Matrix | None:
@@ -129,7 +137,7 @@ def mean(similarities: list[torch.Tensor]) -> Matrix | None:
 
 def write_analysis(checkpoint: str | Path, output: str | Path | None = None) -> Path:
     """Analyse a checkpoint and write the file, by default into its folder; returns its path."""
-    path = Path(output or Path(checkpoint) / FILE_NAME)
+    path = Path(output or Path(checkpoint) / artifacts.ADAPTER_ANALYSIS)
     # An entry a line: indenting would give every number of every layer a line of its own.
     entries = [f"  {json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in analyse(checkpoint).items()]
     files.write_text(path, "{\n" + ",\n".join(entries) + "\n}\n")
@@ -147,15 +155,25 @@ def _rounded(value):
     return value
 
 
+@dataclasses.dataclass
+class AnalysisConfig(Config):
+    """What ``python -m mtl_lora.adapter.analysis`` takes."""
+
+    checkpoint: list[str] = flag(REQUIRED, "adapter folder of a training run", positional=True)
+    output: str | None = flag(None, f"file to write; none: {artifacts.ADAPTER_ANALYSIS} in the checkpoint")
+
+    def validate(self) -> None:
+        if self.output and len(self.checkpoint) > 1:
+            raise UserError("--output names the file of one checkpoint; leave it out for several")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Analyse one checkpoint and name the file; a user's mistake ends in one sentence and exit code 2."""
-    about = f"Write {FILE_NAME}: mixture weights and similarity of tasks, from a checkpoint without its base model."
-    parser = OneSentenceParser(prog="python -m mtl_lora.adapter.analysis", description=about, allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="adapter folder of a training run")
-    parser.add_argument("--output", metavar="FILE", help=f"default: {FILE_NAME} in the checkpoint")
+    """Analyse checkpoints and name the files; a user's mistake ends in one sentence and exit code 2."""
+    about = f"Write {artifacts.ADAPTER_ANALYSIS}: mixture weights and similarity of tasks, without the base model."
     with user_errors_to_exit_code():
-        parsed: argparse.Namespace = parser.parse_args(arguments)
-        print(write_analysis(parsed.checkpoint, parsed.output))
+        config = cli.parse(AnalysisConfig, sys.argv[1:] if arguments is None else arguments, about)
+        for checkpoint in config.checkpoint:
+            print(write_analysis(checkpoint, config.output))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ PEFT's file names are left to what is exported for PEFT. Safetensors does not no
 """
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -13,23 +14,27 @@ from torch import nn
 
 from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import adapter_layers, forget_adapter, inject, replace_module
+from mtl_lora.adapter.inject import adapter_layers, inject
+from mtl_lora.adapter.layer import in_pieces, layer_class
+from mtl_lora.adapter.merge import unload
+from mtl_lora.adapter.saved import unwrap
+from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 from mtl_lora.version import __version__
 
-CONFIG_NAME = "mtl_lora_config.json"
-WEIGHTS_NAME = "mtl_lora.safetensors"
-FORMAT = 1
+CONFIG_NAME, WEIGHTS_NAME = CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
+FORMAT = 2  # format 1 is read too: its "provenance" is called "origin", its hyperparameters are not nested
 
 
 @dataclasses.dataclass
-class Origin(Config):
+class Provenance(Config):
     """Where an adapter comes from, so that nothing about it needs to be said again: its base, prompt and tasks.
 
     base_model: name or folder. base_fingerprint: see ``BaseModel.fingerprint``. prompt_template: name in
     ``mtl_lora.language.prompts``. cutoff_len: tokens. task_set: ``TaskSet.to_json()``. train_settings: the training's
-    flags. commit: the project's, if it was trained from a git checkout.
+    flags. commit: the project's, if it was trained from a git checkout. system: the package that trained it.
+    base_class: the base model's class in transformers.
     """
 
     base_model: str | None = None
@@ -39,6 +44,11 @@ class Origin(Config):
     task_set: dict | None = None
     train_settings: dict | None = None
     commit: str | None = None
+    system: str = "language"
+    base_class: str | None = None
+
+
+Origin = Provenance  # its earlier name
 
 
 @dataclasses.dataclass
@@ -48,7 +58,7 @@ class CheckpointConfig(Config):
     format: int
     library_version: str
     adapter: dict
-    origin: dict
+    provenance: dict
     weights_sha256: str
 
     @property
@@ -57,76 +67,163 @@ class CheckpointConfig(Config):
         return AdapterConfig.from_json(self.adapter)
 
     @property
-    def origin_config(self) -> Origin:
+    def provenance_config(self) -> Provenance:
         """Base model, prompt and tasks; checked when the file was read."""
-        return Origin.from_json(self.origin)
+        return Provenance.from_json(self.provenance)
+
+    origin_config = provenance_config  # its earlier name
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every adapter weight by ``<module name>.<parameter name>``; raises ``UserError`` without an adapter."""
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that a checkpoint holds, as the model uses it: adapter weights by ``<module name>.<parameter name>``,
+    modules saved whole under their own names. Raises ``UserError`` without an adapter."""
     layers = adapter_layers(model)
     if not layers:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
-    return {
-        f"{name}.{key}": parameter.detach()
+    own = {
+        f"{name}.{key}": parameter
         for name, layer in layers.items()
         for key, parameter in layer.adapter_parameters().items()
     }
+    return own | {slot.name: slot.get() for slot in unwrap(model).mtl_lora_injection.slots}
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """``adapter_tensors`` without gradients; partitioned ones (ZeRO-3) are gathered, so all processes must call this.
+
+    Raises ``UserError`` for a model that FSDP has sharded.
+    """
+    tensors = adapter_tensors(model)
+    sharded = any("FullyShardedDataParallel" in map(_class_name, type(module).__mro__) for module in model.modules())
+    if sharded or any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
+        raise UserError(
+            "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use DeepSpeed's ZeRO-3"
+        )
+    partitioned = [tensor for tensor in tensors.values() if in_pieces(tensor)]
+    if not partitioned:
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _class_name(cls: type) -> str:
+    return cls.__name__
 
 
 def save(
-    model: nn.Module, folder: str | Path, origin: Origin | None = None, state: dict[str, torch.Tensor] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    provenance: Provenance | None = None,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the adapter of ``model`` to ``folder``: both files or neither, and a half-written folder never loads.
 
-    origin: defaults to the one the adapter was loaded with. state: weights gathered elsewhere (ZeRO-3).
+    provenance: defaults to what the adapter was loaded with, else to the name of the base model, and its fingerprint
+    where its files are on this machine. state: ``adapter_state``, where it was gathered elsewhere (ZeRO-3).
     """
-    folder = Path(folder)
+    folder, root = Path(folder), unwrap(model)
     state = adapter_state(model) if state is None else state
-    origin = origin or getattr(model, "mtl_lora_origin", None) or Origin()
+    provenance = provenance or getattr(root, "mtl_lora_provenance", None) or _base_of(root)
     # Both are whole before either takes its name, the weights first.
     with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / WEIGHTS_NAME) as weights:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, weights)
-        adapter, digest = model.mtl_lora_config.to_json(), files.sha256(weights)
-        config = CheckpointConfig(FORMAT, __version__, adapter, origin.to_json(), digest)
+        adapter, digest = root.mtl_lora_config.to_json(), files.sha256(weights)
+        config = CheckpointConfig(FORMAT, __version__, adapter, provenance.to_json(), digest)
         files.write_json(config_file, config.to_json())
+
+
+def _base_of(model: nn.Module) -> Provenance:
+    """What a model of transformers says of where it was loaded from."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return Provenance()
+    if Path(name).is_dir():  # a relative path would mean another folder elsewhere
+        name = str(Path(name).resolve())
+    return Provenance(name, _local_fingerprint(name), base_class=type(model).__name__)
+
+
+def _local_fingerprint(name: str) -> str | None:
+    """The fingerprint of a base model whose files are on this machine and can be read."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from mtl_lora.base_model import BaseModel
+
+    return BaseModel(name).local_fingerprint()
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
     """Read and check ``mtl_lora_config.json``; raises ``UserError`` naming the file and what is wrong."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"{folder} is no MTL-LoRA checkpoint: it has no {CONFIG_NAME}")
+        raise UserError(f"{folder} is not an MTL-LoRA checkpoint: it has no {CONFIG_NAME}")
     value = files.read_json(path, "the checkpoint configuration")
     # Asked first, for another format has other keys.
-    if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path} has format {value['format']}, and this version reads format {FORMAT}; update mtl-lora")
+    found = value.get("format", FORMAT) if isinstance(value, dict) else FORMAT
+    if found not in (1, FORMAT):
+        raise UserError(f"{path} has format {found}, and this version reads formats 1 and {FORMAT}; update mtl-lora")
+    key = "origin" if found == 1 else "provenance"
+    if found == 1 and key in value:
+        value = {**value, "provenance": value[key]}
+        del value[key]
     config = CheckpointConfig.from_json(value, str(path))
-    # A lost alpha that took its default would change every output without a word.
-    AdapterConfig.from_json(config.adapter, f"{path}, 'adapter'", complete=True)
-    Origin.from_json(config.origin, f"{path}, 'origin'")
+    AdapterConfig.from_json(config.adapter, f"{path}, 'adapter'")
+    Provenance.from_json(config.provenance, f"{path}, '{key}'")
     return config
 
 
-def load(base_model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the checkpoint's adapter on ``base_model``, in place, and return it.
+def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, **options) -> nn.Module:
+    """``load(folder)``: the base model that a checkpoint names, with its adapter. ``load(base_model, folder)``: put the
+    adapter on a model that is there, in place, and return it.
 
-    Raises ``UserError`` for a changed byte, a missing or unexpected tensor, a wrong shape or dtype (each by name);
-    the model is then left as it was.
+    options: for ``load(folder)``, arguments of ``BaseModel.load``, such as ``dtype`` or ``device_map``, and
+    ``trust_remote_code``. Raises ``UserError`` for another base model than the checkpoint's (where both have files on
+    this machine to compare), a changed byte, a missing or unexpected tensor, a wrong shape or dtype (each by name); a
+    model that was passed is then left as it was.
     """
-    config = read_config(folder)
+    if folder is None:
+        folder = base_model
+        config = read_config(folder)
+        base_model = _build_base(config.provenance_config, folder, **options)
+    else:
+        config = read_config(folder)
+        _check_base(base_model, config.provenance_config, folder)
     state = read_weights(folder, config)
-    unfrozen = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
     model = inject(base_model, config.adapter_config)
     try:
         load_state(model, state, str(Path(folder) / WEIGHTS_NAME))
     except UserError:
-        remove(model)
-        for parameter in unfrozen:
-            parameter.requires_grad_(True)
+        unload(model)
         raise
-    model.mtl_lora_origin = config.origin_config
+    unwrap(model).mtl_lora_provenance = config.provenance_config
     return model
+
+
+def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: bool = False, **options) -> nn.Module:
+    if not provenance.base_model:
+        raise UserError(f"the checkpoint {folder} names no base model; pass it: mtl_lora.load(base_model, folder)")
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("mtl_lora.load(folder) needs the package transformers; install it, or pass the base model")
+    from mtl_lora.base_model import BaseModel
+
+    base = BaseModel(provenance.base_model, trust_remote_code)
+    if provenance.base_fingerprint:
+        base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
+    return base.load(**options)
+
+
+def _check_base(model: nn.Module, provenance: Provenance, folder: str | Path) -> None:
+    """Raise ``UserError`` for a base model that is known to be another one than the checkpoint's."""
+    if not provenance.base_fingerprint:
+        return
+    found = _base_of(unwrap(model))
+    if found.base_fingerprint and found.base_fingerprint != provenance.base_fingerprint:
+        raise UserError(
+            f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint is "
+            f"{provenance.base_fingerprint[:12]}..., not {found.base_fingerprint[:12]}...; "
+            f"load its own, {provenance.base_model!r}"
+        )
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> dict[str, torch.Tensor]:
@@ -143,13 +240,22 @@ def read_weights(folder: str | Path, config: CheckpointConfig) -> dict[str, torc
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}") from None
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
+
+
+def split_state(
+    config: AdapterConfig, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint: those of its adapter layers, and those of modules saved whole."""
+    own = layer_class(config.method).shapes(config, 1, 1)
+    adapter = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in own}
+    return adapter, {name: tensor for name, tensor in state.items() if name not in adapter}
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Copy tensors into the adapter of ``model``; names, shapes and dtypes must agree both ways."""
-    own = adapter_state(model)
+    own = adapter_tensors(model)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         parts = [f"{label} {_some(keys)}" for label, keys in (("lacks", missing), ("has unknown", unexpected)) if keys]
@@ -159,18 +265,11 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) ->
             shapes = f"{list(tensor.shape)}, not {list(own[name].shape)}"
             raise UserError(f"{source} does not fit this model: {name} has shape {shapes}")
         # A float64 model takes float32 weights as they are; anything else would round.
-        if tensor.dtype not in {torch.float32, own[name].dtype}:
+        exact = own[name].is_floating_point() and tensor.dtype == torch.float32
+        if not exact and tensor.dtype != own[name].dtype:
             raise UserError(f"{source} does not fit this model: {name} has dtype {tensor.dtype}, not {own[name].dtype}")
     for name, tensor in state.items():
         own[name].copy_(tensor)
-
-
-def remove(model: nn.Module) -> nn.Module:
-    """Take the adapter off, in place: the frozen linear layers are put back as they were."""
-    for name, layer in adapter_layers(model).items():
-        replace_module(model, name, layer.base)
-    forget_adapter(model)
-    return model
 
 
 def _some(keys: list[str], shown: int = 3) -> str:

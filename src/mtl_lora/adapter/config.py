@@ -110,18 +110,17 @@ class AdapterConfig(Config):
         Every field must be there, for a lost alpha that took its default would change every output without a word;
         but for those that came later and say what was fixed before.
         """
-        if not isinstance(value, dict):
-            raise UserError(f"{source} must be a JSON object, not {type(value).__name__}")
+        if not isinstance(value, dict) or "method" not in value:
+            return super().from_json(value, source, complete)
         try:
-            layer = _layer_class(value.get("method"))
+            declared = _layer_class(value["method"]).Hyperparameters
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         if "hyperparameters" not in value:
-            names = {flag.name for flag in layer.Hyperparameters.flags()}
+            names = {flag.name for flag in declared.flags()}
             own = {name: value[name] for name in _FORMAT_1 if name in names and name in value}
             value = {key: entry for key, entry in value.items() if key not in _FORMAT_1} | {"hyperparameters": own}
-        where = f"{source}, 'hyperparameters'"
-        own = layer.Hyperparameters.from_json(value["hyperparameters"], where, complete)
+        own = declared.from_json(value["hyperparameters"], f"{source}, 'hyperparameters'", complete)
         return super().from_json({**value, "hyperparameters": own}, source, complete)
 
 

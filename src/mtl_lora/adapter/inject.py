@@ -1,7 +1,11 @@
-"""Putting adapter layers on a model, finding them again, and folding them into plain linear layers."""
+"""Putting adapter layers on a model, and finding them again."""
 
+import dataclasses
+import functools
 import re
+import sys
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -9,84 +13,147 @@ from torch import nn
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, layer_class
+from mtl_lora.adapter.saved import Slot, find_slots, named_modules, train_slots, unwrap
 from mtl_lora.errors import UserError
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
+@dataclasses.dataclass(eq=False)
+class Injection:
+    """What ``inject`` did to a model beside its layers: what must be undone, and what its hooks need.
+
+    trainable: weights that required a gradient before. slots: ``modules_to_save``. checkpointed: modules that
+    transformers may checkpoint. has_head: whether the output head carries an adapter. unchecked: whether a layer that is
+    never called is still looked for. called: ids of the layers that this forward has called, while it is looked for.
+    """
+
+    trainable: list[nn.Parameter]
+    slots: list[Slot]
+    checkpointed: list[nn.Module]
+    has_head: bool
+    unchecked: bool
+    handles: list = dataclasses.field(default_factory=list)
+    watchers: list = dataclasses.field(default_factory=list)
+    called: set[int] = dataclasses.field(default_factory=set)
+
+
+def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
     """Wrap the targeted linear layers in place, freeze all other weights, and return the model.
 
-    Raises ``UserError`` for a target that names no linear layer (naming those there are) and for a model that
-    already carries an adapter. A failed call leaves the model as it was.
+    The model's forward and ``generate`` then take ``task_ids`` (names, ids or a tensor, (B,) or (B, L)), and its
+    gradient checkpointing, however it is turned on, keeps them. A linear layer that stands under several names becomes
+    one adapter layer under all of them. The first forward that trains raises for an adapter layer that it never calls,
+    unless ``allow_unused``: then layers may be left out by some batches, or by all.
+
+    Raises ``UserError`` for a target that names no linear layer (naming those there are), for a layer that ids cannot
+    reach, and for a model that already carries an adapter. A failed call leaves the model as it was.
     """
-    if adapter_layers(model):
+    root = unwrap(model)
+    if adapter_layers(root):
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
-    targets = find_targets(model, config.target_modules)
+    targets = find_targets(root, config)
+    slots = find_slots(root, config.modules_to_save)
     make = layer_class(config.method)
-    layers = {name: make(module, config) for name, module in targets.items()}
-    model.requires_grad_(False)
-    for name, layer in layers.items():
+    layers = {module: make(module, config) for module in targets.values()}
+    head = _output_head(root)
+    if head in layers:
+        layers[head].is_head = True
+    checkpointed = [module for module in root.modules() if hasattr(module, "gradient_checkpointing")]
+    trainable = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    root.mtl_lora_config = config
+    root.mtl_lora_injection = Injection(trainable, slots, checkpointed, head in layers, not allow_unused)
+    root.requires_grad_(False)
+    for layer in layers.values():
         for parameter in layer.adapter_parameters().values():
             parameter.requires_grad_(True)
-        layer.train(model.training)
-        replace_module(model, name, layer)
-    model.mtl_lora_config = config
-    routing.follow_beams(model)
+        layer.train(root.training)
+    replace_modules(root, layers)
+    train_slots(root, slots, config.modules_to_save)
+    routing.follow_generation(root)
+    root.mtl_lora_injection.handles = [
+        root.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        root.register_forward_hook(_after_forward, always_call=True),
+    ]
     return model
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapter layers of a model by module name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    """The adapter layers of a model by module name, in the model's order; one that has several names by its first."""
+    return _first_names((name, module) for name, module in named_modules(model) if isinstance(module, AdapterLayer))
 
 
-def find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str, nn.Module]:
-    """The linear layers that ``target_modules`` means (see ``AdapterConfig``), by name, in the model's order.
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The linear layers that a configuration's ``target_modules`` means, by name, in the model's order.
 
-    Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are, and for a
-    layer whose owner would bypass an adapter.
+    Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are; and for a
+    layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole.
     """
-    targets = _matching(model, target_modules)
-    for name in targets:
-        _refuse_bypassed(model, name)
+    linear = [(name, module) for name, module in named_modules(model) if is_linear(module)]
+    slots = find_slots(model, config.modules_to_save)
+    saved = {module for slot in slots for module, key in slot.places if key == "weight"}
+    if config.target_modules == "all-linear":
+        linear = [(name, module) for name, module in linear if module not in saved]
+        targets = _first_names((name, module) for name, module in linear if module is not _output_head(model))
+        if not targets:
+            raise UserError("'all-linear' finds no linear layer to adapt in this model")
+    else:
+        targets = _matching(linear, config.target_modules)
+    for name, module in targets.items():
+        if module in saved:
+            raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
+        _refuse_bypassed(model, name, module)
+        if layer_class(config.method).needs_task_ids and _is_expert(name):
+            raise UserError(
+                f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of many "
+                "rows in an order of its own, so their task is unknown; leave experts out of target_modules"
+            )
     return targets
 
 
-def _matching(model: nn.Module, target_modules: list[str] | str) -> dict[str, nn.Module]:
-    linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
-    if target_modules == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = {name: module for name, module in linear.items() if module is not head}
-        if not targets:
-            raise UserError("'all-linear' finds no linear layer to adapt in this model")
-        return targets
+def _matching(linear: list[tuple[str, nn.Module]], target_modules: list[str] | str) -> dict[str, nn.Module]:
     if isinstance(target_modules, str):
         try:
-            found = {name for name in linear if re.fullmatch(target_modules, name)}
+            found = {module for name, module in linear if re.fullmatch(target_modules, name)}
         except re.error as error:
-            raise UserError(f"the target expression {target_modules!r} is no regular expression: {error}") from None
+            message = f"the target expression {target_modules!r} is not a regular expression: {error}"
+            raise UserError(message) from None
         if not found:
             raise UserError(
                 f"no linear layer's whole name matches the expression {target_modules!r}; "
-                f"this model has {_endings(linear)}, for example {next(iter(linear), 'none')}"
+                f"this model has {_endings(linear)}, for example {linear[0][0] if linear else 'none'}"
             )
-        return {name: module for name, module in linear.items() if name in found}
-    found = set()
-    for target in target_modules:
-        matching = {name for name in linear if name == target or name.endswith(f".{target}")}
-        if not matching:
-            raise UserError(f"no linear layer is named {target!r}; this model has {_endings(linear)}")
-        found |= matching
-    return {name: module for name, module in linear.items() if name in found}
+    else:
+        found = set()
+        for target in target_modules:
+            matching = {module for name, module in linear if f".{name}".endswith(f".{target}")}
+            if not matching:
+                raise UserError(f"no linear layer is named {target!r}; this model has {_endings(linear)}")
+            found |= matching
+    return _first_names((name, module) for name, module in linear if module in found)
 
 
-def _refuse_bypassed(model: nn.Module, name: str) -> None:
+def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """By name, each module once, by the first of its names."""
+    by_module: dict[nn.Module, str] = {}
+    for name, module in named:
+        by_module.setdefault(module, name)
+    return {name: module for module, name in by_module.items()}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    try:
+        return getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:  # a model of transformers without one
+        return None
+
+
+def _refuse_bypassed(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise ``UserError`` for a layer whose owner may read its weight instead of calling it, past any adapter.
 
     torch's own attention does so always and its encoder layer in evaluation; fused kernels of Mamba do so on GPUs.
     """
-    owners = [model.get_submodule(name[:end]) for end in range(len(name)) if name[end] == "."]
-    for owner in [model, *owners]:
-        if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer) or _fuses_kernels(owner, name):
+    for owner in model.modules():
+        bypasses = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer) or _fuses_kernels(owner, name)
+        if bypasses and any(part is module for part in owner.modules()):
             raise UserError(
                 f"the layer {name} cannot carry an adapter: {type(owner).__name__} may use its weight without calling "
                 "the layer; name other target modules"
@@ -97,45 +164,21 @@ def _fuses_kernels(owner: nn.Module, name: str) -> bool:
     return "Mamba" in type(owner).__name__ and name.rpartition(".")[2] in ("x_proj", "dt_proj", "out_proj")
 
 
+def _is_expert(name: str) -> bool:
+    return re.search(r"\bexperts\.\w*\d+\.", name) is not None
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can wrap a module: nn.Linear and what derives from it (quantised layers), GPT-2's Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) weights; a weight that two modules share counts once."""
-    trained = total = 0
-    for parameter in model.parameters():
-        # Under ZeRO-3 a weight lies in pieces and tells its whole size in ds_numel.
-        size = getattr(parameter, "ds_numel", parameter.numel())
-        total += size
-        trained += size if parameter.requires_grad else 0
-    return trained, total
-
-
-@torch.no_grad()
-def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
-    """Fold the adapter into plain linear layers for one task, in place, and return the model.
-
-    Raises ``UserError`` for a task the adapter does not have and for a model without an adapter.
-    """
-    layers = adapter_layers(model)
-    if not layers:
-        raise UserError("the model carries no adapter to merge")
-    merged = {name: layer.merged_weight(task) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        weight = merged[name].T.contiguous() if is_conv1d(layer.base) else merged[name]
-        layer.base.weight = nn.Parameter(weight, requires_grad=False)
-        replace_module(model, name, layer.base)
-    forget_adapter(model)
-    return model
-
-
-def forget_adapter(model: nn.Module) -> None:
-    """Drop what the model says of an adapter it no longer carries, so that the next one does not inherit it."""
-    for name in ("mtl_lora_config", "mtl_lora_origin"):
-        if hasattr(model, name):
-            delattr(model, name)
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, under every name that those have."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -144,6 +187,82 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def _endings(linear: dict[str, nn.Module]) -> str:
-    counted = Counter(name.rpartition(".")[2] for name in linear)
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; one that two modules share counts once."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        # Under ZeRO-3 a weight is partitioned and has its whole size in ds_numel.
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the number of trainable parameters, of all, and their percentage, in PEFT's words."""
+    trainable, total = trainable_parameters(model)
+    share = 100 * trainable / max(total, 1)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+def _endings(linear: list[tuple[str, nn.Module]]) -> str:
+    counted = Counter(name.rpartition(".")[2] for name, _ in linear)
     return ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"
+
+
+# ---- the hooks of an injected model; they run outside the region that torch.compile compiles ----
+
+
+@torch._disable_dynamo
+def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[tuple, dict]:
+    """Take task_ids out of the call, put them in force, and prepare a forward that trains."""
+    injection = model.mtl_lora_injection
+    task_ids = options.pop("task_ids", None)
+    inputs = (options.get("input_ids"), options.get("inputs_embeds"), *arguments[:1])
+    sample = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
+    keep = options.get("logits_to_keep") if injection.has_head else None
+    routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
+    if model.training and torch.is_grad_enabled():
+        routing.follow_checkpointing(injection.checkpointed)
+        if injection.unchecked and not _is_compiled():
+            injection.called.clear()
+            note = functools.partial(_note_call, injection.called)
+            injection.watchers = [layer.register_forward_pre_hook(note) for layer in adapter_layers(model).values()]
+    return arguments, options
+
+
+@torch._disable_dynamo
+def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
+    """End the route, and raise for a layer that the first forward that trains has not called."""
+    routing.leave_model()
+    injection = model.mtl_lora_injection
+    if not injection.watchers:
+        return
+    for watcher in injection.watchers:
+        watcher.remove()
+    injection.watchers = []
+    if output is None:  # the forward raised
+        return
+    layers = adapter_layers(model)
+    unused = [name for name, layer in layers.items() if id(layer) not in injection.called and not _is_expert(name)]
+    if unused:
+        others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+        raise UserError(
+            f"the adapter layer {unused[0]}{others} of {len(layers)} was not called in a forward that trains, so it "
+            "would stay as it was drawn; leave it out of target_modules, or, if other batches reach it, pass "
+            "allow_unused=True to inject"
+        )
+    injection.unchecked = False
+
+
+def _note_call(called: set[int], layer: nn.Module, arguments: tuple) -> None:
+    called.add(id(layer))
+
+
+def _is_compiled() -> bool:
+    """Whether ``torch.compile`` runs the forward; hooks of layers would then be compiled with it, and again without."""
+    frame, compilers = sys._getframe(), 0
+    while frame is not None:
+        compilers += frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+        frame = frame.f_back
+    return compilers > 1  # one is the wrapper of the hook itself

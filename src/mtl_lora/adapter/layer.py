@@ -106,6 +106,7 @@ class AdapterLayer(nn.Module):
     mixture_parts = ""
     no_decay: tuple[str, ...] = ()
     Hyperparameters: type[Hyperparameters] = Hyperparameters
+    is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)

@@ -71,7 +71,7 @@ class MoeLoraLayer(AdapterLayer):
         return self.mixture(task_ids).repeat_interleave(self.rank // self.hyperparameters.num_experts, dim=-1)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)
+        task_ids = routing.task_ids_for(x, self).reshape(-1)
         # In the gate's own dtype: its gradient is a difference of sums over the tokens, in which bf16 would round away.
         gate = self.gate(task_ids)
         return (z.to(gate.dtype).view(len(task_ids), -1, self.rank) * gate[:, None]).view_as(z)

@@ -88,7 +88,7 @@ class MtlLoraLayer(AdapterLayer):
         return (weights[:, :, None, None] * transform[:, None]).flatten(1, 2)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        task_ids = routing.task_ids_for(x, self.tasks).reshape(-1)
+        task_ids = routing.task_ids_for(x, self).reshape(-1)
         transform = self.combined_transform(task_ids).to(z.dtype)
         rows_per_id = z.view(len(task_ids), -1, self.rank)
         return torch.bmm(rows_per_id, transform.transpose(1, 2)).view(len(z), -1)

@@ -1,136 +1,366 @@
 """Task routing: which task each row (or token) of the running batch belongs to.
 
-``with route.use(task_ids):`` around forward, loss and ``generate``; adapter layers read the ids when they run.
-The route is not stored on the model and not passed by hooks: ids on the model go wrong when two forwards precede
-one backward, and hooks are gone when gradient checkpointing recomputes.
+Two doors. ``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up; and
+``with route.use(task_ids):`` around forward, loss and ``generate``, for loops that cannot pass the argument. Both take
+names, ids or a tensor. Before a model runs, a hook resolves names, checks the range and puts the ids where the layers
+read them: per thread, never on the model, so two threads or two forwards before one backward cannot mix. Inside the
+forward, and so inside a compiled region, ids are a tensor.
+
+Ids have the shape (B,), one for each row, or (B, L), one for each token, where B is the first axis of every layer's
+input. A model that lays its activations out as (L, B, k) is not supported: with L equal to B this cannot be noticed.
 """
 
-import contextlib
-import contextvars
-import functools
+import inspect
+import threading
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from mtl_lora.errors import UserError
 
-_current: contextvars.ContextVar["Route | None"] = contextvars.ContextVar("mtl_lora_route", default=None)
+_SHAPES = "(batch,), one for each row, or (batch, length), one for each token"
+_RULE = f"task_ids must be names or whole numbers of shape {_SHAPES}"
 
 
 class Route:
-    """Task ids of one batch.
+    """The task ids of one batch as they were passed: ``task_ids``, or ``names`` until an adapter's tasks are known.
 
-    task_ids: integer tensor, (B,) for one id a row or (B, L) for one id a token (packed rows).
+    Raises ``UserError`` for what is neither names nor whole numbers of shape (B,) or (B, L).
     """
 
-    def __init__(self, task_ids: torch.Tensor):
+    def __init__(self, task_ids):
+        self.names: list | None = None
+        self.task_ids: torch.Tensor | None = None
+        self._in_range_of = -1  # the number of tasks for which the ids were found to be in range
+        if not isinstance(task_ids, torch.Tensor) and _first(task_ids) is not None:
+            self.names = task_ids.tolist() if hasattr(task_ids, "tolist") else list(task_ids)
+            return
         try:
             task_ids = torch.as_tensor(task_ids)
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"task_ids must be a tensor of whole numbers, not {task_ids!r}") from None
+            raise UserError(f"{_RULE}, not {task_ids!r}") from None
         dtype = task_ids.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or task_ids.dim() not in (1, 2):
-            raise UserError(
-                "task_ids must be whole numbers of shape (batch,) or (batch, length), "
-                f"not {task_ids.dtype} of shape {tuple(task_ids.shape)}"
-            )
+            raise UserError(f"{_RULE}, not {dtype} of shape {tuple(task_ids.shape)}")
         # A copy, for the backward pass may come after the caller has filled its tensor with the next batch's ids.
-        self._by_repeats = {1: task_ids.to(torch.long, copy=True)}
-        # The smallest and largest id are read once here, where the ids usually still lie on the CPU, so that layers
-        # on a GPU need no synchronisation to refuse an id out of range.
-        self.lowest, self.highest = (int(task_ids.min()), int(task_ids.max())) if task_ids.numel() else (0, 0)
+        self.task_ids = task_ids.to(torch.long, copy=True)
 
-    @property
-    def task_ids(self) -> torch.Tensor:
-        """The ids as they were given."""
-        return self._by_repeats[1]
+    def repeated(self, repeats: int) -> "Route":
+        """The route of a batch in which every row stands ``repeats`` times (beam search)."""
+        if self.names is not None:
+            return Route([row for row in self.names for _ in range(repeats)])
+        return Route(self.task_ids.repeat_interleave(repeats, dim=0))
 
-    def repeat(self, repeats: int) -> None:
-        """Let the route also serve a batch in which every row stands ``repeats`` times (beam search)."""
-        self._by_repeats[repeats] = self.task_ids.repeat_interleave(repeats, dim=0)
+    def bind(self, tasks: list[str], like: torch.Tensor | None = None, keep=None) -> "BoundRoute":
+        """The ids for an adapter with these tasks; raises ``UserError`` for a name or an id that is not among them.
 
-    def ids_for(self, x: torch.Tensor, tasks: list[str]) -> torch.Tensor:
-        """Ids on ``x``'s device for a layer input of shape (B, ..., k); raises ``UserError`` if they do not fit."""
-        if self.lowest < 0 or self.highest >= len(tasks):
-            wrong = self.lowest if self.lowest < 0 else self.highest
-            listed = ", ".join(f"{index} {name}" for index, name in enumerate(tasks))
-            raise UserError(f"task id {wrong} is outside 0 to {len(tasks) - 1}; the adapter's tasks are {listed}")
-        for repeats, task_ids in self._by_repeats.items():
-            if x.dim() > task_ids.dim() and x.shape[: task_ids.dim()] == task_ids.shape:
-                if task_ids.device != x.device:
-                    task_ids = self._by_repeats[repeats] = task_ids.to(x.device)
-                return task_ids
+        like: the model's input (B, L, ...), for its device and length. keep: the forward's ``logits_to_keep``.
+        """
+        ids = self._resolved(tasks)
+        if like is not None and ids.device != like.device:
+            ids = _moved(ids, like.device)
+        is_sequence = like is not None and (like.dim() == 3 or (like.dim() == 2 and not like.is_floating_point()))
+        length = like.shape[1] if is_sequence else None
+        return BoundRoute(ids, length, None if keep is None else _kept(ids, length, keep))
+
+    def _resolved(self, tasks: list[str]) -> torch.Tensor:
+        if self.names is not None:
+            index = {name: position for position, name in enumerate(tasks)}
+            try:
+                return torch.tensor(
+                    [index[row] if isinstance(row, str) else [index[name] for name in row] for row in self.names]
+                )
+            except KeyError as error:
+                raise UserError(
+                    f"there is no task {error.args[0]!r}; the adapter's tasks are {_listed(tasks)}"
+                ) from None
+            except (TypeError, ValueError):
+                raise UserError(f"{_RULE}, not {self.names!r}") from None
+        ids = self.task_ids
+        if self._in_range_of != len(tasks) and ids.numel():
+            rule = f"outside 0 to {len(tasks) - 1}; the adapter's tasks are {_listed(tasks)}"
+            if ids.is_cuda:  # without waiting for the device
+                torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}")
+            else:
+                lowest, highest = int(ids.min()), int(ids.max())
+                if lowest < 0 or highest >= len(tasks):
+                    raise UserError(f"task id {lowest if lowest < 0 else highest} is {rule}")
+            self._in_range_of = len(tasks)
+        return ids
+
+
+class BoundRoute:
+    """Checked ids of a running forward, as its layers read them.
+
+    task_ids: (B,) or (B, L). length: L of the model's input, where it is known: inputs of B L flattened rows then match
+    too. kept: the route of the output head, where the forward projects only some positions.
+    """
+
+    def __init__(self, task_ids: torch.Tensor, length: int | None = None, kept: "BoundRoute | None" = None):
+        self.task_ids, self.length, self.kept = task_ids, length, kept
+
+    def ids_for(self, x: torch.Tensor) -> torch.Tensor:
+        """Ids on ``x``'s device for a layer input (B, ..., k) or (B L, k); raises ``UserError`` if they do not fit."""
+        ids = self.task_ids
+        if ids.device != x.device:
+            ids = self.task_ids = _moved(ids, x.device)
+        if x.dim() > ids.dim() and x.shape[: ids.dim()] == ids.shape:
+            return ids
+        if x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length:
+            if ids.dim() == 1 or ids.shape[1] == self.length:
+                return ids
         raise UserError(
-            f"a batch of shape {tuple(x.shape[:-1])} does not match task_ids of shape {tuple(self.task_ids.shape)}; "
-            "pass one id per row, (batch,), or one per token, (batch, length)"
+            f"a batch of shape {tuple(x.shape[:-1])} does not match task_ids of shape {tuple(ids.shape)}; "
+            f"pass ids of shape {_SHAPES}"
         )
 
 
-@contextlib.contextmanager
-def use(task_ids: torch.Tensor):
-    """Route the forwards inside the block: ``task_ids`` (B,) or (B, L), integers in 0..T-1."""
-    token = _current.set(Route(task_ids))
-    try:
-        yield
-    finally:
-        _current.reset(token)
+class _Routes(threading.local):
+    """What is in force in this thread. Attributes, not context variables: ``torch.compile`` can read those."""
+
+    outer: Route | None = None  # of ``use``
+    model: BoundRoute | None = None  # of the model that is running
+    backward: int = -1  # the backward pass in which ``outer`` was entered, -1 for none
+
+
+_routes = _Routes()
+
+
+class _Held:
+    """A block in which routes are in force."""
+
+    def __init__(self, outer: Route | None, model: BoundRoute | None = None):
+        self.outer, self.model = outer, model
+
+    def __enter__(self) -> None:
+        self.before = (_routes.outer, _routes.model, _routes.backward)
+        _routes.outer, _routes.model, _routes.backward = self.outer, self.model, _backward_pass()
+
+    def __exit__(self, *exception) -> None:
+        _routes.outer, _routes.model, _routes.backward = self.before
+
+
+def use(task_ids) -> _Held:
+    """Route the forwards inside the block: ``with mtl_lora.route.use(["boolq", "piqa"]):``.
+
+    task_ids: names, or whole numbers in 0..T-1, of shape (B,) or (B, L). Names are resolved by the tasks of the model
+    that runs. Raises ``UserError`` for anything else.
+    """
+    return _Held(Route(task_ids))
 
 
 def current() -> Route | None:
-    """The route in force, or None outside ``use``."""
-    return _current.get()
+    """The route of the innermost ``use`` block, or None outside any."""
+    return _routes.outer
 
 
-def task_ids_for(x: torch.Tensor, tasks: list[str]) -> torch.Tensor:
-    """The ids in force for a layer input; raises ``UserError`` where there are none or they do not fit."""
-    route = current()
+def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
+    """The ids in force for the input ``x`` of an adapter layer; raises ``UserError`` where there are none or they do
+    not fit."""
+    route = _routes.model
     if route is None:
-        raise UserError("this adapter needs task ids: run the model inside `with mtl_lora.route.use(task_ids):`")
-    return route.ids_for(x, tasks)
+        route = _outside_a_model(layer.tasks)
+    elif layer.is_head and route.kept is not None:
+        route = route.kept
+    return route.ids_for(x)
 
 
-class _Restored:
-    """Enters a route anew each time: a graph that is kept for a second backward pass is recomputed twice."""
+def _outside_a_model(tasks: list[str]) -> BoundRoute:
+    """For a layer that runs outside the ``__call__`` of an injected model: alone, or in an encoder that is."""
+    if _routes.outer is not None and _routes.backward == _backward_pass():
+        return _routes.outer.bind(tasks)
+    if _backward_pass() != -1:
+        raise UserError(
+            "a layer is recomputed in the backward pass without the task ids of its forward: pass "
+            "use_reentrant=False and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, "
+            "or turn on transformers' own gradient checkpointing"
+        )
+    raise UserError(
+        "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):`"
+    )
 
-    def __init__(self, route: Route):
-        self.route = route
 
-    def __enter__(self) -> None:
-        self.token = _current.set(self.route)
+def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> None:
+    """Put the ids of a forward in force: those passed to it, or else those of the ``use`` block around it."""
+    route = None
+    if task_ids is not None:
+        route = Route(task_ids)
+    elif _routes.backward == _backward_pass():  # a whole model that is recomputed must not read another batch's block
+        route = _routes.outer
+    _routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
 
-    def __exit__(self, *exception) -> None:
-        _current.reset(self.token)
+
+def leave_model() -> None:
+    """The end of a forward, also of one that raised."""
+    _routes.model = None
+
+
+def _backward_pass() -> int:
+    """A number for the backward pass that this thread is in, -1 outside any."""
+    return torch._C._current_graph_task_id()
+
+
+def _first(value) -> str | None:
+    """The first entry of a list of names, or of lists of names; None for anything else."""
+    is_list = isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
+    if not is_list or not len(value):
+        return None
+    return value[0] if isinstance(value[0], str) else _first(value[0])
+
+
+def _listed(tasks: list[str]) -> str:
+    return ", ".join(f"{index} {name}" for index, name in enumerate(tasks))
+
+
+def _moved(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return ids.to(device, non_blocking=device.type == "cuda")
+
+
+def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
+    """The route of an output head that sees the positions ``keep`` alone (transformers' ``logits_to_keep``)."""
+    selects_tokens = isinstance(keep, torch.Tensor) and keep.dim() == 2 and keep.dtype == torch.bool
+    if length is None or (ids.dim() == 1 and not selects_tokens):
+        return None
+    by_token = ids if ids.dim() == 2 else ids[:, None].expand(-1, length)
+    if selects_tokens:
+        return BoundRoute(by_token[keep.to(ids.device)])
+    if isinstance(keep, int):
+        return BoundRoute(by_token[:, -keep:]) if keep else None
+    keep = keep.to(ids.device)
+    return BoundRoute(torch.take_along_dim(by_token, keep, dim=1) if keep.dim() == 2 else by_token[:, keep])
+
+
+# ---- gradient checkpointing: the recomputation runs under the route of its forward, whatever runs beside it ----
+
+
+class _Recomputed:
+    """A checkpointed function that enters its forward's routes wherever it runs: autograd has threads of its own."""
+
+    def __init__(self, function: Callable, held: tuple):
+        self.function, self.held = function, held
+
+    def __call__(self, *arguments, **options):
+        with _Held(*self.held):  # a new one each time: a graph that is kept is recomputed twice
+            return self.function(*arguments, **options)
+
+
+class Checkpointing:
+    """Stands on a transformers module in place of its ``_gradient_checkpointing_func``, whichever that is."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, run: Callable, *arguments, **options):
+        if not torch.compiler.is_compiling():  # a compiled graph is recomputed as a graph
+            run = _Recomputed(run, (_routes.outer, _routes.model))
+            if getattr(self.function, "keywords", {}).get("use_reentrant", True):
+                arguments = _with_gradient(arguments)
+        return self.function(run, *arguments, **options)
+
+
+def _with_gradient(arguments: tuple) -> tuple:
+    """Arguments of which one requires a gradient: without any, the re-entrant form has none for the weights either,
+    and behind frozen embeddings nothing requires one."""
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not torch.is_grad_enabled() or not tensors or any(value.requires_grad for value in tensors):
+        return arguments
+    return tuple(value.detach().requires_grad_() if value is tensors[0] else value for value in arguments)
+
+
+def follow_checkpointing(modules: list[nn.Module]) -> None:
+    """Have modules that transformers checkpoints keep the route; to be called before each forward that trains."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and type(function) is not Checkpointing:
+            module._gradient_checkpointing_func = Checkpointing(function)
 
 
 def checkpoint_context():
-    """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation runs under the forward's route.
+    """``context_fn`` for one's own non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers.
 
-    The first context is entered as a checkpointed layer runs, the second in the backward pass, by which time
-    another batch may have been routed.
+    The first context is entered as the checkpointed function runs, the second in the backward pass.
     """
-    route = current()
-    return contextlib.nullcontext(), contextlib.nullcontext() if route is None else _Restored(route)
+    held = (_routes.outer, _routes.model)
+    return _Held(*held), _Reentered(held)
 
 
-def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
-    """Turn on gradient checkpointing of a transformers model in the one form that keeps the route."""
-    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context})
+class _Reentered:
+    """Enters routes anew each time."""
+
+    def __init__(self, held: tuple):
+        self.held = held
+
+    def __enter__(self) -> None:
+        self.block = _Held(*self.held)
+        self.block.__enter__()
+
+    def __exit__(self, *exception) -> None:
+        self.block.__exit__(*exception)
 
 
-def follow_beams(model: torch.nn.Module) -> None:
-    """Have the route repeat its rows where ``generate`` of a transformers model repeats the batch.
+# ---- generate of transformers: module-level classes, so that an injected model pickles and is copied ----
 
-    Repeating is announced by the model, never guessed from sizes: a batch that is by accident a multiple of its
-    ids stays an error.
+
+class _Method:
+    """Stands on a model in place of one of its methods, and calls that."""
+
+    name: str
+
+    def __init__(self, model: nn.Module):
+        self.model, self.before = model, vars(model).get(self.name)
+
+    @property
+    def original(self) -> Callable:
+        """The method that the model has without this one."""
+        return self.before or inspect.getattr_static(type(self.model), self.name).__get__(self.model)
+
+
+class Generate(_Method):
+    """``generate`` with task_ids, which hold for the whole call: an encoder is called outside the model's own."""
+
+    name = "generate"
+
+    def __call__(self, *arguments, task_ids=None, **options):
+        with _Held(_routes.outer if task_ids is None else Route(task_ids)):
+            return self.original(*arguments, **options)
+
+
+class ExpandInputs(_Method):
+    """The step of ``generate`` that repeats the rows of a batch; the route repeats with it.
+
+    Repeating is announced by the model, never guessed from sizes: a batch that is by accident a multiple of its ids
+    stays an error.
     """
-    expand = getattr(model, "_expand_inputs_for_generation", None)
-    if expand is None or getattr(expand, "follows_beams", False):
-        return
 
-    @functools.wraps(expand)
-    def expand_with_route(expand_size: int = 1, *arguments, **options):
-        if current() is not None and expand_size > 1:
-            current().repeat(expand_size)
-        return expand(expand_size, *arguments, **options)
+    name = "_expand_inputs_for_generation"
 
-    expand_with_route.follows_beams = True
-    model._expand_inputs_for_generation = expand_with_route
+    def __call__(self, expand_size: int = 1, *arguments, **options):
+        if _routes.outer is not None and expand_size > 1:
+            _routes.outer = _routes.outer.repeated(expand_size)
+        return self.original(expand_size, *arguments, **options)
+
+
+def follow_generation(model: nn.Module) -> None:
+    """Have ``generate`` take task_ids, and the route follow its beams, on a model that has it."""
+    for method in (Generate, ExpandInputs):
+        if callable(getattr(model, method.name, None)):
+            setattr(model, method.name, method(model))
+
+
+def unfollow_generation(model: nn.Module) -> None:
+    """Give a model its own methods back."""
+    for method in (Generate, ExpandInputs):
+        installed = vars(model).get(method.name)
+        if isinstance(installed, method):
+            delattr(model, method.name)
+            if installed.before is not None:
+                setattr(model, method.name, installed.before)
+
+
+def unfollow_checkpointing(modules: list[nn.Module]) -> None:
+    """Give modules their own checkpointing functions back."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if type(function) is Checkpointing:
+            module._gradient_checkpointing_func = function.function

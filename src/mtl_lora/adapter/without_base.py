@@ -1,11 +1,12 @@
 """A checkpoint's adapter with its weights and without the base model: enough to ask every layer for its factors."""
 
+import copy
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mtl_lora.adapter.checkpoint import CheckpointConfig, load_state, read_weights
+from mtl_lora.adapter.checkpoint import CheckpointConfig, load_state, read_weights, split_state
 from mtl_lora.adapter.inject import adapter_layers, inject
 from mtl_lora.adapter.layer import layer_sizes
 
@@ -17,15 +18,21 @@ def adapter_without_base(
 ) -> nn.Module:
     """The checkpoint's adapter on a base that has no weights: every layer's ``factors`` can be asked for.
 
-    base: a structure on the meta device; None: layers as the checkpoint's own shapes say. dtype: what the adapter's
-    weights become; None: as they are stored. Raises ``UserError`` for a damaged checkpoint and for one that does not
-    fit the base.
+    base: a structure on the meta device; None: layers of the sizes that the checkpoint's weights show, and no layers if
+    they show none. dtype: what the adapter's weights become; None: as they are stored. Modules saved whole are left
+    out. Raises ``UserError`` for a damaged checkpoint and for one that does not fit the base.
     """
-    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in read_weights(folder, config).items()}
-    model = base or stand_in(layer_sizes(config.adapter_config, state))
+    adapter = copy.copy(config.adapter_config)
+    state, _ = split_state(adapter, read_weights(folder, config))
+    adapter.modules_to_save = []
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    sizes = layer_sizes(adapter, state)
+    model = base or stand_in(sizes)
+    if not base and not sizes:
+        return model
     if any(tensor.dtype == torch.float64 for tensor in state.values()):
         model.to(torch.float64)
-    inject(model, config.adapter_config)
+    inject(model, adapter)
     load_state(model, state, str(folder))  # on the meta device it compares names, shapes and dtypes, and copies nothing
     for name, layer in adapter_layers(model).items():
         for key in layer.parameter_names:

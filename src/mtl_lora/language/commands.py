@@ -37,7 +37,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def _print_results(config: EvalConfig) -> None:
     """The table, what was measured beside it, and with ``--mode both`` how often the protocols agree."""
-    from mtl_lora.report.__main__ import main as report
+    from mtl_lora.report.cli import main as report
 
     results = [f"{folder}/{RESULTS}" for folder in config.protocols.values()]
     report(["table", *results])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 import mtl_lora
 from mtl_lora import files
-from mtl_lora.adapter import checkpoint, routing
+from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets
@@ -109,7 +109,7 @@ def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
     """Raise ``UserError`` for target modules that the model does not have, from its configuration alone."""
     model = BaseModel(config.base_model, config.trust_remote_code).structure()
     try:
-        find_targets(model, adapter.target_modules)
+        find_targets(model, adapter)
     except UserError as error:
         raise UserError(f"--lora_target_modules: {error}") from None
 
@@ -186,7 +186,7 @@ def build_model(config: TrainConfig, adapter: AdapterConfig, arguments: Training
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
-        routing.enable_gradient_checkpointing(model)
+        model.activation_checkpointing_enable()
     trainable, total = mtl_lora.trainable_parameters(model)
     log(arguments, f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return model

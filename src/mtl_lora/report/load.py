@@ -3,32 +3,23 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts
 from mtl_lora.errors import UserError
-from mtl_lora.report.study_model import Estimate, Experiment, Run, Study, Summary
+from mtl_lora.report.study_model import Estimate, Experiment, Job, Run, Study, Summary
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.typed_json import UNWRITTEN, Fraction, Index, Reader, Text, read_object
 
+Losses = dict[str, dict[int, float]]  # by task, "" for all of them, and by step, in order of steps
 Matrix = list[list[float | None]]
 # Key of the analysis -> what is compared, in words.
-SIMILARITIES = {
-    "lambda_similarity": "Λₜ",
-    "lambda_minus_identity_similarity": "Λₜ − I",
-    "update_similarity": "update s Bₜ Aₜ",
-}
+SIMILARITIES = {"lambda_similarity": "Λₜ", "lambda_minus_identity_similarity": "Λₜ − I"}
+SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ"}
 
 
 # ---- what a training leaves ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Log:
-    """The training loss by step: ``losses[""]`` over all tasks, ``losses["cr"]`` of one; in order of steps."""
-
-    losses: dict[str, dict[int, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +42,13 @@ class Analysis:
     @property
     def similarities(self) -> dict[str, Matrix]:
         """What is compared, in words, to its matrix."""
-        found = {words: getattr(self, key) for key, words in SIMILARITIES.items()}
-        return {words: matrix for words, matrix in found.items() if matrix}
+        return {words: matrix for key, words in SIMILARITIES.items() if (matrix := getattr(self, key))}
 
 
-def read_log(path: Path) -> Log:
+def read_log(path: Path) -> Losses:
     """The losses of a training log; raises ``UserError`` naming file and line."""
-    losses: dict[str, dict[int, float]] = {"": {}}
-    for number, line in enumerate(_lines(path, "the training log"), start=1):
+    losses: Losses = {"": {}}
+    for number, line in enumerate(_lines(path), start=1):
         try:
             entry = json.loads(line)
             step = int(entry["step"])
@@ -67,46 +57,31 @@ def read_log(path: Path) -> Log:
                     losses.setdefault(key.removeprefix("loss").removeprefix("/"), {})[step] = float(entry[key])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}, line {number} is not a log line of a training; delete the line") from None
-    return Log({task: dict(sorted(curve.items())) for task, curve in losses.items()})
+    return {task: dict(sorted(curve.items())) for task, curve in losses.items()}
 
 
 def read_analysis(path: Path) -> Analysis:
     """The analysis of an adapter; raises ``UserError`` naming file and key."""
-    value = read_object(path, "the adapter's analysis")
+    value, reader = read_object(path, "the adapter's analysis"), Reader(str(path))
     if value.get("kind") != "adapter_analysis" or value.get("schema") != 1:
         raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
-    reader = Reader(str(path))
     analysis = reader.read(Analysis, value)
-    T = len(analysis.tasks)
-    square = {key: matrix for key in SIMILARITIES if (matrix := getattr(analysis, key)) is not None}
-    square |= {f"update_similarity_by_module.{name}": m for name, m in analysis.update_similarity_by_module.items()}
-    for key, matrix in square.items():
-        if [len(row) for row in matrix] != [T] * T:
-            raise reader.wrong(key, matrix, f"{T} x {T}")
-    for layer, matrix in analysis.mixture.items():
-        if len(matrix) != T or len({len(row) for row in matrix}) != 1:
-            raise reader.wrong(f"mixture.{layer}", matrix, f"{T} rows of equally many numbers")
+    T, square = len(analysis.tasks), {key: getattr(analysis, key) for key in SIMILARITIES}
+    square |= {f"update_similarity_by_module.{key}": m for key, m in analysis.update_similarity_by_module.items()}
+    sizes = {key: (matrix, {T}) for key, matrix in square.items() if matrix is not None}
+    sizes |= {f"mixture.{key}": (m, {len(row) for row in m[:1]}) for key, m in analysis.mixture.items()}
+    for key, (matrix, widths) in sizes.items():
+        if len(matrix) != T or {len(row) for row in matrix} != widths:
+            raise reader.wrong(key, matrix, f"{T} rows of equally many numbers, {T} for a similarity")
     return analysis
 
 
-def _lines(path: Path, what: str) -> list[str]:
-    """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror}); pass a whole output folder") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def log_of(study: Study, run: Run) -> Log | None:
+def log_of(study: Study, run: Run) -> Losses | None:
     """The training log of a run; of tasks that were trained alone, that of all its parts."""
-    logs = [read_log(_file(study, part, "log")) for part in (run, *run.parts.values()) if part.log]
-    if len(logs) < 2:
-        return logs[0] if logs else None
+    logs = [read_log(_file(study, job, "log")) for job in run.jobs if job.log]
     # The loss over all tasks is that of no part.
-    return Log({task: curve for log in logs for task, curve in log.losses.items()} | {"": {}})
+    several = {"": {}} if len(logs) > 1 else {}
+    return {task: curve for log in logs for task, curve in log.items()} | several if logs else None
 
 
 def analysis_of(study: Study, run: Run) -> Analysis | None:
@@ -114,12 +89,23 @@ def analysis_of(study: Study, run: Run) -> Analysis | None:
     return read_analysis(_file(study, run, "analysis")) if run.analysis else None
 
 
-def _file(study: Study, run: Run, key: str) -> Path:
-    path = study.path.parent / getattr(run, key)
-    if path.is_file():
-        return path
-    reason = f"{key} of the run {run.folder} names {getattr(run, key)}, which is not there"
-    raise UserError(f"{study.path}: {reason}; collect the study again")
+def _file(study: Study, job: Job, key: str) -> Path:
+    path = study.path.parent / getattr(job, key)
+    if not path.is_file():
+        reason = f"{key} of the run {job.folder} names {getattr(job, key)}, which is not there"
+        raise UserError(f"{study.path}: {reason}; collect the study again")
+    return path
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); pass a whole output folder") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 # ---- folders of single runs ----
@@ -146,44 +132,39 @@ class RunFolder:
         path = path.parent if path.name == artifacts.RESULTS else path
         if not path.is_dir():
             raise UserError(f"there is no folder {path}; pass that of a study, a training or an evaluation")
-        places = {"training": artifacts.RUN_CONFIG, "adapter": artifacts.CHECKPOINT_CONFIG}
-        there = {key: path / name for key, name in places.items() if (path / name).is_file()}
-        facts = {key: read_object(there[key], "the configuration") if key in there else {} for key in places}
-        log, analysis = (path / name for name in (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS))
-        log, analysis = log if log.is_file() else None, analysis if analysis.is_file() else None
-        results = _own_results(path, facts["adapter"])
+        log, analysis, *configurations = (
+            path / name if (path / name).is_file() else None
+            for name in (
+                artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG
+            )
+        )  # fmt: skip
+        training, adapter = (read_object(file, "the configuration") if file else {} for file in configurations)
+        results = _own_results(path, adapter)
         if not (results or log or analysis):
             names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
             raise UserError(f"{path} holds none of {', '.join(names)}")
-        return cls(path, results, log, analysis, **facts)
+        return cls(path, results, log, analysis, training, adapter)
 
     def study(self) -> Study:
         """The run as a study of one experiment."""
-        results = self.results
+        results, whole = self.results, self.results and self.results.whole_average
         tasks = results.tasks if results else {}
-        whole = results.whole_average if results else None
-        name = results.name if results else self.path.absolute().name
-        run = Run(
-            folder=str(self.path),
-            tasks=tasks,
-            log=self.log and str(self.log.absolute()),
-            analysis=self.analysis and str(self.analysis.absolute()),
-        )
+        files = {key: path and str(path.absolute()) for key, path in (("log", self.log), ("analysis", self.analysis))}
         experiment = Experiment(
-            name=name,
+            name=results.name if results else self.path.absolute().name,
             method=results.method if results else read_analysis(self.analysis).method if self.analysis else None,
-            trainable=results.trainable if results else None,
-            runs=[run],
+            trainable=results and results.trainable,
+            runs=[Run(folder=str(self.path), tasks=tasks, **files)],
             summary=Summary({task: Estimate(tasks[task].value) for task in tasks}, whole and Estimate(whole.value)),
         )
         task_set = results.task_set if results else self._task_set()
-        return Study(name=name, task_set=task_set, experiments=[experiment], path=self.path)
+        return Study(name=experiment.name, task_set=task_set, experiments=[experiment], path=self.path)
 
     def _task_set(self) -> TaskNames:
         """The tasks of a training: as it was configured, else by the names in its analysis or log."""
         if self.training.get("tasks"):
             return TaskNames.from_json(self.training["tasks"], str(self.path / artifacts.RUN_CONFIG))
-        names = read_analysis(self.analysis).tasks if self.analysis else [*filter(None, read_log(self.log).losses)]
+        names = read_analysis(self.analysis).tasks if self.analysis else [*filter(None, read_log(self.log))]
         tasks = [{"name": name, "id": index} for index, name in enumerate(names or ["task"])]
         return TaskNames.from_json({"tasks": tasks}, str(self.path))
 
@@ -193,42 +174,42 @@ def _own_results(folder: Path, adapter: dict) -> Results | None:
     beside = folder / artifacts.EVALUATION / artifacts.RESULTS
     places = [path for path in (folder / artifacts.RESULTS, beside) if path.is_file()]
     results = Results.load(places[0]) if places else None
-    digests = {results.settings.get("adapter_sha256"), adapter.get("weights_sha256")} - {None} if results else set()
-    if results and results.path == beside and adapter and len(digests) > 1:
+    ours = {None, adapter.get("weights_sha256")}
+    if results and results.path == beside and adapter and results.settings.get("adapter_sha256") not in ours:
         print(f"{beside} is of an earlier adapter of {folder} and left out; evaluate it again", file=sys.stderr)
         return None
     return results
 
 
-def load_studies(paths: Sequence[str | Path]) -> list[Study]:
-    """The studies among ``paths``, and all other folders as one; raises ``UserError`` for one that holds nothing."""
-    studies = [load_study(path) for path in paths]
-    single = [study for study in studies if study.is_single]
-    return [study for study in studies if not study.is_single] + ([_side_by_side(single)] if single else [])
-
-
-def load_study(path: str | Path) -> Study:
-    """A study, or one training or evaluation as a study of one experiment."""
+def load_run(path: str | Path) -> Study | RunFolder:
+    """A study, or the folder of one training or evaluation."""
     path = Path(path)
-    if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
-        return Study.load(path)
-    return RunFolder.load(path).study()
+    is_study = path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file()
+    return Study.load(path) if is_study else RunFolder.load(path)
 
 
-def _side_by_side(studies: Sequence[Study]) -> Study:
-    """Single runs as one study; raises ``UserError`` if their tasks differ."""
-    first, names = studies[0], [study.name for study in studies]
-    experiments = []
-    for study in studies:
-        if set(study.task_set.names) != set(first.task_set.names):
+def load_studies(paths: Sequence[str | Path]) -> list[Study]:
+    """The studies among ``paths``, and all other folders as one, whose experiments they are.
+
+    Raises ``UserError`` for a folder that holds nothing, and for single runs whose tasks differ.
+    """
+    found = [load_run(path) for path in paths]
+    studies = [run for run in found if isinstance(run, Study)]
+    single = [run.study() for run in found if isinstance(run, RunFolder)]
+    names = [study.name for study in single]
+    for study in single:
+        if set(study.task_set.names) != set(single[0].task_set.names):
             raise UserError(
-                f"{study.path} is about the tasks {', '.join(study.task_set.names)} and {first.path} about "
-                f"{', '.join(first.task_set.names)}; figures side by side need one set of tasks"
+                f"{study.path} is about the tasks {', '.join(study.task_set.names)} and {single[0].path} about "
+                f"{', '.join(single[0].task_set.names)}; figures side by side need one set of tasks"
             )
-        (experiment,) = study.experiments
-        name = f"{study.name} ({study.path})" if names.count(study.name) > 1 else study.name
-        experiments.append(dataclasses.replace(experiment, name=name))
-    return dataclasses.replace(first, experiments=experiments)
+    experiments = [
+        dataclasses.replace(each.experiments[0], name=f"{each.name} ({each.path})")
+        if names.count(each.name) > 1
+        else each.experiments[0]
+        for each in single
+    ]
+    return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
 
 
 # ---- predictions ----
@@ -255,35 +236,36 @@ def predictions_path(results: Results, task: str) -> Path:
     return results.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
 
 
-def read_predictions(results: Results, tasks: Sequence[str] = ()) -> dict[str, dict[int, Prediction]]:
-    """Predictions by task (default: all with a result) and index, for every question that ``results`` counts.
+def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
+    """Predictions by index of the question, for every question of ``task`` that ``results`` counts.
 
     Raises ``UserError`` naming the file and line for a missing or unreadable file, a torn line, a record without its
     keys, a question answered twice, and predictions that are not those that the results file counts.
     """
-    return {task: _read_task(results, task) for task in tasks or results.tasks}
-
-
-def _read_task(results: Results, task: str) -> dict[int, Prediction]:
-    path = predictions_path(results, task)
-    found: dict[int, Prediction] = {}
-    for prediction in _predictions(path):
-        place = prediction.place
+    path, score, found = predictions_path(results, task), results.tasks[task], {}
+    if score.metric not in ("accuracy", "exact_match"):
+        raise UserError(
+            f"{results.path}: the metric of {task} is {score.metric}; questions are compared by accuracy or exact_match"
+        )
+    for number, line in enumerate(_lines(path), 1):
+        reader = Reader(f"{path}, line {number}")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = line
+        if not isinstance(record, dict):
+            raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite")
+        prediction = Prediction(**reader.fields(Prediction, record), place=reader.source)
         if prediction.task != task:
-            raise UserError(f"{place} is a prediction of the task {prediction.task!r}; this file holds those of {task}")
+            raise reader.wrong("task", prediction.task, f"{task}, whose predictions this file holds")
         if prediction.index in found:
             earlier = found[prediction.index].place
-            raise UserError(f"{place} answers question {prediction.index} a second time, after {earlier}; keep one")
+            raise UserError(f"{reader.source} answers question {prediction.index} a second time, after {earlier}")
         found[prediction.index] = prediction
     limit = results.settings.get("limit")
     if type(limit) is int and limit > 0:
         # A folder keeps what an earlier evaluation with a larger limit answered; the results file does not count it.
         found = {index: prediction for index, prediction in found.items() if index < limit}
-    score = results.tasks[task]
-    if score.metric != "accuracy":
-        raise UserError(
-            f"{results.path}: tasks.{task} has the metric {score.metric}; questions are compared by accuracy"
-        )
     right, counted = sum(prediction.correct for prediction in found.values()), round(score.value * score.n)
     if (len(found), right) != (score.n, counted):
         raise UserError(
@@ -291,16 +273,3 @@ def _read_task(results: Results, task: str) -> dict[int, Prediction]:
             f"{score.n:,}; evaluate again with --overwrite"
         )
     return found
-
-
-def _predictions(path: Path) -> Iterator[Prediction]:
-    for number, line in enumerate(_lines(path, "the predictions"), 1):
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        reader = Reader(place)
-        if not isinstance(record, dict):
-            raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite")
-        yield Prediction(**reader.fields(Prediction, record), place=place)

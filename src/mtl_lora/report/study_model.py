@@ -88,15 +88,12 @@ class Transfer(Differences):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training with its evaluation: an experiment with one seed. Files are relative to the study's folder.
+class Job:
+    """One training with its evaluation: files (relative to the study's folder), commands, hashes.
 
-    seconds, starts: by step (``train``, ``evaluate``), None where there was none. steps: of the optimiser. tasks:
-    results by task; average: their mean, None unless every task of the study has one. parts: of tasks that were
-    trained alone, a run a task, of which this one is the sum.
+    seconds, starts: by step (``train``, ``evaluate``), None where there was none. steps: of the optimiser.
     """
 
-    seed: int | None = None
     folder: str = ""
     results: str | None = None
     analysis: str | None = None
@@ -105,14 +102,29 @@ class Run:
     seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
     starts: dict[str, int | None] = dataclasses.field(default_factory=dict)
     steps: int | None = None
-    commit: str | None = None
     train_commit: str | None = None
     train_data_sha256: str | None = None
-    test_data_sha256: dict[str, str | None] = dataclasses.field(default_factory=dict)
     adapter_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Job):
+    """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one.
+
+    parts: of tasks that were trained alone, a job a task; the run then has sums of theirs.
+    """
+
+    seed: int | None = None
+    commit: str | None = None
+    test_data_sha256: dict[str, str | None] = dataclasses.field(default_factory=dict)
     tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
     average: float | None = None
-    parts: dict[str, "Run"] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Job] = dataclasses.field(default_factory=dict)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The run itself, then its parts."""
+        return [self, *self.parts.values()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,7 @@ class Experiment:
     @property
     def has_log(self) -> bool:
         """Whether there is a training log of any run."""
-        return any(part.log for run in self.runs for part in (run, *run.parts.values()))
+        return any(job.log for run in self.runs for job in run.jobs)
 
     def estimate(self, task: str | None) -> Estimate | None:
         """The summary's value of a task, or of the average (None); a single run's has its standard error."""
@@ -241,25 +253,35 @@ class Study:
         files.write_json(path, self.to_json())
 
     @property
-    def is_single(self) -> bool:
-        """Whether this is not a study but folders of single runs, side by side."""
-        return self.path.name != artifacts.STUDY
-
-    @property
     def groups(self) -> list[str]:
         """The experiments' groups, in order."""
         return list(dict.fromkeys(experiment.group for experiment in self.experiments))
 
     @property
     def runs(self) -> list[Run]:
-        """Every run, and behind one of tasks that were trained alone each of its parts."""
-        runs = [run for experiment in self.experiments for run in experiment.runs]
-        return [part for run in runs for part in (run, *run.parts.values())]
+        """Every run of every experiment."""
+        return [run for experiment in self.experiments for run in experiment.runs]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every run, and behind one of several jobs each of these."""
+        return [job for run in self.runs for job in run.jobs]
 
     @property
     def scored(self) -> list[str]:
         """Tasks, in column order, with a result in any experiment."""
         return [name for name in self.task_set.columns if any(name in e.summary.tasks for e in self.experiments)]
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether an experiment has more than one run."""
+        return any(len(experiment.runs) > 1 for experiment in self.experiments)
+
+    def metric(self, task: str | None) -> str:
+        """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
+        return next(
+            (r.metric for run in self.runs for name, r in run.tasks.items() if task in (name, None)), "accuracy"
+        )
 
     @property
     def majority(self) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Reading a grid file: every key, flag and name is checked before anything is planned."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def _check_flags(grid: Grid, experiments: Sequence[Experiment], search: Search |
 
 
 def _check_keys(flags: dict, config: type[Config], own: tuple, shared: tuple, source: str) -> None:
-    known = [field.name for field in dataclasses.fields(config)]
+    known = [flag.name for flag in config.flags()]
     for key in flags:
         if key not in known:
             raise UserError(f"{source} has the unknown flag {key!r}{closest(key, known)}")

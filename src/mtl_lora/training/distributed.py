@@ -32,9 +32,15 @@ def check_launch(config: TrainingConfig) -> None:
         if getattr(config, flag) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
     if config.deepspeed:
-        settings = files.read_json(config.deepspeed, "the DeepSpeed configuration")
+        settings = files.read_json(deepspeed_file(config.deepspeed), "the DeepSpeed configuration")
         if settings.get("zero_optimization", {}).get("stage") == 3 and config.dtype == "fp64":
             raise UserError("ZeRO-3 cannot train with --dtype fp64; use bf16 or fp32, or --deepspeed config/zero2.json")
+
+
+def deepspeed_file(name: str) -> str:
+    """A DeepSpeed configuration's file: a path, or the package's own by name (``zero2``, ``config/zero2.json``)."""
+    own = Path(__file__).with_name("deepspeed") / f"{name.removeprefix('config/').removesuffix('.json')}.json"
+    return str(own) if not Path(name).exists() and own.is_file() else name
 
 
 def check_deepspeed_values(arguments: TrainingArguments, one_process: bool) -> None:

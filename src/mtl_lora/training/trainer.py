@@ -25,7 +25,7 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
-from mtl_lora.training.distributed import gathered_adapter_state
+from mtl_lora.training.distributed import deepspeed_file, gathered_adapter_state
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 _STAGING = ".saving"
@@ -57,7 +57,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
         eval_steps=max(config.save_step, 1),
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        deepspeed=config.deepspeed,
+        deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
         report_to=["wandb"] * bool(config.wandb_project) + ["tensorboard"] * config.tensorboard or "none",
         disable_tqdm=True,  # ``Progress`` shows one bar
         remove_unused_columns=False,
@@ -252,7 +252,7 @@ class MultiTaskTrainer(Trainer):
         return os.path.join(self.args.output_dir, _STAGING) if getattr(self, "_saving", False) else self.args.output_dir
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save beside the run and rename when complete: a run killed while saving resumes from the checkpoint before."""
+        """Save beside the run and rename when complete: a run killed while saving resumes from the one before."""
         staging = Path(self.args.output_dir) / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)

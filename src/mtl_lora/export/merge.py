@@ -1,0 +1,94 @@
+"""A plain model folder for one task: the adapter merged into the base model's weights, its tokenizer beside it."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+import mtl_lora
+from mtl_lora import files
+from mtl_lora.adapter.checkpoint import read_config, read_weights
+from mtl_lora.adapter.layer import layer_class
+from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors
+from mtl_lora.errors import UserError
+from mtl_lora.export.peft import check_task, recorded_base
+
+# What transformers writes for a model and its tokenizer.
+FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+)
+# A base model with any of these has a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+TOKENIZER_FILES += ("spiece.model",)
+
+
+def export_merged(
+    checkpoint: str | Path,
+    output: str | Path,
+    task: str | None = None,
+    base_model: BaseModel | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Write the model that equals the adapter for ``task``, for ``AutoModelForCausalLM.from_pretrained``.
+
+    task: may be None for a method that is the same for every task. base_model: None for the recorded one. dtype:
+    ``auto`` is the base model's own, so that the files do not depend on the machine. Raises ``UserError`` for a method
+    without factors, an unknown task, a quantised base, another base, a damaged checkpoint, an ``output`` in use, and a
+    merged weight that its dtype cannot hold.
+    """
+    config = read_config(checkpoint)
+    adapter, method = config.adapter_config, layer_class(config.adapter_config.method)
+    method.require_factors()
+    if task is None and method.needs_task_ids:
+        raise UserError(f"{method.title} has weights of each task; pass --task, one of {', '.join(adapter.tasks)}")
+    if task is not None:
+        check_task(adapter.tasks, task)
+    base_model = base_model or recorded_base(checkpoint)
+    # Validate before loading the base model.
+    inputs = [checkpoint, base_model.path]
+    files.check_output(output, FILES, overwrite, inputs)
+    read_weights(checkpoint, config)
+    if getattr(base_model.config(), "quantization_config", None):
+        raise UserError(
+            f"the base model {base_model.name!r} is quantised and cannot take the adapter into its weights; pass "
+            "--base_model with the model it was quantised from, or export with the peft command"
+        )
+    base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.fingerprint(), checkpoint)
+    model = mtl_lora.load(base_model.load(STORED if dtype == "auto" else dtype), checkpoint)
+    layers = list(mtl_lora.adapter_layers(model))
+    untie_changed_head(mtl_lora.merge(model, task))
+    check_finite(model, layers)
+    with files.atomic_directory(output, FILES, overwrite, inputs) as folder:
+        model.save_pretrained(folder)
+        _save_tokenizer(base_model, folder)
+    return Path(output)
+
+
+def untie_changed_head(model: nn.Module) -> None:
+    """Say in the configuration that head and embedding differ, where the adapter was on one of a tied pair."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+
+
+def check_finite(model: nn.Module, layers: list[str]) -> None:
+    """Raise ``UserError`` naming the first merged layer with a weight that is not finite, as fp16 ends at 65,504."""
+    for name in layers:
+        weight = model.get_submodule(name).weight
+        if not torch.isfinite(weight).all():
+            raise UserError(f"the merged weight of {name} is not finite in {weight.dtype}; pass --dtype fp32")
+
+
+def _save_tokenizer(base_model: BaseModel, folder: Path) -> None:
+    """The base model's own tokenizer, unchanged: the pad rule is for programs that need to pad."""
+    # Without its files transformers invents an empty tokenizer for some architectures.
+    if not any(cached_path(base_model.path, name) for name in TOKENIZER_FILES):
+        print(f"note: no tokenizer was written, since the base model {base_model.name!r} has none", file=sys.stderr)
+        return
+    with hub_errors(base_model.name):
+        tokenizer = AutoTokenizer.from_pretrained(base_model.path, trust_remote_code=base_model.trust_remote_code)
+    tokenizer.save_pretrained(folder)

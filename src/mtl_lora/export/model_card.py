@@ -1,0 +1,116 @@
+"""The model card of an exported task: what it is, its result, its prompt, how to load it, how it was trained."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mtl_lora import artifacts
+from mtl_lora.adapter.checkpoint import CheckpointConfig
+from mtl_lora.adapter.config import hyperparameter_flags
+from mtl_lora.adapter.layer import layer_class
+from mtl_lora.base_model import SMOLLM2
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.prompts import template
+from mtl_lora.results import FRACTIONS, Results
+
+NOT_MEASURED = "not measured"
+# Training flags without a row of their own: other rows state them, or they are a path of the machine that trained.
+_WITHOUT_ROW = {"base_model", "adapter_name", "lambda_num", "use_rslora", "template", "cutoff_len", "deepspeed"}
+_WITHOUT_ROW |= {"trust_remote_code"}
+
+
+def read_scores(checkpoint: str | Path, config: CheckpointConfig, results: str | Path | None) -> dict[str, str]:
+    """A sentence with the result of each task, from a results file of exactly these weights; empty without one.
+
+    results: a results file or its folder; None: the evaluation in the checkpoint's folder, ignored where it is of
+    other weights. Raises ``UserError`` for a named file of other weights and for a file that is not a results file.
+    """
+    path = Path(results) if results else Path(checkpoint) / artifacts.EVALUATION
+    if not results and not (path / artifacts.RESULTS).is_file():
+        return {}
+    measured = Results.load(path)
+    if (measured.adapter or {}).get("weights_sha256") == config.weights_sha256:
+        return {task: _score(measured, task) for task in measured.tasks}
+    if results:
+        raise UserError(f"the results file {path} is not of this checkpoint's weights; evaluate {checkpoint} again")
+    return {}
+
+
+def _score(results: Results, task: str) -> str:
+    result = results.tasks[task]
+    scale, unit = (100, " %") if result.metric in FRACTIONS else (1, "")
+    spread = "" if result.stderr is None else f" ± {scale * result.stderr:.1f}"
+    protocol = f", protocol `{results.mode}`" if results.mode else ""
+    title = FRACTIONS.get(result.metric, result.metric)
+    return f"{title} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
+
+
+def model_card(task: str, config: CheckpointConfig, base_model: str, rank: int, score: str | None) -> str:
+    """The README.md of one exported task; rank: of the exported pair; score: see ``read_scores``."""
+    adapter, provenance = config.adapter_config, config.provenance_config
+    method = layer_class(adapter.method)
+    base = repr(base_model) if base_model != SMOLLM2 else f"BaseModel({base_model!r}).path  # fetched on first use"
+    needed = "" if base_model != SMOLLM2 else "\nfrom mtl_lora.base_model import BaseModel"
+    paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
+    return f"""---
+base_model: {json.dumps(base_model)}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- mtl-lora
+---
+
+# {task}: {method.title} as a PEFT adapter of rank {rank}
+
+One task of an adapter trained with {method.title}{paper}.
+It is folded into the low-rank pair that equals it, so that PEFT and every program that reads PEFT's format run it
+without task ids. Written by mtl-lora from the weights with sha256 `{config.weights_sha256}`.
+
+Result on {task}: {score or NOT_MEASURED}.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer{needed}
+
+base = {base}
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "this folder")
+tokenizer = AutoTokenizer.from_pretrained(base)
+```
+{_prompt(provenance.prompt_template)}
+## Recipe
+
+| setting | value |
+|---|---|
+{_recipe(config)}
+"""
+
+
+def _prompt(name: str | None) -> str:
+    """The prompt that the adapter was trained with, byte for byte."""
+    if name is None:
+        return ""
+    text = template(name).prompt({"instruction": "{instruction}"})
+    about = f"It was trained on this prompt (template `{name}`), as a Python string; the answer follows it directly:"
+    return f"\n{about}\n\n```python\n{text!r}\n```\n"
+
+
+def _recipe(config: CheckpointConfig) -> str:
+    adapter, provenance = config.adapter_config, config.provenance_config
+    rows = {field.name: getattr(adapter, field.name) for field in dataclasses.fields(adapter)}
+    rows |= rows.pop("hyperparameters").to_json()
+    rows |= {"prompt template": provenance.prompt_template, "cutoff_len": provenance.cutoff_len}
+    without_row = _WITHOUT_ROW | {flag.name for flag in hyperparameter_flags()}
+    affecting = TrainConfig.names_affecting("weights")
+    for name, value in (provenance.train_settings or {}).items():
+        if name in affecting and name not in without_row and not name.startswith("lora_"):
+            rows[name] = value
+    return "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in (None, []))
+
+
+def _cell(value: object) -> str:
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,175 @@
+"""One PEFT LoRA folder per task: the result of ``layer.factors(task)`` under PEFT's names."""
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mtl_lora import artifacts, files
+from mtl_lora.adapter.checkpoint import CheckpointConfig, read_config, read_weights, split_state
+from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class
+from mtl_lora.adapter.saved import find_slots, whole_modules
+from mtl_lora.adapter.without_base import adapter_without_base
+from mtl_lora.base_model import BaseModel
+from mtl_lora.errors import UserError
+from mtl_lora.export.model_card import model_card, read_scores
+
+CARD_NAME = "README.md"
+FILES = (artifacts.PEFT_CONFIG, artifacts.PEFT_WEIGHTS, CARD_NAME)
+PREFIX = "base_model.model."
+FOR_ALL = "all"  # the folder of an adapter that was trained without tasks
+_PLAIN_LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "lora_dropout": 0.0}
+_PLAIN_LORA |= {"bias": "none", "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+def export_peft(
+    checkpoint: str | Path,
+    output: str | Path,
+    tasks: list[str] | None = None,
+    base_model: BaseModel | None = None,
+    results: str | Path | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write ``<output>/<task>/`` for each of ``tasks`` (None or empty: all); returns the folders.
+
+    Needs the checkpoint and the base model's configuration, no weights of the base. base_model: None for the recorded
+    one. A method that is the same for every task gets a folder per task too: prompt and result of a task then stand
+    beside its weights. Raises ``UserError`` for a method without factors, modules saved whole that PEFT cannot hold,
+    an unknown task, a damaged checkpoint, another base model, and an ``output`` in use.
+    """
+    config = read_config(checkpoint)
+    layer_class(config.adapter_config.method).require_factors()
+    names = choose_tasks(config.adapter_config.tasks, tasks)
+    base_model = base_model or recorded_base(checkpoint)
+    base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.local_fingerprint(), checkpoint)
+    scores = read_scores(checkpoint, config, results)
+    base = structure_if_known(base_model)
+    saved_names, saved = saved_modules(checkpoint, config, base)
+    layers = adapter_layers(adapter_without_base(checkpoint, config, base))
+    shared = {"base_model_name_or_path": base_model.name, "modules_to_save": saved_names}
+    shared["target_modules"] = targets_for(layers, base)
+    with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder:
+        for name in names:
+            task = None if name == FOR_ALL and not config.adapter_config.tasks else name
+            rank = _write_task(folder / name, layers, task, saved, shared)
+            card = model_card(name, config, base_model.name, rank, scores.get(name))
+            files.write_text(folder / name / CARD_NAME, card)
+    return [Path(output) / name for name in names]
+
+
+def recorded_base(checkpoint: str | Path) -> BaseModel:
+    """The base model that a checkpoint records; raises ``UserError`` if it records none."""
+    name = read_config(checkpoint).provenance_config.base_model
+    if name is None:
+        raise UserError(f"{checkpoint} does not record its base model; pass --base_model")
+    return BaseModel(name)
+
+
+def choose_tasks(known: list[str], chosen: list[str] | None) -> list[str]:
+    """The folder names to write; raises ``UserError`` for an unknown task and for one that cannot name a folder."""
+    names = list(dict.fromkeys(chosen or known or [FOR_ALL]))
+    for name in names:
+        check_task(known or [FOR_ALL], name)
+        if name in (".", "..") or Path(name).name != name:
+            raise UserError(f"the task {name!r} cannot name a folder; rename it in the checkpoint's tasks")
+    return names
+
+
+def check_task(known: list[str], name: str) -> None:
+    """Raise ``UserError`` that lists the tasks if ``name`` is not one of them."""
+    if name not in known:
+        raise UserError(f"there is no task {name!r}; the adapter's tasks are {', '.join(known) or 'none'}")
+
+
+def structure_if_known(base_model: BaseModel) -> nn.Module | None:
+    """The base model on the meta device; None, with a note on stderr, if its configuration cannot be loaded."""
+    try:
+        return base_model.structure()
+    except UserError as error:
+        print(f"note: layer names are not compared with the base model's: {error}", file=sys.stderr)
+        return None
+
+
+def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str:
+    """``target_modules`` that mean exactly the modules ``names``, here and in PEFT.
+
+    Name endings if they match no other module of ``base``, else whole names, else an expression of whole names.
+    """
+    names = list(names)
+    if base is None:
+        return names
+    everything = [name for name, _ in base.named_modules()]
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    for targets in (endings, names):
+        ends = tuple(f".{target}" for target in targets)
+        if {name for name in everything if name in targets or name.endswith(ends)} == set(names):
+            return targets
+    return "|".join(re.escape(name) for name in names)
+
+
+def saved_modules(
+    checkpoint: str | Path, config: CheckpointConfig, base: nn.Module | None
+) -> tuple[list[str] | None, dict[str, torch.Tensor]]:
+    """PEFT's ``modules_to_save``, and the weights of these modules by name.
+
+    Raises ``UserError`` for what PEFT would save otherwise: a weight that is not of a whole module or that is tied, and
+    a module whose name is also the end of another's.
+    """
+    entries = config.adapter_config.modules_to_save
+    if not entries:
+        return None, {}
+    if base is None:
+        raise UserError(f"{checkpoint} has modules_to_save, which need the base model's structure; pass --base_model")
+    names = list(whole_modules(base, entries))
+    names = [name for name in names if not name.startswith(tuple(f"{outer}." for outer in names))]
+    inside = tuple(f"{name}." for name in names)
+    slots = find_slots(base, entries)
+    refused = [slot.name for slot in slots if len(slot.places) > 1 or not slot.name.startswith(inside)]
+    refused += [name for name, _ in base.named_modules() if name.endswith(tuple(names)) and name not in names]
+    if refused:
+        about = "PEFT saves whole modules with weights of their own; use the merge command"
+        raise UserError(f"{refused[0]} of modules_to_save {entries} cannot be exported, since {about}")
+    return names, split_state(config.adapter_config, read_weights(checkpoint, config))[1]
+
+
+def _write_task(
+    folder: Path, layers: dict[str, AdapterLayer], task: str | None, saved: dict[str, torch.Tensor], shared: dict
+) -> int:
+    """Write weights and configuration of one task; returns the rank.
+
+    saved: weights of modules saved whole. shared: the part of the configuration that all tasks share.
+    """
+    tensors, settings = {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}, {}
+    for name, layer in layers.items():
+        with torch.no_grad():
+            factors = layer.factors(task)
+        alpha, B = alpha_and_up(factors)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous()
+        if factors.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude.contiguous()
+        settings = {"r": factors.A.shape[0], "lora_alpha": alpha, "use_dora": factors.magnitude is not None}
+    folder.mkdir()
+    save_file(tensors, folder / artifacts.PEFT_WEIGHTS, metadata={"format": "pt"})
+    # PEFT corrects fan_in_fan_out layer by layer in a model that has both kinds.
+    settings["fan_in_fan_out"] = any(is_conv1d(layer.base) for layer in layers.values())
+    files.write_json(folder / artifacts.PEFT_CONFIG, {**_PLAIN_LORA, **shared, **settings})
+    return settings["r"]
+
+
+def alpha_and_up(factors: Factors) -> tuple[int, torch.Tensor]:
+    """(lora_alpha, B) with lora_alpha / R * B equal to the factors' scale * B.
+
+    PEFT declares lora_alpha a whole number: a scale that no whole number gives (alpha 0.5, or rsLoRA) is multiplied
+    into B, and lora_alpha is R. DoRA's norm is that of W + scale B A, so it does not matter to it where the scale is.
+    """
+    rank = factors.A.shape[0]
+    alpha = round(factors.scale * rank)
+    if alpha > 0 and alpha / rank == factors.scale:
+        return alpha, factors.B
+    return rank, factors.B * factors.scale

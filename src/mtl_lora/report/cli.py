@@ -1,0 +1,147 @@
+"""``mtl-lora report table | details | compare | figures | page``: each command a dataclass of its flags."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mtl_lora import artifacts
+from mtl_lora.cli import parse
+from mtl_lora.config import REQUIRED, Config, closest, flag
+from mtl_lora.errors import UserError
+from mtl_lora.files import write_text
+from mtl_lora.report import compare, table
+from mtl_lora.report.load import predictions_path
+from mtl_lora.results import Results
+
+SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
+LEAST_RESAMPLES, MOST_RESAMPLES = 100, 1_000_000
+_RESULTS = f"results: each a {artifacts.RESULTS}, or a folder that has one"
+_RUNS = "runs: folders of trainings, evaluations or studies"
+_FORMAT = "default: as the suffix of --output says, else markdown"
+_OUTPUT = "write to this file; none: print"
+
+
+@dataclasses.dataclass
+class TableConfig(Config):
+    """Results by task and on average, one row an evaluation."""
+
+    results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
+    format: str | None = flag(None, f"{', '.join(table.RENDERERS)}; {_FORMAT}")
+    published: bool = flag(False, "add published figures (commonsense tasks only)")
+    difference: bool = flag(False, "add the last minus the first; its standard error treats questions as independent")
+    output: str | None = flag(None, _OUTPUT)
+
+    def run(self) -> None:
+        results = [Results.load(path) for path in self.results]
+        found = table.build_table(results, self.published, self.difference)
+        _hand_out(self, table.RENDERERS, found, [result.path for result in results])
+
+
+@dataclasses.dataclass
+class DetailsConfig(Config):
+    """Each evaluation by itself: the majority class, unparsed answers, other measures, the answers given."""
+
+    results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
+
+    def run(self) -> None:
+        found = [table.details(Results.load(path)) for path in self.results]
+        print("\n".join(f"{table.markdown_text(each.title)}\n\n{each.markdown()}\n" for each in found), end="")
+
+
+@dataclasses.dataclass
+class CompareConfig(Config):
+    """B minus A by task, on the same questions: paired bootstrap interval and McNemar's exact p."""
+
+    runs: list[str] = flag(REQUIRED, "runs: A and B, two evaluations' output folders", positional=True)
+    format: str | None = flag(None, f"{', '.join(compare.RENDERERS)}; {_FORMAT}")
+    output: str | None = flag(None, _OUTPUT)
+    seed: int = flag(0, "of the bootstrap, from 0")
+    resamples: int = flag(10_000, f"of the bootstrap, {LEAST_RESAMPLES} to {MOST_RESAMPLES}")
+
+    def validate(self) -> None:
+        self.require("runs", "two folders, A and B", len(self.runs) == 2)
+        self.require("seed", "a whole number from 0", self.seed >= 0)
+        rule = f"a whole number from {LEAST_RESAMPLES} to {MOST_RESAMPLES}"
+        self.require("resamples", rule, LEAST_RESAMPLES <= self.resamples <= MOST_RESAMPLES)
+
+    def run(self) -> None:
+        a, b = (Results.load(path) for path in self.runs)
+        predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
+        found = compare.compare(a, b, self.seed, self.resamples)
+        _hand_out(self, compare.RENDERERS, found, [a.path, b.path, *predictions])
+
+
+@dataclasses.dataclass
+class FiguresConfig(Config):
+    """Figures of whatever the folders hold numbers for, single runs side by side; prints the paths written."""
+
+    runs: list[str] = flag(REQUIRED, _RUNS, positional=True)
+    output: str | None = flag(None, "folder of the figures; none: figures in the one folder")
+    format: str = flag("svg,png", "svg, png, or both with a comma")
+
+    def run(self) -> None:
+        from mtl_lora.report.figures import FORMATS, write_figures
+
+        formats = list(dict.fromkeys(name.strip().lower() for name in self.format.split(",")))
+        self.require("format", "svg or png, or both with a comma", set(formats) <= set(FORMATS))
+        print("\n".join(map(str, write_figures(self.runs, self.output, formats))))
+
+
+@dataclasses.dataclass
+class PageConfig(Config):
+    """One HTML file that needs nothing beside it: tables, figures, settings, commands and hashes."""
+
+    runs: list[str] = flag(REQUIRED, "run: the folder of one training, evaluation or study", positional=True)
+    output: str | None = flag(None, "path of the .html file; none: page.html in the folder")
+
+    def validate(self) -> None:
+        self.require("runs", "one folder", len(self.runs) == 1)
+
+    def run(self) -> None:
+        from mtl_lora.report.page import write_page
+
+        print(write_page(self.runs[0], self.output))
+
+
+COMMANDS: dict[str, type[Config]] = {
+    "table": TableConfig,
+    "details": DetailsConfig,
+    "compare": CompareConfig,
+    "figures": FiguresConfig,
+    "page": PageConfig,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one command; raises ``UserError`` for a user's mistake."""
+    if not arguments or arguments[0] in ("--help", "-h"):
+        lines = [f"  {name:8}  {config_class.__doc__}" for name, config_class in COMMANDS.items()]
+        print("\n".join(["usage: mtl-lora report COMMAND ... (COMMAND --help lists its flags)", "", *lines]))
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(f"unknown command report {name!r}{closest(name, list(COMMANDS))}")
+    parse(COMMANDS[name], rest, COMMANDS[name].__doc__).run()
+
+
+def _hand_out(
+    config: TableConfig | CompareConfig, renderers: dict[str, Callable], content, inputs: Sequence[Path]
+) -> None:
+    """Render; print or write; and print the notes to stderr where the format has no place for them."""
+    output = Path(config.output) if config.output else None
+    suffix = SUFFIXES.get(output.suffix.lower()) if output else None
+    style = config.format or (suffix if suffix in renderers else "markdown")
+    config.require("format", f"one of {', '.join(renderers)}", style in renderers)
+    if output and output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it")
+    if output and output.resolve() in {path.resolve() for path in inputs}:
+        raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
+    text = renderers[style](content)
+    if output:
+        write_text(output, text)
+    else:
+        print(text, end="")
+    if style == "csv":
+        # A warning that rows are not comparable must not be lost.
+        print("\n".join(content.notes), file=sys.stderr)

@@ -1,1 +1,0 @@
-"""Pictures of studies and runs; matplotlib is imported when one is drawn."""

@@ -1,0 +1,82 @@
+"""One HTML file of a study or a run that needs nothing beside it: tables, figures, settings, commands, hashes."""
+
+import base64
+import json
+from pathlib import Path
+
+from mtl_lora.errors import UserError
+from mtl_lora.files import write_all
+from mtl_lora.report.figures import draw
+from mtl_lora.report.load import RunFolder, load_run
+from mtl_lora.report.study_model import Study
+from mtl_lora.report.table import details, study_tables
+from mtl_lora.typed_json import object_of
+
+FILE_NAME = "page.html"
+
+
+def write_page(run: str, output: str | None = None) -> Path:
+    """Write the page of a study, a training or an evaluation; returns its path.
+
+    Raises ``UserError`` for a folder that holds none of them, and where a package is missing.
+    """
+    loaded = load_run(run)
+    path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / FILE_NAME
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output {path} must be the path of an .html file")
+    write_all({path: page(loaded).encode("utf-8")})
+    return path
+
+
+def page(run: Study | RunFolder) -> str:
+    """The page as text. Everything that a run holds is escaped."""
+    try:
+        import jinja2
+    except ImportError:
+        raise UserError("pages need jinja2, which is not installed; run pip install 'mtl-lora[report]'") from None
+    study = run if isinstance(run, Study) else run.study()
+    tables, facts = _of_study(run) if isinstance(run, Study) else _of_run(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawings = [
+        (drawing, f"data:image/svg+xml;base64,{base64.b64encode(drawing.render('svg')).decode()}")
+        for drawing in draw(study)
+    ]
+    facts = {name: _in_words(values) for name, values in facts.items()}
+    return environment.get_template(FILE_NAME).render(study=study, tables=tables, drawings=drawings, facts=facts)
+
+
+def _of_study(study: Study) -> tuple[list, dict[str, dict]]:
+    """(tables, facts by section): what the study was made from, then every run without its scores."""
+    shown = ("tables", "name", "about", "notes", "experiments", "transfer", "search", "task_set")
+    facts = {"Study": {key: value for key, value in object_of(study).items() if key not in shown}}
+    for experiment in study.experiments:
+        for run in experiment.runs:
+            name = experiment.name if run.seed is None else f"{experiment.name}, seed {run.seed}"
+            facts[name] = {key: value for key, value in object_of(run).items() if key not in ("tasks", "seed")}
+    return study_tables(study), facts
+
+
+def _of_run(run: RunFolder) -> tuple[list, dict[str, dict]]:
+    """The same of a single training, evaluation or both."""
+    results = run.results.to_json() if run.results else {}
+    evaluation = {key: value for key, value in results.items() if key not in ("tasks", "average", "adapter")}
+    adapter = run.adapter or results.get("adapter") or {}
+    facts = {"Evaluation": evaluation, "Training": run.training, "Adapter": adapter}
+    return [details(run.results)] if run.results else [], {name: found for name, found in facts.items() if found}
+
+
+def _in_words(value: object, name: str = "") -> dict[str, str]:
+    """Facts by name, of those that are known; a nested object's keys stand behind its own."""
+    if isinstance(value, dict):
+        return {key: text for part, entry in value.items() for key, text in _in_words(entry, f"{name} {part}").items()}
+    if isinstance(value, list):
+        value = "\n".join(
+            entry if isinstance(entry, str) else json.dumps(entry) for entry in value if entry is not None
+        )
+    return {} if value in (None, "") else {name.strip().replace("_", " "): str(value)}

@@ -1,0 +1,143 @@
+"""Settings of a training that cannot work are refused in one sentence before the base model is loaded."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from mtl_lora.base_model import BaseModel
+from mtl_lora.errors import UserError
+from mtl_lora.language.config import TrainConfig
+
+
+@pytest.fixture
+def refused(tiny_base, records_file, cache_dir, tmp_path, monkeypatch):
+    """Run training with settings that must be refused before the model is loaded; returns the sentence."""
+    from mtl_lora.language.train import run
+
+    def load_no_model(*arguments, **options):
+        raise AssertionError("the model must not be loaded with such settings")
+
+    monkeypatch.setattr(BaseModel, "load", load_no_model)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def start(**settings) -> str:
+        paths = {"base_model": tiny_base, "data_path": records_file, "cache_dir": cache_dir, "output_dir": "out"}
+        with pytest.raises(UserError) as caught:
+            run(TrainConfig(**{**paths, **settings}))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return start
+
+
+BAD_SETTINGS = {
+    # name of the case: (settings, facts that the sentence holds beside the setting's name and value)
+    "rank": ({"lora_r": 0}, ["at least 1"]),
+    "rank a fraction": ({"lora_r": 1.5}, ["a whole number"]),
+    "alpha": ({"lora_alpha": 0.0}, ["greater than 0"]),
+    "dropout": ({"lora_dropout": 1.0}, ["below 1"]),
+    "dropout negative": ({"lora_dropout": -0.1}, ["at least 0"]),
+    "temperature": ({"temperature": 0.0}, ["greater than 0"]),
+    "num_B": ({"num_B": 0}, ["at least 1"]),
+    "method": ({"adapter_name": "lorra"}, ["lora"]),
+    "no targets": ({"lora_target_modules": []}, []),
+    "unknown target": ({"lora_target_modules": ["query"]}, ["query", "q_proj (2)", "k_proj (2)"]),
+    "lambda_num": ({"lambda_num": 3}, ["8"]),
+    "batch": ({"batch_size": 0}, ["at least 1"]),
+    "batch a word": ({"batch_size": "all"}, ["a whole number"]),
+    "budget": ({"token_budget": -1}, ["at least 0"]),
+    "budget below a row": ({"token_budget": 30}, ["at least"]),
+    "budget and pool": ({"token_budget": 2048, "length_pool": 1}, ["--length_pool"]),
+    "sampling temperature": ({"sampling_temperature": 0.5}, ["at least 1"]),
+    "accumulation": ({"gradient_accumulation_steps": 0}, ["at least 1"]),
+    "learning rate": ({"learning_rate": 0.0}, ["greater than 0"]),
+    "learning rate NaN": ({"learning_rate": float("nan")}, ["a number"]),
+    "warm-up": ({"warmup_ratio": 1.0}, ["below 1"]),
+    "epochs": ({"num_epochs": 0.0}, ["greater than 0"]),
+    "steps": ({"max_steps": 0}, ["-1"]),
+    "seed": ({"seed": -1}, ["at least 0"]),
+    "cutoff": ({"cutoff_len": 0}, ["at least 1"]),
+    "cutoff below the template": ({"cutoff_len": 20}, []),
+    "template": ({"template": "alpacca"}, ["did you mean 'alpaca'?"]),
+    "dtype": ({"dtype": "fp8"}, ["bf16"]),
+    "held-out examples": ({"val_set_size": 96}, ["below"]),
+    "tasks file": ({"tasks_file": "nowhere.json"}, []),
+    "data file": ({"data_path": "nowhere.json"}, []),
+    "data a folder": ({"data_path": "."}, []),
+    "base model": ({"base_model": "./nowhere"}, ["smollm2-135m"]),
+    "base model a file": ({"base_model": "file"}, ["smollm2-135m"]),
+    "DeepSpeed": ({"deepspeed": "nowhere.json"}, []),
+    "DeepSpeed by an unknown name": ({"deepspeed": "zero4"}, []),
+    "DeepSpeed elsewhere": ({"deepspeed": "there/zero2.json"}, []),
+    "DeepSpeed no JSON": ({"deepspeed": "file"}, ["JSON"]),
+    "resume from nowhere": ({"resume_from_checkpoint": "nowhere"}, ["checkpoint-N"]),
+    "resume nothing": ({"resume_from_checkpoint": "True"}, ["out"]),
+    "resume and overwrite": (
+        {"resume_from_checkpoint": "True", "overwrite_output_dir": True},
+        ["--resume_from_checkpoint", "--overwrite_output_dir"],
+    ),
+    "cache below a file": ({"cache_dir": "file/rows"}, []),
+    "output below a file": ({"output_dir": "file/out"}, []),
+    "output a file": ({"output_dir": "file"}, []),
+}
+# Settings whose sentence names what they are instead of the flag.
+SPOKEN = {
+    "tasks_file": "tasks file",
+    "data_path": "data file",
+    "base_model": "model",
+    "deepspeed": "DeepSpeed",
+    "template": "template",
+    "cache_dir": "cache folder",
+    "output_dir": "file",
+    "resume_from_checkpoint": "",
+}
+
+
+@pytest.mark.parametrize("settings, facts", BAD_SETTINGS.values(), ids=list(BAD_SETTINGS))
+def test_setting_that_cannot_work_is_refused_before_the_model_loads(refused, tmp_path, settings, facts):
+    (tmp_path / "file").write_text("not JSON")
+    sentence = refused(**settings)
+    (name, value), *_ = settings.items()
+    assert SPOKEN.get(name, name) in sentence
+    assert len(settings) > 1 or value in ([], "True") or str(value).strip("[]'") in sentence
+    assert [fact for fact in facts if fact not in sentence] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "nothing may be left behind"
+
+
+@pytest.mark.parametrize(
+    "package, settings", [("wandb", {"wandb_project": "p"}), ("tensorboard", {"tensorboard": True})]
+)
+def test_flag_whose_package_is_missing_says_how_to_install_it(refused, monkeypatch, package, settings):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    (flag_name,) = settings
+    sentence = refused(**settings)
+    assert f"--{flag_name}" in sentence and f"pip install {package}" in sentence
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero2.json", "config/zero3.json"])
+def test_packaged_deepspeed_configuration_is_found_by_name(tmp_path, monkeypatch, name):
+    from mtl_lora.training.distributed import deepspeed_file
+
+    monkeypatch.chdir(tmp_path)
+    stage = json.loads(Path(deepspeed_file(name)).read_text())["zero_optimization"]["stage"]
+    assert f"zero{stage}" in name
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "zero3.json").write_text("{}")
+    assert deepspeed_file("config/zero3.json") == "config/zero3.json", "a file of the caller goes first"
+
+
+@pytest.mark.parametrize(
+    "left", ["run.json", "train_log.jsonl", "mtl_lora_config.json", "checkpoint-3/trainer_state.json"]
+)
+def test_output_folder_that_holds_a_run_is_left_as_it_is(refused, tmp_path, left):
+    path = tmp_path / "out" / left
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"step": 3}))
+    sentence = refused()
+    assert "out" in sentence and "--resume_from_checkpoint True" in sentence
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == json.dumps({"step": 3})

@@ -1,0 +1,113 @@
+"""What a user does first: the quick start in the checkout, and the installed wheel far from any checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from shared import PROJECT
+
+pytestmark = pytest.mark.slow
+
+
+def done(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command that must succeed; returns what it printed."""
+    command = [str(argument) for argument in command]
+    found = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+    assert found.returncode == 0, f"{' '.join(command)}\n{found.stdout}\n{found.stderr}"
+    return found
+
+
+def test_quick_start_trains_the_real_base_model_and_prints_a_table(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    small = {"OUTPUT": str(tmp_path), "MAX_STEPS": "1", "LIMIT": "1"}
+    found = done("bash", "script/quickstart.sh", cwd=PROJECT, VENV="", PATH=path, **small)
+    lines = [line for line in found.stdout.splitlines() if line.startswith("|")]
+    assert "SmolLM2-135M" in found.stdout and any(line.startswith("| MTL-LoRA") for line in lines)
+    assert found.stdout.strip() == (tmp_path / "table.md").read_text().strip()
+    (step,) = [json.loads(line) for line in (tmp_path / "checkpoint" / "train_log.jsonl").read_text().splitlines()][:1]
+    assert 0 < step["loss"] < 10
+    assert len(list((tmp_path / "mtl_lora" / "predictions").glob("*.jsonl"))) == 8
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A virtual environment with the wheel, in a folder with a space in its name, inside another git repository."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("a user") / "my project"
+    for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
+        copy(PROJECT / name, source / name)
+    build = "import setuptools.build_meta as build; print(build.build_wheel('wheels'))"
+    done(sys.executable, "-c", build, cwd=source, PYTHONPATH="")
+    (wheel,) = (source / "wheels").glob("*.whl")
+    done(sys.executable, "-m", "venv", "--without-pip", folder / ".venv", cwd=source)
+    (site,) = (folder / ".venv").glob("lib/python*/site-packages")
+    # The packages that are here, without the project's own editable install, which another .pth file makes.
+    (site / "present.pth").write_text(sysconfig.get_paths()["purelib"])
+    pip = [sys.executable, "-m", "pip", "--python", folder / ".venv" / "bin" / "python"]
+    done(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=source, PYTHONPATH="")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", folder]
+    done("git", "init", "-q", folder, cwd=source)
+    done(*git, "commit", "-q", "--allow-empty", "-m", "theirs", cwd=source)
+    return folder
+
+
+def test_installed_wheel_trains_evaluates_exports_and_draws(installed, tiny_base):
+    command = installed / ".venv" / "bin" / "mtl-lora"
+
+    def run(*arguments) -> str:
+        return done(command, *arguments, cwd=installed, PYTHONPATH="").stdout
+
+    options = ["happy", "sad"]
+    tasks = [{"name": name, "id": index, "options": options} for index, name in enumerate(("mood", "weather"))]
+    (installed / "tasks.json").write_text(json.dumps({"tasks": tasks}))
+    rows = [
+        {
+            "instruction": f"Is this happy or sad: {n}?",
+            "output": f"the correct answer is {options[n % 2]}",
+            "answer": options[n % 2],
+            "task": task["name"],
+        }
+        for n in range(8)
+        for task in tasks
+    ]
+    (installed / "train.json").write_text(json.dumps(rows))
+    for task in tasks:
+        (installed / "test" / task["name"]).mkdir(parents=True)
+        own = [row for row in rows if row["task"] == task["name"]]
+        (installed / "test" / task["name"] / "test.json").write_text(json.dumps(own))
+
+    train = [
+        "--tasks_file",
+        "tasks.json",
+        "--data_path",
+        "train.json",
+        "--output_dir",
+        "run",
+        "--base_model",
+        tiny_base,
+    ]
+    run("train", *train, "--max_steps=3", "--batch_size=4", "--save_step=0", "--dtype=fp32", "--system", "language")
+    run("evaluate", "--checkpoint", "run", "--data_dir", "test", "--mode", "score", "--dtype", "fp32")
+    run("export", "peft", "--checkpoint", "run", "--tasks", "mood", "--output", "peft", "--base_model", tiny_base)
+    assert "mood" in run("report", "table", "run/evaluation") and (installed / "peft").is_dir()
+    run("report", "figures", "run", "--output", "figures")
+    assert list((installed / "figures").rglob("*.*"))
+    results = json.loads((installed / "run" / "evaluation" / "results.json").read_text())
+    assert results["commit"] is None, "the commit of another project must not be given as ours"
+
+
+def test_installed_wheel_has_the_files_that_are_no_modules(installed):
+    (package,) = (installed / ".venv").glob("lib/python*/site-packages/mtl_lora")
+    data = {path.relative_to(PROJECT / "src" / "mtl_lora") for path in (PROJECT / "src" / "mtl_lora").rglob("*.*")}
+    data = {path for path in data if path.suffix not in (".py", ".pyc")}
+    assert {path for path in data if not (package / path).is_file()} == set()
+    names = [path.name for path in data]
+    assert {"zero2.json", "zero3.json", "commonsense.json", "textclass.json", "textclass_tasks.json"} <= set(names)
+    code = "from mtl_lora.training.distributed import deepspeed_file as f; print(f('zero3'), f('config/zero2.json'))"
+    python = installed / ".venv" / "bin" / "python"
+    assert done(python, "-c", code, cwd=installed, PYTHONPATH="").stdout.count(str(package)) == 2

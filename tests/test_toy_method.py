@@ -1,0 +1,108 @@
+"""A method that a test declares in one class goes through training, evaluation and report like a built-in one."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from reference.tiny import adapted_llama, tiny_llama, tokens
+from shared import QUICKSTART
+
+import mtl_lora
+from mtl_lora import UserError, artifacts, cli
+from mtl_lora.adapter import layer
+from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
+from mtl_lora.adapter.layer import AdapterLayer, Factors, layer_class
+from mtl_lora.config import flag
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.report.__main__ import main as report
+
+
+@pytest.fixture
+def toy():
+    """A method with parameters of its own names; it is forgotten after the test, which others do not know of."""
+
+    class ToyLayer(AdapterLayer):
+        """y = W x + b + (alpha / r) strength U V dropout(x)."""
+
+        method, title, paper = "toy", "Toy-LoRA", "2501.00001"
+
+        @dataclasses.dataclass
+        class Hyperparameters(Hyperparameters):
+            strength: float = flag(1.0, "factor on the update")
+
+            def validate(self) -> None:
+                self.require("strength", "greater than 0", self.strength > 0)
+
+        @staticmethod
+        def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+            return {"toy_V": (config.rank, k), "toy_U": (d, config.rank)}
+
+        def reset_parameters(self) -> None:
+            torch.nn.init.normal_(self.toy_V, std=0.1)
+            torch.nn.init.zeros_(self.toy_U)
+
+        def down(self) -> torch.Tensor:
+            return self.toy_V
+
+        def up(self) -> torch.Tensor:
+            return self.hyperparameters.strength * self.toy_U
+
+        def factors(self, task: str | int | None = None) -> Factors:
+            self.check_task(task)
+            return Factors(self.toy_V, self.up(), self.scale)
+
+    yield ToyLayer
+    del layer._registered["toy"]
+
+
+def test_toy_method_is_trained_evaluated_and_reported(toy, tiny_base, records_file, cache_dir, tmp_path, capsys):
+    run, scores = tmp_path / "run", tmp_path / "scores"
+    flags = {"base_model": tiny_base, "data_path": records_file, "cache_dir": cache_dir, "output_dir": run}
+    flags |= {"adapter_name": "toy", "strength": 0.5, "max_steps": 4, "save_step": 2, "learning_rate": 1e-2}
+    cli.main(["train", *(f"--{name}={value}" for name, value in flags.items()), "--dtype=fp32"])
+    assert json.loads((run / artifacts.RUN_CONFIG).read_text())["settings"]["strength"] == 0.5
+    saved = json.loads((run / artifacts.CHECKPOINT_CONFIG).read_text())["adapter"]
+    assert (saved["method"], saved["hyperparameters"]) == ("toy", {"strength": 0.5})
+    analysis = json.loads((run / artifacts.ADAPTER_ANALYSIS).read_text())
+    assert (analysis["method_title"], analysis["mixture"]) == ("Toy-LoRA", None)
+    assert len(analysis["layers"]) == 8
+
+    flags = {"checkpoint": run, "data_dir": QUICKSTART / "test", "output_dir": scores, "tasks": "boolq", "limit": 2}
+    cli.main(["evaluate", *(f"--{name}={value}" for name, value in flags.items())])
+    results = json.loads((scores / artifacts.RESULTS).read_text())
+    assert (results["method"], results["method_title"]) == ("toy", "Toy-LoRA")
+    capsys.readouterr()
+    report(["table", str(scores)])
+    assert results["name"] in capsys.readouterr().out
+
+
+def test_toy_method_is_saved_loaded_and_merged(toy, tmp_path):
+    model, input_ids = adapted_llama("toy", strength=0.5), tokens(3)
+    expected = model(input_ids=input_ids).logits
+    mtl_lora.save(model, tmp_path)
+    again = mtl_lora.load(tiny_llama(), tmp_path)
+    assert torch.equal(again(input_ids=input_ids).logits, expected)
+    assert torch.allclose(mtl_lora.merge(again)(input_ids=input_ids).logits, expected, rtol=1e-9)
+
+
+def test_toy_method_has_its_flag_and_its_rule_at_once(toy, capsys):
+    assert TrainConfig(strength=2.0).to_json()["strength"] == 2.0
+    with pytest.raises(SystemExit):
+        cli.parse(TrainConfig, ["--help"], "")
+    shown = capsys.readouterr().out
+    assert "--strength  (a number; default: 1.0)\n      Toy-LoRA: factor on the update" in shown
+    assert "toy (Toy-LoRA)" in shown
+    with pytest.raises(UserError, match=r"--strength must be greater than 0, not 0.0"):
+        cli.parse(TrainConfig, ["--adapter_name=toy", "--strength=0"], "")
+    # A flag that the chosen method does not read changes nothing.
+    assert TrainConfig(adapter_name="lora", strength=0.0)
+
+
+def test_a_name_is_declared_once(toy):
+    with pytest.raises(TypeError, match="two classes declare the method 'toy'"):
+
+        class Other(AdapterLayer):
+            method, title = "toy", "Another"
+
+    assert layer_class("toy") is toy
