@@ -119,7 +119,7 @@ def test_options_with_the_same_tokens_are_refused_by_name():
 def test_scores_and_logits_that_are_not_numbers_are_refused():
     model = adapted_llama(dtype=torch.float32)
     next(iter(mtl_lora.adapter_layers(model).values())).lora_A.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="question 0 of own has the scores .*nan"):
+    with pytest.raises(UserError, match=r"question 0 of own has the scores .*nan"):
         score_options(model, Tokens(), questions([0] * len(PROMPTS)))
     encoder = Tokens()
     encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})
