@@ -218,8 +218,8 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
     if _backward_pass() != -1:
         raise UserError(
             "a layer is recomputed in the backward pass without the task ids of its forward: pass use_reentrant=False "
-            "and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, or turn on "
-            "transformers' own gradient checkpointing"
+            "and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, or turn on the "
+            "gradient checkpointing of transformers"
         )
     raise UserError(
         "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):`"
