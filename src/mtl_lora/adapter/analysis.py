@@ -41,10 +41,11 @@ def analyse(checkpoint: str | Path) -> dict:
     method, tasks = layer_class(config.adapter_config.method), config.adapter_config.tasks
     adapter = adapter_without_base(checkpoint, config, dtype=torch.float64)
     layers = in_depth_order(adapter_layers(adapter), config.adapter_config.target_modules)
-    mixtures = {name: layer.mixture(torch.arange(len(tasks))) for name, layer in layers.items() if tasks}
+    ids = torch.arange(len(tasks))
+    mixtures = {name: layer.mixture(ids) for name, layer in layers.items()} if method.needs_task_ids else {}
     comparable = method.needs_task_ids and method.has_factors
     compared = layers if comparable and len(tasks) <= MOST_TASKS else {}
-    transforms = [found for layer in compared.values() if (found := layer.task_transforms()) is not None]
+    transforms = [found for layer in compared.values() if (found := layer.task_transforms(ids)) is not None]
     updates = {name: _cosines(_update_products(layer)) for name, layer in compared.items()}
     by_module: dict[str, list[torch.Tensor]] = {}
     for name, similarity in updates.items():

@@ -28,8 +28,9 @@ class Injection:
     slots: list[Slot]  # modules_to_save
     checkpointed: list[nn.Module]  # modules that transformers may checkpoint
     has_head: bool  # whether the output head carries an adapter
-    unchecked: bool  # whether a layer that is never called is still looked for
-    called: set[int] = dataclasses.field(default_factory=set)  # ids of the layers called while it is looked for
+    allow_unused: bool  # whether a layer may be left out by a forward that trains
+    unchecked: bool = True  # whether no forward that trains has been looked at yet
+    called: set[int] = dataclasses.field(default_factory=set)  # ids of the layers called while it is looked at
     watchers: list = dataclasses.field(default_factory=list)  # hooks of the layers meanwhile
     handles: list = dataclasses.field(default_factory=list)  # hooks of the model
 
@@ -60,7 +61,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         slots=slots,
         checkpointed=[module for module in root.modules() if hasattr(module, "gradient_checkpointing")],
         has_head=head in layers,
-        unchecked=not allow_unused,
+        allow_unused=allow_unused,
     )
     root.requires_grad_(False)
     for layer in layers.values():
@@ -279,10 +280,23 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not _is_compiled():
+            _refuse_drifting_averages(model)
             injection.called.clear()
             note = functools.partial(_note_call, injection.called)
             injection.watchers = [layer.register_forward_pre_hook(note) for layer in adapter_layers(model).values()]
     return arguments, options
+
+
+def _refuse_drifting_averages(model: nn.Module) -> None:
+    """Raise ``UserError`` for a frozen batch norm in training mode: its running averages would change, unsaved."""
+    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
+    for name, module in named_modules(model):
+        tracks = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if tracks and module.training and module not in kept:
+            raise UserError(
+                f"the batch norm {name} is frozen, and in training mode it changes its running averages, which a "
+                "checkpoint would not hold; name it in modules_to_save, or call eval() on it before each forward"
+            )
 
 
 @torch._disable_dynamo
@@ -299,7 +313,7 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
         return
     layers = adapter_layers(model)
     unused = [name for name, layer in layers.items() if id(layer) not in injection.called and not _is_expert(name)]
-    if unused:
+    if unused and not injection.allow_unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
             f"the adapter layer {unused[0]}{others} of {len(layers)} was not called in a forward that trains, so it "

@@ -24,21 +24,19 @@ _RULE = f"task_ids must be names or whole numbers of shape {_SHAPES}"
 
 
 class Route:
-    """The task ids of one batch as they were passed: ``task_ids``, or ``names`` until an adapter's tasks are known.
+    """The task ids of one batch: a tensor, or names as they were passed, until an adapter's tasks are known.
 
     Raises ``UserError`` for what is neither names nor whole numbers of shape (B,) or (B, L).
     """
 
     def __init__(self, task_ids):
-        self.names: list | None = None
-        self.task_ids: torch.Tensor | None = None
         self._in_range_of = -1  # the number of tasks for which the ids were found to be in range
         if not isinstance(task_ids, torch.Tensor | str):
             rows = first = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
             while isinstance(first, list | tuple) and first:
                 first = first[0]
             if isinstance(first, str):
-                self.names = list(rows)
+                self.task_ids: torch.Tensor | list = list(rows)
                 return
         try:
             task_ids = torch.as_tensor(task_ids)
@@ -52,8 +50,8 @@ class Route:
 
     def repeated(self, repeats: int) -> "Route":
         """The route of a batch in which every row stands ``repeats`` times (beam search)."""
-        if self.names is not None:
-            return Route([row for row in self.names for _ in range(repeats)])
+        if isinstance(self.task_ids, list):
+            return Route([row for row in self.task_ids for _ in range(repeats)])
         return Route(self.task_ids.repeat_interleave(repeats, dim=0))
 
     def bind(self, tasks: list[str], like: torch.Tensor | None = None, keep=None) -> "BoundRoute":
@@ -61,7 +59,7 @@ class Route:
 
         like: the model's input (B, L, ...), for its device and length. keep: the forward's ``logits_to_keep``.
         """
-        ids = self._checked(tasks) if self.names is None else self._resolved(tasks)
+        ids = self._resolved(tasks)
         if like is not None:
             ids = _moved(ids, like.device)
         is_sequence = like is not None and (like.dim() == 3 or (like.dim() == 2 and not like.is_floating_point()))
@@ -69,20 +67,18 @@ class Route:
         return BoundRoute(ids, length, None if keep is None else _kept(ids, length, keep))
 
     def _resolved(self, tasks: list[str]) -> torch.Tensor:
-        index = {name: position for position, name in enumerate(tasks)}
-        try:
-            rows = [index[row] if isinstance(row, str) else [index[name] for name in row] for row in self.names]
-            return torch.tensor(rows)
-        except KeyError as error:
-            raise UserError(f"there is no task {error.args[0]!r}; the adapter's tasks are {_listed(tasks)}") from None
-        except (TypeError, ValueError):
-            raise UserError(f"{_RULE}, not {self.names!r}") from None
-
-    def _checked(self, tasks: list[str]) -> torch.Tensor:
         ids = self.task_ids
+        if isinstance(ids, list):
+            index = {name: position for position, name in enumerate(tasks)}
+            try:
+                return torch.tensor([index[row] if isinstance(row, str) else [index[n] for n in row] for row in ids])
+            except KeyError as error:
+                raise UserError(f"there is no task {error.args[0]!r}; {_listed(tasks)}") from None
+            except (TypeError, ValueError):
+                raise UserError(f"{_RULE}, not {ids!r}") from None
         if self._in_range_of == len(tasks) or not ids.numel():
             return ids
-        rule = f"outside 0 to {len(tasks) - 1}; the adapter's tasks are {_listed(tasks)}"
+        rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
             torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}")
         else:
@@ -91,6 +87,10 @@ class Route:
                 raise UserError(f"task id {lowest if lowest < 0 else highest} is {rule}")
         self._in_range_of = len(tasks)
         return ids
+
+
+def _listed(tasks: list[str]) -> str:
+    return "the adapter's tasks are " + ", ".join(f"{index} {name}" for index, name in enumerate(tasks))
 
 
 class BoundRoute:
@@ -117,10 +117,6 @@ class BoundRoute:
             f"a batch of shape {tuple(x.shape[:-1])} does not match task_ids of shape {tuple(ids.shape)}; "
             f"pass ids of shape {_SHAPES}"
         )
-
-
-def _listed(tasks: list[str]) -> str:
-    return ", ".join(f"{index} {name}" for index, name in enumerate(tasks))
 
 
 def _moved(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -193,10 +189,9 @@ def checkpoint_context() -> tuple[_Held, _Held]:
 
 def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> None:
     """Put the ids of a forward in force: those passed to it, or else those of the ``use`` block around it."""
-    route = None
-    if task_ids is not None:
-        route = Route(task_ids)
-    elif _routes.backward == _backward_pass():  # a whole model that is recomputed must not read another batch's block
+    route = None if task_ids is None else Route(task_ids)
+    # A whole model that is recomputed must not read another batch's block.
+    if route is None and _routes.backward == _backward_pass():
         route = _routes.outer
     _routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
 
@@ -223,8 +218,8 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
     if _backward_pass() != -1:
         raise UserError(
             "a layer is recomputed in the backward pass without the task ids of its forward: pass use_reentrant=False "
-            "and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, or turn on "
-            "transformers' own gradient checkpointing"
+            "and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, or turn on the "
+            "gradient checkpointing of transformers"
         )
     raise UserError(
         "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):`"

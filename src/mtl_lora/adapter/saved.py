@@ -18,7 +18,7 @@ from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 
 # Wrappers that stand between a module and its name, and the attribute under which they hold it.
-WRAPPERS = {
+_WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
@@ -36,7 +36,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _wrapper_attribute(module: nn.Module) -> str | None:
-    found = (WRAPPERS.get(cls.__name__) for cls in type(module).__mro__)
+    found = (_WRAPPERS.get(cls.__name__) for cls in type(module).__mro__)
     return next((attribute for attribute in found if attribute in module._modules), None)
 
 
@@ -112,9 +112,9 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is not None and key not in module._non_persistent_buffers_set:
                 name = f"{path}.{key}" if path else key
-                by_name[name] = slots.setdefault(id(value), Slot(name, [], value))
-                if (module, key) not in by_name[name].places:
-                    by_name[name].places.append((module, key))
+                by_name[name] = slot = slots.setdefault(id(value), Slot(name, [], value))
+                if (module, key) not in slot.places:
+                    slot.places.append((module, key))
     chosen: dict[int, str] = {}
     for entry in entries:
         roots = tuple(f"{name}." for name in whole_modules(model, [entry]))
