@@ -213,8 +213,8 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
                 f"{', '.join(task_set.names)}; one table needs results of one task set"
             )
     if published and set(task_set.names) != set(others[0].cells):
-        names = ", ".join(task_set.names)
-        raise UserError(f"--published is for the commonsense tasks, and {results[0].path} is about {names}")
+        names = f"{results[0].path} is about {', '.join(task_set.names)}"
+        raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
     facts = ("method", "base_model", "mode", "trainable")
