@@ -27,7 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 GREY, LIGHT = "#666666", "#dddddd"
 MOST_WRITTEN = 12  # tasks up to which numbers fit into the cells of a matrix
-_SMOOTHED = 20  # the running mean of a loss is over one in so many of the log's lines
+_SMOOTHED = 20  # the running mean of a loss is over 1/20 of the lines of its log
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
