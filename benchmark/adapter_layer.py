@@ -3,7 +3,7 @@
     python benchmark/adapter_layer.py
 
 Layers, all around the same frozen linear layer without bias, k = d, 8 tasks, r 8, same input and gradient:
-  frozen      the limit: forward, and backward to the input
+  frozen      a reference, no bound: forward, and backward to the input
   peft        PEFT's LoRA layer (peft.tuners.lora.Linear), dropout alike
   lora, dora, multilora, moelora, mtl_lora   ours
   gathering   MTL-LoRA with copies of A, Lambda and B for every row (baselines/gathering.py)

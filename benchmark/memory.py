@@ -1,4 +1,4 @@
-"""Peak memory of a training step, by method, against LoRA and the frozen limit: each side in a process of its own.
+"""Peak memory of a training step, by method, against LoRA and the frozen base: each side in a process of its own.
 
     python benchmark/memory.py --data_path commonsense_170k_taskid.json
 
@@ -24,7 +24,7 @@ from pipelines import Pipeline, add_sides, pipeline
 from mtl_lora.adapter.inject import trainable_parameters
 from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.collate import Collator
+from mtl_lora.language.batches import Collator
 
 MEASURES = ("held", "tensors", "process")
 
@@ -58,7 +58,7 @@ def measure_in_own_process(name: str, arguments: argparse.Namespace) -> dict:
 
 
 def measure_alone(arguments: argparse.Namespace) -> dict:
-    """Bytes that one side needs above the base model, and its number of trained weights."""
+    """Bytes that one side needs above the base model, and its number of trainable parameters."""
     tokenizer, device = BaseModel(arguments.base_model).tokenizer(), device_for_this_process()
     rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
     longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-arguments.batch_size :]
@@ -100,7 +100,7 @@ def kept_bytes(side: Pipeline) -> int:
 
 
 def report(found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
-    """The table: megabytes by side, and how many times those of LoRA and of the frozen limit."""
+    """The table: megabytes by side, and how many times those of LoRA and of the frozen base."""
     results, lines = {}, []
     references = [name for name in ("lora", "frozen") if name in found]
     for name, repeats in found.items():
@@ -121,7 +121,7 @@ def report(found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
                 *(f"{tensors / results[other]['tensors']['median']:.3f}" for other in references),
             ]
         )
-    header = ["pipeline", "trained weights", "held, MB", "tensors, MB", "process, MB"]
+    header = ["pipeline", "trainable parameters", "held, MB", "tensors, MB", "process, MB"]
     text = markdown_table([*header, *(f"tensors / {other}'s" for other in references)], lines)
     facts = next(iter(found.values()))[0]
     shape = " x ".join(str(size) for size in facts["shape"])

@@ -1,4 +1,4 @@
-"""The training pipelines that benchmarks compare: ours, the original's way, PEFT's, and the frozen limit."""
+"""The training pipelines that benchmarks compare: ours, the reference implementation, PEFT's, and the frozen base."""
 
 import argparse
 import copy
@@ -15,23 +15,22 @@ from transformers import PreTrainedModel
 
 import mtl_lora
 from mtl_lora import route
-from mtl_lora.adapter.inject import replace_module
 from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
-from mtl_lora.language.loss import token_losses
+from mtl_lora.language.batches import token_losses
 from mtl_lora.language.tasks import COMMONSENSE
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
 SIDES = {
-    "original": "the original's way: random batches padded to their longest row, logits for every token, gradient "
-    "checkpointing, the gathering form of MTL-LoRA (baselines/gathering.py)",
+    "original": "the reference implementation: random batches padded to their longest row, logits for every token, "
+    "gradient checkpointing, the gathering form of MTL-LoRA (baselines/gathering.py)",
     "peft": "PEFT's LoRA in its usual set-up: random padded batches, logits for every token, no checkpointing",
     **dict.fromkeys(methods(), "ours: rows of similar length, logits for answers only"),
     "gathering": "as mtl_lora, but its layers in the gathering form (baselines/gathering.py)",
     "looping": "as mtl_lora, but its layers loop over the tasks (baselines/looping.py)",
     "peft_layer": "as lora, but with PEFT's layers",
-    "frozen": "the limit: no adapter; forward, and backward to the embeddings, on our batches and logits",
+    "frozen": "a reference, no bound: no adapter; forward, and backward to the embeddings, on our batches and logits",
     "mtl_lora_N_tasks": "as mtl_lora, with N tasks, over all of which the ids of the same rows are spread",
 }
 _BASELINE_LAYERS = {
@@ -98,7 +97,8 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         model.enable_input_require_grads()
     else:
         names = [f"task{number}" for number in range(tasks)] if tasks else COMMONSENSE.names
-        mtl_lora.inject(model, adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names))
+        config = adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names)
+        mtl_lora.inject(model, config, allow_unused=name in _BASELINE_LAYERS)  # those call the layer's parts instead
         replace_layers(model, _BASELINE_LAYERS.get(name))
     if name == "original":
         model.activation_checkpointing_enable()
@@ -136,7 +136,7 @@ def replace_layers(model: nn.Module, form: type[nn.Module] | None) -> None:
     """Every ``MtlLoraLayer`` of a model inside another form of it; None changes nothing."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MtlLoraLayer)}
     for name, layer in layers.items() if form else ():
-        replace_module(model, name, form(layer))
+        model.set_submodule(name, form(layer))
 
 
 def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:

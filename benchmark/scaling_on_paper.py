@@ -2,7 +2,7 @@
 
     python benchmark/scaling_on_paper.py
 
-Only adapter weights travel; the frozen base lies whole on every GPU. With N GPUs, P trained float32 weights, a ring:
+Only adapter weights travel; every GPU holds the frozen base. With N GPUs, P trainable float32 parameters, a ring:
   reduce-scatter of the gradients   (N - 1) / N x 4 P bytes sent by each GPU
   all-gather of the weights         (N - 1) / N x 4 P bytes
   ZeRO-2                            both: 2 (N - 1) / N x 4 P
@@ -46,7 +46,7 @@ def communication(gpus: int, bandwidth: float, latency: float) -> float:
 
 
 def compute(rows: float, flops: float) -> float:
-    """Seconds of forward and backward of so many rows on one GPU that does ``flops`` a second."""
+    """Seconds of forward and backward of that many rows on one GPU that does ``flops`` a second."""
     return 4 * WEIGHTS * rows * TOKENS_A_ROW / flops
 
 
@@ -80,7 +80,7 @@ def text(peak: float, utilisation: float) -> str:
     )
     return "\n\n".join(
         [
-            f"Bytes sent by each GPU in a step, {TRAINED:,} trained float32 weights:",
+            f"Bytes sent by each GPU in a step, {TRAINED:,} trainable float32 parameters:",
             sent,
             f"8 rows a GPU, so the step grows with the GPUs. Assumed: {peak:g} TFLOP/s a GPU at "
             f"{100 * utilisation:g} % utilisation. By link: communication in ms (efficiency):",

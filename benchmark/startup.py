@@ -30,7 +30,7 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_flag("data_path", "training records", default="commonsense_170k_taskid.json")
     flags.add_flag("base_model", "whose tokenizer", default="smollm2-135m")
-    flags.add_flag("records", "only the first so many (default: all)", type=count)
+    flags.add_flag("records", "only the first n (default: all)", type=count)
     flags.add_flag("rounds", "times that each side is timed", type=count, default=3)
     arguments = flags.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def first_records(data_path: str, count: int, folder: Path) -> Path:
-    """A data file of the first so many records."""
+    """A data file of the first ``count`` examples."""
     records = json.loads(Path(data_path).read_text(encoding="utf-8"))
     path = folder / "records.json"
     path.write_text(json.dumps(records[:count]), encoding="utf-8")

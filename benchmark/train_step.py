@@ -25,9 +25,9 @@ def main() -> None:
     flags = parser(__doc__)
     add_data(flags, records=128)
     add_sides(flags, "frozen,original,peft,lora,mtl_lora")
-    flags.add_flag("tasks", "further sides: MTL-LoRA with so many tasks each, as 2,8,64,512", type=counts)
+    flags.add_flag("tasks", "further sides: MTL-LoRA with n tasks each, as 2,8,64,512", type=counts)
     flags.add_flag("rounds", "passes of every side over all records", type=count, default=8)
-    flags.add_argument("--optimiser", action="store_true", help="AdamW on the trained weights after every batch")
+    flags.add_argument("--optimiser", action="store_true", help="AdamW on the trainable parameters after every batch")
     flags.add_argument("--memory", action="store_true", help="also the peak of a step on the longest batch")
     arguments = flags.parse_args()
     arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]

@@ -63,11 +63,12 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def get(server, tmp_path, monkeypatch):
-    """Fetch the server's file to ``get.path``; the pauses between attempts are noted instead of waited."""
+def get(server, tmp_path, monkeypatch, capsys):
+    """Fetch the server's file to ``get.path``, 1 if it was; pauses between attempts are noted instead of waited."""
 
-    def run(url=None, file=KNOWN["git blob"]):
-        return fetch_all(url or server.url, tmp_path, {"task/train.json": file})
+    def run(url=None, file=KNOWN["git blob"]) -> int:
+        fetch_all(url or server.url, tmp_path, {"task/train.json": file})
+        return int(capsys.readouterr().out.split()[0])
 
     run.path, run.pauses = tmp_path / "task" / "train.json", []
     monkeypatch.setattr(pooch.core.time, "sleep", run.pauses.append)

@@ -202,7 +202,7 @@ def test_named_dtypes():
     assert [choose_dtype(name) for name in ("bf16", "fp32", "fp64")] == [torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("name", ["fp16", "bfloat16", "", "BF16"])
+@pytest.mark.parametrize("name", ["fp8", "bfloat16", "", "BF16"])
 def test_unknown_dtype_lists_the_known_ones(name):
     with pytest.raises(UserError, match=f"dtype must be one of auto, bf16, fp32, fp64, not {name!r}"):
         choose_dtype(name)

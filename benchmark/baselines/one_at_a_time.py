@@ -1,4 +1,4 @@
-"""The evaluation that ours is measured against, frozen: one question at a time, the whole text anew for every token.
+"""The evaluation that ours is measured against, frozen: one question at a time, the whole text again for every token.
 
 This is how evaluation scripts of this family ask: no KV cache, batch size 1, greedy, up to 8 new tokens, ended by EOS.
 Nothing in it is slowed down on purpose: same model, dtype and threads, no gradients, only the last position projected

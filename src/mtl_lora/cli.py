@@ -41,8 +41,8 @@ COMMANDS = {
     ),
     "evaluate": Command("mtl_lora.language.commands:evaluate", "score a checkpoint or a base model on test sets"),
     "predict": Command("mtl_lora.language.commands:predict", "answer the examples of a file with a checkpoint"),
-    "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
-    "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
+    "export": Command("mtl_lora.export.cli:main", "PEFT LoRA per task, merged models, imports"),
+    "report": Command("mtl_lora.report.cli:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
         "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"
     ),
@@ -55,8 +55,8 @@ SETS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a user's mistake ends in one sentence and exit code 2."""
+def main(arguments: Sequence[str] | None = None, **options) -> None:
+    """Run one command; a user's mistake ends in one sentence and exit code 2. options: of the command's function."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with user_errors_to_exit_code():
         if not arguments or arguments[0] in _HELP:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
         module, _, function = COMMANDS[name].home.partition(":")
         try:
-            getattr(importlib.import_module(module), function)(rest)
+            getattr(importlib.import_module(module), function)(rest, **options)
         except ModuleNotFoundError as error:
             if (error.name or "mtl_lora").startswith("mtl_lora"):
                 raise

@@ -40,25 +40,20 @@ def github_raw(repository: str, commit: str) -> str:
     return f"https://raw.githubusercontent.com/{repository}/{commit}"
 
 
-def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> int:
+def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> None:
     """Fetch what is missing or differs of ``{path below folder: file}`` from below ``base_url``.
 
     Each file goes to a temporary name and gets its own once its hash is right. Broken transfers and other bytes are
-    tried ``ATTEMPTS`` times. Returns the number of files fetched; raises ``UserError`` for the first that fails, with
+    tried ``ATTEMPTS`` times. Prints the number of files fetched; raises ``UserError`` for the first that fails, with
     those before it in their place.
     """
     if not re.match(r"https?://[^/]", base_url):
         raise UserError(f"{base_url!r} is not an address to download from; it must begin with https:// or http://")
     missing = [name for name, file in files.items() if not ((folder / name).is_file() and file.matches(folder / name))]
-    if not missing:
-        return 0
-    try:
+    for name in missing:
         import pooch
         import requests
-        import tqdm  # noqa: F401 - pooch draws its progress with it
-    except ImportError as error:
-        raise UserError(f"downloads need the package {error.name}; pip install 'mtl-lora[data]'") from None
-    for name in missing:
+
         file, url = files[name], f"{base_url.rstrip('/')}/{files[name].path}"
 
         def transfer(url: str, output: str, store: pooch.Pooch, file: RemoteFile = file) -> None:
@@ -84,4 +79,4 @@ def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> i
             ) from None
         except OSError as error:
             raise UserError(f"{folder / name} cannot be written ({error.strerror or error})") from None
-    return len(missing)
+    print(f"{len(missing)} files downloaded to {folder}, {len(files) - len(missing)} were there")

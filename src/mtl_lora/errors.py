@@ -1,6 +1,5 @@
 """The one exception for a user's mistake, and how a command line turns it into a sentence and exit code 2."""
 
-import argparse
 import contextlib
 import os
 import sys
@@ -44,15 +43,3 @@ def files_within_reach():
         yield
     except OSError as error:
         raise UserError(f"a file or folder cannot be used: {error}") from None
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Complains of its flags as everything else does: one sentence, exit code 2, no usage text."""
-
-    def error(self, message: str):
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        raise SystemExit(EXIT_CODE)
-
-    def add_flag(self, name: str, text: str, **options) -> None:
-        """Add ``--name``, which may be written with ``_`` or ``-`` between its words; ``text`` is its help."""
-        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=text, **options)

@@ -1,8 +1,7 @@
 """``results.json``: what an evaluation measured, and everything needed to trace, repeat and compare it.
 
 Evaluation writes it through these classes (schema 2); tables, comparisons, figures and studies read it through them.
-Schema 1, in which every metric was an accuracy, is read for ever. Nothing here knows a system or a benchmark: a task
-is a name, a title and a metric.
+Schema 1, in which every metric was an accuracy, is read for ever. Nothing here knows a system or a benchmark.
 """
 
 import dataclasses
@@ -10,28 +9,15 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from mtl_lora import artifacts, files
+from mtl_lora import artifacts, files, typed_json
 from mtl_lora.errors import UserError
-from mtl_lora.typed_json import (
-    UNWRITTEN,
-    Count,
-    Error,
-    Fraction,
-    Index,
-    Name,
-    Reader,
-    Text,
-    object_of,
-    read_object,
-    to_json,
-)
 
 SCHEMA = 2
 # Metrics that are fractions from 0 to 1 and shown in percent, with their titles; any other is shown as it is.
 FRACTIONS = {
     "accuracy": "Accuracy",
-    "exact_match": "Exact match",
     "acc_norm": "Accuracy (length-normalised)",
+    "exact_match": "Exact match",
     "f1": "F1",
 }
 # A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
@@ -59,35 +45,32 @@ class TaskResult:
     measured: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read_json(cls, reader: Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
+    def read_json(cls, reader: typed_json.Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
         """From JSON; groups and other measures have the ``metric`` of their task unless they name another."""
-        entries, key = dict(reader.read(dict, value, place)), "value"
+        entries, key = {"metric": metric, **reader.read(dict, value, place)}, "value"
         if reader.schema == 1:
             entries = {"acc_norm" if name == "normalised" else name: entry for name, entry in entries.items()}
-            entries["metric"], key = "accuracy", "accuracy"
-        if metric is None or "metric" in entries:
-            metric = reader.key(entries, "metric", Text, place)
-        number = Fraction if metric in FRACTIONS else float
-        known = {
-            "value": reader.key(entries, key, number, place),
-            "stderr": reader.key(entries, "stderr", Error | None, place),
-            "n": reader.key(entries, "n", Count, place),
-            "majority": reader.read(number | None, entries.get("majority"), f"{place}.majority"),
-        }
-        groups = reader.read(dict, entries.get("groups") or {}, f"{place}.groups")
-        known["groups"] = {
-            name: cls.read_json(reader, group, f"{place}.groups.{name}", metric) for name, group in groups.items()
-        }
-        others, measured = {}, {}
-        for name, entry in entries.items():
-            if name in known or name in ("metric", key):
-                continue
+            entries["metric"] = key = "accuracy"
+        metric = reader.key(entries, "metric", typed_json.Text, place)
+        number = typed_json.Fraction if metric in FRACTIONS else float
+        groups = reader.read(dict, entries.pop("groups", None) or {}, f"{place}.groups")
+        others = {
+            name: cls.read_json(reader, entry, f"{place}.{name}", metric)
+            for name, entry in entries.items()
             # ``predicted`` counts answers, which may have any name.
-            if name != "predicted" and isinstance(entry, dict) and {key, "stderr", "n"} <= entry.keys():
-                others[name] = cls.read_json(reader, entry, f"{place}.{name}", metric)
-            else:
-                measured[name] = entry
-        return cls(metric, **known, others=others, measured=measured)
+            if name != "predicted" and isinstance(entry, dict) and {key, "stderr", "n"} <= entry.keys()
+        }
+        known = {"metric", key, "stderr", "n", "majority", *others}
+        return cls(
+            metric,
+            reader.key(entries, key, number, place),
+            reader.key(entries, "stderr", typed_json.Error | None, place),
+            reader.key(entries, "n", typed_json.Count, place),
+            reader.read(number | None, entries.get("majority"), f"{place}.majority"),
+            {name: cls.read_json(reader, group, f"{place}.groups.{name}", metric) for name, group in groups.items()},
+            others,
+            {name: entry for name, entry in entries.items() if name not in known},
+        )
 
     def to_json(self, within: str | None = None) -> dict:
         """A JSON object; ``within``: the metric of the task that this is a part or another measure of."""
@@ -109,38 +92,33 @@ class Average:
     groups: dict[str, "Average"] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict:
-        value = {"value": self.value, "stderr": self.stderr, "tasks": self.tasks}
-        return value | ({"groups": to_json(self.groups)} if self.groups else {})
+        return {key: typed_json.to_json(value) for key, value in vars(self).items() if key != "groups" or value}
 
 
 def average_of(results: Iterable[TaskResult]) -> Average:
     """The plain mean of at least one result; its standard error is sqrt(sum of squared standard errors) / T."""
     results, groups = list(results), {}
-    for result in results:
-        for name, group in result.groups.items():
-            groups.setdefault(name, []).append(group)
-    errors = [result.stderr for result in results]
-    return Average(
-        value=sum(result.value for result in results) / len(results),
-        stderr=None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(results),
-        tasks=len(results),
-        groups={name: average_of(parts) for name, parts in groups.items()},
-    )
+    for name, group in (pair for result in results for pair in result.groups.items()):
+        groups.setdefault(name, []).append(group)
+    errors, count = [result.stderr for result in results], len(results)
+    error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / count
+    mean = sum(result.value for result in results) / count
+    return Average(mean, error, count, {name: average_of(parts) for name, parts in groups.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
     """The number of trainable parameters (``adapter``) and of all parameters of the model (``total``)."""
 
-    adapter: Index
-    total: Count
+    adapter: typed_json.Index
+    total: typed_json.Count
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    name: Name
-    id: Index
-    title: Text | None = None
+    name: typed_json.Name
+    id: typed_json.Index
+    title: typed_json.Text | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +136,10 @@ class TaskNames:
     @classmethod
     def from_json(cls, value: object, source: str = "the task set") -> "TaskNames":
         """From a task set's JSON; raises ``UserError`` naming ``source`` and what is wrong."""
-        return cls.read_json(Reader(source), value, "task_set")
+        return cls.read_json(typed_json.Reader(source), value, "task_set")
 
     @classmethod
-    def read_json(cls, reader: Reader, value: object, place: str) -> "TaskNames":
+    def read_json(cls, reader: typed_json.Reader, value: object, place: str) -> "TaskNames":
         tasks = reader.key(reader.read(dict, value, place), "tasks", list[_Task], place)
         tasks.sort(key=lambda task: task.id)
         names = [task.name for task in tasks]
@@ -193,67 +171,57 @@ class Results:
     adapter: the checkpoint's own description. path: the file it was read from.
     """
 
-    system: Text = "language"
-    name: Text
-    method: Text | None = None
-    method_title: Text | None = None
-    base_model: Text | None = None
-    mode: Text | None = None
+    system: typed_json.Text = "language"
+    name: typed_json.Text
+    method: typed_json.Text | None = None
+    method_title: typed_json.Text | None = None
+    base_model: typed_json.Text | None = None
+    mode: typed_json.Text | None = None
     trainable: Trainable | None = None
     tasks: dict[str, TaskResult]
     task_set: TaskNames
     settings: dict = dataclasses.field(default_factory=dict)
-    data: dict[str, Text | None] = dataclasses.field(default_factory=dict)
+    data: dict[str, typed_json.Text | None] = dataclasses.field(default_factory=dict)
     adapter: dict | None = None
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
     command: str | None = None
     device: str | None = None
     commit: str | None = None
-    path: Path | None = dataclasses.field(default=None, compare=False, metadata=UNWRITTEN)
+    path: Path | None = dataclasses.field(default=None, compare=False, metadata=typed_json.UNWRITTEN)
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
         """Read a results file, or the one in a folder; raises ``UserError`` naming the file and the key."""
-        path = Path(path)
-        path = path / artifacts.RESULTS if path.is_dir() else path
+        path = Path(path) / artifacts.RESULTS if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(f"there is no results file {path}; pass a {artifacts.RESULTS} or a folder that has one")
-        return cls.from_json(read_object(path, "the results file"), str(path), path)
+        return cls.from_json(typed_json.read_object(path, "the results file"), str(path), path)
 
     @classmethod
     def from_json(cls, value: dict, source: str = "the results", path: Path | None = None) -> "Results":
         """From a JSON object of schema 1 or 2; raises ``UserError`` naming ``source`` and the key."""
         schema = value.get("schema", 1)
+        reader, key = typed_json.Reader(source, schema), "accuracy" if schema == 1 else "value"
         if type(schema) is not int or schema not in (1, SCHEMA):
-            raise UserError(f"{source}: schema is {schema!r}; it must be 1 or {SCHEMA}, which this version reads")
-        reader = Reader(source, schema)
+            raise reader.wrong("schema", schema, f"1 or {SCHEMA}, which this version reads")
         found = cls(**reader.fields(cls, value), path=path)
         if schema == 1:
-            found = dataclasses.replace(found, method_title=_SCHEMA_1_TITLES.get(found.method))
-        if not found.tasks:
-            raise UserError(f"{source}: tasks is empty; it must hold the result of at least one task")
-        for name in found.tasks:
-            if name not in found.task_set.names:
-                known = ", ".join(found.task_set.names)
-                raise UserError(f"{source}: tasks.{name} is not a task of its task_set: {known}")
-        found._check_average(reader, value.get("average"))
+            titles = _SCHEMA_1_TITLES.get(found.method)
+            found = dataclasses.replace(found, method_title=titles, settings={"protocol": 1, **found.settings})
+        unknown = [name for name in found.tasks if name not in found.task_set.names]
+        if unknown or not found.tasks:
+            rule = f"of its task set: {', '.join(found.task_set.names)}"
+            raise reader.wrong(".".join(["tasks", *unknown[:1]]), value["tasks"], rule)
+        if value.get("average") is not None and (average := found.average) is not None:
+            given = reader.key(reader.read(dict, value["average"], "average"), key, float, "average")
+            if abs(given - average.value) > AVERAGE_TOLERANCE:
+                rule = f"{average.value:.4f}, the mean of its {average.tasks} tasks; evaluate again to write it anew"
+                raise reader.wrong(f"average.{key}", given, rule)
         return found
-
-    def _check_average(self, reader: Reader, value: object) -> None:
-        """Raise ``UserError`` if the file's average is not that of its tasks."""
-        if value is None or self.average is None:
-            return
-        key = "accuracy" if reader.schema == 1 else "value"
-        given = reader.key(reader.read(dict, value, "average"), key, float, "average")
-        if abs(given - self.average.value) > AVERAGE_TOLERANCE:
-            raise UserError(
-                f"{reader.source}: average.{key} is {given} where the mean of its {len(self.tasks)} tasks is "
-                f"{self.average.value:.4f}; evaluate again to write it anew"
-            )
 
     def to_json(self) -> dict:
         """The content of ``results.json``, schema 2."""
-        return {"schema": SCHEMA, **object_of(self), "average": to_json(self.average)}
+        return {"schema": SCHEMA, **typed_json.object_of(self), "average": typed_json.to_json(self.average)}
 
     def save(self, path: str | Path) -> None:
         """Write the file whole, or not at all."""

@@ -13,19 +13,17 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(typing.NamedTuple):
     """What a value must be besides its type: ``text`` in words, for errors."""
 
     text: str
-    holds: Callable[[typing.Any], bool]
+    holds: typing.Callable[[typing.Any], bool]
 
 
 Text = typing.Annotated[str, Rule("a non-empty string", str.strip)]
@@ -37,6 +35,7 @@ Index = typing.Annotated[int, Rule("a whole number from 0", lambda count: count 
 # Metadata of a field that is not a key of the file.
 UNWRITTEN = {"unwritten": True}
 _WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
+_MISSING = type("_Missing", (), {"__repr__": lambda self: "missing"})()  # the value of a key that is not there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,40 +47,34 @@ class Reader:
 
     def read(self, expected: object, value: object, place: str = "") -> typing.Any:
         """``value`` as the type ``expected``; raises ``UserError`` naming the file, the key and what it must be."""
-        origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-        if origin is typing.Annotated:
-            if not (_is(arguments[0], value) and arguments[1].holds(value)):
-                raise self.wrong(place, value, arguments[1].text)
-        elif origin in (types.UnionType, typing.Union):
-            return None if value is None else self.read(arguments[0], value, place)
-        elif origin is dict:
+        origin, (first, *rest) = typing.get_origin(expected), typing.get_args(expected) or (expected,)
+        if origin in (types.UnionType, typing.Union):
+            return None if value is None else self.read(first, value, place)
+        if origin is dict:
             entries = self.read(dict, value, place).items()
-            return {key: self.read(arguments[1], entry, f"{place}.{key}".lstrip(".")) for key, entry in entries}
-        elif origin is list:
-            entries = enumerate(self.read(list, value, place))
-            return [self.read(arguments[0], entry, f"{place}[{index}]") for index, entry in entries]
-        elif hasattr(expected, "read_json"):
-            return expected.read_json(self, value, place)
-        elif dataclasses.is_dataclass(expected):
-            return expected(**self.fields(expected, value, place))
-        elif expected is not object and not _is(expected, value):
-            raise self.wrong(place, value, _in_words(expected))
+            return {key: self.read(rest[0], entry, f"{place}.{key}".lstrip(".")) for key, entry in entries}
+        if origin is list:
+            return [self.read(first, each, f"{place}[{i}]") for i, each in enumerate(self.read(list, value, place))]
+        if hasattr(first, "read_json"):
+            return first.read_json(self, value, place)
+        if dataclasses.is_dataclass(first):
+            return first(**self.fields(first, value, place))
+        if not _is(first, value) or not all(rule.holds(value) for rule in rest):
+            raise self.wrong(place, value, rest[0].text if rest else _WORDS.get(first, "an object"))
         return value
 
     def fields(self, cls: type, value: object, place: str = "") -> dict:
         """The arguments of a dataclass from the keys of an object."""
-        entries, found = self.read(dict, value, place), {}
-        for name, (hint, required) in _fields(cls).items():
-            if required or entries.get(name) is not None:
-                found[name] = self.key(entries, name, hint, place)
-        return found
+        entries = self.read(dict, value, place)
+        return {
+            name: self.key(entries, name, hint, place)
+            for name, (hint, required) in _fields(cls).items()
+            if required or entries.get(name) is not None
+        }
 
     def key(self, entries: dict, key: str, expected: object, place: str = "") -> typing.Any:
         """The value of a required key of the object at ``place``."""
-        name = f"{place}.{key}".lstrip(".")
-        if key not in entries:
-            raise UserError(f"{self.source}: the key {name} is missing; it must be {_in_words(expected)}")
-        return self.read(expected, entries[key], name)
+        return self.read(expected, entries.get(key, _MISSING), f"{place}.{key}".lstrip("."))
 
     def wrong(self, place: str, value: object, rule: str) -> UserError:
         """The error for a value that is not what it must be."""
@@ -112,9 +105,7 @@ def read_object(path: str | Path, what: str) -> dict:
     except UnicodeEncodeError as error:
         # Half a surrogate pair can be read as JSON but never be written, so it would fail in the middle of a table.
         raise UserError(f"{what} {path} holds text that is not Unicode: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {path} holds {reprlib.repr(value)}; it must be an object")
-    return value
+    return Reader(f"{what} {path}").read(dict, value)
 
 
 @functools.cache
@@ -132,12 +123,4 @@ def _is(expected: object, value: object) -> bool:
     """Whether a value has a plain type; a bool is not a number, a whole number is one."""
     if expected is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is expected
-
-
-def _in_words(expected: object) -> str:
-    if typing.get_origin(expected) is typing.Annotated:
-        return typing.get_args(expected)[1].text
-    if typing.get_origin(expected) in (types.UnionType, typing.Union):
-        return f"{_in_words(typing.get_args(expected)[0])} or null"
-    return _WORDS.get(typing.get_origin(expected) or expected, "an object")
+    return type(value) is expected or (expected is object and value is not _MISSING)

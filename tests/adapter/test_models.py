@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from reference.architectures import ARCHITECTURES, Architecture
+from reference.architectures import ARCHITECTURES, OTHERS, Architecture
 from reference.layers import assert_near
 from reference.tiny import (
     METHODS,
@@ -22,45 +22,53 @@ import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
-from mtl_lora.language import loss
-from mtl_lora.language.collate import IGNORED
-from mtl_lora.language.loss import token_losses
+from mtl_lora.language import batches
+from mtl_lora.language.batches import IGNORED, token_losses
 
 IDS = torch.arange(len(TASKS))
 MAMBA = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=4, num_hidden_layers=1)
-
-
-def targets(architecture: Architecture, everything: bool) -> list[str] | str:
-    """The attention's names, or all linear layers."""
-    return "all-linear" if everything else list(architecture.attention)
-
-
-@pytest.mark.parametrize("everything", [False, True], ids=["attention", "all-linear"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_adapter_starts_at_the_base_and_is_trained_everywhere(architecture, method, everything):
-    model, input_ids = architecture.build(torch.float32), tokens(4)
-    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    expected = model(input_ids=input_ids).logits
-    mtl_lora.inject(model, adapter_config(method, target_modules=targets(architecture, everything)))
-    names = set(mtl_lora.adapter_layers(model))
-    if everything:
-        assert names == linear - {"lm_head"}
-        assert len(names) == 2 * architecture.linear
-    else:
-        assert len(names) == 2 * len(architecture.attention)
-    with route.use(IDS):
-        assert torch.equal(model(input_ids=input_ids).logits, expected)
-        randomise(model)
-        model(input_ids=input_ids).logits.square().mean().backward()
-    for name, weight in model.named_parameters():
-        assert (weight.grad is not None) == weight.requires_grad, name
-        assert not weight.requires_grad or weight.grad.any(), name
+EVERY = ARCHITECTURES + OTHERS
+# Every architecture with MTL-LoRA; every method with a model of linear layers and one of Conv1D.
+CASES = [(architecture, "mtl_lora") for architecture in EVERY]
+CASES += [(one, method) for one in EVERY if one.name in ("Llama", "GPT2") for method in METHODS if method != "mtl_lora"]
 
 
 def adapted(architecture: Architecture, method: str = "mtl_lora") -> nn.Module:
     """The model with random adapter weights on all linear layers."""
     return randomise(mtl_lora.inject(architecture.build(), adapter_config(method, target_modules="all-linear")))
+
+
+@pytest.mark.parametrize(("architecture", "method"), CASES, ids=str)
+def test_adapter_starts_at_the_base_and_is_trained_everywhere(architecture, method):
+    model, inputs = architecture.build(torch.float32), architecture.inputs()
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    expected = model(**inputs).logits
+    mtl_lora.inject(model, adapter_config(method, target_modules="all-linear"))
+    assert set(mtl_lora.adapter_layers(model)) == linear - {"lm_head"}
+    assert len(linear - {"lm_head"}) == architecture.linear
+    assert torch.equal(model(**inputs, task_ids=TASKS).logits, expected)
+    randomise(model)
+    model(**inputs, task_ids=TASKS).logits.square().mean().backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is not None) == weight.requires_grad, name
+        assert not weight.requires_grad or weight.grad.any(), name
+
+
+@pytest.mark.parametrize("architecture", EVERY, ids=str)
+def test_targets_may_be_the_attention_alone(architecture):
+    model = mtl_lora.inject(architecture.build(), adapter_config(target_modules=list(architecture.attention)))
+    per_block = len(architecture.attention)
+    assert len(mtl_lora.adapter_layers(model)) == (6 if architecture.has_encoder else 2) * per_block
+
+
+@pytest.mark.parametrize("architecture", OTHERS, ids=str)
+def test_each_row_of_an_encoder_is_computed_as_if_alone(architecture):
+    model, inputs = adapted(architecture), architecture.inputs()
+    mixed = model(**inputs, task_ids=IDS).logits
+    for row in range(4):
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        assert_near(model(**alone, task_ids=[TASKS[row]]).logits[0], mixed[row], 1e-12, f"row {row}")
+    assert (model(**inputs, task_ids=IDS.flip(0)).logits - mixed).abs().max() > 0.01
 
 
 def batch_of(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,7 +96,7 @@ def losses_of_all_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> to
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_answer_only_logits_are_those_of_the_whole_row(architecture):
     model, batch = adapted(architecture), batch_of(tokens(4))
-    assert loss.keeps_logits(type(model))
+    assert batches.keeps_logits(type(model))
     losses, task_ids = token_losses(model, batch)
     assert_near(losses, losses_of_all_logits(model, batch), 1e-10, "losses")
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
@@ -155,7 +163,7 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
 def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, capsys):
-    loss.keeps_logits.cache_clear()
+    batches.keeps_logits.cache_clear()
     model = randomise(mtl_lora.inject(tiny_llama(), adapter_config()))
     batch = batch_of(tokens(4))
     expected, _ = token_losses(wrap(model), batch)
@@ -170,7 +178,7 @@ def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, cap
 
 
 def test_architecture_without_logits_to_keep_has_its_own_loss_too(capsys):
-    loss.keeps_logits.cache_clear()
+    batches.keeps_logits.cache_clear()
     torch.manual_seed(0)
     settings = transformers.xLSTMConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_heads=4)
     model = transformers.xLSTMForCausalLM(settings).double()
@@ -181,38 +189,31 @@ def test_architecture_without_logits_to_keep_has_its_own_loss_too(capsys):
     assert_near(losses.mean(), own_loss(model, batch), 1e-6, "loss")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_saved_adapter_loads_on_the_same_base(architecture, tmp_path):
-    model, input_ids = adapted(architecture), tokens(4)
+@pytest.mark.parametrize("architecture", EVERY, ids=str)
+def test_saved_adapter_loads_on_the_same_base_and_merges(architecture, tmp_path):
+    model, inputs, third = adapted(architecture), architecture.inputs(), [TASKS[2]] * 4
     mtl_lora.save(model, tmp_path)
     loaded = mtl_lora.load(architecture.build(), tmp_path)
-    with route.use(IDS):
-        assert torch.equal(loaded(input_ids=input_ids).logits, model(input_ids=input_ids).logits)
+    assert torch.equal(loaded(**inputs, task_ids=IDS).logits, model(**inputs, task_ids=IDS).logits)
+    expected = model(**inputs, task_ids=third).logits
+    merged = mtl_lora.merge(model, TASKS[2])
+    assert merged.state_dict().keys() == architecture.build().state_dict().keys()
+    assert_near(merged(**inputs).logits, expected, 1e-10, "logits")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_mixed_batch_generates_what_each_row_does_alone(architecture):
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("architecture", [one for one in EVERY if one.name in ("Llama", "GPT2", "T5", "Bart")], ids=str)
+def test_mixed_batch_generates_what_each_row_does_alone(architecture, beams):
     model, input_ids = adapted(architecture), tokens(4)
 
     def generate(rows):
         prompt = input_ids[rows]
-        with route.use(IDS[rows]):
-            sequences = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
-            )
-        return sequences.tolist()
+        options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        return model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), task_ids=[TASKS[row] for row in rows], **options
+        ).tolist()
 
-    assert generate(slice(0, 4)) == [generate(slice(row, row + 1))[0] for row in range(4)]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_merged_model_equals_the_routed_one(architecture):
-    model, input_ids = adapted(architecture), tokens(4)
-    with route.use(torch.full((4,), 2)):
-        expected = model(input_ids=input_ids).logits
-    merged = mtl_lora.merge(model, TASKS[2])
-    assert merged.state_dict().keys() == architecture.build().state_dict().keys()
-    assert_near(merged(input_ids=input_ids).logits, expected, 1e-10, "logits")
+    assert generate([0, 1, 2, 3]) == [generate([row])[0] for row in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -1,47 +1,66 @@
 """Each row gets the weights of its own task: on a real model, through every way that is known to lose the ids."""
 
+import contextlib
 import threading
+import warnings
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from reference.layers import assert_near
 from reference.tiny import (
     FACTORED,
     METHODS,
     TASKS,
+    VOCABULARY,
     adapted_llama,
     adapter_config,
     adapter_gradients,
+    randomise,
     tiny_llama,
     tokens,
 )
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
 
 import mtl_lora
 from mtl_lora import UserError, route
-from mtl_lora.adapter import routing
 
 IDS = torch.tensor([0, 1, 2, 3])
 OTHER_IDS = torch.tensor([3, 3, 0, 1])
 ROUTED = ["moelora", "mtl_lora", "mtl_lora_diagonal"]  # the methods with weights of their own for a task
+DOORS = ["argument", "block"]
+# As transformers takes them; None: no checkpointing.
+CHECKPOINTING = {"none": None, "non-reentrant": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
+PACKED = torch.cat([IDS[:, None].expand(4, 3), OTHER_IDS[:, None].expand(4, 4)], dim=1)
 
 
-def training_llama(checkpointing: bool, **changes) -> torch.nn.Module:
+def logits(model, input_ids: torch.Tensor, task_ids, door: str = "argument", **options) -> torch.Tensor:
+    """Of one forward."""
+    if door == "argument":
+        return model(input_ids=input_ids, task_ids=task_ids, use_cache=False, **options).logits
+    with route.use(task_ids):
+        return model(input_ids=input_ids, use_cache=False, **options).logits
+
+
+def training_llama(checkpointing: str = "none", **changes) -> torch.nn.Module:
     """A model in training mode, which is when transformers checkpoints."""
     model = adapted_llama(**changes).train()
-    if checkpointing:
-        model.activation_checkpointing_enable()
+    if CHECKPOINTING[checkpointing] is not None:
+        model.gradient_checkpointing_enable(CHECKPOINTING[checkpointing])
     return model
 
 
-def loss_of(model, input_ids: torch.Tensor, task_ids: torch.Tensor) -> torch.Tensor:
+def loss_of(model, input_ids: torch.Tensor, task_ids, door: str = "argument") -> torch.Tensor:
     """A loss that is a sum over rows."""
-    with route.use(task_ids):
-        return model(input_ids=input_ids, use_cache=False).logits.square().sum()
+    return logits(model, input_ids, task_ids, door).square().sum()
 
 
-def gradients_of(model, input_ids: torch.Tensor, task_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients_of(model, input_ids: torch.Tensor, task_ids, door: str = "argument") -> dict[str, torch.Tensor]:
     """Adapter gradients of one plain step."""
-    loss_of(model, input_ids, task_ids).backward()
+    loss_of(model, input_ids, task_ids, door).backward()
     return adapter_gradients(model)
 
 
@@ -59,43 +78,80 @@ def total(*gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: sum(each[name] for each in gradients) for name in gradients[0]}
 
 
+def in_thread(function) -> None:
+    """Run in a new thread, which has no route, and raise here what it raised."""
+    raised = []
+
+    def run():
+        try:
+            function()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(timeout=60)
+    if raised:
+        raise raised[0]
+
+
 # ---- rows and their tasks ----
 
 
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("method", ROUTED)
-def test_each_row_is_computed_as_if_alone_with_its_task(method):
+def test_each_row_is_computed_as_if_alone_with_its_task(method, door):
     model, input_ids = adapted_llama(method), tokens(4)
-    with route.use(IDS):
-        mixed = model(input_ids=input_ids).logits
+    mixed = logits(model, input_ids, TASKS, door)
     for row, task_id in enumerate(IDS):
-        with route.use(task_id[None]):
-            assert_near(model(input_ids=input_ids[row : row + 1]).logits[0], mixed[row], 1e-12, f"row {row}")
-    with route.use(OTHER_IDS):
-        others = model(input_ids=input_ids).logits
+        assert_near(logits(model, input_ids[row : row + 1], task_id[None])[0], mixed[row], 1e-12, f"row {row}")
+    others = logits(model, input_ids, OTHER_IDS, door)
     assert all((others[row] - mixed[row]).abs().max() > 0.01 for row in range(4))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_a_mixed_batch_are_the_sum_over_its_rows(method):
-    model, input_ids = training_llama(False, method=method), tokens(4)
+    model, input_ids = training_llama(method=method), tokens(4)
     rows = [gradients_of(model, input_ids[row : row + 1], IDS[row : row + 1]) for row in range(4)]
     assert_same_gradients(gradients_of(model, input_ids, IDS), total(*rows))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, list], ids=str)
-def test_ids_may_be_any_whole_numbers(dtype):
+@pytest.mark.parametrize("door", DOORS)
+def test_ids_may_be_names_or_any_whole_numbers(door):
+    model, input_ids = adapted_llama(), tokens(4)
+    expected = logits(model, input_ids, OTHER_IDS)
+    names = [TASKS[index] for index in OTHER_IDS]
+    given = [OTHER_IDS.to(dtype) for dtype in (torch.int32, torch.int16, torch.uint8)]
+    given += [OTHER_IDS.tolist(), tuple(OTHER_IDS.tolist()), OTHER_IDS.numpy(), names, tuple(names), np.array(names)]
+    given += [[[name] * 7 for name in names]]
+    for task_ids in given:
+        assert torch.equal(logits(model, input_ids, task_ids, door), expected), task_ids
+
+
+def test_argument_goes_before_the_block_and_ends_with_the_call():
     model, input_ids = adapted_llama(), tokens(4)
     with route.use(IDS):
-        expected = model(input_ids=input_ids).logits
-    with route.use(IDS.tolist() if dtype is list else IDS.to(dtype)):
-        assert torch.equal(model(input_ids=input_ids).logits, expected)
+        assert torch.equal(logits(model, input_ids, OTHER_IDS), logits(model, input_ids, OTHER_IDS, "block"))
+        assert torch.equal(model(input_ids=input_ids).logits, logits(model, input_ids, IDS))
+    with pytest.raises(UserError, match="needs task ids"):
+        model(input_ids=input_ids)
+
+
+@pytest.mark.parametrize("tasks", [TASKS, []], ids=["tasks", "no tasks"])
+def test_a_method_without_tasks_of_its_own_takes_the_argument_too(tasks):
+    model = randomise(mtl_lora.inject(tiny_llama(), adapter_config("lora", tasks=tasks)))
+    expected = model(input_ids=tokens(4)).logits
+    assert torch.equal(logits(model, tokens(4), IDS), expected)
+    if tasks:
+        with pytest.raises(UserError, match="there is no task 'moon'"):
+            logits(model, tokens(4), ["moon"] * 4)
 
 
 # ---- ids by token ----
 
 
 def test_token_ids_that_repeat_row_ids_change_nothing():
-    model, input_ids = training_llama(False), tokens(4)
+    model, input_ids = training_llama(), tokens(4)
     expected = gradients_of(model, input_ids, IDS)
     assert_same_gradients(gradients_of(model, input_ids, IDS[:, None].expand(4, 7)), expected)
 
@@ -103,96 +159,266 @@ def test_token_ids_that_repeat_row_ids_change_nothing():
 @pytest.mark.parametrize("method", ROUTED)
 def test_each_token_of_a_packed_row_gets_its_own_task(method):
     model, input_ids = adapted_llama(method), tokens(4)
-    packed = torch.cat([IDS[:, None].expand(4, 3), OTHER_IDS[:, None].expand(4, 4)], dim=1)
-    with route.use(IDS):
-        expected = model(input_ids=input_ids).logits
-    with route.use(packed):
-        logits = model(input_ids=input_ids).logits
+    expected, packed = logits(model, input_ids, IDS), logits(model, input_ids, PACKED)
     # Attention looks back only, so the first three tokens know nothing of the task that follows.
-    assert_near(logits[:, :3], expected[:, :3], 1e-12, "tokens of the first task")
-    assert all((logits[row, 3:] - expected[row, 3:]).abs().max() > 0.01 for row in range(4))
+    assert_near(packed[:, :3], expected[:, :3], 1e-12, "tokens of the first task")
+    assert all((packed[row, 3:] - expected[row, 3:]).abs().max() > 0.01 for row in range(4))
 
 
-@pytest.mark.parametrize("method", ROUTED)
-def test_token_ids_survive_checkpointing(method):
+@pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
+def test_token_ids_survive_checkpointing(checkpointing):
+    expected = gradients_of(training_llama(), tokens(4), PACKED)
+    assert_same_gradients(gradients_of(training_llama(checkpointing), tokens(4), PACKED), expected)
+
+
+# ---- rows that are flattened, and heads that see some positions ----
+
+
+MOE = transformers.Qwen2MoeConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+    initializer_range=0.4,
+    pad_token_id=0,
+)
+
+
+@pytest.mark.parametrize("method", ["moelora", "mtl_lora"])
+def test_flattened_tokens_of_a_mixture_of_experts_keep_their_tasks(method):
+    torch.manual_seed(0)
+    model = transformers.Qwen2MoeForCausalLM(MOE).eval()
+    model = randomise(mtl_lora.inject(model, adapter_config(method, target_modules="all-linear")))
+    assert "model.layers.0.mlp.shared_expert.up_proj" in mtl_lora.adapter_layers(model)
     input_ids = tokens(4)
-    packed = torch.cat([IDS[:, None].expand(4, 3), OTHER_IDS[:, None].expand(4, 4)], dim=1)
-    expected = gradients_of(training_llama(False, method=method), input_ids, packed)
-    assert_same_gradients(gradients_of(training_llama(True, method=method), input_ids, packed), expected)
+    mixed, packed = logits(model, input_ids, IDS), logits(model, input_ids, PACKED)
+    for row in range(4):
+        alone = input_ids[row : row + 1]
+        assert_near(logits(model, alone, IDS[row : row + 1])[0], mixed[row], 1e-5, f"row {row}")
+        assert_near(logits(model, alone, PACKED[row : row + 1])[0], packed[row], 1e-5, f"packed row {row}")
+    assert (mixed - logits(model, input_ids, OTHER_IDS)).abs().max() > 0.01
+
+
+def test_experts_that_see_tokens_in_an_order_of_their_own_are_refused_where_ids_are_needed():
+    model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.ModuleDict({"up": torch.nn.Linear(8, 8)})])})
+    with pytest.raises(UserError, match=r"experts.0.up cannot carry an adapter of the method mtl_lora"):
+        mtl_lora.inject(model, adapter_config(target_modules=["up"]))
+    mtl_lora.inject(model, adapter_config("lora", target_modules=["up"]))
+
+
+def test_adapted_output_head_is_routed_where_only_some_positions_are_projected():
+    model, input_ids = adapted_llama(target_modules=["q_proj", "lm_head"]), tokens(4)
+    mask = torch.rand(4, 7, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[:, 0] = torch.tensor([True, False, True, False])
+    four = torch.zeros(4, 7, dtype=torch.bool)
+    four[[0, 0, 2, 3], [1, 5, 0, 2]] = True  # as many positions as rows, and not one of each
+    places = torch.tensor([[0, 4], [1, 2], [6, 6], [3, 5]])
+    for task_ids in (IDS, PACKED):
+        whole = logits(model, input_ids, task_ids)
+        for keep, expected in (
+            (mask, whole[mask]),
+            (four, whole[four]),
+            (2, whole[:, -2:]),
+            (torch.tensor([1, 4]), whole[:, [1, 4]]),
+            (places, torch.take_along_dim(whole, places[..., None], dim=1)),
+        ):
+            found = logits(model, input_ids, task_ids, logits_to_keep=keep)
+            assert_near(found, expected, 1e-12, f"{keep}")
 
 
 # ---- backward passes ----
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_checkpointing_recomputes_and_gives_the_plain_gradients(method):
-    input_ids = tokens(4)
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), [*((method, "non-reentrant") for method in METHODS), ("mtl_lora", "reentrant")]
+)
+def test_checkpointing_recomputes_and_gives_the_plain_gradients(method, checkpointing):
     runs = {}
 
-    def gradients(checkpointing):
-        model = training_llama(checkpointing, method=method, dropout=0.3)
+    def gradients(how):
+        model = training_llama(how, method=method, dropout=0.3)
         layer = next(iter(mtl_lora.adapter_layers(model).values()))
-        layer.register_forward_pre_hook(lambda *_: runs.update({checkpointing: runs.get(checkpointing, 0) + 1}))
+        layer.register_forward_pre_hook(lambda *_: runs.update({how: runs.get(how, 0) + 1}))
         torch.manual_seed(7)
-        return gradients_of(model, input_ids, IDS)
+        return gradients_of(model, tokens(4), IDS)
 
-    assert_same_gradients(gradients(True), gradients(False))
-    assert runs == {False: 1, True: 2}
+    assert_same_gradients(gradients(checkpointing), gradients("none"))
+    assert runs == {"none": 1, checkpointing: 2}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_two_forwards_may_precede_one_backward(method, checkpointing):
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_two_forwards_may_precede_one_backward(checkpointing, door):
     first, second = tokens(4, seed=2), tokens(4, seed=3)
-    plain = training_llama(False, method=method)
+    plain, model = training_llama(), training_llama(checkpointing)
     expected = total(gradients_of(plain, first, IDS), gradients_of(plain, second, OTHER_IDS))
-    model = training_llama(checkpointing, method=method)
-    (loss_of(model, first, IDS) + loss_of(model, second, OTHER_IDS)).backward()
+    (loss_of(model, first, IDS, door) + loss_of(model, second, OTHER_IDS, door)).backward()
     assert_same_gradients(adapter_gradients(model), expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_may_run_under_the_route_of_another_batch(checkpointing):
-    input_ids = tokens(4)
-    expected = gradients_of(training_llama(False), input_ids, IDS)
-    model = training_llama(checkpointing)
-    loss = loss_of(model, input_ids, IDS)
+def backward_under_another_route(loss, task_ids):
     with route.use(OTHER_IDS):
         loss.backward()
-        assert torch.equal(routing.current().task_ids, OTHER_IDS)
-    assert_same_gradients(adapter_gradients(model), expected)
+        assert torch.equal(route.current().task_ids, OTHER_IDS)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_backward_uses_the_ids_of_its_forward_when_the_tensor_is_reused(checkpointing):
-    input_ids = tokens(4)
-    expected = gradients_of(training_llama(False), input_ids, IDS)
-    model, buffer = training_llama(checkpointing), IDS.clone()
-    loss = loss_of(model, input_ids, buffer)
-    buffer.copy_(OTHER_IDS)
+def backward_with_a_reused_tensor(loss, task_ids):
+    task_ids.copy_(OTHER_IDS)
     loss.backward()
-    assert_same_gradients(adapter_gradients(model), expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_kept_graph_may_be_run_backward_twice(checkpointing):
-    input_ids = tokens(4)
-    expected = gradients_of(training_llama(False), input_ids, IDS)
-    model = training_llama(checkpointing)
-    loss = loss_of(model, input_ids, IDS)
+def backward_in_another_thread(loss, task_ids):
+    in_thread(loss.backward)
+
+
+def backward_twice(loss, task_ids):
     loss.backward(retain_graph=True)
     loss.backward()
-    assert_same_gradients(adapter_gradients(model), total(expected, expected))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(
+    "backward",
+    [backward_under_another_route, backward_with_a_reused_tensor, backward_in_another_thread, backward_twice],
+)
+def test_backward_uses_the_ids_of_its_forward(backward, checkpointing, door):
+    expected = gradients_of(training_llama(), tokens(4), IDS)
+    model, task_ids = training_llama(checkpointing), IDS.clone()
+    backward(loss_of(model, tokens(4), task_ids, door), task_ids)
+    times = 2 if backward is backward_twice else 1
+    assert_same_gradients(adapter_gradients(model), {name: times * value for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_accumulation_over_two_micro_batches_equals_the_full_batch(checkpointing):
-    input_ids = tokens(4)
-    expected = gradients_of(training_llama(False), input_ids, IDS)
+    expected = gradients_of(training_llama(), tokens(4), IDS)
     model = training_llama(checkpointing)
     for rows in (slice(0, 2), slice(2, 4)):
-        loss_of(model, input_ids[rows], IDS[rows]).backward()
+        loss_of(model, tokens(4)[rows], IDS[rows]).backward()
     assert_same_gradients(adapter_gradients(model), expected)
+
+
+def test_checkpointing_that_was_on_before_the_adapter_keeps_the_ids():
+    model = tiny_llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    randomise(mtl_lora.inject(model, adapter_config()))
+    loss = loss_of(model, tokens(4), IDS)
+    backward_under_another_route(loss, IDS)
+    assert_same_gradients(adapter_gradients(model), gradients_of(training_llama(), tokens(4), IDS))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ROUTED])
+def test_checkpointed_forward_without_ids_works_for_methods_that_need_none(method):
+    plain, model = training_llama(method=method), training_llama("reentrant", method=method)
+    for each in (plain, model):
+        each(input_ids=tokens(4), use_cache=False).logits.square().sum().backward()
+    assert_same_gradients(adapter_gradients(model), adapter_gradients(plain))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_ones_own_that_loses_the_ids_is_refused_whatever_block_is_around_the_backward(reentrant):
+    model = training_llama()
+    layer, x = model.model.layers[0].mlp, torch.randn(4, 7, 16, dtype=torch.float64, requires_grad=True)
+    mtl_lora.unload(model)
+    randomise(mtl_lora.inject(model, adapter_config(target_modules=["up_proj"])))
+    with route.use(IDS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = [checkpoint(layer, x, use_reentrant=reentrant).sum() for _ in range(2)]
+    with pytest.raises(UserError, match="recomputed in the backward pass without the task ids"):
+        losses[0].backward()
+    with route.use(OTHER_IDS), pytest.raises(UserError, match=r"context_fn=mtl_lora\.route\.checkpoint_context"):
+        losses[1].backward()
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_whole_model_may_be_checkpointed_with_its_ids_as_an_argument(door):
+    model = training_llama()
+    options = {"use_reentrant": False, "use_cache": False}
+    if door == "argument":
+        loss = checkpoint(model, tokens(4), task_ids=IDS, **options).logits.square().sum()
+    else:
+        with route.use(IDS):
+            loss = checkpoint(model, tokens(4), context_fn=route.checkpoint_context, **options).logits.square().sum()
+    backward_under_another_route(loss, IDS)
+    assert_same_gradients(adapter_gradients(model), gradients_of(training_llama(), tokens(4), IDS))
+
+
+# ---- torch.compile ----
+
+
+class Blocks(torch.nn.Module):
+    """Two blocks that are checkpointed as transformers checkpoints its layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2)).double()
+        self.gradient_checkpointing = False
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self._gradient_checkpointing_func(block, x) if self.gradient_checkpointing else block(x)
+            x = x.tanh()
+        return x
+
+
+@pytest.fixture
+def compilations():
+    """How many frames torch.compile has compiled."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
+def test_compiled_model_equals_the_plain_one_and_is_not_compiled_for_every_batch(checkpointing, compilations):
+    model = randomise(mtl_lora.inject(Blocks(), adapter_config(target_modules=["0", "1"]), allow_unused=True))
+    if CHECKPOINTING[checkpointing]:
+        model.gradient_checkpointing = True
+        model._gradient_checkpointing_func = partial(checkpoint, **CHECKPOINTING[checkpointing])
+    compiled = torch.compile(model, backend=compilations, fullgraph=True)
+    counts = []
+
+    def gradients(which, x, task_ids, door):
+        with route.use(task_ids) if door == "block" else contextlib.nullcontext():
+            y = which(x) if door == "block" else which(x, task_ids=task_ids)
+        y.square().sum().backward()
+        return adapter_gradients(model)
+
+    batches = [(4, 7, IDS), (4, 7, TASKS[::-1]), (3, 5, ["maps", "maps", "tides"]), (2, 6, [1, 3]), (5, 3, [2] * 5)]
+    if checkpointing == "none":
+        batches += [(4, 7, PACKED), (2, 5, PACKED[:2, 1:6]), (3, 6, PACKED[1:, :6])]
+    for rows, length, task_ids in batches:
+        x = torch.randn(rows, length, 8, dtype=torch.float64, requires_grad=True)
+        for door in DOORS:
+            assert_same_gradients(gradients(compiled, x, task_ids, door), gradients(model, x, task_ids, door))
+        counts.append(compilations.frame_count)
+    assert counts[1] == counts[0], "other ids of the same shape are no reason to compile"
+    assert counts[4] == counts[2], "nor are other sizes, once two have been seen"
+    assert counts[-1] == counts[-2]
+    with pytest.raises(UserError, match="task id 9 is outside 0 to 3"):
+        compiled(torch.zeros(2, 3, 8), task_ids=[0, 9])
+
+
+def test_compiled_language_model_is_one_graph(compilations):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = randomise(mtl_lora.inject(transformers.LlamaForCausalLM(config).eval(), adapter_config()))
+    compiled = torch.compile(model, backend=compilations, fullgraph=True)
+    with torch.no_grad():
+        for task_ids in (IDS, TASKS[::-1]):
+            assert torch.equal(logits(compiled, tokens(4), task_ids), logits(model, tokens(4), task_ids))
+    assert compilations.frame_count == 1
 
 
 # ---- generation ----
@@ -200,31 +426,34 @@ def test_accumulation_over_two_micro_batches_equals_the_full_batch(checkpointing
 
 BEAMS = [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
 BEAM_NAMES = ["greedy", "beams", "two of beams"]
+GENERATED = [("mtl_lora", beams) for beams in BEAMS] + [
+    (method, BEAMS[2]) for method in METHODS if method != "mtl_lora"
+]
 
 
-def generate(model, input_ids: torch.Tensor, task_ids: torch.Tensor, **options) -> list[list[int]]:
+def generate(model, input_ids: torch.Tensor, task_ids=None, **options) -> list[list[int]]:
     """New tokens; the tiny model has no end token, so all rows are equally long."""
-    options = {"max_new_tokens": 5, "do_sample": False, **options}
-    with route.use(task_ids):
-        sequences = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    options = {"max_new_tokens": 4, "do_sample": False, **options}
+    if task_ids is not None:
+        options["task_ids"] = task_ids
+    sequences = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
     return sequences[:, input_ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("beams", BEAMS, ids=BEAM_NAMES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "beams"), GENERATED, ids=str)
 def test_mixed_batch_generates_what_each_row_does_alone_with_and_without_cache(method, beams):
     model, input_ids = adapted_llama(method), tokens(4)
-    rows = [generate(model, input_ids[row : row + 1], IDS[row : row + 1], **beams) for row in range(4)]
+    rows = [generate(model, input_ids[row : row + 1], [TASKS[row]], **beams) for row in range(4)]
     alone = [sequence for sequences in rows for sequence in sequences]
     assert generate(model, input_ids, IDS, **beams) == alone
-    assert generate(model, input_ids, IDS, use_cache=False, **beams) == alone
+    with route.use(TASKS):
+        assert generate(model, input_ids, use_cache=False, **beams) == alone
     if method in ROUTED:
         assert generate(model, input_ids, OTHER_IDS, **beams) != alone
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_sampling_follows_the_seed(method):
-    model, input_ids = adapted_llama(method), tokens(4)
+def test_sampling_follows_the_seed():
+    model, input_ids = adapted_llama(), tokens(4)
 
     def sample(seed, **options):
         torch.manual_seed(seed)
@@ -238,52 +467,70 @@ def test_sampling_follows_the_seed(method):
 
 def test_beams_leave_the_route_fit_for_the_next_forward():
     model, input_ids = adapted_llama(), tokens(4)
-    with route.use(IDS):
+    with route.use(TASKS):
         expected = model(input_ids=input_ids).logits
-        model.generate(input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=2, num_beams=3)
+        generate(model, input_ids, num_beams=3)
         assert torch.equal(model(input_ids=input_ids).logits, expected)
+    generate(model, input_ids, IDS, num_beams=3)
+    with pytest.raises(UserError, match="needs task ids"):
+        generate(model, input_ids)
+
+
+def test_streaming_thread_takes_its_ids_with_it():
+    model, input_ids = adapted_llama(), tokens(1)
+    streamed = []
+
+    class Streamer(transformers.generation.BaseStreamer):
+        def put(self, value):
+            streamed.extend(value.flatten().tolist())
+
+        def end(self):
+            pass
+
+    options = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 4, "do_sample": False}
+    options |= {"inputs": input_ids, "streamer": Streamer(), "task_ids": ["birds"]}
+    thread = threading.Thread(target=model.generate, kwargs=options)
+    with route.use(["maps"]):
+        thread.start()
+        thread.join(timeout=60)
+    assert streamed[7:] == generate(model, input_ids, [2])[0] != generate(model, input_ids, [1])[0]
 
 
 @pytest.mark.parametrize("method", FACTORED)
 def test_merged_model_generates_the_same_without_a_route(method):
     model, input_ids = adapted_llama(method), tokens(2)
-    options = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 5, "do_sample": False, "num_beams": 3}
-    expected = generate(model, input_ids, torch.tensor([2, 2]), num_beams=3)
-    sequences = mtl_lora.merge(model, TASKS[2]).generate(input_ids, **options)
-    assert sequences[:, 7:].tolist() == expected
+    expected = generate(model, input_ids, ["birds", "birds"], num_beams=3)
+    assert generate(mtl_lora.merge(model, "birds"), input_ids, num_beams=3) == expected
 
 
 # ---- what is refused ----
 
 
 def test_missing_ids_raise():
-    model = adapted_llama()
-    with pytest.raises(UserError, match=r"needs task ids: run the model inside `with mtl_lora.route.use\(task_ids\):`"):
-        model(input_ids=tokens(2))
+    with pytest.raises(UserError, match=r"needs task ids: call the model with task_ids=.*mtl_lora.route.use"):
+        adapted_llama()(input_ids=tokens(2))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 12])
 def test_batch_that_does_not_match_its_ids_raises_even_as_a_multiple(rows):
-    model = adapted_llama()
-    with route.use(IDS), pytest.raises(UserError, match=rf"batch of shape \({rows}, 7\) does not match .* \(4,\)"):
-        model(input_ids=tokens(rows))
+    with pytest.raises(UserError, match=rf"batch of shape \({rows}, 7\) does not match .* \(4,\)"):
+        logits(adapted_llama(), tokens(rows), IDS)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 14), (4, 1), (2, 7), (7, 4)], ids=str)
 def test_token_ids_that_do_not_match_raise(shape):
-    model = adapted_llama()
-    with route.use(torch.zeros(shape, dtype=torch.long)), pytest.raises(UserError, match=r"\(4, 7\) does not match"):
-        model(input_ids=tokens(4))
+    with pytest.raises(UserError, match=r"\(4, 7\) does not match"):
+        logits(adapted_llama(), tokens(4), torch.zeros(shape, dtype=torch.long))
 
 
-@pytest.mark.parametrize("wrong", [4, 99, -1, -100])
-def test_id_out_of_range_names_itself_and_the_tasks(wrong):
-    model = adapted_llama()
-    message = f"task id {wrong} is outside 0 to 3; the adapter's tasks are 0 tides, 1 maps, 2 birds, 3 rivers"
-    for task_ids in (torch.tensor([0, wrong]), torch.tensor([[0] * 7, [0] * 6 + [wrong]])):
-        with route.use(task_ids), pytest.raises(UserError) as error:
-            model(input_ids=tokens(2))
-        assert str(error.value) == message
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("wrong", [4, 99, -1, -100, "moon"])
+def test_a_task_that_is_not_there_is_named_with_those_that_are(wrong, door):
+    model, right = adapted_llama(), "maps" if wrong == "moon" else 0
+    for task_ids in ([right, wrong], [[right] * 7, [right] * 6 + [wrong]]):
+        with pytest.raises(UserError, match=str(wrong)) as error:
+            logits(model, tokens(2), task_ids, door)
+        assert str(error.value).endswith("the adapter's tasks are 0 tides, 1 maps, 2 birds, 3 rivers")
 
 
 @pytest.mark.parametrize(
@@ -295,16 +542,22 @@ def test_id_out_of_range_names_itself_and_the_tasks(wrong):
         torch.tensor(1),
         torch.zeros(2, 2, 2, dtype=torch.long),
         torch.tensor([]),
-        ["tides", "maps"],
         [[0], [0, 1]],
+        "maps",
         None,
     ],
-    ids=["float", "bool", "complex", "scalar", "three axes", "empty", "names", "ragged", "none"],
+    ids=["float", "bool", "complex", "scalar", "three axes", "empty", "ragged", "one name", "none"],
 )
-def test_ids_that_are_no_whole_numbers_by_row_or_token_raise(task_ids):
+def test_ids_of_another_kind_or_shape_raise(task_ids):
     with pytest.raises(UserError, match="task_ids must be"), route.use(task_ids):
         pass
-    assert routing.current() is None
+    assert route.current() is None
+
+
+@pytest.mark.parametrize("task_ids", [[["maps"], ["maps", "maps"]], ["maps", 0], [[["maps"]]]], ids=str)
+def test_names_of_another_shape_raise(task_ids):
+    with pytest.raises(UserError, match="task_ids must be"):
+        logits(adapted_llama(), tokens(2), task_ids)
 
 
 # ---- where a route holds ----
@@ -313,89 +566,63 @@ def test_ids_that_are_no_whole_numbers_by_row_or_token_raise(task_ids):
 def test_inner_route_ends_with_its_block():
     with route.use(IDS):
         with route.use(OTHER_IDS):
-            assert torch.equal(routing.current().task_ids, OTHER_IDS)
-        assert torch.equal(routing.current().task_ids, IDS)
-    assert routing.current() is None
+            assert torch.equal(route.current().task_ids, OTHER_IDS)
+        assert torch.equal(route.current().task_ids, IDS)
+    assert route.current() is None
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_route_is_left_when_the_model_raises(checkpointing):
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
+def test_route_is_left_when_the_model_raises(checkpointing, door):
     model = training_llama(checkpointing)
     with route.use(IDS):
-        with pytest.raises(UserError), route.use(torch.tensor([0, 99])):
-            model(input_ids=tokens(2))
-        assert torch.equal(routing.current().task_ids, IDS)
-    assert routing.current() is None
+        with pytest.raises(UserError):
+            logits(model, tokens(2), [0, 1, 2], door)
+        assert torch.equal(route.current().task_ids, IDS)
+        assert torch.equal(model(input_ids=tokens(4)).logits, logits(model, tokens(4), IDS))
+    assert route.current() is None
+    with pytest.raises(UserError, match="needs task ids"):
+        model(input_ids=tokens(3))
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ROUTED])
-def test_checkpointed_forward_without_a_route_works_for_methods_that_need_none(method):
-    input_ids = tokens(4)
-    losses = []
-    for checkpointing in (False, True):
-        model = training_llama(checkpointing, method=method)
-        loss = model(input_ids=input_ids, use_cache=False).logits.square().sum()
-        loss.backward()
-        losses.append(adapter_gradients(model))
-    for name, gradient in losses[0].items():
-        assert_near(losses[1][name], gradient, 1e-10, name)
-
-
-def test_threads_route_apart():
+@pytest.mark.parametrize("door", DOORS)
+def test_threads_route_apart(door):
     model, input_ids = adapted_llama(), tokens(4)
-    with route.use(IDS):
-        expected = model(input_ids=input_ids).logits
-    with route.use(OTHER_IDS):
-        expected_other = model(input_ids=input_ids).logits
-    entered, found = threading.Barrier(2), {}
+    expected = {name: logits(model, input_ids, ids) for name, ids in (("one", IDS), ("other", OTHER_IDS))}
+    inside, found = threading.Barrier(2), {}
+
+    def wait(*_):
+        inside.wait(timeout=30)  # both threads are inside the model before either goes on
+
+    model.model.layers[0].register_forward_hook(wait)
 
     def run(name, task_ids):
-        with route.use(task_ids):
-            entered.wait(timeout=30)  # both routes are in force before either model runs
-            found[name] = model(input_ids=input_ids).logits.detach()
+        found[name] = logits(model, input_ids, task_ids, door).detach()
 
     threads = [threading.Thread(target=run, args=arguments) for arguments in (("one", IDS), ("other", OTHER_IDS))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert torch.equal(found["one"], expected)
-    assert torch.equal(found["other"], expected_other)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_new_thread_has_no_route_and_says_so():
-    model, errors = adapted_llama(), []
-
-    def run():
-        try:
-            model(input_ids=tokens(4))
-        except UserError as error:
-            errors.append(str(error))
-
-    with route.use(IDS):
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(timeout=30)
-    assert len(errors) == 1
-    assert "needs task ids" in errors[0]
+    model = adapted_llama()
+    with route.use(IDS), pytest.raises(UserError, match="needs task ids"):
+        in_thread(lambda: model(input_ids=tokens(4)))
 
 
-def test_one_route_serves_two_models():
-    input_ids = tokens(4)
-    models = [adapted_llama(), adapted_llama("mtl_lora", num_B=1)]
-    apart = []
-    for model in models:
-        with route.use(IDS):
-            apart.append(model(input_ids=input_ids).logits)
-    with route.use(IDS):
+def test_one_route_serves_models_with_different_tasks():
+    input_ids, reversed_tasks = tokens(4), TASKS[::-1]
+    models = [adapted_llama(), adapted_llama("mtl_lora", num_B=1), adapted_llama(tasks=reversed_tasks)]
+    apart = [logits(model, input_ids, TASKS) for model in models]
+    with route.use(TASKS):
         together = [model(input_ids=input_ids).logits for model in models]
     assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True))
-
-
-def test_models_with_different_tasks_check_ids_against_their_own():
-    wide = adapted_llama()
+    assert torch.equal(apart[2], logits(models[2], input_ids, IDS.flip(0)))
     narrow = mtl_lora.inject(tiny_llama(), adapter_config(tasks=TASKS[:2]))
     with route.use(IDS):
-        wide(input_ids=tokens(4))
+        models[0](input_ids=input_ids)
         with pytest.raises(UserError, match="task id 3 is outside 0 to 1"):
-            narrow(input_ids=tokens(4))
+            narrow(input_ids=input_ids)

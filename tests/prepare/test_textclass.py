@@ -20,7 +20,6 @@ from textclass_cases import (
 )
 
 from mtl_lora import cli
-from mtl_lora.language.prepare import textclass
 
 
 @pytest.fixture
@@ -46,17 +45,6 @@ def test_raw_files_are_split_as_the_rules_say(run, world):
     # the made-up files try what they are meant to try
     assert all(sets.values()) and {"one two", "caf\xe9 voil\xc3"} <= {
         text for rows in sets.values() for text, _ in rows
-    }
-
-
-def test_text_of_another_tasks_test_set_is_dropped():
-    sets = {
-        "a": {"train": [("x", "1"), ("y", "1")], "dev": [("z", "1")], "test": [("t", "1")]},
-        "b": {"train": [("t", "2")], "dev": [("y", "2")], "test": [("y", "2"), ("y", "2"), ("z", "2")]},
-    }
-    assert textclass.without_test_texts(sets) == {
-        "a": {"train": [("x", "1")], "dev": [], "test": [("t", "1")]},
-        "b": {"train": [], "dev": [], "test": [("y", "2"), ("y", "2"), ("z", "2")]},
     }
 
 

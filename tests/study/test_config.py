@@ -7,7 +7,6 @@ from reference.sizes import smollm2_135m, trained_and_all
 from shared import PROJECT
 from study_cases import ALONE, GRID, SEARCH, grid, with_flags, write_grid
 
-from mtl_lora.config import METHODS
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.study.config import GRIDS, StudyConfig, read_grid
@@ -137,14 +136,8 @@ def test_unknown_name_of_a_grid_lists_those_of_the_package():
 def test_main_tables_have_the_base_model_and_the_methods_of_the_paper(name):
     read = read_grid(name)
     assert read.experiments[0].train is None
-    assert {adapter.method for adapter in adapters(read).values()} >= {
-        "lora",
-        "dora",
-        "multilora",
-        "moelora",
-        "mtl_lora",
-    }
-    assert {adapter.method for adapter in adapters(read).values()} <= set(METHODS)
+    methods = {adapter.method for adapter in adapters(read).values()}
+    assert methods >= {"lora", "dora", "multilora", "moelora", "mtl_lora"}
 
 
 @pytest.mark.parametrize("name", ["textclass", "commonsense"])

@@ -130,7 +130,7 @@ def test_search_trains_shortly_and_scores_on_the_development_set(tmp_path, flag,
     configs = [parsed(trial.jobs[0].commands[0], TrainConfig) for trial in trials]
     assert [(getattr(config, flag), config.max_steps) for config in configs] == [(value, 2) for value in values]
     assert parsed(trials[0].jobs[0].commands[1], EvalConfig).data_dir == str(tmp_path / "study" / "data" / "dev")
-    config = parsed(run_of(plan, "LoRA", 0, values[1]).jobs[0].commands[0], TrainConfig)
+    config = parsed(run_of(plan, "LoRA", 0, trials[1].value).jobs[0].commands[0], TrainConfig)
     assert (getattr(config, flag), config.max_steps) == (values[1], 3)
 
 

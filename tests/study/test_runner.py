@@ -11,6 +11,7 @@ import pytest
 from study_cases import ALONE, finish, grid, is_locked, job_of, plan_of, run_of, wait_for, with_flags
 
 from mtl_lora.errors import UserError
+from mtl_lora.results import Average
 from mtl_lora.study import runner
 from mtl_lora.study.config import StudyConfig
 from mtl_lora.study.runner import (
@@ -346,7 +347,7 @@ def test_time_left_is_estimated_by_jobs_of_the_same_kind(tmp_path):
     state = done(second, train=80, evaluate=40)
     # Nothing of the runs is known yet: three trainings and four evaluations at the means of the search.
     assert progress.left() == 3 * 60 + 4 * 30 == 2 * two.left()
-    line = progress.line(second, state, 0.7124)
+    line = progress.line(second, state, Average(0.7124, None, 8))
     assert line == "[2/6] LoRA seed 0: train 0:01:20, evaluate 0:00:40, average 71.2; about 0:05:00 left"
     done(base, evaluate=30)
     done(lora, train=300, evaluate=12)
@@ -356,4 +357,4 @@ def test_time_left_is_estimated_by_jobs_of_the_same_kind(tmp_path):
     assert progress.left() == 300 + 21
     State(dora.configuration, [], {"train": 1}, {"train": 1.0}).save(dora.folder)
     assert progress.left() == 21, "a training that is done takes no time"
-    assert "left" not in progress.line(dora, done(dora, train=4000), 0) and progress.left() == 0
+    assert "left" not in progress.line(dora, done(dora, train=4000), None) and progress.left() == 0

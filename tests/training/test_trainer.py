@@ -10,8 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from mtl_lora import AdapterConfig, Provenance, inject, route
-from mtl_lora.language.collate import IGNORED, Collator
-from mtl_lora.language.loss import token_losses
+from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.trainer import MultiTaskTrainer, TaskLosses, make_sampler, training_arguments

@@ -72,10 +72,10 @@ class AdapterConfig(Config):
             hyperparameters = hyperparameters.to_json()
         values = {**(hyperparameters or {}), **own}
         declared = [flag.name for flag in layer.Hyperparameters.flags()]
-        for name in values:
-            if name not in declared:
-                known = [field.name for field in dataclasses.fields(self)][:-1] + declared
-                raise UserError(f"{name} is not a setting of the method {layer.method}{closest(name, known)}")
+        unknown = [name for name in values if name not in declared]
+        if unknown:
+            known = [field.name for field in dataclasses.fields(self)][:-1] + declared
+            raise UserError(f"{unknown[0]} is not a setting of the method {layer.method}{closest(unknown[0], known)}")
         self.hyperparameters = layer.Hyperparameters(**values)
         self.__post_init__()
 
@@ -87,15 +87,14 @@ class AdapterConfig(Config):
         return getattr(own, name)
 
     def validate(self) -> None:
-        layer = _layer_class(self.method)
         self.require("rank", "at least 1", self.rank >= 1)
         self.require("alpha", "greater than 0", self.alpha > 0)
         self.require("dropout", "at least 0 and below 1", 0 <= self.dropout < 1)
         self.require("target_modules", "at least one name of a linear layer", bool(self.target_modules))
         self.require("tasks", "a list of different names", len(set(self.tasks)) == len(self.tasks))
-        if layer.needs_task_ids:
-            rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
-            self.require("tasks", rule, bool(self.tasks))
+        layer = _layer_class(self.method)
+        rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
+        self.require("tasks", rule, bool(self.tasks) or not layer.needs_task_ids)
         layer.check_config(self)
 
     @property
@@ -118,7 +117,7 @@ class AdapterConfig(Config):
             raise UserError(f"{source}: {error}") from None
         if "hyperparameters" not in value:
             names = {flag.name for flag in declared.flags()}
-            own = {name: value[name] for name in _FORMAT_1 if name in names and name in value}
+            own = {name: entry for name, entry in value.items() if name in names.intersection(_FORMAT_1)}
             value = {key: entry for key, entry in value.items() if key not in _FORMAT_1} | {"hyperparameters": own}
         own = declared.from_json(value["hyperparameters"], f"{source}, 'hyperparameters'", complete)
         return super().from_json({**value, "hyperparameters": own}, source, complete)
@@ -131,22 +130,16 @@ def hyperparameter_flags() -> list[Flag]:
     """
     from mtl_lora.adapter.layer import methods
 
-    declared: dict[str, list[tuple[str, Flag]]] = {}
+    flags: dict[str, Flag] = {}
+    titles: dict[str, dict[str, list[str]]] = {}  # by name and help
     for layer in methods().values():
         for flag in layer.Hyperparameters.flags():
-            declared.setdefault(flag.name, []).append((layer.title, flag))
-    flags = []
-    for name, users in declared.items():
-        first = users[0][1]
-        if any((flag.type, flag.default) != (first.type, first.default) for _, flag in users):
-            titles = ", ".join(title for title, _ in users)
-            raise TypeError(f"the methods {titles} declare {name} with different types or defaults")
-        titles_by_help: dict[str, list[str]] = {}
-        for title, flag in users:
-            titles_by_help.setdefault(flag.metadata["help"], []).append(title)
-        about = "; ".join(f"{', '.join(titles)}: {text}" for text, titles in titles_by_help.items())
-        flags.append(dataclasses.replace(first, metadata={**first.metadata, "help": about}))
-    return flags
+            first = flags.setdefault(flag.name, flag)
+            if (flag.type, flag.default) != (first.type, first.default):
+                raise TypeError(f"{layer.title} declares {flag.name} with another type or default than other methods")
+            titles.setdefault(flag.name, {}).setdefault(flag.metadata["help"], []).append(layer.title)
+    about = {name: "; ".join(f"{', '.join(who)}: {text}" for text, who in by.items()) for name, by in titles.items()}
+    return [dataclasses.replace(flag, metadata={**flag.metadata, "help": about[name]}) for name, flag in flags.items()]
 
 
 def _layer_class(method: object) -> "type[AdapterLayer]":

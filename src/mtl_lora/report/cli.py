@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts
@@ -10,15 +10,18 @@ from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_text
-from mtl_lora.report import compare, table
+from mtl_lora.report import figures
+from mtl_lora.report.compare import compare
 from mtl_lora.report.load import predictions_path
+from mtl_lora.report.page import write_page
+from mtl_lora.report.table import FORMATS, Report, build_table, details, markdown_text
 from mtl_lora.results import Results
 
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
 LEAST_RESAMPLES, MOST_RESAMPLES = 100, 1_000_000
 _RESULTS = f"results: each a {artifacts.RESULTS}, or a folder that has one"
 _RUNS = "runs: folders of trainings, evaluations or studies"
-_FORMAT = "default: as the suffix of --output says, else markdown"
+_FORMAT = f"{', '.join(FORMATS)}; default: as the suffix of --output says, else markdown"
 _OUTPUT = "write to this file; none: print"
 
 
@@ -27,15 +30,15 @@ class TableConfig(Config):
     """Results by task and on average, one row an evaluation."""
 
     results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
-    format: str | None = flag(None, f"{', '.join(table.RENDERERS)}; {_FORMAT}")
+    format: str | None = flag(None, _FORMAT)
     published: bool = flag(False, "add published figures (commonsense tasks only)")
     difference: bool = flag(False, "add the last minus the first; its standard error treats questions as independent")
     output: str | None = flag(None, _OUTPUT)
 
     def run(self) -> None:
         results = [Results.load(path) for path in self.results]
-        found = table.build_table(results, self.published, self.difference)
-        _hand_out(self, table.RENDERERS, found, [result.path for result in results])
+        report = build_table(results, self.published, self.difference)
+        _hand_out(self, report, [result.path for result in results])
 
 
 @dataclasses.dataclass
@@ -46,8 +49,8 @@ class DetailsConfig(Config):
 
     def run(self) -> None:
         found = [Results.load(path) for path in self.results]
-        tables = [table.details(f"{each.name} ({each.mode})", each.task_set, each.tasks) for each in found]
-        print("\n".join(f"{table.markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
+        tables = [details(f"{each.name} ({each.mode})", each.task_set, each.tasks) for each in found]
+        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
 
 
 @dataclasses.dataclass
@@ -55,7 +58,7 @@ class CompareConfig(Config):
     """B minus A by task, on the same questions: paired bootstrap interval and McNemar's exact p."""
 
     runs: list[str] = flag(REQUIRED, "runs: A and B, two evaluations' output folders", positional=True)
-    format: str | None = flag(None, f"{', '.join(compare.RENDERERS)}; {_FORMAT}")
+    format: str | None = flag(None, _FORMAT)
     output: str | None = flag(None, _OUTPUT)
     seed: int = flag(0, "of the bootstrap, from 0")
     resamples: int = flag(10_000, f"of the bootstrap, {LEAST_RESAMPLES} to {MOST_RESAMPLES}")
@@ -69,8 +72,7 @@ class CompareConfig(Config):
     def run(self) -> None:
         a, b = (Results.load(path) for path in self.runs)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
-        found = compare.compare(a, b, self.seed, self.resamples)
-        _hand_out(self, compare.RENDERERS, found, [a.path, b.path, *predictions])
+        _hand_out(self, compare(a, b, self.seed, self.resamples), [a.path, b.path, *predictions])
 
 
 @dataclasses.dataclass
@@ -82,11 +84,9 @@ class FiguresConfig(Config):
     format: str = flag("svg,png", "svg, png, or both with a comma")
 
     def run(self) -> None:
-        from mtl_lora.report.figures import FORMATS, write_figures
-
         formats = list(dict.fromkeys(name.strip().lower() for name in self.format.split(",")))
-        self.require("format", "svg or png, or both with a comma", set(formats) <= set(FORMATS))
-        print("\n".join(map(str, write_figures(self.runs, self.output, formats))))
+        self.require("format", "svg or png, or both with a comma", set(formats) <= set(figures.FORMATS))
+        print("\n".join(map(str, figures.write_figures(self.runs, self.output, formats))))
 
 
 @dataclasses.dataclass
@@ -100,8 +100,6 @@ class PageConfig(Config):
         self.require("runs", "one folder", len(self.runs) == 1)
 
     def run(self) -> None:
-        from mtl_lora.report.page import write_page
-
         print(write_page(self.runs[0], self.output))
 
 
@@ -126,23 +124,20 @@ def main(arguments: Sequence[str]) -> None:
     parse(COMMANDS[name], rest, COMMANDS[name].__doc__).run()
 
 
-def _hand_out(
-    config: TableConfig | CompareConfig, renderers: dict[str, Callable], content, inputs: Sequence[Path]
-) -> None:
+def _hand_out(config: TableConfig | CompareConfig, report: Report, inputs: Sequence[Path]) -> None:
     """Render; print or write; and print the notes to stderr where the format has no place for them."""
     output = Path(config.output) if config.output else None
-    suffix = SUFFIXES.get(output.suffix.lower()) if output else None
-    style = config.format or (suffix if suffix in renderers else "markdown")
-    config.require("format", f"one of {', '.join(renderers)}", style in renderers)
+    style = config.format or (SUFFIXES.get(output.suffix.lower(), "markdown") if output else "markdown")
+    config.require("format", f"one of {', '.join(FORMATS)}", style in FORMATS)
     if output and output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it")
     if output and output.resolve() in {path.resolve() for path in inputs}:
         raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
-    text = renderers[style](content)
+    text = getattr(report, style)()
     if output:
         write_text(output, text)
     else:
         print(text, end="")
     if style == "csv":
         # A warning that rows are not comparable must not be lost.
-        print("\n".join(content.notes), file=sys.stderr)
+        print("\n".join(report.notes), file=sys.stderr)

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
@@ -14,6 +14,7 @@ from mtl_lora.report.study_model import Difference, Differences, Estimate, Exper
 from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
+FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
 TRAINABLE = "Trainable parameters, M (%)"
 # Settings of an evaluation that rows must share to be compared, and what a note calls them.
@@ -66,18 +67,6 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(text.split()))
 
 
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A padded pipe table of cells that are markdown, its first column flush left. (pandas needs a package for it.)"""
-    # A ruler needs a dash beside its colon to make a table of the lines.
-    widths = [max(2, *map(len, column)) for column in zip(header, *lines, strict=True)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [
-        [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
-        for line in (header, ruler, *lines)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
 def require(*packages: str) -> None:
     """Raise ``UserError`` with the way out for a package that is not installed."""
     for package in packages:
@@ -92,11 +81,6 @@ def _frame(rows: Sequence, columns: Sequence[str] | None = None):
     return pandas.DataFrame(rows, columns=columns, dtype=object)
 
 
-def csv_table(lines: Sequence[dict]) -> str:
-    """Records with the same keys as CSV, a key a column; None is empty."""
-    return _frame(lines).to_csv(index=False, lineterminator="\n")
-
-
 @dataclasses.dataclass(frozen=True)
 class TextTable:
     """A table of plain text, which is escaped where it is written."""
@@ -106,8 +90,13 @@ class TextTable:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """A pipe table without the title."""
-        return markdown_table([*map(markdown_text, self.header)], [[*map(markdown_text, row)] for row in self.rows])
+        """A padded pipe table without the title, its first column flush left. (pandas needs a package for it.)"""
+        lines = [[markdown_text(cell) for cell in row] for row in (self.header, *self.rows)]
+        # A ruler needs a dash beside its colon to make a table of the lines.
+        widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
     def latex(self) -> str:
         """A booktabs tabular without the title."""
@@ -122,6 +111,44 @@ class TextTable:
         """A table element with the title as its caption."""
         text = _frame(self.rows, self.header).to_html(index=False, border=0, justify="unset")
         return text.replace("<thead>", f"<caption>{html.escape(self.title)}</caption>\n  <thead>", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Tables of texts, the same numbers as records with every digit, and notes.
+
+    value: the JSON object, where it is not the records and the notes.
+    """
+
+    tables: list[TextTable]
+    records: list[dict]
+    notes: list[str]
+    value: dict | None = None
+
+    def markdown(self) -> str:
+        """Pipe tables, and the notes as a list."""
+        notes = "\n".join(f"- {markdown_text(note)}" for note in self.notes)
+        return "\n\n".join([*(table.markdown() for table in self.tables), notes]) + "\n"
+
+    def latex(self) -> str:
+        """Booktabs tables, the last one of the notes."""
+        return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in self._with_notes())
+
+    def html(self) -> str:
+        """Table elements, the last one of the notes."""
+        return "\n".join(table.html() for table in self._with_notes()) + "\n"
+
+    def _with_notes(self) -> list[TextTable]:
+        return [*self.tables, TextTable("", ["Notes"], [[note] for note in self.notes])]
+
+    def csv(self) -> str:
+        """The records, a key a column; None is empty."""
+        return _frame(self.records).to_csv(index=False, lineterminator="\n")
+
+    def json(self) -> str:
+        """One object."""
+        value = self.value or {"rows": self.records, "notes": self.notes}
+        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 # ---- results side by side ----
@@ -149,87 +176,71 @@ class Row:
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
         return value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
 
+    def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
+        """What the row is, then value, standard error and questions of each task. metrics: by task.
 
-@dataclasses.dataclass(frozen=True)
-class ResultsTable:
-    """Column titles by task, rows from top to bottom, groups of questions, notes below."""
+        A task's columns are two words (``boolq accuracy``), so that no task name collides with a column of the row.
+        """
+        record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
+        record["name"] = " ".join(self.name.split())
+        record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
+        values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
+        values |= {("average", "average_stderr"): self.average}
+        values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
+        for keys, value in values.items():
+            record |= {
+                key: getattr(value, field, None) for key, field in zip(keys, ("value", "stderr", "n"), strict=False)
+            }
+        return record
 
-    columns: dict[str, str]
-    rows: list[Row]
-    groups: list[str]
-    notes: list[str]
-
-    @property
-    def tables(self) -> list[TextTable]:
-        """The results; then averages by group, if there are any."""
-        lines = [
-            [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, self.columns), row.average))]
-            for row in self.rows
-        ]
-        tables = [TextTable("Results", ["Method", TRAINABLE, *self.columns.values(), AVERAGE], lines)]
-        if self.groups:
-            own = [row for row in self.rows if row.kind in ("result", "difference")]
-            lines = [[row.name, *(row.text(_group(row, group)) for group in self.groups)] for row in own]
-            tables.append(TextTable("Averages by group", ["Average by group", *self.groups], lines))
-        return tables
+    def group(self, name: str) -> Average | None:
+        """The average over a group of questions."""
+        return self.average.groups.get(name) if self.average else None
 
 
-def _group(row: Row, group: str) -> Average | None:
-    return row.average.groups.get(group) if row.average else None
-
-
-def build_table(results: Sequence[Results], published: bool = False, difference: bool = False) -> ResultsTable:
-    """Put results of one task set into one table.
+def build_table(results: Sequence[Results], published: bool = False, difference: bool = False) -> Report:
+    """Put results of one task set into one table: their value by task, then averages by group if there are any.
 
     published: add the published figures of the commonsense tasks. difference: end with the last result minus the
     first, whose standard error sqrt(a^2 + b^2) treats the questions of the two rows as independent.
     Raises ``UserError`` if the task sets differ, or if an addition does not fit the results.
     """
-    others = published_rows() if published else []
-    _check(results, others, difference)
-    fields = ("method", "base_model", "mode", "trainable")
-    rows = [
-        Row(each.name, "result", each.tasks, each.whole_average, **{field: getattr(each, field) for field in fields})
-        for each in results
-    ]
-    groups = list(dict.fromkeys(group for row in rows if row.average for group in row.average.groups))
-    majority = _majority_rows(results[0])
-    last = [_difference_row(rows[0], rows[-1])] if difference else []
-    columns = {name: _column_title(results, name) for name in results[0].task_set.columns}
-    notes = _notes(results, groups) + _comparability_notes(results) + _row_notes(results, majority, others, difference)
-    return ResultsTable(columns, [*majority, *rows, *others, *last], groups, notes)
-
-
-def _check(results: Sequence[Results], published: Sequence[Row], difference: bool) -> None:
-    first = results[0]
+    task_set, others = results[0].task_set, published_rows() if published else []
     for other in results[1:]:
-        if set(other.task_set.names) != set(first.task_set.names):
+        if set(other.task_set.names) != set(task_set.names):
             raise UserError(
-                f"{other.path} is about the tasks {', '.join(other.task_set.names)} and {first.path} about "
-                f"{', '.join(first.task_set.names)}; one table needs results of one task set"
+                f"{other.path} is about the tasks {', '.join(other.task_set.names)} and {results[0].path} about "
+                f"{', '.join(task_set.names)}; one table needs results of one task set"
             )
-    if published and set(first.task_set.names) != set(published[0].cells):
-        raise UserError(
-            f"--published has figures for the commonsense tasks alone, and {first.path} is about "
-            f"{', '.join(first.task_set.names)}; leave the flag out"
-        )
+    if published and set(task_set.names) != set(others[0].cells):
+        names = f"{results[0].path} is about {', '.join(task_set.names)}"
+        raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
-
-
-def _column_title(results: Sequence[Results], name: str) -> str:
-    """A task's title, with its metric where that is not accuracy."""
-    metrics = {each.tasks[name].metric for each in results if name in each.tasks} - {"accuracy"}
-    words = ", ".join(FRACTIONS.get(metric, metric) for metric in sorted(metrics))
-    return results[0].task_set.title(name) + (f" ({words})" if words else "")
-
-
-def _majority_rows(results: Results) -> list[Row]:
-    """What always giving the majority class scores; nothing unless the file has it for all of its tasks."""
-    if any(result.majority is None for result in results.tasks.values()):
-        return []
-    cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in results.tasks.items()}
-    return [Row(MAJORITY_LABEL, "majority", cells, None if results.missing else average_of(cells.values()))]
+    facts = ("method", "base_model", "mode", "trainable")
+    own = [Row(r.name, "result", r.tasks, r.whole_average, **{key: getattr(r, key) for key in facts}) for r in results]
+    groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
+    last = [_difference_row(own[0], own[-1])] if difference else []
+    rows, first = [*own, *others, *last], results[0]
+    if all(result.majority is not None for result in first.tasks.values()):
+        cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in first.tasks.items()}
+        average = None if first.missing else average_of(cells.values())
+        rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
+    lines = [
+        [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, task_set.columns), row.average))]
+        for row in rows
+    ]
+    metrics = dict.fromkeys(task_set.columns, "accuracy")
+    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
+    # A title says the metrics that are not accuracy.
+    units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in task_set.columns]
+    words = [", ".join(FRACTIONS.get(metric, metric) for metric in sorted(unit)) for unit in units]
+    titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(task_set.columns, words, strict=True)]
+    tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE], lines)]
+    if groups:
+        lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
+        tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
+    return Report(tables, [row.record(metrics, groups) for row in rows], _notes(results, rows, groups))
 
 
 def _difference_row(first: Row, last: Row) -> Row:
@@ -262,122 +273,59 @@ def published_rows() -> list[Row]:
     return found
 
 
-def _notes(results: Sequence[Results], groups: Sequence[str]) -> list[str]:
-    """How many questions stand behind the numbers, how they were answered, what ± means, of what groups are."""
-    columns = results[0].task_set.columns
-    having = {name: [each.tasks[name] for each in results if name in each.tasks] for name in columns}
-    counts = {name: " or ".join(dict.fromkeys(str(each.n) for each in found)) for name, found in having.items()}
-    metrics = {each.metric for found in having.values() for each in found}
+def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str]) -> list[str]:
+    """What the numbers are, what keeps rows from being compared, and what a reader must know about single rows."""
+    columns, first, last = results[0].task_set.columns, results[0], results[-1]
+    having = {name: [each for each in results if name in each.tasks] for name in columns}
+    counts = {name: " or ".join(dict.fromkeys(str(r.tasks[name].n) for r in found)) for name, found in having.items()}
+    data = {name: {each.data.get(name) for each in found} - {None} for name, found in having.items()}
+    metrics = {each.tasks[name].metric for name, found in having.items() for each in found}
     titles = [title for metric, title in FRACTIONS.items() if metric in metrics]
-    unit = f"{' and '.join(titles)} in percent; " if titles else ""
-    notes = [f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}."]
-    notes.append(f"{unit}± is one standard error.")
-    for word, field in (("Mode", "mode"), ("Base model", "base_model")):
-        values = {getattr(result, field) for result in results}
-        notes += [f"{word}: {value}." for value in values if value is not None and len(values) == 1]
-    for group in groups:
-        names = [name for name, found in having.items() if any(group in each.groups for each in found)]
-        if len(names) < len(columns):
-            notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
-    return notes
-
-
-def _comparability_notes(results: Sequence[Results]) -> list[str]:
-    """What keeps the rows from being compared, in as many sentences as there are reasons."""
-    notes, differing = [], []
-    for name in results[0].task_set.columns:
-        having = [each for each in results if name in each.tasks]
-        questions = {each.tasks[name].n for each in having}, {each.data.get(name) for each in having} - {None}
-        differing += [name] if max(map(len, questions)) > 1 else []
-    if differing:
-        notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
-    values = {
-        word: [(each.name, getattr(each, field) or "unknown") for each in results]
-        for word, field in (("mode", "mode"), ("base model", "base_model"))
+    notes = [
+        f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}.",
+        (f"{' and '.join(titles)} in percent; " if titles else "") + "± is one standard error.",
+    ]
+    differing = [name for name in counts if " or " in counts[name] or len(data[name]) > 1]
+    notes += [f"Rows are not on the same questions: {', '.join(differing)}."] if differing else []
+    protocol = {
+        "mode": [(each.name, each.mode) for each in results],
+        "base model": [(each.name, each.base_model) for each in results],
     }
     for key, word in _PROTOCOL.items():
-        # Another base model has other files, which says nothing more; hashes are cut short.
+        # Another base model has other files, which says nothing more.
         if key != "base_fingerprint" or len({each.base_model for each in results}) == 1:
-            values[word] = [(each.name, str(each.settings[key])) for each in results if key in each.settings]
-    for word, pairs in values.items():
-        if len({value for _, value in pairs}) > 1:
-            shown = (f"{name} {value[:12] if len(value) == 64 else value}" for name, value in pairs)
+            protocol[word] = [(each.name, str(each.settings[key])) for each in results if key in each.settings]
+    for word, pairs in protocol.items():
+        values = {value for _, value in pairs}
+        if len(values) > 1:
+            known = ((name, value or "unknown") for name, value in pairs)
+            shown = (f"{name} {value[:12] if len(value) == 64 else value}" for name, value in known)  # hashes cut short
             notes.append(f"Rows differ in {word}: {', '.join(shown)}.")
-    return notes
-
-
-def _row_notes(
-    results: Sequence[Results], majority: Sequence[Row], published: Sequence[Row], difference: bool
-) -> list[str]:
-    """What a reader must know about single rows."""
-    first, last = results[0], results[-1]
-    notes = [
-        f"No average for {each.name}, which has no score for {', '.join(each.missing)}."
-        for each in results
-        if each.missing
-    ]
-    if majority and any(len({r.tasks[name].majority for r in results if name in r.tasks}) > 1 for name in first.tasks):
+        elif word in ("mode", "base model") and values != {None}:
+            notes.append(f"{word.capitalize()}: {values.pop()}.")
+    for group in groups:
+        names = [name for name, found in having.items() if any(group in each.tasks[name].groups for each in found)]
+        if len(names) < len(columns):
+            notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
+    for each in results:
+        if each.missing:
+            notes.append(f"No average for {each.name}, which has no score for {', '.join(each.missing)}.")
+    kinds = {row.kind for row in rows}
+    majorities = [{each.tasks[name].majority for each in having[name]} for name in first.tasks]
+    if "majority" in kinds and max(map(len, majorities)) > 1:
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
-    if published:
-        sources = " and ".join(dict.fromkeys(row.source for row in published))
+    if "published" in kinds:
+        sources = " and ".join(dict.fromkeys(row.source for row in rows if row.source))
         notes.append(
             f"Published rows are runs of others on the base model that each names, copied from {sources}, averages as "
             "printed there; MTL-LoRA's own published row is not among them."
         )
-    if difference:
+    if "difference" in kinds:
         notes.append(
             f"The difference is {last.name} (the last results file) minus {first.name} (the first) in percentage "
             "points; its standard error treats the questions of the two rows as independent."
         )
     return notes
-
-
-def markdown(table: ResultsTable) -> str:
-    """Pipe tables (results, then averages by group if there are any) and the notes as a list."""
-    notes = "\n".join(f"- {markdown_text(note)}" for note in table.notes)
-    return "\n\n".join([*(part.markdown() for part in table.tables), notes]) + "\n"
-
-
-def latex(table: ResultsTable) -> str:
-    """The same as booktabs tables."""
-    notes = TextTable("", ["Notes"], [[note] for note in table.notes])
-    return "% needs \\usepackage{booktabs}\n" + "\n".join(part.latex() for part in (*table.tables, notes))
-
-
-def html_text(table: ResultsTable) -> str:
-    """The same as table elements."""
-    notes = TextTable("", ["Notes"], [[note] for note in table.notes])
-    return "\n".join(part.html() for part in (*table.tables, notes)) + "\n"
-
-
-def csv_text(table: ResultsTable) -> str:
-    """One line a row: what it is, then value, standard error and questions of each task, with every digit.
-
-    A task's columns are two words (``boolq accuracy``), so that no task name collides with a column of the row.
-    """
-    lines = []
-    metrics = {name: cell.metric for row in table.rows for name, cell in row.cells.items()}
-    for row in table.rows:
-        line = {key: getattr(row, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
-        line["name"] = " ".join(row.name.split())
-        line |= {f"trainable_{key}": getattr(row.trainable, key, None) for key in ("adapter", "total")}
-        for name in table.columns:
-            for key, field in ((metrics.get(name, "accuracy"), "value"), ("stderr", "stderr"), ("n", "n")):
-                line[f"{name} {key}"] = getattr(row.cells.get(name), field, None)
-        averages = {"average": row.average} | {f"average of {group}": _group(row, group) for group in table.groups}
-        for name, average in averages.items():
-            line[name] = getattr(average, "value", None)
-            line[f"{name}_stderr" if name == "average" else f"{name} stderr"] = getattr(average, "stderr", None)
-        lines.append(line)
-    return csv_table(lines)
-
-
-RENDERERS: dict[str, Callable[[ResultsTable], str]] = {
-    "markdown": markdown,
-    "csv": csv_text,
-    "latex": latex,
-    "html": html_text,
-}
 
 
 def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> TextTable:
@@ -414,34 +362,35 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
 def study_tables(study: Study) -> list[TextTable]:
     """By group, the experiments by task and their differences from the baseline; transfer; the search."""
     tables, titles = [], [*(study.task_set.title(task) for task in study.scored), AVERAGE]
-    for group in study.groups if study.scored else ():
-        of = f", {group}" if len(study.groups) > 1 else ""
-        experiments = [experiment for experiment in study.experiments if experiment.group == group]
+    groups: dict[str, list[Experiment]] = {}
+    for experiment in study.experiments if study.scored else ():
+        groups.setdefault(experiment.group, []).append(experiment)
+    for group, experiments in groups.items():
+        of = f", {group}" if len(groups) > 1 else ""
         tables.append(_experiments(study, experiments, titles, f"Results{of}"))
-        compared = [each for each in experiments if each.against]
-        rows = [[f"{e.name} - {e.against.baseline}", *_differences(study, e.against)] for e in compared]
+        compared = [(each.name, each.against) for each in experiments if each.against]
+        rows = [[f"{name} - {against.baseline}", *_differences(study, against)] for name, against in compared]
         tables += [TextTable(f"Differences from the baseline{of}", ["Difference", *titles], rows)] if rows else []
     if study.transfer:
         rows = [[row.label, row.group, row.alone or NOTHING, *_differences(study, row)] for row in study.transfer]
         header = ["Trained together", "Group", "Trained alone", *titles]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
-        outcomes = study.search.experiments
         rows = [
-            [each.name, *(f"{percent(c.dev)}{' (chosen)' if c.value == each.chosen else ''}" for c in each.candidates)]
-            for each in outcomes
+            [each.name, *(percent(c.dev) + (" (chosen)" if c.value == each.chosen else "") for c in each.candidates)]
+            for each in study.search.experiments
         ]
-        header = ["Development average", *(str(candidate.value) for candidate in outcomes[0].candidates)]
+        header = ["Development average", *(str(c.value) for c in study.search.experiments[0].candidates)]
         tables.append(TextTable(f"Search of {study.search.flag} on the development set", header, rows))
     return tables
 
 
 def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequence[str], title: str) -> TextTable:
     """A row an experiment: mean ± standard deviation over seeds, or ± standard error where no experiment has seeds."""
-    header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles]
-    metrics = {task: study.metric(task) for task in [*study.scored, None]}
-    majority = study.majority | {None: study.average_majority}
+    header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles] + ["95 % interval"] * study.has_seeds
+    metrics, majority = {task: study.metric(task) for task in [*study.scored, None]}, study.majority
     rows = [[MAJORITY_LABEL, *[NOTHING] * 3, *(value_text(majority.get(t), None, m) for t, m in metrics.items())]]
+    rows[0] += [NOTHING] * study.has_seeds
     for each in experiments:
         settings = [NOTHING if value is None else f"{value:g}" for value in (each.rank, each.learning_rate)]
         rows.append([each.name, trainable_text(each.trainable, each.adapters), *settings])
@@ -449,12 +398,8 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
             found = each.estimate(task) or Estimate(None)
             error = None if found.low is None else found.mean - found.low
             rows[-1].append(value_text(found.mean, found.sd if study.has_seeds else error, metric))
-    if study.has_seeds:
-        header.append("95 % interval")
-        rows[0].append(NOTHING)
-        for row, each in zip(rows[1:], experiments, strict=True):
-            row.append(interval_text(each.summary.average, metrics[None]))
-    return TextTable(title, header, rows if study.majority else rows[1:])
+        rows[-1] += [interval_text(each.summary.average, metrics[None])] * study.has_seeds
+    return TextTable(title, header, rows if majority else rows[1:])
 
 
 def _differences(study: Study, found: Differences) -> list[str]:

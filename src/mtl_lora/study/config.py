@@ -13,15 +13,12 @@ ABOUT = """Run every experiment of a grid file over its seeds, and write study.j
 GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").glob("*.json"))}
 # Flags of both commands: a grid gives them once, in its train.
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
-# Flags that the study sets itself, and those that must be equal for all rows of one table.
+# Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
 _OWN = {
-    TrainConfig: ("output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir", "check", "local_rank"),
-    EvalConfig: ("checkpoint", "peft", "output_dir", "name", "overwrite", "check", "local_rank"),
+    TrainConfig: {"output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir", "check", "local_rank"},
+    EvalConfig: {"checkpoint", "peft", "output_dir", "name", "limit", "overwrite", "check", "local_rank", *FROM_TRAIN},
 }
-_SHARED = {
-    TrainConfig: ("base_model", "data_path", "tasks_file", "template", "cutoff_len"),
-    EvalConfig: ("data_dir", "mode", "max_new_tokens", "num_beams"),
-}
+_SHARED = {TrainConfig: {"data_path", *FROM_TRAIN}, EvalConfig: {"data_dir", "mode", "max_new_tokens", "num_beams"}}
 
 
 @dataclasses.dataclass
@@ -68,9 +65,9 @@ class SearchConfig(Config):
         self.require("values", "at least two different numbers", len(set(self.values)) == len(self.values) > 1)
         for name in ("records", "seed"):
             self.require(name, "at least 0", getattr(self, name) >= 0)
-        (self.flag,) = _checked({self.flag: 0}, TrainConfig, for_all=False)
-        self.train = _checked(self.train, TrainConfig, for_all=False)
-        if type(getattr(TrainConfig(), self.flag)) is int:
+        (self.flag,) = _checked({self.flag: 0}, TrainConfig)
+        self.train = _checked(self.train, TrainConfig)
+        if next(flag.type for flag in TrainConfig.flags() if flag.name == self.flag) is int:
             self.values = [int(value) if value == int(value) else value for value in self.values]
 
 
@@ -104,8 +101,8 @@ class ExperimentConfig(Config):
                 raise UserError(f"{key} needs a training, and train is null")
         if self.alone and "tasks" in self.evaluate:
             raise UserError("alone scores each training on its own task; leave out evaluate's tasks")
-        self.train = None if self.train is None else _checked(self.train, TrainConfig, for_all=False)
-        self.evaluate = _checked(self.evaluate, EvalConfig, for_all=False)
+        self.train = None if self.train is None else _checked(self.train, TrainConfig)
+        self.evaluate = _checked(self.evaluate, EvalConfig)
 
 
 @dataclasses.dataclass
@@ -137,17 +134,16 @@ class Grid(Config):
 
     def validate(self) -> None:
         self.require("name", "letters, digits, '_', '-' or '.'", bool(re.fullmatch(r"\w[\w.\-]*", self.name)))
-        self.require(
-            "seeds", "different whole numbers from 0, at least one", bool(self.seeds) and _are_seeds(self.seeds)
-        )
+        self.require("seeds", "at least one seed, all different", bool(self.seeds) and _are_seeds(self.seeds))
         self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(self.launcher.strip()))
         self.require("experiments", "at least one experiment", bool(self.experiments))
         for name in ("train_records", "test_records"):
             self.require(name, "at least 0", getattr(self, name) >= 0)
-        train = TrainConfig.from_json(_checked(self.train, TrainConfig, place="train: "), "train")
-        self.train = {"base_model": train.base_model, "data_path": train.data_path, **_checked(self.train, TrainConfig)}
+        flags = _checked(self.train, TrainConfig, "train: ", for_all=True)
+        train = TrainConfig.from_json(flags, "train")
+        self.train = {"base_model": train.base_model, "data_path": train.data_path, **flags}
         self.tasks = train.task_set()
-        flags = _checked(self.evaluate, EvalConfig, place="evaluate: ")
+        flags = _checked(self.evaluate, EvalConfig, "evaluate: ", for_all=True)
         evaluate = EvalConfig.from_json({"base_model": "any", **flags}, "evaluate")
         self.evaluate = {"data_dir": evaluate.data_dir, **flags}
         self.scored = evaluate.tasks or self.tasks.names
@@ -222,18 +218,17 @@ def read_grid(name: str) -> Grid:
     return grid
 
 
-def _checked(flags: dict, config: type[Config], for_all: bool = True, place: str = "") -> dict:
-    """Flags of ``config`` under today's names. for_all: those of the grid, for all experiments; place: for errors."""
+def _checked(flags: dict, config: type[Config], place: str = "", for_all: bool = False) -> dict:
+    """Flags of ``config`` under today's names. for_all: those of all experiments; place: for errors."""
     names = {alias: flag.name for flag in config.flags() for alias in (flag.name, *flag.metadata.get("aliases", ()))}
     for key in flags:
         if key not in names:
             raise UserError(f"{place}unknown flag {key!r}{closest(key, list(names))}")
-        if config is EvalConfig and key in FROM_TRAIN:
-            raise UserError(f"{place}{key} is given once, in the grid's train; leave it out here")
-        if key == "limit":
-            raise UserError(f"{place}limit takes the first questions; use the grid's test_records, a fixed sample")
         if names[key] in _OWN[config]:
-            raise UserError(f"{place}{key} is set by the study; leave it out")
+            rest = (
+                "comes from the grid's train" if key in FROM_TRAIN else "is set by the study (see test_records, seeds)"
+            )
+            raise UserError(f"{place}{key} {rest}; leave it out")
         if names[key] in _SHARED[config] and not for_all:
             raise UserError(f"{place}{key} must be equal for all experiments; set it in the grid's own flags")
     return {names[key]: value for key, value in flags.items()}

@@ -136,8 +136,10 @@ class PlannedJob:
         found |= {"launcher": self.launcher, "the tasks (sha256)": self.tasks.answers_sha256}
         found |= {_BASE: self.base_fingerprint} if self.base_fingerprint else {}
         for step in self.steps:
-            found |= {f"{step}.{name}": value for name, value in getattr(self, step).items()}
-        return _complete(found)
+            (config, effect), flags = _DECIDING[step], getattr(self, step)
+            values = config(**flags).to_json()
+            found |= {f"{step}.{name}": values[name] for name in config.names_affecting(effect)}
+        return found
 
     def changes(self, earlier: dict[str, object]) -> dict[str, tuple[object, object]]:
         """Where the configuration that a folder was made by, by any version, differs: what was, what is, by key."""
@@ -172,20 +174,20 @@ def keeps_training(changes: Iterable[str]) -> bool:
     return all(key.startswith("evaluate.") or key == _TEST_DATA for key in changes)
 
 
-def _complete(configuration: dict[str, object]) -> dict[str, object]:
-    """A job's configuration with every flag that decides its result, those left at their default included.
+def _complete(earlier: dict[str, object]) -> dict[str, object]:
+    """A stored configuration in today's terms: flags that it lacks had their default, or what was fixed before them.
 
-    Version 0.1.0 wrote the given flags alone, and the whole task set, titles included.
+    Version 0.1.0 stored the given flags alone, and the whole task set, titles included.
     """
-    found = {key: value for key, value in configuration.items() if key.partition(".")[0] not in _DECIDING}
+    found = {key: value for key, value in earlier.items() if key.partition(".")[0] not in _DECIDING}
     if "tasks" in found:
         found["the tasks (sha256)"] = TaskSet.from_json(found.pop("tasks")).answers_sha256
     for step, (config, effect) in _DECIDING.items():
-        deciding = config.names_affecting(effect) if any(key.startswith(f"{step}.") for key in configuration) else ()
-        for flag in config.flags():
-            if flag.name in deciding:
-                names = [f"{step}.{name}" for name in (flag.name, *flag.metadata.get("aliases", ()))]
-                found[names[0]] = next((configuration[name] for name in names if name in configuration), flag.default)
+        deciding = config.names_affecting(effect) if any(key.startswith(f"{step}.") for key in earlier) else ()
+        for flag in (flag for flag in config.flags() if flag.name in deciding):
+            names = [f"{step}.{name}" for name in (flag.name, *flag.metadata.get("aliases", ()))]
+            default = flag.metadata.get("before", flag.default)
+            found[names[0]] = next((earlier[name] for name in names if name in earlier), default)
     return found
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError, files_within_reach
-from mtl_lora.results import Results
+from mtl_lora.results import Average, Results
 from mtl_lora.study.config import ABOUT, ExperimentConfig, Grid, StudyConfig, read_grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, jobs_of, keeps_training
 from mtl_lora.study.summary import StudyWriter, collect
@@ -138,7 +138,7 @@ class Runner:
                 progress.finish(job, done[job.folder])
         for job, state in execute_all([job for job in jobs if job.folder not in done], pool):
             progress.finish(job, state)
-            print(progress.line(job, state, Results.load(job.folder).average.value), flush=True)
+            print(progress.line(job, state, Results.load(job.folder).average), flush=True)
             self.report()
 
     def report(self) -> bool:
@@ -198,12 +198,9 @@ def load_state(job: PlannedJob) -> State | None:
     changes = job.changes(state.configuration)
     if changes and not (job.train and "train" in state.seconds and keeps_training(changes)):
         return None
-    trained = (
-        {"starts": {"train": state.starts.get("train", 1)}, "seconds": {"train": state.seconds["train"]}}
-        if changes
-        else {}
-    )
-    return dataclasses.replace(state, configuration=job.configuration, commands=job.commands, **trained)
+    if changes:
+        state = State({}, [], {"train": state.starts.get("train", 1)}, {"train": state.seconds["train"]})
+    return dataclasses.replace(state, configuration=job.configuration, commands=job.commands)
 
 
 def is_finished(job: PlannedJob) -> bool:
@@ -435,12 +432,13 @@ class Progress:
                 total += statistics.fmean(value for _, value in same_kind or same_stage or known)
         return total / self.parallel
 
-    def line(self, job: PlannedJob, state: State, average: float) -> str:
+    def line(self, job: PlannedJob, state: State, average: Average | None) -> str:
         """``[ 7/16] MTL-LoRA seed 1: train 0:05:12, evaluate 0:00:40, average 71.2; about 0:52:00 left``."""
         done, left = self.total - len(self.waiting), self.left()
         times = ", ".join(f"{step} {clock(seconds)}" for step, seconds in state.seconds.items())
         rest = f"; about {clock(left)} left" if self.waiting and left is not None else ""
-        return f"[{done:>{len(str(self.total))}}/{self.total}] {job.label}: {times}, average {100 * average:.1f}{rest}"
+        score = f", average {100 * average.value:.1f}" if average else ""
+        return f"[{done:>{len(str(self.total))}}/{self.total}] {job.label}: {times}{score}{rest}"
 
 
 def clock(seconds: float) -> str:

@@ -95,16 +95,16 @@ class StudyWriter:
             **facts,
             seed=planned.seed,
             commit=results.commit,
-            test_data_sha256={name: results.data.get(name) for name in results.scored},
             # Parts of a task's questions and other measures stay in the run's own file.
             tasks={name: dataclasses.replace(results.tasks[name], **_REST) for name in results.scored},
-            average=results.average.value if {*self.grid.scored} <= {*results.tasks} else None,
+            average=results.average.value if {*self.grid.scored} <= {*results.tasks} and results.average else None,
         )
         return Finished(planned, run, results, evaluations)
 
     def _job(self, job: PlannedJob, state, results: Results) -> model.Job:
         """What one training and its evaluation left."""
         log, analysis = (job.folder / name for name in (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS))
+        adapter = results.adapter or {}
         return model.Job(
             folder=self._relative(job.folder),
             results=self._relative(results.path),
@@ -114,7 +114,8 @@ class StudyWriter:
             seconds={step: state.seconds.get(step) for step in ("train", "evaluate")},
             starts={step: state.starts.get(step) for step in ("train", "evaluate")},
             steps=_last_step(log),
-            train_commit=(results.adapter or {}).get("origin", {}).get("commit"),
+            # In checkpoints of format 1 the provenance has another name.
+            train_commit=(adapter.get("provenance") or adapter.get("origin") or {}).get("commit"),
             train_data_sha256=job.data["train"].used.sha256["train"] if job.train else None,
             adapter_sha256=results.settings.get("adapter_sha256"),
         )

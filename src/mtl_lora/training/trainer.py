@@ -24,7 +24,7 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
-from mtl_lora.training.distributed import deepspeed_file, gathered_adapter_state
+from mtl_lora.training.distributed import deepspeed_file
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 _STAGING = ".saving"
@@ -234,7 +234,7 @@ class MultiTaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter alone; all processes take part, the first one writes."""
-        state = gathered_adapter_state(self.model)
+        state = checkpoint.adapter_state(self.model)
         if self.args.should_save:
             checkpoint.save(self.model, output_dir or self.args.output_dir, self.provenance, state)
 

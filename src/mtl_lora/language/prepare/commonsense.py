@@ -31,19 +31,13 @@ NAMED = 5  # the number of examples without a task that an error names; the othe
 class Prepare(Config):
     """Where the files come from, and where the data set goes."""
 
-    source: str | None = flag(
-        None, "folder with <task>/{train,test}.json to take instead of downloading; none: download"
-    )
+    source: str | None = flag(None, "folder with <task>/{train,test}.json to take; none: download")
     output: str = flag("commonsense_170k_taskid.json", "training file to write", place=True)
     test_dir: str = flag("data/commonsense/test", "folder for <task>/test.json", place=True)
-    merged: str | None = flag(
-        None, "commonsense_170k.json to tag by exact instruction instead of merging the files; none: merge"
-    )
+    merged: str | None = flag(None, "commonsense_170k.json to tag by exact instruction; none: merge the files")
     allow_partial: bool = flag(False, "write what an incomplete source has, instead of refusing it")
     download_dir: str = flag("data/commonsense/source", "folder where downloads are kept", place=True)
-    base_url: str | None = flag(
-        None, "address of a mirror that holds the manifest's paths; none: the repository's commit on GitHub"
-    )
+    base_url: str | None = flag(None, "address of a mirror that holds the manifest's paths; none: GitHub")
     manifest: str = flag(str(MANIFEST), "JSON file with path, number of examples and hashes of each file")
 
     def validate(self) -> None:
@@ -56,16 +50,6 @@ class Expected(RemoteFile):
     """A file of the repository and its number of examples."""
 
     records: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """The files of one commit of a repository; ``files`` by task name and split."""
-
-    repository: str
-    commit: str
-    merged: Expected
-    files: dict[tuple[str, str], Expected]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +83,11 @@ class SourceFile:
 
 def run(config: Prepare) -> None:
     """Read everything, check everything, and only then write; raises ``UserError``."""
-    manifest = load_manifest(Path(config.manifest))
+    url, merged, files = load_manifest(config.manifest)
     folder = Path(config.source or config.download_dir)
     if not config.source:
-        files = {f"{name}/{split}.json": expected for (name, split), expected in manifest.files.items()}
-        fetched = fetch_all(config.base_url or github_raw(manifest.repository, manifest.commit), folder, files)
-        print(f"{fetched} files downloaded to {folder}, {len(files) - fetched} were there")
-    sources = read_source(folder, manifest)
+        fetch_all(config.base_url or url, folder, files)
+    sources = read_source(folder, files)
     problems = [source.describe() for source in sources if source.state != "exact"]
     train = [source for source in sources if source.split == "train"]
     records = [tagged(record, source.task) for source in train for record in source.records]
@@ -118,10 +100,12 @@ def run(config: Prepare) -> None:
     if config.merged:
         records, unplaced = tag_by_lookup(Path(config.merged), train)
         if unplaced:
-            problems.append(describe_unplaced(config.merged, unplaced))
+            more = f" and {len(unplaced) - NAMED:,} more" if len(unplaced) > NAMED else ""
+            named = f"{', '.join(unplaced[:NAMED])}{more}"
+            problems.append(f"no single task's training file holds {named} of {config.merged}")
             if not config.allow_partial:
                 raise UserError(f"{problems[-1]}; --allow_partial leaves them out")
-        problems.append(describe_merged(config.merged, len(records) + len(unplaced), manifest.merged))
+        problems.append(describe_merged(config.merged, len(records) + len(unplaced), merged))
     if not records:
         raise UserError(f"{config.merged or folder} gives no training example; nothing was written")
     digest = write(config, sources, records)
@@ -129,21 +113,18 @@ def run(config: Prepare) -> None:
     print(f"{len(records):,} of {whole:,} training examples in {config.output}\nsha256 {digest}")
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Read what each file must be; raises ``UserError`` if an entry for one of the tasks is missing or wrong."""
+def load_manifest(path: str | Path) -> tuple[str, Expected, dict[str, Expected]]:
+    """(address of the files, the merged file, each file by its place in the source); raises ``UserError``."""
     value = read_json(path, "the manifest")
     try:
-        entries = {(task.name, split): value["tasks"][task.name][split] for task in COMMONSENSE for split in SPLITS}
-        files = {key: Expected.from_json(entry, "/".join(key)) for key, entry in entries.items()}
-        merged = Expected.from_json(value["merged"], "merged")
-        return Manifest(value["repository"], value["commit"], merged, files)
+        entries = {f"{task.name}/{split}": value["tasks"][task.name][split] for task in COMMONSENSE for split in SPLITS}
+        files = {f"{name}.json": Expected.from_json(entry, name) for name, entry in entries.items()}
+        return github_raw(value["repository"], value["commit"]), Expected.from_json(value["merged"], "merged"), files
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"the manifest {path} must be laid out as {MANIFEST}, but {error} is missing or wrong"
-        ) from None
+        raise UserError(f"the manifest {path} must be laid out as {MANIFEST}; missing or wrong: {error}") from None
 
 
-def read_source(folder: Path, manifest: Manifest) -> list[SourceFile]:
+def read_source(folder: Path, files: dict[str, Expected]) -> list[SourceFile]:
     """Read every task's train and test file, in order of task id; raises ``UserError``.
 
     Where train.json is absent, train_partial.json stands in for it: its state is then ``partial``.
@@ -151,14 +132,14 @@ def read_source(folder: Path, manifest: Manifest) -> list[SourceFile]:
     if not folder.is_dir():
         raise UserError(f"the source {folder} is not a folder; pass the one with <task>/train.json and test.json")
     sources = []
-    for (name, split), expected in manifest.files.items():
-        path = folder / name / f"{split}.json"
+    for name, expected in files.items():
+        path = folder / name
+        task, split = COMMONSENSE[path.parent.name], path.stem
         partial = path.with_name("train_partial.json")
         if split == "train" and not path.exists() and partial.exists():
             path = partial
-        records = read_records(path, COMMONSENSE[name]) if path.exists() else []
-        blob = git_blob_sha1(path) if path.exists() else ""
-        sources.append(SourceFile(COMMONSENSE[name], split, expected, path, records, blob))
+        records, blob = (read_records(path, task), git_blob_sha1(path)) if path.exists() else ([], "")
+        sources.append(SourceFile(task, split, expected, path, records, blob))
     if all(source.state == "missing" for source in sources):
         raise UserError(f"the source {folder} holds no file of any task; it needs boolq/train.json and so on")
     return sources
@@ -219,12 +200,6 @@ def tag_by_lookup(path: Path, train: list[SourceFile]) -> tuple[list[dict], list
         else:
             placed.append(tagged(record, task))
     return placed, unplaced
-
-
-def describe_unplaced(path: str, unplaced: list[str]) -> str:
-    """The examples of the merged file that have no task."""
-    more = f" and {len(unplaced) - NAMED:,} more" if len(unplaced) > NAMED else ""
-    return f"no single task's training file holds {', '.join(unplaced[:NAMED])}{more} of {path}"
 
 
 def describe_merged(path: str, records: int, expected: Expected) -> str:

@@ -38,24 +38,19 @@ QUESTIONS = {
 }
 Pairs = list[tuple[str, str]]  # (text, label)
 Sets = dict[str, dict[str, Pairs]]  # by task name and split
+Parts = dict[str, RemoteFile]
 
 
 @dataclasses.dataclass
 class Prepare(Config):
     """Where the files come from, and where the data set goes."""
 
-    source: str | None = flag(
-        None, "folder with the repository's raw files, as data/custrev.all, to take instead; none: download"
-    )
-    prepared: str | None = flag(
-        None, 'folder with <task>/{train,dev,test}.json of {"text", "label"} to take instead; none: download'
-    )
+    source: str | None = flag(None, "folder with the raw files to take, as data/custrev.all; none: download")
+    prepared: str | None = flag(None, 'folder with <task>/{train,dev,test}.json of {"text", "label"} to take instead')
     output_dir: str = flag("data/textclass", "folder for train.json, tasks.json, dev/ and test/", place=True)
     limit: int = flag(0, "most training examples of each task; 0: all")
     download_dir: str = flag("data/textclass/source", "folder where downloads are kept", place=True)
-    base_url: str | None = flag(
-        None, "address of a mirror that holds the manifest's paths; none: the repository's commit on GitHub"
-    )
+    base_url: str | None = flag(None, "address of a mirror that holds the manifest's paths; none: GitHub")
     manifest: str = flag(str(MANIFEST), "JSON file with path and hashes of each raw file, and the size of each split")
 
     def validate(self) -> None:
@@ -64,21 +59,11 @@ class Prepare(Config):
         self.require("limit", "at least 0, which takes all", self.limit >= 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What is known: each task's raw files by part (``all``, or the split), and the number of examples by split."""
-
-    repository: str
-    commit: str
-    files: dict[str, dict[str, RemoteFile]]
-    records: dict[str, dict[str, int]]
-
-
 def run(config: Prepare) -> None:
     """Read everything, check everything, and only then write; raises ``UserError``."""
     tasks = load_tasks_file(str(TASKS_FILE))
-    manifest = load_manifest(Path(config.manifest), tasks)
-    sets = read_sets(config, manifest, tasks)
+    url, files, sizes = load_manifest(config.manifest, tasks)
+    sets = read_sets(config, tasks, url, files)
     empty = [f"{name}/{part}" for name, parts in sets.items() for part in SPLITS if not parts[part]]
     if empty:
         raise UserError(f"no example is left for {', '.join(empty)}; nothing was written")
@@ -96,12 +81,15 @@ def run(config: Prepare) -> None:
     contents = {path: records_bytes(records) for path, records in examples.items()}
     write_all(contents | {folder / "tasks.json": TASKS_FILE.read_bytes()})
     output = folder / "train.json"
-    print(table(sets, tasks, manifest, config.limit))
+    print(table(sets, tasks, sizes, config.limit))
     print(f"{len(examples[output]):,} training examples in {output}\nsha256 {sha256_of(contents[output])}")
 
 
-def load_manifest(path: Path, tasks: TaskSet) -> Manifest:
-    """Read what each file must be; raises ``UserError`` if a task's entry is missing or laid out otherwise."""
+def load_manifest(path: str | Path, tasks: TaskSet) -> tuple[str, dict[str, Parts], dict[str, dict[str, int]]]:
+    """(address of the files, the parts of each task, its number of examples by split); raises ``UserError``.
+
+    A part is ``all``, or the split that a raw file holds.
+    """
     value = read_json(path, "the manifest")
     try:
         entries = {name: value["tasks"][name] for name in tasks.names}
@@ -109,43 +97,53 @@ def load_manifest(path: Path, tasks: TaskSet) -> Manifest:
             name: {part: RemoteFile.from_json(raw, f"{name}/{part}") for part, raw in entry["files"].items()}
             for name, entry in entries.items()
         }
-        records = {name: {split: int(entry["records"][split]) for split in SPLITS} for name, entry in entries.items()}
-        return Manifest(value["repository"], value["commit"], files, records)
+        sizes = {name: {part: int(entry["records"][part]) for part in SPLITS} for name, entry in entries.items()}
+        return github_raw(value["repository"], value["commit"]), files, sizes
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"the manifest {path} must be laid out as {MANIFEST}; wrong or missing: {error}") from None
+        raise UserError(f"the manifest {path} must be laid out as {MANIFEST}; missing or wrong: {error}") from None
 
 
-def read_sets(config: Prepare, manifest: Manifest, tasks: TaskSet) -> Sets:
+def read_sets(config: Prepare, tasks: TaskSet, url: str, files: dict[str, Parts]) -> Sets:
     """Every task's splits; no text of any test set is in a train or dev set. Raises ``UserError``."""
     given = config.prepared or config.source
     if given and not Path(given).is_dir():
         raise UserError(f"{given} is not a folder; pass the one that --help describes")
     if config.prepared:
-        return without_test_texts(read_prepared(Path(config.prepared), tasks))
-    if not config.source:
-        files = {raw.path: raw for parts in manifest.files.values() for raw in parts.values()}
-        url = config.base_url or github_raw(manifest.repository, manifest.commit)
-        fetched = fetch_all(url, Path(config.download_dir), files)
-        print(f"{fetched} files downloaded to {config.download_dir}, {len(files) - fetched} were there")
-    return without_test_texts(read_source(Path(config.source or config.download_dir), manifest, tasks))
-
-
-def read_source(folder: Path, manifest: Manifest, tasks: TaskSet) -> Sets:
-    """Read and split raw files that lie as in the repository; raises ``UserError`` naming all that are not those."""
-    problems = []
-    for raw in (raw for parts in manifest.files.values() for raw in parts.values()):
-        path = folder / raw.path
-        if not path.is_file():
-            problems.append(f"{raw.path} is missing")
-        elif (found := git_blob_sha1(path)) != raw.git_blob_sha1:
-            problems.append(f"{raw.path} has other bytes (git blob {found} instead of {raw.git_blob_sha1})")
-    if problems:
-        way_out = f"take the files of {manifest.repository} at commit {manifest.commit}"
-        raise UserError(f"{folder} is not the source: {'; '.join(problems)}; {way_out}")
+        folder = Path(config.prepared)
+        sets = {
+            task.name: {part: read_prepared(folder / task.name / f"{part}.json", task) for part in SPLITS}
+            for task in tasks
+        }
+    else:
+        folder, raw_files = (
+            Path(config.source or config.download_dir),
+            [raw for parts in files.values() for raw in parts.values()],
+        )
+        if not config.source:
+            fetch_all(config.base_url or url, folder, {raw.path: raw for raw in raw_files})
+        check_source(folder, raw_files)
+        sets = {
+            task.name: split({part: read_raw(folder / raw.path, task) for part, raw in files[task.name].items()})
+            for task in tasks
+        }
+    tested = {text for parts in sets.values() for text, _ in parts["test"]}
     return {
-        task.name: split({part: read_raw(folder / raw.path, task) for part, raw in manifest.files[task.name].items()})
-        for task in tasks
+        name: {part: [pair for pair in parts[part] if part == "test" or pair[0] not in tested] for part in SPLITS}
+        for name, parts in sets.items()
     }
+
+
+def check_source(folder: Path, files: list[RemoteFile]) -> None:
+    """Raise ``UserError`` that names every raw file below ``folder`` that is missing or has other bytes."""
+    problems = [f"{raw.path} is missing" for raw in files if not (folder / raw.path).is_file()]
+    found = {raw: git_blob_sha1(folder / raw.path) for raw in files if (folder / raw.path).is_file()}
+    problems += [
+        f"{raw.path} has other bytes (git blob {blob} instead of {raw.git_blob_sha1})"
+        for raw, blob in found.items()
+        if blob != raw.git_blob_sha1
+    ]
+    if problems:
+        raise UserError(f"{folder} is not the source: {'; '.join(problems)}; without --source the files are downloaded")
 
 
 def read_raw(path: Path, task: Task) -> Pairs:
@@ -195,14 +193,8 @@ def shuffled(entries: list) -> list:
     return entries
 
 
-def read_prepared(folder: Path, tasks: TaskSet) -> Sets:
-    """Read <task>/<split>.json, lists of {"text", "label"}; raises ``UserError`` naming file and example."""
-    return {
-        task.name: {part: _prepared(folder / task.name / f"{part}.json", task) for part in SPLITS} for task in tasks
-    }
-
-
-def _prepared(path: Path, task: Task) -> Pairs:
+def read_prepared(path: Path, task: Task) -> Pairs:
+    """Read a list of {"text", "label"}; raises ``UserError`` naming file and example."""
     records = read_json(path, "the prepared file")
     if not isinstance(records, list):
         raise UserError(f"{path} holds a JSON {type(records).__name__}; it must be a list of examples")
@@ -214,15 +206,6 @@ def _prepared(path: Path, task: Task) -> Pairs:
             labels = ", ".join(task.options)
             raise UserError(f"{path}: record {index} has the label {record.get('label')!r:.60}, none of {labels}")
     return [(record["text"], record["label"]) for record in records]
-
-
-def without_test_texts(sets: Sets) -> Sets:
-    """The same sets, every text of any task's test set dropped from every train and dev set."""
-    tested = {text for parts in sets.values() for text, _ in parts["test"]}
-    return {
-        name: {part: [pair for pair in parts[part] if part == "test" or pair[0] not in tested] for part in SPLITS}
-        for name, parts in sets.items()
-    }
 
 
 def limited(pairs: Pairs, limit: int) -> Pairs:
@@ -241,14 +224,14 @@ def example(task: Task, text: str, label: str) -> dict:
     }
 
 
-def table(sets: Sets, tasks: TaskSet, manifest: Manifest, limit: int) -> str:
+def table(sets: Sets, tasks: TaskSet, sizes: dict[str, dict[str, int]], limit: int) -> str:
     """One row a task: the examples of each split; then what differs from the known numbers."""
     rows, notes = [f"{'task':<8}{'id':>3}{'train':>9}{'dev':>8}{'test':>8}"], []
     for task in tasks:
         counts = {part: len(sets[task.name][part]) for part in SPLITS}
         train = min(limit or counts["train"], counts["train"])
         rows.append(f"{task.name:<8}{task.id:>3}{train:>9,}{counts['dev']:>8,}{counts['test']:>8,}")
-        for part, known in manifest.records[task.name].items():
+        for part, known in sizes[task.name].items():
             if counts[part] != known:
                 notes.append(f"{task.name}/{part} has {counts[part]:,} examples where the known set has {known:,}")
     return "\n".join([*rows, *notes])
