@@ -17,7 +17,7 @@ import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
-from mtl_lora.language.loss import token_losses
+from mtl_lora.language.batches import token_losses
 from mtl_lora.language.tasks import COMMONSENSE
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -192,8 +192,7 @@ class Results:
     @classmethod
     def load(cls, path: str | Path) -> "Results":
         """Read a results file, or the one in a folder; raises ``UserError`` naming the file and the key."""
-        path = Path(path)
-        path = path / artifacts.RESULTS if path.is_dir() else path
+        path = Path(path) / artifacts.RESULTS if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(f"there is no results file {path}; pass a {artifacts.RESULTS} or a folder that has one")
         return cls.from_json(typed_json.read_object(path, "the results file"), str(path), path)
@@ -207,7 +206,8 @@ class Results:
             raise reader.wrong("schema", schema, f"1 or {SCHEMA}, which this version reads")
         found = cls(**reader.fields(cls, value), path=path)
         if schema == 1:
-            found = dataclasses.replace(found, method_title=_SCHEMA_1_TITLES.get(found.method))
+            titles = _SCHEMA_1_TITLES.get(found.method)
+            found = dataclasses.replace(found, method_title=titles, settings={"protocol": 1, **found.settings})
         unknown = [name for name in found.tasks if name not in found.task_set.names]
         if unknown or not found.tasks:
             rule = f"of its task set: {', '.join(found.task_set.names)}"

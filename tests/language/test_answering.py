@@ -11,12 +11,10 @@ from shared import QUICKSTART
 import mtl_lora
 from mtl_lora import route
 from mtl_lora.errors import UserError
+from mtl_lora.language.answering import PrefixCaches, best_option, continuations, generate_answers, score_options
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.examples import Example
-from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.option_scoring import best_option, continuations, score_options
-from mtl_lora.language.prefix_cache import PrefixCaches
 from mtl_lora.language.questions import Question, load_questions
 from mtl_lora.language.tasks import Task
 
@@ -119,7 +117,7 @@ def test_options_with_the_same_tokens_are_refused_by_name():
 def test_scores_and_logits_that_are_not_numbers_are_refused():
     model = adapted_llama(dtype=torch.float32)
     next(iter(mtl_lora.adapter_layers(model).values())).lora_A.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="question 0 of own has the scores .*nan"):
+    with pytest.raises(UserError, match=r"question 0 of own has the scores .*nan"):
         score_options(model, Tokens(), questions([0] * len(PROMPTS)))
     encoder = Tokens()
     encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})

@@ -206,12 +206,12 @@ def test_intervals_are_of_questions_within_each_task_averaged_over_the_seeds(run
 
 def test_one_pair_of_runs_has_the_interval_of_report_compare(runs):
     found = intervals([question_differences(runs["a0"], runs["b0"])], ["boolq", "piqa"])
-    compared = compare(Results.load(runs["a0"]), Results.load(runs["b0"]), seed=SEED, resamples=RESAMPLES)
+    compared = compare(Results.load(runs["a0"]), Results.load(runs["b0"]), seed=SEED, resamples=RESAMPLES).value
     for entry, other in [
-        *((found["tasks"][name], compared.tasks[name]) for name in ("boolq", "piqa")),
-        (found["average"], compared.average),
+        *((found["tasks"][name], compared["tasks"][name]) for name in ("boolq", "piqa")),
+        (found["average"], compared["average"]),
     ]:
-        expected = (other.accuracy.difference, other.accuracy.low, other.accuracy.high)
+        expected = tuple(other["accuracy"][key] for key in ("difference", "low", "high"))
         assert dataclasses.astuple(entry) == pytest.approx(expected)
 
 

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 import mtl_lora
 from mtl_lora.base_model import BaseModel
-from mtl_lora.language.collate import Collator
+from mtl_lora.language.batches import Collator
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.token_cache import row_columns, training_rows

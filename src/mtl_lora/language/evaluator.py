@@ -16,12 +16,18 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.errors import UserError
+from mtl_lora.language.answering import (
+    PrefixCaches,
+    best_option,
+    continuations,
+    generate_answers,
+    per_token,
+    score_options,
+    shared_prefix,
+)
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.option_scoring import best_option, continuations, per_token, score_options
 from mtl_lora.language.predictions import PROTOCOL, Predictions
-from mtl_lora.language.prefix_cache import PrefixCaches, shared_prefix
 from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, plan_batches
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory

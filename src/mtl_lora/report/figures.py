@@ -58,16 +58,13 @@ class Drawing:
         metadata = {"Date": None, "Creator": None, "Title": self.title} if style == "svg" else {"Software": None}
         with _style():
             self.figure.savefig(buffer, format=style, metadata=metadata)
-        return buffer.getvalue() if style == "svg" else _with_palette(buffer)
+        if style == "svg":
+            return buffer.getvalue()
+        import PIL.Image  # matplotlib brings it
 
-
-def _with_palette(png: io.BytesIO) -> bytes:
-    """An image of at most 256 colours, which takes half the bytes."""
-    import PIL.Image  # matplotlib brings it
-
-    written = io.BytesIO()
-    PIL.Image.open(png).convert("RGB").quantize(256).save(written, "png", optimize=True)
-    return written.getvalue()
+        written = io.BytesIO()  # with at most 256 colours, which take half the bytes
+        PIL.Image.open(buffer).convert("RGB").quantize(256).save(written, "png", optimize=True)
+        return written.getvalue()
 
 
 def _style():
@@ -83,12 +80,13 @@ def draw(study: Study) -> list[Drawing]:
     Raises ``UserError`` with the way out if matplotlib or pandas is not installed.
     """
     require("matplotlib", "pandas")
-    found, names = [], Counter()
+    names = Counter()
     with _style():
-        for drawing in (each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)):
-            names[drawing.name] += 1
-            number = f"_{names[drawing.name]}" if names[drawing.name] > 1 else ""
-            found.append(dataclasses.replace(drawing, name=drawing.name + number))
+        found = [each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)]
+    for index, drawing in enumerate(found):
+        names[drawing.name] += 1
+        if names[drawing.name] > 1:
+            found[index] = dataclasses.replace(drawing, name=f"{drawing.name}_{names[drawing.name]}")
     return found
 
 
@@ -121,7 +119,6 @@ def look(index: int) -> dict:
 
 
 def _slug(text: str) -> str:
-    """A name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower() or "unnamed"
 
 
@@ -143,14 +140,17 @@ def _new_figure(
     down, width = -(-count // across), across * panel[0] + margin[0]
     lines = textwrap.wrap(caption, int(15 * width))  # letters of its size are about 1/15 inch wide
     size = (width, down * panel[1] + margin[1] + 0.14 * len(lines))
-    figure = Figure(figsize=size, layout=axes.pop("layout", "constrained"))
-    # Beside the left edge, wherever the panels begin.
-    figure.suptitle(title, x=0.1 / width, ha="left", fontsize=11, fontweight="bold")
-    figure.supxlabel("\n".join(lines), x=0.1 / width, ha="left", fontsize=8, color=GREY)
+    figure, left = Figure(figsize=size, layout=axes.pop("layout", "constrained")), {"x": 0.1 / width, "ha": "left"}
+    figure.suptitle(title, **left, fontsize=11, fontweight="bold")
+    figure.supxlabel("\n".join(lines), **left, fontsize=8, color=GREY)
     panels = figure.subplots(down, across, squeeze=False, **axes).flatten()
     for empty in panels[count:]:
         empty.set_axis_off()
     return figure, list(panels[:count])
+
+
+def _task_title(study: Study, panel: "Axes", task: str | None, whole: str) -> None:
+    panel.set_title(study.task_set.title(task) if task else whole, fontweight=None if task else "bold")
 
 
 def _heat_map(panel: "Axes", matrix, rows: Sequence[str], columns: Sequence[str], limit: float, texts, bold=()):
@@ -160,6 +160,7 @@ def _heat_map(panel: "Axes", matrix, rows: Sequence[str], columns: Sequence[str]
     panel.set_facecolor("#f4f4f4")
     mesh = panel.pcolormesh(np.ma.masked_invalid(matrix), cmap="RdBu", vmin=-limit, vmax=limit, edgecolors="white")
     for (row, column), text in np.ndenumerate(np.array(texts, dtype=object)):
+        text = "" if text == "nan" else text
         ink = "white" if abs(matrix[row][column]) > 0.6 * limit else "black"
         weight = "bold" if (row, column) in bold else "normal"
         panel.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=7.5, color=ink, weight=weight)
@@ -174,6 +175,10 @@ def _name_columns(panel: "Axes", places: Sequence[float], names: Sequence[str]) 
     panel.set_xticks(places, names, rotation=40, ha="right", va="center", rotation_mode="anchor")
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
+
+
+def _colour_bar(figure: "Figure", panels: "Sequence[Axes]", colours, label: str) -> None:
+    figure.colorbar(colours, ax=panels, shrink=0.7, aspect=30, label=label)
 
 
 # ---- results ----
@@ -191,25 +196,20 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
         f"over the questions of a single run (thin); dashed line: {MAJORITY_LABEL}; each panel has its own scale."
     )
     labels = [textwrap.shorten(experiment.name, 32, placeholder=" …") for experiment in study.experiments]
-    panel, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
-    figure, panels = _new_figure(len(tasks), panel, margin, title, caption, 4, 3, sharey=True)
-    majority = study.majority | {None: study.average_majority}
+    size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
+    figure, panels = _new_figure(len(tasks), size, margin, title, caption, 4, 3, sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
         scale = 100 if study.metric(task) in FRACTIONS else 1
         for index, value in enumerate(experiment.estimate(task) for experiment in study.experiments):
             if value:
-                ends = (
-                    None
-                    if value.low is None
-                    else [[scale * (value.mean - value.low)], [scale * (value.high - value.mean)]]
-                )
+                known = value.low is not None
+                ends = [[scale * (value.mean - value.low)], [scale * (value.high - value.mean)]] if known else None
                 style = {"fmt": look(index)["marker"], "color": look(index)["color"], "capsize": 3}
-                panel.errorbar(
-                    scale * value.mean, index, xerr=ends, elinewidth=0.9 if value.sd is None else 2.4, **style
-                )
-        if majority.get(task) is not None:
-            panel.axvline(scale * majority[task], color="black", linestyle="--", linewidth=1)
-        panel.set_title(study.task_set.title(task) if task else AVERAGE, fontweight=None if task else "bold")
+                width = 0.9 if value.sd is None else 2.4
+                panel.errorbar(scale * value.mean, index, xerr=ends, elinewidth=width, **style)
+        if task in study.majority:
+            panel.axvline(scale * study.majority[task], color="black", linestyle="--", linewidth=1)
+        _task_title(study, panel, task, AVERAGE)
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
@@ -239,8 +239,9 @@ def _transfer(study: Study) -> Iterator[Drawing]:
             interval = f"\n{interval_text(cell, signed=True)}" if cell.low is not None else ""
             texts[place] = f"{value_text(cell.difference, signed=True)}{interval}".replace("-", "−")
             bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
-    mesh = _heat_map(panels[0], matrix, labels, columns, max(1.0, float(np.nanmax(np.abs(matrix)))), texts, bold)
-    figure.colorbar(mesh, ax=panels, shrink=0.7, aspect=30, label="percentage points")
+    limit = max(1.0, float(np.nanmax(np.abs(matrix))))
+    mesh = _heat_map(panels[0], matrix, labels, columns, limit, texts, bold)
+    _colour_bar(figure, panels, mesh, "percentage points")
     yield Drawing("transfer", title, caption, figure)
 
 
@@ -254,8 +255,7 @@ def _loss(study: Study) -> Iterator[Drawing]:
 
     groups: dict[str, list] = {}
     for index, experiment in enumerate(study.experiments):
-        if experiment.has_log:
-            logs = [log for run in experiment.runs if (log := log_of(study, run))]
+        if logs := [log for run in experiment.runs if (log := log_of(study, run))]:
             groups.setdefault(experiment.group, []).append((index, experiment.name, logs))
     for group, trained in groups.items():
         title, name = ("Training loss", "training_loss")
@@ -268,8 +268,8 @@ def _loss(study: Study) -> Iterator[Drawing]:
         having = {task for _, _, logs in trained for log in logs for task in log}
         tasks = [task for task in study.task_set.columns if task in having]
         tasks += [""] if len(tasks) != 1 else []
-        margin = (0.4 + (_width([name for _, name, _ in trained]) + 0.8 if len(trained) > 1 else 0), 0.8)
-        figure, panels = _new_figure(len(tasks), (2.5, 1.9), margin, title, caption, 4, 3, sharex=True)
+        legend = _width([name for _, name, _ in trained]) + 0.8 if len(trained) > 1 else 0
+        figure, panels = _new_figure(len(tasks), (2.5, 1.9), (0.4 + legend, 0.8), title, caption, 4, 3, sharex=True)
         lines = {}
         for task, panel in zip(tasks, panels, strict=True):
             for index, label, logs in trained:
@@ -283,13 +283,13 @@ def _loss(study: Study) -> Iterator[Drawing]:
                 panel.fill_between(frame.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
                 marks = {"markersize": 4, "markevery": max(1, len(frame) // 8), "linewidth": 1.3}
                 (lines[label],) = panel.plot(frame.index, frame.mean(axis=1), **style, **marks)
-            panel.set_title(study.task_set.title(task) if task else "All tasks", fontweight=None if task else "bold")
+            _task_title(study, panel, task, "All tasks")
             panel.set_ylim(bottom=0)
             # Few enough for any width: were there more once the layout is settled, the last could reach over the edge.
             panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
             panel.grid()
             panel.tick_params(labelbottom=True)
-        if len(trained) > 1:
+        if legend:
             figure.legend(lines.values(), lines.keys(), loc="outside right upper", handlelength=3)
         yield Drawing(name, title, caption, figure)
 
@@ -302,36 +302,33 @@ def _mixture(study: Study) -> Iterator[Drawing]:
     import numpy as np
 
     for experiment in study.experiments:
-        found = [(run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture]
-        if not found:
-            continue
-        (run, analysis), modules = found[0], {}
-        for layer in (layer for layer in analysis.layers if layer in analysis.mixture):
+        found = ((run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture)
+        run, analysis = next(found, (None, None))
+        modules: dict[str, list] = {}
+        for layer in (layer for layer in analysis.layers if layer in analysis.mixture) if run else ():
             row = np.ravel(np.array(analysis.mixture[layer], dtype=float))
             modules.setdefault(layer.rpartition(".")[2], []).append(row)
         if all(np.isnan(row).all() for rows in modules.values() for row in rows):
-            continue  # a training that went to NaN
-        width = len(row)
-        labels = [study.task_set.title(task) for task in analysis.tasks]
-        parts = width // len(labels)
+            continue  # no mixture, or of a training that went to NaN
+        width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]
+        parts, apart = width // len(labels), -(-len(labels) // 24)
         title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")
         caption = (
             f"Each row a layer, from the first (above) to the last; within a task's columns its weights of the {parts} "
             f"up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g})."
         )
         height = min(max(1.0, 0.085 * max(map(len, modules.values()))), 4) + 0.6 + 0.7 * _width(labels)
-        panel = (min(max(2.6, 0.12 * width + 0.6), 5.5), height)
-        figure, panels = _new_figure(len(modules), panel, (1, 0.6), title, caption, 2)
+        size = (min(max(2.6, 0.12 * width + 0.6), 5.5), height)
+        figure, panels = _new_figure(len(modules), size, (1, 0.6), title, caption, 2)
         top = max(np.nanmax(rows) for rows in modules.values())
         for panel, (name, rows) in zip(panels, modules.items(), strict=True):
             image = panel.imshow(rows, cmap="cividis", vmin=0, vmax=top, aspect="auto")
             panel.set_title(name)
             panel.yaxis.get_major_locator().set_params(integer=True)
-            apart = -(-len(labels) // 24)
             _name_columns(panel, np.arange(0, len(labels), apart) * parts + (parts - 1) / 2, labels[::apart])
             for index in range(1, len(labels)):
                 panel.axvline(index * parts - 0.5, color="white", linewidth=1.2 / apart)
-        figure.colorbar(image, ax=panels, shrink=0.7, aspect=30, label="weight")
+        _colour_bar(figure, panels, image, "weight")
         yield Drawing(f"mixture_{_slug(experiment.name)}", title, caption, figure)
 
 
@@ -353,22 +350,18 @@ def _similarity(study: Study) -> Iterator[Drawing]:
             title = f"{title}, {experiment.name}"
             labels = [study.task_set.title(task) for task in analyses[0].tasks]
             written = len(labels) <= MOST_WRITTEN
-            caption = (
-                f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where "
-            )
-            caption += "one of the two is zero." + ("" if written else f" Numbers: for up to {MOST_WRITTEN} tasks.")
+            caption = f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty "
+            caption += "where one of the two is zero." + ("" if written else f" Numbers: up to {MOST_WRITTEN} tasks.")
             side = max(1.9, (0.42 if written else 0.2) * len(labels))
-            panel, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
+            size, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
             shared = {"layout": "compressed", "sharex": True, "sharey": True}
-            figure, panels = _new_figure(len(found[0]), panel, margin, title, caption, 3, 2, **shared)
+            figure, panels = _new_figure(len(found[0]), size, margin, title, caption, 3, 2, **shared)
             for kind, panel in zip(found[0], panels, strict=True):
                 seeds = np.array([of_seed[kind] for of_seed in found if kind in of_seed], dtype=float)
                 matrix = np.ma.masked_invalid(seeds).mean(axis=0).filled(np.nan)
                 # A zero that rounding left has no sign.
-                texts = [
-                    ["" if v != v else f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix
-                ]
+                texts = [[f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix]
                 mesh = _heat_map(panel, matrix, labels, labels, 1.0, texts if written else [[]])
                 panel.set(title=kind, aspect="equal")
-            figure.colorbar(mesh, ax=panels, shrink=0.7, aspect=30, label="cosine")
+            _colour_bar(figure, panels, mesh, "cosine")
             yield Drawing(f"{name}_{_slug(experiment.name)}", title, caption, figure)

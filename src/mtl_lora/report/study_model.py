@@ -147,19 +147,14 @@ class Experiment:
     summary: Summary
     against: Differences | None = None
 
-    @property
-    def has_log(self) -> bool:
-        """Whether there is a training log of any run."""
-        return any(job.log for run in self.runs for job in run.jobs)
-
     def estimate(self, task: str | None) -> Estimate | None:
         """The summary's value of a task, or of the average (None); a single run's has its standard error."""
         found = self.summary.average if task is None else self.summary.tasks.get(task)
-        if found is None or found.low is not None or len(self.runs) != 1:
-            return found
-        having = [self.runs[0].tasks.get(name) for name in (self.summary.tasks if task is None else [task])]
-        error = None if None in having else average_of(having).stderr
-        return found if error is None else Estimate(found.mean, None, found.mean - error, found.mean + error)
+        if found and found.low is None and len(self.runs) == 1:
+            having = [self.runs[0].tasks.get(name) for name in (self.summary.tasks if task is None else [task])]
+            if None not in having and (error := average_of(having).stderr) is not None:
+                return Estimate(found.mean, None, found.mean - error, found.mean + error)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +229,7 @@ class Study:
     @classmethod
     def load(cls, path: str | Path) -> "Study":
         """Read a study's file, or the one in a folder; raises ``UserError`` naming the file and the key."""
-        path = Path(path)
-        path = path / artifacts.STUDY if path.is_dir() else path
+        path = Path(path) / artifacts.STUDY if Path(path).is_dir() else Path(path)
         value = read_object(path, "the study")
         schema = value.get("schema")
         if value.get("kind") != "study" or type(schema) is not int or schema not in (1, STUDY_SCHEMA):
@@ -252,11 +246,6 @@ class Study:
     def save(self, path: str | Path) -> None:
         """Write the file whole, or not at all."""
         files.write_json(path, self.to_json())
-
-    @property
-    def groups(self) -> list[str]:
-        """The experiments' groups, in order."""
-        return list(dict.fromkeys(experiment.group for experiment in self.experiments))
 
     @property
     def runs(self) -> list[Run]:
@@ -280,18 +269,13 @@ class Study:
 
     def metric(self, task: str | None) -> str:
         """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
-        return next(
-            (r.metric for run in self.runs for name, r in run.tasks.items() if task in (name, None)), "accuracy"
-        )
+        results = [pair for run in self.runs for pair in run.tasks.items()]
+        return next((result.metric for name, result in results if task in (name, None)), "accuracy")
 
     @property
-    def majority(self) -> dict[str, float]:
-        """The majority class's value by task, from the first run that was asked its questions."""
+    def majority(self) -> dict[str | None, float]:
+        """The majority class's value by task, from the first run that has one; None: their mean, if all have."""
         results = [(name, result.majority) for run in reversed(self.runs) for name, result in run.tasks.items()]
-        return {name: value for name, value in results if value is not None}
-
-    @property
-    def average_majority(self) -> float | None:
-        """The mean over tasks of the majority class; None unless every task with a result has one."""
-        known = [self.majority.get(name) for name in self.scored]
-        return None if None in known or not known else sum(known) / len(known)
+        found = {name: value for name, value in results if value is not None}
+        known = [found[name] for name in self.scored if name in found]
+        return found | ({None: sum(known) / len(known)} if known and len(known) == len(self.scored) else {})
