@@ -6,7 +6,6 @@ Only the checkpoint's two files are read, never the base model.
 
 import dataclasses
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -46,6 +45,7 @@ def analyse(checkpoint: str | Path) -> dict:
     comparable = method.needs_task_ids and method.has_factors
     compared = layers if comparable and len(tasks) <= MOST_TASKS else {}
     transforms = [found for layer in compared.values() if (found := layer.task_transforms(ids)) is not None]
+    changes = [found - torch.eye(found.shape[-1]) for found in transforms]
     updates = {name: _cosines(_update_products(layer)) for name, layer in compared.items()}
     by_module: dict[str, list[torch.Tensor]] = {}
     for name, similarity in updates.items():
@@ -69,9 +69,9 @@ def analyse(checkpoint: str | Path) -> dict:
         "adapter_sha256": config.weights_sha256,
         "layers": list(layers),
         "mixture": {name: found.tolist() for name, found in mixtures.items() if found is not None} or None,
-        "lambda_similarity": _mean([_cosines(_products(found)) for found in transforms]),
+        "lambda_similarity": _mean([_cosines(torch.einsum("sij,tij->st", each, each)) for each in transforms]),
         "lambda_minus_identity_similarity": _mean(
-            [_cosines(_products(found - torch.eye(found.shape[-1]))) for found in transforms]
+            [_cosines(torch.einsum("sij,tij->st", each, each)) for each in changes]
         ),
         "update_similarity": _mean(list(updates.values())),
         "update_similarity_by_module": {module: _mean(found) for module, found in by_module.items()} or None,
@@ -90,12 +90,6 @@ def in_depth_order(layers: dict[str, AdapterLayer], targets: list[str] | str) ->
         return numbers, listed.get(module, len(listed)), module
 
     return {name: layers[name] for name in sorted(layers, key=place)}
-
-
-def _products(matrices: torch.Tensor) -> torch.Tensor:
-    """Inner products of the tasks' matrices (T, r, r), (T, T)."""
-    flat = matrices.flatten(1)
-    return flat @ flat.T
 
 
 def _update_products(layer: AdapterLayer) -> torch.Tensor:
@@ -127,21 +121,13 @@ def _mean(similarities: list[torch.Tensor]) -> list[list[float | None]] | None:
 def write_analysis(checkpoint: str | Path, output: str | Path | None = None) -> Path:
     """Analyse a checkpoint and write the file, by default into its folder; returns its path."""
     path = Path(output or Path(checkpoint) / artifacts.ADAPTER_ANALYSIS)
+    # Six decimals, and null for what is no number (the weights of a run that went to NaN): JSON has none.
+    text = json.dumps(analyse(checkpoint))
+    found = json.loads(text, parse_float=lambda digits: round(float(digits), 6), parse_constant=lambda _: None)
     # An entry a line: indenting would give every number of every layer a line of its own.
-    entries = [f"  {json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in analyse(checkpoint).items()]
+    entries = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     files.write_text(path, "{\n" + ",\n".join(entries) + "\n}\n")
     return path
-
-
-def _rounded(value):
-    """Six decimals, and null for what is no number (the weights of a run that went to NaN): JSON has none."""
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_rounded(entry) for entry in value]
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
 
 
 @dataclasses.dataclass

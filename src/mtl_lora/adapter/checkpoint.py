@@ -164,10 +164,16 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
     source = base_model if folder is None else folder
     config = read_config(source)
     provenance = config.provenance_config
+    expected = provenance.base_fingerprint
     if folder is None:
         base_model = _build_base(provenance, source, **options)
-    else:
-        _check_base(base_model, provenance, source)
+    elif expected:
+        found = _base_of(unwrap(base_model))
+        if found.base_fingerprint not in (None, expected):
+            raise UserError(
+                f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
+                f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
+            )
     state = read_weights(source, config)
     model = inject(base_model, config.adapter_config)
     try:
@@ -190,17 +196,6 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
     if provenance.base_fingerprint:
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
     return base.load(**options)
-
-
-def _check_base(model: nn.Module, provenance: Provenance, folder: str | Path) -> None:
-    """Raise ``UserError`` for a base model that is known to be another one than the checkpoint's."""
-    expected = provenance.base_fingerprint
-    found = _base_of(unwrap(model)) if expected else Provenance()
-    if found.base_fingerprint and found.base_fingerprint != expected:
-        raise UserError(
-            f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint is "
-            f"{expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
-        )
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
@@ -231,8 +226,11 @@ def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:
 def load_state(model: nn.Module, state: State, source: str) -> None:
     """Copy tensors into the adapter of ``model``; names, shapes and dtypes must agree both ways."""
     own, problem = adapter_tensors(model), f"{source} does not fit this model:"
-    different = {"lacks": sorted(own.keys() - state.keys()), "has unknown": sorted(state.keys() - own.keys())}
-    parts = [f"{label} {_some(keys)}" for label, keys in different.items() if keys]
+    parts = []
+    for label, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            parts.append(f"{label} {', '.join(sorted(keys)[:3])}{more}")
     if parts:
         raise UserError(f"{problem} it {' and '.join(parts)}")
     for name, tensor in state.items():
@@ -244,11 +242,6 @@ def load_state(model: nn.Module, state: State, source: str) -> None:
             raise UserError(f"{problem} {name} has dtype {tensor.dtype}, not {own[name].dtype}")
     for name, tensor in state.items():
         own[name].copy_(tensor)
-
-
-def _some(keys: list[str], shown: int = 3) -> str:
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more
 
 
 # ---- without the base model ----

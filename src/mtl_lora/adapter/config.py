@@ -1,7 +1,6 @@
-"""The configuration of an adapter: a method, what it is put on, and the hyperparameters that the method declares.
+"""The configuration of an adapter: a method, what it is put on, and the hyperparameters that its class declares.
 
-Which methods there are, and what each of them declares, the layer classes say (``mtl_lora.adapter.layer.methods``).
-They need torch, so they are imported when a configuration is made, not with this module.
+The classes (``mtl_lora.adapter.layer.methods``) need torch and are imported only when a configuration is made.
 """
 
 import dataclasses
@@ -23,8 +22,7 @@ _FORMAT_1 = ("num_B", "temperature", "lambda_shape", "num_experts", "task_embedd
 class Hyperparameters(Config):
     """A method's own values beside rank, alpha and dropout: fields made with ``flag``, and their rules in ``validate``.
 
-    A field that a method gains after checkpoints were written declares the value that was fixed until then, as
-    ``before=value``: a file without the field takes it.
+    A field that a method gains later declares the value that was fixed until then, ``before=value``, for earlier files.
     """
 
 
@@ -99,15 +97,14 @@ class AdapterConfig(Config):
 
     @property
     def scale(self) -> float:
-        """The factor on the low-rank product: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        """alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @classmethod
     def from_json(cls, value: object, source: str = "the adapter configuration", complete: bool = True) -> typing.Self:
         """Build from a JSON object, of this format or of format 1; errors name ``source`` and the key.
 
-        Every field must be there, for a lost alpha that took its default would change every output without a word;
-        but for those that came later and say what was fixed before.
+        Every field without a ``before`` must be there: a lost alpha that took its default would change every output.
         """
         if not isinstance(value, dict) or "method" not in value:
             return super().from_json(value, source, complete)

@@ -36,10 +36,7 @@ class DoraLayer(LoraLayer):
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
-        """||W + s B A|| per output row, (d,), without forming B A.
-
-        ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T for a row w of W and b of B.
-        """
+        """||W + s B A|| per output row, (d,); ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T."""
         A, B, s = self.lora_A, self.lora_B, self.scale
         device = A.device.type
         # c is 1 but for small changes, which the bf16 products of an autocast region would round away.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import re
 import sys
 from collections import Counter
@@ -17,8 +16,6 @@ from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, layer_class
 from mtl_lora.adapter.saved import Slot, find_slots, named_modules, train_slots, unwrap
 from mtl_lora.errors import UserError
 
-Linears = list[tuple[str, nn.Module]]
-
 
 @dataclasses.dataclass(eq=False)
 class Injection:
@@ -30,7 +27,7 @@ class Injection:
     has_head: bool  # whether the output head carries an adapter
     allow_unused: bool  # whether a layer may be left out by a forward that trains
     unchecked: bool = True  # whether no forward that trains has been looked at yet
-    called: set[int] = dataclasses.field(default_factory=set)  # ids of the layers called while it is looked at
+    called: set[nn.Module] = dataclasses.field(default_factory=set)  # the layers called while it is looked at
     watchers: list = dataclasses.field(default_factory=list)  # hooks of the layers meanwhile
     handles: list = dataclasses.field(default_factory=list)  # hooks of the model
 
@@ -117,7 +114,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     return targets
 
 
-def _matching(linears: Linears, target_modules: list[str] | str) -> dict[str, nn.Module]:
+def _matching(linears: list[tuple[str, nn.Module]], target_modules: list[str] | str) -> dict[str, nn.Module]:
     counted = Counter(name.rpartition(".")[2] for name, _ in linears)
     there = ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"
     if isinstance(target_modules, str):
@@ -281,9 +278,10 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not _is_compiled():
             _refuse_drifting_averages(model)
-            injection.called.clear()
-            note = functools.partial(_note_call, injection.called)
-            injection.watchers = [layer.register_forward_pre_hook(note) for layer in adapter_layers(model).values()]
+            injection.watchers = [
+                layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))
+                for layer in adapter_layers(model).values()
+            ]
     return arguments, options
 
 
@@ -308,11 +306,11 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
         return
     for watcher in injection.watchers:
         watcher.remove()
-    injection.watchers = []
+    called, injection.watchers, injection.called = injection.called, [], set()
     if output is None:  # the forward raised
         return
     layers = adapter_layers(model)
-    unused = [name for name, layer in layers.items() if id(layer) not in injection.called and not _is_expert(name)]
+    unused = [name for name, layer in layers.items() if layer not in called and not _is_expert(name)]
     if unused and not injection.allow_unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
@@ -321,10 +319,6 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
             "allow_unused=True to inject"
         )
     injection.unchecked = False
-
-
-def _note_call(called: set[int], layer: nn.Module, arguments: tuple) -> None:
-    called.add(id(layer))
 
 
 def _is_compiled() -> bool:

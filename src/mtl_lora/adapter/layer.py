@@ -57,12 +57,12 @@ def is_quantised(weight: torch.Tensor) -> bool:
 
 
 def in_pieces(weight: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has spread a weight over the processes."""
+    """Whether ZeRO-3 has partitioned a weight over the processes."""
     return hasattr(weight, "ds_id")
 
 
 def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
-    """A block in which a weight is there as a whole: under ZeRO-3 its pieces are gathered for the while."""
+    """A block in which a weight that ZeRO-3 has partitioned is gathered."""
     if not in_pieces(weight):
         return contextlib.nullcontext()
     import deepspeed
@@ -191,10 +191,7 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, task: str | int | None = None) -> torch.Tensor:
-        """The plain weight (d, k) that equals this layer for ``task``, summed in the adapter's dtype.
-
-        Raises ``UserError`` for a quantised base, whose weight cannot hold the sum.
-        """
+        """The plain weight (d, k) that equals this layer for ``task``; raises ``UserError`` for a quantised base."""
         if is_quantised(self.base.weight):
             raise UserError("a quantised base cannot take the adapter into its weights; load it in bf16 or float32")
         factors = self.factors(task)
@@ -226,15 +223,12 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def base_row_squares(self) -> torch.Tensor:
-        """The squared norm of each output row of the frozen weight, (d,).
-
-        The columns of a quantised weight come out of the base's forward, one unit vector at a time; a partitioned one
-        (ZeRO-3) is gathered, so all processes must call this together.
-        """
+        """The squared norm of each output row of the frozen weight, (d,); under ZeRO-3 all processes must call this."""
         weight = self.base.weight
         if not is_quantised(weight):
             with whole(weight):
                 return self._base_weight().to(self.parameter_dtype).square().sum(dim=1)
+        # The columns of a quantised weight come out of the base's forward, as the images of unit vectors.
         total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
         unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
         for rows in unit.split(1024):

@@ -1,15 +1,13 @@
 """Task routing: which task each row (or token) of the running batch belongs to.
 
-Two doors. ``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up; and
-``with route.use(task_ids):`` around forward, loss and ``generate``, for loops that cannot pass the argument. Both take
-names, ids or a tensor. Before a model runs, a hook resolves names, checks the range and puts the ids where the layers
-read them: per thread, never on the model, so two threads or two forwards before one backward cannot mix. Inside the
-forward, and so inside a compiled region, ids are a tensor.
-
-Ids have the shape (B,), one for each row, or (B, L), one for each token, where B is the first axis of every layer's
-input. A model that lays its activations out as (L, B, k) is not supported: with L equal to B this cannot be noticed.
+``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up, and the block
+``with route.use(task_ids):`` take names, ids or a tensor: (B,), one for each row, or (B, L), one for each token. Before
+a model runs, a hook resolves names, checks the range and puts the ids where the layers read them: per thread, never on
+the model, so two threads or two forwards before one backward cannot mix. B is the first axis of every layer's input; a
+model that lays its activations out as (L, B, k) is not supported: with L equal to B this cannot be noticed.
 """
 
+import dataclasses
 import inspect
 import threading
 from collections.abc import Callable
@@ -93,15 +91,13 @@ def _listed(tasks: list[str]) -> str:
     return "the adapter's tasks are " + ", ".join(f"{index} {name}" for index, name in enumerate(tasks))
 
 
+@dataclasses.dataclass(eq=False)
 class BoundRoute:
-    """Checked ids of a running forward, as its layers read them.
+    """Checked ids of a running forward, as its layers read them."""
 
-    task_ids: (B,) or (B, L). length: L of the model's input, where it is known: inputs of B L flattened rows then match
-    too. kept: the route of the output head, where the forward projects only some positions.
-    """
-
-    def __init__(self, task_ids: torch.Tensor, length: int | None = None, kept: "BoundRoute | None" = None):
-        self.task_ids, self.length, self.kept = task_ids, length, kept
+    task_ids: torch.Tensor  # (B,) or (B, L)
+    length: int | None = None  # L of the model's input, where it is known: inputs of B L flattened rows then match too
+    kept: "BoundRoute | None" = None  # of the output head, where the forward projects only some positions
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
         """Ids on ``x``'s device for a layer input (B, ..., k) or (B L, k); raises ``UserError`` if they do not fit."""
@@ -180,10 +176,7 @@ def current() -> Route | None:
 
 
 def checkpoint_context() -> tuple[_Held, _Held]:
-    """``context_fn`` for one's own non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers.
-
-    The first context is entered as the checkpointed function runs, the second in the backward pass.
-    """
+    """``context_fn`` for one's own non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers."""
     return _Held(_routes.outer, _routes.model), _Held(_routes.outer, _routes.model)
 
 
@@ -227,7 +220,7 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
 
 
 def _backward_pass() -> int:
-    """A number for the backward pass that this thread is in, -1 outside any."""
+    """Of this thread; -1 outside any."""
     return torch._C._current_graph_task_id()
 
 
@@ -269,11 +262,7 @@ class Generate(Override):
 
 
 class ExpandInputs(Override):
-    """The step of ``generate`` that repeats the rows of a batch; the route repeats with it.
-
-    Repeating is announced by the model, never guessed from sizes: a batch that is by accident a multiple of its ids
-    stays an error.
-    """
+    """The step of ``generate`` that repeats the rows of a batch. A route repeats here, never by a guess at sizes."""
 
     name = "_expand_inputs_for_generation"
 
@@ -284,8 +273,7 @@ class ExpandInputs(Override):
 
 
 class Checkpointing(Override):
-    """Transformers' checkpointing, whichever it is: the recomputation enters its forward's routes wherever it runs, for
-    autograd has threads of its own."""
+    """Checkpointing of transformers: a recomputation, in whatever thread, enters its forward's routes."""
 
     name = "_gradient_checkpointing_func"
 
@@ -311,8 +299,7 @@ def follow_checkpointing(modules: list[nn.Module]) -> None:
 
 
 def _with_gradient(arguments: tuple) -> tuple:
-    """Arguments of which one requires a gradient: without any, the re-entrant form has none for the weights either,
-    and behind frozen embeddings nothing requires one."""
+    """Arguments of which one requires a gradient: without, the re-entrant form has none for the weights either."""
     tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
     if not torch.is_grad_enabled() or not tensors or any(value.requires_grad for value in tensors):
         return arguments

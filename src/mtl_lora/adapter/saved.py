@@ -64,18 +64,15 @@ class Slot:
         """Whether it is trained; a buffer is only kept."""
         return isinstance(self.original, nn.Parameter)
 
-    def _table(self, module: nn.Module) -> dict:
-        return module._parameters if self.is_weight else module._buffers
-
     def get(self) -> torch.Tensor:
         """The tensor that the model uses."""
         module, key = self.places[0]
-        return self._table(module)[key]
+        return (module._parameters if self.is_weight else module._buffers)[key]
 
     def put(self, tensor: torch.Tensor) -> None:
         """Have the model use ``tensor``."""
         for module, key in self.places:
-            self._table(module)[key] = tensor
+            (module._parameters if self.is_weight else module._buffers)[key] = tensor
 
     def put_original(self) -> torch.Tensor:
         """Have the model use the frozen original; returns what it used before."""
@@ -155,10 +152,7 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
 
 
 class CastForward(Override):
-    """Runs a module's forward with its float32 weights cast to the dtype they have in the base.
-
-    places: (module, key, dtype) of each such weight.
-    """
+    """A forward with its float32 weights, (module, key, dtype), cast to the dtype that they have in the base."""
 
     name = "forward"
 
