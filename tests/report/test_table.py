@@ -26,7 +26,6 @@ from mtl_lora.language.tasks import COMMONSENSE as COMMONSENSE_SET
 from mtl_lora.report.study_model import Study
 from mtl_lora.report.table import (
     PUBLISHED_FILE,
-    RENDERERS,
     details,
     percent,
     published_rows,
@@ -58,41 +57,36 @@ def test_markdown_table_is_the_expected_text_for_old_and_new_results(write, caps
 
 
 @pytest.mark.parametrize(
-    ("adapter", "total", "adapters", "text"),
+    ("text", "expected"),
     [
-        (16_845_824, 6_755_261_248, 1, "16.85 (0.25 %)"),
-        (460_800, 134_515_008, 1, "0.46 (0.34 %)"),
-        (1234, 135_000_000, 6, "6 x 0.0012 (0.00091 %)"),
-        (0, 10, 1, "0.00 (0.00 %)"),
+        (trainable_text(Trainable(16_845_824, 6_755_261_248)), "16.85 (0.25 %)"),
+        (trainable_text(Trainable(460_800, 134_515_008)), "0.46 (0.34 %)"),
+        (trainable_text(Trainable(1234, 135_000_000), 6), "6 x 0.0012 (0.00091 %)"),
+        (trainable_text(Trainable(0, 10)), "0.00 (0.00 %)"),
+        (percent(0.683), "68.3"),
+        (percent(1), "100.0"),
+        (percent(0.012, signed=True), "+1.2"),
+        (percent(-0.031, signed=True), "-3.1"),
+        (percent(-1e-9, signed=True), "+0.0"),
+        (value_text(2.5, 0.25, "rmse"), "2.500 ± 0.250"),
+        (value_text(-2.5, None, "rmse", signed=True), "-2.500"),
     ],
 )
-def test_trainable_parameters_keep_two_digits(adapter, total, adapters, text):
-    assert trainable_text(Trainable(adapter, total), adapters) == text
-
-
-@pytest.mark.parametrize(
-    ("fraction", "signed", "text"),
-    [(0.683, False, "68.3"), (1, False, "100.0"), (0.012, True, "+1.2"), (-0.031, True, "-3.1"), (-1e-9, True, "+0.0")],
-)
-def test_percent_has_one_decimal_and_no_negative_zero(fraction, signed, text):
-    assert percent(fraction, signed) == text
+def test_numbers_have_the_digits_and_signs_that_people_read(text, expected):
+    assert text == expected
 
 
 def test_a_metric_that_is_not_a_fraction_is_shown_as_it_is_under_its_name(table_of):
-    assert (value_text(2.5, 0.25, "rmse"), value_text(-2.5, None, "rmse", signed=True)) == ("2.500 ± 0.250", "-2.500")
     rmse = {"metric": "rmse", "value": 2.5, "stderr": 0.25, "n": 100}
-    text = RENDERERS["markdown"](table_of(changed(BASE, tasks__second=rmse)))
+    text = table_of(changed(BASE, tasks__second=rmse)).markdown()
     assert grid(text)["base"] == ["–", "50.0 ± 3.0", "2.500 ± 0.250", "–"]
     assert "second (rmse)" in text.splitlines()[0]
 
 
 def test_a_missing_task_is_a_dash_and_takes_the_average_with_it(table_of):
-    table = table_of(changed(BASE, tasks__second=...), TUNED, difference=True)
-    rows = grid(RENDERERS["markdown"](table))
-    assert rows["base"] == ["–", "50.0 ± 3.0", "–", "–"]
-    assert rows["majority class"] == ["–", "60.0", "–", "–"]
-    assert rows["difference"] == ["–", "+25.0 ± 4.2", "–", "–"]
-    assert any("base" in note and "second" in note for note in table.notes)
+    rows = grid(table_of(changed(BASE, tasks__second=...), TUNED, difference=True).markdown())
+    values = {"base": "50.0 ± 3.0", "majority class": "60.0", "difference": "+25.0 ± 4.2"}
+    assert {name: rows[name] for name in values} == {name: ["–", value, "–", "–"] for name, value in values.items()}
 
 
 def test_the_majority_class_needs_every_task(table_of):
@@ -108,7 +102,12 @@ def test_the_majority_class_needs_every_task(table_of):
         ({"mode": "generate"}, ["mode", "base score", "mtl_lora generate"]),
         ({"mode": ...}, ["mode", "base score", "mtl_lora unknown"]),
         ({"base_model": "llama"}, ["base model", "smollm2-135m", "llama"]),
-        ({"settings": {"num_beams": 4}}, []),
+        ({"settings": {"dtype": "fp64"}}, ["dtype", "base fp32, mtl_lora fp64"]),
+        ({"settings": {"num_beams": 4}}, []),  # the other does not say
+        ({"settings": {"tasks_sha256": "b" * 64}}, [f"base {'a' * 12}, mtl_lora {'b' * 12}"]),
+        ({"settings": {"base_fingerprint": "b" * 64}}, [f"base {'a' * 12}, mtl_lora {'b' * 12}"]),
+        ({"settings": {"adapter_sha256": "b" * 64}}, []),
+        ({"settings": {"template": "alpaca"}}, []),
         ({"tasks__first__majority": 0.7}, ["majority class", "base"]),
         ({"data": ...}, []),
         ({"data__second": ...}, []),
@@ -116,55 +115,33 @@ def test_the_majority_class_needs_every_task(table_of):
     ],
 )
 def test_notes_say_what_keeps_rows_from_being_compared(table_of, changes, facts):
-    usual = set(table_of(BASE, TUNED).notes)
-    new = [line for line in table_of(BASE, changed(TUNED, **changes)).notes if line not in usual]
+    hashes = {f"{name}_sha256": "a" * 64 for name in ("tasks", "adapter")}
+    base = changed(BASE, settings={"dtype": "fp32", "template": "alpaca", "base_fingerprint": "a" * 64, **hashes})
+    usual = set(table_of(base, TUNED).notes)
+    new = [line for line in table_of(base, changed(TUNED, **changes)).notes if line not in usual]
     new = [line for line in new if not line.startswith("Questions:")]
     assert len(new) == bool(facts) and all(fact in new[0] for fact in facts), new
 
 
-@pytest.mark.parametrize(
-    ("key", "one", "other", "shown"),
-    [
-        ("dtype", "torch.float32", "torch.bfloat16", "base torch.float32, mtl_lora torch.bfloat16"),
-        ("num_beams", 1, 4, "base 1, mtl_lora 4"),
-        ("tasks_sha256", "a" * 64, "b" * 64, "base aaaaaaaaaaaa, mtl_lora bbbbbbbbbbbb"),
-        ("base_fingerprint", "a" * 64, "b" * 64, "base aaaaaaaaaaaa, mtl_lora bbbbbbbbbbbb"),
-        ("adapter_sha256", "a" * 64, "b" * 64, None),
-        ("template", "alpaca", "alpaca", None),
-    ],
-)
-def test_rows_of_other_protocols_are_named(table_of, key, one, other, shown):
-    table = table_of(changed(BASE, settings={key: one}), changed(TUNED, settings={key: other}))
-    found = [line for line in table.notes if line.startswith("Rows differ")]
-    assert len(found) == (shown is not None) and all(shown in line for line in found)
-
-
-def test_averages_by_group_follow_in_a_second_table(table_of):
+def test_averages_by_group_follow_in_a_second_table_and_one_of_some_tasks_alone_is_named(table_of):
     grouped = changed(BASE, tasks__first__groups=GROUPS, tasks__second__groups=GROUPS)
-    text = RENDERERS["markdown"](table_of(grouped, TUNED))
+    text = table_of(grouped, TUNED).markdown()
     rows = grid(text[text.index("| Average by group") :])
-    assert rows == {
-        "Average by group": ["easy", "hard"],
-        "-" * 16: rows["-" * 16],
-        "base": ["80.0 ± 2.1", "20.0 ± 2.8"],
-        "mtl_lora": ["–", "–"],
-    }
-
-
-def test_a_group_of_some_tasks_alone_is_named(table_of):
+    assert (rows["Average by group"], rows["mtl_lora"]) == (["easy", "hard"], ["–", "–"])
+    assert rows["base"] == ["80.0 ± 2.1", "20.0 ± 2.8"]
     notes = table_of(changed(BASE, tasks__first__groups=GROUPS)).notes
     assert any("easy" in note and "first alone" in note for note in notes)
 
 
 def test_latex_is_booktabs_with_every_text_escaped(table_of):
-    text = RENDERERS["latex"](table_of(changed(BASE, name="[50%] a_b & c < d"), TUNED, difference=True))
+    text = table_of(changed(BASE, name="[50%] a_b & c < d"), TUNED, difference=True).latex()
     assert r"{[}50\%] a\_b \& c \textless{} d & – & 50.0 ± 3.0 & 25.0 ± 4.0 & 37.5 ± 2.5 \\" in text
     assert r"mtl\_lora & 16.85 (0.25 \%) &" in text
     assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == 2
 
 
 def test_html_shows_whatever_a_name_holds_as_text(table_of):
-    text = RENDERERS["html"](table_of(changed(BASE, name="<b>bold</b> & more")))
+    text = table_of(changed(BASE, name="<b>bold</b> & more")).html()
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; more" in text and "<b>" not in text and "<td>50.0 ± 3.0</td>" in text
 
 
@@ -184,15 +161,13 @@ def test_published_rows_have_eight_scores_their_average_and_a_source():
 def test_published_rows_stand_beside_ours_with_their_sources(table_of):
     table = table_of(COMMONSENSE_RESULTS, published=True)
     scores = ["69.8", "79.9", "79.5", "83.6", "82.6", "79.8", "64.7", "81.0", "77.6"]
-    assert grid(RENDERERS["markdown"](table))["LLaMA2-7B LoRA r 32 (published)"] == ["–", *scores]
+    assert grid(table.markdown())["LLaMA2-7B LoRA r 32 (published)"] == ["–", *scores]
     for source in {row.source for row in published_rows()}:
         assert source in table.notes[-1]
     labels = [row.name for row in published_rows()]
     assert len(set(labels)) == len(labels)
     assert "LLaMA-7B LoRA r 32 (published, AGI-Edgerunners/LLM-Adapters)" in labels
-
-
-def test_published_rows_never_enter_the_difference(table_of):
+    # They never enter the difference.
     row = table_of(COMMONSENSE_RESULTS, COMMONSENSE_RESULTS, published=True, difference=True).records[-1]
     assert (row["kind"], row["average"]) == ("difference", 0)
 
@@ -314,9 +289,9 @@ def records(draw):
 
 @reuse_folder
 @given(record=records())
-def test_csv_carries_every_digit(table_of, record):
+def test_csv_carries_every_digit_and_markdown_rows_have_as_many_cells(table_of, record):
     table = table_of(record, record, difference=True)
-    lines = list(csv.DictReader(io.StringIO(RENDERERS["csv"](table), newline="")))
+    lines = list(csv.DictReader(io.StringIO(table.csv(), newline="")))
     assert [line["kind"] for line in lines] == ["result", "result", "difference"]
     for task, score in record["tasks"].items():
         read = (float(lines[0][f"{task} accuracy"]), float(lines[0][f"{task} stderr"]), int(lines[0][f"{task} n"]))
@@ -324,17 +299,11 @@ def test_csv_carries_every_digit(table_of, record):
         assert float(lines[2][f"{task} accuracy"]) == 0
     assert float(lines[0]["average"]) == table.records[0]["average"]
     assert lines[0]["name"] == " ".join(record["name"].split())
-
-
-@reuse_folder
-@given(record=records())
-def test_markdown_rows_all_have_the_same_number_of_cells(table_of, record):
-    lines = RENDERERS["markdown"](table_of(record)).split("\n")
-    assert [unescaped_pipes(line) for line in lines[:3]] == [6, 6, 6]
-    assert lines[3] == ""
+    lines = table.markdown().split("\n")
+    assert [unescaped_pipes(line) for line in lines[:5]] == [6] * 5 and lines[5] == ""
 
 
 @pytest.mark.parametrize("name", ["a|b", "a\\|b", "two\nlines", "`code|`", "*|*"])
 def test_a_name_cannot_break_a_markdown_table(table_of, name):
-    lines = RENDERERS["markdown"](table_of(changed(BASE, name=name))).splitlines()
+    lines = table_of(changed(BASE, name=name)).markdown().splitlines()
     assert {unescaped_pipes(line) for line in lines[:4]} == {6}

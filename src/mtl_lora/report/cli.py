@@ -10,16 +10,18 @@ from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_text
+from mtl_lora.report import figures
 from mtl_lora.report.compare import compare
 from mtl_lora.report.load import predictions_path
-from mtl_lora.report.table import RENDERERS, Report, build_table, details, markdown_text
+from mtl_lora.report.page import write_page
+from mtl_lora.report.table import FORMATS, Report, build_table, details, markdown_text
 from mtl_lora.results import Results
 
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
 LEAST_RESAMPLES, MOST_RESAMPLES = 100, 1_000_000
 _RESULTS = f"results: each a {artifacts.RESULTS}, or a folder that has one"
 _RUNS = "runs: folders of trainings, evaluations or studies"
-_FORMAT = f"{', '.join(RENDERERS)}; default: as the suffix of --output says, else markdown"
+_FORMAT = f"{', '.join(FORMATS)}; default: as the suffix of --output says, else markdown"
 _OUTPUT = "write to this file; none: print"
 
 
@@ -70,7 +72,7 @@ class CompareConfig(Config):
     def run(self) -> None:
         a, b = (Results.load(path) for path in self.runs)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
-        _hand_out(self, compare(a, b, self.seed, self.resamples).report(), [a.path, b.path, *predictions])
+        _hand_out(self, compare(a, b, self.seed, self.resamples), [a.path, b.path, *predictions])
 
 
 @dataclasses.dataclass
@@ -82,11 +84,9 @@ class FiguresConfig(Config):
     format: str = flag("svg,png", "svg, png, or both with a comma")
 
     def run(self) -> None:
-        from mtl_lora.report.figures import FORMATS, write_figures
-
         formats = list(dict.fromkeys(name.strip().lower() for name in self.format.split(",")))
-        self.require("format", "svg or png, or both with a comma", set(formats) <= set(FORMATS))
-        print("\n".join(map(str, write_figures(self.runs, self.output, formats))))
+        self.require("format", "svg or png, or both with a comma", set(formats) <= set(figures.FORMATS))
+        print("\n".join(map(str, figures.write_figures(self.runs, self.output, formats))))
 
 
 @dataclasses.dataclass
@@ -100,8 +100,6 @@ class PageConfig(Config):
         self.require("runs", "one folder", len(self.runs) == 1)
 
     def run(self) -> None:
-        from mtl_lora.report.page import write_page
-
         print(write_page(self.runs[0], self.output))
 
 
@@ -130,12 +128,12 @@ def _hand_out(config: TableConfig | CompareConfig, report: Report, inputs: Seque
     """Render; print or write; and print the notes to stderr where the format has no place for them."""
     output = Path(config.output) if config.output else None
     style = config.format or (SUFFIXES.get(output.suffix.lower(), "markdown") if output else "markdown")
-    config.require("format", f"one of {', '.join(RENDERERS)}", style in RENDERERS)
+    config.require("format", f"one of {', '.join(FORMATS)}", style in FORMATS)
     if output and output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it")
     if output and output.resolve() in {path.resolve() for path in inputs}:
         raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
-    text = RENDERERS[style](report)
+    text = getattr(report, style)()
     if output:
         write_text(output, text)
     else:

@@ -1,7 +1,6 @@
 """By how much two runs on the same questions differ: task by task, and on average."""
 
 import collections
-import dataclasses
 import math
 import reprlib
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.report.load import Prediction, read_predictions
-from mtl_lora.report.study_model import CONFIDENCE
+from mtl_lora.report.study_model import CONFIDENCE, Difference
 from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent, require
 from mtl_lora.results import Results
 
@@ -80,12 +79,10 @@ def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
 def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
     """Raise ``UserError`` unless both scored ``tasks`` on the same data by one protocol."""
     for results in (a, b):
-        for key in NEEDED_SETTINGS:
-            if results.settings.get(key) is None:
-                raise UserError(f"{results.path}: settings.{key} is missing, without which nothing can be compared")
-        for name in tasks:
-            if results.data.get(name) is None:
-                raise UserError(f"{results.path}: data.{name} is missing; it must be the sha256 of the test data")
+        needed = {f"settings.{key}": results.settings.get(key) for key in NEEDED_SETTINGS}
+        needed |= {f"data.{name}": results.data.get(name) for name in tasks}
+        for key in [key for key, value in needed.items() if value is None]:
+            raise UserError(f"{results.path}: {key} is missing, without which nothing can be compared; evaluate again")
     keys = [key for key in dict.fromkeys([*a.settings, *b.settings]) if key not in FREE_SETTINGS]
     differing = [key for key in keys if a.settings.get(key) != b.settings.get(key)]
     if differing:
@@ -117,13 +114,12 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
             raise _not_comparable(a, b, f"question {alone[0]} of {task} ({place}) is in one of them alone ({limits})")
         found[task] = [(of_a[index], of_b[index]) for index in sorted(of_a)]
         for first, last in found[task]:
-            where = f"({first.place}; {last.place})"
-            if first.answer != last.answer:
-                reason = f"question {first.index} of {task} has another right answer in each {where}"
-                raise _not_comparable(a, b, reason)
+            other = "right answer" if first.answer != last.answer else ""
             if same_base and first.prompt_sha256 != last.prompt_sha256:
-                reason = f"question {first.index} of {task} has another prompt in each, with one base model {where}"
-                raise _not_comparable(a, b, reason)
+                other = other or "prompt, with one base model,"
+            if other:
+                where = f"{first.place}; {last.place}"
+                raise _not_comparable(a, b, f"question {first.index} of {task} has another {other} in each ({where})")
     return found
 
 
@@ -138,101 +134,13 @@ def _not_comparable(a: Results, b: Results, reason: str) -> UserError:
 # ---- the comparison ----
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """A mean score (a fraction) of A and of B, their ``difference`` B - A, and its interval."""
-
-    a: float
-    b: float
-    difference: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, a: float, b: float, means: "numpy.ndarray") -> "Change":
-        """means: of the bootstrap."""
-        return cls(a, b, b - a, *percentile_interval(means))
-
-
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """One task, or all: n questions, ``only_a`` of them answered right by A alone, ``only_b`` by B alone."""
-
-    n: int
-    accuracy: Change
-    only_a: int
-    only_b: int
-    p: float
-    f1: Change | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Tasks in column order, and their average, of B against A."""
-
-    a: Results
-    b: Results
-    tasks: dict[str, Compared]
-    average: Compared
-    seed: int
-    resamples: int
-
-    def report(self) -> Report:
-        """The table (percent, one decimal), fractions with every digit, and what the numbers are."""
-        rows = [*self.tasks.items(), (None, self.average)]
-        interval, with_f1 = f"{100 * CONFIDENCE:.0f} % interval", any(row.f1 for row in self.tasks.values())
-        header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
-        header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if with_f1 else []
-        lines, records = [], []
-        for name, row in rows:
-            lines.append([self.a.task_set.title(name) if name else AVERAGE, f"{row.n:,}", *_texts(row.accuracy)])
-            lines[-1] += [f"{row.only_a:,}", f"{row.only_b:,}", p_text(row.p), *(_texts(row.f1) if with_f1 else [])]
-            records.append({"task": name})
-            for key, value in vars(row).items():
-                is_change = key in ("accuracy", "f1")
-                parts = {f"{key} {part}": getattr(value, part, None) for part in CHANGE_KEYS}
-                records[-1] |= parts if is_change else {key: value}
-        notes = self._notes()
-        value = {
-            side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
-            for side, run in (("a", self.a), ("b", self.b))
-        }
-        value |= {
-            "tasks": {name: dataclasses.asdict(row) for name, row in self.tasks.items()},
-            "average": dataclasses.asdict(self.average),
-            "confidence": CONFIDENCE,
-            "resamples": self.resamples,
-            "seed": self.seed,
-            "notes": notes,
-        }
-        return Report([TextTable("", header, lines)], records, notes, value)
-
-    def _notes(self) -> list[str]:
-        """What the numbers are, and what differs between the runs besides what is compared."""
-        a, b = self.a, self.b
-        notes = [
-            f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
-            f"Interval: {100 * CONFIDENCE:.0f} % percentile interval of a paired bootstrap, {self.resamples:,} "
-            f"resamples of the questions within each task, seed {self.seed}.",
-            "p: exact two-sided McNemar test of the questions that only A answers right against those that only B "
-            "does; not corrected for the number of tasks.",
-            "Average: every task weighs the same in the scores, every question in p, which pools the questions of all "
-            "tasks.",
-        ]
-        without_f1 = [name for name, row in self.tasks.items() if row.f1 is None]
-        if 0 < len(without_f1) < len(self.tasks):
-            notes.append(f"No F1 for {', '.join(without_f1)}, nor on average: not every prediction has one.")
-        if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
-            notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
-        if a.settings.get("dtype") != b.settings.get("dtype"):
-            notes.append(f"The dtypes differ: A {a.settings.get('dtype')}, B {b.settings.get('dtype')}.")
-        return notes
-
-
-def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> Comparison:
+def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> Report:
     """B against A, from their predictions; intervals are of ``resamples`` seeded resamples.
 
-    Raises ``UserError`` saying what differs where the two are not comparable, and for broken predictions.
+    The report's value has ``tasks`` in column order, and their ``average``: n questions, ``accuracy`` (mean score of A
+    and of B, ``difference`` B - A, its ``low`` and ``high``), the numbers ``only_a`` and ``only_b`` of questions that
+    one alone answered right, p, and ``f1`` or None. Raises ``UserError`` saying what differs where the two are not
+    comparable, and for broken predictions.
     """
     for one, other in ((a, b), (b, a)):
         alone = [name for name in one.tasks if name not in other.tasks]
@@ -240,38 +148,90 @@ def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> C
             raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
     tasks, means = {}, {"correct": [], "f1": []}
 
-    def change(name: str, key: str, pairs: Pairs) -> Change | None:
+    def change(name: str, key: str, pairs: Pairs) -> dict | None:
         scores = [(getattr(first, key), getattr(last, key)) for first, last in pairs]
         if any(None in pair for pair in scores):
             return None
         means[key].append(task_means(name, [float(y) - float(x) for x, y in scores], seed, resamples))
-        return Change.of(*(math.fsum(side) / len(pairs) for side in zip(*scores, strict=True)), means[key][-1])
-
-    def average(changes: Sequence[Change | None], drawn: Sequence["numpy.ndarray"]) -> Change | None:
-        """The unweighted mean over tasks; questions were resampled within each task (a stratified bootstrap)."""
-        if None in changes:
-            return None
-        sides = (math.fsum(getattr(each, side) for each in changes) / len(changes) for side in "ab")
-        return Change.of(*sides, sum(drawn) / len(changes))
+        return _change(*(math.fsum(side) / len(pairs) for side in zip(*scores, strict=True)), means[key][-1])
 
     for name, pairs in paired_answers(a, b, a.scored).items():
         right = collections.Counter((first.correct, last.correct) for first, last in pairs)
-        discordant = right[True, False], right[False, True]
-        accuracy, f1 = (change(name, key, pairs) for key in means)
-        tasks[name] = Compared(len(pairs), accuracy, *discordant, mcnemar_p(*discordant), f1)
-    rows = list(tasks.values())
-    n, *discordant = (sum(getattr(row, key) for row in rows) for key in ("n", "only_a", "only_b"))
-    accuracy, f1 = average([r.accuracy for r in rows], means["correct"]), average([r.f1 for r in rows], means["f1"])
-    return Comparison(a, b, tasks, Compared(n, accuracy, *discordant, mcnemar_p(*discordant), f1), seed, resamples)
+        changes = [change(name, key, pairs) for key in means]
+        tasks[name] = _compared(len(pairs), right[True, False], right[False, True], *changes)
+    # Every task weighs the same; questions were resampled within each task (a stratified bootstrap).
+    averages = []
+    for key, drawn in (("accuracy", means["correct"]), ("f1", means["f1"])):
+        changes = [row[key] for row in tasks.values()]
+        known = None not in changes
+        sides = [math.fsum(each[side] for each in changes) / len(changes) for side in "ab"] if known else ()
+        averages.append(_change(*sides, sum(drawn) / len(changes)) if known else None)
+    average = _compared(*(sum(row[key] for row in tasks.values()) for key in ("n", "only_a", "only_b")), *averages)
+
+    rows = {**tasks, None: average}
+    titles = [*map(a.task_set.title, tasks), AVERAGE]
+    interval, with_f1 = f"{100 * CONFIDENCE:.0f} % interval", any(row["f1"] for row in tasks.values())
+    header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
+    header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if with_f1 else []
+    lines = [
+        [title, f"{row['n']:,}", *_texts(row["accuracy"]), f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])]
+        + (_texts(row["f1"]) if with_f1 else [])
+        for title, row in zip(titles, rows.values(), strict=True)
+    ]
+    records: list[dict] = []
+    for name, row in rows.items():
+        records.append({"task": name})
+        for key, value in row.items():
+            is_change = key in ("accuracy", "f1")
+            records[-1] |= (
+                {f"{key} {part}": (value or {}).get(part) for part in CHANGE_KEYS} if is_change else {key: value}
+            )
+    notes = _notes(a, b, [name for name, row in tasks.items() if row["f1"] is None], seed, resamples)
+    value = {
+        side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
+        for side, run in (("a", a), ("b", b))
+    }
+    value |= {"tasks": tasks, "average": average, "confidence": CONFIDENCE, "resamples": resamples, "seed": seed}
+    return Report([TextTable("", header, lines)], records, notes, value | {"notes": notes})
 
 
-def _texts(change: Change | None) -> list[str]:
+def _compared(n: int, only_a: int, only_b: int, accuracy: dict, f1: dict | None) -> dict:
+    p = mcnemar_p(only_a, only_b)
+    return {"n": n, "accuracy": accuracy, "only_a": only_a, "only_b": only_b, "p": p, "f1": f1}
+
+
+def _change(a: float, b: float, means: "numpy.ndarray") -> dict:
+    return dict(zip(CHANGE_KEYS, (a, b, b - a, *percentile_interval(means)), strict=True))
+
+
+def _texts(change: dict | None) -> list[str]:
     if change is None:
         return [NOTHING] * 4
-    difference = percent(change.difference, signed=True)
-    return [percent(change.a), percent(change.b), difference, interval_text(change, signed=True)]
+    difference = Difference(change["difference"], change["low"], change["high"])
+    signed = percent(difference.difference, signed=True)
+    return [percent(change["a"]), percent(change["b"]), signed, interval_text(difference, signed=True)]
 
 
 def p_text(p: float) -> str:
     """Four decimals, or ``<0.0001``."""
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
+
+
+def _notes(a: Results, b: Results, without_f1: Sequence[str], seed: int, resamples: int) -> list[str]:
+    """What the numbers are, and what differs between the runs besides what is compared."""
+    notes = [
+        f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
+        f"Interval: {100 * CONFIDENCE:.0f} % percentile interval of a paired bootstrap, {resamples:,} resamples of the "
+        f"questions within each task, seed {seed}.",
+        "p: exact two-sided McNemar test of the questions that only A answers right against those that only B does; "
+        "not corrected for the number of tasks.",
+        "Average: every task weighs the same in the scores, every question in p, which pools the questions of all "
+        "tasks.",
+    ]
+    if 0 < len(without_f1) < len(a.tasks):
+        notes.append(f"No F1 for {', '.join(without_f1)}, nor on average: not every prediction has one.")
+    if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
+        notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
+    if a.settings.get("dtype") != b.settings.get("dtype"):
+        notes.append(f"The dtypes differ: A {a.settings.get('dtype')}, B {b.settings.get('dtype')}.")
+    return notes

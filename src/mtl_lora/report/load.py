@@ -19,9 +19,6 @@ SIMILARITIES = {"lambda_similarity": "Λₜ", "lambda_minus_identity_similarity"
 SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ"}
 
 
-# ---- what a training leaves ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Analysis:
     """What an adapter does for each task: see ``mtl_lora.adapter.analysis``, which writes it.
@@ -66,13 +63,14 @@ def read_analysis(path: Path) -> Analysis:
     if value.get("kind") != "adapter_analysis" or value.get("schema") != 1:
         raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
     analysis = reader.read(Analysis, value)
-    T, square = len(analysis.tasks), {key: getattr(analysis, key) for key in SIMILARITIES}
-    square |= {f"update_similarity_by_module.{key}": m for key, m in analysis.update_similarity_by_module.items()}
-    sizes = {key: (matrix, {T}) for key, matrix in square.items() if matrix is not None}
-    sizes |= {f"mixture.{key}": (m, {len(row) for row in m[:1]}) for key, m in analysis.mixture.items()}
-    for key, (matrix, widths) in sizes.items():
-        if len(matrix) != T or {len(row) for row in matrix} != widths:
-            raise reader.wrong(key, matrix, f"{T} rows of equally many numbers, {T} for a similarity")
+    T = len(analysis.tasks)
+    parts = ("mixture", "update_similarity_by_module")
+    matrices = {f"{part}.{key}": matrix for part in parts for key, matrix in getattr(analysis, part).items()}
+    for key, matrix in (matrices | {key: getattr(analysis, key) for key in SIMILARITIES}).items():
+        if matrix is not None:
+            width = len(matrix[0]) if matrix and key.startswith("mixture.") else T
+            if [len(row) for row in matrix] != [width] * T:
+                raise reader.wrong(key, matrix, f"{T} rows of equally many numbers, {T} for a similarity")
     return analysis
 
 
@@ -101,14 +99,9 @@ def _lines(path: Path) -> list[str]:
     """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
     try:
         text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); pass a whole output folder") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); pass a whole output folder") from None
     return text.removesuffix("\n").split("\n") if text else []
-
-
-# ---- folders ----
 
 
 def load_run(path: str | Path) -> Study:
@@ -126,37 +119,35 @@ def load_run(path: str | Path) -> Study:
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (read_object(file, "the configuration") if file else {} for file in rest)
     results = _own_results(folder, adapter)
-    if not (results or log or analysis):
-        names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
-        raise UserError(f"{folder} holds none of {', '.join(names)}")
+    run = {"folder": str(folder), "log": log and str(log), "analysis": analysis and str(analysis)}
     adapts = read_analysis(analysis) if analysis else None
     if results:
-        task_set, tasks, average = results.task_set, results.tasks, results.whole_average
-    else:
+        name, method, task_set, tasks = results.name, results.method, results.task_set, results.tasks
+    elif log or analysis:
         # As the training was configured, else by the names in its analysis or log.
         known = adapts.tasks if adapts else [*filter(None, read_log(log))] or ["task"]
         listed = {"tasks": [{"name": name, "id": index} for index, name in enumerate(known)]}
         task_set = TaskNames.from_json(training.get("tasks") or listed, str(folder / artifacts.RUN_CONFIG))
-        tasks, average = {}, None
-    experiment = Experiment(
-        name=results.name if results else folder.absolute().name,
-        method=results.method if results else adapts and adapts.method,
-        trainable=results and results.trainable,
-        runs=[Run(folder=str(folder), tasks=tasks, log=log and str(log), analysis=analysis and str(analysis))],
-        summary=Summary({task: Estimate(tasks[task].value) for task in tasks}, average and Estimate(average.value)),
-    )
+        name, method, tasks = folder.absolute().name, adapts and adapts.method, {}
+    else:
+        names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
+        raise UserError(f"{folder} holds none of {', '.join(names)}")
+    average = results and results.whole_average
+    summary = Summary({task: Estimate(tasks[task].value) for task in tasks}, average and Estimate(average.value))
+    facts = {"name": name, "method": method, "trainable": results and results.trainable, "summary": summary}
+    experiment = Experiment(**facts, runs=[Run(**run, tasks=tasks)])
     evaluation = results.to_json() if results else {}
     facts = {"evaluation": evaluation, "training": training, "adapter": adapter or evaluation.get("adapter")}
-    return Study(name=experiment.name, task_set=task_set, experiments=[experiment], path=folder, facts=facts)
+    return Study(name=name, task_set=task_set, experiments=[experiment], path=folder, facts=facts)
 
 
 def _own_results(folder: Path, adapter: dict) -> Results | None:
     """The results in a folder or in its evaluation's; None, with a line on stderr, for those of an earlier adapter."""
     beside = folder / artifacts.EVALUATION / artifacts.RESULTS
-    places = [path for path in (folder / artifacts.RESULTS, beside) if path.is_file()]
-    results = Results.load(places[0]) if places else None
-    ours = {None, adapter.get("weights_sha256")}
-    if results and results.path == beside and adapter and results.settings.get("adapter_sha256") not in ours:
+    if (folder / artifacts.RESULTS).is_file() or not beside.is_file():
+        return Results.load(folder) if (folder / artifacts.RESULTS).is_file() else None
+    results = Results.load(beside)
+    if adapter and results.settings.get("adapter_sha256") not in (None, adapter.get("weights_sha256")):
         print(f"{beside} is of an earlier adapter of {folder} and left out; evaluate it again", file=sys.stderr)
         return None
     return results
@@ -168,23 +159,18 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     Raises ``UserError`` for a folder that holds nothing, and for single runs whose tasks differ.
     """
     found = [load_run(path) for path in paths]
-    single = [study for study in found if study.facts]
+    single, experiments = [study for study in found if study.facts], []
     names = [study.name for study in single]
-    experiments = []
     for study in single:
-        (experiment,) = study.experiments
         if set(study.task_set.names) != set(single[0].task_set.names):
             raise UserError(
                 f"{study.path} is about the tasks {', '.join(study.task_set.names)} and {single[0].path} about "
                 f"{', '.join(single[0].task_set.names)}; figures side by side need one set of tasks"
             )
         name = f"{study.name} ({study.path})" if names.count(study.name) > 1 else study.name
-        experiments.append(dataclasses.replace(experiment, name=name))
+        experiments.append(dataclasses.replace(study.experiments[0], name=name))
     side_by_side = [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
     return [study for study in found if not study.facts] + side_by_side
-
-
-# ---- predictions ----
 
 
 @dataclasses.dataclass(frozen=True)

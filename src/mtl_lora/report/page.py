@@ -55,10 +55,9 @@ def _facts(study: Study) -> dict[str, dict]:
     """By section: what the study was made from, then every run without its scores."""
     shown = ("name", "about", "notes", "experiments", "transfer", "search", "task_set")
     facts = {"study": {key: value for key, value in object_of(study).items() if key not in shown}}
-    for experiment in study.experiments:
-        for run in experiment.runs:
-            name = experiment.name if run.seed is None else f"{experiment.name}, seed {run.seed}"
-            facts[name] = {key: value for key, value in object_of(run).items() if key not in ("tasks", "seed")}
+    for experiment, run in ((each, run) for each in study.experiments for run in each.runs):
+        name = experiment.name if run.seed is None else f"{experiment.name}, seed {run.seed}"
+        facts[name] = {key: value for key, value in object_of(run).items() if key not in ("tasks", "seed")}
     return facts
 
 
@@ -67,7 +66,6 @@ def _in_words(value: object, name: str = "") -> dict[str, str]:
     if isinstance(value, dict):
         return {key: text for part, entry in value.items() for key, text in _in_words(entry, f"{name} {part}").items()}
     if isinstance(value, list):
-        value = "\n".join(
-            entry if isinstance(entry, str) else json.dumps(entry) for entry in value if entry is not None
-        )
+        known = (entry for entry in value if entry is not None)
+        value = "\n".join(entry if isinstance(entry, str) else json.dumps(entry) for entry in known)
     return {} if value in (None, "") else {name.strip().replace("_", " "): str(value)}

@@ -150,11 +150,11 @@ class Experiment:
     def estimate(self, task: str | None) -> Estimate | None:
         """The summary's value of a task, or of the average (None); a single run's has its standard error."""
         found = self.summary.average if task is None else self.summary.tasks.get(task)
-        if found is None or found.low is not None or len(self.runs) != 1:
-            return found
-        having = [self.runs[0].tasks.get(name) for name in (self.summary.tasks if task is None else [task])]
-        error = None if None in having else average_of(having).stderr
-        return found if error is None else Estimate(found.mean, None, found.mean - error, found.mean + error)
+        if found and found.low is None and len(self.runs) == 1:
+            having = [self.runs[0].tasks.get(name) for name in (self.summary.tasks if task is None else [task])]
+            if None not in having and (error := average_of(having).stderr) is not None:
+                return Estimate(found.mean, None, found.mean - error, found.mean + error)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

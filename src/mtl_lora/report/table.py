@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
@@ -14,6 +14,7 @@ from mtl_lora.report.study_model import Difference, Differences, Estimate, Exper
 from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
+FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
 TRAINABLE = "Trainable parameters, M (%)"
 # Settings of an evaluation that rows must share to be compared, and what a note calls them.
@@ -150,15 +151,6 @@ class Report:
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-RENDERERS: dict[str, Callable[[Report], str]] = {
-    "markdown": Report.markdown,
-    "csv": Report.csv,
-    "latex": Report.latex,
-    "html": Report.html,
-    "json": Report.json,
-}
-
-
 # ---- results side by side ----
 
 
@@ -184,10 +176,6 @@ class Row:
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
         return value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
 
-    def group(self, name: str) -> Average | None:
-        """The average over a group of questions."""
-        return self.average.groups.get(name) if self.average else None
-
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
         """What the row is, then value, standard error and questions of each task. metrics: by task.
 
@@ -196,14 +184,18 @@ class Row:
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
         record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
-        for name, metric in metrics.items():
-            for key, field in ((metric, "value"), ("stderr", "stderr"), ("n", "n")):
-                record[f"{name} {key}"] = getattr(self.cells.get(name), field, None)
-        averages = {"average": (self.average, "average_stderr")}
-        averages |= {f"average of {group}": (self.group(group), f"average of {group} stderr") for group in groups}
-        for key, (average, error_key) in averages.items():
-            record |= {key: getattr(average, "value", None), error_key: getattr(average, "stderr", None)}
+        values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
+        values |= {("average", "average_stderr"): self.average}
+        values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
+        for keys, value in values.items():
+            record |= {
+                key: getattr(value, field, None) for key, field in zip(keys, ("value", "stderr", "n"), strict=False)
+            }
         return record
+
+    def group(self, name: str) -> Average | None:
+        """The average over a group of questions."""
+        return self.average.groups.get(name) if self.average else None
 
 
 def build_table(results: Sequence[Results], published: bool = False, difference: bool = False) -> Report:
@@ -234,21 +226,15 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
         [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, task_set.columns), row.average))]
         for row in rows
     ]
-    titles = [_column_title(results, name) for name in task_set.columns]
+    metrics = dict.fromkeys(task_set.columns, "accuracy")
+    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
+    units = {name: "" if m == "accuracy" else f" ({FRACTIONS.get(m, m)})" for name, m in metrics.items()}
+    titles = [task_set.title(name) + unit for name, unit in units.items()]
     tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE], lines)]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
-    metrics = dict.fromkeys(task_set.columns, "accuracy")
-    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
     return Report(tables, [row.record(metrics, groups) for row in rows], _notes(results, rows, groups))
-
-
-def _column_title(results: Sequence[Results], name: str) -> str:
-    """A task's title, with its metric where that is not accuracy."""
-    metrics = {each.tasks[name].metric for each in results if name in each.tasks} - {"accuracy"}
-    words = ", ".join(FRACTIONS.get(metric, metric) for metric in sorted(metrics))
-    return results[0].task_set.title(name) + (f" ({words})" if words else "")
 
 
 def _majority_rows(results: Results) -> list[Row]:
@@ -378,34 +364,35 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
 def study_tables(study: Study) -> list[TextTable]:
     """By group, the experiments by task and their differences from the baseline; transfer; the search."""
     tables, titles = [], [*(study.task_set.title(task) for task in study.scored), AVERAGE]
-    groups = list(dict.fromkeys(experiment.group for experiment in study.experiments))
-    for group in groups if study.scored else ():
+    groups: dict[str, list[Experiment]] = {}
+    for experiment in study.experiments if study.scored else ():
+        groups.setdefault(experiment.group, []).append(experiment)
+    for group, experiments in groups.items():
         of = f", {group}" if len(groups) > 1 else ""
-        experiments = [experiment for experiment in study.experiments if experiment.group == group]
         tables.append(_experiments(study, experiments, titles, f"Results{of}"))
-        compared = [each for each in experiments if each.against]
-        rows = [[f"{e.name} - {e.against.baseline}", *_differences(study, e.against)] for e in compared]
+        compared = [(each.name, each.against) for each in experiments if each.against]
+        rows = [[f"{name} - {against.baseline}", *_differences(study, against)] for name, against in compared]
         tables += [TextTable(f"Differences from the baseline{of}", ["Difference", *titles], rows)] if rows else []
     if study.transfer:
         rows = [[row.label, row.group, row.alone or NOTHING, *_differences(study, row)] for row in study.transfer]
         header = ["Trained together", "Group", "Trained alone", *titles]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
-        outcomes = study.search.experiments
         rows = [
-            [each.name, *(f"{percent(c.dev)}{' (chosen)' if c.value == each.chosen else ''}" for c in each.candidates)]
-            for each in outcomes
+            [each.name, *(percent(c.dev) + (" (chosen)" if c.value == each.chosen else "") for c in each.candidates)]
+            for each in study.search.experiments
         ]
-        header = ["Development average", *(str(candidate.value) for candidate in outcomes[0].candidates)]
+        header = ["Development average", *(str(c.value) for c in study.search.experiments[0].candidates)]
         tables.append(TextTable(f"Search of {study.search.flag} on the development set", header, rows))
     return tables
 
 
 def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequence[str], title: str) -> TextTable:
     """A row an experiment: mean ± standard deviation over seeds, or ± standard error where no experiment has seeds."""
-    header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles]
-    metrics = {task: study.metric(task) for task in [*study.scored, None]}
-    rows = [[MAJORITY_LABEL, *[NOTHING] * 3, *(value_text(study.majority.get(t), None, m) for t, m in metrics.items())]]
+    header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles] + ["95 % interval"] * study.has_seeds
+    metrics, majority = {task: study.metric(task) for task in [*study.scored, None]}, study.majority
+    rows = [[MAJORITY_LABEL, *[NOTHING] * 3, *(value_text(majority.get(t), None, m) for t, m in metrics.items())]]
+    rows[0] += [NOTHING] * study.has_seeds
     for each in experiments:
         settings = [NOTHING if value is None else f"{value:g}" for value in (each.rank, each.learning_rate)]
         rows.append([each.name, trainable_text(each.trainable, each.adapters), *settings])
@@ -413,12 +400,8 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
             found = each.estimate(task) or Estimate(None)
             error = None if found.low is None else found.mean - found.low
             rows[-1].append(value_text(found.mean, found.sd if study.has_seeds else error, metric))
-    if study.has_seeds:
-        header.append("95 % interval")
-        rows[0].append(NOTHING)
-        for row, each in zip(rows[1:], experiments, strict=True):
-            row.append(interval_text(each.summary.average, metrics[None]))
-    return TextTable(title, header, rows if study.majority else rows[1:])
+        rows[-1] += [interval_text(each.summary.average, metrics[None])] * study.has_seeds
+    return TextTable(title, header, rows if majority else rows[1:])
 
 
 def _differences(study: Study, found: Differences) -> list[str]:
