@@ -80,10 +80,10 @@ def job_of(folder: Path, value: dict, name: str = "LoRA") -> PlannedJob:
 
 def finish(job: PlannedJob, right: dict[str, str], seconds: float = 10.0) -> None:
     """Leave a job's folder as a finished training and evaluation would; ``right``: by task, ``110`` is two of three."""
-    steps = dict.fromkeys(job.steps, 1)
+    steps = dict.fromkeys(job.flags, 1)
     State(job.configuration, job.commands, steps, dict.fromkeys(steps, seconds)).save(job.folder)
-    write_results(job.folder, right, job.evaluate["name"], job.train and job.train["adapter_name"])
-    if job.train:
+    write_results(job.folder, right, job.flags["evaluate"]["name"], job.flags.get("train", {}).get("adapter_name"))
+    if "train" in job.flags:
         (job.folder / "train_log.jsonl").write_text('{"step": 2, "loss": 2.0}\n{"step": 3, "train_runtime": 1.0}\n')
         (job.folder / "mtl_lora.safetensors").write_text("weights")
 

@@ -11,13 +11,11 @@ import pytest
 from study_cases import ALONE, finish, grid, is_locked, job_of, plan_of, run_of, wait_for, with_flags
 
 from mtl_lora.errors import UserError
-from mtl_lora.results import Average
 from mtl_lora.study import runner
 from mtl_lora.study.config import StudyConfig
 from mtl_lora.study.runner import (
     JobFailed,
     ProcessPool,
-    Progress,
     State,
     check_folder,
     environments,
@@ -25,6 +23,7 @@ from mtl_lora.study.runner import (
     execute_all,
     is_finished,
     load_state,
+    seconds_left,
 )
 
 RIGHT = {"boolq": "10"}
@@ -55,14 +54,6 @@ def test_state_is_the_same_after_a_trip_through_its_file(job):
     assert load_state(job) == state and json.loads((job.folder / "job.json").read_text())["commands"] == job.commands
 
 
-def test_state_that_version_0_1_0_wrote_is_read(job):
-    finish(job, RIGHT)
-    step = {"done": True, "seconds": 7.5, "starts": 2}
-    old = {"recipe": job.configuration, "commands": [], "train": step, "evaluate": {**step, "done": False}}
-    (job.folder / "job.json").write_text(json.dumps(old))
-    assert load_state(job).starts == {"train": 2, "evaluate": 2} and load_state(job).seconds == {"train": 7.5}
-
-
 @pytest.mark.parametrize(
     ("value", "fact"),
     [
@@ -70,8 +61,6 @@ def test_state_that_version_0_1_0_wrote_is_read(job):
         ("[]", "an object"),
         ('{"configuration": {}}', "commands"),
         ('{"configuration": {}, "commands": [], "starts": {"train": "1"}}', "starts.train"),
-        ('{"recipe": {}, "commands": [], "train": 3}', "train"),
-        ('{"recipe": {}, "commands": [], "train": {"done": true}}', "seconds.train"),
     ],
 )
 def test_broken_state_is_one_sentence(job, value, fact):
@@ -107,31 +96,17 @@ def test_training_is_kept_where_the_evaluation_alone_differs(job, tmp_path):
     assert load_state(other) is None, "a training that did not end is not kept"
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_what_no_study_made_is_never_deleted(job, inside):
-    place = job.folder / "chapter" if inside else job.folder
-    place.mkdir(parents=True)
-    (place / "thesis.tex").write_text("mine")
+@pytest.mark.parametrize("held", ["thesis.tex", "chapter/thesis.tex", "boolq/job.json"])
+def test_folder_with_anything_but_the_job_is_refused_and_never_deleted(job, held):
+    path = job.folder / held
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
     for overwrite in (False, True):
-        assert ("chapter" if inside else "thesis.tex") in refusal(job, overwrite)
+        assert held.split("/")[0] in refusal(job, overwrite) and "--output_dir" in refusal(job, overwrite)
 
 
-@pytest.fixture
-def alone_and_joint(tmp_path):
-    """The first job of an experiment that trains each task alone, and the one job of the same without ``alone``."""
-    return [job_of(tmp_path, grid({**ALONE, "alone": alone}), "Alone") for alone in (True, False)]
-
-
-def test_tasks_trained_alone_are_replaced_by_a_joint_training_when_told(alone_and_joint):
-    alone, joint = alone_and_joint
-    finish(alone, RIGHT)
-    (joint.folder / "results.json").write_text("{}")  # the tasks' results put together
-    assert "boolq" in refusal(joint) and "--overwrite" in refusal(joint)
-    assert not refusal(joint, overwrite=True) and load_state(joint) is None
-
-
-def test_tasks_are_not_trained_alone_inside_a_joint_training(alone_and_joint):
-    alone, joint = alone_and_joint
+def test_tasks_are_not_trained_alone_inside_a_joint_training(tmp_path):
+    alone, joint = (job_of(tmp_path, grid({**ALONE, "alone": alone}), "Alone") for alone in (True, False))
     finish(joint, RIGHT)
     for overwrite in (False, True):
         assert str(joint.folder) in refusal(alone, overwrite)
@@ -201,16 +176,17 @@ def test_launcher_that_cannot_be_used_is_refused(tmp_path, launcher, parallel, f
 # ---- processes ----
 
 STUDY = """
-import signal, sys
+import sys
 from pathlib import Path
 from mtl_lora.study import runner
 def wait(job, pool):
     with open(sys.argv[1] + ".out", "ab") as output:
         pool.start(["python", "-c", "import time; print('here', flush=True); time.sleep(60)"], output)
-runner.execute = wait
-signal.signal(signal.SIGTERM, runner.stop)
-with runner.ProcessPool(Path(sys.argv[1])) as pool:
-    list(runner.execute_all(["job"], pool))
+def run(config):
+    with runner.ProcessPool(Path(config.output_dir)) as pool:
+        list(runner.execute_all(["job"], pool))
+runner.execute, runner.run = wait, run
+runner.main(["--grid", "any", "--output_dir", sys.argv[1]])
 """
 
 
@@ -314,47 +290,22 @@ def test_every_command_gets_its_part_of_the_machine(monkeypatch, tmp_path):
     # Where nothing is said, nvidia-smi is asked.
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runner.visible_gpus() == []
+    assert environments(2) == [{"OMP_NUM_THREADS": "4"}] * 2
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho '  MIG 1g'\necho 'GPU 1: H100 (UUID: b)'\n")
     program.chmod(0o755)
-    assert runner.visible_gpus() == ["0", "1"]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(2)] == ["0", "1"]
 
 
 # ---- progress ----
 
 
-def test_time_left_is_estimated_by_jobs_of_the_same_kind(tmp_path):
-    job, kinds = (
-        job_of(tmp_path, grid()),
-        ["search LoRA", "search LoRA", "run Base", "run LoRA", "run LoRA", "run DoRA"],
-    )
-    first, second, base, lora, again, dora = jobs = [
-        dataclasses.replace(job, kind=(*kind.split(),), folder=tmp_path / str(index), **changes)
-        for index, kind in enumerate(kinds)
-        for changes in [{"train": None} if kind == "run Base" else {}]
-    ]
-    progress, two = Progress(jobs), Progress(jobs, parallel=2)
-
-    def done(one, starts: int = 1, **seconds) -> State:
-        state = State({}, [], dict.fromkeys(seconds, starts), seconds)
-        progress.finish(one, state)
-        two.finish(one, state)
-        return state
-
-    assert progress.left() is None
-    done(first, train=40, evaluate=20)
-    state = done(second, train=80, evaluate=40)
-    # Nothing of the runs is known yet: three trainings and four evaluations at the means of the search.
-    assert progress.left() == 3 * 60 + 4 * 30 == 2 * two.left()
-    line = progress.line(second, state, Average(0.7124, None, 8))
-    assert line == "[2/6] LoRA seed 0: train 0:01:20, evaluate 0:00:40, average 71.2; about 0:05:00 left"
-    done(base, evaluate=30)
-    done(lora, train=300, evaluate=12)
-    # LoRA as before; DoRA's training like LoRA's, its evaluation at the mean of the runs.
-    assert progress.left() == 312 + 300 + 21
-    done(again, starts=2, train=5)  # of its last start alone
-    assert progress.left() == 300 + 21
-    State(dora.configuration, [], {"train": 1}, {"train": 1.0}).save(dora.folder)
-    assert progress.left() == 21, "a training that is done takes no time"
-    assert "left" not in progress.line(dora, done(dora, train=4000), None) and progress.left() == 0
+def test_time_left_is_that_of_the_waiting_commands_by_the_mean_of_each(tmp_path):
+    plan = plan_of(tmp_path, grid())
+    base, lora = (run_of(plan, *each).jobs[0] for each in (("Base", None), ("LoRA", 0)))
+    states = [
+        State({}, [], {"train": starts, "evaluate": 1}, {"train": a, "evaluate": b})
+        for starts, a, b in ((1, 40, 20), (1, 80, 10), (2, 5, 30))
+    ]  # the last was resumed
+    assert seconds_left([base, lora], states) == 60 + 2 * 20
+    assert seconds_left([lora], states[2:]) == seconds_left([], states) == 0

@@ -26,9 +26,7 @@ class StudyConfig(Config):
     """The flags of ``mtl-lora study``."""
 
     grid: str | None = flag(None, f"JSON file that describes the experiments, or one of {', '.join(GRIDS)}")
-    output_dir: str | None = flag(
-        None, "folder for all runs, study.json and table.md; none: output/study/<grid's name>"
-    )
+    output_dir: str | None = flag(None, "folder for runs, study.json and table.md; none: output/study/<grid's name>")
     only: list[str] = flag([], "run these experiments alone, as a,b; empty: all")
     check: bool = flag(False, "check the grid and every job's flags, print the plan, then stop")
     report: bool = flag(False, "start nothing: write study.json and table.md of the finished runs")
@@ -67,8 +65,6 @@ class SearchConfig(Config):
             self.require(name, "at least 0", getattr(self, name) >= 0)
         (self.flag,) = _checked({self.flag: 0}, TrainConfig)
         self.train = _checked(self.train, TrainConfig)
-        if next(flag.type for flag in TrainConfig.flags() if flag.name == self.flag) is int:
-            self.values = [int(value) if value == int(value) else value for value in self.values]
 
 
 @dataclasses.dataclass
@@ -157,11 +153,9 @@ class Grid(Config):
             ExperimentConfig.from_json(value, f"experiment {value.get('name', index)!r}")
             for index, value in enumerate(self.experiments)
         ]
-        for key, values in {
-            "name": [experiment.name for experiment in self.experiments],
-            "folder name": [experiment.slug for experiment in self.experiments],
-            "group, and alone,": [experiment.group for experiment in self.experiments if experiment.alone],
-        }.items():
+        slugs = [experiment.slug for experiment in self.experiments]
+        groups = [experiment.group for experiment in self.experiments if experiment.alone]
+        for key, values in (("folder", slugs), ("group, and alone,", groups)):
             if repeated := next((value for value in values if values.count(value) > 1), None):
                 raise UserError(f"two experiments have the {key} {repeated!r}")
         if self.baseline:
@@ -181,19 +175,16 @@ class Grid(Config):
         baseline = experiment.baseline or self.baseline
         experiment.baseline = self.experiment(baseline).name if baseline and baseline != experiment.name else ""
         experiment.seeds = [None] if experiment.train is None else experiment.seeds or self.seeds
-        sets_flag = self.search is not None and self.search.flag in (experiment.train or {})
-        if isinstance(experiment.search, str):
-            home, named = self.experiment(experiment.search), f"search names {experiment.search!r}"
-            if self.search is None:
-                raise UserError(f"{named}, and the grid has no search")
-            if sets_flag:
-                raise UserError(f"{named}, and train sets {self.search.flag} itself")
-            if home.train is None or self.search.flag in home.train or home.search not in (True, home.name):
-                raise UserError(f"{named}, for which nothing is searched")
-        elif not experiment.search or self.search is None or experiment.train is None or sets_flag:
-            experiment.search = ""
+        flag = self.search.flag if self.search else None
+        free = {each.name for each in self.experiments if flag and each.train is not None and flag not in each.train}
+        if isinstance(name := experiment.search, str):
+            if not {name, experiment.name} <= free or self.experiment(name).search not in (True, name):
+                raise UserError(
+                    f"search names {name!r}, for which nothing is searched, or train sets the searched flag itself; "
+                    "leave out search, or the flag"
+                )
         else:
-            experiment.search = experiment.name
+            experiment.search = experiment.name if experiment.search and experiment.name in free else ""
 
     def experiment(self, name: str) -> ExperimentConfig:
         """An experiment by name; raises ``UserError`` that lists the names."""
@@ -225,10 +216,8 @@ def _checked(flags: dict, config: type[Config], place: str = "", for_all: bool =
         if key not in names:
             raise UserError(f"{place}unknown flag {key!r}{closest(key, list(names))}")
         if names[key] in _OWN[config]:
-            rest = (
-                "comes from the grid's train" if key in FROM_TRAIN else "is set by the study (see test_records, seeds)"
-            )
-            raise UserError(f"{place}{key} {rest}; leave it out")
+            home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
+            raise UserError(f"{place}{key} {home}; leave it out (see seeds, test_records)")
         if names[key] in _SHARED[config] and not for_all:
             raise UserError(f"{place}{key} must be equal for all experiments; set it in the grid's own flags")
     return {names[key]: value for key, value in flags.items()}

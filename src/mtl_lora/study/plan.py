@@ -11,8 +11,7 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
-from mtl_lora.language.examples import Example, load_examples
-from mtl_lora.language.tasks import TaskSet
+from mtl_lora.language.examples import FIELDS, Example, load_examples
 from mtl_lora.report.study_model import Sample
 from mtl_lora.report.table import trainable_text
 from mtl_lora.results import Trainable
@@ -26,16 +25,13 @@ _TEST_DATA, _BASE = "the test data (sha256)", "the base model (fingerprint)"
 
 def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
     """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
-    if not most:
-        return list(examples)
     order = list(range(len(examples)))
     random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
-    return [examples[index] for index in sorted(order[:most])]
+    return [examples[index] for index in sorted(order[: most or None])]
 
 
 def _file_of(examples: Iterable[Example]) -> bytes:
-    keys = ("instruction", "input", "output", "answer", "task_id")
-    return files.records_bytes([{key: getattr(example, key) for key in keys} | example.extra for example in examples])
+    return files.records_bytes([{key: getattr(example, key) for key in FIELDS} | example.extra for example in examples])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +53,8 @@ class Data:
     """
 
     def __init__(self, grid: Grid, folder: Path):
-        self._grid, self._folder, self._source = grid, folder / "data", Path(grid.train["data_path"])
-        self._require(self._source, "the training examples")
+        self._grid, self._folder = grid, folder / "data"
+        self._source = self._found(Path(grid.train["data_path"]))
         self._examples: dict[str, list[Example]] = {name: [] for name in grid.tasks.names}
         for example in load_examples(self._source, grid.tasks):
             self._examples[grid.tasks[example.task_id].name].append(example)
@@ -80,20 +76,19 @@ class Data:
         if missing := [name for name in only if not self._examples[name]]:
             raise UserError(f"{self._source} has no examples of {', '.join(missing)}")
         chosen = {name: found for name, found in self._examples.items() if found and name in (only or self._examples)}
-        of = {name: len(examples) for name, examples in chosen.items()}
+        kept = {name: sampled(examples, most, name) for name, examples in chosen.items()}
+        counts, of = ({name: len(found) for name, found in each.items()} for each in (kept, chosen))
         if not only and not most:
             return Part(self._source, Sample(of, of, source, source), {})
-        kept = {name: sampled(examples, most, name) for name, examples in chosen.items()}
         path = self._folder / ("_".join(["train", *only]) + ".json")
         content = _file_of(example for examples in kept.values() for example in examples)
-        counts = {name: len(examples) for name, examples in kept.items()}
         return Part(path, Sample(counts, of, {"train": files.sha256_of(content)}, source), {path: content})
 
     def _questions(self, name: str, source: Path, most: int) -> Part:
         """The questions of every task that is scored."""
         target, used, contents = self._folder / name if most else source, Sample({}, {}, {}, {}), {}
         for task in self._grid.scored:
-            path = self._require(source / task / "test.json", "the test file")
+            path = self._found(source / task / "test.json")
             examples = load_examples(path, self._grid.tasks, task, closed=True)
             kept = sampled(examples, most, task)
             used.records[task], used.of[task] = len(kept), len(examples)
@@ -103,60 +98,51 @@ class Data:
                 used.sha256[task] = files.sha256_of(content)
         return Part(target, used, contents)
 
-    def _require(self, path: Path, what: str) -> Path:
+    def _found(self, path: Path) -> Path:
         if not path.is_file():
             prepare = self._grid.prepare
             way_out = f"make it with `{prepare}`" if prepare else "name its place in the grid"
-            raise UserError(f"{what} {path} cannot be found; {way_out}")
+            raise UserError(f"the data file {path} cannot be found; {way_out}")
         return path
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedJob:
-    """One training and its evaluation in one folder; ``train`` None: an evaluation of the base model alone.
+    """One training and its evaluation in one folder, or the evaluation of the base model alone.
 
-    label: for progress lines. kind: jobs of one kind take about as long. train, evaluate: flags of the two commands.
-    data: the parts that are read, by name. base_fingerprint: of the base model's weights, where it is known.
+    label: for progress lines. flags: of each command, ``train`` (not of the base model) and ``evaluate``. data: the
+    parts that are read, by name. facts: what else decides the result.
     """
 
     label: str
-    kind: tuple[str, str]
     folder: Path
-    train: dict | None
-    evaluate: dict
+    flags: dict[str, dict]
     launcher: str
     data: dict[str, Part]
-    tasks: TaskSet
-    base_fingerprint: str | None = None
+    facts: dict[str, object]
 
     @functools.cached_property
     def configuration(self) -> dict[str, object]:
         """What decides the result, flat: ``train.lora_r``, ..., data, tasks and base model by their hashes."""
         found = {f"the {name} data (sha256)": part.used.sha256 for name, part in self.data.items()}
-        found |= {"launcher": self.launcher, "the tasks (sha256)": self.tasks.answers_sha256}
-        found |= {_BASE: self.base_fingerprint} if self.base_fingerprint else {}
-        for step in self.steps:
-            (config, effect), flags = _DECIDING[step], getattr(self, step)
+        found |= {"launcher": self.launcher, **self.facts}
+        for step, flags in self.flags.items():
+            config, effect = _DECIDING[step]
             values = config(**flags).to_json()
             found |= {f"{step}.{name}": values[name] for name in config.names_affecting(effect)}
         return found
 
     def changes(self, earlier: dict[str, object]) -> dict[str, tuple[object, object]]:
-        """Where the configuration that a folder was made by, by any version, differs: what was, what is, by key."""
-        then, now = _complete(earlier), self.configuration
-        known = {_BASE} if {_BASE} <= then.keys() & now.keys() else set()
-        keys = sorted((then.keys() | now.keys()) - {_BASE} | known)
-        return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
-
-    @property
-    def steps(self) -> list[str]:
-        """The names of the commands."""
-        return ["evaluate"] if self.train is None else ["train", "evaluate"]
+        """Where the configuration that a folder was made by differs: what was, what is, by key."""
+        now = self.configuration
+        pairs = {key: (earlier.get(key), now.get(key)) for key in sorted(earlier.keys() | now.keys())}
+        # A base model that is not on this machine has no known fingerprint.
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not (key == _BASE and None in pair)}
 
     @property
     def commands(self) -> list[str]:
         """The command lines, as one would type them."""
-        return [shlex.join(self.command(step, self.launcher)) for step in self.steps]
+        return [shlex.join(self.command(step, self.launcher)) for step in self.flags]
 
     def command(self, step: str, launcher: str, **more) -> list[str]:
         """The words of a command, with ``more`` flags."""
@@ -164,39 +150,17 @@ class PlannedJob:
         # DeepSpeed's launcher has its own flag for a module, and would put --local_rank before the command's name.
         words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
         words += ["mtl_lora", step]
-        for name, value in (getattr(self, step) | more).items():
-            words += [f"--{name}", _spelled(value)]
+        for name, value in (self.flags[step] | more).items():
+            if isinstance(value, list):
+                plain = all(not set(entry) & set(",[]'\"") for entry in value)
+                value = ",".join(value) if plain else json.dumps(value)
+            words += [f"--{name}", "none" if value is None else str(value)]
         return words
 
 
 def keeps_training(changes: Iterable[str]) -> bool:
     """Whether a job with these ``PlannedJob.changes`` has the same trained weights."""
     return all(key.startswith("evaluate.") or key == _TEST_DATA for key in changes)
-
-
-def _complete(earlier: dict[str, object]) -> dict[str, object]:
-    """A stored configuration in today's terms: flags that it lacks had their default, or what was fixed before them.
-
-    Version 0.1.0 stored the given flags alone, and the whole task set, titles included.
-    """
-    found = {key: value for key, value in earlier.items() if key.partition(".")[0] not in _DECIDING}
-    if "tasks" in found:
-        found["the tasks (sha256)"] = TaskSet.from_json(found.pop("tasks")).answers_sha256
-    for step, (config, effect) in _DECIDING.items():
-        deciding = config.names_affecting(effect) if any(key.startswith(f"{step}.") for key in earlier) else ()
-        for flag in (flag for flag in config.flags() if flag.name in deciding):
-            names = [f"{step}.{name}" for name in (flag.name, *flag.metadata.get("aliases", ()))]
-            default = flag.metadata.get("before", flag.default)
-            found[names[0]] = next((earlier[name] for name in names if name in earlier), default)
-    return found
-
-
-def _spelled(value: object) -> str:
-    """A flag's value as the command line reads it."""
-    if isinstance(value, list):
-        plain = all(not set(entry) & set(",[]'\"") for entry in value)
-        return ",".join(value) if plain else json.dumps(value)
-    return "none" if value is None else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +182,9 @@ class Plan:
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
         self.grid, self.folder, self.data = grid, folder, Data(grid, folder)
-        self._fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
+        self._facts = {"the tasks (sha256)": grid.tasks.answers_sha256}
+        if with_fingerprint:
+            self._facts[_BASE] = self._base_model().local_fingerprint()
 
     def _base_model(self):
         from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
@@ -232,8 +198,7 @@ class Plan:
             folder, label = self.folder / "runs" / experiment.slug, experiment.name
             if seed is not None:
                 folder, label = folder / f"seed{seed}", f"{label} seed {seed}"
-            jobs = self._jobs(experiment, folder, label, "run", {**flags, "seed": seed}, self.data.test)
-            runs.append(PlannedRun(experiment, seed, folder, list(jobs), chosen))
+            runs.append(self._run(experiment, folder, label, {**flags, "seed": seed}, self.data.test, chosen))
         return runs
 
     def trials(self, name: str) -> list[PlannedRun]:
@@ -243,46 +208,45 @@ class Plan:
             folder = self.folder / "search" / experiment.slug / f"{search.flag}_{value:g}"
             label = f"{name} {search.flag} {value:g} (search)"
             flags = {**search.train, search.flag: value, "seed": search.seed}
-            jobs = self._jobs(experiment, folder, label, "search", flags, self.data.dev)
-            runs.append(PlannedRun(experiment, search.seed, folder, list(jobs), value))
+            runs.append(self._run(experiment, folder, label, flags, self.data.dev, value))
         return runs
 
-    def _jobs(
-        self, experiment: ExperimentConfig, folder: Path, label: str, stage: str, flags: dict, test: Part
-    ) -> Iterator[PlannedJob]:
-        """The jobs of a run. stage: ``run`` or ``search``; flags: of the training, over those of the experiment."""
-        grid, where = self.grid, f"the grid {self.grid.path}, experiment {experiment.name!r}"
+    def _run(
+        self, experiment: ExperimentConfig, folder: Path, label: str, flags: dict, test: Part, value: float | None
+    ) -> PlannedRun:
+        """flags: of the training, with its seed, over those of the experiment; test: the questions."""
+        grid, where, jobs = self.grid, f"the grid {self.grid.path}, experiment {experiment.name!r}", []
         for task in (experiment.only_tasks or grid.scored) if experiment.alone else [None]:
-            place = folder / task if task else folder
-            train, data = None, {"test": test}
+            place, steps, data = folder / task if task else folder, {}, {"test": test}
             evaluate = {key: grid.train[key] for key in FROM_TRAIN if key in grid.train}
             if experiment.train is not None:
                 data["train"] = self.data.train((task,) if task else tuple(experiment.only_tasks))
-                train = {**grid.train, **experiment.train, **flags}
-                train |= {"data_path": str(data["train"].path), "output_dir": str(place)}
-                TrainConfig.from_json(train, f"{where}, train")
+                steps["train"] = {**grid.train, **experiment.train, **flags}
+                steps["train"] |= {"data_path": str(data["train"].path), "output_dir": str(place)}
+                TrainConfig.from_json(steps["train"], f"{where}, train")
                 evaluate = {"checkpoint": str(place)}
             evaluate |= {**grid.evaluate, **experiment.evaluate, **({"tasks": [task]} if task else {})}
             evaluate |= {"data_dir": str(test.path), "output_dir": str(place), "name": experiment.name}
             EvalConfig.from_json(evaluate, f"{where}, evaluate")
-            label_of, kind = f"{label} {task}" if task else label, (stage, experiment.name)
-            known = (grid.launcher, data, grid.tasks, self._fingerprint)
-            yield PlannedJob(label_of, kind, place, train, evaluate, *known)
+            steps["evaluate"] = evaluate
+            job_label = f"{label} {task}" if task else label
+            jobs.append(PlannedJob(job_label, place, steps, grid.launcher, data, self._facts))
+        return PlannedRun(experiment, flags["seed"], folder, jobs, value)
 
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
         """The lines that ``--check`` prints: every experiment with its trainable parameters and command lines."""
         model, grid, total = self._base_model(), self.grid, 0
         yield f"{grid.name}: {grid.about}"
         for name, runs in trials.items():
-            jobs, values = jobs_of(runs), ", ".join(f"{run.value:g}" for run in runs)
-            total += len(jobs)
-            yield f"search of {grid.search.flag} for {name}: {values}; jobs: {len(jobs)}"
+            values = ", ".join(f"{run.value:g}" for run in runs)
+            total += len(jobs_of(runs))
+            yield f"search of {grid.search.flag} for {name}: {values}; jobs: {len(jobs_of(runs))}"
         for experiment in chosen:
             jobs = jobs_of(self.runs(experiment))
             total += len(jobs)
             facts = f"{experiment.name}; jobs: {len(jobs)}"
             try:
-                if train := jobs[0].train:
+                if train := jobs[0].flags.get("train"):
                     count = model.count(TrainConfig(**train).adapter_config(grid.tasks))
                     facts += f", trainable parameters, M (%): {trainable_text(Trainable(*count))}"
             except UserError as error:

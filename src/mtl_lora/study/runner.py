@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -13,14 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError, files_within_reach
-from mtl_lora.results import Average, Results
-from mtl_lora.study.config import ABOUT, ExperimentConfig, Grid, StudyConfig, read_grid
+from mtl_lora.results import Results
+from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, jobs_of, keeps_training
 from mtl_lora.study.summary import StudyWriter, collect
 from mtl_lora.typed_json import Reader
@@ -39,8 +40,8 @@ class JobFailed(Exception):
 def main(arguments: Sequence[str]) -> None:
     """``mtl-lora study``: ends with exit code 2 for a user's mistake, 1 for a job that failed."""
     config = cli.parse(StudyConfig, arguments, ABOUT)
-    # A study that is ended ends the commands that it waits for.
-    signal.signal(signal.SIGTERM, stop)
+    # A study that is ended ends the commands that it waits for, and leaves as a shell says it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with files_within_reach():
             run(config)
@@ -49,15 +50,14 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1) from None
 
 
-def stop(number: int, frame: object) -> None:
-    """A signal handler: leave as a shell says that a program ended by a signal."""
-    raise SystemExit(128 + number)
-
-
 def run(config: StudyConfig) -> None:
     """Check everything, then do what is not done yet; raises ``UserError`` and ``JobFailed``."""
     grid = read_grid(config.grid)
-    _check_launcher(grid, config.parallel)
+    program = shlex.split(grid.launcher)[0]
+    if program not in _MODULES and shutil.which(program) is None:
+        raise UserError(f"the launcher {grid.launcher!r} of {grid.path} cannot be started: there is no {program}")
+    if config.parallel > 1 and grid.launcher != "python":
+        raise UserError(f"--parallel is for jobs of one process, and {grid.path} has the launcher {grid.launcher!r}")
     folder = Path(config.output_dir or f"output/study/{grid.name}")
     if folder.is_absolute() and folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())  # commands then read as one types them
@@ -77,15 +77,6 @@ def run(config: StudyConfig) -> None:
         collect(folder, Path(config.collect))
 
 
-def _check_launcher(grid: Grid, parallel: int) -> None:
-    """Raise ``UserError`` for a launcher that is not installed, or for several that each take all GPUs."""
-    program = shlex.split(grid.launcher)[0]
-    if program not in _MODULES and shutil.which(program) is None:
-        raise UserError(f"the launcher {grid.launcher!r} of {grid.path} cannot be started: there is no {program}")
-    if parallel > 1 and grid.launcher != "python":
-        raise UserError(f"--parallel is for jobs of one process, and {grid.path} has the launcher {grid.launcher!r}")
-
-
 class Runner:
     """The jobs of the chosen experiments: the search first, then every seed.
 
@@ -96,49 +87,54 @@ class Runner:
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
         self.plan, self.chosen, self.overwrite, self.writer = plan, chosen, overwrite, StudyWriter(plan)
         self.trials = {each.search: plan.trials(each.search) for each in chosen if each.search}
-        self._check([job for runs in self.trials.values() for job in jobs_of(runs)])
-        self._finish_searches(self.trials)
-        self._check(jobs_of(self._runs(chosen)))
-
-    def _check(self, jobs: Iterable[PlannedJob]) -> None:
-        for job in jobs:
-            check_folder(job, self.overwrite)
-
-    def _finish_searches(self, trials: dict[str, list[PlannedRun]]) -> None:
-        for name, runs in trials.items():
-            if name not in self.writer.chosen and all(map(is_finished, jobs_of(runs))):
-                self.writer.add_search(name, runs)
+        self._searching = [job for runs in self.trials.values() for job in jobs_of(runs)]
+        for job in [*self._searching, *jobs_of(self._runs(chosen))]:
+            check_folder(job, overwrite)
 
     def _runs(self, experiments: Iterable[ExperimentConfig]) -> list[PlannedRun]:
         """The runs whose configuration is known: those that wait for no search."""
-        chosen = {"": None, **self.writer.chosen}
-        known = [each for each in experiments if each.search in chosen]
-        return [run for each in known for run in self.plan.runs(each, chosen[each.search])]
+        found = []
+        for each in experiments:
+            if each.search and each.search not in self.writer.chosen:
+                trials = self.trials.get(each.search) or self.plan.trials(each.search)
+                if not all(map(is_finished, jobs_of(trials))):
+                    continue
+                self.writer.add_search(each.search, trials)
+            found += self.plan.runs(each, self.writer.chosen.get(each.search))
+        return found
 
     def run(self, pool: "ProcessPool") -> None:
         """Do every job that is not done; after each job study.json and table.md are written anew."""
-        trials = [job for runs in self.trials.values() for job in jobs_of(runs)]
-        known = {job.folder: job for job in [*trials, *jobs_of(self._runs(self.chosen))]}
-        waiting = {job.folder: job for each in self.chosen for job in jobs_of(self.plan.runs(each))} | known
-        progress, finished = Progress([*waiting.values()], pool.parallel), sum(map(is_finished, known.values()))
-        name, folder = self.plan.grid.name, self.plan.folder
-        print(f"{name}: {len(waiting)} jobs, {finished} of them finished, in {folder}", flush=True)
-        self._execute(trials, progress, pool)
-        self._finish_searches(self.trials)
+        self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(self._searching)
+        self.finished = sum(map(is_finished, [*self._searching, *jobs_of(self._runs(self.chosen))]))
+        where = f"{self.finished} of them finished, in {self.plan.folder}"
+        print(f"{self.plan.grid.name}: {self.total} jobs, {where}", flush=True)
+        self._execute(self._searching, pool, "left of the search")
         jobs = jobs_of(self._runs(self.chosen))
-        self._check(jobs)
-        self._execute(jobs, progress, pool)
+        for job in jobs:
+            check_folder(job, self.overwrite)
+        self._execute(jobs, pool, "left")
         self.report()
 
-    def _execute(self, jobs: Sequence[PlannedJob], progress: "Progress", pool: "ProcessPool") -> None:
-        """Do what is left of the jobs, with a line each."""
-        done = {job.folder: load_state(job) for job in jobs if is_finished(job)}
-        for job in jobs:
-            if job.folder in done:
-                progress.finish(job, done[job.folder])
-        for job, state in execute_all([job for job in jobs if job.folder not in done], pool):
-            progress.finish(job, state)
-            print(progress.line(job, state, Results.load(job.folder).average), flush=True)
+    def _execute(self, jobs: Sequence[PlannedJob], pool: "ProcessPool", left: str) -> None:
+        """Do what is left of the jobs, with a line each: ``[ 7/16] MTL-LoRA seed 1: train 0:05:12, ...``."""
+        states = {job.folder: load_state(job) for job in jobs if is_finished(job)}
+        waiting = {job.folder: job for job in jobs if job.folder not in states}
+        parts = [part for job in waiting.values() for part in job.data.values()]
+        for path, content in (file for part in parts for file in part.content.items()):
+            if not path.is_file() or path.read_bytes() != content:
+                files.write_all({path: content})
+        for job, state in execute_all(list(waiting.values()), pool):
+            states[job.folder] = state
+            del waiting[job.folder]
+            self.finished += 1
+            parts = [f"{step} {_clock(seconds)}" for step, seconds in state.seconds.items()]
+            if average := Results.load(job.folder).average:
+                parts.append(f"average {100 * average.value:.1f}")
+            seconds = seconds_left(waiting.values(), states.values())
+            rest = f"; about {_clock(seconds / pool.parallel)} {left}" if seconds else ""
+            count = f"[{self.finished:>{len(str(self.total))}}/{self.total}]"
+            print(f"{count} {job.label}: {', '.join(parts)}{rest}", flush=True)
             self.report()
 
     def report(self) -> bool:
@@ -146,13 +142,27 @@ class Runner:
 
         Returns whether there is any.
         """
-        experiments = self.plan.grid.experiments
-        others = {each.search for each in experiments if each.search and each.search not in self.trials}
-        self._finish_searches({name: self.plan.trials(name) for name in sorted(others)})
-        finished = [run for run in self._runs(experiments) if all(map(is_finished, run.jobs))]
+        finished = [run for run in self._runs(self.plan.grid.experiments) if all(map(is_finished, run.jobs))]
         if finished:
             self.writer.write([(run, list(map(load_state, run.jobs))) for run in finished])
         return bool(finished)
+
+
+def seconds_left(waiting: Iterable[PlannedJob], finished: Collection["State"]) -> float:
+    """Seconds that the waiting jobs will take, by the mean of each command; 0 where none of a command is known.
+
+    Commands that were started more than once do not say how long they take.
+    """
+    known = {
+        step: [state.seconds[step] for state in finished if step in state.seconds and state.starts[step] == 1]
+        for step in _MADE
+    }
+    steps = [step for job in waiting for step in job.flags]
+    return sum(statistics.fmean(known[step]) for step in steps) if all(known[step] for step in steps) else 0.0
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 # ---- what is known of a job ----
@@ -173,14 +183,7 @@ class State:
     @classmethod
     def load(cls, path: Path) -> "State":
         """Raises ``UserError`` naming the file and the key for a broken one."""
-        value, reader = files.read_json(path, "the state of a job"), Reader(f"the state of a job {path}")
-        if isinstance(value, dict) and "recipe" in value:  # as version 0.1.0 wrote it
-            reader.read(dict[str, dict | None], {step: value.get(step) for step in _MADE})
-            steps = {step: value[step] for step in _MADE if value.get(step)}
-            starts = {step: known.get("starts", 0) for step, known in steps.items()}
-            seconds = {step: known.get("seconds") for step, known in steps.items() if known.get("done")}
-            value = {**value, "configuration": value["recipe"], "starts": starts, "seconds": seconds}
-        return reader.read(cls, value)
+        return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
 
     def save(self, folder: Path) -> None:
         """Keep it in the job's folder."""
@@ -195,10 +198,9 @@ def load_state(job: PlannedJob) -> State | None:
     if not (path := job.folder / STATE).is_file():
         return None
     state = State.load(path)
-    changes = job.changes(state.configuration)
-    if changes and not (job.train and "train" in state.seconds and keeps_training(changes)):
-        return None
-    if changes:
+    if changes := job.changes(state.configuration):
+        if not ("train" in job.flags and "train" in state.seconds and keeps_training(changes)):
+            return None
         state = State({}, [], {"train": state.starts.get("train", 1)}, {"train": state.seconds["train"]})
     return dataclasses.replace(state, configuration=job.configuration, commands=job.commands)
 
@@ -212,10 +214,8 @@ def is_finished(job: PlannedJob) -> bool:
 def check_folder(job: PlannedJob, overwrite: bool) -> None:
     """Raise ``UserError`` for a folder of another configuration unless ``overwrite``, naming what differs.
 
-    A folder with anything that no study made is refused in any case.
+    A folder with anything else is refused in any case.
     """
-    if (job.folder.parent / STATE).is_file():
-        raise UserError(f"{job.folder.parent} holds another run; delete it, or pass another --output_dir")
     if (path := job.folder / STATE).is_file():
         if overwrite or not (changes := job.changes(State.load(path).configuration)):
             return
@@ -226,17 +226,10 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
             f"{job.folder} was made by another configuration ({changed}); pass --overwrite to {again}, or another "
             "--output_dir"
         )
-    held = {entry.name: entry for entry in job.folder.iterdir()} if job.folder.is_dir() else {}
-    jobs = sorted(name for name, entry in held.items() if (entry / STATE).is_file())
-    # A run of tasks trained alone has a job's folder for each, and their results put together.
-    made = {*jobs, *([artifacts.RESULTS, artifacts.PREDICTIONS] if jobs else [])}
-    if foreign := sorted(name for name in held if name not in made and not name.startswith(".")):
-        raise UserError(f"{job.folder} holds {foreign[0]}, which no study made; pass another --output_dir")
-    if jobs and not overwrite:
-        raise UserError(
-            f"{job.folder} holds runs of another configuration ({', '.join(jobs)}); pass --overwrite to delete them, "
-            "or another --output_dir"
-        )
+    # The job of a task trained alone lies inside the folder of its run, which is no job's itself.
+    held = [path for path in [job.folder.parent / STATE, *job.folder.glob("[!.]*")] if path.exists()]
+    if held:
+        raise UserError(f"there is {min(held)}, which is not of this job; delete it, or pass another --output_dir")
 
 
 # ---- doing jobs ----
@@ -265,11 +258,7 @@ def execute(job: PlannedJob, pool: "ProcessPool") -> State:
     if state is None:
         shutil.rmtree(job.folder, ignore_errors=True)
         state = State(job.configuration, job.commands)
-    with pool.lock:  # jobs side by side read the same data
-        for path, content in ((path, content) for part in job.data.values() for path, content in part.content.items()):
-            if not path.is_file() or path.read_bytes() != content:
-                files.write_all({path: content})
-    for step in job.steps:
+    for step in job.flags:
         if step in state.seconds and (job.folder / _MADE[step]).is_file():
             continue
         flags, started = {}, step in state.starts
@@ -302,17 +291,13 @@ def _command(job: PlannedJob, step: str, flags: dict, pool: "ProcessPool") -> fl
             output.flush()
             code = pool.start(command, output)
         if code:
-            failure = f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last_line(log)}"
+            lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+            lines = [line.strip() for line in lines if line.strip()][-60:]
+            # Launchers talk on after the error.
+            (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
             pool.end()  # before this thread takes the next job
-            raise JobFailed(failure)
+            raise JobFailed(f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last}")
     return round(time.monotonic() - began, 3)
-
-
-def last_line(log: Path) -> str:
-    """What a log says last, or the last ``error:`` of its end, for launchers talk on after it."""
-    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
-    lines = [line.strip() for line in lines if line.strip()][-60:]
-    return ([line for line in lines if line.startswith("error: ")] or lines)[-1]
 
 
 class ProcessPool:
@@ -324,7 +309,7 @@ class ProcessPool:
 
     def __init__(self, folder: Path, parallel: int = 1):
         self.folder, self.parallel = folder, parallel
-        self.lock, self._ended = threading.Lock(), False
+        self._lock, self._ended = threading.Lock(), False
         self._slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         for slot in environments(parallel):
             self._slots.put(slot)
@@ -354,7 +339,7 @@ class ProcessPool:
         environment = self._slots.get()
         options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "pass_fds": [self._descriptor]}
         try:
-            with self.lock:
+            with self._lock:
                 self.check()
                 process = subprocess.Popen(command, env={**os.environ, **environment}, **options)
                 self._running.add(process)
@@ -371,7 +356,7 @@ class ProcessPool:
 
     def end(self) -> None:
         """End every command that runs; none starts after it."""
-        with self.lock:
+        with self._lock:
             self._ended = True
         for process in list(self._running):
             process.terminate()
@@ -380,67 +365,17 @@ class ProcessPool:
 def environments(parallel: int) -> list[dict[str, str]]:
     """What each of ``parallel`` commands gets in its environment: its part of the CPU threads, and a GPU of its own.
 
-    One at a time gets the machine as it is. A thread count that the user has set stays.
+    One at a time gets the machine as it is. A thread count that the user has set stays; the GPUs are those of
+    CUDA_VISIBLE_DEVICES, or all that nvidia-smi finds.
     """
     if parallel == 1:
         return [{}]
-    gpus = visible_gpus()
+    gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if "CUDA_VISIBLE_DEVICES" not in os.environ and (program := shutil.which("nvidia-smi")):
+        listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True).stdout
+        gpus = [str(number) for number in range(len(re.findall("^GPU ", listed, re.MULTILINE)))]
     if gpus and parallel > len(gpus):
         raise UserError(f"--parallel {parallel} needs as many GPUs, and there are {len(gpus)}")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    slots = [
-        {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // parallel))} for _ in range(parallel)
-    ]
-    return [slot | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}) for index, slot in enumerate(slots)]
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that a command may use, as CUDA_VISIBLE_DEVICES names them; none where nvidia-smi finds none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
-    except OSError:
-        return []
-    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
-
-
-class Progress:
-    """Counts jobs, of which ``parallel`` run side by side, and knows how long their commands took."""
-
-    def __init__(self, jobs: Sequence[PlannedJob], parallel: int = 1):
-        self.parallel, self.total, self.waiting = parallel, len(jobs), {job.folder: job for job in jobs}
-        self.known: list[tuple[tuple[str, str], str, float]] = []  # kind of job, command, seconds
-
-    def finish(self, job: PlannedJob, state: State) -> None:
-        """One job is done. A command that was started more than once does not say how long it takes."""
-        del self.waiting[job.folder]
-        self.known += [(job.kind, step, seconds) for step, seconds in state.seconds.items() if state.starts[step] == 1]
-
-    def left(self) -> float | None:
-        """Seconds that the waiting jobs will take, by the mean of their kind, else of their stage, else of all."""
-        total = 0.0
-        for job in self.waiting.values():
-            done = (load_state(job) or State({}, [])).seconds
-            for step in (step for step in job.steps if step not in done):
-                known = [(kind, value) for kind, name, value in self.known if name == step]
-                same_stage = [(kind, value) for kind, value in known if kind[0] == job.kind[0]]
-                same_kind = [(kind, value) for kind, value in same_stage if kind == job.kind]
-                if not known:
-                    return None
-                total += statistics.fmean(value for _, value in same_kind or same_stage or known)
-        return total / self.parallel
-
-    def line(self, job: PlannedJob, state: State, average: Average | None) -> str:
-        """``[ 7/16] MTL-LoRA seed 1: train 0:05:12, evaluate 0:00:40, average 71.2; about 0:52:00 left``."""
-        done, left = self.total - len(self.waiting), self.left()
-        times = ", ".join(f"{step} {clock(seconds)}" for step, seconds in state.seconds.items())
-        rest = f"; about {clock(left)} left" if self.waiting and left is not None else ""
-        score = f", average {100 * average.value:.1f}" if average else ""
-        return f"[{done:>{len(str(self.total))}}/{self.total}] {job.label}: {times}{score}{rest}"
-
-
-def clock(seconds: float) -> str:
-    """``0:05:12``."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // parallel))}
+    return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}) for index in range(parallel)]

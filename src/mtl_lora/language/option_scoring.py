@@ -1,0 +1,220 @@
+"""Answers as the likeliest option: the summed log-probability of an option's tokens and EOS after the prompt.
+
+    prompt ... | the correct answer is  answer | 1  EOS
+               |<------- shared ------------->|<continuation>
+
+The tokens that all options of a question share have the same probability for each of them, so they are context. EOS
+belongs to the continuation so that solution1 does not win over solution10 by being shorter.
+
+A continuation's last token is predicted, never fed. The others run in the pass of the contexts, behind them, where a
+mask keeps the options apart:
+
+    prompt prefix | padding | context ... | 1 | 2 | 3 | 4 | padding
+                                           each sees the context and itself, no other option
+
+A model that does not take such a mask runs them in a second pass, on the cache of the first repeated for each option.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from mtl_lora import route
+from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
+from mtl_lora.errors import UserError
+from mtl_lora.language.batches import pad_left
+from mtl_lora.language.encode import Encoder
+from mtl_lora.language.prefix_cache import PrefixCaches
+from mtl_lora.language.questions import Question
+
+_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of their caller's, (B, 1, Q, K)
+_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}  # of a score, relative; other dtypes 1e-4
+
+
+def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
+    """(tokens that all options share, the rest of each option's), cut from the answers as training encodes them.
+
+    Raises ``UserError`` for free text and for two options that have the same tokens.
+    """
+    task, options = question.task, question.options
+    if not options:
+        raise UserError(f"the task {task.name} is free text and has no options to score; use --mode generate")
+    answers = [encoder.answer_ids(task.answer_prefix + option) for option in options]
+    for index, answer in enumerate(answers):
+        if answer in answers[:index]:
+            raise UserError(
+                f"the options {options[answers.index(answer)]!r} and {options[index]!r} of the task {task.name} are "
+                "the same tokens to this tokenizer, so no score can tell them apart; rename one of them"
+            )
+    shared = 0
+    # Every answer ends in EOS, so no answer is the beginning of another and the shared part ends before any of them.
+    while len({answer[shared] for answer in answers}) == 1:
+        shared += 1
+    return answers[0][:shared], [answer[shared:] for answer in answers]
+
+
+class OptionScorer:
+    """Scores the options of questions with one model.
+
+    one_pass: whether the model scores all options in one pass; None until the first question has shown whether it
+    gives them the scores of two.
+    """
+
+    def __init__(self, model: PreTrainedModel, encoder: Encoder, caches: PrefixCaches | None = None):
+        self.model, self.encoder, self.caches = model, encoder, caches
+        self.one_pass = None if takes_own_mask(model) else False
+
+    @torch.inference_mode()
+    def scores(self, questions: Sequence[Question]) -> list[list[float]]:
+        """The score of every option of every question: log-probabilities in nats, in the order of its options.
+
+        Where prompt prefixes are cached the questions must be of one task. Raises ``UserError`` for a score that is
+        not finite.
+        """
+        parts = [continuations(question, self.encoder) for question in questions]
+        contexts = [question.prompt_ids + shared for question, (shared, _) in zip(questions, parts, strict=True)]
+        options, task_ids = [options for _, options in parts], [question.task.id for question in questions]
+        if self.one_pass is None:
+            self.one_pass = self._agree(contexts[0], options[0], task_ids[0])
+        found = self._sums(contexts, options, task_ids, self.one_pass)
+        for question, values in zip(questions, found, strict=True):
+            if not torch.tensor(values).isfinite().all():
+                raise UserError(
+                    f"question {question.example.index} of {question.task.name} has the scores {values}, which are not "
+                    "finite: the base model or the adapter holds values that are no numbers; see the training's log"
+                )
+        return found
+
+    def _agree(self, context: list[int], options: list[list[int]], task_id: int) -> bool:
+        """Whether both ways give the same scores; a model may take a mask and do something else with it."""
+        contexts = [context, context + context[-1:]]  # of two lengths, so that there is padding to see
+        one, two = (torch.tensor(self._sums(contexts, [options] * 2, [task_id] * 2, way)) for way in (True, False))
+        tolerance = _TOLERANCE.get(self.model.dtype, 1e-4)
+        if torch.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return True
+        print(f"{type(self.model).__name__} scores options otherwise in one pass, so two are run", file=sys.stderr)
+        return False
+
+    def _sums(self, contexts: list, options: list[list[list[int]]], task_ids: list[int], one_pass: bool) -> list:
+        """Summed log-probability of each option of each row, in float64."""
+        pad, device = self.encoder.tokenizer.pad_token_id, self.model.device
+        cache, start = self.caches.start(task_ids[0], len(contexts)) if self.caches else (None, 0)
+        input_ids, mask = pad_left(contexts, pad, start)
+        rows = torch.tensor([row for row, part in enumerate(options) for _ in part])
+        flat = [option for part in options for option in part]
+        length = max(len(option) for option in flat) - 1
+        fed, wanted = (
+            torch.tensor([(tokens + [pad] * length)[:length] for tokens in part], dtype=torch.long)
+            for part in ([option[:-1] for option in flat], [option[1:] for option in flat])
+        )
+        real = torch.arange(length) < torch.tensor([[len(option) - 1] for option in flat])
+        run = self._in_one_pass if one_pass else self._in_two_passes
+        first, later = run(input_ids, mask, cache, start, torch.tensor(task_ids), rows, fed, real)
+        sums = _log_probability(first[rows], torch.tensor([option[0] for option in flat], device=device))
+        if length:
+            sums += (_log_probability(later, wanted.to(device)) * real.to(device)).sum(dim=1)
+        return [part.tolist() for part in torch.split(sums.cpu(), [len(part) for part in options])]
+
+    # Both ways: input_ids, mask (B, L); cache of the first ``start`` columns; rows (N,): of each option; fed, real
+    # (N, E): its tokens but the last, and which of them are padding. They return the logits after the contexts (B, V)
+    # and after each fed token (N, E, V).
+
+    def _in_two_passes(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
+        device = self.model.device
+        with route.use(task_ids):
+            output = self.model(
+                input_ids=input_ids[:, start:].to(device),
+                attention_mask=mask.to(device),
+                **self._positions(positions_of(mask)[:, start:]),
+                past_key_values=cache,
+                use_cache=True,
+                **last_logits(self.model),
+            )
+        if not fed.shape[1]:
+            return output.logits[:, -1], None
+        cache, whole_mask = output.past_key_values, torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
+        cache.batch_select_indices(rows.to(device))
+        with route.use(task_ids[rows]):
+            later = self.model(
+                input_ids=fed.to(device),
+                attention_mask=whole_mask.to(device),
+                **self._positions(positions_of(whole_mask)[:, mask.shape[1] :]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return output.logits[:, -1], later.logits
+
+    def _positions(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """position_ids for a model that takes them."""
+        takes = accepts_argument(type(self.model), "position_ids")
+        return {"position_ids": positions.to(self.model.device)} if takes else {}
+
+    def _in_one_pass(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
+        # The tokens of a row's options take the columns behind its context, one option after another.
+        used, first = [0] * len(input_ids), []
+        for row, count in zip(rows.tolist(), real.sum(dim=1).tolist(), strict=True):
+            first.append(used[row])
+            used[row] += count
+        columns = torch.tensor(first)[:, None] + torch.arange(fed.shape[1])
+        at = rows[:, None].expand_as(fed)[real], columns[real]
+        tokens, depths, owners = (torch.full((len(input_ids), max(used)), value) for value in (0, 0, -1))
+        tokens[at] = fed[real]
+        depths[at] = torch.arange(fed.shape[1]).expand_as(fed)[real]
+        owners[at] = torch.arange(len(fed))[:, None].expand_as(fed)[real]
+        positions = torch.cat([positions_of(mask), mask.sum(dim=1, keepdim=True) + depths], dim=1)
+        visible, dtype, device = _visible(mask, owners)[:, None, start:], self.model.dtype, self.model.device
+        hidden = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        with route.use(task_ids):
+            logits = self.model(
+                input_ids=torch.cat([input_ids, tokens], dim=1)[:, start:].to(device),
+                attention_mask=hidden.to(device),
+                position_ids=positions[:, start:].to(device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=max(used) + 1,
+            ).logits
+        return logits[:, 0], logits[rows[:, None], (columns + 1).clamp(max=max(used))]
+
+
+def takes_own_mask(model: PreTrainedModel) -> bool:
+    """Whether a model says that it takes positions and a mask of its caller's, and no layer forgets tokens."""
+    if model.config._attn_implementation not in _ATTENTION:
+        return False
+    if not accepts_argument(type(model), "position_ids") or not accepts_argument(type(model), "logits_to_keep"):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _visible(mask: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """Which key each query sees, (B, L + E, L + E): earlier real tokens of the context and of its own option.
+
+    owners (B, E): the option of each column, -1 for padding. Every token sees itself, padding too: a softmax over no
+    key is NaN.
+    """
+    length, width = mask.shape[1], owners.shape[1]
+    owner = torch.cat([mask.long() - 2, owners], dim=1)  # context -1, its padding -2
+    real = torch.cat([mask.bool(), owners >= 0], dim=1)
+    same = owner[:, :, None] == owner[:, None, :]
+    of_context = torch.arange(length + width) < length
+    earlier = torch.ones(length + width, length + width, dtype=torch.bool).tril()
+    return (earlier & (same | of_context) & real[:, None, :]) | torch.eye(length + width, dtype=torch.bool)
+
+
+def _log_probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of tokens (...) under logits (..., V), taken in float32 at least, as float64."""
+    logits = at_least_float32(logits)
+    return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)).double()
+
+
+def best_option(options: Sequence[str], scores: Sequence[float]) -> str:
+    """The option with the highest score; of equals, the lowest."""
+    return options[max(range(len(scores)), key=lambda index: (scores[index], -index))]
+
+
+def per_token(question: Question, encoder: Encoder, scores: Sequence[float]) -> list[float]:
+    """Length-normalised scores: divided by the number of tokens they sum over, EOS included."""
+    _, options = continuations(question, encoder)
+    return [score / len(option) for score, option in zip(scores, options, strict=True)]
