@@ -192,8 +192,7 @@ class Results:
     @classmethod
     def load(cls, path: str | Path) -> "Results":
         """Read a results file, or the one in a folder; raises ``UserError`` naming the file and the key."""
-        path = Path(path)
-        path = path / artifacts.RESULTS if path.is_dir() else path
+        path = Path(path) / artifacts.RESULTS if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(f"there is no results file {path}; pass a {artifacts.RESULTS} or a folder that has one")
         return cls.from_json(typed_json.read_object(path, "the results file"), str(path), path)

@@ -25,9 +25,6 @@ _DRAWN_AT_ONCE = 2**22
 Pairs = list[tuple[Prediction, Prediction]]
 
 
-# ---- statistics ----
-
-
 def mcnemar_p(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
 
@@ -71,9 +68,6 @@ def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = numpy.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
-
-
-# ---- what can be compared ----
 
 
 def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
@@ -129,9 +123,6 @@ def _shown(results: Results, key: str) -> str:
 
 def _not_comparable(a: Results, b: Results, reason: str) -> UserError:
     return UserError(f"{a.path} and {b.path} are not comparable: {reason}")
-
-
-# ---- the comparison ----
 
 
 def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> Report:

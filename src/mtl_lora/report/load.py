@@ -206,11 +206,9 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     for number, line in enumerate(_lines(path), 1):
         reader = Reader(f"{path}, line {number}")
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = line
-        if not isinstance(record, dict):
-            raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite")
+            record = reader.read(dict, json.loads(line))
+        except (ValueError, RecursionError):  # a UserError is one of the former
+            raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite") from None
         prediction = Prediction(**reader.fields(Prediction, record), place=reader.source)
         if prediction.task != task:
             raise reader.wrong("task", prediction.task, f"{task}, whose predictions this file holds")

@@ -16,7 +16,7 @@ FILE_NAME = "page.html"
 
 
 def write_page(run: str, output: str | None = None) -> Path:
-    """Write the page of a study, a training or an evaluation; returns its path.
+    """Write the page of a study, a training or an evaluation; returns its path. Everything it shows is escaped.
 
     Raises ``UserError`` for a folder that holds none of them, and where a package is missing.
     """
@@ -24,31 +24,20 @@ def write_page(run: str, output: str | None = None) -> Path:
     path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / FILE_NAME
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path} must be the path of an .html file")
-    write_all({path: page(study).encode("utf-8")})
-    return path
-
-
-def page(study: Study) -> str:
-    """The page as text. Everything that a study or run holds is escaped."""
     require("jinja2", "matplotlib", "pandas")
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    drawings = [
-        (drawing, f"data:image/svg+xml;base64,{base64.b64encode(drawing.render('svg')).decode()}")
-        for drawing in draw(study)
-    ]
-    facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}
     tables = study_tables(study)
     if study.facts:
         tables = [details(study.name, study.task_set, study.runs[0].tasks)] if study.scored else []
-    return environment.get_template(FILE_NAME).render(study=study, tables=tables, drawings=drawings, facts=facts)
+    sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in draw(study))
+    drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]
+    facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}
+    loader, rules = jinja2.FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **rules)
+    text = environment.get_template(FILE_NAME).render(study=study, tables=tables, drawings=drawings, facts=facts)
+    write_all({path: text.encode("utf-8")})
+    return path
 
 
 def _facts(study: Study) -> dict[str, dict]:

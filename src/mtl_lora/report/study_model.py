@@ -229,8 +229,7 @@ class Study:
     @classmethod
     def load(cls, path: str | Path) -> "Study":
         """Read a study's file, or the one in a folder; raises ``UserError`` naming the file and the key."""
-        path = Path(path)
-        path = path / artifacts.STUDY if path.is_dir() else path
+        path = Path(path) / artifacts.STUDY if Path(path).is_dir() else Path(path)
         value = read_object(path, "the study")
         schema = value.get("schema")
         if value.get("kind") != "study" or type(schema) is not int or schema not in (1, STUDY_SCHEMA):
@@ -270,9 +269,8 @@ class Study:
 
     def metric(self, task: str | None) -> str:
         """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
-        return next(
-            (r.metric for run in self.runs for name, r in run.tasks.items() if task in (name, None)), "accuracy"
-        )
+        results = [pair for run in self.runs for pair in run.tasks.items()]
+        return next((result.metric for name, result in results if task in (name, None)), "accuracy")
 
     @property
     def majority(self) -> dict[str | None, float]:

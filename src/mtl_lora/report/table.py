@@ -213,36 +213,34 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
                 f"{', '.join(task_set.names)}; one table needs results of one task set"
             )
     if published and set(task_set.names) != set(others[0].cells):
-        names = ", ".join(task_set.names)
-        raise UserError(f"--published is for the commonsense tasks, and {results[0].path} is about {names}")
+        names = f"{results[0].path} is about {', '.join(task_set.names)}"
+        raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
     facts = ("method", "base_model", "mode", "trainable")
     own = [Row(r.name, "result", r.tasks, r.whole_average, **{key: getattr(r, key) for key in facts}) for r in results]
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
-    rows = [*_majority_rows(results[0]), *own, *others, *last]
+    rows, first = [*own, *others, *last], results[0]
+    if all(result.majority is not None for result in first.tasks.values()):
+        cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in first.tasks.items()}
+        average = None if first.missing else average_of(cells.values())
+        rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
     lines = [
         [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, task_set.columns), row.average))]
         for row in rows
     ]
     metrics = dict.fromkeys(task_set.columns, "accuracy")
     metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
-    units = {name: "" if m == "accuracy" else f" ({FRACTIONS.get(m, m)})" for name, m in metrics.items()}
-    titles = [task_set.title(name) + unit for name, unit in units.items()]
+    # A title says the metrics that are not accuracy.
+    units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in task_set.columns]
+    words = [", ".join(FRACTIONS.get(metric, metric) for metric in sorted(unit)) for unit in units]
+    titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(task_set.columns, words, strict=True)]
     tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE], lines)]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
     return Report(tables, [row.record(metrics, groups) for row in rows], _notes(results, rows, groups))
-
-
-def _majority_rows(results: Results) -> list[Row]:
-    """What always giving the majority class scores; nothing unless the file has it for all of its tasks."""
-    if any(result.majority is None for result in results.tasks.values()):
-        return []
-    cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in results.tasks.items()}
-    return [Row(MAJORITY_LABEL, "majority", cells, None if results.missing else average_of(cells.values()))]
 
 
 def _difference_row(first: Row, last: Row) -> Row:
