@@ -6,7 +6,7 @@ from measure import Parser, count
 from transformers import PreTrainedTokenizerBase
 
 from mtl_lora.errors import UserError
-from mtl_lora.language.collate import Collator
+from mtl_lora.language.batches import Collator
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE

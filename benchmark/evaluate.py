@@ -28,29 +28,22 @@ def main() -> None:
     flags.add_flag("rounds", "turns of every side", type=count, default=5)
     flags.add_flag("dtype", "of the base model", default="auto")
     arguments = flags.parse_args()
-    evaluation = Evaluator(
-        EvalConfig(
-            checkpoint=arguments.checkpoint,
-            data_dir=arguments.data_dir,
-            mode="both",
-            dtype=arguments.dtype,
-            max_new_tokens=8,
-        )
-    )
-    questions = load_questions(arguments.data_dir, evaluation.tasks, [], evaluation.encoder).questions
-    evaluation.prepare({"generate": questions, "score": questions})
-    evaluation.load()
-    chosen = sample(questions, arguments.questions)
-    few = sample(questions, max(arguments.questions // 8, 1))
+    config = EvalConfig(checkpoint=arguments.checkpoint, mode="both", dtype=arguments.dtype, max_new_tokens=8)
+    evaluator = Evaluator(config)
+    asked = load_questions(arguments.data_dir, evaluator.tasks, [], evaluator.encoder).questions
+    evaluator.prepare(dict.fromkeys(config.protocols, asked))
+    evaluator.load()
+    chosen = sample(asked, arguments.questions)
+    few = sample(asked, max(arguments.questions // 8, 1))
     rates = rounds(
         {
-            "one at a time, no cache": lambda: baseline(evaluation, few),
-            "generate": lambda: ours(evaluation, chosen, "generate"),
-            "score": lambda: ours(evaluation, chosen, "score"),
+            "one at a time, no cache": lambda: baseline(evaluator, few),
+            "generate": lambda: ours(evaluator, chosen, "generate"),
+            "score": lambda: ours(evaluator, chosen, "score"),
         },
         arguments.rounds,
     )
-    same = agreement(evaluation, few)
+    same = agreement(evaluator, few)
     first, *others = rates
     results = {name: {"questions/s": spread(values)} for name, values in rates.items()}
     for name in others:
@@ -61,47 +54,45 @@ def main() -> None:
     ]
     text = markdown_table(["evaluation", "questions/s", "ratio"], lines)
     text += (
-        f"\n\n{arguments.questions} questions of each of {len(evaluation.tasks)} tasks, {evaluation.base_model.name}, "
-        f"{evaluation.model.dtype}; median (smallest to largest) of {arguments.rounds} rounds. Generated answers equal "
+        f"\n\n{arguments.questions} questions of each of {len(evaluator.tasks)} tasks, {evaluator.base_model.name}, "
+        f"{evaluator.model.dtype}; median (smallest to largest) of {arguments.rounds} rounds. Generated answers equal "
         f"the baseline's on {same[0]} of {same[1]} questions."
     )
     keep(
         Path(__file__).stem,
         text,
-        {"questions": arguments.questions, "dtype": str(evaluation.model.dtype), "sides": results},
+        {"questions": arguments.questions, "dtype": str(evaluator.model.dtype), "sides": results},
         arguments.results,
     )
 
 
 def sample(questions: list[Question], count: int) -> list[Question]:
     """``count`` questions of each task, drawn by a fixed seed."""
-    by_task: dict[str, list[Question]] = {}
+    by_task: dict[str, list] = {}
     for question in questions:
         by_task.setdefault(question.task.name, []).append(question)
     return [question for rows in by_task.values() for question in random.Random(0).sample(rows, min(count, len(rows)))]
 
 
-def baseline(evaluation: Evaluator, questions: list[Question]) -> int:
+def baseline(evaluator: Evaluator, questions: list[Question]) -> int:
     for question in questions:
-        one_at_a_time.answer(evaluation.model, evaluation.encoder.tokenizer, question)
+        one_at_a_time.answer(evaluator.model, evaluator.encoder.tokenizer, question)
     return len(questions)
 
 
-def ours(evaluation: Evaluator, questions: list[Question], protocol: str) -> int:
-    for batch in evaluation.batches(questions):
-        evaluation.answer(batch, protocol)
+def ours(evaluator: Evaluator, questions: list[Question], protocol: str) -> int:
+    for batch in evaluator.batches(questions):
+        evaluator.answer(batch, protocol)
     return len(questions)
 
 
-def agreement(evaluation: Evaluator, questions: list[Question]) -> tuple[int, int]:
+def agreement(evaluator: Evaluator, questions: list[Question]) -> tuple[int, int]:
     """On how many of the questions the answers found in generated text are the baseline's."""
-    found = {}
-    for batch in evaluation.batches(questions):
-        found |= {one.key: line for one, line in zip(batch, evaluation.answer(batch, "generate"), strict=True)}
     same = [
-        extract_answer(one.task, one_at_a_time.answer(evaluation.model, evaluation.encoder.tokenizer, one))
-        == found[one.key]["parsed"]
-        for one in questions
+        extract_answer(one.task, one_at_a_time.answer(evaluator.model, evaluator.encoder.tokenizer, one))
+        == line["parsed"]
+        for batch in evaluator.batches(questions)
+        for one, line in zip(batch, evaluator.answer(batch, "generate"), strict=True)
     ]
     return sum(same), len(same)
 

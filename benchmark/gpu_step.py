@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtl_lora.base_model import choose_dtype
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.collate import IGNORED
+from mtl_lora.language.batches import IGNORED
 from mtl_lora.language.tasks import COMMONSENSE
 
 ANSWER = 6  # supervised tokens of a row, as in the commonsense data

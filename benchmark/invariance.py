@@ -1,4 +1,4 @@
-"""Do predictions depend on how a run is carried out? Batch sizes, shared prompt prefixes, processes, float32 and bf16.
+"""Do predictions depend on how a run is carried out? Batch sizes, reused prompt prefixes, processes, float32 and bf16.
 
     python benchmark/invariance.py --checkpoint output/quickstart/checkpoint --data_dir data/commonsense/test
 
@@ -22,7 +22,7 @@ VARIANTS = {
     "batches of 32": ["--batch_size", "32"],
     "batches of 7": ["--batch_size", "7"],
     "one at a time": ["--batch_size", "1"],
-    "batches of 32, no shared prefix": ["--batch_size", "32", "--reuse_prefix", "False"],
+    "batches of 32, prefix not reused": ["--batch_size", "32", "--reuse_prefix", "False"],
     "batches of 7, two processes": ["--batch_size", "7"],
 }
 
@@ -79,7 +79,7 @@ def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: in
         stdout=subprocess.DEVNULL,
     )
     if done.returncode:
-        raise UserError(f"the evaluation {name!r} failed; its message is above")
+        raise UserError(f"the evaluation {name!r} failed; what it says stands above")
     return Predictions(output).read()
 
 

@@ -24,7 +24,7 @@ from pipelines import Pipeline, add_sides, pipeline
 from mtl_lora.adapter.inject import trainable_parameters
 from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.collate import Collator
+from mtl_lora.language.batches import Collator
 
 MEASURES = ("held", "tensors", "process")
 

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 import mtl_lora
 from mtl_lora import route
-from mtl_lora.adapter.inject import replace_module
 from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
-from mtl_lora.language.loss import token_losses
+from mtl_lora.language.batches import token_losses
 from mtl_lora.language.tasks import COMMONSENSE
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -137,7 +136,7 @@ def replace_layers(model: nn.Module, form: type[nn.Module] | None) -> None:
     """Every ``MtlLoraLayer`` of a model inside another form of it; None changes nothing."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MtlLoraLayer)}
     for name, layer in layers.items() if form else ():
-        replace_module(model, name, form(layer))
+        model.set_submodule(name, form(layer))
 
 
 def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:

@@ -24,28 +24,29 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
 LAUNCHER="${LAUNCHER:-torchrun}"
 DEEPSPEED="${DEEPSPEED-$([ "$LAUNCHER" = python ] || echo config/zero2.json)}"
-if [ "$gpus" -eq 0 ]; then
-    export DS_ACCELERATOR=cpu
-    # Processes share the cores; without this each would start a thread for every one of them.
-    threads=$(($(cores) / NPROC))
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-fi
 
 usage_if() {  # usage_if CONDITION TEXT : the usage, and exit code 2, where the condition is not 0
     if [ "$1" -ne 0 ]; then echo "usage: bash $0 $2" >&2; exit 2; fi
 }
 
 launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the run in NPROC processes
+    if [ "$LAUNCHER" = python ]; then python "$@"; return; fi
     # A launcher hides the exit code of a user's mistake behind a traceback of its own.
     python "$@" --check True
+    local gpus threads
+    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
+    if [ "$gpus" -eq 0 ]; then
+        export DS_ACCELERATOR=cpu
+        # Processes share the cores; without this each would start a thread for every one of them.
+        threads=$(($(cores) / NPROC))
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+    fi
     case "$LAUNCHER" in
         torchrun) torchrun --nproc_per_node "$NPROC" --master_port "${PORT:-29500}" "$@" ;;
         deepspeed) deepspeed --num_gpus "$NPROC" --master_port "${PORT:-29500}" "$@" ;;
-        python) python "$@" ;;
         *) echo "error: LAUNCHER must be torchrun, deepspeed or python, not $LAUNCHER" >&2; exit 2 ;;
     esac
 }

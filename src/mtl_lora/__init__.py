@@ -9,8 +9,15 @@ if TYPE_CHECKING:
     from mtl_lora.adapter import routing as route
     from mtl_lora.adapter.checkpoint import Provenance, load, save
     from mtl_lora.adapter.config import AdapterConfig
-    from mtl_lora.adapter.inject import adapter_layers, inject, print_trainable_parameters, trainable_parameters
-    from mtl_lora.adapter.merge import disabled, merge, unload
+    from mtl_lora.adapter.inject import (
+        adapter_layers,
+        disabled,
+        inject,
+        merge,
+        print_trainable_parameters,
+        trainable_parameters,
+        unload,
+    )
     from mtl_lora.errors import UserError
 
 # Where each public name lives. Loaded on first use, so that reading a command line or a results file, which need
@@ -21,15 +28,15 @@ _HOMES = {
     "Provenance": "mtl_lora.adapter.checkpoint",
     "UserError": "mtl_lora.errors",
     "adapter_layers": "mtl_lora.adapter.inject",
-    "disabled": "mtl_lora.adapter.merge",
+    "disabled": "mtl_lora.adapter.inject",
     "inject": "mtl_lora.adapter.inject",
     "load": "mtl_lora.adapter.checkpoint",
-    "merge": "mtl_lora.adapter.merge",
+    "merge": "mtl_lora.adapter.inject",
     "print_trainable_parameters": "mtl_lora.adapter.inject",
     "route": "mtl_lora.route",
     "save": "mtl_lora.adapter.checkpoint",
     "trainable_parameters": "mtl_lora.adapter.inject",
-    "unload": "mtl_lora.adapter.merge",
+    "unload": "mtl_lora.adapter.inject",
 }
 
 __all__ = [

@@ -206,7 +206,8 @@ class Results:
             raise reader.wrong("schema", schema, f"1 or {SCHEMA}, which this version reads")
         found = cls(**reader.fields(cls, value), path=path)
         if schema == 1:
-            found = dataclasses.replace(found, method_title=_SCHEMA_1_TITLES.get(found.method))
+            titles = _SCHEMA_1_TITLES.get(found.method)
+            found = dataclasses.replace(found, method_title=titles, settings={"protocol": 1, **found.settings})
         unknown = [name for name in found.tasks if name not in found.task_set.names]
         if unknown or not found.tasks:
             rule = f"of its task set: {', '.join(found.task_set.names)}"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mtl_lora
-from mtl_lora import Origin, UserError, route
+from mtl_lora import Provenance, UserError, route
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, adapter_state
 
@@ -70,7 +70,8 @@ def assert_refused(folder, message: str) -> None:
         assert torch.equal(weight, value), name
     assert not weights
     assert not hasattr(model, "mtl_lora_config")
-    assert not hasattr(model, "mtl_lora_origin")
+    assert not hasattr(model, "mtl_lora_provenance")
+    assert not hasattr(model, "mtl_lora_injection")
     assert torch.equal(logits(model), expected)
     # What is left takes another adapter.
     mtl_lora.inject(model, adapter_config())
@@ -79,12 +80,15 @@ def assert_refused(folder, message: str) -> None:
 # ---- round trip ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [*((method, torch.float32) for method in METHODS), ("mtl_lora", torch.float64), ("mtl_lora", torch.bfloat16)],
+    ids=str,
+)
 def test_loaded_adapter_is_the_saved_one_bit_for_bit(method, dtype, tmp_path):
     model = adapted_llama(method, dtype)
-    origin = Origin(base_model="tiny", prompt_template="alpaca", cutoff_len=256, task_set={"tasks": []})
-    mtl_lora.save(model, tmp_path, origin)
+    provenance = Provenance(base_model="tiny", prompt_template="alpaca", cutoff_len=256, task_set={"tasks": []})
+    mtl_lora.save(model, tmp_path, provenance)
     loaded = mtl_lora.load(tiny_llama(dtype), tmp_path)
     expected = adapter_state(model)
     assert adapter_state(loaded).keys() == expected.keys()
@@ -92,7 +96,7 @@ def test_loaded_adapter_is_the_saved_one_bit_for_bit(method, dtype, tmp_path):
         assert (weight.dtype, weight.shape) == (expected[name].dtype, expected[name].shape), name
         assert torch.equal(weight, expected[name]), name
     assert loaded.mtl_lora_config == model.mtl_lora_config
-    assert loaded.mtl_lora_origin == origin
+    assert loaded.mtl_lora_provenance == provenance
     assert torch.equal(logits(loaded), logits(model))
     trained = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
     assert trained == expected.keys()
@@ -128,15 +132,15 @@ def test_same_adapter_is_saved_as_the_same_bytes(saved, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
 
-def test_origin_stays_with_a_loaded_adapter_and_goes_with_a_merged_one(tmp_path):
-    mtl_lora.save(adapted_llama(), tmp_path / "first", Origin(base_model="tiny"))
+def test_provenance_stays_with_a_loaded_adapter_and_goes_with_a_merged_one(tmp_path):
+    mtl_lora.save(adapted_llama(), tmp_path / "first", Provenance(base_model="tiny"))
     model = mtl_lora.load(tiny_llama(), tmp_path / "first")
     mtl_lora.save(model, tmp_path / "second")
-    assert checkpoint.read_config(tmp_path / "second").origin_config.base_model == "tiny"
+    assert checkpoint.read_config(tmp_path / "second").provenance_config.base_model == "tiny"
     # The merged model is another base, which the next adapter must not take for the first one.
     mtl_lora.inject(mtl_lora.merge(model, "maps"), adapter_config())
     mtl_lora.save(model, tmp_path / "third")
-    assert checkpoint.read_config(tmp_path / "third").origin_config.base_model is None
+    assert checkpoint.read_config(tmp_path / "third").provenance_config.base_model is None
 
 
 def test_checkpoint_is_two_files_that_say_what_they_are(saved):
@@ -220,7 +224,7 @@ def test_truncated_file_is_detected(saved, kept):
 def test_signed_file_that_is_no_safetensors_is_refused(saved, content):
     (saved / WEIGHTS_NAME).write_bytes(content)
     sign(saved)
-    assert_refused(saved, "no safetensors file")
+    assert_refused(saved, "not a safetensors file")
 
 
 class Payload:
@@ -235,10 +239,10 @@ class Payload:
 def test_pickle_is_never_read(saved):
     (saved / WEIGHTS_NAME).write_bytes(pickle.dumps(Payload()))
     sign(saved)
-    assert_refused(saved, "no safetensors file")
+    assert_refused(saved, "not a safetensors file")
     torch.save({"weights": Payload()}, saved / WEIGHTS_NAME)
     sign(saved)
-    assert_refused(saved, "no safetensors file")
+    assert_refused(saved, "not a safetensors file")
     assert not Payload.ran
 
 
@@ -259,7 +263,7 @@ def test_half_a_checkpoint_is_refused(saved, name):
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path):
-    assert_refused(tmp_path / "nowhere", "no MTL-LoRA checkpoint")
+    assert_refused(tmp_path / "nowhere", "not an MTL-LoRA checkpoint")
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00\x01", "[" * 100_000], ids=["empty", "open", "bytes", "deep"])
@@ -271,9 +275,9 @@ def test_configuration_that_is_no_json_is_refused(saved, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "has format 2, and this version reads format 1; update"),
-        ({"format": 2, "compression": "zip"}, "has format 2"),
-        ({"format": "1"}, "has format 1"),
+        ({"format": 3}, "has format 3, and this version reads formats 1 and 2; update"),
+        ({"format": 3, "compression": "zip"}, "has format 3"),
+        ({"format": "2"}, "has format 2"),
         ({"format": None}, "lacks the key 'format'"),
         ({"weights_sha256": None}, "lacks the key 'weights_sha256'"),
         ({"adapter": None}, "lacks the key 'adapter'"),
@@ -282,8 +286,10 @@ def test_configuration_that_is_no_json_is_refused(saved, text):
         ({"adapter": {**adapter_config().to_json(), "rank": 0}}, "'adapter': rank must be at least 1, not 0"),
         ({"adapter": {"tasks": TASKS}}, "'adapter' lacks the key 'method'"),
         ({"adapter": ["lora"]}, "adapter must be"),
-        ({"origin": {"base": "tiny"}}, "'origin' has the unknown key 'base'"),
-        ({"origin": {"cutoff_len": "256"}}, "cutoff_len must be a whole number or none, not '256'"),
+        ({"provenance": {"base": "tiny"}}, "'provenance' has the unknown key 'base'"),
+        ({"provenance": {"cutoff_len": "256"}}, "cutoff_len must be a whole number or none, not '256'"),
+        ({"origin": {}}, "has the unknown key 'origin'"),
+        ({"format": 1, "provenance": None, "origin": {"base": "tiny"}}, "'origin' has the unknown key 'base'"),
     ],
     ids=str,
 )
@@ -321,7 +327,7 @@ def test_save_below_a_file_names_the_path_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("failing", ["weights", "configuration"])
 def test_failed_save_leaves_no_half_and_keeps_what_was_there(failing, saved, tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    origin = None
+    provenance = None
     if failing == "weights":
 
         def full_disk(tensors, path):
@@ -330,10 +336,10 @@ def test_failed_save_leaves_no_half_and_keeps_what_was_there(failing, saved, tmp
 
         monkeypatch.setattr(checkpoint, "save_file", full_disk)
     else:
-        origin = Origin(train_settings={"folder": tmp_path})  # a path is no JSON
+        provenance = Provenance(train_settings={"folder": tmp_path})  # a path is not JSON
     for folder in (saved, tmp_path / "fresh"):
         with pytest.raises((OSError, TypeError)):
-            mtl_lora.save(randomise(adapted_llama(), seed=9), folder, origin)
+            mtl_lora.save(randomise(adapted_llama(), seed=9), folder, provenance)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert not list((tmp_path / "fresh").iterdir())
 
@@ -362,7 +368,7 @@ def test_save_without_an_adapter_says_so(tmp_path):
             r"no linear layer's whole name matches the expression 'q_proj'; "
             r"this model has q_proj \(2\), .*, for example model.layers.0.self_attn.q_proj",
         ),
-        ({"target_modules": "layers.(0"}, r"expression 'layers.\(0' is no regular expression: missing \)"),
+        ({"target_modules": "layers.(0"}, r"expression 'layers.\(0' is not a regular expression: missing \)"),
     ],
     ids=["one of two", "part of a name", "a block", "an embedding", "an expression", "no expression"],
 )

@@ -22,9 +22,8 @@ import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
-from mtl_lora.language import loss
-from mtl_lora.language.collate import IGNORED
-from mtl_lora.language.loss import token_losses
+from mtl_lora.language import batches
+from mtl_lora.language.batches import IGNORED, token_losses
 
 IDS = torch.arange(len(TASKS))
 MAMBA = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=4, num_hidden_layers=1)
@@ -97,7 +96,7 @@ def losses_of_all_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> to
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_answer_only_logits_are_those_of_the_whole_row(architecture):
     model, batch = adapted(architecture), batch_of(tokens(4))
-    assert loss.keeps_logits(type(model))
+    assert batches.keeps_logits(type(model))
     losses, task_ids = token_losses(model, batch)
     assert_near(losses, losses_of_all_logits(model, batch), 1e-10, "losses")
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
@@ -164,7 +163,7 @@ class Wrapper(nn.Module):
 
 @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
 def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, capsys):
-    loss.keeps_logits.cache_clear()
+    batches.keeps_logits.cache_clear()
     model = randomise(mtl_lora.inject(tiny_llama(), adapter_config()))
     batch = batch_of(tokens(4))
     expected, _ = token_losses(wrap(model), batch)
@@ -179,7 +178,7 @@ def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, cap
 
 
 def test_architecture_without_logits_to_keep_has_its_own_loss_too(capsys):
-    loss.keeps_logits.cache_clear()
+    batches.keeps_logits.cache_clear()
     torch.manual_seed(0)
     settings = transformers.xLSTMConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_heads=4)
     model = transformers.xLSTMForCausalLM(settings).double()

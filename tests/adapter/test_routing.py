@@ -333,7 +333,7 @@ def test_checkpointing_of_ones_own_that_loses_the_ids_is_refused_whatever_block_
         losses = [checkpoint(layer, x, use_reentrant=reentrant).sum() for _ in range(2)]
     with pytest.raises(UserError, match="recomputed in the backward pass without the task ids"):
         losses[0].backward()
-    with route.use(OTHER_IDS), pytest.raises(UserError, match="context_fn=mtl_lora.route.checkpoint_context"):
+    with route.use(OTHER_IDS), pytest.raises(UserError, match=r"context_fn=mtl_lora\.route\.checkpoint_context"):
         losses[1].backward()
 
 

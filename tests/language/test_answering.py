@@ -15,7 +15,7 @@ from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.examples import Example
 from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.option_scoring import best_option, continuations, score_options
+from mtl_lora.language.option_scoring import OptionScorer, best_option, continuations, takes_own_mask
 from mtl_lora.language.prefix_cache import PrefixCaches
 from mtl_lora.language.questions import Question, load_questions
 from mtl_lora.language.tasks import Task
@@ -25,7 +25,16 @@ from mtl_lora.language.tasks import Task
 PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5]
 PROMPTS = [PREFIX + rest for rest in ([9, 2, 6], [5], [3, 5, 8, 9, 7, 9, 3], [2, 3])]
 # Options by the name that stands for their tokens: alike at the start, one token and several, 2 as EOS.
-ANSWERS = {"w": [8, 4, 2], "x": [8, 7, 2], "y": [6, 1, 8, 2], "z": [6, 2], "u": [5, 2], "v": [2], "t": [3, 8, 8, 8, 2]}
+ANSWERS = {
+    "w": [8, 4, 2],
+    "x": [8, 7, 2],
+    "y": [6, 1, 8, 2],
+    "z": [6, 2],
+    "u": [5, 2],
+    "v": [2],
+    "t": [3, 8, 8, 8, 2],
+    "s": [1, 2],
+}
 OPTIONS = [("w", "x"), ("y", "z", "u"), ("v", "w"), ("t", "y", "v", "x")]
 
 
@@ -66,6 +75,10 @@ def flat(scores: list[list[float]]) -> list[float]:
     return [value for row in scores for value in row]
 
 
+# Layers with a sliding window forget tokens, and with a mask of ours they would not.
+SLIDING = {"Mistral", "Gemma2", "Gemma3"}
+
+
 @pytest.mark.parametrize("reuse", [False, True], ids=["whole", "prefix reused"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_padded_batch_gives_every_option_its_log_probability(architecture, reuse):
@@ -79,8 +92,13 @@ def test_padded_batch_gives_every_option_its_log_probability(architecture, reuse
     # With a reused prefix all questions are of one task; a model that cannot reuse one computes the whole prompt.
     asked = questions([1] * len(PROMPTS) if reuse else list(range(len(PROMPTS))))
     caches = PrefixCaches(model, {1: PREFIX}) if reuse else None
-    found = score_options(model, Tokens(), asked, caches)
-    assert flat(found) == pytest.approx(flat(slow(model, asked)), abs=tolerance)
+    expected = pytest.approx(flat(slow(model, asked)), abs=tolerance)
+    scorer = OptionScorer(model, Tokens(), caches)
+    assert scorer.one_pass == (None if takes_own_mask(model) else False)
+    assert flat(scorer.scores(asked)) == expected
+    assert scorer.one_pass == (architecture.name not in SLIDING)
+    scorer.one_pass = False  # as a model that does not take a mask of ours
+    assert flat(scorer.scores(asked)) == expected
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -89,9 +107,32 @@ def test_scores_in_the_dtypes_and_attentions_of_use(implementation, dtype, toler
     model = tiny_llama(dtype)
     model.set_attn_implementation(implementation)
     asked = questions([0] * len(PROMPTS))
-    assert flat(score_options(model, Tokens(), asked)) == pytest.approx(
-        flat(slow(tiny_llama(torch.float64), asked)), abs=tolerance
-    )
+    scorer, expected = OptionScorer(model, Tokens()), flat(slow(tiny_llama(torch.float64), asked))
+    assert flat(scorer.scores(asked)) == pytest.approx(expected, abs=tolerance)
+    assert scorer.one_pass
+
+
+class Careless(type(tiny_llama())):
+    """Takes a mask of its caller's and does something else with it, but only where there is padding."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **options):
+        if attention_mask is not None and attention_mask.dim() == 4 and (attention_mask[:, 0, -1, 0] < 0).any():
+            attention_mask = None
+        options |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        return super().forward(input_ids, attention_mask, **options)
+
+
+def test_model_that_ignores_the_mask_is_found_out_and_runs_twice(capsys):
+    model = tiny_llama(torch.float32)
+    model.__class__ = Careless
+    model.set_attn_implementation("sdpa")
+    asked, scorer = questions([0] * len(PROMPTS)), OptionScorer(model, Tokens())
+    for _ in range(2):
+        assert flat(scorer.scores(asked)) == pytest.approx(flat(slow(model, asked)), abs=1e-4)
+    assert scorer.one_pass is False
+    assert capsys.readouterr().err.count("Careless") == 1
+    scorer.one_pass = True
+    assert flat(scorer.scores(asked)) != pytest.approx(flat(slow(model, asked)), abs=1e-3)
 
 
 def test_tables_hold_what_the_tests_above_need():
@@ -105,7 +146,7 @@ def test_prefix_goes_through_the_model_once_for_each_task():
     model.register_forward_pre_hook(lambda _, __, named: lengths.append(named["input_ids"].shape), with_kwargs=True)
     caches = PrefixCaches(model, {0: PREFIX, 1: PREFIX})
     for task_id in (0, 0, 1, 1):
-        score_options(model, Tokens(), questions([task_id] * len(PROMPTS)), caches)
+        OptionScorer(model, Tokens(), caches).scores(questions([task_id] * len(PROMPTS)))
     assert lengths.count((1, len(PREFIX))) == 2
 
 
@@ -119,8 +160,8 @@ def test_options_with_the_same_tokens_are_refused_by_name():
 def test_scores_and_logits_that_are_not_numbers_are_refused():
     model = adapted_llama(dtype=torch.float32)
     next(iter(mtl_lora.adapter_layers(model).values())).lora_A.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="question 0 of own has the scores .*nan"):
-        score_options(model, Tokens(), questions([0] * len(PROMPTS)))
+    with pytest.raises(UserError, match=r"question 0 of own has the scores .*nan"):
+        OptionScorer(model, Tokens()).scores(questions([0] * len(PROMPTS)))
     encoder = Tokens()
     encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})
     with pytest.raises(UserError, match="not numbers for questions of own"):
@@ -166,7 +207,8 @@ def slow_score(evaluator, question, option: str) -> float:
 
 def test_option_scores_the_log_probability_of_its_tokens_and_eos(evaluator, asked):
     asked.append(own(asked.pop(), "red", "red kite", "a very old red kite", "solution1", "solution10"))
-    for question, scores in zip(asked, score_options(evaluator.model, evaluator.encoder, asked), strict=True):
+    found = OptionScorer(evaluator.model, evaluator.encoder).scores(asked)
+    for question, scores in zip(asked, found, strict=True):
         assert scores == pytest.approx([slow_score(evaluator, question, one) for one in question.options], abs=1e-6)
 
 
@@ -198,9 +240,9 @@ def test_beams_in_a_mixed_batch_are_those_of_each_question_alone(evaluator, aske
 
 def test_another_task_id_gives_other_scores(evaluator, asked):
     """The route reaches the layers: the same prompt under another task is another function."""
-    (before,) = score_options(evaluator.model, evaluator.encoder, asked[:1])
+    (before,) = evaluator.scorer.scores(asked[:1])
     asked[0].task = Task("other", (asked[0].task.id + 1) % 8, asked[0].task.options)
-    (after,) = score_options(evaluator.model, evaluator.encoder, asked[:1])
+    (after,) = evaluator.scorer.scores(asked[:1])
     assert before != pytest.approx(after, abs=1e-9)
 
 

@@ -9,7 +9,7 @@ from text_cases import INSTRUCTIONS, example
 from tokenizer_kinds import ADDS_BOS, KINDS, SPACES, llama2
 
 from mtl_lora.errors import UserError
-from mtl_lora.language.collate import IGNORED, Collator, pad_left
+from mtl_lora.language.batches import IGNORED, Collator, pad_left
 from mtl_lora.language.encode import FREE_TEXT_RESERVE, Encoder
 from mtl_lora.language.prompts import TEMPLATES, template
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet

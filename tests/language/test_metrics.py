@@ -209,6 +209,6 @@ def test_a_task_names_the_metric_that_decides_its_result():
     lines = [line("red kite", "red", f1=2 / 3), line("red kite", "the red kite.", f1=1.0)]
     result = task_result(FREE, lines)
     assert (result.metric, result.value) == ("exact_match", 0.5)
-    assert (result.others["f1"].metric, result.others["f1"].value) == ("f1", pytest.approx(5 / 6))
+    assert result.measured["f1"] == pytest.approx(5 / 6)
     result = task_result(Task("free", 0, metric="f1"), lines)
-    assert (result.metric, result.value, result.others) == ("f1", pytest.approx(5 / 6), {})
+    assert (result.metric, result.value) == ("f1", pytest.approx(5 / 6))

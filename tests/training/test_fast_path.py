@@ -9,9 +9,8 @@ from shared import PROJECT
 from transformers import set_seed
 
 import mtl_lora
-from mtl_lora.adapter.inject import replace_module
 from mtl_lora.base_model import BaseModel
-from mtl_lora.language.collate import Collator
+from mtl_lora.language.batches import Collator
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.token_cache import row_columns, training_rows
@@ -37,7 +36,7 @@ def plain_losses(config: TrainConfig, rows, tokenizer, gathering) -> tuple[list[
     mtl_lora.inject(model, config.adapter_config(COMMONSENSE))
     layers = mtl_lora.adapter_layers(model)
     for name, layer in layers.items():
-        replace_module(model, name, gathering.GatheringLayer(layer))
+        model.set_submodule(name, gathering.GatheringLayer(layer))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     columns, collator = row_columns(rows), Collator(tokenizer.pad_token_id)

@@ -1,7 +1,7 @@
 """One process, two processes, ZeRO-2 and ZeRO-3 train alike, and resume.
 
-All trainings in two processes happen in two launches, one of which resumes. LoRA and MultiLoRA take the code paths of
-MTL-LoRA.
+All trainings in two processes happen in two launches, one of which resumes, so one test holds all comparisons. LoRA and
+MultiLoRA take the code paths of MTL-LoRA.
 """
 
 import json
@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from shared import PROJECT, free_port
 
-pytestmark = pytest.mark.slow
+from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.train import run
 
 METHODS = ("dora", "moelora", "mtl_lora")
 STEPS, MIDDLE = 8, 4  # an epoch is 6 steps, the last of them smaller
@@ -35,34 +36,33 @@ MORE = {
 RUNS = [("ddp", name) for name in ("few_held_out", "mtl_lora", "accumulated")]
 RUNS += [("zero3", name) for name in (*METHODS, "by_tokens", "checkpointing", "small_kept_whole")]
 RUNS += [("zero2", "mtl_lora")]
-# The runs of one process.
-ALONE = (*METHODS, "bf16", "by_tokens", "few_held_out")
 IN_BF16 = [("zero3", "bf16"), ("zero2", "bf16")]
 RESUMED = [("ddp", "mtl_lora"), *(("zero3", method) for method in METHODS), ("zero2", "mtl_lora")]
+# The runs of one process.
+ALONE = (*METHODS, "bf16", "by_tokens", "few_held_out")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """The folder of all runs, each in ``<launch>/<name>``."""
-    return tmp_path_factory.mktemp("equality")
+def trained(name: str) -> str:
+    """The method that a run trains."""
+    return name if name in METHODS else MORE[name].get("adapter_name", "mtl_lora")
 
 
-@pytest.fixture(scope="module")
-def settings_of(place, tiny_base, records_file, cache_dir):
-    """``settings_of(launch, name)``: the flags of a run."""
+@pytest.fixture
+def settings_of(tmp_path, tiny_base, records_file, cache_dir):
+    """``settings_of(launch, name)``: the flags of a run, whose folder is ``<launch>/<name>``."""
     shortest = sorted(json.loads(Path(records_file).read_text()), key=lambda record: len(record["instruction"]))
-    (place / "train.json").write_text(json.dumps(shortest[:64]))
+    (tmp_path / "train.json").write_text(json.dumps(shortest[:64]))
     zero3 = json.loads((PROJECT / "config" / "zero3.json").read_text())
     zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (place / "zero3.json").write_text(json.dumps(zero3))
-    deepspeed = {"zero2": str(PROJECT / "config" / "zero2.json"), "zero3": str(place / "zero3.json")}
+    (tmp_path / "zero3.json").write_text(json.dumps(zero3))
+    deepspeed = {"zero2": str(PROJECT / "config" / "zero2.json"), "zero3": str(tmp_path / "zero3.json")}
 
     def settings(launch: str, name: str) -> dict:
         return {
             "base_model": tiny_base,
-            "data_path": str(place / "train.json"),
+            "data_path": str(tmp_path / "train.json"),
             "cache_dir": cache_dir,
-            "output_dir": str(place / launch / name),
+            "output_dir": str(tmp_path / launch / name),
             "adapter_name": trained(name),
             "dtype": "fp32",
             "lora_dropout": 0.0,
@@ -83,16 +83,11 @@ def settings_of(place, tiny_base, records_file, cache_dir):
     return settings
 
 
-def trained(name: str) -> str:
-    """The method that a run trains."""
-    return name if name in METHODS else MORE[name].get("adapter_name", "mtl_lora")
-
-
 def launch(runs: list[dict], folder: Path) -> subprocess.CompletedProcess:
     """Train in two CPU processes; nothing is on the path, so there is no compiler either."""
-    (folder / "job.json").write_text(json.dumps({"runs": runs}))
     for name in ("nothing", "extensions"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"runs": runs}))
     environment = {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -112,34 +107,6 @@ def launch(runs: list[dict], folder: Path) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.fixture(scope="module")
-def alone(settings_of):
-    """The same trainings in one process, this one."""
-    from mtl_lora.language.config import TrainConfig
-    from mtl_lora.language.train import run
-
-    for name in ALONE:
-        run(TrainConfig(**settings_of("alone", name)))
-
-
-@pytest.fixture(scope="module")
-def two(settings_of, tmp_path_factory):
-    """All runs in two processes."""
-    done = launch([settings_of(*run) for run in [*RUNS, *IN_BF16]], tmp_path_factory.mktemp("two"))
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def resumed(two, settings_of, place, tmp_path_factory):
-    """Some of them again from their middle, in new processes and to folders of their own; at the end a broken run."""
-    runs = []
-    for name, method in RESUMED:
-        half, output = place / name / method / f"checkpoint-{MIDDLE}", place / f"{name}-resumed" / method
-        runs.append({**settings_of(name, method), "output_dir": str(output), "resume_from_checkpoint": str(half)})
-    broken = settings_of("zero3", "mtl_lora") | {"output_dir": str(place / "broken"), "max_steps": 1000, "save_step": 0}
-    return launch([*runs, broken | {"broken": True}], tmp_path_factory.mktemp("resumed"))
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "mtl_lora.safetensors")
 
@@ -153,48 +120,68 @@ def facts(folder: Path) -> dict:
     return json.loads((folder / "facts.json").read_text())
 
 
-@pytest.mark.parametrize("launch, name", RUNS)
-def test_two_processes_train_as_one_does(alone, two, place, launch, name):
-    one, other = place / "alone" / (name if name in ALONE else trained(name)), place / launch / name
+def assert_trained_alike(one: Path, other: Path) -> None:
     for key, length in (("loss", STEPS), ("grad_norm", STEPS), ("eval_loss", 2)):
         assert len(curve(one, key)) == length
         assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-5), key
-    assert facts(other)["partitioned"] == (launch == "zero3" and name != "small_kept_whole")
     expected, found = weights(one), weights(other)
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_an_error_in_one_process_ends_all(resumed, place):
-    """The others wait in a collective for the one that is gone; without an end the launch runs into its timeout."""
-    assert resumed.returncode != 0
-    assert "this process breaks" in resumed.stderr
-    assert (place / "broken" / "run.json").is_file() and not (place / "broken" / "mtl_lora.safetensors").exists()
-
-
-@pytest.mark.parametrize("launch, method", RESUMED)
-def test_a_resumed_launch_ends_with_the_weights_of_one_that_never_stopped(resumed, place, launch, method):
-    whole, again = place / launch / method, place / f"{launch}-resumed" / method
+def assert_resumed_exactly(whole: Path, again: Path) -> None:
     assert curve(whole)[MIDDLE:] == curve(again)
     for key, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(again)[key]), key
 
 
-@pytest.mark.parametrize("launch", [launch for launch, _ in IN_BF16])
-def test_a_bf16_base_stays_bf16_and_its_adapter_float32(alone, two, place, launch):
-    folder = place / launch / "bf16"
-    base, *adapter = facts(folder)["dtypes"]
+def assert_bf16_base_and_float32_adapter(one: Path, other: Path) -> None:
+    base, *adapter = facts(other)["dtypes"]
     assert base == "torch.bfloat16" and set(adapter) == {"torch.float32"}
-    for key, tensor in weights(folder).items():
+    for key, tensor in weights(other).items():
         assert tensor.dtype == torch.float32
         assert not torch.equal(tensor, tensor.bfloat16().float()), f"{key} holds nothing that bf16 could not"
-    assert curve(folder) == pytest.approx(curve(place / "alone" / "bf16"), rel=5e-3)
+    assert curve(other) == pytest.approx(curve(one), rel=5e-3)
 
 
-@pytest.mark.parametrize("launch", ["zero2", "zero3"])
-def test_a_checkpoint_holds_no_base(two, place, tiny_base, launch):
-    base_size = (Path(tiny_base) / "model.safetensors").stat().st_size
-    saved = place / launch / "mtl_lora" / f"checkpoint-{MIDDLE}"
-    assert (saved / "mtl_lora.safetensors").is_file()
-    assert all(path.stat().st_size < base_size for path in saved.rglob("*"))
+@pytest.mark.slow
+def test_launches_train_and_resume_as_one_process_does(subtests, settings_of, tmp_path, tiny_base):
+    for name in ALONE:
+        run(TrainConfig(**settings_of("alone", name)))
+    done = launch([settings_of(*run) for run in [*RUNS, *IN_BF16]], tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Some of them again from their middle, in new processes and to folders of their own; at the end a broken run.
+    again = [
+        settings_of(mode, name)
+        | {
+            "output_dir": str(tmp_path / "resumed" / mode / name),
+            "resume_from_checkpoint": str(tmp_path / mode / name / f"checkpoint-{MIDDLE}"),
+        }
+        for mode, name in RESUMED
+    ]
+    broken = {"output_dir": str(tmp_path / "broken"), "max_steps": 1000, "save_step": 0, "broken": True}
+    done = launch([*again, settings_of("zero3", "mtl_lora") | broken], tmp_path / "second")
+
+    for mode, name in RUNS:
+        with subtests.test("trained alike", launch=mode, run=name):
+            one, other = tmp_path / "alone" / (name if name in ALONE else trained(name)), tmp_path / mode / name
+            assert_trained_alike(one, other)
+            assert facts(other)["partitioned"] == (mode == "zero3" and name != "small_kept_whole")
+    for mode, name in RESUMED:
+        with subtests.test("resumed exactly", launch=mode, run=name):
+            assert_resumed_exactly(tmp_path / mode / name, tmp_path / "resumed" / mode / name)
+    for mode, name in IN_BF16:
+        with subtests.test("bf16 base, float32 adapter", launch=mode):
+            assert_bf16_base_and_float32_adapter(tmp_path / "alone" / name, tmp_path / mode / name)
+    for mode in ("zero2", "zero3"):
+        with subtests.test("a checkpoint holds no base", launch=mode):
+            saved = tmp_path / mode / "mtl_lora" / f"checkpoint-{MIDDLE}"
+            assert (saved / "mtl_lora.safetensors").is_file()
+            base_size = (Path(tiny_base) / "model.safetensors").stat().st_size
+            assert all(path.stat().st_size < base_size for path in saved.rglob("*"))
+    with subtests.test("an error in one process ends all, which wait for it in a collective"):
+        assert done.returncode != 0
+        assert "this process breaks" in done.stderr
+        assert (tmp_path / "broken" / "run.json").is_file()
+        assert not (tmp_path / "broken" / "mtl_lora.safetensors").exists()

@@ -9,9 +9,8 @@ from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_gradients
 from torch import nn
 from transformers import Trainer
 
-from mtl_lora import AdapterConfig, Origin, inject, route
-from mtl_lora.language.collate import IGNORED, Collator
-from mtl_lora.language.loss import token_losses
+from mtl_lora import AdapterConfig, Provenance, inject, route
+from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.trainer import MultiTaskTrainer, TaskLosses, make_sampler, training_arguments
@@ -98,7 +97,7 @@ def make_trainer(
     return MultiTaskTrainer(
         args=arguments,
         sampler=make_sampler(config, arguments, np.array(LENGTHS), np.array(TASK_IDS)),
-        provenance=Origin(),
+        provenance=Provenance(),
         **(language | options),
     )
 

@@ -6,31 +6,25 @@ Only the checkpoint's two files are read, never the base model.
 
 import dataclasses
 import json
-import math
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from mtl_lora import artifacts, cli, files
-from mtl_lora.adapter.checkpoint import read_config
+from mtl_lora.adapter.checkpoint import adapter_without_base, read_config
 from mtl_lora.adapter.inject import adapter_layers
-from mtl_lora.adapter.layer import AdapterLayer, Factors, layer_class
-from mtl_lora.adapter.without_base import adapter_without_base
+from mtl_lora.adapter.layer import AdapterLayer, layer_class
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError, user_errors_to_exit_code
 
 SCHEMA = 1
 MOST_TASKS = 64  # with more, the T x T matrices are left out
-_DIGITS = 6
 _UNDEFINED = (
     "a similarity is null where the cosine is undefined in every layer: one of the two matrices is zero there, as an "
     "update is while B = 0, and Lambda_t - I while Lambda_t is the identity; other layers' means leave such layers out"
 )
-
-Matrix = list[list[float | None]]
 
 
 @torch.no_grad()
@@ -46,14 +40,16 @@ def analyse(checkpoint: str | Path) -> dict:
     method, tasks = layer_class(config.adapter_config.method), config.adapter_config.tasks
     adapter = adapter_without_base(checkpoint, config, dtype=torch.float64)
     layers = in_depth_order(adapter_layers(adapter), config.adapter_config.target_modules)
-    mixtures = {name: mixture(layer) for name, layer in layers.items() if method.needs_task_ids}
+    ids = torch.arange(len(tasks))
+    mixtures = {name: layer.mixture(ids) for name, layer in layers.items()} if method.needs_task_ids else {}
     comparable = method.needs_task_ids and method.has_factors
     compared = layers if comparable and len(tasks) <= MOST_TASKS else {}
-    transforms = [found for layer in compared.values() if (found := layer.task_transforms()) is not None]
-    updates = {name: cosines(update_products(layer)) for name, layer in compared.items()}
-    by_module = defaultdict(list)
+    transforms = [found for layer in compared.values() if (found := layer.task_transforms(ids)) is not None]
+    changes = [found - torch.eye(found.shape[-1]) for found in transforms]
+    updates = {name: _cosines(_update_products(layer)) for name, layer in compared.items()}
+    by_module: dict[str, list[torch.Tensor]] = {}
     for name, similarity in updates.items():
-        by_module[name.rpartition(".")[2]].append(similarity)
+        by_module.setdefault(name.rpartition(".")[2], []).append(similarity)
     notes = [_UNDEFINED] if compared else []
     if comparable and not compared:
         notes.append(f"similarities are left out: they are for up to {MOST_TASKS} tasks, and there are {len(tasks)}")
@@ -61,7 +57,7 @@ def analyse(checkpoint: str | Path) -> dict:
         notes.append(f"nothing is compared, since the weights of {method.title} do not show the sizes of their layers")
     if not method.has_factors:
         notes.append(
-            f"there is no mixture and no update of a task, since the gate of {method.title} depends on the input"
+            f"no task has a mixture or an update of its own, since the gate of {method.title} depends on the input"
         )
     return {
         "schema": SCHEMA,
@@ -72,13 +68,13 @@ def analyse(checkpoint: str | Path) -> dict:
         "tasks": tasks,
         "adapter_sha256": config.weights_sha256,
         "layers": list(layers),
-        "mixture": {name: found for name, found in mixtures.items() if found is not None} or None,
-        "lambda_similarity": mean([cosines(products(found)) for found in transforms]),
-        "lambda_minus_identity_similarity": mean(
-            [cosines(products(found - torch.eye(found.shape[-1]))) for found in transforms]
+        "mixture": {name: found.tolist() for name, found in mixtures.items() if found is not None} or None,
+        "lambda_similarity": _mean([_cosines(torch.einsum("sij,tij->st", each, each)) for each in transforms]),
+        "lambda_minus_identity_similarity": _mean(
+            [_cosines(torch.einsum("sij,tij->st", each, each)) for each in changes]
         ),
-        "update_similarity": mean(list(updates.values())),
-        "update_similarity_by_module": {module: mean(found) for module, found in by_module.items()} or None,
+        "update_similarity": _mean(list(updates.values())),
+        "update_similarity_by_module": {module: _mean(found) for module, found in by_module.items()} or None,
         "notes": notes,
     }
 
@@ -96,38 +92,25 @@ def in_depth_order(layers: dict[str, AdapterLayer], targets: list[str] | str) ->
     return {name: layers[name] for name in sorted(layers, key=place)}
 
 
-def mixture(layer: AdapterLayer) -> Matrix | None:
-    """The weights with which each task mixes the layer's parts, (T, n); None for a method without a mixture."""
-    found = layer.mixture(torch.arange(len(layer.tasks)))
-    return None if found is None else found.tolist()
-
-
-def products(matrices: torch.Tensor) -> torch.Tensor:
-    """Inner products of the tasks' matrices (T, r, r), (T, T)."""
-    flat = matrices.flatten(1)
-    return flat @ flat.T
-
-
-def update_products(layer: AdapterLayer) -> torch.Tensor:
+def _update_products(layer: AdapterLayer) -> torch.Tensor:
     """Inner products <B_s A_s, B_t A_t> = trace((B_s^T B_t) (A_t A_s^T)) of the tasks' updates, (T, T).
 
     In rank space: no (d, k) product is formed. The scale is left out, for it is the same for all tasks of a layer.
     """
-    factors: list[Factors] = [layer.factors(task) for task in layer.tasks]
-    A, B = torch.stack([pair.A for pair in factors]), torch.stack([pair.B for pair in factors])
-    T, R = len(factors), B.shape[2]
-    down = A.flatten(0, 1)
-    up = B.transpose(1, 2).flatten(0, 1)
-    return ((up @ up.T) * (down @ down.T)).view(T, R, T, R).sum(dim=(1, 3))
+    factors = [layer.factors(task) for task in layer.tasks]
+    down = torch.cat([pair.A for pair in factors])
+    up = torch.cat([pair.B.T for pair in factors])
+    T = len(factors)
+    return ((up @ up.T) * (down @ down.T)).view(T, len(up) // T, T, -1).sum(dim=(1, 3))
 
 
-def cosines(inner: torch.Tensor) -> torch.Tensor:
+def _cosines(inner: torch.Tensor) -> torch.Tensor:
     """Inner products (T, T) to cosines; NaN where one of the two is zero."""
     norms = inner.diagonal().sqrt()
     return (inner / (norms[:, None] * norms)).clamp(-1, 1)
 
 
-def mean(similarities: list[torch.Tensor]) -> Matrix | None:
+def _mean(similarities: list[torch.Tensor]) -> list[list[float | None]] | None:
     """The mean over layers, entry by entry, of those that are defined; None where none is, or without layers."""
     if not similarities:
         return None
@@ -138,21 +121,13 @@ def mean(similarities: list[torch.Tensor]) -> Matrix | None:
 def write_analysis(checkpoint: str | Path, output: str | Path | None = None) -> Path:
     """Analyse a checkpoint and write the file, by default into its folder; returns its path."""
     path = Path(output or Path(checkpoint) / artifacts.ADAPTER_ANALYSIS)
+    # Six decimals, and null for what is no number (the weights of a run that went to NaN): JSON has none.
+    text = json.dumps(analyse(checkpoint))
+    found = json.loads(text, parse_float=lambda digits: round(float(digits), 6), parse_constant=lambda _: None)
     # An entry a line: indenting would give every number of every layer a line of its own.
-    entries = [f"  {json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in analyse(checkpoint).items()]
+    entries = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     files.write_text(path, "{\n" + ",\n".join(entries) + "\n}\n")
     return path
-
-
-def _rounded(value):
-    """Six decimals, and null for what is no number (the weights of a run that went to NaN): JSON has none."""
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_rounded(entry) for entry in value]
-    if isinstance(value, float):
-        return round(value, _DIGITS) if math.isfinite(value) else None
-    return value
 
 
 @dataclasses.dataclass

@@ -14,38 +14,33 @@ from torch import nn
 
 from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import adapter_layers, inject
-from mtl_lora.adapter.layer import in_pieces, layer_class
-from mtl_lora.adapter.merge import unload
+from mtl_lora.adapter.inject import adapter_layers, inject, unload
+from mtl_lora.adapter.layer import in_pieces, layer_class, layer_sizes
 from mtl_lora.adapter.saved import unwrap
-from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
+from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
+from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 from mtl_lora.version import __version__
 
-CONFIG_NAME, WEIGHTS_NAME = CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 FORMAT = 2  # format 1 is read too: its "provenance" is called "origin", its hyperparameters are not nested
+
+State = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass
 class Provenance(Config):
-    """Where an adapter comes from, so that nothing about it needs to be said again: its base, prompt and tasks.
+    """Where an adapter comes from, so that nothing about it needs to be said again: its base, prompt and tasks."""
 
-    base_model: name or folder. base_fingerprint: see ``BaseModel.fingerprint``. prompt_template: name in
-    ``mtl_lora.language.prompts``. cutoff_len: tokens. task_set: ``TaskSet.to_json()``. train_settings: the training's
-    flags. commit: the project's, if it was trained from a git checkout. system: the package that trained it.
-    base_class: the base model's class in transformers.
-    """
-
-    base_model: str | None = None
-    base_fingerprint: str | None = None
-    prompt_template: str | None = None
-    cutoff_len: int | None = None
-    task_set: dict | None = None
-    train_settings: dict | None = None
-    commit: str | None = None
-    system: str = "language"
-    base_class: str | None = None
+    base_model: str | None = None  # name or folder
+    base_fingerprint: str | None = None  # see BaseModel.fingerprint
+    prompt_template: str | None = None  # a name in mtl_lora.language.prompts
+    cutoff_len: int | None = None  # in tokens
+    task_set: dict | None = None  # TaskSet.to_json()
+    train_settings: dict | None = None  # the training's flags
+    commit: str | None = None  # the project's, if it was trained from a git checkout
+    system: str = "language"  # the package that trained it
+    base_class: str | None = None  # the base model's class in transformers
 
 
 Origin = Provenance  # its earlier name
@@ -74,30 +69,27 @@ class CheckpointConfig(Config):
     origin_config = provenance_config  # its earlier name
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint holds, as the model uses it: adapter weights by ``<module name>.<parameter name>``,
-    modules saved whole under their own names. Raises ``UserError`` without an adapter."""
-    layers = adapter_layers(model)
+def adapter_tensors(model: nn.Module) -> State:
+    """Every tensor that a checkpoint holds, as the model uses it: those of layers by ``<module>.<parameter>``, those
+    of modules saved whole by their own names. Raises ``UserError`` without an adapter."""
+    layers = adapter_layers(model).items()
     if not layers:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
-    own = {
-        f"{name}.{key}": parameter
-        for name, layer in layers.items()
-        for key, parameter in layer.adapter_parameters().items()
-    }
+    own = {f"{name}.{key}": value for name, layer in layers for key, value in layer.adapter_parameters().items()}
     return own | {slot.name: slot.get() for slot in unwrap(model).mtl_lora_injection.slots}
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def adapter_state(model: nn.Module) -> State:
     """``adapter_tensors`` without gradients; partitioned ones (ZeRO-3) are gathered, so all processes must call this.
 
     Raises ``UserError`` for a model that FSDP has sharded.
     """
     tensors = adapter_tensors(model)
-    sharded = any("FullyShardedDataParallel" in map(_class_name, type(module).__mro__) for module in model.modules())
-    if sharded or any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if "FullyShardedDataParallel" in classes or any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
         raise UserError(
-            "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use DeepSpeed's ZeRO-3"
+            "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use DeepSpeed's "
+            "ZeRO-3"
         )
     partitioned = [tensor for tensor in tensors.values() if in_pieces(tensor)]
     if not partitioned:
@@ -108,15 +100,8 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-def _class_name(cls: type) -> str:
-    return cls.__name__
-
-
 def save(
-    model: nn.Module,
-    folder: str | Path,
-    provenance: Provenance | None = None,
-    state: dict[str, torch.Tensor] | None = None,
+    model: nn.Module, folder: str | Path, provenance: Provenance | None = None, state: State | None = None
 ) -> None:
     """Write the adapter of ``model`` to ``folder``: both files or neither, and a half-written folder never loads.
 
@@ -136,21 +121,16 @@ def save(
 
 def _base_of(model: nn.Module) -> Provenance:
     """What a model of transformers says of where it was loaded from."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name, fingerprint = getattr(getattr(model, "config", None), "_name_or_path", ""), None
     if not name:
         return Provenance()
     if Path(name).is_dir():  # a relative path would mean another folder elsewhere
         name = str(Path(name).resolve())
-    return Provenance(name, _local_fingerprint(name), base_class=type(model).__name__)
+    if importlib.util.find_spec("transformers") is not None:
+        from mtl_lora.base_model import BaseModel
 
-
-def _local_fingerprint(name: str) -> str | None:
-    """The fingerprint of a base model whose files are on this machine and can be read."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from mtl_lora.base_model import BaseModel
-
-    return BaseModel(name).local_fingerprint()
+        fingerprint = BaseModel(name).local_fingerprint()
+    return Provenance(name, fingerprint, base_class=type(model).__name__)
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -165,8 +145,7 @@ def read_config(folder: str | Path) -> CheckpointConfig:
         raise UserError(f"{path} has format {found}, and this version reads formats 1 and {FORMAT}; update mtl-lora")
     key = "origin" if found == 1 else "provenance"
     if found == 1 and key in value:
-        value = {**value, "provenance": value[key]}
-        del value[key]
+        value["provenance"] = value.pop(key)
     config = CheckpointConfig.from_json(value, str(path))
     AdapterConfig.from_json(config.adapter, f"{path}, 'adapter'")
     Provenance.from_json(config.provenance, f"{path}, '{key}'")
@@ -182,21 +161,27 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
     this machine to compare), a changed byte, a missing or unexpected tensor, a wrong shape or dtype (each by name); a
     model that was passed is then left as it was.
     """
+    source = base_model if folder is None else folder
+    config = read_config(source)
+    provenance = config.provenance_config
+    expected = provenance.base_fingerprint
     if folder is None:
-        folder = base_model
-        config = read_config(folder)
-        base_model = _build_base(config.provenance_config, folder, **options)
-    else:
-        config = read_config(folder)
-        _check_base(base_model, config.provenance_config, folder)
-    state = read_weights(folder, config)
+        base_model = _build_base(provenance, source, **options)
+    elif expected:
+        found = _base_of(unwrap(base_model))
+        if found.base_fingerprint not in (None, expected):
+            raise UserError(
+                f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
+                f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
+            )
+    state = read_weights(source, config)
     model = inject(base_model, config.adapter_config)
     try:
-        load_state(model, state, str(Path(folder) / WEIGHTS_NAME))
+        load_state(model, state, str(Path(source) / WEIGHTS_NAME))
     except UserError:
         unload(model)
         raise
-    unwrap(model).mtl_lora_provenance = config.provenance_config
+    unwrap(model).mtl_lora_provenance = provenance
     return model
 
 
@@ -213,20 +198,7 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
     return base.load(**options)
 
 
-def _check_base(model: nn.Module, provenance: Provenance, folder: str | Path) -> None:
-    """Raise ``UserError`` for a base model that is known to be another one than the checkpoint's."""
-    if not provenance.base_fingerprint:
-        return
-    found = _base_of(unwrap(model))
-    if found.base_fingerprint and found.base_fingerprint != provenance.base_fingerprint:
-        raise UserError(
-            f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint is "
-            f"{provenance.base_fingerprint[:12]}..., not {found.base_fingerprint[:12]}...; "
-            f"load its own, {provenance.base_model!r}"
-        )
-
-
-def read_weights(folder: str | Path, config: CheckpointConfig) -> dict[str, torch.Tensor]:
+def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
     """The tensors of a checkpoint on the CPU, after its sha256 was compared."""
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
@@ -243,9 +215,7 @@ def read_weights(folder: str | Path, config: CheckpointConfig) -> dict[str, torc
         raise UserError(f"{path} is not a safetensors file: {error}") from None
 
 
-def split_state(
-    config: AdapterConfig, state: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:
     """The tensors of a checkpoint: those of its adapter layers, and those of modules saved whole."""
     own = layer_class(config.method).shapes(config, 1, 1)
     adapter = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in own}
@@ -253,25 +223,66 @@ def split_state(
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def load_state(model: nn.Module, state: State, source: str) -> None:
     """Copy tensors into the adapter of ``model``; names, shapes and dtypes must agree both ways."""
-    own = adapter_tensors(model)
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        parts = [f"{label} {_some(keys)}" for label, keys in (("lacks", missing), ("has unknown", unexpected)) if keys]
-        raise UserError(f"{source} does not fit this model: it {' and '.join(parts)}")
+    own, problem = adapter_tensors(model), f"{source} does not fit this model:"
+    parts = []
+    for label, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            parts.append(f"{label} {', '.join(sorted(keys)[:3])}{more}")
+    if parts:
+        raise UserError(f"{problem} it {' and '.join(parts)}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
-            shapes = f"{list(tensor.shape)}, not {list(own[name].shape)}"
-            raise UserError(f"{source} does not fit this model: {name} has shape {shapes}")
+            raise UserError(f"{problem} {name} has shape {list(tensor.shape)}, not {list(own[name].shape)}")
         # A float64 model takes float32 weights as they are; anything else would round.
         exact = own[name].is_floating_point() and tensor.dtype == torch.float32
         if not exact and tensor.dtype != own[name].dtype:
-            raise UserError(f"{source} does not fit this model: {name} has dtype {tensor.dtype}, not {own[name].dtype}")
+            raise UserError(f"{problem} {name} has dtype {tensor.dtype}, not {own[name].dtype}")
     for name, tensor in state.items():
         own[name].copy_(tensor)
 
 
-def _some(keys: list[str], shown: int = 3) -> str:
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more
+# ---- without the base model ----
+
+
+def adapter_without_base(
+    folder: str | Path, config: CheckpointConfig, base: nn.Module | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The checkpoint's adapter on a base that has no weights: every layer's ``factors`` can be asked for.
+
+    base: a structure on the meta device; None: layers of the sizes that the checkpoint's weights show, and no layers if
+    they show none. dtype: what the adapter's weights become; None: as they are stored. Modules saved whole are left
+    out. Raises ``UserError`` for a damaged checkpoint and for one that does not fit the base.
+    """
+    adapter = config.adapter_config
+    state, _ = split_state(adapter, read_weights(folder, config))
+    adapter.modules_to_save = []
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    sizes = layer_sizes(adapter, state)
+    model = base or stand_in(sizes)
+    if not base and not sizes:
+        return model
+    if any(tensor.dtype == torch.float64 for tensor in state.values()):
+        model.to(torch.float64)
+    inject(model, adapter)
+    load_state(model, state, str(folder))  # on the meta device it compares names, shapes and dtypes, and copies nothing
+    for name, layer in adapter_layers(model).items():
+        for key in layer.parameter_names:
+            setattr(layer, key, nn.Parameter(state[f"{name}.{key}"], requires_grad=False))
+    return model
+
+
+def stand_in(sizes: dict[str, tuple[int, int]]) -> nn.Module:
+    """A module tree on the meta device with a linear layer of each (k, d) under its dotted name, and nothing else."""
+    root = nn.Module()
+    for name, (in_features, out_features) in sizes.items():
+        *path, last = name.split(".")
+        parent = root
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, nn.Linear(in_features, out_features, bias=False, device="meta"))
+    return root

@@ -1,7 +1,6 @@
-"""The configuration of an adapter: a method, what it is put on, and the hyperparameters that the method declares.
+"""The configuration of an adapter: a method, what it is put on, and the hyperparameters that its class declares.
 
-Which methods there are, and what each of them declares, the layer classes say (``mtl_lora.adapter.layer.methods``).
-They need torch, so they are imported when a configuration is made, not with this module.
+The classes (``mtl_lora.adapter.layer.methods``) need torch and are imported only when a configuration is made.
 """
 
 import dataclasses
@@ -23,8 +22,7 @@ _FORMAT_1 = ("num_B", "temperature", "lambda_shape", "num_experts", "task_embedd
 class Hyperparameters(Config):
     """A method's own values beside rank, alpha and dropout: fields made with ``flag``, and their rules in ``validate``.
 
-    A field that a method gains after checkpoints were written declares the value that was fixed until then, as
-    ``before=value``: a file without the field takes it.
+    A field that a method gains later declares the value that was fixed until then, ``before=value``, for earlier files.
     """
 
 
@@ -72,10 +70,10 @@ class AdapterConfig(Config):
             hyperparameters = hyperparameters.to_json()
         values = {**(hyperparameters or {}), **own}
         declared = [flag.name for flag in layer.Hyperparameters.flags()]
-        for name in values:
-            if name not in declared:
-                known = [field.name for field in dataclasses.fields(self)][:-1] + declared
-                raise UserError(f"{name} is not a setting of the method {layer.method}{closest(name, known)}")
+        unknown = [name for name in values if name not in declared]
+        if unknown:
+            known = [field.name for field in dataclasses.fields(self)][:-1] + declared
+            raise UserError(f"{unknown[0]} is not a setting of the method {layer.method}{closest(unknown[0], known)}")
         self.hyperparameters = layer.Hyperparameters(**values)
         self.__post_init__()
 
@@ -87,28 +85,26 @@ class AdapterConfig(Config):
         return getattr(own, name)
 
     def validate(self) -> None:
-        layer = _layer_class(self.method)
         self.require("rank", "at least 1", self.rank >= 1)
         self.require("alpha", "greater than 0", self.alpha > 0)
         self.require("dropout", "at least 0 and below 1", 0 <= self.dropout < 1)
         self.require("target_modules", "at least one name of a linear layer", bool(self.target_modules))
         self.require("tasks", "a list of different names", len(set(self.tasks)) == len(self.tasks))
-        if layer.needs_task_ids:
-            rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
-            self.require("tasks", rule, bool(self.tasks))
+        layer = _layer_class(self.method)
+        rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
+        self.require("tasks", rule, bool(self.tasks) or not layer.needs_task_ids)
         layer.check_config(self)
 
     @property
     def scale(self) -> float:
-        """The factor on the low-rank product: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        """alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @classmethod
     def from_json(cls, value: object, source: str = "the adapter configuration", complete: bool = True) -> typing.Self:
         """Build from a JSON object, of this format or of format 1; errors name ``source`` and the key.
 
-        Every field must be there, for a lost alpha that took its default would change every output without a word;
-        but for those that came later and say what was fixed before.
+        Every field without a ``before`` must be there: a lost alpha that took its default would change every output.
         """
         if not isinstance(value, dict) or "method" not in value:
             return super().from_json(value, source, complete)
@@ -118,7 +114,7 @@ class AdapterConfig(Config):
             raise UserError(f"{source}: {error}") from None
         if "hyperparameters" not in value:
             names = {flag.name for flag in declared.flags()}
-            own = {name: value[name] for name in _FORMAT_1 if name in names and name in value}
+            own = {name: entry for name, entry in value.items() if name in names.intersection(_FORMAT_1)}
             value = {key: entry for key, entry in value.items() if key not in _FORMAT_1} | {"hyperparameters": own}
         own = declared.from_json(value["hyperparameters"], f"{source}, 'hyperparameters'", complete)
         return super().from_json({**value, "hyperparameters": own}, source, complete)
@@ -131,22 +127,16 @@ def hyperparameter_flags() -> list[Flag]:
     """
     from mtl_lora.adapter.layer import methods
 
-    declared: dict[str, list[tuple[str, Flag]]] = {}
+    flags: dict[str, Flag] = {}
+    titles: dict[str, dict[str, list[str]]] = {}  # by name and help
     for layer in methods().values():
         for flag in layer.Hyperparameters.flags():
-            declared.setdefault(flag.name, []).append((layer.title, flag))
-    flags = []
-    for name, users in declared.items():
-        first = users[0][1]
-        if any((flag.type, flag.default) != (first.type, first.default) for _, flag in users):
-            titles = ", ".join(title for title, _ in users)
-            raise TypeError(f"the methods {titles} declare {name} with different types or defaults")
-        titles_by_help: dict[str, list[str]] = {}
-        for title, flag in users:
-            titles_by_help.setdefault(flag.metadata["help"], []).append(title)
-        about = "; ".join(f"{', '.join(titles)}: {text}" for text, titles in titles_by_help.items())
-        flags.append(dataclasses.replace(first, metadata={**first.metadata, "help": about}))
-    return flags
+            first = flags.setdefault(flag.name, flag)
+            if (flag.type, flag.default) != (first.type, first.default):
+                raise TypeError(f"{layer.title} declares {flag.name} with another type or default than other methods")
+            titles.setdefault(flag.name, {}).setdefault(flag.metadata["help"], []).append(layer.title)
+    about = {name: "; ".join(f"{', '.join(who)}: {text}" for text, who in by.items()) for name, by in titles.items()}
+    return [dataclasses.replace(flag, metadata={**flag.metadata, "help": about[name]}) for name, flag in flags.items()]
 
 
 def _layer_class(method: object) -> "type[AdapterLayer]":

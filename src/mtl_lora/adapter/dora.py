@@ -4,17 +4,18 @@ import contextlib
 import dataclasses
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming, positive
+from mtl_lora.adapter.layer import Factors, positive
+from mtl_lora.adapter.lora import LoraLayer
 
 
-class DoraLayer(AdapterLayer):
+class DoraLayer(LoraLayer):
     """y = W x + b + (c - 1) * W x~ + c * (alpha / r) B A x~, with c = m / ||W + (alpha / r) B A|| per output row.
 
-    x~ = dropout(x). lora_A: (r, k). lora_B: (d, r), starts at zero. lora_magnitude: (d,), m, starts as the rows' norms
-    of W, so that c is exactly 1. The norm is a constant in the backward pass (section 4.3 of the paper).
+    x~ = dropout(x). lora_A and lora_B as in LoRA. lora_magnitude: (d,), m, starts as the rows' norms of W, so that c is
+    exactly 1. The norm is a constant in the backward pass (section 4.3 of the paper).
 
     Where weights are partitioned (ZeRO-3) or quantised, W is not read in a forward: W x~ and W A^T come from the base
     layer's own forward. A row of W that is zero stays zero.
@@ -25,21 +26,17 @@ class DoraLayer(AdapterLayer):
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
-        return {"lora_A": (config.rank, k), "lora_B": (d, config.rank), "lora_magnitude": (d,)}
+        return {**LoraLayer.shapes(config, k, d), "lora_magnitude": (d,)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        kaiming(self.lora_A)
-        nn.init.zeros_(self.lora_B)
+        super().reset_parameters()
         self.register_buffer("base_squares", self.base_row_squares(), persistent=False)
         self.lora_magnitude.copy_(self.base_squares.sqrt())
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
-        """||W + s B A|| per output row, (d,), without forming B A.
-
-        ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T for a row w of W and b of B.
-        """
+        """||W + s B A|| per output row, (d,); ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T."""
         A, B, s = self.lora_A, self.lora_B, self.scale
         device = A.device.type
         # c is 1 but for small changes, which the bf16 products of an autocast region would round away.
@@ -53,10 +50,9 @@ class DoraLayer(AdapterLayer):
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         c = self.lora_magnitude / positive(self.norm())
         # Without dropout W x~ is the base's output, computed already; its bias is not scaled.
-        same = not (self.training and self.dropout)
-        plain = output if same else self.base(dropped)
+        plain = self.base(dropped) if self.training and self.dropout else output
         plain = plain if self.bias is None else plain - self.bias
-        change = torch.nn.functional.linear(mixed, self.up().to(output.dtype)) * self.scale
+        change = F.linear(mixed, self.up().to(output.dtype)) * self.scale
         return output + (c - 1).to(output.dtype) * plain + c.to(output.dtype) * change
 
     def factors(self, task: str | int | None = None) -> Factors:

@@ -1,11 +1,11 @@
-"""Putting adapter layers on a model, and finding them again."""
+"""Putting adapter layers on a model, finding them again, and taking them off: for a while, for good, or by merging."""
 
+import contextlib
 import dataclasses
-import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -19,21 +19,17 @@ from mtl_lora.errors import UserError
 
 @dataclasses.dataclass(eq=False)
 class Injection:
-    """What ``inject`` did to a model beside its layers: what must be undone, and what its hooks need.
+    """What ``inject`` did to a model beside its layers: what must be undone, and what its hooks need."""
 
-    trainable: weights that required a gradient before. slots: ``modules_to_save``. checkpointed: modules that
-    transformers may checkpoint. has_head: whether the output head carries an adapter. unchecked: whether a layer that is
-    never called is still looked for. called: ids of the layers that this forward has called, while it is looked for.
-    """
-
-    trainable: list[nn.Parameter]
-    slots: list[Slot]
-    checkpointed: list[nn.Module]
-    has_head: bool
-    unchecked: bool
-    handles: list = dataclasses.field(default_factory=list)
-    watchers: list = dataclasses.field(default_factory=list)
-    called: set[int] = dataclasses.field(default_factory=set)
+    trainable: list[nn.Parameter]  # weights that required a gradient before
+    slots: list[Slot]  # modules_to_save
+    checkpointed: list[nn.Module]  # modules that transformers may checkpoint
+    has_head: bool  # whether the output head carries an adapter
+    allow_unused: bool  # whether a layer may be left out by a forward that trains
+    unchecked: bool = True  # whether no forward that trains has been looked at yet
+    called: set[nn.Module] = dataclasses.field(default_factory=set)  # the layers called while it is looked at
+    watchers: list = dataclasses.field(default_factory=list)  # hooks of the layers meanwhile
+    handles: list = dataclasses.field(default_factory=list)  # hooks of the model
 
 
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
@@ -50,26 +46,29 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     root = unwrap(model)
     if adapter_layers(root):
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
-    targets = find_targets(root, config)
     slots = find_slots(root, config.modules_to_save)
     make = layer_class(config.method)
-    layers = {module: make(module, config) for module in targets.values()}
+    layers = {module: make(module, config) for module in find_targets(root, config).values()}
     head = _output_head(root)
     if head in layers:
         layers[head].is_head = True
-    checkpointed = [module for module in root.modules() if hasattr(module, "gradient_checkpointing")]
-    trainable = [parameter for parameter in root.parameters() if parameter.requires_grad]
     root.mtl_lora_config = config
-    root.mtl_lora_injection = Injection(trainable, slots, checkpointed, head in layers, not allow_unused)
+    root.mtl_lora_injection = injection = Injection(
+        trainable=[parameter for parameter in root.parameters() if parameter.requires_grad],
+        slots=slots,
+        checkpointed=[module for module in root.modules() if hasattr(module, "gradient_checkpointing")],
+        has_head=head in layers,
+        allow_unused=allow_unused,
+    )
     root.requires_grad_(False)
     for layer in layers.values():
-        for parameter in layer.adapter_parameters().values():
-            parameter.requires_grad_(True)
         layer.train(root.training)
     replace_modules(root, layers)
     train_slots(root, slots, config.modules_to_save)
-    routing.follow_generation(root)
-    root.mtl_lora_injection.handles = [
+    for override in (routing.Generate, routing.ExpandInputs):
+        if callable(getattr(root, override.name, None)):
+            override(root)
+    injection.handles = [
         root.register_forward_pre_hook(_before_forward, with_kwargs=True),
         root.register_forward_hook(_after_forward, always_call=True),
     ]
@@ -87,48 +86,56 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are; and for a
     layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole.
     """
-    linear = [(name, module) for name, module in named_modules(model) if is_linear(module)]
+    # nn.Linear and what derives from it (quantised layers), and GPT-2's Conv1D.
+    linears = [(n, module) for n, module in named_modules(model) if isinstance(module, nn.Linear) or is_conv1d(module)]
     slots = find_slots(model, config.modules_to_save)
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
     if config.target_modules == "all-linear":
-        linear = [(name, module) for name, module in linear if module not in saved]
-        targets = _first_names((name, module) for name, module in linear if module is not _output_head(model))
+        left_out = {*saved, _output_head(model)}
+        targets = _first_names((name, module) for name, module in linears if module not in left_out)
         if not targets:
             raise UserError("'all-linear' finds no linear layer to adapt in this model")
     else:
-        targets = _matching(linear, config.target_modules)
+        targets = _matching(linears, config.target_modules)
     for name, module in targets.items():
         if module in saved:
             raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
-        _refuse_bypassed(model, name, module)
+        for owner in model.modules():
+            if _bypasses(owner, name) and any(part is module for part in owner.modules()):
+                raise UserError(
+                    f"the layer {name} cannot carry an adapter: {type(owner).__name__} may use its weight without "
+                    "calling the layer; name other target modules"
+                )
         if layer_class(config.method).needs_task_ids and _is_expert(name):
             raise UserError(
-                f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of many "
-                "rows in an order of its own, so their task is unknown; leave experts out of target_modules"
+                f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of "
+                "many rows in an order of its own, so their task is unknown; leave experts out of target_modules"
             )
     return targets
 
 
-def _matching(linear: list[tuple[str, nn.Module]], target_modules: list[str] | str) -> dict[str, nn.Module]:
+def _matching(linears: list[tuple[str, nn.Module]], target_modules: list[str] | str) -> dict[str, nn.Module]:
+    counted = Counter(name.rpartition(".")[2] for name, _ in linears)
+    there = ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"
     if isinstance(target_modules, str):
         try:
-            found = {module for name, module in linear if re.fullmatch(target_modules, name)}
+            found = {module for name, module in linears if re.fullmatch(target_modules, name)}
         except re.error as error:
             message = f"the target expression {target_modules!r} is not a regular expression: {error}"
             raise UserError(message) from None
         if not found:
             raise UserError(
                 f"no linear layer's whole name matches the expression {target_modules!r}; "
-                f"this model has {_endings(linear)}, for example {linear[0][0] if linear else 'none'}"
+                f"this model has {there}, for example {linears[0][0] if linears else 'none'}"
             )
     else:
         found = set()
         for target in target_modules:
-            matching = {module for name, module in linear if f".{name}".endswith(f".{target}")}
+            matching = {module for name, module in linears if f".{name}".endswith(f".{target}")}
             if not matching:
-                raise UserError(f"no linear layer is named {target!r}; this model has {_endings(linear)}")
+                raise UserError(f"no linear layer is named {target!r}; this model has {there}")
             found |= matching
-    return _first_names((name, module) for name, module in linear if module in found)
+    return _first_names((name, module) for name, module in linears if module in found)
 
 
 def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
@@ -146,31 +153,17 @@ def _output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _refuse_bypassed(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise ``UserError`` for a layer whose owner may read its weight instead of calling it, past any adapter.
+def _bypasses(owner: nn.Module, name: str) -> bool:
+    """Whether a module may read the weight of the layer ``name`` in it instead of calling it, past any adapter.
 
     torch's own attention does so always and its encoder layer in evaluation; fused kernels of Mamba do so on GPUs.
     """
-    for owner in model.modules():
-        bypasses = isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer) or _fuses_kernels(owner, name)
-        if bypasses and any(part is module for part in owner.modules()):
-            raise UserError(
-                f"the layer {name} cannot carry an adapter: {type(owner).__name__} may use its weight without calling "
-                "the layer; name other target modules"
-            )
-
-
-def _fuses_kernels(owner: nn.Module, name: str) -> bool:
-    return "Mamba" in type(owner).__name__ and name.rpartition(".")[2] in ("x_proj", "dt_proj", "out_proj")
+    fused = "Mamba" in type(owner).__name__ and name.rpartition(".")[2] in ("x_proj", "dt_proj", "out_proj")
+    return fused or isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
 
 
 def _is_expert(name: str) -> bool:
     return re.search(r"\bexperts\.\w*\d+\.", name) is not None
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can wrap a module: nn.Linear and what derives from it (quantised layers), GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
@@ -181,33 +174,92 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
                 setattr(parent, name, replacements[child])
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place that the dotted ``name`` tells."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; one that two modules share counts once."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        # Under ZeRO-3 a weight is partitioned and has its whole size in ds_numel.
-        size = getattr(parameter, "ds_numel", parameter.numel())
-        total += size
-        trainable += size if parameter.requires_grad else 0
-    return trainable, total
+    # Under ZeRO-3 a weight is partitioned and has its whole size in ds_numel.
+    sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print the number of trainable parameters, of all, and their percentage, in PEFT's words."""
     trainable, total = trainable_parameters(model)
-    share = 100 * trainable / max(total, 1)
-    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+    percentage = 100 * trainable / max(total, 1)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percentage:.4f}")
 
 
-def _endings(linear: list[tuple[str, nn.Module]]) -> str:
-    counted = Counter(name.rpartition(".")[2] for name, _ in linear)
-    return ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"
+# ---- taking it off ----
+
+
+@torch.no_grad()
+def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
+    """Fold the adapter into plain linear layers for one task, in place, and return the model.
+
+    Modules saved whole keep their trained values. Nothing else of the adapter is left: the model's methods, hooks and
+    attributes, and which weights require a gradient, are what they were before ``inject``. Raises ``UserError`` for a
+    task the adapter does not have and for a model without an adapter.
+    """
+    # All before anything changes, for it may raise.
+    merged = {layer.base: layer.merged_weight(task) for layer in adapter_layers(model).values()}
+    _take_off(model, keep=True)
+    for base, weight in merged.items():
+        weight = weight.T.contiguous() if is_conv1d(base) else weight
+        base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+    if getattr(getattr(model, "config", None), "_name_or_path", ""):
+        model.config._name_or_path = ""  # another base now, which the next adapter must not record as the one before
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take the adapter off, in place, and return the model: the base model as it was before ``inject``.
+
+    Raises ``UserError`` for a model without an adapter.
+    """
+    _take_off(model, keep=False)
+    return model
+
+
+def _take_off(model: nn.Module, keep: bool) -> None:
+    """Undo everything that ``inject`` did; keep: modules saved whole keep their trained values."""
+    root = unwrap(model)
+    layers = adapter_layers(root)
+    if not layers:
+        raise UserError("the model carries no adapter to merge or to unload")
+    injection = root.mtl_lora_injection
+    replace_modules(root, {layer: layer.base for layer in layers.values()})
+    for parameter in injection.trainable:
+        parameter.requires_grad_(True)
+    for slot in injection.slots:
+        trained = slot.put_original()
+        if keep and slot.is_weight:
+            trained = trained.detach().to(slot.original.dtype)
+            slot.put(nn.Parameter(trained, requires_grad=slot.original.requires_grad))
+        elif keep:
+            slot.put(trained)
+    routing.remove_overrides(root)
+    for handle in injection.handles:
+        handle.remove()
+    for name in ("mtl_lora_config", "mtl_lora_injection", "mtl_lora_provenance"):
+        if hasattr(root, name):
+            delattr(root, name)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is the base model: its own layers stand in their places, and its output is the
+    base's bit for bit. ``task_ids`` are still taken, and not used."""
+    layers = {layer: layer.base for layer in adapter_layers(model).values()}
+    slots = unwrap(model).mtl_lora_injection.slots if layers else []
+    replace_modules(model, layers)
+    trained = [slot.put_original() for slot in slots]
+    try:
+        yield
+    finally:
+        for slot, tensor in zip(slots, trained, strict=True):
+            slot.put(tensor)
+        for layer, base in layers.items():
+            layer.training = base.training  # the model may have changed its mode inside the block
+        replace_modules(model, {base: layer for layer, base in layers.items()})
 
 
 # ---- the hooks of an injected model; they run outside the region that torch.compile compiles ----
@@ -225,10 +277,24 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not _is_compiled():
-            injection.called.clear()
-            note = functools.partial(_note_call, injection.called)
-            injection.watchers = [layer.register_forward_pre_hook(note) for layer in adapter_layers(model).values()]
+            _refuse_drifting_averages(model)
+            injection.watchers = [
+                layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))
+                for layer in adapter_layers(model).values()
+            ]
     return arguments, options
+
+
+def _refuse_drifting_averages(model: nn.Module) -> None:
+    """Raise ``UserError`` for a frozen batch norm in training mode: its running averages would change, unsaved."""
+    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
+    for name, module in named_modules(model):
+        tracks = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if tracks and module.training and module not in kept:
+            raise UserError(
+                f"the batch norm {name} is frozen, and in training mode it changes its running averages, which a "
+                "checkpoint would not hold; name it in modules_to_save, or call eval() on it before each forward"
+            )
 
 
 @torch._disable_dynamo
@@ -240,12 +306,12 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
         return
     for watcher in injection.watchers:
         watcher.remove()
-    injection.watchers = []
+    called, injection.watchers, injection.called = injection.called, [], set()
     if output is None:  # the forward raised
         return
     layers = adapter_layers(model)
-    unused = [name for name, layer in layers.items() if id(layer) not in injection.called and not _is_expert(name)]
-    if unused:
+    unused = [name for name, layer in layers.items() if layer not in called and not _is_expert(name)]
+    if unused and not injection.allow_unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
             f"the adapter layer {unused[0]}{others} of {len(layers)} was not called in a forward that trains, so it "
@@ -253,10 +319,6 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
             "allow_unused=True to inject"
         )
     injection.unchecked = False
-
-
-def _note_call(called: set[int], layer: nn.Module, arguments: tuple) -> None:
-    called.add(id(layer))
 
 
 def _is_compiled() -> bool:

@@ -39,29 +39,16 @@ class Factors:
     magnitude: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator:
-        return iter((self.A, self.B, self.scale))
+        yield from (self.A, self.B, self.scale)
 
     def delta(self) -> torch.Tensor:
         """scale * B @ A, of shape (d, k)."""
         return self.scale * (self.B @ self.A)
 
 
-_UNIT_ROWS = 1024  # unit vectors sent through a base at a time
-
-
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's Conv1D: a linear layer whose weight is stored (k, d)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def features(base: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) as the layer declares them: under ZeRO-3 a weight has no shape to read."""
-    return (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)
-
-
-def base_weight(base: nn.Module) -> torch.Tensor:
-    """The frozen weight as (d, k)."""
-    return base.weight.T if is_conv1d(base) else base.weight
 
 
 def is_quantised(weight: torch.Tensor) -> bool:
@@ -70,12 +57,12 @@ def is_quantised(weight: torch.Tensor) -> bool:
 
 
 def in_pieces(weight: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has spread a weight over the processes."""
+    """Whether ZeRO-3 has partitioned a weight over the processes."""
     return hasattr(weight, "ds_id")
 
 
 def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
-    """A block in which a weight is there as a whole: under ZeRO-3 its pieces are gathered for the while."""
+    """A block in which a weight that ZeRO-3 has partitioned is gathered."""
     if not in_pieces(weight):
         return contextlib.nullcontext()
     import deepspeed
@@ -90,47 +77,47 @@ class AdapterLayer(nn.Module):
     and ``up`` (d, R) are where they are not lora_A, the identity and lora_B, and, where tasks differ, ``factors``.
     The wrapped layer is kept as it is, weight and bias untouched. Trained weights are float32 (float64 for a float64
     base) and are cast to the activations' dtype as they are used.
-
-    method: its name in configurations and flags; a class that sets it is registered. aliases: earlier names. title: its
-    name in tables. paper: arXiv id. needs_task_ids: whether a forward needs the task of each row. has_factors: whether
-    the layer equals a low-rank pair for each task, which merging and exporting need. mixture_parts: what ``mixture``
-    mixes, in the plural. no_decay: parameters that weight decay spares, for they would not rest at zero.
-    Hyperparameters: the method's own values.
     """
 
-    method: str
-    aliases: tuple[str, ...] = ()
-    title: str
-    paper: str = ""
-    needs_task_ids = False
-    has_factors = True
-    mixture_parts = ""
-    no_decay: tuple[str, ...] = ()
-    Hyperparameters: type[Hyperparameters] = Hyperparameters
+    method: str  # the name in configurations and flags; a class that sets it is registered
+    aliases: tuple[str, ...] = ()  # earlier names
+    title: str  # the name in tables
+    paper: str = ""  # arXiv id
+    needs_task_ids = False  # whether a forward needs the task of each row
+    has_factors = True  # whether the layer equals a low-rank pair for each task, which merging and exporting need
+    mixture_parts = ""  # what ``mixture`` mixes, in the plural
+    no_decay: tuple[str, ...] = ()  # parameters that weight decay spares, for they would not rest at zero
+    Hyperparameters: type[Hyperparameters] = Hyperparameters  # the method's own values
     is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         if "method" in cls.__dict__:
-            known = _registered.get(cls.method)
-            if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            known = _registered.setdefault(cls.method, cls)
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise TypeError(f"two classes declare the method {cls.method!r}: {known!r} and {cls!r}")
             _registered[cls.method] = cls
 
     def __init__(self, base: nn.Linear, config: AdapterConfig):
         super().__init__()
         self.base = base
-        self.in_features, self.out_features = features(base)
+        # As the base declares them: under ZeRO-3 a weight has no shape to read.
+        sizes = (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)
+        self.in_features, self.out_features = sizes
         # The output of a quantised layer, or of one whose weight is partitioned (ZeRO-3), belongs to a function of
         # its own, which does not let it be changed.
         self.in_place = not is_quantised(base.weight) and not in_pieces(base.weight)
         self.rank, self.scale, self.tasks = config.rank, config.scale, list(config.tasks)
         self.dropout, self.hyperparameters = config.dropout, config.hyperparameters
-        shapes = self.shapes(config, self.in_features, self.out_features)
+        self.parameter_dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        shapes = self.shapes(config, *sizes)
         self.parameter_names = tuple(shapes)
         for name, shape in shapes.items():
-            setattr(self, name, self.new_parameter(*shape))
+            empty = torch.empty(shape, device=base.weight.device, dtype=self.parameter_dtype)
+            setattr(self, name, nn.Parameter(empty))
         self.reset_parameters()
+
+    # What a method says.
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
@@ -158,21 +145,10 @@ class AdapterLayer(nn.Module):
         return z
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
-        """The weights with which each task mixes the layer's parts, (M,) to (M, n); None without such a mixture."""
-        return None
+        """The weights with which each task mixes the layer's parts, (M,) to (M, n); or None."""
 
-    def task_transforms(self) -> torch.Tensor | None:
-        """What each task does to the rank space, (T, r, r), starting at the identity; None without such matrices."""
-        return None
-
-    @classmethod
-    def require_factors(cls) -> None:
-        """Raise ``UserError`` for a method whose layers equal no low-rank pair."""
-        if not cls.has_factors:
-            raise UserError(
-                f"{cls.title} has no factors, since its gate depends on the input, so it cannot be merged into the "
-                "base model or exported for PEFT; use the checkpoint itself"
-            )
+    def task_transforms(self, task_ids: torch.Tensor) -> torch.Tensor | None:
+        """What each task does to the rank space, (M,) to (M, r, r), at first the identity; or None."""
 
     def factors(self, task: str | int | None = None) -> Factors:
         """The pair (A, B) and scale that equal this layer for ``task`` (a name or an id; None if all tasks share them).
@@ -185,6 +161,15 @@ class AdapterLayer(nn.Module):
         if task is not None:
             self.task_index(task)
         return Factors(self.down(), self.up(), self.scale)
+
+    @classmethod
+    def require_factors(cls) -> None:
+        """Raise ``UserError`` for a method whose layers equal no low-rank pair."""
+        if not cls.has_factors:
+            raise UserError(
+                f"{cls.title} has no factors, since its gate depends on the input, so it cannot be merged into the "
+                "base model or exported for PEFT; use the checkpoint itself"
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., k) to (..., d)."""
@@ -206,24 +191,24 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, task: str | int | None = None) -> torch.Tensor:
-        """The plain weight (d, k) that equals this layer for ``task``, summed in the adapter's dtype.
-
-        Raises ``UserError`` for a quantised base, whose weight cannot hold the sum.
-        """
+        """The plain weight (d, k) that equals this layer for ``task``; raises ``UserError`` for a quantised base."""
         if is_quantised(self.base.weight):
             raise UserError("a quantised base cannot take the adapter into its weights; load it in bf16 or float32")
-        weight, factors = base_weight(self.base), self.factors(task)
-        merged = weight.to(factors.A.dtype) + factors.delta()
+        factors = self.factors(task)
+        merged = self._base_weight().to(factors.A.dtype) + factors.delta()
         if factors.magnitude is not None:
-            norm = merged.square().sum(dim=1).sqrt()
-            merged *= (factors.magnitude / positive(norm))[:, None]
-        return merged.to(weight.dtype)
+            merged *= (factors.magnitude / positive(merged.square().sum(dim=1).sqrt()))[:, None]
+        return merged.to(self.base.weight.dtype)
+
+    def _base_weight(self) -> torch.Tensor:
+        """The frozen weight as (d, k)."""
+        return self.base.weight.T if is_conv1d(self.base) else self.base.weight
 
     @torch.no_grad()
     def base_product(self, rows: torch.Tensor) -> torch.Tensor:
         """rows W^T, (M, k) to (M, d), for any base: a weight that cannot be read acts through its forward."""
         if self.in_place:
-            return F.linear(rows, base_weight(self.base))
+            return F.linear(rows, self._base_weight())
         if not is_quantised(self.base.weight):
             product = self.base(rows)
             return product if self.bias is None else product - self.bias
@@ -238,18 +223,15 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def base_row_squares(self) -> torch.Tensor:
-        """The squared norm of each output row of the frozen weight, (d,).
-
-        Where the weight is quantised, its columns come out of the base's forward one unit vector at a time; where it
-        lies in pieces (ZeRO-3), they are gathered, so all processes must call this together.
-        """
+        """The squared norm of each output row of the frozen weight, (d,); under ZeRO-3 all processes must call this."""
         weight = self.base.weight
         if not is_quantised(weight):
             with whole(weight):
-                return base_weight(self.base).to(self.parameter_dtype).square().sum(dim=1)
+                return self._base_weight().to(self.parameter_dtype).square().sum(dim=1)
+        # The columns of a quantised weight come out of the base's forward, as the images of unit vectors.
         total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
         unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
-        for rows in unit.split(_UNIT_ROWS):
+        for rows in unit.split(1024):
             total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
         return total
 
@@ -261,15 +243,6 @@ class AdapterLayer(nn.Module):
             return task
         listed = ", ".join(f"{name} {index}" for index, name in enumerate(self.tasks)) or "none"
         raise UserError(f"there is no task {task!r}; the adapter's tasks are {listed}")
-
-    def new_parameter(self, *shape: int) -> nn.Parameter:
-        """An unset trained parameter on the base's device, float32 unless the base is float64."""
-        return nn.Parameter(torch.empty(*shape, device=self.base.weight.device, dtype=self.parameter_dtype))
-
-    @property
-    def parameter_dtype(self) -> torch.dtype:
-        """float64 on a float64 base, float32 on every other."""
-        return torch.float64 if self.base.weight.dtype == torch.float64 else torch.float32
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -285,7 +258,7 @@ class AdapterLayer(nn.Module):
     # Code that asks a linear layer for its weight or bias gets the frozen base's.
     @property
     def weight(self) -> torch.Tensor:
-        """The frozen weight (d, k)."""
+        """The frozen weight as the base stores it."""
         return self.base.weight
 
     @property
@@ -310,8 +283,6 @@ def positive(norms: torch.Tensor) -> torch.Tensor:
 # ---- the registry ----
 
 _registered: dict[str, type[AdapterLayer]] = {}
-# Stand for k and d in ``shapes``: primes that no product of the other sizes reaches.
-_K, _D = 1_000_003, 1_000_033
 
 
 @functools.cache
@@ -329,10 +300,10 @@ def methods() -> dict[str, type[AdapterLayer]]:
 def layer_class(method: str) -> type[AdapterLayer]:
     """The layer of a method by its name or an alias; raises ``UserError`` that lists the methods."""
     known = methods()
-    by_alias = {alias: layer for layer in known.values() for alias in layer.aliases}
-    if not isinstance(method, str) or method not in known | by_alias:
+    by_name = {alias: layer for layer in known.values() for alias in layer.aliases} | known
+    if not isinstance(method, str) or method not in by_name:
         raise UserError(f"method must be one of {', '.join(known)}, not {method!r}")
-    return (by_alias | known)[method]
+    return by_name[method]
 
 
 def layer_sizes(config: AdapterConfig, state: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
@@ -341,11 +312,12 @@ def layer_sizes(config: AdapterConfig, state: dict[str, torch.Tensor]) -> dict[s
     The sizes stand where the method's ``shapes`` puts them. Tensors that are no parameter of the method are left out,
     and so is a layer whose parameters do not show both sizes.
     """
-    shapes = layer_class(config.method).shapes(config, _K, _D)
+    k, d = 1_000_003, 1_000_033  # primes that no product of the other sizes reaches
+    shapes = layer_class(config.method).shapes(config, k, d)
     found: dict[str, dict[int, int]] = {}
     for key, tensor in state.items():
         name, _, parameter = key.rpartition(".")
         for declared, actual in zip(shapes.get(parameter, ()), tensor.shape, strict=False):
-            if declared in (_K, _D):
+            if declared in (k, d):
                 found.setdefault(name, {})[declared] = actual
-    return {name: (sizes[_K], sizes[_D]) for name, sizes in found.items() if len(sizes) == 2}
+    return {name: (sizes[k], sizes[d]) for name, sizes in found.items() if len(sizes) == 2}

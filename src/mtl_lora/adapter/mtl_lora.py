@@ -69,17 +69,15 @@ class MtlLoraLayer(AdapterLayer):
         """softmax(w_t / tau) for each id: (M,) to (M, n)."""
         return F.softmax(self.lora_w[task_ids] / self.hyperparameters.temperature, dim=-1)
 
-    def task_transforms(self) -> torch.Tensor:
-        """Lambda_t of every task, (T, r, r)."""
-        return torch.diag_embed(self.lora_lambda) if self.diagonal else self.lora_lambda
+    def task_transforms(self, task_ids: torch.Tensor) -> torch.Tensor:
+        """Lambda_t for each id: (M,) to (M, r, r)."""
+        transforms = self.lora_lambda[task_ids]
+        return torch.diag_embed(transforms) if self.diagonal else transforms
 
     def combined_transform(self, task_ids: torch.Tensor) -> torch.Tensor:
         """P_t for each id: (M,) to (M, n r, r). Gathered before it is built, so the cost does not grow with T."""
-        weights = self.mixture(task_ids)
-        transform = self.lora_lambda[task_ids]
-        if self.diagonal:
-            transform = torch.diag_embed(transform)
-        return (weights[:, :, None, None] * transform[:, None]).flatten(1, 2)
+        transform = self.task_transforms(task_ids)
+        return (self.mixture(task_ids)[:, :, None, None] * transform[:, None]).flatten(1, 2)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         task_ids = routing.task_ids_for(x, self).reshape(-1)

@@ -1,15 +1,13 @@
 """Task routing: which task each row (or token) of the running batch belongs to.
 
-Two doors. ``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up; and
-``with route.use(task_ids):`` around forward, loss and ``generate``, for loops that cannot pass the argument. Both take
-names, ids or a tensor. Before a model runs, a hook resolves names, checks the range and puts the ids where the layers
-read them: per thread, never on the model, so two threads or two forwards before one backward cannot mix. Inside the
-forward, and so inside a compiled region, ids are a tensor.
-
-Ids have the shape (B,), one for each row, or (B, L), one for each token, where B is the first axis of every layer's
-input. A model that lays its activations out as (L, B, k) is not supported: with L equal to B this cannot be noticed.
+``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up, and the block
+``with route.use(task_ids):`` take names, ids or a tensor: (B,), one for each row, or (B, L), one for each token. Before
+a model runs, a hook resolves names, checks the range and puts the ids where the layers read them: per thread, never on
+the model, so two threads or two forwards before one backward cannot mix. B is the first axis of every layer's input; a
+model that lays its activations out as (L, B, k) is not supported: with L equal to B this cannot be noticed.
 """
 
+import dataclasses
 import inspect
 import threading
 from collections.abc import Callable
@@ -24,18 +22,20 @@ _RULE = f"task_ids must be names or whole numbers of shape {_SHAPES}"
 
 
 class Route:
-    """The task ids of one batch as they were passed: ``task_ids``, or ``names`` until an adapter's tasks are known.
+    """The task ids of one batch: a tensor, or names as they were passed, until an adapter's tasks are known.
 
     Raises ``UserError`` for what is neither names nor whole numbers of shape (B,) or (B, L).
     """
 
     def __init__(self, task_ids):
-        self.names: list | None = None
-        self.task_ids: torch.Tensor | None = None
         self._in_range_of = -1  # the number of tasks for which the ids were found to be in range
-        if not isinstance(task_ids, torch.Tensor) and _first(task_ids) is not None:
-            self.names = task_ids.tolist() if hasattr(task_ids, "tolist") else list(task_ids)
-            return
+        if not isinstance(task_ids, torch.Tensor | str):
+            rows = first = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
+            while isinstance(first, list | tuple) and first:
+                first = first[0]
+            if isinstance(first, str):
+                self.task_ids: torch.Tensor | list = list(rows)
+                return
         try:
             task_ids = torch.as_tensor(task_ids)
         except (TypeError, ValueError, RuntimeError):
@@ -48,8 +48,8 @@ class Route:
 
     def repeated(self, repeats: int) -> "Route":
         """The route of a batch in which every row stands ``repeats`` times (beam search)."""
-        if self.names is not None:
-            return Route([row for row in self.names for _ in range(repeats)])
+        if isinstance(self.task_ids, list):
+            return Route([row for row in self.task_ids for _ in range(repeats)])
         return Route(self.task_ids.repeat_interleave(repeats, dim=0))
 
     def bind(self, tasks: list[str], like: torch.Tensor | None = None, keep=None) -> "BoundRoute":
@@ -58,47 +58,46 @@ class Route:
         like: the model's input (B, L, ...), for its device and length. keep: the forward's ``logits_to_keep``.
         """
         ids = self._resolved(tasks)
-        if like is not None and ids.device != like.device:
+        if like is not None:
             ids = _moved(ids, like.device)
         is_sequence = like is not None and (like.dim() == 3 or (like.dim() == 2 and not like.is_floating_point()))
         length = like.shape[1] if is_sequence else None
         return BoundRoute(ids, length, None if keep is None else _kept(ids, length, keep))
 
     def _resolved(self, tasks: list[str]) -> torch.Tensor:
-        if self.names is not None:
+        ids = self.task_ids
+        if isinstance(ids, list):
             index = {name: position for position, name in enumerate(tasks)}
             try:
-                return torch.tensor(
-                    [index[row] if isinstance(row, str) else [index[name] for name in row] for row in self.names]
-                )
+                return torch.tensor([index[row] if isinstance(row, str) else [index[n] for n in row] for row in ids])
             except KeyError as error:
-                raise UserError(
-                    f"there is no task {error.args[0]!r}; the adapter's tasks are {_listed(tasks)}"
-                ) from None
+                raise UserError(f"there is no task {error.args[0]!r}; {_listed(tasks)}") from None
             except (TypeError, ValueError):
-                raise UserError(f"{_RULE}, not {self.names!r}") from None
-        ids = self.task_ids
-        if self._in_range_of != len(tasks) and ids.numel():
-            rule = f"outside 0 to {len(tasks) - 1}; the adapter's tasks are {_listed(tasks)}"
-            if ids.is_cuda:  # without waiting for the device
-                torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}")
-            else:
-                lowest, highest = int(ids.min()), int(ids.max())
-                if lowest < 0 or highest >= len(tasks):
-                    raise UserError(f"task id {lowest if lowest < 0 else highest} is {rule}")
-            self._in_range_of = len(tasks)
+                raise UserError(f"{_RULE}, not {ids!r}") from None
+        if self._in_range_of == len(tasks) or not ids.numel():
+            return ids
+        rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
+        if ids.is_cuda:  # without waiting for the device
+            torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}")
+        else:
+            lowest, highest = int(ids.min()), int(ids.max())
+            if lowest < 0 or highest >= len(tasks):
+                raise UserError(f"task id {lowest if lowest < 0 else highest} is {rule}")
+        self._in_range_of = len(tasks)
         return ids
 
 
+def _listed(tasks: list[str]) -> str:
+    return "the adapter's tasks are " + ", ".join(f"{index} {name}" for index, name in enumerate(tasks))
+
+
+@dataclasses.dataclass(eq=False)
 class BoundRoute:
-    """Checked ids of a running forward, as its layers read them.
+    """Checked ids of a running forward, as its layers read them."""
 
-    task_ids: (B,) or (B, L). length: L of the model's input, where it is known: inputs of B L flattened rows then match
-    too. kept: the route of the output head, where the forward projects only some positions.
-    """
-
-    def __init__(self, task_ids: torch.Tensor, length: int | None = None, kept: "BoundRoute | None" = None):
-        self.task_ids, self.length, self.kept = task_ids, length, kept
+    task_ids: torch.Tensor  # (B,) or (B, L)
+    length: int | None = None  # L of the model's input, where it is known: inputs of B L flattened rows then match too
+    kept: "BoundRoute | None" = None  # of the output head, where the forward projects only some positions
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
         """Ids on ``x``'s device for a layer input (B, ..., k) or (B L, k); raises ``UserError`` if they do not fit."""
@@ -107,13 +106,34 @@ class BoundRoute:
             ids = self.task_ids = _moved(ids, x.device)
         if x.dim() > ids.dim() and x.shape[: ids.dim()] == ids.shape:
             return ids
-        if x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length:
-            if ids.dim() == 1 or ids.shape[1] == self.length:
-                return ids
+        is_flattened = x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length
+        if is_flattened and (ids.dim() == 1 or ids.shape[1] == self.length):
+            return ids
         raise UserError(
             f"a batch of shape {tuple(x.shape[:-1])} does not match task_ids of shape {tuple(ids.shape)}; "
             f"pass ids of shape {_SHAPES}"
         )
+
+
+def _moved(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return ids.to(device, non_blocking=device.type == "cuda")
+
+
+def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
+    """The route of an output head that sees the positions ``keep`` alone (transformers' ``logits_to_keep``)."""
+    selects_tokens = isinstance(keep, torch.Tensor) and keep.dim() == 2 and keep.dtype == torch.bool
+    if length is None or (ids.dim() == 1 and not selects_tokens):
+        return None
+    by_token = ids if ids.dim() == 2 else ids[:, None].expand(-1, length)
+    if isinstance(keep, int):
+        return BoundRoute(by_token[:, -keep:]) if keep else None
+    keep = keep.to(ids.device)
+    if selects_tokens:
+        return BoundRoute(by_token[keep])
+    return BoundRoute(torch.take_along_dim(by_token, keep, dim=1) if keep.dim() == 2 else by_token[:, keep])
+
+
+# ---- what is in force ----
 
 
 class _Routes(threading.local):
@@ -128,7 +148,7 @@ _routes = _Routes()
 
 
 class _Held:
-    """A block in which routes are in force."""
+    """A block in which routes are in force; it may be entered again, for a graph that is kept is recomputed twice."""
 
     def __init__(self, outer: Route | None, model: BoundRoute | None = None):
         self.outer, self.model = outer, model
@@ -155,9 +175,27 @@ def current() -> Route | None:
     return _routes.outer
 
 
+def checkpoint_context() -> tuple[_Held, _Held]:
+    """``context_fn`` for one's own non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers."""
+    return _Held(_routes.outer, _routes.model), _Held(_routes.outer, _routes.model)
+
+
+def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> None:
+    """Put the ids of a forward in force: those passed to it, or else those of the ``use`` block around it."""
+    route = None if task_ids is None else Route(task_ids)
+    # A whole model that is recomputed must not read another batch's block.
+    if route is None and _routes.backward == _backward_pass():
+        route = _routes.outer
+    _routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
+
+
+def leave_model() -> None:
+    """The end of a forward, also of one that raised."""
+    _routes.model = None
+
+
 def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
-    """The ids in force for the input ``x`` of an adapter layer; raises ``UserError`` where there are none or they do
-    not fit."""
+    """The ids in force for the input ``x`` of an adapter layer; raises ``UserError`` without any, or if none fit."""
     route = _routes.model
     if route is None:
         route = _outside_a_model(layer.tasks)
@@ -172,151 +210,48 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
         return _routes.outer.bind(tasks)
     if _backward_pass() != -1:
         raise UserError(
-            "a layer is recomputed in the backward pass without the task ids of its forward: pass "
-            "use_reentrant=False and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, "
-            "or turn on transformers' own gradient checkpointing"
+            "a layer is recomputed in the backward pass without the task ids of its forward: pass use_reentrant=False "
+            "and context_fn=mtl_lora.route.checkpoint_context to torch.utils.checkpoint.checkpoint, or turn on the "
+            "gradient checkpointing of transformers"
         )
     raise UserError(
         "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):`"
     )
 
 
-def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> None:
-    """Put the ids of a forward in force: those passed to it, or else those of the ``use`` block around it."""
-    route = None
-    if task_ids is not None:
-        route = Route(task_ids)
-    elif _routes.backward == _backward_pass():  # a whole model that is recomputed must not read another batch's block
-        route = _routes.outer
-    _routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
-
-
-def leave_model() -> None:
-    """The end of a forward, also of one that raised."""
-    _routes.model = None
-
-
 def _backward_pass() -> int:
-    """A number for the backward pass that this thread is in, -1 outside any."""
+    """Of this thread; -1 outside any."""
     return torch._C._current_graph_task_id()
 
 
-def _first(value) -> str | None:
-    """The first entry of a list of names, or of lists of names; None for anything else."""
-    is_list = isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
-    if not is_list or not len(value):
-        return None
-    return value[0] if isinstance(value[0], str) else _first(value[0])
+# ---- what stands on an injected model's modules ----
 
 
-def _listed(tasks: list[str]) -> str:
-    return ", ".join(f"{index} {name}" for index, name in enumerate(tasks))
-
-
-def _moved(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return ids.to(device, non_blocking=device.type == "cuda")
-
-
-def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
-    """The route of an output head that sees the positions ``keep`` alone (transformers' ``logits_to_keep``)."""
-    selects_tokens = isinstance(keep, torch.Tensor) and keep.dim() == 2 and keep.dtype == torch.bool
-    if length is None or (ids.dim() == 1 and not selects_tokens):
-        return None
-    by_token = ids if ids.dim() == 2 else ids[:, None].expand(-1, length)
-    if selects_tokens:
-        return BoundRoute(by_token[keep.to(ids.device)])
-    if isinstance(keep, int):
-        return BoundRoute(by_token[:, -keep:]) if keep else None
-    keep = keep.to(ids.device)
-    return BoundRoute(torch.take_along_dim(by_token, keep, dim=1) if keep.dim() == 2 else by_token[:, keep])
-
-
-# ---- gradient checkpointing: the recomputation runs under the route of its forward, whatever runs beside it ----
-
-
-class _Recomputed:
-    """A checkpointed function that enters its forward's routes wherever it runs: autograd has threads of its own."""
-
-    def __init__(self, function: Callable, held: tuple):
-        self.function, self.held = function, held
-
-    def __call__(self, *arguments, **options):
-        with _Held(*self.held):  # a new one each time: a graph that is kept is recomputed twice
-            return self.function(*arguments, **options)
-
-
-class Checkpointing:
-    """Stands on a transformers module in place of its ``_gradient_checkpointing_func``, whichever that is."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, run: Callable, *arguments, **options):
-        if not torch.compiler.is_compiling():  # a compiled graph is recomputed as a graph
-            run = _Recomputed(run, (_routes.outer, _routes.model))
-            if getattr(self.function, "keywords", {}).get("use_reentrant", True):
-                arguments = _with_gradient(arguments)
-        return self.function(run, *arguments, **options)
-
-
-def _with_gradient(arguments: tuple) -> tuple:
-    """Arguments of which one requires a gradient: without any, the re-entrant form has none for the weights either,
-    and behind frozen embeddings nothing requires one."""
-    tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    if not torch.is_grad_enabled() or not tensors or any(value.requires_grad for value in tensors):
-        return arguments
-    return tuple(value.detach().requires_grad_() if value is tensors[0] else value for value in arguments)
-
-
-def follow_checkpointing(modules: list[nn.Module]) -> None:
-    """Have modules that transformers checkpoints keep the route; to be called before each forward that trains."""
-    for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and type(function) is not Checkpointing:
-            module._gradient_checkpointing_func = Checkpointing(function)
-
-
-def checkpoint_context():
-    """``context_fn`` for one's own non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers.
-
-    The first context is entered as the checkpointed function runs, the second in the backward pass.
-    """
-    held = (_routes.outer, _routes.model)
-    return _Held(*held), _Reentered(held)
-
-
-class _Reentered:
-    """Enters routes anew each time."""
-
-    def __init__(self, held: tuple):
-        self.held = held
-
-    def __enter__(self) -> None:
-        self.block = _Held(*self.held)
-        self.block.__enter__()
-
-    def __exit__(self, *exception) -> None:
-        self.block.__exit__(*exception)
-
-
-# ---- generate of transformers: module-level classes, so that an injected model pickles and is copied ----
-
-
-class _Method:
-    """Stands on a model in place of one of its methods, and calls that."""
+class Override:
+    """Stands on a module in place of the method ``name``. No closure: an injected model pickles and is copied."""
 
     name: str
 
-    def __init__(self, model: nn.Module):
-        self.model, self.before = model, vars(model).get(self.name)
+    def __init__(self, module: nn.Module):
+        self.module, self.before = module, vars(module).get(self.name)
+        setattr(module, self.name, self)
 
     @property
     def original(self) -> Callable:
-        """The method that the model has without this one."""
-        return self.before or inspect.getattr_static(type(self.model), self.name).__get__(self.model)
+        """The method that the module has without this one."""
+        return self.before or inspect.getattr_static(type(self.module), self.name).__get__(self.module)
 
 
-class Generate(_Method):
+def remove_overrides(model: nn.Module) -> None:
+    """Give all modules of a model their own methods back."""
+    for module in model.modules():
+        for override in [value for value in vars(module).values() if isinstance(value, Override)]:
+            delattr(module, override.name)
+            if override.before is not None:
+                setattr(module, override.name, override.before)
+
+
+class Generate(Override):
     """``generate`` with task_ids, which hold for the whole call: an encoder is called outside the model's own."""
 
     name = "generate"
@@ -326,12 +261,8 @@ class Generate(_Method):
             return self.original(*arguments, **options)
 
 
-class ExpandInputs(_Method):
-    """The step of ``generate`` that repeats the rows of a batch; the route repeats with it.
-
-    Repeating is announced by the model, never guessed from sizes: a batch that is by accident a multiple of its ids
-    stays an error.
-    """
+class ExpandInputs(Override):
+    """The step of ``generate`` that repeats the rows of a batch. A route repeats here, never by a guess at sizes."""
 
     name = "_expand_inputs_for_generation"
 
@@ -341,26 +272,35 @@ class ExpandInputs(_Method):
         return self.original(expand_size, *arguments, **options)
 
 
-def follow_generation(model: nn.Module) -> None:
-    """Have ``generate`` take task_ids, and the route follow its beams, on a model that has it."""
-    for method in (Generate, ExpandInputs):
-        if callable(getattr(model, method.name, None)):
-            setattr(model, method.name, method(model))
+class Checkpointing(Override):
+    """Checkpointing of transformers: a recomputation, in whatever thread, enters its forward's routes."""
+
+    name = "_gradient_checkpointing_func"
+
+    def __call__(self, run: Callable, *arguments, **options):
+        if torch.compiler.is_compiling():  # a compiled graph is recomputed as a graph
+            return self.before(run, *arguments, **options)
+        outer, model = _routes.outer, _routes.model
+
+        def routed(*arguments, **options):
+            with _Held(outer, model):
+                return run(*arguments, **options)
+
+        if getattr(self.before, "keywords", {}).get("use_reentrant", True):
+            arguments = _with_gradient(arguments)
+        return self.before(routed, *arguments, **options)
 
 
-def unfollow_generation(model: nn.Module) -> None:
-    """Give a model its own methods back."""
-    for method in (Generate, ExpandInputs):
-        installed = vars(model).get(method.name)
-        if isinstance(installed, method):
-            delattr(model, method.name)
-            if installed.before is not None:
-                setattr(model, method.name, installed.before)
-
-
-def unfollow_checkpointing(modules: list[nn.Module]) -> None:
-    """Give modules their own checkpointing functions back."""
+def follow_checkpointing(modules: list[nn.Module]) -> None:
+    """Have modules that transformers checkpoints keep the route; to be called before each forward that trains."""
     for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if type(function) is Checkpointing:
-            module._gradient_checkpointing_func = function.function
+        if not isinstance(vars(module).get(Checkpointing.name), Checkpointing | None):
+            Checkpointing(module)
+
+
+def _with_gradient(arguments: tuple) -> tuple:
+    """Arguments of which one requires a gradient: without, the re-entrant form has none for the weights either."""
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not torch.is_grad_enabled() or not tensors or any(value.requires_grad for value in tensors):
+        return arguments
+    return tuple(value.detach().requires_grad_() if value is tensors[0] else value for value in arguments)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter.layer import is_quantised, whole
+from mtl_lora.adapter.routing import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 
 # Wrappers that stand between a module and its name, and the attribute under which they hold it.
-WRAPPERS = {
+_WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
@@ -35,7 +36,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _wrapper_attribute(module: nn.Module) -> str | None:
-    found = (WRAPPERS.get(cls.__name__) for cls in type(module).__mro__)
+    found = (_WRAPPERS.get(cls.__name__) for cls in type(module).__mro__)
     return next((attribute for attribute in found if attribute in module._modules), None)
 
 
@@ -58,19 +59,20 @@ class Slot:
     places: list[tuple[nn.Module, str]]
     original: torch.Tensor
 
-    def _tables(self) -> list[tuple[dict, str]]:
-        kind = "_parameters" if isinstance(self.original, nn.Parameter) else "_buffers"
-        return [(getattr(module, kind), key) for module, key in self.places]
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is trained; a buffer is only kept."""
+        return isinstance(self.original, nn.Parameter)
 
     def get(self) -> torch.Tensor:
         """The tensor that the model uses."""
-        table, key = self._tables()[0]
-        return table[key]
+        module, key = self.places[0]
+        return (module._parameters if self.is_weight else module._buffers)[key]
 
     def put(self, tensor: torch.Tensor) -> None:
         """Have the model use ``tensor``."""
-        for table, key in self._tables():
-            table[key] = tensor
+        for module, key in self.places:
+            (module._parameters if self.is_weight else module._buffers)[key] = tensor
 
     def put_original(self) -> torch.Tensor:
         """Have the model use the frozen original; returns what it used before."""
@@ -101,80 +103,62 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
     and for a quantised weight.
     """
     modules = {"": model, **dict(named_modules(model))}
-    weights: dict[str, list[tuple[nn.Module, str]]] = {}  # by identity: a weight that is tied has several places
-    tensors: dict[str, torch.Tensor] = {}
+    slots: dict[int, Slot] = {}  # by identity: a weight that is tied has several places
+    by_name: dict[str, Slot] = {}
     for path, module in modules.items():
-        persistent = {
-            key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set
-        }
-        for key, value in [*module._parameters.items(), *persistent.items()]:
-            if value is not None:
-                tensors[f"{path}.{key}" if path else key] = value
-                places = weights.setdefault(id(value), [])
-                if (module, key) not in places:
-                    places.append((module, key))
-    chosen: dict[int, Slot] = {}
+        for key, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None and key not in module._non_persistent_buffers_set:
+                name = f"{path}.{key}" if path else key
+                by_name[name] = slot = slots.setdefault(id(value), Slot(name, [], value))
+                if (module, key) not in slot.places:
+                    slot.places.append((module, key))
+    chosen: dict[int, str] = {}
     for entry in entries:
         roots = tuple(f"{name}." for name in whole_modules(model, [entry]))
-        named = [name for name in tensors if name.startswith(roots)] if roots else []
+        named = [name for name in by_name if name.startswith(roots)] if roots else []
         if not roots or _is_pattern(entry):
-            named += [n for n, value in tensors.items() if isinstance(value, nn.Parameter) and _matches(n, entry)]
+            named += [name for name, slot in by_name.items() if slot.is_weight and _matches(name, entry)]
         if not named:
             known = sorted({name.rpartition(".")[2] for name in modules if name})
             raise UserError(f"modules_to_save: no module with weights is named {entry!r}{closest(entry, known)}")
         for name in named:
-            value = tensors[name]
-            if isinstance(value, nn.Parameter) and is_quantised(value):
+            slot = by_name[name]
+            if slot.is_weight and is_quantised(slot.original):
                 raise UserError(f"modules_to_save: {name} is quantised and cannot be trained; load the base in bf16")
-            chosen.setdefault(id(value), Slot(name, weights[id(value)], value))
-    return [chosen[key] for key in weights if key in chosen]
+            chosen.setdefault(id(slot.original), name)
+    return [dataclasses.replace(slot, name=chosen[key]) for key, slot in slots.items() if key in chosen]
 
 
 @torch.no_grad()
 def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None:
     """Put a trainable float32 copy (float64 of float64) into each slot."""
+    places = []
     for slot in slots:
-        if not isinstance(slot.original, nn.Parameter):
+        dtype = slot.original.dtype
+        if slot.is_weight:
+            kept = dtype if dtype == torch.float64 else torch.float32
+            with whole(slot.original):
+                slot.put(nn.Parameter(slot.original.detach().to(kept, copy=True)))
+            if kept != dtype:
+                places += [(module, key, dtype) for module, key in slot.places]
+        else:
             slot.put(slot.original.clone())
-            continue
-        dtype = torch.float64 if slot.original.dtype == torch.float64 else torch.float32
-        with whole(slot.original):
-            slot.put(nn.Parameter(slot.original.detach().to(dtype, copy=True)))
-    low = [slot for slot in slots if slot.original.is_floating_point() and slot.get().dtype != slot.original.dtype]
-    places = [(module, key, slot.original.dtype) for slot in low for module, key in slot.places]
     # At the owner, for a recomputation may begin there, and at the whole module, which may read its parts' weights.
     for module in {module for module, _, _ in places} | set(whole_modules(model, entries).values()):
         below = set(module.modules())
         own = [place for place in places if place[0] in below]
         if own:
-            module.forward = CastForward(module, own)
+            CastForward(module, own)
 
 
-def release_slots(slots: list[Slot], model: nn.Module, keep: bool, trainable: set[int]) -> None:
-    """Put the originals back, or (keep) the trained values as plain weights in the originals' dtype."""
-    for slot in slots:
-        trained = slot.put_original()
-        if keep and isinstance(slot.original, nn.Parameter):
-            value = trained.detach().to(slot.original.dtype)
-            slot.put(nn.Parameter(value, requires_grad=id(slot.original) in trainable))
-        elif keep:
-            slot.put(trained)
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, CastForward):
-            del module.forward
-            if forward.before is not None:
-                module.forward = forward.before
+class CastForward(Override):
+    """A forward with its float32 weights, (module, key, dtype), cast to the dtype that they have in the base."""
 
-
-class CastForward:
-    """Stands in place of a module's forward: runs it with its float32 weights cast to the dtype they have in the base.
-
-    places: (module, key, dtype) of each such weight.
-    """
+    name = "forward"
 
     def __init__(self, module: nn.Module, places: list[tuple[nn.Module, str, torch.dtype]]):
-        self.module, self.places, self.before = module, places, vars(module).get("forward")
+        super().__init__(module)
+        self.places = places
 
     def __call__(self, *arguments, **options):
         # What is no parameter was cast already, by the forward of a module around this one.

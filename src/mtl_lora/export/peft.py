@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mtl_lora import artifacts, files
-from mtl_lora.adapter.checkpoint import CheckpointConfig, read_config, read_weights, split_state
+from mtl_lora.adapter.checkpoint import CheckpointConfig, adapter_without_base, read_config, read_weights, split_state
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class
 from mtl_lora.adapter.saved import find_slots, whole_modules
-from mtl_lora.adapter.without_base import adapter_without_base
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.export.model_card import model_card, read_scores

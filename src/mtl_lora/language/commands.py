@@ -41,6 +41,7 @@ def _print_results(config: EvalConfig) -> None:
 
     results = [f"{folder}/{RESULTS}" for folder in config.protocols.values()]
     report(["table", *results])
+    print()
     report(["details", *results])
     if config.mode == "both":
         agreement = read_json(f"{config.output_folder}/{AGREEMENT}", "the agreement of the protocols")

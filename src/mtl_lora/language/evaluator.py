@@ -19,7 +19,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.option_scoring import best_option, continuations, per_token, score_options
+from mtl_lora.language.option_scoring import OptionScorer, best_option, continuations, per_token
 from mtl_lora.language.predictions import PROTOCOL, Predictions
 from mtl_lora.language.prefix_cache import PrefixCaches, shared_prefix
 from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, plan_batches
@@ -55,6 +55,7 @@ class Evaluator:
         self.prefixes: dict[int, list[int]] = {}
         self.model: PreTrainedModel | None = None
         self.caches: PrefixCaches | None = None
+        self.scorer: OptionScorer | None = None
 
     def _tasks(self, origin: checkpoint.Origin) -> TaskSet:
         config = self.config
@@ -117,11 +118,8 @@ class Evaluator:
         for question in (question for part in questions.values() for question in part):
             prompts.setdefault(question.task.id, []).append(question.prompt_ids)
         self.prefixes = {task_id: shared_prefix(rows) for task_id, rows in prompts.items()}
-        self._renew_caches()
-
-    def _renew_caches(self) -> None:
-        if self.model is not None and self.config.reuse_prefix:
-            self.caches = PrefixCaches(self.model, self.prefixes)
+        if self.caches is not None:
+            self.caches.use(self.prefixes)
 
     def load(self) -> None:
         """Build the model on this process's device, once."""
@@ -138,7 +136,8 @@ class Evaluator:
         model.generation_config = GenerationConfig()
         self.model = model.eval().to(device)
         _feed_contiguous(self.model.get_output_embeddings())
-        self._renew_caches()
+        self.caches = PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
+        self.scorer = OptionScorer(self.model, self.encoder, self.caches)
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """The batches in which questions are answered, whoever answers them and whenever."""
@@ -151,7 +150,7 @@ class Evaluator:
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
     def _score(self, questions: Sequence[Question]) -> list[dict]:
-        scores = score_options(self.model, self.encoder, questions, self.caches)
+        scores = self.scorer.scores(questions)
         return [
             {
                 "parsed": best_option(question.options, values),

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from mtl_lora import route
 from mtl_lora.errors import UserError
-from mtl_lora.language.collate import pad_left
+from mtl_lora.language.batches import pad_left
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.prefix_cache import PrefixCaches
 from mtl_lora.language.questions import Question

@@ -133,8 +133,6 @@ def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
     for name, key in (("strict", "strict"), ("acc_norm", "normalised")):
         if all(key in line for line in lines):
             others[name] = _measure(task.metric_name, lines, key, unparsed=_proportion_empty(lines, key))
-    if task.metric_name != "f1" and all("f1" in line for line in lines):
-        others["f1"] = _measure("f1", lines)
     kinds = sorted({line["kind"] for line in lines if line.get("kind")})
     groups = {kind: [line for line in lines if line.get("kind") == kind] for kind in kinds}
     return _measure(
@@ -145,6 +143,7 @@ def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
         groups={kind: _measure(task.metric_name, part) for kind, part in groups.items()},
         unparsed=_proportion_empty(lines, "parsed"),
         predicted=dict(sorted(collections.Counter(line["parsed"] for line in lines).items())),
+        **({"f1": mean([line["f1"] for line in lines])[0]} if all("f1" in line for line in lines) else {}),
     )
 
 

@@ -6,24 +6,32 @@
 The tokens that all options of a question share have the same probability for each of them, so they are context. EOS
 belongs to the continuation so that solution1 does not win over solution10 by being shorter.
 
-One pass over the contexts of a batch fills the cache and gives the first token of every continuation; the few tokens
-after it run on that cache, all options of all questions in one batch. This takes any model with a cache.
+A continuation's last token is predicted, never fed. The others run in the pass of the contexts, behind them, where a
+mask keeps the options apart:
+
+    prompt prefix | padding | context ... | 1 | 2 | 3 | 4 | padding
+                                           each sees the context and itself, no other option
+
+A model that does not take such a mask runs them in a second pass, on the cache of the first repeated for each option.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from mtl_lora import route
 from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
 from mtl_lora.errors import UserError
-from mtl_lora.language.collate import pad_left
+from mtl_lora.language.batches import pad_left
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.prefix_cache import PrefixCaches
 from mtl_lora.language.questions import Question
+
+_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of their caller's, (B, 1, Q, K)
+_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}  # of a score, relative; other dtypes 1e-4
 
 
 def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
@@ -48,108 +56,157 @@ def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list
     return answers[0][:shared], [answer[shared:] for answer in answers]
 
 
-@torch.inference_mode()
-def score_options(
-    model: PreTrainedModel, encoder: Encoder, questions: Sequence[Question], caches: PrefixCaches | None = None
-) -> list[list[float]]:
-    """The score of every option of every question: log-probabilities in nats, in the order of its options.
+class OptionScorer:
+    """Scores the options of questions with one model.
 
-    caches: of prompt prefixes; the questions must then be of one task. Raises ``UserError`` for a score that is not
-    finite.
+    one_pass: whether the model scores all options in one pass; None until the first question has shown whether it
+    gives them the scores of two.
     """
-    parts = [continuations(question, encoder) for question in questions]
-    contexts = [question.prompt_ids + shared for question, (shared, _) in zip(questions, parts, strict=True)]
-    rows = [row for row, (_, options) in enumerate(parts) for _ in options]
-    flat = [option for _, options in parts for option in options]
-    pad, task_ids = encoder.tokenizer.pad_token_id, torch.tensor([question.task.id for question in questions])
-    cache, start = caches.start(questions[0].task.id, len(questions)) if caches else (None, 0)
-    input_ids, mask = (tensor.to(model.device) for tensor in pad_left(contexts, pad, start))
-    with route.use(task_ids):
-        output = model(
-            input_ids=input_ids[:, start:],
-            attention_mask=mask,
-            **_positions(model, mask, start),
-            past_key_values=cache,
-            use_cache=True,
-            **last_logits(model),
+
+    def __init__(self, model: PreTrainedModel, encoder: Encoder, caches: PrefixCaches | None = None):
+        self.model, self.encoder, self.caches = model, encoder, caches
+        self.one_pass = None if takes_own_mask(model) else False
+
+    @torch.inference_mode()
+    def scores(self, questions: Sequence[Question]) -> list[list[float]]:
+        """The score of every option of every question: log-probabilities in nats, in the order of its options.
+
+        Where prompt prefixes are cached the questions must be of one task. Raises ``UserError`` for a score that is
+        not finite.
+        """
+        parts = [continuations(question, self.encoder) for question in questions]
+        contexts = [question.prompt_ids + shared for question, (shared, _) in zip(questions, parts, strict=True)]
+        options, task_ids = [options for _, options in parts], [question.task.id for question in questions]
+        if self.one_pass is None:
+            self.one_pass = self._agree(contexts[0], options[0], task_ids[0])
+        found = self._sums(contexts, options, task_ids, self.one_pass)
+        for question, values in zip(questions, found, strict=True):
+            if not torch.tensor(values).isfinite().all():
+                raise UserError(
+                    f"question {question.example.index} of {question.task.name} has the scores {values}, which are not "
+                    "finite: the base model or the adapter holds values that are no numbers; see the training's log"
+                )
+        return found
+
+    def _agree(self, context: list[int], options: list[list[int]], task_id: int) -> bool:
+        """Whether both ways give the same scores; a model may take a mask and do something else with it."""
+        contexts = [context, context + context[-1:]]  # of two lengths, so that there is padding to see
+        one, two = (torch.tensor(self._sums(contexts, [options] * 2, [task_id] * 2, way)) for way in (True, False))
+        tolerance = _TOLERANCE.get(self.model.dtype, 1e-4)
+        if torch.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return True
+        print(f"{type(self.model).__name__} scores options otherwise in one pass, so two are run", file=sys.stderr)
+        return False
+
+    def _sums(self, contexts: list, options: list[list[list[int]]], task_ids: list[int], one_pass: bool) -> list:
+        """Summed log-probability of each option of each row, in float64."""
+        pad, device = self.encoder.tokenizer.pad_token_id, self.model.device
+        cache, start = self.caches.start(task_ids[0], len(contexts)) if self.caches else (None, 0)
+        input_ids, mask = pad_left(contexts, pad, start)
+        rows = torch.tensor([row for row, part in enumerate(options) for _ in part])
+        flat = [option for part in options for option in part]
+        length = max(len(option) for option in flat) - 1
+        fed, wanted = (
+            torch.tensor([(tokens + [pad] * length)[:length] for tokens in part], dtype=torch.long)
+            for part in ([option[:-1] for option in flat], [option[1:] for option in flat])
         )
-    scores = _log_probabilities(output.logits[:, -1])[rows, [option[0] for option in flat]].double()
-    longer = [index for index, option in enumerate(flat) if len(option) > 1]
-    if longer:
-        chosen = torch.tensor([rows[index] for index in longer])
-        cache = _repeat_rows(output.past_key_values, chosen.to(model.device))
-        with route.use(task_ids[chosen]):
-            scores[longer] += _later_tokens(
-                model, cache, mask[chosen.to(mask.device)], [flat[index] for index in longer], pad
+        real = torch.arange(length) < torch.tensor([[len(option) - 1] for option in flat])
+        run = self._in_one_pass if one_pass else self._in_two_passes
+        first, later = run(input_ids, mask, cache, start, torch.tensor(task_ids), rows, fed, real)
+        sums = _log_probability(first[rows], torch.tensor([option[0] for option in flat], device=device))
+        if length:
+            sums += (_log_probability(later, wanted.to(device)) * real.to(device)).sum(dim=1)
+        return [part.tolist() for part in torch.split(sums.cpu(), [len(part) for part in options])]
+
+    # Both ways: input_ids, mask (B, L); cache of the first ``start`` columns; rows (N,): of each option; fed, real
+    # (N, E): its tokens but the last, and which of them are padding. They return the logits after the contexts (B, V)
+    # and after each fed token (N, E, V).
+
+    def _in_two_passes(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
+        device = self.model.device
+        with route.use(task_ids):
+            output = self.model(
+                input_ids=input_ids[:, start:].to(device),
+                attention_mask=mask.to(device),
+                **self._positions(positions_of(mask)[:, start:]),
+                past_key_values=cache,
+                use_cache=True,
+                **last_logits(self.model),
             )
-    found = [part.tolist() for part in torch.split(scores.cpu(), [len(options) for _, options in parts])]
-    for question, values in zip(questions, found, strict=True):
-        if not torch.tensor(values).isfinite().all():
-            raise UserError(
-                f"question {question.example.index} of {question.task.name} has the scores {values}, which are not "
-                "finite: the base model or the adapter holds values that are no numbers; see the training's log"
+        if not fed.shape[1]:
+            return output.logits[:, -1], None
+        cache, whole_mask = output.past_key_values, torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
+        cache.batch_select_indices(rows.to(device))
+        with route.use(task_ids[rows]):
+            later = self.model(
+                input_ids=fed.to(device),
+                attention_mask=whole_mask.to(device),
+                **self._positions(positions_of(whole_mask)[:, mask.shape[1] :]),
+                past_key_values=cache,
+                use_cache=True,
             )
-    return found
+        return output.logits[:, -1], later.logits
+
+    def _positions(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """position_ids for a model that takes them."""
+        takes = accepts_argument(type(self.model), "position_ids")
+        return {"position_ids": positions.to(self.model.device)} if takes else {}
+
+    def _in_one_pass(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
+        # The tokens of a row's options take the columns behind its context, one option after another.
+        used, first = [0] * len(input_ids), []
+        for row, count in zip(rows.tolist(), real.sum(dim=1).tolist(), strict=True):
+            first.append(used[row])
+            used[row] += count
+        columns = torch.tensor(first)[:, None] + torch.arange(fed.shape[1])
+        at = rows[:, None].expand_as(fed)[real], columns[real]
+        tokens, depths, owners = (torch.full((len(input_ids), max(used)), value) for value in (0, 0, -1))
+        tokens[at] = fed[real]
+        depths[at] = torch.arange(fed.shape[1]).expand_as(fed)[real]
+        owners[at] = torch.arange(len(fed))[:, None].expand_as(fed)[real]
+        positions = torch.cat([positions_of(mask), mask.sum(dim=1, keepdim=True) + depths], dim=1)
+        visible, dtype, device = _visible(mask, owners)[:, None, start:], self.model.dtype, self.model.device
+        hidden = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        with route.use(task_ids):
+            logits = self.model(
+                input_ids=torch.cat([input_ids, tokens], dim=1)[:, start:].to(device),
+                attention_mask=hidden.to(device),
+                position_ids=positions[:, start:].to(device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=max(used) + 1,
+            ).logits
+        return logits[:, 0], logits[rows[:, None], (columns + 1).clamp(max=max(used))]
 
 
-def _later_tokens(model, cache: Cache, mask: torch.Tensor, options: list[list[int]], pad: int) -> torch.Tensor:
-    """Summed log-probability of each option's tokens after its first, which is fed; cache and mask have its row."""
-    length, device = max(len(option) for option in options) - 1, mask.device
-    fed = torch.tensor([(option[:-1] + [pad] * length)[:length] for option in options], device=device)
-    wanted = torch.tensor([(option[1:] + [pad] * length)[:length] for option in options], device=device)
-    real = torch.tensor([[column < len(option) - 1 for column in range(length)] for option in options], device=device)
-    whole_mask = torch.cat([mask, real.to(mask.dtype)], dim=1)
-    logits = model(
-        input_ids=fed,
-        attention_mask=whole_mask,
-        **_positions(model, whole_mask, mask.shape[1]),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
-    logp = _log_probabilities(logits).gather(2, wanted[:, :, None])[:, :, 0]
-    return (logp.double() * real).sum(dim=1)
+def takes_own_mask(model: PreTrainedModel) -> bool:
+    """Whether a model says that it takes positions and a mask of its caller's, and no layer forgets tokens."""
+    if model.config._attn_implementation not in _ATTENTION:
+        return False
+    if not accepts_argument(type(model), "position_ids") or not accepts_argument(type(model), "logits_to_keep"):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-def _repeat_rows(cache: Cache, rows: torch.Tensor) -> Cache:
-    """The cache with the given rows of its batch, in place; a layer that keeps every token repeats them when read."""
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = _RepeatedLayer(layer, rows)
-        else:
-            layer.batch_select_indices(rows)
-    return cache
+def _visible(mask: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """Which key each query sees, (B, L + E, L + E): earlier real tokens of the context and of its own option.
+
+    owners (B, E): the option of each column, -1 for padding. Every token sees itself, padding too: a softmax over no
+    key is NaN.
+    """
+    length, width = mask.shape[1], owners.shape[1]
+    owner = torch.cat([mask.long() - 2, owners], dim=1)  # context -1, its padding -2
+    real = torch.cat([mask.bool(), owners >= 0], dim=1)
+    same = owner[:, :, None] == owner[:, None, :]
+    of_context = torch.arange(length + width) < length
+    earlier = torch.ones(length + width, length + width, dtype=torch.bool).tril()
+    return (earlier & (same | of_context) & real[:, None, :]) | torch.eye(length + width, dtype=torch.bool)
 
 
-class _RepeatedLayer(DynamicLayer):
-    """A layer for one more pass, which copies its rows only when it is read: one layer's copies at a time."""
-
-    def __init__(self, layer: DynamicLayer, rows: torch.Tensor):
-        super().__init__()
-        self.__dict__.update(vars(layer))
-        self.rows = rows
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
-        """(keys, values) of the rows with the new tokens behind them; they are not kept."""
-        return self._with(self.keys, key_states), self._with(self.values, value_states)
-
-    def _with(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length = kept.shape[2]
-        whole = new.new_empty(len(self.rows), kept.shape[1], length + new.shape[2], kept.shape[3])
-        torch.index_select(kept, 0, self.rows, out=whole[:, :, :length])
-        whole[:, :, length:] = new
-        return whole
-
-
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """log softmax over the vocabulary, in float32 at least."""
-    return log_softmax(at_least_float32(logits), dim=-1)
-
-
-def _positions(model: PreTrainedModel, mask: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
-    """position_ids of the columns from ``start``, for a model that takes them."""
-    if not accepts_argument(type(model), "position_ids"):
-        return {}
-    return {"position_ids": positions_of(mask)[:, start:]}
+def _log_probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of tokens (...) under logits (..., V), taken in float32 at least, as float64."""
+    logits = at_least_float32(logits)
+    return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)).double()
 
 
 def best_option(options: Sequence[str], scores: Sequence[float]) -> str:

@@ -89,6 +89,7 @@ def run(config: PredictConfig) -> None:
             )
             files.write_text(output, "".join(json.dumps(one, ensure_ascii=False) + "\n" for _, one in results))
             shutil.rmtree(partial)
+            print(f"{len(results):,} answers in {output}", file=sys.stderr)
 
 
 def _check_output(config: PredictConfig, output: Path, partial: Path, settings: dict) -> None:

@@ -32,8 +32,13 @@ class PrefixCaches:
     """
 
     def __init__(self, model: PreTrainedModel, prefixes: Mapping[int, Sequence[int]]):
-        self.model, self.prefixes = model, prefixes
+        self.model = model
         self.usable = accepts_argument(type(model), "position_ids")
+        self.use(prefixes)
+
+    def use(self, prefixes: Mapping[int, Sequence[int]]) -> None:
+        """Reuse these prefixes in place of those before."""
+        self.prefixes = prefixes
         self._caches: dict[int, DynamicCache] = {}
 
     @torch.inference_mode()

@@ -19,9 +19,8 @@ from mtl_lora.adapter.inject import find_targets
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype
 from mtl_lora.errors import UserError
-from mtl_lora.language.collate import Collator
+from mtl_lora.language.batches import Collator, token_losses
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.loss import token_losses
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
 from mtl_lora.training import distributed, resume
@@ -192,9 +191,9 @@ def build_model(config: TrainConfig, adapter: AdapterConfig, arguments: Training
     return model
 
 
-def provenance(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Origin:
+def provenance(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Provenance:
     """What a checkpoint of this run records of its base model, prompt and tasks."""
-    return checkpoint.Origin(
+    return checkpoint.Provenance(
         base_model=config.base_model,
         base_fingerprint=base_fingerprint,
         prompt_template=config.template,

@@ -201,8 +201,10 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     keys, a question answered twice, and predictions that are not those that the results file counts.
     """
     path, score, found = predictions_path(results, task), results.tasks[task], {}
-    if score.metric != "accuracy":
-        raise UserError(f"{results.path}: the metric of {task} is {score.metric}; questions are compared by accuracy")
+    if score.metric not in ("accuracy", "exact_match"):
+        raise UserError(
+            f"{results.path}: the metric of {task} is {score.metric}; questions are compared by accuracy or exact_match"
+        )
     for number, line in enumerate(_lines(path), 1):
         reader = Reader(f"{path}, line {number}")
         try:

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from mtl_lora import files
-from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.layer import in_pieces
 from mtl_lora.base_model import choose_dtype
 from mtl_lora.errors import UserError
 from mtl_lora.memory import keep_freed_memory
@@ -123,18 +120,6 @@ def loading_base(dtype: str) -> Iterator[None]:
         yield
     finally:
         config["bf16"] = before
-
-
-def gathered_adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's parameters, whole; under ZeRO-3 every process takes part in gathering them."""
-    state = checkpoint.adapter_state(model)
-    parameters = [model.get_parameter(name) for name in state]
-    if not any(in_pieces(parameter) for parameter in parameters):
-        return state
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters):
-        return {name: model.get_parameter(name).detach().cpu().clone() for name in state}
 
 
 def _launcher_switch(name: str) -> bool:

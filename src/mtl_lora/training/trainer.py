@@ -4,7 +4,6 @@ The Trainer takes an injected model for a full model and reserves adapter-only s
 saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
-from mtl_lora.training.distributed import deepspeed_file, gathered_adapter_state
+from mtl_lora.training.distributed import deepspeed_file
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 _STAGING = ".saving"
@@ -112,20 +111,6 @@ class TaskLosses:
         return sums[0].cpu(), sums[1].cpu()
 
 
-@contextlib.contextmanager
-def trainable_when_quantised(model: nn.Module):
-    """A block in which transformers takes a quantised base with our adapters for one that may be trained.
-
-    The Trainer refuses a base in 4 or 8 bits unless it carries adapters, which it recognises by PEFT's mark alone.
-    """
-    before = getattr(model, "_hf_peft_config_loaded", False)
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        model._hf_peft_config_loaded = before
-
-
 class EpochLoader(DataLoader):
     """A DataLoader that passes the epoch on from the Trainer to its batch sampler."""
 
@@ -151,14 +136,19 @@ class MultiTaskTrainer(Trainer):
         collator: Callable[[Sequence], Batch],
         tasks: Sequence[str],
         sampler: LengthGroupedBatchSampler,
-        provenance: checkpoint.Origin,
+        provenance: checkpoint.Provenance,
         eval_lengths: np.ndarray | None = None,
         **options,
     ):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
         self.eval_lengths, self.task_losses = eval_lengths, TaskLosses(len(self.tasks))
-        with trainable_when_quantised(options["model"]):
+        # A base in 4 or 8 bits is refused unless it carries adapters, which are recognised by PEFT's mark alone.
+        model = options["model"]
+        before, model._hf_peft_config_loaded = getattr(model, "_hf_peft_config_loaded", False), True
+        try:
             super().__init__(data_collator=collator, **options)
+        finally:
+            model._hf_peft_config_loaded = before
         # compute_loss divides by the weights of the whole step; the Trainer must not divide by the micro-batches too.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -244,7 +234,7 @@ class MultiTaskTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter alone; all processes take part, the first one writes."""
-        state = gathered_adapter_state(self.model)
+        state = checkpoint.adapter_state(self.model)
         if self.args.should_save:
             checkpoint.save(self.model, output_dir or self.args.output_dir, self.provenance, state)
 
@@ -256,13 +246,13 @@ class MultiTaskTrainer(Trainer):
         staging = Path(self.args.output_dir) / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self._barrier()
+        self.accelerator.wait_for_everyone()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
-        self._barrier()
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (complete,) = artifacts.checkpoints(staging)
             target = Path(self.args.output_dir) / complete.name
@@ -272,7 +262,7 @@ class MultiTaskTrainer(Trainer):
             kept = self.args.save_total_limit
             for folder in artifacts.checkpoints(self.args.output_dir)[: -kept or None] if kept else []:
                 shutil.rmtree(folder, ignore_errors=True)
-        self._barrier()
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -303,10 +293,6 @@ class MultiTaskTrainer(Trainer):
         scheduler = torch.load(os.path.join(resume_from_checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
-
-    def _barrier(self) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
 
 
 class LogFile(TrainerCallback):
@@ -340,29 +326,23 @@ def _step_of(line: str) -> float:
 class Progress(TrainerCallback):
     """What a person sees of a training: a bar with the latest loss on a terminal, else a line for every log line."""
 
+    bar = tqdm(disable=True)  # an evaluation before any training logs too
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.terminal = sys.stderr.isatty()
-        hidden = not (self.terminal and state.is_world_process_zero)
+        shown, done = state.is_world_process_zero and sys.stderr.isatty(), state.global_step
         self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=hidden,
+            total=state.max_steps, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not shown
         )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.4f}")
         names = {"eval_loss": "validation loss", "train_loss": "mean training loss"}
-        for key, name in (names if self.terminal else {"loss": "loss", **names}).items():
-            if key in logs:
+        for key, name in ({"loss": "loss", **names} if self.bar.disable else names).items():
+            if key in logs and state.is_world_process_zero:
                 self.bar.write(f"step {state.global_step} of {state.max_steps}: {name} {logs[key]:.4f}", sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):

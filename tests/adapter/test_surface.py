@@ -1,0 +1,513 @@
+"""What a model is while it carries an adapter, and after: copies, wrappers, the base beneath, modules saved whole."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference.architectures import OTHERS
+from reference.layers import assert_near
+from reference.tiny import (
+    METHODS,
+    TASKS,
+    adapted_llama,
+    adapter_config,
+    adapter_gradients,
+    randomise,
+    tiny_llama,
+    tokens,
+)
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import mtl_lora
+from mtl_lora import UserError, route
+from mtl_lora.adapter.checkpoint import WEIGHTS_NAME, adapter_state, read_config
+from mtl_lora.base_model import BaseModel
+
+
+def logits(model, **options) -> torch.Tensor:
+    """Of four rows with four tasks."""
+    with torch.no_grad():
+        return model(input_ids=tokens(4), task_ids=TASKS, **options).logits
+
+
+def generated(model, **options) -> torch.Tensor:
+    """Greedy, with beams, which expand the rows."""
+    prompt = tokens(2)
+    options |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    return model.generate(prompt, **options)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    """A copy through pickle."""
+    return pickle.loads(pickle.dumps(model))  # noqa: S301
+
+
+# ---- copies, and what is left when the adapter is gone ----
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_is_a_model_of_its_own(duplicate):
+    model = adapted_llama(modules_to_save=["model.norm"])
+    expected, sequences = logits(model), generated(model, task_ids=["maps", "birds"])
+    twin = duplicate(model)
+    randomise(model, seed=5)
+    mtl_lora.unload(model)
+    assert torch.equal(logits(twin), expected)
+    assert torch.equal(generated(twin, task_ids=["maps", "birds"]), sequences)
+    with mtl_lora.disabled(twin):
+        assert torch.equal(logits(twin), tiny_llama()(input_ids=tokens(4)).logits)
+    mtl_lora.unload(twin)
+    assert not mtl_lora.adapter_layers(twin)
+
+
+def facts(model: nn.Module) -> dict:
+    """Everything about a model that an adapter could leave a trace in, except its weights."""
+    return {
+        "modules": [
+            (
+                name,
+                type(module),
+                sorted(vars(module)),
+                {key for key, value in vars(module).items() if "hook" in key and value},
+            )
+            for name, module in model.named_modules()
+        ],
+        "gradients": {name: weight.requires_grad for name, weight in model.named_parameters()},
+        "dtypes": {name: tensor.dtype for name, tensor in model.state_dict().items()},
+        "config": model.config.to_dict(),
+        "functions": {type(vars(module).get("_gradient_checkpointing_func")) for module in model.modules()},
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "taking_off", [mtl_lora.unload, lambda model: mtl_lora.merge(model, "maps")], ids=["unload", "merge"]
+)
+def test_nothing_is_left_of_an_adapter_that_was_taken_off(taking_off, dtype):
+    def base():
+        model = tiny_llama(dtype).train()
+        model.model.embed_tokens.requires_grad_(False)
+        model.gradient_checkpointing_enable()
+        for hook in model._require_grads_hooks:  # transformers' own, a closure that does not pickle
+            hook.remove()
+        return model
+
+    model, expected = base(), facts(base())
+    mtl_lora.inject(model, adapter_config(modules_to_save=["model.norm", "*.post_attention_layernorm.weight"]))
+    randomise(model)
+    model(input_ids=tokens(4), task_ids=TASKS, use_cache=False).logits.sum().backward()
+    generated(model.eval(), task_ids=["maps", "birds"])
+    assert taking_off(model) is model
+    found = facts(model.train())
+    assert found == expected
+    model.zero_grad()
+    twin = pickled(model.eval())
+    assert torch.equal(generated(twin), generated(model))
+    with pytest.raises(TypeError, match="task_ids"):
+        nn.Linear.__call__(model.lm_head, torch.zeros(16), task_ids=TASKS)
+    if taking_off is mtl_lora.unload:
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, base().state_dict()[name]), name
+
+
+def test_there_must_be_an_adapter_to_take_off():
+    for take_off in (mtl_lora.unload, mtl_lora.merge):
+        with pytest.raises(UserError, match="carries no adapter"):
+            take_off(tiny_llama())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disabled_adapter_is_the_base_bit_for_bit(method):
+    model = adapted_llama(method, torch.float32, modules_to_save=["norm"])
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    expected, base = logits(model), tiny_llama(torch.float32)(input_ids=tokens(4)).logits
+    assert not torch.equal(expected, base)
+    for _ in range(2):
+        with pytest.raises(KeyError), mtl_lora.disabled(model):
+            assert torch.equal(logits(model), base)
+            with mtl_lora.disabled(model), route.use(TASKS):
+                assert torch.equal(model(input_ids=tokens(4)).logits, base)
+            assert torch.equal(model(input_ids=tokens(4)).logits, base)
+            raise KeyError
+        assert torch.equal(logits(model), expected)
+
+
+def test_the_mode_that_is_set_while_an_adapter_is_disabled_holds_afterwards():
+    model = adapted_llama(dropout=0.5).train()
+    with mtl_lora.disabled(model):
+        model.eval()
+    assert torch.equal(logits(model), logits(model))
+
+
+# ---- silence is impossible ----
+
+
+class ReadsWeight(nn.Module):
+    """Uses the weight of a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.calls = ("out",)
+
+    def forward(self, x):
+        x = F.linear(x, self.qkv.weight, self.qkv.bias)
+        for name in self.calls:
+            x = getattr(self, name)(x)
+        return x
+
+
+def test_a_layer_that_is_never_called_is_named_by_the_first_forward_that_trains():
+    model, x = ReadsWeight(), torch.randn(2, 8)
+    mtl_lora.inject(model, adapter_config(target_modules=["qkv", "out"]))
+    model.eval()(x, task_ids=[0, 1])
+    with torch.no_grad():
+        model.train()(x, task_ids=[0, 1])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the adapter layer qkv of 2 was not called .* allow_unused=True"):
+            model(x, task_ids=[0, 1])
+    assert not any(layer._forward_pre_hooks for layer in mtl_lora.adapter_layers(model).values())
+    model.calls = ("qkv", "out")
+    model(x, task_ids=[0, 1])
+    model.calls = ()  # looked at once
+    model(x, task_ids=[0, 1])
+
+
+def test_layers_that_other_batches_reach_may_be_allowed():
+    model = mtl_lora.inject(ReadsWeight(), adapter_config(target_modules=["qkv", "out"]), allow_unused=True)
+    model(torch.randn(2, 8), task_ids=[0, 1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_are_seen_through_checkpointing(reentrant):
+    model = adapted_llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(input_ids=tokens(4), task_ids=TASKS, use_cache=False)
+    assert not model.mtl_lora_injection.unchecked
+
+
+def shared() -> nn.ModuleDict:
+    """One linear layer under two names, and one of its own."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+    return nn.ModuleDict(
+        {"enc": nn.ModuleDict({"proj": layer}), "dec": nn.ModuleDict({"proj": layer}), "out": nn.Linear(8, 8)}
+    )
+
+
+@pytest.mark.parametrize("target", ["proj", "dec.proj", "enc.proj"])
+def test_a_layer_under_two_names_becomes_one_adapter_layer_under_both(target, tmp_path):
+    model = randomise(mtl_lora.inject(shared(), adapter_config(target_modules=[target])))
+    assert list(mtl_lora.adapter_layers(model)) == ["enc.proj"]
+    assert model["enc"]["proj"] is model["dec"]["proj"]
+    mtl_lora.save(model, tmp_path)
+    loaded = mtl_lora.load(shared(), tmp_path)
+    with route.use([0, 1]):
+        assert torch.equal(loaded["dec"]["proj"](torch.ones(2, 8)), model["enc"]["proj"](torch.ones(2, 8)))
+    base = mtl_lora.unload(model)
+    assert base["enc"]["proj"] is base["dec"]["proj"]
+    assert type(base["dec"]["proj"]) is nn.Linear
+
+
+# ---- wrapped models ----
+
+
+def compiled_block(model):
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    return model
+
+
+def checkpointed_block(model):
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    return model
+
+
+WRAPPED = [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, compiled_block, checkpointed_block]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("wrap", WRAPPED, ids=["compiled", "data parallel", "compiled block", "checkpointed block"])
+def test_a_wrapped_model_saves_names_that_load(wrap, when, tmp_path):
+    if when == "before":
+        model = wrap(tiny_llama())
+        assert mtl_lora.inject(model, adapter_config(modules_to_save=["norm"])) is model
+        randomise(model)
+    else:
+        model = wrap(adapted_llama(modules_to_save=["norm"]))
+    mtl_lora.save(model, tmp_path)
+    loaded = mtl_lora.load(tiny_llama(), tmp_path)
+    assert adapter_state(loaded).keys() == adapter_state(model).keys() == load_file(tmp_path / WEIGHTS_NAME).keys()
+    assert torch.equal(logits(loaded), logits(adapted_llama(modules_to_save=["norm"])))
+    again = adapter_state(mtl_lora.load(wrap(tiny_llama()), tmp_path))
+    assert all(torch.equal(again[name], tensor) for name, tensor in adapter_state(loaded).items())
+    mtl_lora.unload(model)
+    with pytest.raises(UserError, match="carries no adapter"):
+        mtl_lora.save(model, tmp_path)
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(adapted_llama(), use_orig_params=True, device_id=torch.device("cpu"))
+        second = adapted_llama()
+        fully_shard(second, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        for each in (model, second):
+            with pytest.raises(UserError, match="FSDP has sharded"):
+                mtl_lora.save(each, tmp_path)
+    finally:
+        destroy_process_group()
+    assert not list(tmp_path.iterdir())
+
+
+# ---- modules saved whole ----
+
+
+def head_and_norm() -> nn.Module:
+    """Linear layers, a batch norm with buffers, and a part whose names hold dots."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "body": nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)),
+            "head": nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)),
+        }
+    )
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = head_and_norm()
+        self.shift = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return self.parts["head"](self.parts["body"](x) + self.shift)
+
+
+SAVED = {
+    "a name": (["parts.head"], {"parts.head.0.weight", "parts.head.0.bias", "parts.head.1.weight", "parts.head.1.bias",
+                                "parts.head.2.weight", "parts.head.2.bias"}),
+    "an ending": (["head.1"], {"parts.head.1.weight", "parts.head.1.bias"}),
+    "buffers": (["body.1"], {f"parts.body.1.{key}" for key in
+                             ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}),
+    "a pattern": (["*.bias"], {f"parts.{name}.bias" for name in
+                               ("body.0", "body.1", "body.2", "head.0", "head.1", "head.2")}),
+    "a parameter": (["shift"], {"shift"}),
+    "two": (["head.2", "*.head.*.bias"], {"parts.head.2.weight"} | {f"parts.head.{index}.bias" for index in range(3)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entry", SAVED)
+def test_modules_are_trained_and_saved_whole_beside_the_adapter(entry, dtype, tmp_path):
+    entries, names = SAVED[entry]
+    x, base = torch.randn(6, 8).to(dtype), Network().to(dtype)
+    config = adapter_config(target_modules=["body.0"], tasks=["one"], modules_to_save=entries)
+    expected, trained_base = base.eval()(x), copy.deepcopy(base).train()(x)
+    model = mtl_lora.inject(copy.deepcopy(base), config)
+    ids = [0] * 6
+    assert torch.equal(model(x, task_ids=ids), expected)
+    state = adapter_state(model)
+    assert {name for name in state if "lora" not in name} == names
+    masters = torch.float64 if dtype == torch.float64 else torch.float32
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all(model.get_parameter(name).dtype == masters for name in trainable)
+    assert {name.replace("0.base.", "0.") for name in trainable if "lora" not in name} == {
+        name for name in names if "running" not in name and "num_" not in name
+    }
+
+    optimiser = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    if "buffers" not in entry:
+        with pytest.raises(UserError, match=r"the batch norm parts.body.1 is frozen"):
+            model.train()(x, task_ids=ids)
+        trained_base = expected
+        model.parts["body"][1].eval()
+    else:
+        model.train()
+    y = model(x, task_ids=ids)
+    assert torch.equal(y, trained_base)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    gradients = adapter_gradients(model)
+    assert all(gradient.any() and gradient.dtype == masters for name, gradient in gradients.items() if "lora_B" in name)
+    for name, weight in model.named_parameters():
+        weight.grad = gradients.get(name)
+    optimiser.step()
+    model.eval()
+    after = model(x, task_ids=ids)
+    assert not torch.equal(after, expected)
+    mtl_lora.save(model, tmp_path)
+    loaded = mtl_lora.load(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(loaded(x, task_ids=ids), after)
+    for name, tensor in adapter_state(loaded).items():
+        assert torch.equal(tensor, adapter_state(model)[name]), name
+
+    with mtl_lora.disabled(model):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x, task_ids=ids), after)
+    merged, unloaded = mtl_lora.merge(loaded, "one"), mtl_lora.unload(model)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    assert_near(merged(x), after, tolerance, "merged")
+    assert all(tensor.dtype == base.state_dict()[name].dtype for name, tensor in merged.state_dict().items())
+    for name, tensor in unloaded.state_dict().items():
+        assert torch.equal(tensor, base.state_dict()[name]), name
+
+
+def test_a_bfloat16_model_with_saved_modules_checkpoints_to_the_same_gradients():
+    def gradients(checkpointing=False):
+        model = mtl_lora.inject(
+            tiny_llama(torch.bfloat16).train(),
+            adapter_config(modules_to_save=["model.norm", "*layernorm*", "layers.1.mlp.gate_proj"]),
+        )
+        randomise(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=tokens(4), task_ids=TASKS, use_cache=False).logits.float().square().mean().backward()
+        return adapter_gradients(model)
+
+    expected = gradients()
+    assert sum("lora" not in name for name in expected) == 2 * 2 + 1 + 1
+    for name, gradient in gradients(checkpointing=True).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_tied_weights_stay_tied():
+    model = tiny_llama()
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    mtl_lora.inject(model, adapter_config(modules_to_save=["lm_head"]))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.requires_grad
+    assert [name for name in adapter_state(model) if "lora" not in name] == ["lm_head.weight"]
+    mtl_lora.unload(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"modules_to_save": ["nrom"]},
+            r"modules_to_save: no module with weights is named 'nrom' \(did you mean 'norm'",
+        ),
+        ({"modules_to_save": ["rotary_emb"]}, "no module with weights is named 'rotary_emb'"),
+        ({"modules_to_save": ["layers.0.self_attn"]}, "q_proj is both in target_modules and in modules_to_save"),
+        ({"modules_to_save": ["*.weight"]}, "is both in target_modules and in modules_to_save"),
+    ],
+)
+def test_modules_that_cannot_be_saved_are_refused_and_nothing_changes(changes, message):
+    model = tiny_llama()
+    expected = facts(model)
+    with pytest.raises(UserError, match=message):
+        mtl_lora.inject(model, adapter_config(**changes))
+    assert facts(model) == expected
+
+
+def test_a_quantised_module_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"1\.weight is quantised and cannot be trained"):
+        mtl_lora.inject(model, adapter_config(target_modules=["0"], modules_to_save=["1"]))
+
+
+def test_all_linear_leaves_out_what_is_saved_whole():
+    model = mtl_lora.inject(tiny_llama(), adapter_config(target_modules="all-linear", modules_to_save=["layers.1.mlp"]))
+    assert len(mtl_lora.adapter_layers(model)) == 7 + 4
+
+
+def test_a_classifier_is_trained_beside_the_adapter(tmp_path):
+    (bert,) = (each for each in OTHERS if each.name == "Bert")
+    model = mtl_lora.inject(bert.build(), adapter_config(target_modules=["query"], modules_to_save=["classifier"]))
+    randomise(model)
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    mtl_lora.save(model, tmp_path)
+    loaded = mtl_lora.load(bert.build(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    state = load_file(tmp_path / WEIGHTS_NAME)
+    assert torch.equal(state["classifier.weight"], model.classifier.weight)
+
+
+# ---- the base model of a checkpoint ----
+
+
+def test_a_checkpoint_names_its_base_and_is_loaded_alone(tiny_base, tmp_path, monkeypatch):
+    from mtl_lora.export.peft import export_peft
+
+    monkeypatch.chdir(f"{tiny_base}/..")
+    relative = tiny_base.rpartition("/")[2]
+    model = BaseModel(relative).load("fp32")
+    config = adapter_config(target_modules=["q_proj"])
+    mtl_lora.save(randomise(mtl_lora.inject(model, config)), tmp_path / "adapter")
+    provenance = read_config(tmp_path / "adapter").provenance_config
+    assert provenance.base_model == tiny_base
+    assert provenance.base_fingerprint == BaseModel(tiny_base).fingerprint()
+    assert (provenance.system, provenance.base_class) == ("language", "LlamaForCausalLM")
+    monkeypatch.chdir(tmp_path)
+    loaded = mtl_lora.load(tmp_path / "adapter", dtype="fp32")
+    assert torch.equal(logits(loaded), logits(model))
+    exported = export_peft(tmp_path / "adapter", tmp_path / "peft")
+    assert exported
+
+
+def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
+    model = BaseModel(tiny_base).load("fp32")
+    mtl_lora.save(mtl_lora.inject(model, adapter_config(target_modules=["q_proj"])), tmp_path / "adapter")
+    other = BaseModel(tiny_base).load("fp32")
+    with torch.no_grad():
+        other.model.norm.weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    other = BaseModel(str(tmp_path / "other")).load("fp32")
+    with pytest.raises(UserError, match="was trained on another base model than") as error:
+        mtl_lora.load(other, tmp_path / "adapter")
+    assert tiny_base in str(error.value)
+    assert not mtl_lora.adapter_layers(other)
+    # A model that was merged is another base too, and does not pass for the one it came from.
+    merged = mtl_lora.merge(model, "maps")
+    mtl_lora.save(mtl_lora.inject(merged, adapter_config(target_modules=["q_proj"])), tmp_path / "second")
+    assert read_config(tmp_path / "second").provenance_config.base_model is None
+    with pytest.raises(UserError, match="names no base model"):
+        mtl_lora.load(tmp_path / "second")
+
+
+# ---- the names ----
+
+
+def test_trainable_parameters_are_printed_as_peft_prints_them(capsys):
+    mtl_lora.print_trainable_parameters(adapted_llama("lora", target_modules=["q_proj"]))
+    assert capsys.readouterr().out == "trainable params: 192 || all params: 5,296 || trainable%: 3.6254\n"
+
+
+def test_adapters_need_torch_and_safetensors_alone(tmp_path):
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys(("transformers", "peft", "accelerate", "datasets"), None))
+import torch, mtl_lora, mtl_lora.route
+from mtl_lora import route
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+base = torch.nn.Sequential(*[torch.nn.Linear(8, 8) if index != 1 else torch.nn.ReLU() for index in range(3)])
+base.load_state_dict(model.state_dict())
+config = mtl_lora.AdapterConfig(rank=2, tasks=["a", "b"], target_modules=["0"], modules_to_save=["2"])
+mtl_lora.inject(model, config)
+model(torch.ones(2, 8), task_ids=["a", "b"]).sum().backward()
+assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+mtl_lora.save(model, {str(tmp_path)!r})
+loaded = mtl_lora.load(base, {str(tmp_path)!r})
+with route.use(["b", "a"]), mtl_lora.disabled(loaded):
+    loaded(torch.ones(2, 8))
+mtl_lora.merge(loaded, "a")
+mtl_lora.unload(model)
+mtl_lora.print_trainable_parameters(model)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "trainable params: 144 || all params: 144 || trainable%: 100.0000\n"
