@@ -11,8 +11,8 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.results import Results, TaskNames, TaskResult, Trainable
 from mtl_lora.study.config import read_grid
-from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
-from mtl_lora.study.runner import ProcessPool, State
+from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, State
+from mtl_lora.study.runner import ProcessPool
 
 GRID = {
     "name": "small",
@@ -81,7 +81,7 @@ def job_of(folder: Path, value: dict, name: str = "LoRA") -> PlannedJob:
 def finish(job: PlannedJob, right: dict[str, str], seconds: float = 10.0) -> None:
     """Leave a job's folder as a finished training and evaluation would; ``right``: by task, ``110`` is two of three."""
     steps = dict.fromkeys(job.flags, 1)
-    State(job.configuration, job.commands, steps, dict.fromkeys(steps, seconds)).save(job.folder)
+    State(job.configuration, steps, dict.fromkeys(steps, seconds)).save(job.folder)
     write_results(job.folder, right, job.flags["evaluate"]["name"], job.flags.get("train", {}).get("adapter_name"))
     if "train" in job.flags:
         (job.folder / "train_log.jsonl").write_text('{"step": 2, "loss": 2.0}\n{"step": 3, "train_runtime": 1.0}\n')

@@ -87,18 +87,10 @@ def test_search_leaves_alone_what_has_no_training_sets_the_flag_itself_or_opts_o
     assert searched == {"Base": "", "LoRA": "LoRA", "MTL-LoRA": "", "Out": "", "As": "LoRA"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "facts"),
-    [
-        ({}, ["--grid", "textclass"]),
-        ({"grid": "x", "parallel": 0}, ["parallel", "0"]),
-        ({"grid": "x", "check": True, "report": True}, ["--check", "--report"]),
-    ],
-)
-def test_wrong_flags_of_a_study_are_refused(flags, facts):
-    with pytest.raises(UserError) as error:
-        StudyConfig(**flags)
-    assert all(fact in str(error.value) for fact in facts)
+def test_wrong_flags_of_a_study_are_refused():
+    for flags, facts in (({"parallel": 0}, "parallel .*0"), ({"check": True, "report": True}, "--check .*--report")):
+        with pytest.raises(UserError, match=facts):
+            StudyConfig(grid="any", **flags)
 
 
 # ---- the grids of the package ----
@@ -129,14 +121,6 @@ def test_unknown_name_of_a_grid_lists_those_of_the_package():
     for name in ("quikstart", "script/grids/quickstart.json"):
         with pytest.raises(UserError, match=f"{name}.*commonsense, llama2_7B, quickstart, textclass, transfer"):
             read_grid(name)
-
-
-@pytest.mark.parametrize("name", ["quickstart", "textclass", "commonsense", "llama2_7B"])
-def test_main_tables_have_the_base_model_and_the_methods_of_the_paper(name):
-    read = read_grid(name)
-    assert read.experiments[0].train is None
-    methods = {adapter.method for adapter in adapters(read).values()}
-    assert methods >= {"lora", "dora", "multilora", "moelora", "mtl_lora"}
 
 
 @pytest.mark.parametrize("name", ["textclass", "commonsense"])

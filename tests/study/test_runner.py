@@ -1,7 +1,6 @@
 """Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures; time left."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -21,9 +20,6 @@ from mtl_lora.study.runner import (
     environments,
     execute,
     execute_all,
-    is_finished,
-    load_state,
-    seconds_left,
 )
 
 RIGHT = {"boolq": "10"}
@@ -48,10 +44,10 @@ def refusal(job, overwrite: bool = False) -> str:
 
 
 def test_state_is_the_same_after_a_trip_through_its_file(job):
-    assert load_state(job) is None and not is_finished(job) and not refusal(job)
-    state = State(job.configuration, job.commands, {"train": 2}, {"train": 1.5})
+    assert job.state is None and not job.is_finished and not refusal(job)
+    state = State(job.configuration, {"train": 2}, {"train": 1.5})
     state.save(job.folder)
-    assert load_state(job) == state and json.loads((job.folder / "job.json").read_text())["commands"] == job.commands
+    assert job.state == state
 
 
 @pytest.mark.parametrize(
@@ -59,8 +55,8 @@ def test_state_is_the_same_after_a_trip_through_its_file(job):
     [
         ("{", "not JSON"),
         ("[]", "an object"),
-        ('{"configuration": {}}', "commands"),
-        ('{"configuration": {}, "commands": [], "starts": {"train": "1"}}', "starts.train"),
+        ("{}", "configuration"),
+        ('{"configuration": {}, "starts": {"train": "1"}}', "starts.train"),
     ],
 )
 def test_broken_state_is_one_sentence(job, value, fact):
@@ -72,9 +68,9 @@ def test_broken_state_is_one_sentence(job, value, fact):
 def test_finished_job_is_skipped_even_without_its_weights(job):
     finish(job, RIGHT)
     (job.folder / "mtl_lora.safetensors").unlink()
-    assert is_finished(job)
+    assert job.is_finished
     (job.folder / "results.json").unlink()
-    assert not is_finished(job)
+    assert not job.is_finished
 
 
 def test_other_configuration_is_refused_by_what_differs_unless_told_to_overwrite(job, tmp_path):
@@ -83,17 +79,17 @@ def test_other_configuration_is_refused_by_what_differs_unless_told_to_overwrite
     facts = (str(job.folder), "the train data (sha256)", "train.lora_r 4 -> 8", "--overwrite", "repeat")
     assert all(fact in refusal(now) for fact in facts)
     assert job.data["train"].used.sha256["train"] not in refusal(now), "what is too long is only named"
-    assert not refusal(now, overwrite=True) and load_state(now) is None and is_finished(job)
+    assert not refusal(now, overwrite=True) and now.state is None and job.is_finished
 
 
 def test_training_is_kept_where_the_evaluation_alone_differs(job, tmp_path):
     finish(job, RIGHT)
     other = job_of(tmp_path, with_flags("evaluate", mode="generate"))
     assert "keep its training" in refusal(other) and not refusal(other, overwrite=True)
-    expected = State(other.configuration, other.commands, {"train": 1}, {"train": 10.0})
-    assert load_state(other) == expected and not is_finished(other) and is_finished(job)
-    dataclasses.replace(load_state(job), seconds={}).save(job.folder)
-    assert load_state(other) is None, "a training that did not end is not kept"
+    expected = State(other.configuration, {"train": 1}, {"train": 10.0})
+    assert other.state == expected and not other.is_finished and job.is_finished
+    dataclasses.replace(job.state, seconds={}).save(job.folder)
+    assert other.state is None, "a training that did not end is not kept"
 
 
 @pytest.mark.parametrize("held", ["thesis.tex", "chapter/thesis.tex", "boolq/job.json"])
@@ -132,7 +128,7 @@ def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, tmp_
     facts = ("LoRA seed 0", "train", "exit code 1", str(log), "ends with: error: the disk is full")
     assert all(fact in str(failure.value) for fact in facts) and "\n" not in str(failure.value)
     assert log.read_text().startswith(f"$ {job.commands[0]}\n")
-    assert (load_state(job).starts, load_state(job).seconds) == ({"train": 1}, {})
+    assert (job.state.starts, job.state.seconds) == ({"train": 1}, {})
 
 
 @pytest.mark.parametrize(
@@ -152,13 +148,13 @@ def test_next_start_resumes_from_the_last_complete_checkpoint(job, tmp_path, scr
             (job.folder / "checkpoint-2").mkdir(exist_ok=True)
             (job.folder / "checkpoint-2" / checkpoint).write_text("{}")
     assert (job.folder / "train.out").read_text().count("$ python -m mtl_lora train") == 2
-    assert load_state(job).starts == {"train": 2}
+    assert job.state.starts == {"train": 2}
 
 
 def test_launcher_is_preceded_by_a_check_in_one_process(job, tmp_path, script):
     script("import sys; sys.exit('error: wrong' if '--check' in sys.argv else None)")
     with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match="error: wrong"):
-        execute(dataclasses.replace(job, launcher="torchrun --nproc_per_node 2"), pool)
+        execute(job_of(tmp_path, grid(launcher="torchrun --nproc_per_node 2")), pool)
     assert "torchrun" not in (job.folder / "train.out").read_text()
 
 
@@ -267,7 +263,7 @@ def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
     assert not is_locked(tmp_path / "study"), "a command that still ran would hold the lock"
     with pytest.raises(ProcessLookupError):
         os.kill(int((two_jobs[0].folder / "pid").read_text()), 0)
-    assert "train" not in load_state(two_jobs[0]).seconds
+    assert "train" not in two_jobs[0].state.seconds
 
 
 def test_after_a_failure_no_other_job_is_started(two_jobs, tmp_path, script):
@@ -295,17 +291,3 @@ def test_every_command_gets_its_part_of_the_machine(monkeypatch, tmp_path):
     program.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho '  MIG 1g'\necho 'GPU 1: H100 (UUID: b)'\n")
     program.chmod(0o755)
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(2)] == ["0", "1"]
-
-
-# ---- progress ----
-
-
-def test_time_left_is_that_of_the_waiting_commands_by_the_mean_of_each(tmp_path):
-    plan = plan_of(tmp_path, grid())
-    base, lora = (run_of(plan, *each).jobs[0] for each in (("Base", None), ("LoRA", 0)))
-    states = [
-        State({}, [], {"train": starts, "evaluate": 1}, {"train": a, "evaluate": b})
-        for starts, a, b in ((1, 40, 20), (1, 80, 10), (2, 5, 30))
-    ]  # the last was resumed
-    assert seconds_left([base, lora], states) == 60 + 2 * 20
-    assert seconds_left([lora], states[2:]) == seconds_left([], states) == 0

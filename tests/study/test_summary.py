@@ -10,7 +10,6 @@ from mtl_lora.errors import UserError
 from mtl_lora.report.compare import bootstrap_means, compare, percentile_interval
 from mtl_lora.report.study_model import Study
 from mtl_lora.results import Results
-from mtl_lora.study.runner import load_state
 from mtl_lora.study.summary import (
     RESAMPLES,
     SEED,
@@ -19,7 +18,6 @@ from mtl_lora.study.summary import (
     intervals,
     question_differences,
     render,
-    seed_pairs,
     without_paths,
 )
 
@@ -36,13 +34,13 @@ RIGHT_ALONE = {("Alone", 0): {"boolq": "1000", "piqa": "1110"}, ("Alone", 1): {"
 
 
 def finished(plan, right) -> list:
-    """The runs of a plan with their folders filled, those of several jobs a task each, and the states of their jobs."""
+    """The runs of a plan with their folders filled, those of several jobs a task each."""
     runs = []
     for (name, seed), by_task in right.items():
         run = run_of(plan, name, seed)
         for job in run.jobs:
             finish(job, {job.folder.name: by_task[job.folder.name]} if run.experiment.alone else by_task)
-        runs.append((run, [load_state(job) for job in run.jobs]))
+        runs.append(run)
     return runs
 
 
@@ -107,7 +105,7 @@ def test_tasks_trained_alone_are_one_run_and_give_the_transfer(tmp_path):
 def test_commits_and_devices_are_those_of_every_part(tmp_path, edit_json):
     plan = plan_of(tmp_path, grid(ALONE, **TWO))
     runs = finished(plan, RIGHT_ALONE)
-    edit_json(runs[0][0].jobs[1].folder / "results.json", commit="def", device="a GPU")
+    edit_json(runs[0].jobs[1].folder / "results.json", commit="def", device="a GPU")
     StudyWriter(plan).write(runs)
     study = Study.load(tmp_path / "study")
     assert (study.commits, study.devices) == (["abc", "def"], ["a CPU", "a GPU"])
@@ -126,7 +124,6 @@ def test_table_has_a_row_a_method_with_its_spread_over_seeds(tmp_path):
     difference = next(line for line in rows if line[0] == "MTL-LoRA - LoRA")
     assert difference[1].startswith("+25.0 (") and len(difference) == 4
     assert "questions: boolq 4 of 60, piqa 4 of 60." in text and "examples: boolq 12 of 240" in text
-    assert "steps of a seed: LoRA 3, MTL-LoRA 3." in text
 
 
 def test_table_of_one_seed_has_standard_errors_and_says_so(tmp_path):
@@ -193,12 +190,6 @@ def test_one_pair_of_runs_has_the_interval_of_report_compare(runs):
     ]:
         expected = [other["accuracy"][key] for key in ("difference", "low", "high")]
         assert dataclasses.astuple(entry) == pytest.approx(expected)
-
-
-def test_seeds_go_together_and_a_run_without_one_goes_with_every_seed():
-    assert seed_pairs({0: "a0", 1: "a1", 2: "a2"}, {1: "b1", 0: "b0", 5: "b5"}) == [("a0", "b0"), ("a1", "b1")]
-    assert seed_pairs({0: "a0", 1: "a1"}, {None: "b"}) == [("a0", "b"), ("a1", "b")]
-    assert seed_pairs({None: "a"}, {0: "b0"}) == [("a", "b0")]
 
 
 def test_only_tasks_of_both_are_compared_and_only_on_the_same_questions(tmp_path, runs):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from mtl_lora import files
-from mtl_lora.config import Config, closest, flag
+from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 
@@ -25,7 +25,7 @@ _SHARED = {TrainConfig: {"data_path", *FROM_TRAIN}, EvalConfig: {"data_dir", "mo
 class StudyConfig(Config):
     """The flags of ``mtl-lora study``."""
 
-    grid: str | None = flag(None, f"JSON file that describes the experiments, or one of {', '.join(GRIDS)}")
+    grid: str = flag(REQUIRED, f"JSON file that describes the experiments, or one of {', '.join(GRIDS)}")
     output_dir: str | None = flag(None, "folder for runs, study.json and table.md; none: output/study/<grid's name>")
     only: list[str] = flag([], "run these experiments alone, as a,b; empty: all")
     check: bool = flag(False, "check the grid and every job's flags, print the plan, then stop")
@@ -37,8 +37,6 @@ class StudyConfig(Config):
     collect: str | None = flag(None, "at the end, a folder for what can be shared: study.json, table.md and figures")
 
     def validate(self) -> None:
-        if not self.grid:
-            raise UserError(f"pass --grid, a JSON file or one of {', '.join(GRIDS)}")
         self.require("parallel", "at least 1", self.parallel >= 1)
         if self.check and self.report:
             raise UserError("--check stops before anything is written and --report writes; pass one")
@@ -61,8 +59,7 @@ class SearchConfig(Config):
 
     def validate(self) -> None:
         self.require("values", "at least two different numbers", len(set(self.values)) == len(self.values) > 1)
-        for name in ("records", "seed"):
-            self.require(name, "at least 0", getattr(self, name) >= 0)
+        self.require("records", "at least 0", self.records >= 0)
         (self.flag,) = _checked({self.flag: 0}, TrainConfig)
         self.train = _checked(self.train, TrainConfig)
 
@@ -90,8 +87,8 @@ class ExperimentConfig(Config):
     def validate(self) -> None:
         self.slug = re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_.")  # the name as a folder
         self.require("name", "a name with a letter or digit", bool(self.slug))
-        self.require("only_tasks", "different names", len(set(self.only_tasks)) == len(self.only_tasks))
-        self.require("seeds", "different whole numbers from 0", _are_seeds(self.seeds))
+        for key in ("only_tasks", "seeds"):
+            self.require(key, "all different", not _repeated(getattr(self, key)))
         for key in ("only_tasks", "alone", "seeds"):
             if self.train is None and getattr(self, key):
                 raise UserError(f"{key} needs a training, and train is null")
@@ -130,7 +127,7 @@ class Grid(Config):
 
     def validate(self) -> None:
         self.require("name", "letters, digits, '_', '-' or '.'", bool(re.fullmatch(r"\w[\w.\-]*", self.name)))
-        self.require("seeds", "at least one seed, all different", bool(self.seeds) and _are_seeds(self.seeds))
+        self.require("seeds", "at least one seed, all different", bool(self.seeds) and not _repeated(self.seeds))
         self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(self.launcher.strip()))
         self.require("experiments", "at least one experiment", bool(self.experiments))
         for name in ("train_records", "test_records"):
@@ -156,10 +153,8 @@ class Grid(Config):
         slugs = [experiment.slug for experiment in self.experiments]
         groups = [experiment.group for experiment in self.experiments if experiment.alone]
         for key, values in (("folder", slugs), ("group, and alone,", groups)):
-            if repeated := next((value for value in values if values.count(value) > 1), None):
-                raise UserError(f"two experiments have the {key} {repeated!r}")
-        if self.baseline:
-            self.experiment(self.baseline)
+            if repeated := _repeated(values):
+                raise UserError(f"two experiments have the {key} {repeated[0]!r}")
         for experiment in self.experiments:
             try:
                 self._complete(experiment, evaluate.tasks)
@@ -223,5 +218,5 @@ def _checked(flags: dict, config: type[Config], place: str = "", for_all: bool =
     return {names[key]: value for key, value in flags.items()}
 
 
-def _are_seeds(seeds: list[int]) -> bool:
-    return len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)
+def _repeated(values: list) -> list:
+    return [value for value in values if values.count(value) > 1]

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mtl_lora import files
+from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import FIELDS, Example, load_examples
@@ -16,8 +16,10 @@ from mtl_lora.report.study_model import Sample
 from mtl_lora.report.table import trainable_text
 from mtl_lora.results import Trainable
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
+from mtl_lora.typed_json import Reader
 
 SAMPLE_SEED = 0
+STATE = "job.json"
 # A job's commands: the class of their flags, and what a flag must affect to be part of the job's configuration.
 _DECIDING = {"train": (TrainConfig, "weights"), "evaluate": (EvalConfig, "answers")}
 _TEST_DATA, _BASE = "the test data (sha256)", "the base model (fingerprint)"
@@ -30,10 +32,6 @@ def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
     return [examples[index] for index in sorted(order[: most or None])]
 
 
-def _file_of(examples: Iterable[Example]) -> bytes:
-    return files.records_bytes([{key: getattr(example, key) for key in FIELDS} | example.extra for example in examples])
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Training examples or test sets of a study. path: as flags name it; used: how many, of which files by sha256.
@@ -44,6 +42,22 @@ class Part:
     path: Path
     used: Sample
     content: dict[Path, bytes]
+
+
+def _part(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Part:
+    """``most`` examples of each task. sets: by name, the file to read, the one to write, and the examples by task."""
+    part = Part(path, Sample({}, {}, {}, {}), {})
+    for name, (source, target, by_task) in sets.items():
+        kept = {task: sampled(examples, most, task) for task, examples in by_task.items()}
+        part.used.records.update((task, len(examples)) for task, examples in kept.items())
+        part.used.of.update((task, len(examples)) for task, examples in by_task.items())
+        part.used.sha256[name] = part.used.source_sha256[name] = files.sha256(source)
+        if target != source:
+            examples = [example for examples in kept.values() for example in examples]
+            records = [{key: getattr(example, key) for key in FIELDS} | example.extra for example in examples]
+            part.content[target] = files.records_bytes(records)
+            part.used.sha256[name] = files.sha256_of(part.content[target])
+    return part
 
 
 class Data:
@@ -72,31 +86,21 @@ class Data:
     @functools.cache  # noqa: B019 - a study has one such object, as long as it runs
     def train(self, only: tuple[str, ...] = ()) -> Part:
         """The training examples, of all tasks or ``only`` of some."""
-        most, source = self._grid.train_records, {"train": files.sha256(self._source)}
         if missing := [name for name in only if not self._examples[name]]:
             raise UserError(f"{self._source} has no examples of {', '.join(missing)}")
         chosen = {name: found for name, found in self._examples.items() if found and name in (only or self._examples)}
-        kept = {name: sampled(examples, most, name) for name, examples in chosen.items()}
-        counts, of = ({name: len(found) for name, found in each.items()} for each in (kept, chosen))
-        if not only and not most:
-            return Part(self._source, Sample(of, of, source, source), {})
-        path = self._folder / ("_".join(["train", *only]) + ".json")
-        content = _file_of(example for examples in kept.values() for example in examples)
-        return Part(path, Sample(counts, of, {"train": files.sha256_of(content)}, source), {path: content})
+        most = self._grid.train_records
+        target = self._folder / ("_".join(["train", *only]) + ".json") if only or most else self._source
+        return _part(target, {"train": (self._source, target, chosen)}, most)
 
     def _questions(self, name: str, source: Path, most: int) -> Part:
         """The questions of every task that is scored."""
-        target, used, contents = self._folder / name if most else source, Sample({}, {}, {}, {}), {}
+        target, sets = self._folder / name if most else source, {}
         for task in self._grid.scored:
             path = self._found(source / task / "test.json")
             examples = load_examples(path, self._grid.tasks, task, closed=True)
-            kept = sampled(examples, most, task)
-            used.records[task], used.of[task] = len(kept), len(examples)
-            used.sha256[task] = used.source_sha256[task] = files.sha256(path)
-            if most:
-                content = contents[target / task / "test.json"] = _file_of(kept)
-                used.sha256[task] = files.sha256_of(content)
-        return Part(target, used, contents)
+            sets[task] = (path, target / task / "test.json", {task: examples})
+        return _part(target, sets, most)
 
     def _found(self, path: Path) -> Path:
         if not path.is_file():
@@ -111,21 +115,19 @@ class PlannedJob:
     """One training and its evaluation in one folder, or the evaluation of the base model alone.
 
     label: for progress lines. flags: of each command, ``train`` (not of the base model) and ``evaluate``. data: the
-    parts that are read, by name. facts: what else decides the result.
+    parts that are read, by name. facts: what else decides the result, such as the launcher.
     """
 
     label: str
     folder: Path
     flags: dict[str, dict]
-    launcher: str
     data: dict[str, Part]
     facts: dict[str, object]
 
     @functools.cached_property
     def configuration(self) -> dict[str, object]:
         """What decides the result, flat: ``train.lora_r``, ..., data, tasks and base model by their hashes."""
-        found = {f"the {name} data (sha256)": part.used.sha256 for name, part in self.data.items()}
-        found |= {"launcher": self.launcher, **self.facts}
+        found = self.facts | {f"the {name} data (sha256)": part.used.sha256 for name, part in self.data.items()}
         for step, flags in self.flags.items():
             config, effect = _DECIDING[step]
             values = config(**flags).to_json()
@@ -142,11 +144,11 @@ class PlannedJob:
     @property
     def commands(self) -> list[str]:
         """The command lines, as one would type them."""
-        return [shlex.join(self.command(step, self.launcher)) for step in self.flags]
+        return [shlex.join(self.command(step)) for step in self.flags]
 
-    def command(self, step: str, launcher: str, **more) -> list[str]:
-        """The words of a command, with ``more`` flags."""
-        words = shlex.split(launcher)
+    def command(self, step: str, launcher: str | None = None, **more) -> list[str]:
+        """The words of a command, with ``more`` flags; ``launcher``: instead of the study's."""
+        words = shlex.split(launcher or self.facts["launcher"])
         # DeepSpeed's launcher has its own flag for a module, and would put --local_rank before the command's name.
         words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
         words += ["mtl_lora", step]
@@ -157,10 +159,49 @@ class PlannedJob:
             words += [f"--{name}", "none" if value is None else str(value)]
         return words
 
+    @property
+    def state(self) -> "State | None":
+        """What is known if it was started before; None if it was not, or by another configuration.
 
-def keeps_training(changes: Iterable[str]) -> bool:
-    """Whether a job with these ``PlannedJob.changes`` has the same trained weights."""
-    return all(key.startswith("evaluate.") or key == _TEST_DATA for key in changes)
+        Where the evaluation alone is of another configuration, the state is that of a job that is trained.
+        """
+        if not (self.folder / STATE).is_file():
+            return None
+        state = State.load(self.folder)
+        if not (changes := self.changes(state.configuration)):
+            return state
+        same_weights = all(key.startswith("evaluate.") or key == _TEST_DATA for key in changes)
+        if not (same_weights and "train" in self.flags and "train" in state.seconds):
+            return None
+        return State(self.configuration, {"train": state.starts["train"]}, {"train": state.seconds["train"]})
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        state = self.state
+        return state is not None and "evaluate" in state.seconds and (self.folder / artifacts.RESULTS).is_file()
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """``job.json``: a job's configuration, and of each command how often it was started.
+
+    seconds: of each command that is done; of its last start alone, where it was killed and started again.
+    """
+
+    configuration: dict
+    starts: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> "State":
+        """From a job's folder; raises ``UserError`` naming the file and the key for a broken one."""
+        path = folder / STATE
+        return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
+
+    def save(self, folder: Path) -> None:
+        """Keep it in the job's folder."""
+        files.write_json(folder / STATE, dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +223,12 @@ class Plan:
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
         self.grid, self.folder, self.data = grid, folder, Data(grid, folder)
-        self._facts = {"the tasks (sha256)": grid.tasks.answers_sha256}
-        if with_fingerprint:
-            self._facts[_BASE] = self._base_model().local_fingerprint()
+        fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
+        self._facts = {
+            "launcher": grid.launcher,
+            "the tasks (sha256)": grid.tasks.answers_sha256,
+            _BASE: fingerprint,
+        }
 
     def _base_model(self):
         from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
@@ -230,29 +274,24 @@ class Plan:
             EvalConfig.from_json(evaluate, f"{where}, evaluate")
             steps["evaluate"] = evaluate
             job_label = f"{label} {task}" if task else label
-            jobs.append(PlannedJob(job_label, place, steps, grid.launcher, data, self._facts))
+            jobs.append(PlannedJob(job_label, place, steps, data, self._facts))
         return PlannedRun(experiment, flags["seed"], folder, jobs, value)
 
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
         """The lines that ``--check`` prints: every experiment with its trainable parameters and command lines."""
-        model, grid, total = self._base_model(), self.grid, 0
-        yield f"{grid.name}: {grid.about}"
-        for name, runs in trials.items():
-            values = ", ".join(f"{run.value:g}" for run in runs)
-            total += len(jobs_of(runs))
-            yield f"search of {grid.search.flag} for {name}: {values}; jobs: {len(jobs_of(runs))}"
-        for experiment in chosen:
-            jobs = jobs_of(self.runs(experiment))
-            total += len(jobs)
-            facts = f"{experiment.name}; jobs: {len(jobs)}"
+        yield f"{self.grid.name}: {self.grid.about}"
+        jobs = {f"search of {self.grid.search.flag} for {name}": jobs_of(runs) for name, runs in trials.items()}
+        jobs |= {experiment.name: jobs_of(self.runs(experiment)) for experiment in chosen}
+        for name, found in jobs.items():
+            facts = f"{name}; jobs: {len(found)}"
             try:
-                if train := jobs[0].flags.get("train"):
-                    count = model.count(TrainConfig(**train).adapter_config(grid.tasks))
+                if train := found[0].flags.get("train"):
+                    count = self._base_model().count(TrainConfig(**train).adapter_config(self.grid.tasks))
                     facts += f", trainable parameters, M (%): {trainable_text(Trainable(*count))}"
             except UserError as error:
                 facts += f", trainable parameters not counted ({error})"
-            yield "\n    ".join([facts, *jobs[0].commands])
-        yield f"every job's flags are valid; {total} jobs in {self.folder}"
+            yield "\n    ".join([facts, *found[0].commands])
+        yield f"every job's flags are valid; {sum(map(len, jobs.values()))} jobs in {self.folder}"
 
 
 def jobs_of(runs: Iterable[PlannedRun]) -> list[PlannedJob]:

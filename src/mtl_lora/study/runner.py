@@ -9,12 +9,11 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -22,11 +21,9 @@ from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError, files_within_reach
 from mtl_lora.results import Results
 from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
-from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, jobs_of, keeps_training
+from mtl_lora.study.plan import STATE, Plan, PlannedJob, PlannedRun, State, jobs_of
 from mtl_lora.study.summary import StudyWriter, collect
-from mtl_lora.typed_json import Reader
 
-STATE = "job.json"
 # Launchers that are modules of this very interpreter, whatever the path has under their names.
 _MODULES = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
 # What a command leaves when it is done.
@@ -46,8 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         with files_within_reach():
             run(config)
     except JobFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f"error: {error}") from None  # printed to stderr, with exit code 1
 
 
 def run(config: StudyConfig) -> None:
@@ -97,7 +93,7 @@ class Runner:
         for each in experiments:
             if each.search and each.search not in self.writer.chosen:
                 trials = self.trials.get(each.search) or self.plan.trials(each.search)
-                if not all(map(is_finished, jobs_of(trials))):
+                if not all(job.is_finished for job in jobs_of(trials)):
                     continue
                 self.writer.add_search(each.search, trials)
             found += self.plan.runs(each, self.writer.chosen.get(each.search))
@@ -106,7 +102,7 @@ class Runner:
     def run(self, pool: "ProcessPool") -> None:
         """Do every job that is not done; after each job study.json and table.md are written anew."""
         self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(self._searching)
-        self.finished = sum(map(is_finished, [*self._searching, *jobs_of(self._runs(self.chosen))]))
+        self.finished = sum(job.is_finished for job in [*self._searching, *jobs_of(self._runs(self.chosen))])
         where = f"{self.finished} of them finished, in {self.plan.folder}"
         print(f"{self.plan.grid.name}: {self.total} jobs, {where}", flush=True)
         self._execute(self._searching, pool, "left of the search")
@@ -116,25 +112,22 @@ class Runner:
         self._execute(jobs, pool, "left")
         self.report()
 
-    def _execute(self, jobs: Sequence[PlannedJob], pool: "ProcessPool", left: str) -> None:
-        """Do what is left of the jobs, with a line each: ``[ 7/16] MTL-LoRA seed 1: train 0:05:12, ...``."""
-        states = {job.folder: load_state(job) for job in jobs if is_finished(job)}
-        waiting = {job.folder: job for job in jobs if job.folder not in states}
-        parts = [part for job in waiting.values() for part in job.data.values()]
-        for path, content in (file for part in parts for file in part.content.items()):
+    def _execute(self, jobs: Iterable[PlannedJob], pool: "ProcessPool", left: str) -> None:
+        """Do what is left of the jobs, with a line each; the time that is left is by the mean of those done here."""
+        jobs = [job for job in jobs if not job.is_finished]
+        for path, content in (file for job in jobs for part in job.data.values() for file in part.content.items()):
             if not path.is_file() or path.read_bytes() != content:
                 files.write_all({path: content})
-        for job, state in execute_all(list(waiting.values()), pool):
-            states[job.folder] = state
-            del waiting[job.folder]
+        began = time.monotonic()
+        for done, (job, state) in enumerate(execute_all(jobs, pool), start=1):
             self.finished += 1
-            parts = [f"{step} {_clock(seconds)}" for step, seconds in state.seconds.items()]
+            facts = [f"{step} {_clock(seconds)}" for step, seconds in state.seconds.items()]
             if average := Results.load(job.folder).average:
-                parts.append(f"average {100 * average.value:.1f}")
-            seconds = seconds_left(waiting.values(), states.values())
-            rest = f"; about {_clock(seconds / pool.parallel)} {left}" if seconds else ""
+                facts.append(f"average {100 * average.value:.1f}")
+            if done < len(jobs):
+                facts.append(f"about {_clock((time.monotonic() - began) / done * (len(jobs) - done))} {left}")
             count = f"[{self.finished:>{len(str(self.total))}}/{self.total}]"
-            print(f"{count} {job.label}: {', '.join(parts)}{rest}", flush=True)
+            print(f"{count} {job.label}: {', '.join(facts)}", flush=True)
             self.report()
 
     def report(self) -> bool:
@@ -142,73 +135,14 @@ class Runner:
 
         Returns whether there is any.
         """
-        finished = [run for run in self._runs(self.plan.grid.experiments) if all(map(is_finished, run.jobs))]
-        if finished:
-            self.writer.write([(run, list(map(load_state, run.jobs))) for run in finished])
+        runs = self._runs(self.plan.grid.experiments)
+        if finished := [run for run in runs if all(job.is_finished for job in run.jobs)]:
+            self.writer.write(finished)
         return bool(finished)
-
-
-def seconds_left(waiting: Iterable[PlannedJob], finished: Collection["State"]) -> float:
-    """Seconds that the waiting jobs will take, by the mean of each command; 0 where none of a command is known.
-
-    Commands that were started more than once do not say how long they take.
-    """
-    known = {
-        step: [state.seconds[step] for state in finished if step in state.seconds and state.starts[step] == 1]
-        for step in _MADE
-    }
-    steps = [step for job in waiting for step in job.flags]
-    return sum(statistics.fmean(known[step]) for step in steps) if all(known[step] for step in steps) else 0.0
 
 
 def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
-
-
-# ---- what is known of a job ----
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """``job.json``: a job's configuration, its command lines, and of each command how often it was started.
-
-    seconds: of each command that is done; of its last start alone, where it was killed and started again.
-    """
-
-    configuration: dict
-    commands: list[str]
-    starts: dict[str, int] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def load(cls, path: Path) -> "State":
-        """Raises ``UserError`` naming the file and the key for a broken one."""
-        return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
-
-    def save(self, folder: Path) -> None:
-        """Keep it in the job's folder."""
-        files.write_json(folder / STATE, dataclasses.asdict(self))
-
-
-def load_state(job: PlannedJob) -> State | None:
-    """The state of a job that was started before; None for one that was not, or by another configuration.
-
-    Where the evaluation alone is of another configuration, the state is that of a job that is trained.
-    """
-    if not (path := job.folder / STATE).is_file():
-        return None
-    state = State.load(path)
-    if changes := job.changes(state.configuration):
-        if not ("train" in job.flags and "train" in state.seconds and keeps_training(changes)):
-            return None
-        state = State({}, [], {"train": state.starts.get("train", 1)}, {"train": state.seconds["train"]})
-    return dataclasses.replace(state, configuration=job.configuration, commands=job.commands)
-
-
-def is_finished(job: PlannedJob) -> bool:
-    """Whether nothing of a job is left to do."""
-    state = load_state(job)
-    return state is not None and "evaluate" in state.seconds and (job.folder / artifacts.RESULTS).is_file()
 
 
 def check_folder(job: PlannedJob, overwrite: bool) -> None:
@@ -216,12 +150,12 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
 
     A folder with anything else is refused in any case.
     """
-    if (path := job.folder / STATE).is_file():
-        if overwrite or not (changes := job.changes(State.load(path).configuration)):
+    if (job.folder / STATE).is_file():
+        if overwrite or not (changes := job.changes(State.load(job.folder).configuration)):
             return
         texts = {key: f"{key} {then} -> {now}" for key, (then, now) in changes.items()}
         changed = "; ".join(text if len(text) < 100 else key for key, text in texts.items())
-        again = "evaluate it again and keep its training" if load_state(job) else "repeat it"
+        again = "evaluate it again and keep its training" if job.state else "repeat it"
         raise UserError(
             f"{job.folder} was made by another configuration ({changed}); pass --overwrite to {again}, or another "
             "--output_dir"
@@ -254,10 +188,10 @@ def execute_all(jobs: Sequence[PlannedJob], pool: "ProcessPool") -> Iterator[tup
 def execute(job: PlannedJob, pool: "ProcessPool") -> State:
     """Do what is left of a job; raises ``JobFailed``."""
     pool.check()
-    state = load_state(job)
+    state = job.state
     if state is None:
         shutil.rmtree(job.folder, ignore_errors=True)
-        state = State(job.configuration, job.commands)
+        state = State(job.configuration)
     for step in job.flags:
         if step in state.seconds and (job.folder / _MADE[step]).is_file():
             continue
@@ -281,8 +215,8 @@ def execute(job: PlannedJob, pool: "ProcessPool") -> State:
 def _command(job: PlannedJob, step: str, flags: dict, pool: "ProcessPool") -> float:
     """Run one command of a job with its output in a log file; returns the seconds that it took."""
     began, log = time.monotonic(), job.folder / f"{step}.out"
-    commands = [job.command(step, job.launcher, **flags)]
-    if job.launcher != "python":
+    commands = [job.command(step, **flags)]
+    if job.facts["launcher"] != "python":
         # A launcher hides the sentence of a user's mistake behind a traceback of its own.
         commands.insert(0, job.command(step, "python", **flags, check=True))
     for command in commands:
@@ -316,7 +250,6 @@ class ProcessPool:
         self._running: set[subprocess.Popen] = set()
 
     def __enter__(self) -> "ProcessPool":
-        files.require_writable(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:

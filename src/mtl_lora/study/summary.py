@@ -13,11 +13,11 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.report import study_model as model
 from mtl_lora.report.compare import paired_answers, percentile_interval, task_means
-from mtl_lora.report.figures import draw
+from mtl_lora.report.figures import write_figures
 from mtl_lora.report.study_model import CONFIDENCE, Difference, Estimate, Experiment, Study
 from mtl_lora.report.table import markdown_text, study_tables
 from mtl_lora.results import Results, TaskNames, average_of
-from mtl_lora.study.config import ExperimentConfig
+from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
 
 TABLE = "table.md"
@@ -62,12 +62,16 @@ class StudyWriter:
         self.chosen[name] = min(found, key=lambda candidate: (-candidate.dev, candidate.value)).value
         self._searches.append(model.SearchOutcome(name, found, self.chosen[name]))
 
-    def write(self, runs: Iterable[tuple[PlannedRun, Sequence]]) -> None:
-        """Both files of finished runs, at least one, each with the states of its jobs."""
+    def write(self, runs: Iterable[PlannedRun]) -> None:
+        """Both files of finished runs, at least one."""
         found: dict[str, dict[int | None, Finished]] = {}
-        for planned, states in runs:
-            found.setdefault(planned.experiment.name, {})[planned.seed] = self._finish(planned, states)
-        grid, search = self.grid, self.grid.search
+        for planned in runs:
+            found.setdefault(planned.experiment.name, {})[planned.seed] = self._finish(planned)
+        grid, data, search = self.grid, self.plan.data, None
+        if self._searches:
+            fields = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
+            fields |= {"questions": data.dev.used.records, "dev_data_sha256": data.dev.used.sha256}
+            search = model.Search(**fields, experiments=self._searches)
         evaluations = [each for runs in found.values() for run in runs.values() for each in run.evaluations]
         study = Study(
             name=grid.name,
@@ -79,25 +83,19 @@ class StudyWriter:
             **{key: getattr(evaluations[-1], key) for key in ("commit", "versions", "device")},
             commits=list(dict.fromkeys(results.commit for results in evaluations)),
             devices=list(dict.fromkeys(results.device for results in evaluations)),
-            data={"train": self.plan.data.train().used, "test": self.plan.data.test.used},
+            data={"train": data.train().used, "test": data.test.used},
             experiments=[self._experiment(each, found) for each in grid.experiments if each.name in found],
             transfer=self._transfer(found),
+            search=search,
         )
-        if self._searches:
-            fields = {key: getattr(search, key) for key in ("flag", "data_dir", "seed", "train")}
-            dev = self.plan.data.dev.used
-            fields |= {"questions": dev.records, "dev_data_sha256": dev.sha256, "experiments": self._searches}
-            study = dataclasses.replace(study, search=model.Search(**fields))
-        planned = {each.name: len(each.seeds) for each in grid.experiments}
-        mode = grid.evaluate.get("mode", "generate")
-        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, planned, mode)])
+        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid)])
         study.save(self.plan.folder / artifacts.STUDY)
         files.write_text(self.plan.folder / TABLE, render(study))
 
-    def _finish(self, planned: PlannedRun, states: Sequence) -> Finished:
+    def _finish(self, planned: PlannedRun) -> Finished:
         """Read a finished run; one of tasks trained alone has a part for each, and sums of theirs."""
         evaluations = [Results.load(job.folder) for job in planned.jobs]
-        jobs = [self._job(*entry) for entry in zip(planned.jobs, states, evaluations, strict=True)]
+        jobs = [self._job(*entry) for entry in zip(planned.jobs, evaluations, strict=True)]
         facts = dict(vars(jobs[0]))
         if planned.experiment.alone:
             steps = [job.steps for job in jobs]
@@ -121,10 +119,10 @@ class StudyWriter:
         }
         return Finished(planned, model.Run(**facts), evaluations)
 
-    def _job(self, job: PlannedJob, state, results: Results) -> model.Job:
+    def _job(self, job: PlannedJob, results: Results) -> model.Job:
         """What one training and its evaluation left."""
         log, analysis = (job.folder / name for name in (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS))
-        adapter = results.adapter or {}
+        adapter, state = results.adapter or {}, job.state
         return model.Job(
             folder=self._relative(job.folder),
             results=self._relative(results.path),
@@ -153,8 +151,7 @@ class StudyWriter:
             facts["trained_on"] = [name for job in jobs for name in job.data["train"].used.records]
             facts |= {"adapters": len(jobs), "trainable": first.evaluations[0].trainable}
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
-        shared = [name for name in runs[0].tasks if all(name in run.tasks for run in runs)]
-        tasks = {name: Estimate.over_seeds([run.tasks[name].value for run in runs]) for name in shared}
+        tasks = {name: Estimate.over_seeds([run.tasks[name].value for run in runs]) for name in runs[0].tasks}
         averages = [run.average for run in runs]
         return Experiment(
             **{key: getattr(experiment, key) for key in ("name", "group", "alone")},
@@ -177,19 +174,14 @@ class StudyWriter:
 
     def _against(self, found: dict[str, dict[int | None, Finished]], a: str, b: str) -> dict | None:
         """B minus A over the seeds that both have, see ``intervals``; None without a common seed or task."""
-        paths = ({seed: run.paths for seed, run in found.get(name, {}).items()} for name in (a, b))
-        pairs = [
+        of_a, of_b = found.get(a, {}), found.get(b, {})
+        # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
+        pairs = [(of_a[i].paths, of_b[j].paths) for i in of_a for j in of_b if i == j or None in (i, j)]
+        compared = [
             {task: self._differences(one[task], other[task], task) for task in one if task in other}
-            for one, other in seed_pairs(*paths)
+            for one, other in pairs
         ]
-        return intervals(pairs, self.grid.scored)
-
-
-def seed_pairs(a: dict[int | None, object], b: dict[int | None, object]) -> list[tuple]:
-    """Seed i of A with seed i of B; a run without a seed (the base model alone) goes with every run of the other."""
-    if None in a or None in b:
-        return [(one, other) for one in a.values() for other in b.values()]
-    return [(a[seed], b[seed]) for seed in a if seed in b]
+        return intervals(compared, self.grid.scored)
 
 
 def question_differences(a: Path, b: Path, task: str) -> list[int]:
@@ -222,15 +214,15 @@ def intervals(pairs: Sequence[dict[str, list[int]]], scored: Sequence[str]) -> d
 # ---- table.md ----
 
 
-def notes(study: Study, planned: dict[str, int], mode: str) -> list[str]:
-    """What was trained on and asked, what ± and the intervals are, and what is missing. planned: runs by experiment."""
-    seeds = sorted({run.seed for run in study.runs} - {None})
+def notes(study: Study, grid: Grid) -> list[str]:
+    """What was trained on and asked, what ± and the intervals are, and what is missing."""
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
         spread = (
-            f"mean ± standard deviation over seeds ({', '.join(map(str, seeds))}); a row without ± is a single run. "
+            "mean ± standard deviation over seeds; a row without ± is a single run. "
             f"Interval: {_LEVEL} Student t interval of the mean over seeds, on the same questions"
         )
+    mode = grid.evaluate.get("mode", "generate")
     found = [f"Base model: {study.base_model}. Mode: {mode}. Accuracy in percent, {spread}."]
     if study.transfer or any(experiment.against for experiment in study.experiments):
         found.append(
@@ -238,7 +230,6 @@ def notes(study: Study, planned: dict[str, int], mode: str) -> list[str]:
             f"{_LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
             "They say how far other questions could move a difference, not other seeds."
         )
-    trained = {each.name: each.runs[0].steps for each in study.experiments if each.method}
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
     counts = {
         part: [f"{name} {n:,} of {sample.of[name]:,}" for name, n in sample.records.items()]
@@ -247,9 +238,10 @@ def notes(study: Study, planned: dict[str, int], mode: str) -> list[str]:
     lists = {
         "Training examples": counts["train"],
         "Test questions": counts["test"],
-        "Training steps of a seed": [f"{name} {steps}" for name, steps in trained.items()],
         "Not all runs are finished": [
-            f"{name} {done.get(name, 0)} of {count}" for name, count in planned.items() if done.get(name, 0) < count
+            f"{each.name} {done.get(each.name, 0)} of {len(each.seeds)}"
+            for each in grid.experiments
+            if done.get(each.name, 0) < len(each.seeds)
         ],
         "The search chose the smallest or the largest value that it tried, so others may be better, for": [
             each.name
@@ -296,13 +288,9 @@ def collect(folder: Path, target: Path) -> None:
     files.write_json(target / artifacts.STUDY, json.loads(text))
     files.write_text(target / TABLE, render(Study.load(target)))
     try:
-        drawings = draw(study)
+        write_figures([str(folder)], str(target), ["png"])
     except UserError as error:
         print(f"no figures: {error}")
-        return
-    for kind in ("accuracy", "transfer", "training_loss"):
-        for drawing in [drawing for drawing in drawings if drawing.name.startswith(kind)][:1]:
-            files.write_all({target / f"{drawing.name}.png": drawing.render("png")})
 
 
 def without_paths(text: str, shown: dict[str, str]) -> str:
