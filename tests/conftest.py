@@ -153,3 +153,8 @@ def edit_json():
         path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not None}))
 
     return edit
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Slow tests first, so that no worker is left with a long one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
