@@ -28,11 +28,7 @@ def main() -> None:
     flags.add_flag("rounds", "turns of every side", type=count, default=5)
     flags.add_flag("dtype", "of the base model", default="auto")
     arguments = flags.parse_args()
-    config = EvalConfig(checkpoint=arguments.checkpoint, mode="both", dtype=arguments.dtype, max_new_tokens=8)
-    evaluator = Evaluator(config)
-    asked = load_questions(arguments.data_dir, evaluator.tasks, [], evaluator.encoder).questions
-    evaluator.prepare(dict.fromkeys(config.protocols, asked))
-    evaluator.load()
+    evaluator, asked = prepared(arguments.checkpoint, arguments.data_dir, arguments.dtype)
     chosen = sample(asked, arguments.questions)
     few = sample(asked, max(arguments.questions // 8, 1))
     rates = rounds(
@@ -64,6 +60,16 @@ def main() -> None:
         {"questions": arguments.questions, "dtype": str(evaluator.model.dtype), "sides": results},
         arguments.results,
     )
+
+
+def prepared(checkpoint: str | Path, data_dir: str | Path, dtype: str) -> tuple[Evaluator, list[Question]]:
+    """An evaluator with its model loaded, and the questions of all its tasks."""
+    config = EvalConfig(checkpoint=str(checkpoint), mode="both", dtype=dtype, max_new_tokens=8)
+    evaluator = Evaluator(config)
+    asked = load_questions(str(data_dir), evaluator.tasks, [], evaluator.encoder).questions
+    evaluator.prepare(dict.fromkeys(config.protocols, asked))
+    evaluator.load()
+    return evaluator, asked
 
 
 def sample(questions: list[Question], count: int) -> list[Question]:

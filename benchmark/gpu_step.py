@@ -9,23 +9,46 @@ without weight gradients; attention's scores (below 1 % at this length), the out
 are left out. It is divided by the rate of one big matrix product on the same card.
 """
 
-import argparse
-from functools import partial
+import dataclasses
 from pathlib import Path
 
 import torch
 from footprint import megabytes, tensor_bytes
 from measure import clock, compared, count, keep, markdown_table, parser, ratio_table, shown, spread, turns
-from pipelines import add_sides, pipeline
+from pipelines import Pipeline, add_sides, pipeline
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtl_lora.base_model import choose_dtype
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.batches import IGNORED
+from mtl_lora.language.batches import IGNORED, supervised_positions
 from mtl_lora.language.tasks import COMMONSENSE
 
 ANSWER = 6  # supervised tokens of a row, as in the commonsense data
+
+
+@dataclasses.dataclass
+class Sizes:
+    """Of a LLaMA with random weights; by default LLaMA-2-7B's."""
+
+    layers: int = 32
+    width: int = 4096
+    heads: int = 32
+    vocabulary: int = 32000
+    dtype: str = "bf16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return choose_dtype(self.dtype)
+
+
+@dataclasses.dataclass
+class Measured:
+    """Of one side: rows a second of each round, peak bytes of a step, and what made a step wait for the GPU, if any."""
+
+    rates: list[float]
+    peak: int
+    waits: str | None
 
 
 def main() -> None:
@@ -40,59 +63,100 @@ def main() -> None:
     flags.add_flag("length", "tokens of a row", type=count, default=128)
     flags.add_flag("dtype", "of the frozen weights", default="bf16")
     flags.add_flag("matrix", "width of the square matrices whose product is the peak", type=count, default=8192)
-    flags.add_flag("steps", "of every side in a round", type=count, default=5)
+    flags.add_flag("steps", "of every side in a round, without waiting for the GPU between them", type=count, default=5)
     flags.add_flag("rounds", "passes over all sides", type=count, default=10)
     arguments = flags.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "this benchmark needs a GPU and torch finds none; --device cpu, with small sizes, tries the script out"
         )
-    dtype, device = choose_dtype(arguments.dtype), torch.device(arguments.device)
-    base, batch = random_llama(arguments, dtype, device), random_batch(arguments, device)
-    plans = {"random": [batch] * arguments.steps, "sorted": [batch] * arguments.steps}
-    sides = {name: pipeline(name, base) for name in arguments.sides}
-    work = {name: [partial(side.step, one) for one in side.batches(plans)] for name, side in sides.items()}
-    rates = turns(work, arguments.rounds)
-    peaks = {name: tensor_bytes(pieces[0])[1] for name, pieces in work.items()}
-    report(rates, peaks, linear_weights(base), matrix_peak(arguments.matrix, dtype, device), arguments)
-
-
-def report(rates: dict[str, list[float]], peaks: dict[str, int], weights: int, matrix_flops: float, arguments) -> None:
-    """The table, from each side's rows a second by round and its peak in bytes."""
-    ratios, lines, results = compared(rates), [], {}
-    for name, values in rates.items():
-        tokens = [rate * arguments.length for rate in values]
-        share = spread([rate * 4 * weights / matrix_flops for rate in tokens])
-        results[name] = {"tokens/s": spread(tokens), "share_of_peak": share, "peak_bytes": peaks[name]}
-        results[name]["ratios"] = ratios[name]
-        lines.append([name, shown(results[name]["tokens/s"], 0), shown(share, 3), megabytes(peaks[name])])
-    text = markdown_table(["pipeline", "tokens/s", "share of matrix peak", "peak, MB"], lines)
-    text += f"\n\n{ratio_table(ratios)}" if len(ratios) > 1 else ""
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    sizes, device = Sizes(**{name: getattr(arguments, name) for name in names}), torch.device(arguments.device)
+    base = random_llama(sizes, device)
+    batch = random_batch(arguments.batch_size, arguments.length, arguments.vocabulary, device)
+    measured = compare_sides(base, arguments.sides, batch, arguments.steps, arguments.rounds)
+    peak = matrix_peak(arguments.matrix, sizes.torch_dtype, device)
+    text, sides = side_table(measured, arguments.length, linear_weights(base), peak)
     text += (
-        f"\n\n{weights:,} random weights in frozen linear layers, {arguments.dtype}. A step: {arguments.batch_size} x "
-        f"{arguments.length} tokens, forward and backward. Median (smallest to largest) of {arguments.rounds} rounds "
-        f"of {arguments.steps} steps. Matrix peak: {matrix_flops / 1e12:.4g} TFLOP/s, squares of {arguments.matrix}. "
-        "Peak, MB: tensors of a step above all weights."
+        f"\n\n{linear_weights(base):,} random weights in frozen linear layers, {arguments.dtype}. A step: "
+        f"{arguments.batch_size} x {arguments.length} tokens, forward and backward. Median (smallest to largest) of "
+        f"{arguments.rounds} rounds of {arguments.steps} steps. Matrix peak: {peak / 1e12:.4g} TFLOP/s, squares of "
+        f"{arguments.matrix}. Peak, MB: tensors of a step above all weights. Waits: whether a step waits for the GPU."
     )
     settings = {name: value for name, value in vars(arguments).items() if name != "results"}
-    record = {"settings": settings, "linear_weights": weights, "matrix_flops": matrix_flops, "sides": results}
+    record = {"settings": settings, "linear_weights": linear_weights(base), "matrix_flops": peak, "sides": sides}
     keep(Path(__file__).stem, text, record, arguments.results)
 
 
-def random_llama(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """A LLaMA of the asked-for size, its weights drawn where they will stay."""
+def compare_sides(base: nn.Module, names: list[str], batch: dict, steps: int, rounds: int) -> dict[str, Measured]:
+    """Every side for ``steps`` steps of one batch, without waiting between them; the sides take turns by rounds."""
+    sides = {name: pipeline(name, base) for name in names}
+    batches = {name: side.batches({"random": [batch], "sorted": [batch]})[0] for name, side in sides.items()}
+
+    def several(name: str) -> int:
+        return sum(sides[name].step(batches[name]) for _ in range(steps))
+
+    rates = turns({name: [lambda name=name: several(name)] for name in sides}, rounds)
+    return {
+        name: Measured(
+            rates[name],
+            tensor_bytes(lambda side=side, name=name: side.step(batches[name]))[1],
+            what_waits(side, batches[name]),
+        )
+        for name, side in sides.items()
+    }
+
+
+def what_waits(side: Pipeline, batch: dict) -> str | None:
+    """What makes a step wait for the GPU; None where nothing does, or where there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        side.step(batch)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        side.model.zero_grad(set_to_none=True)
+    return None
+
+
+def side_table(measured: dict[str, Measured], length: int, weights: int, matrix_flops: float) -> tuple[str, dict]:
+    """The sides and their ratios as Markdown, and the same as a record."""
+    ratios = compared({name: side.rates for name, side in measured.items()})
+    lines, results = [], {}
+    for name, side in measured.items():
+        tokens = [rate * length for rate in side.rates]
+        share = spread([rate * 4 * weights / matrix_flops for rate in tokens])
+        results[name] = {
+            "tokens/s": spread(tokens),
+            "share_of_peak": share,
+            "peak_bytes": side.peak,
+            "waits": side.waits,
+            "ratios": ratios[name],
+        }
+        waits = "–" if not torch.cuda.is_available() else "yes" if side.waits else "no"
+        lines.append([name, shown(results[name]["tokens/s"], 0), shown(share, 3), megabytes(side.peak), waits])
+    text = markdown_table(["pipeline", "tokens/s", "share of matrix peak", "peak, MB", "waits"], lines)
+    return text + (f"\n\n{ratio_table(ratios)}" if len(ratios) > 1 else ""), results
+
+
+def random_llama(sizes: Sizes, device: torch.device) -> LlamaForCausalLM:
+    """A LLaMA of the asked-for sizes, its weights drawn where they will stay."""
     config = LlamaConfig(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.width,
-        intermediate_size=arguments.width * 11008 // 4096,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.heads,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.width * 11008 // 4096,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
         max_position_embeddings=4096,
     )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(sizes.torch_dtype)
     try:
         with device:
             return LlamaForCausalLM(config)
@@ -100,14 +164,14 @@ def random_llama(arguments: argparse.Namespace, dtype: torch.dtype, device: torc
         torch.set_default_dtype(before)
 
 
-def random_batch(arguments: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
+def random_batch(rows: int, length: int, vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Rows of random tokens without padding, with the last ``ANSWER`` of each supervised and tasks drawn at random."""
-    input_ids = torch.randint(arguments.vocabulary, (arguments.batch_size, arguments.length), device=device)
+    input_ids = torch.randint(vocabulary, (rows, length), device=device)
     labels = input_ids.clone()
     labels[:, :-ANSWER] = IGNORED
-    task_ids = torch.randint(len(COMMONSENSE), (arguments.batch_size,), device=device)
-    ones = torch.ones_like(input_ids)
-    return {"input_ids": input_ids, "attention_mask": ones, "labels": labels, "task_ids": task_ids}
+    task_ids = torch.randint(len(COMMONSENSE), (rows,), device=device)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    return {**batch, "task_ids": task_ids, "supervised": supervised_positions(labels)}
 
 
 def linear_weights(model: LlamaForCausalLM) -> int:

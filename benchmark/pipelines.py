@@ -17,6 +17,7 @@ import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
+from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import token_losses
 from mtl_lora.language.tasks import COMMONSENSE
 
@@ -101,7 +102,7 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         mtl_lora.inject(model, config, allow_unused=name in _BASELINE_LAYERS)  # those call the layer's parts instead
         replace_layers(model, _BASELINE_LAYERS.get(name))
     if name == "original":
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     if not whole and model.device.type == "cpu":
         model.set_attn_implementation("eager")  # as training on a CPU does
     model.train()

@@ -185,6 +185,13 @@ def choose_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Have a model recompute its activations in the backward pass, in the form that keeps everything's gradients."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # named so in newer versions
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 @functools.cache
 def accepts_argument(model_class: type[torch.nn.Module], argument: str) -> bool:
     """Whether the forward of a model's class has an argument of this name."""

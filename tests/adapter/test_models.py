@@ -96,7 +96,6 @@ def losses_of_all_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> to
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
 def test_answer_only_logits_are_those_of_the_whole_row(architecture):
     model, batch = adapted(architecture), batch_of(tokens(4))
-    assert batches.keeps_logits(type(model))
     losses, _, task_ids = token_losses(model, batch)
     assert_near(losses, losses_of_all_logits(model, batch), 1e-10, "losses")
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
@@ -142,12 +141,19 @@ def test_answer_only_loss_and_gradients_are_the_models_own(architecture):
         assert_near(gradient, gradients[name], 1e-5, name)
 
 
-class WholeRows(transformers.LlamaForCausalLM):
-    """A model whose forward knows no ``logits_to_keep``."""
+class OwnHead(transformers.LlamaForCausalLM):
+    """A model that applies its output head's weight itself, past the layer and its hooks."""
 
-    def forward(self, input_ids=None, attention_mask=None, use_cache=None, **options):
-        assert not options
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=hidden @ self.lm_head.weight.T)
+
+
+class WithoutHead(transformers.LlamaForCausalLM):
+    """A model that does not say which layer its output head is."""
+
+    def get_output_embeddings(self):
+        raise NotImplementedError
 
 
 class Wrapper(nn.Module):
@@ -161,32 +167,50 @@ class Wrapper(nn.Module):
         return self.module(*arguments, **options)
 
 
+@pytest.mark.parametrize("kind", [OwnHead, WithoutHead])
 @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
-def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, capsys):
-    batches.keeps_logits.cache_clear()
+def test_model_whose_head_is_not_seen_projects_whole_rows_and_says_so_once(wrap, kind, capsys):
+    batches._say_that_all_is_projected.cache_clear()
     model = randomise(mtl_lora.inject(tiny_llama(), adapter_config()))
     batch = batch_of(tokens(4))
     expected, *_ = token_losses(wrap(model), batch)
     assert capsys.readouterr().err == ""
-    model.__class__ = WholeRows
+    model.__class__ = kind
     for _ in range(2):
         losses, _, task_ids = token_losses(wrap(model), batch)
         assert_near(losses, expected, 1e-12, "losses")
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
-    message = "WholeRows takes no logits_to_keep: the vocabulary is projected at every position, "
-    assert capsys.readouterr().err == f"{message}which takes more time and memory\n"
+    assert capsys.readouterr().err.count(kind.__name__) == 1
 
 
-def test_architecture_without_logits_to_keep_has_its_own_loss_too(capsys):
-    batches.keeps_logits.cache_clear()
+def test_loss_leaves_no_hook_on_the_model_even_if_the_forward_raises():
+    model, batch = adapted(ARCHITECTURES[0]), batch_of(tokens(4))
+    head = model.get_output_embeddings()
+    before = len(head._forward_pre_hooks)
+    token_losses(model, batch)
+    with pytest.raises(IndexError):
+        token_losses(model, batch | {"input_ids": batch["input_ids"] + VOCABULARY})
+    assert len(head._forward_pre_hooks) == before
+
+
+def test_architecture_without_logits_to_keep_projects_answers_alone_too(capsys):
     torch.manual_seed(0)
     settings = transformers.xLSTMConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_heads=4)
     model = transformers.xLSTMForCausalLM(settings).double()
     model = randomise(mtl_lora.inject(model, adapter_config(target_modules=["q", "v", "out_proj"]))).train()
     batch = padded(batch_of(tokens(4)))
+    counts = positions_projected(model)
     losses, *_ = token_losses(model, batch)
-    assert capsys.readouterr().err.startswith("xLSTMForCausalLM takes no logits_to_keep: the vocabulary is projected")
+    assert counts == [len(losses)] and capsys.readouterr().err == ""
     assert_near(losses.mean(), own_loss(model, batch), 1e-6, "loss")
+
+
+@pytest.mark.parametrize("method", ["lora", "mtl_lora"])
+def test_adapted_head_is_routed_by_the_rows_of_its_answers(method):
+    model, batch = tiny_llama().double(), padded(batch_of(tokens(4)))
+    model = randomise(mtl_lora.inject(model, adapter_config(method, target_modules=["q_proj", "lm_head"]))).train()
+    losses, *_ = token_losses(model, batch)
+    assert_near(losses, losses_of_all_logits(model, batch), 1e-10, "losses")
 
 
 @pytest.mark.parametrize("architecture", EVERY, ids=str)

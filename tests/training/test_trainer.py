@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from mtl_lora import AdapterConfig, Provenance, inject, route
+from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.training.config import TrainingConfig
@@ -63,7 +64,7 @@ def test_answer_only_loss_and_gradients_equal_those_of_all_logits(train_on_input
 
     model = adapted_llama().train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     losses, weights, tasks = token_losses(model, batch)
     losses.sum().backward()  # outside the route, where the Trainer's backward runs
 

@@ -49,7 +49,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     slots = find_slots(root, config.modules_to_save)
     make = layer_class(config.method)
     layers = {module: make(module, config) for module in find_targets(root, config).values()}
-    head = _output_head(root)
+    head = output_head(root)
     if head in layers:
         layers[head].is_head = True
     root.mtl_lora_config = config
@@ -91,7 +91,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     slots = find_slots(model, config.modules_to_save)
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
     if config.target_modules == "all-linear":
-        left_out = {*saved, _output_head(model)}
+        left_out = {*saved, output_head(model)}
         targets = _first_names((name, module) for name, module in linears if module not in left_out)
         if not targets:
             raise UserError("'all-linear' finds no linear layer to adapt in this model")
@@ -146,7 +146,8 @@ def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]
     return {name: module for module, name in by_module.items()}
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that projects to the vocabulary, adapted or not; None for a model without one."""
     try:
         return getattr(model, "get_output_embeddings", lambda: None)()
     except NotImplementedError:  # a model of transformers without one

@@ -136,15 +136,23 @@ def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
 # ---- what is in force ----
 
 
-class _Routes(threading.local):
-    """What is in force in this thread. Attributes, not context variables: ``torch.compile`` can read those."""
+class _InForce:
+    """What is in force in one thread."""
 
     outer: Route | None = None  # of ``use``
     model: BoundRoute | None = None  # of the model that is running
     backward: int = -1  # the backward pass in which ``outer`` was entered, -1 for none
 
 
-_routes = _Routes()
+class _Thread(threading.local):
+    """This thread's routes. ``torch.compile`` cannot read context variables; and of a thread's own attributes, torch
+    2.11 takes the values for constants, so they stand one step further in."""
+
+    def __init__(self):
+        self.routes = _InForce()
+
+
+_thread = _Thread()
 
 
 class _Held:
@@ -154,11 +162,11 @@ class _Held:
         self.outer, self.model = outer, model
 
     def __enter__(self) -> None:
-        self.before = (_routes.outer, _routes.model, _routes.backward)
-        _routes.outer, _routes.model, _routes.backward = self.outer, self.model, _backward_pass()
+        self.before = (_thread.routes.outer, _thread.routes.model, _thread.routes.backward)
+        _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.outer, self.model, _backward_pass()
 
     def __exit__(self, *exception) -> None:
-        _routes.outer, _routes.model, _routes.backward = self.before
+        _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.before
 
 
 def use(task_ids) -> _Held:
@@ -172,31 +180,37 @@ def use(task_ids) -> _Held:
 
 def current() -> Route | None:
     """The route of the innermost ``use`` block, or None outside any."""
-    return _routes.outer
+    return _thread.routes.outer
 
 
 def checkpoint_context() -> tuple[_Held, _Held]:
     """``context_fn`` for one's own non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers."""
-    return _Held(_routes.outer, _routes.model), _Held(_routes.outer, _routes.model)
+    return _Held(_thread.routes.outer, _thread.routes.model), _Held(_thread.routes.outer, _thread.routes.model)
 
 
 def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> None:
     """Put the ids of a forward in force: those passed to it, or else those of the ``use`` block around it."""
     route = None if task_ids is None else Route(task_ids)
     # A whole model that is recomputed must not read another batch's block.
-    if route is None and _routes.backward == _backward_pass():
-        route = _routes.outer
-    _routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
+    if route is None and _thread.routes.backward == _backward_pass():
+        route = _thread.routes.outer
+    _thread.routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
+
+
+def select_rows(task_ids: torch.Tensor) -> None:
+    """Have the output head of the running model read these ids, for it sees a selection of positions; any shape."""
+    if _thread.routes.model is not None:
+        _thread.routes.model.kept = BoundRoute(task_ids)
 
 
 def leave_model() -> None:
     """The end of a forward, also of one that raised."""
-    _routes.model = None
+    _thread.routes.model = None
 
 
 def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
     """The ids in force for the input ``x`` of an adapter layer; raises ``UserError`` without any, or if none fit."""
-    route = _routes.model
+    route = _thread.routes.model
     if route is None:
         route = _outside_a_model(layer.tasks)
     elif layer.is_head and route.kept is not None:
@@ -206,8 +220,8 @@ def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
 
 def _outside_a_model(tasks: list[str]) -> BoundRoute:
     """For a layer that runs outside the ``__call__`` of an injected model: alone, or in an encoder that is."""
-    if _routes.outer is not None and _routes.backward == _backward_pass():
-        return _routes.outer.bind(tasks)
+    if _thread.routes.outer is not None and _thread.routes.backward == _backward_pass():
+        return _thread.routes.outer.bind(tasks)
     if _backward_pass() != -1:
         raise UserError(
             "a layer is recomputed in the backward pass without the task ids of its forward: pass use_reentrant=False "
@@ -257,7 +271,7 @@ class Generate(Override):
     name = "generate"
 
     def __call__(self, *arguments, task_ids=None, **options):
-        with _Held(_routes.outer if task_ids is None else Route(task_ids)):
+        with _Held(_thread.routes.outer if task_ids is None else Route(task_ids)):
             return self.original(*arguments, **options)
 
 
@@ -267,8 +281,8 @@ class ExpandInputs(Override):
     name = "_expand_inputs_for_generation"
 
     def __call__(self, expand_size: int = 1, *arguments, **options):
-        if _routes.outer is not None and expand_size > 1:
-            _routes.outer = _routes.outer.repeated(expand_size)
+        if _thread.routes.outer is not None and expand_size > 1:
+            _thread.routes.outer = _thread.routes.outer.repeated(expand_size)
         return self.original(expand_size, *arguments, **options)
 
 
@@ -280,7 +294,7 @@ class Checkpointing(Override):
     def __call__(self, run: Callable, *arguments, **options):
         if torch.compiler.is_compiling():  # a compiled graph is recomputed as a graph
             return self.before(run, *arguments, **options)
-        outer, model = _routes.outer, _routes.model
+        outer, model = _thread.routes.outer, _thread.routes.model
 
         def routed(*arguments, **options):
             with _Held(outer, model):

@@ -1,26 +1,30 @@
 """The language model's own two ends of a training: examples to padded batches, and batches to token losses."""
 
+import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mtl_lora import route
-from mtl_lora.base_model import accepts_argument, at_least_float32
+from mtl_lora.adapter import routing
+from mtl_lora.adapter.inject import output_head
+from mtl_lora.base_model import at_least_float32
 
 IGNORED = -100  # the label that torch's cross entropy skips
 
 
 @dataclasses.dataclass
 class Collator:
-    """Pads training examples on the right: input_ids, attention_mask, labels (B, L), task_ids (B,) and loss_weight ().
+    """Pads training examples on the right: input_ids, attention_mask, labels (B, L), task_ids (B,), supervised (N,)
+    and loss_weight ().
 
-    Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. loss_weight: the number of
-    supervised tokens, float32; the first token of a row is predicted from nothing, so it never counts.
+    Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. supervised: what
+    ``supervised_positions`` finds, here, because a GPU would make the training wait for N. loss_weight: N, float32.
     """
 
     pad_token_id: int
@@ -38,9 +42,10 @@ class Collator:
             attention_mask[index, : len(ids)] = 1
             labels[index, start : len(ids)] = ids[start:]
         task_ids = torch.tensor([int(row["task_id"]) for row in rows])
-        weight = (labels[:, 1:] != IGNORED).sum().float()
+        supervised = supervised_positions(labels)
+        weight = torch.tensor(float(len(supervised)))
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return {**batch, "task_ids": task_ids, "loss_weight": weight}
+        return {**batch, "task_ids": task_ids, "supervised": supervised, "loss_weight": weight}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,30 +65,66 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) 
     return input_ids, attention_mask
 
 
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """The positions that predict a label, (N,), counted through the rows of (B, L): the token at j + 1 is predicted
+    at j, so the first token of a row has no position, and the last position of a row predicts nothing."""
+    return (F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten() != IGNORED).nonzero().flatten()
+
+
 def token_losses(
     model: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy of every supervised token, (N,), its weight, which is one, (N,), and its row's task id, (N,).
 
-    batch: input_ids, attention_mask, labels (B, L) and task_ids (B,). The hidden state at position j predicts the
-    token at j + 1. Only positions with a label are projected to the vocabulary, through the model's own forward
-    (its ``logits_to_keep``), so that wrappers such as DDP and DeepSpeed see an ordinary call; a model without that
-    argument projects every position.
+    batch: input_ids, attention_mask, labels (B, L), task_ids (B,), and perhaps supervised (N,), as the collator gives
+    it; with it nothing here waits for a GPU. Only the supervised positions go through the model's output head, in its
+    own forward, so that wrappers such as DDP and DeepSpeed see an ordinary call. (``logits_to_keep`` would ask for
+    less of the model, but takes such positions from transformers 5.23 on alone, and as a mask, whose trues a GPU must
+    count.) A model whose head is not found, or sees something else, projects every position.
     """
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    supervised = targets != IGNORED
-    keep = keeps_logits(type(_unwrapped(model)))
-    with route.use(batch["task_ids"]):
+    labels, task_ids = batch["labels"], batch["task_ids"]
+    supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)
+    token_task_ids = task_ids.index_select(0, supervised // labels.shape[1])
+    with route.use(task_ids), _head_sees(model, labels.shape, supervised, token_task_ids) as head:
         logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-            **({"logits_to_keep": supervised} if keep else {}),
-        ).logits
-    logits = logits.view(-1, logits.shape[-1]) if keep else logits[supervised]
-    losses = F.cross_entropy(at_least_float32(logits), targets[supervised], reduction="none")
-    task_ids = batch["task_ids"][:, None].expand_as(targets)[supervised]
-    return losses, torch.ones_like(losses), task_ids
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits.flatten(0, -2)
+    if not head.selected:
+        _say_that_all_is_projected(type(_unwrapped(model)))
+        logits = logits.index_select(0, supervised)
+    targets = labels.flatten().index_select(0, supervised + 1)
+    losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+    return losses, torch.ones_like(losses), token_task_ids
+
+
+class _Selection:
+    """A hook before an output head: of hidden states (B, L, k) it hands on the ``positions`` alone, as (1, N, k)."""
+
+    def __init__(self, shape: torch.Size, positions: torch.Tensor, task_ids: torch.Tensor):
+        self.shape, self.positions, self.task_ids = shape, positions, task_ids
+        self.selected = False
+
+    def __call__(self, head: nn.Module, inputs: tuple) -> tuple | None:
+        if not inputs or inputs[0].dim() != 3 or inputs[0].shape[:2] != self.shape:
+            return None
+        self.selected = True
+        routing.select_rows(self.task_ids[None])
+        return (inputs[0].flatten(0, 1).index_select(0, self.positions)[None], *inputs[1:])
+
+
+@contextlib.contextmanager
+def _head_sees(
+    model: nn.Module, shape: torch.Size, positions: torch.Tensor, task_ids: torch.Tensor
+) -> Iterator[_Selection]:
+    """A block in which the model's output head, if it has one, sees some positions alone; task_ids (N,) of these."""
+    selection = _Selection(shape, positions, task_ids)
+    head = output_head(_unwrapped(model))
+    handle = head.register_forward_pre_hook(selection) if head is not None else None
+    try:
+        yield selection
+    finally:
+        if handle:
+            handle.remove()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -94,13 +135,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def keeps_logits(model_class: type[nn.Module]) -> bool:
-    """Whether a model's forward takes ``logits_to_keep``; for one that does not, a line on stderr says so, once."""
-    keeps = accepts_argument(model_class, "logits_to_keep")
-    if not keeps:
-        print(
-            f"{model_class.__name__} takes no logits_to_keep: the vocabulary is projected at every position, "
-            "which takes more time and memory",
-            file=sys.stderr,
-        )
-    return keeps
+def _say_that_all_is_projected(model_class: type[nn.Module]) -> None:
+    """A line on stderr, once for a class of models."""
+    print(
+        f"{model_class.__name__} has no output head that sees all hidden states: the vocabulary is projected at every "
+        "position, which takes more time and memory",
+        file=sys.stderr,
+    )

@@ -17,7 +17,7 @@ from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets
 from mtl_lora.adapter.layer import layer_class
-from mtl_lora.base_model import BaseModel, choose_dtype
+from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import Collator, token_losses
 from mtl_lora.language.config import TrainConfig
@@ -185,7 +185,7 @@ def build_model(config: TrainConfig, adapter: AdapterConfig, arguments: Training
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
     if config.use_gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     trainable, total = mtl_lora.trainable_parameters(model)
     log(arguments, f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return model
