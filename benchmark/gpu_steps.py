@@ -19,17 +19,7 @@ from pipelines import pipeline
 
 from mtl_lora.errors import UserError
 
-SIDES = [
-    "frozen",
-    "lora",
-    "mtl_lora",
-    "mtl_lora_512_tasks",
-    "mtl_lora_unfused",
-    "peft_layer",
-    "peft",
-    "gathering",
-    "original",
-]
+SIDES = ["frozen", "lora", "mtl_lora", "mtl_lora_512_tasks", "peft_layer", "peft", "gathering", "original"]
 METHODS = ("mtl_lora", "lora")
 LENGTHS = (105, 256)  # the mean of the commonsense examples, and the paper's cutoff
 Writer = Callable[[str, dict], None]
@@ -112,7 +102,7 @@ def profile(order: Order, write: Writer) -> None:
     text = ""
     for length in order.lengths:
         batch = random_batch(8, length, sizes.vocabulary, device)
-        for name in ("frozen", "lora", "mtl_lora", "mtl_lora_unfused"):
+        for name in ("frozen", "lora", "mtl_lora"):
             found = profiled(pipeline(name, base), batch)
             record[f"{name}_{length}"] = found
             wall, kinds = found["wall_ms"], found["kinds"]

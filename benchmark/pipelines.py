@@ -30,7 +30,6 @@ SIDES = {
     **dict.fromkeys(methods(), "ours: rows of similar length, logits for answers only"),
     "gathering": "as mtl_lora, but its layers in the gathering form (baselines/gathering.py)",
     "looping": "as mtl_lora, but its layers loop over the tasks (baselines/looping.py)",
-    "mtl_lora_unfused": "as mtl_lora, without the fused kernels that GPUs have",
     "peft_layer": "as lora, but with PEFT's layers",
     "frozen": "a reference, no bound: no adapter; forward, and backward to the embeddings, on our batches and logits",
     "mtl_lora_N_tasks": "as mtl_lora, with N tasks, over all of which the ids of the same rows are spread",
@@ -102,9 +101,6 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         config = adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names)
         mtl_lora.inject(model, config, allow_unused=name in _BASELINE_LAYERS)  # those call the layer's parts instead
         replace_layers(model, _BASELINE_LAYERS.get(name))
-        if name == "mtl_lora_unfused":
-            for layer in mtl_lora.adapter_layers(model).values():
-                layer.fusable = False
     if name == "original":
         enable_checkpointing(model)
     if not whole and model.device.type == "cpu":

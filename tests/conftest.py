@@ -9,10 +9,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-# Before anything imports Triton: without a GPU its kernels are interpreted.
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 from filelock import FileLock
 from shared import quickstart_records

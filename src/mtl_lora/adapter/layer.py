@@ -12,10 +12,8 @@ import dataclasses
 import functools
 import importlib
 import math
-import os
 import pkgutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +23,6 @@ from mtl_lora import adapter
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.dropout import dropout
 from mtl_lora.errors import UserError
-
-if TYPE_CHECKING:
-    from mtl_lora import fused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +88,10 @@ class AdapterLayer(nn.Module):
     mixture_parts = ""  # what ``mixture`` mixes, in the plural
     no_decay: tuple[str, ...] = ()  # parameters that weight decay spares, for they would not rest at zero
     Hyperparameters: type[Hyperparameters] = Hyperparameters  # the method's own values
-    fusable = False  # whether the path is A, then ``mixing``, then B, which GPUs run as fused kernels; a class's own
     is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        cls.fusable = cls.__dict__.get("fusable", False)  # not inherited: a subclass may change the path
         if "method" in cls.__dict__:
             known = _registered.setdefault(cls.method, cls)
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -151,9 +144,6 @@ class AdapterLayer(nn.Module):
         """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k) for its shape alone."""
         return z
 
-    def mixing(self, x: torch.Tensor) -> "fused.Mixing | None":
-        """``mix`` for the fused kernels, of a class that is ``fusable``; None for the identity."""
-
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
         """The weights with which each task mixes the layer's parts, (M,) to (M, n); or None."""
 
@@ -187,23 +177,10 @@ class AdapterLayer(nn.Module):
         # make autograd copy it.
         rows = x.reshape(-1, self.in_features)
         output = self.base_layer(rows)
-        if self.fusable and (kernels := _fused_kernels(rows)) and self.in_place:
-            fused = self._fused(kernels, x, rows, output)
-            if fused is not None:
-                return fused.view(*x.shape[:-1], self.out_features)
         dropped = dropout(rows, self.dropout) if self.training and self.dropout else rows
         z = F.linear(dropped, self.down().to(rows.dtype))
         output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
         return output.view(*x.shape[:-1], self.out_features)
-
-    def _fused(self, kernels, x: torch.Tensor, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
-        """The output (N, d) by the fused kernels; None where they do not apply."""
-        mixing = self.mixing(x)
-        groups = len(mixing.task_ids) if mixing else 1
-        if not kernels.applies(rows, output, len(self.lora_A), self.lora_B.shape[1], groups):
-            return None
-        dropout = self.dropout if self.training else 0.0
-        return kernels.low_rank(rows, output, self.lora_A, self.lora_B, self.scale, dropout, mixing)
 
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Base output (N, d) and rank space (N, R) to the layer's output (N, d); ``dropped`` is dropout(x), (N, k)."""
@@ -291,22 +268,6 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout}, tasks={len(self.tasks)}"
-
-
-def _fused_kernels(rows: torch.Tensor):
-    """The module of fused kernels for rows on a GPU; None without a GPU or Triton, and in code that is compiled."""
-    return _import_fused_kernels() if rows.is_cuda and not torch.compiler.is_compiling() else None
-
-
-@functools.cache
-def _import_fused_kernels():
-    if os.environ.get("MTL_LORA_FUSED") == "0":
-        return None
-    try:
-        from mtl_lora import fused
-    except ImportError:
-        return None
-    return fused
 
 
 def kaiming(parameter: torch.Tensor) -> None:

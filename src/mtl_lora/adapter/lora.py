@@ -10,7 +10,6 @@ class LoraLayer(AdapterLayer):
     """y = W x + b + (alpha / r) B A dropout(x), with A (r, k) and B (d, r); B starts at zero."""
 
     method, title, paper = "lora", "LoRA", "2106.09685"
-    fusable = True
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,6 @@
 """MTL-LoRA (arXiv 2410.09437, equations 5 to 7): a task's own r x r transform and its own mixture of up-projections."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,6 @@ from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
 from mtl_lora.config import flag
-
-if TYPE_CHECKING:
-    from mtl_lora import fused
 
 LAMBDA_SHAPES = ("full", "diagonal")
 
@@ -34,7 +30,6 @@ class MtlLoraLayer(AdapterLayer):
     aliases = ("mlora",)
     no_decay = ("lora_lambda",)  # starts at the identity
     needs_task_ids = True
-    fusable = True
     mixture_parts = "up-projections"
 
     @dataclasses.dataclass
@@ -89,12 +84,6 @@ class MtlLoraLayer(AdapterLayer):
         transform = self.combined_transform(task_ids).to(z.dtype)
         rows_per_id = z.view(len(task_ids), -1, self.rank)
         return torch.bmm(rows_per_id, transform.transpose(1, 2)).view(len(z), -1)
-
-    def mixing(self, x: torch.Tensor) -> "fused.Mixing":
-        from mtl_lora import fused
-
-        task_ids = routing.task_ids_for(x, self).reshape(-1)
-        return fused.Mixing(self.lora_lambda, self.lora_w, self.hyperparameters.temperature, task_ids)
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for a task that is not there."""

@@ -78,8 +78,7 @@ class Route:
             return ids
         rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
-            # Its text may have 254 characters at most, whatever the names of the tasks.
-            torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}"[:250])
+            torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}")
         else:
             lowest, highest = int(ids.min()), int(ids.max())
             if lowest < 0 or highest >= len(tasks):
