@@ -53,10 +53,11 @@ def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: t
         "sorted": LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0),
     }
     collate = Collator(pad_token_id)
-    return {
-        name: [to_device(collate([rows[index] for index in batch]), device) for batch in plan]
-        for name, plan in plans.items()
-    }
+    made = {name: [collate([rows[index] for index in batch]) for batch in plan] for name, plan in plans.items()}
+    for batch, indices in zip(made["random"], plans["random"], strict=True):
+        ends = torch.tensor([[lengths[index]] for index in indices])
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < ends).long()  # as others train
+    return {name: [to_device(batch, device) for batch in batches] for name, batches in made.items()}
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -91,7 +91,8 @@ def main() -> None:
 def compare_sides(base: nn.Module, names: list[str], batch: dict, steps: int, rounds: int) -> dict[str, Measured]:
     """Every side for ``steps`` steps of one batch, without waiting between them; the sides take turns by rounds."""
     sides = {name: pipeline(name, base) for name in names}
-    batches = {name: side.batches({"random": [batch], "sorted": [batch]})[0] for name, side in sides.items()}
+    plans = {"random": [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])}], "sorted": [batch]}
+    batches = {name: side.batches(plans)[0] for name, side in sides.items()}
 
     def several(name: str) -> int:
         return sum(sides[name].step(batches[name]) for _ in range(steps))
@@ -170,7 +171,7 @@ def random_batch(rows: int, length: int, vocabulary: int, device: torch.device) 
     labels = input_ids.clone()
     labels[:, :-ANSWER] = IGNORED
     task_ids = torch.randint(len(COMMONSENSE), (rows,), device=device)
-    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
     return {**batch, "task_ids": task_ids, "supervised": supervised_positions(labels)}
 
 

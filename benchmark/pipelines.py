@@ -100,7 +100,9 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         names = [f"task{number}" for number in range(tasks)] if tasks else COMMONSENSE.names
         config = adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names)
         mtl_lora.inject(model, config, allow_unused=name in _BASELINE_LAYERS)  # those call the layer's parts instead
-        replace_layers(model, _BASELINE_LAYERS.get(name))
+        if name in _BASELINE_LAYERS:
+            replace_layers(model, _BASELINE_LAYERS[name])
+            model.mtl_lora_injection.layers = []  # they do on their own what ours have prepared for all together
     if name == "original":
         enable_checkpointing(model)
     if not whole and model.device.type == "cpu":
@@ -133,10 +135,10 @@ def with_peft(model: nn.Module, dropout: float, targets: list[str], task_type: s
     return get_peft_model(model, LoraConfig(**settings, task_type=task_type))
 
 
-def replace_layers(model: nn.Module, form: type[nn.Module] | None) -> None:
-    """Every ``MtlLoraLayer`` of a model inside another form of it; None changes nothing."""
+def replace_layers(model: nn.Module, form: type[nn.Module]) -> None:
+    """Every ``MtlLoraLayer`` of a model inside another form of it."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MtlLoraLayer)}
-    for name, layer in layers.items() if form else ():
+    for name, layer in layers.items():
         model.set_submodule(name, form(layer))
 
 

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import tarfile
 import time
 
 import pytest
@@ -69,6 +70,41 @@ def test_train_step_runs_every_kind_of_side_and_any_number_of_tasks(run, tiny_ba
     peaks = {name: one["peak_bytes"] for name, one in record["sides"].items()}
     assert peaks["frozen"] < peaks["lora"] < peaks["mtl_lora"]
     assert peaks["original"] < peaks["mtl_lora"]  # gradient checkpointing
+
+
+@pytest.mark.slow
+def test_gpu_report_runs_every_step_on_a_cpu_in_tiny_sizes(run, tiny_base, tmp_path):
+    """The steps in this process; that each is a process of its own, the next test shows."""
+    for number, start in zip("1234", ("step", "profile", "train", "evaluate"), strict=True):
+        run("gpu_report.py", str(tmp_path), "--only", number, "--dry", "True", "--base_model", tiny_base)
+        record = json.loads((tmp_path / f"step-{number}.json").read_text())
+        assert {"command", "commit", "torch", "device"} <= record.keys(), start
+    step, profile, train, answers = (json.loads((tmp_path / f"step-{n}.json").read_text()) for n in "1234")
+    assert step["matrix_flops"] > 0 and step["bytes_a_second"] > 0
+    assert step["length_16"]["sides"]["mtl_lora_512_tasks"]["ratios"]["mtl_lora"]["median"] > 0
+    assert profile["mtl_lora_12"]["kernels"] > profile["frozen_12"]["kernels"]
+    assert profile["compiled"]["mtl_lora, compiled"]["mtl_lora, eager"]["median"] > 0
+    assert train["steps"] == 2 and len(train["lora"]["log"]) >= 2
+    assert answers["questions/s"].keys() >= {"one at a time, no cache", "generate, batch auto", "score, batch 2"}
+
+
+def test_gpu_report_keeps_what_it_has_and_says_where_to_go_on(run, tmp_path, capsys):
+    (tmp_path / "step-2.md").write_text("from before\n")
+    with pytest.raises(SystemExit) as exit:
+        run("gpu_report.py", str(tmp_path), "--from", "4", "--dry", "True")
+    assert exit.value.code == 2
+    assert "--from 4" in capsys.readouterr().err
+    report = (tmp_path / "report.md").read_text()
+    assert "from before" in report and report.count("Not measured.") == 3
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert {"report.md", "step-2.md", "step-4.log"} <= set(archive.getnames())
+
+
+@no_gpu
+def test_gpu_report_needs_a_gpu(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("gpu_report.py", str(tmp_path))
+    assert "torch finds none" in capsys.readouterr().err
 
 
 def test_evaluate_compares_both_protocols_with_one_question_at_a_time(run, trained):

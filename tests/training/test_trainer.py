@@ -43,8 +43,9 @@ def batch_of(train_on_inputs: bool = False) -> dict[str, torch.Tensor]:
 
 def full_losses(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
     """The loss of every supervised token from the logits of all positions, one by one, and each token's task."""
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     with route.use(batch["task_ids"]):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(input_ids=batch["input_ids"], attention_mask=mask.long(), use_cache=False).logits
     losses, tasks = [], []
     for row, labels in enumerate(batch["labels"].tolist()):
         for position, label in enumerate(labels[1:]):

@@ -12,7 +12,7 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, layer_class
+from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, is_sharded, layer_class
 from mtl_lora.adapter.saved import Slot, find_slots, named_modules, train_slots, unwrap
 from mtl_lora.errors import UserError
 
@@ -25,6 +25,7 @@ class Injection:
     slots: list[Slot]  # modules_to_save
     checkpointed: list[nn.Module]  # modules that transformers may checkpoint
     has_head: bool  # whether the output head carries an adapter
+    layers: list[AdapterLayer]  # all but that of the output head
     allow_unused: bool  # whether a layer may be left out by a forward that trains
     unchecked: bool = True  # whether no forward that trains has been looked at yet
     called: set[nn.Module] = dataclasses.field(default_factory=set)  # the layers called while it is looked at
@@ -58,6 +59,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         slots=slots,
         checkpointed=[module for module in root.modules() if hasattr(module, "gradient_checkpointing")],
         has_head=head in layers,
+        layers=[layer for layer in layers.values() if not layer.is_head],
         allow_unused=allow_unused,
     )
     root.requires_grad_(False)
@@ -274,7 +276,9 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
     inputs = (options.get("input_ids"), options.get("inputs_embeds"), *arguments[:1])
     sample = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
     keep = options.get("logits_to_keep") if injection.has_head else None
-    routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
+    route = routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
+    if route is not None and route.task_ids.dim() == 1:  # ids of every token would take memory for each
+        route.prepared = _prepared(injection.layers, route.task_ids)
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not _is_compiled():
@@ -284,6 +288,21 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
                 for layer in adapter_layers(model).values()
             ]
     return arguments, options
+
+
+def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
+    """What the layers' class prepares for the task ids (B,) of a forward, by layer; layers that are sharded do it
+    themselves, when their parameters are gathered."""
+    by_device: dict[torch.device, list[AdapterLayer]] = {}
+    for layer in layers:
+        first = getattr(layer, layer.parameter_names[0])
+        if not is_sharded(first):
+            by_device.setdefault(first.device, []).append(layer)
+    return {
+        layer: tensor
+        for device, group in by_device.items()
+        for layer, tensor in zip(group, group[0].prepare(group, routing.moved(task_ids, device)), strict=False)
+    }
 
 
 def _refuse_drifting_averages(model: nn.Module) -> None:

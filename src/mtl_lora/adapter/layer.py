@@ -61,6 +61,11 @@ def is_partitioned(weight: torch.Tensor) -> bool:
     return hasattr(weight, "ds_id")
 
 
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Whether ZeRO-3 or FSDP keeps only a part of a weight in this process, but for its layer's own forward."""
+    return is_partitioned(weight) or hasattr(weight, "device_mesh") or hasattr(weight, "_fsdp_flattened")
+
+
 def gathered(weight: torch.Tensor) -> contextlib.AbstractContextManager:
     """A block in which a weight that ZeRO-3 has partitioned is gathered."""
     if not is_partitioned(weight):
@@ -143,6 +148,14 @@ class AdapterLayer(nn.Module):
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """What a task or a gate does in rank space: ``down``'s output to (N, R); ``x`` (..., k) for its shape alone."""
         return z
+
+    @classmethod
+    def prepare(cls, layers: list["AdapterLayer"], task_ids: torch.Tensor) -> list[torch.Tensor]:
+        """What layers of one configuration on one device need of the task ids (G,), for all at once; empty for none.
+
+        A GPU's step is as slow as its many small kernels are to queue, and all layers together take as many as one.
+        """
+        return []
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
         """The weights with which each task mixes the layer's parts, (M,) to (M, n); or None."""

@@ -76,16 +76,31 @@ class MtlLoraLayer(AdapterLayer):
 
     def combined_transform(self, task_ids: torch.Tensor) -> torch.Tensor:
         """P_t for each id: (M,) to (M, n r, r). Gathered before it is built, so the cost does not grow with T."""
-        transform = self.task_transforms(task_ids)
-        return (self.mixture(task_ids)[:, :, None, None] * transform[:, None]).flatten(1, 2)
+        return _combined(self.mixture(task_ids), self.task_transforms(task_ids))
+
+    @classmethod
+    def prepare(cls, layers: list["MtlLoraLayer"], task_ids: torch.Tensor) -> list[torch.Tensor]:
+        """P_t transposed for each id, (G, r, n r), of every layer."""
+        weights = torch.stack([layer.lora_w for layer in layers])[:, task_ids]
+        transforms = torch.stack([layer.lora_lambda for layer in layers])[:, task_ids]
+        transforms = torch.diag_embed(transforms) if layers[0].diagonal else transforms
+        weights = F.softmax(weights / layers[0].hyperparameters.temperature, dim=-1)
+        return list(_combined(weights, transforms).to(layers[0].compute_dtype).transpose(-1, -2).unbind())
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        task_ids = routing.task_ids_for(x, self).reshape(-1)
-        transform = self.combined_transform(task_ids).to(z.dtype)
-        rows_per_id = z.view(len(task_ids), -1, self.rank)
-        return torch.bmm(rows_per_id, transform.transpose(1, 2)).view(len(z), -1)
+        transform = routing.prepared_for(x, self)
+        if transform is None:
+            task_ids = routing.task_ids_for(x, self).reshape(-1)
+            transform = self.combined_transform(task_ids).transpose(1, 2)
+        rows_per_id = z.view(len(transform), -1, self.rank)
+        return torch.bmm(rows_per_id, transform.to(z.dtype)).view(len(z), -1)
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for a task that is not there."""
         index = torch.tensor([self.task_index(task)], device=self.lora_w.device)
         return Factors(self.lora_A, self.lora_B @ self.combined_transform(index)[0], self.scale)
+
+
+def _combined(weights: torch.Tensor, transforms: torch.Tensor) -> torch.Tensor:
+    """[w_1 Lambda; ...; w_n Lambda] of weights (..., n) and Lambda (..., r, r): (..., n r, r)."""
+    return (weights[..., None, None] * transforms[..., None, :, :]).flatten(-3, -2)

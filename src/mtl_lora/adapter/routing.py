@@ -59,7 +59,7 @@ class Route:
         """
         ids = self._resolved(tasks)
         if like is not None:
-            ids = _moved(ids, like.device)
+            ids = moved(ids, like.device)
         is_sequence = like is not None and (like.dim() == 3 or (like.dim() == 2 and not like.is_floating_point()))
         length = like.shape[1] if is_sequence else None
         return BoundRoute(ids, length, None if keep is None else _kept(ids, length, keep))
@@ -78,7 +78,8 @@ class Route:
             return ids
         rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
-            torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}")
+            # Its text may have 254 characters at most, and the names of the tasks may have more.
+            torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}"[:250])
         else:
             lowest, highest = int(ids.min()), int(ids.max())
             if lowest < 0 or highest >= len(tasks):
@@ -98,12 +99,13 @@ class BoundRoute:
     task_ids: torch.Tensor  # (B,) or (B, L)
     length: int | None = None  # L of the model's input, where it is known: inputs of B L flattened rows then match too
     kept: "BoundRoute | None" = None  # of the output head, where the forward projects only some positions
+    prepared: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)  # of a layer, by ``prepare``
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
         """Ids on ``x``'s device for a layer input (B, ..., k) or (B L, k); raises ``UserError`` if they do not fit."""
         ids = self.task_ids
         if ids.device != x.device:
-            ids = self.task_ids = _moved(ids, x.device)
+            ids = self.task_ids = moved(ids, x.device)
         if x.dim() > ids.dim() and x.shape[: ids.dim()] == ids.shape:
             return ids
         is_flattened = x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length
@@ -115,7 +117,8 @@ class BoundRoute:
         )
 
 
-def _moved(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+def moved(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Ids on a device, without waiting for it."""
     return ids.to(device, non_blocking=device.type == "cuda")
 
 
@@ -188,13 +191,14 @@ def checkpoint_context() -> tuple[_Held, _Held]:
     return _Held(_thread.routes.outer, _thread.routes.model), _Held(_thread.routes.outer, _thread.routes.model)
 
 
-def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> None:
+def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> BoundRoute | None:
     """Put the ids of a forward in force: those passed to it, or else those of the ``use`` block around it."""
     route = None if task_ids is None else Route(task_ids)
     # A whole model that is recomputed must not read another batch's block.
     if route is None and _thread.routes.backward == _backward_pass():
         route = _thread.routes.outer
     _thread.routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
+    return _thread.routes.model
 
 
 def select_rows(task_ids: torch.Tensor) -> None:
@@ -206,6 +210,18 @@ def select_rows(task_ids: torch.Tensor) -> None:
 def leave_model() -> None:
     """The end of a forward, also of one that raised."""
     _thread.routes.model = None
+
+
+def prepared_for(x: torch.Tensor, layer) -> torch.Tensor | None:
+    """What the layer's class prepared for this forward; None where the layer has to compute it from the task ids.
+
+    Raises ``UserError`` where the ids do not fit the layer's input ``x``.
+    """
+    route = _thread.routes.model
+    if route is None or layer not in route.prepared or torch.compiler.is_compiling():
+        return None
+    route.ids_for(x)
+    return route.prepared[layer]
 
 
 def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
@@ -295,12 +311,16 @@ class Checkpointing(Override):
         if torch.compiler.is_compiling():  # a compiled graph is recomputed as a graph
             return self.before(run, *arguments, **options)
         outer, model = _thread.routes.outer, _thread.routes.model
+        reentrant = getattr(self.before, "keywords", {}).get("use_reentrant", True)
+        if reentrant and model is not None:
+            # Each block has a backward pass of its own, and the first would use up a graph that all have in common.
+            model = dataclasses.replace(model, prepared={})
 
         def routed(*arguments, **options):
             with _Held(outer, model):
                 return run(*arguments, **options)
 
-        if getattr(self.before, "keywords", {}).get("use_reentrant", True):
+        if reentrant:
             arguments = _with_gradient(arguments)
         return self.before(routed, *arguments, **options)
 

@@ -20,8 +20,10 @@ IGNORED = -100  # the label that torch's cross entropy skips
 
 @dataclasses.dataclass
 class Collator:
-    """Pads training examples on the right: input_ids, attention_mask, labels (B, L), task_ids (B,), supervised (N,)
-    and loss_weight ().
+    """Pads training examples on the right: input_ids, labels (B, L), task_ids (B,), supervised (N,), loss_weight ().
+
+    No attention_mask: a causal model's real tokens see no padding on their right, and transformers would have a
+    training wait for a GPU to say whether a mask hides anything.
 
     Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. supervised: what
     ``supervised_positions`` finds, here, because a GPU would make the training wait for N. loss_weight: N, float32.
@@ -33,19 +35,17 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
         input_ids = torch.full((len(rows), length), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
         labels = torch.full_like(input_ids, IGNORED)
         for index, row in enumerate(rows):
             ids = torch.as_tensor(row["input_ids"])
             start = 0 if self.train_on_inputs else row["prompt_length"]
             input_ids[index, : len(ids)] = ids
-            attention_mask[index, : len(ids)] = 1
             labels[index, start : len(ids)] = ids[start:]
         task_ids = torch.tensor([int(row["task_id"]) for row in rows])
         supervised = supervised_positions(labels)
         weight = torch.tensor(float(len(supervised)))
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return {**batch, "task_ids": task_ids, "supervised": supervised, "loss_weight": weight}
+        batch = {"input_ids": input_ids, "labels": labels, "task_ids": task_ids}
+        return {**batch, "supervised": supervised, "loss_weight": weight}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,19 +76,18 @@ def token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy of every supervised token, (N,), its weight, which is one, (N,), and its row's task id, (N,).
 
-    batch: input_ids, attention_mask, labels (B, L), task_ids (B,), and perhaps supervised (N,), as the collator gives
-    it; with it nothing here waits for a GPU. Only the supervised positions go through the model's output head, in its
-    own forward, so that wrappers such as DDP and DeepSpeed see an ordinary call. (``logits_to_keep`` would ask for
-    less of the model, but takes such positions from transformers 5.23 on alone, and as a mask, whose trues a GPU must
-    count.) A model whose head is not found, or sees something else, projects every position.
+    batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L) and supervised (N,). As the
+    collator makes it, nothing here waits for a GPU. Only the supervised positions go through the model's output head,
+    in its own forward, so that wrappers such as DDP and DeepSpeed see an ordinary call. (``logits_to_keep`` takes such
+    positions from transformers 5.23 on alone, and as a mask, whose trues a GPU must count.) A model whose head is not
+    found, or sees something else, projects every position.
     """
     labels, task_ids = batch["labels"], batch["task_ids"]
     supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)
     token_task_ids = task_ids.index_select(0, supervised // labels.shape[1])
     with route.use(task_ids), _head_sees(model, labels.shape, supervised, token_task_ids) as head:
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits.flatten(0, -2)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
     if not head.selected:
         _say_that_all_is_projected(type(_unwrapped(model)))
         logits = logits.index_select(0, supervised)
