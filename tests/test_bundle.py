@@ -128,7 +128,7 @@ def test_parts_that_arrive_one_by_one_are_kept_and_the_last_one_installs(small, 
     assert again.returncode == 0 and again.stdout == (into / "environment.sh").read_text()
 
 
-def test_interrupted_call_is_made_up_for_by_the_next(sent, tmp_path):
+def test_interrupted_call_can_be_repeated(sent, tmp_path):
     into = tmp_path / "into"
     for left in (".unpacking/site", "site/mtl_lora", "parts"):
         (into / left).mkdir(parents=True)
