@@ -280,7 +280,10 @@ class Plan:
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
         """The lines that ``--check`` prints: every experiment with its trainable parameters and command lines."""
         yield f"{self.grid.name}: {self.grid.about}"
-        jobs = {f"search of {self.grid.search.flag} for {name}": jobs_of(runs) for name, runs in trials.items()}
+        jobs = {}
+        for name, runs in trials.items():
+            values = ", ".join(f"{run.value:g}" for run in runs)
+            jobs[f"search of {self.grid.search.flag} for {name}: {values}"] = jobs_of(runs)
         jobs |= {experiment.name: jobs_of(self.runs(experiment)) for experiment in chosen}
         for name, found in jobs.items():
             facts = f"{name}; jobs: {len(found)}"
