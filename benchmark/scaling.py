@@ -95,7 +95,7 @@ def work(job: Path) -> None:
 
     from mtl_lora.language.config import TrainConfig
     from mtl_lora.language.train import run
-    from mtl_lora.training.distributed import leave
+    from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
     times: list[float] = []
 
@@ -106,9 +106,10 @@ def work(job: Path) -> None:
 
     register_optimizer_step_post_hook(after_step)
     config = TrainConfig(**json.loads(job.read_text()))
+    prepare_process(config)
     run(config)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    leave()
+    destroy_process_group()
     if rank:
         return
     if len(times) != config.max_steps:

@@ -41,6 +41,7 @@ SCHEMA_1 = {
 }  # fmt: skip
 SCHEMA_2 = {
     **SCHEMA_1,
+    "settings": {"protocol": 1, "mode": "generate", "limit": 0},
     "schema": 2,
     "system": "language",
     "method_title": "MTL-LoRA",

@@ -26,4 +26,4 @@ class GatheringLayer(nn.Module):
         B = torch.einsum("bn,dnr->bdr", weights, up)
         z = torch.bmm(F.dropout(x, layer.dropout, layer.training), A.transpose(1, 2))
         z = torch.bmm(z, lambdas.transpose(1, 2))
-        return layer.base(x) + torch.bmm(z, B.transpose(1, 2)) * layer.scale
+        return layer.base_layer(x) + torch.bmm(z, B.transpose(1, 2)) * layer.scale

@@ -20,7 +20,7 @@ class LoopingLayer(nn.Module):
         """x (B, L, k) to (B, L, d)."""
         layer, ids = self.layer, LoopingLayer.task_ids
         A, up = layer.lora_A.to(x.dtype), layer.lora_B.view(layer.out_features, layer.hyperparameters.num_B, layer.rank)
-        dropped, output = F.dropout(x, layer.dropout, layer.training), layer.base(x)
+        dropped, output = F.dropout(x, layer.dropout, layer.training), layer.base_layer(x)
         for task in ids.unique().tolist():
             rows = (ids == task).nonzero().squeeze(1)
             weights = F.softmax(layer.lora_w[task] / layer.hyperparameters.temperature, dim=-1)

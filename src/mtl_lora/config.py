@@ -17,8 +17,9 @@ def flag(default, help: str, **metadata):
 
     default: ``REQUIRED`` for a flag without one. metadata: ``affects``, what the flag can change: ``weights`` or
     ``answers`` (the default of a configuration is its ``affects``), ``content`` for a path whose content decides, or
-    ``nothing``; ``positional=True`` for the list of the arguments without a name; ``aliases``, earlier names;
-    ``before``, what was fixed while the field did not exist: files without it take that.
+    ``nothing``; ``min``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list of the
+    arguments without a name; ``aliases``, earlier names; ``before``, what was fixed while the field did not
+    exist: files without it take that.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
@@ -107,7 +108,18 @@ class Config:
                 object.__setattr__(self, flag.name, value)
             if not _matches(value, flag.type):
                 raise UserError(f"{flag.name} must be {type_name(flag.type)}, not {value!r}", flag.name)
+            self._check_rules(flag.name, value, flag.metadata)
         self.validate()
+
+    def _check_rules(self, name: str, value: object, rules: dict) -> None:
+        if value is None or (isinstance(value, str) and "choices" not in rules):
+            return
+        if "min" in rules:
+            self.require(name, f"at least {rules['min']}", value >= rules["min"])
+        if "above" in rules:
+            self.require(name, f"greater than {rules['above']}", value > rules["above"])
+        if "choices" in rules:
+            self.require(name, f"one of {', '.join(rules['choices'])}", value in rules["choices"])
 
     def validate(self) -> None:
         """Raise ``UserError`` for values that do not fit; overridden by each configuration."""

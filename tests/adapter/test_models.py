@@ -97,7 +97,7 @@ def losses_of_all_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> to
 def test_answer_only_logits_are_those_of_the_whole_row(architecture):
     model, batch = adapted(architecture), batch_of(tokens(4))
     assert batches.keeps_logits(type(model))
-    losses, task_ids = token_losses(model, batch)
+    losses, _, task_ids = token_losses(model, batch)
     assert_near(losses, losses_of_all_logits(model, batch), 1e-10, "losses")
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
 
@@ -134,7 +134,7 @@ def test_answer_only_loss_and_gradients_are_the_models_own(architecture):
     expected.backward()
     gradients = adapter_gradients(model)
     counts = positions_projected(model)
-    losses, _ = token_losses(model, batch)
+    losses, *_ = token_losses(model, batch)
     losses.mean().backward()
     assert counts == [len(losses)] == [(batch["labels"] != IGNORED).sum()], "only answers go through the vocabulary"
     assert_near(losses.mean(), expected, 1e-6, "loss")  # the models' own is taken in float32
@@ -166,11 +166,11 @@ def test_model_without_logits_to_keep_uses_whole_rows_and_says_so_once(wrap, cap
     batches.keeps_logits.cache_clear()
     model = randomise(mtl_lora.inject(tiny_llama(), adapter_config()))
     batch = batch_of(tokens(4))
-    expected, _ = token_losses(wrap(model), batch)
+    expected, *_ = token_losses(wrap(model), batch)
     assert capsys.readouterr().err == ""
     model.__class__ = WholeRows
     for _ in range(2):
-        losses, task_ids = token_losses(wrap(model), batch)
+        losses, _, task_ids = token_losses(wrap(model), batch)
         assert_near(losses, expected, 1e-12, "losses")
     assert task_ids.tolist() == [0] * 4 + [1] * 1 + [2] * 6 + [3] * 2
     message = "WholeRows takes no logits_to_keep: the vocabulary is projected at every position, "
@@ -184,7 +184,7 @@ def test_architecture_without_logits_to_keep_has_its_own_loss_too(capsys):
     model = transformers.xLSTMForCausalLM(settings).double()
     model = randomise(mtl_lora.inject(model, adapter_config(target_modules=["q", "v", "out_proj"]))).train()
     batch = padded(batch_of(tokens(4)))
-    losses, _ = token_losses(model, batch)
+    losses, *_ = token_losses(model, batch)
     assert capsys.readouterr().err.startswith("xLSTMForCausalLM takes no logits_to_keep: the vocabulary is projected")
     assert_near(losses.mean(), own_loss(model, batch), 1e-6, "loss")
 

@@ -24,7 +24,7 @@ def test_fresh_adapter_leaves_output_and_base_bit_for_bit(method, dtype):
         assert torch.equal(model(input_ids=input_ids).logits, expected)
         # Dropout on the trained path is nothing to the base, so training mode must agree too.
         assert torch.equal(model.train()(input_ids=input_ids).logits, expected)
-    after = {name.replace(".base.", "."): weight for name, weight in model.state_dict().items()}
+    after = {name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items()}
     for name, weight in before.items():
         assert torch.equal(after[name], weight), name
 

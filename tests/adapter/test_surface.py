@@ -321,7 +321,7 @@ def test_modules_are_trained_and_saved_whole_beside_the_adapter(entry, dtype, tm
     masters = torch.float64 if dtype == torch.float64 else torch.float32
     trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert all(model.get_parameter(name).dtype == masters for name in trainable)
-    assert {name.replace("0.base.", "0.") for name in trainable if "lora" not in name} == {
+    assert {name.replace("0.base_layer.", "0.") for name in trainable if "lora" not in name} == {
         name for name in names if "running" not in name and "num_" not in name
     }
 

@@ -15,7 +15,7 @@ from torch import nn
 from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, unload
-from mtl_lora.adapter.layer import in_pieces, layer_class, layer_sizes
+from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
@@ -91,7 +91,7 @@ def adapter_state(model: nn.Module) -> State:
             "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use DeepSpeed's "
             "ZeRO-3"
         )
-    partitioned = [tensor for tensor in tensors.values() if in_pieces(tensor)]
+    partitioned = [tensor for tensor in tensors.values() if is_partitioned(tensor)]
     if not partitioned:
         return {name: tensor.detach() for name, tensor in tensors.items()}
     import deepspeed

@@ -50,7 +50,7 @@ class DoraLayer(LoraLayer):
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         c = self.lora_magnitude / positive(self.norm())
         # Without dropout W x~ is the base's output, computed already; its bias is not scaled.
-        plain = self.base(dropped) if self.training and self.dropout else output
+        plain = self.base_layer(dropped) if self.training and self.dropout else output
         plain = plain if self.bias is None else plain - self.bias
         change = F.linear(mixed, self.up().to(output.dtype)) * self.scale
         return output + (c - 1).to(output.dtype) * plain + c.to(output.dtype) * change

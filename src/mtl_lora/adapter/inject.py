@@ -200,7 +200,7 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     task the adapter does not have and for a model without an adapter.
     """
     # All before anything changes, for it may raise.
-    merged = {layer.base: layer.merged_weight(task) for layer in adapter_layers(model).values()}
+    merged = {layer.base_layer: layer.merged_weight(task) for layer in adapter_layers(model).values()}
     _take_off(model, keep=True)
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
@@ -226,7 +226,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
     if not layers:
         raise UserError("the model carries no adapter to merge or to unload")
     injection = root.mtl_lora_injection
-    replace_modules(root, {layer: layer.base for layer in layers.values()})
+    replace_modules(root, {layer: layer.base_layer for layer in layers.values()})
     for parameter in injection.trainable:
         parameter.requires_grad_(True)
     for slot in injection.slots:
@@ -248,7 +248,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """A block in which the model is the base model: its own layers stand in their places, and its output is the
     base's bit for bit. ``task_ids`` are still taken, and not used."""
-    layers = {layer: layer.base for layer in adapter_layers(model).values()}
+    layers = {layer: layer.base_layer for layer in adapter_layers(model).values()}
     slots = unwrap(model).mtl_lora_injection.slots if layers else []
     replace_modules(model, layers)
     trained = [slot.put_original() for slot in slots]

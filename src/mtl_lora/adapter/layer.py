@@ -56,14 +56,14 @@ def is_quantised(weight: torch.Tensor) -> bool:
     return weight.dtype.itemsize < 2 or not weight.is_floating_point() or hasattr(weight, "quant_state")
 
 
-def in_pieces(weight: torch.Tensor) -> bool:
+def is_partitioned(weight: torch.Tensor) -> bool:
     """Whether ZeRO-3 has partitioned a weight over the processes."""
     return hasattr(weight, "ds_id")
 
 
-def whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
+def gathered(weight: torch.Tensor) -> contextlib.AbstractContextManager:
     """A block in which a weight that ZeRO-3 has partitioned is gathered."""
-    if not in_pieces(weight):
+    if not is_partitioned(weight):
         return contextlib.nullcontext()
     import deepspeed
 
@@ -100,13 +100,13 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, base: nn.Linear, config: AdapterConfig):
         super().__init__()
-        self.base = base
+        self.base_layer = base
         # As the base declares them: under ZeRO-3 a weight has no shape to read.
         sizes = (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)
         self.in_features, self.out_features = sizes
         # The output of a quantised layer, or of one whose weight is partitioned (ZeRO-3), belongs to a function of
         # its own, which does not let it be changed.
-        self.in_place = not is_quantised(base.weight) and not in_pieces(base.weight)
+        self.in_place = not is_quantised(base.weight) and not is_partitioned(base.weight)
         self.rank, self.scale, self.tasks = config.rank, config.scale, list(config.tasks)
         self.dropout, self.hyperparameters = config.dropout, config.hyperparameters
         self.parameter_dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
@@ -176,7 +176,7 @@ class AdapterLayer(nn.Module):
         # Rows are flattened before the base runs, not after: an in-place sum into a view of the base's output would
         # make autograd copy it.
         rows = x.reshape(-1, self.in_features)
-        output = self.base(rows)
+        output = self.base_layer(rows)
         dropped = dropout(rows, self.dropout) if self.training and self.dropout else rows
         z = F.linear(dropped, self.down().to(rows.dtype))
         output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
@@ -192,41 +192,41 @@ class AdapterLayer(nn.Module):
     @torch.no_grad()
     def merged_weight(self, task: str | int | None = None) -> torch.Tensor:
         """The plain weight (d, k) that equals this layer for ``task``; raises ``UserError`` for a quantised base."""
-        if is_quantised(self.base.weight):
+        if is_quantised(self.base_layer.weight):
             raise UserError("a quantised base cannot take the adapter into its weights; load it in bf16 or float32")
         factors = self.factors(task)
         merged = self._base_weight().to(factors.A.dtype) + factors.delta()
         if factors.magnitude is not None:
             merged *= (factors.magnitude / positive(merged.square().sum(dim=1).sqrt()))[:, None]
-        return merged.to(self.base.weight.dtype)
+        return merged.to(self.base_layer.weight.dtype)
 
     def _base_weight(self) -> torch.Tensor:
         """The frozen weight as (d, k)."""
-        return self.base.weight.T if is_conv1d(self.base) else self.base.weight
+        return self.base_layer.weight.T if is_conv1d(self.base_layer) else self.base_layer.weight
 
     @torch.no_grad()
     def base_product(self, rows: torch.Tensor) -> torch.Tensor:
         """rows W^T, (M, k) to (M, d), for any base: a weight that cannot be read acts through its forward."""
         if self.in_place:
             return F.linear(rows, self._base_weight())
-        if not is_quantised(self.base.weight):
-            product = self.base(rows)
+        if not is_quantised(self.base_layer.weight):
+            product = self.base_layer(rows)
             return product if self.bias is None else product - self.bias
         # The bias is put aside, for (W x + b) - b loses what is small beside b. The mode is training, for in the other
         # bitsandbytes lays weights on a CPU out anew, in a form without gradients.
-        bias, training = self.base.bias, self.base.training
-        self.base.bias, self.base.training = None, True
+        bias, training = self.base_layer.bias, self.base_layer.training
+        self.base_layer.bias, self.base_layer.training = None, True
         try:
-            return self.base(rows)
+            return self.base_layer(rows)
         finally:
-            self.base.bias, self.base.training = bias, training
+            self.base_layer.bias, self.base_layer.training = bias, training
 
     @torch.no_grad()
     def base_row_squares(self) -> torch.Tensor:
         """The squared norm of each output row of the frozen weight, (d,); under ZeRO-3 all processes must call this."""
-        weight = self.base.weight
+        weight = self.base_layer.weight
         if not is_quantised(weight):
-            with whole(weight):
+            with gathered(weight):
                 return self._base_weight().to(self.parameter_dtype).square().sum(dim=1)
         # The columns of a quantised weight come out of the base's forward, as the images of unit vectors.
         total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
@@ -247,9 +247,9 @@ class AdapterLayer(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of activations that the base takes: its weight's, or what a quantised layer computes in."""
-        if is_quantised(self.base.weight):
-            return getattr(self.base, "compute_dtype", None) or torch.float32
-        return self.base.weight.dtype
+        if is_quantised(self.base_layer.weight):
+            return getattr(self.base_layer, "compute_dtype", None) or torch.float32
+        return self.base_layer.weight.dtype
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: what a checkpoint holds of this layer."""
@@ -259,12 +259,12 @@ class AdapterLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The frozen weight as the base stores it."""
-        return self.base.weight
+        return self.base_layer.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The frozen bias (d,), or None."""
-        return self.base.bias
+        return self.base_layer.bias
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout}, tasks={len(self.tasks)}"

@@ -294,7 +294,8 @@ class Checkpointing(Override):
 def follow_checkpointing(modules: list[nn.Module]) -> None:
     """Have modules that transformers checkpoints keep the route; to be called before each forward that trains."""
     for module in modules:
-        if not isinstance(vars(module).get(Checkpointing.name), Checkpointing | None):
+        function = vars(module).get(Checkpointing.name)
+        if function is not None and type(function) is not Checkpointing:
             Checkpointing(module)
 
 

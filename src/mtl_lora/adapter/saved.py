@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mtl_lora.adapter.layer import is_quantised, whole
+from mtl_lora.adapter.layer import gathered, is_quantised
 from mtl_lora.adapter.routing import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
@@ -137,7 +137,7 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
         dtype = slot.original.dtype
         if slot.is_weight:
             kept = dtype if dtype == torch.float64 else torch.float32
-            with whole(slot.original):
+            with gathered(slot.original):
                 slot.put(nn.Parameter(slot.original.detach().to(kept, copy=True)))
             if kept != dtype:
                 places += [(module, key, dtype) for module, key in slot.places]

@@ -156,7 +156,7 @@ def _write_task(
     folder.mkdir()
     save_file(tensors, folder / artifacts.PEFT_WEIGHTS, metadata={"format": "pt"})
     # PEFT corrects fan_in_fan_out layer by layer in a model that has both kinds.
-    settings["fan_in_fan_out"] = any(is_conv1d(layer.base) for layer in layers.values())
+    settings["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     files.write_json(folder / artifacts.PEFT_CONFIG, {**_PLAIN_LORA, **shared, **settings})
     return settings["r"]
 

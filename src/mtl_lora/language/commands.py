@@ -5,14 +5,11 @@ from collections.abc import Sequence
 from mtl_lora.artifacts import AGREEMENT, RESULTS
 from mtl_lora.cli import parse
 from mtl_lora.files import read_json
-from mtl_lora.language.config import (
-    EVALUATE_ABOUT,
-    PREDICT_ABOUT,
-    TRAIN_ABOUT,
-    EvalConfig,
-    PredictConfig,
-    TrainConfig,
-)
+from mtl_lora.language.config import EvalConfig, PredictConfig, TrainConfig
+
+TRAIN_ABOUT = "Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter."
+EVALUATE_ABOUT = "Score a checkpoint, or a base model alone, on the test sets of its tasks."
+PREDICT_ABOUT = "Answer the examples of a file with a checkpoint, or with a base model alone."
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -27,16 +24,12 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the table at the end."""
+    """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the results as tables at the end."""
     config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
     from mtl_lora.language.evaluate import run
 
-    if run(config):
-        _print_results(config)
-
-
-def _print_results(config: EvalConfig) -> None:
-    """The table, what was measured beside it, and with ``--mode both`` how often the protocols agree."""
+    if not run(config):
+        return
     from mtl_lora.report.cli import main as report
 
     results = [f"{folder}/{RESULTS}" for folder in config.protocols.values()]

@@ -12,11 +12,8 @@ from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.training.config import TrainingConfig
 
 AUTO = "auto"
-EVALUATE_ABOUT = """Score a checkpoint, or a base model alone, on the test sets of its tasks."""
-PREDICT_ABOUT = """Answer the examples of a file with a checkpoint, or with a base model alone."""
 PROTOCOLS = ("generate", "score")
 MODES = (*PROTOCOLS, "both")
-TRAIN_ABOUT = """Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter."""
 
 
 @dataclasses.dataclass
@@ -53,7 +50,7 @@ class TrainConfig(TrainingConfig):
     lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
 
     # text
-    cutoff_len: int = flag(256, "most tokens of prompt, answer and EOS; longer instructions lose their middle")
+    cutoff_len: int = flag(256, "most tokens of prompt, answer and EOS; longer instructions lose their middle", min=1)
     template: str = flag("alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), or the short plain")
     train_on_inputs: bool = flag(False, "put loss on the prompt too")
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
@@ -96,7 +93,6 @@ class TrainConfig(TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.require("cutoff_len", "at least 1", self.cutoff_len >= 1)
         self.adapter_config(self.task_set())
 
     def task_set(self) -> TaskSet:
@@ -141,8 +137,12 @@ class AnswerConfig(Config):
         None, "JSON file that declares your own tasks, where no checkpoint does", affects="content"
     )
     template: str | None = flag(None, "prompt template, where no checkpoint names it; none: alpaca")
-    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint has it; none: 256")
-    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it")
+    cutoff_len: int | None = flag(
+        None, "most tokens of prompt and answer, where no checkpoint has it; none: 256", min=1
+    )
+    dtype: str = flag(
+        "auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
+    )
     batch_size: int | str = flag(
         AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"
     )
@@ -152,8 +152,8 @@ class AnswerConfig(Config):
         affects="nothing",
         aliases=("share_opening",),
     )
-    max_new_tokens: int = flag(32, "most tokens generated for an answer")
-    num_beams: int = flag(1, "beams of generation; 1 is greedy")
+    max_new_tokens: int = flag(32, "most tokens generated for an answer", min=1)
+    num_beams: int = flag(1, "beams of generation; 1 is greedy", min=1)
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
     local_rank: int = flag(
         -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
@@ -164,10 +164,6 @@ class AnswerConfig(Config):
             raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME for a base model alone")
         if self.checkpoint and self.peft:
             raise UserError("--checkpoint and --peft are two adapters; pass one")
-        self.require("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
-        for name in ("max_new_tokens", "num_beams"):
-            self.require(name, "at least 1", getattr(self, name) >= 1)
-        self.require("cutoff_len", "at least 1", self.cutoff_len is None or self.cutoff_len >= 1)
         number = isinstance(self.batch_size, int)
         self.require(
             "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
@@ -184,15 +180,12 @@ class EvalConfig(AnswerConfig):
     )
     name: str | None = flag(None, "row label in tables; none: the method, or the base model's name", affects="nothing")
     tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
-    limit: int = flag(0, "evaluate only the first n questions of each task; 0: all")
-    mode: str = flag("generate", "generate: the answer is found in generated text; score: the likeliest option; both")
+    limit: int = flag(0, "evaluate only the first n questions of each task; 0: all", min=0)
+    mode: str = flag(
+        "generate", "generate: the answer is found in generated text; score: the likeliest option; both", choices=MODES
+    )
     overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
     check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
-
-    def validate(self) -> None:
-        super().validate()
-        self.require("mode", f"one of {', '.join(MODES)}", self.mode in MODES)
-        self.require("limit", "at least 0", self.limit >= 0)
 
     @property
     def output_folder(self) -> str:
@@ -218,14 +211,12 @@ class PredictConfig(AnswerConfig):
     output: str = flag(REQUIRED, "file for one JSON line per example, in the order of the input", affects="nothing")
     task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
     mode: str | None = flag(
-        None, "score: the likeliest option; generate: generated text; none: score, and generate for free text"
+        None,
+        "score: the likeliest option; generate: generated text; none: score, and generate for free text",
+        choices=PROTOCOLS,
     )
     overwrite: bool = flag(False, "replace the output file, or an unfinished one", affects="nothing")
     check: bool = flag(False, "check every setting and the examples, then stop", affects="nothing")
-
-    def validate(self) -> None:
-        super().validate()
-        self.require("mode", f"one of {', '.join(PROTOCOLS)}", self.mode in (None, *PROTOCOLS))
 
 
 # The adapter's own words and the flags that users of the original and of LLM-Adapters know.

@@ -56,8 +56,9 @@ class Task:
         except re.error as error:
             raise UserError(f"task {self.name!r} has a pattern that is not a regular expression: {error}") from None
         if self.metric and self.metric not in METRICS:
-            known = ", ".join(METRICS)
-            raise UserError(f"task {self.name!r} has the metric {self.metric!r}; it must be one of {known}")
+            raise UserError(
+                f"task {self.name!r} has the metric {self.metric!r}; it must be one of {', '.join(METRICS)}"
+            )
         if not self.title:
             object.__setattr__(self, "title", self.name)
 
@@ -142,10 +143,8 @@ class TaskSet:
 
     def to_json(self) -> dict:
         """A JSON value that ``from_json`` reads back to an equal set; a metric by default is not written."""
-        tasks = [{**dataclasses.asdict(task), "options": list(task.options)} for task in self.tasks]
-        for task in tasks:
-            if not task["metric"]:
-                del task["metric"]
+        tasks = [dataclasses.asdict(task) | {"options": list(task.options)} for task in self.tasks]
+        tasks = [{key: value for key, value in task.items() if key != "metric" or value} for task in tasks]
         return {"tasks": tasks, "columns": list(self.columns)}
 
     @classmethod
@@ -161,24 +160,18 @@ class TaskSet:
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
             raise UserError(f"{source}: the columns must be a list of task names, not {columns!r}")
         known = {field.name for field in dataclasses.fields(Task)}
-        tasks = []
         for index, entry in enumerate(value["tasks"]):
             if not isinstance(entry, dict) or not {"name", "id"} <= set(entry) <= known:
                 raise UserError(f"{source}: task {index} needs 'name' and 'id' of {sorted(known)}, not {entry!r}")
-            try:
-                tasks.append(Task(**entry))
-            except UserError as error:
-                raise UserError(f"{source}: {error}") from None
         try:
-            return cls(tuple(tasks), tuple(columns))
+            return cls(tuple(Task(**entry) for entry in value["tasks"]), tuple(columns))
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
 
 def load_tasks_file(path: str | Path) -> TaskSet:
     """Read a task set from a JSON file; raises ``UserError`` naming the file and what is wrong with it."""
-    value = files.read_json(path, "the tasks file")
-    return TaskSet.from_json(value, f"the tasks file {path}")
+    return TaskSet.from_json(files.read_json(path, "the tasks file"), f"the tasks file {path}")
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:
@@ -197,14 +190,5 @@ COMMONSENSE = TaskSet(
         Task("ARC-Easy", 6, _numbered("answer", 5), title="ARC-e"),
         Task("openbookqa", 7, _numbered("answer", 4), "answer1|answer2|answer3|answer4|answer5", title="OBQA"),
     ),
-    columns=(
-        "boolq",
-        "piqa",
-        "social_i_qa",
-        "hellaswag",
-        "winogrande",
-        "ARC-Easy",
-        "ARC-Challenge",
-        "openbookqa",
-    ),
+    columns=("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"),
 )

@@ -18,35 +18,40 @@ class TrainingConfig(Config):
 
     # batch and schedule
     batch_size: int | str = flag(
-        8, "examples per device and micro-batch; global = this x devices x gradient_accumulation_steps"
+        8, "examples per device and micro-batch; global = this x devices x gradient_accumulation_steps", min=1
     )
     token_budget: int = flag(
         0,
         "most tokens per device and micro-batch, padding included (examples x longest example); replaces batch_size, "
         "which then applies to validation alone; 0 = off",
+        min=0,
     )
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step")
-    num_epochs: float = flag(3.0, "passes over the training examples")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step", min=1)
+    num_epochs: float = flag(3.0, "passes over the training examples", above=0)
     sampling_temperature: float = flag(
-        1.0, "a task's proportion of an epoch is that of its examples ^ (1 / this); 1 = the data's own proportions"
+        1.0,
+        "a task's proportion of an epoch is that of its examples ^ (1 / this); 1 = the data's own proportions",
+        min=1,
     )
     max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1 = off")
     length_pool: int = flag(
-        128, "batches sorted by length together, against padding; 1 = every batch is a mixture of all tasks"
+        128, "batches sorted by length together, against padding; 1 = every batch is a mixture of all tasks", min=1
     )
-    lr_scheduler_type: str = flag("linear", f"after the warm-up: {', '.join(SCHEDULES)}")
-    learning_rate: float = flag(3e-4, "peak learning rate of AdamW")
+    lr_scheduler_type: str = flag("linear", f"after the warm-up: {', '.join(SCHEDULES)}", choices=SCHEDULES)
+    learning_rate: float = flag(3e-4, "peak learning rate of AdamW", above=0)
     warmup_ratio: float = flag(0.01, "fraction of the steps with linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW weight decay; 0 = off")
-    max_grad_norm: float = flag(1.0, "gradient clipping norm; 0 = off")
+    weight_decay: float = flag(0.0, "AdamW weight decay; 0 = off", min=0)
+    max_grad_norm: float = flag(1.0, "gradient clipping norm; 0 = off", min=0)
 
     # run
-    val_set_size: int = flag(0, "examples held out for a validation loss at every save; 0 = off")
-    save_step: int = flag(200, "steps between checkpoints; 0 = only the final adapter", affects="nothing")
-    save_total_limit: int = flag(3, "checkpoints kept; 0 = all", affects="nothing")
-    logging_steps: int = flag(10, "steps between log lines", affects="nothing")
-    seed: int = flag(42, "fixes data order, initialisation and dropout")
-    dtype: str = flag("auto", "base model dtype: bf16, fp32, fp64; auto = bf16 where the hardware multiplies it")
+    val_set_size: int = flag(0, "examples held out for a validation loss at every save; 0 = off", min=0)
+    save_step: int = flag(200, "steps between checkpoints; 0 = only the final adapter", affects="nothing", min=0)
+    save_total_limit: int = flag(3, "checkpoints kept; 0 = all", affects="nothing", min=0)
+    logging_steps: int = flag(10, "steps between log lines", affects="nothing", min=1)
+    seed: int = flag(42, "fixes data order, initialisation and dropout", min=0)
+    dtype: str = flag(
+        "auto", "base model dtype: bf16, fp32, fp64; auto = bf16 where the hardware multiplies it", choices=DTYPES
+    )
     use_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none = off")
     resume_from_checkpoint: str | None = flag(
@@ -68,18 +73,8 @@ class TrainingConfig(Config):
                 f"batch_size must be a whole number, not {self.batch_size!r}; to fill micro-batches by tokens pass "
                 "--token_budget"
             )
-        for name in ("batch_size", "length_pool", "gradient_accumulation_steps", "logging_steps"):
-            self.require(name, "at least 1", getattr(self, name) >= 1)
-        self.require("sampling_temperature", "at least 1", self.sampling_temperature >= 1)
-        for name in ("learning_rate", "num_epochs"):
-            self.require(name, "greater than 0", getattr(self, name) > 0)
-        for name in ("weight_decay", "max_grad_norm", "val_set_size", "save_step", "save_total_limit", "seed"):
-            self.require(name, "at least 0", getattr(self, name) >= 0)
-        self.require("lr_scheduler_type", f"one of {', '.join(SCHEDULES)}", self.lr_scheduler_type in SCHEDULES)
-        self.require("dtype", f"one of {', '.join(DTYPES)}", self.dtype in DTYPES)
         self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
         self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
-        self.require("token_budget", "at least 0", self.token_budget >= 0)
         if self.token_budget and self.length_pool != TrainingConfig.length_pool:
             raise UserError("--token_budget sorts all examples by length, so --length_pool has no effect; pass one")
         if self.token_budget and self.sampling_temperature != 1:
