@@ -1,4 +1,4 @@
-"""Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures; time left."""
+"""Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures."""
 
 import dataclasses
 import os
