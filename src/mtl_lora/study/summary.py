@@ -33,11 +33,6 @@ class Finished:
     run: model.Run
     evaluations: list[Results]
 
-    @property
-    def paths(self) -> dict[str, Path]:
-        """The results file of each task."""
-        return {name: results.path for results in self.evaluations for name in results.tasks}
-
 
 class StudyWriter:
     """Writes study.json and table.md as runs finish.
@@ -174,23 +169,23 @@ class StudyWriter:
 
     def _against(self, found: dict[str, dict[int | None, Finished]], a: str, b: str) -> dict | None:
         """B minus A over the seeds that both have, see ``intervals``; None without a common seed or task."""
-        of_a, of_b = found.get(a, {}), found.get(b, {})
+        of_a, of_b = (
+            {seed: tuple(results.path for results in run.evaluations) for seed, run in found.get(name, {}).items()}
+            for name in (a, b)
+        )
         # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
-        pairs = [(of_a[i].paths, of_b[j].paths) for i in of_a for j in of_b if i == j or None in (i, j)]
-        compared = [
-            {task: self._differences(one[task], other[task], task) for task in one if task in other}
-            for one, other in pairs
-        ]
-        return intervals(compared, self.grid.scored)
+        pairs = [(of_a[i], of_b[j]) for i in of_a for j in of_b if i == j or None in (i, j)]
+        return intervals([self._differences(*pair) for pair in pairs], self.grid.scored)
 
 
-def question_differences(a: Path, b: Path, task: str) -> list[int]:
-    """For each question of a task that both results files have: correct in B minus correct in A.
+def question_differences(a: tuple[Path, ...], b: tuple[Path, ...]) -> dict[str, list[int]]:
+    """By task that both runs have results files of, for each question: correct in B minus correct in A.
 
     Raises ``UserError`` where they are not comparable, see ``paired_answers``.
     """
-    pairs = paired_answers(Results.load(a), Results.load(b), [task])[task]
-    return [last.correct - first.correct for first, last in pairs]
+    of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
+    pairs = {name: paired_answers(of_a[name], of_b[name], [name])[name] for name in of_a if name in of_b}
+    return {name: [last.correct - first.correct for first, last in answers] for name, answers in pairs.items()}
 
 
 def intervals(pairs: Sequence[dict[str, list[int]]], scored: Sequence[str]) -> dict | None:
