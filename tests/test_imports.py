@@ -40,7 +40,7 @@ PACKAGES = {
     "download": {"pooch", "requests", "tqdm"},
     "embedded": {"filelock", "torch", "transformers"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
-    "report": {"pandas", "scipy", "tabulate", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
+    "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),
 }
 LAZY = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft", "pooch"}
