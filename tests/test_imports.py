@@ -14,7 +14,6 @@ CODE = [*MODULES, *(path for folder in ("data", "benchmark") for path in (PROJEC
 CODE += PROJECT.glob("*.py")
 
 GROUND = {"artifacts", "config", "download", "embedded", "errors", "files", "memory", "results", "version"}
-GROUND |= {"typed_json"}
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 SURFACE = {"mtl_lora", "route"}
 BELOW_SYSTEMS = GROUND | SURFACE | {"adapter", "base_model"}

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from mtl_lora.errors import user_errors_to_exit_code
-from mtl_lora.report.cli import main
+from mtl_lora.report.__main__ import main
 from mtl_lora.report.table import published_rows
 
 TWO_TASKS = {"tasks": [{"name": "first", "id": 0, "title": "First"}, {"name": "second", "id": 1}], "columns": []}

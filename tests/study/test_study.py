@@ -13,7 +13,7 @@ from shared import PROJECT
 from study_cases import dev_set, is_locked, wait_for, write_grid
 
 from mtl_lora import cli
-from mtl_lora.report.study_model import Study
+from mtl_lora.report.load import Study
 from mtl_lora.study import runner
 from mtl_lora.version import checkout_commit
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
-from mtl_lora.report.load import analysis_of, load_studies, log_of
-from mtl_lora.report.study_model import Study
+from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
 from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, require, value_text
 from mtl_lora.results import FRACTIONS
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
 from mtl_lora.report.figures import draw
-from mtl_lora.report.load import load_run
-from mtl_lora.report.study_model import Study
+from mtl_lora.report.load import Study, load_run
 from mtl_lora.report.table import details, require, study_tables
-from mtl_lora.typed_json import object_of
+from mtl_lora.results import object_of
 
 FILE_NAME = "page.html"
 

@@ -10,19 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
-from mtl_lora.report.study_model import Difference, Differences, Estimate, Experiment, Study
+from mtl_lora.report.load import Difference, Differences, Estimate, Experiment, Study, require_one_task_set
 from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
 TRAINABLE = "Trainable parameters, M (%)"
-# Settings of an evaluation that rows must share to be compared, and what a note calls them.
-_PROTOCOL = {
-    "base_fingerprint": "the base model's files",
-    "tasks_sha256": "the tasks' options and patterns",
-    **{key: key for key in ("template", "cutoff_len", "dtype", "max_new_tokens", "num_beams")},
-}
+# What a note calls settings whose name says too little.
+_SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 
 
 # ---- numbers and texts ----
@@ -206,12 +202,7 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     Raises ``UserError`` if the task sets differ, or if an addition does not fit the results.
     """
     task_set, others = results[0].task_set, published_rows() if published else []
-    for other in results[1:]:
-        if set(other.task_set.names) != set(task_set.names):
-            raise UserError(
-                f"{other.path} is about the tasks {', '.join(other.task_set.names)} and {results[0].path} about "
-                f"{', '.join(task_set.names)}; one table needs results of one task set"
-            )
+    require_one_task_set(results, "one table needs")
     if published and set(task_set.names) != set(others[0].cells):
         names = f"{results[0].path} is about {', '.join(task_set.names)}"
         raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
@@ -275,44 +266,42 @@ def published_rows() -> list[Row]:
 
 def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str]) -> list[str]:
     """What the numbers are, what keeps rows from being compared, and what a reader must know about single rows."""
-    columns, first, last = results[0].task_set.columns, results[0], results[-1]
+    first, last, kinds = results[0], results[-1], {row.kind for row in rows}
+    columns, notes = first.task_set.columns, []
     having = {name: [each for each in results if name in each.tasks] for name in columns}
-    counts = {name: " or ".join(dict.fromkeys(str(r.tasks[name].n) for r in found)) for name, found in having.items()}
-    data = {name: {each.data.get(name) for each in found} - {None} for name, found in having.items()}
-    metrics = {each.tasks[name].metric for name, found in having.items() for each in found}
+    found = {name: [each.tasks[name] for each in having[name]] for name in columns}
+    counts = {name: " or ".join(dict.fromkeys(str(task.n) for task in found[name])) for name in columns if found[name]}
+    metrics = {task.metric for tasks in found.values() for task in tasks}
     titles = [title for metric, title in FRACTIONS.items() if metric in metrics]
-    notes = [
-        f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}.",
-        (f"{' and '.join(titles)} in percent; " if titles else "") + "± is one standard error.",
-    ]
-    differing = [name for name in counts if " or " in counts[name] or len(data[name]) > 1]
-    notes += [f"Rows are not on the same questions: {', '.join(differing)}."] if differing else []
-    protocol = {
-        "mode": [(each.name, each.mode) for each in results],
-        "base model": [(each.name, each.base_model) for each in results],
-    }
-    for key, word in _PROTOCOL.items():
+    notes.append(f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
+    notes.append((f"{' and '.join(titles)} in percent; " if titles else "") + "± is one standard error.")
+    data = {name: {each.data.get(name) for each in having[name]} - {None} for name in counts}
+    if differing := [name for name in counts if " or " in counts[name] or len(data[name]) > 1]:
+        notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
+    protocol = {"mode": [(each.name, each.mode) for each in results]}
+    protocol["base model"] = [(each.name, each.base_model) for each in results]
+    for key in dict.fromkeys(key for each in results for key in each.settings if key not in first.comparability.free):
         # Another base model has other files, which says nothing more.
-        if key != "base_fingerprint" or len({each.base_model for each in results}) == 1:
-            protocol[word] = [(each.name, str(each.settings[key])) for each in results if key in each.settings]
+        if key != "mode" and (key != "base_fingerprint" or len({each.base_model for each in results}) == 1):
+            having_it = [each for each in results if key in each.settings]
+            protocol[_SETTINGS.get(key, key)] = [(each.name, str(each.settings[key])) for each in having_it]
     for word, pairs in protocol.items():
-        values = {value for _, value in pairs}
-        if len(values) > 1:
+        if len(values := {value for _, value in pairs}) > 1:
             known = ((name, value or "unknown") for name, value in pairs)
             shown = (f"{name} {value[:12] if len(value) == 64 else value}" for name, value in known)  # hashes cut short
             notes.append(f"Rows differ in {word}: {', '.join(shown)}.")
         elif word in ("mode", "base model") and values != {None}:
             notes.append(f"{word.capitalize()}: {values.pop()}.")
     for group in groups:
-        names = [name for name, found in having.items() if any(group in each.tasks[name].groups for each in found)]
+        names = [name for name, tasks in found.items() if any(group in task.groups for task in tasks)]
         if len(names) < len(columns):
             notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
-    for each in results:
-        if each.missing:
-            notes.append(f"No average for {each.name}, which has no score for {', '.join(each.missing)}.")
-    kinds = {row.kind for row in rows}
-    majorities = [{each.tasks[name].majority for each in having[name]} for name in first.tasks]
-    if "majority" in kinds and max(map(len, majorities)) > 1:
+    notes += [
+        f"No average for {each.name}, which has no score for {', '.join(each.missing)}."
+        for each in results
+        if each.missing
+    ]
+    if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
     if "published" in kinds:
         sources = " and ".join(dict.fromkeys(row.source for row in rows if row.source))

@@ -12,11 +12,10 @@ from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import FIELDS, Example, load_examples
-from mtl_lora.report.study_model import Sample
+from mtl_lora.report.load import Sample
 from mtl_lora.report.table import trainable_text
-from mtl_lora.results import Trainable
+from mtl_lora.results import Reader, Trainable
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
-from mtl_lora.typed_json import Reader
 
 SAMPLE_SEED = 0
 STATE = "job.json"

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,18 +10,16 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.report import study_model as model
-from mtl_lora.report.compare import paired_answers, percentile_interval, task_means
+from mtl_lora.report import load as model
+from mtl_lora.report.compare import RESAMPLES, SEED, intervals, paired_answers
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.study_model import CONFIDENCE, Difference, Estimate, Experiment, Study
+from mtl_lora.report.load import LEVEL, Estimate, Experiment, Study
 from mtl_lora.report.table import markdown_text, study_tables
 from mtl_lora.results import Results, TaskNames, average_of
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
 
 TABLE = "table.md"
-RESAMPLES, SEED = 10_000, 0
-_LEVEL = f"{100 * CONFIDENCE:.0f} %"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,24 +185,6 @@ def question_differences(a: tuple[Path, ...], b: tuple[Path, ...]) -> dict[str, 
     return {name: [last.correct - first.correct for first, last in answers] for name, answers in pairs.items()}
 
 
-def intervals(pairs: Sequence[dict[str, list[int]]], scored: Sequence[str]) -> dict | None:
-    """Differences averaged over ``pairs`` of runs, each by task and question, with their percentile intervals.
-
-    A bootstrap over the questions within each task. Returns ``tasks`` and ``average``, which is None unless all of
-    ``scored`` are there; None if no task is in all pairs.
-    """
-    tasks, means = {}, {}
-    for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
-        values = [math.fsum(each) / len(pairs) for each in zip(*(pair[name] for pair in pairs), strict=True)]
-        means[name] = task_means(name, values, SEED, RESAMPLES)
-        tasks[name] = Difference(math.fsum(values) / len(values), *percentile_interval(means[name]))
-    if not {*scored} <= {*tasks}:
-        return {"tasks": tasks, "average": None} if tasks else None
-    center = math.fsum(tasks[name].difference for name in scored) / len(scored)
-    interval = percentile_interval(sum(means[name] for name in scored) / len(scored))
-    return {"tasks": tasks, "average": Difference(center, *interval)}
-
-
 # ---- table.md ----
 
 
@@ -215,14 +194,14 @@ def notes(study: Study, grid: Grid) -> list[str]:
     if study.has_seeds:
         spread = (
             "mean ± standard deviation over seeds; a row without ± is a single run. "
-            f"Interval: {_LEVEL} Student t interval of the mean over seeds, on the same questions"
+            f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
         )
     mode = grid.evaluate.get("mode", "generate")
     found = [f"Base model: {study.base_model}. Mode: {mode}. Accuracy in percent, {spread}."]
     if study.transfer or any(experiment.against for experiment in study.experiments):
         found.append(
             "Differences: question by question, seed i against seed i (the base model against every seed); "
-            f"{_LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
+            f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
             "They say how far other questions could move a difference, not other seeds."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
