@@ -5,10 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts
-from mtl_lora.cli import parse_one_of
+from mtl_lora import artifacts, cli
 from mtl_lora.config import REQUIRED, Config, flag
-from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.errors import UserError
 from mtl_lora.files import write_text
 from mtl_lora.report import figures
 from mtl_lora.report.compare import RESAMPLES, SEED, compare, predictions_path
@@ -17,7 +16,6 @@ from mtl_lora.report.table import FORMATS, Report, build_table, details, markdow
 from mtl_lora.results import Results
 
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
-LEAST_RESAMPLES, MOST_RESAMPLES = 100, 1_000_000
 _RESULTS = f"results: each a {artifacts.RESULTS}, or a folder that has one"
 
 
@@ -78,12 +76,11 @@ class CompareConfig(Rendered):
 
     runs: list[str] = flag(REQUIRED, "runs: A and B, two evaluations' output folders", positional=True)
     seed: int = flag(SEED, "of the bootstrap, from 0", min=0)
-    resamples: int = flag(RESAMPLES, f"of the bootstrap, {LEAST_RESAMPLES} to {MOST_RESAMPLES}")
+    resamples: int = flag(RESAMPLES, "of the bootstrap, 100 to 1000000")
 
     def validate(self) -> None:
         self.require("runs", "two folders, A and B", len(self.runs) == 2)
-        rule = f"a whole number from {LEAST_RESAMPLES} to {MOST_RESAMPLES}"
-        self.require("resamples", rule, LEAST_RESAMPLES <= self.resamples <= MOST_RESAMPLES)
+        self.require("resamples", "a whole number from 100 to 1000000", 100 <= self.resamples <= 1_000_000)
 
     def run(self) -> None:
         a, b = (Results.load(path) for path in self.runs)
@@ -130,11 +127,10 @@ COMMANDS = {
 
 def main(arguments: Sequence[str]) -> None:
     """Run one command; raises ``UserError`` for a user's mistake."""
-    command = parse_one_of("report", COMMANDS, arguments)
+    command = cli.parse_one_of("report", COMMANDS, arguments)
     if command:
         command.run()
 
 
 if __name__ == "__main__":
-    with user_errors_to_exit_code():
-        main(sys.argv[1:])
+    cli.main(["report", *sys.argv[1:]])

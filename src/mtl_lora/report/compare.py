@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mtl_lora import artifacts
 from mtl_lora.errors import UserError
 from mtl_lora.report.load import CONFIDENCE, LEVEL, Difference, lines_of
-from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent, require
+from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent
 from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
 
     min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
-    discordant pairs and never 0: the smallest float stands for all below it. Raises ``UserError`` without scipy.
+    discordant pairs and never 0: the smallest float stands for all below it.
     """
-    require("scipy")
     from scipy.special import bdtr
 
     return min(1.0, max(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), math.ulp(0.0)))
@@ -122,9 +121,7 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     """
     path, score, found = predictions_path(results, task), results.tasks[task], {}
     if score.metric not in ("accuracy", "exact_match"):
-        raise UserError(
-            f"{results.path}: the metric of {task} is {score.metric}; questions are compared by accuracy or exact_match"
-        )
+        raise UserError(f"{results.path}: {task} is measured by {score.metric}; only accuracy and exact_match compare")
     for number, line in enumerate(lines_of(path), 1):
         reader = Reader(f"{path}, line {number}")
         try:
@@ -144,14 +141,9 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
         found = {index: prediction for index, prediction in found.items() if index < limit}
     right, counted = sum(prediction.correct for prediction in found.values()), round(score.value * score.n)
     if (len(found), right) != (score.n, counted):
-        raise UserError(
-            f"{path} has {right:,} of {len(found):,} questions right where {results.path} counts {counted:,} of "
-            f"{score.n:,}; evaluate again with --overwrite"
-        )
+        there, here = f"{right:,} of {len(found):,} questions right", f"{counted:,} of {score.n:,}"
+        raise UserError(f"{path} has {there} and {results.path} counts {here}; evaluate again with --overwrite")
     return found
-
-
-Pairs = list[tuple[Prediction, Prediction]]
 
 
 def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
@@ -172,7 +164,7 @@ def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
         raise _not_comparable(a, b, f"their test data of {', '.join(other_data)} are not the same (sha256)")
 
 
-def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pairs]:
+def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, list[tuple[Prediction, Prediction]]]:
     """By task, the answers of A and of B to each question, in the order of their indices.
 
     Raises ``UserError`` unless both can be compared and answered the same questions, asked in the same words. (Another
@@ -180,20 +172,17 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
     """
     check_comparable(a, b, tasks)
     same_base = a.settings["base_fingerprint"] == b.settings["base_fingerprint"]
-    found: dict[str, Pairs] = {}
+    found = {}
     for task in tasks:
         of_a, of_b = read_predictions(a, task), read_predictions(b, task)
-        alone = sorted(of_a.keys() - of_b.keys()) or sorted(of_b.keys() - of_a.keys())
-        if alone:
-            place = (of_a.get(alone[0]) or of_b[alone[0]]).place
-            limits = f"limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
-            raise _not_comparable(a, b, f"question {alone[0]} of {task} ({place}) is in one of them alone ({limits})")
+        if alone := sorted(of_a.keys() ^ of_b.keys()):
+            where = f"{(of_a | of_b)[alone[0]].place}; limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
+            raise _not_comparable(a, b, f"question {alone[0]} of {task} is in one of them alone ({where})")
         found[task] = [(of_a[index], of_b[index]) for index in sorted(of_a)]
         for first, last in found[task]:
-            other = "right answer" if first.answer != last.answer else ""
-            if same_base and first.prompt_sha256 != last.prompt_sha256:
-                other = other or "prompt, with one base model,"
-            if other:
+            same_prompt = first.prompt_sha256 == last.prompt_sha256 or not same_base
+            if first.answer != last.answer or not same_prompt:
+                other = "prompt, with one base model," if first.answer == last.answer else "right answer"
                 where = f"{first.place}; {last.place}"
                 raise _not_comparable(a, b, f"question {first.index} of {task} has another {other} in each ({where})")
     return found
@@ -252,7 +241,9 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     return Report([TextTable("", header, lines)], records, notes, value)
 
 
-def _changes(answers: dict[str, Pairs], key: str, seed: int, resamples: int) -> dict[str | None, dict[str, float]]:
+def _changes(
+    answers: dict[str, list[tuple[Prediction, Prediction]]], key: str, seed: int, resamples: int
+) -> dict[str | None, dict]:
     """By task, and of their average (None): the mean score ``key`` of A and of B, the difference and its interval.
 
     A task of which an answer has no such score is left out, and the average with it.

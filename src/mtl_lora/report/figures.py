@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
 from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
-from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, require, value_text
+from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, value_text
 from mtl_lora.results import FRACTIONS
 
 if TYPE_CHECKING:
@@ -24,22 +24,9 @@ FORMATS = ("svg", "png")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
-GREY, LIGHT = "#666666", "#dddddd"
+GREY = "#666666"
 MOST_WRITTEN = 12  # tasks up to which numbers fit into the cells of a matrix
 _SMOOTHED = 20  # the running mean of a loss is over 1/20 of the lines of its log
-_STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.labelcolor"), GREY),
-    **dict.fromkeys(("grid.color", "xtick.color", "ytick.color"), LIGHT),
-    "ytick.labelcolor": "black",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "mtl-lora",
-    "image.interpolation": "none",
-    "savefig.dpi": 160,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +57,11 @@ def _style():
     """The settings that figures are made and saved with, whatever the user's own are."""
     import matplotlib.style
 
-    return matplotlib.style.context(["default", _STYLE])
+    return matplotlib.style.context(["default", Path(__file__).with_suffix(".mplstyle")])
 
 
 def draw(study: Study) -> list[Drawing]:
-    """Everything that a study or a run has the numbers for, each under a name of its own.
-
-    Raises ``UserError`` with the way out if matplotlib or pandas is not installed.
-    """
-    require("matplotlib", "pandas")
+    """Everything that a study or a run has the numbers for, each under a name of its own."""
     names = Counter()
     with _style():
         found = [each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import importlib.util
 import json
 import math
 import re
@@ -63,15 +62,8 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(text.split()))
 
 
-def require(*packages: str) -> None:
-    """Raise ``UserError`` with the way out for a package that is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"this needs {package}, which is not installed; run pip install 'mtl-lora[report]'")
-
-
 def _frame(rows: Sequence, columns: Sequence[str] | None = None):
-    require("pandas", "jinja2")  # pandas writes LaTeX with the latter
+    import jinja2  # noqa: F401 - pandas writes LaTeX with it
     import pandas
 
     return pandas.DataFrame(rows, columns=columns, dtype=object)
@@ -184,9 +176,8 @@ class Row:
         values |= {("average", "average_stderr"): self.average}
         values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
         for keys, value in values.items():
-            record |= {
-                key: getattr(value, field, None) for key, field in zip(keys, ("value", "stderr", "n"), strict=False)
-            }
+            numbers = (getattr(value, field, None) for field in ("value", "stderr", "n"))
+            record |= dict(zip(keys, numbers, strict=False))
         return record
 
     def group(self, name: str) -> Average | None:
@@ -250,17 +241,12 @@ def _difference_row(first: Row, last: Row) -> Row:
 
 def published_rows() -> list[Row]:
     """The published figures that the package carries, as fractions, with averages as their sources print them."""
-    published = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
-    settings = [f"{row['model']} {row['method']} r {row['r']}" for row in published["rows"]]
-    found = []
-    for setting, row in zip(settings, published["rows"], strict=True):
-        # The repository is named where two sources have the same row.
-        source = f", {row['source'].split()[0]}" if settings.count(setting) > 1 else ""
+    published, found = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8")), []
+    for row in published["rows"]:
         scores = zip(published["tasks"], row["scores"], strict=True)
         cells = {task: TaskResult("accuracy", score / 100, None, None) for task, score in scores}
-        average = Average(row["average"] / 100, None, len(cells))
         facts = {"method": row["method"], "base_model": row["model"], "source": row["source"]}
-        found.append(Row(f"{setting} (published{source})", "published", cells, average, **facts))
+        found.append(Row(row["name"], "published", cells, Average(row["average"] / 100, None, len(cells)), **facts))
     return found
 
 

@@ -263,7 +263,7 @@ def collect(folder: Path, target: Path) -> None:
     files.write_text(target / TABLE, render(Study.load(target)))
     try:
         write_figures([str(folder)], str(target), ["png"])
-    except UserError as error:
+    except (UserError, ModuleNotFoundError) as error:
         print(f"no figures: {error}")
 
 
