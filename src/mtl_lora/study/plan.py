@@ -14,7 +14,7 @@ from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import FIELDS, Example, load_examples
 from mtl_lora.report.load import Sample
 from mtl_lora.report.table import trainable_text
-from mtl_lora.results import Reader, Trainable
+from mtl_lora.results import Reader, Results, TaskResult, Trainable
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 
 SAMPLE_SEED = 0
@@ -212,6 +212,21 @@ class PlannedRun:
     folder: Path
     jobs: list[PlannedJob]
     value: float | None = None
+
+    @property
+    def commands(self) -> list[str]:
+        """Those of all jobs."""
+        return [command for job in self.jobs for command in job.commands]
+
+    @functools.cached_property
+    def evaluations(self) -> list[Results]:
+        """The results of each job, of a finished run."""
+        return [Results.load(job.folder) for job in self.jobs]
+
+    @property
+    def tasks(self) -> dict[str, TaskResult]:
+        """The results of all jobs by task."""
+        return {name: result for results in self.evaluations for name, result in results.tasks.items()}
 
 
 class Plan:
