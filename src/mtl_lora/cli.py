@@ -112,7 +112,7 @@ def parse_one_of(name: str, table: Mapping[str, type[Config]], arguments: Sequen
         print(_overview(f"{name} COMMAND", table))
         return None
     if chosen not in table:
-        raise UserError(f"unknown command {name} {chosen!r}{closest(chosen, list(table))}; see mtl-lora {name} --help")
+        raise UserError(f"unknown command {chosen!r}{closest(chosen, list(table))}; see mtl-lora {name} --help")
     return parse(table[chosen], rest, table[chosen].__doc__)
 
 

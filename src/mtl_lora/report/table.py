@@ -228,14 +228,13 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
 def _difference_row(first: Row, last: Row) -> Row:
     """Last minus first where both have a value; standard errors add as those of independent samples."""
 
-    def minus(a, b):
+    def minus(a: TaskResult, b: TaskResult) -> TaskResult:
         stderr = None if None in (a.stderr, b.stderr) else math.hypot(a.stderr, b.stderr)
         groups = {name: minus(group, b.groups[name]) for name, group in a.groups.items() if name in b.groups}
-        return dataclasses.replace(b, value=b.value - a.value, stderr=stderr, groups=groups)
+        return TaskResult(b.metric, b.value - a.value, stderr, None, groups=groups)
 
     cells = {name: minus(cell, last.cells[name]) for name, cell in first.cells.items() if name in last.cells}
-    average = minus(first.average, last.average) if first.average and last.average else None
-    cells = {name: dataclasses.replace(cell, n=None) for name, cell in cells.items()}
+    average = average_of(cells.values()) if first.average and last.average else None
     return Row("difference", "difference", cells, average)
 
 

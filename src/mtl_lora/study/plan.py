@@ -77,10 +77,8 @@ class Data:
             self.dev = self._questions("dev", Path(grid.search.data_dir), grid.search.records)
             equal = self.dev.used.source_sha256.items() & self.test.used.source_sha256.items()
             if shared := sorted(name for name, _ in equal):
-                raise UserError(
-                    f"the grid {grid.path}, search: {grid.search.data_dir} holds the same questions of "
-                    f"{', '.join(shared)} as the test sets; choose by a development set"
-                )
+                found = f"{grid.search.data_dir} holds the same questions of {', '.join(shared)} as the test sets"
+                raise UserError(f"the grid {grid.path}, search: {found}; choose by a development set")
 
     @functools.cache  # noqa: B019 - a study has one such object, as long as it runs
     def train(self, only: tuple[str, ...] = ()) -> Part:
@@ -238,11 +236,7 @@ class Plan:
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
         self.grid, self.folder, self.data = grid, folder, Data(grid, folder)
         fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
-        self._facts = {
-            "launcher": grid.launcher,
-            "the tasks (sha256)": grid.tasks.answers_sha256,
-            _BASE: fingerprint,
-        }
+        self._facts = {"launcher": grid.launcher, "the tasks (sha256)": grid.tasks.answers_sha256, _BASE: fingerprint}
 
     def _base_model(self):
         from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import datetime
 import fcntl
 import os
 import re
@@ -14,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from mtl_lora import artifacts, cli, files
@@ -122,11 +122,12 @@ class Runner:
         with contextlib.closing(execute_all(jobs, slots)) as working:
             for done, (job, state) in enumerate(working, start=1):
                 self.finished += 1
-                facts = [f"{step} {_clock(seconds)}" for step, seconds in state.seconds.items()]
+                facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
                 if average := Results.load(job.folder).average:
                     facts.append(f"average {100 * average.value:.1f}")
                 if done < len(jobs):
-                    facts.append(f"about {_clock((time.monotonic() - began) / done * (len(jobs) - done))} {left}")
+                    seconds = (time.monotonic() - began) / done * (len(jobs) - done)
+                    facts.append(f"about {timedelta(seconds=round(seconds))} {left}")
                 count = f"[{self.finished:>{len(str(self.total))}}/{self.total}]"
                 print(f"{count} {job.label}: {', '.join(facts)}", flush=True)
                 self.report()
@@ -142,10 +143,6 @@ class Runner:
         return bool(finished)
 
 
-def _clock(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
 def check_folder(job: PlannedJob, overwrite: bool) -> None:
     """Raise ``UserError`` for a folder of another configuration unless ``overwrite``, naming what differs.
 
@@ -157,10 +154,8 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
         texts = {key: f"{key} {then} -> {now}" for key, (then, now) in changes.items()}
         changed = "; ".join(text if len(text) < 100 else key for key, text in texts.items())
         again = "evaluate it again and keep its training" if job.state else "repeat it"
-        raise UserError(
-            f"{job.folder} was made by another configuration ({changed}); pass --overwrite to {again}, or another "
-            "--output_dir"
-        )
+        way_out = f"pass --overwrite to {again}, or another --output_dir"
+        raise UserError(f"{job.folder} was made by another configuration ({changed}); {way_out}")
     # The job of a task trained alone lies inside the folder of its run, which is no job's itself.
     held = [path for path in [job.folder.parent / STATE, *job.folder.glob("[!.]*")] if path.exists()]
     if held:
@@ -181,10 +176,8 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"a study, or a command of one that was killed, still runs in {folder}; wait for it, end it, or "
-                "pass another --output_dir"
-            ) from None
+            way_out = "wait for it, end it, or pass another --output_dir"
+            raise UserError(f"a study, or a command of a killed one, still runs in {folder}; {way_out}") from None
         yield lock.fileno()
 
 
