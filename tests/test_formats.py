@@ -83,7 +83,7 @@ def scores(folder: str) -> tuple[dict, float]:
 
 
 def report(*arguments: str) -> None:
-    from mtl_lora.report.cli import main
+    from mtl_lora.report.__main__ import main
 
     main([*arguments])
 

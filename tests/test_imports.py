@@ -14,7 +14,6 @@ CODE = [*MODULES, *(path for folder in ("data", "benchmark") for path in (PROJEC
 CODE += PROJECT.glob("*.py")
 
 GROUND = {"artifacts", "config", "download", "embedded", "errors", "files", "memory", "results", "version"}
-GROUND |= {"typed_json"}
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 SURFACE = {"mtl_lora", "route"}
 BELOW_SYSTEMS = GROUND | SURFACE | {"adapter", "base_model"}
@@ -40,7 +39,7 @@ PACKAGES = {
     "download": {"pooch", "requests", "tqdm"},
     "embedded": {"filelock", "torch", "transformers"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
-    "report": {"pandas", "scipy", "tabulate", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
+    "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),
 }
 LAZY = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft", "pooch"}

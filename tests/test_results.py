@@ -45,6 +45,11 @@ SCHEMA_2 = {
     "schema": 2,
     "system": "language",
     "method_title": "MTL-LoRA",
+    "comparability": {
+        "needed": ["mode", "base_fingerprint", "template", "cutoff_len"],
+        "noted": ["base_fingerprint", "tasks_sha256", "dtype"],
+        "free": ["adapter_sha256", "batch_size", "limit"],
+    },
     "tasks": {
         "nli": {
             "metric": "accuracy", "value": 0.5, "stderr": 0.16, "n": 10, **REST,

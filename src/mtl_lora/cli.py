@@ -42,7 +42,7 @@ COMMANDS = {
     "evaluate": Command("mtl_lora.language.commands:evaluate", "score a checkpoint or a base model on test sets"),
     "predict": Command("mtl_lora.language.commands:predict", "answer the examples of a file with a checkpoint"),
     "export": Command("mtl_lora.export.cli:main", "PEFT LoRA per task, merged models, imports"),
-    "report": Command("mtl_lora.report.cli:main", "tables, comparisons, figures, page", "report"),
+    "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
         "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"
     ),
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with user_errors_to_exit_code():
         if not arguments or arguments[0] in _HELP:
-            print(_overview("COMMAND", COMMANDS, "mtl-lora --version prints the version"))
+            print(_overview("COMMAND", COMMANDS), "mtl-lora --version prints the version", sep="\n")
             return
         name, *rest = arguments
         if name == "--version":
@@ -105,13 +105,24 @@ def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
         module.run(parse(module.Prepare, rest, module.__doc__, defaults))
 
 
-def _overview(what: str, table: Mapping[str, Command], *more: str) -> str:
+def parse_one_of(name: str, table: Mapping[str, type[Config]], arguments: Sequence[str]) -> Config | None:
+    """The configuration of the command below ``mtl-lora name`` that the arguments begin with; None after its help."""
+    chosen, *rest = arguments or _HELP
+    if chosen in _HELP:
+        print(_overview(f"{name} COMMAND", table))
+        return None
+    if chosen not in table:
+        raise UserError(f"unknown command {chosen!r}{closest(chosen, list(table))}; see mtl-lora {name} --help")
+    return parse(table[chosen], rest, table[chosen].__doc__)
+
+
+def _overview(what: str, table: Mapping[str, Command | type[Config]]) -> str:
     """The help of a command that has commands below it."""
     width = max(map(len, table))
     usage = f"mtl-lora {what}"
     lines = [f"usage: {usage} [--flag value ...]", ""]
-    lines += [f"  {name:{width}}  {command.about}" for name, command in table.items()]
-    return "\n".join([*lines, "", f"{usage} --help lists the flags", *more])
+    lines += [f"  {name:{width}}  {getattr(command, 'about', command.__doc__)}" for name, command in table.items()]
+    return "\n".join([*lines, "", f"{usage} --help lists the flags"])
 
 
 def _take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -1,15 +1,22 @@
 """``results.json``: what an evaluation measured, and everything needed to trace, repeat and compare it.
 
 Evaluation writes it through these classes (schema 2); tables, comparisons, figures and studies read it through them.
-Schema 1, in which every metric was an accuracy, is read for ever. Nothing here knows a system or a benchmark.
+Schema 1, in which every metric was an accuracy, is read for ever. Nothing here knows a system or a benchmark. First
+the reader of all JSON files that are kept as dataclasses, a study's too.
 """
 
 import dataclasses
+import functools
+import json
 import math
+import re
+import reprlib
+import types
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 
-from mtl_lora import artifacts, files, typed_json
+from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 
 SCHEMA = 2
@@ -24,6 +31,112 @@ FRACTIONS = {
 AVERAGE_TOLERANCE = 0.001
 _SCHEMA_1_TITLES = {"lora": "LoRA", "dora": "DoRA", "multilora": "MultiLoRA", "moelora": "MoELoRA"}
 _SCHEMA_1_TITLES |= {"mtl_lora": "MTL-LoRA"}
+
+# ---- JSON files as dataclasses ----
+
+# What a value must be besides its type: in words, for errors, and as a test.
+Text = typing.Annotated[str, "a non-empty string", str.strip]
+Name = typing.Annotated[str, "letters, digits, '_', '-' or '.'", re.compile(r"[\w.\-]+").fullmatch]
+Fraction = typing.Annotated[float, "a fraction from 0 to 1", lambda number: 0 <= number <= 1]
+Error = typing.Annotated[float, "a standard error from 0", lambda number: number >= 0]
+Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
+Index = typing.Annotated[int, "a whole number from 0", lambda count: count >= 0]
+UNWRITTEN = {"unwritten": True}  # metadata of a field that is not a key of the file
+_WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
+_MISSING = type("_Missing", (), {"__repr__": lambda self: "missing"})()  # the value of a key that is not there
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads the values of one file. source: the file in errors; schema: of the file, for classes that ask for it.
+
+    A field's type says what its key must hold. A field with a default may be missing or null; unknown keys are ignored,
+    so that a newer file can be read. A class with rules of its own defines ``read_json(reader, value, place)`` and
+    ``to_json()``, which take the place of its fields.
+    """
+
+    source: str
+    schema: int = 1
+
+    def read(self, expected: object, value: object, place: str = "") -> typing.Any:
+        """``value`` as the type ``expected``; raises ``UserError`` naming the file, the key and what it must be."""
+        origin, (first, *rest) = typing.get_origin(expected), typing.get_args(expected) or (expected,)
+        if origin in (types.UnionType, typing.Union):
+            return None if value is None else self.read(first, value, place)
+        if origin is dict:
+            entries = self.read(dict, value, place).items()
+            return {key: self.read(rest[0], entry, f"{place}.{key}".lstrip(".")) for key, entry in entries}
+        if origin is list:
+            return [self.read(first, each, f"{place}[{i}]") for i, each in enumerate(self.read(list, value, place))]
+        if hasattr(first, "read_json"):
+            return first.read_json(self, value, place)
+        if dataclasses.is_dataclass(first):
+            return first(**self.fields(first, value, place))
+        known = type(value) is first or (first is object and value is not _MISSING)
+        if first is float:  # a whole number is one, a bool is not
+            known = type(value) in (int, float) and math.isfinite(value)
+        words, holds = rest or (_WORDS.get(first, "an object"), lambda value: True)
+        if not (known and holds(value)):
+            raise self.wrong(place, value, words)
+        return value
+
+    def fields(self, cls: type, value: object, place: str = "") -> dict:
+        """The arguments of a dataclass from the keys of an object."""
+        entries = self.read(dict, value, place)
+        return {
+            name: self.key(entries, name, hint, place)
+            for name, (hint, required) in _fields(cls).items()
+            if required or entries.get(name) is not None
+        }
+
+    def key(self, entries: dict, key: str, expected: object, place: str = "") -> typing.Any:
+        """The value of a required key of the object at ``place``."""
+        return self.read(expected, entries.get(key, _MISSING), f"{place}.{key}".lstrip("."))
+
+    def wrong(self, place: str, value: object, rule: str) -> UserError:
+        """The error for a value that is not what it must be."""
+        return UserError(f"{self.source}: {place or 'the file'} is {reprlib.repr(value)}; it must be {rule}")
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, tuple[object, bool]]:
+    """Names of the fields that are keys of the file, with their type and whether they are required."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        field.name: (hints[field.name], field.default is field.default_factory is dataclasses.MISSING)
+        for field in dataclasses.fields(cls)
+        if field.metadata != UNWRITTEN
+    }
+
+
+def to_json(value: object) -> typing.Any:
+    """A value of dataclasses as JSON holds it; ``Reader.read`` gives an equal value back."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return object_of(value)
+    if isinstance(value, dict):
+        return {key: to_json(entry) for key, entry in value.items()}
+    return [to_json(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def object_of(value: object) -> dict:
+    """The fields of a dataclass as the keys of an object."""
+    return {name: to_json(getattr(value, name)) for name in _fields(type(value))}
+
+
+def read_object(path: str | Path, what: str) -> dict:
+    """The JSON object in a file; raises ``UserError`` naming ``what`` and the file."""
+    value = files.read_json(path, what)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        # Half a surrogate pair can be read as JSON but never be written, so it would fail in the middle of a table.
+        raise UserError(f"{what} {path} holds text that is not Unicode: {error}") from None
+    return Reader(f"{what} {path}").read(dict, value)
+
+
+# ---- results ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +158,14 @@ class TaskResult:
     measured: dict[str, object] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read_json(cls, reader: typed_json.Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
+    def read_json(cls, reader: Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
         """From JSON; groups and other measures have the ``metric`` of their task unless they name another."""
         entries, key = {"metric": metric, **reader.read(dict, value, place)}, "value"
         if reader.schema == 1:
             entries = {"acc_norm" if name == "normalised" else name: entry for name, entry in entries.items()}
             entries["metric"] = key = "accuracy"
-        metric = reader.key(entries, "metric", typed_json.Text, place)
-        number = typed_json.Fraction if metric in FRACTIONS else float
+        metric = reader.key(entries, "metric", Text, place)
+        number = Fraction if metric in FRACTIONS else float
         groups = reader.read(dict, entries.pop("groups", None) or {}, f"{place}.groups")
         others = {
             name: cls.read_json(reader, entry, f"{place}.{name}", metric)
@@ -64,8 +177,8 @@ class TaskResult:
         return cls(
             metric,
             reader.key(entries, key, number, place),
-            reader.key(entries, "stderr", typed_json.Error | None, place),
-            reader.key(entries, "n", typed_json.Count, place),
+            reader.key(entries, "stderr", Error | None, place),
+            reader.key(entries, "n", Count, place),
             reader.read(number | None, entries.get("majority"), f"{place}.majority"),
             {name: cls.read_json(reader, group, f"{place}.groups.{name}", metric) for name, group in groups.items()},
             others,
@@ -92,7 +205,7 @@ class Average:
     groups: dict[str, "Average"] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict:
-        return {key: typed_json.to_json(value) for key, value in vars(self).items() if key != "groups" or value}
+        return {key: to_json(value) for key, value in vars(self).items() if key != "groups" or value}
 
 
 def average_of(results: Iterable[TaskResult]) -> Average:
@@ -110,15 +223,15 @@ def average_of(results: Iterable[TaskResult]) -> Average:
 class Trainable:
     """The number of trainable parameters (``adapter``) and of all parameters of the model (``total``)."""
 
-    adapter: typed_json.Index
-    total: typed_json.Count
+    adapter: Index
+    total: Count
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    name: typed_json.Name
-    id: typed_json.Index
-    title: typed_json.Text | None = None
+    name: Name
+    id: Index
+    title: Text | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +249,10 @@ class TaskNames:
     @classmethod
     def from_json(cls, value: object, source: str = "the task set") -> "TaskNames":
         """From a task set's JSON; raises ``UserError`` naming ``source`` and what is wrong."""
-        return cls.read_json(typed_json.Reader(source), value, "task_set")
+        return cls.read_json(Reader(source), value, "task_set")
 
     @classmethod
-    def read_json(cls, reader: typed_json.Reader, value: object, place: str) -> "TaskNames":
+    def read_json(cls, reader: Reader, value: object, place: str) -> "TaskNames":
         tasks = reader.key(reader.read(dict, value, place), "tasks", list[_Task], place)
         tasks.sort(key=lambda task: task.id)
         names = [task.name for task in tasks]
@@ -163,6 +276,22 @@ class TaskNames:
         return {key: entry for key, entry in task.items() if key not in ("name", "id", "title") and entry}
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparability:
+    """Which settings two evaluations must share to be compared: all but ``noted`` and ``free`` ones.
+
+    needed: those without which nothing can be compared. noted: they may differ, and reports say so. The defaults are
+    those of the language system, which wrote the files that do not say.
+    """
+
+    needed: list[str] = dataclasses.field(
+        default_factory=lambda: ["mode", "base_fingerprint", "template", "cutoff_len"]
+    )
+    noted: list[str] = dataclasses.field(default_factory=lambda: ["base_fingerprint", "tasks_sha256", "dtype"])
+    # The limit decides which questions are asked, and those are compared one by one.
+    free: list[str] = dataclasses.field(default_factory=lambda: ["adapter_sha256", "batch_size", "limit"])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
     """One evaluation: results by task name, and what tells whether two evaluations are comparable.
@@ -171,23 +300,24 @@ class Results:
     adapter: the checkpoint's own description. path: the file it was read from.
     """
 
-    system: typed_json.Text = "language"
-    name: typed_json.Text
-    method: typed_json.Text | None = None
-    method_title: typed_json.Text | None = None
-    base_model: typed_json.Text | None = None
-    mode: typed_json.Text | None = None
+    system: Text = "language"
+    name: Text
+    method: Text | None = None
+    method_title: Text | None = None
+    base_model: Text | None = None
+    mode: Text | None = None
     trainable: Trainable | None = None
     tasks: dict[str, TaskResult]
     task_set: TaskNames
     settings: dict = dataclasses.field(default_factory=dict)
-    data: dict[str, typed_json.Text | None] = dataclasses.field(default_factory=dict)
+    comparability: Comparability = Comparability()
+    data: dict[str, Text | None] = dataclasses.field(default_factory=dict)
     adapter: dict | None = None
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
     command: str | None = None
     device: str | None = None
     commit: str | None = None
-    path: Path | None = dataclasses.field(default=None, compare=False, metadata=typed_json.UNWRITTEN)
+    path: Path | None = dataclasses.field(default=None, compare=False, metadata=UNWRITTEN)
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
@@ -195,13 +325,13 @@ class Results:
         path = Path(path) / artifacts.RESULTS if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(f"there is no results file {path}; pass a {artifacts.RESULTS} or a folder that has one")
-        return cls.from_json(typed_json.read_object(path, "the results file"), str(path), path)
+        return cls.from_json(read_object(path, "the results file"), str(path), path)
 
     @classmethod
     def from_json(cls, value: dict, source: str = "the results", path: Path | None = None) -> "Results":
         """From a JSON object of schema 1 or 2; raises ``UserError`` naming ``source`` and the key."""
         schema = value.get("schema", 1)
-        reader, key = typed_json.Reader(source, schema), "accuracy" if schema == 1 else "value"
+        reader, key = Reader(source, schema), "accuracy" if schema == 1 else "value"
         if type(schema) is not int or schema not in (1, SCHEMA):
             raise reader.wrong("schema", schema, f"1 or {SCHEMA}, which this version reads")
         found = cls(**reader.fields(cls, value), path=path)
@@ -221,7 +351,7 @@ class Results:
 
     def to_json(self) -> dict:
         """The content of ``results.json``, schema 2."""
-        return {"schema": SCHEMA, **typed_json.object_of(self), "average": typed_json.to_json(self.average)}
+        return {"schema": SCHEMA, **object_of(self), "average": to_json(self.average)}
 
     def save(self, path: str | Path) -> None:
         """Write the file whole, or not at all."""

@@ -5,8 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from mtl_lora.errors import user_errors_to_exit_code
-from mtl_lora.report.cli import main
+from mtl_lora import cli
 from mtl_lora.report.table import published_rows
 
 TWO_TASKS = {"tasks": [{"name": "first", "id": 0, "title": "First"}, {"name": "second", "id": 1}], "columns": []}
@@ -96,8 +95,7 @@ def run_command(capsys, *arguments) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of one command line of reports."""
     code = 0
     try:
-        with user_errors_to_exit_code():
-            main([str(argument) for argument in arguments])
+        cli.main(["report", *map(str, arguments)])
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

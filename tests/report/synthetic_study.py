@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtl_lora.report.study_model import (
+from mtl_lora.report.load import (
     Candidate,
     Difference,
     Differences,

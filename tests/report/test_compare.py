@@ -216,6 +216,21 @@ def test_other_protocol_data_or_tasks_are_not_comparable(compared, tmp_path, pla
     assert fact in str(caught.value)
 
 
+def test_a_results_file_says_which_settings_must_agree(tmp_path):
+    of_images = {"needed": ["resolution"], "noted": ["base_fingerprint"], "free": ["workers"]}
+    facts = {"comparability": of_images, "settings": {"base_fingerprint": "base", "resolution": 224, "workers": 2}}
+    a, other = (
+        Results.load(write_run(tmp_path / name, predictions_of(RIGHT_A), **changed(facts, **places)))
+        for name, places in (("a", {}), ("b", {"settings__resolution": 448, "settings__workers": 8}))
+    )
+    assert numbers(a, a).average.n == 6
+    with pytest.raises(UserError, match=r"differ in resolution \(224 and 448\)$"):
+        compare(a, other)
+    unknown = write_run(tmp_path / "c", predictions_of(RIGHT_A), **changed(facts, settings__resolution=...))
+    with pytest.raises(UserError, match=r"c/results\.json: settings\.resolution is missing"):
+        compare(a, Results.load(unknown))
+
+
 @pytest.mark.parametrize(
     ("change", "fact"),
     [

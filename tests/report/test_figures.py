@@ -12,8 +12,7 @@ from report_cases import TUNED, assert_mistakes, run_command
 from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, draw, look
-from mtl_lora.report.load import analysis_of, log_of
-from mtl_lora.report.study_model import Difference, Study, Summary, Transfer
+from mtl_lora.report.load import Difference, Study, Summary, Transfer, analysis_of, log_of
 
 OF_A_STUDY = ["accuracy", "transfer", "training_loss", "mixture_mtl_lora", "similarity_mtl_lora"]
 OF_A_STUDY += ["similarity_by_module_mtl_lora"]

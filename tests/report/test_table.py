@@ -23,7 +23,7 @@ from report_cases import (
 )
 
 from mtl_lora.language.tasks import COMMONSENSE as COMMONSENSE_SET
-from mtl_lora.report.study_model import Study
+from mtl_lora.report.load import Study
 from mtl_lora.report.table import (
     PUBLISHED_FILE,
     details,

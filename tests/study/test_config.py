@@ -7,6 +7,7 @@ from reference.sizes import smollm2_135m, trained_and_all
 from shared import PROJECT
 from study_cases import ALONE, GRID, SEARCH, grid, with_flags, write_grid
 
+from mtl_lora.adapter.layer import methods
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.study.config import GRIDS, StudyConfig, read_grid
@@ -121,6 +122,11 @@ def test_unknown_name_of_a_grid_lists_those_of_the_package():
     for name in ("quikstart", "script/grids/quickstart.json"):
         with pytest.raises(UserError, match=f"{name}.*commonsense, llama2_7B, quickstart, textclass, transfer"):
             read_grid(name)
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS.keys() - {"transfer"}))
+def test_grid_that_compares_methods_has_a_row_of_each(name):
+    assert {adapter.method for adapter in adapters(read_grid(name)).values()} == {*methods()}
 
 
 @pytest.mark.parametrize("name", ["textclass", "commonsense"])

@@ -1,4 +1,4 @@
-"""Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures; time left."""
+"""Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures."""
 
 import dataclasses
 import os
@@ -12,15 +12,8 @@ from study_cases import ALONE, finish, grid, is_locked, job_of, plan_of, run_of,
 from mtl_lora.errors import UserError
 from mtl_lora.study import runner
 from mtl_lora.study.config import StudyConfig
-from mtl_lora.study.runner import (
-    JobFailed,
-    ProcessPool,
-    State,
-    check_folder,
-    environments,
-    execute,
-    execute_all,
-)
+from mtl_lora.study.plan import State
+from mtl_lora.study.runner import JobFailed, check_folder, environments, execute_all, locked
 
 RIGHT = {"boolq": "10"}
 
@@ -119,11 +112,11 @@ def script(tmp_path, monkeypatch):
     return (tmp_path / "mtl_lora.py").write_text
 
 
-def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, tmp_path, script):
+def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, script):
     # Launchers talk on after the error.
     script("import sys; print('1%', end='\\r'); print('error: the disk is full\\nTraceback\\n\\nEnd\\n'); sys.exit(1)")
-    with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed) as failure:
-        execute(job, pool)
+    with pytest.raises(JobFailed) as failure:
+        list(execute_all([job], [{}]))
     log = job.folder / "train.out"
     facts = ("LoRA seed 0", "train", "exit code 1", str(log), "ends with: error: the disk is full")
     assert all(fact in str(failure.value) for fact in facts) and "\n" not in str(failure.value)
@@ -139,11 +132,11 @@ def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, tmp_
         ("half_written", "--overwrite_output_dir True"),
     ],
 )
-def test_next_start_resumes_from_the_last_complete_checkpoint(job, tmp_path, script, checkpoint, flags):
+def test_next_start_resumes_from_the_last_complete_checkpoint(job, script, checkpoint, flags):
     script("import sys; sys.exit(' '.join(sys.argv[-2:]))")
     for ending in (f"--output_dir {job.folder}", flags):
-        with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match=f"ends with: {ending}$"):
-            execute(job, pool)
+        with pytest.raises(JobFailed, match=f"ends with: {ending}$"):
+            list(execute_all([job], [{}]))
         if checkpoint:
             (job.folder / "checkpoint-2").mkdir(exist_ok=True)
             (job.folder / "checkpoint-2" / checkpoint).write_text("{}")
@@ -153,8 +146,8 @@ def test_next_start_resumes_from_the_last_complete_checkpoint(job, tmp_path, scr
 
 def test_launcher_is_preceded_by_a_check_in_one_process(job, tmp_path, script):
     script("import sys; sys.exit('error: wrong' if '--check' in sys.argv else None)")
-    with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match="error: wrong"):
-        execute(job_of(tmp_path, grid(launcher="torchrun --nproc_per_node 2")), pool)
+    with pytest.raises(JobFailed, match="error: wrong"):
+        list(execute_all([job_of(tmp_path, grid(launcher="torchrun --nproc_per_node 2"))], [{}]))
     assert "torchrun" not in (job.folder / "train.out").read_text()
 
 
@@ -172,16 +165,19 @@ def test_launcher_that_cannot_be_used_is_refused(tmp_path, launcher, parallel, f
 # ---- processes ----
 
 STUDY = """
-import sys
+import os, sys
 from pathlib import Path
 from mtl_lora.study import runner
-def wait(job, pool):
+class Job:
+    label = folder = "job"
+def execute(job, slot):
     with open(sys.argv[1] + ".out", "ab") as output:
-        pool.start(["python", "-c", "import time; print('here', flush=True); time.sleep(60)"], output)
+        process = runner.start(["python", "-c", "import time; print('here', flush=True); time.sleep(60)"], output, slot)
+    return runner.until_done(process)
 def run(config):
-    with runner.ProcessPool(Path(config.output_dir)) as pool:
-        list(runner.execute_all(["job"], pool))
-runner.execute, runner.run = wait, run
+    with runner.locked(Path(config.output_dir)) as lock:
+        list(runner.execute_all([Job], [{"pass_fds": [lock]}]))
+runner.execute, runner.run = execute, run
 runner.main(["--grid", "any", "--output_dir", sys.argv[1]])
 """
 
@@ -211,7 +207,7 @@ def test_command_of_a_killed_study_keeps_the_folder(waiting_study):
     process, folder = waiting_study
     process.kill()
     process.wait()
-    with pytest.raises(UserError, match=r"runs in .*study; .*--output_dir"), ProcessPool(folder):
+    with pytest.raises(UserError, match=r"runs in .*study; .*--output_dir"), locked(folder):
         pass
     assert not is_locked(folder.with_name("other"))
     os.killpg(process.pid, signal.SIGKILL)
@@ -224,7 +220,7 @@ import os, sys, time
 from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
 if sys.argv[1] == "train":
-    (folder / "here").write_text(os.environ["OMP_NUM_THREADS"])
+    (folder / "here").write_text(os.environ["SLOT"])
     while len(list(folder.parent.glob("*/here"))) < 2:
         time.sleep(0.01)
 """
@@ -239,28 +235,28 @@ sys.exit("error: the disk is full")
 """
 
 
+TWO = [{"env": {**os.environ, "SLOT": str(slot)}} for slot in (0, 1)]
+
+
 @pytest.fixture
-def two_jobs(tmp_path, monkeypatch):
+def two_jobs(tmp_path):
     """Two seeds of an experiment."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     plan = plan_of(tmp_path, grid())
     return [run_of(plan, "LoRA", seed).jobs[0] for seed in (0, 1)]
 
 
 def test_two_at_once_run_at_the_same_time(two_jobs, tmp_path, script):
     script(MEETS)
-    with ProcessPool(tmp_path / "study", 2) as pool:
-        done = {job.folder: state for job, state in execute_all(two_jobs, pool)}
+    done = {job.folder: state for job, state in execute_all(two_jobs, TWO)}
     assert done.keys() == {job.folder for job in two_jobs}
     assert all(state.seconds.keys() == {"train", "evaluate"} for state in done.values())
-    assert (two_jobs[0].folder / "here").read_text() == "3", "the user's own number of threads"
+    assert [(job.folder / "here").read_text() for job in two_jobs] == ["0", "1"]
 
 
 def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
     script(MEETS + ONE_FAILS)
-    with ProcessPool(tmp_path / "study", 2) as pool, pytest.raises(JobFailed, match=r"seed 1: .* the disk is full"):
-        list(execute_all(two_jobs, pool))
-    assert not is_locked(tmp_path / "study"), "a command that still ran would hold the lock"
+    with pytest.raises(JobFailed, match=r"seed 1: .* the disk is full"):
+        list(execute_all(two_jobs, TWO))
     with pytest.raises(ProcessLookupError):
         os.kill(int((two_jobs[0].folder / "pid").read_text()), 0)
     assert "train" not in two_jobs[0].state.seconds
@@ -268,8 +264,8 @@ def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
 
 def test_after_a_failure_no_other_job_is_started(two_jobs, tmp_path, script):
     script("import sys; sys.exit('error: the disk is full')")
-    with ProcessPool(tmp_path / "study") as pool, pytest.raises(JobFailed, match=r"LoRA seed 0: .* the disk is full"):
-        list(execute_all(two_jobs, pool))
+    with pytest.raises(JobFailed, match=r"LoRA seed 0: .* the disk is full"):
+        list(execute_all(two_jobs, [{}]))
     assert not two_jobs[1].folder.exists()
 
 
@@ -283,6 +279,9 @@ def test_every_command_gets_its_part_of_the_machine(monkeypatch, tmp_path):
         environments(4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environments(16) == [{"OMP_NUM_THREADS": "1"}] * 16
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environments(2) == [{"OMP_NUM_THREADS": "3"}] * 2, "the user's own number of threads"
+    monkeypatch.delenv("OMP_NUM_THREADS")
     # Where nothing is said, nvidia-smi is asked.
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", str(tmp_path))

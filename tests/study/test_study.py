@@ -13,8 +13,8 @@ from shared import PROJECT
 from study_cases import dev_set, is_locked, wait_for, write_grid
 
 from mtl_lora import cli
-from mtl_lora.report.study_model import Study
-from mtl_lora.study.runner import ProcessPool
+from mtl_lora.report.load import Study
+from mtl_lora.study import runner
 from mtl_lora.version import checkout_commit
 
 STEPS = 8
@@ -57,11 +57,11 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
     return write_grid(folder, value)
 
 
-def in_this_process(pool, command, output) -> int:
-    """What ``ProcessPool.start`` does, without the seconds that a new process takes to import torch."""
+def in_this_process(command, output, slot) -> subprocess.Popen:
+    """What ``runner.start`` does, without the seconds that a new process takes to import torch."""
     assert command[:3] == ["python", "-m", "mtl_lora"]
     cli.main(command[3:])
-    return 0
+    return subprocess.Popen(["true"])
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def study(grid_file):
         cli.main(["study", "--grid", str(grid), "--output_dir", str(folder), *flags])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ProcessPool, "start", in_this_process)
+        patch.setattr(runner, "start", in_this_process)
         yield start
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import cli
-from mtl_lora.config import DTYPES, REQUIRED, Config, closest, flag
-from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.config import DTYPES, REQUIRED, Config, flag
+from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
 
 MERGED_DTYPES = (*DTYPES, "fp16")
@@ -101,13 +101,7 @@ COMMANDS = {"peft": ExportPeft, "merge": ExportMerged, "import-peft": ImportPeft
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and print the folders that it wrote; a user's mistake is one sentence and exit code 2."""
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with user_errors_to_exit_code():
-        if name in ("--help", "-h"):
-            lines = [f"  {each:16} {command.__doc__}" for each, command in COMMANDS.items()]
-            print("usage: mtl-lora export COMMAND [--flag value ...]", "", *lines, sep="\n")
-            print("\nmtl-lora export COMMAND --help lists the flags")
-            return
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; see mtl-lora export --help")
-        print(*cli.parse(COMMANDS[name], rest, COMMANDS[name].__doc__).run(), sep="\n")
+        command = cli.parse_one_of("export", COMMANDS, sys.argv[1:] if arguments is None else arguments)
+        if command:
+            print(*command.run(), sep="\n")

@@ -30,7 +30,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     if not run(config):
         return
-    from mtl_lora.report.cli import main as report
+    from mtl_lora.report.__main__ import main as report
 
     results = [f"{folder}/{RESULTS}" for folder in config.protocols.values()]
     report(["table", *results])

@@ -1,10 +1,136 @@
-"""``python -m mtl_lora.report`` is ``mtl-lora report``."""
+"""``mtl-lora report table | details | compare | figures | page``: each command a dataclass of its flags."""
 
+import dataclasses
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from mtl_lora.errors import user_errors_to_exit_code
-from mtl_lora.report.cli import main
+from mtl_lora import artifacts, cli
+from mtl_lora.config import REQUIRED, Config, flag
+from mtl_lora.errors import UserError
+from mtl_lora.files import write_text
+from mtl_lora.report import figures
+from mtl_lora.report.compare import RESAMPLES, SEED, compare, predictions_path
+from mtl_lora.report.page import write_page
+from mtl_lora.report.table import FORMATS, Report, build_table, details, markdown_text
+from mtl_lora.results import Results
+
+SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
+_RESULTS = f"results: each a {artifacts.RESULTS}, or a folder that has one"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rendered(Config):
+    """A report as text: to print, or to write to a file."""
+
+    format: str | None = flag(None, f"{', '.join(FORMATS)}; none: as the suffix of --output says", choices=FORMATS)
+    output: str | None = flag(None, "write to this file; none: print")
+
+    def hand_out(self, report: Report, inputs: Sequence[Path]) -> None:
+        """Print or write it; the notes go to stderr where the format has no place for them."""
+        output = Path(self.output) if self.output else None
+        style = self.format or (SUFFIXES.get(output.suffix.lower(), "markdown") if output else "markdown")
+        if output and output.is_dir():
+            raise UserError(f"--output {output} is a folder; name a file in it")
+        if output and output.resolve() in {path.resolve() for path in inputs}:
+            raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
+        text = getattr(report, style)()
+        if output:
+            write_text(output, text)
+        else:
+            print(text, end="")
+        if style == "csv":
+            # A warning that rows are not comparable must not be lost.
+            print("\n".join(report.notes), file=sys.stderr)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TableConfig(Rendered):
+    """Results by task and on average, one row an evaluation."""
+
+    results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
+    published: bool = flag(False, "add published figures (commonsense tasks only)")
+    difference: bool = flag(False, "add the last minus the first; its standard error treats questions as independent")
+
+    def run(self) -> None:
+        results = [Results.load(path) for path in self.results]
+        report = build_table(results, self.published, self.difference)
+        self.hand_out(report, [result.path for result in results])
+
+
+@dataclasses.dataclass
+class DetailsConfig(Config):
+    """Each evaluation by itself: the majority class, unparsed answers, other measures, the answers given."""
+
+    results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
+
+    def run(self) -> None:
+        found = [Results.load(path) for path in self.results]
+        tables = [details(f"{each.name} ({each.mode})", each.task_set, each.tasks) for each in found]
+        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
+
+
+@dataclasses.dataclass(kw_only=True)
+class CompareConfig(Rendered):
+    """B minus A by task, on the same questions: paired bootstrap interval and McNemar's exact p."""
+
+    runs: list[str] = flag(REQUIRED, "runs: A and B, two evaluations' output folders", positional=True)
+    seed: int = flag(SEED, "of the bootstrap, from 0", min=0)
+    resamples: int = flag(RESAMPLES, "of the bootstrap, 100 to 1000000")
+
+    def validate(self) -> None:
+        self.require("runs", "two folders, A and B", len(self.runs) == 2)
+        self.require("resamples", "a whole number from 100 to 1000000", 100 <= self.resamples <= 1_000_000)
+
+    def run(self) -> None:
+        a, b = (Results.load(path) for path in self.runs)
+        predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
+        self.hand_out(compare(a, b, self.seed, self.resamples), [a.path, b.path, *predictions])
+
+
+@dataclasses.dataclass
+class FiguresConfig(Config):
+    """Figures of whatever the folders hold numbers for, single runs side by side; prints the paths written."""
+
+    runs: list[str] = flag(REQUIRED, "runs: folders of trainings, evaluations or studies", positional=True)
+    output: str | None = flag(None, "folder of the figures; none: figures in the one folder")
+    format: str = flag("svg,png", "svg, png, or both with a comma")
+
+    def run(self) -> None:
+        formats = list(dict.fromkeys(name.strip().lower() for name in self.format.split(",")))
+        self.require("format", "svg or png, or both with a comma", set(formats) <= set(figures.FORMATS))
+        print("\n".join(map(str, figures.write_figures(self.runs, self.output, formats))))
+
+
+@dataclasses.dataclass
+class PageConfig(Config):
+    """One HTML file that needs nothing beside it: tables, figures, settings, commands and hashes."""
+
+    runs: list[str] = flag(REQUIRED, "run: the folder of one training, evaluation or study", positional=True)
+    output: str | None = flag(None, "path of the .html file; none: page.html in the folder")
+
+    def validate(self) -> None:
+        self.require("runs", "one folder", len(self.runs) == 1)
+
+    def run(self) -> None:
+        print(write_page(self.runs[0], self.output))
+
+
+COMMANDS = {
+    "table": TableConfig,
+    "details": DetailsConfig,
+    "compare": CompareConfig,
+    "figures": FiguresConfig,
+    "page": PageConfig,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one command; raises ``UserError`` for a user's mistake."""
+    command = cli.parse_one_of("report", COMMANDS, arguments)
+    if command:
+        command.run()
+
 
 if __name__ == "__main__":
-    with user_errors_to_exit_code():
-        main(sys.argv[1:])
+    cli.main(["report", *sys.argv[1:]])

@@ -1,37 +1,40 @@
 """By how much two runs on the same questions differ: task by task, and on average."""
 
 import collections
+import dataclasses
+import itertools
+import json
 import math
 import reprlib
+import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_lora import artifacts
 from mtl_lora.errors import UserError
-from mtl_lora.report.load import Prediction, read_predictions
-from mtl_lora.report.study_model import CONFIDENCE, Difference
-from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent, require
-from mtl_lora.results import Results
+from mtl_lora.report.load import CONFIDENCE, LEVEL, Difference, lines_of
+from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent
+from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results
 
 if TYPE_CHECKING:
     import numpy
 
-NEEDED_SETTINGS = ("mode", "base_fingerprint", "template", "cutoff_len")
-# What is compared, and what the answers do not depend on. Any other setting, a future one too, is protocol.
-# (limit decides which questions are asked, and those are compared one by one; so are the definitions of tasks.)
-FREE_SETTINGS = {"base_fingerprint", "adapter_sha256", "tasks_sha256", "dtype", "batch_size", "limit"}
+RESAMPLES, SEED = 10_000, 0
 CHANGE_KEYS = ("a", "b", "difference", "low", "high")
 # Numbers drawn at a time: 32 MiB of counts, however many resamples and distinct differences there are.
 _DRAWN_AT_ONCE = 2**22
-Pairs = list[tuple[Prediction, Prediction]]
+
+
+# ---- statistics ----
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
 
     min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
-    discordant pairs and never 0: the smallest float stands for all below it. Raises ``UserError`` without scipy.
+    discordant pairs and never 0: the smallest float stands for all below it.
     """
-    require("scipy")
     from scipy.special import bdtr
 
     return min(1.0, max(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), math.ulp(0.0)))
@@ -56,11 +59,6 @@ def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples
     return numpy.concatenate([generator.multinomial(n, proportions, size) @ values for size in sizes]) / n
 
 
-def task_means(task: str, differences: Sequence[float], seed: int, resamples: int) -> "numpy.ndarray":
-    """``bootstrap_means`` of one task's differences, from a stream of its own: other tasks do not change them."""
-    return bootstrap_means(differences, [seed, *task.encode()], resamples)
-
-
 def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
     """The middle ``CONFIDENCE`` of bootstrap means (Efron and Tibshirani, An Introduction to the Bootstrap, 1993)."""
     import numpy
@@ -70,27 +68,103 @@ def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
     return float(low), float(high)
 
 
+def intervals(
+    pairs: Sequence[dict[str, Sequence[float]]], scored: Sequence[str], seed: int = SEED, resamples: int = RESAMPLES
+) -> dict | None:
+    """Differences averaged over ``pairs`` of runs, each by task and question, with their percentile intervals.
+
+    A bootstrap over the questions within each task (stratified; every task weighs the same), from a stream of the
+    task's own: other tasks do not change it. Returns ``tasks`` and ``average``, which is None unless all of ``scored``
+    are there; None if no task is in all pairs.
+    """
+    tasks, means = {}, {}
+    for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
+        values = [statistics.fmean(each) for each in zip(*(pair[name] for pair in pairs), strict=True)]
+        means[name] = bootstrap_means(values, [seed, *name.encode()], resamples)
+        tasks[name] = Difference(statistics.fmean(values), *percentile_interval(means[name]))
+    if not {*scored} <= {*tasks}:
+        return {"tasks": tasks, "average": None} if tasks else None
+    center = statistics.fmean(tasks[name].difference for name in scored)
+    interval = percentile_interval(sum(means[name] for name in scored) / len(scored))
+    return {"tasks": tasks, "average": Difference(center, *interval)}
+
+
+# ---- predictions ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One answered question: the right answer, whether it was given, its F1 (a fraction) if it has one.
+
+    place: ``FILE, line N``, for errors.
+    """
+
+    task: str
+    index: Index
+    answer: str
+    correct: bool
+    prompt_sha256: str
+    f1: Fraction | None = None
+    place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
+
+
+def predictions_path(results: Results, task: str) -> Path:
+    """Where the predictions of one task lie."""
+    return results.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
+
+
+def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
+    """Predictions by index of the question, for every question of ``task`` that ``results`` counts.
+
+    Raises ``UserError`` naming the file and line for a missing or unreadable file, a torn line, a record without its
+    keys, a question answered twice, and predictions that are not those that the results file counts.
+    """
+    path, score, found = predictions_path(results, task), results.tasks[task], {}
+    if score.metric not in ("accuracy", "exact_match"):
+        raise UserError(f"{results.path}: {task} is measured by {score.metric}; only accuracy and exact_match compare")
+    for number, line in enumerate(lines_of(path), 1):
+        reader = Reader(f"{path}, line {number}")
+        try:
+            record = reader.read(dict, json.loads(line))
+        except (ValueError, RecursionError):  # a UserError is one of the former
+            raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite") from None
+        prediction = Prediction(**reader.fields(Prediction, record), place=reader.source)
+        if prediction.task != task:
+            raise reader.wrong("task", prediction.task, f"{task}, whose predictions this file holds")
+        if prediction.index in found:
+            earlier = found[prediction.index].place
+            raise UserError(f"{reader.source} answers question {prediction.index} a second time, after {earlier}")
+        found[prediction.index] = prediction
+    limit = results.settings.get("limit")
+    if type(limit) is int and limit > 0:
+        # A folder keeps what an earlier evaluation with a larger limit answered; the results file does not count it.
+        found = {index: prediction for index, prediction in found.items() if index < limit}
+    right, counted = sum(prediction.correct for prediction in found.values()), round(score.value * score.n)
+    if (len(found), right) != (score.n, counted):
+        there, here = f"{right:,} of {len(found):,} questions right", f"{counted:,} of {score.n:,}"
+        raise UserError(f"{path} has {there} and {results.path} counts {here}; evaluate again with --overwrite")
+    return found
+
+
 def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
     """Raise ``UserError`` unless both scored ``tasks`` on the same data by one protocol."""
     for results in (a, b):
-        needed = {f"settings.{key}": results.settings.get(key) for key in NEEDED_SETTINGS}
+        needed = {f"settings.{key}": results.settings.get(key) for key in results.comparability.needed}
         needed |= {f"data.{name}": results.data.get(name) for name in tasks}
         for key in [key for key, value in needed.items() if value is None]:
             raise UserError(f"{results.path}: {key} is missing, without which nothing can be compared; evaluate again")
-    keys = [key for key in dict.fromkeys([*a.settings, *b.settings]) if key not in FREE_SETTINGS]
-    differing = [key for key in keys if a.settings.get(key) != b.settings.get(key)]
-    if differing:
+    may_differ = (*a.comparability.noted, *a.comparability.free)
+    keys = [key for key in dict.fromkeys([*a.settings, *b.settings]) if key not in may_differ]
+    if differing := [key for key in keys if a.settings.get(key) != b.settings.get(key)]:
         values = (f"{key} ({_shown(a, key)} and {_shown(b, key)})" for key in differing)
         raise _not_comparable(a, b, f"they differ in {', '.join(values)}")
-    redefined = [name for name in tasks if a.task_set.definition(name) != b.task_set.definition(name)]
-    if redefined:
+    if redefined := [name for name in tasks if a.task_set.definition(name) != b.task_set.definition(name)]:
         raise _not_comparable(a, b, f"they declare other options, pattern or answer prefix of {', '.join(redefined)}")
-    other_data = [name for name in tasks if a.data[name] != b.data[name]]
-    if other_data:
+    if other_data := [name for name in tasks if a.data[name] != b.data[name]]:
         raise _not_comparable(a, b, f"their test data of {', '.join(other_data)} are not the same (sha256)")
 
 
-def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pairs]:
+def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, list[tuple[Prediction, Prediction]]]:
     """By task, the answers of A and of B to each question, in the order of their indices.
 
     Raises ``UserError`` unless both can be compared and answered the same questions, asked in the same words. (Another
@@ -98,20 +172,17 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
     """
     check_comparable(a, b, tasks)
     same_base = a.settings["base_fingerprint"] == b.settings["base_fingerprint"]
-    found: dict[str, Pairs] = {}
+    found = {}
     for task in tasks:
         of_a, of_b = read_predictions(a, task), read_predictions(b, task)
-        alone = sorted(of_a.keys() - of_b.keys()) or sorted(of_b.keys() - of_a.keys())
-        if alone:
-            place = (of_a.get(alone[0]) or of_b[alone[0]]).place
-            limits = f"limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
-            raise _not_comparable(a, b, f"question {alone[0]} of {task} ({place}) is in one of them alone ({limits})")
+        if alone := sorted(of_a.keys() ^ of_b.keys()):
+            where = f"{(of_a | of_b)[alone[0]].place}; limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
+            raise _not_comparable(a, b, f"question {alone[0]} of {task} is in one of them alone ({where})")
         found[task] = [(of_a[index], of_b[index]) for index in sorted(of_a)]
         for first, last in found[task]:
-            other = "right answer" if first.answer != last.answer else ""
-            if same_base and first.prompt_sha256 != last.prompt_sha256:
-                other = other or "prompt, with one base model,"
-            if other:
+            same_prompt = first.prompt_sha256 == last.prompt_sha256 or not same_base
+            if first.answer != last.answer or not same_prompt:
+                other = "prompt, with one base model," if first.answer == last.answer else "right answer"
                 where = f"{first.place}; {last.place}"
                 raise _not_comparable(a, b, f"question {first.index} of {task} has another {other} in each ({where})")
     return found
@@ -125,7 +196,10 @@ def _not_comparable(a: Results, b: Results, reason: str) -> UserError:
     return UserError(f"{a.path} and {b.path} are not comparable: {reason}")
 
 
-def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> Report:
+# ---- the report ----
+
+
+def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES) -> Report:
     """B against A, from their predictions; intervals are of ``resamples`` seeded resamples.
 
     The report's value has ``tasks`` in column order, and their ``average``: n questions, ``accuracy`` (mean score of A
@@ -134,73 +208,66 @@ def compare(a: Results, b: Results, seed: int = 0, resamples: int = 10_000) -> R
     comparable, and for broken predictions.
     """
     for one, other in ((a, b), (b, a)):
-        alone = [name for name in one.tasks if name not in other.tasks]
-        if alone:
+        if alone := [name for name in one.tasks if name not in other.tasks]:
             raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
-    tasks, means = {}, {"correct": [], "f1": []}
+    answers = paired_answers(a, b, a.scored)
+    accuracies, f1s = (_changes(answers, key, seed, resamples) for key in ("correct", "f1"))
+    rows = {}
+    for task in (*answers, None):  # None: the average, whose counts pool the questions of all tasks
+        pairs = answers[task] if task else [*itertools.chain(*answers.values())]
+        only_a, only_b = (sum(pair[i].correct > pair[1 - i].correct for pair in pairs) for i in (0, 1))
+        counts = {"only_a": only_a, "only_b": only_b, "p": mcnemar_p(only_a, only_b)}
+        rows[task] = {"n": len(pairs), "accuracy": accuracies[task], **counts, "f1": f1s.get(task)}
 
-    def change(name: str, key: str, pairs: Pairs) -> dict | None:
-        scores = [(getattr(first, key), getattr(last, key)) for first, last in pairs]
-        if any(None in pair for pair in scores):
-            return None
-        means[key].append(task_means(name, [float(y) - float(x) for x, y in scores], seed, resamples))
-        return _change(*(math.fsum(side) / len(pairs) for side in zip(*scores, strict=True)), means[key][-1])
-
-    for name, pairs in paired_answers(a, b, a.scored).items():
-        right = collections.Counter((first.correct, last.correct) for first, last in pairs)
-        changes = [change(name, key, pairs) for key in means]
-        tasks[name] = _compared(len(pairs), right[True, False], right[False, True], *changes)
-    # Every task weighs the same; questions were resampled within each task (a stratified bootstrap).
-    averages = []
-    for key, drawn in (("accuracy", means["correct"]), ("f1", means["f1"])):
-        changes = [row[key] for row in tasks.values()]
-        known = None not in changes
-        sides = [math.fsum(each[side] for each in changes) / len(changes) for side in "ab"] if known else ()
-        averages.append(_change(*sides, sum(drawn) / len(changes)) if known else None)
-    average = _compared(*(sum(row[key] for row in tasks.values()) for key in ("n", "only_a", "only_b")), *averages)
-
-    rows = {**tasks, None: average}
-    titles = [*map(a.task_set.title, tasks), AVERAGE]
-    interval, with_f1 = f"{100 * CONFIDENCE:.0f} % interval", any(row["f1"] for row in tasks.values())
+    interval, lines, records = f"{LEVEL} interval", [], []
     header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
-    header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if with_f1 else []
-    lines = [
-        [title, f"{row['n']:,}", *_texts(row["accuracy"]), f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])]
-        + (_texts(row["f1"]) if with_f1 else [])
-        for title, row in zip(titles, rows.values(), strict=True)
-    ]
-    records: list[dict] = []
-    for name, row in rows.items():
-        records.append({"task": name})
+    header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if f1s else []
+    for task, row in rows.items():
+        title = a.task_set.title(task) if task else AVERAGE
+        counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])]
+        lines.append([title, f"{row['n']:,}", *_texts(row["accuracy"]), *counts, *(_texts(row["f1"]) if f1s else [])])
+        records.append({"task": task})
         for key, value in row.items():
             is_change = key in ("accuracy", "f1")
-            records[-1] |= (
-                {f"{key} {part}": (value or {}).get(part) for part in CHANGE_KEYS} if is_change else {key: value}
-            )
-    notes = _notes(a, b, [name for name, row in tasks.items() if row["f1"] is None], seed, resamples)
+            parts = {f"{key} {part}": (value or {}).get(part) for part in CHANGE_KEYS} if is_change else {key: value}
+            records[-1] |= parts
+    notes = _notes(a, b, [name for name in answers if name not in f1s], seed, resamples)
     value = {
         side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
         for side, run in (("a", a), ("b", b))
     }
-    value |= {"tasks": tasks, "average": average, "confidence": CONFIDENCE, "resamples": resamples, "seed": seed}
-    return Report([TextTable("", header, lines)], records, notes, value | {"notes": notes})
+    value |= {"tasks": {name: rows[name] for name in answers}, "average": rows[None]}
+    value |= {"confidence": CONFIDENCE, "resamples": resamples, "seed": seed, "notes": notes}
+    return Report([TextTable("", header, lines)], records, notes, value)
 
 
-def _compared(n: int, only_a: int, only_b: int, accuracy: dict, f1: dict | None) -> dict:
-    p = mcnemar_p(only_a, only_b)
-    return {"n": n, "accuracy": accuracy, "only_a": only_a, "only_b": only_b, "p": p, "f1": f1}
+def _changes(
+    answers: dict[str, list[tuple[Prediction, Prediction]]], key: str, seed: int, resamples: int
+) -> dict[str | None, dict]:
+    """By task, and of their average (None): the mean score ``key`` of A and of B, the difference and its interval.
 
-
-def _change(a: float, b: float, means: "numpy.ndarray") -> dict:
-    return dict(zip(CHANGE_KEYS, (a, b, b - a, *percentile_interval(means)), strict=True))
+    A task of which an answer has no such score is left out, and the average with it.
+    """
+    scores = {
+        task: [(float(getattr(first, key)), float(getattr(last, key))) for first, last in pairs]
+        for task, pairs in answers.items()
+        if all(getattr(each, key) is not None for pair in pairs for each in pair)
+    }
+    differences = {task: [y - x for x, y in pairs] for task, pairs in scores.items()}
+    found = intervals([differences], list(answers), seed, resamples) or {"tasks": {}, "average": None}
+    means = {task: [statistics.fmean(side) for side in zip(*pairs, strict=True)] for task, pairs in scores.items()}
+    if found["average"]:
+        means[None] = [statistics.fmean(side) for side in zip(*means.values(), strict=True)]
+    changes = found["tasks"] | {None: found["average"]}
+    return {task: {"a": a, "b": b, **vars(changes[task])} for task, (a, b) in means.items()}
 
 
 def _texts(change: dict | None) -> list[str]:
     if change is None:
         return [NOTHING] * 4
-    difference = Difference(change["difference"], change["low"], change["high"])
-    signed = percent(difference.difference, signed=True)
-    return [percent(change["a"]), percent(change["b"]), signed, interval_text(difference, signed=True)]
+    a, b, *difference = change.values()
+    signed = percent(difference[0], signed=True)
+    return [percent(a), percent(b), signed, interval_text(Difference(*difference), signed=True)]
 
 
 def p_text(p: float) -> str:
@@ -212,7 +279,7 @@ def _notes(a: Results, b: Results, without_f1: Sequence[str], seed: int, resampl
     """What the numbers are, and what differs between the runs besides what is compared."""
     notes = [
         f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
-        f"Interval: {100 * CONFIDENCE:.0f} % percentile interval of a paired bootstrap, {resamples:,} resamples of the "
+        f"Interval: {LEVEL} percentile interval of a paired bootstrap, {resamples:,} resamples of the "
         f"questions within each task, seed {seed}.",
         "p: exact two-sided McNemar test of the questions that only A answers right against those that only B does; "
         "not corrected for the number of tasks.",

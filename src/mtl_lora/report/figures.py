@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
-from mtl_lora.report.load import analysis_of, load_studies, log_of
-from mtl_lora.report.study_model import Study
-from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, require, value_text
+from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
+from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, value_text
 from mtl_lora.results import FRACTIONS
 
 if TYPE_CHECKING:
@@ -25,22 +24,10 @@ FORMATS = ("svg", "png")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
-GREY, LIGHT = "#666666", "#dddddd"
+GREY = "#666666"
 MOST_WRITTEN = 12  # tasks up to which numbers fit into the cells of a matrix
+_BAR = {"shrink": 0.7, "aspect": 30}  # of the colours beside a matrix
 _SMOOTHED = 20  # the running mean of a loss is over 1/20 of the lines of its log
-_STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.labelcolor"), GREY),
-    **dict.fromkeys(("grid.color", "xtick.color", "ytick.color"), LIGHT),
-    "ytick.labelcolor": "black",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "mtl-lora",
-    "image.interpolation": "none",
-    "savefig.dpi": 160,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +58,11 @@ def _style():
     """The settings that figures are made and saved with, whatever the user's own are."""
     import matplotlib.style
 
-    return matplotlib.style.context(["default", _STYLE])
+    return matplotlib.style.context(["default", Path(__file__).with_suffix(".mplstyle")])
 
 
 def draw(study: Study) -> list[Drawing]:
-    """Everything that a study or a run has the numbers for, each under a name of its own.
-
-    Raises ``UserError`` with the way out if matplotlib or pandas is not installed.
-    """
-    require("matplotlib", "pandas")
+    """Everything that a study or a run has the numbers for, each under a name of its own."""
     names = Counter()
     with _style():
         found = [each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)]
@@ -149,10 +132,6 @@ def _new_figure(
     return figure, list(panels[:count])
 
 
-def _task_title(study: Study, panel: "Axes", task: str | None, whole: str) -> None:
-    panel.set_title(study.task_set.title(task) if task else whole, fontweight=None if task else "bold")
-
-
 def _heat_map(panel: "Axes", matrix, rows: Sequence[str], columns: Sequence[str], limit: float, texts, bold=()):
     """A matrix with NaN for no value, coloured from -limit to limit. texts: in its cells; bold: places of them."""
     import numpy as np
@@ -175,10 +154,6 @@ def _name_columns(panel: "Axes", places: Sequence[float], names: Sequence[str]) 
     panel.set_xticks(places, names, rotation=40, ha="right", va="center", rotation_mode="anchor")
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
-
-
-def _colour_bar(figure: "Figure", panels: "Sequence[Axes]", colours, label: str) -> None:
-    figure.colorbar(colours, ax=panels, shrink=0.7, aspect=30, label=label)
 
 
 # ---- results ----
@@ -209,7 +184,7 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
                 panel.errorbar(scale * value.mean, index, xerr=ends, elinewidth=width, **style)
         if task in study.majority:
             panel.axvline(scale * study.majority[task], color="black", linestyle="--", linewidth=1)
-        _task_title(study, panel, task, AVERAGE)
+        panel.set_title(study.task_set.title(task) if task else AVERAGE, fontweight=None if task else "bold")
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
@@ -241,7 +216,7 @@ def _transfer(study: Study) -> Iterator[Drawing]:
             bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
     limit = max(1.0, float(np.nanmax(np.abs(matrix))))
     mesh = _heat_map(panels[0], matrix, labels, columns, limit, texts, bold)
-    _colour_bar(figure, panels, mesh, "percentage points")
+    figure.colorbar(mesh, ax=panels, **_BAR, label="percentage points")
     yield Drawing("transfer", title, caption, figure)
 
 
@@ -283,7 +258,7 @@ def _loss(study: Study) -> Iterator[Drawing]:
                 panel.fill_between(frame.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
                 marks = {"markersize": 4, "markevery": max(1, len(frame) // 8), "linewidth": 1.3}
                 (lines[label],) = panel.plot(frame.index, frame.mean(axis=1), **style, **marks)
-            _task_title(study, panel, task, "All tasks")
+            panel.set_title(study.task_set.title(task) if task else "All tasks", fontweight=None if task else "bold")
             panel.set_ylim(bottom=0)
             # Few enough for any width: were there more once the layout is settled, the last could reach over the edge.
             panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
@@ -328,7 +303,7 @@ def _mixture(study: Study) -> Iterator[Drawing]:
             _name_columns(panel, np.arange(0, len(labels), apart) * parts + (parts - 1) / 2, labels[::apart])
             for index in range(1, len(labels)):
                 panel.axvline(index * parts - 0.5, color="white", linewidth=1.2 / apart)
-        _colour_bar(figure, panels, image, "weight")
+        figure.colorbar(image, ax=panels, **_BAR, label="weight")
         yield Drawing(f"mixture_{_slug(experiment.name)}", title, caption, figure)
 
 
@@ -363,5 +338,5 @@ def _similarity(study: Study) -> Iterator[Drawing]:
                 texts = [[f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix]
                 mesh = _heat_map(panel, matrix, labels, labels, 1.0, texts if written else [[]])
                 panel.set(title=kind, aspect="equal")
-            _colour_bar(figure, panels, mesh, "cosine")
+            figure.colorbar(mesh, ax=panels, **_BAR, label="cosine")
             yield Drawing(f"{name}_{_slug(experiment.name)}", title, caption, figure)

@@ -1,22 +1,308 @@
-"""What reports read besides results and studies: training logs, adapter analyses, folders of runs, predictions."""
+"""What reports are made of: ``study.json``, folders of single runs, their training logs and adapter analyses.
+
+``mtl_lora.study`` writes ``study.json`` through these classes (schema 2), tables, figures and pages read it through
+them. Schema 1 is read for ever; the two differ in the results by task alone, of which schema 2 names the metric.
+"""
 
 import dataclasses
 import json
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts
+from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
-from mtl_lora.report.study_model import Estimate, Experiment, Job, Run, Study, Summary
-from mtl_lora.results import Results, TaskNames
-from mtl_lora.typed_json import UNWRITTEN, Fraction, Index, Reader, Text, read_object
+from mtl_lora.results import (
+    UNWRITTEN,
+    Reader,
+    Results,
+    TaskNames,
+    TaskResult,
+    Text,
+    Trainable,
+    average_of,
+    object_of,
+    read_object,
+)
 
+STUDY_SCHEMA = 2
+CONFIDENCE = 0.95
+LEVEL = f"{100 * CONFIDENCE:.0f} %"
 Losses = dict[str, dict[int, float]]  # by task, "" for all of them, and by step, in order of steps
 Matrix = list[list[float | None]]
 # Key of the analysis -> what is compared, in words.
 SIMILARITIES = {"lambda_similarity": "Λₜ", "lambda_minus_identity_similarity": "Λₜ − I"}
 SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ"}
+
+
+# ---- study.json ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval, where one is known.
+
+    Over seeds: ``sd`` is the standard deviation, ``low`` to ``high`` the 95 % t interval of the mean. Of a single
+    run: ``sd`` is None and the interval, where there is one, a standard error over the questions to each side.
+    """
+
+    mean: float
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def over_seeds(cls, values: Sequence[float]) -> "Estimate":
+        """Mean, standard deviation (n - 1) and Student t interval of the mean; of a single value the mean alone."""
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean)
+        from scipy.special import stdtrit  # the quantile of Student's distribution
+
+        sd = statistics.stdev(values)
+        half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(len(values))
+        return cls(mean, sd, mean - half, mean + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Estimates over the runs of an experiment: by task, and of the average if every task has a result."""
+
+    tasks: dict[str, Estimate]
+    average: Estimate | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One experiment minus another on the same questions, with the 95 % interval of the paired difference."""
+
+    difference: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Differences:
+    """An experiment minus its ``baseline``, by task and on average."""
+
+    baseline: str = ""
+    tasks: dict[str, Difference]
+    average: Difference | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transfer(Differences):
+    """Tasks trained together (``experiment``) minus each trained ``alone``. method: the title of theirs."""
+
+    group: Text
+    method: str = ""
+    experiment: str = ""
+    alone: str = ""
+
+    @property
+    def label(self) -> str:
+        """The experiment, with its group where the name does not say it."""
+        name = self.experiment or self.method
+        return name if self.group in name else f"{self.group}: {name}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training with its evaluation: files (relative to the study's folder), commands, hashes.
+
+    seconds, starts: by step (``train``, ``evaluate``), None where there was none. steps: of the optimiser.
+    """
+
+    folder: str = ""
+    results: str | None = None
+    analysis: str | None = None
+    log: str | None = None
+    commands: list[str] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    starts: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    steps: int | None = None
+    train_commit: str | None = None
+    train_data_sha256: str | None = None
+    adapter_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Job):
+    """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one.
+
+    parts: of tasks that were trained alone, a job a task; the run then has sums of theirs.
+    """
+
+    seed: int | None = None
+    commit: str | None = None
+    test_data_sha256: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
+    average: float | None = None
+    parts: dict[str, Job] = dataclasses.field(default_factory=dict)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The run itself, then its parts."""
+        return [self, *self.parts.values()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Runs that differ in their seed alone. adapters: the number trained by each run, with ``alone`` one a task.
+
+    method: None for the base model. trained_on: tasks. against: this minus a baseline.
+    """
+
+    name: Text
+    method: Text | None = None
+    group: Text = "main"
+    alone: bool = False
+    trainable: Trainable | None = None
+    adapters: int = 0
+    rank: int | None = None
+    learning_rate: float | None = None
+    trained_on: list[str] | None = None
+    runs: list[Run]
+    summary: Summary
+    against: Differences | None = None
+
+    def estimate(self, task: str | None) -> Estimate | None:
+        """The summary's value of a task, or of the average (None); a single run's has its standard error."""
+        found = self.summary.average if task is None else self.summary.tasks.get(task)
+        if found and found.low is None and len(self.runs) == 1:
+            having = [self.runs[0].tasks.get(name) for name in (self.summary.tasks if task is None else [task])]
+            if None not in having and (error := average_of(having).stderr) is not None:
+                return Estimate(found.mean, None, found.mean - error, found.mean + error)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One value of the searched flag with its results on development data: the average, and by task."""
+
+    value: object
+    dev: float
+    tasks: dict[str, float] = dataclasses.field(default_factory=dict)
+    commands: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOutcome:
+    """The candidates of the experiment ``name``, and the value that was chosen."""
+
+    name: Text
+    candidates: list[Candidate]
+    chosen: object
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search for the value of ``flag`` by short trainings. train: their flags; questions: by development task."""
+
+    flag: Text
+    data_dir: str | None = None
+    seed: int | None = None
+    train: dict = dataclasses.field(default_factory=dict)
+    questions: dict[str, int] = dataclasses.field(default_factory=dict)
+    dev_data_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    experiments: list[SearchOutcome]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources."""
+
+    records: dict[str, int]
+    of: dict[str, int]
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """``study.json``: experiments in table order and what they were made from.
+
+    grid: what was asked for. commit, versions, device: of the last evaluation; commits, devices: of all. data:
+    ``train`` and ``test``. path: the file, or the folder of a single run, of which facts are the files' contents.
+    """
+
+    name: Text
+    about: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    base_model: str | None = None
+    task_set: TaskNames
+    grid: dict = dataclasses.field(default_factory=dict)
+    grid_sha256: str | None = None
+    commit: str | None = None
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    device: str | None = None
+    commits: list[str | None] = dataclasses.field(default_factory=list)
+    devices: list[str | None] = dataclasses.field(default_factory=list)
+    data: dict[str, Sample] = dataclasses.field(default_factory=dict)
+    experiments: list[Experiment]
+    transfer: list[Transfer] = dataclasses.field(default_factory=list)
+    search: Search | None = None
+    path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
+    facts: dict = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """Read a study's file, or the one in a folder; raises ``UserError`` naming the file and the key."""
+        path = Path(path) / artifacts.STUDY if Path(path).is_dir() else Path(path)
+        value = read_object(path, "the study")
+        schema = value.get("schema")
+        if value.get("kind") != "study" or type(schema) is not int or schema not in (1, STUDY_SCHEMA):
+            raise UserError(f"{path} is not a study of schema 1 or {STUDY_SCHEMA}; write it with mtl-lora study")
+        study = cls(**Reader(str(path), schema).fields(cls, value), path=path)
+        if not study.experiments:
+            raise UserError(f"{path}: experiments is empty; run the study first")
+        return study
+
+    def to_json(self) -> dict:
+        """The content of ``study.json``, schema 2."""
+        return {"schema": STUDY_SCHEMA, "kind": "study", **object_of(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole, or not at all."""
+        files.write_json(path, self.to_json())
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run of every experiment."""
+        return [run for experiment in self.experiments for run in experiment.runs]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every run, and behind one of several jobs each of these."""
+        return [job for run in self.runs for job in run.jobs]
+
+    @property
+    def scored(self) -> list[str]:
+        """Tasks, in column order, with a result in any experiment."""
+        return [name for name in self.task_set.columns if any(name in e.summary.tasks for e in self.experiments)]
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether an experiment has more than one run."""
+        return any(len(experiment.runs) > 1 for experiment in self.experiments)
+
+    def metric(self, task: str | None) -> str:
+        """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
+        results = [pair for run in self.runs for pair in run.tasks.items()]
+        return next((result.metric for name, result in results if task in (name, None)), "accuracy")
+
+    @property
+    def majority(self) -> dict[str | None, float]:
+        """The majority class's value by task, from the first run that has one; None: their mean, if all have."""
+        results = [(name, result.majority) for run in reversed(self.runs) for name, result in run.tasks.items()]
+        found = {name: value for name, value in results if value is not None}
+        known = [found[name] for name in self.scored if name in found]
+        return found | ({None: sum(known) / len(known)} if known and len(known) == len(self.scored) else {})
+
+
+# ---- logs and analyses ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +331,7 @@ class Analysis:
 def read_log(path: Path) -> Losses:
     """The losses of a training log; raises ``UserError`` naming file and line."""
     losses: Losses = {"": {}}
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         try:
             entry = json.loads(line)
             step = int(entry["step"])
@@ -95,13 +381,16 @@ def _file(study: Study, job: Job, key: str) -> Path:
     return path
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error}); pass a whole output folder") from None
     return text.removesuffix("\n").split("\n") if text else []
+
+
+# ---- folders of runs ----
 
 
 def load_run(path: str | Path) -> Study:
@@ -119,36 +408,37 @@ def load_run(path: str | Path) -> Study:
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (read_object(file, "the configuration") if file else {} for file in rest)
     results = _own_results(folder, adapter)
-    run = {"folder": str(folder), "log": log and str(log), "analysis": analysis and str(analysis)}
-    adapts = read_analysis(analysis) if analysis else None
-    if results:
-        name, method, task_set, tasks = results.name, results.method, results.task_set, results.tasks
-    elif log or analysis:
-        # As the training was configured, else by the names in its analysis or log.
+    facts = {"evaluation": results.to_json() if results else {}, "training": training}
+    facts["adapter"] = adapter or facts["evaluation"].get("adapter")
+    if not results:
+        if not (log or analysis):
+            names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
+            raise UserError(f"{folder} holds none of {', '.join(names)}")
+        # Tasks are those that the training was configured with, else those that its analysis or log names.
+        adapts = read_analysis(analysis) if analysis else None
         known = adapts.tasks if adapts else [*filter(None, read_log(log))] or ["task"]
-        listed = {"tasks": [{"name": name, "id": index} for index, name in enumerate(known)]}
-        task_set = TaskNames.from_json(training.get("tasks") or listed, str(folder / artifacts.RUN_CONFIG))
-        name, method, tasks = folder.absolute().name, adapts and adapts.method, {}
-    else:
-        names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
-        raise UserError(f"{folder} holds none of {', '.join(names)}")
-    average = results and results.whole_average
-    summary = Summary({task: Estimate(tasks[task].value) for task in tasks}, average and Estimate(average.value))
-    facts = {"name": name, "method": method, "trainable": results and results.trainable, "summary": summary}
-    experiment = Experiment(**facts, runs=[Run(**run, tasks=tasks)])
-    evaluation = results.to_json() if results else {}
-    facts = {"evaluation": evaluation, "training": training, "adapter": adapter or evaluation.get("adapter")}
-    return Study(name=name, task_set=task_set, experiments=[experiment], path=folder, facts=facts)
+        listed = training.get("tasks") or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
+        task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
+        method = adapts and adapts.method
+        results = Results(name=folder.absolute().name, method=method, tasks={}, task_set=task_set)
+    estimates = {task: Estimate(result.value) for task, result in results.tasks.items()}
+    average = results.whole_average
+    experiment = Experiment(
+        **{key: getattr(results, key) for key in ("name", "method", "trainable")},
+        runs=[Run(folder=str(folder), log=log and str(log), analysis=analysis and str(analysis), tasks=results.tasks)],
+        summary=Summary(estimates, average and Estimate(average.value)),
+    )
+    return Study(name=results.name, task_set=results.task_set, experiments=[experiment], path=folder, facts=facts)
 
 
 def _own_results(folder: Path, adapter: dict) -> Results | None:
     """The results in a folder or in its evaluation's; None, with a line on stderr, for those of an earlier adapter."""
-    beside = folder / artifacts.EVALUATION / artifacts.RESULTS
-    if (folder / artifacts.RESULTS).is_file() or not beside.is_file():
-        return Results.load(folder) if (folder / artifacts.RESULTS).is_file() else None
-    results = Results.load(beside)
-    if adapter and results.settings.get("adapter_sha256") not in (None, adapter.get("weights_sha256")):
-        print(f"{beside} is of an earlier adapter of {folder} and left out; evaluate it again", file=sys.stderr)
+    beside = folder / artifacts.EVALUATION
+    if (folder / artifacts.RESULTS).is_file():
+        return Results.load(folder)
+    results = Results.load(beside) if (beside / artifacts.RESULTS).is_file() else None
+    if results and adapter and results.settings.get("adapter_sha256") not in (None, adapter.get("weights_sha256")):
+        print(f"{results.path} is of an earlier adapter of {folder} and left out; evaluate it again", file=sys.stderr)
         return None
     return results
 
@@ -159,73 +449,20 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     Raises ``UserError`` for a folder that holds nothing, and for single runs whose tasks differ.
     """
     found = [load_run(path) for path in paths]
-    single, experiments = [study for study in found if study.facts], []
-    names = [study.name for study in single]
+    studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
+    require_one_task_set(single, "figures side by side need")
+    names, experiments = [study.name for study in single], []
     for study in single:
-        if set(study.task_set.names) != set(single[0].task_set.names):
-            raise UserError(
-                f"{study.path} is about the tasks {', '.join(study.task_set.names)} and {single[0].path} about "
-                f"{', '.join(single[0].task_set.names)}; figures side by side need one set of tasks"
-            )
         name = f"{study.name} ({study.path})" if names.count(study.name) > 1 else study.name
         experiments.append(dataclasses.replace(study.experiments[0], name=name))
-    side_by_side = [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
-    return [study for study in found if not study.facts] + side_by_side
+    return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """One answered question: the right answer, whether it was given, its F1 (a fraction) if it has one.
-
-    place: ``FILE, line N``, for errors.
-    """
-
-    task: str
-    index: Index
-    answer: str
-    correct: bool
-    prompt_sha256: str
-    f1: Fraction | None = None
-    place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
-
-
-def predictions_path(results: Results, task: str) -> Path:
-    """Where the predictions of one task lie."""
-    return results.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
-
-
-def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
-    """Predictions by index of the question, for every question of ``task`` that ``results`` counts.
-
-    Raises ``UserError`` naming the file and line for a missing or unreadable file, a torn line, a record without its
-    keys, a question answered twice, and predictions that are not those that the results file counts.
-    """
-    path, score, found = predictions_path(results, task), results.tasks[task], {}
-    if score.metric not in ("accuracy", "exact_match"):
-        raise UserError(
-            f"{results.path}: the metric of {task} is {score.metric}; questions are compared by accuracy or exact_match"
-        )
-    for number, line in enumerate(_lines(path), 1):
-        reader = Reader(f"{path}, line {number}")
-        try:
-            record = reader.read(dict, json.loads(line))
-        except (ValueError, RecursionError):  # a UserError is one of the former
-            raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite") from None
-        prediction = Prediction(**reader.fields(Prediction, record), place=reader.source)
-        if prediction.task != task:
-            raise reader.wrong("task", prediction.task, f"{task}, whose predictions this file holds")
-        if prediction.index in found:
-            earlier = found[prediction.index].place
-            raise UserError(f"{reader.source} answers question {prediction.index} a second time, after {earlier}")
-        found[prediction.index] = prediction
-    limit = results.settings.get("limit")
-    if type(limit) is int and limit > 0:
-        # A folder keeps what an earlier evaluation with a larger limit answered; the results file does not count it.
-        found = {index: prediction for index, prediction in found.items() if index < limit}
-    right, counted = sum(prediction.correct for prediction in found.values()), round(score.value * score.n)
-    if (len(found), right) != (score.n, counted):
-        raise UserError(
-            f"{path} has {right:,} of {len(found):,} questions right where {results.path} counts {counted:,} of "
-            f"{score.n:,}; evaluate again with --overwrite"
-        )
-    return found
+def require_one_task_set(found: Sequence[Study | Results], what: str) -> None:
+    """Raise ``UserError`` for the first that has other tasks than the first of all. what: needs one set of tasks."""
+    for other in found[1:]:
+        if set(other.task_set.names) != set(found[0].task_set.names):
+            tasks, first = (", ".join(each.task_set.names) for each in (other, found[0]))
+            raise UserError(
+                f"{other.path} is about the tasks {tasks} and {found[0].path} about {first}; {what} one set of tasks"
+            )

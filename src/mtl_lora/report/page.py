@@ -7,10 +7,9 @@ from pathlib import Path
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
 from mtl_lora.report.figures import draw
-from mtl_lora.report.load import load_run
-from mtl_lora.report.study_model import Study
-from mtl_lora.report.table import details, require, study_tables
-from mtl_lora.typed_json import object_of
+from mtl_lora.report.load import Study, load_run
+from mtl_lora.report.table import details, study_tables
+from mtl_lora.results import object_of
 
 FILE_NAME = "page.html"
 
@@ -18,13 +17,12 @@ FILE_NAME = "page.html"
 def write_page(run: str, output: str | None = None) -> Path:
     """Write the page of a study, a training or an evaluation; returns its path. Everything it shows is escaped.
 
-    Raises ``UserError`` for a folder that holds none of them, and where a package is missing.
+    Raises ``UserError`` for a folder that holds none of them.
     """
     study = load_run(run)
     path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / FILE_NAME
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path} must be the path of an .html file")
-    require("jinja2", "matplotlib", "pandas")
     import jinja2
 
     tables = study_tables(study)

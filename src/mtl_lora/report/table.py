@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import importlib.util
 import json
 import math
 import re
@@ -10,19 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
-from mtl_lora.report.study_model import Difference, Differences, Estimate, Experiment, Study
+from mtl_lora.report.load import Difference, Differences, Estimate, Experiment, Study, require_one_task_set
 from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
 TRAINABLE = "Trainable parameters, M (%)"
-# Settings of an evaluation that rows must share to be compared, and what a note calls them.
-_PROTOCOL = {
-    "base_fingerprint": "the base model's files",
-    "tasks_sha256": "the tasks' options and patterns",
-    **{key: key for key in ("template", "cutoff_len", "dtype", "max_new_tokens", "num_beams")},
-}
+# What a note calls settings whose name says too little.
+_SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 
 
 # ---- numbers and texts ----
@@ -67,15 +62,8 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(text.split()))
 
 
-def require(*packages: str) -> None:
-    """Raise ``UserError`` with the way out for a package that is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"this needs {package}, which is not installed; run pip install 'mtl-lora[report]'")
-
-
 def _frame(rows: Sequence, columns: Sequence[str] | None = None):
-    require("pandas", "jinja2")  # pandas writes LaTeX with the latter
+    import jinja2  # noqa: F401 - pandas writes LaTeX with it
     import pandas
 
     return pandas.DataFrame(rows, columns=columns, dtype=object)
@@ -188,9 +176,8 @@ class Row:
         values |= {("average", "average_stderr"): self.average}
         values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
         for keys, value in values.items():
-            record |= {
-                key: getattr(value, field, None) for key, field in zip(keys, ("value", "stderr", "n"), strict=False)
-            }
+            numbers = (getattr(value, field, None) for field in ("value", "stderr", "n"))
+            record |= dict(zip(keys, numbers, strict=False))
         return record
 
     def group(self, name: str) -> Average | None:
@@ -206,12 +193,7 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     Raises ``UserError`` if the task sets differ, or if an addition does not fit the results.
     """
     task_set, others = results[0].task_set, published_rows() if published else []
-    for other in results[1:]:
-        if set(other.task_set.names) != set(task_set.names):
-            raise UserError(
-                f"{other.path} is about the tasks {', '.join(other.task_set.names)} and {results[0].path} about "
-                f"{', '.join(task_set.names)}; one table needs results of one task set"
-            )
+    require_one_task_set(results, "one table needs")
     if published and set(task_set.names) != set(others[0].cells):
         names = f"{results[0].path} is about {', '.join(task_set.names)}"
         raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
@@ -246,73 +228,65 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
 def _difference_row(first: Row, last: Row) -> Row:
     """Last minus first where both have a value; standard errors add as those of independent samples."""
 
-    def minus(a, b):
+    def minus(a: TaskResult, b: TaskResult) -> TaskResult:
         stderr = None if None in (a.stderr, b.stderr) else math.hypot(a.stderr, b.stderr)
         groups = {name: minus(group, b.groups[name]) for name, group in a.groups.items() if name in b.groups}
-        return dataclasses.replace(b, value=b.value - a.value, stderr=stderr, groups=groups)
+        return TaskResult(b.metric, b.value - a.value, stderr, None, groups=groups)
 
     cells = {name: minus(cell, last.cells[name]) for name, cell in first.cells.items() if name in last.cells}
-    average = minus(first.average, last.average) if first.average and last.average else None
-    cells = {name: dataclasses.replace(cell, n=None) for name, cell in cells.items()}
+    average = average_of(cells.values()) if first.average and last.average else None
     return Row("difference", "difference", cells, average)
 
 
 def published_rows() -> list[Row]:
     """The published figures that the package carries, as fractions, with averages as their sources print them."""
-    published = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
-    settings = [f"{row['model']} {row['method']} r {row['r']}" for row in published["rows"]]
-    found = []
-    for setting, row in zip(settings, published["rows"], strict=True):
-        # The repository is named where two sources have the same row.
-        source = f", {row['source'].split()[0]}" if settings.count(setting) > 1 else ""
+    published, found = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8")), []
+    for row in published["rows"]:
         scores = zip(published["tasks"], row["scores"], strict=True)
         cells = {task: TaskResult("accuracy", score / 100, None, None) for task, score in scores}
-        average = Average(row["average"] / 100, None, len(cells))
         facts = {"method": row["method"], "base_model": row["model"], "source": row["source"]}
-        found.append(Row(f"{setting} (published{source})", "published", cells, average, **facts))
+        found.append(Row(row["name"], "published", cells, Average(row["average"] / 100, None, len(cells)), **facts))
     return found
 
 
 def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str]) -> list[str]:
     """What the numbers are, what keeps rows from being compared, and what a reader must know about single rows."""
-    columns, first, last = results[0].task_set.columns, results[0], results[-1]
+    first, last, kinds = results[0], results[-1], {row.kind for row in rows}
+    columns, notes = first.task_set.columns, []
     having = {name: [each for each in results if name in each.tasks] for name in columns}
-    counts = {name: " or ".join(dict.fromkeys(str(r.tasks[name].n) for r in found)) for name, found in having.items()}
-    data = {name: {each.data.get(name) for each in found} - {None} for name, found in having.items()}
-    metrics = {each.tasks[name].metric for name, found in having.items() for each in found}
+    found = {name: [each.tasks[name] for each in having[name]] for name in columns}
+    counts = {name: " or ".join(dict.fromkeys(str(task.n) for task in found[name])) for name in columns if found[name]}
+    metrics = {task.metric for tasks in found.values() for task in tasks}
     titles = [title for metric, title in FRACTIONS.items() if metric in metrics]
-    notes = [
-        f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}.",
-        (f"{' and '.join(titles)} in percent; " if titles else "") + "± is one standard error.",
-    ]
-    differing = [name for name in counts if " or " in counts[name] or len(data[name]) > 1]
-    notes += [f"Rows are not on the same questions: {', '.join(differing)}."] if differing else []
-    protocol = {
-        "mode": [(each.name, each.mode) for each in results],
-        "base model": [(each.name, each.base_model) for each in results],
-    }
-    for key, word in _PROTOCOL.items():
+    notes.append(f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
+    notes.append((f"{' and '.join(titles)} in percent; " if titles else "") + "± is one standard error.")
+    data = {name: {each.data.get(name) for each in having[name]} - {None} for name in counts}
+    if differing := [name for name in counts if " or " in counts[name] or len(data[name]) > 1]:
+        notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
+    protocol = {"mode": [(each.name, each.mode) for each in results]}
+    protocol["base model"] = [(each.name, each.base_model) for each in results]
+    for key in dict.fromkeys(key for each in results for key in each.settings if key not in first.comparability.free):
         # Another base model has other files, which says nothing more.
-        if key != "base_fingerprint" or len({each.base_model for each in results}) == 1:
-            protocol[word] = [(each.name, str(each.settings[key])) for each in results if key in each.settings]
+        if key != "mode" and (key != "base_fingerprint" or len({each.base_model for each in results}) == 1):
+            having_it = [each for each in results if key in each.settings]
+            protocol[_SETTINGS.get(key, key)] = [(each.name, str(each.settings[key])) for each in having_it]
     for word, pairs in protocol.items():
-        values = {value for _, value in pairs}
-        if len(values) > 1:
+        if len(values := {value for _, value in pairs}) > 1:
             known = ((name, value or "unknown") for name, value in pairs)
             shown = (f"{name} {value[:12] if len(value) == 64 else value}" for name, value in known)  # hashes cut short
             notes.append(f"Rows differ in {word}: {', '.join(shown)}.")
         elif word in ("mode", "base model") and values != {None}:
             notes.append(f"{word.capitalize()}: {values.pop()}.")
     for group in groups:
-        names = [name for name, found in having.items() if any(group in each.tasks[name].groups for each in found)]
+        names = [name for name, tasks in found.items() if any(group in task.groups for task in tasks)]
         if len(names) < len(columns):
             notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
-    for each in results:
-        if each.missing:
-            notes.append(f"No average for {each.name}, which has no score for {', '.join(each.missing)}.")
-    kinds = {row.kind for row in rows}
-    majorities = [{each.tasks[name].majority for each in having[name]} for name in first.tasks]
-    if "majority" in kinds and max(map(len, majorities)) > 1:
+    notes += [
+        f"No average for {each.name}, which has no score for {', '.join(each.missing)}."
+        for each in results
+        if each.missing
+    ]
+    if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
     if "published" in kinds:
         sources = " and ".join(dict.fromkeys(row.source for row in rows if row.source))

@@ -33,11 +33,10 @@ class StudyConfig(Config):
     overwrite: bool = flag(
         False, "delete and repeat runs of another configuration; one whose evaluation alone differs keeps its training"
     )
-    parallel: int = flag(1, "jobs side by side, each with its part of the CPU threads or a GPU of its own")
+    parallel: int = flag(1, "jobs side by side, each with its part of the CPU threads or a GPU of its own", min=1)
     collect: str | None = flag(None, "at the end, a folder for what can be shared: study.json, table.md and figures")
 
     def validate(self) -> None:
-        self.require("parallel", "at least 1", self.parallel >= 1)
         if self.check and self.report:
             raise UserError("--check stops before anything is written and --report writes; pass one")
 
@@ -54,12 +53,11 @@ class SearchConfig(Config):
     data_dir: str
     flag: str = "learning_rate"
     train: dict = dataclasses.field(default_factory=dict)
-    records: int = 0
+    records: int = dataclasses.field(default=0, metadata={"min": 0})
     seed: int = 0
 
     def validate(self) -> None:
         self.require("values", "at least two different numbers", len(set(self.values)) == len(self.values) > 1)
-        self.require("records", "at least 0", self.records >= 0)
         (self.flag,) = _checked({self.flag: 0}, TrainConfig)
         self.train = _checked(self.train, TrainConfig)
 
@@ -119,8 +117,8 @@ class Grid(Config):
     launcher: str = "python"
     prepare: str = ""
     baseline: str = ""
-    train_records: int = 0
-    test_records: int = 0
+    train_records: int = flag(0, "most training examples of each task", min=0)
+    test_records: int = flag(0, "most questions of each task", min=0)
     search: dict | None = None
 
     path = Path("grid.json")  # the file it was read from
@@ -130,8 +128,6 @@ class Grid(Config):
         self.require("seeds", "at least one seed, all different", bool(self.seeds) and not _repeated(self.seeds))
         self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(self.launcher.strip()))
         self.require("experiments", "at least one experiment", bool(self.experiments))
-        for name in ("train_records", "test_records"):
-            self.require(name, "at least 0", getattr(self, name) >= 0)
         flags = _checked(self.train, TrainConfig, "train: ", for_all=True)
         train = TrainConfig.from_json(flags, "train")
         self.train = {"base_model": train.base_model, "data_path": train.data_path, **flags}

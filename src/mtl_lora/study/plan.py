@@ -12,11 +12,10 @@ from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import FIELDS, Example, load_examples
-from mtl_lora.report.study_model import Sample
+from mtl_lora.report.load import Sample
 from mtl_lora.report.table import trainable_text
-from mtl_lora.results import Trainable
+from mtl_lora.results import Reader, Results, TaskResult, Trainable
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
-from mtl_lora.typed_json import Reader
 
 SAMPLE_SEED = 0
 STATE = "job.json"
@@ -78,10 +77,8 @@ class Data:
             self.dev = self._questions("dev", Path(grid.search.data_dir), grid.search.records)
             equal = self.dev.used.source_sha256.items() & self.test.used.source_sha256.items()
             if shared := sorted(name for name, _ in equal):
-                raise UserError(
-                    f"the grid {grid.path}, search: {grid.search.data_dir} holds the same questions of "
-                    f"{', '.join(shared)} as the test sets; choose by a development set"
-                )
+                found = f"{grid.search.data_dir} holds the same questions of {', '.join(shared)} as the test sets"
+                raise UserError(f"the grid {grid.path}, search: {found}; choose by a development set")
 
     @functools.cache  # noqa: B019 - a study has one such object, as long as it runs
     def train(self, only: tuple[str, ...] = ()) -> Part:
@@ -214,6 +211,21 @@ class PlannedRun:
     jobs: list[PlannedJob]
     value: float | None = None
 
+    @property
+    def commands(self) -> list[str]:
+        """Those of all jobs."""
+        return [command for job in self.jobs for command in job.commands]
+
+    @functools.cached_property
+    def evaluations(self) -> list[Results]:
+        """The results of each job, of a finished run."""
+        return [Results.load(job.folder) for job in self.jobs]
+
+    @property
+    def tasks(self) -> dict[str, TaskResult]:
+        """The results of all jobs by task."""
+        return {name: result for results in self.evaluations for name, result in results.tasks.items()}
+
 
 class Plan:
     """Makes the runs of a study in a folder; raises ``UserError`` for wrong data and flags.
@@ -224,11 +236,7 @@ class Plan:
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
         self.grid, self.folder, self.data = grid, folder, Data(grid, folder)
         fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
-        self._facts = {
-            "launcher": grid.launcher,
-            "the tasks (sha256)": grid.tasks.answers_sha256,
-            _BASE: fingerprint,
-        }
+        self._facts = {"launcher": grid.launcher, "the tasks (sha256)": grid.tasks.answers_sha256, _BASE: fingerprint}
 
     def _base_model(self):
         from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else

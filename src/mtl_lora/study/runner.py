@@ -1,20 +1,19 @@
 """Doing a study: its jobs side by side, what is known of each on disk, progress, and resuming after a kill."""
 
+import contextlib
 import dataclasses
-import datetime
 import fcntl
 import os
-import queue
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from mtl_lora import artifacts, cli, files
@@ -67,8 +66,9 @@ def run(config: StudyConfig) -> None:
         if not runner.report():
             raise UserError(f"no run in {folder} is finished, so there is nothing to report")
     else:
-        with ProcessPool(folder, config.parallel) as pool:
-            runner.run(pool)
+        slots = environments(config.parallel)
+        with locked(folder) as lock:
+            runner.run([{"env": {**os.environ, **slot}, "pass_fds": [lock]} for slot in slots])
     if config.collect:
         collect(folder, Path(config.collect))
 
@@ -99,36 +99,38 @@ class Runner:
             found += self.plan.runs(each, self.writer.chosen.get(each.search))
         return found
 
-    def run(self, pool: "ProcessPool") -> None:
+    def run(self, slots: Sequence[dict]) -> None:
         """Do every job that is not done; after each job study.json and table.md are written anew."""
         self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(self._searching)
         self.finished = sum(job.is_finished for job in [*self._searching, *jobs_of(self._runs(self.chosen))])
         where = f"{self.finished} of them finished, in {self.plan.folder}"
         print(f"{self.plan.grid.name}: {self.total} jobs, {where}", flush=True)
-        self._execute(self._searching, pool, "left of the search")
+        self._execute(self._searching, "left of the search", slots)
         jobs = jobs_of(self._runs(self.chosen))
         for job in jobs:
             check_folder(job, self.overwrite)
-        self._execute(jobs, pool, "left")
+        self._execute(jobs, "left", slots)
         self.report()
 
-    def _execute(self, jobs: Iterable[PlannedJob], pool: "ProcessPool", left: str) -> None:
+    def _execute(self, jobs: Iterable[PlannedJob], left: str, slots: Sequence[dict]) -> None:
         """Do what is left of the jobs, with a line each; the time that is left is by the mean of those done here."""
         jobs = [job for job in jobs if not job.is_finished]
         for path, content in (file for job in jobs for part in job.data.values() for file in part.content.items()):
             if not path.is_file() or path.read_bytes() != content:
                 files.write_all({path: content})
         began = time.monotonic()
-        for done, (job, state) in enumerate(execute_all(jobs, pool), start=1):
-            self.finished += 1
-            facts = [f"{step} {_clock(seconds)}" for step, seconds in state.seconds.items()]
-            if average := Results.load(job.folder).average:
-                facts.append(f"average {100 * average.value:.1f}")
-            if done < len(jobs):
-                facts.append(f"about {_clock((time.monotonic() - began) / done * (len(jobs) - done))} {left}")
-            count = f"[{self.finished:>{len(str(self.total))}}/{self.total}]"
-            print(f"{count} {job.label}: {', '.join(facts)}", flush=True)
-            self.report()
+        with contextlib.closing(execute_all(jobs, slots)) as working:
+            for done, (job, state) in enumerate(working, start=1):
+                self.finished += 1
+                facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
+                if average := Results.load(job.folder).average:
+                    facts.append(f"average {100 * average.value:.1f}")
+                if done < len(jobs):
+                    seconds = (time.monotonic() - began) / done * (len(jobs) - done)
+                    facts.append(f"about {timedelta(seconds=round(seconds))} {left}")
+                count = f"[{self.finished:>{len(str(self.total))}}/{self.total}]"
+                print(f"{count} {job.label}: {', '.join(facts)}", flush=True)
+                self.report()
 
     def report(self) -> bool:
         """Write study.json and table.md of all finished runs, those of experiments that are not chosen included.
@@ -139,10 +141,6 @@ class Runner:
         if finished := [run for run in runs if all(job.is_finished for job in run.jobs)]:
             self.writer.write(finished)
         return bool(finished)
-
-
-def _clock(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def check_folder(job: PlannedJob, overwrite: bool) -> None:
@@ -156,10 +154,8 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
         texts = {key: f"{key} {then} -> {now}" for key, (then, now) in changes.items()}
         changed = "; ".join(text if len(text) < 100 else key for key, text in texts.items())
         again = "evaluate it again and keep its training" if job.state else "repeat it"
-        raise UserError(
-            f"{job.folder} was made by another configuration ({changed}); pass --overwrite to {again}, or another "
-            "--output_dir"
-        )
+        way_out = f"pass --overwrite to {again}, or another --output_dir"
+        raise UserError(f"{job.folder} was made by another configuration ({changed}); {way_out}")
     # The job of a task trained alone lies inside the folder of its run, which is no job's itself.
     held = [path for path in [job.folder.parent / STATE, *job.folder.glob("[!.]*")] if path.exists()]
     if held:
@@ -169,25 +165,49 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
 # ---- doing jobs ----
 
 
-def execute_all(jobs: Sequence[PlannedJob], pool: "ProcessPool") -> Iterator[tuple[PlannedJob, State]]:
-    """Do what is left of every job, ``pool.parallel`` at a time; yields each when it is done.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Keep other studies out of a folder; yields the descriptor of the lock, which commands inherit.
 
-    The first that fails ends those that run beside it, and its exception is raised; so does whatever ends this block.
+    So a training that outlives a killed study still holds it. Raises ``UserError`` if another study runs there.
     """
-    with ThreadPoolExecutor(pool.parallel) as threads:
-        working = {threads.submit(execute, job, pool): job for job in jobs}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
         try:
-            for done in as_completed(working):
-                yield working[done], done.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            pool.end()
-            raise
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            way_out = "wait for it, end it, or pass another --output_dir"
+            raise UserError(f"a study, or a command of a killed one, still runs in {folder}; {way_out}") from None
+        yield lock.fileno()
 
 
-def execute(job: PlannedJob, pool: "ProcessPool") -> State:
-    """Do what is left of a job; raises ``JobFailed``."""
-    pool.check()
+def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[tuple[PlannedJob, State]]:
+    """Do what is left of every job; yields each when it is done.
+
+    slots: options of processes, one job at a time with each. The first that fails, which raises ``JobFailed``, ends
+    those that run beside it; so does closing this generator.
+    """
+    waiting, free, working = deque(jobs), deque(slots), {}
+    try:
+        while waiting or working:
+            while waiting and free:
+                job, slot = waiting.popleft(), free.popleft()
+                working[job.folder] = job, slot, execute(job, slot)
+            for job, slot, work in list(working.values()):
+                try:
+                    next(work)
+                except StopIteration as done:
+                    del working[job.folder]
+                    free.append(slot)
+                    yield job, done.value
+            time.sleep(0.05)
+    finally:
+        for _, _, work in working.values():
+            work.close()
+
+
+def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
+    """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
     state = job.state
     if state is None:
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -206,16 +226,17 @@ def execute(job: PlannedJob, pool: "ProcessPool") -> State:
             shutil.rmtree(job.folder / artifacts.PREDICTIONS, ignore_errors=True)
         state = dataclasses.replace(state, starts={**state.starts, step: state.starts.get(step, 0) + 1})
         state.save(job.folder)
-        seconds = _command(job, step, flags, pool)
+        began = time.monotonic()
+        yield from _command(job, step, flags, slot)
+        seconds = round(time.monotonic() - began, 3)
         state = dataclasses.replace(state, seconds={**state.seconds, step: seconds})
         state.save(job.folder)
     return state
 
 
-def _command(job: PlannedJob, step: str, flags: dict, pool: "ProcessPool") -> float:
-    """Run one command of a job with its output in a log file; returns the seconds that it took."""
-    began, log = time.monotonic(), job.folder / f"{step}.out"
-    commands = [job.command(step, **flags)]
+def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[None]:
+    """Run one command of a job with its output in a log file; closing this ends it."""
+    log, commands = job.folder / f"{step}.out", [job.command(step, **flags)]
     if job.facts["launcher"] != "python":
         # A launcher hides the sentence of a user's mistake behind a traceback of its own.
         commands.insert(0, job.command(step, "python", **flags, check=True))
@@ -223,76 +244,32 @@ def _command(job: PlannedJob, step: str, flags: dict, pool: "ProcessPool") -> fl
         with log.open("ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
-            code = pool.start(command, output)
-        if code:
+            process = start(command, output, slot)
+        yield from until_done(process)
+        if process.returncode:
             lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
             lines = [line.strip() for line in lines if line.strip()][-60:]
             # Launchers talk on after the error.
             (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
-            pool.end()  # before this thread takes the next job
-            raise JobFailed(f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last}")
-    return round(time.monotonic() - began, 3)
+            failure = f"{job.label}: {step} ended with exit code {process.returncode}"
+            raise JobFailed(f"{failure}; {log} ends with: {last}")
 
 
-class ProcessPool:
-    """Starts commands, at most ``parallel`` at a time; entered, no other study runs in ``folder``.
+def start(command: Sequence[str], output, slot: dict) -> subprocess.Popen:
+    """Start a command with its output in an open file."""
+    program, *words = command
+    command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
 
-    The commands inherit the lock of the folder, so a training that outlives a killed study still holds it. Raises
-    ``UserError`` if another study runs there, or if there are GPUs, but fewer than ``parallel``.
-    """
 
-    def __init__(self, folder: Path, parallel: int = 1):
-        self.folder, self.parallel = folder, parallel
-        self._lock, self._ended = threading.Lock(), False
-        self._slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        for slot in environments(parallel):
-            self._slots.put(slot)
-        self._running: set[subprocess.Popen] = set()
-
-    def __enter__(self) -> "ProcessPool":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._descriptor)
-            raise UserError(
-                f"a study, or a command of one that was killed, still runs in {self.folder}; wait for it, end it, or "
-                "pass another --output_dir"
-            ) from None
-        return self
-
-    def __exit__(self, *error) -> None:
-        os.close(self._descriptor)
-
-    def start(self, command: Sequence[str], output) -> int:
-        """Run a command with its output in an open file; returns its exit code."""
-        program, *words = command
-        command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
-        environment = self._slots.get()
-        options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "pass_fds": [self._descriptor]}
-        try:
-            with self._lock:
-                self.check()
-                process = subprocess.Popen(command, env={**os.environ, **environment}, **options)
-                self._running.add(process)
-            code = process.wait()
-            self._running.discard(process)
-            return code
-        finally:
-            self._slots.put(environment)
-
-    def check(self) -> None:
-        """Raise ``JobFailed`` after ``end``, in threads that nobody waits for any more."""
-        if self._ended:
-            raise JobFailed("the study has ended")
-
-    def end(self) -> None:
-        """End every command that runs; none starts after it."""
-        with self._lock:
-            self._ended = True
-        for process in list(self._running):
-            process.terminate()
+def until_done(process: subprocess.Popen) -> Iterator[None]:
+    """Yields while a process runs; closed, it ends it."""
+    try:
+        while process.poll() is None:
+            yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def environments(parallel: int) -> list[dict[str, str]]:

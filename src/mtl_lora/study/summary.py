@@ -2,41 +2,29 @@
 
 import dataclasses
 import functools
+import itertools
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.report import study_model as model
-from mtl_lora.report.compare import paired_answers, percentile_interval, task_means
+from mtl_lora.report import load as model
+from mtl_lora.report.compare import RESAMPLES, SEED, intervals, paired_answers
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.study_model import CONFIDENCE, Difference, Estimate, Experiment, Study
+from mtl_lora.report.load import LEVEL, Estimate, Experiment, Study
 from mtl_lora.report.table import markdown_text, study_tables
-from mtl_lora.results import Results, TaskNames, average_of
+from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
 
 TABLE = "table.md"
-RESAMPLES, SEED = 10_000, 0
-_LEVEL = f"{100 * CONFIDENCE:.0f} %"
 
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """A finished run: as planned, as study.json holds it, and the results of each of its jobs."""
-
-    planned: PlannedRun
-    run: model.Run
-    evaluations: list[Results]
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """The results file of each task."""
-        return {name: results.path for results in self.evaluations for name in results.tasks}
+Runs = dict[str, list[PlannedRun]]  # finished ones, by experiment
 
 
 class StudyWriter:
@@ -55,24 +43,21 @@ class StudyWriter:
         """Keep the trials' development scores, means over tasks; the best value is chosen, of equals the smallest."""
         found = []
         for trial in trials:
-            tasks = {name: result for job in trial.jobs for name, result in Results.load(job.folder).tasks.items()}
-            values = {name: result.value for name, result in tasks.items()}
-            commands = [command for job in trial.jobs for command in job.commands]
-            found.append(model.Candidate(trial.value, average_of(tasks.values()).value, values, commands))
+            values = {task: result.value for task, result in trial.tasks.items()}
+            found.append(model.Candidate(trial.value, statistics.fmean(values.values()), values, trial.commands))
         self.chosen[name] = min(found, key=lambda candidate: (-candidate.dev, candidate.value)).value
         self._searches.append(model.SearchOutcome(name, found, self.chosen[name]))
 
-    def write(self, runs: Iterable[PlannedRun]) -> None:
+    def write(self, runs: Sequence[PlannedRun]) -> None:
         """Both files of finished runs, at least one."""
-        found: dict[str, dict[int | None, Finished]] = {}
-        for planned in runs:
-            found.setdefault(planned.experiment.name, {})[planned.seed] = self._finish(planned)
-        grid, data, search = self.grid, self.plan.data, None
+        grid, data, search, found = self.grid, self.plan.data, None, {}
+        for run in runs:
+            found.setdefault(run.experiment.name, []).append(run)
         if self._searches:
             fields = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
             fields |= {"questions": data.dev.used.records, "dev_data_sha256": data.dev.used.sha256}
             search = model.Search(**fields, experiments=self._searches)
-        evaluations = [each for runs in found.values() for run in runs.values() for each in run.evaluations]
+        evaluations = [each for run in runs for each in run.evaluations]
         study = Study(
             name=grid.name,
             about=grid.about,
@@ -92,32 +77,30 @@ class StudyWriter:
         study.save(self.plan.folder / artifacts.STUDY)
         files.write_text(self.plan.folder / TABLE, render(study))
 
-    def _finish(self, planned: PlannedRun) -> Finished:
-        """Read a finished run; one of tasks trained alone has a part for each, and sums of theirs."""
-        evaluations = [Results.load(job.folder) for job in planned.jobs]
-        jobs = [self._job(*entry) for entry in zip(planned.jobs, evaluations, strict=True)]
+    def _run(self, planned: PlannedRun) -> model.Run:
+        """A finished run; one of tasks trained alone has a part for each, and sums of theirs."""
+        jobs = [self._job(*entry) for entry in zip(planned.jobs, planned.evaluations, strict=True)]
         facts = dict(vars(jobs[0]))
         if planned.experiment.alone:
             steps = [job.steps for job in jobs]
             facts = {
-                "commands": [command for job in jobs for command in job.commands],
+                "commands": planned.commands,
                 "seconds": {step: sum(job.seconds[step] for job in jobs) for step in jobs[0].seconds},
                 "starts": {step: max(job.starts[step] for job in jobs) for step in jobs[0].starts},
                 "steps": None if None in steps else sum(steps),
                 "parts": {job.folder.name: part for job, part in zip(planned.jobs, jobs, strict=True)},
             }
-        tasks = {name: result for results in evaluations for name, result in results.tasks.items()}
-        together = dataclasses.replace(evaluations[0], tasks=tasks)
+        together = dataclasses.replace(planned.evaluations[0], tasks=planned.tasks)
         # Parts of a task's questions and other measures stay in the run's own file.
         rest = {"groups": {}, "others": {}, "measured": {}}
         facts |= {
             "folder": self._relative(planned.folder),
             "seed": planned.seed,
-            "commit": "; ".join(dict.fromkeys(filter(None, (each.commit for each in evaluations)))) or None,
-            "tasks": {name: dataclasses.replace(tasks[name], **rest) for name in together.scored},
-            "average": together.average.value if {*self.grid.scored} <= {*tasks} and together.average else None,
+            "commit": "; ".join(dict.fromkeys(each.commit for each in planned.evaluations if each.commit)) or None,
+            "tasks": {name: dataclasses.replace(together.tasks[name], **rest) for name in together.scored},
+            "average": together.average.value if {*self.grid.scored} <= {*planned.tasks} and together.average else None,
         }
-        return Finished(planned, model.Run(**facts), evaluations)
+        return model.Run(**facts)
 
     def _job(self, job: PlannedJob, results: Results) -> model.Job:
         """What one training and its evaluation left."""
@@ -141,15 +124,14 @@ class StudyWriter:
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.plan.folder).as_posix()
 
-    def _experiment(self, experiment: ExperimentConfig, found: dict[str, dict[int | None, Finished]]) -> Experiment:
-        first, *_ = finished = list(found[experiment.name].values())
-        runs, facts, jobs = [each.run for each in finished], {}, first.planned.jobs
+    def _experiment(self, experiment: ExperimentConfig, found: Runs) -> Experiment:
+        first, runs, facts = found[experiment.name][0], list(map(self._run, found[experiment.name])), {}
         if experiment.train is not None:
-            config = TrainConfig(**jobs[0].flags["train"])
+            config = TrainConfig(**first.jobs[0].flags["train"])
             adapter = config.adapter_config(self.grid.tasks)
             facts = {"method": adapter.method, "rank": adapter.rank, "learning_rate": config.learning_rate}
-            facts["trained_on"] = [name for job in jobs for name in job.data["train"].used.records]
-            facts |= {"adapters": len(jobs), "trainable": first.evaluations[0].trainable}
+            facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].used.records]
+            facts |= {"adapters": len(first.jobs), "trainable": first.evaluations[0].trainable}
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
         tasks = {name: Estimate.over_seeds([run.tasks[name].value for run in runs]) for name in runs[0].tasks}
         averages = [run.average for run in runs]
@@ -161,54 +143,34 @@ class StudyWriter:
             against=compared and model.Differences(baseline=experiment.baseline, **compared),
         )
 
-    def _transfer(self, found: dict[str, dict[int | None, Finished]]) -> list[model.Transfer]:
+    def _transfer(self, found: Runs) -> list[model.Transfer]:
         """Together minus alone: every trained experiment of a group against the one of single tasks."""
         trained = [each for each in self.grid.experiments if each.name in found and each.train is not None]
         rows = []
         for alone, other in ((one, other) for one in trained if one.alone for other in trained if not other.alone):
             if other.group == alone.group and (compared := self._against(found, alone.name, other.name)):
-                title = next(iter(found[other.name].values())).evaluations[0].method_title or ""
+                title = found[other.name][0].evaluations[0].method_title or ""
                 names = {"group": alone.group, "method": title, "experiment": other.name, "alone": alone.name}
                 rows.append(model.Transfer(**names, **compared))
         return rows
 
-    def _against(self, found: dict[str, dict[int | None, Finished]], a: str, b: str) -> dict | None:
+    def _against(self, found: Runs, a: str, b: str) -> dict | None:
         """B minus A over the seeds that both have, see ``intervals``; None without a common seed or task."""
-        of_a, of_b = found.get(a, {}), found.get(b, {})
         # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
-        pairs = [(of_a[i].paths, of_b[j].paths) for i in of_a for j in of_b if i == j or None in (i, j)]
-        compared = [
-            {task: self._differences(one[task], other[task], task) for task in one if task in other}
-            for one, other in pairs
-        ]
-        return intervals(compared, self.grid.scored)
+        pairs = itertools.product(found.get(a, []), found.get(b, []))
+        pairs = [pair for pair in pairs if len({run.seed for run in pair} - {None}) < 2]
+        folders = [[tuple(job.folder for job in run.jobs) for run in pair] for pair in pairs]
+        return intervals([self._differences(*pair) for pair in folders], self.grid.scored)
 
 
-def question_differences(a: Path, b: Path, task: str) -> list[int]:
-    """For each question of a task that both results files have: correct in B minus correct in A.
+def question_differences(a: tuple[Path, ...], b: tuple[Path, ...]) -> dict[str, list[int]]:
+    """By task that both runs have results of, for each question: correct in B minus correct in A.
 
     Raises ``UserError`` where they are not comparable, see ``paired_answers``.
     """
-    pairs = paired_answers(Results.load(a), Results.load(b), [task])[task]
-    return [last.correct - first.correct for first, last in pairs]
-
-
-def intervals(pairs: Sequence[dict[str, list[int]]], scored: Sequence[str]) -> dict | None:
-    """Differences averaged over ``pairs`` of runs, each by task and question, with their percentile intervals.
-
-    A bootstrap over the questions within each task. Returns ``tasks`` and ``average``, which is None unless all of
-    ``scored`` are there; None if no task is in all pairs.
-    """
-    tasks, means = {}, {}
-    for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
-        values = [math.fsum(each) / len(pairs) for each in zip(*(pair[name] for pair in pairs), strict=True)]
-        means[name] = task_means(name, values, SEED, RESAMPLES)
-        tasks[name] = Difference(math.fsum(values) / len(values), *percentile_interval(means[name]))
-    if not {*scored} <= {*tasks}:
-        return {"tasks": tasks, "average": None} if tasks else None
-    center = math.fsum(tasks[name].difference for name in scored) / len(scored)
-    interval = percentile_interval(sum(means[name] for name in scored) / len(scored))
-    return {"tasks": tasks, "average": Difference(center, *interval)}
+    of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
+    pairs = {name: paired_answers(of_a[name], of_b[name], [name])[name] for name in of_a if name in of_b}
+    return {name: [last.correct - first.correct for first, last in answers] for name, answers in pairs.items()}
 
 
 # ---- table.md ----
@@ -220,14 +182,14 @@ def notes(study: Study, grid: Grid) -> list[str]:
     if study.has_seeds:
         spread = (
             "mean ± standard deviation over seeds; a row without ± is a single run. "
-            f"Interval: {_LEVEL} Student t interval of the mean over seeds, on the same questions"
+            f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
         )
     mode = grid.evaluate.get("mode", "generate")
     found = [f"Base model: {study.base_model}. Mode: {mode}. Accuracy in percent, {spread}."]
     if study.transfer or any(experiment.against for experiment in study.experiments):
         found.append(
             "Differences: question by question, seed i against seed i (the base model against every seed); "
-            f"{_LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
+            f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
             "They say how far other questions could move a difference, not other seeds."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
@@ -289,7 +251,7 @@ def collect(folder: Path, target: Path) -> None:
     files.write_text(target / TABLE, render(Study.load(target)))
     try:
         write_figures([str(folder)], str(target), ["png"])
-    except UserError as error:
+    except (UserError, ModuleNotFoundError) as error:
         print(f"no figures: {error}")
 
 
