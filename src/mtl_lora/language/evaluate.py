@@ -73,13 +73,19 @@ def collect(
     for question in asked.questions:
         by_task.setdefault(question.task.name, []).append(question)
     adapter, peft = evaluator.adapter, evaluator.peft
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    trainable = None
+    if evaluator.adapter_file:
+        own = _parameters_in(evaluator.adapter_file)
+        trainable = Trainable(own, own + sum(map(_parameters_in, evaluator.base_model.weight_files())))
     return Results(
         name=config.name or evaluator.method or evaluator.base_model.name,
         method=evaluator.method,
         method_title=evaluator.method_title,
         base_model=evaluator.base_model.name,
         mode=protocol,
-        trainable=_trainable(evaluator),
+        trainable=trainable,
         tasks={
             name: task_result(part[0].task, [lines[question.key] for question in part])
             for name, part in by_task.items()
@@ -96,7 +102,7 @@ def collect(
             "safetensors": safetensors.__version__,
         },
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        device=_device_name(),
+        device=device,
         commit=checkout_commit(),
     )
 
@@ -116,21 +122,7 @@ def agreement(
     }
 
 
-def _trainable(evaluator: Evaluator) -> Trainable | None:
-    """Parameters of the adapter and of the whole model, counted from files; None for a base model alone."""
-    if evaluator.adapter_file is None:
-        return None
-    adapter = _parameters_in(evaluator.adapter_file)
-    return Trainable(adapter, adapter + sum(map(_parameters_in, evaluator.base_model.weight_files())))
-
-
 def _parameters_in(path: Path) -> int:
     with safetensors.safe_open(path, framework="pt") as opened:
         slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a mapping
         return sum(torch.Size(part.get_shape()).numel() for part in slices)
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

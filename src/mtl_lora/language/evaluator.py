@@ -1,7 +1,9 @@
 """Evaluator: a model, its prompt and its tasks; answers batches of questions for evaluate and predict."""
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +28,6 @@ from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory
 
-_DEFAULT_TEMPLATE, _DEFAULT_CUTOFF = "alpaca", 256
-
 
 class Evaluator:
     """Who answers, in which prompt: settled before a model is loaded; raises ``UserError`` for whatever cannot be.
@@ -45,9 +45,12 @@ class Evaluator:
         if name is None:
             raise UserError(f"{config.checkpoint or config.peft} does not name its base model; pass --base_model")
         self.base_model = BaseModel(name, config.trust_remote_code)
-        _refuse_what_is_known(config, origin)
-        self.template = origin.prompt_template or config.template or _DEFAULT_TEMPLATE
-        self.cutoff_len = origin.cutoff_len or config.cutoff_len or _DEFAULT_CUTOFF
+        known = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
+        for flag, value in known.items():
+            if value and getattr(config, flag) is not None:
+                raise UserError(f"--{flag} cannot be combined with --checkpoint: {config.checkpoint} defines it")
+        self.template = origin.prompt_template or config.template or "alpaca"
+        self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
         self.tasks = self._tasks(origin)
         self.base_fingerprint = self.base_model.fingerprint()
         self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
@@ -114,9 +117,9 @@ class Evaluator:
         """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
         for question in questions.get("score", ()):
             continuations(question, self.encoder)
-        prompts: dict[int, list[list[int]]] = {}
-        for question in (question for part in questions.values() for question in part):
-            prompts.setdefault(question.task.id, []).append(question.prompt_ids)
+        prompts = collections.defaultdict(list)
+        for question in itertools.chain(*questions.values()):
+            prompts[question.task.id].append(question.prompt_ids)
         self.prefixes = {task_id: shared_prefix(rows) for task_id, rows in prompts.items()}
         if self.caches is not None:
             self.caches.use(self.prefixes)
@@ -135,7 +138,11 @@ class Evaluator:
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
         self.model = model.eval().to(device)
-        _feed_contiguous(self.model.get_output_embeddings())
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            # generate and ``logits_to_keep=1`` cut the last position out of (B, L, k). A CPU multiplies such a view by
+            # the (k, V) matrix row by row, copying the matrix each time: a third of an evaluation of SmolLM2-135M.
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         self.caches = PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
         self.scorer = OptionScorer(self.model, self.encoder, self.caches)
 
@@ -145,37 +152,23 @@ class Evaluator:
         return plan_batches(questions, self.config.batch_size, budget)
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        """The prediction lines of a batch of questions of one task."""
+        """The prediction lines of a batch of questions of one task, with the model loaded."""
         answers = in_halves(self._score if protocol == "score" else self._generate, questions)
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
     def _score(self, questions: Sequence[Question]) -> list[dict]:
         scores = self.scorer.scores(questions)
-        return [
-            {
-                "parsed": best_option(question.options, values),
-                "normalised": best_option(question.options, per_token(question, self.encoder, values)),
-                "scores": values,
-            }
-            for question, values in zip(questions, scores, strict=True)
-        ]
+        answers = []
+        for question, values in zip(questions, scores, strict=True):
+            best = best_option(question.options, values)
+            normalised = best_option(question.options, per_token(question, self.encoder, values))
+            answers.append({"parsed": best, "normalised": normalised, "scores": values})
+        return answers
 
     def _generate(self, questions: Sequence[Question]) -> list[dict]:
         limits = self.config.max_new_tokens, self.config.num_beams
         texts = generate_answers(self.model, self.encoder, questions, *limits, self.caches)
         return [question.answer_in(text) for question, text in zip(questions, texts, strict=True)]
-
-
-def _refuse_what_is_known(config: AnswerConfig, origin: checkpoint.Origin) -> None:
-    """Raise ``UserError`` for a flag whose value the checkpoint defines."""
-    known = {
-        "template": origin.prompt_template,
-        "cutoff_len": origin.cutoff_len,
-        "tasks_file": origin.task_set,
-    }
-    for name, value in known.items():
-        if value and getattr(config, name) is not None:
-            raise UserError(f"--{name} cannot be combined with --checkpoint: {config.checkpoint} defines it")
 
 
 def in_halves(answer: Callable[[list], list], rows: list) -> list:
@@ -187,27 +180,13 @@ def in_halves(answer: Callable[[list], list], rows: list) -> list:
         return answer(rows)
     except torch.OutOfMemoryError:
         if len(rows) == 1:
-            raise UserError(
-                "the GPU's memory does not hold a single question; take a larger GPU or --dtype bf16"
-            ) from None
+            way_out = "take a larger GPU or --dtype bf16"
+            raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
     # Outside the except block, for the error holds on to the tensors of the pass that failed.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = len(rows) // 2
     return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
-
-
-def _feed_contiguous(head: torch.nn.Module | None) -> None:
-    """Have the output head see no slice of a larger tensor: torch would multiply it row by row on a CPU.
-
-    generate and ``logits_to_keep=1`` cut the last position out of (B, L, k); on such a view a product by the (k, V)
-    matrix copies that matrix once a row, a third of the time of an evaluation of SmolLM2-135M.
-    """
-    if head is not None:
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-
-
-# ---- several processes, and a run that was killed ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,9 +235,6 @@ def answer_all(
                 bar.update(len(batch))
     predictions.close()
     processes.barrier()
-
-
-# ---- an adapter in PEFT's format ----
 
 
 class PeftAdapter:
