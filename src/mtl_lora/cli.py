@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "evaluate": Command("mtl_lora.language.commands:evaluate", "score a checkpoint or a base model on test sets"),
     "predict": Command("mtl_lora.language.commands:predict", "answer the examples of a file with a checkpoint"),
-    "export": Command("mtl_lora.export.cli:main", "PEFT LoRA per task, merged models, imports"),
+    "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
     "report": Command("mtl_lora.report.cli:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
         "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"

@@ -16,7 +16,7 @@ from mtl_lora.adapter.layer import kaiming, layer_sizes
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.export.peft import structure_if_known, targets_for
-from mtl_lora.language import prompts
+from mtl_lora.language import encode
 from mtl_lora.language.tasks import TaskSet
 
 State = dict[str, torch.Tensor]
@@ -63,7 +63,7 @@ def import_peft(
     ``UserError`` for a pickle, an option beyond a plain LoRA, a tensor of another name or shape, and layers that the
     base model does not have.
     """
-    prompts.template(template)
+    encode.template(template)
     folder = Path(peft)
     options = _read_options(folder)
     pairs = _read_pairs(folder, options["r"])

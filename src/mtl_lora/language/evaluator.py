@@ -18,12 +18,10 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.errors import UserError
+from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.option_scoring import OptionScorer, best_option, continuations, per_token
 from mtl_lora.language.predictions import PROTOCOL, Predictions
-from mtl_lora.language.prefix_cache import PrefixCaches, shared_prefix
 from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, plan_batches
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory
@@ -57,8 +55,8 @@ class Evaluator:
         self.encoder = Encoder(self.base_model.tokenizer(), self.template, self.cutoff_len, self.tasks)
         self.prefixes: dict[int, list[int]] = {}
         self.model: PreTrainedModel | None = None
-        self.caches: PrefixCaches | None = None
-        self.scorer: OptionScorer | None = None
+        self.caches: answering.PrefixCaches | None = None
+        self.scorer: answering.OptionScorer | None = None
 
     def _tasks(self, origin: checkpoint.Origin) -> TaskSet:
         config = self.config
@@ -116,11 +114,11 @@ class Evaluator:
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
         """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
         for question in questions.get("score", ()):
-            continuations(question, self.encoder)
+            answering.continuations(question, self.encoder)
         prompts = collections.defaultdict(list)
         for question in itertools.chain(*questions.values()):
             prompts[question.task.id].append(question.prompt_ids)
-        self.prefixes = {task_id: shared_prefix(rows) for task_id, rows in prompts.items()}
+        self.prefixes = {task_id: answering.shared_prefix(rows) for task_id, rows in prompts.items()}
         if self.caches is not None:
             self.caches.use(self.prefixes)
 
@@ -143,8 +141,8 @@ class Evaluator:
             # generate and ``logits_to_keep=1`` cut the last position out of (B, L, k). A CPU multiplies such a view by
             # the (k, V) matrix row by row, copying the matrix each time: a third of an evaluation of SmolLM2-135M.
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-        self.caches = PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
-        self.scorer = OptionScorer(self.model, self.encoder, self.caches)
+        self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
+        self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """The batches in which questions are answered, whoever answers them and whenever."""
@@ -160,14 +158,14 @@ class Evaluator:
         scores = self.scorer.scores(questions)
         answers = []
         for question, values in zip(questions, scores, strict=True):
-            best = best_option(question.options, values)
-            normalised = best_option(question.options, per_token(question, self.encoder, values))
+            best = answering.best_option(question.options, values)
+            normalised = answering.best_option(question.options, answering.per_token(question, self.encoder, values))
             answers.append({"parsed": best, "normalised": normalised, "scores": values})
         return answers
 
     def _generate(self, questions: Sequence[Question]) -> list[dict]:
         limits = self.config.max_new_tokens, self.config.num_beams
-        texts = generate_answers(self.model, self.encoder, questions, *limits, self.caches)
+        texts = answering.generate_answers(self.model, self.encoder, questions, *limits, self.caches)
         return [question.answer_in(text) for question, text in zip(questions, texts, strict=True)]
 
 

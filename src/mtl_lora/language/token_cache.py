@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
-from mtl_lora.language.encode import Encoder
+from mtl_lora.language.encode import Encoder, template
 from mtl_lora.language.examples import load_examples
-from mtl_lora.language.prompts import template
 from mtl_lora.language.tasks import TaskSet
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
