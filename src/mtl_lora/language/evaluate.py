@@ -1,5 +1,6 @@
 """``mtl-lora evaluate``: from test sets to predictions to ``results.json``."""
 
+import math
 import platform
 import shlex
 import sys
@@ -76,11 +77,15 @@ def collect(
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     trainable = None
-    if evaluator.adapter_file:
-        own = _parameters_in(evaluator.adapter_file)
-        trainable = Trainable(own, own + sum(map(_parameters_in, evaluator.base_model.weight_files())))
+    if adapter:
+        trainable = Trainable(*evaluator.base_model.count(adapter.adapter_config))
+    elif peft:
+        own, base = _sizes(peft.weights), _sizes(*evaluator.base_model.weight_files())
+        # A module that is trained and saved whole takes the place of the base's.
+        trainable = Trainable(sum(own.values()), sum((base | own).values()))
+    name = config.name or evaluator.method or evaluator.base_model.name
     return Results(
-        name=config.name or evaluator.method or evaluator.base_model.name,
+        name=f"{name} ({protocol})" if config.mode == "both" else name,
         method=evaluator.method,
         method_title=evaluator.method_title,
         base_model=evaluator.base_model.name,
@@ -122,7 +127,12 @@ def agreement(
     }
 
 
-def _parameters_in(path: Path) -> int:
-    with safetensors.safe_open(path, framework="pt") as opened:
-        slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a mapping
-        return sum(torch.Size(part.get_shape()).numel() for part in slices)
+def _sizes(*paths: Path) -> dict[str, int]:
+    """The number of parameters of each tensor in safetensors files, by its name in the model."""
+    sizes = {}
+    for path in paths:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                shape = opened.get_slice(name).get_shape()
+                sizes[name.removeprefix(artifacts.PEFT_PREFIX)] = math.prod(shape)
+    return sizes

@@ -84,13 +84,6 @@ class Evaluator:
             return "LoRA (PEFT)"
         return layer_class(self.method).title if self.adapter else None
 
-    @property
-    def adapter_file(self) -> Path | None:
-        """The adapter's weights; None for a base model alone."""
-        if self.peft:
-            return self.peft.weights
-        return Path(self.config.checkpoint) / artifacts.CHECKPOINT_WEIGHTS if self.adapter else None
-
     def settings(self, protocol: str) -> dict:
         """Everything that an answer depends on; the batch size and the number of processes do not belong to it.
 
@@ -231,7 +224,6 @@ def answer_all(
             for batch in own:
                 predictions.append(evaluator.answer(batch, protocol))
                 bar.update(len(batch))
-    predictions.close()
     processes.barrier()
 
 

@@ -6,7 +6,6 @@ mixed; its other fields are kept. A result has ``index`` (its place, from 0), th
 options) by option; where text was generated, ``text``.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -92,7 +91,7 @@ def run(config: PredictConfig) -> None:
             lines = Predictions(partial).read()
             questions.sort(key=lambda question: question.example.index)
             results = [_result(question, lines[question.key]) for question in questions]
-            files.write_text(output, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in results))
+            files.write_text(output, files.json_lines(results))
             shutil.rmtree(partial)
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
 

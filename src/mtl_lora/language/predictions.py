@@ -19,7 +19,6 @@ class Predictions:
     def __init__(self, folder: str | Path, rank: int = 0):
         self.folder = Path(folder) / artifacts.PREDICTIONS
         self.own = self.folder / f"~part-{rank}.jsonl"
-        self._opened = None
 
     def read(self) -> dict[tuple[str, int], dict]:
         """Every complete line by (task, index); a line that a kill tore is left out, and so is answered again."""
@@ -37,21 +36,10 @@ class Predictions:
         return found
 
     def append(self, lines: list[dict]) -> None:
-        """Write lines and flush them to the disk."""
-        if self._opened is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torn = self.own.exists() and not self.own.read_bytes().endswith(b"\n")
-            self._opened = self.own.open("a", encoding="utf-8")
-            if torn:
-                self._opened.write("\n")
-        self._opened.write(_text(lines))
-        self._opened.flush()
-
-    def close(self) -> None:
-        """Close this process's file."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        """Write lines to this process's file, behind a line break, for a kill may have torn the line before them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.own.open("a", encoding="utf-8") as opened:
+            opened.write("\n" + files.json_lines(lines))
 
     def gather(self, lines: Mapping[tuple[str, int], dict], sizes: Mapping[str, int]) -> None:
         """Write ``lines`` to one file per task, in the order of the questions, in place of every process's file.
@@ -63,7 +51,7 @@ class Predictions:
             if task not in sizes or index < sizes[task]:
                 by_task.setdefault(task, []).append(line)
         for task, kept in by_task.items():
-            files.write_text(self.folder / f"{task}.jsonl", _text(kept))
+            files.write_text(self.folder / f"{task}.jsonl", files.json_lines(kept))
         for part in self.folder.glob(PARTS):
             part.unlink()
 
@@ -91,7 +79,3 @@ def delete_evaluation(folder: str | Path) -> None:
     for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
         (Path(folder) / name).unlink(missing_ok=True)
     shutil.rmtree(Path(folder) / artifacts.PREDICTIONS, ignore_errors=True)
-
-
-def _text(lines: list[dict]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
