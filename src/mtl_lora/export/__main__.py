@@ -11,8 +11,7 @@ from mtl_lora.config import DTYPES, REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
 
-MERGED_DTYPES = (*DTYPES, "fp16")
-IMPORTED_METHODS = ("mtl_lora", "lora")
+_MERGED = (*DTYPES, "fp16")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,10 +60,9 @@ class ExportMerged(Command):
     home = "mtl_lora.export.merge:export_merged"
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
     task: str | None = flag(None, "the task; lora, dora and multilora, which are the same for every task, need none")
-    dtype: str = flag("auto", f"dtype of the weights: {', '.join(MERGED_DTYPES)}; auto: the base model's own")
-
-    def validate(self) -> None:
-        self.require("dtype", f"one of {', '.join(MERGED_DTYPES)}", self.dtype in MERGED_DTYPES)
+    dtype: str = flag(
+        "auto", f"dtype of the weights: {', '.join(_MERGED)}; auto: the base model's own", choices=_MERGED
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -74,14 +72,11 @@ class ImportPeft(Command):
     home = "mtl_lora.export.importers:import_peft"
     peft: str = flag(REQUIRED, "folder of a plain PEFT LoRA in safetensors")
     tasks_file: str | None = flag(None, "JSON file of the tasks; none: the eight commonsense tasks")
-    method: str = flag("mtl_lora", f"method of the checkpoint: {' or '.join(IMPORTED_METHODS)}")
+    method: str = flag("mtl_lora", "method of the checkpoint: mtl_lora or lora", choices=("mtl_lora", "lora"))
     num_B: int = flag(3, "number n of MTL-LoRA's up-projections")
     temperature: float = flag(0.1, "temperature tau of MTL-LoRA's mixture softmax(w_t / tau)")
     seed: int = flag(42, "fixes MTL-LoRA's mixture logits w")
     template: str = flag("alpaca", "prompt template that it was trained with: alpaca, original or plain")
-
-    def validate(self) -> None:
-        self.require("method", f"one of {', '.join(IMPORTED_METHODS)}", self.method in IMPORTED_METHODS)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -40,7 +40,7 @@ _PLAIN = {
     "revision": ("main",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
-_PEFT_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PEFT_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<weight>lora_[AB])\.weight")
 
 
 def import_peft(
@@ -113,12 +113,7 @@ def _read_pairs(folder: Path, r: int) -> State:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
-    pairs: State = {}
-    for name, tensor in tensors.items():
-        match = _PEFT_TENSOR.fullmatch(name)
-        if not match or not tensor.is_floating_point():
-            raise UserError(f"{path} holds {name}, which is not part of a plain LoRA on linear layers")
-        pairs[f"{match['module']}.lora_{match['side']}"] = tensor.float()
+    pairs = _renamed(path, tensors, _PEFT_TENSOR, "not part of a plain LoRA on linear layers")
     _check_tensors(path, pairs, {"lora_A": (r, "k"), "lora_B": ("d", r)})
     return pairs
 
@@ -192,19 +187,22 @@ def _read_tensors(path: Path) -> State:
         raise UserError(f"{path} cannot be read as a file of tensors alone ({reason})") from None
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds a {type(value).__name__}; it must hold tensors by name")
-    tensors: State = {}
-    for name, tensor in value.items():
-        match = _ORIGINAL_TENSOR.fullmatch(str(name))
-        if not match or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise UserError(
-                f"{path} holds {name}, which is not a weight of the original's MTL-LoRA; those are lora_A, "
-                "lora_lambdas, lora_B and lora_B_w of linear layers"
-            )
-        tensors[f"{match['module']}.{match['weight']}"] = tensor.detach().float()
-    return tensors
+    about = "not a weight of the original's MTL-LoRA: lora_A, lora_lambdas, lora_B and lora_B_w of linear layers"
+    return _renamed(path, value, _ORIGINAL_TENSOR, about)
 
 
 # ---- both ----
+
+
+def _renamed(path: Path, tensors: dict, pattern: re.Pattern, about: str) -> State:
+    """Tensors in float32 by the pattern's ``<module>.<weight>``; raises ``UserError`` for one that is ``about``."""
+    found: State = {}
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(str(name))
+        if not match or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise UserError(f"{path} holds {name}, which is {about}")
+        found[f"{match['module']}.{match['weight']}"] = tensor.detach().float()
+    return found
 
 
 def _modules(tensors: State) -> list[str]:

@@ -32,7 +32,7 @@ from mtl_lora import route
 from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import pad_left
-from mtl_lora.language.encode import Encoder
+from mtl_lora.language.encode import Encoder, common_prefix
 from mtl_lora.language.questions import Question
 
 _LEAST_PREFIX = 8  # tokens of a shared prompt prefix; below, the copies cost more than they save
@@ -45,10 +45,8 @@ _TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}  # of a score, relative
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all prompts begin with, at least one short of the shortest; empty if they are few."""
-    first, last = min(prompts), max(prompts)
-    length = min(len(prompt) for prompt in prompts) - 1
-    same = next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), length)
-    return list(first[: min(same, length)]) if min(same, length) >= _LEAST_PREFIX else []
+    shared = common_prefix(prompts)[: min(map(len, prompts)) - 1]
+    return shared if len(shared) >= _LEAST_PREFIX else []
 
 
 class PrefixCaches:
@@ -164,10 +162,8 @@ def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list
                 f"the options {options[answers.index(answer)]!r} and {options[index]!r} of the task {task.name} are "
                 "the same tokens to this tokenizer, so no score can tell them apart; rename one of them"
             )
-    shared = 0
     # Every answer ends in EOS, so no answer is the beginning of another and the shared part ends before any of them.
-    while len({answer[shared] for answer in answers}) == 1:
-        shared += 1
+    shared = len(common_prefix(answers))
     return answers[0][:shared], [answer[shared:] for answer in answers]
 
 

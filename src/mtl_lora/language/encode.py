@@ -6,6 +6,7 @@ of its instruction.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -168,7 +169,7 @@ class Encoder:
             before, after = self._ids([above + "a", "a" + below])
             self._fixed[above, below] = before, after
         before, after = self._fixed[above, below]
-        head, tail = _common_prefix(ids, before), _common_prefix(ids[::-1], after[::-1])
+        head, tail = len(common_prefix([ids, before])), len(common_prefix([ids[::-1], after[::-1]]))
         kept = room - head - tail
         if kept < LEAST_INSTRUCTION:
             raise UserError(
@@ -179,9 +180,7 @@ class Encoder:
         return ids[:first] + ids[len(ids) - tail - kept // 2 :]
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """The number of ids that two sequences share at their start."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which all rows begin."""
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return [column[0] for column in same]

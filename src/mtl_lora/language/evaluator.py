@@ -30,8 +30,8 @@ from mtl_lora.memory import keep_freed_memory
 class Evaluator:
     """Who answers, in which prompt: settled before a model is loaded; raises ``UserError`` for whatever cannot be.
 
-    adapter: the checkpoint's configuration; peft: the PEFT folder; both None for a base model alone. method, title: of
-    the adapter, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
+    adapter: the checkpoint's configuration; peft: the PEFT folder; both None for a base model alone. method: its name,
+    and method_title that in tables, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
     """
 
     def __init__(self, config: AnswerConfig):
@@ -39,6 +39,12 @@ class Evaluator:
         self.adapter = checkpoint.read_config(config.checkpoint) if config.checkpoint else None
         self.peft = PeftAdapter(config.peft) if config.peft else None
         origin = self.adapter.origin_config if self.adapter else checkpoint.Origin()
+        self.method = self.method_title = None
+        if self.adapter:
+            layer = layer_class(self.adapter.adapter_config.method)
+            self.method, self.method_title = layer.method, layer.title
+        elif self.peft:
+            self.method, self.method_title = "peft_lora", "LoRA (PEFT)"
         name = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
         if name is None:
             raise UserError(f"{config.checkpoint or config.peft} does not name its base model; pass --base_model")
@@ -71,18 +77,6 @@ class Evaluator:
                 f"are of {', '.join(tasks.names)}; pass --tasks_file FILE that declares its tasks"
             )
         return tasks
-
-    @property
-    def method(self) -> str | None:
-        """The adapter's method; None for a base model alone."""
-        return self.adapter.adapter_config.method if self.adapter else "peft_lora" if self.peft else None
-
-    @property
-    def method_title(self) -> str | None:
-        """The method's name in tables."""
-        if self.peft:
-            return "LoRA (PEFT)"
-        return layer_class(self.method).title if self.adapter else None
 
     def settings(self, protocol: str) -> dict:
         """Everything that an answer depends on; the batch size and the number of processes do not belong to it.

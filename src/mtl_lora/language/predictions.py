@@ -68,14 +68,12 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
 
 
 def claim(folder: str | Path, settings: dict, overwrite: bool) -> None:
-    """Make a folder, which was checked, that of answers under ``settings``."""
+    """Make a folder, which was checked, that of answers under ``settings``.
+
+    overwrite: delete an evaluation's results, settings and predictions; nothing else, for a training may share it.
+    """
     if overwrite:
-        delete_evaluation(folder)
+        for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
+            (Path(folder) / name).unlink(missing_ok=True)
+        shutil.rmtree(Path(folder) / artifacts.PREDICTIONS, ignore_errors=True)
     files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
-
-
-def delete_evaluation(folder: str | Path) -> None:
-    """Delete an evaluation's results, settings and predictions, and nothing else: a training may share its folder."""
-    for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
-        (Path(folder) / name).unlink(missing_ok=True)
-    shutil.rmtree(Path(folder) / artifacts.PREDICTIONS, ignore_errors=True)

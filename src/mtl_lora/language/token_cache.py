@@ -97,13 +97,8 @@ def _encode_file(path: str | Path, encoder: Encoder, tasks: TaskSet, progress: b
 
 
 def row_columns(rows: datasets.Dataset) -> dict[str, np.ndarray]:
-    """The number columns of encoded examples as arrays (N,), read straight from memory."""
-    names = [name for name in COLUMNS if name != "input_ids"]
-    columns = {name: rows.data.column(name).to_numpy() for name in names}
-    if rows._indices is not None:
-        chosen = rows._indices.column(0).to_numpy()
-        columns = {name: column[chosen] for name, column in columns.items()}
-    return columns
+    """The number columns of encoded examples as arrays (N,)."""
+    return rows.with_format("numpy", columns=[name for name in COLUMNS if name != "input_ids"])[:]
 
 
 def shortened_note(rows: datasets.Dataset, cutoff_len: int) -> str:

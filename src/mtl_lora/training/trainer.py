@@ -28,6 +28,9 @@ from mtl_lora.training.distributed import deepspeed_file
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 _STAGING = ".saving"
+# Flags that the Trainer knows under the same name.
+_SAME_NAMES = ("output_dir", "gradient_accumulation_steps", "max_steps", "learning_rate", "weight_decay")
+_SAME_NAMES += ("max_grad_norm", "lr_scheduler_type", "logging_steps", "seed")
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -35,26 +38,18 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
     """The Trainer's arguments; making them joins the process group of a distributed launch."""
     saving = "steps" if config.save_step else "no"
     arguments = TrainingArguments(
-        output_dir=config.output_dir,
+        **{name: getattr(config, name) for name in _SAME_NAMES},
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
         warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type=config.lr_scheduler_type,
         optim="adamw_torch",
-        logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy=saving,
         save_steps=max(config.save_step, 1),
         save_total_limit=config.save_total_limit or None,
         eval_strategy=saving if config.val_set_size else "no",
         eval_steps=max(config.save_step, 1),
-        seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
         deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
         report_to=["wandb"] * bool(config.wandb_project) + ["tensorboard"] * config.tensorboard or "none",
