@@ -107,15 +107,7 @@ def encoded_rows(
 ) -> datasets.Dataset:
     """The encoded examples: one process of each node tokenises, the others read its cache."""
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
-        return training_rows(
-            config.data_path,
-            tokenizer,
-            config.template,
-            config.cutoff_len,
-            tasks,
-            config.cache_dir,
-            progress=arguments.local_process_index == 0,
-        )
+        return training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
