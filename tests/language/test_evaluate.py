@@ -20,8 +20,7 @@ from mtl_lora.adapter.checkpoint import Origin
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run
-from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.predictions import Predictions
+from mtl_lora.language.evaluator import Evaluator, Predictions
 from mtl_lora.results import Results
 
 FEW = ["boolq", "ARC-Easy"]  # tasks of two and of four options, where eight show no more than two

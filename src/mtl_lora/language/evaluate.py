@@ -13,9 +13,8 @@ import transformers
 
 from mtl_lora import artifacts, files
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator, answer_all, process_group
+from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, check_settings, claim
 from mtl_lora.language.metrics import task_result
-from mtl_lora.language.predictions import Predictions, check_settings, claim
 from mtl_lora.language.questions import Question, QuestionSets, load_questions
 from mtl_lora.results import Results, TaskNames, Trainable
 from mtl_lora.version import __version__, checkout_commit
@@ -39,7 +38,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
         return {}
     found: dict[str, dict[tuple[str, int], dict]] = {}
     results: dict[str, Results] = {}
-    with process_group() as processes:
+    with Processes() as processes:
         if processes.rank == 0:
             for protocol, folder in config.protocols.items():
                 claim(folder, evaluator.settings(protocol), config.overwrite)

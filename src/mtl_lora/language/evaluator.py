@@ -1,11 +1,14 @@
-"""Evaluator: a model, its prompt and its tasks; answers batches of questions for evaluate and predict."""
+"""Evaluator: a model, its prompt and its tasks; answers batches of questions for evaluate and predict.
+
+An answer is one JSON line, appended as it is given, so that a killed run resumes.
+"""
 
 import collections
-import contextlib
-import dataclasses
 import itertools
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +24,13 @@ from mtl_lora.errors import UserError
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.predictions import PROTOCOL, Predictions
 from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, plan_batches
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory
+
+PARTS = "~part-*.jsonl"  # no task name begins with "~"
+# Raised when a question gets another answer from the same model and settings: prompts, generation or scores changed.
+PROTOCOL = 1
 
 
 class Evaluator:
@@ -174,28 +180,28 @@ def in_halves(answer: Callable[[list], list], rows: list) -> list:
     return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
 
 
-@dataclasses.dataclass(frozen=True)
+# ---- answers on disk, from several processes, and after a run that was killed ----
+
+
 class Processes:
-    """The processes that share the questions: this one's rank, how many there are, a barrier between them."""
+    """A block in which the processes of a distributed launch share the questions; or this one alone answers them."""
 
-    rank: int = 0
-    count: int = 1
-    barrier: Callable[[], None] = lambda: None
+    def __init__(self):
+        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
+    def __enter__(self) -> "Processes":
+        if self.count > 1:  # only barriers cross between processes, so gloo serves GPU runs too
+            torch.distributed.init_process_group("gloo")
+        return self
 
-@contextlib.contextmanager
-def process_group() -> Iterator[Processes]:
-    """The processes of a distributed launch, or this one alone."""
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Processes()
-        return
-    # Only barriers cross between processes, so gloo serves GPU runs too.
-    torch.distributed.init_process_group("gloo")
-    try:
-        yield Processes(rank, count, torch.distributed.barrier)
-    finally:
-        torch.distributed.destroy_process_group()
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def __exit__(self, *exception) -> None:
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
 
 
 def answer_all(
@@ -219,6 +225,75 @@ def answer_all(
                 predictions.append(evaluator.answer(batch, protocol))
                 bar.update(len(batch))
     processes.barrier()
+
+
+class Predictions:
+    """The prediction lines of one evaluation's folder; each process appends to a file of its own."""
+
+    def __init__(self, folder: str | Path, rank: int = 0):
+        self.folder = Path(folder) / artifacts.PREDICTIONS
+        self.own = self.folder / f"~part-{rank}.jsonl"
+
+    def read(self) -> dict[tuple[str, int], dict]:
+        """Every complete line by (task, index); a line that a kill tore is left out, and so is answered again."""
+        found = {}
+        # Lines of a run in progress are newer than those gathered before it.
+        parts = set(self.folder.glob(PARTS))
+        gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
+        for path in [*gathered, *sorted(parts)]:
+            for text in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
+                try:
+                    line = json.loads(text)
+                    found[line["task"], line["index"]] = line
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return found
+
+    def append(self, lines: list[dict]) -> None:
+        """Write lines to this process's file, behind a line break, for a kill may have torn the line before them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.own.open("a", encoding="utf-8") as opened:
+            opened.write("\n" + files.json_lines(lines))
+
+    def gather(self, lines: Mapping[tuple[str, int], dict], sizes: Mapping[str, int]) -> None:
+        """Write ``lines`` to one file per task, in the order of the questions, in place of every process's file.
+
+        sizes: the number of examples by task; lines beyond it belong to an earlier, larger test set and are dropped.
+        """
+        by_task: dict[str, list[dict]] = {}
+        for (task, index), line in sorted(lines.items()):
+            if task not in sizes or index < sizes[task]:
+                by_task.setdefault(task, []).append(line)
+        for task, kept in by_task.items():
+            files.write_text(self.folder / f"{task}.jsonl", files.json_lines(kept))
+        for part in self.folder.glob(PARTS):
+            part.unlink()
+
+
+def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
+    """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
+    path = Path(folder) / artifacts.EVAL_SETTINGS
+    if not path.exists():
+        return
+    earlier = {"protocol": 1, **files.read_json(path, "the settings of an earlier evaluation")}
+    different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
+    if different:
+        raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
+
+
+def claim(folder: str | Path, settings: dict, overwrite: bool) -> None:
+    """Make a folder, which was checked, that of answers under ``settings``.
+
+    overwrite: delete an evaluation's results, settings and predictions; nothing else, for a training may share it.
+    """
+    if overwrite:
+        for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
+            (Path(folder) / name).unlink(missing_ok=True)
+        shutil.rmtree(Path(folder) / artifacts.PREDICTIONS, ignore_errors=True)
+    files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
+
+
+# ---- an adapter in PEFT's format ----
 
 
 class PeftAdapter:

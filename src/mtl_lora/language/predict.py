@@ -15,9 +15,8 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, PredictConfig
-from mtl_lora.language.evaluator import Evaluator, answer_all, process_group
+from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, check_settings, claim
 from mtl_lora.language.examples import parse_example, read_values
-from mtl_lora.language.predictions import Predictions, check_settings, claim
 from mtl_lora.language.questions import Question, encode_questions
 
 
@@ -81,7 +80,7 @@ def run(config: PredictConfig) -> None:
     if config.check:
         print(f"every setting is fine; {len(questions):,} examples", file=sys.stderr)
         return
-    with process_group() as processes:
+    with Processes() as processes:
         if processes.rank == 0:
             claim(partial, settings, config.overwrite)
         processes.barrier()
