@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtl_lora import route
-from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import accepts_argument, at_least_float32
 
 IGNORED = -100  # the label that torch's cross entropy skips
@@ -73,7 +72,7 @@ def token_losses(
     """
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     supervised = targets != IGNORED
-    keep = keeps_logits(type(unwrap(model)))
+    keep = keeps_logits(type(_unwrapped(model)))
     with route.use(batch["task_ids"]):
         logits = model(
             input_ids=batch["input_ids"],
@@ -85,6 +84,13 @@ def token_losses(
     losses = F.cross_entropy(at_least_float32(logits), targets[supervised], reduction="none")
     task_ids = batch["task_ids"][:, None].expand_as(targets)[supervised]
     return losses, torch.ones_like(losses), task_ids
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP's or DeepSpeed's wrapper."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
 
 @functools.cache
