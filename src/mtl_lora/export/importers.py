@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.checkpoint import stand_in
+from mtl_lora.adapter.checkpoint import State, stand_in
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject
 from mtl_lora.adapter.layer import kaiming, layer_sizes
@@ -18,8 +18,6 @@ from mtl_lora.errors import UserError
 from mtl_lora.export.peft import structure_if_known, targets_for
 from mtl_lora.language import encode
 from mtl_lora.language.tasks import TaskSet
-
-State = dict[str, torch.Tensor]
 
 # ---- from PEFT ----
 

@@ -23,8 +23,8 @@ from mtl_lora.version import __version__, checkout_commit
 def run(config: EvalConfig) -> dict[str, Results]:
     """Answer every question that has no answer yet; writes and returns the results of each protocol.
 
-    With ``mode="both"`` each protocol has a folder and results of its own, and ``agreement.json`` beside them says how
-    often they agree. Empty with ``check``, and on every process but the first.
+    With ``mode="both"`` each protocol has a folder, results and a name of its own, and ``agreement.json`` beside them
+    says how often they agree. Empty with ``check``, and on every process but the first.
     """
     evaluator = Evaluator(config)
     asked = load_questions(config.data_dir, evaluator.tasks, config.tasks, evaluator.encoder, config.limit)
