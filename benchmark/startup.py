@@ -82,7 +82,7 @@ def first_records(data_path: str, count: int, folder: Path) -> Path:
 
 def rows_of(data_path: Path, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> datasets.Dataset:
     """The encoded rows, as training has them."""
-    return training_rows(data_path, tokenizer, "alpaca", CUTOFF, COMMONSENSE, cache_dir, progress=False)
+    return training_rows(data_path, tokenizer, "alpaca", CUTOFF, COMMONSENSE, cache_dir)
 
 
 def check(data_path: Path, base_model: str, cache_dir: Path) -> None:

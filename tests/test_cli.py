@@ -13,7 +13,7 @@ from shared import PROJECT
 from mtl_lora import cli
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import EXIT_CODE, UserError
-from mtl_lora.language.commands import TRAIN_ABOUT as ABOUT
+from mtl_lora.language.config import TRAIN_ABOUT as ABOUT
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.version import __version__
 

@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CODE = [*MODULES, *(path for folder in ("data", "benchmark") for path in (PROJECT / folder).rglob("*.py"))]
 CODE += PROJECT.glob("*.py")
 
-GROUND = {"artifacts", "config", "download", "embedded", "errors", "files", "memory", "results", "version"}
+GROUND = {"artifacts", "config", "embedded", "errors", "files", "memory", "results", "version"}
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 SURFACE = {"mtl_lora", "route"}
 BELOW_SYSTEMS = GROUND | SURFACE | {"adapter", "base_model"}
@@ -36,7 +36,6 @@ NEEDS_NO_MODEL = ("mtl_lora.language.config", "mtl_lora.language.examples", "mtl
 # Packages from elsewhere that a part may import; a part that is not named may import any.
 PACKAGES = {
     **{part: set() for part in GROUND | DOORS},
-    "download": {"pooch", "requests", "tqdm"},
     "embedded": {"filelock", "torch", "transformers"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},

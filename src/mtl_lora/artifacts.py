@@ -20,6 +20,7 @@ AGREEMENT = "agreement.json"
 # an adapter in PEFT's format
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # of the names of weights
 # a study
 STUDY = "study.json"
 

@@ -98,14 +98,11 @@ class BaseModel:
         path = self.path
         with hub_errors(self.name):
             index = cached_path(path, INDEX_NAME)
-        if index:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            found = [cached_path(path, part) for part in names]
-        else:
-            found = [cached_path(path, WEIGHTS_NAME)]
-        if not found or None in found:
-            with hub_errors(self.name):  # a gated model or no network has a reason of its own
+            names = set(json.loads(index.read_text())["weight_map"].values()) if index else [WEIGHTS_NAME]
+            found = [cached_path(path, name) for name in sorted(names)]
+            if not found or None in found:  # a gated model or no network has a reason of its own
                 cached_file(path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        if not found or None in found:
             raise UserError(
                 f"the model {self.name!r} has no safetensors weights; convert it with save_pretrained first"
             )

@@ -36,12 +36,12 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        "mtl_lora.language.commands:train",
+        "mtl_lora.language.config:train",
         f"fine-tune a base model on many tasks; --system {SYSTEMS[0]} is the default and the only system",
     ),
-    "evaluate": Command("mtl_lora.language.commands:evaluate", "score a checkpoint or a base model on test sets"),
-    "predict": Command("mtl_lora.language.commands:predict", "answer the examples of a file with a checkpoint"),
-    "export": Command("mtl_lora.export.cli:main", "PEFT LoRA per task, merged models, imports"),
+    "evaluate": Command("mtl_lora.language.config:evaluate", "score a checkpoint or a base model on test sets"),
+    "predict": Command("mtl_lora.language.config:predict", "answer the examples of a file with a checkpoint"),
+    "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
     "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
         "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"

@@ -155,6 +155,11 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def json_lines(values: Iterable[object]) -> str:
+    """JSON lines, one for each value."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
 def records_bytes(records: list[dict]) -> bytes:
     """A JSON list, one record a line, in ASCII (other characters escaped): it reads the same under any locale."""
     return b"[\n" + b",\n".join(json.dumps(record).encode() for record in records) + b"\n]\n"

@@ -11,12 +11,17 @@ from shared import QUICKSTART
 import mtl_lora
 from mtl_lora import route
 from mtl_lora.errors import UserError
+from mtl_lora.language.answering import (
+    OptionScorer,
+    PrefixCaches,
+    best_option,
+    continuations,
+    generate_answers,
+    takes_own_mask,
+)
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.examples import Example
-from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.option_scoring import OptionScorer, best_option, continuations, takes_own_mask
-from mtl_lora.language.prefix_cache import PrefixCaches
 from mtl_lora.language.questions import Question, load_questions
 from mtl_lora.language.tasks import Task
 

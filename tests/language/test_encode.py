@@ -10,8 +10,7 @@ from tokenizer_kinds import ADDS_BOS, KINDS, SPACES, llama2
 
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import IGNORED, Collator, pad_left
-from mtl_lora.language.encode import FREE_TEXT_RESERVE, Encoder
-from mtl_lora.language.prompts import TEMPLATES, template
+from mtl_lora.language.encode import FREE_TEXT_RESERVE, TEMPLATES, Encoder, template
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 WORDS = "the old miller opened the gate and let the river carry sand to the harbour, "

@@ -20,8 +20,7 @@ from mtl_lora.adapter.checkpoint import Origin
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run
-from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.predictions import Predictions
+from mtl_lora.language.evaluator import Evaluator, Predictions
 from mtl_lora.results import Results
 
 FEW = ["boolq", "ARC-Easy"]  # tasks of two and of four options, where eight show no more than two
@@ -72,6 +71,7 @@ def quickstart_test(task: str) -> list[dict]:
 def test_results_hold_what_was_measured_and_how(whole, mode):
     results, found = Results.load(whole / mode), lines(whole / mode)
     assert (results.system, results.method, results.method_title, results.mode) == ("language", *MTL_LORA, mode)
+    assert results.name == f"mtl_lora ({mode})", "the two rows of a table have names of their own"
     assert len(results.tasks) == 8
     for name, task in results.tasks.items():
         correct = [line["correct"] for line in found if line["task"] == name]
@@ -178,6 +178,24 @@ def test_a_peft_folder_gets_the_scores_of_the_checkpoint_it_came_from(evaluate, 
     assert (there.tasks, there.trainable, there.method) == (here.tasks, here.trainable, "peft_lora")
     for one, other in zip(lines(tmp_path / "here"), lines(tmp_path / "there"), strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+
+
+@pytest.mark.parametrize("entry", ["model.norm", "lm_head"])
+def test_a_module_saved_whole_counts_once_among_all_parameters(evaluate, tiny_base, tmp_path, entry):
+    from mtl_lora.export.peft import export_peft
+
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    base = sum(parameter.numel() for parameter in model.parameters())
+    mtl_lora.inject(model, mtl_lora.AdapterConfig("lora", target_modules=["q_proj"], modules_to_save=[entry]))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    saved = model.get_submodule(entry).weight.numel()
+    mtl_lora.save(model, tmp_path / "saved")
+    few = {"tasks": ["piqa"], "limit": 1, "mode": "score"}
+    count = evaluate("here", checkpoint=str(tmp_path / "saved"), **few)["score"].trainable
+    assert (count.adapter, count.total) == (trained, base + trained - saved)
+    if entry == "model.norm":  # PEFT does not hold a head that is tied to the embedding
+        (folder,) = export_peft(tmp_path / "saved", tmp_path / "peft")
+        assert evaluate("there", checkpoint=None, peft=str(folder), **few)["score"].trainable == count
 
 
 @pytest.mark.slow
@@ -357,7 +375,6 @@ def test_line_breaks_of_other_scripts_do_not_tear_a_prediction(tmp_path):
     line = {"task": "own", "index": 0, "text": "a\u2028b\u0085c"}
     predictions = Predictions(tmp_path)
     predictions.append([line])
-    predictions.close()
     predictions.gather(predictions.read(), {"own": 1})
     assert [path.name for path in predictions.folder.iterdir()] == ["own.jsonl"]
     assert predictions.read() == {("own", 0): line}
@@ -366,7 +383,6 @@ def test_line_breaks_of_other_scripts_do_not_tear_a_prediction(tmp_path):
 def test_line_torn_inside_a_character_is_left_out(tmp_path):
     predictions = Predictions(tmp_path)
     predictions.append([{"task": "own", "index": index, "text": "né"} for index in range(2)])
-    predictions.close()
     complete = predictions.own.read_bytes()
     predictions.own.write_bytes(complete[: complete.rindex("é".encode()) + 1])
     assert list(Predictions(tmp_path).read()) == [("own", 0)]

@@ -9,10 +9,9 @@ from shared import PROJECT, QUICKSTART
 from tokenizer_kinds import KINDS
 
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.encode import Encoder
+from mtl_lora.language.encode import Encoder, template
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.examples import load_examples
-from mtl_lora.language.prompts import template
 from mtl_lora.language.tasks import COMMONSENSE
 
 FOLDER = PROJECT / "docs" / "lm_eval"

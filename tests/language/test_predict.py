@@ -8,11 +8,10 @@ import pytest
 from shared import QUICKSTART
 
 from mtl_lora.errors import UserError
-from mtl_lora.language import Predictor, commands
+from mtl_lora.language import Predictor, config
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run as evaluate
-from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.predictions import Predictions
+from mtl_lora.language.evaluator import Evaluator, Predictions
 
 
 def questions(task: str, count: int = 6) -> list[dict]:
@@ -30,7 +29,7 @@ def predict(trained, tmp_path):
         path.write_text("".join(json.dumps(example) + "\n" for example in examples))
         given = {"checkpoint": trained, "input": str(path), "output": str(tmp_path / "out.jsonl"), "dtype": "fp32"}
         given |= {"max_new_tokens": 6} | flags
-        commands.predict([f"--{name}={value}" for name, value in given.items()])
+        config.predict([f"--{name}={value}" for name, value in given.items()])
         return [json.loads(line) for line in Path(given["output"]).read_text().split("\n") if line]
 
     return start

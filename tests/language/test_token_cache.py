@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 from text_cases import INSTRUCTIONS, example, record
@@ -32,7 +33,7 @@ def rows_of(tokenizers, tmp_path):
     def make(path=None, tokenizer=None, template="alpaca", cutoff=CUTOFF, tasks=COMMONSENSE, cache=None):
         tokenizer = tokenizer or tokenizers["llama3"]
         path, cache = path or tmp_path / "train.json", cache or tmp_path / "cache"
-        return training_rows(path, tokenizer, template, cutoff, tasks, cache, progress=False)
+        return training_rows(path, tokenizer, template, cutoff, tasks, cache)
 
     return make
 
@@ -142,19 +143,18 @@ def test_titles_and_columns_of_the_tasks_shape_nothing(rows_of, no_tokenising):
 
 
 def test_two_runs_that_encode_the_same_file_at_once_find_one_cache(rows_of, tmp_path, monkeypatch):
-    save = token_cache.datasets.Dataset.save_to_disk
+    encode = token_cache.Encoder.encode
     started = []
 
-    def overtaken(self, folder, **options):
-        save(self, folder, **options)
+    def overtaken(self, examples):
         if not started:
-            started.append(folder)
+            started.append(examples)
             rows_of()  # the other run, from its start to its end
+        return encode(self, examples)
 
-    monkeypatch.setattr(token_cache.datasets.Dataset, "save_to_disk", overtaken)
+    monkeypatch.setattr(token_cache.Encoder, "encode", overtaken)
     assert len(rows_of()) == len(RECORDS)
     assert len(cached(tmp_path)) == 1
-    assert not list((tmp_path / "cache").glob("rows-*/rows")), "one run's folder lies in the other's"
 
 
 def test_missing_data_file_is_named(rows_of, tmp_path):
@@ -163,12 +163,12 @@ def test_missing_data_file_is_named(rows_of, tmp_path):
 
 
 def test_failure_while_saving_leaves_nothing_in_the_cache(rows_of, tmp_path, monkeypatch):
-    def full_disk(self, folder, **options):
-        (tmp_path / "cache").joinpath(folder).mkdir(parents=True)
+    def full_disk(self, *arguments, **options):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache.datasets.Dataset, "save_to_disk", full_disk)
+        patched.setattr(datasets.arrow_writer.ArrowWriter, "write_table", full_disk)
+        patched.setattr(datasets.arrow_writer.ArrowWriter, "write_batch", full_disk)
         with pytest.raises(UserError, match="No space left on device"):
             rows_of()
     assert cached(tmp_path) == []

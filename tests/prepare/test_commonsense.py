@@ -155,11 +155,14 @@ def spoil(**changes):
 WRONG_RECORDS = {
     "no answer": (lambda entry: entry.pop("answer"), "has no field 'answer'"),
     "no instruction": (lambda entry: entry.pop("instruction"), "has no field 'instruction'"),
-    "a number": (spoil(input=3), "has the input 3, which must be a string"),
-    "null": (spoil(output=None), "has the output None"),
-    "blank": (spoil(instruction=" \n"), "has an empty instruction"),
-    "another task's answer": (spoil(answer="answer1"), "has the answer 'answer1', which must be one of piqa's"),
-    "another output": (spoil(output="the correct answer is solution1"), "instead of 'the correct answer is solution2'"),
+    "a number": (spoil(input=3), "'input' must be a string, not 3"),
+    "null": (spoil(output=None), "'output' must be a string, not None"),
+    "blank": (spoil(instruction=" \n"), "'instruction' is empty"),
+    "another task's answer": (
+        spoil(answer="answer1"),
+        "'answer1' is not one of its options solution1",
+    ),
+    "another output": (spoil(output="the correct answer is solution1"), "must be 'the correct answer is solution2'"),
 }
 
 
@@ -172,7 +175,7 @@ def test_wrong_record_is_named_by_file_and_index(refused, world, case, split):
     change(records[-1])
     dump(path, records)
     sentence = refused("--allow_partial")
-    assert f"{path}: record {len(records) - 1} " in sentence and message in sentence
+    assert f"{path}, example {len(records) - 1}" in sentence and message in sentence
 
 
 @pytest.mark.parametrize(
@@ -181,8 +184,8 @@ def test_wrong_record_is_named_by_file_and_index(refused, world, case, split):
         (b'[{"instruction": "cut o', "is not JSON"),
         (b"\xff\xfe\xfa", "is not JSON"),
         (b"", "is not JSON"),
-        (b'{"data": []}', "holds a JSON dict"),
-        (b'["text"]', "record 0 is a str"),
+        (b'{"data": []}', "must hold a JSON list of examples, not dict"),
+        (b'["text"]', "example 0 must be an object with instruction, input, output, answer, task_id, not str"),
     ],
 )
 def test_file_that_is_no_list_of_records_is_named(refused, world, content, message):
@@ -289,14 +292,14 @@ def strangers(world):
 
 def test_records_without_a_task_are_refused_and_named(refused, strangers):
     sentence = refused("--merged", strangers.merged)
-    assert 'record 1 "train question 0 of boolq ' in sentence
-    assert 'record 3 "Why,\\nstranger 1?' in sentence
-    assert "and 2 more" in sentence and "record 11" not in sentence
+    assert 'example 1 "train question 0 of boolq ' in sentence
+    assert 'example 3 "Why,\\nstranger 1?' in sentence
+    assert "and 2 more" in sentence and "example 11" not in sentence
 
 
 def test_records_without_a_task_are_left_out_and_counted_when_allowed(run, strangers):
     printed = run("--merged", strangers.merged, "--allow_partial")
-    assert "record 1 " in printed and "and 2 more" in printed
+    assert "example 1 " in printed and "and 2 more" in printed
     assert "24 of 17 examples" in printed
     records = training_records(strangers)
     assert len(records) == 17 and not any("stranger" in entry["instruction"] for entry in records)
@@ -309,18 +312,20 @@ def test_instruction_of_two_tasks_is_not_guessed(refused, world):
     value = json.loads(world.manifest.read_bytes())
     value["tasks"]["ARC-Challenge"]["train"].update(records=3, git_blob_sha1=git_blob(content))
     dump(world.manifest, value)
-    assert 'record 3 "train question 0 of ARC-Easy' in refused("--merged", world.merged)
+    assert 'example 3 "train question 0 of ARC-Easy' in refused("--merged", world.merged)
 
 
 def test_merged_record_of_a_test_set_is_not_placed(refused, world):
     dump(world.merged, [*world.records, record(COMMONSENSE["piqa"], "test question 0 of piqa")])
-    assert 'record 17 "test question 0 of piqa' in refused("--merged", world.merged)
+    assert 'example 17 "test question 0 of piqa' in refused("--merged", world.merged)
 
 
 def test_merged_record_with_another_tasks_answer_is_named(refused, world):
     world.records[4].update(answer="true", output="the correct answer is true")
     dump(world.merged, world.records)
-    assert f"{world.merged}: record 4 has the answer 'true'" in refused("--merged", world.merged)
+    assert f"{world.merged}, example 4: the answer 'true' is not one of its options" in refused(
+        "--merged", world.merged
+    )
 
 
 def test_merged_file_needs_a_whole_source_too(refused, incomplete):

@@ -130,11 +130,11 @@ def test_prepared_sets_become_records_without_texts_of_test_sets(run, world, pre
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"text": "a", "label": "good"}]', "record 0 has the label 'good', none of negative, positive"),
-        ('[{"text": "a", "label": ["positive"]}]', "record 0 has the label"),
-        ('[{"text": " ", "label": "positive"}]', "record 0 must be an object with a text"),
-        ('["a"]', "record 0 must be an object with a text"),
-        ("{}", "holds a JSON dict"),
+        ('[{"text": "a", "label": "good"}]', "example 0 has the label 'good', none of negative, positive"),
+        ('[{"text": "a", "label": ["positive"]}]', "example 0 has the label"),
+        ('[{"text": " ", "label": "positive"}]', "example 0 must be an object with a text"),
+        ('["a"]', "example 0 must be an object with a text"),
+        ("{}", "must hold a JSON list of examples, not dict"),
         ("[", "is not JSON"),
         ("[]", "no example is left for sst2/dev"),
     ],

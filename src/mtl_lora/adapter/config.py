@@ -20,7 +20,7 @@ _FORMAT_1 = ("num_B", "temperature", "lambda_shape", "num_experts", "task_embedd
 
 @dataclasses.dataclass
 class Hyperparameters(Config):
-    """A method's own values beside rank, alpha and dropout: fields made with ``flag``, and their rules in ``validate``.
+    """A method's own values beside rank, alpha and dropout: fields made with ``flag``, which declares their rules.
 
     A field that a method gains later declares the value that was fixed until then, ``before=value``, for earlier files.
     """

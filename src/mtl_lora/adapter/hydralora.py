@@ -25,10 +25,7 @@ class HydraLoraLayer(AdapterLayer):
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):
-        num_B: int = flag(3, "number n of up-projections")
-
-        def validate(self) -> None:
-            self.require("num_B", "at least 1", self.num_B >= 1)
+        num_B: int = flag(3, "number n of up-projections", min=1)
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:

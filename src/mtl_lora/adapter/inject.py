@@ -119,24 +119,19 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
 def _matching(linears: list[tuple[str, nn.Module]], target_modules: list[str] | str) -> dict[str, nn.Module]:
     counted = Counter(name.rpartition(".")[2] for name, _ in linears)
     there = ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"
-    if isinstance(target_modules, str):
+    whole = isinstance(target_modules, str)
+    found: set[nn.Module] = set()
+    for target in [target_modules] if whole else target_modules:
         try:
-            found = {module for name, module in linears if re.fullmatch(target_modules, name)}
+            pattern = re.compile(target if whole else rf"(.*\.)?{re.escape(target)}")
         except re.error as error:
-            message = f"the target expression {target_modules!r} is not a regular expression: {error}"
-            raise UserError(message) from None
-        if not found:
-            raise UserError(
-                f"no linear layer's whole name matches the expression {target_modules!r}; "
-                f"this model has {there}, for example {linears[0][0] if linears else 'none'}"
-            )
-    else:
-        found = set()
-        for target in target_modules:
-            matching = {module for name, module in linears if f".{name}".endswith(f".{target}")}
-            if not matching:
-                raise UserError(f"no linear layer is named {target!r}; this model has {there}")
-            found |= matching
+            raise UserError(f"the target expression {target!r} is not a regular expression: {error}") from None
+        matching = {module for name, module in linears if pattern.fullmatch(name)}
+        if not matching:
+            about = "'s whole name matches the expression" if whole else " is named"
+            example = f", for example {linears[0][0]}" if linears else ""
+            raise UserError(f"no linear layer{about} {target!r}; this model has {there}{example}")
+        found |= matching
     return _first_names((name, module) for name, module in linears if module in found)
 
 

@@ -28,12 +28,8 @@ class MoeLoraLayer(AdapterLayer):
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):
-        num_experts: int = flag(8, "number N of experts, which share the rank")
-        task_embedding_dim: int = flag(64, "width of the task embedding e_t")
-
-        def validate(self) -> None:
-            self.require("num_experts", "at least 1", self.num_experts >= 1)
-            self.require("task_embedding_dim", "at least 1", self.task_embedding_dim >= 1)
+        num_experts: int = flag(8, "number N of experts, which share the rank", min=1)
+        task_embedding_dim: int = flag(64, "width of the task embedding e_t", min=1)
 
     @classmethod
     def check_config(cls, config: AdapterConfig) -> None:

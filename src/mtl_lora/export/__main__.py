@@ -1,6 +1,106 @@
-"""``python -m mtl_lora.export COMMAND``: the same as ``mtl-lora export COMMAND``."""
+"""``mtl-lora export peft | merge | import-peft | import-original``, also ``python -m mtl_lora.export``."""
 
-from mtl_lora.export.cli import main
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_lora import cli
+from mtl_lora.config import DTYPES, REQUIRED, Config, flag
+from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
+
+_MERGED = (*DTYPES, "fp16")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Command(Config):
+    """What every command has. home: ``module:function``, imported once the flags are checked, since it needs torch.
+
+    The function's arguments are the flags, but for a ``BaseModel`` and a ``TaskSet`` in place of what names them.
+    """
+
+    home = ""
+    base_model: str | None = flag(None, "name or folder of the base model; none: the one that is recorded")
+    output: str = flag(REQUIRED, "folder to write; it appears complete or not at all")
+    overwrite: bool = flag(False, "replace an earlier output of this command; False: refuse a folder that is not empty")
+    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
+
+    def run(self) -> list[Path]:
+        """Do the work; returns the folders that were written. Raises ``UserError``."""
+        from mtl_lora.base_model import BaseModel
+
+        module, _, function = self.home.partition(":")
+        module = importlib.import_module(module)
+        values = {flag.name: getattr(self, flag.name) for flag in self.flags()}
+        name, trust = values.pop("base_model"), values.pop("trust_remote_code")
+        base = BaseModel(name) if name is not None else module.recorded_base(values.get("checkpoint") or values["peft"])
+        if "tasks_file" in values:
+            path = values.pop("tasks_file")
+            values["tasks"] = load_tasks_file(path) if path else COMMONSENSE
+        written = getattr(module, function)(base_model=dataclasses.replace(base, trust_remote_code=trust), **values)
+        return written if isinstance(written, list) else [written]
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExportPeft(Command):
+    """Write one PEFT LoRA folder per task, with a model card."""
+
+    home = "mtl_lora.export.peft:export_peft"
+    checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
+    tasks: list[str] = flag([], "tasks to export, as a,b; empty: all")
+    results: str | None = flag(None, "results.json for the card; none: the checkpoint's own, if it is of its weights")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExportMerged(Command):
+    """Write a plain model with the adapter merged into its weights for one task."""
+
+    home = "mtl_lora.export.merge:export_merged"
+    checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
+    task: str | None = flag(None, "the task; lora, dora and multilora, which are the same for every task, need none")
+    dtype: str = flag(
+        "auto", f"dtype of the weights: {', '.join(_MERGED)}; auto: the base model's own", choices=_MERGED
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ImportPeft(Command):
+    """Write a checkpoint that equals a PEFT LoRA for every task."""
+
+    home = "mtl_lora.export.importers:import_peft"
+    peft: str = flag(REQUIRED, "folder of a plain PEFT LoRA in safetensors")
+    tasks_file: str | None = flag(None, "JSON file of the tasks; none: the eight commonsense tasks")
+    method: str = flag("mtl_lora", "method of the checkpoint: mtl_lora or lora", choices=("mtl_lora", "lora"))
+    num_B: int = flag(3, "number n of MTL-LoRA's up-projections")
+    temperature: float = flag(0.1, "temperature tau of MTL-LoRA's mixture softmax(w_t / tau)")
+    seed: int = flag(42, "fixes MTL-LoRA's mixture logits w")
+    template: str = flag("alpaca", "prompt template that it was trained with: alpaca, original or plain")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ImportOriginal(Command):
+    """Write a checkpoint with the weights of the original MTL-LoRA repository's checkpoint file."""
+
+    home = "mtl_lora.export.importers:import_original"
+    file: str = flag(REQUIRED, "its checkpoint file (.bin or .pt); nothing but tensors is unpickled")
+    base_model: str = flag(REQUIRED, "name or folder of its base model")
+    tasks_file: str | None = flag(None, "JSON file of the tasks; none: the eight commonsense tasks")
+    alpha: float = flag(16.0, "its lora_alpha, the numerator of the scale alpha / r")
+    temperature: float = flag(0.1, "temperature tau of its mixture softmax(w_t / tau)")
+
+
+COMMANDS = {"peft": ExportPeft, "merge": ExportMerged, "import-peft": ImportPeft, "import-original": ImportOriginal}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and print the folders that it wrote; a user's mistake is one sentence and exit code 2."""
+    with user_errors_to_exit_code():
+        command = cli.parse_one_of("export", COMMANDS, sys.argv[1:] if arguments is None else arguments)
+        if command:
+            print(*command.run(), sep="\n")
+
 
 if __name__ == "__main__":
     main()

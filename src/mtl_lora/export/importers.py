@@ -9,17 +9,15 @@ from safetensors.torch import load_file
 
 from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.checkpoint import stand_in
+from mtl_lora.adapter.checkpoint import State, stand_in
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject
 from mtl_lora.adapter.layer import kaiming, layer_sizes
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.export.peft import structure_if_known, targets_for
-from mtl_lora.language import prompts
+from mtl_lora.language import encode
 from mtl_lora.language.tasks import TaskSet
-
-State = dict[str, torch.Tensor]
 
 # ---- from PEFT ----
 
@@ -40,7 +38,7 @@ _PLAIN = {
     "revision": ("main",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
-_PEFT_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PEFT_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<weight>lora_[AB])\.weight")
 
 
 def import_peft(
@@ -63,7 +61,7 @@ def import_peft(
     ``UserError`` for a pickle, an option beyond a plain LoRA, a tensor of another name or shape, and layers that the
     base model does not have.
     """
-    prompts.template(template)
+    encode.template(template)
     folder = Path(peft)
     options = _read_options(folder)
     pairs = _read_pairs(folder, options["r"])
@@ -113,12 +111,7 @@ def _read_pairs(folder: Path, r: int) -> State:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
-    pairs: State = {}
-    for name, tensor in tensors.items():
-        match = _PEFT_TENSOR.fullmatch(name)
-        if not match or not tensor.is_floating_point():
-            raise UserError(f"{path} holds {name}, which is not part of a plain LoRA on linear layers")
-        pairs[f"{match['module']}.lora_{match['side']}"] = tensor.float()
+    pairs = _renamed(path, tensors, _PEFT_TENSOR, "not part of a plain LoRA on linear layers")
     _check_tensors(path, pairs, {"lora_A": (r, "k"), "lora_B": ("d", r)})
     return pairs
 
@@ -192,19 +185,22 @@ def _read_tensors(path: Path) -> State:
         raise UserError(f"{path} cannot be read as a file of tensors alone ({reason})") from None
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds a {type(value).__name__}; it must hold tensors by name")
-    tensors: State = {}
-    for name, tensor in value.items():
-        match = _ORIGINAL_TENSOR.fullmatch(str(name))
-        if not match or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise UserError(
-                f"{path} holds {name}, which is not a weight of the original's MTL-LoRA; those are lora_A, "
-                "lora_lambdas, lora_B and lora_B_w of linear layers"
-            )
-        tensors[f"{match['module']}.{match['weight']}"] = tensor.detach().float()
-    return tensors
+    about = "not a weight of the original's MTL-LoRA: lora_A, lora_lambdas, lora_B and lora_B_w of linear layers"
+    return _renamed(path, value, _ORIGINAL_TENSOR, about)
 
 
 # ---- both ----
+
+
+def _renamed(path: Path, tensors: dict, pattern: re.Pattern, about: str) -> State:
+    """Tensors in float32 by the pattern's ``<module>.<weight>``; raises ``UserError`` for one that is ``about``."""
+    found: State = {}
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(str(name))
+        if not match or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise UserError(f"{path} holds {name}, which is {about}")
+        found[f"{match['module']}.{match['weight']}"] = tensor.detach().float()
+    return found
 
 
 def _modules(tensors: State) -> list[str]:

@@ -11,7 +11,7 @@ from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import SMOLLM2
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.prompts import template
+from mtl_lora.language.encode import template
 from mtl_lora.results import FRACTIONS, Results
 
 NOT_MEASURED = "not measured"

@@ -20,7 +20,6 @@ from mtl_lora.export.model_card import model_card, read_scores
 
 CARD_NAME = "README.md"
 FILES = (artifacts.PEFT_CONFIG, artifacts.PEFT_WEIGHTS, CARD_NAME)
-PREFIX = "base_model.model."
 FOR_ALL = "all"  # the folder of an adapter that was trained without tasks
 _PLAIN_LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "lora_dropout": 0.0}
 _PLAIN_LORA |= {"bias": "none", "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
@@ -143,15 +142,15 @@ def _write_task(
 
     saved: weights of modules saved whole. shared: the part of the configuration that all tasks share.
     """
-    tensors, settings = {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}, {}
+    tensors, settings = {f"{artifacts.PEFT_PREFIX}{name}": tensor for name, tensor in saved.items()}, {}
     for name, layer in layers.items():
         with torch.no_grad():
             factors = layer.factors(task)
         alpha, B = alpha_and_up(factors)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous()
+        tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
+        tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous()
         if factors.magnitude is not None:
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude.contiguous()
+            tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude.contiguous()
         settings = {"r": factors.A.shape[0], "lora_alpha": alpha, "use_dora": factors.magnitude is not None}
     folder.mkdir()
     save_file(tensors, folder / artifacts.PEFT_WEIGHTS, metadata={"format": "pt"})

@@ -1,17 +1,19 @@
-"""Text to token ids, one way for training and evaluation, so that a prompt has the same ids in both.
+"""Prompt templates, and text to token ids: one way for training and evaluation, so a prompt has the same ids in both.
 
-Prompt and answer are tokenised apart and joined: no token merges across the boundary, and exactly the answer and
-EOS carry loss. A prompt that is too long loses tokens from the middle of its instruction.
+A template is recorded by name in every checkpoint. Prompt and answer are tokenised apart and joined: no token merges
+across the boundary, and exactly the answer and EOS carry loss. A prompt that is too long loses tokens from the middle
+of its instruction.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 from mtl_lora.language.examples import Example
-from mtl_lora.language.prompts import template
 from mtl_lora.language.tasks import Task, TaskSet
 
 # Tokens kept free for a free-text answer; with options the longest one decides.
@@ -19,6 +21,66 @@ FREE_TEXT_RESERVE = 32
 # Tokens that must remain of a shortened instruction. Its outermost tokens may hold white space of the template, merged
 # with its own, so with fewer than this the template would suffer.
 LEAST_INSTRUCTION = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The text around an instruction; the answer follows ``closing`` directly.
+
+    opening: before the instruction. opening_with_input and input_marker: used when a record's ``input`` is not empty.
+    """
+
+    opening: str
+    opening_with_input: str
+    input_marker: str
+    closing: str
+
+    def split(self, record: Mapping[str, str]) -> tuple[str, str, str]:
+        """(opening, middle, closing) of a record's prompt; the middle is what may be shortened."""
+        if record.get("input"):
+            return self.opening_with_input, record["instruction"] + self.input_marker + record["input"], self.closing
+        return self.opening, record["instruction"], self.closing
+
+    def prompt(self, record: Mapping[str, str]) -> str:
+        """The whole prompt of a record with ``instruction`` and, perhaps, ``input``."""
+        return "".join(self.split(record))
+
+
+_TASK = "Below is an instruction that describes a task"
+_INPUT = ", paired with an input that provides further context"
+_REQUEST = ". Write a response that appropriately completes the request."
+
+
+def _template(trailing: str, margin: str) -> Template:
+    """Alpaca's words; what differs is white space: ``trailing`` the sentences, ``margin`` of a section."""
+    section = f"\n{margin}\n{margin}"
+    opening = f"{trailing}\n\n{margin}### Instruction:\n{margin}"
+    return Template(
+        opening=_TASK + _REQUEST + opening,
+        opening_with_input=_TASK + _INPUT + _REQUEST + opening,
+        input_marker=f"{section}### Input:\n{margin}",
+        closing=f"{section}### Response:\n{margin}",
+    )
+
+
+TEMPLATES = {
+    # Stanford Alpaca's layout, with no white space that tokenizers would have to carry.
+    "alpaca": _template("", ""),
+    # The bytes with which LLM-Adapters and the original MTL-LoRA train: two spaces after the sentence, sections
+    # indented by 16 spaces, which also stand on the blank line between them.
+    "original": _template("  ", " " * 16),
+    # For one's own tasks with short texts, of whose rows the others' words are a half.
+    "plain": Template(
+        opening="Task:\n", opening_with_input="Task:\n", input_marker="\nInput:\n", closing="\nAnswer:\n"
+    ),
+}
+
+
+def template(name: str) -> Template:
+    """A template by name; raises ``UserError`` that lists those there are."""
+    if name not in TEMPLATES:
+        raise UserError(f"unknown prompt template {name!r}{closest(name, list(TEMPLATES))}")
+    return TEMPLATES[name]
 
 
 @dataclasses.dataclass
@@ -107,7 +169,7 @@ class Encoder:
             before, after = self._ids([above + "a", "a" + below])
             self._fixed[above, below] = before, after
         before, after = self._fixed[above, below]
-        head, tail = _common_prefix(ids, before), _common_prefix(ids[::-1], after[::-1])
+        head, tail = len(common_prefix([ids, before])), len(common_prefix([ids[::-1], after[::-1]]))
         kept = room - head - tail
         if kept < LEAST_INSTRUCTION:
             raise UserError(
@@ -118,9 +180,7 @@ class Encoder:
         return ids[:first] + ids[len(ids) - tail - kept // 2 :]
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """The number of ids that two sequences share at their start."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which all rows begin."""
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return [column[0] for column in same]

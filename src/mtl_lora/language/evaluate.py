@@ -1,5 +1,6 @@
 """``mtl-lora evaluate``: from test sets to predictions to ``results.json``."""
 
+import math
 import platform
 import shlex
 import sys
@@ -12,9 +13,8 @@ import transformers
 
 from mtl_lora import artifacts, files
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator, answer_all, process_group
+from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, check_settings, claim
 from mtl_lora.language.metrics import task_result
-from mtl_lora.language.predictions import Predictions, check_settings, claim
 from mtl_lora.language.questions import Question, QuestionSets, load_questions
 from mtl_lora.results import Results, TaskNames, Trainable
 from mtl_lora.version import __version__, checkout_commit
@@ -23,8 +23,8 @@ from mtl_lora.version import __version__, checkout_commit
 def run(config: EvalConfig) -> dict[str, Results]:
     """Answer every question that has no answer yet; writes and returns the results of each protocol.
 
-    With ``mode="both"`` each protocol has a folder and results of its own, and ``agreement.json`` beside them says how
-    often they agree. Empty with ``check``, and on every process but the first.
+    With ``mode="both"`` each protocol has a folder, results and a name of its own, and ``agreement.json`` beside them
+    says how often they agree. Empty with ``check``, and on every process but the first.
     """
     evaluator = Evaluator(config)
     asked = load_questions(config.data_dir, evaluator.tasks, config.tasks, evaluator.encoder, config.limit)
@@ -38,7 +38,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
         return {}
     found: dict[str, dict[tuple[str, int], dict]] = {}
     results: dict[str, Results] = {}
-    with process_group() as processes:
+    with Processes() as processes:
         if processes.rank == 0:
             for protocol, folder in config.protocols.items():
                 claim(folder, evaluator.settings(protocol), config.overwrite)
@@ -73,13 +73,23 @@ def collect(
     for question in asked.questions:
         by_task.setdefault(question.task.name, []).append(question)
     adapter, peft = evaluator.adapter, evaluator.peft
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    trainable = None
+    if adapter:
+        trainable = Trainable(*evaluator.base_model.count(adapter.adapter_config))
+    elif peft:
+        own, base = _sizes(peft.weights), _sizes(*evaluator.base_model.weight_files())
+        # A module that is trained and saved whole takes the place of the base's.
+        trainable = Trainable(sum(own.values()), sum((base | own).values()))
+    name = config.name or evaluator.method or evaluator.base_model.name
     return Results(
-        name=config.name or evaluator.method or evaluator.base_model.name,
+        name=f"{name} ({protocol})" if config.mode == "both" else name,
         method=evaluator.method,
         method_title=evaluator.method_title,
         base_model=evaluator.base_model.name,
         mode=protocol,
-        trainable=_trainable(evaluator),
+        trainable=trainable,
         tasks={
             name: task_result(part[0].task, [lines[question.key] for question in part])
             for name, part in by_task.items()
@@ -96,7 +106,7 @@ def collect(
             "safetensors": safetensors.__version__,
         },
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        device=_device_name(),
+        device=device,
         commit=checkout_commit(),
     )
 
@@ -116,21 +126,12 @@ def agreement(
     }
 
 
-def _trainable(evaluator: Evaluator) -> Trainable | None:
-    """Parameters of the adapter and of the whole model, counted from files; None for a base model alone."""
-    if evaluator.adapter_file is None:
-        return None
-    adapter = _parameters_in(evaluator.adapter_file)
-    return Trainable(adapter, adapter + sum(map(_parameters_in, evaluator.base_model.weight_files())))
-
-
-def _parameters_in(path: Path) -> int:
-    with safetensors.safe_open(path, framework="pt") as opened:
-        slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - not a mapping
-        return sum(torch.Size(part.get_shape()).numel() for part in slices)
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def _sizes(*paths: Path) -> dict[str, int]:
+    """The number of parameters of each tensor in safetensors files, by its name in the model."""
+    sizes = {}
+    for path in paths:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                shape = opened.get_slice(name).get_shape()
+                sizes[name.removeprefix(artifacts.PEFT_PREFIX)] = math.prod(shape)
+    return sizes

@@ -1,9 +1,14 @@
-"""Evaluator: a model, its prompt and its tasks; answers batches of questions for evaluate and predict."""
+"""Evaluator: a model, its prompt and its tasks; answers batches of questions for evaluate and predict.
 
-import contextlib
-import dataclasses
+An answer is one JSON line, appended as it is given, so that a killed run resumes.
+"""
+
+import collections
+import itertools
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,24 +21,23 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.errors import UserError
+from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.generate import generate_answers
-from mtl_lora.language.option_scoring import OptionScorer, best_option, continuations, per_token
-from mtl_lora.language.predictions import PROTOCOL, Predictions
-from mtl_lora.language.prefix_cache import PrefixCaches, shared_prefix
 from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, plan_batches
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory
 
-_DEFAULT_TEMPLATE, _DEFAULT_CUTOFF = "alpaca", 256
+PARTS = "~part-*.jsonl"  # no task name begins with "~"
+# Raised when a question gets another answer from the same model and settings: prompts, generation or scores changed.
+PROTOCOL = 1
 
 
 class Evaluator:
     """Who answers, in which prompt: settled before a model is loaded; raises ``UserError`` for whatever cannot be.
 
-    adapter: the checkpoint's configuration; peft: the PEFT folder; both None for a base model alone. method, title: of
-    the adapter, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
+    adapter: the checkpoint's configuration; peft: the PEFT folder; both None for a base model alone. method: its name,
+    and method_title that in tables, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
     """
 
     def __init__(self, config: AnswerConfig):
@@ -41,21 +45,30 @@ class Evaluator:
         self.adapter = checkpoint.read_config(config.checkpoint) if config.checkpoint else None
         self.peft = PeftAdapter(config.peft) if config.peft else None
         origin = self.adapter.origin_config if self.adapter else checkpoint.Origin()
+        self.method = self.method_title = None
+        if self.adapter:
+            layer = layer_class(self.adapter.adapter_config.method)
+            self.method, self.method_title = layer.method, layer.title
+        elif self.peft:
+            self.method, self.method_title = "peft_lora", "LoRA (PEFT)"
         name = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
         if name is None:
             raise UserError(f"{config.checkpoint or config.peft} does not name its base model; pass --base_model")
         self.base_model = BaseModel(name, config.trust_remote_code)
-        _refuse_what_is_known(config, origin)
-        self.template = origin.prompt_template or config.template or _DEFAULT_TEMPLATE
-        self.cutoff_len = origin.cutoff_len or config.cutoff_len or _DEFAULT_CUTOFF
+        known = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
+        for flag, value in known.items():
+            if value and getattr(config, flag) is not None:
+                raise UserError(f"--{flag} cannot be combined with --checkpoint: {config.checkpoint} defines it")
+        self.template = origin.prompt_template or config.template or "alpaca"
+        self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
         self.tasks = self._tasks(origin)
         self.base_fingerprint = self.base_model.fingerprint()
         self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
         self.encoder = Encoder(self.base_model.tokenizer(), self.template, self.cutoff_len, self.tasks)
         self.prefixes: dict[int, list[int]] = {}
         self.model: PreTrainedModel | None = None
-        self.caches: PrefixCaches | None = None
-        self.scorer: OptionScorer | None = None
+        self.caches: answering.PrefixCaches | None = None
+        self.scorer: answering.OptionScorer | None = None
 
     def _tasks(self, origin: checkpoint.Origin) -> TaskSet:
         config = self.config
@@ -70,25 +83,6 @@ class Evaluator:
                 f"are of {', '.join(tasks.names)}; pass --tasks_file FILE that declares its tasks"
             )
         return tasks
-
-    @property
-    def method(self) -> str | None:
-        """The adapter's method; None for a base model alone."""
-        return self.adapter.adapter_config.method if self.adapter else "peft_lora" if self.peft else None
-
-    @property
-    def method_title(self) -> str | None:
-        """The method's name in tables."""
-        if self.peft:
-            return "LoRA (PEFT)"
-        return layer_class(self.method).title if self.adapter else None
-
-    @property
-    def adapter_file(self) -> Path | None:
-        """The adapter's weights; None for a base model alone."""
-        if self.peft:
-            return self.peft.weights
-        return Path(self.config.checkpoint) / artifacts.CHECKPOINT_WEIGHTS if self.adapter else None
 
     def settings(self, protocol: str) -> dict:
         """Everything that an answer depends on; the batch size and the number of processes do not belong to it.
@@ -113,11 +107,11 @@ class Evaluator:
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
         """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
         for question in questions.get("score", ()):
-            continuations(question, self.encoder)
-        prompts: dict[int, list[list[int]]] = {}
-        for question in (question for part in questions.values() for question in part):
-            prompts.setdefault(question.task.id, []).append(question.prompt_ids)
-        self.prefixes = {task_id: shared_prefix(rows) for task_id, rows in prompts.items()}
+            answering.continuations(question, self.encoder)
+        prompts = collections.defaultdict(list)
+        for question in itertools.chain(*questions.values()):
+            prompts[question.task.id].append(question.prompt_ids)
+        self.prefixes = {task_id: answering.shared_prefix(rows) for task_id, rows in prompts.items()}
         if self.caches is not None:
             self.caches.use(self.prefixes)
 
@@ -135,9 +129,13 @@ class Evaluator:
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
         self.model = model.eval().to(device)
-        _feed_contiguous(self.model.get_output_embeddings())
-        self.caches = PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
-        self.scorer = OptionScorer(self.model, self.encoder, self.caches)
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            # generate and ``logits_to_keep=1`` cut the last position out of (B, L, k). A CPU multiplies such a view by
+            # the (k, V) matrix row by row, copying the matrix each time: a third of an evaluation of SmolLM2-135M.
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
+        self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """The batches in which questions are answered, whoever answers them and whenever."""
@@ -145,37 +143,23 @@ class Evaluator:
         return plan_batches(questions, self.config.batch_size, budget)
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        """The prediction lines of a batch of questions of one task."""
+        """The prediction lines of a batch of questions of one task, with the model loaded."""
         answers = in_halves(self._score if protocol == "score" else self._generate, questions)
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
     def _score(self, questions: Sequence[Question]) -> list[dict]:
         scores = self.scorer.scores(questions)
-        return [
-            {
-                "parsed": best_option(question.options, values),
-                "normalised": best_option(question.options, per_token(question, self.encoder, values)),
-                "scores": values,
-            }
-            for question, values in zip(questions, scores, strict=True)
-        ]
+        answers = []
+        for question, values in zip(questions, scores, strict=True):
+            best = answering.best_option(question.options, values)
+            normalised = answering.best_option(question.options, answering.per_token(question, self.encoder, values))
+            answers.append({"parsed": best, "normalised": normalised, "scores": values})
+        return answers
 
     def _generate(self, questions: Sequence[Question]) -> list[dict]:
         limits = self.config.max_new_tokens, self.config.num_beams
-        texts = generate_answers(self.model, self.encoder, questions, *limits, self.caches)
+        texts = answering.generate_answers(self.model, self.encoder, questions, *limits, self.caches)
         return [question.answer_in(text) for question, text in zip(questions, texts, strict=True)]
-
-
-def _refuse_what_is_known(config: AnswerConfig, origin: checkpoint.Origin) -> None:
-    """Raise ``UserError`` for a flag whose value the checkpoint defines."""
-    known = {
-        "template": origin.prompt_template,
-        "cutoff_len": origin.cutoff_len,
-        "tasks_file": origin.task_set,
-    }
-    for name, value in known.items():
-        if value and getattr(config, name) is not None:
-            raise UserError(f"--{name} cannot be combined with --checkpoint: {config.checkpoint} defines it")
 
 
 def in_halves(answer: Callable[[list], list], rows: list) -> list:
@@ -187,9 +171,8 @@ def in_halves(answer: Callable[[list], list], rows: list) -> list:
         return answer(rows)
     except torch.OutOfMemoryError:
         if len(rows) == 1:
-            raise UserError(
-                "the GPU's memory does not hold a single question; take a larger GPU or --dtype bf16"
-            ) from None
+            way_out = "take a larger GPU or --dtype bf16"
+            raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
     # Outside the except block, for the error holds on to the tensors of the pass that failed.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -197,41 +180,28 @@ def in_halves(answer: Callable[[list], list], rows: list) -> list:
     return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
 
 
-def _feed_contiguous(head: torch.nn.Module | None) -> None:
-    """Have the output head see no slice of a larger tensor: torch would multiply it row by row on a CPU.
-
-    generate and ``logits_to_keep=1`` cut the last position out of (B, L, k); on such a view a product by the (k, V)
-    matrix copies that matrix once a row, a third of the time of an evaluation of SmolLM2-135M.
-    """
-    if head is not None:
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+# ---- answers on disk, from several processes, and after a run that was killed ----
 
 
-# ---- several processes, and a run that was killed ----
-
-
-@dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that share the questions: this one's rank, how many there are, a barrier between them."""
+    """A block in which the processes of a distributed launch share the questions; or this one alone answers them."""
 
-    rank: int = 0
-    count: int = 1
-    barrier: Callable[[], None] = lambda: None
+    def __init__(self):
+        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
+    def __enter__(self) -> "Processes":
+        if self.count > 1:  # only barriers cross between processes, so gloo serves GPU runs too
+            torch.distributed.init_process_group("gloo")
+        return self
 
-@contextlib.contextmanager
-def process_group() -> Iterator[Processes]:
-    """The processes of a distributed launch, or this one alone."""
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Processes()
-        return
-    # Only barriers cross between processes, so gloo serves GPU runs too.
-    torch.distributed.init_process_group("gloo")
-    try:
-        yield Processes(rank, count, torch.distributed.barrier)
-    finally:
-        torch.distributed.destroy_process_group()
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def __exit__(self, *exception) -> None:
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
 
 
 def answer_all(
@@ -254,8 +224,73 @@ def answer_all(
             for batch in own:
                 predictions.append(evaluator.answer(batch, protocol))
                 bar.update(len(batch))
-    predictions.close()
     processes.barrier()
+
+
+class Predictions:
+    """The prediction lines of one evaluation's folder; each process appends to a file of its own."""
+
+    def __init__(self, folder: str | Path, rank: int = 0):
+        self.folder = Path(folder) / artifacts.PREDICTIONS
+        self.own = self.folder / f"~part-{rank}.jsonl"
+
+    def read(self) -> dict[tuple[str, int], dict]:
+        """Every complete line by (task, index); a line that a kill tore is left out, and so is answered again."""
+        found = {}
+        # Lines of a run in progress are newer than those gathered before it.
+        parts = set(self.folder.glob(PARTS))
+        gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
+        for path in [*gathered, *sorted(parts)]:
+            for text in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
+                try:
+                    line = json.loads(text)
+                    found[line["task"], line["index"]] = line
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return found
+
+    def append(self, lines: list[dict]) -> None:
+        """Write lines to this process's file, behind a line break, for a kill may have torn the line before them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.own.open("a", encoding="utf-8") as opened:
+            opened.write("\n" + files.json_lines(lines))
+
+    def gather(self, lines: Mapping[tuple[str, int], dict], sizes: Mapping[str, int]) -> None:
+        """Write ``lines`` to one file per task, in the order of the questions, in place of every process's file.
+
+        sizes: the number of examples by task; lines beyond it belong to an earlier, larger test set and are dropped.
+        """
+        by_task: dict[str, list[dict]] = {}
+        for (task, index), line in sorted(lines.items()):
+            if task not in sizes or index < sizes[task]:
+                by_task.setdefault(task, []).append(line)
+        for task, kept in by_task.items():
+            files.write_text(self.folder / f"{task}.jsonl", files.json_lines(kept))
+        for part in self.folder.glob(PARTS):
+            part.unlink()
+
+
+def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
+    """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
+    path = Path(folder) / artifacts.EVAL_SETTINGS
+    if not path.exists():
+        return
+    earlier = {"protocol": 1, **files.read_json(path, "the settings of an earlier evaluation")}
+    different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
+    if different:
+        raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
+
+
+def claim(folder: str | Path, settings: dict, overwrite: bool) -> None:
+    """Make a folder, which was checked, that of answers under ``settings``.
+
+    overwrite: delete an evaluation's results, settings and predictions; nothing else, for a training may share it.
+    """
+    if overwrite:
+        for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
+            (Path(folder) / name).unlink(missing_ok=True)
+        shutil.rmtree(Path(folder) / artifacts.PREDICTIONS, ignore_errors=True)
+    files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
 
 
 # ---- an adapter in PEFT's format ----

@@ -6,7 +6,6 @@ mixed; its other fields are kept. A result has ``index`` (its place, from 0), th
 options) by option; where text was generated, ``text``.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -16,9 +15,8 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, PredictConfig
-from mtl_lora.language.evaluator import Evaluator, answer_all, process_group
+from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, check_settings, claim
 from mtl_lora.language.examples import parse_example, read_values
-from mtl_lora.language.predictions import Predictions, check_settings, claim
 from mtl_lora.language.questions import Question, encode_questions
 
 
@@ -52,12 +50,12 @@ class Predictor:
         self.evaluator.prepare(by_protocol)
         if by_protocol:
             self.evaluator.load()
-        results = []
+        answered = []
         for protocol, questions in by_protocol.items():
             for batch in self.evaluator.batches(questions):
                 lines = self.evaluator.answer(batch, protocol)
-                results += [_result(question, line) for question, line in zip(batch, lines, strict=True)]
-        return [result for _, result in sorted(results, key=lambda pair: pair[0])]
+                answered += zip(batch, lines, strict=True)
+        return [_result(question, line) for question, line in sorted(answered, key=lambda pair: pair[0].example.index)]
 
 
 def run(config: PredictConfig) -> None:
@@ -71,12 +69,18 @@ def run(config: PredictConfig) -> None:
     output, partial = Path(config.output), Path(f"{config.output}.partial")
     settings = evaluator.settings(config.mode or "score, generate for free text")
     settings |= {"input_sha256": files.sha256(config.input), "task": config.task}
-    _check_output(config, output, partial, settings)
+    files.require_writable(output.parent)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; pass the path of a file")
+    if not config.overwrite:
+        if output.exists() and not partial.exists():
+            raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")
+        check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
     questions = [question for part in by_protocol.values() for question in part]
     if config.check:
         print(f"every setting is fine; {len(questions):,} examples", file=sys.stderr)
         return
-    with process_group() as processes:
+    with Processes() as processes:
         if processes.rank == 0:
             claim(partial, settings, config.overwrite)
         processes.barrier()
@@ -84,24 +88,11 @@ def run(config: PredictConfig) -> None:
             answer_all(evaluator, protocol, part, partial, processes)
         if processes.rank == 0:
             lines = Predictions(partial).read()
-            results = sorted(
-                (_result(question, lines[question.key]) for question in questions), key=lambda pair: pair[0]
-            )
-            files.write_text(output, "".join(json.dumps(one, ensure_ascii=False) + "\n" for _, one in results))
+            questions.sort(key=lambda question: question.example.index)
+            results = [_result(question, lines[question.key]) for question in questions]
+            files.write_text(output, files.json_lines(results))
             shutil.rmtree(partial)
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
-
-
-def _check_output(config: PredictConfig, output: Path, partial: Path, settings: dict) -> None:
-    """Raise ``UserError`` for an output that cannot be written, is there already, or is another prediction's half."""
-    files.require_writable(output.parent)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; pass the path of a file")
-    if config.overwrite:
-        return
-    if output.exists() and not partial.exists():
-        raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")
-    check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
 
 
 def _questions(
@@ -120,14 +111,18 @@ def _questions(
     return by_protocol
 
 
-def _result(question: Question, line: Mapping) -> tuple[int, dict]:
-    """(index, what is returned for an example) from its prediction line."""
-    index = question.example.index
-    result = {"index": index, **question.example.extra, "task": question.task.name, "answer": line["parsed"]}
+def _result(question: Question, line: Mapping) -> dict:
+    """What is returned for an example, from its prediction line."""
+    result = {
+        "index": question.example.index,
+        **question.example.extra,
+        "task": question.task.name,
+        "answer": line["parsed"],
+    }
     if "text" in line:
-        return index, result | {"text": line["text"]}
+        return result | {"text": line["text"]}
     highest = max(line["scores"])
     total = sum(math.exp(score - highest) for score in line["scores"])
     scores = dict(zip(question.options, line["scores"], strict=True))
     probabilities = {option: math.exp(score - highest) / total for option, score in scores.items()}
-    return index, result | {"scores": scores, "probabilities": probabilities}
+    return result | {"scores": scores, "probabilities": probabilities}

@@ -1,7 +1,6 @@
 """Questions: examples with the prompt ids that training would give them, and the batches in which they are answered."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,10 +57,8 @@ class Question:
 
     def answered_by(self, line: Mapping | None) -> bool:
         """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
-        return bool(line) and (line.get("prompt_sha256"), line.get("answer")) == (
-            self.prompt_sha256,
-            self.example.answer,
-        )
+        expected = self.prompt_sha256, self.example.answer
+        return bool(line) and (line.get("prompt_sha256"), line.get("answer")) == expected
 
     def extract_again(self, line: dict) -> dict:
         """A line of this question with its answer extracted from its text by today's rules."""
@@ -77,12 +74,7 @@ def encode_questions(
     except UserError as error:
         raise UserError(f"{source}, {error}") from None
     return [
-        Question(
-            tasks[example.task_id],
-            example,
-            encoded.prompt_ids,
-            hashlib.sha256(str(encoded.prompt_ids).encode()).hexdigest(),
-        )
+        Question(tasks[example.task_id], example, encoded.prompt_ids, files.sha256_of(str(encoded.prompt_ids).encode()))
         for example, encoded in zip(examples, prompts, strict=True)
     ]
 

@@ -1,23 +1,18 @@
 """Encoded training examples on disk: tokenised once, keyed by everything that shapes them, then memory-mapped."""
 
-import contextlib
 import hashlib
 import json
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
-from mtl_lora.language.encode import Encoder
+from mtl_lora.language.encode import Encoder, template
 from mtl_lora.language.examples import load_examples
-from mtl_lora.language.prompts import template
 from mtl_lora.language.tasks import TaskSet
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
@@ -41,12 +36,11 @@ def training_rows(
     cutoff_len: int,
     tasks: TaskSet,
     cache_dir: str | Path,
-    progress: bool = True,
 ) -> datasets.Dataset:
     """The encoded examples of a data file, one a row, from the cache if they are there.
 
     Columns: input_ids (prompt, answer, EOS), prompt_length, length, task_id, removed (prompt tokens cut).
-    progress: show a bar while tokenising. Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
+    Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
     an unwritable cache folder.
     """
     if not Path(path).is_file():
@@ -56,55 +50,39 @@ def training_rows(
     facts = [_VERSION, files.sha256(path), Path(path).suffix.lower(), cutoff_len, shaping]
     facts += [tokenizer_hash(tokenizer), repr(template(template_name))]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    folder = Path(cache_dir) / f"rows-{key}"
-    if folder.is_dir():
-        return datasets.load_from_disk(str(folder))
-    rows = _encode_file(path, Encoder(tokenizer, template_name, cutoff_len, tasks), tasks, progress)
-    try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".rows-", dir=cache_dir) as temporary:
-            part = Path(temporary) / "rows"
-            with _quiet():
-                rows.save_to_disk(str(part))
-            try:
-                os.rename(part, folder)
-            except OSError:
-                if not folder.is_dir():  # it is there if another run has encoded the same file meanwhile
-                    raise
-    except OSError as error:
-        raise UserError(f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another") from None
-    return datasets.load_from_disk(str(folder))
+    file = Path(cache_dir) / f"rows-{key}.arrow"
+    if not file.is_file():
+        examples, encoder = load_examples(path, tasks), Encoder(tokenizer, template_name, cutoff_len, tasks)
 
-
-def _encode_file(path: str | Path, encoder: Encoder, tasks: TaskSet, progress: bool) -> datasets.Dataset:
-    examples = load_examples(path, tasks)
-    columns = {name: [] for name in COLUMNS}
-    with tqdm(total=len(examples), desc="tokenising", unit=" examples", disable=not progress) as bar:
-        for start in range(0, len(examples), _CHUNK):
-            chunk = examples[start : start + _CHUNK]
+        def encode(batch: dict[str, list[int]]) -> dict[str, list]:
             try:
-                encoded = encoder.encode(chunk)
+                rows = encoder.encode([examples[index] for index in batch["index"]])
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
-            for row in encoded:
-                ids = row.prompt_ids + row.answer_ids
-                columns["input_ids"].append(np.array(ids, dtype=np.int32))
-                columns["prompt_length"].append(len(row.prompt_ids))
-                columns["length"].append(len(ids))
-                columns["task_id"].append(row.task_id)
-                columns["removed"].append(row.removed)
-            bar.update(len(chunk))
-    return datasets.Dataset.from_dict(columns, features=COLUMNS)
+            ids = [np.array(row.prompt_ids + row.answer_ids, dtype=np.int32) for row in rows]
+            return {
+                "input_ids": ids,
+                "prompt_length": [len(row.prompt_ids) for row in rows],
+                "length": [len(each) for each in ids],
+                "task_id": [row.task_id for row in rows],
+                "removed": [row.removed for row in rows],
+            }
+
+        options = {"batched": True, "batch_size": _CHUNK, "desc": "tokenising", "features": COLUMNS}
+        options |= {"remove_columns": "index", "cache_file_name": str(file), "new_fingerprint": key}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_dict({"index": range(len(examples))}).map(encode, **options)
+        except OSError as error:
+            raise UserError(
+                f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another"
+            ) from None
+    return datasets.Dataset.from_file(str(file))
 
 
 def row_columns(rows: datasets.Dataset) -> dict[str, np.ndarray]:
-    """The number columns of encoded examples as arrays (N,), read straight from memory."""
-    names = [name for name in COLUMNS if name != "input_ids"]
-    columns = {name: rows.data.column(name).to_numpy() for name in names}
-    if rows._indices is not None:
-        chosen = rows._indices.column(0).to_numpy()
-        columns = {name: column[chosen] for name, column in columns.items()}
-    return columns
+    """The number columns of encoded examples as arrays (N,)."""
+    return rows.with_format("numpy", columns=[name for name in COLUMNS if name != "input_ids"])[:]
 
 
 def shortened_note(rows: datasets.Dataset, cutoff_len: int) -> str:
@@ -128,15 +106,3 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
             if path.is_file():
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A block without the progress bars of ``datasets``."""
-    enabled = datasets.utils.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_progress_bars()

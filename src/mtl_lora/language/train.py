@@ -1,6 +1,5 @@
 """Training of language models: check everything, encode the examples, build the model, train it, save the adapter."""
 
-import dataclasses
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 import mtl_lora
 from mtl_lora import files
@@ -24,24 +23,12 @@ from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
 from mtl_lora.training import distributed, resume
-from mtl_lora.training.sampler import LengthGroupedBatchSampler
 from mtl_lora.training.trainer import MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
 # On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
 # length their (L, L) scores are small.
 _EAGER_LENGTH = 512
-
-
-@dataclasses.dataclass
-class Data:
-    """What a run trains on: encoded examples, those held out, the micro-batches of this process, and the collator."""
-
-    train: datasets.Dataset
-    held_out: datasets.Dataset | None
-    sampler: LengthGroupedBatchSampler
-    collator: Collator
-    note: str  # on the number of examples and those that the cutoff shortened
 
 
 def run(config: TrainConfig) -> None:
@@ -52,33 +39,54 @@ def run(config: TrainConfig) -> None:
     """
     tasks = config.task_set()
     adapter = config.adapter_config(tasks)
-    check_inputs(config)
+    distributed.check_launch(config)
+    if not Path(config.data_path).is_file():
+        raise UserError(
+            f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
+            "or pass --data_path FILE"
+        )
     from_checkpoint = resume.checkpoint_to_resume(config)
-    check_targets(config, adapter)  # before the arguments are made, for from then on ZeRO-3 partitions every new model
+    base = BaseModel(config.base_model, config.trust_remote_code)
+    try:  # before the arguments are made, for from then on ZeRO-3 partitions every new model
+        find_targets(base.structure(), adapter)
+    except UserError as error:
+        raise UserError(f"--lora_target_modules: {error}") from None
     arguments = training_arguments(config)
     distributed.check_deepspeed_values(arguments, one_process=config.check)
-    data = prepare_data(config, arguments, tasks)
-    log(arguments, f"{data.sampler}\n{data.note}")
+    tokenizer = base.tokenizer()
+    rows = encoded_rows(config, arguments, tasks, tokenizer)
+    train, held_out = split(rows, config.val_set_size, config.seed)
+    columns = row_columns(train)
+    sampler = make_sampler(config, arguments, columns["length"], columns["task_id"])
+    log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
     configuration = run_configuration(config, arguments, tasks)
     if from_checkpoint:
         resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
     if config.check:
         log(arguments, "every setting is fine")
         return
-    model = build_model(config, adapter, arguments)
+    model = build_model(config, base, adapter, arguments)
     # From here on the folder is this run's: every mistake was found before an older run is deleted.
     resume.claim_output(config, arguments, configuration)
     trainer = MultiTaskTrainer(
         model=model,
         args=arguments,
         losses=token_losses,
-        collator=data.collator,
+        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
         tasks=tasks.names,
-        sampler=data.sampler,
-        provenance=provenance(config, tasks, configuration["base_fingerprint"]),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        eval_lengths=row_columns(data.held_out)["length"] if data.held_out else None,
+        sampler=sampler,
+        provenance=checkpoint.Provenance(
+            base_model=config.base_model,
+            base_fingerprint=configuration["base_fingerprint"],
+            prompt_template=config.template,
+            cutoff_len=config.cutoff_len,
+            task_set=tasks.to_json(),
+            train_settings=config.to_json(),
+            commit=checkout_commit(),
+        ),
+        train_dataset=train,
+        eval_dataset=held_out,
+        eval_lengths=row_columns(held_out)["length"] if held_out else None,
     )
     trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
     trainer.save_model(config.output_dir)
@@ -94,48 +102,12 @@ def log(arguments: TrainingArguments, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def check_inputs(config: TrainConfig) -> None:
-    """Raise ``UserError`` for a launch, a package or an input file that is not there; nothing is loaded yet."""
-    distributed.check_launch(config)
-    if not Path(config.data_path).is_file():
-        raise UserError(
-            f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
-            "or pass --data_path FILE"
-        )
-
-
-def check_targets(config: TrainConfig, adapter: AdapterConfig) -> None:
-    """Raise ``UserError`` for target modules that the model does not have, from its configuration alone."""
-    model = BaseModel(config.base_model, config.trust_remote_code).structure()
-    try:
-        find_targets(model, adapter)
-    except UserError as error:
-        raise UserError(f"--lora_target_modules: {error}") from None
-
-
-def prepare_data(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> Data:
-    """Encode the examples, or read them from the cache, split them, and plan the batches."""
-    tokenizer = BaseModel(config.base_model, config.trust_remote_code).tokenizer()
-    # One process of each node tokenises, the others read its cache.
+def encoded_rows(
+    config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase
+) -> datasets.Dataset:
+    """The encoded examples: one process of each node tokenises, the others read its cache."""
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
-        rows = training_rows(
-            config.data_path,
-            tokenizer,
-            config.template,
-            config.cutoff_len,
-            tasks,
-            config.cache_dir,
-            progress=arguments.local_process_index == 0,
-        )
-    train, held_out = split(rows, config.val_set_size, config.seed)
-    columns = row_columns(train)
-    return Data(
-        train,
-        held_out,
-        sampler=make_sampler(config, arguments, columns["length"], columns["task_id"]),
-        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
-        note=f"{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}",
-    )
+        return training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -175,12 +147,14 @@ def deciding_facts(configuration: dict) -> dict[str, object]:
     }
 
 
-def build_model(config: TrainConfig, adapter: AdapterConfig, arguments: TrainingArguments) -> PreTrainedModel:
+def build_model(
+    config: TrainConfig, base: BaseModel, adapter: AdapterConfig, arguments: TrainingArguments
+) -> PreTrainedModel:
     """The base model with the adapter, as the seed draws it."""
     distributed.init_deepspeed(config)
     set_seed(config.seed)
     with distributed.loading_base(config.dtype):
-        model = BaseModel(config.base_model, config.trust_remote_code).load(config.dtype)
+        model = base.load(config.dtype)
     if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
@@ -189,16 +163,3 @@ def build_model(config: TrainConfig, adapter: AdapterConfig, arguments: Training
     trainable, total = mtl_lora.trainable_parameters(model)
     log(arguments, f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return model
-
-
-def provenance(config: TrainConfig, tasks: TaskSet, base_fingerprint: str) -> checkpoint.Provenance:
-    """What a checkpoint of this run records of its base model, prompt and tasks."""
-    return checkpoint.Provenance(
-        base_model=config.base_model,
-        base_fingerprint=base_fingerprint,
-        prompt_template=config.template,
-        cutoff_len=config.cutoff_len,
-        task_set=tasks.to_json(),
-        train_settings=config.to_json(),
-        commit=checkout_commit(),
-    )

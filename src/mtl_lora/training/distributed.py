@@ -20,9 +20,10 @@ from mtl_lora.training.config import TrainingConfig
 
 def check_launch(config: TrainingConfig) -> None:
     """Raise ``UserError`` for a launch that is not supported, or a package that a flag needs and that is not there."""
-    if _launcher_switch("ACCELERATE_USE_FSDP"):
+    switched = {name for name in os.environ if os.environ[name].lower() in ("true", "1", "yes")}
+    if "ACCELERATE_USE_FSDP" in switched:
         raise UserError("FSDP is not supported; to partition the base over GPUs use --deepspeed config/zero3.json")
-    if _launcher_switch("ACCELERATE_USE_DEEPSPEED") and not config.deepspeed:
+    if "ACCELERATE_USE_DEEPSPEED" in switched and not config.deepspeed:
         raise UserError(
             "with accelerate launch, leave out its --use_deepspeed and pass finetune.py --deepspeed config/zero2.json"
         )
@@ -120,8 +121,3 @@ def loading_base(dtype: str) -> Iterator[None]:
         yield
     finally:
         config["bf16"] = before
-
-
-def _launcher_switch(name: str) -> bool:
-    """Whether ``accelerate launch`` has turned on one of its switches."""
-    return os.environ.get(name, "false").lower() in ("true", "1", "yes")

@@ -11,20 +11,14 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from mtl_lora.errors import UserError
+from mtl_lora.training.config import TrainingConfig
 
-# Examples are sorted by length within pools of this many batches: enough to leave almost no padding, few enough that
-# a batch differs from epoch to epoch.
-LENGTH_POOL = 128
 # Over any WINDOW steps each task stays within two percentage points of its proportion: of the examples, or of the
 # tokens with a token budget.
 WINDOW = 50
-# Candidates for the next step in the greedy order; more did not keep the proportions any better.
-_CANDIDATES = 512
-# The greedy order aims a little below the two percentage points that are promised.
-_AIM = 0.015
-
-
-# ---- proportions of the tasks ----
+# Candidates for the next step in the greedy order (more did not keep the proportions any better), which aims a little
+# below the two percentage points that are promised.
+_CANDIDATES, _AIM = 512, 0.015
 
 
 def examples_per_task(counts: np.ndarray, temperature: float) -> np.ndarray:
@@ -50,9 +44,8 @@ def sample_cyclically(examples: np.ndarray, count: int, seed: int, task_id: int,
     first = epoch * count // len(examples)
     last = ((epoch + 1) * count - 1) // len(examples)
     # task_id + 1, because numpy takes (a, b) and (a, b, 0) for one seed, and (seed, epoch) is in use.
-    passes = [
-        np.random.default_rng([seed, number, task_id + 1]).permutation(examples) for number in range(first, last + 1)
-    ]
+    generators = [np.random.default_rng([seed, number, task_id + 1]) for number in range(first, last + 1)]
+    passes = [generator.permutation(examples) for generator in generators]
     start = epoch * count - first * len(examples)
     return np.concatenate(passes)[start : start + count]
 
@@ -112,16 +105,13 @@ def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.nd
     return order
 
 
-# ---- the steps of an epoch ----
-
-
 def plan_epoch(
     lengths: np.ndarray,
     task_ids: np.ndarray,
     batch_size: int,
     seed: int,
     epoch: int,
-    length_pool: int = LENGTH_POOL,
+    length_pool: int = TrainingConfig.length_pool,
     temperature: float = 1.0,
 ) -> list[np.ndarray]:
     """Indices of the examples of each global batch of an epoch: each once, the last batch perhaps smaller.
@@ -151,10 +141,8 @@ def plan_by_tokens(
 ) -> list[np.ndarray]:
     """Indices of the examples of each global batch, as many as ``parts`` micro-batches of ``token_budget`` tokens hold.
 
-    The examples of an epoch are sorted by length, those of one length at random, and cut into steps by
-    ``step_sizes``. So the number of steps follows from the lengths alone and is that of every epoch, which the Trainer
-    relies on; within pools drawn for each epoch it would not be. Fewer than ``parts`` examples are left out, others in
-    every epoch.
+    The examples of an epoch are sorted by length, those of one length at random, and cut into steps by ``step_sizes``,
+    so every epoch has the same number of steps, on which the Trainer relies. Fewer than ``parts`` are left out.
     """
     generator = np.random.default_rng([seed, epoch])
     order = stratified_order(task_ids, 1.0, seed, epoch, generator)
@@ -203,13 +191,15 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         accumulation: int = 1,
         world_size: int = 1,
         rank: int = 0,
-        length_pool: int = LENGTH_POOL,
+        length_pool: int = TrainingConfig.length_pool,
         token_budget: int = 0,
         temperature: float = 1.0,
     ):
         self.lengths, self.task_ids, self.seed = np.asarray(lengths), np.asarray(task_ids), seed
         self.batch_size, self.accumulation, self.world_size, self.rank = batch_size, accumulation, world_size, rank
         self.length_pool, self.token_budget, self.temperature, self.epoch = length_pool, token_budget, temperature, 0
+        self.parts = accumulation * world_size  # micro-batches of a step
+        self.global_batch_size = batch_size * self.parts  # examples of a step, without a token budget
         if token_budget and self.lengths.max(initial=0) > token_budget:
             raise UserError(
                 f"token_budget must be at least the longest example's {self.lengths.max()} tokens, not {token_budget}; "
@@ -222,20 +212,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
             self.steps_per_epoch = full + (rest >= self.parts)
         if not self.steps_per_epoch:
             raise UserError(
-                f"{len(self.lengths)} training examples are too few for a step of {accumulation} x {world_size} "
-                "micro-batches (gradient_accumulation_steps x devices); lower gradient_accumulation_steps or add "
-                "examples"
+                f"{len(self.lengths)} training examples are too few for a step of {accumulation} x {world_size} micro-"
+                "batches (gradient_accumulation_steps x devices); lower gradient_accumulation_steps or add examples"
             )
-
-    @property
-    def parts(self) -> int:
-        """Micro-batches of one optimiser step over all processes."""
-        return self.accumulation * self.world_size
-
-    @property
-    def global_batch_size(self) -> int:
-        """Examples of one optimiser step over all processes, without a token budget."""
-        return self.batch_size * self.parts
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose plan the next iteration follows."""

@@ -28,6 +28,9 @@ from mtl_lora.training.distributed import deepspeed_file
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 _STAGING = ".saving"
+# Flags that the Trainer knows under the same name.
+_SAME_NAMES = ("output_dir", "gradient_accumulation_steps", "max_steps", "learning_rate", "weight_decay")
+_SAME_NAMES += ("max_grad_norm", "lr_scheduler_type", "logging_steps", "seed")
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -35,26 +38,18 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
     """The Trainer's arguments; making them joins the process group of a distributed launch."""
     saving = "steps" if config.save_step else "no"
     arguments = TrainingArguments(
-        output_dir=config.output_dir,
+        **{name: getattr(config, name) for name in _SAME_NAMES},
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
         warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type=config.lr_scheduler_type,
         optim="adamw_torch",
-        logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy=saving,
         save_steps=max(config.save_step, 1),
         save_total_limit=config.save_total_limit or None,
         eval_strategy=saving if config.val_set_size else "no",
         eval_steps=max(config.save_step, 1),
-        seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
         deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
         report_to=["wandb"] * bool(config.wandb_project) + ["tensorboard"] * config.tensorboard or "none",
@@ -158,12 +153,8 @@ class MultiTaskTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process's own micro-batches; not handed to accelerate, which would shard them a second time."""
-        return EpochLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.device.type == "cuda",
-        )
+        options = {"collate_fn": self.data_collator, "pin_memory": self.args.device.type == "cuda"}
+        return EpochLoader(self.train_dataset, batch_sampler=self.sampler, **options)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Besides norms and biases, weight decay spares what an adapter layer declares as ``no_decay``."""
@@ -211,12 +202,10 @@ class MultiTaskTrainer(Trainer):
         examples, losses = self.eval_dataset, TaskLosses(len(self.tasks))
         lengths = np.zeros(len(examples)) if self.eval_lengths is None else self.eval_lengths
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
-        model = self.model_wrapped
+        model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         model.eval()
-        size = self.args.per_device_eval_batch_size
         # ZeRO-3 gathers parameters in every forward, so all processes take the same number of batches.
-        batches = -(-len(examples) // (size * self.args.world_size))
-        for index in range(batches):
+        for index in range(-(-len(examples) // (size * self.args.world_size))):
             chosen = order[index * size : (index + 1) * size]
             batch = self.data_collator([examples[int(row)] for row in (chosen if len(chosen) else [0])])
             found = self.losses(model, self._prepare_inputs(batch))
@@ -266,15 +255,13 @@ class MultiTaskTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
+            return super()._save_optimizer_and_scheduler(output_dir)
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        config = checkpoint.read_config(resume_from_checkpoint)
-        state = checkpoint.read_weights(resume_from_checkpoint, config)
+        state = checkpoint.read_weights(resume_from_checkpoint, checkpoint.read_config(resume_from_checkpoint))
         checkpoint.load_state(self.model, state, resume_from_checkpoint)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -282,12 +269,7 @@ class MultiTaskTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         # Non-strict, because the frozen base is not in the checkpoint; the adapter's own names are checked above.
-        found, _ = self.model_wrapped.load_checkpoint(
-            resume_from_checkpoint,
-            load_module_strict=False,
-            load_optimizer_states=True,
-            load_lr_scheduler_states=True,
-        )
+        found, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         if found is None:  # DeepSpeed only warns, and would train from the start
             raise UserError(f"{resume_from_checkpoint} holds no resume state of DeepSpeed")
         scheduler = torch.load(os.path.join(resume_from_checkpoint, "scheduler.pt"), weights_only=True)

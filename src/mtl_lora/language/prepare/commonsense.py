@@ -16,13 +16,13 @@ import json
 from pathlib import Path
 
 from mtl_lora.config import Config, flag
-from mtl_lora.download import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
+from mtl_lora.language.examples import FIELDS, parse_example, read_values
+from mtl_lora.language.prepare import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.language.tasks import COMMONSENSE, Task
 
 MANIFEST = Path(__file__).with_name("commonsense.json")
-FIELDS = ("instruction", "input", "output", "answer")
 SPLITS = ("train", "test")
 NAMED = 5  # the number of examples without a task that an error names; the others are counted
 
@@ -51,6 +51,10 @@ class Expected(RemoteFile):
 
     records: int
 
+    def difference(self, records: int, blob: str) -> str:
+        """The number of examples and the bytes that were found, beside those expected."""
+        return f"{records:,} of {self.records:,} examples, git blob {blob} instead of {self.git_blob_sha1}"
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
@@ -77,8 +81,7 @@ class SourceFile:
         name, expected = f"{self.task.name}/{self.path.name}", self.expected
         if self.state == "missing":
             return f"{name} is missing ({expected.records:,} examples)"
-        counts = f"{len(self.records):,} of {expected.records:,} examples"
-        return f"{name} is {self.state} ({counts}, git blob {self.blob} instead of {expected.git_blob_sha1})"
+        return f"{name} is {self.state} ({expected.difference(len(self.records), self.blob)})"
 
 
 def run(config: Prepare) -> None:
@@ -90,7 +93,7 @@ def run(config: Prepare) -> None:
     sources = read_source(folder, files)
     problems = [source.describe() for source in sources if source.state != "exact"]
     train = [source for source in sources if source.split == "train"]
-    records = [tagged(record, source.task) for source in train for record in source.records]
+    records = [record for source in train for record in source.records]
     whole = sum(source.expected.records for source in train)
     if problems and not config.allow_partial:
         raise UserError(
@@ -105,7 +108,11 @@ def run(config: Prepare) -> None:
             problems.append(f"no single task's training file holds {named} of {config.merged}")
             if not config.allow_partial:
                 raise UserError(f"{problems[-1]}; --allow_partial leaves them out")
-        problems.append(describe_merged(config.merged, len(records) + len(unplaced), merged))
+        count, blob = len(records) + len(unplaced), git_blob_sha1(config.merged)
+        if blob == merged.git_blob_sha1:
+            problems.append(f"{config.merged} is the known merged file ({count:,} examples, git blob {blob})")
+        else:
+            problems.append(f"{config.merged} is not the known merged file: {merged.difference(count, blob)}")
     if not records:
         raise UserError(f"{config.merged or folder} gives no training example; nothing was written")
     digest = write(config, sources, records)
@@ -138,45 +145,21 @@ def read_source(folder: Path, files: dict[str, Expected]) -> list[SourceFile]:
         partial = path.with_name("train_partial.json")
         if split == "train" and not path.exists() and partial.exists():
             path = partial
-        records, blob = (read_records(path, task), git_blob_sha1(path)) if path.exists() else ([], "")
+        values, blob = (read_values(path), git_blob_sha1(path)) if path.exists() else ([], "")
+        records = [tagged(value, index, path, task) for index, value in enumerate(values)]
         sources.append(SourceFile(task, split, expected, path, records, blob))
     if all(source.state == "missing" for source in sources):
         raise UserError(f"the source {folder} holds no file of any task; it needs boolq/train.json and so on")
     return sources
 
 
-def read_records(path: Path, task: Task | None = None) -> list[dict]:
-    """Read and check a list of examples; raises ``UserError`` that names the file and the first wrong one."""
-    records = read_json(path, "the data file")
-    if not isinstance(records, list):
-        raise UserError(f"{path} holds a JSON {type(records).__name__}; it must be a list of examples")
-    for index, record in enumerate(records):
-        if problem := record_problem(record, task):
-            raise UserError(f"{path}: record {index} {problem}")
-    return records
-
-
-def record_problem(record: object, task: Task | None = None) -> str:
-    """What is wrong with an example, empty if nothing is; its answer is checked if its task is known."""
-    if not isinstance(record, dict):
-        return f"is a {type(record).__name__}, not an object with {', '.join(FIELDS)}"
-    for field in FIELDS:
-        if field not in record:
-            return f"has no field {field!r}"
-        if not isinstance(record[field], str):
-            return f"has the {field} {record[field]!r:.60}, which must be a string"
-    if not record["instruction"].strip():
-        return "has an empty instruction"
-    if task and record["answer"] not in task.options:
-        return f"has the answer {record['answer']!r:.60}, which must be one of {task.name}'s: {', '.join(task.options)}"
-    if task and record["output"] != task.answer_prefix + record["answer"]:
-        return f"has the output {record['output']!r:.60} instead of {task.answer_prefix + record['answer']!r}"
-    return ""
-
-
-def tagged(record: dict, task: Task) -> dict:
-    """The example as training reads it."""
-    return {field: record[field] for field in FIELDS} | {"task_id": task.id}
+def tagged(value: object, index: int, path: Path, task: Task) -> dict:
+    """An example as training reads it, with its task's id; raises ``UserError`` naming the file and what is wrong."""
+    example = parse_example(value, index, str(path), COMMONSENSE, task.name, closed=True)
+    expected = task.answer_prefix + example.answer
+    if example.output != expected:
+        raise UserError(f"{path}, example {index}: the output {example.output!r:.60} must be {expected!r}")
+    return {field: getattr(example, field) for field in FIELDS}
 
 
 def tag_by_lookup(path: Path, train: list[SourceFile]) -> tuple[list[dict], list[str]]:
@@ -191,24 +174,13 @@ def tag_by_lookup(path: Path, train: list[SourceFile]) -> tuple[list[dict], list
             if task_of.setdefault(record["instruction"], source.task) is not source.task:
                 task_of[record["instruction"]] = None
     placed, unplaced = [], []
-    for index, record in enumerate(read_records(path)):
-        task = task_of.get(record["instruction"])
-        if task is None:
-            unplaced.append(f"record {index} {json.dumps(record['instruction'][:60])}")
-        elif problem := record_problem(record, task):
-            raise UserError(f"{path}: record {index} {problem}")
+    for index, value in enumerate(read_values(path)):
+        instruction = str(value.get("instruction") if isinstance(value, dict) else value)
+        if task := task_of.get(instruction):
+            placed.append(tagged(value, index, path, task))
         else:
-            placed.append(tagged(record, task))
+            unplaced.append(f"example {index} {json.dumps(instruction[:60])}")
     return placed, unplaced
-
-
-def describe_merged(path: str, records: int, expected: Expected) -> str:
-    """Whether a merged file is the known one."""
-    blob = git_blob_sha1(path)
-    if blob == expected.git_blob_sha1:
-        return f"{path} is the known merged file ({records:,} examples, git blob {blob})"
-    counts = f"{records:,} of {expected.records:,} examples, git blob {blob} instead of {expected.git_blob_sha1}"
-    return f"{path} is not the known merged file: {counts}"
 
 
 def write(config: Prepare, sources: list[SourceFile], records: list[dict]) -> str:

@@ -16,9 +16,10 @@ import re
 from pathlib import Path
 
 from mtl_lora.config import Config, flag
-from mtl_lora.download import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
+from mtl_lora.language.examples import read_values
+from mtl_lora.language.prepare import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
 
 MANIFEST = Path(__file__).with_name("textclass.json")
@@ -38,7 +39,7 @@ QUESTIONS = {
 }
 Pairs = list[tuple[str, str]]  # (text, label)
 Sets = dict[str, dict[str, Pairs]]  # by task name and split
-Parts = dict[str, RemoteFile]
+Parts = dict[str, RemoteFile]  # by what each holds, or by its path
 
 
 @dataclasses.dataclass
@@ -105,43 +106,36 @@ def load_manifest(path: str | Path, tasks: TaskSet) -> tuple[str, dict[str, Part
 
 def read_sets(config: Prepare, tasks: TaskSet, url: str, files: dict[str, Parts]) -> Sets:
     """Every task's splits; no text of any test set is in a train or dev set. Raises ``UserError``."""
-    given = config.prepared or config.source
-    if given and not Path(given).is_dir():
-        raise UserError(f"{given} is not a folder; pass the one that --help describes")
-    if config.prepared:
-        folder = Path(config.prepared)
-        sets = {
-            task.name: {part: read_prepared(folder / task.name / f"{part}.json", task) for part in SPLITS}
-            for task in tasks
-        }
-    else:
-        folder, raw_files = (
-            Path(config.source or config.download_dir),
-            [raw for parts in files.values() for raw in parts.values()],
-        )
+    folder = Path(config.prepared or config.source or config.download_dir)
+    if (config.prepared or config.source) and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; pass the one that --help describes")
+    if not config.prepared:
+        raw_files = {raw.path: raw for parts in files.values() for raw in parts.values()}
         if not config.source:
-            fetch_all(config.base_url or url, folder, {raw.path: raw for raw in raw_files})
+            fetch_all(config.base_url or url, folder, raw_files)
         check_source(folder, raw_files)
-        sets = {
-            task.name: split({part: read_raw(folder / raw.path, task) for part, raw in files[task.name].items()})
-            for task in tasks
-        }
-    tested = {text for parts in sets.values() for text, _ in parts["test"]}
+    sets, tested = {}, set()
+    for task in tasks:
+        if config.prepared:
+            parts = {part: read_prepared(folder / task.name / f"{part}.json", task) for part in SPLITS}
+        else:
+            parts = split({part: read_raw(folder / raw.path, task) for part, raw in files[task.name].items()})
+        sets[task.name] = parts
+        tested |= {text for text, _ in parts["test"]}
     return {
         name: {part: [pair for pair in parts[part] if part == "test" or pair[0] not in tested] for part in SPLITS}
         for name, parts in sets.items()
     }
 
 
-def check_source(folder: Path, files: list[RemoteFile]) -> None:
+def check_source(folder: Path, files: Parts) -> None:
     """Raise ``UserError`` that names every raw file below ``folder`` that is missing or has other bytes."""
-    problems = [f"{raw.path} is missing" for raw in files if not (folder / raw.path).is_file()]
-    found = {raw: git_blob_sha1(folder / raw.path) for raw in files if (folder / raw.path).is_file()}
-    problems += [
-        f"{raw.path} has other bytes (git blob {blob} instead of {raw.git_blob_sha1})"
-        for raw, blob in found.items()
-        if blob != raw.git_blob_sha1
-    ]
+    problems = []
+    for name, raw in files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+        elif (blob := git_blob_sha1(folder / name)) != raw.git_blob_sha1:
+            problems.append(f"{name} has other bytes (git blob {blob} instead of {raw.git_blob_sha1})")
     if problems:
         raise UserError(f"{folder} is not the source: {'; '.join(problems)}; without --source the files are downloaded")
 
@@ -195,17 +189,16 @@ def shuffled(entries: list) -> list:
 
 def read_prepared(path: Path, task: Task) -> Pairs:
     """Read a list of {"text", "label"}; raises ``UserError`` naming file and example."""
-    records = read_json(path, "the prepared file")
-    if not isinstance(records, list):
-        raise UserError(f"{path} holds a JSON {type(records).__name__}; it must be a list of examples")
-    for index, record in enumerate(records):
-        text = record.get("text") if isinstance(record, dict) else None
+    pairs = []
+    for index, value in enumerate(read_values(path)):
+        text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path}: record {index} must be an object with a text and a label, not {record!r:.60}")
-        if record.get("label") not in task.options:
-            labels = ", ".join(task.options)
-            raise UserError(f"{path}: record {index} has the label {record.get('label')!r:.60}, none of {labels}")
-    return [(record["text"], record["label"]) for record in records]
+            raise UserError(f"{path}, example {index} must be an object with a text and a label, not {value!r:.60}")
+        label = value.get("label")
+        if label not in task.options:
+            raise UserError(f"{path}, example {index} has the label {label!r:.60}, none of {', '.join(task.options)}")
+        pairs.append((text, label))
+    return pairs
 
 
 def limited(pairs: Pairs, limit: int) -> Pairs:

@@ -1,4 +1,7 @@
-"""Answers as the likeliest option: the summed log-probability of an option's tokens and EOS after the prompt.
+"""How a model answers a batch of questions: with generated text, or with the likeliest option.
+
+Generated: KV cache, left padding with a mask, stop at EOS. Scored: the summed log-probability of an option's tokens and
+EOS after the prompt.
 
     prompt ... | the correct answer is  answer | 1  EOS
                |<------- shared ------------->|<continuation>
@@ -13,25 +16,135 @@ mask keeps the options apart:
                                            each sees the context and itself, no other option
 
 A model that does not take such a mask runs them in a second pass, on the cache of the first repeated for each option.
+
+Either way the prompt prefix that all questions of a task share goes through the model once.
 """
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mtl_lora import route
 from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import pad_left
-from mtl_lora.language.encode import Encoder
-from mtl_lora.language.prefix_cache import PrefixCaches
+from mtl_lora.language.encode import Encoder, common_prefix
 from mtl_lora.language.questions import Question
 
+_LEAST_PREFIX = 8  # tokens of a shared prompt prefix; below, the copies cost more than they save
 _ATTENTION = ("sdpa", "eager")  # implementations that take a mask of their caller's, (B, 1, Q, K)
 _TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}  # of a score, relative; other dtypes 1e-4
+
+
+# ---- shared prompt prefixes ----
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all prompts begin with, at least one short of the shortest; empty if they are few."""
+    shared = common_prefix(prompts)[: min(map(len, prompts)) - 1]
+    return shared if len(shared) >= _LEAST_PREFIX else []
+
+
+class PrefixCaches:
+    """Keys and values of each task's prompt prefix, computed when it is first needed.
+
+    Under task routing they depend on the task from the second layer on, so a prefix belongs to one task.
+
+    prefixes: tokens by task id. In a left-padded row the prefix stands before the padding, so it is reused only where
+    that changes nothing: the model takes positions, and its cache keeps every token (no sliding window).
+    """
+
+    def __init__(self, model: PreTrainedModel, prefixes: Mapping[int, Sequence[int]]):
+        self.model = model
+        self.usable = accepts_argument(type(model), "position_ids")
+        self.use(prefixes)
+
+    def use(self, prefixes: Mapping[int, Sequence[int]]) -> None:
+        """Reuse these prefixes in place of those before."""
+        self.prefixes = prefixes
+        self._caches: dict[int, DynamicCache] = {}
+
+    @torch.inference_mode()
+    def start(self, task_id: int, rows: int) -> tuple[DynamicCache | None, int]:
+        """(a cache that holds the task's prefix in each of ``rows`` rows, its length); (None, 0) without one."""
+        prefix = self.prefixes.get(task_id)
+        if not prefix or not self.usable:
+            return None, 0
+        if task_id not in self._caches:
+            ids = torch.tensor([prefix], device=self.model.device)
+            with route.use(torch.tensor([task_id])):
+                found = self.model(input_ids=ids, use_cache=True, **last_logits(self.model)).past_key_values
+            self.usable = type(found) is DynamicCache and all(type(layer) is DynamicLayer for layer in found.layers)
+            if not self.usable:
+                return None, 0
+            self._caches[task_id] = found
+        cache = copy.deepcopy(self._caches[task_id])
+        cache.batch_repeat_interleave(rows)
+        return cache, len(prefix)
+
+
+# ---- generated text ----
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    num_beams: int = 1,
+    caches: PrefixCaches | None = None,
+) -> list[str]:
+    """The text generated after each prompt, without special tokens. Greedy, or beam search; never sampled.
+
+    caches: of prompt prefixes; the questions must then be of one task. Raises ``UserError`` for logits that are not
+    numbers.
+    """
+    tokenizer = encoder.tokenizer
+    cache, start = caches.start(questions[0].task.id, len(questions) * num_beams) if caches else (None, 0)
+    prompts = [question.prompt_ids for question in questions]
+    input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id, start)
+    # A fresh configuration: the one a base model brings may ask for sampling.
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    seen = _NotANumber()
+    with route.use(torch.tensor([question.task.id for question in questions])):
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=settings,
+            logits_processor=[seen],
+            **({"past_key_values": cache} if cache else {}),
+        )
+    if bool(seen.found):
+        raise UserError(
+            f"the model gives logits that are not numbers for questions of {questions[0].task.name}: the base model or "
+            "the adapter holds values that are no numbers; see the training's log"
+        )
+    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+class _NotANumber(LogitsProcessor):
+    """Remembers whether any logit was NaN, on its device, so that a GPU is not synchronised at every token."""
+
+    found: torch.Tensor | bool = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.found = self.found | scores.isnan().any()
+        return scores
+
+
+# ---- the likeliest option ----
 
 
 def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
@@ -49,10 +162,8 @@ def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list
                 f"the options {options[answers.index(answer)]!r} and {options[index]!r} of the task {task.name} are "
                 "the same tokens to this tokenizer, so no score can tell them apart; rename one of them"
             )
-    shared = 0
     # Every answer ends in EOS, so no answer is the beginning of another and the shared part ends before any of them.
-    while len({answer[shared] for answer in answers}) == 1:
-        shared += 1
+    shared = len(common_prefix(answers))
     return answers[0][:shared], [answer[shared:] for answer in answers]
 
 
