@@ -221,13 +221,11 @@ def test_adapted_output_head_is_routed_where_only_some_positions_are_projected()
     places = torch.tensor([[0, 4], [1, 2], [6, 6], [3, 5]])
     for task_ids in (IDS, PACKED):
         whole = logits(model, input_ids, task_ids)
-        for keep, expected in (
-            (mask, whole[mask]),
-            (four, whole[four]),
-            (2, whole[:, -2:]),
-            (torch.tensor([1, 4]), whole[:, [1, 4]]),
-            (places, torch.take_along_dim(whole, places[..., None], dim=1)),
-        ):
+        cases = [(2, whole[:, -2:]), (torch.tensor([1, 4]), whole[:, [1, 4]])]
+        if hasattr(transformers.modeling_utils, "slice_logits_to_keep"):  # newer versions take places of each row too
+            cases += [(mask, whole[mask]), (four, whole[four])]
+            cases.append((places, torch.take_along_dim(whole, places[..., None], dim=1)))
+        for keep, expected in cases:
             found = logits(model, input_ids, task_ids, logits_to_keep=keep)
             assert_near(found, expected, 1e-12, f"{keep}")
 
