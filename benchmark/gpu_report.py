@@ -41,7 +41,10 @@ def main() -> None:
     flags.add_flag("data", "folder with commonsense_170k_taskid.json and test/<task>/test.json", default=None)
     flags.add_flag("base_model", "of steps 3 and 4", default="smollm2-135m")
     flags.add_flag(
-        "dry", "True: every step in tiny sizes, on a CPU too", type=lambda text: text == "True", default=False
+        "dry",
+        "True: every step in tiny sizes, on a CPU too, without a limit of time",
+        type=lambda text: text == "True",
+        default=False,
     )
     flags.add_flag("only", argparse.SUPPRESS, type=count, default=None)  # the process of one step
     flags.add_flag("until", argparse.SUPPRESS, type=float, default=None)  # when it must have ended
@@ -60,7 +63,7 @@ def main() -> None:
 
 def run_all(out: Path, arguments: argparse.Namespace) -> None:
     """Every step in a process of its own; what they wrote, in report.md and results.tar.gz."""
-    end = time.time() + 60 * arguments.minutes
+    end = time.time() + (86_400 if arguments.dry else 60 * arguments.minutes)
     steps = range(arguments.first, arguments.to + 1)
     order = gpu_steps.Order(out, data_folder(arguments), arguments.base_model, end, arguments.dry)
     tokenising = None
