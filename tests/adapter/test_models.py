@@ -1,5 +1,7 @@
 """The adapters on small random models of many architectures, on their own names for linear layers."""
 
+import threading
+
 import pytest
 import torch
 import transformers
@@ -195,6 +197,32 @@ def test_loss_leaves_no_hook_on_the_model_even_if_the_forward_raises():
     with pytest.raises(IndexError):
         token_losses(model, batch | {"input_ids": batch["input_ids"] + VOCABULARY})
     assert len(head._forward_pre_hooks) == before
+
+
+def test_another_threads_forward_is_not_cut_to_the_answers():
+    model, batch = adapted(ARCHITECTURES[0]), batch_of(tokens(4))
+    found = []
+
+    def plain(module, arguments, output):
+        if not found:  # once, from within the loss's own forward
+            found.append(None)
+            thread = threading.Thread(target=lambda: found.append(model(input_ids=tokens(4), task_ids=IDS).logits))
+            thread.start()
+            thread.join()
+
+    model.get_output_embeddings().register_forward_hook(plain)
+    losses, *_ = token_losses(model, batch)
+    assert found[1].shape[:2] == tokens(4).shape
+    assert len(losses) == (batch["labels"] != IGNORED).sum()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_without_any_answer_has_no_losses(method):
+    model, batch = tiny_llama().double(), batch_of(tokens(4))
+    model = randomise(mtl_lora.inject(model, adapter_config(method, target_modules=["q_proj", "lm_head"]))).train()
+    losses, weights, _ = token_losses(model, batch | {"labels": torch.full_like(batch["labels"], IGNORED)})
+    assert losses.shape == weights.shape == (0,)
+    losses.sum().backward()
 
 
 def test_architecture_without_logits_to_keep_projects_answers_alone_too(capsys):

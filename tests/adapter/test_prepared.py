@@ -1,11 +1,13 @@
 """What all layers need of the task ids is computed together, and is what each layer computes alone."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from reference.layers import assert_near
-from reference.tiny import TASKS, adapted_llama, adapter_gradients, tokens
+from reference.tiny import TASKS, adapted_llama, adapter_config, adapter_gradients, randomise, tokens
+from torch import nn
 
 import mtl_lora
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
@@ -119,3 +121,104 @@ def test_a_model_cast_after_injection_computes_in_its_dtype():
     single.mtl_lora_injection.layers = []
     assert logits.dtype == torch.bfloat16
     assert torch.equal(logits, single(input_ids=tokens(4), task_ids=IDS, use_cache=False).logits)
+
+
+# ---- each layer keeps what it would have alone ----
+
+
+class Towers(nn.Module):
+    """Two linear layers, of which a forward may call one."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, which=("left", "right")):
+        return [getattr(self, name)(x) for name in which]
+
+
+def towers(**changes) -> Towers:
+    torch.manual_seed(0)
+    model = Towers().to(changes.pop("dtype", torch.float64))
+    config = adapter_config(**({"target_modules": ["left", "right"]} | changes))
+    return randomise(mtl_lora.inject(model, config, allow_unused=True))
+
+
+X = torch.randn(4, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_layer_that_is_not_called_has_no_gradient():
+    model = towers()
+    model(X, ["left"], task_ids=IDS)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.left.adapter_parameters().values())
+    assert all(parameter.grad is None for parameter in model.right.adapter_parameters().values())
+
+
+def test_parts_of_a_forward_may_be_differentiated_one_after_the_other():
+    model, both = towers(), towers()
+    left, right = model(X, task_ids=IDS)
+    left.square().sum().backward()
+    right.square().sum().backward()
+    sum(each.square().sum() for each in both(X, task_ids=IDS)).backward()
+    assert_same(adapter_gradients(model), adapter_gradients(both))
+
+
+def test_a_weight_changed_between_forward_and_backward_is_an_error():
+    model = towers()
+    (left, _) = model(X, task_ids=IDS)
+    with torch.no_grad():
+        model.left.lora_w.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        left.sum().backward()
+
+
+def test_a_subclass_that_mixes_otherwise_is_asked_itself():
+    class Hardened(MtlLoraLayer):
+        def mixture(self, task_ids):
+            return nn.functional.one_hot(self.lora_w[task_ids].argmax(-1), self.lora_w.shape[1]).to(self.lora_w.dtype)
+
+    model = towers()
+    for layer in (model.left, model.right):
+        layer.__class__ = Hardened
+    merged = mtl_lora.merge(copy.deepcopy(model), TASKS[1])
+    for found, expected in zip(model(X, task_ids=[1] * 4), merged(X), strict=True):
+        assert_near(found, expected, 1e-12, "output")
+
+
+def test_layers_with_values_and_dtypes_of_their_own_are_prepared_by_them():
+    model = towers(dtype=torch.float32)
+    model.left.hyperparameters = dataclasses.replace(model.left.hyperparameters, temperature=5.0)
+    model.right.base_layer.to(torch.bfloat16)
+    single = copy.deepcopy(model)
+    single.mtl_lora_injection.layers = []
+    for which, x in (("left", X.float()), ("right", X.bfloat16())):
+        assert torch.equal(model(x, [which], task_ids=IDS)[0], single(x, [which], task_ids=IDS)[0])
+
+
+def test_a_forward_that_turns_gradients_on_has_all_of_them():
+    class Inside(Towers):
+        @torch.enable_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    model = towers()
+    model.__class__ = Inside
+    with torch.no_grad():
+        outputs = model(X, task_ids=IDS)
+    sum(each.sum() for each in outputs).backward()
+    assert all(gradient is not None for gradient in adapter_gradients(model).values())
+
+
+def test_nothing_is_prepared_beyond_a_bound_or_for_weights_that_are_elsewhere(alone, monkeypatch):
+    model = towers()
+    expected = model(X, task_ids=IDS)
+    assert not alone
+    monkeypatch.setattr("mtl_lora.adapter.mtl_lora._LARGEST", 10)
+    for found, one in zip(model(X, task_ids=IDS), expected, strict=True):
+        assert_near(found, one, 1e-12, "output")
+    assert len(alone) == 2
+    monkeypatch.undo()
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    for found, one in zip(model(X, task_ids=IDS), expected, strict=True):
+        assert_near(found, one, 1e-12, "output")

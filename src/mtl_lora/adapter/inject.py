@@ -273,7 +273,8 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
     keep = options.get("logits_to_keep") if injection.has_head else None
     route = routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
     if route is not None and route.task_ids.dim() == 1:  # ids of every token would take memory for each
-        route.prepared = _prepared(injection.layers, route.task_ids)
+        # A model pickled by an earlier version has no such list.
+        route.prepared = _prepared(getattr(injection, "layers", ()), route.task_ids)
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not _is_compiled():
@@ -288,14 +289,14 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
 def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
     """What the layers' class prepares for the task ids (B,) of a forward, by layer; layers that are sharded do it
     themselves, when their parameters are gathered."""
-    by_device: dict[torch.device, list[AdapterLayer]] = {}
+    groups: dict[tuple, list[AdapterLayer]] = {}
     for layer in layers:
         first = getattr(layer, layer.parameter_names[0])
-        if not is_sharded(first):
-            by_device.setdefault(first.device, []).append(layer)
+        if not is_sharded(first) and not first.is_meta:  # accelerate puts weights that it has offloaded on meta
+            groups.setdefault(layer.prepared_alike(), []).append(layer)
     return {
         layer: tensor
-        for device, group in by_device.items()
+        for (_, device, *_), group in groups.items()
         for layer, tensor in zip(group, group[0].prepare(group, routing.moved(task_ids, device)), strict=False)
     }
 

@@ -97,6 +97,8 @@ class AdapterLayer(nn.Module):
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
+        if "prepare" not in cls.__dict__:  # what the parent prepares is not what this class may compute otherwise
+            cls.prepare = AdapterLayer.prepare
         if "method" in cls.__dict__:
             known = _registered.setdefault(cls.method, cls)
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -151,11 +153,17 @@ class AdapterLayer(nn.Module):
 
     @classmethod
     def prepare(cls, layers: list["AdapterLayer"], task_ids: torch.Tensor) -> list[torch.Tensor]:
-        """What layers of one configuration on one device need of the task ids (G,), for all at once; empty for none.
+        """What layers of equal ``prepared_alike`` need of the task ids (G,), for all at once; empty for none.
 
         A GPU's step is as slow as its many small kernels are to queue, and all layers together take as many as one.
+        A gradient must reach the layers that were called, and no other.
         """
         return []
+
+    def prepared_alike(self) -> tuple:
+        """What layers that are prepared together have in common."""
+        weight, hyperparameters = self.base_layer.weight, tuple(vars(self.hyperparameters).values())
+        return type(self), getattr(self, self.parameter_names[0]).device, weight.dtype, hyperparameters
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
         """The weights with which each task mixes the layer's parts, (M,) to (M, n); or None."""

@@ -64,7 +64,8 @@ class MoeLoraLayer(AdapterLayer):
         task_ids = routing.task_ids_for(x, self).reshape(-1)
         # In the gate's own dtype: its gradient is a difference of sums over the tokens, in which bf16 would round away.
         gate = self.gate(task_ids)
-        return (z.to(gate.dtype).view(len(task_ids), -1, self.rank) * gate[:, None]).view_as(z)
+        rows = z.to(gate.dtype).view(len(task_ids), len(z) // max(len(task_ids), 1), self.rank)
+        return (rows * gate[:, None]).view_as(z)
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B with the gate of one task folded in; raises ``UserError`` for a task that is not there."""

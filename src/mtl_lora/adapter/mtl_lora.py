@@ -5,6 +5,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
@@ -12,6 +13,7 @@ from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
 from mtl_lora.config import flag
 
 LAMBDA_SHAPES = ("full", "diagonal")
+_LARGEST = 2**24  # numbers that are prepared for all layers of a forward: 64 MB
 
 
 class MtlLoraLayer(AdapterLayer):
@@ -81,19 +83,21 @@ class MtlLoraLayer(AdapterLayer):
     @classmethod
     def prepare(cls, layers: list["MtlLoraLayer"], task_ids: torch.Tensor) -> list[torch.Tensor]:
         """P_t transposed for each id, (G, r, n r), of every layer."""
-        weights = torch.stack([layer.lora_w for layer in layers])[:, task_ids]
-        transforms = torch.stack([layer.lora_lambda for layer in layers])[:, task_ids]
-        transforms = torch.diag_embed(transforms) if layers[0].diagonal else transforms
-        weights = F.softmax(weights / layers[0].hyperparameters.temperature, dim=-1)
-        return list(_combined(weights, transforms).to(layers[0].compute_dtype).transpose(-1, -2).unbind())
+        first = layers[0]
+        if len(layers) * len(task_ids) * first.lora_B.shape[1] * first.rank > _LARGEST:
+            return []
+        dtype = first.compute_dtype if first.base_layer.weight.is_floating_point() else first.parameter_dtype
+        parameters = [layer.lora_w for layer in layers] + [layer.lora_lambda for layer in layers]
+        return list(_Transforms.apply(task_ids, first.hyperparameters.temperature, dtype, *parameters))
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         transform = routing.prepared_for(x, self)
-        if transform is None:
+        # One that was prepared where no gradient was wanted is of no use where one is.
+        if transform is None or (torch.is_grad_enabled() and not transform.requires_grad):
             task_ids = routing.task_ids_for(x, self).reshape(-1)
             transform = self.combined_transform(task_ids).transpose(1, 2)
-        rows_per_id = z.view(len(transform), -1, self.rank)
-        return torch.bmm(rows_per_id, transform.to(z.dtype)).view(len(z), -1)
+        length = len(z) // max(len(transform), 1)
+        return torch.bmm(z.view(len(transform), length, self.rank), transform.to(z.dtype)).flatten(0, 1)
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for a task that is not there."""
@@ -104,3 +108,57 @@ class MtlLoraLayer(AdapterLayer):
 def _combined(weights: torch.Tensor, transforms: torch.Tensor) -> torch.Tensor:
     """[w_1 Lambda; ...; w_n Lambda] of weights (..., n) and Lambda (..., r, r): (..., n r, r)."""
     return (weights[..., None, None] * transforms[..., None, :, :]).flatten(-3, -2)
+
+
+class _Transforms(torch.autograd.Function):
+    """Ids (G,), tau, the dtype of the result, M lora_w (T, n) and M lora_lambda to M P_t transposed, (G, r, n r).
+
+    A function of its own because of the gradients: a layer that was not called has none, and parts of a model may be
+    differentiated one after the other, each once.
+    """
+
+    @staticmethod
+    def forward(ctx, task_ids, temperature, dtype, *parameters):
+        ctx.set_materialize_grads(False)
+        # Not saved by autograd, which would free them after the first of several backward passes.
+        ctx.task_ids, ctx.temperature, ctx.parameters = task_ids, temperature, parameters
+        ctx.versions = [parameter._version for parameter in parameters]
+        half = len(parameters) // 2
+        weights, transforms, _ = _picked(parameters[:half], parameters[half:], task_ids, temperature)
+        return _combined(weights, transforms).to(dtype).transpose(-1, -2).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        half, result = len(gradients), [None] * (2 * len(gradients))
+        called = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        if [parameter._version for parameter in ctx.parameters] != ctx.versions:
+            raise RuntimeError(
+                "a weight of the adapter was changed in place between a forward pass and its backward pass"
+            )
+        if called:
+            logits = [ctx.parameters[index] for index in called]
+            matrices = [ctx.parameters[half + index] for index in called]
+            weights, transforms, ids = _picked(logits, matrices, ctx.task_ids, ctx.temperature)
+            found = torch.stack([gradients[index] for index in called]).to(weights.dtype)
+            # (layer, id, n, r, r), as P_t is [w_i Lambda] over i.
+            found = found.transpose(-1, -2).unflatten(-2, (weights.shape[-1], -1))
+            by_weight = (found * transforms[:, :, None]).sum(dim=(-1, -2))
+            by_logit = weights * (by_weight - (weights * by_weight).sum(dim=-1, keepdim=True)) / ctx.temperature
+            by_transform = (found * weights[..., None, None]).sum(dim=2)
+            if matrices[0].dim() == 2:
+                by_transform = by_transform.diagonal(dim1=-2, dim2=-1)
+            layer = torch.arange(len(called), device=ids.device)[:, None]
+            for offset, parameters, values in ((0, logits, by_logit), (half, matrices, by_transform)):
+                total = values.new_zeros(len(called), *parameters[0].shape)
+                total.index_put_((layer, ids), values, accumulate=True)
+                for index, gradient in zip(called, total.unbind(), strict=True):
+                    result[offset + index] = gradient
+        return None, None, None, *result
+
+
+def _picked(logits, matrices, task_ids, temperature) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """softmax(w_t / tau) (M, G, n) and Lambda_t (M, G, r, r) of M layers for the ids (G,), and the ids."""
+    weights = F.softmax(torch.stack(list(logits))[:, task_ids] / temperature, dim=-1)
+    transforms = torch.stack(list(matrices))[:, task_ids]
+    return weights, torch.diag_embed(transforms) if transforms.dim() == 3 else transforms, task_ids

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -101,10 +102,15 @@ class _Selection:
 
     def __init__(self, shape: torch.Size, positions: torch.Tensor, task_ids: torch.Tensor):
         self.shape, self.positions, self.task_ids = shape, positions, task_ids
-        self.selected = False
+        self.selected, self.thread = False, threading.get_ident()  # another thread's forward is none of ours
 
     def __call__(self, head: nn.Module, inputs: tuple) -> tuple | None:
-        if not inputs or inputs[0].dim() != 3 or inputs[0].shape[:2] != self.shape:
+        if (
+            self.thread != threading.get_ident()
+            or not inputs
+            or inputs[0].dim() != 3
+            or inputs[0].shape[:2] != self.shape
+        ):
             return None
         self.selected = True
         routing.select_rows(self.task_ids[None])
