@@ -228,6 +228,21 @@ class Trainable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+    """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources.
+
+    path: as flags name it. content: the files to write before they can be read; none where the user's own are.
+    """
+
+    records: dict[str, int]
+    of: dict[str, int]
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
+    content: dict[Path, bytes] = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Task:
     name: Name
     id: Index

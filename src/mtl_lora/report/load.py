@@ -18,6 +18,7 @@ from mtl_lora.results import (
     UNWRITTEN,
     Reader,
     Results,
+    Sample,
     TaskNames,
     TaskResult,
     Text,
@@ -208,16 +209,6 @@ class Search:
     questions: dict[str, int] = dataclasses.field(default_factory=dict)
     dev_data_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     experiments: list[SearchOutcome]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources."""
-
-    records: dict[str, int]
-    of: dict[str, int]
-    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-    source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ class Runner:
     def _execute(self, jobs: Iterable[PlannedJob], left: str, slots: Sequence[dict]) -> None:
         """Do what is left of the jobs, with a line each; the time that is left is by the mean of those done here."""
         jobs = [job for job in jobs if not job.is_finished]
-        for path, content in (file for job in jobs for part in job.data.values() for file in part.content.items()):
+        for path, content in (file for job in jobs for sample in job.data.values() for file in sample.content.items()):
             if not path.is_file() or path.read_bytes() != content:
                 files.write_all({path: content})
         began = time.monotonic()

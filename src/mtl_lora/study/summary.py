@@ -55,7 +55,7 @@ class StudyWriter:
             found.setdefault(run.experiment.name, []).append(run)
         if self._searches:
             fields = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
-            fields |= {"questions": data.dev.used.records, "dev_data_sha256": data.dev.used.sha256}
+            fields |= {"questions": data.dev.records, "dev_data_sha256": data.dev.sha256}
             search = model.Search(**fields, experiments=self._searches)
         evaluations = [each for run in runs for each in run.evaluations]
         study = Study(
@@ -68,7 +68,7 @@ class StudyWriter:
             **{key: getattr(evaluations[-1], key) for key in ("commit", "versions", "device")},
             commits=list(dict.fromkeys(results.commit for results in evaluations)),
             devices=list(dict.fromkeys(results.device for results in evaluations)),
-            data={"train": data.train().used, "test": data.test.used},
+            data={"train": data.train(), "test": data.test},
             experiments=[self._experiment(each, found) for each in grid.experiments if each.name in found],
             transfer=self._transfer(found),
             search=search,
@@ -117,7 +117,7 @@ class StudyWriter:
             steps=json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"] if log.is_file() else None,
             # In checkpoints of format 1 the provenance has another name.
             train_commit=(adapter.get("provenance") or adapter.get("origin") or {}).get("commit"),
-            train_data_sha256=job.data["train"].used.sha256["train"] if "train" in job.data else None,
+            train_data_sha256=job.data["train"].sha256["train"] if "train" in job.data else None,
             adapter_sha256=results.settings.get("adapter_sha256"),
         )
 
@@ -130,7 +130,7 @@ class StudyWriter:
             config = TrainConfig(**first.jobs[0].flags["train"])
             adapter = config.adapter_config(self.grid.tasks)
             facts = {"method": adapter.method, "rank": adapter.rank, "learning_rate": config.learning_rate}
-            facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].used.records]
+            facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].records]
             facts |= {"adapters": len(first.jobs), "trainable": first.evaluations[0].trainable}
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
         tasks = {name: Estimate.over_seeds([run.tasks[name].value for run in runs]) for name in runs[0].tasks}
