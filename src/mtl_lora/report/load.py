@@ -322,7 +322,7 @@ class Analysis:
 def read_log(path: Path) -> Losses:
     """The losses of a training log; raises ``UserError`` naming file and line."""
     losses: Losses = {"": {}}
-    for number, line in enumerate(lines_of(path), start=1):
+    for number, line in enumerate(files.read_lines(path), start=1):
         try:
             entry = json.loads(line)
             step = int(entry["step"])
@@ -370,15 +370,6 @@ def _file(study: Study, job: Job, key: str) -> Path:
         reason = f"{key} of the run {job.folder} names {getattr(job, key)}, which is not there"
         raise UserError(f"{study.path}: {reason}; collect the study again")
     return path
-
-
-def lines_of(path: Path) -> list[str]:
-    """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); pass a whole output folder") from None
-    return text.removesuffix("\n").split("\n") if text else []
 
 
 # ---- folders of runs ----
