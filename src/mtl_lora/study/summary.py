@@ -21,6 +21,7 @@ from mtl_lora.report.table import markdown_text, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
+from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
 
@@ -75,7 +76,7 @@ class StudyWriter:
             search=search,
         )
         study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid)])
-        study.save(self.plan.folder / artifacts.STUDY)
+        files.write_json(self.plan.folder / artifacts.STUDY, study.to_json())
         files.write_text(self.plan.folder / TABLE, render(study))
 
     def _run(self, planned: PlannedRun) -> model.Run:
@@ -115,7 +116,7 @@ class StudyWriter:
             commands=job.commands,
             seconds={step: state.seconds.get(step) for step in ("train", "evaluate")},
             starts={step: state.starts.get(step) for step in ("train", "evaluate")},
-            steps=json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"] if log.is_file() else None,
+            steps=last_step(log) if log.is_file() else None,
             # In checkpoints of format 1 the provenance has another name.
             train_commit=(adapter.get("provenance") or adapter.get("origin") or {}).get("commit"),
             train_data_sha256=job.data["train"].sha256["train"] if "train" in job.data else None,
