@@ -241,6 +241,12 @@ class Sample:
     path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
     content: dict[Path, bytes] = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
 
+    def write(self) -> None:
+        """Write the files that are not there, or hold something else."""
+        for path, content in self.content.items():
+            if not path.is_file() or path.read_bytes() != content:
+                files.write_all({path: content})
+
 
 @dataclasses.dataclass(frozen=True)
 class _Task:

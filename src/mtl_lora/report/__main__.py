@@ -131,9 +131,8 @@ def write_page(run: str, output: str | None = None) -> Path:
         raise UserError(f"--output {path} must be the path of an .html file")
     import jinja2
 
-    tables = study_tables(study)
-    if study.facts:
-        tables = [details(study.name, study.task_set, study.runs[0].tasks)] if study.scored else []
+    own = [details(study.name, study.task_set, study.runs[0].tasks)] if study.facts and study.scored else []
+    tables = own if study.facts else study_tables(study)
     sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study))
     drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]
     facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}

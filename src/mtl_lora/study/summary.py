@@ -24,8 +24,6 @@ from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
 from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
-
-
 Runs = dict[str, list[PlannedRun]]  # finished ones, by experiment
 
 
@@ -52,12 +50,12 @@ class StudyWriter:
 
     def write(self, runs: Sequence[PlannedRun]) -> None:
         """Both files of finished runs, at least one."""
-        grid, data, search, found = self.grid, self.plan.data, None, {}
+        grid, plan, search, found = self.grid, self.plan, None, {}
         for run in runs:
             found.setdefault(run.experiment.name, []).append(run)
         if self._searches:
             fields = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
-            fields |= {"questions": data.dev.records, "dev_data_sha256": data.dev.sha256}
+            fields |= {"questions": plan.dev.records, "dev_data_sha256": plan.dev.sha256}
             search = model.Search(**fields, experiments=self._searches)
         evaluations = [each for run in runs for each in run.evaluations]
         study = Study(
@@ -70,14 +68,14 @@ class StudyWriter:
             **{key: getattr(evaluations[-1], key) for key in ("commit", "versions", "device")},
             commits=list(dict.fromkeys(results.commit for results in evaluations)),
             devices=list(dict.fromkeys(results.device for results in evaluations)),
-            data={"train": data.train(), "test": data.test},
+            data={"train": plan.training(), "test": plan.test},
             experiments=[self._experiment(each, found) for each in grid.experiments if each.name in found],
             transfer=self._transfer(found),
             search=search,
         )
         study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid)])
-        files.write_json(self.plan.folder / artifacts.STUDY, study.to_json())
-        files.write_text(self.plan.folder / TABLE, render(study))
+        files.write_json(plan.folder / artifacts.STUDY, study.to_json())
+        files.write_text(plan.folder / TABLE, render(study))
 
     def _run(self, planned: PlannedRun) -> model.Run:
         """A finished run; one of tasks trained alone has a part for each, and sums of theirs."""
