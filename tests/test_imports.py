@@ -13,7 +13,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CODE = [*MODULES, *(path for folder in ("data", "benchmark") for path in (PROJECT / folder).rglob("*.py"))]
 CODE += PROJECT.glob("*.py")
 
-GROUND = {"artifacts", "config", "embedded", "errors", "files", "memory", "results", "version"}
+GROUND = {
+    "analysis",
+    "artifacts",
+    "config",
+    "embedded",
+    "errors",
+    "files",
+    "memory",
+    "predictions",
+    "results",
+    "train_log",
+    "version",
+}
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 SURFACE = {"mtl_lora", "route"}
 BELOW_SYSTEMS = GROUND | SURFACE | {"adapter", "base_model"}

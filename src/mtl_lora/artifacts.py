@@ -1,6 +1,7 @@
 """Every file name that one part of the package writes and another reads. Standard library alone."""
 
 import re
+import shutil
 from pathlib import Path
 
 # an adapter checkpoint
@@ -23,6 +24,13 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of the names of weights
 # a study
 STUDY = "study.json"
+
+
+def remove_evaluation(folder: str | Path) -> None:
+    """Delete an evaluation's results, settings and predictions; nothing else, for a training may share its folder."""
+    for name in (RESULTS, EVAL_SETTINGS):
+        (Path(folder) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(folder) / PREDICTIONS, ignore_errors=True)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

@@ -7,6 +7,7 @@ or ``--name=value``, and ``--name`` alone for True. Every argument is checked be
 import ast
 import dataclasses
 import importlib
+import json
 import sys
 import types
 import typing
@@ -176,16 +177,18 @@ def help_text(flags: Sequence[Flag], about: str) -> str:
     lines += ["Flags, as --name value or --name=value:", ""]
     for flag in flags:
         if not flag.metadata.get("positional"):
-            default = "required" if flag.required else f"default: {_spelled(flag.default)}"
+            default = "required" if flag.required else f"default: {spelled(flag.default) or 'empty'}"
             also = "".join(f", --{alias}" for alias in flag.metadata.get("aliases", ()))
             lines += [f"  --{flag.name}{also}  ({type_name(flag.type)}; {default})", f"      {flag.metadata['help']}"]
     return "\n".join(lines)
 
 
-def _spelled(value: object) -> str:
-    """A default as it would be written on the command line."""
+def spelled(value: object) -> str:
+    """A flag's value as it is written on the command line; ``parse`` reads it back."""
     if isinstance(value, list):
-        return ",".join(map(str, value)) or "empty"
+        # What would be read as a list of other entries is quoted.
+        plain = not any(set(str(entry)) & set(",[]'\"") for entry in value)
+        return ",".join(map(str, value)) if plain else json.dumps(value)
     return "none" if value is None else str(value)
 
 

@@ -134,6 +134,15 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
+    def named(cls, values: dict, source: str) -> dict:
+        """``values`` under the flags' names of today; an unknown one is an error that names ``source``."""
+        names = {name: flag.name for flag in cls.flags() for name in (flag.name, *flag.metadata.get("aliases", ()))}
+        for key in values:
+            if key not in names:
+                raise UserError(f"{source} has the unknown key {key!r}{closest(key, list(names))}")
+        return {names[key]: value for key, value in values.items()}
+
+    @classmethod
     def from_json(cls, value: object, source: str = "the configuration", complete: bool = False) -> typing.Self:
         """Build from a JSON object; an unknown key is an error that names it and ``source``.
 
@@ -141,10 +150,7 @@ class Config:
         """
         if not isinstance(value, dict):
             raise UserError(f"{source} must be a JSON object, not {type(value).__name__}")
-        flags = {flag.name: flag for flag in cls.flags()}
-        for key in value:
-            if key not in flags:
-                raise UserError(f"{source} has the unknown key {key!r}{closest(key, list(flags))}")
+        flags, value = {flag.name: flag for flag in cls.flags()}, cls.named(value, source)
         for name in (name for name in flags if name not in value):
             if "before" in flags[name].metadata:
                 value = {**value, name: flags[name].metadata["before"]}

@@ -175,6 +175,15 @@ def read_json(path: str | Path, what: str) -> object:
         raise UserError(f"{what} {path} is not JSON: {error}") from None
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); pass a whole output folder") from None
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def sha256(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal; raises ``UserError`` if it cannot be read."""
     try:

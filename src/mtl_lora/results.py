@@ -228,6 +228,27 @@ class Trainable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+    """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources.
+
+    path: as flags name it. content: the files to write before they can be read; none where the user's own are.
+    """
+
+    records: dict[str, int]
+    of: dict[str, int]
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
+    content: dict[Path, bytes] = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
+
+    def write(self) -> None:
+        """Write the files that are not there, or hold something else."""
+        for path, content in self.content.items():
+            if not path.is_file() or path.read_bytes() != content:
+                files.write_all({path: content})
+
+
+@dataclasses.dataclass(frozen=True)
 class _Task:
     name: Name
     id: Index

@@ -1,12 +1,14 @@
 """Examples from a file: every kind of mistake is one sentence that names the file, the example and the field."""
 
+import itertools
 import json
 import re
 
 import pytest
+from shared import QUICKSTART
 
 from mtl_lora.errors import UserError
-from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.examples import Example, load_examples, sampled
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 GOOD = {
@@ -200,3 +202,13 @@ def test_task_is_known_by_name_by_id_or_by_its_file(load, record, options):
     (example,) = load([record], **options)
     assert example.task_id == COMMONSENSE["ARC-Easy"].id
     assert example.extra == {}
+
+
+def test_sample_is_these_examples_for_ever_and_a_larger_one_adds_in_the_files_order():
+    examples = load_examples(QUICKSTART / "test" / "piqa" / "test.json", COMMONSENSE, "piqa")
+    assert [example.index for example in sampled(examples, 5, "piqa")] == [8, 24, 37, 48, 58]
+    assert sampled(examples, 5, "piqa") != sampled(examples, 5, "boolq")
+    indices = [[example.index for example in sampled(examples, most, "piqa")] for most in range(1, 70)]
+    for smaller, larger in itertools.pairwise(indices):
+        assert set(smaller) <= set(larger) and larger == sorted(larger)
+    assert indices[-1] == list(range(60)) == [example.index for example in sampled(examples, 0, "piqa")]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mtl_lora import files
 from mtl_lora.report.load import (
     Candidate,
     Difference,
@@ -52,7 +53,7 @@ def write_study(folder: Path, tasks: dict, methods: dict, seeds=(0, 1), blocks: 
         )
     rows = [(f"rank {rank}", name) for rank in (8, 4, 2) for name in ("LoRA", "MTL-LoRA")]
     candidates = [Candidate(0.001, 0.5), Candidate(0.002, 0.6)]
-    Study(
+    study = Study(
         name="synthetic",
         about="Made-up numbers, measured on nothing.",
         notes=["A note with <b>markup</b> & an ampersand, which must be shown as it is."],
@@ -72,7 +73,8 @@ def write_study(folder: Path, tasks: dict, methods: dict, seeds=(0, 1), blocks: 
         search=Search(
             flag="learning_rate", experiments=[SearchOutcome(n, candidates, 0.002) for n in methods.values()]
         ),
-    ).save(folder / "study.json")
+    )
+    files.write_json(folder / "study.json", study.to_json())
     return folder
 
 

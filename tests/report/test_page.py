@@ -13,7 +13,7 @@ import pytest
 from report_cases import TUNED, assert_mistakes, changed, run_command
 from synthetic_study import log_text
 
-from mtl_lora.report.page import write_page
+from mtl_lora.report.__main__ import write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 EVALUATION = {

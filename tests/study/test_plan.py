@@ -1,6 +1,5 @@
 """From a grid to jobs: samples that stay the same, command lines, and what makes another configuration."""
 
-import itertools
 import json
 import shlex
 from pathlib import Path
@@ -15,43 +14,33 @@ from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.study.config import read_grid
-from mtl_lora.study.plan import Plan, sampled
+from mtl_lora.study.plan import Plan
 
 NAMES = COMMONSENSE.names
 
 
-def test_sample_is_these_examples_for_ever_and_a_larger_one_adds_in_the_files_order():
-    examples = load_examples(QUICKSTART / "test" / "piqa" / "test.json", COMMONSENSE, "piqa")
-    assert [example.index for example in sampled(examples, 5, "piqa")] == [8, 24, 37, 48, 58]
-    assert sampled(examples, 5, "piqa") != sampled(examples, 5, "boolq")
-    indices = [[example.index for example in sampled(examples, most, "piqa")] for most in range(1, 70)]
-    for smaller, larger in itertools.pairwise(indices):
-        assert set(smaller) <= set(larger) and larger == sorted(larger)
-    assert indices[-1] == list(range(60)) == [example.index for example in sampled(examples, 0, "piqa")]
-
-
 def test_samples_have_equally_many_examples_of_every_task_and_name_their_files(tmp_path):
-    data = plan_of(tmp_path, grid(train_records=7, test_records=4)).data
-    together, one_task = data.train(), data.train(("winogrande",))
+    plan = plan_of(tmp_path, grid(train_records=7, test_records=4))
+    together, one_task = plan.training(), plan.training(("winogrande",))
     records, own = (json.loads(*part.content.values()) for part in (together, one_task))
-    assert together.used.records == dict.fromkeys(NAMES, 7) and together.used.of == dict.fromkeys(NAMES, 240)
+    assert together.records == dict.fromkeys(NAMES, 7) and together.of == dict.fromkeys(NAMES, 240)
     assert [record["task_id"] for record in records] == [task for task in range(8) for _ in range(7)]
     assert all(record in quickstart_records() for record in records)
-    assert together.used.sha256 == {"train": files.sha256_of(together.content[together.path])}
-    assert together.used.source_sha256 == {"train": files.sha256(QUICKSTART / "train.json")}
+    assert together.sha256 == {"train": files.sha256_of(together.content[together.path])}
+    assert together.source_sha256 == {"train": files.sha256(QUICKSTART / "train.json")}
     assert own == [record for record in records if record["task_id"] == 4] and one_task.path != together.path
-    files.write_all(data.test.content)
+    files.write_all(plan.test.content)
     for task in NAMES:
-        path = data.test.path / task / "test.json"
-        assert len(load_examples(path, COMMONSENSE, task, closed=True)) == 4 == data.test.used.records[task]
-        assert data.test.used.sha256[task] == files.sha256(path)
+        path = plan.test.path / task / "test.json"
+        assert len(load_examples(path, COMMONSENSE, task, closed=True)) == 4 == plan.test.records[task]
+        assert plan.test.sha256[task] == files.sha256(path)
 
 
 def test_whole_sets_are_read_where_they_lie(tmp_path):
-    data = plan_of(tmp_path, grid(train_records=0, test_records=0)).data
-    assert (data.train().path, data.test.path) == (QUICKSTART / "train.json", QUICKSTART / "test")
-    assert not data.train().content and not data.test.content
-    assert data.test.used.sha256["boolq"] == files.sha256(QUICKSTART / "test" / "boolq" / "test.json")
+    plan = plan_of(tmp_path, grid(train_records=0, test_records=0))
+    assert (plan.training().path, plan.test.path) == (QUICKSTART / "train.json", QUICKSTART / "test")
+    assert not plan.training().content and not plan.test.content
+    assert plan.test.sha256["boolq"] == files.sha256(QUICKSTART / "test" / "boolq" / "test.json")
 
 
 def test_missing_data_name_the_command_that_makes_them(tmp_path):
@@ -103,7 +92,7 @@ def test_alone_trains_every_task_on_its_own_examples_and_scores_it_alone(tmp_pat
     for job in run.jobs:
         assert parsed(job.commands[1], EvalConfig).tasks == [job.folder.name]
         assert parsed(job.commands[0], TrainConfig).data_path.endswith(f"train_{job.folder.name}.json")
-        assert job.data["train"].used.records == {job.folder.name: 12}
+        assert job.data["train"].records == {job.folder.name: 12}
 
 
 @pytest.mark.parametrize(("flag", "values"), [("learning_rate", [0.01, 0.001]), ("num_experts", [2, 4])])
@@ -163,6 +152,13 @@ def test_wrong_value_of_an_experiment_is_named(tmp_path):
 def test_configuration_differs_only_where_a_result_could(tmp_path, step, flags, changed):
     before, now = job_of(tmp_path, grid()), job_of(tmp_path, with_flags(step, **flags))
     assert now.changes(json.loads(json.dumps(before.configuration))) == changed
+
+
+def test_flag_that_a_later_version_added_did_what_its_default_does(tmp_path):
+    job, key = job_of(tmp_path, grid()), "train.use_rslora"
+    earlier = {name: value for name, value in job.configuration.items() if name != key}
+    assert key in job.configuration and job.changes(earlier) == {}
+    assert job_of(tmp_path, with_flags(use_rslora=True)).changes(earlier) == {key: (False, True)}
 
 
 def test_data_count_by_content_and_not_by_place(tmp_path):

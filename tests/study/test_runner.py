@@ -71,7 +71,7 @@ def test_other_configuration_is_refused_by_what_differs_unless_told_to_overwrite
     now = job_of(tmp_path, with_flags(lora_r=8) | {"train_records": 11})
     facts = (str(job.folder), "the train data (sha256)", "train.lora_r 4 -> 8", "--overwrite", "repeat")
     assert all(fact in refusal(now) for fact in facts)
-    assert job.data["train"].used.sha256["train"] not in refusal(now), "what is too long is only named"
+    assert job.data["train"].sha256["train"] not in refusal(now), "what is too long is only named"
     assert not refusal(now, overwrite=True) and now.state is None and job.is_finished
 
 

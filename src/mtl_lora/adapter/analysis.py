@@ -16,10 +16,10 @@ from mtl_lora import artifacts, cli, files
 from mtl_lora.adapter.checkpoint import adapter_without_base, read_config
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.adapter.layer import AdapterLayer, layer_class
+from mtl_lora.analysis import Analysis
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError, user_errors_to_exit_code
 
-SCHEMA = 1
 MOST_TASKS = 64  # with more, the T x T matrices are left out
 _UNDEFINED = (
     "a similarity is null where the cosine is undefined in every layer: one of the two matrices is zero there, as an "
@@ -29,12 +29,9 @@ _UNDEFINED = (
 
 @torch.no_grad()
 def analyse(checkpoint: str | Path) -> dict:
-    """The content of ``adapter_analysis.json``; all sums are taken in float64.
+    """The content of ``adapter_analysis.json``, see ``Analysis``; all sums are taken in float64.
 
-    mixture: by layer, the (T, n) weights with which tasks mix what the method calls ``mixture_parts``; null for a
-    method without. Similarities are (T, T) cosines under the Frobenius inner product, means over layers: of Lambda_t,
-    of Lambda_t - I, and of the updates scale * B_t A_t; null where the method is the same for every task. Raises
-    ``UserError`` for a damaged checkpoint.
+    Raises ``UserError`` for a damaged checkpoint.
     """
     config = read_config(checkpoint)
     method, tasks = layer_class(config.adapter_config.method), config.adapter_config.tasks
@@ -59,24 +56,20 @@ def analyse(checkpoint: str | Path) -> dict:
         notes.append(
             f"no task has a mixture or an update of its own, since the gate of {method.title} depends on the input"
         )
-    return {
-        "schema": SCHEMA,
-        "kind": "adapter_analysis",
-        "method": method.method,
-        "method_title": method.title,
-        "mixture_parts": method.mixture_parts or None,
-        "tasks": tasks,
-        "adapter_sha256": config.weights_sha256,
-        "layers": list(layers),
-        "mixture": {name: found.tolist() for name, found in mixtures.items() if found is not None} or None,
-        "lambda_similarity": _mean([_cosines(torch.einsum("sij,tij->st", each, each)) for each in transforms]),
-        "lambda_minus_identity_similarity": _mean(
-            [_cosines(torch.einsum("sij,tij->st", each, each)) for each in changes]
-        ),
-        "update_similarity": _mean(list(updates.values())),
-        "update_similarity_by_module": {module: _mean(found) for module, found in by_module.items()} or None,
-        "notes": notes,
-    }
+    return Analysis(
+        method=method.method,
+        method_title=method.title,
+        mixture_parts=method.mixture_parts or None,
+        tasks=tasks,
+        adapter_sha256=config.weights_sha256,
+        layers=list(layers),
+        mixture={name: found.tolist() for name, found in mixtures.items() if found is not None} or None,
+        lambda_similarity=_mean([_cosines(torch.einsum("sij,tij->st", each, each)) for each in transforms]),
+        lambda_minus_identity_similarity=_mean([_cosines(torch.einsum("sij,tij->st", each, each)) for each in changes]),
+        update_similarity=_mean(list(updates.values())),
+        update_similarity_by_module={module: _mean(found) for module, found in by_module.items()} or None,
+        notes=notes,
+    ).to_json()
 
 
 def in_depth_order(layers: dict[str, AdapterLayer], targets: list[str] | str) -> dict[str, AdapterLayer]:

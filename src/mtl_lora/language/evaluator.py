@@ -7,7 +7,6 @@ import collections
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -284,12 +283,10 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
 def claim(folder: str | Path, settings: dict, overwrite: bool) -> None:
     """Make a folder, which was checked, that of answers under ``settings``.
 
-    overwrite: delete an evaluation's results, settings and predictions; nothing else, for a training may share it.
+    overwrite: delete an evaluation that it holds.
     """
     if overwrite:
-        for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
-            (Path(folder) / name).unlink(missing_ok=True)
-        shutil.rmtree(Path(folder) / artifacts.PREDICTIONS, ignore_errors=True)
+        artifacts.remove_evaluation(folder)
     files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
 
 

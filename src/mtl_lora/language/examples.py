@@ -1,11 +1,15 @@
-"""Examples from a JSON file, validated: an error names the file, the example and the field in one sentence."""
+"""Examples from a JSON file, validated: an error names the file, the example and the field in one sentence; samples."""
 
 import dataclasses
 import json
+import random
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import TaskSet
+from mtl_lora.results import Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +138,58 @@ def _task_id(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:
         names = " and ".join(tasks[task_id].name for task_id in found)
         raise UserError(f"{where} belongs to different tasks at once: {names}")
     return found[0]
+
+
+# ---- samples ----
+
+SAMPLE_SEED = 0
+
+
+def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
+    """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
+    order = list(range(len(examples)))
+    random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
+    return [examples[index] for index in sorted(order[: most or None])]
+
+
+def sample_training(
+    source: Path, folder: Path, examples: Sequence[Example], tasks: TaskSet, most: int, only: Collection[str] = ()
+) -> Sample:
+    """``most`` (0: all) of the ``examples`` of each task in ``source``, of all tasks or ``only`` of some.
+
+    Where that is every example, ``source`` itself is read, else a file in ``folder``. Raises ``UserError`` for a task
+    of ``only`` that has no example.
+    """
+    by_task: dict[str, list[Example]] = {name: [] for name in tasks.names}
+    for example in examples:
+        by_task[tasks[example.task_id].name].append(example)
+    if missing := [name for name in only if not by_task[name]]:
+        raise UserError(f"{source} has no examples of {', '.join(missing)}")
+    chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
+    path = folder / ("_".join(["train", *only]) + ".json") if only or most else source
+    return _sample(path, {"train": (source, path, chosen)}, most)
+
+
+def sample_questions(source: Path, folder: Path, tasks: TaskSet, names: Sequence[str], most: int) -> Sample:
+    """``most`` (0: all, read in the ``source`` folder) of the questions of each task in ``names``, for ``folder``."""
+    path, sets = folder if most else source, {}
+    for name in names:
+        file = Path(name, "test.json")
+        sets[name] = source / file, path / file, {name: load_examples(source / file, tasks, name, closed=True)}
+    return _sample(path, sets, most)
+
+
+def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Sample:
+    """sets: by name, the file to read, the one to write, and the examples by task."""
+    sample = Sample({}, {}, {}, {}, path)
+    for name, (source, target, by_task) in sets.items():
+        kept = {task: sampled(examples, most, task) for task, examples in by_task.items()}
+        sample.records.update((task, len(examples)) for task, examples in kept.items())
+        sample.of.update((task, len(examples)) for task, examples in by_task.items())
+        sample.sha256[name] = sample.source_sha256[name] = files.sha256(source)
+        if target != source:
+            examples = [example for examples in kept.values() for example in examples]
+            records = [{key: getattr(example, key) for key in FIELDS} | example.extra for example in examples]
+            sample.content[target] = files.records_bytes(records)
+            sample.sha256[name] = files.sha256_of(sample.content[target])
+    return sample

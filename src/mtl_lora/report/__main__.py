@@ -1,6 +1,8 @@
 """``mtl-lora report table | details | compare | figures | page``: each command a dataclass of its flags."""
 
+import base64
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +10,15 @@ from pathlib import Path
 from mtl_lora import artifacts, cli
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
-from mtl_lora.files import write_text
+from mtl_lora.files import write_all, write_text
+from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
-from mtl_lora.report.compare import RESAMPLES, SEED, compare, predictions_path
-from mtl_lora.report.page import write_page
-from mtl_lora.report.table import FORMATS, Report, build_table, details, markdown_text
-from mtl_lora.results import Results
+from mtl_lora.report.compare import RESAMPLES, SEED, compare
+from mtl_lora.report.load import Study, load_run
+from mtl_lora.report.table import FORMATS, Report, build_table, details, markdown_text, study_tables
+from mtl_lora.results import Results, object_of
 
+PAGE = "page.html"  # the template, and the default name of what is made from it
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
 _RESULTS = f"results: each a {artifacts.RESULTS}, or a folder that has one"
 
@@ -107,13 +111,56 @@ class PageConfig(Config):
     """One HTML file that needs nothing beside it: tables, figures, settings, commands and hashes."""
 
     runs: list[str] = flag(REQUIRED, "run: the folder of one training, evaluation or study", positional=True)
-    output: str | None = flag(None, "path of the .html file; none: page.html in the folder")
+    output: str | None = flag(None, f"path of the .html file; none: {PAGE} in the folder")
 
     def validate(self) -> None:
         self.require("runs", "one folder", len(self.runs) == 1)
 
     def run(self) -> None:
         print(write_page(self.runs[0], self.output))
+
+
+def write_page(run: str, output: str | None = None) -> Path:
+    """Write the page of a study, a training or an evaluation; returns its path. Everything it shows is escaped.
+
+    Raises ``UserError`` for a folder that holds none of them.
+    """
+    study = load_run(run)
+    path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / PAGE
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output {path} must be the path of an .html file")
+    import jinja2
+
+    own = [details(study.name, study.task_set, study.runs[0].tasks)] if study.facts and study.scored else []
+    tables = own if study.facts else study_tables(study)
+    sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study))
+    drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]
+    facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}
+    loader, rules = jinja2.FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **rules)
+    text = environment.get_template(PAGE).render(study=study, tables=tables, drawings=drawings, facts=facts)
+    write_all({path: text.encode("utf-8")})
+    return path
+
+
+def _facts(study: Study) -> dict[str, dict]:
+    """By section: what the study was made from, then every run without its scores."""
+    shown = ("name", "about", "notes", "experiments", "transfer", "search", "task_set")
+    facts = {"study": {key: value for key, value in object_of(study).items() if key not in shown}}
+    for experiment, run in ((each, run) for each in study.experiments for run in each.runs):
+        name = experiment.name if run.seed is None else f"{experiment.name}, seed {run.seed}"
+        facts[name] = {key: value for key, value in object_of(run).items() if key not in ("tasks", "seed")}
+    return facts
+
+
+def _in_words(value: object, name: str = "") -> dict[str, str]:
+    """Facts by name, of those that are known; a nested object's keys stand behind its own."""
+    if isinstance(value, dict):
+        return {key: text for part, entry in value.items() for key, text in _in_words(entry, f"{name} {part}").items()}
+    if isinstance(value, list):
+        known = (entry for entry in value if entry is not None)
+        value = "\n".join(entry if isinstance(entry, str) else json.dumps(entry) for entry in known)
+    return {} if value in (None, "") else {name.strip().replace("_", " "): str(value)}
 
 
 COMMANDS = {

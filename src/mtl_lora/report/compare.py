@@ -1,21 +1,16 @@
 """By how much two runs on the same questions differ: task by task, and on average."""
 
 import collections
-import dataclasses
 import itertools
-import json
 import math
-import reprlib
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_lora import artifacts
-from mtl_lora.errors import UserError
-from mtl_lora.report.load import CONFIDENCE, LEVEL, Difference, lines_of
+from mtl_lora.predictions import Prediction, paired_answers
+from mtl_lora.report.load import CONFIDENCE, LEVEL, Difference
 from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent
-from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results
+from mtl_lora.results import Results
 
 if TYPE_CHECKING:
     import numpy
@@ -89,113 +84,6 @@ def intervals(
     return {"tasks": tasks, "average": Difference(center, *interval)}
 
 
-# ---- predictions ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """One answered question: the right answer, whether it was given, its F1 (a fraction) if it has one.
-
-    place: ``FILE, line N``, for errors.
-    """
-
-    task: str
-    index: Index
-    answer: str
-    correct: bool
-    prompt_sha256: str
-    f1: Fraction | None = None
-    place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
-
-
-def predictions_path(results: Results, task: str) -> Path:
-    """Where the predictions of one task lie."""
-    return results.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
-
-
-def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
-    """Predictions by index of the question, for every question of ``task`` that ``results`` counts.
-
-    Raises ``UserError`` naming the file and line for a missing or unreadable file, a torn line, a record without its
-    keys, a question answered twice, and predictions that are not those that the results file counts.
-    """
-    path, score, found = predictions_path(results, task), results.tasks[task], {}
-    if score.metric not in ("accuracy", "exact_match"):
-        raise UserError(f"{results.path}: {task} is measured by {score.metric}; only accuracy and exact_match compare")
-    for number, line in enumerate(lines_of(path), 1):
-        reader = Reader(f"{path}, line {number}")
-        try:
-            record = reader.read(dict, json.loads(line))
-        except (ValueError, RecursionError):  # a UserError is one of the former
-            raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite") from None
-        prediction = Prediction(**reader.fields(Prediction, record), place=reader.source)
-        if prediction.task != task:
-            raise reader.wrong("task", prediction.task, f"{task}, whose predictions this file holds")
-        if prediction.index in found:
-            earlier = found[prediction.index].place
-            raise UserError(f"{reader.source} answers question {prediction.index} a second time, after {earlier}")
-        found[prediction.index] = prediction
-    limit = results.settings.get("limit")
-    if type(limit) is int and limit > 0:
-        # A folder keeps what an earlier evaluation with a larger limit answered; the results file does not count it.
-        found = {index: prediction for index, prediction in found.items() if index < limit}
-    right, counted = sum(prediction.correct for prediction in found.values()), round(score.value * score.n)
-    if (len(found), right) != (score.n, counted):
-        there, here = f"{right:,} of {len(found):,} questions right", f"{counted:,} of {score.n:,}"
-        raise UserError(f"{path} has {there} and {results.path} counts {here}; evaluate again with --overwrite")
-    return found
-
-
-def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
-    """Raise ``UserError`` unless both scored ``tasks`` on the same data by one protocol."""
-    for results in (a, b):
-        needed = {f"settings.{key}": results.settings.get(key) for key in results.comparability.needed}
-        needed |= {f"data.{name}": results.data.get(name) for name in tasks}
-        for key in [key for key, value in needed.items() if value is None]:
-            raise UserError(f"{results.path}: {key} is missing, without which nothing can be compared; evaluate again")
-    may_differ = (*a.comparability.noted, *a.comparability.free)
-    keys = [key for key in dict.fromkeys([*a.settings, *b.settings]) if key not in may_differ]
-    if differing := [key for key in keys if a.settings.get(key) != b.settings.get(key)]:
-        values = (f"{key} ({_shown(a, key)} and {_shown(b, key)})" for key in differing)
-        raise _not_comparable(a, b, f"they differ in {', '.join(values)}")
-    if redefined := [name for name in tasks if a.task_set.definition(name) != b.task_set.definition(name)]:
-        raise _not_comparable(a, b, f"they declare other options, pattern or answer prefix of {', '.join(redefined)}")
-    if other_data := [name for name in tasks if a.data[name] != b.data[name]]:
-        raise _not_comparable(a, b, f"their test data of {', '.join(other_data)} are not the same (sha256)")
-
-
-def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, list[tuple[Prediction, Prediction]]]:
-    """By task, the answers of A and of B to each question, in the order of their indices.
-
-    Raises ``UserError`` unless both can be compared and answered the same questions, asked in the same words. (Another
-    base model may have another tokenizer and so other prompt ids; only with one base must these agree.)
-    """
-    check_comparable(a, b, tasks)
-    same_base = a.settings["base_fingerprint"] == b.settings["base_fingerprint"]
-    found = {}
-    for task in tasks:
-        of_a, of_b = read_predictions(a, task), read_predictions(b, task)
-        if alone := sorted(of_a.keys() ^ of_b.keys()):
-            where = f"{(of_a | of_b)[alone[0]].place}; limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
-            raise _not_comparable(a, b, f"question {alone[0]} of {task} is in one of them alone ({where})")
-        found[task] = [(of_a[index], of_b[index]) for index in sorted(of_a)]
-        for first, last in found[task]:
-            same_prompt = first.prompt_sha256 == last.prompt_sha256 or not same_base
-            if first.answer != last.answer or not same_prompt:
-                other = "prompt, with one base model," if first.answer == last.answer else "right answer"
-                where = f"{first.place}; {last.place}"
-                raise _not_comparable(a, b, f"question {first.index} of {task} has another {other} in each ({where})")
-    return found
-
-
-def _shown(results: Results, key: str) -> str:
-    return reprlib.repr(results.settings[key]) if key in results.settings else "none"
-
-
-def _not_comparable(a: Results, b: Results, reason: str) -> UserError:
-    return UserError(f"{a.path} and {b.path} are not comparable: {reason}")
-
-
 # ---- the report ----
 
 
@@ -207,10 +95,7 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     one alone answered right, p, and ``f1`` or None. Raises ``UserError`` saying what differs where the two are not
     comparable, and for broken predictions.
     """
-    for one, other in ((a, b), (b, a)):
-        if alone := [name for name in one.tasks if name not in other.tasks]:
-            raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
-    answers = paired_answers(a, b, a.scored)
+    answers = paired_answers(a, b)
     accuracies, f1s = (_changes(answers, key, seed, resamples) for key in ("correct", "f1"))
     rows = {}
     for task in (*answers, None):  # None: the average, whose counts pool the questions of all tasks

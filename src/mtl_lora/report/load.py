@@ -5,19 +5,20 @@ them. Schema 1 is read for ever; the two differ in the results by task alone, of
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts, files
+from mtl_lora import artifacts
+from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.results import (
     UNWRITTEN,
     Reader,
     Results,
+    Sample,
     TaskNames,
     TaskResult,
     Text,
@@ -26,15 +27,11 @@ from mtl_lora.results import (
     object_of,
     read_object,
 )
+from mtl_lora.train_log import Losses, read_losses
 
 STUDY_SCHEMA = 2
 CONFIDENCE = 0.95
 LEVEL = f"{100 * CONFIDENCE:.0f} %"
-Losses = dict[str, dict[int, float]]  # by task, "" for all of them, and by step, in order of steps
-Matrix = list[list[float | None]]
-# Key of the analysis -> what is compared, in words.
-SIMILARITIES = {"lambda_similarity": "Λₜ", "lambda_minus_identity_similarity": "Λₜ − I"}
-SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ"}
 
 
 # ---- study.json ----
@@ -210,16 +207,6 @@ class Search:
     experiments: list[SearchOutcome]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources."""
-
-    records: dict[str, int]
-    of: dict[str, int]
-    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-    source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """``study.json``: experiments in table order and what they were made from.
@@ -264,10 +251,6 @@ class Study:
         """The content of ``study.json``, schema 2."""
         return {"schema": STUDY_SCHEMA, "kind": "study", **object_of(self)}
 
-    def save(self, path: str | Path) -> None:
-        """Write the file whole, or not at all."""
-        files.write_json(path, self.to_json())
-
     @property
     def runs(self) -> list[Run]:
         """Every run of every experiment."""
@@ -302,67 +285,12 @@ class Study:
         return found | ({None: sum(known) / len(known)} if known and len(known) == len(self.scored) else {})
 
 
-# ---- logs and analyses ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """What an adapter does for each task: see ``mtl_lora.adapter.analysis``, which writes it.
-
-    mixture: by layer, (T, n). Similarities (T, T): cosines of Lambda_t, of Lambda_t - I, of the updates, and of
-    these by adapted module; None where the method is the same for every task, and an entry where it is undefined.
-    """
-
-    method: Text
-    tasks: list[str]
-    layers: list[str]
-    mixture: dict[str, Matrix] = dataclasses.field(default_factory=dict)
-    lambda_similarity: Matrix | None = None
-    lambda_minus_identity_similarity: Matrix | None = None
-    update_similarity: Matrix | None = None
-    update_similarity_by_module: dict[str, Matrix] = dataclasses.field(default_factory=dict)
-
-    @property
-    def similarities(self) -> dict[str, Matrix]:
-        """What is compared, in words, to its matrix."""
-        return {words: matrix for key, words in SIMILARITIES.items() if (matrix := getattr(self, key))}
-
-
-def read_log(path: Path) -> Losses:
-    """The losses of a training log; raises ``UserError`` naming file and line."""
-    losses: Losses = {"": {}}
-    for number, line in enumerate(lines_of(path), start=1):
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-            for key in entry:
-                if key == "loss" or key.startswith("loss/"):
-                    losses.setdefault(key.removeprefix("loss").removeprefix("/"), {})[step] = float(entry[key])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}, line {number} is not a log line of a training; delete the line") from None
-    return {task: dict(sorted(curve.items())) for task, curve in losses.items()}
-
-
-def read_analysis(path: Path) -> Analysis:
-    """The analysis of an adapter; raises ``UserError`` naming file and key."""
-    value, reader = read_object(path, "the adapter's analysis"), Reader(str(path))
-    if value.get("kind") != "adapter_analysis" or value.get("schema") != 1:
-        raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
-    analysis = reader.read(Analysis, value)
-    T = len(analysis.tasks)
-    parts = ("mixture", "update_similarity_by_module")
-    matrices = {f"{part}.{key}": matrix for part in parts for key, matrix in getattr(analysis, part).items()}
-    for key, matrix in (matrices | {key: getattr(analysis, key) for key in SIMILARITIES}).items():
-        if matrix is not None:
-            width = len(matrix[0]) if matrix and key.startswith("mixture.") else T
-            if [len(row) for row in matrix] != [width] * T:
-                raise reader.wrong(key, matrix, f"{T} rows of equally many numbers, {T} for a similarity")
-    return analysis
+# ---- what a training leaves ----
 
 
 def log_of(study: Study, run: Run) -> Losses | None:
     """The training log of a run; of tasks that were trained alone, that of all its parts."""
-    logs = [read_log(_file(study, job, "log")) for job in run.jobs if job.log]
+    logs = [read_losses(_file(study, job, "log")) for job in run.jobs if job.log]
     # The loss over all tasks is that of no part.
     several = {"": {}} if len(logs) > 1 else {}
     return {task: curve for log in logs for task, curve in log.items()} | several if logs else None
@@ -370,7 +298,7 @@ def log_of(study: Study, run: Run) -> Losses | None:
 
 def analysis_of(study: Study, run: Run) -> Analysis | None:
     """The analysis of a run's adapter."""
-    return read_analysis(_file(study, run, "analysis")) if run.analysis else None
+    return Analysis.load(_file(study, run, "analysis")) if run.analysis else None
 
 
 def _file(study: Study, job: Job, key: str) -> Path:
@@ -379,15 +307,6 @@ def _file(study: Study, job: Job, key: str) -> Path:
         reason = f"{key} of the run {job.folder} names {getattr(job, key)}, which is not there"
         raise UserError(f"{study.path}: {reason}; collect the study again")
     return path
-
-
-def lines_of(path: Path) -> list[str]:
-    """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); pass a whole output folder") from None
-    return text.removesuffix("\n").split("\n") if text else []
 
 
 # ---- folders of runs ----
@@ -407,16 +326,21 @@ def load_run(path: str | Path) -> Study:
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (read_object(file, "the configuration") if file else {} for file in rest)
-    results = _own_results(folder, adapter)
+    place = folder if (folder / artifacts.RESULTS).is_file() else folder / artifacts.EVALUATION
+    results = Results.load(place) if (place / artifacts.RESULTS).is_file() else None
+    own = (None, adapter.get("weights_sha256"))
+    if results and adapter and place != folder and results.settings.get("adapter_sha256") not in own:
+        note = f"{results.path} is of an earlier adapter of {folder} and left out; evaluate it again"
+        print(note, file=sys.stderr)
+        results = None
     facts = {"evaluation": results.to_json() if results else {}, "training": training}
     facts["adapter"] = adapter or facts["evaluation"].get("adapter")
     if not results:
         if not (log or analysis):
-            names = (artifacts.STUDY, artifacts.RESULTS, artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS)
-            raise UserError(f"{folder} holds none of {', '.join(names)}")
+            raise UserError(f"{folder} holds none of {', '.join([artifacts.STUDY, artifacts.RESULTS, *names[:2]])}")
         # Tasks are those that the training was configured with, else those that its analysis or log names.
-        adapts = read_analysis(analysis) if analysis else None
-        known = adapts.tasks if adapts else [*filter(None, read_log(log))] or ["task"]
+        adapts = Analysis.load(analysis) if analysis else None
+        known = adapts.tasks if adapts else [*filter(None, read_losses(log))] or ["task"]
         listed = training.get("tasks") or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
         task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
         method = adapts and adapts.method
@@ -429,18 +353,6 @@ def load_run(path: str | Path) -> Study:
         summary=Summary(estimates, average and Estimate(average.value)),
     )
     return Study(name=results.name, task_set=results.task_set, experiments=[experiment], path=folder, facts=facts)
-
-
-def _own_results(folder: Path, adapter: dict) -> Results | None:
-    """The results in a folder or in its evaluation's; None, with a line on stderr, for those of an earlier adapter."""
-    beside = folder / artifacts.EVALUATION
-    if (folder / artifacts.RESULTS).is_file():
-        return Results.load(folder)
-    results = Results.load(beside) if (beside / artifacts.RESULTS).is_file() else None
-    if results and adapter and results.settings.get("adapter_sha256") not in (None, adapter.get("weights_sha256")):
-        print(f"{results.path} is of an earlier adapter of {folder} and left out; evaluate it again", file=sys.stderr)
-        return None
-    return results
 
 
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:

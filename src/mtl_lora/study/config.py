@@ -128,11 +128,11 @@ class Grid(Config):
         self.require("seeds", "at least one seed, all different", bool(self.seeds) and not _repeated(self.seeds))
         self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(self.launcher.strip()))
         self.require("experiments", "at least one experiment", bool(self.experiments))
-        flags = _checked(self.train, TrainConfig, "train: ", for_all=True)
+        flags = _checked(self.train, TrainConfig, for_all=True)
         train = TrainConfig.from_json(flags, "train")
         self.train = {"base_model": train.base_model, "data_path": train.data_path, **flags}
         self.tasks = train.task_set()
-        flags = _checked(self.evaluate, EvalConfig, "evaluate: ", for_all=True)
+        flags = _checked(self.evaluate, EvalConfig, for_all=True)
         evaluate = EvalConfig.from_json({"base_model": "any", **flags}, "evaluate")
         self.evaluate = {"data_dir": evaluate.data_dir, **flags}
         self.scored = evaluate.tasks or self.tasks.names
@@ -200,18 +200,17 @@ def read_grid(name: str) -> Grid:
     return grid
 
 
-def _checked(flags: dict, config: type[Config], place: str = "", for_all: bool = False) -> dict:
-    """Flags of ``config`` under today's names. for_all: those of all experiments; place: for errors."""
-    names = {alias: flag.name for flag in config.flags() for alias in (flag.name, *flag.metadata.get("aliases", ()))}
+def _checked(flags: dict, config: type[Config], for_all: bool = False) -> dict:
+    """Flags of ``config`` under today's names. for_all: those of all experiments."""
+    source = "train" if config is TrainConfig else "evaluate"
+    flags = config.named(flags, source)
     for key in flags:
-        if key not in names:
-            raise UserError(f"{place}unknown flag {key!r}{closest(key, list(names))}")
-        if names[key] in _OWN[config]:
+        if key in _OWN[config]:
             home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
-            raise UserError(f"{place}{key} {home}; leave it out (see seeds, test_records)")
-        if names[key] in _SHARED[config] and not for_all:
-            raise UserError(f"{place}{key} must be equal for all experiments; set it in the grid's own flags")
-    return {names[key]: value for key, value in flags.items()}
+            raise UserError(f"{source}: {key} {home}; leave it out (see seeds, test_records)")
+        if key in _SHARED[config] and not for_all:
+            raise UserError(f"{source}: {key} must be equal for all experiments; set it in the grid's own flags")
+    return flags
 
 
 def _repeated(values: list) -> list:

@@ -2,109 +2,22 @@
 
 import dataclasses
 import functools
-import json
-import random
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts, files
+from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
-from mtl_lora.language.examples import FIELDS, Example, load_examples
-from mtl_lora.report.load import Sample
+from mtl_lora.language.examples import load_examples, sample_questions, sample_training
 from mtl_lora.report.table import trainable_text
-from mtl_lora.results import Reader, Results, TaskResult, Trainable
+from mtl_lora.results import Reader, Results, Sample, TaskResult, Trainable
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 
-SAMPLE_SEED = 0
 STATE = "job.json"
 # A job's commands: the class of their flags, and what a flag must affect to be part of the job's configuration.
 _DECIDING = {"train": (TrainConfig, "weights"), "evaluate": (EvalConfig, "answers")}
 _TEST_DATA, _BASE = "the test data (sha256)", "the base model (fingerprint)"
-
-
-def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
-    """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
-    order = list(range(len(examples)))
-    random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
-    return [examples[index] for index in sorted(order[: most or None])]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Training examples or test sets of a study. path: as flags name it; used: how many, of which files by sha256.
-
-    content: the files to write; none where the user's own are read.
-    """
-
-    path: Path
-    used: Sample
-    content: dict[Path, bytes]
-
-
-def _part(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Part:
-    """``most`` examples of each task. sets: by name, the file to read, the one to write, and the examples by task."""
-    part = Part(path, Sample({}, {}, {}, {}), {})
-    for name, (source, target, by_task) in sets.items():
-        kept = {task: sampled(examples, most, task) for task, examples in by_task.items()}
-        part.used.records.update((task, len(examples)) for task, examples in kept.items())
-        part.used.of.update((task, len(examples)) for task, examples in by_task.items())
-        part.used.sha256[name] = part.used.source_sha256[name] = files.sha256(source)
-        if target != source:
-            examples = [example for examples in kept.values() for example in examples]
-            records = [{key: getattr(example, key) for key in FIELDS} | example.extra for example in examples]
-            part.content[target] = files.records_bytes(records)
-            part.used.sha256[name] = files.sha256_of(part.content[target])
-    return part
-
-
-class Data:
-    """The data of a study: ``train(only)``, ``test`` and, for a search, ``dev``, sampled into the study's folder.
-
-    Where nothing is sampled, the user's own files are read. Raises ``UserError`` for data that are missing or wrong.
-    """
-
-    def __init__(self, grid: Grid, folder: Path):
-        self._grid, self._folder = grid, folder / "data"
-        self._source = self._found(Path(grid.train["data_path"]))
-        self._examples: dict[str, list[Example]] = {name: [] for name in grid.tasks.names}
-        for example in load_examples(self._source, grid.tasks):
-            self._examples[grid.tasks[example.task_id].name].append(example)
-        self.test = self._questions("test", Path(grid.evaluate["data_dir"]), grid.test_records)
-        self.dev = None
-        if grid.search:
-            self.dev = self._questions("dev", Path(grid.search.data_dir), grid.search.records)
-            equal = self.dev.used.source_sha256.items() & self.test.used.source_sha256.items()
-            if shared := sorted(name for name, _ in equal):
-                found = f"{grid.search.data_dir} holds the same questions of {', '.join(shared)} as the test sets"
-                raise UserError(f"the grid {grid.path}, search: {found}; choose by a development set")
-
-    @functools.cache  # noqa: B019 - a study has one such object, as long as it runs
-    def train(self, only: tuple[str, ...] = ()) -> Part:
-        """The training examples, of all tasks or ``only`` of some."""
-        if missing := [name for name in only if not self._examples[name]]:
-            raise UserError(f"{self._source} has no examples of {', '.join(missing)}")
-        chosen = {name: found for name, found in self._examples.items() if found and name in (only or self._examples)}
-        most = self._grid.train_records
-        target = self._folder / ("_".join(["train", *only]) + ".json") if only or most else self._source
-        return _part(target, {"train": (self._source, target, chosen)}, most)
-
-    def _questions(self, name: str, source: Path, most: int) -> Part:
-        """The questions of every task that is scored."""
-        target, sets = self._folder / name if most else source, {}
-        for task in self._grid.scored:
-            path = self._found(source / task / "test.json")
-            examples = load_examples(path, self._grid.tasks, task, closed=True)
-            sets[task] = (path, target / task / "test.json", {task: examples})
-        return _part(target, sets, most)
-
-    def _found(self, path: Path) -> Path:
-        if not path.is_file():
-            prepare = self._grid.prepare
-            way_out = f"make it with `{prepare}`" if prepare else "name its place in the grid"
-            raise UserError(f"the data file {path} cannot be found; {way_out}")
-        return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,19 +25,19 @@ class PlannedJob:
     """One training and its evaluation in one folder, or the evaluation of the base model alone.
 
     label: for progress lines. flags: of each command, ``train`` (not of the base model) and ``evaluate``. data: the
-    parts that are read, by name. facts: what else decides the result, such as the launcher.
+    samples that are read, by name. facts: what else decides the result, such as the launcher.
     """
 
     label: str
     folder: Path
     flags: dict[str, dict]
-    data: dict[str, Part]
+    data: dict[str, Sample]
     facts: dict[str, object]
 
     @functools.cached_property
     def configuration(self) -> dict[str, object]:
         """What decides the result, flat: ``train.lora_r``, ..., data, tasks and base model by their hashes."""
-        found = self.facts | {f"the {name} data (sha256)": part.used.sha256 for name, part in self.data.items()}
+        found = self.facts | {f"the {name} data (sha256)": sample.sha256 for name, sample in self.data.items()}
         for step, flags in self.flags.items():
             config, effect = _DECIDING[step]
             values = config(**flags).to_json()
@@ -134,7 +47,9 @@ class PlannedJob:
     def changes(self, earlier: dict[str, object]) -> dict[str, tuple[object, object]]:
         """Where the configuration that a folder was made by differs: what was, what is, by key."""
         now = self.configuration
-        pairs = {key: (earlier.get(key), now.get(key)) for key in sorted(earlier.keys() | now.keys())}
+        # A flag that a later version added did then what its default does.
+        added = {f"{step}.{flag.name}": flag.default for step in self.flags for flag in _DECIDING[step][0].flags()}
+        pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in sorted(earlier.keys() | now.keys())}
         # A base model that is not on this machine has no known fingerprint.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not (key == _BASE and None in pair)}
 
@@ -150,10 +65,7 @@ class PlannedJob:
         words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
         words += ["mtl_lora", step]
         for name, value in (self.flags[step] | more).items():
-            if isinstance(value, list):
-                plain = all(not set(entry) & set(",[]'\"") for entry in value)
-                value = ",".join(value) if plain else json.dumps(value)
-            words += [f"--{name}", "none" if value is None else str(value)]
+            words += [f"--{name}", cli.spelled(value)]
         return words
 
     @property
@@ -228,15 +140,40 @@ class PlannedRun:
 
 
 class Plan:
-    """Makes the runs of a study in a folder; raises ``UserError`` for wrong data and flags.
+    """Makes the runs of a study in a folder; raises ``UserError`` for missing or wrong data and for wrong flags.
 
-    with_fingerprint: make the base model's weights, if they are on this machine, part of every configuration.
+    test and, for a search, dev: the questions, sampled into the folder; where nothing is sampled, the user's own files
+    are read. with_fingerprint: make the base model's weights, if they are on this machine, part of every configuration.
     """
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
-        self.grid, self.folder, self.data = grid, folder, Data(grid, folder)
+        self.grid, self.folder, self._source = grid, folder, Path(grid.train["data_path"])
+        sets = {"test": (Path(grid.evaluate["data_dir"]), grid.test_records)}
+        if grid.search:
+            sets["dev"] = Path(grid.search.data_dir), grid.search.records
+        tests = [source / task / "test.json" for source, _ in sets.values() for task in grid.scored]
+        for path in [self._source, *tests]:
+            if not path.is_file():
+                way_out = f"make it with `{grid.prepare}`" if grid.prepare else "name its place in the grid"
+                raise UserError(f"the data file {path} cannot be found; {way_out}")
+        self._examples = load_examples(self._source, grid.tasks)
+        questions = {
+            name: sample_questions(source, folder / "data" / name, grid.tasks, grid.scored, most)
+            for name, (source, most) in sets.items()
+        }
+        self.test, self.dev = questions["test"], questions.get("dev")
+        copied = self.dev.source_sha256.items() & self.test.source_sha256.items() if self.dev else ()
+        if shared := sorted(name for name, _ in copied):
+            found = f"{grid.search.data_dir} holds the same questions of {', '.join(shared)} as the test sets"
+            raise UserError(f"the grid {grid.path}, search: {found}; choose by a development set")
         fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
         self._facts = {"launcher": grid.launcher, "the tasks (sha256)": grid.tasks.answers_sha256, _BASE: fingerprint}
+
+    @functools.cache  # noqa: B019 - a study has one plan, as long as it runs
+    def training(self, only: tuple[str, ...] = ()) -> Sample:
+        """The training examples, of all tasks or ``only`` of some."""
+        place = self._source, self.folder / "data"
+        return sample_training(*place, self._examples, self.grid.tasks, self.grid.train_records, only)
 
     def _base_model(self):
         from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
@@ -250,7 +187,7 @@ class Plan:
             folder, label = self.folder / "runs" / experiment.slug, experiment.name
             if seed is not None:
                 folder, label = folder / f"seed{seed}", f"{label} seed {seed}"
-            runs.append(self._run(experiment, folder, label, {**flags, "seed": seed}, self.data.test, chosen))
+            runs.append(self._run(experiment, folder, label, {**flags, "seed": seed}, self.test))
         return runs
 
     def trials(self, name: str) -> list[PlannedRun]:
@@ -260,19 +197,17 @@ class Plan:
             folder = self.folder / "search" / experiment.slug / f"{search.flag}_{value:g}"
             label = f"{name} {search.flag} {value:g} (search)"
             flags = {**search.train, search.flag: value, "seed": search.seed}
-            runs.append(self._run(experiment, folder, label, flags, self.data.dev, value))
+            runs.append(self._run(experiment, folder, label, flags, self.dev))
         return runs
 
-    def _run(
-        self, experiment: ExperimentConfig, folder: Path, label: str, flags: dict, test: Part, value: float | None
-    ) -> PlannedRun:
+    def _run(self, experiment: ExperimentConfig, folder: Path, label: str, flags: dict, test: Sample) -> PlannedRun:
         """flags: of the training, with its seed, over those of the experiment; test: the questions."""
         grid, where, jobs = self.grid, f"the grid {self.grid.path}, experiment {experiment.name!r}", []
         for task in (experiment.only_tasks or grid.scored) if experiment.alone else [None]:
             place, steps, data = folder / task if task else folder, {}, {"test": test}
             evaluate = {key: grid.train[key] for key in FROM_TRAIN if key in grid.train}
             if experiment.train is not None:
-                data["train"] = self.data.train((task,) if task else tuple(experiment.only_tasks))
+                data["train"] = self.training((task,) if task else tuple(experiment.only_tasks))
                 steps["train"] = {**grid.train, **experiment.train, **flags}
                 steps["train"] |= {"data_path": str(data["train"].path), "output_dir": str(place)}
                 TrainConfig.from_json(steps["train"], f"{where}, train")
@@ -283,7 +218,7 @@ class Plan:
             steps["evaluate"] = evaluate
             job_label = f"{label} {task}" if task else label
             jobs.append(PlannedJob(job_label, place, steps, data, self._facts))
-        return PlannedRun(experiment, flags["seed"], folder, jobs, value)
+        return PlannedRun(experiment, flags["seed"], folder, jobs, grid.search and flags.get(grid.search.flag))
 
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
         """The lines that ``--check`` prints: every experiment with its trainable parameters and command lines."""

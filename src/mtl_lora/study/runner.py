@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from mtl_lora import artifacts, cli, files
+from mtl_lora import artifacts, cli
 from mtl_lora.errors import UserError, files_within_reach
 from mtl_lora.results import Results
 from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
@@ -115,9 +115,8 @@ class Runner:
     def _execute(self, jobs: Iterable[PlannedJob], left: str, slots: Sequence[dict]) -> None:
         """Do what is left of the jobs, with a line each; the time that is left is by the mean of those done here."""
         jobs = [job for job in jobs if not job.is_finished]
-        for path, content in (file for job in jobs for part in job.data.values() for file in part.content.items()):
-            if not path.is_file() or path.read_bytes() != content:
-                files.write_all({path: content})
+        for sample in (sample for job in jobs for sample in job.data.values()):
+            sample.write()
         began = time.monotonic()
         with contextlib.closing(execute_all(jobs, slots)) as working:
             for done, (job, state) in enumerate(working, start=1):
@@ -221,9 +220,7 @@ def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
             flags = {"resume_from_checkpoint": True} if resume else {"overwrite_output_dir": True}
         if step == "evaluate" and not started:
             # What the evaluation of another configuration has left beside a training that is kept.
-            for name in (artifacts.RESULTS, artifacts.EVAL_SETTINGS):
-                (job.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(job.folder / artifacts.PREDICTIONS, ignore_errors=True)
+            artifacts.remove_evaluation(job.folder)
         state = dataclasses.replace(state, starts={**state.starts, step: state.starts.get(step, 0) + 1})
         state.save(job.folder)
         began = time.monotonic()

@@ -12,18 +12,18 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
+from mtl_lora.predictions import paired_answers
 from mtl_lora.report import load as model
-from mtl_lora.report.compare import RESAMPLES, SEED, intervals, paired_answers
+from mtl_lora.report.compare import RESAMPLES, SEED, intervals
 from mtl_lora.report.figures import write_figures
 from mtl_lora.report.load import LEVEL, Estimate, Experiment, Study
 from mtl_lora.report.table import markdown_text, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
+from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
-
-
 Runs = dict[str, list[PlannedRun]]  # finished ones, by experiment
 
 
@@ -50,12 +50,12 @@ class StudyWriter:
 
     def write(self, runs: Sequence[PlannedRun]) -> None:
         """Both files of finished runs, at least one."""
-        grid, data, search, found = self.grid, self.plan.data, None, {}
+        grid, plan, search, found = self.grid, self.plan, None, {}
         for run in runs:
             found.setdefault(run.experiment.name, []).append(run)
         if self._searches:
             fields = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
-            fields |= {"questions": data.dev.used.records, "dev_data_sha256": data.dev.used.sha256}
+            fields |= {"questions": plan.dev.records, "dev_data_sha256": plan.dev.sha256}
             search = model.Search(**fields, experiments=self._searches)
         evaluations = [each for run in runs for each in run.evaluations]
         study = Study(
@@ -68,14 +68,14 @@ class StudyWriter:
             **{key: getattr(evaluations[-1], key) for key in ("commit", "versions", "device")},
             commits=list(dict.fromkeys(results.commit for results in evaluations)),
             devices=list(dict.fromkeys(results.device for results in evaluations)),
-            data={"train": data.train().used, "test": data.test.used},
+            data={"train": plan.training(), "test": plan.test},
             experiments=[self._experiment(each, found) for each in grid.experiments if each.name in found],
             transfer=self._transfer(found),
             search=search,
         )
         study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid)])
-        study.save(self.plan.folder / artifacts.STUDY)
-        files.write_text(self.plan.folder / TABLE, render(study))
+        files.write_json(plan.folder / artifacts.STUDY, study.to_json())
+        files.write_text(plan.folder / TABLE, render(study))
 
     def _run(self, planned: PlannedRun) -> model.Run:
         """A finished run; one of tasks trained alone has a part for each, and sums of theirs."""
@@ -114,10 +114,10 @@ class StudyWriter:
             commands=job.commands,
             seconds={step: state.seconds.get(step) for step in ("train", "evaluate")},
             starts={step: state.starts.get(step) for step in ("train", "evaluate")},
-            steps=json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"] if log.is_file() else None,
+            steps=last_step(log) if log.is_file() else None,
             # In checkpoints of format 1 the provenance has another name.
             train_commit=(adapter.get("provenance") or adapter.get("origin") or {}).get("commit"),
-            train_data_sha256=job.data["train"].used.sha256["train"] if "train" in job.data else None,
+            train_data_sha256=job.data["train"].sha256["train"] if "train" in job.data else None,
             adapter_sha256=results.settings.get("adapter_sha256"),
         )
 
@@ -130,7 +130,7 @@ class StudyWriter:
             config = TrainConfig(**first.jobs[0].flags["train"])
             adapter = config.adapter_config(self.grid.tasks)
             facts = {"method": adapter.method, "rank": adapter.rank, "learning_rate": config.learning_rate}
-            facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].used.records]
+            facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].records]
             facts |= {"adapters": len(first.jobs), "trainable": first.evaluations[0].trainable}
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
         tasks = {name: Estimate.over_seeds([run.tasks[name].value for run in runs]) for name in runs[0].tasks}

@@ -4,7 +4,6 @@ The Trainer takes an injected model for a full model and reserves adapter-only s
 saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from mtl_lora import artifacts
+from mtl_lora import artifacts, train_log
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
@@ -284,25 +283,12 @@ class LogFile(TrainerCallback):
         self.path = Path(output_dir) / artifacts.TRAIN_LOG
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        if state.is_world_process_zero:
+            train_log.drop_after(self.path, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with self.path.open("a") as log:
-                log.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; a line torn by a kill counts as after everything."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+            train_log.append(self.path, state.global_step, logs)
 
 
 class Progress(TrainerCallback):
