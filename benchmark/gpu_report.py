@@ -1,6 +1,6 @@
 """What a GPU does with MTL-LoRA, in at most eight minutes: speed of a step, where its time goes, training, answers.
 
-    python benchmark/gpu_report.py OUT [--from N] [--minutes M] [--data DIR] [--dry True]
+    python benchmark/gpu_report.py OUT [--from N] [--to N] [--minutes M] [--data DIR] [--dry True]
 
 ``bash script/gpu_report.sh`` takes the same. Steps, in this order; each is a process of its own and writes as it goes:
   1  step      a training step of LLaMA-2-7B's shape (gpu_step.py), at two lengths; the card's peaks
@@ -12,8 +12,10 @@ step-N.log, report.md (the tables) and results.tar.gz (everything but weights, b
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -37,21 +39,24 @@ def main() -> None:
     flags.add_argument("out", metavar="OUT", help="folder for the results")
     flags.add_argument("--from", dest="first", type=count, default=1, metavar="N", help="first step")
     flags.add_flag("to", "last step", type=count, default=4)
-    flags.add_flag("minutes", "for all steps", type=float, default=8.0)
+    flags.add_flag("minutes", "for all steps", type=count, default=8)
     flags.add_flag("data", "folder with commonsense_170k_taskid.json and test/<task>/test.json", default=None)
     flags.add_flag("base_model", "of steps 3 and 4", default="smollm2-135m")
     flags.add_flag(
         "dry",
         "True: every step in tiny sizes, on a CPU too, without a limit of time",
-        type=lambda text: text == "True",
-        default=False,
+        choices=["True", "False"],
+        default="False",
     )
     flags.add_flag("only", argparse.SUPPRESS, type=count, default=None)  # the process of one step
     flags.add_flag("until", argparse.SUPPRESS, type=float, default=None)  # when it must have ended
     arguments = flags.parse_args()
+    arguments.dry = arguments.dry == "True"
     if not 1 <= arguments.first <= arguments.to <= 4:
         raise UserError(f"--from and --to must be steps from 1 to 4, in order, not {arguments.first} to {arguments.to}")
     out = Path(arguments.out).resolve()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
     if arguments.only:
         run_step(arguments.only, out, arguments)
@@ -78,6 +83,8 @@ def run_all(out: Path, arguments: argparse.Namespace) -> None:
         until = end - sum(SECONDS[step] for step in steps if step > number)
         print(f"step {number}, {NAMES[number]}: until {time.strftime('%H:%M:%S', time.localtime(until))}", flush=True)
         started = time.time()
+        for suffix in ("md", "json"):  # an earlier run's must not pass for this one's
+            (out / f"step-{number}.{suffix}").unlink(missing_ok=True)
         command = [sys.executable, __file__, str(out), "--only", str(number), "--until", str(until)]
         command += ["--data", str(order.data), "--base_model", arguments.base_model, "--dry", str(arguments.dry)]
         with (out / f"step-{number}.log").open("w") as log:
@@ -97,9 +104,11 @@ def run_with_limit(command: list[str], log, seconds: float) -> int:
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 15)
-        process.wait()
         return 124
+    finally:  # also where this process is interrupted
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_step(number: int, out: Path, arguments: argparse.Namespace) -> None:

@@ -84,8 +84,8 @@ def read_have(path: str) -> dict[str, Version | None]:
     """The packages of the target's image and Python itself, with their versions where the file names them."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"the list of what the image has, {path}, cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the list of what the image has, {path}, cannot be read ({error})") from None
     have: dict[str, Version | None] = {}
     for number, line in enumerate((line.partition("#")[0].strip() for line in lines), 1):
         if not line:

@@ -29,7 +29,7 @@ command -v "$python" > /dev/null || fail "there is no $python; name an interpret
 archive_sum() { sed -n '$s/^\([0-9a-f]\{64\}\)  bundle\.tar$/\1/p' "$1"; }
 if [ -f "$dir/SHA256SUMS" ]; then
     sent="$(archive_sum "$dir/SHA256SUMS")"
-    [ -n "$sent" ] || fail "$dir/SHA256SUMS is incomplete; send it again"
+    [ -n "$sent" ] || fail "$dir/SHA256SUMS is cut off or was converted on the way (line ends); send it again as it is"
     if [ -f "$into/UNPACKED" ] && [ "$(cat "$into/UNPACKED")" != "$sent" ]; then
         fail "$into holds another bundle; name another folder"
     fi
@@ -56,6 +56,8 @@ while read -r expected name; do
     if [ -f "$parts/$name" ] && [ "$(sum "$parts/$name")" = "$expected" ]; then continue; fi
     if [ ! -f "$dir/$name" ]; then
         if [ -f "$parts/$name" ]; then corrupt+=("$name"); else missing+=("$name"); fi
+    elif [ ! -r "$dir/$name" ]; then
+        fail "$dir/$name cannot be read; see whose file it is"
     elif [ "$(sum "$dir/$name")" != "$expected" ]; then
         corrupt+=("$name")
     else

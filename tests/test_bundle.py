@@ -179,7 +179,7 @@ def other_bundle(sent: Path, into: Path) -> None:
 @pytest.mark.parametrize(
     ("arrange", "sentence"),
     [
-        (cut_sums, "SHA256SUMS is incomplete"),
+        (cut_sums, "SHA256SUMS is cut off or was converted"),
         (own_project, "project is there already and is not replaced"),
         (other_bundle, "holds another bundle"),
     ],

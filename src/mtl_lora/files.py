@@ -94,11 +94,11 @@ def check_output(
     entries = list(output.iterdir())
     if not entries:
         return
-    if not overwrite:
-        raise UserError(f"{output} is not empty; pass --overwrite to replace it, or another --output")
     read = [Path(path).resolve() for path in inputs]
     if any(path == output or output in path.parents for path in read):
         raise UserError(f"{output} holds what is read and cannot be replaced by it; pass another --output")
+    if not overwrite:
+        raise UserError(f"{output} is not empty; pass --overwrite to replace it, or another --output")
     # Anything else, such as a training run, was not made by this command and is not deleted by it.
     if nested:
         entries = [entry for part in entries for entry in (part.iterdir() if part.is_dir() else [part])]

@@ -126,11 +126,34 @@ def test_unknown_task_of_a_file_lists_the_tasks(load):
 
 
 @pytest.mark.parametrize("answer", ["answer4", "honey", "", "Answer1", "answer1 "])
-def test_answer_outside_the_records_options_is_refused_for_evaluation_alone(load, answer):
+def test_answer_outside_the_records_options_is_refused(load, answer):
     record = without(answer=answer)
-    assert load([record])[0].answer == answer
     with pytest.raises(UserError, match=rf"example 0: the answer {answer!r} is not .* options answer1/answer2/"):
         load([record], closed=True)
+    if answer:
+        with pytest.raises(UserError, match=rf"example 0: .* 'answer1' from the output .*, not {answer!r}"):
+            load([record])
+    else:  # training takes it from the output
+        assert load([record])[0].answer == ""
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("answer1", "lacks the task's answer prefix 'the correct answer is'"),
+        ("the correct answer is answer4", "'answer4' from the output .*, not 'answer1'"),
+        ("the correct answer is honey", "'' from the output .*, not 'answer1'"),
+        ("the correct answer is answer2", "'answer2' from the output .*, not 'answer1'"),
+    ],
+)
+def test_output_that_an_evaluation_would_read_otherwise_is_refused_in_training(load, output, message):
+    with pytest.raises(UserError, match=f"example 0: .*{message}"):
+        load([without(output=output)])
+
+
+def test_output_may_reason_before_it_answers(load):
+    output = "Bees make honey. So the correct answer is answer1"
+    assert load([without(output=output)])[0].output == output
 
 
 def test_free_text_task_takes_any_answer(load):
@@ -151,7 +174,7 @@ def test_records_are_read_as_they_stand_in_order(load):
 
 
 def test_json_lines_hold_the_same_records_as_a_list(load):
-    records = [GOOD, without(instruction="a\u2028b", output="line\nend"), without(task_id=6)]
+    records = [GOOD, without(instruction="a\u2028b", output="line\nthe correct answer is answer1"), without(task_id=6)]
     raw = b"\n".join(json.dumps(record, ensure_ascii=False).encode() for record in records)
     assert load(raw, "data.jsonl") == load(records)
     assert load(raw.replace(b"\n{", b"\r\n{"), "windows.jsonl") == load(records)

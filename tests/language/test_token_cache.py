@@ -108,7 +108,7 @@ def test_every_setting_that_shapes_rows_has_a_cache_of_its_own(rows_of, tmp_path
 
 def test_changed_byte_in_the_data_has_a_cache_of_its_own(rows_of, tmp_path):
     first = rows_of()
-    changed = [{**RECORDS[0], "output": "the correct answer is false"}, *RECORDS[1:]]
+    changed = [{**RECORDS[0], "output": "the correct answer is false", "answer": "false"}, *RECORDS[1:]]
     (tmp_path / "train.json").write_text(json.dumps(changed))
     rows = rows_of()
     assert len(cached(tmp_path)) == 2
@@ -123,7 +123,10 @@ def test_changed_byte_in_the_data_has_a_cache_of_its_own(rows_of, tmp_path):
             json.dumps([*RECORDS, {"instruction": "a", "output": "b", "answer": "b"}]),
             "example 16 has no field 'task_id'",
         ),
-        (json.dumps([*RECORDS, record("boolq", output="word " * 300)]), r"example 16: the answer alone has \d+ tokens"),
+        (
+            json.dumps([*RECORDS, record("boolq", output="word " * 300 + "the correct answer is true")]),
+            r"example 16: the answer alone has \d+ tokens",
+        ),
     ],
     ids=["broken JSON", "bad example", "answer too long"],
 )

@@ -41,7 +41,7 @@ BAD = [
     (experiments(name="lora"), ["folder 'lora'"]),
     (experiments(name="!"), ["name", "'!'"]),
     (experiments(train={"data_path": "x"}), [OTHER, "data_path", "equal for all"]),
-    (experiments(train={"rank": 4}), [OTHER, "train has the unknown key 'rank'"]),
+    (experiments(train={"depth": 4}), [OTHER, "train has the unknown key 'depth'"]),
     (experiments(evaluate={"mode": "generate"}), [OTHER, "mode", "equal for all"]),
     (experiments(only_tasks=["cola"]), [OTHER, "'cola'", "boolq 0"]),
     (experiments(train=None, only_tasks=["boolq"]), [OTHER, "only_tasks", "train is null"]),

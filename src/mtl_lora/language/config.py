@@ -43,13 +43,14 @@ class TrainConfig(TrainingConfig):
     cache_dir: str = flag(".cache/rows", "folder for tokenised data", affects="nothing")
 
     # adapter
-    adapter_name: str = flag("mtl_lora", "method")
-    lora_r: int = flag(8, "rank r of the adapter")
-    lora_alpha: float = flag(16.0, "numerator of the scale alpha / r")
-    lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0 is off")
+    adapter_name: str = flag("mtl_lora", "method", aliases=("method",))
+    lora_r: int = flag(8, "rank r of the adapter", aliases=("rank",))
+    lora_alpha: float = flag(16.0, "numerator of the scale alpha / r", aliases=("alpha",))
+    lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0 is off", aliases=("dropout",))
     lora_target_modules: list[str] = flag(
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         "linear layers to adapt: a,b or all-linear or a regular expression of whole names",
+        aliases=("target_modules",),
     )
     hyperparameters: dict = dataclasses.field(default_factory=dict)  # of all methods; each is a flag of its own
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
+from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.results import Sample
 
@@ -110,10 +111,23 @@ def parse_example(
         if field in needed and not values[field].strip():
             raise UserError(f"{where}: {field!r} is empty")
     task_id = _task_id(value, where, tasks, task)
-    if closed:
-        options = tasks[task_id].options_of(values["instruction"])
-        if options and values["answer"] not in options:
-            raise UserError(f"{where}: the answer {values['answer']!r} is not one of its options {'/'.join(options)}")
+    options = tasks[task_id].options_of(values["instruction"])
+    if options and closed and values["answer"] not in options:
+        raise UserError(f"{where}: the answer {values['answer']!r} is not one of its options {'/'.join(options)}")
+    if options and answered and not closed:
+        found = extract_answer(tasks[task_id], values["output"])
+        prefix = tasks[task_id].answer_prefix.strip()
+        if prefix not in values["output"]:  # scoring asks for the option behind it, which would never be trained
+            raise UserError(
+                f"{where}: the output {values['output']!r} lacks the task's answer prefix {prefix!r}; write it before "
+                'the answer, or declare "answer_prefix": "" in the tasks file'
+            )
+        if found not in options or (values["answer"] and found != values["answer"]):
+            wanted = repr(values["answer"]) if values["answer"] else f"one of {'/'.join(options)}"
+            raise UserError(
+                f"{where}: an evaluation would read the answer {found!r} from the output {values['output']!r}, not "
+                f"{wanted}; let output and answer agree"
+            )
     extra = {key: entry for key, entry in value.items() if key not in FIELDS and key != "task"}
     texts = [values[field] if field in needed else "" for field in ("instruction", "input", "output", "answer")]
     return Example(*texts, task_id, index, extra)

@@ -10,7 +10,7 @@ from mtl_lora.language.config import AUTO
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import Example, load_examples
 from mtl_lora.language.metrics import extract_answer, same_text, strict_answer, text_f1
-from mtl_lora.language.tasks import Task, TaskSet
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 TOKEN_BUDGET = 2048  # tokens of a batch with --batch_size auto on a CPU, where larger ones are no faster
 GPU_TOKEN_BUDGET = 65536
@@ -100,8 +100,9 @@ def load_questions(
         path = Path(data_dir) / task.name / "test.json"
         if not path.is_file():
             raise UserError(
-                f"there is no test file {path}; make it with `mtl-lora prepare commonsense`, or pass --data_dir DIR, "
-                "or --tasks with those that have one"
+                f"there is no test file {path}; "
+                + ("make it with `mtl-lora prepare commonsense`, or " if tasks.names == COMMONSENSE.names else "")
+                + "pass --data_dir DIR, or --tasks with the tasks that have one"
             )
         examples = load_examples(path, tasks, task.name, closed=True)
         found.sha256[task.name], found.sizes[task.name] = files.sha256(path), len(examples)

@@ -41,14 +41,13 @@ def run(config: TrainConfig) -> None:
     adapter = config.adapter_config(tasks)
     distributed.check_launch(config)
     if not Path(config.data_path).is_file():
-        raise UserError(
-            f"the data file {config.data_path} does not exist; make it with data/commonsense/prepare.py, "
-            "or pass --data_path FILE"
-        )
+        made = "" if config.tasks_file else "make it with `mtl-lora prepare commonsense`, or "
+        raise UserError(f"the data file {config.data_path} does not exist; {made}pass --data_path FILE")
     from_checkpoint = resume.checkpoint_to_resume(config)
     base = BaseModel(config.base_model, config.trust_remote_code)
-    try:  # before the arguments are made, for from then on ZeRO-3 partitions every new model
-        find_targets(base.structure(), adapter)
+    structure = base.structure()  # before the arguments are made, for from then on ZeRO-3 partitions every new model
+    try:
+        find_targets(structure, adapter)
     except UserError as error:
         raise UserError(f"--lora_target_modules: {error}") from None
     arguments = training_arguments(config)
@@ -59,6 +58,9 @@ def run(config: TrainConfig) -> None:
     columns = row_columns(train)
     sampler = make_sampler(config, arguments, columns["length"], columns["task_id"])
     log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
+    absent = [name for index, name in enumerate(tasks.names) if index not in set(columns["task_id"].tolist())]
+    if absent:
+        log(arguments, f"no training examples of {', '.join(absent)}: what is these tasks' own stays as it is drawn")
     configuration = run_configuration(config, arguments, tasks)
     if from_checkpoint:
         resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
