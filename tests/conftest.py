@@ -156,5 +156,10 @@ def edit_json():
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Slow tests first, so that no worker is left with a long one when the others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The longest tests first, so that no worker is left with a long one when the others are done."""
+
+    def seconds(item) -> float:
+        marker = item.get_closest_marker("slow")
+        return 0 if marker is None else (*marker.args, 3)[0]
+
+    items.sort(key=seconds, reverse=True)
