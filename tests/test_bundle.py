@@ -129,6 +129,7 @@ def test_parts_that_arrive_one_by_one_are_kept_and_the_last_one_installs(small, 
     assert again.returncode == 0 and again.stdout == (into / "environment.sh").read_text()
 
 
+@pytest.mark.slow
 def test_interrupted_call_can_be_repeated(sent, tmp_path):
     into = tmp_path / "into"
     for left in (".unpacking/site", "site/mtl_lora", "parts"):

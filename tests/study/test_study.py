@@ -97,6 +97,7 @@ def weights(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_table_is_of_every_experiment_seed_and_choice(undisturbed):
     found = Study.load(undisturbed)
     assert [[run.seed for run in experiment.runs] for experiment in found.experiments] == [[0, 1], [1]]
@@ -112,6 +113,7 @@ class Killed(BaseException):
     """What nothing catches."""
 
 
+@pytest.mark.slow
 def test_killed_study_resumes_to_the_same_numbers(undisturbed, study, monkeypatch, tmp_path, capsys):
     """Ended after a training's second checkpoint; what a kill leaves of a training and of a study's processes, the
     tests of those two kill for."""
@@ -139,6 +141,7 @@ def test_killed_study_resumes_to_the_same_numbers(undisturbed, study, monkeypatc
     assert "2 jobs, 2 of them finished" in line and before == weights(folder)
 
 
+@pytest.mark.slow
 def test_changed_configuration_is_refused_before_anything_starts(undisturbed, study, grid_file, tmp_path, capsys):
     value = json.loads(grid_file.read_text())
     value["experiments"][0]["train"]["lora_alpha"] = 4
@@ -149,6 +152,7 @@ def test_changed_configuration_is_refused_before_anything_starts(undisturbed, st
     assert all(fact in error for fact in ("runs/lora/seed0", "train.lora_alpha 16.0 -> 4", "--overwrite"))
 
 
+@pytest.mark.slow
 def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, grid_file, tmp_path, capsys):
     folder = tmp_path / "study"
     shutil.copytree(undisturbed, folder)
@@ -172,6 +176,7 @@ def test_check_starts_nothing_and_names_what_would_run(study, tmp_path, capsys):
     assert "python -m mtl_lora train --base_model" in text and not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_report_starts_nothing_and_writes_the_same_again(undisturbed, study, tmp_path, capsys):
     folder = tmp_path / "study"
     shutil.copytree(undisturbed, folder)

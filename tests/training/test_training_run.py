@@ -130,8 +130,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
     "options",
     [
         {},
-        {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "sampling_temperature": 3.0},
-        {"token_budget": 700, "gradient_accumulation_steps": 2},
+        pytest.param(
+            {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "sampling_temperature": 3.0},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"token_budget": 700, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
     ],
     ids=["plain", "accumulation and temperature", "tokens"],
 )
