@@ -3,6 +3,7 @@
 The workers of a parallel run share the folders that take time to make.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -38,8 +39,6 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 @pytest.fixture(scope="session")
 def tiny_base(made_once) -> str:
     """The folder of a random two-layer LLaMA with a small byte-level tokenizer: a base model that loads at once."""
-    import gc
-
     import transformers  # noqa: F401
 
     # Every training collects garbage; without the objects of the libraries that takes a tenth of the time.
@@ -91,8 +90,15 @@ def cache_dir(made_once) -> str:
     return str(made_once("rows", lambda folder: None))
 
 
+@pytest.fixture(scope="module")
+def no_old_objects(tiny_base) -> None:
+    """Every training collects garbage, which takes longer the more objects the tests before have left."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def train(tiny_base, records_file, cache_dir, tmp_path):
+def train(no_old_objects, tiny_base, records_file, cache_dir, tmp_path):
     """Train in this process: ``train("name", flag=value, ...)`` returns the output folder."""
     from mtl_lora.language.config import TrainConfig
     from mtl_lora.language.train import run
@@ -156,5 +162,10 @@ def edit_json():
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Slow tests first, so that no worker is left with a long one when the others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The longest tests first, so that no worker is left with a long one when the others are done."""
+
+    def seconds(item) -> float:
+        marker = item.get_closest_marker("slow")
+        return 0 if marker is None else (*marker.args, 3)[0]
+
+    items.sort(key=seconds, reverse=True)

@@ -1,10 +1,14 @@
 """Benchmarks run at tiny sizes, measure what they say, and their baselines compute what ours compute."""
 
+import contextlib
+import io
 import json
 import runpy
+import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from reference.tiny import adapter_config, randomise, tiny_llama
 from shared import PROJECT, QUICKSTART
 from torch import nn
 
-from mtl_lora import route
+from mtl_lora import cli, route
 from mtl_lora.adapter.inject import layer_class
 
 FOLDER = PROJECT / "benchmark"
@@ -61,6 +65,7 @@ def test_adapter_layer_keeps_a_table_and_a_json_line(run, tmp_path):
     assert case["layers"]["mtl_lora"]["peak_bytes"] > case["layers"]["frozen"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_train_step_runs_every_kind_of_side_and_any_number_of_tasks(run, tiny_base):
     sides = ["frozen", "original", "peft", "lora", "mtl_lora", "gathering", "looping", "peft_layer"]
     flags = [f"--base_model={tiny_base}", "--records=8", "--rounds=1", "--results=none", "--dtype=fp32"]
@@ -72,9 +77,18 @@ def test_train_step_runs_every_kind_of_side_and_any_number_of_tasks(run, tiny_ba
     assert peaks["original"] < peaks["mtl_lora"]  # gradient checkpointing
 
 
-@pytest.mark.slow
-def test_gpu_report_runs_every_step_on_a_cpu_in_tiny_sizes(run, tiny_base, tmp_path):
-    """The steps in this process; that each is a process of its own, the next test shows."""
+@pytest.mark.slow(15)
+def test_gpu_report_runs_every_step_on_a_cpu_in_tiny_sizes(run, tiny_base, tmp_path, monkeypatch):
+    """The steps and their commands in this process; the next test has the processes of the steps."""
+    import gpu_steps
+
+    def in_this_process(command: list[str], order) -> str:
+        assert command[:3] == [sys.executable, "-m", "mtl_lora"]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            cli.main(command[3:])
+        return printed.getvalue().strip()
+
+    monkeypatch.setattr(gpu_steps, "run", in_this_process)
     for number, start in zip("1234", ("step", "profile", "train", "evaluate"), strict=True):
         run("gpu_report.py", str(tmp_path), "--only", number, "--dry", "True", "--base_model", tiny_base)
         record = json.loads((tmp_path / f"step-{number}.json").read_text())
@@ -85,10 +99,23 @@ def test_gpu_report_runs_every_step_on_a_cpu_in_tiny_sizes(run, tiny_base, tmp_p
     assert profile["mtl_lora_12"]["kernels"] > profile["frozen_12"]["kernels"]
     assert profile["compiled"]["mtl_lora, compiled"]["mtl_lora, eager"]["median"] > 0
     assert train["steps"] == 2 and len(train["lora"]["log"]) >= 2
+    assert "\n| mtl_lora " in (tmp_path / "step-3.md").read_text()
     assert answers["questions/s"].keys() >= {"one at a time, no cache", "generate, batch auto", "score, batch 2"}
 
 
-def test_gpu_report_keeps_what_it_has_and_says_where_to_go_on(run, tmp_path, capsys):
+def test_gpu_report_keeps_what_it_has_and_says_where_to_go_on(run, tmp_path, capsys, monkeypatch):
+    class InThisProcess:
+        """The process of a step, without the seconds in which it imports torch."""
+
+        def __init__(self, command, **options):
+            self.command = command[1:]
+
+        def wait(self, seconds: float) -> int:
+            with pytest.raises(SystemExit) as exit:
+                run(Path(self.command[0]).name, *self.command[1:])
+            return exit.value.code
+
+    monkeypatch.setattr(subprocess, "Popen", InThisProcess)
     (tmp_path / "step-2.md").write_text("from before\n")
     with pytest.raises(SystemExit) as exit:
         run("gpu_report.py", str(tmp_path), "--from", "4", "--dry", "True")
@@ -107,6 +134,7 @@ def test_gpu_report_needs_a_gpu(run, tmp_path, capsys):
     assert "torch finds none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_compares_both_protocols_with_one_question_at_a_time(run, trained):
     flags = [f"--checkpoint={trained}", f"--data_dir={QUICKSTART / 'test'}", "--questions=1", "--rounds=1"]
     record = json.loads(run("evaluate.py", *flags, "--results=none", "--dtype=fp32").splitlines()[-1])

@@ -98,6 +98,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
     assert packed("one") == packed("three")
 
 
+@pytest.mark.slow
 def test_parts_that_arrive_one_by_one_are_kept_and_the_last_one_installs(small, tmp_path):
     into = tmp_path / "a node" / "here"
     for arrived, missing in (
@@ -128,6 +129,7 @@ def test_parts_that_arrive_one_by_one_are_kept_and_the_last_one_installs(small, 
     assert again.returncode == 0 and again.stdout == (into / "environment.sh").read_text()
 
 
+@pytest.mark.slow
 def test_interrupted_call_can_be_repeated(sent, tmp_path):
     into = tmp_path / "into"
     for left in (".unpacking/site", "site/mtl_lora", "parts"):
@@ -265,7 +267,7 @@ def test_source_that_only_one_python_builds_is_refused(monkeypatch, tmp_path):
         bundle.fetch("compiled", bundle.Version("3.12"), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_real_bundle_installs_the_project_and_its_packages(monkeypatch, tmp_path):
     def no_model(folder: Path) -> Path:  # it is 90 MB to fetch
         folder.mkdir()

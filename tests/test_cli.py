@@ -289,6 +289,7 @@ def test_missing_package_names_the_extra_that_brings_it(monkeypatch, capsys):
 # ---- the doors ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, code, facts, unwanted",
     [

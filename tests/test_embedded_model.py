@@ -77,14 +77,14 @@ def evaluator(tmp_path_factory) -> Evaluator:
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 @pytest.mark.parametrize("mode", ["generate", "score"])
 def test_questions_of_all_tasks_get_the_same_answers_alone_and_in_batches(evaluator, mode):
-    asked = load_questions(QUICKSTART / "test", evaluator.tasks, [], evaluator.encoder, limit=3).questions
+    asked = load_questions(QUICKSTART / "test", evaluator.tasks, [], evaluator.encoder, limit=1).questions
     evaluator.prepare({mode: asked})
     by_size = []
     for size in (1, 16):
         lines = [line for batch in plan_batches(asked, size, 0) for line in evaluator.answer(batch, mode)]
         by_size.append({(line["task"], line["index"]): line.get("text", line["parsed"]) for line in lines})
-    assert len(by_size[0]) == 24 and by_size[0] == by_size[1]
+    assert len(by_size[0]) == 8 and by_size[0] == by_size[1]
     assert len(set(by_size[0].values())) > 3, "a model that always says the same would pass any comparison"

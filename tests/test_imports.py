@@ -127,9 +127,8 @@ def test_nothing_reads_pickles_or_runs_code_of_model_repositories_unasked(path):
     [
         ("import mtl_lora, mtl_lora.cli, mtl_lora.language.config", {"torch", "numpy", "safetensors", "transformers"}),
         ("import mtl_lora.study.__main__, mtl_lora.report.__main__", {"torch", "transformers", "datasets", "pandas"}),
-        ("import mtl_lora; mtl_lora.inject, mtl_lora.load", {"transformers", "datasets", "accelerate", "peft"}),
     ],
-    ids=["command line", "report and study", "adapters"],
+    ids=["command line", "report and study"],
 )
 def test_import_brings_no_more_than_it_needs(statement, unwanted):
     code = f"{statement}\nimport sys; print(*[name for name in {sorted(unwanted)!r} if name in sys.modules])"

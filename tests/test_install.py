@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from shared import PROJECT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(20)
 
 
 def done(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -22,6 +22,7 @@ def done(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess
     return found
 
 
+@pytest.mark.slow(60)
 def test_quick_start_trains_the_real_base_model_and_prints_a_table(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     small = {"OUTPUT": str(tmp_path), "MAX_STEPS": "1", "BATCH_SIZE": "1", "TASKS": "boolq,piqa", "LIMIT": "1"}
@@ -56,12 +57,20 @@ def installed(tmp_path_factory) -> Path:
     return folder
 
 
+# What a user types one after another, in one process, for each would import the same packages.
+COMMANDS = """
+import json, sys
+import mtl_lora
+from mtl_lora import cli
+for command in json.loads(sys.argv[1]):
+    cli.main(command)
+print(mtl_lora.__file__)
+"""
+
+
 def test_installed_wheel_trains_evaluates_exports_and_draws_a_table(installed, tiny_base):
-    command = installed / ".venv" / "bin" / "mtl-lora"
-
-    def run(*arguments) -> str:
-        return done(command, *arguments, cwd=installed, PYTHONPATH="").stdout
-
+    folder = installed / ".venv" / "bin"
+    assert done(folder / "mtl-lora", "--version", cwd=installed, PYTHONPATH="").stdout.startswith("mtl-lora ")
     options = ["happy", "sad"]
     tasks = [{"name": name, "id": index, "options": options} for index, name in enumerate(("mood", "weather"))]
     (installed / "tasks.json").write_text(json.dumps({"tasks": tasks}))
@@ -83,10 +92,16 @@ def test_installed_wheel_trains_evaluates_exports_and_draws_a_table(installed, t
 
     flags = {"tasks_file": "tasks.json", "data_path": "train.json", "output_dir": "run", "base_model": tiny_base}
     flags |= {"max_steps": 3, "batch_size": 4, "save_step": 0, "dtype": "fp32"}
-    run("train", "--system", "language", *(f"--{name}={value}" for name, value in flags.items()))
-    run("evaluate", "--checkpoint", "run", "--data_dir", "test", "--mode", "score", "--dtype", "fp32")
-    run("export", "peft", "--checkpoint", "run", "--tasks", "mood", "--output", "peft", "--base_model", tiny_base)
-    assert "mood" in run("report", "table", "run/evaluation") and (installed / "peft").is_dir()
+    commands = [
+        ["train", "--system", "language", *(f"--{name}={value}" for name, value in flags.items())],
+        ["evaluate", "--checkpoint", "run", "--data_dir", "test", "--mode", "score", "--dtype", "fp32"],
+        ["export", "peft", "--checkpoint", "run", "--tasks", "mood", "--output", "peft", "--base_model", tiny_base],
+        ["report", "table", "run/evaluation"],
+    ]
+    found = done(folder / "python", "-c", COMMANDS, json.dumps(commands), cwd=installed, PYTHONPATH="")
+    *lines, package = found.stdout.splitlines()
+    assert Path(package).is_relative_to(installed / ".venv")
+    assert any(line.startswith("|") and "mood" in line for line in lines) and (installed / "peft").is_dir()
     results = json.loads((installed / "run" / "evaluation" / "results.json").read_text())
     assert results["commit"] is None, "the commit of another project must not be given as ours"
 

@@ -7,7 +7,7 @@ import torch
 from shared import PROJECT
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_the_python_of_the_readme_runs_as_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)

@@ -377,6 +377,7 @@ def compilations():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
 def test_compiled_model_equals_the_plain_one_and_is_not_compiled_for_every_batch(checkpointing, compilations):
     model = randomise(mtl_lora.inject(Blocks(), adapter_config(target_modules=["0", "1"]), allow_unused=True))
@@ -407,6 +408,7 @@ def test_compiled_model_equals_the_plain_one_and_is_not_compiled_for_every_batch
         compiled(torch.zeros(2, 3, 8), task_ids=[0, 9])
 
 
+@pytest.mark.slow
 def test_compiled_language_model_is_one_graph(compilations):
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4

@@ -64,6 +64,7 @@ def test_transformers_trainer_learns_what_ones_own_loop_does(how, tmp_path):
         assert (weight - start[name]).abs().max() > RATE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 def test_sft_trainer_of_trl_learns_each_row_with_its_task(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -1,17 +1,15 @@
 """Evaluations: what they write, what their answers depend on and what not, that they resume and refuse."""
 
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from shared import PROJECT, QUICKSTART, free_port
+from shared import PROJECT, QUICKSTART
 from transformers import LlamaForCausalLM
 
 import mtl_lora
@@ -198,26 +196,6 @@ def test_a_module_saved_whole_counts_once_among_all_parameters(evaluate, tiny_ba
         assert evaluate("there", checkpoint=None, peft=str(folder), **few)["score"].trainable == count
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_questions_and_agree_with_one(whole, trained, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    flags = arguments(tmp_path / "two", checkpoint=trained, mode="score")
-    # torchrun would give each process one thread, and sums are rounded otherwise with another number of threads.
-    done = subprocess.run(
-        [*command, "-m", "mtl_lora", "evaluate", *(f"--{name}={value}" for name, value in flags.items())],
-        cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert Results.load(tmp_path / "two").tasks == Results.load(whole / "score").tasks
-    # The very scores: the batches are the same, whoever answers them.
-    assert lines(tmp_path / "two") == lines(whole / "score")
-    assert "Average" in done.stdout
-
-
 # ---- what an answer depends on ----
 
 
@@ -354,20 +332,36 @@ def test_an_interrupted_evaluation_resumes_and_repairs_torn_lines(evaluate, tmp_
     assert len(answered) in (15, 20) and lines(tmp_path / "cut") == lines(tmp_path / "complete")
 
 
-@pytest.mark.slow
+# The process kills itself once twelve answers are on disk, a moment at which nothing waits for it.
+KILLED = """
+import json, os, signal, sys
+from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluate import run
+from mtl_lora.language.evaluator import Predictions
+
+append, written = Predictions.append, []
+
+def killed_after_twelve(self, lines):
+    append(self, lines)
+    written.extend(lines)
+    if len(written) >= 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Predictions.append = killed_after_twelve
+run(EvalConfig(**json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow(10)
 def test_a_killed_run_ends_with_the_predictions_of_one_that_was_not(evaluate, trained, tmp_path):
-    evaluate("complete", mode="score", batch_size=2)
     flags = arguments(tmp_path / "cut", checkpoint=trained, mode="score", batch_size=2)
-    command = [sys.executable, "commonsense_evaluate.py", *(f"--{name}={value}" for name, value in flags.items())]
-    part = tmp_path / "cut" / "predictions" / "~part-0.jsonl"
-    running = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while running.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= 12):
-        time.sleep(0.02)
-    running.kill()
-    running.wait()
-    assert not (tmp_path / "cut" / "results.json").exists()
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(flags)], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert len(Predictions(tmp_path / "cut").read()) == 12 and not (tmp_path / "cut" / "results.json").exists()
+    evaluate("complete", mode="score", batch_size=2)
+    evaluate("cut", mode="score", batch_size=2)
     assert lines(tmp_path / "cut") == lines(tmp_path / "complete")
 
 

@@ -120,6 +120,7 @@ def test_a_figure_is_the_same_bytes_whatever_the_day_and_the_users_settings(stud
 # ---- legible ----
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_off_and_no_labels_lie_on_each_other(drawings, crowded):
     # The figures of few tasks have more room than the crowded ones, but for those with numbers in their cells.
     few = ("transfer", "similarity_mtl_lora")

@@ -65,6 +65,7 @@ def page(page_path) -> str:
     return page_path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_and_figures_are_whole_and_described(page):
     figures = 0
     for tag, attributes in Outline(page).tags:
@@ -78,6 +79,7 @@ def test_nothing_is_fetched_and_figures_are_whole_and_described(page):
     assert page.startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.slow
 def test_tables_notes_commands_and_hashes_are_there(page):
     tables = Outline(page).tables
     assert {"Results", "Differences from the baseline", "Search of learning_rate on the development set"} <= set(tables)
@@ -86,6 +88,7 @@ def test_tables_notes_commands_and_hashes_are_there(page):
         assert text in page, text
 
 
+@pytest.mark.slow
 def test_what_a_study_holds_is_shown_as_text_and_never_as_markup(page):
     assert "A note with &lt;b&gt;markup&lt;/b&gt; &amp; an ampersand" in page
     assert "SmolLM2-135M &lt;base&gt; &amp; no adapter" in page
@@ -137,6 +140,7 @@ def test_every_mistake_ends_in_one_sentence(write, tmp_path, capsys, monkeypatch
     assert not (folder / "page.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
 def test_in_a_browser_figures_have_a_size_and_long_tables_do_not_push_the_page_wide(page_path, tmp_path):
     probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({

@@ -1,20 +1,18 @@
 """A whole study on a tiny model through the real commands: killed, resumed, started again, changed."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from shared import PROJECT
-from study_cases import dev_set, is_locked, wait_for, write_grid
+from study_cases import dev_set, write_grid
 
 from mtl_lora import cli
 from mtl_lora.report.load import Study
 from mtl_lora.study import runner
+from mtl_lora.training.trainer import MultiTaskTrainer
 from mtl_lora.version import checkout_commit
 
 STEPS = 8
@@ -99,6 +97,7 @@ def weights(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_table_is_of_every_experiment_seed_and_choice(undisturbed):
     found = Study.load(undisturbed)
     assert [[run.seed for run in experiment.runs] for experiment in found.experiments] == [[0, 1], [1]]
@@ -110,18 +109,26 @@ def test_table_is_of_every_experiment_seed_and_choice(undisturbed):
     assert "| MTL-LoRA - LoRA " in (undisturbed / "table.md").read_text()
 
 
-def test_killed_study_resumes_to_the_same_numbers(undisturbed, study, grid_file, tmp_path, capsys):
-    folder = tmp_path / "study"
-    words = [sys.executable, "-m", "mtl_lora", "study", "--grid", str(grid_file), "--output_dir", "study"]
-    source = os.pathsep.join([str(PROJECT / "src"), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [*words, "--only", "LoRA"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": source}, start_new_session=True
-    )
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.slow
+def test_killed_study_resumes_to_the_same_numbers(undisturbed, study, monkeypatch, tmp_path, capsys):
+    """Ended after a training's second checkpoint; what a kill leaves of a training and of a study's processes, the
+    tests of those two kill for."""
+    folder, save, saved = tmp_path / "study", MultiTaskTrainer._save_checkpoint, []
+
+    def killed_after_the_second(self, *arguments):
+        save(self, *arguments)
+        saved.append(self)
+        if len(saved) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MultiTaskTrainer, "_save_checkpoint", killed_after_the_second)
+        study(folder, "--only", "LoRA")
     run = folder / "runs" / "lora" / "seed0"
-    wait_for(lambda: list(run.glob("checkpoint-*/trainer_state.json")) or process.poll() is not None)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    wait_for(lambda: not is_locked(folder))  # the training is gone too
     assert not (run / "mtl_lora.safetensors").exists() and not (folder / "table.md").exists()
     study(folder, "--only", "LoRA")
     assert json.loads((run / "job.json").read_text())["starts"] == {"train": 2, "evaluate": 1}
@@ -134,6 +141,7 @@ def test_killed_study_resumes_to_the_same_numbers(undisturbed, study, grid_file,
     assert "2 jobs, 2 of them finished" in line and before == weights(folder)
 
 
+@pytest.mark.slow
 def test_changed_configuration_is_refused_before_anything_starts(undisturbed, study, grid_file, tmp_path, capsys):
     value = json.loads(grid_file.read_text())
     value["experiments"][0]["train"]["lora_alpha"] = 4
@@ -144,6 +152,7 @@ def test_changed_configuration_is_refused_before_anything_starts(undisturbed, st
     assert all(fact in error for fact in ("runs/lora/seed0", "train.lora_alpha 16.0 -> 4", "--overwrite"))
 
 
+@pytest.mark.slow
 def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, grid_file, tmp_path, capsys):
     folder = tmp_path / "study"
     shutil.copytree(undisturbed, folder)
@@ -167,6 +176,7 @@ def test_check_starts_nothing_and_names_what_would_run(study, tmp_path, capsys):
     assert "python -m mtl_lora train --base_model" in text and not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_report_starts_nothing_and_writes_the_same_again(undisturbed, study, tmp_path, capsys):
     folder = tmp_path / "study"
     shutil.copytree(undisturbed, folder)

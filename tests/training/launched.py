@@ -1,9 +1,11 @@
-"""Several trainings one after another in one launch, for starting the processes costs more than a tiny training.
+"""An evaluation and several trainings one after another in one launch, for starting processes costs more than these.
 
     torchrun --nproc_per_node 2 tests/training/launched.py JOB.json
 
-``runs`` in the file lists settings of ``TrainConfig``; each run's folder also gets ``facts.json``, what its adapter
-layers were in a forward. Of a run that is ``broken`` the last process raises an error after some layer calls.
+``evaluate`` in the file holds arguments of ``mtl-lora evaluate``, or none; ``runs`` lists settings of ``TrainConfig``;
+each run's folder also gets ``facts.json``, what its adapter layers were in a forward. Of a run that is ``broken`` the
+last process raises an error after some layer calls. An evaluation leaves the launch's process group, which cannot be
+joined twice: ``port`` is where the trainings meet after one.
 """
 
 import gc
@@ -15,6 +17,7 @@ from pathlib import Path
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from mtl_lora import cli
 from mtl_lora.adapter.layer import AdapterLayer
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.train import run
@@ -38,6 +41,9 @@ def watch(module, inputs, output) -> None:
         raise RuntimeError("this process breaks")
 
 
+if JOB["evaluate"]:
+    cli.main(["evaluate", *JOB["evaluate"]])
+    os.environ |= {"MASTER_PORT": JOB["port"], "TORCHELASTIC_USE_AGENT_STORE": "False"}
 register_module_forward_hook(watch)
 gc.freeze()  # every training collects garbage, and that of the imports takes longer than a tiny training
 for settings in JOB["runs"]:

@@ -61,6 +61,7 @@ def plain_losses(config: TrainConfig, rows, tokenizer, gathering) -> tuple[list[
     return losses, weights
 
 
+@pytest.mark.slow
 def test_fifty_losses_equal_those_of_the_plain_loop(train, gathering, tiny_base, records_file, cache_dir):
     folder = train("fast", **FLAGS, max_steps=STEPS)
     lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]

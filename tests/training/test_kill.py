@@ -31,7 +31,7 @@ run(TrainConfig(**json.loads(sys.argv[1])))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_a_run_killed_while_saving_ends_with_the_weights_of_one_that_was_not(train, tmp_path):
     flags = {"max_steps": 8, "save_step": 3, "lora_dropout": 0.1}
     undisturbed = load_file(train("undisturbed", **flags) / "mtl_lora.safetensors")

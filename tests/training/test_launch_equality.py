@@ -1,7 +1,7 @@
-"""One process, two processes, ZeRO-2 and ZeRO-3 train alike, and resume.
+"""One process, two processes, ZeRO-2 and ZeRO-3 train alike, and resume; two processes evaluate as one does.
 
-All trainings in two processes happen in two launches, one of which resumes, so one test holds all comparisons. LoRA and
-MultiLoRA take the code paths of MTL-LoRA.
+All this happens in two launches of two processes, so one test holds all comparisons: torchrun evaluates and trains,
+accelerate, whose own precision is to be ignored, resumes. LoRA and MultiLoRA take the code paths of MTL-LoRA.
 """
 
 import json
@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import PROJECT, free_port
+from shared import PROJECT, QUICKSTART, free_port
 
+from mtl_lora import cli
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.train import run
+from mtl_lora.results import Results
 
 METHODS = ("dora", "moelora", "mtl_lora")
-STEPS, MIDDLE = 8, 4  # an epoch is 6 steps, the last of them smaller
+STEPS, MIDDLE = 4, 2  # an epoch is 3 steps, the last of them smaller
 # Name of a run beside the methods' own -> its other flags; it is compared with the method that it trains, or with one
 # process's run of the same name.
 MORE = {
@@ -42,7 +44,7 @@ RESUMED = [("ddp", "mtl_lora"), *(("zero3", method) for method in METHODS), ("ze
 ALONE = (*METHODS, "bf16", "by_tokens", "few_held_out")
 
 
-def trained(name: str) -> str:
+def method_of(name: str) -> str:
     """The method that a run trains."""
     return name if name in METHODS else MORE[name].get("adapter_name", "mtl_lora")
 
@@ -51,7 +53,7 @@ def trained(name: str) -> str:
 def settings_of(tmp_path, tiny_base, records_file, cache_dir):
     """``settings_of(launch, name)``: the flags of a run, whose folder is ``<launch>/<name>``."""
     shortest = sorted(json.loads(Path(records_file).read_text()), key=lambda record: len(record["instruction"]))
-    (tmp_path / "train.json").write_text(json.dumps(shortest[:64]))
+    (tmp_path / "train.json").write_text(json.dumps(shortest[:40]))
     zero3 = json.loads((PROJECT / "config" / "zero3.json").read_text())
     zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero3.json").write_text(json.dumps(zero3))
@@ -63,7 +65,7 @@ def settings_of(tmp_path, tiny_base, records_file, cache_dir):
             "data_path": str(tmp_path / "train.json"),
             "cache_dir": cache_dir,
             "output_dir": str(tmp_path / launch / name),
-            "adapter_name": trained(name),
+            "adapter_name": method_of(name),
             "dtype": "fp32",
             "lora_dropout": 0.0,
             "batch_size": 8 if launch == "alone" else 4,
@@ -83,20 +85,25 @@ def settings_of(tmp_path, tiny_base, records_file, cache_dir):
     return settings
 
 
-def launch(runs: list[dict], folder: Path) -> subprocess.CompletedProcess:
-    """Train in two CPU processes; nothing is on the path, so there is no compiler either."""
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node=2", "--master_port"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--mixed_precision=bf16"]
+ACCELERATE.append("--main_process_port")
+
+
+def launch(launcher: list[str], runs: list[dict], folder: Path, evaluate: tuple = ()) -> subprocess.CompletedProcess:
+    """Evaluate and train in two CPU processes; nothing is on the path, so there is no compiler either."""
     for name in ("nothing", "extensions"):
         (folder / name).mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps({"runs": runs}))
+    (folder / "job.json").write_text(json.dumps({"runs": runs, "evaluate": evaluate, "port": free_port()}))
     environment = {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PATH": str(folder / "nothing"),
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = [sys.executable, "-m", *launcher, free_port()]
     done = subprocess.run(
-        [*torchrun, str(Path(__file__).with_name("launched.py")), str(folder / "job.json")],
+        [*command, str(Path(__file__).with_name("launched.py")), str(folder / "job.json")],
         cwd=PROJECT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -145,11 +152,36 @@ def assert_bf16_base_and_float32_adapter(one: Path, other: Path) -> None:
     assert curve(other) == pytest.approx(curve(one), rel=5e-3)
 
 
-@pytest.mark.slow
-def test_launches_train_and_resume_as_one_process_does(subtests, settings_of, tmp_path, tiny_base):
+def predictions(folder: Path) -> list[str]:
+    return [line for path in sorted((folder / "predictions").glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def one_thread():
+    """As in the launched processes: sums are rounded otherwise with another number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow(100)
+def test_launches_are_as_one_process(subtests, settings_of, tmp_path, tiny_base, trained, one_thread):
     for name in ALONE:
         run(TrainConfig(**settings_of("alone", name)))
-    done = launch([settings_of(*run) for run in [*RUNS, *IN_BF16]], tmp_path / "two")
+    questions = [
+        "--checkpoint",
+        trained,
+        "--data_dir",
+        str(QUICKSTART / "test"),
+        "--limit=4",
+        "--dtype=fp32",
+        "--mode=score",
+    ]
+    answers = {name: str(tmp_path / "answers" / name) for name in ("alone", "two")}
+    cli.main(["evaluate", *questions, "--output_dir", answers["alone"]])
+    asked = (*questions, "--output_dir", answers["two"])
+    done = launch(TORCHRUN, [settings_of(*run) for run in [*RUNS, *IN_BF16]], tmp_path / "two", asked)
     assert done.returncode == 0, done.stderr[-3000:]
     # Some of them again from their middle, in new processes and to folders of their own; at the end a broken run.
     again = [
@@ -161,11 +193,17 @@ def test_launches_train_and_resume_as_one_process_does(subtests, settings_of, tm
         for mode, name in RESUMED
     ]
     broken = {"output_dir": str(tmp_path / "broken"), "max_steps": 1000, "save_step": 0, "broken": True}
-    done = launch([*again, settings_of("zero3", "mtl_lora") | broken], tmp_path / "second")
+    broke = launch(ACCELERATE, [*again, settings_of("zero3", "mtl_lora") | broken], tmp_path / "second")
 
+    with subtests.test("evaluated alike"):
+        # The very scores: the batches are the same, whoever answers them.
+        alone, two = (Path(folder) for folder in answers.values())
+        assert predictions(two) == predictions(alone) and len(predictions(two)) == 32
+        assert Results.load(two).tasks == Results.load(alone).tasks
+        assert done.stdout.count("| majority class") == 1, "one process alone prints the table"
     for mode, name in RUNS:
         with subtests.test("trained alike", launch=mode, run=name):
-            one, other = tmp_path / "alone" / (name if name in ALONE else trained(name)), tmp_path / mode / name
+            one, other = tmp_path / "alone" / (name if name in ALONE else method_of(name)), tmp_path / mode / name
             assert_trained_alike(one, other)
             assert facts(other)["partitioned"] == (mode == "zero3" and name != "small_kept_whole")
     for mode, name in RESUMED:
@@ -181,7 +219,7 @@ def test_launches_train_and_resume_as_one_process_does(subtests, settings_of, tm
             base_size = (Path(tiny_base) / "model.safetensors").stat().st_size
             assert all(path.stat().st_size < base_size for path in saved.rglob("*"))
     with subtests.test("an error in one process ends all, which wait for it in a collective"):
-        assert done.returncode != 0
-        assert "this process breaks" in done.stderr
+        assert broke.returncode != 0
+        assert "this process breaks" in broke.stderr
         assert (tmp_path / "broken" / "run.json").is_file()
         assert not (tmp_path / "broken" / "mtl_lora.safetensors").exists()

@@ -118,6 +118,7 @@ def test_loggers_write_to_the_output_folder_or_the_project(train, tmp_path, monk
 # ---- the same result ----
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
     first, again = weights(train("a", seed=1, max_steps=2)), weights(train("b", seed=1, max_steps=2, save_step=1))
     other = weights(train("c", seed=2, max_steps=2))
@@ -129,11 +130,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
     "options",
     [
         {},
-        {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1},
-        {"token_budget": 700, "gradient_accumulation_steps": 2},
-        {"sampling_temperature": 3.0},
+        pytest.param(
+            {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "sampling_temperature": 3.0},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"token_budget": 700, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "accumulation", "tokens", "temperature"],
+    ids=["plain", "accumulation and temperature", "tokens"],
 )
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train, records_file, tmp_path, options):
     (tmp_path / "few.json").write_text(json.dumps(json.loads(Path(records_file).read_text())[:32]))
@@ -147,6 +150,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train, re
     assert losses(whole) == losses(cut)
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_result(train):
     # At 1e-2 a step that Adam makes of rounding, where a gradient is all but zero, is more than the tolerance.
     flags = {"lora_dropout": 0.0, "learning_rate": 3e-3, "max_steps": 3}
@@ -157,12 +161,14 @@ def test_accumulation_does_not_change_the_result(train):
         torch.testing.assert_close(tensor, weights(parts)[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_does_not_change_the_result(train):
     plain = train("plain", max_steps=3)
     saving = train("saving", max_steps=3, use_gradient_checkpointing=True)
     assert losses(plain) == pytest.approx(losses(saving), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_validation_loss_does_not_depend_on_the_batch_size(train):
     found = []
     for size in (8, 3):
@@ -173,6 +179,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(train):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_on_inputs_puts_loss_on_the_prompt(train):
     answers, everything = train("answers", max_steps=1), train("everything", max_steps=1, train_on_inputs=True)
     assert losses(answers) != losses(everything)
@@ -181,6 +188,7 @@ def test_training_on_inputs_puts_loss_on_the_prompt(train):
 # ---- what is refused ----
 
 
+@pytest.mark.slow
 def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, tiny_base, records_file, tmp_path):
     base, data = shutil.copytree(tiny_base, tmp_path / "base"), shutil.copy(records_file, tmp_path / "train.json")
     tasks = COMMONSENSE.to_json()
