@@ -163,6 +163,34 @@ def test_parts_of_a_forward_may_be_differentiated_one_after_the_other():
     assert_same(adapter_gradients(model), adapter_gradients(both))
 
 
+def test_second_derivatives_are_those_of_plain_operations():
+    found = []
+    for prepared in (True, False):
+        model = towers()
+        if not prepared:
+            model.mtl_lora_injection.layers = []
+        x, parameters = X.clone().requires_grad_(), list(model.left.adapter_parameters().values())
+        (slope,) = torch.autograd.grad(model(x, ["left"], task_ids=IDS)[0].pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), parameters))
+    for first, second in zip(*found, strict=True):
+        assert_near(first, second, 1e-10, "second derivative")
+
+
+def test_torch_func_takes_the_model(alone):
+    model = towers()
+    parameters = dict(model.left.adapter_parameters())
+
+    def loss(values):
+        named = {f"left.{name}": value for name, value in values.items()}
+        return torch.func.functional_call(model, named, (X, ["left"]), {"task_ids": IDS})[0].square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    assert alone
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        assert_near(found[name], parameter.grad, 1e-12, name)
+
+
 def test_a_weight_changed_between_forward_and_backward_is_an_error():
     model = towers()
     (left, _) = model(X, task_ids=IDS)

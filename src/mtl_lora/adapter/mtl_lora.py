@@ -5,7 +5,6 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
@@ -84,6 +83,8 @@ class MtlLoraLayer(AdapterLayer):
     def prepare(cls, layers: list["MtlLoraLayer"], task_ids: torch.Tensor) -> list[torch.Tensor]:
         """P_t transposed for each id, (G, r, n r), of every layer."""
         first = layers[0]
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func transforms plain operations alone
+            return []
         if len(layers) * len(task_ids) * first.lora_B.shape[1] * first.rank > _LARGEST:
             return []
         dtype = first.compute_dtype if first.base_layer.weight.is_floating_point() else first.parameter_dtype
@@ -128,7 +129,6 @@ class _Transforms(torch.autograd.Function):
         return _combined(weights, transforms).to(dtype).transpose(-1, -2).unbind()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *gradients):
         half, result = len(gradients), [None] * (2 * len(gradients))
         called = [index for index, gradient in enumerate(gradients) if gradient is not None]
@@ -144,7 +144,8 @@ class _Transforms(torch.autograd.Function):
             # (layer, id, n, r, r), as P_t is [w_i Lambda] over i.
             found = found.transpose(-1, -2).unflatten(-2, (weights.shape[-1], -1))
             by_weight = (found * transforms[:, :, None]).sum(dim=(-1, -2))
-            by_logit = weights * (by_weight - (weights * by_weight).sum(dim=-1, keepdim=True)) / ctx.temperature
+            # torch's own operation, so that the sums are those of a layer alone, bit for bit.
+            by_logit = torch._softmax_backward_data(by_weight, weights, -1, weights.dtype) / ctx.temperature
             by_transform = (found * weights[..., None, None]).sum(dim=2)
             if matrices[0].dim() == 2:
                 by_transform = by_transform.diagonal(dim1=-2, dim2=-1)
