@@ -15,6 +15,7 @@ from filelock import FileLock
 from shared import quickstart_records
 
 EOS = "<end>"
+gc.disable()  # the imports and tests that are collected stay to the end, so nothing looks for garbage among them
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +160,12 @@ def edit_json():
         path.write_text(json.dumps({key: entry for key, entry in value.items() if entry is not None}))
 
     return edit
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected again, without looking at what is there already."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list) -> None:

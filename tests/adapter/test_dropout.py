@@ -113,6 +113,7 @@ def test_above_a_half_it_is_torchs_own_dropout(p):
     assert torch.equal(dropout(torch.ones(100), p), expected)
 
 
+@pytest.mark.slow
 def test_compiled_code_takes_torchs_own_dropout():
     compiled = torch.compile(lambda x: dropout(x, 0.25), backend="eager", fullgraph=True)
     torch.manual_seed(0)

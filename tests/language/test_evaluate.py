@@ -130,6 +130,7 @@ def test_free_text_is_measured_by_the_metric_of_its_task(evaluate, tiny_base, tm
 # ---- what does not change an answer ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["generate", "score"])
 def test_answers_do_not_depend_on_batches_or_on_a_reused_prefix(evaluate, tmp_path, mode):
     variants = {
@@ -147,6 +148,7 @@ def test_answers_do_not_depend_on_batches_or_on_a_reused_prefix(evaluate, tmp_pa
             assert other == {key: value for key, value in line.items() if key != "scores"}
 
 
+@pytest.mark.slow
 def test_beams_reuse_a_prefix_too(evaluate, tmp_path):
     evaluate("reused", num_beams=3, tasks=FEW)
     evaluate("alone", num_beams=3, tasks=FEW, reuse_prefix=False, batch_size=1)
