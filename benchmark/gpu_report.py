@@ -12,7 +12,6 @@ step-N.log, report.md (the tables) and results.tar.gz (everything but weights, b
 """
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -105,10 +104,10 @@ def run_with_limit(command: list[str], log, seconds: float) -> int:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return 124
-    finally:  # also where this process is interrupted
-        with contextlib.suppress(ProcessLookupError):
+    finally:
+        if process.poll() is None:  # its time is up, or this process was interrupted
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            process.wait()
 
 
 def run_step(number: int, out: Path, arguments: argparse.Namespace) -> None:
