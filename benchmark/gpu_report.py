@@ -29,7 +29,7 @@ from mtl_lora.errors import UserError, user_errors_to_exit_code
 
 # Seconds that the steps take beside a slow processor with an H200; step 3 takes what the others leave.
 SECONDS = {1: 110, 2: 80, 3: 230, 4: 50}
-NAMES = {1: "step", 2: "profile", 3: "train", 4: "evaluate"}
+NAMES = {1: "step", 2: "profile", 3: "train", 4: "evaluate"}  # the functions of gpu_steps
 _LARGEST = 16e6  # bytes of results.tar.gz
 
 
@@ -73,7 +73,7 @@ def run_all(out: Path, arguments: argparse.Namespace) -> None:
     tokenising = None
     if 3 in steps:  # takes the CPU a minute, while the first steps have the GPU
         with (out / "tokenise.log").open("w") as log:
-            command = gpu_steps.train_command("lora", order, ["--check", "True"])
+            command = gpu_steps.train_command("lora", order, "--check", "True")
             tokenising = subprocess.Popen(command, stdout=log, stderr=log, cwd=PROJECT)
     failed = []
     for number in steps:
@@ -112,14 +112,13 @@ def run_with_limit(command: list[str], log, seconds: float) -> int:
 
 def run_step(number: int, out: Path, arguments: argparse.Namespace) -> None:
     """One step in this process: its table and its numbers."""
-    run = {1: gpu_steps.step, 2: gpu_steps.profile, 3: gpu_steps.train, 4: gpu_steps.evaluate}[number]
 
     def write(text: str, record: dict) -> None:
         (out / f"step-{number}.md").write_text(text + "\n")
         (out / f"step-{number}.json").write_text(json.dumps({**facts(), **record}, indent=1) + "\n")
 
     order = gpu_steps.Order(out, data_folder(arguments), arguments.base_model, arguments.until, arguments.dry)
-    run(order, write)
+    getattr(gpu_steps, NAMES[number])(order, write)
 
 
 def data_folder(arguments: argparse.Namespace) -> Path:

@@ -10,6 +10,7 @@ are left out. It is divided by the rate of one big matrix product on the same ca
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,19 +94,16 @@ def compare_sides(base: nn.Module, names: list[str], batch: dict, steps: int, ro
     sides = {name: pipeline(name, base) for name in names}
     plans = {"random": [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])}], "sorted": [batch]}
     batches = {name: side.batches(plans)[0] for name, side in sides.items()}
-
-    def several(name: str) -> int:
-        return sum(sides[name].step(batches[name]) for _ in range(steps))
-
-    rates = turns({name: [lambda name=name: several(name)] for name in sides}, rounds)
+    rates = turns({name: [partial(several, side, batches[name], steps)] for name, side in sides.items()}, rounds)
     return {
-        name: Measured(
-            rates[name],
-            tensor_bytes(lambda side=side, name=name: side.step(batches[name]))[1],
-            what_waits(side, batches[name]),
-        )
+        name: Measured(rates[name], tensor_bytes(partial(side.step, batches[name]))[1], what_waits(side, batches[name]))
         for name, side in sides.items()
     }
+
+
+def several(side: Pipeline, batch: dict, times: int) -> int:
+    """Steps of a side without waiting for the GPU between them; returns their rows."""
+    return sum(side.step(batch) for _ in range(times))
 
 
 def what_waits(side: Pipeline, batch: dict) -> str | None:

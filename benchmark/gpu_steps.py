@@ -12,15 +12,17 @@ from pathlib import Path
 
 import evaluate as answers
 import torch
-from gpu_step import Sizes, compare_sides, linear_weights, matrix_peak, random_batch, random_llama, side_table
+from gpu_step import Sizes, compare_sides, linear_weights, matrix_peak, random_batch, random_llama, several, side_table
 from measure import PROJECT, clock, markdown_table, ratio_table, rounds
 from measure import compared as ratios_of
 from pipelines import pipeline
 
+from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 
 SIDES = ["frozen", "lora", "mtl_lora", "mtl_lora_512_tasks", "peft", "original", "peft_layer", "gathering"]
 METHODS = ("mtl_lora", "lora")
+RATE = "2e-3"  # the learning rate of both
 LENGTHS = (105, 256)  # the mean of the commonsense examples, and the paper's cutoff
 Writer = Callable[[str, dict], None]
 
@@ -42,6 +44,10 @@ class Order:
     @property
     def sizes(self) -> Sizes:
         return Sizes(layers=2, width=64, heads=4, vocabulary=128, dtype="fp32") if self.dry else Sizes()
+
+    @property
+    def batch_size(self) -> int:
+        return 2 if self.dry else 64
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -175,11 +181,6 @@ def compiled_block(order: Order) -> dict:
     return ratios_of(rounds(sides, 1 if order.dry else 5))
 
 
-def several(side, batch: dict, times: int) -> int:
-    """Steps of a side without waiting for the device between them; returns their rows."""
-    return sum(side.step(batch) for _ in range(times))
-
-
 # ---- 3: training and its scores ----
 
 
@@ -188,56 +189,52 @@ def train(order: Order, write: Writer) -> None:
     steps, record = 2, {}
     if not order.dry:
         probe, started = 40, time.time()
-        run(train_command("mtl_lora", order, ["--max_steps", probe, "--output_dir", order.out / "probe"]), order)
+        run(train_command("mtl_lora", order, "--max_steps", probe, folder="probe"))
         log = log_lines(order.out / "probe")
         rate = next(line["train_steps_per_second"] for line in log if "train_steps_per_second" in line)
         record["start_up_s"] = time.time() - started - probe / rate
         # The first steps of a process are slow, so the rate is a low estimate; scoring takes some 45 s a method.
         seconds = (order.until - time.time()) / 2 - record["start_up_s"] - 45
         steps = max(50, int(seconds * rate))
-    record |= {"steps": steps, "examples_a_step": BATCH}
-    text = f"{order.base_model}, {steps} steps of {BATCH} examples, learning rate {RATE}, the same for both."
+    record |= {"steps": steps, "examples_a_step": order.batch_size}
+    text = f"{order.base_model}, {steps} steps of {order.batch_size} examples, learning rate {RATE}, the same for both."
     for method in METHODS:
         started = time.time()
-        run(train_command(method, order, ["--max_steps", steps]), order)
+        run(train_command(method, order, "--max_steps", steps))
         trained = time.time()
         command = ["evaluate", "--checkpoint", order.out / method, "--data_dir", test_folder(order.data)]
         command += ["--output_dir", order.out / f"score_{method}", "--mode", "score", "--overwrite"]
-        run(module(*command, *(["--limit", "2"] if order.dry else [])), order)
-        last = [line for line in log_lines(order.out / method) if "loss" in line][-1:]
+        run(module(*command, *(["--limit", "2"] if order.dry else [])))
+        log = log_lines(order.out / method)
+        last = [line for line in log if "loss" in line][-1:]
         record[method] = {
             "train_s": trained - started,
             "score_s": time.time() - trained,
-            "log": log_lines(order.out / method),
+            "log": log,
             "last_loss": last[0]["loss"] if last else None,
         }
         text += f"\n{method}: trained in {trained - started:.0f} s, scored in {time.time() - trained:.0f} s."
         write(text, record)
     scores = [order.out / f"score_{method}" for method in METHODS]
-    text += "\n\n" + run(module("report", "table", *reversed(scores), "--difference"), order)
-    text += "\n\n" + run(module("report", "compare", *reversed(scores)), order)
+    text += "\n\n" + run(module("report", "table", *reversed(scores), "--difference"))
+    text += "\n\n" + run(module("report", "compare", *reversed(scores)))
     write(text, record)
 
 
-BATCH, RATE = 64, "2e-3"
-
-
-def train_command(method: str, order: Order, more: list) -> list[str]:
-    """The command that trains a method; every setting but the method is the same for all."""
+def train_command(method: str, order: Order, *more, folder: str | None = None) -> list[str]:
+    """The command that trains a method into a ``folder`` of its name; every other setting is the same for all."""
     settings = {
         "base_model": order.base_model,
         "data_path": training_file(order.data),
         "cache_dir": order.out / "cache",
-        "output_dir": order.out / method,
+        "output_dir": order.out / (folder or method),
         "adapter_name": method,
-        "batch_size": 2 if order.dry else BATCH,
+        "batch_size": order.batch_size,
         "learning_rate": RATE,
         "warmup_ratio": 0.05,
         "save_step": 0,
         "logging_steps": 1 if order.dry else 20,
     }
-    if "--output_dir" in more:
-        del settings["output_dir"]
     flags = [text for name, value in settings.items() for text in (f"--{name}", value)]
     return module("train", *flags, "--overwrite_output_dir", *more)
 
@@ -247,7 +244,7 @@ def module(*arguments) -> list[str]:
     return [sys.executable, "-m", "mtl_lora", *map(str, arguments)]
 
 
-def run(command: list[str], order: Order) -> str:
+def run(command: list[str]) -> str:
     """What a command printed; raises ``UserError`` with its last line if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     print("$", " ".join(command), done.stdout[-2000:], done.stderr[-4000:], sep="\n", flush=True)
@@ -259,7 +256,7 @@ def run(command: list[str], order: Order) -> str:
 
 def log_lines(folder: Path) -> list[dict]:
     """The lines of a training's log."""
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in files.read_lines(folder / artifacts.TRAIN_LOG)]
 
 
 def training_file(data: Path) -> Path:

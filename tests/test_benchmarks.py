@@ -80,7 +80,7 @@ def test_gpu_report_runs_every_step_on_a_cpu_in_tiny_sizes(run, tiny_base, tmp_p
     """The steps and their commands in this process; the next test has the processes of the steps."""
     import gpu_steps
 
-    def in_this_process(command: list[str], order) -> str:
+    def in_this_process(command: list[str]) -> str:
         assert command[:3] == [sys.executable, "-m", "mtl_lora"]
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             cli.main(command[3:])

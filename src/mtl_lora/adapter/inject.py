@@ -25,7 +25,7 @@ class Injection:
     slots: list[Slot]  # modules_to_save
     checkpointed: list[nn.Module]  # modules that transformers may checkpoint
     has_head: bool  # whether the output head carries an adapter
-    layers: list[AdapterLayer]  # all but that of the output head
+    layers: list[AdapterLayer]  # those that may be prepared together: of a class that does so, and not the output head
     allow_unused: bool  # whether a layer may be left out by a forward that trains
     unchecked: bool = True  # whether no forward that trains has been looked at yet
     called: set[nn.Module] = dataclasses.field(default_factory=set)  # the layers called while it is looked at
@@ -50,7 +50,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     slots = find_slots(root, config.modules_to_save)
     make = layer_class(config.method)
     layers = {module: make(module, config) for module in find_targets(root, config).values()}
-    head = output_head(root)
+    head, prepares = output_head(root), make.prepare.__func__ is not AdapterLayer.prepare.__func__
     if head in layers:
         layers[head].is_head = True
     root.mtl_lora_config = config
@@ -59,7 +59,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         slots=slots,
         checkpointed=[module for module in root.modules() if hasattr(module, "gradient_checkpointing")],
         has_head=head in layers,
-        layers=[layer for layer in layers.values() if not layer.is_head],
+        layers=[layer for layer in layers.values() if prepares and not layer.is_head],
         allow_unused=allow_unused,
     )
     root.requires_grad_(False)

@@ -125,7 +125,7 @@ class _Transforms(torch.autograd.Function):
         ctx.task_ids, ctx.temperature, ctx.parameters = task_ids, temperature, parameters
         ctx.versions = [parameter._version for parameter in parameters]
         half = len(parameters) // 2
-        weights, transforms, _ = _picked(parameters[:half], parameters[half:], task_ids, temperature)
+        weights, transforms = _picked(parameters[:half], parameters[half:], task_ids, temperature)
         return _combined(weights, transforms).to(dtype).transpose(-1, -2).unbind()
 
     @staticmethod
@@ -139,7 +139,7 @@ class _Transforms(torch.autograd.Function):
         if called:
             logits = [ctx.parameters[index] for index in called]
             matrices = [ctx.parameters[half + index] for index in called]
-            weights, transforms, ids = _picked(logits, matrices, ctx.task_ids, ctx.temperature)
+            weights, transforms = _picked(logits, matrices, ctx.task_ids, ctx.temperature)
             found = torch.stack([gradients[index] for index in called]).to(weights.dtype)
             # (layer, id, n, r, r), as P_t is [w_i Lambda] over i.
             found = found.transpose(-1, -2).unflatten(-2, (weights.shape[-1], -1))
@@ -149,17 +149,17 @@ class _Transforms(torch.autograd.Function):
             by_transform = (found * weights[..., None, None]).sum(dim=2)
             if matrices[0].dim() == 2:
                 by_transform = by_transform.diagonal(dim1=-2, dim2=-1)
-            layer = torch.arange(len(called), device=ids.device)[:, None]
+            layer = torch.arange(len(called), device=ctx.task_ids.device)[:, None]
             for offset, parameters, values in ((0, logits, by_logit), (half, matrices, by_transform)):
                 total = values.new_zeros(len(called), *parameters[0].shape)
-                total.index_put_((layer, ids), values, accumulate=True)
+                total.index_put_((layer, ctx.task_ids), values, accumulate=True)
                 for index, gradient in zip(called, total.unbind(), strict=True):
                     result[offset + index] = gradient
         return None, None, None, *result
 
 
-def _picked(logits, matrices, task_ids, temperature) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """softmax(w_t / tau) (M, G, n) and Lambda_t (M, G, r, r) of M layers for the ids (G,), and the ids."""
+def _picked(logits, matrices, task_ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(w_t / tau) (M, G, n) and Lambda_t (M, G, r, r) of M layers for the ids (G,)."""
     weights = F.softmax(torch.stack(list(logits))[:, task_ids] / temperature, dim=-1)
     transforms = torch.stack(list(matrices))[:, task_ids]
-    return weights, torch.diag_embed(transforms) if transforms.dim() == 3 else transforms, task_ids
+    return weights, torch.diag_embed(transforms) if transforms.dim() == 3 else transforms

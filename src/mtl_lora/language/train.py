@@ -58,8 +58,8 @@ def run(config: TrainConfig) -> None:
     columns = row_columns(train)
     sampler = make_sampler(config, arguments, columns["length"], columns["task_id"])
     log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
-    absent = [name for index, name in enumerate(tasks.names) if index not in set(columns["task_id"].tolist())]
-    if absent:
+    present = np.unique(columns["task_id"])
+    if absent := [name for index, name in enumerate(tasks.names) if index not in present]:
         log(arguments, f"no training examples of {', '.join(absent)}: what is these tasks' own stays as it is drawn")
     configuration = run_configuration(config, arguments, tasks)
     if from_checkpoint:
