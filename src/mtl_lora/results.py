@@ -7,7 +7,6 @@ the reader of all JSON files that are kept as dataclasses, a study's too.
 
 import dataclasses
 import functools
-import json
 import math
 import re
 import reprlib
@@ -123,17 +122,6 @@ def to_json(value: object) -> typing.Any:
 def object_of(value: object) -> dict:
     """The fields of a dataclass as the keys of an object."""
     return {name: to_json(getattr(value, name)) for name in _fields(type(value))}
-
-
-def read_object(path: str | Path, what: str) -> dict:
-    """The JSON object in a file; raises ``UserError`` naming ``what`` and the file."""
-    value = files.read_json(path, what)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        # Half a surrogate pair can be read as JSON but never be written, so it would fail in the middle of a table.
-        raise UserError(f"{what} {path} holds text that is not Unicode: {error}") from None
-    return Reader(f"{what} {path}").read(dict, value)
 
 
 # ---- results ----
@@ -346,7 +334,7 @@ class Results:
         path = Path(path) / artifacts.RESULTS if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(f"there is no results file {path}; pass a {artifacts.RESULTS} or a folder that has one")
-        return cls.from_json(read_object(path, "the results file"), str(path), path)
+        return cls.from_json(files.read_object(path, "the results file"), str(path), path)
 
     @classmethod
     def from_json(cls, value: dict, source: str = "the results", path: Path | None = None) -> "Results":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts
+from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.results import (
@@ -25,7 +25,6 @@ from mtl_lora.results import (
     Trainable,
     average_of,
     object_of,
-    read_object,
 )
 from mtl_lora.train_log import Losses, read_losses
 
@@ -238,7 +237,7 @@ class Study:
     def load(cls, path: str | Path) -> "Study":
         """Read a study's file, or the one in a folder; raises ``UserError`` naming the file and the key."""
         path = Path(path) / artifacts.STUDY if Path(path).is_dir() else Path(path)
-        value = read_object(path, "the study")
+        value = files.read_object(path, "the study")
         schema = value.get("schema")
         if value.get("kind") != "study" or type(schema) is not int or schema not in (1, STUDY_SCHEMA):
             raise UserError(f"{path} is not a study of schema 1 or {STUDY_SCHEMA}; write it with mtl-lora study")
@@ -325,7 +324,7 @@ def load_run(path: str | Path) -> Study:
         raise UserError(f"there is no folder {folder}; pass that of a study, a training or an evaluation")
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
-    training, adapter = (read_object(file, "the configuration") if file else {} for file in rest)
+    training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
     place = folder if (folder / artifacts.RESULTS).is_file() else folder / artifacts.EVALUATION
     results = Results.load(place) if (place / artifacts.RESULTS).is_file() else None
     own = (None, adapter.get("weights_sha256"))
