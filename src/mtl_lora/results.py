@@ -166,6 +166,12 @@ class TaskResult:
             entries["metric"] = key = "accuracy"
         metric = reader.key(entries, "metric", Text, place)
         number = Fraction if metric in FRACTIONS else float
+        value, stderr, n = (
+            reader.key(entries, name, kind, place)
+            for name, kind in ((key, number), ("stderr", Error | None), ("n", Count))
+        )
+        if stderr == 0 and metric in FRACTIONS:  # as earlier versions wrote it for none or all right
+            stderr = proportion_error(value, n)
         groups = reader.read(dict, entries.pop("groups", None) or {}, f"{place}.groups")
         others = {
             name: cls.read_json(reader, entry, f"{place}.{name}", metric)
@@ -176,9 +182,9 @@ class TaskResult:
         known = {"metric", key, "stderr", "n", "majority", *others}
         return cls(
             metric,
-            reader.key(entries, key, number, place),
-            reader.key(entries, "stderr", Error | None, place),
-            reader.key(entries, "n", Count, place),
+            value,
+            stderr,
+            n,
             reader.read(number | None, entries.get("majority"), f"{place}.majority"),
             {name: cls.read_json(reader, group, f"{place}.groups.{name}", metric) for name, group in groups.items()},
             others,
@@ -193,6 +199,14 @@ class TaskResult:
         value |= self.measured | {name: other.to_json(self.metric) for name, other in self.others.items()}
         groups = {name: group.to_json(self.metric) for name, group in self.groups.items()}
         return value | ({"groups": groups} if groups else {})
+
+
+def proportion_error(p: float, n: int) -> float:
+    """The standard error of a proportion p of n: the larger of sqrt(p (1 - p) / n), which is 0 where none or all are
+    right, and the same of p and n with two right and two wrong ones added (Agresti and Coull, The American Statistician
+    52, 1998)."""
+    added = (p * n + 2) / (n + 4)
+    return math.sqrt(max(p * (1 - p) / n, added * (1 - added) / (n + 4)))
 
 
 @dataclasses.dataclass(frozen=True)

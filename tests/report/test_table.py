@@ -271,14 +271,14 @@ def test_a_studys_tables_hold_its_numbers(study_folder):
 # ---- what holds for any table ----
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
-FRACTIONS = st.floats(0, 1)
+FRACTIONS, ERRORS = st.floats(0, 1), st.floats(0, 1, exclude_min=True)
 reuse_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 
 
 @st.composite
 def records(draw):
     scores = [
-        {"metric": "accuracy", "value": draw(FRACTIONS), "stderr": draw(FRACTIONS), "n": draw(st.integers(1, 10**6))}
+        {"metric": "accuracy", "value": draw(FRACTIONS), "stderr": draw(ERRORS), "n": draw(st.integers(1, 10**6))}
         for _ in "ab"
     ]
     task_set = changed(TWO_TASKS)

@@ -70,7 +70,7 @@ def intervals(
 
     A bootstrap over the questions within each task (stratified; every task weighs the same), from a stream of the
     task's own: other tasks do not change it. Returns ``tasks`` and ``average``, which is None unless all of ``scored``
-    are there; None if no task is in all pairs.
+    are there; None if no task is in all pairs. Differences that are all equal have no interval: see ``Interval``.
     """
     tasks, means = {}, {}
     for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
@@ -117,6 +117,8 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
             parts = {f"{key} {part}": (value or {}).get(part) for part in CHANGE_KEYS} if is_change else {key: value}
             records[-1] |= parts
     notes = _notes(a, b, [name for name in answers if name not in f1s], seed, resamples)
+    if equal := [a.task_set.title(name) for name in answers if accuracies[name]["low"] is None]:
+        notes.append(f"No interval for {', '.join(equal)}: all differences are equal, so resampling shows no spread.")
     value = {
         side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
         for side, run in (("a", a), ("b", b))

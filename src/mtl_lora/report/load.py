@@ -37,8 +37,17 @@ LEVEL = f"{100 * CONFIDENCE:.0f} %"
 # ---- study.json ----
 
 
+class Interval:
+    """What has ends ``low`` and ``high``; equal ends, which would be certainty from a sample, are no interval."""
+
+    def __post_init__(self):
+        if self.low is not None and self.high - self.low < 1e-9:
+            for key in ("low", "high"):
+                object.__setattr__(self, key, None)
+
+
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(Interval):
     """A mean with its interval, where one is known.
 
     Over seeds: ``sd`` is the standard deviation, ``low`` to ``high`` the 95 % t interval of the mean. Of a single
@@ -72,7 +81,7 @@ class Summary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class Difference(Interval):
     """One experiment minus another on the same questions, with the 95 % interval of the paired difference."""
 
     difference: float
