@@ -212,7 +212,6 @@ OTHER_OPTIONS["tasks"][0]["options"] = ["yes", "no"]
         ({"settings__mode": "score", "settings__num_beams": 4}, "mode ('generate' and 'score'), num_beams (1 and 4)"),
         ({"data__second": "other"}, "test data of second"),
         ({"data": {"first": "x", "second": "y"}}, "test data of first, second"),
-        ({"tasks__second": ...}, "scores of second"),
         ({"task_set": OTHER_OPTIONS}, "of first"),
     ],
 )
@@ -222,6 +221,33 @@ def test_other_protocol_data_or_tasks_are_not_comparable(compared, tmp_path, pla
     results = [tmp_path / run / "results.json" for run in "ab"]
     assert str(caught.value).startswith(f"{results[0]} and {results[1]} are not comparable: ")
     assert fact in str(caught.value)
+
+
+def test_runs_are_compared_on_the_tasks_that_both_have_or_on_those_that_are_named(tmp_path, capsys):
+    a = write_run(tmp_path / "a", predictions_of(RIGHT_A))
+    b = write_run(tmp_path / "b", predictions_of(RIGHT_B), tasks__second=...)
+    found = numbers(Results.load(a), Results.load(b), resamples=100)
+    assert list(found.tasks) == ["first"] and "Left out: second." in found.notes
+    assert found.average.accuracy.difference == found.tasks["first"].accuracy.difference
+    rows = grid(run_command(capsys, "compare", a, a, "--tasks", "second")[1])
+    assert "second" in rows and "First" not in rows
+    nothing = write_run(tmp_path / "c", predictions_of(RIGHT_B), tasks__first=...)
+    mistakes = [
+        ([a, b, "--tasks", "second"], "scores of first, and none of second"),
+        ([b, nothing], "no task"),
+    ]
+    assert_mistakes(capsys, "compare", mistakes)
+
+
+def test_folders_of_both_protocols_are_compared_by_one(tmp_path, capsys):
+    for run, mode in itertools.product("ab", ("generate", "score")):
+        right = RIGHT_B if (run, mode) == ("b", "score") else RIGHT_A
+        write_run(tmp_path / run / mode, predictions_of(right), mode=mode, settings__mode=mode)
+    folders = tmp_path / "a", tmp_path / "b"
+    rows = grid(run_command(capsys, "compare", *folders, "--mode", "score")[1])
+    assert rows["First"][1:4] == ["50.0", "75.0", "+25.0"]
+    assert grid(run_command(capsys, "compare", folders[0] / "generate", folders[1])[1])["First"][3] == "+0.0"
+    assert_mistakes(capsys, "compare", [([*folders], "A has generate and score"), ([*folders, "--mode", "x"], "score")])
 
 
 def test_a_results_file_says_which_settings_must_agree(tmp_path):
