@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora.adapter.config import AdapterConfig, hyperparameter_flags
-from mtl_lora.artifacts import AGREEMENT, CHECKPOINT_CONFIG, EVALUATION, PEFT_CONFIG, RESULTS
+from mtl_lora.artifacts import AGREEMENT, CHECKPOINT_CONFIG, EVALUATION, PEFT_CONFIG, PROTOCOLS, RESULTS
 from mtl_lora.cli import parse
 from mtl_lora.config import DTYPES, REQUIRED, Config, Flag, flag
 from mtl_lora.errors import UserError
@@ -20,7 +20,6 @@ from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.training.config import TrainingConfig
 
 AUTO = "auto"
-PROTOCOLS = ("generate", "score")
 MODES = (*PROTOCOLS, "both")
 
 
@@ -219,7 +218,9 @@ class EvalConfig(AnswerConfig):
     tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
     limit: int = flag(0, "evaluate only the first n questions of each task; 0: all", min=0)
     mode: str = flag(
-        "generate", "generate: the answer is found in generated text; score: the likeliest option; both", choices=MODES
+        "generate",
+        "generate: the answer is found in generated text; score: the likeliest option; both: scores only options",
+        choices=MODES,
     )
     overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
     check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
@@ -306,15 +307,16 @@ def evaluate(arguments: Sequence[str]) -> None:
     config.check_files()
     from mtl_lora.language.evaluate import run
 
-    if not run(config):
+    found = run(config)
+    if not found:
         return
     from mtl_lora.report.__main__ import main as report
 
-    results = [f"{folder}/{RESULTS}" for folder in config.protocols.values()]
+    results = [f"{config.protocols[protocol]}/{RESULTS}" for protocol in found]
     report(["table", *results])
     print()
     report(["details", *results])
-    if config.mode == "both":
+    if len(found) > 1:
         agreement = read_json(f"{config.output_folder}/{AGREEMENT}", "the agreement of the protocols")
         print(f"\nThe protocols give the same answer to {100 * agreement['all']:.1f} % of the questions.")
 
