@@ -367,7 +367,8 @@ class Results:
         files_found = [path] if path.is_file() else [p for each in places if (p := each / artifacts.RESULTS).is_file()]
         found = [cls.from_json(files.read_object(file, "the results file"), str(file), file) for file in files_found]
         if any(each.path.is_relative_to(inside) for each in found) and (path / artifacts.CHECKPOINT_CONFIG).is_file():
-            own = (None, files.read_object(path / artifacts.CHECKPOINT_CONFIG, "the configuration").get("weights_sha256"))
+            adapter = files.read_object(path / artifacts.CHECKPOINT_CONFIG, "the configuration")
+            own = (None, adapter.get("weights_sha256"))
             for each in [each for each in found if each.settings.get("adapter_sha256") not in own]:
                 print(
                     f"{each.path} is of an earlier adapter of {path} and left out; evaluate it again", file=sys.stderr
