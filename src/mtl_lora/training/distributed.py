@@ -32,8 +32,9 @@ def check_launch(config: TrainingConfig) -> None:
         if getattr(config, flag) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
     if config.deepspeed:
-        settings = files.read_json(deepspeed_file(config.deepspeed), "the DeepSpeed configuration")
-        if settings.get("zero_optimization", {}).get("stage") == 3 and config.dtype == "fp64":
+        settings = files.read_object(deepspeed_file(config.deepspeed), "the DeepSpeed configuration")
+        zero = settings.get("zero_optimization")
+        if isinstance(zero, dict) and zero.get("stage") == 3 and config.dtype == "fp64":
             raise UserError("ZeRO-3 cannot train with --dtype fp64; use bf16 or fp32, or --deepspeed config/zero2.json")
 
 
