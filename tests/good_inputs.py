@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shared import PROJECT
@@ -93,16 +93,22 @@ def complete(line: str) -> list[str]:
     return [*command.split(), *defaults, *(word for word in own if not word.startswith("~"))]
 
 
-def run(line: str | list[str], environment: Mapping[str, str] = {}) -> Ended:
-    """Run ``mtl-lora`` with a line, completed, or with a list of arguments as they are, in this process."""
+def run(line: str | list[str] | Callable[[], object], environment: Mapping[str, str] = {}) -> Ended:
+    """Run ``mtl-lora`` in this process with a line, completed, or with a list of arguments as they are; or a function
+    as a command is run."""
     from mtl_lora import cli
+    from mtl_lora.errors import user_errors_to_exit_code
 
     arguments, before = complete(line) if isinstance(line, str) else line, dict(os.environ)
     out, err = io.StringIO(), io.StringIO()
     os.environ.update(environment)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main(arguments)
+            if callable(arguments):
+                with user_errors_to_exit_code():
+                    arguments()
+            else:
+                cli.main(arguments)
         code = 0
     except SystemExit as stop:
         code = stop.code or 0

@@ -40,6 +40,8 @@ SMALL = [value for value in ODD if not (isinstance(value, int | float) and abs(v
 BYTES = [b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b'"', b"{", b"]", b",", b"\\", b"PAR1", b"\xff" * 9, b"9" * 40]
 
 
+Line = str | list[str] | Callable[[], object]  # what ``good_inputs.run`` takes
+
 # ---- mutations ----
 
 
@@ -261,22 +263,37 @@ def predictions(draw: random.Random) -> str:
     return "report compare m/ev ev0 --resamples=100"
 
 
-def training_left(draw: random.Random) -> str:
+def training_left(draw: random.Random) -> Line:
     """What a training leaves: its log, its analysis, its settings."""
     name = draw.choice(["train_log.jsonl", "adapter_analysis.json", "run.json", "mtl_lora_config.json"])
     shutil.copytree("ck", "m/run")
     path = Path("m/run", name)
     content = path.read_bytes()
     write(path, changed_bytes(content, draw) if name.endswith("l") else changed(json.loads(content), draw))
-    return draw.choice(
-        ["report page m/run --output=m/page.html", "report figures m/run --output=m/figures --format=svg"]
-    )
+    return shown("m/run", draw)
 
 
-def study(draw: random.Random) -> str:
+def study(draw: random.Random) -> Line:
     shutil.copytree("study", "m/study")
     write(Path("m/study/study.json"), changed(json.loads(Path("study/study.json").read_text()), draw))
-    return "report page m/study --output=m/page.html"
+    return shown("m/study", draw)
+
+
+def shown(folder: str, draw: random.Random) -> Line:
+    """The page of a folder; mostly without its figures, which take seconds to draw."""
+    from mtl_lora.report.load import analysis_of, load_run, log_of
+    from mtl_lora.report.table import details, study_tables
+
+    def tables() -> None:
+        study = load_run(folder)
+        found = [*(study_tables(study) if not study.facts else [])]
+        found += [details(study.name, study.task_set, run.tasks) for run in study.runs if run.tasks]
+        for run in study.runs:
+            log_of(study, run)
+            analysis_of(study, run)
+        print(*(table.markdown() for table in found))
+
+    return tables if draw.random() < 0.97 else f"report page {folder} --output=m/page.html"
 
 
 def grid(draw: random.Random) -> str:
@@ -341,7 +358,7 @@ def flags(draw: random.Random) -> list[str]:
     return [*command.split(), *default, *words]
 
 
-KINDS: dict[Callable[[random.Random], str | list[str]], int] = {  # with how often each is drawn
+KINDS: dict[Callable[[random.Random], Line], int] = {  # with how often each is drawn
     **dict.fromkeys((training_data, tasks_file, flags, grid, results), 4),
     **dict.fromkeys((test_set, prediction_input, checkpoint_configuration, predictions, peft_configuration), 3),
     **dict.fromkeys(
@@ -370,9 +387,7 @@ def inside(folder: Path):
         os.chdir(before)
 
 
-def attempt(
-    kind: Callable[[random.Random], str | list[str]], draw: random.Random
-) -> tuple[str | list[str], Ended, str]:
+def attempt(kind: Callable[[random.Random], Line], draw: random.Random) -> tuple[Line, Ended, str]:
     """Run one mutated input inside the folder; returns the line, how it ended, and what is wrong with that or ''."""
     for name in ("m", "out", "out.jsonl", "out.jsonl.partial"):
         path = Path(name)
