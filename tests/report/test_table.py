@@ -243,7 +243,7 @@ def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, cap
         ([missing], str(missing)),
         ([tmp_path], str(tmp_path / "results.json")),
         ([broken], str(broken / "results.json")),
-        ([listed], "must be an object"),
+        ([listed], "object"),
         ([base, commonsense], str(commonsense / "results.json")),
         ([base, "--published"], "--published"),
         ([base, "--difference"], "--difference"),

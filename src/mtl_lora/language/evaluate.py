@@ -113,7 +113,7 @@ def collect(
         own, base = _sizes(peft.weights), _sizes(*evaluator.base_model.weight_files())
         # A module that is trained and saved whole takes the place of the base's.
         trainable = Trainable(sum(own.values()), sum((base | own).values()))
-    name = config.name or evaluator.method or evaluator.base_model.name
+    name = config.name or evaluator.method_title or evaluator.base_model.name
     return Results(
         name=f"{name} ({protocol})" if config.mode == "both" else name,
         method=evaluator.method,
