@@ -112,6 +112,9 @@ def parse_example(
             raise UserError(f"{where}: {field!r} is empty")
     task_id = _task_id(value, where, tasks, task)
     options = tasks[task_id].options_of(values["instruction"])
+    if answered:  # white space around an option is how it stands behind the prefix, and need not be in the answer
+        written = {option.strip(): option for option in options}
+        values["answer"] = written.get(values["answer"], values["answer"])
     if options and closed and values["answer"] not in options:
         raise UserError(f"{where}: the answer {values['answer']!r} is not one of its options {'/'.join(options)}")
     if options and answered and not closed:
