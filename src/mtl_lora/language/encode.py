@@ -107,6 +107,8 @@ class Encoder:
         self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
         self.template = template(template_name)
         self.prefix = self._special_prefix()
+        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self._answers: dict[str, list[int]] = {}
         self._reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
@@ -123,7 +125,8 @@ class Encoder:
         )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        # What looks like a control token is text: EOS in an instruction would end it for the model.
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _reserve(self, task: Task) -> int:
         if not task.options:
@@ -139,13 +142,20 @@ class Encoder:
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> list[Encoded]:
         """Encode examples; ``with_answers`` adds ``output`` and EOS (training).
 
-        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff.
+        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff,
+        or whose text this tokenizer cannot but read as a control token.
         """
         texts = [self.template.split(example.text()) for example in examples]
         prompts = self._ids(["".join(parts) for parts in texts])
         encoded = []
         for example, parts, ids in zip(examples, texts, prompts, strict=True):
             answer = self.answer_ids(example.output) if with_answers else []
+            if found := self._control.intersection(ids) or self._control.intersection(answer[:-1]):
+                token = self.tokenizer.convert_ids_to_tokens(found.pop())
+                raise UserError(
+                    f"example {example.index}: its text holds {token!r}, which this tokenizer reads as a control token; "
+                    "take it out of the text"
+                )
             if len(answer) > self.cutoff_len:
                 raise UserError(
                     f"example {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "

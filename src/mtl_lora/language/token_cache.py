@@ -16,7 +16,7 @@ from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import TaskSet
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 4096
 COLUMNS = datasets.Features(
     {
