@@ -194,11 +194,12 @@ def test_what_looks_like_a_control_token_is_text(tokenizer):
 
 def test_text_that_a_tokenizer_cannot_but_read_as_a_control_token_is_refused():
     words = {"<end>": 0, "<unk>": 1, **{word: index for index, word in enumerate("ab", 2)}}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "eos_token": "<end>"}
+    plain = Tokenizer(models.WordLevel(words, special["unk_token"]))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **special)
     encoder = Encoder(tokenizer, "plain", 256, COMMONSENSE)
-    with pytest.raises(UserError, match="example 3.*'<end>'"):
+    with pytest.raises(UserError, match=r"example 3.*'<end>'"):
         encoder.encode([example("piqa", instruction="a <end> b", index=3)])
     assert encoder.encode([example("piqa", instruction="a <unk> b")])
 

@@ -41,6 +41,7 @@ class Provenance(Config):
     commit: str | None = None  # the project's, if it was trained from a git checkout
     system: str = "language"  # the package that trained it
     base_class: str | None = None  # the base model's class in transformers
+    untrained_tasks: list[str] | None = None  # tasks that had no training examples; None: not recorded
 
 
 Origin = Provenance  # its earlier name

@@ -153,8 +153,8 @@ class Encoder:
             if found := self._control.intersection(ids) or self._control.intersection(answer[:-1]):
                 token = self.tokenizer.convert_ids_to_tokens(found.pop())
                 raise UserError(
-                    f"example {example.index}: its text holds {token!r}, which this tokenizer reads as a control token; "
-                    "take it out of the text"
+                    f"example {example.index} holds {token!r}, which this tokenizer reads as a control token even within text; "
+                    "take it out"
                 )
             if len(answer) > self.cutoff_len:
                 raise UserError(

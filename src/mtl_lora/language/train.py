@@ -1,6 +1,7 @@
 """Training of language models: check everything, encode the examples, build the model, train it, save the adapter."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
 from mtl_lora.training import distributed, resume
+from mtl_lora.training.sampler import examples_per_task
 from mtl_lora.training.trainer import MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
@@ -58,9 +60,11 @@ def run(config: TrainConfig) -> None:
     columns = row_columns(train)
     sampler = make_sampler(config, arguments, columns["length"], columns["task_id"])
     log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
-    present = np.unique(columns["task_id"])
-    if absent := [name for index, name in enumerate(tasks.names) if index not in present]:
-        log(arguments, f"no training examples of {', '.join(absent)}: what is these tasks' own stays as it is drawn")
+    counts = np.bincount(columns["task_id"], minlength=len(tasks))
+    log(arguments, counts_note(tasks.names, counts, held_out, config.sampling_temperature))
+    untrained = [name for name, count in zip(tasks.names, counts, strict=True) if not count]
+    if untrained:
+        log(arguments, f"no training examples of {', '.join(untrained)}: what is these tasks' own stays as it is drawn")
     configuration = run_configuration(config, arguments, tasks)
     if from_checkpoint:
         resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
@@ -85,6 +89,7 @@ def run(config: TrainConfig) -> None:
             task_set=tasks.to_json(),
             train_settings=config.to_json(),
             commit=checkout_commit(),
+            untrained_tasks=untrained,
         ),
         train_dataset=train,
         eval_dataset=held_out,
@@ -113,13 +118,39 @@ def encoded_rows(
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """(training examples, held-out examples or None): ``held_out`` examples drawn by the seed."""
+    """(training examples, held-out examples or None): ``held_out`` examples drawn by the seed, of no task the last."""
     if not held_out:
         return rows, None
     if held_out >= len(rows):
         raise UserError(f"val_set_size must be below the number of examples, {len(rows)}, not {held_out}")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
+    order, ids = np.random.default_rng(seed).permutation(len(rows)), row_columns(rows)["task_id"]
+    # The last example of each task in the order stays; in the place of one that was drawn comes the next that may.
+    last = np.zeros(len(rows), dtype=bool)
+    last[[np.flatnonzero(ids[order] == task)[-1] for task in np.unique(ids)]] = True
+    drawn = np.flatnonzero(~last)[:held_out]
+    if len(drawn) < held_out:
+        raise UserError(
+            f"val_set_size must be at most {len(drawn)}, so that each task keeps a training example, not {held_out}"
+        )
+    chosen = np.zeros(len(rows), dtype=bool)
+    chosen[order[drawn]] = True
+    return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
+
+
+def counts_note(names: Sequence[str], counts: np.ndarray, held_out: datasets.Dataset | None, temperature: float) -> str:
+    """The training and held-out examples of each task, and which tasks an epoch takes several times, in lines."""
+
+    def listed(counts: np.ndarray) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+
+    lines = [f"training examples: {listed(counts)}"]
+    if held_out:
+        lines.append(f"held out: {listed(np.bincount(row_columns(held_out)['task_id'], minlength=len(names)))}")
+    passes = examples_per_task(counts, temperature) / np.maximum(counts, 1)
+    often = [f"{name} {times:.1f}" for name, times in zip(names, passes, strict=True) if times >= 2]
+    if often:
+        lines.append(f"times that an epoch takes each example of a task, by --sampling_temperature: {', '.join(often)}")
+    return "\n".join(lines)
 
 
 def run_configuration(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> dict:
