@@ -23,13 +23,13 @@ EXIT_CODE = 2
 def user_errors_to_exit_code():
     """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2; no traceback.
 
-    Under a launcher each rank checks the same input, so only local rank 0 prints.
+    Under a launcher other processes than the first say which they are: what stops them may be theirs alone.
     """
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)

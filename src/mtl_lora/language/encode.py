@@ -153,7 +153,7 @@ class Encoder:
             if found := self._control.intersection(ids) or self._control.intersection(answer[:-1]):
                 token = self.tokenizer.convert_ids_to_tokens(found.pop())
                 raise UserError(
-                    f"example {example.index} holds {token!r}, which this tokenizer reads as a control token even within text; "
+                    f"example {example.index} holds {token!r}, which this tokenizer takes for a control token; "
                     "take it out"
                 )
             if len(answer) > self.cutoff_len:

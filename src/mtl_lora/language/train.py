@@ -1,7 +1,7 @@
 """Training of language models: check everything, encode the examples, build the model, train it, save the adapter."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mtl_lora import files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets
+from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
@@ -49,7 +49,7 @@ def run(config: TrainConfig) -> None:
     base = BaseModel(config.base_model, config.trust_remote_code)
     structure = base.structure()  # before the arguments are made, for from then on ZeRO-3 partitions every new model
     try:
-        find_targets(structure, adapter)
+        adapter, notes = in_language_model(adapter, structure)
     except UserError as error:
         raise UserError(f"--lora_target_modules: {error}") from None
     arguments = training_arguments(config)
@@ -57,6 +57,7 @@ def run(config: TrainConfig) -> None:
     tokenizer = base.tokenizer()
     rows = encoded_rows(config, arguments, tasks, tokenizer)
     train, held_out = split(rows, config.val_set_size, config.seed)
+    log(arguments, *notes)
     columns = row_columns(train)
     sampler = make_sampler(config, arguments, columns["length"], columns["task_id"])
     log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
@@ -103,10 +104,36 @@ def run(config: TrainConfig) -> None:
     log(arguments, f"saved the adapter to {config.output_dir}")
 
 
-def log(arguments: TrainingArguments, text: str) -> None:
+def log(arguments: TrainingArguments, *lines: str) -> None:
     """Print lines on stderr, from the first process alone."""
     if arguments.process_index == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
+
+
+def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
+    """The adapter without targets that text does not reach (towers for images or sound), and notes on what has none.
+
+    Raises ``UserError`` as ``find_targets`` does.
+    """
+    weights, notes = {name: weight.numel() for name, weight in structure.named_parameters()}, []
+
+    def percentage(names: Iterable[str]) -> str:
+        return f"{100 * sum(weights[name] for name in names) / sum(weights.values()):.1f} % of the model's weights"
+
+    within, towers, asked = None, [], adapter.target_modules
+    if structure.config.get_text_config() is not structure.config:
+        within = {*structure.get_decoder().modules(), output_head(structure)}
+        towers = [name for name in weights if structure.get_submodule(name.rpartition(".")[0]) not in within]
+    targets = find_targets(structure, adapter, within)
+    if towers:
+        adapter = AdapterConfig.from_json(adapter.to_json() | {"target_modules": targets_for(targets, structure)})
+        where = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in towers))
+        notes.append(f"text does not reach {where} ({percentage(towers)}), which get no adapter")
+    fused = [name for name in fused_experts(structure) if name not in towers]
+    endings = {name.rpartition(".")[2] for name in targets}
+    if fused and (asked == "all-linear" or not endings.isdisjoint(name.rpartition(".")[2] for name in fused)):
+        notes.append(f"the experts are fused and get no adapter: {fused[0]} and others hold {percentage(fused)}")
+    return adapter, notes
 
 
 def encoded_rows(
