@@ -1,6 +1,7 @@
 """The one exception for a user's mistake, and how a command line turns it into a sentence and exit code 2."""
 
 import contextlib
+import importlib.util
 import os
 import sys
 
@@ -14,6 +15,12 @@ class UserError(ValueError):
     def __init__(self, message: str, field: str | None = None):
         super().__init__(message)
         self.field = field
+
+
+def require_package(flag: str, package: str, wanted: bool = True) -> None:
+    """Raise ``UserError`` if a flag that is set needs a package that is not there."""
+    if wanted and importlib.util.find_spec(package) is None:
+        raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
 
 
 EXIT_CODE = 2

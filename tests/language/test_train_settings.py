@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import transformers
+from shared import QUICKSTART
 
 import mtl_lora
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.evaluate import run as evaluate
 from mtl_lora.language.train import in_language_model
 
 
@@ -67,6 +70,7 @@ BAD_SETTINGS = {
     "cutoff below the template": ({"cutoff_len": 20}, []),
     "template": ({"template": "alpacca"}, ["did you mean 'alpaca'?"]),
     "dtype": ({"dtype": "fp8"}, ["bf16"]),
+    "dtype without a scaled loss": ({"dtype": "fp16"}, ["bf16"]),
     "held-out examples": ({"val_set_size": 96}, ["below"]),
     "tasks file": ({"tasks_file": "nowhere.json"}, []),
     "data file": ({"data_path": "nowhere.json"}, []),
@@ -109,6 +113,14 @@ def test_setting_that_cannot_work_is_refused_before_the_model_loads(refused, tmp
     assert len(settings) > 1 or value in ([], "True") or str(value).strip("[]'") in sentence
     assert [fact for fact in facts if fact not in sentence] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "nothing may be left behind"
+
+
+def test_more_tokens_than_the_base_has_positions_are_refused_at_the_check(refused, tiny_base, tmp_path, edit_json):
+    base = shutil.copytree(tiny_base, tmp_path / "short")
+    edit_json(base / "config.json", max_position_embeddings=64)
+    assert "64 positions" in refused(base_model=str(base), check=True)
+    with pytest.raises(UserError, match=r"64 positions.*--max_new_tokens"):
+        evaluate(EvalConfig(base_model=str(base), data_dir=str(QUICKSTART / "test"), check=True))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import sys
 from collections import Counter
@@ -212,9 +213,14 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; one that two modules share counts once."""
-    # Under ZeRO-3 a weight is partitioned and has its whole size in ds_numel.
-    sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
+    sizes = [(_size(each), each.requires_grad) for each in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _size(weight: torch.Tensor) -> int:
+    """The number of values of a weight that may be partitioned (ZeRO-3) or packed (bitsandbytes' 4 bits)."""
+    packed = getattr(weight, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else getattr(weight, "ds_numel", weight.numel())
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

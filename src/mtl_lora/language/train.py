@@ -47,6 +47,7 @@ def run(config: TrainConfig) -> None:
         raise UserError(f"the data file {config.data_path} does not exist; {made}pass --data_path FILE")
     from_checkpoint = resume.checkpoint_to_resume(config)
     base = BaseModel(config.base_model, config.trust_remote_code)
+    base.check_quantisation(training=True)
     structure = base.structure()  # before the arguments are made, for from then on ZeRO-3 partitions every new model
     try:
         adapter, notes = in_language_model(adapter, structure)
@@ -56,6 +57,8 @@ def run(config: TrainConfig) -> None:
     distributed.check_deepspeed_values(arguments, one_process=config.check)
     tokenizer = base.tokenizer()
     rows = encoded_rows(config, arguments, tasks, tokenizer)
+    longest = int(row_columns(rows)["length"].max())
+    base.check_positions(longest, f"the longest example; lower --cutoff_len, which is {config.cutoff_len}")
     train, held_out = split(rows, config.val_set_size, config.seed)
     log(arguments, *notes)
     columns = row_columns(train)
@@ -83,7 +86,7 @@ def run(config: TrainConfig) -> None:
         tasks=tasks.names,
         sampler=sampler,
         provenance=checkpoint.Provenance(
-            base_model=config.base_model,
+            base_model=base.lasting_name,
             base_fingerprint=configuration["base_fingerprint"],
             prompt_template=config.template,
             cutoff_len=config.cutoff_len,
@@ -214,7 +217,7 @@ def build_model(
     distributed.init_deepspeed(config)
     set_seed(config.seed)
     with distributed.loading_base(config.dtype):
-        model = base.load(config.dtype)
+        model = base.load(config.dtype, config.load_in_4bit)
     if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)
