@@ -13,7 +13,8 @@ TRAIN_LOG = "train_log.jsonl"
 ADAPTER_ANALYSIS = "adapter_analysis.json"
 RESUME_STATE = "trainer_state.json"
 # an evaluation
-EVALUATION = "evaluation"
+EVALUATION = "evaluation"  # inside the folder of a checkpoint
+PROTOCOLS = ("generate", "score")  # with --mode both, each in a folder of its own
 RESULTS = "results.json"
 EVAL_SETTINGS = "settings.json"
 PREDICTIONS = "predictions"

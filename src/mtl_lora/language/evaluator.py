@@ -66,7 +66,9 @@ class Evaluator:
         require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
         self.base_fingerprint = self.base_model.fingerprint()
         self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
-        self.encoder = Encoder(self.base_model.tokenizer(), self.template, self.cutoff_len, self.tasks)
+        tokenizer = self.base_model.tokenizer()
+        tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
+        self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
         self.prefixes: dict[int, list[int]] = {}
         self.model: PreTrainedModel | None = None
         self.caches: answering.PrefixCaches | None = None
