@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mtl_lora
 from mtl_lora import artifacts
 from mtl_lora.adapter import checkpoint
 from mtl_lora.artifacts import checkpoints
@@ -47,6 +48,19 @@ def assert_equal(left: dict, right: dict) -> None:
 
 
 # ---- what a run writes ----
+
+
+def test_a_run_keeps_the_start_of_what_tasks_have_of_their_own(train, tiny_base):
+    folder = train("run", max_steps=2, save_step=1)
+    torch.manual_seed(42)
+    model = mtl_lora.inject(BaseModel(tiny_base).load("fp32"), checkpoint.read_config(folder).adapter_config)
+    drawn = {key: value for key, value in checkpoint.adapter_state(model).items() if key.endswith(("lambda", "lora_w"))}
+    assert_equal(load_file(folder / artifacts.ADAPTER_START), drawn)
+    analysis = json.loads((folder / artifacts.ADAPTER_ANALYSIS).read_text())
+    assert analysis["mixture"] != analysis["mixture_at_start"] and analysis["update_similarity_at_start"]
+    before = (folder / artifacts.ADAPTER_START).read_bytes()
+    train("run", max_steps=2, save_step=1, resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert (folder / artifacts.ADAPTER_START).read_bytes() == before
 
 
 @pytest.mark.parametrize("method", ["lora", "mtl_lora"])

@@ -76,6 +76,9 @@ def run(config: TrainConfig) -> None:
     model = build_model(config, base, adapter, arguments)
     # From here on the folder is this run's: every mistake was found before an older run is deleted.
     resume.claim_output(config, arguments, configuration)
+    start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
+    if arguments.process_index == 0 and not from_checkpoint:
+        checkpoint.save_start(model, config.output_dir, start)
     trainer = MultiTaskTrainer(
         model=model,
         args=arguments,
