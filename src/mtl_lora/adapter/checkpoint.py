@@ -43,6 +43,12 @@ class Provenance(Config):
     commit: str | None = None  # the project's, if it was trained from a git checkout
     system: str = "language"  # the package that trained it
     base_class: str | None = None  # the base model's class in transformers
+    untrained_tasks: list[str] | None = None  # tasks that had no training examples; None: not recorded
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Whether the base model was loaded in 4 bits for the training."""
+        return bool((self.train_settings or {}).get("load_in_4bit"))
 
 
 Origin = Provenance  # its earlier name
@@ -227,7 +233,7 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
     base = BaseModel(provenance.base_model, trust_remote_code)
     if provenance.base_fingerprint:
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
-    return base.load(**options)
+    return base.load(**{"load_in_4bit": provenance.load_in_4bit, **options})
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
