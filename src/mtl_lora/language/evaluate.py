@@ -1,5 +1,6 @@
 """``mtl-lora evaluate``: from test sets to predictions to ``results.json``."""
 
+import contextlib
 import math
 import platform
 import shlex
@@ -13,7 +14,7 @@ import transformers
 
 from mtl_lora import artifacts, files
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, check_settings, claim
+from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, begin, check_settings
 from mtl_lora.language.metrics import task_result
 from mtl_lora.language.questions import Question, QuestionSets, load_questions
 from mtl_lora.results import Results, TaskNames, Trainable
@@ -29,6 +30,14 @@ def run(config: EvalConfig) -> dict[str, Results]:
     evaluator = Evaluator(config)
     asked = load_questions(config.data_dir, evaluator.tasks, config.tasks, evaluator.encoder, config.limit)
     evaluator.prepare(dict.fromkeys(config.protocols, asked.questions))
+    with contextlib.ExitStack() as stack:
+        for folder in () if config.check else dict.fromkeys([config.output_folder, *config.protocols.values()]):
+            stack.enter_context(files.claimed(folder))
+        return _run(config, evaluator, asked)
+
+
+def _run(config: EvalConfig, evaluator: Evaluator, asked: QuestionSets) -> dict[str, Results]:
+    """``run`` with the output folders claimed."""
     for protocol, folder in config.protocols.items():
         if not config.overwrite:
             way_out = "pass another --output_dir, or --overwrite to delete them"
@@ -40,8 +49,9 @@ def run(config: EvalConfig) -> dict[str, Results]:
     results: dict[str, Results] = {}
     with Processes() as processes:
         if processes.rank == 0:
+            (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
             for protocol, folder in config.protocols.items():
-                claim(folder, evaluator.settings(protocol), config.overwrite)
+                begin(folder, evaluator.settings(protocol), config.overwrite)
         processes.barrier()
         for protocol, folder in config.protocols.items():
             answer_all(evaluator, protocol, asked.questions, folder, processes)

@@ -40,6 +40,12 @@ def run(config: TrainConfig) -> None:
     tasks = config.task_set()
     adapter = config.adapter_config(tasks)
     distributed.check_launch(config)
+    with nullcontext() if config.check else files.claimed(config.output_dir):
+        _run(config, tasks, adapter)
+
+
+def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
+    """``run`` with the output folder claimed."""
     if not Path(config.data_path).is_file():
         made = "" if config.tasks_file else "make it with `mtl-lora prepare commonsense`, or "
         raise UserError(f"the data file {config.data_path} does not exist; {made}pass --data_path FILE")
@@ -68,8 +74,8 @@ def run(config: TrainConfig) -> None:
         log(arguments, "every setting is fine")
         return
     model = build_model(config, base, adapter, arguments)
-    # From here on the folder is this run's: every mistake was found before an older run is deleted.
-    resume.claim_output(config, arguments, configuration)
+    # Every mistake was found before an older run is deleted.
+    resume.begin_output(config, arguments, configuration, fresh=from_checkpoint is None)
     trainer = MultiTaskTrainer(
         model=model,
         args=arguments,
