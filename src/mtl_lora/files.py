@@ -246,7 +246,10 @@ def write_all(contents: dict[Path, bytes]) -> None:
             for path, content in contents.items():
                 if path.is_dir():
                     raise UserError(f"{path} cannot be written, it is a folder; pass the path of a file")
-                stack.enter_context(atomic_path(path)).write_bytes(content)
+                with stack.enter_context(atomic_path(path)).open("wb") as opened:
+                    opened.write(content)
+                    opened.flush()
+                    os.fsync(opened.fileno())
             if len(contents) > 1:
                 first.unlink(missing_ok=True)
     except OSError as error:
