@@ -20,7 +20,7 @@ from pipelines import pipeline
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 
-SIDES = ["frozen", "lora", "mtl_lora", "mtl_lora_512_tasks", "peft", "original", "peft_layer", "gathering"]
+SIDES = ["frozen", "lora", "mtl_lora", "lora_compiled", "mtl_lora_compiled", "mtl_lora_512_tasks", "peft", "original"]
 METHODS = ("mtl_lora", "lora")
 RATE = "2e-3"  # the learning rate of both
 LENGTHS = (105, 256)  # the mean of the commonsense examples, and the paper's cutoff

@@ -33,6 +33,7 @@ SIDES = {
     "peft_layer": "as lora, but with PEFT's layers",
     "frozen": "a reference, no bound: no adapter; forward, and backward to the embeddings, on our batches and logits",
     "mtl_lora_N_tasks": "as mtl_lora, with N tasks, over all of which the ids of the same rows are spread",
+    "NAME_compiled": "as the side NAME, its blocks compiled one by one, but for the first",
 }
 _BASELINE_LAYERS = {
     "original": gathering.GatheringLayer,
@@ -80,13 +81,20 @@ def side_names(text: str) -> list[str]:
     """``a,b`` as a list of pipelines; the type of a flag."""
     names = [name for name in text.split(",") if name]
     for name in names:
-        if not (name in SIDES or _ANY_TASKS.fullmatch(name)) or name == "mtl_lora_N_tasks":
+        plain = name.removesuffix("_compiled")
+        if not (plain in SIDES or _ANY_TASKS.fullmatch(plain)) or plain in ("mtl_lora_N_tasks", "NAME"):
             raise argparse.ArgumentTypeError(f"there is no side {name!r}; the sides are {', '.join(SIDES)}")
     return names
 
 
 def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> Pipeline:
     """One of ``SIDES`` (``mtl_lora_64_tasks``: with 64 for N) on a base model, whose modules are left as they are."""
+    if name.endswith("_compiled"):
+        side = pipeline(name.removesuffix("_compiled"), base, with_optimiser)
+        # All but the first, whose input needs no gradient: one graph serves the others.
+        for block in side.model.model.layers[1:]:
+            block.compile()
+        return side
     torch.manual_seed(0)
     model, several = twin(base), _ANY_TASKS.fullmatch(name)
     tasks = int(several.group(1)) if several else None

@@ -39,7 +39,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
 SIGNALS = {signal.SIGKILL: (-9,), signal.SIGINT: (130,), signal.SIGTERM: (143, -15)}
 # What two runs of one command may differ in: times, and flags that say how it was started.
 FREE = {"command", "resume_from_checkpoint", "overwrite_output_dir", "seconds", "starts"}
-FREE |= {"log_history"}
+FREE |= {"commit", "commits", "log_history"}
 WAY_OUT = {"--resume_from_checkpoint True": "--resume_from_checkpoint=True"}
 WAY_OUT |= {"--overwrite_output_dir True": "--overwrite_output_dir=True"}
 

@@ -159,7 +159,7 @@ def test_json_survives_a_trip_through_a_file(tmp_path, value):
         (None, r"cannot be read \(No such file or directory\)"),
         (b"", "is not JSON: Expecting value"),
         (b'{"a": 1', "is not JSON: Expecting ',' delimiter: line 1 column 8"),
-        (b'"\xff"', "is not JSON: 'utf-8' codec can't decode"),
+        (b'"\xff"', "is not UTF-8 text in line 1"),
         (b"[" * 100_000, "is not JSON: maximum recursion depth"),
         (b"1" * 5000, "is not JSON: Exceeds the limit"),
     ],

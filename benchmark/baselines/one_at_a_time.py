@@ -17,7 +17,7 @@ def answer(model, tokenizer, question: Question, max_new_tokens: int = 8) -> str
     ids = list(question.prompt_ids)
     for _ in range(max_new_tokens):
         with route.use(torch.tensor([question.task.id])):
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits
+            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1).logits
         ids.append(int(logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break

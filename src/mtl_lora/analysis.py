@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from mtl_lora import files
 from mtl_lora.errors import UserError
-from mtl_lora.results import Reader, Text, object_of, read_object
+from mtl_lora.results import Reader, Text, object_of
 
 SCHEMA, KIND = 1, "adapter_analysis"
 Matrix = list[list[float | None]]
@@ -39,7 +40,7 @@ class Analysis:
     @classmethod
     def load(cls, path: Path) -> "Analysis":
         """Read the file; raises ``UserError`` naming it and the key that is wrong."""
-        value, reader = read_object(path, "the adapter's analysis"), Reader(str(path))
+        value, reader = files.read_object(path, "the adapter's analysis"), Reader(str(path))
         if value.get("kind") != KIND or value.get("schema") != SCHEMA:
             raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
         analysis = reader.read(cls, value)

@@ -14,7 +14,8 @@ ADAPTER_ANALYSIS = "adapter_analysis.json"
 RESUME_STATE = "trainer_state.json"
 SAVING = ".saving"  # where a checkpoint lies until it is complete
 # an evaluation
-EVALUATION = "evaluation"
+EVALUATION = "evaluation"  # inside the folder of a checkpoint
+PROTOCOLS = ("generate", "score")  # with --mode both, each in a folder of its own
 RESULTS = "results.json"
 EVAL_SETTINGS = "settings.json"
 PREDICTIONS = "predictions"

@@ -34,26 +34,28 @@ def disk_is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def user_errors_to_exit_code() -> Iterator[None]:
-    """Print a ``UserError``, or that the disk is full, as ``error: <sentence>`` on stderr and exit with code 2.
+    """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2; no traceback.
 
-    SIGINT exits with 130 and SIGTERM with 143. No traceback. Under a launcher each rank checks the same input, so only
-    local rank 0 prints.
+    So ends a file that the system refuses and that nothing else explained. SIGINT exits with 130, SIGTERM with 143. A
+    reader of the output that has left, as ``head`` does, ends the command in silence. Under a launcher each rank checks
+    the same input, so only local rank 0 prints.
     """
     try:
-        with _sigterm_unwinds():
-            yield
-    except KeyboardInterrupt:
-        print("stopped by the user", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        if not isinstance(error, UserError) and not disk_is_full(error):
-            raise
-        if not isinstance(error, UserError):
-            where = f"of {error.filename} " if getattr(error, "filename", None) else ""
-            error = f"the disk {where}is full; free some space, then run the same command again"
+        with _sigterm_unwinds(), files_within_reach():
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+    except UserError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except KeyboardInterrupt:
+        print("stopped by the user", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @contextlib.contextmanager
@@ -74,8 +76,30 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def files_within_reach():
-    """Turn an ``OSError`` inside the block, such as a folder without permission, into a ``UserError``."""
+    """Turn a full disk, or another ``OSError`` such as a folder without permission, into a ``UserError``."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"a file or folder cannot be used: {error}") from None
+    except (BrokenPipeError, UserError):
+        raise
+    except UnicodeEncodeError as error:
+        text = f"{error.object[:50]!a} cannot be written as {error.encoding}"
+        raise UserError(f"{text}; set PYTHONUTF8=1, or a locale with UTF-8") from None
+    except Exception as error:
+        if disk_is_full(error):
+            where = f" of {error.filename}" if getattr(error, "filename", None) else ""
+            way_out = "free some space, then run the same command again"
+            raise UserError(f"the disk{where} is full ({error}); {way_out}") from None
+        if isinstance(error, OSError):
+            raise UserError(f"a file or folder cannot be used: {error}") from None
+        raise
+
+
+def check_environment() -> None:
+    """Raise ``UserError`` for a launcher's variables that cannot be, before libraries trip over them."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            os.environ.pop("LOCAL_RANK", None)
+            raise UserError(f"the environment's {name} must be a whole number, not {value!r}; unset it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("the environment has WORLD_SIZE but no MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")

@@ -83,18 +83,12 @@ def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
         raise _not_comparable(a, b, f"their test data of {', '.join(other_data)} are not the same (sha256)")
 
 
-def paired_answers(
-    a: Results, b: Results, tasks: Sequence[str] | None = None
-) -> dict[str, list[tuple[Prediction, Prediction]]]:
-    """By task, the answers of A and of B to each question, in the order of their indices; tasks: None for all.
+def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, list[tuple[Prediction, Prediction]]]:
+    """By task that both scored, the answers of A and of B to each question, in the order of their indices.
 
     Raises ``UserError`` unless both can be compared and answered the same questions, asked in the same words. (Another
     base model may have another tokenizer and so other prompt ids; only with one base must these agree.)
     """
-    for one, other in ((a, b), (b, a)) if tasks is None else ():
-        if alone := [name for name in one.tasks if name not in other.tasks]:
-            raise _not_comparable(a, b, f"there are scores of {', '.join(alone)} in {one.path} alone")
-    tasks = a.scored if tasks is None else tasks
     check_comparable(a, b, tasks)
     same_base = a.settings["base_fingerprint"] == b.settings["base_fingerprint"]
     found = {}

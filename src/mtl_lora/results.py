@@ -7,10 +7,10 @@ the reader of all JSON files that are kept as dataclasses, a study's too.
 
 import dataclasses
 import functools
-import json
 import math
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -125,17 +125,6 @@ def object_of(value: object) -> dict:
     return {name: to_json(getattr(value, name)) for name in _fields(type(value))}
 
 
-def read_object(path: str | Path, what: str) -> dict:
-    """The JSON object in a file; raises ``UserError`` naming ``what`` and the file."""
-    value = files.read_json(path, what)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        # Half a surrogate pair can be read as JSON but never be written, so it would fail in the middle of a table.
-        raise UserError(f"{what} {path} holds text that is not Unicode: {error}") from None
-    return Reader(f"{what} {path}").read(dict, value)
-
-
 # ---- results ----
 
 
@@ -166,6 +155,12 @@ class TaskResult:
             entries["metric"] = key = "accuracy"
         metric = reader.key(entries, "metric", Text, place)
         number = Fraction if metric in FRACTIONS else float
+        value, stderr, n = (
+            reader.key(entries, name, kind, place)
+            for name, kind in ((key, number), ("stderr", Error | None), ("n", Count))
+        )
+        if stderr == 0 and metric in FRACTIONS:  # as earlier versions wrote it for none or all right
+            stderr = proportion_error(value, n)
         groups = reader.read(dict, entries.pop("groups", None) or {}, f"{place}.groups")
         others = {
             name: cls.read_json(reader, entry, f"{place}.{name}", metric)
@@ -176,9 +171,9 @@ class TaskResult:
         known = {"metric", key, "stderr", "n", "majority", *others}
         return cls(
             metric,
-            reader.key(entries, key, number, place),
-            reader.key(entries, "stderr", Error | None, place),
-            reader.key(entries, "n", Count, place),
+            value,
+            stderr,
+            n,
             reader.read(number | None, entries.get("majority"), f"{place}.majority"),
             {name: cls.read_json(reader, group, f"{place}.groups.{name}", metric) for name, group in groups.items()},
             others,
@@ -193,6 +188,14 @@ class TaskResult:
         value |= self.measured | {name: other.to_json(self.metric) for name, other in self.others.items()}
         groups = {name: group.to_json(self.metric) for name, group in self.groups.items()}
         return value | ({"groups": groups} if groups else {})
+
+
+def proportion_error(p: float, n: int) -> float:
+    """The standard error of a proportion p of n: the larger of sqrt(p (1 - p) / n), which is 0 where none or all are
+    right, and the same of p and n with two right and two wrong ones added (Agresti and Coull, The American Statistician
+    52, 1998)."""
+    added = (p * n + 2) / (n + 4)
+    return math.sqrt(max(p * (1 - p) / n, added * (1 - added) / (n + 4)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,11 +345,39 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
-        """Read a results file, or the one in a folder; raises ``UserError`` naming the file and the key."""
-        path = Path(path) / artifacts.RESULTS if Path(path).is_dir() else Path(path)
-        if not path.is_file():
-            raise UserError(f"there is no results file {path}; pass a {artifacts.RESULTS} or a folder that has one")
-        return cls.from_json(read_object(path, "the results file"), str(path), path)
+        """Read a results file, or the one that a folder holds, see ``load_all``.
+
+        Raises ``UserError`` naming the file and the key, and for a folder with the results of several protocols.
+        """
+        found = cls.load_all(path)
+        if len(found) > 1:
+            folders = " and ".join(str(each.path.parent) for each in found)
+            raise UserError(f"{path} holds the results of several protocols; pass one of {folders}")
+        return found[0]
+
+    @classmethod
+    def load_all(cls, path: str | Path, needed: bool = True) -> list["Results"]:
+        """Read a results file, or those of a folder: its own, those of both protocols, or those of its evaluation.
+
+        Those of an earlier adapter of a checkpoint's folder are left out, with a line on stderr. Raises ``UserError``
+        naming the file and the key, and, unless not ``needed``, where there is no file.
+        """
+        path, inside = Path(path), Path(path) / artifacts.EVALUATION
+        places = [folder / name for folder in (path, inside) for name in ("", *artifacts.PROTOCOLS)]
+        files_found = [path] if path.is_file() else [p for each in places if (p := each / artifacts.RESULTS).is_file()]
+        found = [cls.from_json(files.read_object(file, "the results file"), str(file), file) for file in files_found]
+        if any(each.path.is_relative_to(inside) for each in found) and (path / artifacts.CHECKPOINT_CONFIG).is_file():
+            adapter = files.read_object(path / artifacts.CHECKPOINT_CONFIG, "the configuration")
+            own = (None, adapter.get("weights_sha256"))
+            for each in [each for each in found if each.settings.get("adapter_sha256") not in own]:
+                print(
+                    f"{each.path} is of an earlier adapter of {path} and left out; evaluate it again", file=sys.stderr
+                )
+                found.remove(each)
+        if needed and not found:
+            file = path if path.suffix == ".json" else path / artifacts.RESULTS
+            raise UserError(f"there is no results file {file}; pass a {artifacts.RESULTS} or a folder that has one")
+        return found
 
     @classmethod
     def from_json(cls, value: dict, source: str = "the results", path: Path | None = None) -> "Results":
@@ -384,18 +415,8 @@ class Results:
         return [name for name in self.task_set.columns if name in self.tasks]
 
     @property
-    def missing(self) -> list[str]:
-        """Tasks of the set without a result, in column order."""
-        return [name for name in self.task_set.columns if name not in self.tasks]
-
-    @property
     def average(self) -> Average | None:
         """Over the tasks with a result; None where their metrics have different units."""
         metrics = {result.metric for result in self.tasks.values()}
         one_unit = metrics <= FRACTIONS.keys() or len(metrics) == 1
         return average_of(self.tasks.values()) if one_unit else None
-
-    @property
-    def whole_average(self) -> Average | None:
-        """The average, unless a task of the set has no result."""
-        return None if self.missing else self.average

@@ -421,6 +421,32 @@ def test_compiled_language_model_is_one_graph(compilations):
     assert compilations.frame_count == 1
 
 
+def compile_in_place(blocks: torch.nn.ModuleList, backend) -> None:
+    for block in blocks:
+        block.compile(backend=backend)
+
+
+def wrap_each(blocks: torch.nn.ModuleList, backend) -> None:
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block, backend=backend)
+
+
+@pytest.mark.parametrize(("method", "compile_blocks"), [("mtl_lora", compile_in_place), ("moelora", wrap_each)])
+def test_each_of_several_compiled_blocks_has_its_own_weights(method, compile_blocks, compilations):
+    """A graph is compiled once for all blocks; what one block looked up by its layers must not be in it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
+    llama = transformers.LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).double()
+    model = randomise(mtl_lora.inject(llama, adapter_config(method=method))).train()
+    batches = [(tokens(4), IDS), (tokens(4), TASKS[::-1]), (tokens(4)[:2, 1:], ["maps", "maps"])]
+    expected = [gradients_of(model, *batch) for batch in batches]
+    model.mtl_lora_injection.unchecked = True
+    compile_blocks(model.model.layers, compilations)
+    for batch, gradients in zip(batches, expected, strict=True):
+        found = gradients_of(model, *batch)
+        assert_same_gradients({name.replace("_orig_mod.", ""): found[name] for name in found}, gradients)
+    assert compilations.frame_count <= 4
+
+
 # ---- generation ----
 
 

@@ -69,7 +69,7 @@ def quickstart_test(task: str) -> list[dict]:
 def test_results_hold_what_was_measured_and_how(whole, mode):
     results, found = Results.load(whole / mode), lines(whole / mode)
     assert (results.system, results.method, results.method_title, results.mode) == ("language", *MTL_LORA, mode)
-    assert results.name == f"mtl_lora ({mode})", "the two rows of a table have names of their own"
+    assert results.name == f"MTL-LoRA ({mode})", "the two rows of a table have names of their own"
     assert len(results.tasks) == 8
     for name, task in results.tasks.items():
         correct = [line["correct"] for line in found if line["task"] == name]
@@ -101,7 +101,14 @@ def test_both_protocols_run_one_after_the_other_and_their_agreement_is_counted(w
 
 def test_agreement_is_of_the_questions_that_were_answered(whole, trained, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
-    run(EvalConfig(**arguments(tmp_path / "out", checkpoint=trained, mode="both", tasks=["piqa", "piqa"], limit=2)))
+    fewer = arguments(tmp_path / "out", checkpoint=trained, mode="both", tasks=["piqa", "piqa"], limit=2)
+    for part in (fewer, {**fewer, "tasks": [], "limit": 3}, {**fewer, "limit": 4}):
+        with pytest.raises(UserError, match=r"results\.json holds the results of .*boolq"):
+            run(EvalConfig(**part))
+    assert Results.load(tmp_path / "out" / "score") == Results.load(whole / "score"), "a part never replaces the whole"
+    for mode in ("generate", "score"):
+        (tmp_path / "out" / mode / "results.json").unlink()
+    run(EvalConfig(**fewer))
     agreement = json.loads((tmp_path / "out" / "agreement.json").read_text())
     assert (agreement["n"], list(agreement["tasks"])) == (2, ["piqa"])
     assert Results.load(tmp_path / "out" / "score").tasks["piqa"].n == 2
@@ -125,6 +132,23 @@ def test_free_text_is_measured_by_the_metric_of_its_task(evaluate, tiny_base, tm
     assert (results["free"].metric, results["long"].metric) == ("exact_match", "f1")
     assert results["long"].value == results["long"].measured["f1"] and "f1" in results["free"].measured
     assert Results.load(tmp_path / "out").tasks == results
+
+
+def test_both_protocols_score_what_has_options_and_generate_everything(evaluate, tiny_base, tmp_path):
+    tasks = [{"name": "free", "id": 0}, {"name": "mood", "id": 1, "options": ["happy", "sad"]}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    for task in ("free", "mood"):
+        record = {"instruction": "a", "output": "the correct answer is sad", "answer": "sad"}
+        data = write_test_set(tmp_path / "data", [record] * 2, task)
+    flags = {"checkpoint": None, "base_model": tiny_base, "tasks_file": str(tmp_path / "tasks.json"), "data_dir": data}
+    found = evaluate("out", mode="both", **flags)
+    assert {mode: list(results.tasks) for mode, results in found.items()} == {
+        "generate": ["free", "mood"],
+        "score": ["mood"],
+    }
+    assert json.loads((tmp_path / "out" / "agreement.json").read_text())["n"] == 2
+    assert list(evaluate("free", mode="both", tasks=["free"], **flags)) == ["generate"]
+    assert not (tmp_path / "free" / "score").exists() and not (tmp_path / "free" / "agreement.json").exists()
 
 
 # ---- what does not change an answer ----

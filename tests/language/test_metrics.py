@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from mtl_lora.language.metrics import (
     METRICS,
     extract_answer,
+    mean,
     proportion,
     same_text,
     strict_answer,
@@ -161,21 +163,27 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall(text, right):
 
 @few
 @given(st.lists(st.booleans(), min_size=1, max_size=400))
-def test_the_standard_error_is_that_of_the_mean_of_zeros_and_ones(outcomes):
-    share = sum(outcomes) / len(outcomes)
-    variance = sum((value - share) ** 2 for value in outcomes) / len(outcomes)
-    assert proportion(outcomes) == (share, pytest.approx(math.sqrt(variance / len(outcomes))))
+def test_the_standard_error_is_that_of_the_mean_of_zeros_and_ones_and_never_zero(outcomes):
+    wald, agresti_coull = (
+        statistics.pstdev(map(float, values)) / math.sqrt(len(values)) for values in (outcomes, [*outcomes, 0, 0, 1, 1])
+    )
+    share, error = proportion(outcomes)
+    assert share == sum(outcomes) / len(outcomes)
+    assert error == pytest.approx(max(wald, agresti_coull)) == pytest.approx(mean(outcomes)[1]) and error > 0
+    if len(set(outcomes)) == 1:
+        assert error == pytest.approx(math.sqrt(2 * (len(outcomes) + 2) / (len(outcomes) + 4) ** 3))
 
 
 def test_every_metric_of_the_table_gives_a_value_and_its_standard_error():
     predictions, targets = ["red", "a kite", "blue sky"], ["red", "kite.", "sky"]
     by_name = {name: metric(predictions, targets) for name, metric in METRICS.items()}
     f1 = (1 + 1 + 2 / 3) / 3
-    variance = sum((value - f1) ** 2 for value in (1, 1, 2 / 3)) / 3
+    # So few values spread less than with two zeros and two ones among them.
+    error = statistics.pstdev([1, 1, 2 / 3, 0, 0, 1, 1]) / math.sqrt(7)
     assert by_name == {
         "accuracy": (1 / 3, pytest.approx(math.sqrt(2 / 27))),
         "exact_match": (2 / 3, pytest.approx(math.sqrt(2 / 27))),
-        "f1": (pytest.approx(f1), pytest.approx(math.sqrt(variance / 3))),
+        "f1": (pytest.approx(f1), pytest.approx(error)),
     }
 
 

@@ -134,13 +134,18 @@ def test_tasks_are_in_column_order_and_questions_are_paired_by_index(tmp_path):
     assert all((task.only_a, task.only_b) == (0, 0) for task in tasks.values())
 
 
-def test_a_constant_shift_has_no_spread(compared):
+def test_differences_that_are_all_equal_have_no_interval(compared):
     low = {"first": [0.25, 0.5, 0.75, 0], "second": [0.5, 0.25]}
     high = {task: [value + 0.25 for value in values] for task, values in low.items()}
     comparison = compared(predictions_of(RIGHT_A, low), predictions_of(RIGHT_A, high))
     for row in (*comparison.tasks.values(), comparison.average):
-        assert (row.f1.difference, *interval(row.f1)) == pytest.approx((0.25, 0.25, 0.25))
-        assert (row.accuracy.difference, *interval(row.accuracy), row.p) == (0, 0, 0, 1)
+        assert row.f1.difference == pytest.approx(0.25) and interval(row.f1) == (None, None)
+        assert (row.accuracy.difference, *interval(row.accuracy), row.p) == (0, None, None, 1)
+    # A task that has none takes it from no other, nor from the average.
+    mixed = compared(predictions_of(RIGHT_A), predictions_of({**RIGHT_A, "first": outcomes("1011")}))
+    intervals = [interval(row.accuracy) for row in (*mixed.tasks.values(), mixed.average)]
+    assert intervals[1] == (None, None) and None not in (*intervals[0], *intervals[2])
+    assert any("No interval for second:" in note for note in mixed.notes)
 
 
 def test_f1_is_left_out_of_a_task_that_lacks_one_and_so_of_the_average(compared):
@@ -182,8 +187,11 @@ def test_swapping_the_runs_negates_every_difference(compared, answers, seed):
     for one, other in zip((*forth.tasks.values(), forth.average), (*back.tasks.values(), back.average), strict=True):
         assert (one.p, one.only_a, one.only_b) == (other.p, other.only_b, other.only_a) and 0 < one.p <= 1
         assert (one.accuracy.a, one.accuracy.b) == (other.accuracy.b, other.accuracy.a)
-        assert interval(one.accuracy) == pytest.approx((-other.accuracy.high, -other.accuracy.low), abs=1e-12)
-        assert one.accuracy.low <= one.accuracy.high
+        if None in interval(one.accuracy):
+            assert interval(one.accuracy) == interval(other.accuracy) == (None, None)
+        else:
+            assert interval(one.accuracy) == pytest.approx((-other.accuracy.high, -other.accuracy.low), abs=1e-12)
+            assert one.accuracy.low <= one.accuracy.high
         assert one.f1 == one.accuracy  # the same numbers, resampled by the same stream
 
 
@@ -204,7 +212,6 @@ OTHER_OPTIONS["tasks"][0]["options"] = ["yes", "no"]
         ({"settings__mode": "score", "settings__num_beams": 4}, "mode ('generate' and 'score'), num_beams (1 and 4)"),
         ({"data__second": "other"}, "test data of second"),
         ({"data": {"first": "x", "second": "y"}}, "test data of first, second"),
-        ({"tasks__second": ...}, "scores of second"),
         ({"task_set": OTHER_OPTIONS}, "of first"),
     ],
 )
@@ -214,6 +221,33 @@ def test_other_protocol_data_or_tasks_are_not_comparable(compared, tmp_path, pla
     results = [tmp_path / run / "results.json" for run in "ab"]
     assert str(caught.value).startswith(f"{results[0]} and {results[1]} are not comparable: ")
     assert fact in str(caught.value)
+
+
+def test_runs_are_compared_on_the_tasks_that_both_have_or_on_those_that_are_named(tmp_path, capsys):
+    a = write_run(tmp_path / "a", predictions_of(RIGHT_A))
+    b = write_run(tmp_path / "b", predictions_of(RIGHT_B), tasks__second=...)
+    found = numbers(Results.load(a), Results.load(b), resamples=100)
+    assert list(found.tasks) == ["first"] and "Left out: second." in found.notes
+    assert found.average.accuracy.difference == found.tasks["first"].accuracy.difference
+    rows = grid(run_command(capsys, "compare", a, a, "--tasks", "second")[1])
+    assert "second" in rows and "First" not in rows
+    nothing = write_run(tmp_path / "c", predictions_of(RIGHT_B), tasks__first=...)
+    mistakes = [
+        ([a, b, "--tasks", "second"], "scores of first, and none of second"),
+        ([b, nothing], "no task"),
+    ]
+    assert_mistakes(capsys, "compare", mistakes)
+
+
+def test_folders_of_both_protocols_are_compared_by_one(tmp_path, capsys):
+    for run, mode in itertools.product("ab", ("generate", "score")):
+        right = RIGHT_B if (run, mode) == ("b", "score") else RIGHT_A
+        write_run(tmp_path / run / mode, predictions_of(right), mode=mode, settings__mode=mode)
+    folders = tmp_path / "a", tmp_path / "b"
+    rows = grid(run_command(capsys, "compare", *folders, "--mode", "score")[1])
+    assert rows["First"][1:4] == ["50.0", "75.0", "+25.0"]
+    assert grid(run_command(capsys, "compare", folders[0] / "generate", folders[1])[1])["First"][3] == "+0.0"
+    assert_mistakes(capsys, "compare", [([*folders], "A has generate and score"), ([*folders, "--mode", "x"], "score")])
 
 
 def test_a_results_file_says_which_settings_must_agree(tmp_path):
@@ -348,16 +382,16 @@ def test_other_line_separators_of_unicode_end_no_line(compared):
 
 # ---- the command ----
 
-# All of one task changes and nothing of the other, so that no interval depends on the random numbers.
+# All of one task changes and nothing of the other: then no interval is known.
 NONE = {"first": outcomes("000000"), "second": outcomes("10")}
 ALL = {"first": outcomes("111111"), "second": outcomes("10")}
 F1 = {"first": [0.0] * 6, "second": [0.5, 1]}, {"first": [0.75] * 6, "second": [0.5, 1]}
 EXPECTED = """\
-| Task    | Questions |    A |     B |  B - A |    95 % interval | Only A right | Only B right |      p |
-| ------- | --------: | ---: | ----: | -----: | ---------------: | -----------: | -----------: | -----: |
-| First   |         6 |  0.0 | 100.0 | +100.0 | +100.0 to +100.0 |            0 |            6 | 0.0312 |
-| second  |         2 | 50.0 |  50.0 |   +0.0 |     +0.0 to +0.0 |            0 |            0 | 1.0000 |
-| Average |         8 | 25.0 |  75.0 |  +50.0 |   +50.0 to +50.0 |            0 |            6 | 0.0312 |
+| Task    | Questions |    A |     B |  B - A | 95 % interval | Only A right | Only B right |      p |
+| ------- | --------: | ---: | ----: | -----: | ------------: | -----------: | -----------: | -----: |
+| First   |         6 |  0.0 | 100.0 | +100.0 |             – |            0 |            6 | 0.0312 |
+| second  |         2 | 50.0 |  50.0 |   +0.0 |             – |            0 |            0 | 1.0000 |
+| Average |         8 | 25.0 |  75.0 |  +50.0 |             – |            0 |            6 | 0.0312 |
 """
 
 
@@ -379,18 +413,18 @@ def test_f1_stands_in_columns_of_its_own(tmp_path, capsys):
     )
     rows = grid(run_command(capsys, "compare", a, b)[1])
     assert rows["Task"][8:] == ["F1 A", "F1 B", "F1 B - A", "F1 95 % interval"]
-    assert rows["First"][8:] == ["0.0", "75.0", "+75.0", "+75.0 to +75.0"]
-    assert rows["Average"][8:] == ["37.5", "75.0", "+37.5", "+37.5 to +37.5"]
+    assert rows["First"][8:] == ["0.0", "75.0", "+75.0", "–"]
+    assert rows["Average"][8:] == ["37.5", "75.0", "+37.5", "–"]
 
 
 def test_csv_has_fractions_and_keeps_its_notes_off_the_output(runs, capsys):
     code, out, err = run_command(capsys, "compare", *runs, "--format", "csv")
     first, second, average = csv.DictReader(io.StringIO(out))
-    assert code == 0 and err.count("\n") == 4 and "bootstrap" in err
+    assert code == 0 and err.count("\n") == 5 and "bootstrap" in err
     assert (first["task"], second["task"], average["task"]) == ("first", "second", "")
     assert (float(first["p"]), first["only_b"], first["f1 a"]) == (pytest.approx(0.03125), "6", "")
     keys = ("a", "b", "difference", "low", "high")
-    assert [float(average[f"accuracy {key}"]) for key in keys] == [0.25, 0.75, 0.5, 0.5, 0.5]
+    assert [average[f"accuracy {key}"] for key in keys] == ["0.25", "0.75", "0.5", "", ""]
 
 
 def test_json_says_who_what_and_how(tmp_path, capsys):
@@ -400,9 +434,9 @@ def test_json_says_who_what_and_how(tmp_path, capsys):
     value = json.loads(out)
     assert (code, err, value["seed"], value["resamples"], value["confidence"]) == (0, "", 5, 100, 0.95)
     assert (value["a"]["name"], value["b"]["results"]) == ("a", str(b / "results.json"))
-    assert value["b"]["settings"]["dtype"] == "torch.float32" and "torch.float32" in value["notes"][-1]
-    everything = {"a": 0.0, "b": 1.0, "difference": 1.0, "low": 1.0, "high": 1.0}
-    f1 = {"a": 0.0, "b": 0.75, "difference": 0.75, "low": 0.75, "high": 0.75}
+    assert value["b"]["settings"]["dtype"] == "torch.float32" and "torch.float32" in value["notes"][-2]
+    everything = {"a": 0.0, "b": 1.0, "difference": 1.0, "low": None, "high": None}
+    f1 = {"a": 0.0, "b": 0.75, "difference": 0.75, "low": None, "high": None}
     first = value["tasks"]["first"]
     assert first.pop("p") == pytest.approx(0.03125)
     assert first == {"n": 6, "accuracy": everything, "only_a": 0, "only_b": 6, "f1": f1}

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -87,6 +88,38 @@ def test_a_missing_task_is_a_dash_and_takes_the_average_with_it(table_of):
     rows = grid(table_of(changed(BASE, tasks__second=...), TUNED, difference=True).markdown())
     values = {"base": "50.0 ± 3.0", "majority class": "60.0", "difference": "+25.0 ± 4.2"}
     assert {name: rows[name] for name in values} == {name: ["–", value, "–", "–"] for name, value in values.items()}
+
+
+def test_averages_are_over_the_tasks_that_were_asked_and_rows_of_one_name_have_their_protocols(table_of):
+    one = changed(BASE, tasks__first=...)
+    table = table_of(one, changed(one, mode="generate"))
+    rows = grid(table.markdown())
+    assert rows["Method"][1:] == ["second", "Average"] and "first accuracy" not in table.records[0]
+    assert rows["base (score)"] == rows["base (generate)"] == ["–", "25.0 ± 4.0", "25.0 ± 4.0"]
+    assert any("no row has a score for first" in note for note in table.notes)
+
+
+def test_every_command_finds_the_results_of_a_checkpoints_folder(write, tmp_path, capsys):
+    for mode in ("generate", "score"):
+        (tmp_path / "evaluation").mkdir(exist_ok=True)
+        write(changed(TUNED, mode=mode, name=f"mtl_lora ({mode})"), f"evaluation/{mode}")
+    for folder in (tmp_path, tmp_path / "evaluation"):
+        assert {"mtl_lora (generate)", "mtl_lora (score)"} < set(grid(run_command(capsys, "table", folder)[1]))
+        details = run_command(capsys, "details", folder)[1]
+        assert "mtl_lora (generate)" in details and "mtl_lora (score)" in details
+        code, page, _ = run_command(capsys, "page", folder)
+        assert code == 0 and "mtl_lora (score)" in Path(page.strip()).read_text()
+
+
+def test_a_table_of_hundreds_of_tasks_has_them_as_rows(table_of):
+    names = [f"task{index}" for index in range(300)]
+    scores = {"metric": "accuracy", "value": 0.5, "stderr": 0.1, "n": 10}
+    wide = {**BASE, "tasks": dict.fromkeys(names, scores)}
+    wide["task_set"] = {"tasks": [{"name": name, "id": index} for index, name in enumerate(names)]}
+    text = table_of(wide, {**wide, "name": "tuned"}).markdown()
+    rows = grid(text)
+    assert max(map(len, text.splitlines()[:300])) < 100 and len(rows) == 300 + 4
+    assert (rows["Method"], rows["task299"]) == (["base", "tuned"], ["50.0 ± 10.0"] * 2)
 
 
 def test_the_majority_class_needs_every_task(table_of):
@@ -210,7 +243,7 @@ def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, cap
         ([missing], str(missing)),
         ([tmp_path], str(tmp_path / "results.json")),
         ([broken], str(broken / "results.json")),
-        ([listed], "must be an object"),
+        ([listed], "object"),
         ([base, commonsense], str(commonsense / "results.json")),
         ([base, "--published"], "--published"),
         ([base, "--difference"], "--difference"),
@@ -271,14 +304,14 @@ def test_a_studys_tables_hold_its_numbers(study_folder):
 # ---- what holds for any table ----
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
-FRACTIONS = st.floats(0, 1)
+FRACTIONS, ERRORS = st.floats(0, 1), st.floats(0, 1, exclude_min=True)
 reuse_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 
 
 @st.composite
 def records(draw):
     scores = [
-        {"metric": "accuracy", "value": draw(FRACTIONS), "stderr": draw(FRACTIONS), "n": draw(st.integers(1, 10**6))}
+        {"metric": "accuracy", "value": draw(FRACTIONS), "stderr": draw(ERRORS), "n": draw(st.integers(1, 10**6))}
         for _ in "ab"
     ]
     task_set = changed(TWO_TASKS)

@@ -277,7 +277,7 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
         route.prepared = _prepared(getattr(injection, "layers", ()), route.task_ids)
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
-        if injection.unchecked and not _is_compiled():
+        if injection.unchecked and not _is_compiled(model):
             _refuse_drifting_averages(model)
             injection.watchers = [
                 layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))
@@ -337,8 +337,11 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
     injection.unchecked = False
 
 
-def _is_compiled() -> bool:
-    """Whether ``torch.compile`` runs the forward; hooks of layers would then be compiled with it, and again without."""
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs the forward or a part of it; hooks of layers would then be compiled with it, and
+    one module's graph may run for another, whose hooks are not called."""
+    if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules()):
+        return True
     frame, compilers = sys._getframe(), 0
     while frame is not None:
         compilers += frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"

@@ -217,8 +217,10 @@ def prepared_for(x: torch.Tensor, layer) -> torch.Tensor | None:
 
     Raises ``UserError`` where the ids do not fit the layer's input ``x``.
     """
+    if torch.compiler.is_compiling():
+        return None
     route = _thread.routes.model
-    if route is None or layer not in route.prepared or torch.compiler.is_compiling():
+    if route is None or layer not in route.prepared:
         return None
     route.ids_for(x)
     return route.prepared[layer]

@@ -1,11 +1,13 @@
 """``mtl-lora evaluate``: from test sets to predictions to ``results.json``."""
 
+import collections
 import contextlib
+import dataclasses
 import math
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import safetensors
@@ -13,6 +15,7 @@ import torch
 import transformers
 
 from mtl_lora import artifacts, files
+from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, begin, check_settings
 from mtl_lora.language.metrics import task_result
@@ -29,19 +32,32 @@ def run(config: EvalConfig) -> dict[str, Results]:
     """
     evaluator = Evaluator(config)
     asked = load_questions(config.data_dir, evaluator.tasks, config.tasks, evaluator.encoder, config.limit)
-    evaluator.prepare(dict.fromkeys(config.protocols, asked.questions))
+    questions = dict.fromkeys(config.protocols, asked.questions)
+    if config.mode == "both":
+        free_text = {question.task.name for question in asked.questions if not question.options}
+        questions["score"] = [each for each in asked.questions if each.task.name not in free_text]
+    # Of free text alone there is nothing to score.
+    folders = {protocol: folder for protocol, folder in config.protocols.items() if questions[protocol]}
+    evaluator.prepare(questions)
     with contextlib.ExitStack() as stack:
-        for folder in () if config.check else dict.fromkeys([config.output_folder, *config.protocols.values()]):
+        for folder in () if config.check else dict.fromkeys([config.output_folder, *folders.values()]):
             stack.enter_context(files.claimed(folder))
-        return _run(config, evaluator, asked)
+        return _run(config, evaluator, asked, questions, folders)
 
 
-def _run(config: EvalConfig, evaluator: Evaluator, asked: QuestionSets) -> dict[str, Results]:
-    """``run`` with the output folders claimed."""
-    for protocol, folder in config.protocols.items():
-        if not config.overwrite:
-            way_out = "pass another --output_dir, or --overwrite to delete them"
+def _run(
+    config: EvalConfig,
+    evaluator: Evaluator,
+    asked: QuestionSets,
+    questions: dict[str, list[Question]],
+    folders: dict[str, str],
+) -> dict[str, Results]:
+    """``run`` with the output folders claimed; questions and folders: by protocol."""
+    if not config.overwrite:
+        way_out = "pass another --output_dir, or --overwrite to delete them"
+        for protocol, folder in folders.items():
             check_settings(folder, evaluator.settings(protocol), way_out)
+            check_results_stay(folder, questions[protocol], asked.sha256)
     if config.check:
         print(f"every setting is fine; {len(asked.questions):,} questions", file=sys.stderr)
         return {}
@@ -50,20 +66,41 @@ def _run(config: EvalConfig, evaluator: Evaluator, asked: QuestionSets) -> dict[
     with Processes() as processes:
         if processes.rank == 0:
             (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
-            for protocol, folder in config.protocols.items():
+            for protocol, folder in folders.items():
                 begin(folder, evaluator.settings(protocol), config.overwrite)
         processes.barrier()
-        for protocol, folder in config.protocols.items():
-            answer_all(evaluator, protocol, asked.questions, folder, processes)
+        for protocol, folder in folders.items():
+            answer_all(evaluator, protocol, questions[protocol], folder, processes)
             if processes.rank == 0:
-                found[protocol] = _gather(folder, asked)
-                results[protocol] = collect(evaluator, config, protocol, asked, found[protocol])
+                part = dataclasses.replace(asked, questions=questions[protocol])
+                found[protocol] = _gather(folder, part)
+                results[protocol] = collect(evaluator, config, protocol, part, found[protocol])
                 results[protocol].save(Path(folder) / artifacts.RESULTS)
             processes.barrier()
-        if processes.rank == 0 and config.mode == "both":
-            value = agreement((question.key for question in asked.questions), *found.values())
+        if processes.rank == 0 and len(folders) > 1:
+            value = agreement((question.key for question in questions["score"]), *found.values())
             files.write_json(Path(config.output_folder) / artifacts.AGREEMENT, value)
     return results
+
+
+def check_results_stay(folder: str, asked: Sequence[Question], sha256: dict[str, str]) -> None:
+    """Raise ``UserError`` if the results in a folder count more questions than are asked now of a test set, or a task
+    that is not asked at all: those of a part would replace them.
+    """
+    path = Path(folder) / artifacts.RESULTS
+    if not path.is_file():
+        return
+    earlier, counts = Results.load(path), collections.Counter(question.task.name for question in asked)
+    lost = [
+        f"{name} ({task.n:,} questions)"
+        for name, task in earlier.tasks.items()
+        if name not in counts or (task.n > counts[name] and earlier.data.get(name) in (None, sha256[name]))
+    ]
+    if lost:
+        raise UserError(
+            f"{path} holds the results of {', '.join(lost)}, which those of fewer would replace; ask for these too "
+            "(what was answered stays), or pass another --output_dir, or --overwrite to delete them"
+        )
 
 
 def _gather(folder: str, asked: QuestionSets) -> dict[tuple[str, int], dict]:
@@ -92,7 +129,7 @@ def collect(
         own, base = _sizes(peft.weights), _sizes(*evaluator.base_model.weight_files())
         # A module that is trained and saved whole takes the place of the base's.
         trainable = Trainable(sum(own.values()), sum((base | own).values()))
-    name = config.name or evaluator.method or evaluator.base_model.name
+    name = config.name or evaluator.method_title or evaluator.base_model.name
     return Results(
         name=f"{name} ({protocol})" if config.mode == "both" else name,
         method=evaluator.method,

@@ -63,7 +63,9 @@ class Evaluator:
         self.tasks = self._tasks(origin)
         self.base_fingerprint = self.base_model.fingerprint()
         self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
-        self.encoder = Encoder(self.base_model.tokenizer(), self.template, self.cutoff_len, self.tasks)
+        tokenizer = self.base_model.tokenizer()
+        tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
+        self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
         self.prefixes: dict[int, list[int]] = {}
         self.model: PreTrainedModel | None = None
         self.caches: answering.PrefixCaches | None = None

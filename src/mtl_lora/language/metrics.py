@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from mtl_lora.results import TaskResult
+from mtl_lora.results import TaskResult, proportion_error
 
 if TYPE_CHECKING:
     from mtl_lora.language.tasks import Task
@@ -86,15 +86,19 @@ Metric = Callable[[Sequence[str], Sequence[str]], tuple[float, float]]
 
 
 def proportion(outcomes: Sequence[bool]) -> tuple[float, float]:
-    """(p, sqrt(p (1 - p) / n)) of n outcomes."""
+    """(p, ``proportion_error``) of n outcomes."""
     share = sum(outcomes) / len(outcomes)
-    return share, math.sqrt(share * (1 - share) / len(outcomes))
+    return share, proportion_error(share, len(outcomes))
 
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, standard deviation / sqrt(n)) of n values; for zeros and ones that is ``proportion``."""
-    center = sum(values) / len(values)
-    return center, math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
+    """(mean, standard error) of n values from 0 to 1; for zeros and ones that is ``proportion``."""
+
+    def error(values: Sequence[float]) -> float:
+        center = sum(values) / len(values)
+        return math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
+
+    return sum(values) / len(values), max(error(values), error([*values, 0, 0, 1, 1]))
 
 
 def accuracy(predictions: Sequence[str], targets: Sequence[str]) -> tuple[float, float]:

@@ -64,6 +64,7 @@ def run(config: PredictConfig) -> None:
 
     Until then the answers lie in ``<output>.partial``, from which the same command resumes.
     """
+    config.check_files()
     evaluator = Evaluator(config)
     digest = files.sha256(config.input)
     by_protocol = _questions(read_values(Path(config.input)), evaluator, config.task, config.mode, config.input)
@@ -80,8 +81,6 @@ def _run(config: PredictConfig, evaluator: Evaluator, by_protocol: dict[str, lis
     settings = evaluator.settings(config.mode or "score, generate for free text")
     settings |= {"input_sha256": digest, "task": config.task}
     files.require_writable(output.parent)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; pass the path of a file")
     if not config.overwrite:
         if output.exists() and not partial.exists():
             raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")

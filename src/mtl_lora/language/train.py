@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,6 +19,7 @@ from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import Collator, token_losses
 from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.encode import CHAT
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
 from mtl_lora.training import distributed, resume
@@ -40,15 +40,13 @@ def run(config: TrainConfig) -> None:
     tasks = config.task_set()
     adapter = config.adapter_config(tasks)
     distributed.check_launch(config)
+    config.check_files()
     with nullcontext() if config.check else files.claimed(config.output_dir):
         _run(config, tasks, adapter)
 
 
 def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     """``run`` with the output folder claimed."""
-    if not Path(config.data_path).is_file():
-        made = "" if config.tasks_file else "make it with `mtl-lora prepare commonsense`, or "
-        raise UserError(f"the data file {config.data_path} does not exist; {made}pass --data_path FILE")
     from_checkpoint = resume.checkpoint_to_resume(config)
     base = BaseModel(config.base_model, config.trust_remote_code)
     structure = base.structure()  # before the arguments are made, for from then on ZeRO-3 partitions every new model
@@ -87,6 +85,7 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
             base_model=config.base_model,
             base_fingerprint=configuration["base_fingerprint"],
             prompt_template=config.template,
+            chat_template=tokenizer.get_chat_template() if config.template == CHAT else None,
             cutoff_len=config.cutoff_len,
             task_set=tasks.to_json(),
             train_settings=config.to_json(),
@@ -115,7 +114,8 @@ def encoded_rows(
 ) -> datasets.Dataset:
     """The encoded examples: one process of each node tokenises, the others read its cache."""
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
-        return training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
+        settings = config.template, config.cutoff_len, tasks, config.cache_dir, config.task
+        return training_rows(config.data_path, tokenizer, *settings)
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from mtl_lora.results import Results, object_of
 
 PAGE = "page.html"  # the template, and the default name of what is made from it
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
-_RESULTS = f"results: each a {artifacts.RESULTS}, or a folder that has one"
+_RESULTS = f"results: each a {artifacts.RESULTS}, or the folder of an evaluation or of a checkpoint that was evaluated"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,7 +58,7 @@ class TableConfig(Rendered):
     difference: bool = flag(False, "add the last minus the first; its standard error treats questions as independent")
 
     def run(self) -> None:
-        results = [Results.load(path) for path in self.results]
+        results = [each for path in self.results for each in Results.load_all(path)]
         report = build_table(results, self.published, self.difference)
         self.hand_out(report, [result.path for result in results])
 
@@ -69,7 +70,7 @@ class DetailsConfig(Config):
     results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
 
     def run(self) -> None:
-        found = [Results.load(path) for path in self.results]
+        found = [each for path in self.results for each in Results.load_all(path)]
         tables = [details(f"{each.name} ({each.mode})", each.task_set, each.tasks) for each in found]
         print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
 
@@ -81,15 +82,23 @@ class CompareConfig(Rendered):
     runs: list[str] = flag(REQUIRED, "runs: A and B, two evaluations' output folders", positional=True)
     seed: int = flag(SEED, "of the bootstrap, from 0", min=0)
     resamples: int = flag(RESAMPLES, "of the bootstrap, 100 to 1000000")
+    tasks: list[str] = flag([], "compare these alone, as a,b; empty: all that both runs have scores of")
+    mode: str | None = flag(None, "protocol to compare, where both runs have several", choices=artifacts.PROTOCOLS)
 
     def validate(self) -> None:
         self.require("runs", "two folders, A and B", len(self.runs) == 2)
         self.require("resamples", "a whole number from 100 to 1000000", 100 <= self.resamples <= 1_000_000)
 
     def run(self) -> None:
-        a, b = (Results.load(path) for path in self.runs)
+        sides = [Results.load_all(path) for path in self.runs]
+        pairs = [(a, b) for a, b in itertools.product(*sides) if a.mode == b.mode == (self.mode or a.mode)]
+        if len(pairs) > 1 or (self.mode and not pairs):
+            modes = [" and ".join(str(result.mode) for result in side) for side in sides]
+            raise UserError(f"--mode must name one protocol of both, not {self.mode}; A has {modes[0]}, B {modes[1]}")
+        a, b = pairs[0] if pairs else (side[0] for side in sides)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
-        self.hand_out(compare(a, b, self.seed, self.resamples), [a.path, b.path, *predictions])
+        report = compare(a, b, self.seed, self.resamples, self.tasks)
+        self.hand_out(report, [a.path, b.path, *predictions])
 
 
 @dataclasses.dataclass
@@ -131,7 +140,7 @@ def write_page(run: str, output: str | None = None) -> Path:
         raise UserError(f"--output {path} must be the path of an .html file")
     import jinja2
 
-    own = [details(study.name, study.task_set, study.runs[0].tasks)] if study.facts and study.scored else []
+    own = [details(each.name, study.task_set, each.runs[0].tasks) for each in study.experiments if each.runs[0].tasks]
     tables = own if study.facts else study_tables(study)
     sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study))
     drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]

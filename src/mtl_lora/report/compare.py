@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mtl_lora.errors import UserError
 from mtl_lora.predictions import Prediction, paired_answers
 from mtl_lora.report.load import CONFIDENCE, LEVEL, Difference
 from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent
@@ -70,7 +71,7 @@ def intervals(
 
     A bootstrap over the questions within each task (stratified; every task weighs the same), from a stream of the
     task's own: other tasks do not change it. Returns ``tasks`` and ``average``, which is None unless all of ``scored``
-    are there; None if no task is in all pairs.
+    are there; None if no task is in all pairs. Differences that are all equal have no interval: see ``Interval``.
     """
     tasks, means = {}, {}
     for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
@@ -87,15 +88,20 @@ def intervals(
 # ---- the report ----
 
 
-def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES) -> Report:
-    """B against A, from their predictions; intervals are of ``resamples`` seeded resamples.
+def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES, tasks: Sequence[str] = ()) -> Report:
+    """B against A, from their predictions; intervals are of ``resamples`` seeded resamples. tasks: empty for all that
+    both scored; a note names the others.
 
     The report's value has ``tasks`` in column order, and their ``average``: n questions, ``accuracy`` (mean score of A
     and of B, ``difference`` B - A, its ``low`` and ``high``), the numbers ``only_a`` and ``only_b`` of questions that
     one alone answered right, p, and ``f1`` or None. Raises ``UserError`` saying what differs where the two are not
     comparable, and for broken predictions.
     """
-    answers = paired_answers(a, b)
+    common = [name for name in a.scored if name in b.tasks]
+    if (lacking := [name for name in tasks if name not in common]) or not common:
+        asked = f", and none of {', '.join(lacking)}" if lacking else ""
+        raise UserError(f"{a.path} and {b.path} both have scores of {', '.join(common) or 'no task'}{asked}")
+    answers = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
     accuracies, f1s = (_changes(answers, key, seed, resamples) for key in ("correct", "f1"))
     rows = {}
     for task in (*answers, None):  # None: the average, whose counts pool the questions of all tasks
@@ -116,7 +122,11 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
             is_change = key in ("accuracy", "f1")
             parts = {f"{key} {part}": (value or {}).get(part) for part in CHANGE_KEYS} if is_change else {key: value}
             records[-1] |= parts
-    notes = _notes(a, b, [name for name in answers if name not in f1s], seed, resamples)
+    notes = _notes(a, b, len(answers), [name for name in answers if name not in f1s], seed, resamples)
+    if left_out := [a.task_set.title(name) for name in {**a.tasks, **b.tasks} if name not in answers]:
+        notes.append(f"Left out: {', '.join(left_out)}.")
+    if equal := [a.task_set.title(name) for name in answers if accuracies[name]["low"] is None]:
+        notes.append(f"No interval for {', '.join(equal)}: all differences are equal, so resampling shows no spread.")
     value = {
         side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
         for side, run in (("a", a), ("b", b))
@@ -160,7 +170,7 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
-def _notes(a: Results, b: Results, without_f1: Sequence[str], seed: int, resamples: int) -> list[str]:
+def _notes(a: Results, b: Results, compared: int, without_f1: Sequence[str], seed: int, resamples: int) -> list[str]:
     """What the numbers are, and what differs between the runs besides what is compared."""
     notes = [
         f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
@@ -171,7 +181,7 @@ def _notes(a: Results, b: Results, without_f1: Sequence[str], seed: int, resampl
         "Average: every task weighs the same in the scores, every question in p, which pools the questions of all "
         "tasks.",
     ]
-    if 0 < len(without_f1) < len(a.tasks):
+    if 0 < len(without_f1) < compared:
         notes.append(f"No F1 for {', '.join(without_f1)}, nor on average: not every prediction has one.")
     if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
         notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")

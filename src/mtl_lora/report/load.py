@@ -7,11 +7,10 @@ them. Schema 1 is read for ever; the two differ in the results by task alone, of
 import dataclasses
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts
+from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.results import (
@@ -25,7 +24,6 @@ from mtl_lora.results import (
     Trainable,
     average_of,
     object_of,
-    read_object,
 )
 from mtl_lora.train_log import Losses, read_losses
 
@@ -37,8 +35,17 @@ LEVEL = f"{100 * CONFIDENCE:.0f} %"
 # ---- study.json ----
 
 
+class Interval:
+    """What has ends ``low`` and ``high``; equal ends, which would be certainty from a sample, are no interval."""
+
+    def __post_init__(self):
+        if self.low is not None and self.high - self.low < 1e-9:
+            for key in ("low", "high"):
+                object.__setattr__(self, key, None)
+
+
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(Interval):
     """A mean with its interval, where one is known.
 
     Over seeds: ``sd`` is the standard deviation, ``low`` to ``high`` the 95 % t interval of the mean. Of a single
@@ -72,7 +79,7 @@ class Summary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class Difference(Interval):
     """One experiment minus another on the same questions, with the 95 % interval of the paired difference."""
 
     difference: float
@@ -238,7 +245,7 @@ class Study:
     def load(cls, path: str | Path) -> "Study":
         """Read a study's file, or the one in a folder; raises ``UserError`` naming the file and the key."""
         path = Path(path) / artifacts.STUDY if Path(path).is_dir() else Path(path)
-        value = read_object(path, "the study")
+        value = files.read_object(path, "the study")
         schema = value.get("schema")
         if value.get("kind") != "study" or type(schema) is not int or schema not in (1, STUDY_SCHEMA):
             raise UserError(f"{path} is not a study of schema 1 or {STUDY_SCHEMA}; write it with mtl-lora study")
@@ -325,17 +332,11 @@ def load_run(path: str | Path) -> Study:
         raise UserError(f"there is no folder {folder}; pass that of a study, a training or an evaluation")
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
-    training, adapter = (read_object(file, "the configuration") if file else {} for file in rest)
-    place = folder if (folder / artifacts.RESULTS).is_file() else folder / artifacts.EVALUATION
-    results = Results.load(place) if (place / artifacts.RESULTS).is_file() else None
-    own = (None, adapter.get("weights_sha256"))
-    if results and adapter and place != folder and results.settings.get("adapter_sha256") not in own:
-        note = f"{results.path} is of an earlier adapter of {folder} and left out; evaluate it again"
-        print(note, file=sys.stderr)
-        results = None
-    facts = {"evaluation": results.to_json() if results else {}, "training": training}
-    facts["adapter"] = adapter or facts["evaluation"].get("adapter")
-    if not results:
+    training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
+    found = Results.load_all(folder, needed=False)
+    facts = {" ".join(["evaluation", *[each.mode] * (len(found) > 1)]): each.to_json() for each in found}
+    facts |= {"training": training, "adapter": adapter or (found[0].adapter if found else None)}
+    if not found:
         if not (log or analysis):
             raise UserError(f"{folder} holds none of {', '.join([artifacts.STUDY, artifacts.RESULTS, *names[:2]])}")
         # Tasks are those that the training was configured with, else those that its analysis or log names.
@@ -344,15 +345,22 @@ def load_run(path: str | Path) -> Study:
         listed = training.get("tasks") or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
         task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
         method = adapts and adapts.method
-        results = Results(name=folder.absolute().name, method=method, tasks={}, task_set=task_set)
-    estimates = {task: Estimate(result.value) for task, result in results.tasks.items()}
-    average = results.whole_average
-    experiment = Experiment(
-        **{key: getattr(results, key) for key in ("name", "method", "trainable")},
-        runs=[Run(folder=str(folder), log=log and str(log), analysis=analysis and str(analysis), tasks=results.tasks)],
-        summary=Summary(estimates, average and Estimate(average.value)),
-    )
-    return Study(name=results.name, task_set=results.task_set, experiments=[experiment], path=folder, facts=facts)
+        found = [Results(name=folder.absolute().name, method=method, tasks={}, task_set=task_set)]
+    experiments = []
+    for results in found:
+        # What the training left is shown once.
+        left = {"log": log and str(log), "analysis": analysis and str(analysis)} if not experiments else {}
+        average = results.average if results.tasks else None
+        experiment = Experiment(
+            **{key: getattr(results, key) for key in ("name", "method", "trainable")},
+            runs=[Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **left)],
+            summary=Summary(
+                {task: Estimate(result.value) for task, result in results.tasks.items()},
+                average and Estimate(average.value),
+            ),
+        )
+        experiments.append(experiment)
+    return Study(name=found[0].name, task_set=found[0].task_set, experiments=experiments, path=folder, facts=facts)
 
 
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
@@ -363,10 +371,15 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     found = [load_run(path) for path in paths]
     studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
     require_one_task_set(single, "figures side by side need")
-    names, experiments = [study.name for study in single], []
-    for study in single:
-        name = f"{study.name} ({study.path})" if names.count(study.name) > 1 else study.name
-        experiments.append(dataclasses.replace(study.experiments[0], name=name))
+    pairs = [(experiment, study.path) for study in single for experiment in study.experiments]
+    names, experiments = [experiment.name for experiment, _ in pairs], []
+    tasks = {task for experiment, _ in pairs for task in experiment.summary.tasks}
+    for experiment, path in pairs:
+        name = f"{experiment.name} ({path})" if names.count(experiment.name) > 1 else experiment.name
+        # Averages over other tasks do not stand side by side.
+        average = experiment.summary.average if tasks == {*experiment.summary.tasks} else None
+        summary = dataclasses.replace(experiment.summary, average=average)
+        experiments.append(dataclasses.replace(experiment, name=name, summary=summary))
     return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
 
 

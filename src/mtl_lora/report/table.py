@@ -16,6 +16,7 @@ PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
 TRAINABLE = "Trainable parameters, M (%)"
+_MOST_COLUMNS = 24
 # What a note calls settings whose name says too little.
 _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 
@@ -71,11 +72,17 @@ def _frame(rows: Sequence, columns: Sequence[str] | None = None):
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-    """A table of plain text, which is escaped where it is written."""
+    """A table of plain text, which is escaped where it is written; one of very many columns is turned on its side."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
+
+    def __post_init__(self):
+        if len(self.header) > _MOST_COLUMNS:
+            header, *rows = map(list, zip(self.header, *self.rows, strict=True))
+            object.__setattr__(self, "header", header)
+            object.__setattr__(self, "rows", rows)
 
     def markdown(self) -> str:
         """A padded pipe table without the title, its first column flush left. (pandas needs a package for it.)"""
@@ -199,30 +206,40 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
         raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
-    facts = ("method", "base_model", "mode", "trainable")
-    own = [Row(r.name, "result", r.tasks, r.whole_average, **{key: getattr(r, key) for key in facts}) for r in results]
+    facts, names = ("method", "base_model", "mode", "trainable"), [result.name for result in results]
+    columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
+    own = [
+        Row(
+            f"{result.name} ({result.mode})" if names.count(result.name) > 1 and result.mode else result.name,
+            "result",
+            result.tasks,
+            result.average if {*columns} <= {*result.tasks} else None,
+            **{key: getattr(result, key) for key in facts},
+        )
+        for result in results
+    ]
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
     rows, first = [*own, *others, *last], results[0]
     if all(result.majority is not None for result in first.tasks.values()):
         cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in first.tasks.items()}
-        average = None if first.missing else average_of(cells.values())
+        average = average_of(cells.values()) if own[0].average else None
         rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
     lines = [
-        [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, task_set.columns), row.average))]
+        [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, columns), row.average))]
         for row in rows
     ]
-    metrics = dict.fromkeys(task_set.columns, "accuracy")
+    metrics = dict.fromkeys(columns, "accuracy")
     metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
     # A title says the metrics that are not accuracy.
-    units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in task_set.columns]
+    units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in columns]
     words = [", ".join(FRACTIONS.get(metric, metric) for metric in sorted(unit)) for unit in units]
-    titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(task_set.columns, words, strict=True)]
+    titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(columns, words, strict=True)]
     tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE], lines)]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
-    return Report(tables, [row.record(metrics, groups) for row in rows], _notes(results, rows, groups))
+    return Report(tables, [row.record(metrics, groups) for row in rows], _notes(results, rows, groups, columns))
 
 
 def _difference_row(first: Row, last: Row) -> Row:
@@ -249,10 +266,10 @@ def published_rows() -> list[Row]:
     return found
 
 
-def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str]) -> list[str]:
+def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str], columns: Sequence[str]) -> list[str]:
     """What the numbers are, what keeps rows from being compared, and what a reader must know about single rows."""
     first, last, kinds = results[0], results[-1], {row.kind for row in rows}
-    columns, notes = first.task_set.columns, []
+    notes = []
     having = {name: [each for each in results if name in each.tasks] for name in columns}
     found = {name: [each.tasks[name] for each in having[name]] for name in columns}
     counts = {name: " or ".join(dict.fromkeys(str(task.n) for task in found[name])) for name in columns if found[name]}
@@ -281,10 +298,12 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
         names = [name for name, tasks in found.items() if any(group in task.groups for task in tasks)]
         if len(names) < len(columns):
             notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
+    if unasked := [name for name in first.task_set.columns if name not in columns]:
+        notes.append(f"Of some tasks alone, on average too: no row has a score for {', '.join(unasked)}.")
     notes += [
-        f"No average for {each.name}, which has no score for {', '.join(each.missing)}."
+        f"No average for {each.name}, which has no score for {', '.join(missing)}."
         for each in results
-        if each.missing
+        if (missing := [name for name in columns if name not in each.tasks])
     ]
     if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')

@@ -190,7 +190,7 @@ def notes(study: Study, grid: Grid) -> list[str]:
         found.append(
             "Differences: question by question, seed i against seed i (the base model against every seed); "
             f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
-            "They say how far other questions could move a difference, not other seeds."
+            "They say how far other questions could move a difference, not other seeds; none where all are equal."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
     counts = {
