@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import os
 import re
 import signal
@@ -21,6 +22,12 @@ class UserError(ValueError):
         self.field = field
 
 
+def require_package(flag: str, package: str, wanted: bool = True) -> None:
+    """Raise ``UserError`` if a flag that is set needs a package that is not there."""
+    if wanted and importlib.util.find_spec(package) is None:
+        raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
+
+
 EXIT_CODE = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors (Rust) and torch (C++) report a full disk by words of their own; torch does not say why it cannot write.
@@ -37,8 +44,8 @@ def user_errors_to_exit_code() -> Iterator[None]:
     """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2; no traceback.
 
     So ends a file that the system refuses and that nothing else explained. SIGINT exits with 130, SIGTERM with 143. A
-    reader of the output that has left, as ``head`` does, ends the command in silence. Under a launcher each rank checks
-    the same input, so only local rank 0 prints.
+    reader of the output that has left, as ``head`` does, ends the command in silence. Under a launcher other processes
+    than the first say which they are: what stops them may be theirs alone.
     """
     try:
         with _sigterm_unwinds(), files_within_reach():
@@ -47,8 +54,8 @@ def user_errors_to_exit_code() -> Iterator[None]:
             finally:
                 sys.stdout.flush()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end

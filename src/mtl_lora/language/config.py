@@ -162,7 +162,10 @@ class AnswerConfig(Config):
         None, "most tokens of prompt and answer, where no checkpoint has it; none: 256", min=1
     )
     dtype: str = flag(
-        "auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
+        "auto", "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
+    )
+    load_in_4bit: bool | None = flag(
+        None, "load the base model in 4 bits; none: as the checkpoint was trained; needs bitsandbytes"
     )
     batch_size: int | str = flag(
         AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"

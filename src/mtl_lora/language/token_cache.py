@@ -19,7 +19,7 @@ from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import TaskSet
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 4096
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; one that was cut between its batches would read as whole
 COLUMNS = datasets.Features(

@@ -17,6 +17,7 @@ _OWN_FILES = (
     artifacts.TRAIN_LOG,
     artifacts.RUN_CONFIG,
     artifacts.ADAPTER_ANALYSIS,
+    artifacts.ADAPTER_START,
 )
 
 
