@@ -17,9 +17,8 @@ def append(path: Path, step: int, logs: dict) -> None:
 
 def drop_after(path: Path, step: int) -> None:
     """Make the file, or drop the lines behind ``step`` from it; a line torn by a kill counts as after everything."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+    files.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> float:
