@@ -97,7 +97,7 @@ def test_gpu_report_runs_every_step_on_a_cpu_in_tiny_sizes(run, tiny_base, tmp_p
     assert profile["mtl_lora_12"]["kernels"] > profile["frozen_12"]["kernels"]
     assert profile["compiled"]["mtl_lora, compiled"]["mtl_lora, eager"]["median"] > 0
     assert train["steps"] == 2 and len(train["lora"]["log"]) >= 2
-    assert "\n| mtl_lora " in (tmp_path / "step-3.md").read_text()
+    assert "\n| MTL-LoRA " in (tmp_path / "step-3.md").read_text()
     assert answers["questions/s"].keys() >= {"one at a time, no cache", "generate, batch auto", "score, batch 2"}
 
 

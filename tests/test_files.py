@@ -159,7 +159,7 @@ def test_json_survives_a_trip_through_a_file(tmp_path, value):
         (None, r"cannot be read \(No such file or directory\)"),
         (b"", "is not JSON: Expecting value"),
         (b'{"a": 1', "is not JSON: Expecting ',' delimiter: line 1 column 8"),
-        (b'"\xff"', "is not JSON: 'utf-8' codec can't decode"),
+        (b'"\xff"', "is not UTF-8 text in line 1"),
         (b"[" * 100_000, "is not JSON: maximum recursion depth"),
         (b"1" * 5000, "is not JSON: Exceeds the limit"),
     ],
@@ -200,12 +200,12 @@ def test_mistake_ends_a_command_with_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr() == ("", "error: the flag --a is wrong\n")
 
 
-def test_only_the_first_process_of_a_node_speaks(capsys, monkeypatch):
+def test_a_process_other_than_the_first_says_which_it_is(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
         raise UserError("the flag --a is wrong")
     assert stopped.value.code == EXIT_CODE
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "error on local rank 1: the flag --a is wrong\n")
 
 
 def test_stopping_a_command_is_not_a_crash(capsys):

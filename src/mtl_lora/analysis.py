@@ -3,14 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+from mtl_lora import files
 from mtl_lora.errors import UserError
-from mtl_lora.results import Reader, Text, object_of, read_object
+from mtl_lora.results import Reader, Text, object_of
 
 SCHEMA, KIND = 1, "adapter_analysis"
 Matrix = list[list[float | None]]
 # Key of the file -> what is compared, in words.
 SIMILARITIES = {"lambda_similarity": "Λₜ", "lambda_minus_identity_similarity": "Λₜ − I"}
-SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ"}
+SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ", "update_similarity_at_start": "update, start's mixtures"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class Analysis:
     mixture: by layer, the (T, n) weights with which tasks mix what the method calls ``mixture_parts``; None for a
     method without. Similarities are (T, T) cosines under the Frobenius inner product, means over layers: of Lambda_t,
     of Lambda_t - I, and of the updates scale * B_t A_t, these by adapted module too; None where the method is the same
-    for every task, and an entry where it is undefined.
+    for every task, and an entry where it is undefined. ``at_start``: the mixture as the seed drew it, and the updates
+    of the trained A and B with the tasks' own weights as they were drawn; None where the start was not kept.
     """
 
     method: Text
@@ -30,26 +32,28 @@ class Analysis:
     adapter_sha256: str | None = None
     layers: list[str]
     mixture: dict[str, Matrix] | None = None
+    mixture_at_start: dict[str, Matrix] | None = None
     lambda_similarity: Matrix | None = None
     lambda_minus_identity_similarity: Matrix | None = None
     update_similarity: Matrix | None = None
+    update_similarity_at_start: Matrix | None = None
     update_similarity_by_module: dict[str, Matrix] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> "Analysis":
         """Read the file; raises ``UserError`` naming it and the key that is wrong."""
-        value, reader = read_object(path, "the adapter's analysis"), Reader(str(path))
+        value, reader = files.read_object(path, "the adapter's analysis"), Reader(str(path))
         if value.get("kind") != KIND or value.get("schema") != SCHEMA:
             raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
         analysis = reader.read(cls, value)
         T = len(analysis.tasks)
-        for key in ("mixture", "update_similarity_by_module", *SIMILARITIES):
+        for key in ("mixture", "mixture_at_start", "update_similarity_by_module", *SIMILARITIES):
             found = getattr(analysis, key)
             for place, matrix in (found if isinstance(found, dict) else {"": found}).items():
                 if matrix is None:
                     continue
-                width = len(matrix[0]) if matrix and key == "mixture" else T
+                width = len(matrix[0]) if matrix and key.startswith("mixture") else T
                 if [len(row) for row in matrix] != [width] * T:
                     rule = f"{T} rows of equally many numbers, {T} for a similarity"
                     raise reader.wrong(f"{key}.{place}".rstrip("."), matrix, rule)

@@ -11,6 +11,7 @@ CHECKPOINT_WEIGHTS = "mtl_lora.safetensors"
 RUN_CONFIG = "run.json"
 TRAIN_LOG = "train_log.jsonl"
 ADAPTER_ANALYSIS = "adapter_analysis.json"
+ADAPTER_START = "adapter_start.safetensors"  # the tasks' own weights as the seed drew them
 RESUME_STATE = "trainer_state.json"
 # an evaluation
 EVALUATION = "evaluation"  # inside the folder of a checkpoint

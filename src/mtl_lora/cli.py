@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora.config import Config, Flag, closest, type_name
-from mtl_lora.errors import UserError, files_within_reach, user_errors_to_exit_code
+from mtl_lora.errors import UserError, check_environment, user_errors_to_exit_code
 from mtl_lora.version import __version__
 
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
             system, rest = _take("system", rest)
             if system not in (None, *SYSTEMS):
                 raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
+        check_environment()
         module, _, function = COMMANDS[name].home.partition(":")
         try:
             getattr(importlib.import_module(module), function)(rest, **options)
@@ -102,8 +103,7 @@ def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
     module = importlib.import_module(SETS[name].home)
     places = [flag for flag in module.Prepare.flags() if flag.metadata.get("place")]
     defaults = {flag.name: str(root / flag.default) for flag in places} if root else {}
-    with files_within_reach():
-        module.run(parse(module.Prepare, rest, module.__doc__, defaults))
+    module.run(parse(module.Prepare, rest, module.__doc__, defaults))
 
 
 def parse_one_of(name: str, table: Mapping[str, type[Config]], arguments: Sequence[str]) -> Config | None:

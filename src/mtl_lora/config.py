@@ -8,7 +8,7 @@ import typing
 
 from mtl_lora.errors import UserError
 
-DTYPES = ("auto", "bf16", "fp32", "fp64")
+DTYPES = ("auto", "bf16", "fp16", "fp32", "fp64")
 REQUIRED = dataclasses.MISSING
 
 

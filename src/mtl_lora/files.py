@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -165,14 +166,52 @@ def records_bytes(records: list[dict]) -> bytes:
     return b"[\n" + b",\n".join(json.dumps(record).encode() for record in records) + b"\n]\n"
 
 
-def read_json(path: str | Path, what: str) -> object:
-    """Read a JSON file; raises ``UserError`` that names ``what`` and the path if it is missing or broken."""
+# How files begin that are not UTF-8 text, and what they are.
+_OTHER_FORMATS = {
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\x1f\x8b": "compressed",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"PAR1": "parquet, whose names end in .parquet",
+}
+
+
+def read_utf8(path: str | Path, what: str) -> str:
+    """The text of a file, without a BOM; raises ``UserError`` that names ``what``, the path and what it is instead."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror})") from None
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"{what} {path} cannot be read ({getattr(error, 'strerror', error)})") from None
+    for start, kind in _OTHER_FORMATS.items():
+        if content.startswith(start):
+            raise UserError(f"{what} {path} is {kind}; save it as UTF-8 text")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{what} {path} is not UTF-8 text in line {line}; save it as UTF-8 text") from None
+
+
+def read_json(path: str | Path, what: str) -> typing.Any:
+    """Read a JSON file; raises ``UserError`` that names ``what`` and the path if it is missing or broken."""
+    text = read_utf8(path, what)
+    try:
+        value = json.loads(text)
+        if "\\u" in text:  # JSON can spell half of a character, which could not be printed or written again
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} {path} holds text that is not Unicode: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not JSON: {error}") from None
+    return value
+
+
+def read_object(path: str | Path, what: str) -> dict:
+    """The JSON object in a file; errors as ``read_json``."""
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path} must be a JSON object, not {type(value).__name__}")
+    return value
 
 
 def read_lines(path: Path) -> list[str]:

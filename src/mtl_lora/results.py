@@ -7,7 +7,6 @@ the reader of all JSON files that are kept as dataclasses, a study's too.
 
 import dataclasses
 import functools
-import json
 import math
 import re
 import reprlib
@@ -126,17 +125,6 @@ def object_of(value: object) -> dict:
     return {name: to_json(getattr(value, name)) for name in _fields(type(value))}
 
 
-def read_object(path: str | Path, what: str) -> dict:
-    """The JSON object in a file; raises ``UserError`` naming ``what`` and the file."""
-    value = files.read_json(path, what)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        # Half a surrogate pair can be read as JSON but never be written, so it would fail in the middle of a table.
-        raise UserError(f"{what} {path} holds text that is not Unicode: {error}") from None
-    return Reader(f"{what} {path}").read(dict, value)
-
-
 # ---- results ----
 
 
@@ -146,7 +134,7 @@ class TaskResult:
 
     majority: the value of always giving the majority class. groups: the same metric of parts of the examples.
     others: other measures of the same answers, by name (``strict``, ``acc_norm``). measured: whatever else was, as
-    JSON (``unparsed``, ``predicted``, ``correct``, ``f1``).
+    JSON (``unparsed``, ``predicted``, ``correct``, ``f1``; ``untrained``: the adapter had no examples of the task).
     """
 
     metric: str
@@ -377,9 +365,10 @@ class Results:
         path, inside = Path(path), Path(path) / artifacts.EVALUATION
         places = [folder / name for folder in (path, inside) for name in ("", *artifacts.PROTOCOLS)]
         files_found = [path] if path.is_file() else [p for each in places if (p := each / artifacts.RESULTS).is_file()]
-        found = [cls.from_json(read_object(file, "the results file"), str(file), file) for file in files_found]
+        found = [cls.from_json(files.read_object(file, "the results file"), str(file), file) for file in files_found]
         if any(each.path.is_relative_to(inside) for each in found) and (path / artifacts.CHECKPOINT_CONFIG).is_file():
-            own = (None, read_object(path / artifacts.CHECKPOINT_CONFIG, "the configuration").get("weights_sha256"))
+            adapter = files.read_object(path / artifacts.CHECKPOINT_CONFIG, "the configuration")
+            own = (None, adapter.get("weights_sha256"))
             for each in [each for each in found if each.settings.get("adapter_sha256") not in own]:
                 print(
                     f"{each.path} is of an earlier adapter of {path} and left out; evaluate it again", file=sys.stderr

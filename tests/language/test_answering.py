@@ -168,7 +168,8 @@ def test_scores_and_logits_that_are_not_numbers_are_refused():
     with pytest.raises(UserError, match=r"question 0 of own has the scores .*nan"):
         OptionScorer(model, Tokens()).scores(questions([0] * len(PROMPTS)))
     encoder = Tokens()
-    encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})
+    encoder.end_id = 2
+    encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
     with pytest.raises(UserError, match="not numbers for questions of own"):
         generate_answers(model, encoder, questions([0] * len(PROMPTS)), 2)
 

@@ -69,7 +69,7 @@ def quickstart_test(task: str) -> list[dict]:
 def test_results_hold_what_was_measured_and_how(whole, mode):
     results, found = Results.load(whole / mode), lines(whole / mode)
     assert (results.system, results.method, results.method_title, results.mode) == ("language", *MTL_LORA, mode)
-    assert results.name == f"mtl_lora ({mode})", "the two rows of a table have names of their own"
+    assert results.name == f"MTL-LoRA ({mode})", "the two rows of a table have names of their own"
     assert len(results.tasks) == 8
     for name, task in results.tasks.items():
         correct = [line["correct"] for line in found if line["task"] == name]

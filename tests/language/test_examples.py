@@ -1,14 +1,18 @@
 """Examples from a file: every kind of mistake is one sentence that names the file, the example and the field."""
 
+import csv
+import io
 import itertools
 import json
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from shared import QUICKSTART
 
 from mtl_lora.errors import UserError
-from mtl_lora.language.examples import Example, load_examples, sampled
+from mtl_lora.language.examples import Example, data_file, load_examples, sampled
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 GOOD = {
@@ -47,22 +51,27 @@ def lines(*records) -> bytes:
     return b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records)
 
 
+def test_answer_may_leave_out_the_white_space_of_its_option(load):
+    tasks = TaskSet((Task("own", 0, (" yes", " no"), answer_prefix="the correct answer is"),))
+    record = {"instruction": "q", "output": "the correct answer is yes", "answer": "yes"}
+    assert load([record], tasks=tasks)[0].answer == load([record], tasks=tasks, closed=True)[0].answer == " yes"
+
+
 BAD_FILES = {
     # name of the case: (file name, content, message)
     "missing": ("data.json", None, r"the data file .*data\.json cannot be read \(No such file"),
     "missing lines": ("data.jsonl", None, r"the data file .*data\.jsonl cannot be read \(No such file"),
     "empty": ("data.json", b"", r"data\.json is not JSON"),
     "cut off": ("data.json", b'[{"instruction": "a"', r"data\.json is not JSON: .*line 1 column"),
-    "not UTF-8": ("data.json", b'["\xff"]', r"data\.json is not JSON: 'utf-8' codec"),
+    "not UTF-8": ("data.json", b'["\xff"]', r"data\.json is not UTF-8 text in line 1"),
     "endless nesting": ("data.json", b"[" * 100_000, r"data\.json is not JSON: maximum recursion"),
     "object": ("data.json", {"train": [GOOD]}, r"data\.json must hold a JSON list of examples, not dict"),
     "string": ("data.json", "records", r"data\.json must hold a JSON list of examples, not str"),
     "empty list": ("data.json", [], r"data\.json holds no examples"),
     "no lines": ("data.jsonl", b"", r"data\.jsonl holds no examples"),
     "broken line": ("data.jsonl", lines(GOOD, b'{"instruction": ', GOOD), r"data\.jsonl, line 2 is not JSON"),
-    "line not UTF-8": ("data.jsonl", lines(GOOD, GOOD, b'"\xff"'), r"data\.jsonl, line 3 is not JSON: 'utf-8'"),
+    "line not UTF-8": ("data.jsonl", lines(GOOD, GOOD, b'"\xff"'), r"data\.jsonl is not UTF-8 text in line 3"),
     "endless line": ("data.jsonl", lines(GOOD, b"[" * 100_000), r"data\.jsonl, line 2 is not JSON: maximum rec"),
-    "list in lines": ("data.jsonl", lines([GOOD]), r"data\.jsonl, example 0 must be an object"),
 }
 
 
@@ -78,20 +87,18 @@ BAD_RECORDS = {
     "list": (["a", "b"], r" must be an object with instruction, input, output, answer, task_id, not list"),
     "null": (None, r" must be an object with .*, not NoneType"),
     "no instruction": (without("instruction"), r" has no field 'instruction'"),
-    "no output": (without("output"), r" has no field 'output'"),
     "number for a string": (without(answer=1), r": 'answer' must be a string, not 1"),
-    "null for a string": (without(output=None), r": 'output' must be a string, not None"),
+    "null for a string": (without(instruction=None), r": 'instruction' must be a string, not None"),
     "list for a string": (without(output=["a"]), r": 'output' must be a string, not \['a'\]"),
     "empty instruction": (without(instruction=""), r": 'instruction' is empty"),
     "white instruction": (without(instruction=" \n\t"), r": 'instruction' is empty"),
-    "empty output": (without(output=""), r": 'output' is empty"),
     "half a character": (without(instruction="a\ud800b"), r": 'instruction' holds half a character"),
     "no task": (without("task_id"), r" has no field 'task_id' \(or 'task', a name\); the tasks are boolq 0"),
     "task_id out of range": (without(task_id=8), rf": task_id 8 is {TASKS}"),
     "task_id negative": (without(task_id=-1), rf": task_id -1 is {TASKS}"),
     "task_id bool": (without(task_id=True), rf": task_id True is {TASKS}"),
-    "task_id string": (without(task_id="2"), rf": task_id '2' is {TASKS}"),
-    "task_id float": (without(task_id=2.0), rf": task_id 2\.0 is {TASKS}"),
+    "task_id string": (without(task_id="two"), rf": task_id 'two' is {TASKS}"),
+    "task_id float": (without(task_id=2.5), rf": task_id 2\.5 is {TASKS}"),
     "task_id null": (without(task_id=None), rf": task_id None is {TASKS}"),
     "task unknown": (without("task_id", task="siqa"), rf": task 'siqa' is {TASKS}"),
     "task a list": (without("task_id", task=["piqa"]), rf": task \['piqa'\] is {TASKS}"),
@@ -170,7 +177,7 @@ def test_records_are_read_as_they_stand_in_order(load):
     assert first == Example(GOOD["instruction"], "", GOOD["output"], "answer1", 2, 0)
     assert (second.instruction, second.input, second.task_id, second.index) == (" É\u2028☃ ", "some text", 6, 1)
     assert first.extra == {} and second.extra == {"kind": "easy", "source": 3}
-    assert second.text() == {"instruction": " É\u2028☃ ", "input": "some text"}
+    assert second.text() == {"instruction": " É\u2028☃ ", "input": "some text", "context": ()}
 
 
 def test_json_lines_hold_the_same_records_as_a_list(load):
@@ -180,14 +187,16 @@ def test_json_lines_hold_the_same_records_as_a_list(load):
     assert load(raw.replace(b"\n{", b"\r\n{"), "windows.jsonl") == load(records)
 
 
-def test_input_may_be_left_out_or_null(load):
+def test_fields_that_are_not_needed_may_be_left_out_or_null(load):
     assert load([without("input")]) == load([without(input=None)]) == load([GOOD])
-
-
-def test_answer_is_needed_where_it_is_compared(load):
-    assert load([without("answer")])[0].answer == ""
-    with pytest.raises(UserError, match="example 0 has no field 'answer'"):
-        load([without("answer")], closed=True)
+    # answers are compared, and outputs trained on
+    assert load([without("answer")])[0].answer == load([without(answer=None)])[0].answer == ""
+    assert load([without("output")], closed=True)[0].output == ""
+    for field, closed in (("answer", True), ("output", False)):
+        with pytest.raises(UserError, match=f"example 0 has no field '{field}'"):
+            load([without(field)], closed=closed)
+    (example,) = load([without(instruction="", input="Is it?")])
+    assert example.text() == {"instruction": "", "input": "Is it?", "context": ()}
 
 
 def test_one_task_alone_needs_no_task_id(load):
@@ -195,9 +204,41 @@ def test_one_task_alone_needs_no_task_id(load):
     assert example.task_id == 0
 
 
-ONE_A_LINE = lines(GOOD, without(task_id=6))
+PAIR = [GOOD, without(task_id=6)]
+ONE_A_LINE = lines(*PAIR)
+
+
+def parquet(records: list[dict], **column) -> bytes:
+    written = io.BytesIO()
+    table = pyarrow.Table.from_pylist(records)
+    for name, kind in column.items():
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+    pyarrow.parquet.write_table(table, written)
+    return written.getvalue()
+
+
+def csv_of(records: list[dict], **dialect) -> bytes:
+    written = io.StringIO(newline="")
+    writer = csv.DictWriter(written, records[0], **dialect)
+    writer.writeheader()
+    writer.writerows(records)
+    return written.getvalue().encode()
+
+
 READ = {
-    "BOM": ("data.json", b"\xef\xbb\xbf" + json.dumps([GOOD, without(task_id=6)]).encode()),
+    "wrapped": ("data.json", json.dumps({"version": 1, "data": PAIR}).encode()),
+    "a list in a .jsonl file": ("data.jsonl", json.dumps(PAIR).encode()),
+    "ids as text": ("data.json", json.dumps([{**one, "task_id": str(one["task_id"])} for one in PAIR]).encode()),
+    "ids as floats": ("data.json", json.dumps([GOOD, without(task_id=6.0)]).encode()),
+    "CSV": ("data.csv", csv_of(PAIR)),
+    "CSV of a spreadsheet": ("DATA.CSV", b"\xef\xbb\xbf" + csv_of(PAIR, quoting=csv.QUOTE_ALL)),
+    "tabs": ("data.tsv", csv_of(PAIR, delimiter="\t", lineterminator="\n\n")),
+    "parquet": ("data.parquet", parquet(PAIR)),
+    "parquet with floats, bytes and nulls": (
+        "data.Parquet",
+        parquet([{**one, "input": None} for one in PAIR], task_id="float64", output="binary"),
+    ),
+    "BOM": ("data.json", b"\xef\xbb\xbf" + json.dumps(PAIR).encode()),
     "BOM before lines": ("data.jsonl", b"\xef\xbb\xbf" + ONE_A_LINE),
     "blank lines": ("data.jsonl", b"\n" + ONE_A_LINE.replace(b"}\n", b"}\n\n \r\n")),
     "upper case": ("DATA.JSONL", ONE_A_LINE),
@@ -207,7 +248,20 @@ READ = {
 
 @pytest.mark.parametrize("name, content", READ.values(), ids=READ)
 def test_what_other_tools_write_is_read(load, name, content):
-    assert load(content, name) == load([GOOD, without(task_id=6)])
+    assert load(content, name) == load(PAIR)
+
+
+def test_a_test_set_has_any_format_but_only_one(tmp_path):
+    assert data_file(tmp_path / "nowhere", "test") == tmp_path / "nowhere" / "test.json"
+    (tmp_path / "test.md").write_text("")
+    assert data_file(tmp_path, "test") == tmp_path / "test.json"
+    (tmp_path / "test.CSV").write_bytes(csv_of(PAIR))
+    assert load_examples(data_file(tmp_path, "test"), COMMONSENSE)[1].task_id == 6
+    (tmp_path / "test.jsonl").write_bytes(ONE_A_LINE)
+    with pytest.raises(UserError, match=r"test\.CSV and test\.jsonl"):
+        data_file(tmp_path, "test")
+    (tmp_path / "test.json").write_text("[]")
+    assert data_file(tmp_path, "test") == tmp_path / "test.json", "the name that it always had goes first"
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, t
         (["a"], {"task": "boolq"}, "example 0 must be an object"),
         ([{"instruction": "a"}], {"task": "boolq", "mode": "both"}, "mode must be one of generate, score"),
         ([{"instruction": "a"}], {"task": "boolq", "output": "."}, r"--output \. is a folder"),
-        ([{"instruction": "a"}], {"task": "boolq", "input": "nowhere.jsonl"}, r"nowhere\.jsonl cannot be read"),
+        ([{"instruction": "a"}], {"task": "boolq", "input": "nowhere.jsonl"}, r"nowhere\.jsonl does not exist"),
     ],
 )
 def test_wrong_input_is_refused_by_file_and_example(predict, tmp_path, examples, flags, message):

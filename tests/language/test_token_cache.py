@@ -161,7 +161,7 @@ def test_two_runs_that_encode_the_same_file_at_once_find_one_cache(rows_of, tmp_
 
 
 def test_missing_data_file_is_named(rows_of, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+    with pytest.raises(UserError, match=r"nowhere\.json cannot be read"):
         rows_of(path=tmp_path / "nowhere.json")
 
 
@@ -235,3 +235,22 @@ def test_note_counts_shortened_examples_and_removed_tokens(rows_of):
 def test_note_is_about_the_selected_rows(rows_of):
     short = rows_of().filter(lambda row: row["removed"] == 0, load_from_cache_file=False)
     assert shortened_note(short, CUTOFF).startswith("no example")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 0.5, -8])
+def test_a_cache_that_was_cut_off_is_made_anew(rows_of, kept, capsys, tmp_path):
+    rows = rows_of()[:]
+    (file,) = tmp_path.rglob("rows-*.arrow")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else kept])
+    assert rows_of()[:] == rows and file.read_bytes() == content
+    assert str(file) in capsys.readouterr().err
+
+
+def test_the_task_of_a_file_is_given_once(tokenizers, tmp_path):
+    bare = [{key: value for key, value in one.items() if key != "task_id"} for one in RECORDS[:1]]
+    (tmp_path / "bare.jsonl").write_text(json.dumps(bare))
+    arguments = tmp_path / "bare.jsonl", tokenizers["gpt2"], "plain", CUTOFF, COMMONSENSE, tmp_path / "cache"
+    assert training_rows(*arguments, task="boolq")[0]["task_id"] == COMMONSENSE["boolq"].id
+    with pytest.raises(UserError, match="example 0 has no field 'task_id'"):
+        training_rows(*arguments)

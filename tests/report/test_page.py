@@ -75,7 +75,7 @@ def test_nothing_is_fetched_and_figures_are_whole_and_described(page):
             head, content = attributes["src"].split(",")
             assert head == "data:image/svg+xml;base64" and attributes["alt"]
             figures += ElementTree.fromstring(base64.b64decode(content)).tag.endswith("svg")  # noqa: S314 - ours
-    assert figures == 6 and "@import" not in page and "url(" not in page
+    assert figures == 5 and "@import" not in page and "url(" not in page
     assert page.startswith("<!DOCTYPE html>")
 
 
@@ -157,4 +157,4 @@ def test_in_a_browser_figures_have_a_size_and_long_tables_do_not_push_the_page_w
     command += ["--dump-dom", f"file://{probed}"]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
     found = json.loads(re.search(r"<title>(\{.*?\})</title>", dumped).group(1).replace("&quot;", '"'))
-    assert found["table"] > found["window"] == found["page"] and found["figures"] == 6
+    assert found["table"] > found["window"] == found["page"] and found["figures"] == 5

@@ -90,6 +90,12 @@ def test_a_missing_task_is_a_dash_and_takes_the_average_with_it(table_of):
     assert {name: rows[name] for name in values} == {name: ["–", value, "–", "–"] for name, value in values.items()}
 
 
+def test_a_task_that_the_adapter_never_saw_has_no_plain_score(table_of):
+    report = table_of(changed(BASE, tasks__second__untrained=True))
+    assert grid(report.markdown())["base"][2] == "25.0 ± 4.0 (untrained)"
+    assert "base had no training examples of second." in report.notes
+
+
 def test_averages_are_over_the_tasks_that_were_asked_and_rows_of_one_name_have_their_protocols(table_of):
     one = changed(BASE, tasks__first=...)
     table = table_of(one, changed(one, mode="generate"))
@@ -243,7 +249,7 @@ def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, cap
         ([missing], str(missing)),
         ([tmp_path], str(tmp_path / "results.json")),
         ([broken], str(broken / "results.json")),
-        ([listed], "must be an object"),
+        ([listed], "object"),
         ([base, commonsense], str(commonsense / "results.json")),
         ([base, "--published"], "--published"),
         ([base, "--difference"], "--difference"),

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mtl_lora
 from mtl_lora import artifacts
 from mtl_lora.adapter import checkpoint
 from mtl_lora.artifacts import checkpoints
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.evaluate import run
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.distributed import prepare_process
 
@@ -46,6 +48,19 @@ def assert_equal(left: dict, right: dict) -> None:
 
 
 # ---- what a run writes ----
+
+
+def test_a_run_keeps_the_start_of_what_tasks_have_of_their_own(train, tiny_base):
+    folder = train("run", max_steps=2, save_step=1)
+    torch.manual_seed(42)
+    model = mtl_lora.inject(BaseModel(tiny_base).load("fp32"), checkpoint.read_config(folder).adapter_config)
+    drawn = {key: value for key, value in checkpoint.adapter_state(model).items() if key.endswith(("lambda", "lora_w"))}
+    assert_equal(load_file(folder / artifacts.ADAPTER_START), drawn)
+    analysis = json.loads((folder / artifacts.ADAPTER_ANALYSIS).read_text())
+    assert analysis["mixture"] != analysis["mixture_at_start"] and analysis["update_similarity_at_start"]
+    before = (folder / artifacts.ADAPTER_START).read_bytes()
+    train("run", max_steps=2, save_step=1, resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert (folder / artifacts.ADAPTER_START).read_bytes() == before
 
 
 @pytest.mark.parametrize("method", ["lora", "mtl_lora"])
@@ -98,6 +113,31 @@ def test_own_tasks_are_trained_by_name(train, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(examples * 8))
     folder = train("own", tasks_file=str(tmp_path / "tasks.json"), data_path=str(tmp_path / "own.json"), max_steps=1)
     assert checkpoint.read_config(folder).adapter_config.tasks == ["sky", "free"]
+
+
+@pytest.fixture
+def few(tmp_path) -> dict[str, str]:
+    """Flags for twelve examples of a task, two of another and none of a third."""
+    names = ["mood", "sport", "rain"]
+    tasks = [{"name": name, "id": index, "options": ["yes", "no"]} for index, name in enumerate(names)]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    example = {"output": "the correct answer is yes", "answer": "yes"}
+    examples = [example | {"instruction": f"Is it {i}?", "task": names[i >= 12]} for i in range(14)]
+    (tmp_path / "few.json").write_text(json.dumps(examples))
+    (tmp_path / "test" / "rain").mkdir(parents=True)
+    (tmp_path / "test" / "rain" / "test.json").write_text(json.dumps([example | {"instruction": "Is it?"}] * 2))
+    return {"tasks_file": str(tmp_path / "tasks.json"), "data_path": str(tmp_path / "few.json")}
+
+
+def test_every_task_keeps_a_training_example_and_one_without_any_is_marked(train, few, tmp_path, capsys):
+    folder = train("few", **few, val_set_size=7, seed=3, max_steps=1, sampling_temperature=5.0, batch_size=2)
+    printed = capsys.readouterr().err
+    assert "training examples: mood 6, sport 1, rain 0" in printed and "held out: mood 6, sport 1, rain 0" in printed
+    assert "mood" not in printed.split("times that an epoch takes")[1].splitlines()[0]
+    results = run(EvalConfig(checkpoint=str(folder), data_dir=str(tmp_path / "test"), tasks=["rain"], mode="score"))
+    assert results["score"].tasks["rain"].measured["untrained"] is True
+    with pytest.raises(UserError, match=r"val_set_size .* at most 12"):
+        train("few too", **few, val_set_size=13)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes
 from mtl_lora.adapter.saved import unwrap
+from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
 from mtl_lora.config import Config
@@ -35,12 +36,19 @@ class Provenance(Config):
     base_model: str | None = None  # name or folder
     base_fingerprint: str | None = None  # see BaseModel.fingerprint
     prompt_template: str | None = None  # a name in mtl_lora.language.encode
+    chat_template: str | None = None  # the tokenizer's, where it was the prompt template
     cutoff_len: int | None = None  # in tokens
     task_set: dict | None = None  # TaskSet.to_json()
     train_settings: dict | None = None  # the training's flags
     commit: str | None = None  # the project's, if it was trained from a git checkout
     system: str = "language"  # the package that trained it
     base_class: str | None = None  # the base model's class in transformers
+    untrained_tasks: list[str] | None = None  # tasks that had no training examples; None: not recorded
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Whether the base model was loaded in 4 bits for the training."""
+        return bool((self.train_settings or {}).get("load_in_4bit"))
 
 
 Origin = Provenance  # its earlier name
@@ -119,6 +127,36 @@ def save(
         files.write_json(config_file, config.to_json())
 
 
+def save_start(model: nn.Module, folder: str | Path, state: State) -> None:
+    """Keep what makes tasks differ as it was drawn (of ``adapter_state``), which the analysis of the trained adapter
+    compares it with. Kept and not drawn again: that would take the base model, its device and torch's version."""
+    layers = adapter_layers(model).items()
+    own = {key: state[key] for name, layer in layers for key in (f"{name}.{each}" for each in layer.task_parameters)}
+    if own:
+        with files.atomic_path(Path(folder) / START_NAME) as path:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in own.items()}, path)
+
+
+def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:
+    """Put what ``save_start`` kept into layers of ``adapter_without_base``; False where a folder has none.
+
+    Raises ``UserError`` for a file that is not of these layers.
+    """
+    path = Path(folder) / START_NAME
+    if not path.is_file():
+        return False
+    own = {f"{name}.{key}": (layer, key) for name, layer in layers.items() for key in layer.task_parameters}
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
+    if {name: tensor.shape for name, tensor in state.items()} != {n: getattr(*place).shape for n, place in own.items()}:
+        raise UserError(f"{path} is not the start of the adapter beside it; delete it")
+    for name, (layer, key) in own.items():
+        setattr(layer, key, nn.Parameter(state[name].to(getattr(layer, key).dtype), requires_grad=False))
+    return True
+
+
 def _base_of(model: nn.Module) -> Provenance:
     """What a model of transformers says of where it was loaded from."""
     name, fingerprint = getattr(getattr(model, "config", None), "_name_or_path", ""), None
@@ -195,7 +233,7 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
     base = BaseModel(provenance.base_model, trust_remote_code)
     if provenance.base_fingerprint:
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
-    return base.load(**options)
+    return base.load(**{"load_in_4bit": provenance.load_in_4bit, **options})
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:

@@ -25,6 +25,7 @@ class MoeLoraLayer(AdapterLayer):
     method, title, paper = "moelora", "MoELoRA", "2310.18339"
     needs_task_ids = True
     mixture_parts = "experts"
+    task_parameters = ("lora_task_embedding", "lora_gate")
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):

@@ -32,6 +32,7 @@ class MtlLoraLayer(AdapterLayer):
     no_decay = ("lora_lambda",)  # starts at the identity
     needs_task_ids = True
     mixture_parts = "up-projections"
+    task_parameters = ("lora_lambda", "lora_w")
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):

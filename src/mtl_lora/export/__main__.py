@@ -11,8 +11,6 @@ from mtl_lora.config import DTYPES, REQUIRED, Config, flag
 from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
 
-_MERGED = (*DTYPES, "fp16")
-
 
 @dataclasses.dataclass(kw_only=True)
 class Command(Config):
@@ -60,9 +58,7 @@ class ExportMerged(Command):
     home = "mtl_lora.export.merge:export_merged"
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
     task: str | None = flag(None, "the task; lora, dora and multilora, which are the same for every task, need none")
-    dtype: str = flag(
-        "auto", f"dtype of the weights: {', '.join(_MERGED)}; auto: the base model's own", choices=_MERGED
-    )
+    dtype: str = flag("auto", f"dtype of the weights: {', '.join(DTYPES)}; auto: the base model's own", choices=DTYPES)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import SMOLLM2
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.encode import template
+from mtl_lora.language.encode import CHAT, template
 from mtl_lora.results import FRACTIONS, Results
 
 NOT_MEASURED = "not measured"
@@ -93,6 +93,8 @@ def _prompt(name: str | None) -> str:
     """The prompt that the adapter was trained with, byte for byte."""
     if name is None:
         return ""
+    if name == CHAT:
+        return "\nIt was trained on the prompts that the tokenizer's `apply_chat_template` makes for generation.\n"
     text = template(name).prompt({"instruction": "{instruction}"})
     about = f"It was trained on this prompt (template `{name}`), as a Python string; the answer follows it directly:"
     return f"\n{about}\n\n```python\n{text!r}\n```\n"

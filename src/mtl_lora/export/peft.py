@@ -1,8 +1,6 @@
 """One PEFT LoRA folder per task: the result of ``layer.factors(task)`` under PEFT's names."""
 
-import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ from torch import nn
 
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, adapter_without_base, read_config, read_weights, split_state
-from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.inject import adapter_layers, targets_for
 from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class
 from mtl_lora.adapter.saved import find_slots, whole_modules
 from mtl_lora.base_model import BaseModel
@@ -91,23 +89,6 @@ def structure_if_known(base_model: BaseModel) -> nn.Module | None:
     except UserError as error:
         print(f"note: layer names are not compared with the base model's: {error}", file=sys.stderr)
         return None
-
-
-def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str:
-    """``target_modules`` that mean exactly the modules ``names``, here and in PEFT.
-
-    Name endings if they match no other module of ``base``, else whole names, else an expression of whole names.
-    """
-    names = list(names)
-    if base is None:
-        return names
-    everything = [name for name, _ in base.named_modules()]
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    for targets in (endings, names):
-        ends = tuple(f".{target}" for target in targets)
-        if {name for name in everything if name in targets or name.endswith(ends)} == set(names):
-            return targets
-    return "|".join(re.escape(name) for name in names)
 
 
 def saved_modules(

@@ -115,7 +115,7 @@ def generate_answers(
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=encoder.end_id,
     )
     seen = _NotANumber()
     with route.use(torch.tensor([question.task.id for question in questions])):

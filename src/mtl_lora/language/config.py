@@ -7,13 +7,15 @@ import copy
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from mtl_lora.adapter.config import AdapterConfig, hyperparameter_flags
-from mtl_lora.artifacts import AGREEMENT, EVALUATION, PROTOCOLS, RESULTS
+from mtl_lora.artifacts import AGREEMENT, CHECKPOINT_CONFIG, EVALUATION, PEFT_CONFIG, PROTOCOLS, RESULTS
 from mtl_lora.cli import parse
 from mtl_lora.config import DTYPES, REQUIRED, Config, Flag, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
+from mtl_lora.language.encode import template
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.training.config import TrainingConfig
 
@@ -33,12 +35,13 @@ class TrainConfig(TrainingConfig):
     base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
     data_path: str = flag(
         "commonsense_170k_taskid.json",
-        "JSON list or JSON lines of examples with instruction, output and task_id (or task, a name)",
+        "JSON, JSON lines, CSV or parquet of examples with instruction, output and task_id (or task, a name)",
         affects="content",
     )
     tasks_file: str | None = flag(
         None, "JSON file that declares your own tasks; none: the eight commonsense tasks", affects="content"
     )
+    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
     cache_dir: str = flag(".cache/rows", "folder for tokenised data", affects="nothing")
 
     # adapter
@@ -57,7 +60,9 @@ class TrainConfig(TrainingConfig):
 
     # text
     cutoff_len: int = flag(256, "most tokens of prompt, answer and EOS; longer instructions lose their middle", min=1)
-    template: str = flag("alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), or the short plain")
+    template: str = flag(
+        "alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), plain (short), chat (the tokenizer's)"
+    )
     train_on_inputs: bool = flag(False, "put loss on the prompt too")
     reuse_prefix: str = flag(
         "auto",
@@ -106,7 +111,17 @@ class TrainConfig(TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.adapter_config(self.task_set())
+        tasks = self.task_set()
+        if self.task is not None:
+            tasks[self.task]  # an unknown name is an error of the flag, not of an example
+        template(self.template)
+        self.adapter_config(tasks)
+
+    def check_files(self) -> None:
+        """Raise ``UserError`` if the data file is not there."""
+        if not Path(self.data_path).is_file():
+            made = "" if self.tasks_file else "make it with `mtl-lora prepare commonsense`, or "
+            raise UserError(f"the data file {self.data_path} does not exist; {made}pass --data_path FILE")
 
     def task_set(self) -> TaskSet:
         """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""
@@ -154,7 +169,10 @@ class AnswerConfig(Config):
         None, "most tokens of prompt and answer, where no checkpoint has it; none: 256", min=1
     )
     dtype: str = flag(
-        "auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
+        "auto", "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
+    )
+    load_in_4bit: bool | None = flag(
+        None, "load the base model in 4 bits; none: as the checkpoint was trained; needs bitsandbytes"
     )
     batch_size: int | str = flag(
         AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"
@@ -173,6 +191,8 @@ class AnswerConfig(Config):
     )
 
     def validate(self) -> None:
+        if self.template is not None:
+            template(self.template)
         if not self.checkpoint and not self.peft and not self.base_model:
             raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME for a base model alone")
         if self.checkpoint and self.peft:
@@ -182,16 +202,29 @@ class AnswerConfig(Config):
             "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
         )
 
+    def check_files(self) -> None:
+        """Raise ``UserError`` for a checkpoint or tasks file that is not there; needs no model library."""
+        if self.checkpoint and not Path(self.checkpoint, CHECKPOINT_CONFIG).is_file():
+            raise UserError(f"{self.checkpoint} is not an MTL-LoRA checkpoint: it has no {CHECKPOINT_CONFIG}")
+        if self.peft:
+            read_json(Path(self.peft, PEFT_CONFIG), "the PEFT configuration")
+        if self.tasks_file:
+            load_tasks_file(self.tasks_file)
+
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(AnswerConfig):
     """Everything that configures an evaluation."""
 
-    data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json", affects="content")
+    data_dir: str = flag(
+        "data/commonsense/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)", affects="content"
+    )
     output_dir: str | None = flag(
         None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
     )
-    name: str | None = flag(None, "row label in tables; none: the method, or the base model's name", affects="nothing")
+    name: str | None = flag(
+        None, "row label in tables; none: the method's title, or the base model's name", affects="nothing"
+    )
     tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
     limit: int = flag(0, "evaluate only the first n questions of each task; 0: all", min=0)
     mode: str = flag(
@@ -201,6 +234,12 @@ class EvalConfig(AnswerConfig):
     )
     overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
     check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
+
+    def check_files(self) -> None:
+        super().check_files()
+        if not Path(self.data_dir).is_dir():
+            made = "" if self.tasks_file or self.checkpoint else "make it with `mtl-lora prepare commonsense`, or "
+            raise UserError(f"there is no folder {self.data_dir} with test sets; {made}pass --data_dir DIR")
 
     @property
     def output_folder(self) -> str:
@@ -222,7 +261,9 @@ class EvalConfig(AnswerConfig):
 class PredictConfig(AnswerConfig):
     """Everything that configures a prediction."""
 
-    input: str = flag(REQUIRED, "JSON list or JSON lines of examples with instruction (and input)", affects="content")
+    input: str = flag(
+        REQUIRED, "JSON, JSON lines, CSV or parquet of examples with instruction (and input)", affects="content"
+    )
     output: str = flag(REQUIRED, "file for one JSON line per example, in the order of the input", affects="nothing")
     task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
     mode: str | None = flag(
@@ -232,6 +273,13 @@ class PredictConfig(AnswerConfig):
     )
     overwrite: bool = flag(False, "replace the output file, or an unfinished one", affects="nothing")
     check: bool = flag(False, "check every setting and the examples, then stop", affects="nothing")
+
+    def check_files(self) -> None:
+        super().check_files()
+        if not Path(self.input).is_file():
+            raise UserError(f"the input {self.input} does not exist; pass --input FILE")
+        if Path(self.output).is_dir():
+            raise UserError(f"--output {self.output} is a folder; pass the path of a file")
 
 
 # The adapter's own words and the flags that users of the original and of LLM-Adapters know.
@@ -254,6 +302,7 @@ PREDICT_ABOUT = "Answer the examples of a file with a checkpoint, or with a base
 def train(arguments: Sequence[str]) -> None:
     """``mtl-lora train``, and ``finetune.py``."""
     config = parse(TrainConfig, arguments, TRAIN_ABOUT)
+    config.check_files()
     from mtl_lora.language.train import run
     from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
@@ -265,6 +314,7 @@ def train(arguments: Sequence[str]) -> None:
 def evaluate(arguments: Sequence[str]) -> None:
     """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the results as tables at the end."""
     config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
+    config.check_files()
     from mtl_lora.language.evaluate import run
 
     found = run(config)
@@ -284,6 +334,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 def predict(arguments: Sequence[str]) -> None:
     """``mtl-lora predict``."""
     config = parse(PredictConfig, arguments, PREDICT_ABOUT)
+    config.check_files()
     from mtl_lora.language.predict import run
 
     run(config)

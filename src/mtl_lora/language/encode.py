@@ -7,14 +7,16 @@ of its instruction.
 
 import dataclasses
 import itertools
+import typing
 from collections.abc import Mapping, Sequence
-
-from transformers import PreTrainedTokenizerBase
 
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 from mtl_lora.language.examples import Example
 from mtl_lora.language.tasks import Task, TaskSet
+
+if typing.TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tokens kept free for a free-text answer; with options the longest one decides.
 FREE_TEXT_RESERVE = 32
@@ -35,15 +37,91 @@ class Template:
     input_marker: str
     closing: str
 
-    def split(self, record: Mapping[str, str]) -> tuple[str, str, str]:
-        """(opening, middle, closing) of a record's prompt; the middle is what may be shortened."""
+    def split(self, record: Mapping) -> tuple[str, str, str]:
+        """(opening, middle, closing) of a record's prompt; the middle is what may be shortened.
+
+        Raises ``UserError`` for messages before the user's last, for which it has no place.
+        """
+        if record.get("context"):
+            raise UserError("it has messages before the user's last, for which only --template chat has a place")
         if record.get("input"):
             return self.opening_with_input, record["instruction"] + self.input_marker + record["input"], self.closing
         return self.opening, record["instruction"], self.closing
 
-    def prompt(self, record: Mapping[str, str]) -> str:
+    def prompt(self, record: Mapping) -> str:
         """The whole prompt of a record with ``instruction`` and, perhaps, ``input``."""
         return "".join(self.split(record))
+
+
+# Some chat templates write the date into the prompt; with this before them always the same, or it would change daily.
+_ONE_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, which decides the whole text of a conversation.
+
+    source: the template. lead: what it puts between the prompt that it makes for generation and every answer, and so
+    belongs to the prompt. end_id: the control token that ends an answer. Raises ``UserError`` unless the prompt for
+    generation is exactly what the text of a training example begins with, and for text that holds a control token.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer, self.lead = tokenizer, ""
+        try:
+            self.source = tokenizer.get_chat_template()
+        except ValueError:
+            raise UserError("the tokenizer has no chat template; pass another --template, such as alpaca") from None
+        known = tokenizer.added_tokens_decoder
+        self._control = {str(token) for token in known.values() if token.special} | set(tokenizer.all_special_tokens)
+        question, answer = {"instruction": "Is it?"}, "It is."
+        prompt = self.prompt(question)
+        self.lead, found, self._ending = self._whole(question, answer).removeprefix(prompt).partition(answer)
+        if not found:
+            raise UserError("the tokenizer's chat template leaves out what the assistant says; pass another --template")
+        self.answer(question, prompt + self.lead, answer)
+        ids = tokenizer(self._ending, add_special_tokens=False)["input_ids"]
+        self.end_id = next((each for each in ids if each in known), tokenizer.eos_token_id)
+
+    def _messages(self, record: Mapping) -> list[dict[str, str]]:
+        text = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+        messages = [*record.get("context", ()), {"role": "user", "content": text}]
+        for message in messages:
+            self._refuse_control(message["content"])
+        return messages
+
+    def _refuse_control(self, text: str) -> None:
+        if found := [token for token in self._control if token in text]:
+            raise UserError(f"its text holds the control token {min(found)!r}; take it out, --template chat writes it")
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        options = {"tokenize": False, "add_generation_prompt": prompt}
+        try:
+            return self.tokenizer.apply_chat_template(messages, chat_template=_ONE_DAY + self.source, **options)
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            raise UserError(f"the tokenizer's chat template refuses its messages ({error})") from None
+
+    def _whole(self, record: Mapping, output: str) -> str:
+        self._refuse_control(output)
+        return self._render([*self._messages(record), {"role": "assistant", "content": output}], prompt=False)
+
+    def prompt(self, record: Mapping) -> str:
+        """The whole prompt of a record with ``instruction`` and, perhaps, ``input`` and ``context``."""
+        return self._render(self._messages(record), prompt=True) + self.lead
+
+    def split(self, record: Mapping) -> tuple[str, str, str]:
+        """As ``Template.split``; the middle is the user's last message."""
+        return self.prompt(record).rpartition(self._messages(record)[-1]["content"].strip())
+
+    def answer(self, record: Mapping, prompt: str, output: str) -> str:
+        """The answer as the template writes it (some strip it), behind the prompt of the same record."""
+        whole = self._whole(record, output)
+        answer = whole.removeprefix(prompt).removesuffix(self._ending)
+        if whole != prompt + answer + self._ending or answer.strip() != output.strip():
+            raise UserError(
+                "the prompt that the tokenizer's chat template makes for generation is not exactly what the text with "
+                "the answer begins with, so training and evaluation would differ; pass another --template"
+            )
+        return answer
 
 
 _TASK = "Below is an instruction that describes a task"
@@ -74,13 +152,14 @@ TEMPLATES = {
         opening="Task:\n", opening_with_input="Task:\n", input_marker="\nInput:\n", closing="\nAnswer:\n"
     ),
 }
+CHAT = "chat"
 
 
-def template(name: str) -> Template:
-    """A template by name; raises ``UserError`` that lists those there are."""
-    if name not in TEMPLATES:
-        raise UserError(f"unknown prompt template {name!r}{closest(name, list(TEMPLATES))}")
-    return TEMPLATES[name]
+def template(name: str) -> Template | type[ChatTemplate]:
+    """A template by name, for ``chat`` the class, which needs a tokenizer; ``UserError`` lists those there are."""
+    if name not in (*TEMPLATES, CHAT):
+        raise UserError(f"unknown prompt template {name!r}{closest(name, [*TEMPLATES, CHAT])}")
+    return TEMPLATES.get(name, ChatTemplate)
 
 
 @dataclasses.dataclass
@@ -101,12 +180,19 @@ class Encoder:
     takes more of it, in training, where it must fit. Raises ``UserError`` for a tokenizer that cannot be used so.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_name: str, cutoff_len: int, tasks: TaskSet):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template_name: str, cutoff_len: int, tasks: TaskSet):
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
-        self.template = template(template_name)
-        self.prefix = self._special_prefix()
+        self._control: set[int] = set()  # ids that no text may have
+        if template_name == CHAT:  # which writes BOS and the end of an answer itself, and refuses such texts
+            self.template = ChatTemplate(tokenizer)
+            self.prefix, self.end_id = [], self.template.end_id
+        else:
+            self.template = template(template_name)
+            self.prefix, self.end_id = self._special_prefix(), tokenizer.eos_token_id
+            special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+            self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self._answers: dict[str, list[int]] = {}
         self._reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
@@ -123,7 +209,9 @@ class Encoder:
         )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        # What looks like a control token is text, for EOS in an instruction would end it; a chat template writes them.
+        plain = not isinstance(self.template, ChatTemplate)
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
     def _reserve(self, task: Task) -> int:
         if not task.options:
@@ -131,21 +219,28 @@ class Encoder:
         return max(len(self.answer_ids(task.answer_prefix + option)) for option in task.options)
 
     def answer_ids(self, text: str) -> list[int]:
-        """The ids of an answer with EOS at the end; each different answer is encoded once."""
+        """The ids of an answer with the token at the end that ends it (EOS); each different answer is encoded once."""
         if text not in self._answers:
-            self._answers[text] = [*self._ids([text])[0], self.tokenizer.eos_token_id]
+            self._answers[text] = [*self._ids([text])[0], self.end_id]
         return self._answers[text]
 
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> list[Encoded]:
         """Encode examples; ``with_answers`` adds ``output`` and EOS (training).
 
-        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff.
+        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff,
+        or whose text this tokenizer cannot but read as a control token.
         """
-        texts = [self.template.split(example.text()) for example in examples]
-        prompts = self._ids(["".join(parts) for parts in texts])
+        texts = [self._texts(example, with_answers) for example in examples]
+        prompts = self._ids(["".join(parts) for parts, _ in texts])
         encoded = []
-        for example, parts, ids in zip(examples, texts, prompts, strict=True):
-            answer = self.answer_ids(example.output) if with_answers else []
+        for example, (parts, output), ids in zip(examples, texts, prompts, strict=True):
+            answer = self.answer_ids(output) if with_answers else []
+            if found := self._control.intersection(ids) or self._control.intersection(answer[:-1]):
+                token = self.tokenizer.convert_ids_to_tokens(found.pop())
+                raise UserError(
+                    f"example {example.index} holds {token!r}, which this tokenizer takes for a control token; "
+                    "take it out"
+                )
             if len(answer) > self.cutoff_len:
                 raise UserError(
                     f"example {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "
@@ -158,6 +253,17 @@ class Encoder:
                 raise UserError(f"example {example.index}: {error}") from None
             encoded.append(Encoded(prompt, answer, example.task_id, len(self.prefix) + len(ids) - len(prompt)))
         return encoded
+
+    def _texts(self, example: Example, with_answer: bool) -> tuple[tuple[str, str, str], str]:
+        """The parts of an example's prompt, and its answer."""
+        record = example.text()
+        try:
+            parts = self.template.split(record)
+            if with_answer and isinstance(self.template, ChatTemplate):
+                return parts, self.template.answer(record, "".join(parts), example.output)
+        except UserError as error:
+            raise UserError(f"example {example.index}: {error}") from None
+        return parts, example.output
 
     def _shorten(self, ids: list[int], parts: tuple[str, str, str], room: int) -> list[int]:
         """``ids`` with tokens cut from the middle of the instruction until they fit in ``room`` tokens."""

@@ -113,7 +113,13 @@ def collect(
         own, base = _sizes(peft.weights), _sizes(*evaluator.base_model.weight_files())
         # A module that is trained and saved whole takes the place of the base's.
         trainable = Trainable(sum(own.values()), sum((base | own).values()))
-    name = config.name or evaluator.method or evaluator.base_model.name
+    tasks = {
+        name: task_result(part[0].task, [lines[question.key] for question in part]) for name, part in by_task.items()
+    }
+    for untrained in (adapter and adapter.provenance_config.untrained_tasks) or ():
+        if untrained in tasks:
+            tasks[untrained].measured["untrained"] = True
+    name = config.name or evaluator.method_title or evaluator.base_model.name
     return Results(
         name=f"{name} ({protocol})" if config.mode == "both" else name,
         method=evaluator.method,
@@ -121,10 +127,7 @@ def collect(
         base_model=evaluator.base_model.name,
         mode=protocol,
         trainable=trainable,
-        tasks={
-            name: task_result(part[0].task, [lines[question.key] for question in part])
-            for name, part in by_task.items()
-        },
+        tasks=tasks,
         task_set=TaskNames.from_json(evaluator.tasks.to_json()),
         settings=evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size},
         data={name: asked.sha256[name] for name in by_task},

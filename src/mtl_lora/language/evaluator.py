@@ -19,7 +19,7 @@ from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, require_package
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
@@ -61,9 +61,14 @@ class Evaluator:
         self.template = origin.prompt_template or config.template or "alpaca"
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
         self.tasks = self._tasks(origin)
+        self.base_model.check_quantisation()
+        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
+        require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
         self.base_fingerprint = self.base_model.fingerprint()
         self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
-        self.encoder = Encoder(self.base_model.tokenizer(), self.template, self.cutoff_len, self.tasks)
+        tokenizer = self.base_model.tokenizer()
+        tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
+        self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
         self.prefixes: dict[int, list[int]] = {}
         self.model: PreTrainedModel | None = None
         self.caches: answering.PrefixCaches | None = None
@@ -101,12 +106,18 @@ class Evaluator:
         }
         if protocol != "score":
             settings |= {"max_new_tokens": self.config.max_new_tokens, "num_beams": self.config.num_beams}
+        if self.load_in_4bit:
+            settings["load_in_4bit"] = True
         return settings
 
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
         """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
         for question in questions.get("score", ()):
             answering.continuations(question, self.encoder)
+        longest = max((len(question.prompt_ids) for question in itertools.chain(*questions.values())), default=0)
+        more = self.config.max_new_tokens if questions.get("generate") else 0
+        way_out = f"a prompt and --max_new_tokens {more}; lower it" if more else "a prompt; take a shorter --cutoff_len"
+        self.base_model.check_positions(longest + more, way_out)
         prompts = collections.defaultdict(list)
         for question in itertools.chain(*questions.values()):
             prompts[question.task.id].append(question.prompt_ids)
@@ -120,7 +131,7 @@ class Evaluator:
             return
         device = device_for_this_process()
         keep_freed_memory(device.type)
-        model = self.base_model.load(self.config.dtype)
+        model = self.base_model.load(self.config.dtype, self.load_in_4bit)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)
         elif self.peft:

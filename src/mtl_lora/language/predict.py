@@ -63,6 +63,7 @@ def run(config: PredictConfig) -> None:
 
     Until then the answers lie in ``<output>.partial``, from which the same command resumes.
     """
+    config.check_files()
     evaluator = Evaluator(config)
     by_protocol = _questions(read_values(Path(config.input)), evaluator, config.task, config.mode, config.input)
     evaluator.prepare(by_protocol)
@@ -70,8 +71,6 @@ def run(config: PredictConfig) -> None:
     settings = evaluator.settings(config.mode or "score, generate for free text")
     settings |= {"input_sha256": files.sha256(config.input), "task": config.task}
     files.require_writable(output.parent)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; pass the path of a file")
     if not config.overwrite:
         if output.exists() and not partial.exists():
             raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")

@@ -8,7 +8,7 @@ from mtl_lora import files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import AUTO
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.examples import Example, data_file, load_examples
 from mtl_lora.language.metrics import extract_answer, same_text, strict_answer, text_f1
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
@@ -91,13 +91,15 @@ class QuestionSets:
 def load_questions(
     data_dir: str | Path, tasks: TaskSet, chosen: Sequence[str], encoder: Encoder, limit: int = 0
 ) -> QuestionSets:
-    """``data_dir/<task>/test.json`` of the chosen tasks, all if none is chosen; limit: the first n of each, 0 all.
+    """``data_dir/<task>/test.json``, or .jsonl, .csv ..., of the chosen tasks, all if none is chosen.
+
+    limit: the first n of each, 0 all.
 
     Raises ``UserError`` for an unknown task, a missing file and a broken example.
     """
     found = QuestionSets()
     for task in [tasks[name] for name in dict.fromkeys(chosen)] or list(tasks):
-        path = Path(data_dir) / task.name / "test.json"
+        path = data_file(Path(data_dir) / task.name, "test")
         if not path.is_file():
             raise UserError(
                 f"there is no test file {path}; "

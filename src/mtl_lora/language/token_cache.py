@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
+import sys
 import tempfile
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from mtl_lora import files
@@ -16,8 +19,9 @@ from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import TaskSet
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 4096
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; one that was cut between its batches would read as whole
 COLUMNS = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -36,23 +40,26 @@ def training_rows(
     cutoff_len: int,
     tasks: TaskSet,
     cache_dir: str | Path,
+    task: str | None = None,
 ) -> datasets.Dataset:
     """The encoded examples of a data file, one a row, from the cache if they are there.
 
-    Columns: input_ids (prompt, answer, EOS), prompt_length, length, task_id, removed (prompt tokens cut).
+    Columns: input_ids (prompt, answer, EOS), prompt_length, length, task_id, removed (prompt tokens cut). task: as for
+    ``load_examples``.
     Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
     an unwritable cache folder.
     """
-    if not Path(path).is_file():
-        raise UserError(f"the data file {path} does not exist; see data/commonsense/README.md for how to make it")
     # The room that is kept for an answer depends on the options and what is written before them.
     shaping = [(task.name, task.options, task.answer_prefix) for task in tasks]
     facts = [_VERSION, files.sha256(path), Path(path).suffix.lower(), cutoff_len, shaping]
-    facts += [tokenizer_hash(tokenizer), repr(template(template_name))]
+    facts += [tokenizer_hash(tokenizer), repr(template(template_name)), *([task] if task else [])]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     file = Path(cache_dir) / f"rows-{key}.arrow"
-    if not file.is_file():
-        examples, encoder = load_examples(path, tasks), Encoder(tokenizer, template_name, cutoff_len, tasks)
+    rows = _read(file)
+    if rows is None:
+        if file.exists():
+            print(f"the cache {file} is damaged and made anew", file=sys.stderr)
+        examples, encoder = load_examples(path, tasks, task), Encoder(tokenizer, template_name, cutoff_len, tasks)
 
         def encode(batch: dict[str, list[int]]) -> dict[str, list]:
             try:
@@ -72,12 +79,28 @@ def training_rows(
         options |= {"remove_columns": "index", "cache_file_name": str(file), "new_fingerprint": key}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)
             datasets.Dataset.from_dict({"index": range(len(examples))}).map(encode, **options)
         except OSError as error:
             raise UserError(
                 f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another"
             ) from None
-    return datasets.Dataset.from_file(str(file))
+        rows = _read(file)
+        if rows is None:
+            raise UserError(f"the cache {file} cannot be read back; pass another --cache_dir")
+    return rows
+
+
+def _read(file: Path) -> datasets.Dataset | None:
+    """The rows of a cache file; None for one that is not there or is cut off."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(-len(_END), os.SEEK_END)
+            if opened.read() == _END:
+                return datasets.Dataset.from_file(str(file))
+    except (OSError, pyarrow.ArrowException):
+        pass
+    return None
 
 
 def row_columns(rows: datasets.Dataset) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts
+from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.results import (
@@ -24,7 +24,6 @@ from mtl_lora.results import (
     Trainable,
     average_of,
     object_of,
-    read_object,
 )
 from mtl_lora.train_log import Losses, read_losses
 
@@ -246,7 +245,7 @@ class Study:
     def load(cls, path: str | Path) -> "Study":
         """Read a study's file, or the one in a folder; raises ``UserError`` naming the file and the key."""
         path = Path(path) / artifacts.STUDY if Path(path).is_dir() else Path(path)
-        value = read_object(path, "the study")
+        value = files.read_object(path, "the study")
         schema = value.get("schema")
         if value.get("kind") != "study" or type(schema) is not int or schema not in (1, STUDY_SCHEMA):
             raise UserError(f"{path} is not a study of schema 1 or {STUDY_SCHEMA}; write it with mtl-lora study")
@@ -333,7 +332,7 @@ def load_run(path: str | Path) -> Study:
         raise UserError(f"there is no folder {folder}; pass that of a study, a training or an evaluation")
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
-    training, adapter = (read_object(file, "the configuration") if file else {} for file in rest)
+    training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
     found = Results.load_all(folder, needed=False)
     facts = {" ".join(["evaluation", *[each.mode] * (len(found) > 1)]): each.to_json() for each in found}
     facts |= {"training": training, "adapter": adapter or (found[0].adapter if found else None)}

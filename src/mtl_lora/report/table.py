@@ -15,6 +15,7 @@ from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult,
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
+UNTRAINED = " (untrained)"
 TRAINABLE = "Trainable parameters, M (%)"
 _MOST_COLUMNS = 24
 # What a note calls settings whose name says too little.
@@ -169,7 +170,8 @@ class Row:
     def text(self, value: TaskResult | Average | None) -> str:
         """A cell or an average of this row, as people read it."""
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
-        return value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
+        text = value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
+        return text + UNTRAINED if getattr(value, "measured", {}).get("untrained") else text
 
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
         """What the row is, then value, standard error and questions of each task. metrics: by task.
@@ -305,6 +307,9 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
         for each in results
         if (missing := [name for name in columns if name not in each.tasks])
     ]
+    for each in results:
+        if untrained := [name for name, task in each.tasks.items() if task.measured.get("untrained")]:
+            notes.append(f"{each.name} had no training examples of {', '.join(untrained)}.")
     if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
     if "published" in kinds:
@@ -329,7 +334,8 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
         row = {
             "Task": task_set.title(name),
             "Questions": f"{task.n:,}",
-            FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric),
+            FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric)
+            + UNTRAINED * bool(task.measured.get("untrained")),
             "Majority class": value_text(task.majority, None, task.metric),
             "Unparsed": value_text(task.measured.get("unparsed")),
         }

@@ -52,6 +52,7 @@ class TrainingConfig(Config):
     dtype: str = flag(
         "auto", "base model dtype: bf16, fp32, fp64; auto = bf16 where the hardware multiplies it", choices=DTYPES
     )
+    load_in_4bit: bool = flag(False, "load the base model in 4 bits, as QLoRA does; needs bitsandbytes")
     use_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
     deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none = off")
     resume_from_checkpoint: str | None = flag(
@@ -73,6 +74,8 @@ class TrainingConfig(Config):
                 f"batch_size must be a whole number, not {self.batch_size!r}; to fill micro-batches by tokens pass "
                 "--token_budget"
             )
+        # Gradients of fp16 activations underflow without a scaled loss.
+        self.require("dtype", "bf16 or fp32 for training, or auto", self.dtype != "fp16")
         self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
         self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
         if self.token_budget and self.length_pool != TrainingConfig.length_pool:

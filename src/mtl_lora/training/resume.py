@@ -16,6 +16,7 @@ _OWN_FILES = (
     artifacts.TRAIN_LOG,
     artifacts.RUN_CONFIG,
     artifacts.ADAPTER_ANALYSIS,
+    artifacts.ADAPTER_START,
 )
 
 

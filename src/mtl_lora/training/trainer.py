@@ -92,9 +92,10 @@ class TaskLosses:
     def add(self, losses: torch.Tensor, weights: torch.Tensor, task_ids: torch.Tensor) -> None:
         """Add losses (N,) with their weights (N,) to their tasks (N,)."""
         if self.sums is None:
-            self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=losses.device)
-        weights = weights.detach().double()
-        self.sums.index_add_(1, task_ids, torch.stack([losses.detach().double() * weights, weights]))
+            dtype = torch.float32 if losses.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+            self.sums = torch.zeros(2, self.tasks, dtype=dtype, device=losses.device)
+        weights = weights.detach().to(self.sums.dtype)
+        self.sums.index_add_(1, task_ids, torch.stack([losses.detach().to(self.sums.dtype) * weights, weights]))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums of weighted losses, sums of weights), each (T,), over all processes; starts from zero again."""
