@@ -15,6 +15,7 @@ from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run as evaluate
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.train import in_language_model
 
 
@@ -161,6 +162,15 @@ def test_fused_experts_are_named_with_their_proportion_of_the_weights():
     assert "mlp.experts.gate_up_proj" in note and f"{100 * experts / total:.1f} %" in note
     with pytest.raises(UserError, match=r"'down_proj'.*fused.*model\.layers\.0\.mlp\.experts\.down_proj"):
         in_language_model(AdapterConfig(target_modules=["q_proj", "down_proj"], tasks=["a"]), model)
+
+
+def test_names_and_expressions_together_are_one_expression():
+    targets = TrainConfig(lora_target_modules=["o_proj", r".*\.0\..*\.(q|v)_proj"]).adapter_config(COMMONSENSE)
+    layers = mtl_lora.adapter_layers(mtl_lora.inject(structure_of(transformers.LlamaConfig(**SIZES)), targets))
+    assert [name.removeprefix("model.layers.") for name in layers] == [
+        *(f"0.self_attn.{name}" for name in ("q_proj", "v_proj", "o_proj")),
+        "1.self_attn.o_proj",
+    ]
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero2.json", "config/zero3.json"])

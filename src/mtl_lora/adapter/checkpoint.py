@@ -116,7 +116,8 @@ def save(
 
     provenance: defaults to what the adapter was loaded with, else to the name of the base model, and its fingerprint
     where its files are on this machine. state: ``adapter_state``, where it was gathered elsewhere (ZeRO-3). Weights
-    that were cast to bf16 or fp16 are stored as float32. Warns of a trainable weight that is not saved.
+    that were cast to bf16 or fp16 are stored as float32. Warns of a trainable weight that is not saved. Raises
+    ``UserError`` for a value that is not finite.
     """
     folder, root = Path(folder), unwrap(model)
     held = {id(tensor) for tensor in adapter_tensors(model).values()}
@@ -125,6 +126,7 @@ def save(
         warnings.warn(f"{left[0]}{others} can be trained but is not saved; name it in modules_to_save", stacklevel=2)
     state = adapter_state(model) if state is None else state
     provenance = provenance or getattr(root, "mtl_lora_provenance", None) or _base_of(root)
+    _require_numbers(state, f"the adapter cannot be saved to {folder}")
     # Both are whole before either takes its name, the weights first.
     with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / WEIGHTS_NAME) as weights:
         save_file({name: _stored(tensor) for name, tensor in state.items()}, weights)
@@ -161,6 +163,16 @@ def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:
     for name, (layer, key) in own.items():
         setattr(layer, key, nn.Parameter(state[name].to(getattr(layer, key).dtype), requires_grad=False))
     return True
+
+
+def _require_numbers(state: State, source: str) -> None:
+    """Raise ``UserError`` naming the first tensor with a value that is not finite."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: {name} holds values that are not finite; lower the learning rate, or take a checkpoint "
+                "from before"
+            )
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
@@ -266,9 +278,11 @@ def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
             f"{config.weights_sha256[:12]}...); copy it again"
         )
     try:
-        return load_file(path)
+        state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
+    _require_numbers(state, str(path))
+    return state
 
 
 def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:
