@@ -378,6 +378,45 @@ run(EvalConfig(**json.loads(sys.argv[1])))
 
 
 @pytest.mark.slow(10)
+def test_stop_while_an_evaluation_is_deleted_leaves_no_answers_without_their_settings(evaluate, tmp_path, monkeypatch):
+    flags = {"tasks": ["boolq"], "mode": "score"}
+    evaluate("out", **flags)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("out", **flags, template=None, overwrite=True)
+    assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out" / "settings.json").exists()
+    (tmp_path / "out" / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"out holds answers without their settings\.json"):
+        evaluate("out", **flags)
+
+
+def stopped(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_second_evaluation_of_a_folder_is_refused_and_changes_nothing(evaluate, tmp_path):
+    before = evaluate("out", tasks=["boolq"], mode="score")["score"].to_json()
+    with files.claimed(tmp_path / "out"), pytest.raises(UserError, match="out is in use"):
+        evaluate("out", tasks=["boolq"], mode="score", overwrite=True)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == before
+
+
+def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, trained, train, tmp_path, monkeypatch):
+    other, load = train("other", max_steps=1), mtl_lora.load
+    shutil.copytree(trained, tmp_path / "run")
+
+    def replaced_before(*arguments):
+        for name in ("mtl_lora.safetensors", "mtl_lora_config.json"):
+            shutil.copy(other / name, tmp_path / "run" / name)
+        return load(*arguments)
+
+    monkeypatch.setattr(mtl_lora, "load", replaced_before)
+    with pytest.raises(UserError, match="run was replaced"):
+        evaluate("out", checkpoint=str(tmp_path / "run"), tasks=["boolq"], mode="score")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_a_killed_run_ends_with_the_predictions_of_one_that_was_not(evaluate, trained, tmp_path):
     flags = arguments(tmp_path / "cut", checkpoint=trained, mode="score", batch_size=2)
     done = subprocess.run(

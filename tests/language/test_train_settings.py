@@ -185,14 +185,22 @@ def test_packaged_deepspeed_configuration_is_found_by_name(tmp_path, monkeypatch
     assert deepspeed_file("config/zero3.json") == "config/zero3.json", "a file of the caller goes first"
 
 
-@pytest.mark.parametrize(
-    "left", ["run.json", "train_log.jsonl", "mtl_lora_config.json", "checkpoint-3/trainer_state.json"]
-)
+@pytest.mark.parametrize("left", ["mtl_lora.safetensors", "checkpoint-3/trainer_state.json"])
 def test_output_folder_that_holds_a_run_is_left_as_it_is(refused, tmp_path, left):
     path = tmp_path / "out" / left
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"step": 3}))
     sentence = refused()
-    assert "out" in sentence and "--resume_from_checkpoint True" in sentence
+    assert "out" in sentence and "--overwrite_output_dir" in sentence
+    assert ("--resume_from_checkpoint True" in sentence) == left.startswith("checkpoint")
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
     assert path.read_text() == json.dumps({"step": 3})
+
+
+@pytest.mark.parametrize("left", ["run.json", "train_log.jsonl"])
+def test_a_run_that_ended_before_it_saved_anything_leaves_its_folder_free(train, tmp_path, left):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).write_text(json.dumps({"step": 3}))
+    folder = train("out", max_steps=1)
+    assert json.loads((folder / "run.json").read_text())["settings"]["max_steps"] == 1
+    assert all(json.loads(line)["step"] == 1 for line in (folder / "train_log.jsonl").read_text().splitlines())

@@ -8,11 +8,11 @@ from pathlib import Path
 from shared import QUICKSTART
 
 from mtl_lora.errors import UserError
+from mtl_lora.files import claimed
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.results import Results, TaskNames, TaskResult, Trainable
 from mtl_lora.study.config import read_grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, State
-from mtl_lora.study.runner import locked
 
 GRID = {
     "name": "small",
@@ -135,7 +135,7 @@ def wait_for(holds) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a study, or a command that outlived one, runs in a folder."""
     try:
-        with locked(folder):
+        with claimed(folder):
             return False
     except UserError:
         return True

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mtl_lora
-from mtl_lora import artifacts
+from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.artifacts import checkpoints
 from mtl_lora.base_model import BaseModel
@@ -295,6 +295,49 @@ def test_resuming_without_a_checkpoint_is_refused(train, tmp_path):
         train("new", resume_from_checkpoint="True")
     with pytest.raises(UserError, match="no resume state"):
         train("new", resume_from_checkpoint=str(tmp_path))
+
+
+def test_checkpoint_of_another_run_is_not_resumed_whatever_lies_beside_it(train):
+    folder = train("run", max_steps=1, save_step=1, seed=1)
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["seed"] = 2  # as if a second run had written its own over it
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match="seed 1 -> 2"):
+        train("run", max_steps=1, save_step=1, seed=2, resume_from_checkpoint="True")
+
+
+def test_run_that_is_resumed_at_its_end_takes_no_further_step(train):
+    flags = {"max_steps": 2, "save_step": 2, "lr_scheduler_type": "constant_with_warmup"}
+    folder = train("run", **flags)
+    before, lines = weights(folder), log_lines(folder)
+    train("run", **flags, resume_from_checkpoint="True")
+    assert_equal(before, weights(folder))
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"] and log_lines(folder) == lines
+
+
+def test_folder_without_anything_saved_is_free(train):
+    folder = train("run", max_steps=1)
+    for name in (artifacts.CHECKPOINT_CONFIG, artifacts.CHECKPOINT_WEIGHTS, artifacts.ADAPTER_ANALYSIS):
+        (folder / name).unlink()  # as a kill before the first checkpoint leaves it
+    (folder / ".saving" / "checkpoint-1").mkdir(parents=True)
+    train("run", max_steps=1, seed=3)
+    assert losses(folder) and len(losses(folder)) == 1 and not (folder / ".saving").exists()
+
+
+def test_second_training_of_a_folder_is_refused_and_changes_nothing(train, tmp_path):
+    with files.claimed(tmp_path / "run"), pytest.raises(UserError, match=r"run is in use"):
+        train("run", max_steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_without_room_for_the_adapter_is_refused_before_the_first_step(train, tmp_path, monkeypatch):
+    def full(folder, size):
+        raise UserError(f"{folder} lacks room for {size}")
+
+    monkeypatch.setattr(files, "reserved", full)
+    with pytest.raises(UserError, match="lacks room"):
+        train("run", max_steps=1)
+    assert not (tmp_path / "run" / artifacts.TRAIN_LOG).exists()
 
 
 def test_resuming_another_run_leaves_the_folder_of_this_one(train, tmp_path):

@@ -134,6 +134,8 @@ class Evaluator:
         model = self.base_model.load(self.config.dtype, self.load_in_4bit)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)
+            if checkpoint.read_config(self.config.checkpoint) != self.adapter:
+                raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
         elif self.peft:
             model = self.peft.load(model)
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
@@ -284,6 +286,8 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
     """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
     path = Path(folder) / artifacts.EVAL_SETTINGS
     if not path.exists():
+        if any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
+            raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
         return
     earlier = {"protocol": 1, **files.read_json(path, "the settings of an earlier evaluation")}
     different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
@@ -291,7 +295,7 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
         raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
 
 
-def claim(folder: str | Path, settings: dict, overwrite: bool) -> None:
+def begin(folder: str | Path, settings: dict, overwrite: bool) -> None:
     """Make a folder, which was checked, that of answers under ``settings``.
 
     overwrite: delete an evaluation that it holds.

@@ -43,6 +43,12 @@ def run(config: TrainConfig) -> None:
     adapter = config.adapter_config(tasks)
     distributed.check_launch(config)
     config.check_files()
+    with nullcontext() if config.check else files.claimed(config.output_dir):
+        _run(config, tasks, adapter)
+
+
+def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
+    """``run`` with the output folder claimed."""
     from_checkpoint = resume.checkpoint_to_resume(config)
     base = BaseModel(config.base_model, config.trust_remote_code)
     base.check_quantisation(training=True)
@@ -75,8 +81,8 @@ def run(config: TrainConfig) -> None:
         log(arguments, f"every setting is fine{several}")
         return
     model = build_model(config, base, adapter, arguments)
-    # From here on the folder is this run's: every mistake was found before an older run is deleted.
-    resume.claim_output(config, arguments, configuration)
+    # Every mistake was found before an older run is deleted.
+    resume.begin_output(config, arguments, configuration, fresh=from_checkpoint is None)
     start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
     if arguments.process_index == 0 and not from_checkpoint:
         checkpoint.save_start(model, config.output_dir, start)

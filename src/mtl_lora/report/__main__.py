@@ -11,7 +11,7 @@ from pathlib import Path
 from mtl_lora import artifacts, cli
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
-from mtl_lora.files import write_all, write_text
+from mtl_lora.files import write_all
 from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
 from mtl_lora.report.compare import RESAMPLES, SEED, compare
@@ -41,7 +41,7 @@ class Rendered(Config):
             raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
         text = getattr(report, style)()
         if output:
-            write_text(output, text)
+            write_all({output: text.encode()})
         else:
             print(text, end="")
         if style == "csv":
