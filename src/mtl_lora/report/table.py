@@ -386,11 +386,13 @@ def study_tables(study: Study) -> list[TextTable]:
         header = ["Trained together", "Group", "Trained alone", *titles]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
-        rows = [
-            [each.name, *(percent(c.dev) + (" (chosen)" if c.value == each.chosen else "") for c in each.candidates)]
-            for each in study.search.experiments
-        ]
-        header = ["Development average", *(str(c.value) for c in study.search.experiments[0].candidates)]
+        # Those of some experiments were widened.
+        values = sorted({candidate.value for each in study.search.experiments for candidate in each.candidates})
+        rows = []
+        for each in study.search.experiments:
+            cells = {c.value: percent(c.dev) + " (chosen)" * (c.value == each.chosen) for c in each.candidates}
+            rows.append([each.name, *(cells.get(value, NOTHING) for value in values)])
+        header = ["Development average", *map(str, values)]
         tables.append(TextTable(f"Search of {study.search.flag} on the development set", header, rows))
     return tables
 
