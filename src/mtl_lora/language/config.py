@@ -53,7 +53,7 @@ class TrainConfig(TrainingConfig):
     lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0: off", aliases=("dropout",))
     lora_target_modules: list[str] = flag(
         ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "linear layers to adapt: a,b or all-linear or a regular expression of whole names",
+        "linear layers to adapt: names or regular expressions of whole names as a,b; or all-linear",
         aliases=("target_modules",),
     )
     hyperparameters: dict = dataclasses.field(default_factory=dict)  # of all methods; each is a flag of its own
@@ -142,8 +142,12 @@ class TrainConfig(TrainingConfig):
         values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
         flags = _ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
         targets = self.lora_target_modules
-        if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
+        is_name = {target: re.fullmatch(r"[\w.]+", target) is not None for target in targets}
+        if targets == ["all-linear"] or (len(targets) == 1 and not all(is_name.values())):
             values["target_modules"] = targets[0]
+        elif not all(is_name.values()):  # names and expressions together are one expression
+            parts = (rf"(?:.*\.)?{re.escape(each)}" if is_name[each] else f"(?:{each})" for each in targets)
+            values["target_modules"] = "|".join(parts)
         try:
             declared = layer_class(self.adapter_name).Hyperparameters.flags()
             read = {each.name: getattr(self, each.name) for each in declared}
