@@ -393,7 +393,7 @@ class Stress:
                 time.sleep(0.1)
             elif asked and asked[0] not in command:
                 command = [word for word in command if not word.startswith("--overwrite_output_dir")] + asked[:1]
-            elif "is there already" in text:  # the kill came after the end
+            elif "--overwrite to replace it" in text:  # the kill came after the end
                 break
             else:
                 raise Fault(f"does not go on:\n{text[-1000:]}")
