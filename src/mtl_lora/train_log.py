@@ -29,8 +29,11 @@ def _step_of(line: str) -> float:
 
 
 def last_step(path: Path) -> int:
-    """The last step of a training that has ended."""
-    return json.loads(files.read_lines(path)[-1])["step"]
+    """The last step of a training that has ended; raises ``UserError`` naming the file for a log without any."""
+    lines = files.read_lines(path)
+    if not lines or (step := _step_of(lines[-1])) == float("inf"):
+        raise UserError(f"{path} does not end in a log line of a training; train again, or delete the run's folder")
+    return step
 
 
 def read_losses(path: Path) -> Losses:

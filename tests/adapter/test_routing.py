@@ -431,6 +431,7 @@ def wrap_each(blocks: torch.nn.ModuleList, backend) -> None:
         blocks[index] = torch.compile(block, backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "compile_blocks"), [("mtl_lora", compile_in_place), ("moelora", wrap_each)])
 def test_each_of_several_compiled_blocks_has_its_own_weights(method, compile_blocks, compilations):
     """A graph is compiled once for all blocks; what one block looked up by its layers must not be in it."""

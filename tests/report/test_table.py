@@ -117,6 +117,16 @@ def test_every_command_finds_the_results_of_a_checkpoints_folder(write, tmp_path
         assert code == 0 and "mtl_lora (score)" in Path(page.strip()).read_text()
 
 
+def test_unparsed_answers_have_a_column_where_there_are_any(table_of):
+    said = changed(BASE, tasks__first__unparsed=0.5, tasks__second__unparsed=1)
+    table = table_of(said, changed(BASE, name="silent"))
+    rows = grid(table.markdown())
+    assert rows["Method"][-2:] == ["Average", "Unparsed"]
+    assert (rows["base"][-1], rows["silent"][-1], rows["majority class"][-1]) == ("75.0", "–", "–")
+    assert (table.records[1]["unparsed"], table.records[2]["unparsed"]) == (0.75, None)
+    assert "Unparsed" not in table_of(changed(BASE, tasks__first__unparsed=0, tasks__second__unparsed=0)).markdown()
+
+
 def test_a_table_of_hundreds_of_tasks_has_them_as_rows(table_of):
     names = [f"task{index}" for index in range(300)]
     scores = {"metric": "accuracy", "value": 0.5, "stderr": 0.1, "n": 10}
@@ -236,7 +246,7 @@ def test_csv_keeps_its_notes_off_the_output(write, capsys):
     runs = write(BASE, "a"), write(changed(TUNED, mode="generate"), "b")
     code, out, err = run_command(capsys, "table", *runs, "--format", "csv")
     assert code == 0 and "base score, mtl_lora generate" in err
-    assert {len(line) for line in csv.reader(io.StringIO(out))} == {16}
+    assert {len(line) for line in csv.reader(io.StringIO(out))} == {17}
 
 
 def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, capsys):

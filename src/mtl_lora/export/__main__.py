@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtl_lora import cli
 from mtl_lora.config import DTYPES, REQUIRED, Config, flag
-from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
 
 
@@ -49,6 +49,17 @@ class ExportPeft(Command):
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
     tasks: list[str] = flag([], "tasks to export, as a,b; empty: all")
     results: str | None = flag(None, "results.json for the card; none: the checkpoint's own, if it is of its weights")
+    form: str = flag(
+        "exact",
+        "exact: what equals the adapter; lora: a plain LoRA of --rank, the closest to its update, with the error said",
+        choices=("exact", "lora"),
+        aliases=("as",),
+    )
+    rank: int | None = flag(None, "rank of the LoRA with --as lora", min=1)
+
+    def validate(self) -> None:
+        if (self.form == "lora") != (self.rank is not None):
+            raise UserError("--as lora and --rank R go together: the adapter as the closest plain LoRA of rank R")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -64,6 +64,13 @@ class TrainConfig(TrainingConfig):
         "alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), plain (short), chat (the tokenizer's)"
     )
     train_on_inputs: bool = flag(False, "put loss on the prompt too")
+    reuse_prefix: str = flag(
+        "auto",
+        "run the prompt prefix that a task's rows share once a micro-batch: always, never, or auto: without dropout, "
+        "where the losses stay the same",
+        choices=("auto", "always", "never"),
+        affects="nothing",  # what it came to is compared on resuming
+    )
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
 
     def __init__(self, **values):

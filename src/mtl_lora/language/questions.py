@@ -58,7 +58,8 @@ class Question:
     def answered_by(self, line: Mapping | None) -> bool:
         """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
         expected = self.prompt_sha256, self.example.answer
-        return bool(line) and (line.get("prompt_sha256"), line.get("answer")) == expected
+        said = line and line.get("text", line.get("parsed"))
+        return isinstance(said, str) and (line.get("prompt_sha256"), line.get("answer")) == expected
 
     def extract_again(self, line: dict) -> dict:
         """A line of this question with its answer extracted from its text by today's rules."""

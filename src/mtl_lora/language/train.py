@@ -18,9 +18,10 @@ from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, ta
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
-from mtl_lora.language.batches import Collator, token_losses
+from mtl_lora.language.batches import CheckedLosses, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT
+from mtl_lora.language.prefix import Packer, let_attention_share, prefixes_to_share
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
 from mtl_lora.training import distributed, resume
@@ -67,14 +68,19 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     train, held_out = split(rows, config.val_set_size, config.seed)
     log(arguments, *notes)
     columns = row_columns(train)
-    sampler = make_sampler(config, arguments, columns["length"], columns["task_id"])
+    prefixes, note = prefixes_to_share(config.reuse_prefix, train, structure, config.lora_dropout)
+    log(arguments, note)
+    lengths = columns["length"]
+    if not config.token_budget:  # a budget is kept with whole prompts
+        lengths = lengths - np.array([len(prefixes.get(task.id, ())) for task in tasks])[columns["task_id"]]
+    sampler = make_sampler(config, arguments, lengths, columns["task_id"])
     log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
     counts = np.bincount(columns["task_id"], minlength=len(tasks))
     log(arguments, counts_note(tasks.names, counts, held_out, config.sampling_temperature))
     untrained = [name for name, count in zip(tasks.names, counts, strict=True) if not count]
     if untrained:
         log(arguments, f"no training examples of {', '.join(untrained)}: what is these tasks' own stays as it is drawn")
-    configuration = run_configuration(config, arguments, tasks, digest)
+    configuration = run_configuration(config, arguments, tasks, digest) | {"shared_prefixes": bool(prefixes)}
     if from_checkpoint:
         resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
     if config.check:
@@ -82,6 +88,11 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
         return
     model = build_model(config, base, adapter, arguments)
     base.check_unchanged(configuration["base_fingerprint"])
+    losses, packer = token_losses, None
+    if prefixes:
+        let_attention_share(model)
+        losses = CheckedLosses(dropout=config.lora_dropout > 0)
+        packer = Packer(prefixes, layer_class(adapter.method).needs_task_ids, tokenizer.pad_token_id)
     # Every mistake was found before an older run is deleted.
     resume.begin_output(config, arguments, configuration, fresh=from_checkpoint is None)
     start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
@@ -90,8 +101,8 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     trainer = MultiTaskTrainer(
         model=model,
         args=arguments,
-        losses=token_losses,
-        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
+        losses=losses,
+        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs, packer),
         tasks=tasks.names,
         sampler=sampler,
         provenance=checkpoint.Provenance(
@@ -223,6 +234,7 @@ def deciding_facts(configuration: dict) -> dict[str, object]:
         "the base model's files": configuration.get("base_fingerprint"),
         "the dtype that --dtype auto means": configuration.get("dtype"),
         "the parameters without weight decay": configuration.get("no_decay", []),
+        "shared prompt prefixes, see --reuse_prefix": configuration.get("shared_prefixes", False),
     }
 
 

@@ -5,6 +5,7 @@ import html
 import json
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,6 +168,12 @@ class Row:
     source: str | None = None
     trainable: Trainable | None = None
 
+    @property
+    def unparsed(self) -> float | None:
+        """The mean proportion of generated texts without an answer, where every task counts them."""
+        found = [cell.measured.get("unparsed") for cell in self.cells.values()]
+        return statistics.fmean(found) if found and all(isinstance(value, float | int) for value in found) else None
+
     def text(self, value: TaskResult | Average | None) -> str:
         """A cell or an average of this row, as people read it."""
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
@@ -181,6 +188,7 @@ class Row:
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
         record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
+        record["unparsed"] = self.unparsed
         values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
         values |= {("average", "average_stderr"): self.average}
         values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
@@ -227,8 +235,11 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
         cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in first.tasks.items()}
         average = average_of(cells.values()) if own[0].average else None
         rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
+    # Wrong answers of another kind than a wrong choice: the gain of a training may be the format alone.
+    unparsed = ["Unparsed"] * any(row.unparsed for row in rows)
     lines = [
         [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, columns), row.average))]
+        + [value_text(row.unparsed) for _ in unparsed]
         for row in rows
     ]
     metrics = dict.fromkeys(columns, "accuracy")
@@ -237,7 +248,7 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in columns]
     words = [", ".join(FRACTIONS.get(metric, metric) for metric in sorted(unit)) for unit in units]
     titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(columns, words, strict=True)]
-    tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE], lines)]
+    tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed], lines)]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
@@ -375,11 +386,13 @@ def study_tables(study: Study) -> list[TextTable]:
         header = ["Trained together", "Group", "Trained alone", *titles]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
-        rows = [
-            [each.name, *(percent(c.dev) + (" (chosen)" if c.value == each.chosen else "") for c in each.candidates)]
-            for each in study.search.experiments
-        ]
-        header = ["Development average", *(str(c.value) for c in study.search.experiments[0].candidates)]
+        # Those of some experiments were widened.
+        values = sorted({candidate.value for each in study.search.experiments for candidate in each.candidates})
+        rows = []
+        for each in study.search.experiments:
+            cells = {c.value: percent(c.dev) + " (chosen)" * (c.value == each.chosen) for c in each.candidates}
+            rows.append([each.name, *(cells.get(value, NOTHING) for value in values)])
+        header = ["Development average", *map(str, values)]
         tables.append(TextTable(f"Search of {study.search.flag} on the development set", header, rows))
     return tables
 
