@@ -122,6 +122,11 @@ class BaseModel:
             )
         # transformers draws what is missing at random, and a base model with random weights is not one.
         if missing := sorted(report["missing_keys"]):
+            if any(".base_layer." in key for key in report["unexpected_keys"]):
+                raise UserError(
+                    f"the model {self.name!r} was saved with an adapter on it, and its layers would be drawn anew; "
+                    "save an adapter with mtl_lora.save, and a model after mtl_lora.merge"
+                )
             raise UserError(
                 f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {_WAY_OUT}"
             )

@@ -84,7 +84,8 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     if from_checkpoint:
         resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
     if config.check:
-        log(arguments, "every setting is fine")
+        several = "" if arguments.world_size > 1 else "; a launch of N devices takes N such batches a step"
+        log(arguments, f"every setting is fine{several}")
         return
     model = build_model(config, base, adapter, arguments)
     base.check_unchanged(configuration["base_fingerprint"])
