@@ -1,5 +1,6 @@
 """The records that training benchmarks run on, in batches drawn at random, as others do, and sorted by length."""
 
+import datasets
 import numpy as np
 import torch
 from measure import Parser, count
@@ -9,6 +10,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.batches import Collator
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import load_examples
+from mtl_lora.language.prefix import Packer, task_prefixes
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
@@ -44,7 +46,10 @@ def encoded_rows(data_path: str, records: int, tokenizer: PreTrainedTokenizerBas
 
 
 def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: torch.device) -> dict[str, list[dict]]:
-    """The same rows in ``random`` batches and in ours, ``sorted`` by length; raises ``UserError`` for a rest."""
+    """The same rows in ``random`` batches, in ours ``sorted`` by length, and those with ``shared`` prompt prefixes.
+
+    Raises ``UserError`` for a rest.
+    """
     if len(rows) % batch_size:
         raise UserError(f"--records must be a multiple of --batch_size {batch_size}, not {len(rows)}")
     lengths, ids = [len(row["input_ids"]) for row in rows], [row["task_id"] for row in rows]
@@ -53,16 +58,22 @@ def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: t
         "sorted": LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0),
     }
     collate = Collator(pad_token_id)
+    prefixes = task_prefixes(datasets.Dataset.from_list(rows))
     made = {name: [collate([rows[index] for index in batch]) for batch in plan] for name, plan in plans.items()}
     for batch, indices in zip(made["random"], plans["random"], strict=True):
         ends = torch.tensor([[lengths[index]] for index in indices])
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < ends).long()  # as others train
+    collate = Collator(pad_token_id, packer=Packer(prefixes, by_task=True, pad_token_id=pad_token_id))
+    made["shared"] = [collate([rows[index] for index in batch]) for batch in plans["sorted"]]
     return {name: [to_device(batch, device) for batch in batches] for name, batches in made.items()}
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """A batch's tensors on another device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {
+        name: to_device(part, device) if isinstance(part, dict) else part.to(device) if hasattr(part, "to") else part
+        for name, part in batch.items()
+    }
 
 
 def spread_tasks(batches: list[dict], tasks: int) -> list[dict]:

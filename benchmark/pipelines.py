@@ -19,6 +19,7 @@ from mtl_lora.adapter.layer import methods
 from mtl_lora.adapter.mtl_lora import MtlLoraLayer
 from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import token_losses
+from mtl_lora.language.prefix import let_attention_share
 from mtl_lora.language.tasks import COMMONSENSE
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -33,6 +34,7 @@ SIDES = {
     "peft_layer": "as lora, but with PEFT's layers",
     "frozen": "a reference, no bound: no adapter; forward, and backward to the embeddings, on our batches and logits",
     "mtl_lora_N_tasks": "as mtl_lora, with N tasks, over all of which the ids of the same rows are spread",
+    "NAME_shared": "as the side NAME, the prompt prefix that a task's rows share run once a batch",
     "NAME_compiled": "as the side NAME, its blocks compiled one by one, but for the first",
 }
 _BASELINE_LAYERS = {
@@ -45,7 +47,7 @@ _ANY_TASKS = re.compile(r"mtl_lora_([1-9]\d*)_tasks")
 
 @dataclasses.dataclass
 class Pipeline:
-    """A model, which batches it takes (``random`` or ``sorted``), its loss of a batch, and perhaps an optimiser."""
+    """A model, which batches it takes (``make_batches``), its loss of a batch, and perhaps an optimiser."""
 
     model: nn.Module
     plan: str
@@ -81,7 +83,7 @@ def side_names(text: str) -> list[str]:
     """``a,b`` as a list of pipelines; the type of a flag."""
     names = [name for name in text.split(",") if name]
     for name in names:
-        plain = name.removesuffix("_compiled")
+        plain = name.removesuffix("_compiled").removesuffix("_shared")
         if not (plain in SIDES or _ANY_TASKS.fullmatch(plain)) or plain in ("mtl_lora_N_tasks", "NAME"):
             raise argparse.ArgumentTypeError(f"there is no side {name!r}; the sides are {', '.join(SIDES)}")
     return names
@@ -95,6 +97,10 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         for block in side.model.model.layers[1:]:
             block.compile()
         return side
+    if name.endswith("_shared"):
+        side = pipeline(name.removesuffix("_shared"), base, with_optimiser)
+        let_attention_share(side.model)
+        return dataclasses.replace(side, plan="shared")
     torch.manual_seed(0)
     model, several = twin(base), _ANY_TASKS.fullmatch(name)
     tasks = int(several.group(1)) if several else None

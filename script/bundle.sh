@@ -5,8 +5,5 @@
 #   bash script/bundle.sh OUT [--part_mb 50] [--only language] [--have FILE] [--data DIR [--allow_partial]]
 #
 # Needs git and the network (pip). About two minutes and 500 MB of disk while it runs. --help lists the flags.
-called_from="$PWD"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-project="$PWD"
-cd "$called_from"
-PYTHONPATH="$project/src${PYTHONPATH:+:$PYTHONPATH}" exec python "$project/script/bundle.py" "$@"
+PYTHONPATH="${project:-$PWD/}src${PYTHONPATH:+:$PYTHONPATH}" exec python "${project}script/bundle.py" "$@"

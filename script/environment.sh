@@ -1,10 +1,12 @@
-# Sourced by the other scripts: the folder of the project, a virtual environment with the pinned packages, and the
-# settings every run shares. Needs Python 3.11 or newer, bash and pip; nothing is installed outside the project.
+# Sourced by the other scripts: a virtual environment with the pinned packages, and the settings every run shares. Paths
+# that a user names are those of the folder the script is called from; "$project" goes before the project's own files.
+# Needs Python 3.11 or newer, bash and pip; nothing is installed outside the project.
 #
 #   PYTHON=python3.12 bash script/...   another interpreter for the environment
 #   VENV=/path bash script/...          another place for it; VENV= (empty) uses the environment that is active
 
 set -euo pipefail
+called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV="${VENV-.venv}"
@@ -35,3 +37,7 @@ export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
 cores() {  # cores : the CPU cores that this process may use
     python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
 }
+
+project="$PWD/"
+cd "$called_from"
+if [ "$PWD/" = "$project" ]; then project=""; fi

@@ -9,10 +9,10 @@
 # method, rank, prompt and tasks, and the GPUs share the questions. Time and score of the full runs: not measured.
 #
 #   BASE_MODEL    base model                    default meta-llama/Llama-2-7b-hf
-#   DATA_PATH     training examples             default commonsense_170k_taskid.json
+#   DATA_PATH     training examples             default commonsense_170k_taskid.json in the project's folder
 #   OUTPUT_PATH   adapter and logs              default output/<recipe>_r<R>
 #   CACHE_PATH    tokenised data                default .cache/rows
-#   DATA_DIR      test sets                     default data/commonsense/test
+#   DATA_DIR      test sets                     default data/commonsense/test in the project's folder
 #   NPROC         processes                     default the GPUs of this machine; without one, 2 CPU processes
 #   LAUNCHER      torchrun, deepspeed, python   default torchrun; python is one process without DeepSpeed
 #   BATCH_SIZE    rows per device               default 8
@@ -54,9 +54,9 @@ launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the
 train() {  # train RECIPE R ALPHA ARGUMENT...
     local recipe="$1" rank="$2" alpha="$3"
     shift 3
-    launch finetune.py \
+    launch "${project}finetune.py" \
         --base_model "${BASE_MODEL:-meta-llama/Llama-2-7b-hf}" \
-        --data_path "${DATA_PATH:-commonsense_170k_taskid.json}" \
+        --data_path "${DATA_PATH:-${project}commonsense_170k_taskid.json}" \
         --output_dir "${OUTPUT_PATH:-output/${recipe}_r${rank}}" \
         --cache_dir "${CACHE_PATH:-.cache/rows}" \
         --lora_r "$rank" --lora_alpha "$alpha" --lora_dropout 0.05 \
@@ -73,9 +73,9 @@ evaluate() {  # evaluate CHECKPOINT OUTPUT ARGUMENT...
     usage_if $(($# < 2)) "CHECKPOINT OUTPUT [flags of mtl-lora evaluate]"
     local checkpoint="$1" output="$2"
     shift 2
-    launch commonsense_evaluate.py \
+    launch "${project}commonsense_evaluate.py" \
         --checkpoint "$checkpoint" --output_dir "$output" \
-        --data_dir "${DATA_DIR:-data/commonsense/test}" \
+        --data_dir "${DATA_DIR:-${project}data/commonsense/test}" \
         --mode "${MODE:-generate}" --batch_size "${EVAL_BATCH_SIZE:-auto}" --dtype "${DTYPE:-auto}" \
         ${BASE_MODEL:+--base_model "$BASE_MODEL"} \
         "$@"

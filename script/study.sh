@@ -12,6 +12,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ $# -lt 1 ]; then echo "usage: bash $0 GRID [flags of mtl-lora study]" >&2; exit 2; fi
 case "$1" in
     -*) ;;
-    *) set -- --grid "$@" ;;
+    *)  # what the package's grids read is named from the project's folder
+        [ -f "$1" ] || cd "${project:-.}"
+        set -- --grid "$@"
+        ;;
 esac
 python -m mtl_lora study "$@"

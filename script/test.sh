@@ -10,6 +10,7 @@
 # Tests that need the real data find it through COMMONSENSE_DATA (a folder that holds llm_adapters/ and textclass/)
 # and are skipped, with that reason, where it is not set.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "${project:-.}"
 
 chosen=()
 if [ "${1:-}" = fast ]; then

@@ -124,6 +124,8 @@ def examples(records: list, draw: random.Random) -> tuple[str, bytes]:
     ending = draw.choice([".json", ".json", ".jsonl", ".csv", ".tsv", ".parquet"])
     if ending == ".json":
         return ending, changed(draw.choice([records, {"data": records}]), draw)
+    if ending in (".csv", ".tsv"):  # which have no cells for a conversation
+        records = [record for record in records if "messages" not in record]
     values = changed_json(records, draw)
     values = values if isinstance(values, list) else [values]
     if ending == ".jsonl":
@@ -288,9 +290,9 @@ def shown(folder: str, draw: random.Random) -> Line:
         study = load_run(folder)
         found = [*(study_tables(study) if not study.facts else [])]
         found += [details(study.name, study.task_set, run.tasks) for run in study.runs if run.tasks]
-        for run in study.runs:
-            log_of(study, run)
-            analysis_of(study, run)
+        for each in study.runs:
+            log_of(study, each)
+            analysis_of(study, each)
         print(*(table.markdown() for table in found))
 
     return tables if draw.random() < 0.97 else f"report page {folder} --output=m/page.html"
@@ -313,6 +315,7 @@ def run_to_resume(draw: random.Random) -> str:
     from mtl_lora.language.config import TrainConfig
     from mtl_lora.language.tasks import TaskSet
 
+    shutil.copytree("ck", "m/out/checkpoint-2")
     write(Path("m/out/checkpoint-2/trainer_state.json"), {})
     settings = parse(TrainConfig, complete("train --output_dir=m/out --resume_from_checkpoint=True")[1:], "").to_json()
     tasks = TaskSet.from_json(good_inputs.TASKS).to_json()

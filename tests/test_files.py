@@ -1,7 +1,12 @@
 """Whole files or none, and one sentence for a file that cannot be read or written."""
 
+import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -143,6 +148,128 @@ def test_folder_that_holds_an_input_is_not_replaced(tmp_path, read):
     assert everything(tmp_path) == {"out/part/a.json": b"old"}
 
 
+def test_folder_is_replaced_where_the_system_cannot_swap_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "other")
+    test_earlier_output_is_replaced_as_a_whole_when_asked_for(tmp_path)
+
+
+# ---- one command at a time ----
+
+HOLDS = """
+import sys, time
+from mtl_lora import files
+with files.claimed(sys.argv[1]):
+    print(1, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has claimed tmp_path/out."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path / "out")], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"1\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_output_is_claimed_by_one_process_and_free_when_that_is_killed(tmp_path, holder):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for same in (tmp_path / "out", tmp_path / "link", tmp_path / "x" / ".." / "out"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}/out is in use"), files.claimed(same):
+            raise AssertionError("it has another owner")
+    with files.claimed(tmp_path / "other"):
+        holder.kill()
+        holder.wait()
+    with files.claimed(tmp_path / "out"), pytest.raises(UserError), files.claimed(tmp_path / "out"):
+        raise AssertionError("also of this process only one")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_claim_that_waits_gets_the_output_afterwards(tmp_path, holder):
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: time.sleep(0.2) or holder.kill())
+        with files.claimed(tmp_path / "out", wait=True):
+            assert time.monotonic() - began > 0.15
+
+
+def test_claim_leaves_no_folder_that_it_made_and_removes_what_a_kill_left(tmp_path):
+    with files.claimed(tmp_path / "a" / "b" / "out"):
+        assert everything(tmp_path) == {"a/b/.out.lock": b""}
+    assert list(tmp_path.iterdir()) == []
+    mine = [".out.abcdefgh.partial/model", ".out.12345678.partial"]
+    theirs = [".out.json.abcdefgh.partial", ".other.abcdefgh.partial", "out.partial"]
+    mine += ["out/.run.json.abcdefgh.partial"]
+    theirs += ["out/.answers.abcdefgh.partial", "out/.answers.lock", "out/part/.a.abcdefgh.partial", "out/a.json"]
+    for name in (*mine, *theirs):
+        files.write_text(tmp_path / name, "half")
+    with files.claimed(tmp_path / "out"):
+        assert everything(tmp_path).keys() == {*theirs, ".out.lock"}
+    for name in (".x.abcdefgh.old/moved_aside", ".y.abcdefgh.old/former", "y/new"):
+        files.write_text(tmp_path / name, "whole")
+    for name, content in (("x", "moved_aside"), ("y", "new")):
+        with files.claimed(tmp_path / name):
+            assert everything(tmp_path / name) == {content: b"whole"}
+    assert not list(tmp_path.glob(".*.old"))
+
+
+@pytest.mark.parametrize("folder", ["a mount point", "below one that cannot be written"])
+def test_folder_itself_is_locked_where_no_file_can_lie_beside_it(tmp_path, monkeypatch, folder):
+    output, opens = tmp_path / "out", os.open
+
+    def refused(path, *options):
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opens(path, *options)
+
+    if folder == "a mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(output))
+    else:
+        monkeypatch.setattr(os, "open", refused)
+        with pytest.raises(UserError, match="Permission denied"), files.claimed(output):
+            raise AssertionError("there is nothing to lock")
+    output.mkdir()
+    with files.claimed(output), pytest.raises(UserError, match="in use"), files.claimed(output):
+        raise AssertionError("it has another owner")
+    assert list(tmp_path.rglob("*")) == [output]
+
+
+def test_without_locks_a_note_says_so(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with files.claimed(tmp_path / "out"):
+        assert str(tmp_path / "out") in capsys.readouterr().err
+
+
+def test_stop_between_two_renames_leaves_no_file_that_names_the_whole(tmp_path, monkeypatch):
+    names, replace = ["whole", "a", "b"], files.Path.replace
+    files.write_all({tmp_path / name: b"old" for name in names})
+
+    def stopped(path, target):
+        if target.name == "a":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(files.Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_all({tmp_path / name: b"new" for name in names})
+    assert everything(tmp_path) == {"a": b"old", "b": b"new"}
+
+
+def test_room_on_the_disk_is_held_or_refused(tmp_path):
+    free = os.statvfs(tmp_path)
+    with files.reserved(tmp_path, 1 << 20) as room:
+        assert os.fstat(room.fileno()).st_blocks * 512 >= 1 << 20 and everything(tmp_path) == {}
+    with pytest.raises(UserError, match=rf"{tmp_path} lacks room"):
+        files.reserved(tmp_path, free.f_blocks * free.f_frsize * 2)
+
+
 # ---- reading ----
 
 
@@ -200,12 +327,12 @@ def test_mistake_ends_a_command_with_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr() == ("", "error: the flag --a is wrong\n")
 
 
-def test_only_the_first_process_of_a_node_speaks(capsys, monkeypatch):
+def test_a_process_other_than_the_first_says_which_it_is(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
         raise UserError("the flag --a is wrong")
     assert stopped.value.code == EXIT_CODE
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "error on local rank 1: the flag --a is wrong\n")
 
 
 def test_stopping_a_command_is_not_a_crash(capsys):
@@ -213,6 +340,34 @@ def test_stopping_a_command_is_not_a_crash(capsys):
         raise KeyboardInterrupt
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "stopped by the user\n"
+
+
+def test_sigterm_unwinds_and_exits_as_a_shell_says_it():
+    before, unwound = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            unwound.append(True)
+    assert stopped.value.code == 143 and unwound and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "x/log"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_full_disk_is_one_sentence(capsys, error):
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
+        raise error
+    printed = capsys.readouterr().err
+    assert stopped.value.code == EXIT_CODE and "is full" in printed and printed.count("\n") == 1
 
 
 def test_fault_of_the_program_keeps_its_traceback():

@@ -201,7 +201,9 @@ def test_the_analysis_of_a_checkpoint_is_the_one_written_then(tmp_path):
         json.loads(path.read_text())
         for path in (tmp_path / "analysis.json", Path("checkpoints/mtl_lora/adapter_analysis.json"))
     )
-    assert found.keys() == before.keys() | {"method_title", "mixture_parts"}  # what version 0.2.0 added
+    added = {"method_title", "mixture_parts", "mixture_at_start", "update_similarity_at_start"}  # in version 0.2.0
+    assert found.keys() == before.keys() | added
+    assert "the start was not kept" in found["notes"].pop()
     for key in before:
         assert_alike(found[key], before[key], key)
 

@@ -48,7 +48,7 @@ NEEDS_NO_MODEL = ("mtl_lora.language.config", "mtl_lora.language.examples", "mtl
 # Packages from elsewhere that a part may import; a part that is not named may import any.
 PACKAGES = {
     **{part: set() for part in GROUND | DOORS},
-    "embedded": {"filelock", "torch", "transformers"},
+    "embedded": {"torch", "transformers"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),

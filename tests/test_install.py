@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from shared import PROJECT
 
+from mtl_lora.results import Results
+
 pytestmark = pytest.mark.slow(20)
 
 
@@ -28,11 +30,17 @@ def test_quick_start_trains_the_real_base_model_and_prints_a_table(tmp_path):
     small = {"OUTPUT": str(tmp_path), "MAX_STEPS": "1", "BATCH_SIZE": "1", "TASKS": "boolq,piqa", "LIMIT": "1"}
     found = done("bash", "script/quickstart.sh", cwd=PROJECT, VENV="", PATH=path, **small)
     lines = [line for line in found.stdout.splitlines() if line.startswith("|")]
-    assert "SmolLM2-135M" in found.stdout and any(line.startswith("| MTL-LoRA") for line in lines)
+    for row in ("SmolLM2-135M", "LoRA", "MTL-LoRA"):
+        assert [sum(line.startswith(f"| {row} ({mode})") for line in lines) for mode in ("generate", "score")] == [2, 2]
     assert found.stdout.endswith((tmp_path / "table.md").read_text())
     summary = json.loads((tmp_path / "checkpoint" / "train_log.jsonl").read_text().splitlines()[-1])
     assert 0 < summary["train_loss"] < 10
-    assert sorted(path.stem for path in (tmp_path / "mtl_lora" / "predictions").iterdir()) == ["boolq", "piqa"]
+    trainable = [Results.load(tmp_path / run / "score").trainable.adapter for run in ("lora", "mtl_lora")]
+    assert trainable[0] == pytest.approx(trainable[1], rel=0.01)
+    assert sorted(path.stem for path in (tmp_path / "mtl_lora" / "score" / "predictions").iterdir()) == [
+        "boolq",
+        "piqa",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,20 @@ def test_missing_model_is_one_sentence_with_the_ways_out(load, name, tmp_path, m
         assert way_out in str(caught.value)
 
 
+def test_a_folder_that_is_not_there_is_called_so_and_one_that_is_gets_its_whole_path(base, monkeypatch):
+    with pytest.raises(UserError, match=r"^the model '/no/where' cannot be loaded .there is no such folder"):
+        BaseModel("/no/where").fingerprint()
+    monkeypatch.chdir(base.parent)
+    assert BaseModel(base.name).lasting_name == str(base) != BaseModel("some/model").lasting_name == "some/model"
+
+
+def test_a_model_with_fewer_positions_than_tokens_is_refused(base):
+    most = BaseModel(str(base)).config().max_position_embeddings
+    BaseModel(str(base)).check_positions(most, "a row")
+    with pytest.raises(UserError, match=f"{most} positions, .* {most + 1} tokens of a row"):
+        BaseModel(str(base)).check_positions(most + 1, "a row")
+
+
 def test_folder_without_a_tokenizer_is_one_sentence(base):
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         BaseModel(str(base)).tokenizer()
@@ -199,12 +213,13 @@ def test_loading_leaves_the_log_level_of_transformers_as_it_was(base, name):
 
 
 def test_named_dtypes():
-    assert [choose_dtype(name) for name in ("bf16", "fp32", "fp64")] == [torch.bfloat16, torch.float32, torch.float64]
+    dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    assert [choose_dtype(name) for name in ("bf16", "fp16", "fp32", "fp64")] == dtypes
 
 
 @pytest.mark.parametrize("name", ["fp8", "bfloat16", "", "BF16"])
 def test_unknown_dtype_lists_the_known_ones(name):
-    with pytest.raises(UserError, match=f"dtype must be one of auto, bf16, fp32, fp64, not {name!r}"):
+    with pytest.raises(UserError, match=f"dtype must be one of auto, bf16, fp16, fp32, fp64, not {name!r}"):
         choose_dtype(name)
 
 

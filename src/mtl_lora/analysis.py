@@ -11,7 +11,7 @@ SCHEMA, KIND = 1, "adapter_analysis"
 Matrix = list[list[float | None]]
 # Key of the file -> what is compared, in words.
 SIMILARITIES = {"lambda_similarity": "Λₜ", "lambda_minus_identity_similarity": "Λₜ − I"}
-SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ"}
+SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ", "update_similarity_at_start": "update, start's mixtures"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class Analysis:
     mixture: by layer, the (T, n) weights with which tasks mix what the method calls ``mixture_parts``; None for a
     method without. Similarities are (T, T) cosines under the Frobenius inner product, means over layers: of Lambda_t,
     of Lambda_t - I, and of the updates scale * B_t A_t, these by adapted module too; None where the method is the same
-    for every task, and an entry where it is undefined.
+    for every task, and an entry where it is undefined. ``at_start``: the mixture as the seed drew it, and the updates
+    of the trained A and B with the tasks' own weights as they were drawn; None where the start was not kept.
     """
 
     method: Text
@@ -31,9 +32,11 @@ class Analysis:
     adapter_sha256: str | None = None
     layers: list[str]
     mixture: dict[str, Matrix] | None = None
+    mixture_at_start: dict[str, Matrix] | None = None
     lambda_similarity: Matrix | None = None
     lambda_minus_identity_similarity: Matrix | None = None
     update_similarity: Matrix | None = None
+    update_similarity_at_start: Matrix | None = None
     update_similarity_by_module: dict[str, Matrix] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -45,12 +48,12 @@ class Analysis:
             raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
         analysis = reader.read(cls, value)
         T = len(analysis.tasks)
-        for key in ("mixture", "update_similarity_by_module", *SIMILARITIES):
+        for key in ("mixture", "mixture_at_start", "update_similarity_by_module", *SIMILARITIES):
             found = getattr(analysis, key)
             for place, matrix in (found if isinstance(found, dict) else {"": found}).items():
                 if matrix is None:
                     continue
-                width = len(matrix[0]) if matrix and key == "mixture" else T
+                width = len(matrix[0]) if matrix and key.startswith("mixture") else T
                 if [len(row) for row in matrix] != [width] * T:
                     rule = f"{T} rows of equally many numbers, {T} for a similarity"
                     raise reader.wrong(f"{key}.{place}".rstrip("."), matrix, rule)

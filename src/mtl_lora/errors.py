@@ -1,9 +1,14 @@
 """The one exception for a user's mistake, and how a command line turns it into a sentence and exit code 2."""
 
 import contextlib
+import errno
+import importlib.util
 import os
+import re
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -17,26 +22,40 @@ class UserError(ValueError):
         self.field = field
 
 
+def require_package(flag: str, package: str, wanted: bool = True) -> None:
+    """Raise ``UserError`` if a flag that is set needs a package that is not there."""
+    if wanted and importlib.util.find_spec(package) is None:
+        raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
+
+
 EXIT_CODE = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors (Rust) and torch (C++) report a full disk by words of their own; torch does not say why it cannot write.
+_FULL_WORDS = rf"\(os error ({'|'.join(map(str, _FULL))})\)|code: 28,|PytorchStreamWriter failed|unexpected pos \d"
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an exception says that a file could not be written for want of room."""
+    return getattr(error, "errno", None) in _FULL or re.search(_FULL_WORDS, str(error)) is not None
 
 
 @contextlib.contextmanager
-def user_errors_to_exit_code():
+def user_errors_to_exit_code() -> Iterator[None]:
     """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2; no traceback.
 
-    So ends a file that the system refuses and that nothing else explained. A reader of the output that has left, as
-    ``head`` does, ends the command in silence. Under a launcher each rank checks the same input, so only local rank 0
-    prints.
+    So ends a file that the system refuses and that nothing else explained. SIGINT exits with 130, SIGTERM with 143. A
+    reader of the output that has left, as ``head`` does, ends the command in silence. Under a launcher other processes
+    than the first say which they are: what stops them may be theirs alone.
     """
     try:
-        try:
-            with files_within_reach():
+        with _sigterm_unwinds(), files_within_reach():
+            try:
                 yield
-        finally:
-            sys.stdout.flush()
+            finally:
+                sys.stdout.flush()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
@@ -47,17 +66,39 @@ def user_errors_to_exit_code():
 
 
 @contextlib.contextmanager
-def files_within_reach():
-    """Turn an ``OSError`` inside the block, such as a folder without permission, into a ``UserError``."""
+def _sigterm_unwinds() -> Iterator[None]:
+    """A block in which SIGTERM ends the process as SIGINT does: temporary files are removed on the way out.
+
+    Not under a launcher, whose processes may wait for each other outside Python, where no handler runs.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.environ.get("WORLD_SIZE", "1") != "1":
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
-    except BrokenPipeError:
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def files_within_reach():
+    """Turn a full disk, or another ``OSError`` such as a folder without permission, into a ``UserError``."""
+    try:
+        yield
+    except (BrokenPipeError, UserError):
         raise
-    except OSError as error:
-        raise UserError(f"a file or folder cannot be used: {error}") from None
     except UnicodeEncodeError as error:
         text = f"{error.object[:50]!a} cannot be written as {error.encoding}"
         raise UserError(f"{text}; set PYTHONUTF8=1, or a locale with UTF-8") from None
+    except Exception as error:
+        if disk_is_full(error):
+            where = f" of {error.filename}" if getattr(error, "filename", None) else ""
+            way_out = "free some space, then run the same command again"
+            raise UserError(f"the disk{where} is full ({error}); {way_out}") from None
+        if isinstance(error, OSError):
+            raise UserError(f"a file or folder cannot be used: {error}") from None
+        raise
 
 
 def check_environment() -> None:

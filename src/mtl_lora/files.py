@@ -1,21 +1,134 @@
-"""Whole files or none: written under a temporary name and renamed; hashed to tell a changed byte."""
+"""Whole files or none: written under a temporary name and renamed; claimed by one command at a time; hashed."""
 
 import contextlib
+import ctypes
 import fnmatch
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, disk_is_full
 
 # Read once: it can only be read by setting it, which is the whole process's and so would race between threads.
 UMASK = os.umask(0)
 os.umask(UMASK)
+
+
+_RANDOM = "[!.]" * 8  # what tempfile writes between a name and its suffix
+
+
+@contextlib.contextmanager
+def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
+    """Keep other commands out of an output, a folder or a file, until the block or the process ends.
+
+    The claim is a lock (flock) on ``.NAME.lock`` beside the output, which the system frees however the process ends;
+    on the output folder itself where the folder above cannot be written or is another file system. Where there are no
+    locks, a note on stderr says so. What a killed command left half-written beside the output is removed. Of a
+    distributed launch the first process claims. Yields the lock's descriptor, for processes that are to hold it too.
+
+    wait: wait for the command that has it, in every process. Raises ``UserError`` if another command has it.
+    """
+    if os.environ.get("RANK", "0") != "0" and not wait:
+        yield []
+        return
+    output = Path(output).resolve()
+    made = [folder for folder in output.parents if not folder.exists()]
+    descriptor, beside = _locked(output, wait)
+    try:
+        remove_leftovers(output)
+        yield [descriptor]
+    finally:
+        if beside:
+            beside.unlink(missing_ok=True)  # before it is free, see ``_locked``
+        os.close(descriptor)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _locked(output: Path, wait: bool) -> tuple[int, Path | None]:
+    """(descriptor of the lock, its file if that is to be removed)."""
+    problem = "it is removed again and again"
+    for _ in range(1000):
+        beside, descriptor = output.with_name(f".{output.name}.lock"), None
+        try:
+            if not os.path.ismount(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError as error:  # removed by a command that had made it
+            problem = error.strerror
+            continue
+        except OSError as error:
+            if not output.is_dir():
+                raise UserError(f"{output} cannot be written ({error.strerror}); choose a writable folder") from None
+        if descriptor is None:
+            beside, descriptor = None, os.open(output, os.O_RDONLY)
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"{output} is in use by another command; wait for it, end it, or choose another output"
+            ) from None
+        except (ImportError, OSError):
+            print(f"note: no locks here, so start no second command on {output} before this ends", file=sys.stderr)
+        # Its owner may have removed the file between opening and locking: the lock is then on no name.
+        with contextlib.suppress(FileNotFoundError):
+            if beside is None or os.path.samestat(os.fstat(descriptor), beside.stat()):
+                return descriptor, beside
+        os.close(descriptor)
+    raise UserError(f"{output} cannot be written ({problem}); choose a writable folder")
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what a killed command left beside or in a claimed output; a folder that it had moved aside goes back."""
+    for path in output.parent.glob(f".{glob.escape(output.name)}.{_RANDOM}.old"):
+        if output.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.replace(output)
+    left = list(output.parent.glob(f".{glob.escape(output.name)}.{_RANDOM}.partial"))
+    # Inside, whoever writes a file without a claim of its own does so under this one.
+    for path in output.glob(f".*.{_RANDOM}.partial"):
+        name = path.name.rsplit(".", 2)[0]
+        left += [] if path.with_name(f"{name}.lock").exists() else [path]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def reserved(folder: str | Path, size: int) -> BinaryIO:
+    """An open file without a name that takes ``size`` bytes of a folder's disk until it, or the process, ends.
+
+    Raises ``UserError`` where there is no such room.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open for as long as it is needed
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(room.fileno(), 0, size)
+            else:
+                room.write(bytes(size))
+                room.flush()
+        except BaseException:
+            room.close()
+            raise
+    except OSError as error:
+        raise UserError(
+            f"the disk of {folder} lacks room for what is saved next, {size / 2**20:,.1f} MiB ({error.strerror}); free "
+            "some, or choose another output"
+        ) from None
+    return room
 
 
 @contextlib.contextmanager
@@ -24,22 +137,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises ``UserError`` naming the folder when it cannot be written.
     """
-    path = Path(path)
+    path, temporary = Path(path), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder") from None
-    temporary = Path(name)
-    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+            temporary = Path(name)
+            os.close(handle)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder") from None
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         give_usual_permissions(temporary)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
 
 
 def give_usual_permissions(path: str | Path) -> None:
@@ -63,24 +177,22 @@ def atomic_directory(
     and so must not be replaced. Raises ``UserError`` if ``output`` is in use and may not be replaced, or cannot be
     written.
     """
-    check_output(output, patterns, overwrite, inputs, nested)
-    output = Path(output).resolve()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose a writable folder") from None
-    try:
-        yield temporary
-        give_usual_permissions(temporary)
-        _take_place(temporary, output)
-    except Exception as error:
-        # safetensors reports a full disk by an exception class of its own, which its Rust module defines.
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{output} cannot be written ({error}); nothing was kept of it") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    output, temporary = Path(output).resolve(), None
+    with claimed(output):
+        check_output(output, patterns, overwrite, inputs, nested)
+        try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+            yield temporary
+            give_usual_permissions(temporary)
+            take_place(temporary, output)
+        except Exception as error:
+            # safetensors reports a full disk by an exception class of its own, which its Rust module defines.
+            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError" and not disk_is_full(error):
+                raise
+            raise UserError(f"{output} cannot be written ({error}); nothing was kept of it") from None
+        finally:
+            if temporary:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_output(
@@ -108,9 +220,14 @@ def check_output(
             raise UserError(f"{output} holds {entry.name}, which this command did not write; pass another --output")
 
 
-def _take_place(temporary: Path, output: Path) -> None:
+def take_place(temporary: Path, output: Path) -> None:
+    """Move a folder to where another may lie, which is deleted; in one step where the system can (Linux)."""
     if not output.exists():
         temporary.replace(output)
+        return
+    swap, here = sys.platform == "linux" and getattr(ctypes.CDLL(None), "renameat2", None), -100  # AT_FDCWD
+    if swap and swap(here, os.fsencode(temporary), here, os.fsencode(output), 2) == 0:  # RENAME_EXCHANGE
+        shutil.rmtree(temporary, ignore_errors=True)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
     output.replace(aside)
@@ -123,14 +240,24 @@ def _take_place(temporary: Path, output: Path) -> None:
 
 
 def write_all(contents: dict[Path, bytes]) -> None:
-    """Write all files under temporary names, then rename them, the first one last; raises ``UserError``."""
-    path = None
+    """Claim all files, write them under temporary names, then rename them, the first one last; raises ``UserError``.
+
+    The first one is deleted before, for a kill between two renames must not leave it beside other files than its own.
+    """
+    first, path = next(iter(contents)), None
     try:
         with contextlib.ExitStack() as stack:
+            for path in contents:
+                stack.enter_context(claimed(path))
             for path, content in contents.items():
                 if path.is_dir():
                     raise UserError(f"{path} cannot be written, it is a folder; pass the path of a file")
-                stack.enter_context(atomic_path(path)).write_bytes(content)
+                with stack.enter_context(atomic_path(path)).open("wb") as opened:
+                    opened.write(content)
+                    opened.flush()
+                    os.fsync(opened.fileno())
+            if len(contents) > 1:
+                first.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
 
@@ -230,6 +357,18 @@ def sha256(path: str | Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def unchanged(path: str | Path, digest: str | None = None) -> Iterator[str]:
+    """The sha256 of a file that is read in the block; raises ``UserError`` if that, or ``digest``, is not its own then.
+
+    Another command may replace a file between its hash and its content, which would then stand for each other.
+    """
+    digest = digest or sha256(path)
+    yield digest
+    if sha256(path) != digest:
+        raise UserError(f"{path} was changed while it was read; run the same command again")
 
 
 def sha256_of(content: bytes) -> str:

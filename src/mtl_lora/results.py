@@ -136,7 +136,7 @@ class TaskResult:
 
     majority: the value of always giving the majority class. groups: the same metric of parts of the examples.
     others: other measures of the same answers, by name (``strict``, ``acc_norm``). measured: whatever else was, as
-    JSON (``unparsed``, ``predicted``, ``correct``, ``f1``).
+    JSON (``unparsed``, ``predicted``, ``correct``, ``f1``; ``untrained``: the adapter had no examples of the task).
     """
 
     metric: str

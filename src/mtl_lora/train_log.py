@@ -17,9 +17,8 @@ def append(path: Path, step: int, logs: dict) -> None:
 
 def drop_after(path: Path, step: int) -> None:
     """Make the file, or drop the lines behind ``step`` from it; a line torn by a kill counts as after everything."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+    files.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> float:
@@ -30,8 +29,11 @@ def _step_of(line: str) -> float:
 
 
 def last_step(path: Path) -> int:
-    """The last step of a training that has ended."""
-    return json.loads(files.read_lines(path)[-1])["step"]
+    """The last step of a training that has ended; raises ``UserError`` naming the file for a log without any."""
+    lines = files.read_lines(path)
+    if not lines or (step := _step_of(lines[-1])) == float("inf"):
+        raise UserError(f"{path} does not end in a log line of a training; train again, or delete the run's folder")
+    return step
 
 
 def read_losses(path: Path) -> Losses:

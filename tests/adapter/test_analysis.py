@@ -9,8 +9,10 @@ from reference.tiny import METHODS, TASKS, adapted_llama, adapter_config, random
 
 import mtl_lora
 from mtl_lora import artifacts
+from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.analysis import MOST_TASKS, analyse, in_depth_order, main, write_analysis
 from mtl_lora.adapter.checkpoint import read_config
+from mtl_lora.errors import UserError
 
 SHARED = ["lora", "dora", "multilora"]
 PER_TASK = ["moelora", "mtl_lora", "mtl_lora_diagonal"]
@@ -91,6 +93,32 @@ def test_mixture_is_the_softmax_of_each_layer(method, tmp_path):
         near(found[name], torch.stack([torch.stack(reference.softmax(row)) for row in logits]))
 
 
+@pytest.mark.parametrize("method", PER_TASK)
+def test_what_was_learned_stands_beside_the_start(method, tmp_path):
+    model, config = mtl_lora.inject(tiny_llama(), adapter_config(method)), adapter_config(method)
+    checkpoint.save_start(model, tmp_path, checkpoint.adapter_state(model))
+    layers = mtl_lora.adapter_layers(model)
+    drawn = {
+        name: {key: getattr(layer, key).clone() for key in layer.task_parameters} for name, layer in layers.items()
+    }
+    untrained = {name: layer.mixture(torch.arange(len(TASKS))).detach() for name, layer in layers.items()}
+    mtl_lora.save(randomise(model), tmp_path)
+    found = analyse(tmp_path)
+    for name, layer in layers.items():
+        near(found["mixture_at_start"][name], untrained[name])
+        assert found["mixture"][name] != found["mixture_at_start"][name]
+        for key, value in drawn[name].items():
+            getattr(layer, key).data = value
+    start = mean_cosines(layers.values(), lambda layer, task: dense_update(layer, task, config))
+    near(found["update_similarity_at_start"], start)
+    assert found["update_similarity"] != found["update_similarity_at_start"]
+    assert not any("start was not kept" in note for note in found["notes"])
+    other = mtl_lora.inject(tiny_llama(), adapter_config(method, tasks=TASKS[:2]))
+    checkpoint.save_start(other, tmp_path, checkpoint.adapter_state(other))
+    with pytest.raises(UserError, match=artifacts.ADAPTER_START):
+        analyse(tmp_path)
+
+
 @pytest.mark.parametrize("method", SHARED)
 def test_a_method_that_is_the_same_for_every_task_has_nothing_to_compare(method, tmp_path):
     mtl_lora.save(adapted_llama(method), tmp_path)
@@ -147,7 +175,7 @@ def test_many_tasks_leave_the_matrices_out_and_say_so(tmp_path):
     found = analyse(tmp_path)
     assert [found[key] for key in MATRICES] == [None] * 4
     assert len(found["mixture"]["model.layers.0.self_attn.q_proj"]) == len(tasks)
-    assert found["notes"] == ["similarities are left out: they are for up to 64 tasks, and there are 65"]
+    assert found["notes"][0] == "similarities are left out: they are for up to 64 tasks, and there are 65"
 
 
 def test_the_file_names_its_weights_and_holds_what_was_computed(tmp_path):

@@ -12,6 +12,7 @@ from export_cases import FOUR, TARGETS, TOLERANCE, difference, load_base, logits
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from reference.tiny import FACTORED, TASKS, adapted_llama
+from safetensors import safe_open
 from safetensors.torch import load_file
 from shared import PROJECT
 
@@ -20,6 +21,7 @@ from mtl_lora import Provenance
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from mtl_lora.base_model import BaseModel
+from mtl_lora.export.model_card import model_card
 from mtl_lora.export.peft import export_peft
 from mtl_lora.results import Results, TaskNames, TaskResult
 
@@ -158,6 +160,72 @@ def test_adapter_without_tasks_is_one_folder(bases, tmp_path):
     assert difference(logits(plain), logits(routed(bases["llama"], checkpoint))) < TOLERANCE
 
 
+# ---- as a plain LoRA, and in vLLM ----
+
+
+@pytest.mark.parametrize(("label", "rank"), [("mtl_lora", 9), ("multilora", 9), ("dora", 16)])
+def test_a_plain_lora_of_the_whole_rank_is_exact(bases, checkpoints, tmp_path, label, rank):
+    checkpoint = checkpoints("llama", label)
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"], form="lora", rank=rank)
+    assert settings(folder)["use_dora"] is False and settings(folder)["modules_to_save"] is None
+    assert settings(folder)["r"] == {"mtl_lora": 3}.get(label, rank), "no more than there is"
+    assert peft_difference(bases["llama"], checkpoint, folder, "maps") < TOLERANCE
+    with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
+        assert float(opened.metadata()["relative_error"]) < 1e-6
+
+
+@pytest.mark.parametrize(("label", "large"), [("mtl_lora", 1024), ("dora", 1024), ("dora", 0)])
+def test_a_smaller_plain_lora_is_the_closest_and_says_what_it_lacks(
+    bases, checkpoints, tmp_path, capsys, monkeypatch, label, large
+):
+    monkeypatch.setattr("mtl_lora.export.peft._LARGE", large)
+    checkpoint = checkpoints("llama", label)
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"], form="lora", rank=2)
+    lost = whole = 0.0
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, layer in mtl_lora.adapter_layers(routed(bases["llama"], checkpoint)).items():
+        update = layer.merged_weight("maps").detach().double() - layer.base_layer.weight.double()
+        U, S, V = torch.linalg.svd(update)
+        closest = (U[:, :2] * S[:2]) @ V[:2]
+        A, B = (tensors[f"base_model.model.{name}.lora_{one}.weight"].double() for one in "AB")
+        torch.testing.assert_close(B @ A * settings(folder)["lora_alpha"] / 2, closest, rtol=0, atol=1e-5)
+        lost, whole = lost + S[2:].square().sum().item(), whole + S.square().sum().item()
+    error = f"relative error of the update {(lost / whole) ** 0.5:.3g}"
+    assert error in card(folder) and f"{folder}: rank 2, {error}" in capsys.readouterr().err
+
+
+def test_the_line_that_serves_all_folders_in_vllm_or_the_reason_that_none_does(bases, checkpoints, tmp_path, capsys):
+    def said(checkpoint, name, tasks=None, **flags) -> str:
+        export_peft(checkpoint, tmp_path / name, tasks, **flags)
+        return capsys.readouterr().err.splitlines()[-1]
+
+    line = said(checkpoints("llama", "mtl_lora"), "two", ["maps", "birds"]).split()
+    modules = [f"{task}={tmp_path / 'two' / task}" for task in ("maps", "birds")]
+    assert line == [
+        "vllm",
+        "serve",
+        bases["llama"],
+        "--enable-lora",
+        "--max-lora-rank",
+        "8",
+        "--lora-modules",
+        *modules,
+    ]
+    assert "DoRA" in said(checkpoints("llama", "dora"), "dora", ["maps"])
+    assert "--max-lora-rank 16" in said(checkpoints("llama", "dora"), "as", ["maps"], form="lora", rank=9)
+    whole = save_adapter(bases["llama"], tmp_path / "saved", "lora", modules_to_save=["model.norm"])
+    assert "model.norm" in said(whole, "norm", ["maps"]) and "merge" in said(whole, "again", ["maps"])
+    wide = save_adapter(bases["llama"], tmp_path / "wide", "lora", rank=513, target_modules=["q_proj"])
+    assert "above 512" in said(wide, "above", ["maps"])
+
+
+def test_a_plain_lora_needs_its_rank_and_no_modules_beside_it(refused, bases, checkpoint, tmp_path):
+    assert "--as lora and --rank R" in refused("peft", "--as", "lora", checkpoint=checkpoint)
+    assert "--as lora and --rank R" in refused("peft", checkpoint=checkpoint, rank=4)
+    whole = save_adapter(bases["llama"], tmp_path / "saved", "lora", modules_to_save=["model.norm"])
+    assert "modules saved whole" in refused("peft", "--as", "lora", checkpoint=whole, rank=4)
+
+
 # ---- the card ----
 
 
@@ -182,7 +250,10 @@ def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path):
     assert "num_experts" not in card(maps), "another method's hyperparameter"
     assert "arxiv.org/abs/2410.09437" in card(maps)
     assert repr("### Instruction:\n{instruction}\n\n### Response:\n")[1:-1] in card(maps)
-    assert f"base = {bases['llama']!r}" in card(maps)
+    assert bases["llama"] not in card(maps) and str(tmp_path) not in card(maps), "a path of this machine"
+    assert "base_model:" not in card(maps), "which the hub takes for a name of its own"
+    named = model_card("maps", read_config(checkpoint), "meta-llama/Llama-2-7b-hf", 3, None)
+    assert 'base_model: "meta-llama/Llama-2-7b-hf"' in named and "base = 'meta-llama/Llama-2-7b-hf'" in named
 
 
 def test_card_of_a_training_of_version_0_1_has_its_settings_and_its_result(monkeypatch, tmp_path):

@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_cases import INSTRUCTIONS, example
 from tokenizer_kinds import ADDS_BOS, KINDS, SPACES, llama2
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import IGNORED, Collator, pad_left
@@ -180,6 +182,28 @@ def test_tokenizer_that_ends_every_text_with_eos_does_not_end_the_prompt_so(tmp_
     assert row.answer_ids.count(tokenizer.eos_token_id) == 1
 
 
+def test_what_looks_like_a_control_token_is_text(tokenizer):
+    written = "".join(tokenizer.all_special_tokens)
+    record = example("piqa", instruction=f"a{written}b", output=f"the correct answer is {written}")
+    encoder = Encoder(tokenizer, "alpaca", 1024, COMMONSENSE)
+    (row,) = encoder.encode([record])
+    control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    assert not control & {*row.prompt_ids[len(encoder.prefix) :], *row.answer_ids[:-1]}
+    assert record.instruction in tokenizer.decode(row.prompt_ids)
+
+
+def test_text_that_a_tokenizer_cannot_but_read_as_a_control_token_is_refused():
+    words = {"<end>": 0, "<unk>": 1, **{word: index for index, word in enumerate("ab", 2)}}
+    special = {"unk_token": "<unk>", "eos_token": "<end>"}
+    plain = Tokenizer(models.WordLevel(words, special["unk_token"]))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **special)
+    encoder = Encoder(tokenizer, "plain", 256, COMMONSENSE)
+    with pytest.raises(UserError, match=r"example 3.*'<end>'"):
+        encoder.encode([example("piqa", instruction="a <end> b", index=3)])
+    assert encoder.encode([example("piqa", instruction="a <unk> b")])
+
+
 def test_tokenizer_without_eos_is_refused(tokenizers):
     class Endless:
         eos_token_id = None
@@ -194,7 +218,7 @@ def test_a_tokenizer_that_merges_its_special_tokens_with_the_text_is_refused(tok
 
         eos_token_id, name_or_path = tokenizer.eos_token_id, "merging"
 
-        def __call__(self, text, add_special_tokens=True):
+        def __call__(self, text, add_special_tokens=True, **options):
             return {"input_ids": [101] if add_special_tokens else [[7]]}
 
     with pytest.raises(UserError, match=r"'merging'.*special tokens"):

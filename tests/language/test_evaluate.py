@@ -16,6 +16,7 @@ import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import Origin
 from mtl_lora.errors import UserError
+from mtl_lora.export.peft import export_peft
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.evaluator import Evaluator, Predictions
@@ -193,8 +194,6 @@ def test_generation_is_greedy_whatever_the_base_model_configures(evaluate, tiny_
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_peft_folder_gets_the_scores_of_the_checkpoint_it_came_from(evaluate, train, tmp_path, method):
-    from mtl_lora.export.peft import export_peft
-
     checkpoint = train("run", adapter_name=method, max_steps=3, learning_rate=3e-2)
     (folder,) = export_peft(checkpoint, tmp_path / "peft", ["piqa"])
     here = evaluate("here", checkpoint=str(checkpoint), mode="score", tasks=["piqa"])["score"]
@@ -379,6 +378,45 @@ run(EvalConfig(**json.loads(sys.argv[1])))
 
 
 @pytest.mark.slow(10)
+def test_stop_while_an_evaluation_is_deleted_leaves_no_answers_without_their_settings(evaluate, tmp_path, monkeypatch):
+    flags = {"tasks": ["boolq"], "mode": "score"}
+    evaluate("out", **flags)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("out", **flags, template=None, overwrite=True)
+    assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out" / "settings.json").exists()
+    (tmp_path / "out" / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"out holds answers without their settings\.json"):
+        evaluate("out", **flags)
+
+
+def stopped(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_second_evaluation_of_a_folder_is_refused_and_changes_nothing(evaluate, tmp_path):
+    before = evaluate("out", tasks=["boolq"], mode="score")["score"].to_json()
+    with files.claimed(tmp_path / "out"), pytest.raises(UserError, match="out is in use"):
+        evaluate("out", tasks=["boolq"], mode="score", overwrite=True)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == before
+
+
+def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, trained, train, tmp_path, monkeypatch):
+    other, load = train("other", max_steps=1), mtl_lora.load
+    shutil.copytree(trained, tmp_path / "run")
+
+    def replaced_before(*arguments):
+        for name in ("mtl_lora.safetensors", "mtl_lora_config.json"):
+            shutil.copy(other / name, tmp_path / "run" / name)
+        return load(*arguments)
+
+    monkeypatch.setattr(mtl_lora, "load", replaced_before)
+    with pytest.raises(UserError, match="run was replaced"):
+        evaluate("out", checkpoint=str(tmp_path / "run"), tasks=["boolq"], mode="score")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_a_killed_run_ends_with_the_predictions_of_one_that_was_not(evaluate, trained, tmp_path):
     flags = arguments(tmp_path / "cut", checkpoint=trained, mode="score", batch_size=2)
     done = subprocess.run(
@@ -432,9 +470,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(evaluate, trained, tm
         evaluate("out", checkpoint=folder, tasks=FEW)
 
 
-@pytest.mark.parametrize("mode", ["generate", "score"])
-def test_an_adapter_with_values_that_are_not_numbers_is_refused(evaluate, trained, tmp_path, mode):
+def test_an_adapter_with_values_that_are_not_numbers_is_refused(evaluate, trained, tmp_path):
     folder = broken_checkpoint(trained, tmp_path / "broken", lambda state: state[NAME].fill_(float("nan")))
+    with pytest.raises(UserError, match=f"{NAME} holds values that are not finite"):
+        evaluate("out", checkpoint=folder, tasks=FEW)
+    with pytest.raises(UserError, match=f"{NAME} holds values that are not finite"):
+        export_peft(folder, tmp_path / "peft")
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_answers_of_logits_that_overflow_are_refused(evaluate, trained, tmp_path, mode):
+    folder = broken_checkpoint(trained, tmp_path / "broken", lambda state: state[NAME].fill_(3e38))
     with pytest.raises(UserError, match=r"of boolq.* not (finite|numbers)|not numbers for questions of boolq"):
         evaluate("out", checkpoint=folder, tasks=["boolq"], mode=mode)
     assert not (tmp_path / "out" / "results.json").exists()

@@ -49,6 +49,12 @@ def lines(*records) -> bytes:
     return b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records)
 
 
+def test_answer_may_leave_out_the_white_space_of_its_option(load):
+    tasks = TaskSet((Task("own", 0, (" yes", " no"), answer_prefix="the correct answer is"),))
+    record = {"instruction": "q", "output": "the correct answer is yes", "answer": "yes"}
+    assert load([record], tasks=tasks)[0].answer == load([record], tasks=tasks, closed=True)[0].answer == " yes"
+
+
 def test_record_that_contradicts_its_file_is_refused(load):
     with pytest.raises(UserError, match="example 0 belongs to different tasks at once: social_i_qa and boolq"):
         load([GOOD], task="boolq")

@@ -29,6 +29,7 @@ texts = st.text(alphabet=st.sampled_from("aenoprstuw 0123456789\n.,:"), max_size
     [
         ("boolq", "the correct answer is true", "true"),
         ("boolq", "false, not true", "false"),
+        ("boolq", "untrue, so the correct answer is false", "true"),
         ("piqa", " the correct answer is solution2.", "solution2"),
         ("social_i_qa", "answer5", "answer5"),  # LLM-Adapters' pattern has five answers for every answer task
         ("hellaswag", "ending4 and ending1", "ending4"),
@@ -60,6 +61,47 @@ def test_what_is_found_stands_in_the_text_and_nothing_is_made_up(name, text):
     found = extract_answer(COMMONSENSE[name], text)
     assert found in text
     assert bool(found) == bool(re.search(COMMONSENSE[name].answer_pattern, text.strip()))
+
+
+LETTERS, YES, NUMBERS = ("A", "B", "C", "D"), ("no", "yes"), ("1", "2", "3", "10")
+MOODS = ("negative", "very negative", "neutral")
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "answer"),
+    [
+        (LETTERS, "Answer: B", "B"),
+        (LETTERS, "Answer:B", "B"),
+        (LETTERS, "Antwort: C", "C"),
+        (LETTERS, "(b)", "B"),
+        (LETTERS, "The answer is D. Madrid", "D"),
+        (LETTERS, "A dog and I, so C", "C"),
+        (LETTERS, "I think it is a cat", ""),
+        (YES, "I do not know, yes", "yes"),
+        (YES, "yesterday", ""),
+        (YES, "Yes.", "yes"),
+        (YES, "no-one, or No. The correct answer is yes", "yes"),
+        (NUMBERS, "the correct answer is 12", ""),
+        (NUMBERS, "In 1999 it was 3.", "3"),
+        (NUMBERS, "-1 or 1.5", ""),
+        (NUMBERS, "10", "10"),
+        (MOODS, "very negative", "very negative"),
+        (MOODS, "non-negative", ""),
+        (("C", "C++", "C#"), "C#, not C", "C#"),
+        (("ja", "nein"), "答案ja", "ja"),
+        ((" yes", " no"), "yes", " yes"),
+        ((" yes", " no"), "the correct answer is no", " no"),
+        (("true", "false"), "untrue, so false", "false"),  # of BoolQ, where LLM-Adapters' pattern finds true
+    ],
+)
+def test_options_of_ones_own_tasks_are_found_as_whole_words_and_numbers_first_behind_the_prefix(options, text, answer):
+    assert extract_answer(Task("own", 0, options), text) == answer
+
+
+@pytest.mark.parametrize("text", ["yes", " yes.", "the correct answer is yes"])
+def test_white_space_around_an_option_counts_for_nothing_in_a_text(text):
+    task = Task("own", 0, (" yes", " no"), answer_prefix="the correct answer is")
+    assert strict_answer(task, task.options, text) == extract_answer(task, text) == " yes"
 
 
 def test_options_with_signs_that_mean_something_in_a_pattern_are_found_as_they_are():

@@ -68,6 +68,25 @@ def test_equal_prompts_keep_their_last_token(prompts):
     assert shared_prefix(prompts) == list(range(29))
 
 
+@pytest.mark.parametrize(
+    ("change", "answered"),
+    [
+        ({}, True),
+        ({"parsed": ...}, False),
+        ({"parsed": None}, False),
+        ({"parsed": ..., "text": "true"}, True),
+        ({"prompt_sha256": "other"}, False),
+        ({"prompt_sha256": ...}, False),
+        ({"answer": "false"}, False),
+    ],
+)
+def test_a_line_answers_its_question_only_if_it_says_what_was_answered(change, answered):
+    question = Question(COMMONSENSE["boolq"], Example("q", "", "", "true", 0, 0), [1], "sha")
+    line = {"prompt_sha256": "sha", "answer": "true", "parsed": "true", **change}
+    assert question.answered_by({key: value for key, value in line.items() if value is not ...}) == answered
+    assert not question.answered_by(None)
+
+
 @few
 @given(st.lists(st.integers(), min_size=1, max_size=40), st.integers(1, 40))
 def test_a_batch_that_does_not_fit_in_memory_is_answered_in_parts_in_its_order(rows, fits):

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -145,19 +148,36 @@ def test_titles_and_columns_of_the_tasks_shape_nothing(rows_of, no_tokenising):
     rows_of(tasks=TaskSet(tuple(retitled), tuple(reversed(COMMONSENSE.names))))
 
 
-def test_two_runs_that_encode_the_same_file_at_once_find_one_cache(rows_of, tmp_path, monkeypatch):
-    encode = token_cache.Encoder.encode
-    started = []
+def test_two_runs_that_encode_the_same_file_at_once_encode_it_once(rows_of, tmp_path, monkeypatch):
+    encode, both, calls = token_cache.Encoder.encode, threading.Barrier(2), []
 
-    def overtaken(self, examples):
-        if not started:
-            started.append(examples)
-            rows_of()  # the other run, from its start to its end
+    def slow(self, examples):
+        calls.append(examples)
+        time.sleep(0.2)
         return encode(self, examples)
 
-    monkeypatch.setattr(token_cache.Encoder, "encode", overtaken)
-    assert len(rows_of()) == len(RECORDS)
-    assert len(cached(tmp_path)) == 1
+    def start(_) -> int:
+        both.wait()
+        return len(rows_of())
+
+    monkeypatch.setattr(token_cache.Encoder, "encode", slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(start, range(2))) == [len(RECORDS)] * 2
+    assert len(calls) == len(cached(tmp_path)) == 1
+
+
+def test_data_file_that_changes_while_it_is_read_is_refused(rows_of, tmp_path, monkeypatch):
+    load = token_cache.load_examples
+
+    def replaced_before(path, *options):
+        path.write_text(json.dumps(RECORDS[1:]))
+        return load(path, *options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cache, "load_examples", replaced_before)
+        with pytest.raises(UserError, match=r"train\.json was changed"):
+            rows_of()
+    assert cached(tmp_path) == [] and len(rows_of()) == len(RECORDS) - 1
 
 
 def test_missing_data_file_is_named(rows_of, tmp_path):

@@ -2,13 +2,21 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import transformers
+from shared import QUICKSTART
 
-from mtl_lora.base_model import BaseModel
+import mtl_lora
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.evaluate import run as evaluate
+from mtl_lora.language.tasks import COMMONSENSE
+from mtl_lora.language.train import in_language_model
 
 
 @pytest.fixture
@@ -33,7 +41,12 @@ def refused(tiny_base, records_file, cache_dir, tmp_path, monkeypatch):
     return start
 
 
-# Settings whose sentence names what they are instead of the flag.
+def test_more_tokens_than_the_base_has_positions_are_refused_at_the_check(refused, tiny_base, tmp_path, edit_json):
+    base = shutil.copytree(tiny_base, tmp_path / "short")
+    edit_json(base / "config.json", max_position_embeddings=64)
+    assert "64 positions" in refused(base_model=str(base), check=True)
+    with pytest.raises(UserError, match=r"64 positions.*--max_new_tokens"):
+        evaluate(EvalConfig(base_model=str(base), data_dir=str(QUICKSTART / "test"), check=True))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +58,44 @@ def test_flag_whose_package_is_missing_says_how_to_install_it(refused, monkeypat
     (flag_name,) = settings
     sentence = refused(**settings)
     assert f"--{flag_name}" in sentence and f"pip install {package}" in sentence
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(("targets", "count"), [("all-linear", 14), (["q_proj", "v_proj"], 4), (r".*\.q_proj", 2)])
+def test_towers_that_text_does_not_reach_get_no_adapter(targets, count):
+    vision = VISION | {"image_size": 32, "patch_size": 16}
+    model = structure_of(transformers.Gemma3Config(text_config=SIZES, vision_config=vision, mm_tokens_per_image=4))
+    adapter, (note,) = in_language_model(AdapterConfig(target_modules=targets, tasks=["a"]), model)
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    towers = sum(size for name, size in weights.items() if not name.startswith("model.language_model."))
+    assert "model.vision_tower" in note and f"{100 * towers / sum(weights.values()):.1f} %" in note
+    layers = mtl_lora.adapter_layers(mtl_lora.inject(model, adapter))
+    assert len(layers) == count and all(name.startswith("model.language_model.") for name in layers)
+
+
+def test_fused_experts_are_named_with_their_proportion_of_the_weights():
+    model = structure_of(transformers.Qwen3MoeConfig(**SIZES, **EXPERTS))
+    adapter, (note,) = in_language_model(AdapterConfig(target_modules="all-linear", tasks=["a"]), model)
+    experts = 2 * 4 * (2 * 16 * 32 + 32 * 16)  # layers x experts x (gate and up, down)
+    total = sum(weight.numel() for weight in model.parameters())
+    assert adapter.target_modules == "all-linear"
+    assert "mlp.experts.gate_up_proj" in note and f"{100 * experts / total:.1f} %" in note
+    with pytest.raises(UserError, match=r"'down_proj'.*fused.*model\.layers\.0\.mlp\.experts\.down_proj"):
+        in_language_model(AdapterConfig(target_modules=["q_proj", "down_proj"], tasks=["a"]), model)
+
+
+def test_names_and_expressions_together_are_one_expression():
+    targets = TrainConfig(lora_target_modules=["o_proj", r".*\.0\..*\.(q|v)_proj"]).adapter_config(COMMONSENSE)
+    layers = mtl_lora.adapter_layers(mtl_lora.inject(structure_of(transformers.LlamaConfig(**SIZES)), targets))
+    assert [name.removeprefix("model.layers.") for name in layers] == [
+        *(f"0.self_attn.{name}" for name in ("q_proj", "v_proj", "o_proj")),
+        "1.self_attn.o_proj",
+    ]
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero2.json", "config/zero3.json"])
@@ -59,14 +110,22 @@ def test_packaged_deepspeed_configuration_is_found_by_name(tmp_path, monkeypatch
     assert deepspeed_file("config/zero3.json") == "config/zero3.json", "a file of the caller goes first"
 
 
-@pytest.mark.parametrize(
-    "left", ["run.json", "train_log.jsonl", "mtl_lora_config.json", "checkpoint-3/trainer_state.json"]
-)
+@pytest.mark.parametrize("left", ["mtl_lora.safetensors", "checkpoint-3/trainer_state.json"])
 def test_output_folder_that_holds_a_run_is_left_as_it_is(refused, tmp_path, left):
     path = tmp_path / "out" / left
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"step": 3}))
     sentence = refused()
-    assert "out" in sentence and "--resume_from_checkpoint True" in sentence
+    assert "out" in sentence and "--overwrite_output_dir" in sentence
+    assert ("--resume_from_checkpoint True" in sentence) == left.startswith("checkpoint")
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
     assert path.read_text() == json.dumps({"step": 3})
+
+
+@pytest.mark.parametrize("left", ["run.json", "train_log.jsonl"])
+def test_a_run_that_ended_before_it_saved_anything_leaves_its_folder_free(train, tmp_path, left):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).write_text(json.dumps({"step": 3}))
+    folder = train("out", max_steps=1)
+    assert json.loads((folder / "run.json").read_text())["settings"]["max_steps"] == 1
+    assert all(json.loads(line)["step"] == 1 for line in (folder / "train_log.jsonl").read_text().splitlines())

@@ -125,16 +125,19 @@ def analysis(random, method: str, tasks: dict, blocks: int = 2) -> dict:
         np.fill_diagonal(matrix, 1.0)
         return matrix.tolist()
 
+    mixture = {layer: random.dirichlet([1, 1, 1], len(tasks)).tolist() for layer in layers} if own else None
     return {
         "schema": 1,
         "kind": "adapter_analysis",
         "method": method,
         "tasks": list(tasks),
         "layers": layers,
-        "mixture": {layer: random.dirichlet([1, 1, 1], len(tasks)).tolist() for layer in layers} if own else None,
+        "mixture": mixture,
+        "mixture_at_start": {layer: rows[::-1] for layer, rows in mixture.items()} if own else None,
         "lambda_similarity": similarity(0.95) if lambdas else None,
         "lambda_minus_identity_similarity": similarity(0.1) if lambdas else None,
         "update_similarity": similarity(0.6) if own else None,
+        "update_similarity_at_start": np.eye(len(tasks)).tolist() if own else None,
         "update_similarity_by_module": {module: similarity(0.5) for module in MODULES} if own else None,
     }
 

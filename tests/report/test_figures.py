@@ -15,7 +15,6 @@ from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, draw, look
 from mtl_lora.report.load import Difference, Study, Summary, Transfer, analysis_of, log_of
 
 OF_A_STUDY = ["accuracy", "transfer", "training_loss", "mixture_mtl_lora", "similarity_mtl_lora"]
-OF_A_STUDY += ["similarity_by_module_mtl_lora"]
 TASKS = {"cr": "CR", "sst5": "SST-5"}
 LONG = {f"task_{index}": f"A task with a long name, {index}" for index in range(13)}
 
@@ -205,13 +204,34 @@ def test_loss_of_a_task_that_some_steps_lack_is_drawn_over_all_steps_of_its_seed
 def test_mixture_has_a_row_a_layer_and_the_weights_of_a_task_side_by_side(study, drawings):
     found = analysis_of(study, study.experiments[2].runs[0])
     panels = panels_of(drawings["mixture_mtl_lora"])
-    assert list(panels) == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert list(panels) == [f"{name}{which}" for name in modules for which in ("", ", change from the start")]
     image = panels["k_proj"].images[0].get_array()
     assert image.shape == (2, 3 * 3)
     assert list(image[1]) == pytest.approx(np.ravel(found.mixture["model.layers.1.self_attn.k_proj"]).tolist())
+    start = found.mixture_at_start["model.layers.1.self_attn.k_proj"]
+    moved = panels["k_proj, change from the start"].images[0].get_array()[1]
+    assert list(moved) == pytest.approx(
+        (np.ravel(found.mixture["model.layers.1.self_attn.k_proj"]) - np.ravel(start)).tolist()
+    )
+    pair = [np.ravel(list(each.values())) for each in (found.mixture, found.mixture_at_start)]
+    assert f"{np.corrcoef(*pair)[0, 1]:.3f}" in drawings["mixture_mtl_lora"].caption
     titles = [study.task_set.title(task) for task in found.tasks]
     assert [label.get_text() for label in panels["q_proj"].get_xticklabels()] == titles
     assert "seed 0" in drawings["mixture_mtl_lora"].title
+
+
+def test_a_figure_whose_start_is_unknown_says_so(study, drawings, tmp_path):
+    run = study.experiments[2].runs[0]
+    value = json.loads((study.path.parent / run.analysis).read_text())
+    (tmp_path / "old.json").write_text(json.dumps({key: value[key] for key in value if "start" not in key}))
+    run = dataclasses.replace(run, analysis=str(tmp_path / "old.json"), log=None)
+    changed = dataclasses.replace(study.experiments[2], runs=[run])
+    found = {drawing.name: drawing for drawing in draw(dataclasses.replace(study, experiments=[changed], transfer=[]))}
+    for name in ("mixture_mtl_lora", "similarity_mtl_lora"):
+        assert "was not kept" in found[name].caption and "was not kept" not in drawings[name].caption
+        assert not [title for title in panels_of(found[name]) if "start" in title]
+        assert [title for title in panels_of(drawings[name]) if "start" in title]
 
 
 def test_similarity_writes_the_mean_over_seeds_and_leaves_the_undefined_empty(study, drawings, tmp_path):
@@ -223,7 +243,7 @@ def test_similarity_writes_the_mean_over_seeds_and_leaves_the_undefined_empty(st
     holed = [[None if (row, column) == (0, 1) else 0.5 for column in range(3)] for row in range(3)]
     holed[2][2] = -0.001
     value = json.loads((study.path.parent / study.experiments[2].runs[0].analysis).read_text())
-    value |= {"lambda_similarity": None, "lambda_minus_identity_similarity": None, "update_similarity": holed}
+    value |= {key: None for key in value if "similarity" in key} | {"update_similarity": holed}
     (tmp_path / "analysis.json").write_text(json.dumps(value))
     run = dataclasses.replace(study.experiments[2].runs[0], analysis=str(tmp_path / "analysis.json"), log=None)
     changed = dataclasses.replace(study.experiments[2], runs=[run])

@@ -8,6 +8,7 @@ from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.errors import UserError
 from mtl_lora.report.load import Estimate, Study, analysis_of, load_run, load_studies, log_of
+from mtl_lora.train_log import last_step
 
 TASKS = {"first": "First", "second": "Second <&>"}
 
@@ -124,6 +125,13 @@ def test_a_broken_log_or_analysis_is_named_by_file_and_place(tmp_path, name, tex
     with pytest.raises(UserError, match=fact) as error:
         load_run(tmp_path)
     assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]\n", '{"step": 1}\n{"st'])
+def test_a_log_without_a_last_step_is_named(tmp_path, text):
+    (tmp_path / "train_log.jsonl").write_text(text)
+    with pytest.raises(UserError, match="does not end in a log line"):
+        last_step(tmp_path / "train_log.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,12 @@ def test_a_missing_task_is_a_dash_and_takes_the_average_with_it(table_of):
     assert {name: rows[name] for name in values} == {name: ["–", value, "–", "–"] for name, value in values.items()}
 
 
+def test_a_task_that_the_adapter_never_saw_has_no_plain_score(table_of):
+    report = table_of(changed(BASE, tasks__second__untrained=True))
+    assert grid(report.markdown())["base"][2] == "25.0 ± 4.0 (untrained)"
+    assert "base had no training examples of second." in report.notes
+
+
 def test_averages_are_over_the_tasks_that_were_asked_and_rows_of_one_name_have_their_protocols(table_of):
     one = changed(BASE, tasks__first=...)
     table = table_of(one, changed(one, mode="generate"))
@@ -109,6 +115,16 @@ def test_every_command_finds_the_results_of_a_checkpoints_folder(write, tmp_path
         assert "mtl_lora (generate)" in details and "mtl_lora (score)" in details
         code, page, _ = run_command(capsys, "page", folder)
         assert code == 0 and "mtl_lora (score)" in Path(page.strip()).read_text()
+
+
+def test_unparsed_answers_have_a_column_where_there_are_any(table_of):
+    said = changed(BASE, tasks__first__unparsed=0.5, tasks__second__unparsed=1)
+    table = table_of(said, changed(BASE, name="silent"))
+    rows = grid(table.markdown())
+    assert rows["Method"][-2:] == ["Average", "Unparsed"]
+    assert (rows["base"][-1], rows["silent"][-1], rows["majority class"][-1]) == ("75.0", "–", "–")
+    assert (table.records[1]["unparsed"], table.records[2]["unparsed"]) == (0.75, None)
+    assert "Unparsed" not in table_of(changed(BASE, tasks__first__unparsed=0, tasks__second__unparsed=0)).markdown()
 
 
 def test_a_table_of_hundreds_of_tasks_has_them_as_rows(table_of):
@@ -230,7 +246,7 @@ def test_csv_keeps_its_notes_off_the_output(write, capsys):
     runs = write(BASE, "a"), write(changed(TUNED, mode="generate"), "b")
     code, out, err = run_command(capsys, "table", *runs, "--format", "csv")
     assert code == 0 and "base score, mtl_lora generate" in err
-    assert {len(line) for line in csv.reader(io.StringIO(out))} == {16}
+    assert {len(line) for line in csv.reader(io.StringIO(out))} == {17}
 
 
 def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, capsys):

@@ -8,11 +8,11 @@ from pathlib import Path
 from shared import QUICKSTART
 
 from mtl_lora.errors import UserError
+from mtl_lora.files import claimed
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.results import Results, TaskNames, TaskResult, Trainable
 from mtl_lora.study.config import read_grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun, State
-from mtl_lora.study.runner import locked
 
 GRID = {
     "name": "small",
@@ -29,7 +29,7 @@ GRID = {
         {"name": "MTL-LoRA", "train": {"adapter_name": "mtl_lora", "learning_rate": 0.01}},
     ],
 }
-SEARCH = {"values": [0.01, 0.001], "data_dir": "dev", "records": 2, "train": {"max_steps": 2}}
+SEARCH = {"values": [0.01, 0.001], "data_dir": "dev", "records": 2, "widen": 0, "train": {"max_steps": 2}}
 ALONE = {"name": "Alone", "train": {"adapter_name": "lora"}, "alone": True}
 
 
@@ -135,7 +135,7 @@ def wait_for(holds) -> None:
 def is_locked(folder: Path) -> bool:
     """Whether a study, or a command that outlived one, runs in a folder."""
     try:
-        with locked(folder):
+        with claimed(folder):
             return False
     except UserError:
         return True

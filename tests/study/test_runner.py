@@ -10,10 +10,11 @@ import pytest
 from study_cases import ALONE, finish, grid, is_locked, job_of, plan_of, run_of, wait_for, with_flags
 
 from mtl_lora.errors import UserError
+from mtl_lora.files import claimed
 from mtl_lora.study import runner
 from mtl_lora.study.config import StudyConfig
 from mtl_lora.study.plan import State
-from mtl_lora.study.runner import JobFailed, check_folder, environments, execute_all, locked
+from mtl_lora.study.runner import JobFailed, check_folder, environments, execute_all
 
 RIGHT = {"boolq": "10"}
 
@@ -166,7 +167,7 @@ def test_launcher_that_cannot_be_used_is_refused(tmp_path, launcher, parallel, f
 
 STUDY = """
 import os, sys
-from pathlib import Path
+from mtl_lora import cli, files
 from mtl_lora.study import runner
 class Job:
     label = folder = "job"
@@ -175,10 +176,10 @@ def execute(job, slot):
         process = runner.start(["python", "-c", "import time; print('here', flush=True); time.sleep(60)"], output, slot)
     return runner.until_done(process)
 def run(config):
-    with runner.locked(Path(config.output_dir)) as lock:
-        list(runner.execute_all([Job], [{"pass_fds": [lock]}]))
+    with files.claimed(config.output_dir) as lock:
+        list(runner.execute_all([Job], [{"pass_fds": lock}]))
 runner.execute, runner.run = execute, run
-runner.main(["--grid", "any", "--output_dir", sys.argv[1]])
+cli.main(["study", "--grid", "any", "--output_dir", sys.argv[1]])
 """
 
 
@@ -207,7 +208,7 @@ def test_command_of_a_killed_study_keeps_the_folder(waiting_study):
     process, folder = waiting_study
     process.kill()
     process.wait()
-    with pytest.raises(UserError, match=r"runs in .*study; .*--output_dir"), locked(folder):
+    with pytest.raises(UserError, match=r"study is in use"), claimed(folder):
         pass
     assert not is_locked(folder.with_name("other"))
     os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""The fast path trains what the plain one does: 50 losses of the Trainer beside those of a loop anyone would write."""
+"""The fast path trains what the plain one does: 50 losses of the Trainer beside those of a loop anyone would write.
+
+The fast one shares the prompt prefixes of its tasks; the loop takes the same batches, which are planned by the rest."""
 
 import json
 
@@ -12,6 +14,7 @@ import mtl_lora
 from mtl_lora.base_model import BaseModel
 from mtl_lora.language.batches import Collator
 from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.prefix import task_prefixes
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.token_cache import row_columns, training_rows
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
@@ -40,7 +43,9 @@ def plain_losses(config: TrainConfig, rows, tokenizer, gathering) -> tuple[list[
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     columns, collator = row_columns(rows), Collator(tokenizer.pad_token_id)
-    sampler = LengthGroupedBatchSampler(columns["length"], columns["task_id"], config.batch_size, config.seed)
+    prefixes = task_prefixes(rows)
+    rests = columns["length"] - [len(prefixes[task_id]) for task_id in columns["task_id"].tolist()]
+    sampler = LengthGroupedBatchSampler(rests, columns["task_id"], config.batch_size, config.seed)
     losses = []
     while len(losses) < STEPS:
         sampler.set_epoch(len(losses) // len(sampler))

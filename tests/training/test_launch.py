@@ -14,13 +14,15 @@ from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.train import run
 
 
-def start(command: list[str], timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command in the project's folder with this interpreter first on the path and no environment of its own."""
+def start(
+    command: list[str], timeout: float = 600, cwd: Path = PROJECT, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a command, in ``cwd``, with this interpreter first on the path and no environment of its own."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "VENV": "", "PATH": path, "PORT": free_port()}
     return subprocess.run(
         command,
-        cwd=PROJECT,
+        cwd=cwd,
         env={**os.environ, **threads, **environment},
         capture_output=True,
         text=True,
@@ -61,16 +63,16 @@ def recipe(settings) -> dict[str, str]:
 
 @pytest.mark.slow(50)
 def test_a_recipe_trains_under_the_deepspeed_launcher_and_its_evaluation_scores_that_checkpoint(recipe, tmp_path):
-    recipe |= {"DATA_DIR": "data/quickstart/test", "MODE": "score"}
+    recipe |= {"DATA_DIR": str(PROJECT / "data/quickstart/test"), "MODE": "score"}
     flags = {"LAUNCHER": "deepspeed", "DEEPSPEED": str(PROJECT / "config" / "zero3.json")}
     done = start(["bash", "script/llama2_7B_mlora_qkvo.sh", "8", "16", "--save_step", "2"], **recipe, **flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
-    checkpoint, scored = str(tmp_path / "run" / "checkpoint-2"), str(tmp_path / "scores")
-    command = ["bash", "script/llama2_7B_mlora_qkvo_eval.sh", checkpoint, scored, "--limit", "3"]
-    done = start(command, **recipe, LAUNCHER="python")
+    # Called from another folder, whose paths are then meant.
+    command = [str(PROJECT / "script/llama2_7B_mlora_qkvo_eval.sh"), "run/checkpoint-2", "scores", "--limit", "3"]
+    done = start(["bash", *command], **recipe, LAUNCHER="python", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((Path(scored) / "results.json").read_text())
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
     assert results["adapter"]["adapter"]["rank"] == 8
     assert {task["n"] for task in results["tasks"].values()} == {3}
     assert "BoolQ" in done.stdout

@@ -28,6 +28,7 @@ MORE = {
     "accumulated": {"batch_size": 2, "gradient_accumulation_steps": 2},
     "bf16": {"dtype": "bf16"},
     "by_tokens": {"token_budget": 1500},
+    "whole_rows": {"token_budget": 1500, "reuse_prefix": "never"},  # as by_tokens, without shared prompt prefixes
     "checkpointing": {"adapter_name": "dora", "use_gradient_checkpointing": True},
     "few_held_out": {"val_set_size": 1},  # fewer rows than processes
     # Parameters below the threshold of this file are not partitioned, and all of the tiny model's are below it.
@@ -41,7 +42,7 @@ RUNS += [("zero2", "mtl_lora")]
 IN_BF16 = [("zero3", "bf16"), ("zero2", "bf16")]
 RESUMED = [("ddp", "mtl_lora"), *(("zero3", method) for method in METHODS), ("zero2", "mtl_lora")]
 # The runs of one process.
-ALONE = (*METHODS, "bf16", "by_tokens", "few_held_out")
+ALONE = (*METHODS, "bf16", "by_tokens", "few_held_out", "whole_rows")
 
 
 def method_of(name: str) -> str:
@@ -79,7 +80,7 @@ def settings_of(tmp_path, tiny_base, records_file, cache_dir):
             "deepspeed": deepspeed.get(launch),
             **MORE.get(name, {}),
             # The token budget of two processes is that of two micro-batches of one.
-            **({"gradient_accumulation_steps": 2} if (launch, name) == ("alone", "by_tokens") else {}),
+            **({"gradient_accumulation_steps": 2} if launch == "alone" and name in ("by_tokens", "whole_rows") else {}),
         }
 
     return settings
@@ -201,6 +202,11 @@ def test_launches_are_as_one_process(subtests, settings_of, tmp_path, tiny_base,
         assert predictions(two) == predictions(alone) and len(predictions(two)) == 32
         assert Results.load(two).tasks == Results.load(alone).tasks
         assert done.stdout.count("| majority class") == 1, "one process alone prints the table"
+    with subtests.test("shared prompt prefixes train as whole rows"):
+        # By tokens, for then the plan of the batches does not look at prefixes.
+        assert_trained_alike(tmp_path / "alone" / "whole_rows", tmp_path / "alone" / "by_tokens")
+        shared = [json.loads((tmp_path / "alone" / name / "run.json").read_text())["shared_prefixes"] for name in ALONE]
+        assert shared == [name != "whole_rows" for name in ALONE]
     for mode, name in RUNS:
         with subtests.test("trained alike", launch=mode, run=name):
             one, other = tmp_path / "alone" / (name if name in ALONE else method_of(name)), tmp_path / mode / name

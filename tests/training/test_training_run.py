@@ -1,6 +1,7 @@
 """Training runs on a tiny real model: what they write, that they repeat, resume, and refuse what is wrong."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtl_lora import artifacts
+import mtl_lora
+from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.artifacts import checkpoints
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.evaluate import run
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.distributed import prepare_process
 
@@ -46,6 +49,19 @@ def assert_equal(left: dict, right: dict) -> None:
 
 
 # ---- what a run writes ----
+
+
+def test_a_run_keeps_the_start_of_what_tasks_have_of_their_own(train, tiny_base):
+    folder = train("run", max_steps=2, save_step=1)
+    torch.manual_seed(42)
+    model = mtl_lora.inject(BaseModel(tiny_base).load("fp32"), checkpoint.read_config(folder).adapter_config)
+    drawn = {key: value for key, value in checkpoint.adapter_state(model).items() if key.endswith(("lambda", "lora_w"))}
+    assert_equal(load_file(folder / artifacts.ADAPTER_START), drawn)
+    analysis = json.loads((folder / artifacts.ADAPTER_ANALYSIS).read_text())
+    assert analysis["mixture"] != analysis["mixture_at_start"] and analysis["update_similarity_at_start"]
+    before = (folder / artifacts.ADAPTER_START).read_bytes()
+    train("run", max_steps=2, save_step=1, resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert (folder / artifacts.ADAPTER_START).read_bytes() == before
 
 
 @pytest.mark.parametrize("method", ["lora", "mtl_lora"])
@@ -83,6 +99,16 @@ def test_a_checkpoint_is_small_and_is_itself_an_adapter(train):
     assert not (folder / ".saving").exists()
 
 
+@pytest.mark.parametrize("logging_steps", [1, 10])
+def test_a_training_that_diverges_ends_in_one_sentence_and_saves_nothing(train, tmp_path, logging_steps):
+    with pytest.raises(UserError, match=r"loss is nan at step [234] of 4"):
+        train("run", learning_rate=1e30, logging_steps=logging_steps)
+    assert not (tmp_path / "run" / artifacts.CHECKPOINT_WEIGHTS).exists()
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+    with pytest.raises(UserError, match="not finite"):
+        train("saved", learning_rate=1e30, save_step=1, logging_steps=10)
+
+
 def test_old_checkpoints_are_removed(train):
     folder = train("run", save_step=1, max_steps=4, save_total_limit=2)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
@@ -98,6 +124,31 @@ def test_own_tasks_are_trained_by_name(train, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(examples * 8))
     folder = train("own", tasks_file=str(tmp_path / "tasks.json"), data_path=str(tmp_path / "own.json"), max_steps=1)
     assert checkpoint.read_config(folder).adapter_config.tasks == ["sky", "free"]
+
+
+@pytest.fixture
+def few(tmp_path) -> dict[str, str]:
+    """Flags for twelve examples of a task, two of another and none of a third."""
+    names = ["mood", "sport", "rain"]
+    tasks = [{"name": name, "id": index, "options": ["yes", "no"]} for index, name in enumerate(names)]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    example = {"output": "the correct answer is yes", "answer": "yes"}
+    examples = [example | {"instruction": f"Is it {i}?", "task": names[i >= 12]} for i in range(14)]
+    (tmp_path / "few.json").write_text(json.dumps(examples))
+    (tmp_path / "test" / "rain").mkdir(parents=True)
+    (tmp_path / "test" / "rain" / "test.json").write_text(json.dumps([example | {"instruction": "Is it?"}] * 2))
+    return {"tasks_file": str(tmp_path / "tasks.json"), "data_path": str(tmp_path / "few.json")}
+
+
+def test_every_task_keeps_a_training_example_and_one_without_any_is_marked(train, few, tmp_path, capsys):
+    folder = train("few", **few, val_set_size=7, seed=3, max_steps=1, sampling_temperature=5.0, batch_size=2)
+    printed = capsys.readouterr().err
+    assert "training examples: mood 6, sport 1, rain 0" in printed and "held out: mood 6, sport 1, rain 0" in printed
+    assert "mood" not in printed.split("times that an epoch takes")[1].splitlines()[0]
+    results = run(EvalConfig(checkpoint=str(folder), data_dir=str(tmp_path / "test"), tasks=["rain"], mode="score"))
+    assert results["score"].tasks["rain"].measured["untrained"] is True
+    with pytest.raises(UserError, match=r"val_set_size .* at most 12"):
+        train("few too", **few, val_set_size=13)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +295,49 @@ def test_resuming_without_a_checkpoint_is_refused(train, tmp_path):
         train("new", resume_from_checkpoint="True")
     with pytest.raises(UserError, match="no resume state"):
         train("new", resume_from_checkpoint=str(tmp_path))
+
+
+def test_checkpoint_of_another_run_is_not_resumed_whatever_lies_beside_it(train):
+    folder = train("run", max_steps=1, save_step=1, seed=1)
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["seed"] = 2  # as if a second run had written its own over it
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match="seed 1 -> 2"):
+        train("run", max_steps=1, save_step=1, seed=2, resume_from_checkpoint="True")
+
+
+def test_run_that_is_resumed_at_its_end_takes_no_further_step(train):
+    flags = {"max_steps": 2, "save_step": 2, "lr_scheduler_type": "constant_with_warmup"}
+    folder = train("run", **flags)
+    before, lines = weights(folder), log_lines(folder)
+    train("run", **flags, resume_from_checkpoint="True")
+    assert_equal(before, weights(folder))
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"] and log_lines(folder) == lines
+
+
+def test_folder_without_anything_saved_is_free(train):
+    folder = train("run", max_steps=1)
+    for name in (artifacts.CHECKPOINT_CONFIG, artifacts.CHECKPOINT_WEIGHTS, artifacts.ADAPTER_ANALYSIS):
+        (folder / name).unlink()  # as a kill before the first checkpoint leaves it
+    (folder / ".saving" / "checkpoint-1").mkdir(parents=True)
+    train("run", max_steps=1, seed=3)
+    assert losses(folder) and len(losses(folder)) == 1 and not (folder / ".saving").exists()
+
+
+def test_second_training_of_a_folder_is_refused_and_changes_nothing(train, tmp_path):
+    with files.claimed(tmp_path / "run"), pytest.raises(UserError, match=r"run is in use"):
+        train("run", max_steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_without_room_for_the_adapter_is_refused_before_the_first_step(train, tmp_path, monkeypatch):
+    def full(folder, size):
+        raise UserError(f"{folder} lacks room for {size}")
+
+    monkeypatch.setattr(files, "reserved", full)
+    with pytest.raises(UserError, match="lacks room"):
+        train("run", max_steps=1)
+    assert not (tmp_path / "run" / artifacts.TRAIN_LOG).exists()
 
 
 def test_resuming_another_run_leaves_the_folder_of_this_one(train, tmp_path):

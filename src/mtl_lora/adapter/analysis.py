@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mtl_lora import artifacts, cli, files
-from mtl_lora.adapter.checkpoint import adapter_without_base, read_config
+from mtl_lora.adapter.checkpoint import adapter_without_base, load_start, read_config
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.adapter.layer import AdapterLayer, layer_class
 from mtl_lora.analysis import Analysis
@@ -38,14 +38,21 @@ def analyse(checkpoint: str | Path) -> dict:
     adapter = adapter_without_base(checkpoint, config, dtype=torch.float64)
     layers = in_depth_order(adapter_layers(adapter), config.adapter_config.target_modules)
     ids = torch.arange(len(tasks))
-    mixtures = {name: layer.mixture(ids) for name, layer in layers.items()} if method.needs_task_ids else {}
     comparable = method.needs_task_ids and method.has_factors
     compared = layers if comparable and len(tasks) <= MOST_TASKS else {}
+
+    def mixtures() -> dict | None:
+        found = {name: layer.mixture(ids) for name, layer in layers.items()} if method.needs_task_ids else {}
+        return {name: each.tolist() for name, each in found.items() if each is not None} or None
+
+    def updates() -> dict[str, torch.Tensor]:
+        return {name: _cosines(_update_products(layer)) for name, layer in compared.items()}
+
     transforms = [found for layer in compared.values() if (found := layer.task_transforms(ids)) is not None]
     changes = [found - torch.eye(found.shape[-1]) for found in transforms]
-    updates = {name: _cosines(_update_products(layer)) for name, layer in compared.items()}
+    mixture, trained = mixtures(), updates()
     by_module: dict[str, list[torch.Tensor]] = {}
-    for name, similarity in updates.items():
+    for name, similarity in trained.items():
         by_module.setdefault(name.rpartition(".")[2], []).append(similarity)
     notes = [_UNDEFINED] if compared else []
     if comparable and not compared:
@@ -56,6 +63,9 @@ def analyse(checkpoint: str | Path) -> dict:
         notes.append(
             f"no task has a mixture or an update of its own, since the gate of {method.title} depends on the input"
         )
+    kept = method.needs_task_ids and load_start(layers, checkpoint)
+    if method.task_parameters and not kept:
+        notes.append("the start was not kept, so how much of this is the seed's draw, and not learned, is unknown")
     return Analysis(
         method=method.method,
         method_title=method.title,
@@ -63,10 +73,12 @@ def analyse(checkpoint: str | Path) -> dict:
         tasks=tasks,
         adapter_sha256=config.weights_sha256,
         layers=list(layers),
-        mixture={name: found.tolist() for name, found in mixtures.items() if found is not None} or None,
+        mixture=mixture,
+        mixture_at_start=mixtures() if kept else None,
         lambda_similarity=_mean([_cosines(torch.einsum("sij,tij->st", each, each)) for each in transforms]),
         lambda_minus_identity_similarity=_mean([_cosines(torch.einsum("sij,tij->st", each, each)) for each in changes]),
-        update_similarity=_mean(list(updates.values())),
+        update_similarity=_mean(list(trained.values())),
+        update_similarity_at_start=_mean(list(updates().values())) if kept else None,
         update_similarity_by_module={module: _mean(found) for module, found in by_module.items()} or None,
         notes=notes,
     ).to_json()

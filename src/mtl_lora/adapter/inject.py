@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -49,7 +51,17 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
     make = layer_class(config.method)
-    layers = {module: make(module, config) for module in find_targets(root, config).values()}
+    targets = find_targets(root, config)
+    layers = {module: make(module, config) for module in targets.values()}
+    body = getattr(root, "base_model", root)  # of a model of transformers all but its head
+    if config.target_modules == "all-linear" and isinstance(body, nn.Module) and body is not root:
+        inside = set(body.modules())
+        if heads := [name for name, module in targets.items() if module not in inside]:
+            warnings.warn(
+                f"'all-linear' puts an adapter on {', '.join(heads)}, whose own weights are not saved: if they were "
+                "drawn anew, they are others when the adapter is loaded; name the head in modules_to_save",
+                stacklevel=2,
+            )
     head, prepares = output_head(root), make.prepare.__func__ is not AdapterLayer.prepare.__func__
     if head in layers:
         layers[head].is_head = True
@@ -82,14 +94,18 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return _first_names((name, module) for name, module in named_modules(model) if isinstance(module, AdapterLayer))
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, config: AdapterConfig, within: Container[nn.Module] | None = None
+) -> dict[str, nn.Module]:
     """The linear layers that a configuration's ``target_modules`` means, by name, in the model's order.
 
+    within: the modules among which they are looked for; None for all.
     Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are; and for a
     layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole.
     """
     # nn.Linear and what derives from it (quantised layers), and GPT-2's Conv1D.
     linears = [(n, module) for n, module in named_modules(model) if isinstance(module, nn.Linear) or is_conv1d(module)]
+    linears = [(name, module) for name, module in linears if within is None or module in within]
     slots = find_slots(model, config.modules_to_save)
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
     if config.target_modules == "all-linear":
@@ -98,7 +114,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
         if not targets:
             raise UserError("'all-linear' finds no linear layer to adapt in this model")
     else:
-        targets = _matching(linears, config.target_modules)
+        targets = _matching(linears, config.target_modules, model)
     for name, module in targets.items():
         if module in saved:
             raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
@@ -116,7 +132,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     return targets
 
 
-def _matching(linears: list[tuple[str, nn.Module]], target_modules: list[str] | str) -> dict[str, nn.Module]:
+def _matching(
+    linears: list[tuple[str, nn.Module]], target_modules: list[str] | str, model: nn.Module
+) -> dict[str, nn.Module]:
     counted = Counter(name.rpartition(".")[2] for name, _ in linears)
     there = ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"
     whole = isinstance(target_modules, str)
@@ -128,11 +146,43 @@ def _matching(linears: list[tuple[str, nn.Module]], target_modules: list[str] | 
             raise UserError(f"the target expression {target!r} is not a regular expression: {error}") from None
         matching = {module for name, module in linears if pattern.fullmatch(name)}
         if not matching:
+            if fused := [name for name in fused_experts(model) if pattern.fullmatch(name)]:
+                raise UserError(
+                    f"{target!r} names no linear layer but the fused weights of experts ({fused[0]}), which no adapter "
+                    f"reaches; this model has {there}"
+                )
             about = "'s whole name matches the expression" if whole else " is named"
             example = f", for example {linears[0][0]}" if linears else ""
             raise UserError(f"no linear layer{about} {target!r}; this model has {there}{example}")
         found |= matching
     return _first_names((name, module) for name, module in linears if module in found)
+
+
+def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str:
+    """``target_modules`` that mean exactly the modules ``names``, here and in PEFT.
+
+    Name endings if they match no other module of ``base``, else whole names, else an expression of whole names.
+    """
+    names = list(names)
+    if base is None:
+        return names
+    everything = [name for name, _ in base.named_modules()]
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    for targets in (endings, names):
+        ends = tuple(f".{target}" for target in targets)
+        if {name for name in everything if name in targets or name.endswith(ends)} == set(names):
+            return targets
+    return "|".join(re.escape(name) for name in names)
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of experts that are stacked in one parameter (E, d, k), which is no linear layer for an adapter."""
+    own = {name: weight for name, weight in model.named_parameters() if weight.dim() == 3 and len(weight) > 1}
+    return {
+        n: w
+        for n, w in own.items()
+        if not isinstance(model.get_submodule(n.rpartition(".")[0]), nn.modules.conv._ConvNd)
+    }
 
 
 def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
@@ -174,9 +224,14 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; one that two modules share counts once."""
-    # Under ZeRO-3 a weight is partitioned and has its whole size in ds_numel.
-    sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
+    sizes = [(_size(each), each.requires_grad) for each in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _size(weight: torch.Tensor) -> int:
+    """The number of values of a weight that may be partitioned (ZeRO-3) or packed (bitsandbytes' 4 bits)."""
+    packed = getattr(weight, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else getattr(weight, "ds_numel", weight.numel())
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -272,9 +327,12 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
     sample = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
     keep = options.get("logits_to_keep") if injection.has_head else None
     route = routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
-    if route is not None and route.task_ids.dim() == 1:  # ids of every token would take memory for each
+    if route is not None and (
+        route.task_ids.dim() == 1 or route.blocks
+    ):  # ids of every token would take memory for each
+        row_ids = route.blocks.ids if route.blocks else route.task_ids
         # A model pickled by an earlier version has no such list.
-        route.prepared = _prepared(getattr(injection, "layers", ()), route.task_ids)
+        route.prepared = _prepared(getattr(injection, "layers", ()), row_ids)
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not _is_compiled(model):

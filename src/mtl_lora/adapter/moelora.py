@@ -25,6 +25,7 @@ class MoeLoraLayer(AdapterLayer):
     method, title, paper = "moelora", "MoELoRA", "2310.18339"
     needs_task_ids = True
     mixture_parts = "experts"
+    task_parameters = ("lora_task_embedding", "lora_gate")
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):
@@ -61,11 +62,10 @@ class MoeLoraLayer(AdapterLayer):
         return self.mixture(task_ids).repeat_interleave(self.rank // self.hyperparameters.num_experts, dim=-1)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        task_ids = routing.task_ids_for(x, self).reshape(-1)
+        blocks = routing.blocks_for(x, self)
         # In the gate's own dtype: its gradient is a difference of sums over the tokens, in which bf16 would round away.
-        gate = self.gate(task_ids)
-        rows = z.to(gate.dtype).view(len(task_ids), len(z) // max(len(task_ids), 1), self.rank)
-        return (rows * gate[:, None]).view_as(z)
+        gate = self.gate(blocks.ids)
+        return blocks.map(torch.mul, z.to(gate.dtype), gate[:, None])
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B with the gate of one task folded in; raises ``UserError`` for a task that is not there."""

@@ -32,6 +32,7 @@ class MtlLoraLayer(AdapterLayer):
     no_decay = ("lora_lambda",)  # starts at the identity
     needs_task_ids = True
     mixture_parts = "up-projections"
+    task_parameters = ("lora_lambda", "lora_w")
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):
@@ -92,13 +93,11 @@ class MtlLoraLayer(AdapterLayer):
         return list(_Transforms.apply(task_ids, first.hyperparameters.temperature, dtype, *parameters))
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        transform = routing.prepared_for(x, self)
+        blocks, transform = routing.blocks_for(x, self), routing.prepared_for(self)
         # One that was prepared where no gradient was wanted is of no use where one is.
         if transform is None or (torch.is_grad_enabled() and not transform.requires_grad):
-            task_ids = routing.task_ids_for(x, self).reshape(-1)
-            transform = self.combined_transform(task_ids).transpose(1, 2)
-        length = len(z) // max(len(transform), 1)
-        return torch.bmm(z.view(len(transform), length, self.rank), transform.to(z.dtype)).flatten(0, 1)
+            transform = self.combined_transform(blocks.ids).transpose(1, 2)
+        return blocks.map(torch.bmm, z, transform.to(z.dtype))
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for a task that is not there."""

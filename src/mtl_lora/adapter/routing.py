@@ -21,13 +21,45 @@ _SHAPES = "(batch,), one for each row, or (batch, length), one for each token"
 _RULE = f"task_ids must be names or whole numbers of shape {_SHAPES}"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks:
+    """How ids (1, L) of tokens lie in blocks of equal rows, so that a layer reads one id a row: the first ``sizes[0]``
+    = (rows, length) tokens are the rows of a block, one after the other, and so on.
+
+    ids: (M,), of all rows of all blocks.
+    """
+
+    ids: torch.Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_equal_rows(cls, ids: torch.Tensor, tokens: int) -> "Blocks":
+        """Ids of any shape, each of as many of the tokens as any other."""
+        ids = ids.reshape(-1)
+        return cls(ids, ((len(ids), tokens // max(len(ids), 1)),))
+
+    def by_block(self) -> tuple[torch.Tensor, ...]:
+        """The ids of each block's rows."""
+        return self.ids.split([rows for rows, _ in self.sizes])
+
+    def map(self, function: Callable, z: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """``function`` of each block's (rows, length, R) tokens and its rows' values (rows, ...): (N, R) to (N, R')."""
+        tokens, rows = [rows * length for rows, length in self.sizes], [rows for rows, _ in self.sizes]
+        if len(rows) == 1:
+            return function(z.view(*self.sizes[0], z.shape[-1]), values).flatten(0, 1)
+        parts = zip(z.split(tokens), values.split(rows), self.sizes, strict=True)
+        return torch.cat([function(part.view(*size, z.shape[-1]), own).flatten(0, 1) for part, own, size in parts])
+
+
 class Route:
     """The task ids of one batch: a tensor, or names as they were passed, until an adapter's tasks are known.
 
-    Raises ``UserError`` for what is neither names nor whole numbers of shape (B,) or (B, L).
+    blocks: of ids (1, L), how they lie in rows. Raises ``UserError`` for what is neither names nor whole numbers of
+    shape (B,) or (B, L).
     """
 
-    def __init__(self, task_ids):
+    def __init__(self, task_ids, blocks: Blocks | None = None):
+        self.blocks = blocks
         self._in_range_of = -1  # the number of tasks for which the ids were found to be in range
         if not isinstance(task_ids, torch.Tensor | str):
             rows = first = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
@@ -62,7 +94,7 @@ class Route:
             ids = moved(ids, like.device)
         is_sequence = like is not None and (like.dim() == 3 or (like.dim() == 2 and not like.is_floating_point()))
         length = like.shape[1] if is_sequence else None
-        return BoundRoute(ids, length, None if keep is None else _kept(ids, length, keep))
+        return BoundRoute(ids, length, None if keep is None else _kept(ids, length, keep), self.blocks)
 
     def _resolved(self, tasks: list[str]) -> torch.Tensor:
         ids = self.task_ids
@@ -99,6 +131,7 @@ class BoundRoute:
     task_ids: torch.Tensor  # (B,) or (B, L)
     length: int | None = None  # L of the model's input, where it is known: inputs of B L flattened rows then match too
     kept: "BoundRoute | None" = None  # of the output head, where the forward projects only some positions
+    blocks: Blocks | None = None  # of ids (1, L)
     prepared: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)  # of a layer, by ``prepare``
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,6 +139,8 @@ class BoundRoute:
         ids = self.task_ids
         if ids.device != x.device:
             ids = self.task_ids = moved(ids, x.device)
+            if self.blocks is not None:
+                self.blocks = dataclasses.replace(self.blocks, ids=moved(self.blocks.ids, x.device))
         if x.dim() > ids.dim() and x.shape[: ids.dim()] == ids.shape:
             return ids
         is_flattened = x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length
@@ -181,6 +216,14 @@ def use(task_ids) -> _Held:
     return _Held(Route(task_ids))
 
 
+def use_blocks(blocks: Blocks) -> _Held:
+    """Route forwards of one row whose tokens lie in blocks of rows."""
+    by_token = [
+        ids[:, None].expand(size).reshape(-1) for ids, size in zip(blocks.by_block(), blocks.sizes, strict=True)
+    ]
+    return _Held(Route(torch.cat(by_token)[None], blocks))
+
+
 def current() -> Route | None:
     """The route of the innermost ``use`` block, or None outside any."""
     return _thread.routes.outer
@@ -212,28 +255,32 @@ def leave_model() -> None:
     _thread.routes.model = None
 
 
-def prepared_for(x: torch.Tensor, layer) -> torch.Tensor | None:
-    """What the layer's class prepared for this forward; None where the layer has to compute it from the task ids.
-
-    Raises ``UserError`` where the ids do not fit the layer's input ``x``.
-    """
+def prepared_for(layer) -> torch.Tensor | None:
+    """What the layer's class prepared for this forward; None where the layer has to compute it from the task ids."""
+    # In code that is compiled for one layer and used for others, nothing may be looked up by the layer.
     if torch.compiler.is_compiling():
         return None
     route = _thread.routes.model
-    if route is None or layer not in route.prepared:
-        return None
-    route.ids_for(x)
-    return route.prepared[layer]
+    return None if route is None else route.prepared.get(layer)
 
 
 def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
     """The ids in force for the input ``x`` of an adapter layer; raises ``UserError`` without any, or if none fit."""
+    return _route_of(layer).ids_for(x)
+
+
+def blocks_for(x: torch.Tensor, layer) -> Blocks:
+    """As ``task_ids_for``, an id for each row of tokens where rows are what the batch consists of."""
+    route = _route_of(layer)
+    ids = route.ids_for(x)
+    return route.blocks or Blocks.of_equal_rows(ids, x.shape[:-1].numel())
+
+
+def _route_of(layer) -> BoundRoute:
     route = _thread.routes.model
     if route is None:
-        route = _outside_a_model(layer.tasks)
-    elif layer.is_head and route.kept is not None:
-        route = route.kept
-    return route.ids_for(x)
+        return _outside_a_model(layer.tasks)
+    return route.kept if layer.is_head and route.kept is not None else route
 
 
 def _outside_a_model(tasks: list[str]) -> BoundRoute:
@@ -289,6 +336,10 @@ class Generate(Override):
     name = "generate"
 
     def __call__(self, *arguments, task_ids=None, **options):
+        mask, config = options.get("attention_mask"), getattr(self.module, "config", None)
+        is_decoder = isinstance(mask, torch.Tensor) and not getattr(config, "is_encoder_decoder", False)
+        if is_decoder and mask.dim() == 2 and not mask[:, -1].all():
+            raise UserError('generate would continue behind padding; pad at the left: tokenizer.padding_side = "left"')
         with _Held(_thread.routes.outer if task_ids is None else Route(task_ids)):
             return self.original(*arguments, **options)
 

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from mtl_lora import cli
 from mtl_lora.config import DTYPES, REQUIRED, Config, flag
-from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
-
-_MERGED = (*DTYPES, "fp16")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,6 +49,17 @@ class ExportPeft(Command):
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
     tasks: list[str] = flag([], "tasks to export, as a,b; empty: all")
     results: str | None = flag(None, "results.json for the card; none: the checkpoint's own, if it is of its weights")
+    form: str = flag(
+        "exact",
+        "exact: what equals the adapter; lora: a plain LoRA of --rank, the closest to its update, with the error said",
+        choices=("exact", "lora"),
+        aliases=("as",),
+    )
+    rank: int | None = flag(None, "rank of the LoRA with --as lora", min=1)
+
+    def validate(self) -> None:
+        if (self.form == "lora") != (self.rank is not None):
+            raise UserError("--as lora and --rank R go together: the adapter as the closest plain LoRA of rank R")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,9 +69,7 @@ class ExportMerged(Command):
     home = "mtl_lora.export.merge:export_merged"
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
     task: str | None = flag(None, "the task; lora, dora and multilora, which are the same for every task, need none")
-    dtype: str = flag(
-        "auto", f"dtype of the weights: {', '.join(_MERGED)}; auto: the base model's own", choices=_MERGED
-    )
+    dtype: str = flag("auto", f"dtype of the weights: {', '.join(DTYPES)}; auto: the base model's own", choices=DTYPES)
 
 
 @dataclasses.dataclass(kw_only=True)

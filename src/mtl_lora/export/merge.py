@@ -12,7 +12,7 @@ from mtl_lora import files
 from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, require_package
 from mtl_lora.export.peft import check_task, recorded_base
 
 # What transformers writes for a model and its tokenizer.
@@ -58,7 +58,11 @@ def export_merged(
             "--base_model with the model it was quantised from, or export with the peft command"
         )
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.fingerprint(), checkpoint)
-    model = mtl_lora.load(base_model.load(STORED if dtype == "auto" else dtype), checkpoint)
+    in_4bit = config.provenance_config.load_in_4bit
+    require_package("load_in_4bit", "bitsandbytes", in_4bit)
+    base = base_model.load(STORED if dtype == "auto" else dtype, in_4bit)
+    # What was trained on 4 bits belongs to the weights that these stand for, not to those that they were made of.
+    model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)
     layers = list(mtl_lora.adapter_layers(model))
     untie_changed_head(mtl_lora.merge(model, task))
     check_finite(model, layers)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from mtl_lora import artifacts
@@ -27,14 +28,12 @@ def read_scores(checkpoint: str | Path, config: CheckpointConfig, results: str |
     other weights. Raises ``UserError`` for a named file of other weights and for a file that is not a results file.
     """
     path = Path(results) if results else Path(checkpoint) / artifacts.EVALUATION
-    if not results and not (path / artifacts.RESULTS).is_file():
-        return {}
-    measured = Results.load(path)
-    if (measured.adapter or {}).get("weights_sha256") == config.weights_sha256:
-        return {task: _score(measured, task) for task in measured.tasks}
-    if results:
+    measured = Results.load_all(path, needed=results is not None)
+    own = [each for each in measured if (each.adapter or {}).get("weights_sha256") == config.weights_sha256]
+    if results and not own:
         raise UserError(f"the results file {path} is not of this checkpoint's weights; evaluate {checkpoint} again")
-    return {}
+    tasks = dict.fromkeys(task for each in own for task in each.tasks)
+    return {task: "; ".join(_score(each, task) for each in own if task in each.tasks) for task in tasks}
 
 
 def _score(results: Results, task: str) -> str:
@@ -46,29 +45,47 @@ def _score(results: Results, task: str) -> str:
     return f"{title} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
 
 
-def model_card(task: str, config: CheckpointConfig, base_model: str, rank: int, score: str | None) -> str:
-    """The README.md of one exported task; rank: of the exported pair; score: see ``read_scores``."""
+def hub_name(base_model: str) -> str | None:
+    """The name if it is one on the hub: a folder's path says nothing elsewhere, and nothing of a machine is told."""
+    return base_model if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists() else None
+
+
+def error_text(error: float | None) -> str:
+    """What a truncated update lacks; empty for an exact one."""
+    return "" if error is None else f", relative error of the update {error:.3g} (Frobenius norm, all layers)"
+
+
+def model_card(
+    task: str, config: CheckpointConfig, base_model: str, rank: int, score: str | None, error: float | None = None
+) -> str:
+    """The README.md of one exported task, to be pushed to a hub as it is.
+
+    rank: of the exported pair; score: see ``read_scores``; error: that of a truncated update, None for an exact one.
+    """
     adapter, provenance = config.adapter_config, config.provenance_config
     method = layer_class(adapter.method)
-    base = repr(base_model) if base_model != SMOLLM2 else f"BaseModel({base_model!r}).path  # fetched on first use"
+    base = repr(hub_name(base_model) or "the folder of its base model")
+    base = base if base_model != SMOLLM2 else f"BaseModel({base_model!r}).path  # fetched on first use"
+    header = f"base_model: {json.dumps(base_model)}\n" if hub_name(base_model) else ""
+    equal = "low-rank pair that equals it" if error is None else "plain LoRA of this rank that is closest to it"
+    measured = "" if error is None else " (of the adapter before it was truncated)"
     needed = "" if base_model != SMOLLM2 else "\nfrom mtl_lora.base_model import BaseModel"
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"""---
-base_model: {json.dumps(base_model)}
-library_name: peft
+{header}library_name: peft
 pipeline_tag: text-generation
 tags:
 - lora
 - mtl-lora
 ---
 
-# {task}: {method.title} as a PEFT adapter of rank {rank}
+# {task}: {method.title} as a PEFT adapter of rank {rank}{error_text(error)}
 
 One task of an adapter trained with {method.title}{paper}.
-It is folded into the low-rank pair that equals it, so that PEFT and every program that reads PEFT's format run it
+It is folded into the {equal}, so that PEFT and every program that reads PEFT's format run it
 without task ids. Written by mtl-lora from the weights with sha256 `{config.weights_sha256}`.
 
-Result on {task}: {score or NOT_MEASURED}.
+Result on {task}{measured}: {score or NOT_MEASURED}.
 
 ## Use
 

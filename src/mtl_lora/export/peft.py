@@ -1,22 +1,25 @@
 """One PEFT LoRA folder per task: the result of ``layer.factors(task)`` under PEFT's names."""
 
-import re
+import functools
+import math
+import shlex
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, adapter_without_base, read_config, read_weights, split_state
-from mtl_lora.adapter.inject import adapter_layers
-from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class
+from mtl_lora.adapter.inject import adapter_layers, targets_for
+from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class, positive
 from mtl_lora.adapter.saved import find_slots, whole_modules
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
-from mtl_lora.export.model_card import model_card, read_scores
+from mtl_lora.export.model_card import error_text, model_card, read_scores
 
 CARD_NAME = "README.md"
 FILES = (artifacts.PEFT_CONFIG, artifacts.PEFT_WEIGHTS, CARD_NAME)
@@ -31,14 +34,18 @@ def export_peft(
     tasks: list[str] | None = None,
     base_model: BaseModel | None = None,
     results: str | Path | None = None,
+    form: str = "exact",
+    rank: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Write ``<output>/<task>/`` for each of ``tasks`` (None or empty: all); returns the folders.
 
     Needs the checkpoint and the base model's configuration, no weights of the base. base_model: None for the recorded
     one. A method that is the same for every task gets a folder per task too: prompt and result of a task then stand
-    beside its weights. Raises ``UserError`` for a method without factors, modules saved whole that PEFT cannot hold,
-    an unknown task, a damaged checkpoint, another base model, and an ``output`` in use.
+    beside its weights. form: ``exact``, or ``lora``: the plain LoRA of ``rank`` that is closest to the adapter's update
+    (which for DoRA needs the base's weights). What serves all folders in vLLM, or why it would not, is printed on
+    stderr. Raises ``UserError`` for a method without factors, modules saved whole that PEFT cannot hold, an unknown
+    task, a damaged checkpoint, another base model, and an ``output`` in use.
     """
     config = read_config(checkpoint)
     layer_class(config.adapter_config.method).require_factors()
@@ -48,16 +55,42 @@ def export_peft(
     scores = read_scores(checkpoint, config, results)
     base = structure_if_known(base_model)
     saved_names, saved = saved_modules(checkpoint, config, base)
-    layers = adapter_layers(adapter_without_base(checkpoint, config, base))
+    if form == "lora" and saved:
+        raise UserError(f"{checkpoint} has modules saved whole, which no plain LoRA holds; use the merge command")
+    adapter = adapter_without_base(checkpoint, config, base)
+    if form == "lora" and config.adapter_config.method == "dora":
+        adapter = mtl_lora.load(base_model.load("fp32"), checkpoint)
+    layers = adapter_layers(adapter)
     shared = {"base_model_name_or_path": base_model.name, "modules_to_save": saved_names}
     shared["target_modules"] = targets_for(layers, base)
+    said = []
     with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder:
         for name in names:
             task = None if name == FOR_ALL and not config.adapter_config.tasks else name
-            rank = _write_task(folder / name, layers, task, saved, shared)
-            card = model_card(name, config, base_model.name, rank, scores.get(name))
+            found, error = _write_task(folder / name, layers, task, saved, shared, rank)
+            card = model_card(name, config, base_model.name, found["r"], scores.get(name), error)
             files.write_text(folder / name / CARD_NAME, card)
-    return [Path(output) / name for name in names]
+            said.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
+    closest_lora.cache_clear()
+    folders = [Path(output) / name for name in names]
+    print(*said, serving(base_model, folders, found["r"], found["use_dora"], saved_names), sep="\n", file=sys.stderr)
+    return folders
+
+
+_LARGE = 1024  # sides from which singular values are found by random projections, for all of them take hours
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.11 and later take as --max-lora-rank
+
+
+def serving(base_model: BaseModel, folders: list[Path], rank: int, dora: bool, saved: list[str] | None) -> str:
+    """The command that serves the folders in vLLM, or why it would refuse them and what to do."""
+    reasons = ["DoRA"] * dora + [f"modules beside the LoRA ({', '.join(saved or [])})"] * bool(saved)
+    reasons += [f"a rank above {VLLM_RANKS[-1]}"] * (rank > VLLM_RANKS[-1])
+    if reasons:
+        way_out = "use the merge command" if saved else "export with --as lora --rank R, or use the merge command"
+        return f"vLLM does not take {' and '.join(reasons)}: to serve this there, {way_out}"
+    most = next(each for each in VLLM_RANKS if each >= rank)
+    words = ["vllm", "serve", base_model.path, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules"]
+    return shlex.join([*words, *(f"{folder.name}={folder}" for folder in folders)])
 
 
 def recorded_base(checkpoint: str | Path) -> BaseModel:
@@ -93,23 +126,6 @@ def structure_if_known(base_model: BaseModel) -> nn.Module | None:
         return None
 
 
-def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str:
-    """``target_modules`` that mean exactly the modules ``names``, here and in PEFT.
-
-    Name endings if they match no other module of ``base``, else whole names, else an expression of whole names.
-    """
-    names = list(names)
-    if base is None:
-        return names
-    everything = [name for name, _ in base.named_modules()]
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    for targets in (endings, names):
-        ends = tuple(f".{target}" for target in targets)
-        if {name for name in everything if name in targets or name.endswith(ends)} == set(names):
-            return targets
-    return "|".join(re.escape(name) for name in names)
-
-
 def saved_modules(
     checkpoint: str | Path, config: CheckpointConfig, base: nn.Module | None
 ) -> tuple[list[str] | None, dict[str, torch.Tensor]]:
@@ -136,16 +152,27 @@ def saved_modules(
 
 
 def _write_task(
-    folder: Path, layers: dict[str, AdapterLayer], task: str | None, saved: dict[str, torch.Tensor], shared: dict
-) -> int:
-    """Write weights and configuration of one task; returns the rank.
+    folder: Path,
+    layers: dict[str, AdapterLayer],
+    task: str | None,
+    saved: dict[str, torch.Tensor],
+    shared: dict,
+    rank: int | None,
+) -> tuple[dict, float | None]:
+    """Write weights and configuration of one task; returns its part of the configuration, and the relative error.
 
-    saved: weights of modules saved whole. shared: the part of the configuration that all tasks share.
+    saved: weights of modules saved whole. shared: the part of the configuration that all tasks share. rank: that of the
+    closest plain LoRA, or None for what equals the adapter; the error is then None.
     """
     tensors, settings = {f"{artifacts.PEFT_PREFIX}{name}": tensor for name, tensor in saved.items()}, {}
+    lost = whole = 0.0
     for name, layer in layers.items():
         with torch.no_grad():
-            factors = layer.factors(task)
+            if rank is None:
+                factors = layer.factors(task)
+            else:
+                factors, squares, of = closest_lora(layer, task if layer.needs_task_ids else None, rank)
+                lost, whole = lost + squares, whole + of
         alpha, B = alpha_and_up(factors)
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous()
@@ -153,11 +180,42 @@ def _write_task(
             tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude.contiguous()
         settings = {"r": factors.A.shape[0], "lora_alpha": alpha, "use_dora": factors.magnitude is not None}
     folder.mkdir()
-    save_file(tensors, folder / artifacts.PEFT_WEIGHTS, metadata={"format": "pt"})
+    error = None if rank is None else math.sqrt(lost / whole) if whole else 0.0
+    metadata = {"format": "pt"} | ({} if error is None else {"relative_error": f"{error:.6g}"})
+    save_file(tensors, folder / artifacts.PEFT_WEIGHTS, metadata=metadata)
     # PEFT corrects fan_in_fan_out layer by layer in a model that has both kinds.
     settings["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     files.write_json(folder / artifacts.PEFT_CONFIG, {**_PLAIN_LORA, **shared, **settings})
-    return settings["r"]
+    return settings, error
+
+
+@functools.lru_cache(maxsize=512)  # a method that is the same for every task is truncated once
+def closest_lora(layer: AdapterLayer, task: str | None, rank: int) -> tuple[Factors, float, float]:
+    """The plain pair of at most ``rank`` whose update is closest to the layer's, by singular values (Eckart and Young,
+    Psychometrika 1, 1936); the squared Frobenius norms of what it lacks and of the whole update."""
+    factors = layer.factors(task)
+    if factors.magnitude is None:  # in rank space, exactly
+        (up, R_up), (down, R_down) = (torch.linalg.qr(each.double()) for each in (factors.B, factors.A.T))
+        U, S, V = torch.linalg.svd(factors.scale * R_up @ R_down.T)
+        U, V, whole = up @ U, down @ V.T, S.square().sum()
+    else:
+        weight = layer.base_layer.weight.double()
+        weight = weight.T if is_conv1d(layer.base_layer) else weight
+        merged = weight + factors.delta()
+        update = merged * (factors.magnitude / positive(merged.norm(dim=1)))[:, None] - weight
+        if min(update.shape) > _LARGE:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                U, S, V = torch.svd_lowrank(update, min(rank + 32, *update.shape), niter=6)
+        else:
+            U, S, V = torch.linalg.svd(update, full_matrices=False)
+            V = V.T
+        whole = update.square().sum()
+    rank = rank if factors.magnitude is not None else min(rank, len(factors.A))
+    # A layer narrower than that is filled up with zeros: PEFT's rank is one for all layers.
+    down, up = (F.pad(each[:, :rank], (0, rank - each[:, :rank].shape[1])) for each in (V, U * S))
+    pair = Factors(down.T.to(factors.A.dtype), up.to(factors.A.dtype), 1.0)
+    return pair, max((whole - S[:rank].square().sum()).item(), 0.0), whole.item()
 
 
 def alpha_and_up(factors: Factors) -> tuple[int, torch.Tensor]:

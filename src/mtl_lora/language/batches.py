@@ -15,6 +15,7 @@ from mtl_lora import route
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.inject import output_head
 from mtl_lora.base_model import at_least_float32
+from mtl_lora.language.prefix import Packer, forward_arguments
 
 IGNORED = -100  # the label that torch's cross entropy skips
 
@@ -28,10 +29,12 @@ class Collator:
 
     Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. supervised: what
     ``supervised_positions`` finds, here, because a GPU would make the training wait for N. loss_weight: N, float32.
+    packed: what the packer, if there is one, makes of the rows.
     """
 
     pad_token_id: int
     train_on_inputs: bool = False
+    packer: Packer | None = None
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
@@ -46,7 +49,9 @@ class Collator:
         supervised = supervised_positions(labels)
         weight = torch.tensor(float(len(supervised)))
         batch = {"input_ids": input_ids, "labels": labels, "task_ids": task_ids}
-        return {**batch, "supervised": supervised, "loss_weight": weight}
+        batch |= {"supervised": supervised, "loss_weight": weight}
+        packed = self.packer(rows, length, supervised) if self.packer else None
+        return {**batch, "packed": packed} if packed else batch
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,24 +82,80 @@ def token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross entropy of every supervised token, (N,), its weight, which is one, (N,), and its row's task id, (N,).
 
-    batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L) and supervised (N,). As the
-    collator makes it, nothing here waits for a GPU. Only the supervised positions go through the model's output head,
-    in its own forward, so that wrappers such as DDP and DeepSpeed see an ordinary call. (``logits_to_keep`` takes such
-    positions from transformers 5.23 on alone, and as a mask, whose trues a GPU must count.) A model whose head is not
-    found, or sees something else, projects every position.
+    batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L), supervised (N,) and packed, the
+    same rows with shared prompt prefixes. As the collator makes it, nothing here waits for a GPU. Only the supervised
+    positions go through the model's output head, in its own forward, so that wrappers such as DDP and DeepSpeed see an
+    ordinary call. (``logits_to_keep`` takes such positions from transformers 5.23 on alone, and as a mask, whose trues
+    a GPU must count.) A model whose head is not found, or sees something else, projects every position.
     """
     labels, task_ids = batch["labels"], batch["task_ids"]
     supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)
-    token_task_ids = task_ids.index_select(0, supervised // labels.shape[1])
-    with route.use(task_ids), _head_sees(model, labels.shape, supervised, token_task_ids) as head:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    token_task_ids, positions = task_ids.index_select(0, supervised // labels.shape[1]), supervised
+    inputs, routed = (
+        {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch},
+        route.use(task_ids),
+    )
+    if "packed" in batch:
+        inputs, blocks = forward_arguments(batch["packed"])
+        positions, routed = batch["packed"]["supervised"], routing.use_blocks(blocks)
+    with routed, _head_sees(model, inputs["input_ids"].shape, positions, token_task_ids) as head:
         logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
     if not head.selected:
-        _say_that_all_is_projected(type(_unwrapped(model)))
-        logits = logits.index_select(0, supervised)
+        _say_that_all_is_projected(type(unwrapped(model)))
+        logits = logits.index_select(0, positions)
     targets = labels.flatten().index_select(0, supervised + 1)
     losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
     return losses, torch.ones_like(losses), token_task_ids
+
+
+class CheckedLosses:
+    """``token_losses`` of a training with shared prompt prefixes. At the first batch that has any it compares them with
+    those of the rows as they are, and where a model gives others, all batches go the plain way, with a line.
+
+    dropout: whether there is any, so that only models in evaluation can be compared.
+    """
+
+    def __init__(self, dropout: bool):
+        self.dropout, self.shares = dropout, None
+
+    def __call__(self, model: nn.Module, batch: Mapping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.shares is None:
+            self._compare(model, batch)
+        return token_losses(model, batch if self.shares else _plain(batch))
+
+    @torch.no_grad()
+    def _compare(self, model: nn.Module, batch: Mapping) -> None:
+        """Decide ``shares``, unless no process has a batch with shared prefixes; all run the same forwards."""
+        training, device, fault = model.training, batch["labels"].device, None
+        limit = _tolerance(unwrapped(model).dtype)
+        model.train(training and not self.dropout)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            expected = token_losses(model, _plain(batch))[0]
+            try:
+                off = (token_losses(model, batch)[0] - expected).abs() > limit * (1 + expected)
+                fault = "its losses would be others" if off.any() else None
+            except (TypeError, AttributeError, RuntimeError) as error:  # a forward that does not know the layout
+                fault = str(error).partition("\n")[0]
+        model.train(training)
+        found = torch.tensor([fault is not None, "packed" in batch], dtype=torch.int64, device=device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        failed, compared = found.tolist()
+        if compared:
+            self.shares = not failed
+        if fault:
+            name = type(unwrapped(model)).__name__
+            print(f"every row runs its whole prompt: {name} cannot share prompt prefixes ({fault})", file=sys.stderr)
+
+
+def _plain(batch: Mapping) -> dict:
+    """A batch without shared prompt prefixes."""
+    return {name: value for name, value in batch.items() if name != "packed"}
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Of a token's loss, relative to one more than it."""
+    return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 0.05)
 
 
 class _Selection:
@@ -123,7 +184,7 @@ def _head_sees(
 ) -> Iterator[_Selection]:
     """A block in which the model's output head, if it has one, sees some positions alone; task_ids (N,) of these."""
     selection = _Selection(shape, positions, task_ids)
-    head = output_head(_unwrapped(model))
+    head = output_head(unwrapped(model))
     handle = head.register_forward_pre_hook(selection) if head is not None else None
     try:
         yield selection
@@ -132,7 +193,7 @@ def _head_sees(
             handle.remove()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP's or DeepSpeed's wrapper."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module

@@ -184,12 +184,15 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
-        if template_name == CHAT:  # which writes BOS and the end of an answer itself
+        self._control: set[int] = set()  # ids that no text may have
+        if template_name == CHAT:  # which writes BOS and the end of an answer itself, and refuses such texts
             self.template = ChatTemplate(tokenizer)
             self.prefix, self.end_id = [], self.template.end_id
         else:
             self.template = template(template_name)
             self.prefix, self.end_id = self._special_prefix(), tokenizer.eos_token_id
+            special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+            self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self._answers: dict[str, list[int]] = {}
         self._reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
@@ -206,7 +209,9 @@ class Encoder:
         )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        # What looks like a control token is text, for EOS in an instruction would end it; a chat template writes them.
+        plain = not isinstance(self.template, ChatTemplate)
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
     def _reserve(self, task: Task) -> int:
         if not task.options:
@@ -222,13 +227,20 @@ class Encoder:
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> list[Encoded]:
         """Encode examples; ``with_answers`` adds ``output`` and EOS (training).
 
-        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff.
+        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff,
+        or whose text this tokenizer cannot but read as a control token.
         """
         texts = [self._texts(example, with_answers) for example in examples]
         prompts = self._ids(["".join(parts) for parts, _ in texts])
         encoded = []
         for example, (parts, output), ids in zip(examples, texts, prompts, strict=True):
             answer = self.answer_ids(output) if with_answers else []
+            if found := self._control.intersection(ids) or self._control.intersection(answer[:-1]):
+                token = self.tokenizer.convert_ids_to_tokens(found.pop())
+                raise UserError(
+                    f"example {example.index} holds {token!r}, which this tokenizer takes for a control token; "
+                    "take it out"
+                )
             if len(answer) > self.cutoff_len:
                 raise UserError(
                     f"example {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "

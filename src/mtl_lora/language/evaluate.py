@@ -1,6 +1,7 @@
 """``mtl-lora evaluate``: from test sets to predictions to ``results.json``."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import platform
@@ -16,7 +17,7 @@ import transformers
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, check_settings, claim
+from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, begin, check_settings
 from mtl_lora.language.metrics import task_result
 from mtl_lora.language.questions import Question, QuestionSets, load_questions
 from mtl_lora.results import Results, TaskNames, Trainable
@@ -38,6 +39,20 @@ def run(config: EvalConfig) -> dict[str, Results]:
     # Of free text alone there is nothing to score.
     folders = {protocol: folder for protocol, folder in config.protocols.items() if questions[protocol]}
     evaluator.prepare(questions)
+    with contextlib.ExitStack() as stack:
+        for folder in () if config.check else dict.fromkeys([config.output_folder, *folders.values()]):
+            stack.enter_context(files.claimed(folder))
+        return _run(config, evaluator, asked, questions, folders)
+
+
+def _run(
+    config: EvalConfig,
+    evaluator: Evaluator,
+    asked: QuestionSets,
+    questions: dict[str, list[Question]],
+    folders: dict[str, str],
+) -> dict[str, Results]:
+    """``run`` with the output folders claimed; questions and folders: by protocol."""
     if not config.overwrite:
         way_out = "pass another --output_dir, or --overwrite to delete them"
         for protocol, folder in folders.items():
@@ -50,8 +65,9 @@ def run(config: EvalConfig) -> dict[str, Results]:
     results: dict[str, Results] = {}
     with Processes() as processes:
         if processes.rank == 0:
+            (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
             for protocol, folder in folders.items():
-                claim(folder, evaluator.settings(protocol), config.overwrite)
+                begin(folder, evaluator.settings(protocol), config.overwrite)
         processes.barrier()
         for protocol, folder in folders.items():
             answer_all(evaluator, protocol, questions[protocol], folder, processes)
@@ -113,6 +129,12 @@ def collect(
         own, base = _sizes(peft.weights), _sizes(*evaluator.base_model.weight_files())
         # A module that is trained and saved whole takes the place of the base's.
         trainable = Trainable(sum(own.values()), sum((base | own).values()))
+    tasks = {
+        name: task_result(part[0].task, [lines[question.key] for question in part]) for name, part in by_task.items()
+    }
+    for untrained in (adapter and adapter.provenance_config.untrained_tasks) or ():
+        if untrained in tasks:
+            tasks[untrained].measured["untrained"] = True
     name = config.name or evaluator.method_title or evaluator.base_model.name
     return Results(
         name=f"{name} ({protocol})" if config.mode == "both" else name,
@@ -121,10 +143,7 @@ def collect(
         base_model=evaluator.base_model.name,
         mode=protocol,
         trainable=trainable,
-        tasks={
-            name: task_result(part[0].task, [lines[question.key] for question in part])
-            for name, part in by_task.items()
-        },
+        tasks=tasks,
         task_set=TaskNames.from_json(evaluator.tasks.to_json()),
         settings=evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size},
         data={name: asked.sha256[name] for name in by_task},

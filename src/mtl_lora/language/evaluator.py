@@ -19,7 +19,7 @@ from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, require_package
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
@@ -61,6 +61,9 @@ class Evaluator:
         self.template = origin.prompt_template or config.template or "alpaca"
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
         self.tasks = self._tasks(origin)
+        self.base_model.check_quantisation()
+        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
+        require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
         self.base_fingerprint = self.base_model.fingerprint()
         self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
         tokenizer = self.base_model.tokenizer()
@@ -103,12 +106,18 @@ class Evaluator:
         }
         if protocol != "score":
             settings |= {"max_new_tokens": self.config.max_new_tokens, "num_beams": self.config.num_beams}
+        if self.load_in_4bit:
+            settings["load_in_4bit"] = True
         return settings
 
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
         """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
         for question in questions.get("score", ()):
             answering.continuations(question, self.encoder)
+        longest = max((len(question.prompt_ids) for question in itertools.chain(*questions.values())), default=0)
+        more = self.config.max_new_tokens if questions.get("generate") else 0
+        way_out = f"a prompt and --max_new_tokens {more}; lower it" if more else "a prompt; take a shorter --cutoff_len"
+        self.base_model.check_positions(longest + more, way_out)
         prompts = collections.defaultdict(list)
         for question in itertools.chain(*questions.values()):
             prompts[question.task.id].append(question.prompt_ids)
@@ -122,11 +131,17 @@ class Evaluator:
             return
         device = device_for_this_process()
         keep_freed_memory(device.type)
-        model = self.base_model.load(self.config.dtype)
+        model = self.base_model.load(self.config.dtype, self.load_in_4bit)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)
         elif self.peft:
             model = self.peft.load(model)
+        # An answer is recorded under the hashes that were read first.
+        self.base_model.check_unchanged(self.base_fingerprint)
+        if self.adapter and checkpoint.read_config(self.config.checkpoint) != self.adapter:
+            raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
+        if self.peft and files.sha256(self.peft.weights) != self.peft.weights_sha256:
+            raise UserError(f"{self.config.peft} was replaced meanwhile; run the same command again")
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
         self.model = model.eval().to(device)
@@ -275,6 +290,8 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
     """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
     path = Path(folder) / artifacts.EVAL_SETTINGS
     if not path.exists():
+        if any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
+            raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
         return
     earlier = {"protocol": 1, **files.read_object(path, "the settings of an earlier evaluation")}
     different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
@@ -282,13 +299,15 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
         raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
 
 
-def claim(folder: str | Path, settings: dict, overwrite: bool) -> None:
+def begin(folder: str | Path, settings: dict, overwrite: bool) -> None:
     """Make a folder, which was checked, that of answers under ``settings``.
 
     overwrite: delete an evaluation that it holds.
     """
     if overwrite:
         artifacts.remove_evaluation(folder)
+    for left in (Path(folder) / artifacts.PREDICTIONS).glob(".*.partial"):  # half-written by one that was killed
+        left.unlink()
     files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
 
 

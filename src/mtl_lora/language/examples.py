@@ -209,6 +209,8 @@ def parse_example(
     options = tasks[task_id].options_of(texts["instruction"])
     if closed and told and not texts["answer"]:
         texts["answer"] = extract_answer(tasks[task_id], texts["output"])
+    # White space around an option is how it stands behind the prefix, and need not be in the answer.
+    texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
     if options and closed and texts["answer"] not in options:
         raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
     if options and answered and not closed:

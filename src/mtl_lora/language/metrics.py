@@ -4,6 +4,7 @@ A metric is a function of predictions and targets in a table by name; a task nam
 """
 
 import collections
+import functools
 import math
 import re
 import string
@@ -19,16 +20,58 @@ if TYPE_CHECKING:
 
 
 def extract_answer(task: "Task", text: str) -> str:
-    """The answer in generated text, or ``""``: the first match of the task's pattern, as LLM-Adapters extracts.
+    """The answer in generated text, or ``""``.
 
-    A free-text task without a pattern takes the first line, without the answer prefix.
+    For a task with a pattern, and for the eight commonsense tasks, the pattern's first match, as LLM-Adapters extracts.
+    For options of one's own, the first that stands in the text as a whole word or number; behind the answer prefix,
+    where the text has one in front of an option. A free-text task without a pattern takes the first line, without the
+    answer prefix.
     """
     text = text.strip()
+    if task.options and not task.is_matched_by_pattern:
+        prefix = task.answer_prefix.strip()
+        found = re.search(re.escape(prefix), text, re.IGNORECASE) if prefix else None
+        parts = [text[found.end() :], text] if found else [text]
+        return next(filter(None, (_whole_option(task.options, part) for part in parts)), "")
     if task.answer_pattern:
         match = re.search(task.answer_pattern, text)
         return match.group(0) if match else ""
     lines = text.splitlines()
     return lines[0].removeprefix(task.answer_prefix).strip() if lines else ""
+
+
+def _whole_option(options: tuple[str, ...], text: str) -> str:
+    """The option that stands first in a text as it is written, or, if none does, in other case; ``""`` for none."""
+    for pattern in _whole_options(options):
+        if match := pattern.search(text):
+            (index,) = (int(name[1:]) for name, value in match.groupdict().items() if value is not None)
+            return options[index]
+    return ""
+
+
+# A character that makes a longer word of an option beside it: none of a script that puts no spaces between words.
+_LETTER = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"
+
+
+@functools.cache
+def _whole_options(options: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+    """Patterns of options as whole words or numbers, in their own case and in any; an option is a group by its index.
+
+    A single letter may be a word of its own ("A dog", "I think", "it is a cat"): such a word is no option.
+    """
+    exact, any_case = [], []
+    for index in sorted(range(len(options)), key=lambda index: -len(options[index].strip())):  # the longest first
+        option = options[index].strip()
+        letter = len(option) == 1 and option.isalpha()
+        before, after = rf"(?<!{_LETTER})", rf"(?!{_LETTER})"
+        if option[0].isalnum():
+            before += r"(?<!\w[-'’])" + (r"(?<!\d[.,:/])(?<![-.\N{MINUS SIGN}])" if option[0].isdigit() else "")
+        if option[-1].isalnum():
+            after += r"(?![-'’]\w|[+#])" + (r"(?![.,:/]\d)" if option[-1].isdigit() else "")
+        written = rf"(?P<o{index}>{re.escape(option)})"
+        exact.append(before + written + after + (r"(?! (?!is\b)[a-z])" if option in ("A", "I") else ""))
+        any_case.append(before + written + after + (r"(?=\s*(?:[).:]|$))" if letter else ""))
+    return re.compile("|".join(exact)), re.compile("|".join(any_case), re.IGNORECASE)
 
 
 def strict_answer(task: "Task", options: Sequence[str], text: str) -> str:
@@ -39,7 +82,7 @@ def strict_answer(task: "Task", options: Sequence[str], text: str) -> str:
     """
     given = text.strip().removeprefix(task.answer_prefix.strip()).strip()
     for option in options:
-        if given in (option, f"{option}."):
+        if given in (option.strip(), f"{option.strip()}."):
             return option
     return ""
 

@@ -6,16 +6,17 @@ mixed; its other fields are kept. A result has ``index`` (its place, from 0), th
 options) by option; where text was generated, ``text``.
 """
 
+import contextlib
 import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtl_lora import files
+from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, PredictConfig
-from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, check_settings, claim
+from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, begin, check_settings
 from mtl_lora.language.examples import parse_example, read_values
 from mtl_lora.language.questions import Question, encode_questions
 
@@ -65,11 +66,19 @@ def run(config: PredictConfig) -> None:
     """
     config.check_files()
     evaluator = Evaluator(config)
-    by_protocol = _questions(read_values(Path(config.input)), evaluator, config.task, config.mode, config.input)
+    with files.unchanged(config.input) as digest:
+        values = read_values(Path(config.input))
+    by_protocol = _questions(values, evaluator, config.task, config.mode, config.input)
     evaluator.prepare(by_protocol)
+    with contextlib.nullcontext() if config.check else files.claimed(config.output):
+        _run(config, evaluator, by_protocol, digest)
+
+
+def _run(config: PredictConfig, evaluator: Evaluator, by_protocol: dict[str, list[Question]], digest: str) -> None:
+    """``run`` with the output file claimed."""
     output, partial = Path(config.output), Path(f"{config.output}.partial")
     settings = evaluator.settings(config.mode or "score, generate for free text")
-    settings |= {"input_sha256": files.sha256(config.input), "task": config.task}
+    settings |= {"input_sha256": digest, "task": config.task}
     files.require_writable(output.parent)
     if not config.overwrite:
         if output.exists() and not partial.exists():
@@ -81,7 +90,7 @@ def run(config: PredictConfig) -> None:
         return
     with Processes() as processes:
         if processes.rank == 0:
-            claim(partial, settings, config.overwrite)
+            begin(partial, settings, config.overwrite)
         processes.barrier()
         for protocol, part in by_protocol.items():
             answer_all(evaluator, protocol, part, partial, processes)
@@ -90,6 +99,7 @@ def run(config: PredictConfig) -> None:
             questions.sort(key=lambda question: question.example.index)
             results = [_result(question, lines[question.key]) for question in questions]
             files.write_text(output, files.json_lines(results))
+            artifacts.remove_evaluation(partial)
             shutil.rmtree(partial)
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
 

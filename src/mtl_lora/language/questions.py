@@ -58,7 +58,8 @@ class Question:
     def answered_by(self, line: Mapping | None) -> bool:
         """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
         expected = self.prompt_sha256, self.example.answer
-        return bool(line) and (line.get("prompt_sha256"), line.get("answer")) == expected
+        said = line and line.get("text", line.get("parsed"))
+        return isinstance(said, str) and (line.get("prompt_sha256"), line.get("answer")) == expected
 
     def extract_again(self, line: dict) -> dict:
         """A line of this question with its answer extracted from its text by today's rules."""
@@ -106,8 +107,9 @@ def load_questions(
                 + ("make it with `mtl-lora prepare commonsense`, or " if tasks.names == COMMONSENSE.names else "")
                 + "pass --data_dir DIR, or --tasks with the tasks that have one"
             )
-        examples = load_examples(path, tasks, task.name, closed=True)
-        found.sha256[task.name], found.sizes[task.name] = files.sha256(path), len(examples)
+        with files.unchanged(path) as digest:
+            examples = load_examples(path, tasks, task.name, closed=True)
+        found.sha256[task.name], found.sizes[task.name] = digest, len(examples)
         found.questions += encode_questions(examples[:limit] if limit else examples, tasks, encoder, path)
     return found
 

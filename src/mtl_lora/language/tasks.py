@@ -23,8 +23,8 @@ class Task:
 
     name: key in files and flags. id: 0..T-1, the index of the task's adapter weights.
     options: every answer the task allows; empty for a free-text task.
-    pattern: regular expression whose first match in generated text is the answer; empty: the options joined by
-        ``|`` as LLM-Adapters does, or the whole text after the answer prefix for a free-text task.
+    pattern: regular expression whose first match in generated text is the answer; empty: the options as whole words
+        (for the commonsense tasks joined by ``|``, as LLM-Adapters does), or for a free-text task its first line.
     answer_prefix: the words before the answer in every ``output``. title: column heading in tables.
     metric: name in ``metrics.METRICS``; empty: accuracy of options, exact_match of free text.
     """
@@ -43,10 +43,10 @@ class Task:
         if type(self.id) is not int or self.id < 0:
             raise UserError(f"task {self.name!r} has id {self.id!r}; ids are whole numbers from 0")
         listed = isinstance(self.options, list | tuple)
-        if not listed or not all(isinstance(option, str) and option for option in self.options):
+        if not listed or not all(isinstance(option, str) and option.strip() for option in self.options):
             raise UserError(f"task {self.name!r} has options {self.options!r}; options are a list of non-empty strings")
         object.__setattr__(self, "options", tuple(self.options))
-        if len(set(self.options)) != len(self.options) or len(self.options) == 1:
+        if len({option.strip() for option in self.options}) != len(self.options) or len(self.options) == 1:
             raise UserError(f"task {self.name!r} needs at least two different options, or none for free text")
         for field in ("pattern", "answer_prefix", "title", "metric"):
             if not isinstance(getattr(self, field), str):
@@ -68,6 +68,12 @@ class Task:
         # The first alternative that fits is taken, so an option that begins another one stands behind it.
         begins = {option: sum(other.startswith(option) for other in self.options) for option in self.options}
         return self.pattern or "|".join(re.escape(option) for option in sorted(self.options, key=begins.get))
+
+    @property
+    def is_matched_by_pattern(self) -> bool:
+        """Whether ``answer_pattern`` finds the answer: the task's own pattern, or that of a task of LLM-Adapters."""
+        original = {(task.name, task.options) for task in COMMONSENSE}
+        return bool(self.pattern) or (self.name, self.options) in original
 
     @property
     def metric_name(self) -> str:

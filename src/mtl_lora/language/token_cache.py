@@ -19,7 +19,7 @@ from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import TaskSet
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 4096
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; one that was cut between its batches would read as whole
 COLUMNS = datasets.Features(
@@ -41,17 +41,19 @@ def training_rows(
     tasks: TaskSet,
     cache_dir: str | Path,
     task: str | None = None,
+    digest: str | None = None,
 ) -> datasets.Dataset:
     """The encoded examples of a data file, one a row, from the cache if they are there.
 
     Columns: input_ids (prompt, answer, EOS), prompt_length, length, task_id, removed (prompt tokens cut). task: as for
-    ``load_examples``.
+    ``load_examples``. digest: the file's sha256, if it is known.
     Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
     an unwritable cache folder.
     """
     # The room that is kept for an answer depends on the options and what is written before them.
     shaping = [(task.name, task.options, task.answer_prefix) for task in tasks]
-    facts = [_VERSION, files.sha256(path), Path(path).suffix.lower(), cutoff_len, shaping]
+    digest = digest or files.sha256(path)
+    facts = [_VERSION, digest, Path(path).suffix.lower(), cutoff_len, shaping]
     facts += [tokenizer_hash(tokenizer), repr(template(template_name)), *([task] if task else [])]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     file = Path(cache_dir) / f"rows-{key}.arrow"
@@ -59,7 +61,8 @@ def training_rows(
     if rows is None:
         if file.exists():
             print(f"the cache {file} is damaged and made anew", file=sys.stderr)
-        examples, encoder = load_examples(path, tasks, task), Encoder(tokenizer, template_name, cutoff_len, tasks)
+        with files.unchanged(path, digest):
+            examples, encoder = load_examples(path, tasks, task), Encoder(tokenizer, template_name, cutoff_len, tasks)
 
         def encode(batch: dict[str, list[int]]) -> dict[str, list]:
             try:
@@ -76,11 +79,18 @@ def training_rows(
             }
 
         options = {"batched": True, "batch_size": _CHUNK, "desc": "tokenising", "features": COLUMNS}
-        options |= {"remove_columns": "index", "cache_file_name": str(file), "new_fingerprint": key}
+        options |= {"remove_columns": "index", "new_fingerprint": key}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.unlink(missing_ok=True)
-            datasets.Dataset.from_dict({"index": range(len(examples))}).map(encode, **options)
+            # A second training on the same data waits for the rows of the first.
+            with files.claimed(file, wait=True):
+                temporary = {"prefix": f".{file.name}.", "suffix": ".partial", "dir": file.parent}
+                with tempfile.TemporaryDirectory(**temporary) as folder:
+                    made = Path(folder) / file.name
+                    if _read(file) is None:
+                        indices = datasets.Dataset.from_dict({"index": range(len(examples))})
+                        indices.map(encode, cache_file_name=str(made), **options)
+                        made.replace(file)
         except OSError as error:
             raise UserError(
                 f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another"

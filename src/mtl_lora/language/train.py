@@ -1,7 +1,10 @@
 """Training of language models: check everything, encode the examples, build the model, train it, save the adapter."""
 
+import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,16 +16,18 @@ from mtl_lora import files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets
+from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
-from mtl_lora.language.batches import Collator, token_losses
+from mtl_lora.language.batches import CheckedLosses, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT
+from mtl_lora.language.prefix import Packer, let_attention_share, prefixes_to_share
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
 from mtl_lora.training import distributed, resume
+from mtl_lora.training.sampler import examples_per_task
 from mtl_lora.training.trainer import MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
@@ -41,42 +46,70 @@ def run(config: TrainConfig) -> None:
     adapter = config.adapter_config(tasks)
     distributed.check_launch(config)
     config.check_files()
+    with nullcontext() if config.check else files.claimed(config.output_dir):
+        _run(config, tasks, adapter)
+
+
+def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
+    """``run`` with the output folder claimed."""
     from_checkpoint = resume.checkpoint_to_resume(config)
     base = BaseModel(config.base_model, config.trust_remote_code)
+    base.check_quantisation(training=True)
     structure = base.structure()  # before the arguments are made, for from then on ZeRO-3 partitions every new model
     try:
-        find_targets(structure, adapter)
+        adapter, notes = in_language_model(adapter, structure)
     except UserError as error:
         raise UserError(f"--lora_target_modules: {error}") from None
     arguments = training_arguments(config)
     distributed.check_deepspeed_values(arguments, one_process=config.check)
     tokenizer = base.tokenizer()
-    rows = encoded_rows(config, arguments, tasks, tokenizer)
+    digest = files.sha256(config.data_path)
+    rows = encoded_rows(config, arguments, tasks, tokenizer, digest)
+    longest = int(row_columns(rows)["length"].max())
+    base.check_positions(longest, f"the longest example; lower --cutoff_len, which is {config.cutoff_len}")
     train, held_out = split(rows, config.val_set_size, config.seed)
+    log(arguments, *notes)
     columns = row_columns(train)
-    sampler = make_sampler(config, arguments, columns["length"], columns["task_id"])
+    prefixes, note = prefixes_to_share(config.reuse_prefix, train, structure, config.lora_dropout)
+    log(arguments, note)
+    lengths = columns["length"]
+    if not config.token_budget:  # a budget is kept with whole prompts
+        lengths = lengths - np.array([len(prefixes.get(task.id, ())) for task in tasks])[columns["task_id"]]
+    sampler = make_sampler(config, arguments, lengths, columns["task_id"])
     log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
-    present = np.unique(columns["task_id"])
-    if absent := [name for index, name in enumerate(tasks.names) if index not in present]:
-        log(arguments, f"no training examples of {', '.join(absent)}: what is these tasks' own stays as it is drawn")
-    configuration = run_configuration(config, arguments, tasks)
+    counts = np.bincount(columns["task_id"], minlength=len(tasks))
+    log(arguments, counts_note(tasks.names, counts, held_out, config.sampling_temperature))
+    untrained = [name for name, count in zip(tasks.names, counts, strict=True) if not count]
+    if untrained:
+        log(arguments, f"no training examples of {', '.join(untrained)}: what is these tasks' own stays as it is drawn")
+    configuration = run_configuration(config, arguments, tasks, digest) | {"shared_prefixes": bool(prefixes)}
     if from_checkpoint:
         resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
     if config.check:
-        log(arguments, "every setting is fine")
+        several = "" if arguments.world_size > 1 else "; a launch of N devices takes N such batches a step"
+        log(arguments, f"every setting is fine{several}")
         return
     model = build_model(config, base, adapter, arguments)
-    # From here on the folder is this run's: every mistake was found before an older run is deleted.
-    resume.claim_output(config, arguments, configuration)
+    base.check_unchanged(configuration["base_fingerprint"])
+    losses, packer = token_losses, None
+    if prefixes:
+        let_attention_share(model)
+        losses = CheckedLosses(dropout=config.lora_dropout > 0)
+        packer = Packer(prefixes, layer_class(adapter.method).needs_task_ids, tokenizer.pad_token_id)
+    # Every mistake was found before an older run is deleted.
+    resume.begin_output(config, arguments, configuration, fresh=from_checkpoint is None)
+    start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
+    if arguments.process_index == 0 and not from_checkpoint:
+        checkpoint.save_start(model, config.output_dir, start)
     trainer = MultiTaskTrainer(
         model=model,
         args=arguments,
-        losses=token_losses,
-        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs),
+        losses=losses,
+        collator=Collator(tokenizer.pad_token_id, config.train_on_inputs, packer),
         tasks=tasks.names,
         sampler=sampler,
         provenance=checkpoint.Provenance(
-            base_model=config.base_model,
+            base_model=base.lasting_name,
             base_fingerprint=configuration["base_fingerprint"],
             prompt_template=config.template,
             chat_template=tokenizer.get_chat_template() if config.template == CHAT else None,
@@ -84,6 +117,7 @@ def run(config: TrainConfig) -> None:
             task_set=tasks.to_json(),
             train_settings=config.to_json(),
             commit=checkout_commit(),
+            untrained_tasks=untrained,
         ),
         train_dataset=train,
         eval_dataset=held_out,
@@ -97,37 +131,97 @@ def run(config: TrainConfig) -> None:
     log(arguments, f"saved the adapter to {config.output_dir}")
 
 
-def log(arguments: TrainingArguments, text: str) -> None:
+def log(arguments: TrainingArguments, *lines: str) -> None:
     """Print lines on stderr, from the first process alone."""
     if arguments.process_index == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
+
+
+def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
+    """The adapter without targets that text does not reach (towers for images or sound), and notes on what has none.
+
+    Raises ``UserError`` as ``find_targets`` does.
+    """
+    weights, notes = {name: weight.numel() for name, weight in structure.named_parameters()}, []
+
+    def percentage(names: Iterable[str]) -> str:
+        return f"{100 * sum(weights[name] for name in names) / sum(weights.values()):.1f} % of the model's weights"
+
+    within, towers, asked = None, [], adapter.target_modules
+    if structure.config.get_text_config() is not structure.config:
+        within = {*structure.get_decoder().modules(), output_head(structure)}
+        towers = [name for name in weights if structure.get_submodule(name.rpartition(".")[0]) not in within]
+    targets = find_targets(structure, adapter, within)
+    if towers:
+        adapter = AdapterConfig.from_json(adapter.to_json() | {"target_modules": targets_for(targets, structure)})
+        where = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in towers))
+        notes.append(f"text does not reach {where} ({percentage(towers)}), which get no adapter")
+    fused = [name for name in fused_experts(structure) if name not in towers]
+    endings = {name.rpartition(".")[2] for name in targets}
+    if fused and (asked == "all-linear" or not endings.isdisjoint(name.rpartition(".")[2] for name in fused)):
+        notes.append(f"the experts are fused and get no adapter: {fused[0]} and others hold {percentage(fused)}")
+    return adapter, notes
 
 
 def encoded_rows(
-    config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    arguments: TrainingArguments,
+    tasks: TaskSet,
+    tokenizer: PreTrainedTokenizerBase,
+    digest: str,
 ) -> datasets.Dataset:
-    """The encoded examples: one process of each node tokenises, the others read its cache."""
+    """The encoded examples of the data file with this sha256: one process of each node tokenises, the others read its
+    cache."""
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
         settings = config.template, config.cutoff_len, tasks, config.cache_dir, config.task
-        return training_rows(config.data_path, tokenizer, *settings)
+        return training_rows(config.data_path, tokenizer, *settings, digest)
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """(training examples, held-out examples or None): ``held_out`` examples drawn by the seed."""
+    """(training examples, held-out examples or None): ``held_out`` examples drawn by the seed, of no task the last."""
     if not held_out:
         return rows, None
     if held_out >= len(rows):
         raise UserError(f"val_set_size must be below the number of examples, {len(rows)}, not {held_out}")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
+    order, ids = np.random.default_rng(seed).permutation(len(rows)), row_columns(rows)["task_id"]
+    # The last example of each task in the order stays; in the place of one that was drawn comes the next that may.
+    last = np.zeros(len(rows), dtype=bool)
+    last[[np.flatnonzero(ids[order] == task)[-1] for task in np.unique(ids)]] = True
+    drawn = np.flatnonzero(~last)[:held_out]
+    if len(drawn) < held_out:
+        raise UserError(
+            f"val_set_size must be at most {len(drawn)}, so that each task keeps a training example, not {held_out}"
+        )
+    chosen = np.zeros(len(rows), dtype=bool)
+    chosen[order[drawn]] = True
+    return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
 
 
-def run_configuration(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> dict:
+def counts_note(names: Sequence[str], counts: np.ndarray, held_out: datasets.Dataset | None, temperature: float) -> str:
+    """The training and held-out examples of each task, and which tasks an epoch takes several times, in lines."""
+
+    def listed(counts: np.ndarray) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+
+    lines = [f"training examples: {listed(counts)}"]
+    if held_out:
+        lines.append(f"held out: {listed(np.bincount(row_columns(held_out)['task_id'], minlength=len(names)))}")
+    passes = examples_per_task(counts, temperature) / np.maximum(counts, 1)
+    often = [f"{name} {times:.1f}" for name, times in zip(names, passes, strict=True) if times >= 2]
+    if often:
+        lines.append(f"times that an epoch takes each example of a task, by --sampling_temperature: {', '.join(often)}")
+    return "\n".join(lines)
+
+
+def run_configuration(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, data_sha256: str) -> dict:
     """What ``run.json`` holds: the flags and what they stand for on this machine."""
+    read = {flag.name for flag in layer_class(config.adapter_name).Hyperparameters.flags()}
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": config.to_json(),
+        "unused_settings": sorted(config.hyperparameters.keys() - read),  # hyperparameters of other methods
         "tasks": tasks.to_json(),
-        "data_sha256": files.sha256(config.data_path),
+        "data_sha256": data_sha256,
         "base_fingerprint": BaseModel(config.base_model).fingerprint(),
         "dtype": str(choose_dtype(config.dtype)),
         "no_decay": list(layer_class(config.adapter_config(tasks).method).no_decay) if config.weight_decay else [],
@@ -146,6 +240,7 @@ def deciding_facts(configuration: dict) -> dict[str, object]:
         "the base model's files": configuration.get("base_fingerprint"),
         "the dtype that --dtype auto means": configuration.get("dtype"),
         "the parameters without weight decay": configuration.get("no_decay", []),
+        "shared prompt prefixes, see --reuse_prefix": configuration.get("shared_prefixes", False),
     }
 
 
@@ -156,7 +251,7 @@ def build_model(
     distributed.init_deepspeed(config)
     set_seed(config.seed)
     with distributed.loading_base(config.dtype):
-        model = base.load(config.dtype)
+        model = base.load(config.dtype, config.load_in_4bit)
     if arguments.device.type == "cpu" and config.cutoff_len <= _EAGER_LENGTH:
         model.set_attn_implementation("eager")
     mtl_lora.inject(model, adapter)

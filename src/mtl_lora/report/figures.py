@@ -26,6 +26,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 GREY = "#666666"
 MOST_WRITTEN = 12  # tasks up to which numbers fit into the cells of a matrix
+_AT_START = "With the start's mixtures: what the seed's draw alone gives the trained updates."
+_NO_START = "The start, a random draw, was not kept, so how much of this was learned is unknown."
 _BAR = {"shrink": 0.7, "aspect": 30}  # of the colours beside a matrix
 _SMOOTHED = 20  # the running mean of a loss is over 1/20 of the lines of its log
 
@@ -270,7 +272,8 @@ def _loss(study: Study) -> Iterator[Drawing]:
 
 
 def _mixture(study: Study) -> Iterator[Drawing]:
-    """With which weights each task mixes up-projections or experts, layer by layer.
+    """With which weights each task mixes up-projections or experts, layer by layer, and how far they went from the
+    seed's draw, which alone makes tasks differ.
 
     Of an experiment's first run: the order of the parts is another one with each seed.
     """
@@ -279,10 +282,13 @@ def _mixture(study: Study) -> Iterator[Drawing]:
     for experiment in study.experiments:
         found = ((run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture)
         run, analysis = next(found, (None, None))
-        modules: dict[str, list] = {}
+        modules, started = {}, {}
         for layer in (layer for layer in analysis.layers if layer in analysis.mixture) if run else ():
-            row = np.ravel(np.array(analysis.mixture[layer], dtype=float))
-            modules.setdefault(layer.rpartition(".")[2], []).append(row)
+            row, module = np.ravel(np.array(analysis.mixture[layer], dtype=float)), layer.rpartition(".")[2]
+            modules.setdefault(module, []).append(row)
+            if analysis.mixture_at_start:
+                start = np.ravel(np.array(analysis.mixture_at_start[layer], dtype=float))
+                started.setdefault(module, []).append(start)
         if all(np.isnan(row).all() for rows in modules.values() for row in rows):
             continue  # no mixture, or of a training that went to NaN
         width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]
@@ -290,53 +296,62 @@ def _mixture(study: Study) -> Iterator[Drawing]:
         title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")
         caption = (
             f"Each row a layer, from the first (above) to the last; within a task's columns its weights of the {parts} "
-            f"up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g})."
+            f"up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g}). "
         )
+        if started:
+            pair = [np.concatenate([np.ravel(rows) for rows in each.values()]) for each in (modules, started)]
+            caption += f"Correlation with the start, a random draw: {np.corrcoef(*pair)[0, 1]:.3f}."
+        else:
+            caption += _NO_START
         height = min(max(1.0, 0.085 * max(map(len, modules.values()))), 4) + 0.6 + 0.7 * _width(labels)
         size = (min(max(2.6, 0.12 * width + 0.6), 5.5), height)
-        figure, panels = _new_figure(len(modules), size, (1, 0.6), title, caption, 2)
         top = max(np.nanmax(rows) for rows in modules.values())
-        for panel, (name, rows) in zip(panels, modules.items(), strict=True):
-            image = panel.imshow(rows, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        shown = [(name, rows, {"cmap": "cividis", "vmin": 0, "vmax": top}) for name, rows in modules.items()]
+        change = {"cmap": "RdBu", "vmin": -top, "vmax": top}
+        for at, (name, rows) in reversed(list(enumerate(started.items(), 1))):
+            shown.insert(at, (f"{name}, change from the start", np.subtract(modules[name], rows), change))
+        figure, panels = _new_figure(len(shown), size, (1.6, 0.6), title, caption, 2)
+        for panel, (name, rows, colours) in zip(panels, shown, strict=True):
+            image = panel.imshow(rows, aspect="auto", **colours)
             panel.set_title(name)
             panel.yaxis.get_major_locator().set_params(integer=True)
             _name_columns(panel, np.arange(0, len(labels), apart) * parts + (parts - 1) / 2, labels[::apart])
             for index in range(1, len(labels)):
                 panel.axvline(index * parts - 0.5, color="white", linewidth=1.2 / apart)
-        figure.colorbar(image, ax=panels, **_BAR, label="weight")
+        for image in panels[0].images + panels[-1].images[: len(started)]:
+            figure.colorbar(image, ax=panels, **_BAR, label="weight" if image in panels[0].images else "change")
         yield Drawing(f"mixture_{_slug(experiment.name)}", title, caption, figure)
 
 
 def _similarity(study: Study) -> Iterator[Drawing]:
-    """How alike the tasks are to an adapter: cosines of Lambda_t and of updates, and of updates by module.
-
-    Each a heat map a kind, the mean over seeds.
+    """How alike the tasks are to an adapter: cosines of Lambda_t and of updates, and of these with the mixtures of the
+    start. A heat map a kind, the mean over seeds.
     """
     import numpy as np
 
     for experiment in study.experiments:
         analyses = [each for run in experiment.runs if (each := analysis_of(study, run)) and len(each.tasks) > 1]
-        for name, title, found in (
-            ("similarity", "Similarity of tasks", [each.similarities for each in analyses]),
-            ("similarity_by_module", "Similarity of tasks' updates", [a.update_similarity_by_module for a in analyses]),
-        ):
-            if not any(found):
-                continue
-            title = f"{title}, {experiment.name}"
-            labels = [study.task_set.title(task) for task in analyses[0].tasks]
-            written = len(labels) <= MOST_WRITTEN
-            caption = f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty "
-            caption += "where one of the two is zero." + ("" if written else f" Numbers: up to {MOST_WRITTEN} tasks.")
-            side = max(1.9, (0.42 if written else 0.2) * len(labels))
-            size, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
-            shared = {"layout": "compressed", "sharex": True, "sharey": True}
-            figure, panels = _new_figure(len(found[0]), size, margin, title, caption, 3, 2, **shared)
-            for kind, panel in zip(found[0], panels, strict=True):
-                seeds = np.array([of_seed[kind] for of_seed in found if kind in of_seed], dtype=float)
-                matrix = np.ma.masked_invalid(seeds).mean(axis=0).filled(np.nan)
-                # A zero that rounding left has no sign.
-                texts = [[f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix]
-                mesh = _heat_map(panel, matrix, labels, labels, 1.0, texts if written else [[]])
-                panel.set(title=kind, aspect="equal")
-            figure.colorbar(mesh, ax=panels, **_BAR, label="cosine")
-            yield Drawing(f"{name}_{_slug(experiment.name)}", title, caption, figure)
+        found = [each.similarities for each in analyses]
+        if not any(found):
+            continue
+        title = f"Similarity of tasks, {experiment.name}"
+        labels = [study.task_set.title(task) for task in analyses[0].tasks]
+        written = len(labels) <= MOST_WRITTEN
+        caption = (
+            f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where one "
+        )
+        caption += f"of the two is zero. {_AT_START if analyses[0].mixture_at_start else _NO_START}"
+        caption += "" if written else f" Numbers: up to {MOST_WRITTEN} tasks."
+        side = max(1.9, (0.42 if written else 0.2) * len(labels))
+        size, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
+        shared = {"layout": "compressed", "sharex": True, "sharey": True}
+        figure, panels = _new_figure(len(found[0]), size, margin, title, caption, 2, **shared)
+        for kind, panel in zip(found[0], panels, strict=True):
+            seeds = np.array([of_seed[kind] for of_seed in found if kind in of_seed], dtype=float)
+            matrix = np.ma.masked_invalid(seeds).mean(axis=0).filled(np.nan)
+            # A zero that rounding left has no sign.
+            texts = [[f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix]
+            mesh = _heat_map(panel, matrix, labels, labels, 1.0, texts if written else [[]])
+            panel.set(title=kind, aspect="equal")
+        figure.colorbar(mesh, ax=panels, **_BAR, label="cosine")
+        yield Drawing(f"similarity_{_slug(experiment.name)}", title, caption, figure)

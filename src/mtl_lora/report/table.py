@@ -1,20 +1,26 @@
 """Tables of results and of studies: numbers as people read them (percent, one decimal), or CSV with every digit."""
 
+import contextlib
 import dataclasses
 import html
 import json
 import math
 import re
+import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtl_lora import files
 from mtl_lora.errors import UserError
+from mtl_lora.predictions import predictions_path
 from mtl_lora.report.load import Difference, Differences, Estimate, Experiment, Study, require_one_task_set
 from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
+UNTRAINED = " (untrained)"
 TRAINABLE = "Trainable parameters, M (%)"
 _MOST_COLUMNS = 24
 # What a note calls settings whose name says too little.
@@ -166,10 +172,17 @@ class Row:
     source: str | None = None
     trainable: Trainable | None = None
 
+    @property
+    def unparsed(self) -> float | None:
+        """The mean proportion of generated texts without an answer, where every task counts them."""
+        found = [cell.measured.get("unparsed") for cell in self.cells.values()]
+        return statistics.fmean(found) if found and all(isinstance(value, float | int) for value in found) else None
+
     def text(self, value: TaskResult | Average | None) -> str:
         """A cell or an average of this row, as people read it."""
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
-        return value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
+        text = value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
+        return text + UNTRAINED if getattr(value, "measured", {}).get("untrained") else text
 
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
         """What the row is, then value, standard error and questions of each task. metrics: by task.
@@ -179,6 +192,7 @@ class Row:
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
         record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
+        record["unparsed"] = self.unparsed
         values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
         values |= {("average", "average_stderr"): self.average}
         values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
@@ -225,8 +239,11 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
         cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in first.tasks.items()}
         average = average_of(cells.values()) if own[0].average else None
         rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
+    # Wrong answers of another kind than a wrong choice: the gain of a training may be the format alone.
+    unparsed = ["Unparsed"] * any(row.unparsed for row in rows)
     lines = [
         [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, columns), row.average))]
+        + [value_text(row.unparsed) for _ in unparsed]
         for row in rows
     ]
     metrics = dict.fromkeys(columns, "accuracy")
@@ -235,7 +252,7 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in columns]
     words = [", ".join(FRACTIONS.get(metric, metric) for metric in sorted(unit)) for unit in units]
     titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(columns, words, strict=True)]
-    tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE], lines)]
+    tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed], lines)]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
@@ -305,6 +322,9 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
         for each in results
         if (missing := [name for name in columns if name not in each.tasks])
     ]
+    for each in results:
+        if untrained := [name for name, task in each.tasks.items() if task.measured.get("untrained")]:
+            notes.append(f"{each.name} had no training examples of {', '.join(untrained)}.")
     if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
     if "published" in kinds:
@@ -329,7 +349,8 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
         row = {
             "Task": task_set.title(name),
             "Questions": f"{task.n:,}",
-            FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric),
+            FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric)
+            + UNTRAINED * bool(task.measured.get("untrained")),
             "Majority class": value_text(task.majority, None, task.metric),
             "Unparsed": value_text(task.measured.get("unparsed")),
         }
@@ -345,8 +366,35 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
         counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
+    metrics = {task.metric for task in tasks.values()}
+    if len(rows) > 1 and len(metrics) == 1:
+        (metric,), whole = metrics, Row("", "", tasks, average_of(tasks.values()))
+        known = [task.majority for task in tasks.values()]
+        majority = None if None in known else statistics.fmean(known)
+        row = {"Task": AVERAGE, "Questions": f"{sum(task.n for task in tasks.values()):,}", last: ""}
+        row |= {FRACTIONS.get(metric, metric): whole.text(whole.average)}
+        rows.append(
+            row | {"Majority class": value_text(majority, None, metric), "Unparsed": value_text(whole.unparsed)}
+        )
     header = [*dict.fromkeys(key for row in rows for key in row if key != last), last]
     return TextTable(title, header, [[row.get(key, NOTHING) for key in header] for row in rows])
+
+
+def examples(results: Results) -> TextTable:
+    """Answers as they were given: of each task whose predictions are there, the first right one and the first wrong."""
+    rows = []
+    for name in results.scored:
+        path, seen = predictions_path(results, name), set()
+        for text in files.read_lines(path) if path.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a broken line is no example
+                line = json.loads(text)
+                right, index, said = line["correct"], line["index"], line.get("text") or line["parsed"] or NOTHING
+                if right not in seen:
+                    kind = "right" if right else "wrong"
+                    answer, said = (textwrap.shorten(each, 160) for each in (line["answer"], said))
+                    rows.append([results.task_set.title(name), str(index), kind, answer, said])
+                    seen.add(right)
+    return TextTable(f"Answers of {results.name}", ["Task", "Question", "Is", "Right answer", "Said"], rows)
 
 
 # ---- studies ----
@@ -369,11 +417,13 @@ def study_tables(study: Study) -> list[TextTable]:
         header = ["Trained together", "Group", "Trained alone", *titles]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
-        rows = [
-            [each.name, *(percent(c.dev) + (" (chosen)" if c.value == each.chosen else "") for c in each.candidates)]
-            for each in study.search.experiments
-        ]
-        header = ["Development average", *(str(c.value) for c in study.search.experiments[0].candidates)]
+        # Those of some experiments were widened.
+        values = sorted({candidate.value for each in study.search.experiments for candidate in each.candidates})
+        rows = []
+        for each in study.search.experiments:
+            cells = {c.value: percent(c.dev) + " (chosen)" * (c.value == each.chosen) for c in each.candidates}
+            rows.append([each.name, *(cells.get(value, NOTHING) for value in values)])
+        header = ["Development average", *map(str, values)]
         tables.append(TextTable(f"Search of {study.search.flag} on the development set", header, rows))
     return tables
 

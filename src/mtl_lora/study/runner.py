@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts, cli
 from mtl_lora.errors import UserError, files_within_reach
+from mtl_lora.files import claimed, remove_leftovers
 from mtl_lora.results import Results
 from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
 from mtl_lora.study.plan import STATE, Plan, PlannedJob, PlannedRun, State, jobs_of
@@ -36,8 +35,6 @@ class JobFailed(Exception):
 def main(arguments: Sequence[str]) -> None:
     """``mtl-lora study``: ends with exit code 2 for a user's mistake, 1 for a job that failed."""
     config = cli.parse(StudyConfig, arguments, ABOUT)
-    # A study that is ended ends the commands that it waits for, and leaves as a shell says it.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with files_within_reach():
             run(config)
@@ -62,15 +59,16 @@ def run(config: StudyConfig) -> None:
     if config.check:
         print(*plan.describe(chosen, runner.trials), sep="\n")
         return
-    if config.report:
-        if not runner.report():
+    slots = environments(config.parallel)
+    with claimed(folder) as lock:
+        if not config.report:
+            # Commands inherit the lock: a training that outlives a killed study still holds it.
+            runner.run([{"env": {**os.environ, **slot}, "pass_fds": lock} for slot in slots])
+        elif not runner.report():
             raise UserError(f"no run in {folder} is finished, so there is nothing to report")
-    else:
-        slots = environments(config.parallel)
-        with locked(folder) as lock:
-            runner.run([{"env": {**os.environ, **slot}, "pass_fds": [lock]} for slot in slots])
     if config.collect:
-        collect(folder, Path(config.collect))
+        with claimed(config.collect):
+            collect(folder, Path(config.collect))
 
 
 class Runner:
@@ -82,33 +80,46 @@ class Runner:
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
         self.plan, self.chosen, self.overwrite, self.writer = plan, chosen, overwrite, StudyWriter(plan)
-        self.trials = {each.search: plan.trials(each.search) for each in chosen if each.search}
-        self._searching = [job for runs in self.trials.values() for job in jobs_of(runs)]
-        for job in [*self._searching, *jobs_of(self._runs(chosen))]:
-            check_folder(job, overwrite)
+        self._check([*self._searching(), *jobs_of(self._runs(chosen))])
+
+    def _check(self, jobs: Iterable[PlannedJob]) -> None:
+        for job in jobs:
+            check_folder(job, self.overwrite)
+
+    @property
+    def trials(self) -> dict[str, list[PlannedRun]]:
+        """The trials of each search that the chosen experiments need, as far as they are known."""
+        return {each.search: self.plan.trials(each.search)[0] for each in self.chosen if each.search}
+
+    def _searching(self) -> list[PlannedJob]:
+        return [job for runs in self.trials.values() for job in jobs_of(runs)]
 
     def _runs(self, experiments: Iterable[ExperimentConfig]) -> list[PlannedRun]:
         """The runs whose configuration is known: those that wait for no search."""
         found = []
         for each in experiments:
             if each.search and each.search not in self.writer.chosen:
-                trials = self.trials.get(each.search) or self.plan.trials(each.search)
-                if not all(job.is_finished for job in jobs_of(trials)):
+                trials, best = self.plan.trials(each.search)
+                if best is None:
                     continue
-                self.writer.add_search(each.search, trials)
+                self.writer.add_search(each.search, trials, best)
             found += self.plan.runs(each, self.writer.chosen.get(each.search))
         return found
 
     def run(self, slots: Sequence[dict]) -> None:
         """Do every job that is not done; after each job study.json and table.md are written anew."""
-        self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(self._searching)
-        self.finished = sum(job.is_finished for job in [*self._searching, *jobs_of(self._runs(self.chosen))])
+        searching = self._searching()
+        self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(searching)
+        self.finished = sum(job.is_finished for job in [*searching, *jobs_of(self._runs(self.chosen))])
         where = f"{self.finished} of them finished, in {self.plan.folder}"
         print(f"{self.plan.grid.name}: {self.total} jobs, {where}", flush=True)
-        self._execute(self._searching, "left of the search", slots)
+        while any(not job.is_finished for job in searching):
+            self._execute(searching, "left of the search", slots)
+            further = self._searching()  # beyond an edge at which a search found its best
+            self._check(further)
+            self.total, searching = self.total + len(further) - len(searching), further
         jobs = jobs_of(self._runs(self.chosen))
-        for job in jobs:
-            check_folder(job, self.overwrite)
+        self._check(jobs)
         self._execute(jobs, "left", slots)
         self.report()
 
@@ -164,22 +175,6 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
 # ---- doing jobs ----
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Keep other studies out of a folder; yields the descriptor of the lock, which commands inherit.
-
-    So a training that outlives a killed study still holds it. Raises ``UserError`` if another study runs there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            way_out = "wait for it, end it, or pass another --output_dir"
-            raise UserError(f"a study, or a command of a killed one, still runs in {folder}; {way_out}") from None
-        yield lock.fileno()
-
-
 def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[tuple[PlannedJob, State]]:
     """Do what is left of every job; yields each when it is done.
 
@@ -207,9 +202,15 @@ def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[t
 
 def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
     """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
+    remove_leftovers(job.folder / STATE)
     state = job.state
     if state is None:
-        shutil.rmtree(job.folder, ignore_errors=True)
+        if (job.folder / STATE).is_file():
+            # From here on nothing of the other configuration counts, also where a kill leaves some of it.
+            State(State.load(job.folder).configuration).save(job.folder)
+        for path in job.folder.glob("*"):
+            if path.name != STATE:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         state = State(job.configuration)
     for step in job.flags:
         if step in state.seconds and (job.folder / _MADE[step]).is_file():

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from mtl_lora import files
 from mtl_lora.base_model import choose_dtype
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.training.config import TrainingConfig
 
@@ -28,14 +28,15 @@ def check_launch(config: TrainingConfig) -> None:
             "with accelerate launch, leave out its --use_deepspeed and pass finetune.py --deepspeed config/zero2.json"
         )
     packages = {"wandb_project": "wandb", "tensorboard": "tensorboard", "deepspeed": "deepspeed"}
-    for flag, package in packages.items():
-        if getattr(config, flag) and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
+    for flag, package in (packages | {"load_in_4bit": "bitsandbytes"}).items():
+        require_package(flag, package, getattr(config, flag))
     if config.deepspeed:
         settings = files.read_object(deepspeed_file(config.deepspeed), "the DeepSpeed configuration")
         zero = settings.get("zero_optimization")
-        if isinstance(zero, dict) and zero.get("stage") == 3 and config.dtype == "fp64":
-            raise UserError("ZeRO-3 cannot train with --dtype fp64; use bf16 or fp32, or --deepspeed config/zero2.json")
+        partitioned = isinstance(zero, dict) and zero.get("stage") == 3
+        if partitioned and (config.dtype == "fp64" or config.load_in_4bit):
+            what = "--load_in_4bit" if config.load_in_4bit else "--dtype fp64"
+            raise UserError(f"ZeRO-3 cannot train with {what}; leave it out, or use --deepspeed config/zero2.json")
 
 
 def deepspeed_file(name: str) -> str:

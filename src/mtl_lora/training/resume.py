@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from mtl_lora import artifacts, files
+from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 
@@ -16,6 +17,7 @@ _OWN_FILES = (
     artifacts.TRAIN_LOG,
     artifacts.RUN_CONFIG,
     artifacts.ADAPTER_ANALYSIS,
+    artifacts.ADAPTER_START,
 )
 
 
@@ -27,19 +29,22 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
     output, asked = Path(config.output_dir), config.resume_from_checkpoint or "false"
     files.require_writable(output)
     found = artifacts.checkpoints(output)
-    used = bool(found) or any((output / name).exists() for name in _OWN_FILES)
+    # A run that ended before it saved anything leaves nothing to keep.
+    used = bool(found) or (output / artifacts.CHECKPOINT_WEIGHTS).exists()
     if asked.lower() in ("false", "0", "no"):
         if used and not config.overwrite_output_dir:
+            resume = "--resume_from_checkpoint True to resume it, " if found else ""
             raise UserError(
-                f"{output} already holds a run; pass --resume_from_checkpoint True to resume it, "
-                "--overwrite_output_dir True to delete it, or another --output_dir"
+                f"{output} already holds a run; pass {resume}--overwrite_output_dir True to delete it, or another "
+                "--output_dir"
             )
         return None
     if config.overwrite_output_dir:
         raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
     if asked.lower() in ("true", "1", "yes"):
         if not found:
-            raise UserError(f"{output} holds no complete checkpoint; pass --overwrite_output_dir True to start again")
+            way_out = "pass --overwrite_output_dir True" if used else "leave out --resume_from_checkpoint"
+            raise UserError(f"{output} holds no complete checkpoint; {way_out} to start from the beginning")
         return found[-1]
     checkpoint = Path(asked)
     if not (checkpoint / artifacts.RESUME_STATE).is_file():
@@ -58,6 +63,7 @@ def check_same_run(
 ) -> None:
     """Raise ``UserError``, naming what differs, if the run of a checkpoint had other settings or data than this one.
 
+    What the checkpoint itself records counts; the run configuration beside it has the rest.
     configuration: this run's, of which ``settings`` are the flags and ``world_size`` the processes. facts: of a run
     configuration, what decides the weights besides its flags, by the words of the message; None is not compared.
     devices: whether the number of processes is compared; the single process of ``--check`` does not know it.
@@ -68,10 +74,14 @@ def check_same_run(
     earlier = files.read_json(path, "the run configuration")
     if not isinstance(earlier, dict) or not isinstance(earlier.get("settings"), dict):
         raise UserError(f"the run configuration {path} must be a JSON object with 'settings'")
+    own = read_config(checkpoint).provenance_config
+    known = {"tasks": own.task_set, "base_fingerprint": own.base_fingerprint}
+    earlier |= {name: value for name, value in known.items() if value is not None}
+    settings = earlier["settings"] | (own.train_settings or {})
     # A flag that a later version added did then what its default does; one that it renamed has an alias.
     names = {alias: flag.name for flag in flags.flags() for alias in flag.metadata.get("aliases", ())}
     before = {flag.name: flag.default for flag in flags.flags()}
-    before |= {names.get(name, name): value for name, value in earlier["settings"].items()}
+    before |= {names.get(name, name): value for name, value in settings.items()}
     now = configuration["settings"]
     free = {flag.name for flag in flags.flags()} - flags.names_affecting("weights")
     changed = [
@@ -87,15 +97,15 @@ def check_same_run(
         raise UserError(f"{checkpoint} cannot be resumed: the run began with other settings ({'; '.join(changed)})")
 
 
-def claim_output(config: TrainingConfig, arguments: TrainingArguments, configuration: dict) -> None:
-    """Make the output folder this run's: delete an older run if configured, and write the run configuration."""
+def begin_output(config: TrainingConfig, arguments: TrainingArguments, configuration: dict, fresh: bool) -> None:
+    """Make the output folder this run's: a fresh one deletes what is there of another; writes the run configuration."""
     output = Path(config.output_dir)
     with arguments.main_process_first(local=False):
         if arguments.process_index:
             return
-        if config.overwrite_output_dir:
-            for name in _OWN_FILES:
-                (output / name).unlink(missing_ok=True)
-            for folder in artifacts.checkpoints(output):
-                shutil.rmtree(folder)
+        for name in _OWN_FILES if fresh else ():
+            (output / name).unlink(missing_ok=True)
+        for folder in artifacts.checkpoints(output) if fresh else ():
+            artifacts.remove_checkpoint(folder)
+        shutil.rmtree(output / artifacts.SAVING, ignore_errors=True)
         files.write_json(output / artifacts.RUN_CONFIG, configuration)

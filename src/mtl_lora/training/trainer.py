@@ -5,11 +5,13 @@ saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this l
 """
 
 import contextlib
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from mtl_lora import artifacts, train_log
+from mtl_lora import artifacts, files, train_log
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
@@ -27,7 +29,8 @@ from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.distributed import deepspeed_file
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
-_STAGING = ".saving"
+# Besides the adapter a checkpoint holds the two moments of AdamW.
+_COPIES = 3
 # Flags that the Trainer knows under the same name.
 _SAME_NAMES = ("output_dir", "gradient_accumulation_steps", "max_steps", "learning_rate", "weight_decay")
 _SAME_NAMES += ("max_grad_norm", "lr_scheduler_type", "logging_steps", "seed")
@@ -105,9 +108,10 @@ class TaskLosses:
     def add(self, losses: torch.Tensor, weights: torch.Tensor, task_ids: torch.Tensor) -> None:
         """Add losses (N,) with their weights (N,) to their tasks (N,)."""
         if self.sums is None:
-            self.sums = torch.zeros(2, self.tasks, dtype=torch.float64, device=losses.device)
-        weights = weights.detach().double()
-        self.sums.index_add_(1, task_ids, torch.stack([losses.detach().double() * weights, weights]))
+            dtype = torch.float32 if losses.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+            self.sums = torch.zeros(2, self.tasks, dtype=dtype, device=losses.device)
+        weights = weights.detach().to(self.sums.dtype)
+        self.sums.index_add_(1, task_ids, torch.stack([losses.detach().to(self.sums.dtype) * weights, weights]))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums of weighted losses, sums of weights), each (T,), over all processes; starts from zero again."""
@@ -149,6 +153,7 @@ class MultiTaskTrainer(Trainer):
     ):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
         self.eval_lengths, self.task_losses = eval_lengths, TaskLosses(len(self.tasks))
+        self.room: BinaryIO | None = None
         # A base in 4 or 8 bits is refused unless it carries adapters, which are recognised by PEFT's mark alone.
         model = options["model"]
         before, model._hf_peft_config_loaded = getattr(model, "_hf_peft_config_loaded", False), True
@@ -197,8 +202,23 @@ class MultiTaskTrainer(Trainer):
         """Not counted: the Trainer's formula is for full fine-tuning."""
         return 0
 
+    def _run_epoch(self, *arguments, **options) -> None:
+        # The Trainer asks only after a step whether it was the last one: a run resumed at its end would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss per task since the last log line."""
+        """Add the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            return  # a mean over no step
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {self.state.global_step} of {self.state.max_steps} or since the last "
+                    "log line; lower --learning_rate, or resume from an earlier checkpoint"
+                )
         if "loss" in logs:
             logs |= self._by_task("loss", *self.task_losses.read())
         super().log(logs, start_time)
@@ -233,36 +253,65 @@ class MultiTaskTrainer(Trainer):
 
     # ---- checkpoints ----
 
+    def train(self, *arguments, **options):
+        """As the Trainer's, with the room on the disk for what is saved next taken before it begins.
+
+        Raises ``UserError`` where there is too little: then, or after a checkpoint, so that no step is lost.
+        """
+        self._take_room(checkpoints=self.args.save_strategy != "no")
+        try:
+            return super().train(*arguments, **options)
+        except BaseException:
+            self._free_room()
+            raise
+
+    def _take_room(self, checkpoints: bool) -> None:
+        """Hold the room for the final adapter, and for a checkpoint if there are more to come."""
+        self._free_room()
+        if self.args.should_save:
+            weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+            size = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights)
+            self.room = files.reserved(self.args.output_dir, size * (1 + _COPIES * checkpoints) + 2**20)
+
+    def _free_room(self) -> None:
+        if self.room:
+            self.room.close()
+            self.room = None
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter alone; all processes take part, the first one writes."""
         state = checkpoint.adapter_state(self.model)
+        self._free_room()
         if self.args.should_save:
             checkpoint.save(self.model, output_dir or self.args.output_dir, self.provenance, state)
 
     def _get_output_dir(self, trial) -> str:
-        return os.path.join(self.args.output_dir, _STAGING) if getattr(self, "_saving", False) else self.args.output_dir
+        saving = getattr(self, "_saving", False)
+        return os.path.join(self.args.output_dir, artifacts.SAVING) if saving else self.args.output_dir
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save beside the run and rename when complete: a run killed while saving resumes from the one before."""
-        staging = Path(self.args.output_dir) / _STAGING
+        staging = Path(self.args.output_dir) / artifacts.SAVING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (complete,) = artifacts.checkpoints(staging)
-            target = Path(self.args.output_dir) / complete.name
-            shutil.rmtree(target, ignore_errors=True)
-            complete.replace(target)
+            files.take_place(complete, Path(self.args.output_dir) / complete.name)
             shutil.rmtree(staging, ignore_errors=True)
             kept = self.args.save_total_limit
             for folder in artifacts.checkpoints(self.args.output_dir)[: -kept or None] if kept else []:
-                shutil.rmtree(folder, ignore_errors=True)
+                artifacts.remove_checkpoint(folder)
+        self._take_room(checkpoints=self.state.global_step < self.state.max_steps)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
