@@ -234,6 +234,7 @@ LINES = {
     "held out": ("train --val_set_size=3", ["val_set_size", "3"]),
     "task": ("train --task=moods", ["'moods'", "mood 0, free 1"]),
     "no tasks file": ("train --tasks_file=nowhere.json", ["tasks file nowhere.json", "No such file"]),
+    "a path of two lines": ("train --tasks_file='a\nb'", [r"a\nb", "No such file"]),
     "tasks file a folder": ("train --tasks_file=tests", ["tasks file tests", "directory"]),
     "no data file": ("train --data_path=nowhere.json", ["nowhere.json", "--data_path"]),
     "data a folder": ("train --data_path=tests", ["tests", "--data_path"]),
