@@ -111,6 +111,8 @@ class BaseModel:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=self.config().dtype if dtype == STORED else choose_dtype(dtype),
             )
+            if torch.cuda.is_available():  # or every process would take the first GPU
+                options.setdefault("device_map", {"": device_for_this_process()})
         with hub_errors(self.name):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -204,6 +206,12 @@ def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> P
     """A causal language model by its configuration, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def quiet_deepspeed() -> None:
+    """Without a GPU: keep DeepSpeed, which accelerate imports where it is installed, from warning of that."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def device_for_this_process() -> torch.device:
