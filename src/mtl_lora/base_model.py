@@ -91,7 +91,7 @@ class BaseModel:
 
     def check_positions(self, tokens: int, way_out: str) -> None:
         """Raise ``UserError``, which ends in ``way_out``, if the model has fewer positions than ``tokens``."""
-        most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        most = _positions(self)
         if isinstance(most, int) and 0 < most < tokens:
             raise UserError(
                 f"the model {self.name!r} has {most} positions, fewer than the {tokens} tokens of {way_out}"
@@ -200,6 +200,11 @@ class BaseModel:
                 f"{source} was trained on another base model than {self.name!r}: its fingerprint is "
                 f"{expected[:12]}..., not {found[:12]}...; pass --base_model"
             )
+
+
+@functools.cache  # the hub is asked for a configuration each time
+def _positions(base: BaseModel) -> int | None:
+    return getattr(base.config().get_text_config(), "max_position_embeddings", None)
 
 
 def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
