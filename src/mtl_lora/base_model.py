@@ -177,6 +177,11 @@ class BaseModel:
                     entries[tensor] = (facts["dtype"], facts["shape"], hashlib.sha256(head + tail).hexdigest())
         return hashlib.sha256(json.dumps(sorted(entries.items())).encode()).hexdigest()
 
+    def check_unchanged(self, fingerprint: str) -> None:
+        """Raise ``UserError`` if a folder's files have another fingerprint now: what was loaded may be of either."""
+        if Path(self.path).is_dir() and self.fingerprint() != fingerprint:
+            raise UserError(f"the model {self.name!r} was replaced meanwhile; run the same command again")
+
     def local_fingerprint(self) -> str | None:
         """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
         from huggingface_hub import snapshot_download

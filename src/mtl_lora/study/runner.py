@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts, cli
 from mtl_lora.errors import UserError, files_within_reach
-from mtl_lora.files import claimed
+from mtl_lora.files import claimed, remove_leftovers
 from mtl_lora.results import Results
 from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
 from mtl_lora.study.plan import STATE, Plan, PlannedJob, PlannedRun, State, jobs_of
@@ -202,6 +202,7 @@ def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[t
 
 def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
     """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
+    remove_leftovers(job.folder / STATE)
     state = job.state
     if state is None:
         if (job.folder / STATE).is_file():
