@@ -62,7 +62,7 @@ def main() -> None:
     text += (
         f"\n\n{len(rows)} records, {len(rows) * tokens_a_row:,.0f} tokens; with padding {padded['random']:,} in random "
         f"batches of {arguments.batch_size}, {padded['sorted']:,} sorted, {padded['shared']:,} with shared prompt "
-        f"prefixes, where {padded['least']:,} must run, {padded['sorted'] / padded['least']:.2f} times fewer than sorted. "
+        f"prefixes, where {padded['least']:,} must run, {padded['sorted'] / padded['least']:.2f} times fewer. "
         f"{arguments.base_model}, {base.dtype}, {'with' if arguments.optimiser else 'without'} optimiser; median "
         f"(smallest to largest) of {arguments.rounds} rounds, the sides taking turns batch by batch; tokens a second "
         "are those of the records, without padding and however often they run."
