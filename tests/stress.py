@@ -113,13 +113,17 @@ def start_forked(command: list[str], output, slot: dict) -> Forked:
     return Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
 
 
+PREFIX = "stress."  # of the working folder
+
+
 class Fault(Exception):
     """The promise was broken."""
 
 
 def start(command: list[str], folder: Path, **options) -> tuple[Forked, Path]:
     """A command in a trial's folder, and the file of what it prints."""
-    log = folder.parent / f"{folder.name}.out"
+    work = next(path for path in (folder, *folder.parents) if path.name.startswith(PREFIX))
+    log = work / "printed.out"  # not on a disk that is full
     with log.open("wb") as opened:
         return Forked(command, folder, opened.fileno(), {}, **options), log
 
@@ -389,7 +393,7 @@ class Stress:
                 time.sleep(0.1)
             elif asked and asked[0] not in command:
                 command = [word for word in command if not word.startswith("--overwrite_output_dir")] + asked[:1]
-            elif "is there already" in text:  # the kill came after the end
+            elif "--overwrite to replace it" in text:  # the kill came after the end
                 break
             else:
                 raise Fault(f"does not go on:\n{text[-1000:]}")
@@ -486,7 +490,6 @@ class Stress:
                 process.wait(until=process.began + chance.random() * self.seconds[self.key])
                 fill_up(folder.parent / "filler")
             code, text = process.wait(), log.read_text(errors="replace")
-            log.unlink()
             (folder.parent / "filler").unlink(missing_ok=True)
             if mounted:
                 subprocess.run(["mount", "-o", "remount,size=64m", str(folder.parent)], check=True)
@@ -542,7 +545,8 @@ def main() -> int:
     parser.add_argument("--log", type=Path, help="JSON lines of the trials; those that it holds are not tried again")
     flags = parser.parse_args()
     counts = {"kill": flags.kills, "pair": flags.pairs, "disk": flags.disk}
-    trials = [(kind, number) for kind, count in counts.items() for number in range(count)]
+    trials = [(number / count, kind, number) for kind, count in counts.items() for number in range(count)]
+    trials = [(kind, number) for _, kind, number in sorted(trials)]
     if flags.only:
         trials = [(kind, int(n)) for kind, _, n in (name.partition("-") for name in flags.only)]
     lines = []
@@ -553,7 +557,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     runner.start = start_forked
-    with tempfile.TemporaryDirectory(prefix="stress.", ignore_cleanup_errors=True) as work:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as work:
         stress = Stress(Path(work).resolve(), flags.seed)
         for kind, number in trials:
             if f"{kind}-{number}" in done:

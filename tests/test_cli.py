@@ -13,8 +13,11 @@ from shared import PROJECT
 from mtl_lora import cli
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import EXIT_CODE, UserError
+from mtl_lora.export.__main__ import COMMANDS as EXPORTS
 from mtl_lora.language.config import TRAIN_ABOUT as ABOUT
-from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.config import EvalConfig, PredictConfig, TrainConfig
+from mtl_lora.report.__main__ import COMMANDS as REPORTS
+from mtl_lora.study.config import StudyConfig
 from mtl_lora.version import __version__
 
 
@@ -155,7 +158,8 @@ REFUSED = [
     # (arguments, facts that the sentence holds)
     (["--learning_rates", "8"], ["--learning_rates", "did you mean 'learning_rate'?"]),
     (["--learning-rates=8"], ["--learning_rates", "did you mean 'learning_rate'?"]),
-    (["--zzz", "8"], ["--zzz", "base_model, data_path,", "local_rank"]),
+    (["--zzz", "8"], ["unknown flag --zzz; --help lists"]),
+    (["--eval_steps", "8"], ["unknown flag --eval_steps; --help lists"]),  # no slip of the pen for max_steps
     (["--=8"], ["unknown flag --;"]),
     (["8"], ["'8'"]),
     (["--seed", "8", "9"], ["'9'"]),
@@ -222,6 +226,17 @@ def test_help_has_name_type_default_and_meaning_of_every_flag(config_class):
     for one in config_class.flags():
         (at,) = [n for n, line in enumerate(lines) if re.match(rf"  --{one.name}\b", line)]
         assert "default: " in lines[at] and lines[at + 1].strip() == one.metadata["help"] != ""
+
+
+def test_help_groups_the_flags_in_one_style_and_without_marks():
+    for config_class, first, groups in ((TrainConfig, "base_model", 6), (EvalConfig, "checkpoint", 3)):
+        lines = cli.help_text(config_class.flags(), ABOUT).splitlines()
+        headings = [n for n, line in enumerate(lines) if re.fullmatch(r"\w.*:", line)][1:]
+        assert len(headings) == groups and lines[headings[0] + 1].startswith(f"  --{first}")
+    documented = [*REPORTS.values(), *EXPORTS.values()]
+    for config_class in (TrainConfig, EvalConfig, PredictConfig, StudyConfig, *documented):
+        text = cli.help_text(config_class.flags(), config_class.__doc__ if config_class in documented else "")
+        assert not re.search(r"``|[\w)] = |\b[01] is ", text), config_class
 
 
 @pytest.mark.parametrize("name", [one.name for one in TrainConfig.flags()])

@@ -201,10 +201,18 @@ def test_claim_leaves_no_folder_that_it_made_and_removes_what_a_kill_left(tmp_pa
     assert list(tmp_path.iterdir()) == []
     mine = [".out.abcdefgh.partial/model", ".out.12345678.partial"]
     theirs = [".out.json.abcdefgh.partial", ".other.abcdefgh.partial", "out.partial"]
-    for name in (*mine, *theirs, ".out.abcdefgh.old/moved_aside"):
+    mine += ["out/.run.json.abcdefgh.partial"]
+    theirs += ["out/.answers.abcdefgh.partial", "out/.answers.lock", "out/part/.a.abcdefgh.partial", "out/a.json"]
+    for name in (*mine, *theirs):
         files.write_text(tmp_path / name, "half")
     with files.claimed(tmp_path / "out"):
-        assert everything(tmp_path).keys() == {*theirs, ".out.lock", "out/moved_aside"}
+        assert everything(tmp_path).keys() == {*theirs, ".out.lock"}
+    for name in (".x.abcdefgh.old/moved_aside", ".y.abcdefgh.old/former", "y/new"):
+        files.write_text(tmp_path / name, "whole")
+    for name, content in (("x", "moved_aside"), ("y", "new")):
+        with files.claimed(tmp_path / name):
+            assert everything(tmp_path / name) == {content: b"whole"}
+    assert not list(tmp_path.glob(".*.old"))
 
 
 @pytest.mark.parametrize("folder", ["a mount point", "below one that cannot be written"])

@@ -122,6 +122,11 @@ class BaseModel:
             )
         # transformers draws what is missing at random, and a base model with random weights is not one.
         if missing := sorted(report["missing_keys"]):
+            if any(".base_layer." in key for key in report["unexpected_keys"]):
+                raise UserError(
+                    f"the model {self.name!r} was saved with an adapter on it, and its layers would be drawn anew; "
+                    "save an adapter with mtl_lora.save, and a model after mtl_lora.merge"
+                )
             raise UserError(
                 f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {_WAY_OUT}"
             )
@@ -169,6 +174,11 @@ class BaseModel:
                     tail = opened.read(min(_SAMPLE_BYTES, end - start))
                     entries[tensor] = (facts["dtype"], facts["shape"], hashlib.sha256(head + tail).hexdigest())
         return hashlib.sha256(json.dumps(sorted(entries.items())).encode()).hexdigest()
+
+    def check_unchanged(self, fingerprint: str) -> None:
+        """Raise ``UserError`` if a folder's files have another fingerprint now: what was loaded may be of either."""
+        if Path(self.path).is_dir() and self.fingerprint() != fingerprint:
+            raise UserError(f"the model {self.name!r} was replaced meanwhile; run the same command again")
 
     def local_fingerprint(self) -> str | None:
         """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""

@@ -176,6 +176,8 @@ def help_text(flags: Sequence[Flag], about: str) -> str:
             lines += [f"  {flag.name.upper()} ...", f"      {flag.metadata['help']}", ""]
     lines += ["Flags, as --name value or --name=value:", ""]
     for flag in flags:
+        if "group" in flag.metadata:
+            lines += [*[""] * (lines[-1] != ""), f"{flag.metadata['group']}:"]
         if not flag.metadata.get("positional"):
             default = "required" if flag.required else f"default: {spelled(flag.default) or 'empty'}"
             also = "".join(f", --{alias}" for alias in flag.metadata.get("aliases", ()))
@@ -214,7 +216,7 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
         name = name.replace("-", "_")
         name = aliases.get(name, name)
         if name not in named:
-            raise UserError(f"unknown flag --{name}{closest(name, named)}")
+            raise UserError(f"unknown flag --{name}{closest(name, named) or '; --help lists the flags'}")
         if name in raw:
             raise UserError(f"the flag --{name} is given twice")
         raw[name] = value if equals else _value_after(flags[name], waiting, positional is not None)

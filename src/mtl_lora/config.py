@@ -8,6 +8,7 @@ import typing
 
 from mtl_lora.errors import UserError
 
+_MOST_NAMED = 24  # names that an error lists
 DTYPES = ("auto", "bf16", "fp16", "fp32", "fp64")
 REQUIRED = dataclasses.MISSING
 
@@ -18,7 +19,8 @@ def flag(default, help: str, **metadata):
     default: ``REQUIRED`` for a flag without one. metadata: ``affects``, what the flag can change: ``weights`` or
     ``answers`` (the default of a configuration is its ``affects``), ``content`` for a path whose content decides, or
     ``nothing``; ``min``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list of the
-    arguments without a name; ``aliases``, earlier names; ``before``, what was fixed while the field did not
+    arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of those
+    behind it; ``before``, what was fixed while the field did not
     exist: files without it take that.
     """
     metadata = {"help": help, **metadata}
@@ -163,6 +165,14 @@ class Config:
 
 
 def closest(word: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)``, or the whole list of what is known."""
-    matches = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else f"; known are {', '.join(known)}"
+    """`` (did you mean 'x'?)``, or the list of what is known, unless it is long.
+
+    Each part of the word must be close to one of the other's: eval_steps is no slip of the pen for max_steps.
+    """
+
+    def alike(other: str) -> bool:
+        return all(difflib.get_close_matches(part, other.split("_"), n=1) for part in word.split("_"))
+
+    for match in filter(alike, difflib.get_close_matches(word, known)):
+        return f" (did you mean {match!r}?)"
+    return f"; known are {', '.join(known)}" if len(known) <= _MOST_NAMED else ""

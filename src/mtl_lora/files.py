@@ -91,13 +91,18 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what a killed command left beside a claimed output; a folder that it had moved aside goes back."""
+    """Remove what a killed command left beside or in a claimed output; a folder that it had moved aside goes back."""
     for path in output.parent.glob(f".{glob.escape(output.name)}.{_RANDOM}.old"):
         if output.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.replace(output)
-    for path in output.parent.glob(f".{glob.escape(output.name)}.{_RANDOM}.partial"):
+    left = list(output.parent.glob(f".{glob.escape(output.name)}.{_RANDOM}.partial"))
+    # Inside, whoever writes a file without a claim of its own does so under this one.
+    for path in output.glob(f".*.{_RANDOM}.partial"):
+        name = path.name.rsplit(".", 2)[0]
+        left += [] if path.with_name(f"{name}.lock").exists() else [path]
+    for path in left:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -352,6 +357,18 @@ def sha256(path: str | Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def unchanged(path: str | Path, digest: str | None = None) -> Iterator[str]:
+    """The sha256 of a file that is read in the block; raises ``UserError`` if that, or ``digest``, is not its own then.
+
+    Another command may replace a file between its hash and its content, which would then stand for each other.
+    """
+    digest = digest or sha256(path)
+    yield digest
+    if sha256(path) != digest:
+        raise UserError(f"{path} was changed while it was read; run the same command again")
 
 
 def sha256_of(content: bytes) -> str:

@@ -479,6 +479,13 @@ def test_mixed_batch_generates_what_each_row_does_alone_with_and_without_cache(m
         assert generate(model, input_ids, OTHER_IDS, **beams) != alone
 
 
+def test_prompts_padded_at_the_right_are_refused_for_a_decoder():
+    mask = torch.ones(4, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    with pytest.raises(UserError, match="padding_side"):
+        adapted_llama().generate(input_ids=tokens(4), attention_mask=mask, task_ids=TASKS)
+
+
 def test_sampling_follows_the_seed():
     model, input_ids = adapted_llama(), tokens(4)
 
@@ -533,6 +540,19 @@ def test_merged_model_generates_the_same_without_a_route(method):
 # ---- what is refused ----
 
 
+class Windows(torch.nn.Module):
+    """Attention over windows of 4 x 4 of images (B, H, W, k), as Swin cuts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        rows, height, width, k = x.shape
+        x = x.view(rows, height // 4, 4, width // 4, 4, k).transpose(2, 3).reshape(-1, 16, k)
+        return self.qkv(x)
+
+
 def test_missing_ids_raise():
     with pytest.raises(UserError, match=r"needs task ids: call the model with task_ids=.*mtl_lora.route.use"):
         adapted_llama()(input_ids=tokens(2))
@@ -542,6 +562,12 @@ def test_missing_ids_raise():
 def test_batch_that_does_not_match_its_ids_raises_even_as_a_multiple(rows):
     with pytest.raises(UserError, match=rf"batch of shape \({rows}, 7\) does not match .* \(4,\)"):
         logits(adapted_llama(), tokens(rows), IDS)
+
+
+def test_windows_of_images_are_refused_since_their_rows_are_not_the_batch():
+    model = mtl_lora.inject(Windows(), adapter_config(target_modules=["qkv"]))
+    with pytest.raises(UserError, match=r"batch of shape \(16, 16\) does not match .* \(4,\)"):
+        model(torch.randn(4, 8, 8, 6), task_ids=TASKS)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 14), (4, 1), (2, 7), (7, 4)], ids=str)

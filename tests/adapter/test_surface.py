@@ -26,7 +26,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import mtl_lora
 from mtl_lora import UserError, route
-from mtl_lora.adapter.checkpoint import WEIGHTS_NAME, adapter_state, read_config
+from mtl_lora.adapter.checkpoint import WEIGHTS_NAME, adapter_state, adapter_tensors, read_config
 from mtl_lora.base_model import BaseModel
 
 
@@ -437,6 +437,25 @@ def test_a_classifier_is_trained_beside_the_adapter(tmp_path):
     assert torch.equal(state["classifier.weight"], model.classifier.weight)
 
 
+def test_a_trainable_weight_that_is_not_saved_is_warned_of(tmp_path):
+    (bert,) = (each for each in OTHERS if each.name == "Bert")
+    with pytest.warns(UserWarning, match="'all-linear' puts an adapter on classifier, .* modules_to_save"):
+        model = mtl_lora.inject(bert.build(), adapter_config(target_modules="all-linear"))
+    model.classifier.bias.requires_grad_(True)
+    with pytest.warns(UserWarning, match="classifier.base_layer.bias can be trained but is not saved"):
+        mtl_lora.save(model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_that_was_cast_is_stored_in_float32_and_loads(tmp_path, dtype):
+    model = adapted_llama(dtype=torch.float32).to(dtype)
+    mtl_lora.save(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS_NAME).values()} == {torch.float32}
+    loaded = mtl_lora.load(tiny_llama(torch.float32), tmp_path)
+    for left, right in zip(adapter_tensors(loaded).values(), adapter_tensors(model).values(), strict=True):
+        assert torch.equal(left, right.float())
+
+
 # ---- the base model of a checkpoint ----
 
 
@@ -459,6 +478,14 @@ def test_a_checkpoint_names_its_base_and_is_loaded_alone(tiny_base, tmp_path, mo
     assert exported
 
 
+def test_a_whole_model_that_another_program_saved_with_its_adapter_is_refused(tiny_base, tmp_path):
+    mtl_lora.inject(BaseModel(tiny_base).load("fp32"), adapter_config()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"saved with an adapter on it.*mtl_lora\.save"):
+        BaseModel(str(tmp_path)).load()
+    with pytest.raises(UserError, match="not an MTL-LoRA checkpoint"):
+        mtl_lora.load(tmp_path)
+
+
 def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
     model = BaseModel(tiny_base).load("fp32")
     mtl_lora.save(mtl_lora.inject(model, adapter_config(target_modules=["q_proj"])), tmp_path / "adapter")
@@ -471,6 +498,9 @@ def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
         mtl_lora.load(other, tmp_path / "adapter")
     assert tiny_base in str(error.value)
     assert not mtl_lora.adapter_layers(other)
+    other.config._name_or_path = ""
+    with pytest.warns(UserWarning, match="cannot be compared"):
+        mtl_lora.load(other, tmp_path / "adapter")
     # A model that was merged is another base too, and does not pass for the one it came from.
     merged = mtl_lora.merge(model, "maps")
     mtl_lora.save(mtl_lora.inject(merged, adapter_config(target_modules=["q_proj"])), tmp_path / "second")

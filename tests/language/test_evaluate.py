@@ -16,6 +16,7 @@ import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import Origin
 from mtl_lora.errors import UserError
+from mtl_lora.export.peft import export_peft
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.evaluator import Evaluator, Predictions
@@ -193,8 +194,6 @@ def test_generation_is_greedy_whatever_the_base_model_configures(evaluate, tiny_
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_peft_folder_gets_the_scores_of_the_checkpoint_it_came_from(evaluate, train, tmp_path, method):
-    from mtl_lora.export.peft import export_peft
-
     checkpoint = train("run", adapter_name=method, max_steps=3, learning_rate=3e-2)
     (folder,) = export_peft(checkpoint, tmp_path / "peft", ["piqa"])
     here = evaluate("here", checkpoint=str(checkpoint), mode="score", tasks=["piqa"])["score"]
@@ -471,9 +470,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(evaluate, trained, tm
         evaluate("out", checkpoint=folder, tasks=FEW)
 
 
-@pytest.mark.parametrize("mode", ["generate", "score"])
-def test_an_adapter_with_values_that_are_not_numbers_is_refused(evaluate, trained, tmp_path, mode):
+def test_an_adapter_with_values_that_are_not_numbers_is_refused(evaluate, trained, tmp_path):
     folder = broken_checkpoint(trained, tmp_path / "broken", lambda state: state[NAME].fill_(float("nan")))
+    with pytest.raises(UserError, match=f"{NAME} holds values that are not finite"):
+        evaluate("out", checkpoint=folder, tasks=FEW)
+    with pytest.raises(UserError, match=f"{NAME} holds values that are not finite"):
+        export_peft(folder, tmp_path / "peft")
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_answers_of_logits_that_overflow_are_refused(evaluate, trained, tmp_path, mode):
+    folder = broken_checkpoint(trained, tmp_path / "broken", lambda state: state[NAME].fill_(3e38))
     with pytest.raises(UserError, match=r"of boolq.* not (finite|numbers)|not numbers for questions of boolq"):
         evaluate("out", checkpoint=folder, tasks=["boolq"], mode=mode)
     assert not (tmp_path / "out" / "results.json").exists()

@@ -15,6 +15,7 @@ from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run as evaluate
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.train import in_language_model
 
 
@@ -163,6 +164,15 @@ def test_fused_experts_are_named_with_their_proportion_of_the_weights():
         in_language_model(AdapterConfig(target_modules=["q_proj", "down_proj"], tasks=["a"]), model)
 
 
+def test_names_and_expressions_together_are_one_expression():
+    targets = TrainConfig(lora_target_modules=["o_proj", r".*\.0\..*\.(q|v)_proj"]).adapter_config(COMMONSENSE)
+    layers = mtl_lora.adapter_layers(mtl_lora.inject(structure_of(transformers.LlamaConfig(**SIZES)), targets))
+    assert [name.removeprefix("model.layers.") for name in layers] == [
+        *(f"0.self_attn.{name}" for name in ("q_proj", "v_proj", "o_proj")),
+        "1.self_attn.o_proj",
+    ]
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero2.json", "config/zero3.json"])
 def test_packaged_deepspeed_configuration_is_found_by_name(tmp_path, monkeypatch, name):
     from mtl_lora.training.distributed import deepspeed_file
@@ -175,14 +185,22 @@ def test_packaged_deepspeed_configuration_is_found_by_name(tmp_path, monkeypatch
     assert deepspeed_file("config/zero3.json") == "config/zero3.json", "a file of the caller goes first"
 
 
-@pytest.mark.parametrize(
-    "left", ["run.json", "train_log.jsonl", "mtl_lora_config.json", "checkpoint-3/trainer_state.json"]
-)
+@pytest.mark.parametrize("left", ["mtl_lora.safetensors", "checkpoint-3/trainer_state.json"])
 def test_output_folder_that_holds_a_run_is_left_as_it_is(refused, tmp_path, left):
     path = tmp_path / "out" / left
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"step": 3}))
     sentence = refused()
-    assert "out" in sentence and "--resume_from_checkpoint True" in sentence
+    assert "out" in sentence and "--overwrite_output_dir" in sentence
+    assert ("--resume_from_checkpoint True" in sentence) == left.startswith("checkpoint")
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == [path]
     assert path.read_text() == json.dumps({"step": 3})
+
+
+@pytest.mark.parametrize("left", ["run.json", "train_log.jsonl"])
+def test_a_run_that_ended_before_it_saved_anything_leaves_its_folder_free(train, tmp_path, left):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).write_text(json.dumps({"step": 3}))
+    folder = train("out", max_steps=1)
+    assert json.loads((folder / "run.json").read_text())["settings"]["max_steps"] == 1
+    assert all(json.loads(line)["step"] == 1 for line in (folder / "train_log.jsonl").read_text().splitlines())

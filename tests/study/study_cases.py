@@ -29,7 +29,7 @@ GRID = {
         {"name": "MTL-LoRA", "train": {"adapter_name": "mtl_lora", "learning_rate": 0.01}},
     ],
 }
-SEARCH = {"values": [0.01, 0.001], "data_dir": "dev", "records": 2, "train": {"max_steps": 2}}
+SEARCH = {"values": [0.01, 0.001], "data_dir": "dev", "records": 2, "widen": 0, "train": {"max_steps": 2}}
 ALONE = {"name": "Alone", "train": {"adapter_name": "lora"}, "alone": True}
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from shared import QUICKSTART, quickstart_records
-from study_cases import ALONE, SEARCH, dev_set, grid, job_of, plan_of, run_of, with_flags, write_grid
+from study_cases import ALONE, SEARCH, dev_set, finish, grid, job_of, plan_of, run_of, with_flags, write_grid
 
 from mtl_lora import cli, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.study.config import read_grid
+from mtl_lora.study.config import SearchConfig, read_grid
 from mtl_lora.study.plan import Plan
 
 NAMES = COMMONSENSE.names
@@ -99,12 +99,44 @@ def test_alone_trains_every_task_on_its_own_examples_and_scores_it_alone(tmp_pat
 def test_search_trains_shortly_and_scores_on_the_development_set(tmp_path, flag, values):
     search = {**SEARCH, "flag": flag, "values": values, "data_dir": dev_set(tmp_path)}
     plan = plan_of(tmp_path, grid(search=search))
-    trials = plan.trials("LoRA")
+    trials, best = plan.trials("LoRA")
+    assert best is None
     configs = [parsed(trial.jobs[0].commands[0], TrainConfig) for trial in trials]
     assert [(getattr(config, flag), config.max_steps) for config in configs] == [(value, 2) for value in values]
     assert parsed(trials[0].jobs[0].commands[1], EvalConfig).data_dir == str(tmp_path / "study" / "data" / "dev")
     config = parsed(run_of(plan, "LoRA", 0, trials[1].value).jobs[0].commands[0], TrainConfig)
     assert (getattr(config, flag), config.max_steps) == (values[1], 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "beyond"),
+    [
+        ([0.001, 0.002, 0.004], 0.004, 0.008),
+        ([0.001, 0.002, 0.004], 0.001, 0.0005),
+        ([0.004, 0.001, 0.002], 0.002, None),
+        ([2, 4], 4, 8),
+        ([0.0, 0.1], 0.1, None),
+        ([0.0, 0.1], 0.0, None),
+    ],
+)
+def test_a_search_goes_beyond_the_edge_at_which_its_best_lies(values, best, beyond):
+    found = SearchConfig(values, "dev").beyond(values, best)
+    assert found == beyond and type(found) is type(beyond)
+
+
+def test_a_search_that_ends_at_an_edge_is_widened_as_often_as_the_grid_says(tmp_path):
+    search = {**SEARCH, "values": [0.01, 0.02], "widen": 2, "data_dir": dev_set(tmp_path)}
+    plan = plan_of(tmp_path, grid(search=search))
+    scores = {0.01: "1000", 0.02: "1100", 0.04: "1110", 0.08: "1111"}
+    seen = []
+    while (found := plan.trials("LoRA"))[1] is None:
+        waiting = [trial for trial in found[0] if not trial.jobs[0].is_finished]
+        seen.append([trial.value for trial in waiting])
+        for trial in waiting:
+            finish(trial.jobs[0], {"boolq": scores[trial.value]})
+    assert (seen, found[1]) == ([[0.01, 0.02], [0.04], [0.08]], 0.08)
+    inside = {**search, "widen": 0}
+    assert plan_of(tmp_path, grid(search=inside)).trials("LoRA")[1] == 0.02
 
 
 @pytest.mark.parametrize(

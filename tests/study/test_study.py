@@ -46,7 +46,13 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
             "dtype": "fp32",
             "tasks": ["boolq", "piqa"],
         },
-        "search": {"values": [0.01, 0.03], "data_dir": dev_set(folder), "records": 4, "train": {"max_steps": 2}},
+        "search": {
+            "values": [0.01, 0.03],
+            "data_dir": dev_set(folder),
+            "records": 4,
+            "widen": 1,
+            "train": {"max_steps": 2},
+        },
         "experiments": [
             {"name": "LoRA", "train": {"adapter_name": "lora", "learning_rate": 0.02}},
             {"name": "MTL-LoRA", "train": {"adapter_name": "mtl_lora"}, "seeds": [1]},
@@ -105,7 +111,7 @@ def test_table_is_of_every_experiment_seed_and_choice(undisturbed):
     lora, mtl_lora = found.experiments
     (search,) = found.search.experiments
     assert (lora.learning_rate, mtl_lora.learning_rate) == (0.02, search.chosen)
-    assert len(search.candidates) == 2 and len({run.adapter_sha256 for run in found.runs}) == 3
+    assert len(search.candidates) == 3 and len({run.adapter_sha256 for run in found.runs}) == 3
     assert "| MTL-LoRA - LoRA " in (undisturbed / "table.md").read_text()
 
 
@@ -160,7 +166,7 @@ def test_more_questions_are_asked_of_the_adapters_there_are(undisturbed, study, 
     before = weights(folder)
     study(folder, "--overwrite", grid=changed)
     assert weights(folder) == before
-    assert "5 jobs, 2 of them finished" in capsys.readouterr().out
+    assert "6 jobs, 3 of them finished" in capsys.readouterr().out
     adapters = {run.folder: run.adapter_sha256 for run in Study.load(undisturbed).runs}
     for run in Study.load(folder).runs:
         assert [result.n for result in run.tasks.values()] == [6, 6]

@@ -137,16 +137,16 @@ def test_table_of_one_seed_has_standard_errors_and_says_so(tmp_path):
 )
 def test_best_value_of_a_search_wins_and_of_equals_the_smaller(tmp_path, right, best):
     plan = plan_of(tmp_path, grid(**TWO, search={**SEARCH, "data_dir": dev_set(tmp_path)}))
-    trials, writer = plan.trials("LoRA"), StudyWriter(plan)
+    (trials, _), writer = plan.trials("LoRA"), StudyWriter(plan)
     for trial, answers in zip(trials, right, strict=True):
         finish(trial.jobs[0], {"boolq": answers, "piqa": "1100"})
-    writer.add_search("LoRA", trials)
+    writer.add_search("LoRA", *plan.trials("LoRA"))
     writer.write(finished(plan, RIGHT))
     search = Study.load(tmp_path / "study").search
     (outcome,) = search.experiments
     assert writer.chosen == {"LoRA": best} and (outcome.chosen, search.flag) == (best, "learning_rate")
     scores = [(answers.count("1") / 4 + 0.5) / 2 for answers in right]
-    assert [(each.value, each.dev) for each in outcome.candidates] == [*zip((0.01, 0.001), scores, strict=True)]
+    assert [(each.value, each.dev) for each in outcome.candidates] == [*zip((0.001, 0.01), scores[::-1], strict=True)]
     assert search.questions == {"boolq": 2, "piqa": 2} and len(outcome.candidates[0].commands) == 2
 
 

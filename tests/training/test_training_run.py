@@ -1,6 +1,7 @@
 """Training runs on a tiny real model: what they write, that they repeat, resume, and refuse what is wrong."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def test_a_checkpoint_is_small_and_is_itself_an_adapter(train):
     assert sum(path.stat().st_size for path in first.iterdir()) < 4 * size + 60_000
     assert_equal(weights(last), weights(folder))
     assert not (folder / ".saving").exists()
+
+
+@pytest.mark.parametrize("logging_steps", [1, 10])
+def test_a_training_that_diverges_ends_in_one_sentence_and_saves_nothing(train, tmp_path, logging_steps):
+    with pytest.raises(UserError, match=r"loss is nan at step [234] of 4"):
+        train("run", learning_rate=1e30, logging_steps=logging_steps)
+    assert not (tmp_path / "run" / artifacts.CHECKPOINT_WEIGHTS).exists()
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+    with pytest.raises(UserError, match="not finite"):
+        train("saved", learning_rate=1e30, save_step=1, logging_steps=10)
 
 
 def test_old_checkpoints_are_removed(train):

@@ -5,6 +5,7 @@ PEFT's file names are left to what is exported for PEFT. Safetensors does not no
 
 import dataclasses
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
@@ -114,14 +115,21 @@ def save(
     """Write the adapter of ``model`` to ``folder``: both files or neither, and a half-written folder never loads.
 
     provenance: defaults to what the adapter was loaded with, else to the name of the base model, and its fingerprint
-    where its files are on this machine. state: ``adapter_state``, where it was gathered elsewhere (ZeRO-3).
+    where its files are on this machine. state: ``adapter_state``, where it was gathered elsewhere (ZeRO-3). Weights
+    that were cast to bf16 or fp16 are stored as float32. Warns of a trainable weight that is not saved. Raises
+    ``UserError`` for a value that is not finite.
     """
     folder, root = Path(folder), unwrap(model)
+    held = {id(tensor) for tensor in adapter_tensors(model).values()}
+    if left := [name for name, weight in root.named_parameters() if weight.requires_grad and id(weight) not in held]:
+        others = f" and {len(left) - 1} others" if len(left) > 1 else ""
+        warnings.warn(f"{left[0]}{others} can be trained but is not saved; name it in modules_to_save", stacklevel=2)
     state = adapter_state(model) if state is None else state
     provenance = provenance or getattr(root, "mtl_lora_provenance", None) or _base_of(root)
+    _require_numbers(state, f"the adapter cannot be saved to {folder}")
     # Both are whole before either takes its name, the weights first.
     with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / WEIGHTS_NAME) as weights:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, weights)
+        save_file({name: _stored(tensor) for name, tensor in state.items()}, weights)
         adapter, digest = root.mtl_lora_config.to_json(), files.sha256(weights)
         config = CheckpointConfig(FORMAT, __version__, adapter, provenance.to_json(), digest)
         files.write_json(config_file, config.to_json())
@@ -155,6 +163,22 @@ def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:
     for name, (layer, key) in own.items():
         setattr(layer, key, nn.Parameter(state[name].to(getattr(layer, key).dtype), requires_grad=False))
     return True
+
+
+def _require_numbers(state: State, source: str) -> None:
+    """Raise ``UserError`` naming the first tensor with a value that is not finite."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{source}: {name} holds values that are not finite; lower the learning rate, or take a checkpoint "
+                "from before"
+            )
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, in at least float32."""
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return (tensor.float() if half else tensor).cpu().contiguous()
 
 
 def _base_of(model: nn.Module) -> Provenance:
@@ -207,6 +231,12 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
         base_model = _build_base(provenance, source, **options)
     elif expected:
         found = _base_of(unwrap(base_model))
+        if found.base_fingerprint is None:
+            warnings.warn(
+                f"{folder} was trained on the base model {provenance.base_model!r}, with which this model cannot be "
+                "compared, for it was not loaded from files on this machine",
+                stacklevel=2,
+            )
         if found.base_fingerprint not in (None, expected):
             raise UserError(
                 f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
@@ -248,9 +278,11 @@ def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
             f"{config.weights_sha256[:12]}...); copy it again"
         )
     try:
-        return load_file(path)
+        state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
+    _require_numbers(state, str(path))
+    return state
 
 
 def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 
@@ -50,7 +51,17 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
     make = layer_class(config.method)
-    layers = {module: make(module, config) for module in find_targets(root, config).values()}
+    targets = find_targets(root, config)
+    layers = {module: make(module, config) for module in targets.values()}
+    body = getattr(root, "base_model", root)  # of a model of transformers all but its head
+    if config.target_modules == "all-linear" and isinstance(body, nn.Module) and body is not root:
+        inside = set(body.modules())
+        if heads := [name for name, module in targets.items() if module not in inside]:
+            warnings.warn(
+                f"'all-linear' puts an adapter on {', '.join(heads)}, whose own weights are not saved: if they were "
+                "drawn anew, they are others when the adapter is loaded; name the head in modules_to_save",
+                stacklevel=2,
+            )
     head, prepares = output_head(root), make.prepare.__func__ is not AdapterLayer.prepare.__func__
     if head in layers:
         layers[head].is_head = True

@@ -52,8 +52,14 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_quantised(weight: torch.Tensor) -> bool:
-    """Whether a weight's numbers are codes: of 4 or 8 bits, or (bitsandbytes) packed into a wider dtype."""
-    return weight.dtype.itemsize < 2 or not weight.is_floating_point() or hasattr(weight, "quant_state")
+    """Whether a weight's numbers are codes: of 4 or 8 bits, packed into a wider dtype (bitsandbytes), or torchao's."""
+    codes = weight.dtype.itemsize < 2 or not weight.is_floating_point()
+    return codes or hasattr(weight, "quant_state") or is_torchao(weight)
+
+
+def is_torchao(weight: torch.Tensor) -> bool:
+    """Whether a weight is one of torchao's tensors, whose dtype is what they compute in."""
+    return type(weight).__module__.startswith("torchao.")
 
 
 def is_partitioned(weight: torch.Tensor) -> bool:
@@ -269,9 +275,10 @@ class AdapterLayer(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of activations that the base takes: its weight's, or what a quantised layer computes in."""
-        if is_quantised(self.base_layer.weight):
+        weight = self.base_layer.weight
+        if is_quantised(weight) and not is_torchao(weight):
             return getattr(self.base_layer, "compute_dtype", None) or torch.float32
-        return self.base_layer.weight.dtype
+        return weight.dtype
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: what a checkpoint holds of this layer."""

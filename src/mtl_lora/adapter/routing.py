@@ -336,6 +336,10 @@ class Generate(Override):
     name = "generate"
 
     def __call__(self, *arguments, task_ids=None, **options):
+        mask, config = options.get("attention_mask"), getattr(self.module, "config", None)
+        is_decoder = isinstance(mask, torch.Tensor) and not getattr(config, "is_encoder_decoder", False)
+        if is_decoder and mask.dim() == 2 and not mask[:, -1].all():
+            raise UserError('generate would continue behind padding; pad at the left: tokenizer.padding_side = "left"')
         with _Held(_thread.routes.outer if task_ids is None else Route(task_ids)):
             return self.original(*arguments, **options)
 

@@ -31,8 +31,11 @@ class TrainConfig(TrainingConfig):
     ``TrainConfig(num_B=2)``); those that the chosen method does not read change nothing.
     """
 
-    # what to train, on what
-    base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
+    base_model: str = flag(
+        "smollm2-135m",
+        "name or folder of any causal LM of transformers; smollm2-135m is fetched",
+        group="what is trained, on what",
+    )
     data_path: str = flag(
         "commonsense_170k_taskid.json",
         "JSON, JSON lines, CSV or parquet of examples with instruction, output and task_id (or task, a name)",
@@ -44,22 +47,22 @@ class TrainConfig(TrainingConfig):
     task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
     cache_dir: str = flag(".cache/rows", "folder for tokenised data", affects="nothing")
 
-    # adapter
-    adapter_name: str = flag("mtl_lora", "method", aliases=("method",))
+    adapter_name: str = flag("mtl_lora", "method", aliases=("method",), group="the adapter")
     lora_r: int = flag(8, "rank r of the adapter", aliases=("rank",))
     lora_alpha: float = flag(16.0, "numerator of the scale alpha / r", aliases=("alpha",))
-    lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0 is off", aliases=("dropout",))
+    lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0: off", aliases=("dropout",))
     lora_target_modules: list[str] = flag(
         ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "linear layers to adapt: a,b or all-linear or a regular expression of whole names",
+        "linear layers to adapt: names or regular expressions of whole names as a,b; or all-linear",
         aliases=("target_modules",),
     )
     hyperparameters: dict = dataclasses.field(default_factory=dict)  # of all methods; each is a flag of its own
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")
     lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
 
-    # text
-    cutoff_len: int = flag(256, "most tokens of prompt, answer and EOS; longer instructions lose their middle", min=1)
+    cutoff_len: int = flag(
+        256, "most tokens of prompt, answer and EOS; longer instructions lose their middle", min=1, group="the text"
+    )
     template: str = flag(
         "alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), plain (short), chat (the tokenizer's)"
     )
@@ -139,8 +142,12 @@ class TrainConfig(TrainingConfig):
         values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
         flags = _ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
         targets = self.lora_target_modules
-        if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
+        is_name = {target: re.fullmatch(r"[\w.]+", target) is not None for target in targets}
+        if targets == ["all-linear"] or (len(targets) == 1 and not all(is_name.values())):
             values["target_modules"] = targets[0]
+        elif not all(is_name.values()):  # names and expressions together are one expression
+            parts = (rf"(?:.*\.)?{re.escape(each)}" if is_name[each] else f"(?:{each})" for each in targets)
+            values["target_modules"] = "|".join(parts)
         try:
             declared = layer_class(self.adapter_name).Hyperparameters.flags()
             read = {each.name: getattr(self, each.name) for each in declared}
@@ -156,7 +163,12 @@ class AnswerConfig(Config):
 
     affects = "answers"
 
-    checkpoint: str | None = flag(None, "adapter folder; it names its base model, prompt and tasks", affects="content")
+    checkpoint: str | None = flag(
+        None,
+        "adapter folder; it names its base model, prompt and tasks",
+        affects="content",
+        group="who answers, in which prompt",
+    )
     peft: str | None = flag(None, "PEFT LoRA folder, answered by the same protocol")
     base_model: str | None = flag(
         None, "base model alone; with --checkpoint or --peft: where its base model lies, if that has moved"
@@ -169,7 +181,10 @@ class AnswerConfig(Config):
         None, "most tokens of prompt and answer, where no checkpoint has it; none: 256", min=1
     )
     dtype: str = flag(
-        "auto", "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
+        "auto",
+        "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 where the hardware multiplies it",
+        choices=DTYPES,
+        group="how",
     )
     load_in_4bit: bool | None = flag(
         None, "load the base model in 4 bits; none: as the checkpoint was trained; needs bitsandbytes"
@@ -184,7 +199,7 @@ class AnswerConfig(Config):
         aliases=("share_opening",),
     )
     max_new_tokens: int = flag(32, "most tokens generated for an answer", min=1)
-    num_beams: int = flag(1, "beams of generation; 1 is greedy", min=1)
+    num_beams: int = flag(1, "beams of generation; 1: greedy", min=1)
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
     local_rank: int = flag(
         -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
@@ -217,7 +232,10 @@ class EvalConfig(AnswerConfig):
     """Everything that configures an evaluation."""
 
     data_dir: str = flag(
-        "data/commonsense/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)", affects="content"
+        "data/commonsense/test",
+        "folder with <task>/test.json (or .jsonl, .csv, .parquet)",
+        affects="content",
+        group="what is asked, and where the results go",
     )
     output_dir: str | None = flag(
         None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"

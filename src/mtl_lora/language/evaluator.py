@@ -134,10 +134,14 @@ class Evaluator:
         model = self.base_model.load(self.config.dtype, self.load_in_4bit)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)
-            if checkpoint.read_config(self.config.checkpoint) != self.adapter:
-                raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
         elif self.peft:
             model = self.peft.load(model)
+        # An answer is recorded under the hashes that were read first.
+        self.base_model.check_unchanged(self.base_fingerprint)
+        if self.adapter and checkpoint.read_config(self.config.checkpoint) != self.adapter:
+            raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
+        if self.peft and files.sha256(self.peft.weights) != self.peft.weights_sha256:
+            raise UserError(f"{self.config.peft} was replaced meanwhile; run the same command again")
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
         self.model = model.eval().to(device)
@@ -302,6 +306,8 @@ def begin(folder: str | Path, settings: dict, overwrite: bool) -> None:
     """
     if overwrite:
         artifacts.remove_evaluation(folder)
+    for left in (Path(folder) / artifacts.PREDICTIONS).glob(".*.partial"):  # half-written by one that was killed
+        left.unlink()
     files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
 
 

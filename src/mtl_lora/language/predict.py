@@ -66,10 +66,9 @@ def run(config: PredictConfig) -> None:
     """
     config.check_files()
     evaluator = Evaluator(config)
-    digest = files.sha256(config.input)
-    by_protocol = _questions(read_values(Path(config.input)), evaluator, config.task, config.mode, config.input)
-    if files.sha256(config.input) != digest:
-        raise UserError(f"--input {config.input} was changed while it was read; run the same command again")
+    with files.unchanged(config.input) as digest:
+        values = read_values(Path(config.input))
+    by_protocol = _questions(values, evaluator, config.task, config.mode, config.input)
     evaluator.prepare(by_protocol)
     with contextlib.nullcontext() if config.check else files.claimed(config.output):
         _run(config, evaluator, by_protocol, digest)

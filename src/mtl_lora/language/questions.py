@@ -107,8 +107,9 @@ def load_questions(
                 + ("make it with `mtl-lora prepare commonsense`, or " if tasks.names == COMMONSENSE.names else "")
                 + "pass --data_dir DIR, or --tasks with the tasks that have one"
             )
-        examples = load_examples(path, tasks, task.name, closed=True)
-        found.sha256[task.name], found.sizes[task.name] = files.sha256(path), len(examples)
+        with files.unchanged(path) as digest:
+            examples = load_examples(path, tasks, task.name, closed=True)
+        found.sha256[task.name], found.sizes[task.name] = digest, len(examples)
         found.questions += encode_questions(examples[:limit] if limit else examples, tasks, encoder, path)
     return found
 

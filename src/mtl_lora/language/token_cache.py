@@ -41,17 +41,18 @@ def training_rows(
     tasks: TaskSet,
     cache_dir: str | Path,
     task: str | None = None,
+    digest: str | None = None,
 ) -> datasets.Dataset:
     """The encoded examples of a data file, one a row, from the cache if they are there.
 
     Columns: input_ids (prompt, answer, EOS), prompt_length, length, task_id, removed (prompt tokens cut). task: as for
-    ``load_examples``.
+    ``load_examples``. digest: the file's sha256, if it is known.
     Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
     an unwritable cache folder.
     """
     # The room that is kept for an answer depends on the options and what is written before them.
     shaping = [(task.name, task.options, task.answer_prefix) for task in tasks]
-    digest = files.sha256(path)
+    digest = digest or files.sha256(path)
     facts = [_VERSION, digest, Path(path).suffix.lower(), cutoff_len, shaping]
     facts += [tokenizer_hash(tokenizer), repr(template(template_name)), *([task] if task else [])]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
@@ -60,9 +61,8 @@ def training_rows(
     if rows is None:
         if file.exists():
             print(f"the cache {file} is damaged and made anew", file=sys.stderr)
-        examples, encoder = load_examples(path, tasks, task), Encoder(tokenizer, template_name, cutoff_len, tasks)
-        if files.sha256(path) != digest:
-            raise UserError(f"the data file {path} was changed while it was read; run the same command again")
+        with files.unchanged(path, digest):
+            examples, encoder = load_examples(path, tasks, task), Encoder(tokenizer, template_name, cutoff_len, tasks)
 
         def encode(batch: dict[str, list[int]]) -> dict[str, list]:
             try:

@@ -1,8 +1,10 @@
 """Training of language models: check everything, encode the examples, build the model, train it, save the adapter."""
 
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -61,7 +63,8 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     arguments = training_arguments(config)
     distributed.check_deepspeed_values(arguments, one_process=config.check)
     tokenizer = base.tokenizer()
-    rows = encoded_rows(config, arguments, tasks, tokenizer)
+    digest = files.sha256(config.data_path)
+    rows = encoded_rows(config, arguments, tasks, tokenizer, digest)
     longest = int(row_columns(rows)["length"].max())
     base.check_positions(longest, f"the longest example; lower --cutoff_len, which is {config.cutoff_len}")
     train, held_out = split(rows, config.val_set_size, config.seed)
@@ -79,13 +82,15 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     untrained = [name for name, count in zip(tasks.names, counts, strict=True) if not count]
     if untrained:
         log(arguments, f"no training examples of {', '.join(untrained)}: what is these tasks' own stays as it is drawn")
-    configuration = run_configuration(config, arguments, tasks) | {"shared_prefixes": bool(prefixes)}
+    configuration = run_configuration(config, arguments, tasks, digest) | {"shared_prefixes": bool(prefixes)}
     if from_checkpoint:
         resume.check_same_run(from_checkpoint, configuration, TrainConfig, deciding_facts, devices=not config.check)
     if config.check:
-        log(arguments, "every setting is fine")
+        several = "" if arguments.world_size > 1 else "; a launch of N devices takes N such batches a step"
+        log(arguments, f"every setting is fine{several}")
         return
     model = build_model(config, base, adapter, arguments)
+    base.check_unchanged(configuration["base_fingerprint"])
     losses, packer = token_losses, None
     if prefixes:
         let_attention_share(model)
@@ -159,12 +164,17 @@ def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tup
 
 
 def encoded_rows(
-    config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    arguments: TrainingArguments,
+    tasks: TaskSet,
+    tokenizer: PreTrainedTokenizerBase,
+    digest: str,
 ) -> datasets.Dataset:
-    """The encoded examples: one process of each node tokenises, the others read its cache."""
+    """The encoded examples of the data file with this sha256: one process of each node tokenises, the others read its
+    cache."""
     with PartialState().local_main_process_first() if arguments.world_size > 1 else nullcontext():
         settings = config.template, config.cutoff_len, tasks, config.cache_dir, config.task
-        return training_rows(config.data_path, tokenizer, *settings)
+        return training_rows(config.data_path, tokenizer, *settings, digest)
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -203,12 +213,15 @@ def counts_note(names: Sequence[str], counts: np.ndarray, held_out: datasets.Dat
     return "\n".join(lines)
 
 
-def run_configuration(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet) -> dict:
+def run_configuration(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, data_sha256: str) -> dict:
     """What ``run.json`` holds: the flags and what they stand for on this machine."""
+    read = {flag.name for flag in layer_class(config.adapter_name).Hyperparameters.flags()}
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": config.to_json(),
+        "unused_settings": sorted(config.hyperparameters.keys() - read),  # hyperparameters of other methods
         "tasks": tasks.to_json(),
-        "data_sha256": files.sha256(config.data_path),
+        "data_sha256": data_sha256,
         "base_fingerprint": BaseModel(config.base_model).fingerprint(),
         "dtype": str(choose_dtype(config.dtype)),
         "no_decay": list(layer_class(config.adapter_config(tasks).method).no_decay) if config.weight_decay else [],

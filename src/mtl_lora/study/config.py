@@ -45,8 +45,9 @@ class StudyConfig(Config):
 class SearchConfig(Config):
     """How one training flag's value is chosen for each experiment: short trainings, scored on a development set.
 
-    flag, values: what is tried. data_dir: the development set; records: most questions of each task, 0 all. train:
-    flags of the short trainings. seed: of every trial.
+    flag, values: what is tried; widen: how often, where the smallest or the largest is best, one more is tried beyond
+    it. data_dir: the development set; records: most questions of each task, 0 all. train: flags of the short trainings.
+    seed: of every trial.
     """
 
     values: list[float]
@@ -55,6 +56,16 @@ class SearchConfig(Config):
     train: dict = dataclasses.field(default_factory=dict)
     records: int = dataclasses.field(default=0, metadata={"min": 0})
     seed: int = 0
+    widen: int = dataclasses.field(default=2, metadata={"min": 0})
+
+    def beyond(self, values: list[float], best: float) -> float | None:
+        """The value beyond the edge at which the best lies, as far as the next one inside; None where it lies inside,
+        and beside zero."""
+        *_, inside, edge = sorted(values, reverse=best == min(values))
+        if best != edge or not inside or not edge:
+            return None
+        found = float(f"{edge * edge / inside:.6g}")
+        return int(found) if found.is_integer() and all(isinstance(value, int) for value in values) else found
 
     def validate(self) -> None:
         self.require("values", "at least two different numbers", len(set(self.values)) == len(self.values) > 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shlex
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -134,6 +135,11 @@ class PlannedRun:
         return [Results.load(job.folder) for job in self.jobs]
 
     @property
+    def mean(self) -> float:
+        """The mean over tasks."""
+        return statistics.fmean(result.value for result in self.tasks.values())
+
+    @property
     def tasks(self) -> dict[str, TaskResult]:
         """The results of all jobs by task."""
         return {name: result for results in self.evaluations for name, result in results.tasks.items()}
@@ -190,10 +196,23 @@ class Plan:
             runs.append(self._run(experiment, folder, label, {**flags, "seed": seed}, self.test))
         return runs
 
-    def trials(self, name: str) -> list[PlannedRun]:
-        """The short trainings of the search for an experiment, one for each value."""
+    def trials(self, name: str) -> tuple[list[PlannedRun], float | None]:
+        """The short trainings of the search for an experiment, one for each value, also of those beyond an edge at
+        which finished ones have their best; and the best value of all, None while any is not finished."""
+        search, values = self.grid.search, list(self.grid.search.values)
+        while True:
+            runs = self._trials(name, values)
+            if not all(job.is_finished for job in jobs_of(runs)):
+                return runs, None
+            best = min(runs, key=lambda run: (-run.mean, run.value)).value
+            further = search.beyond(values, best) if len(values) < len(search.values) + search.widen else None
+            if further is None:
+                return runs, best
+            values.append(further)
+
+    def _trials(self, name: str, values: Sequence[float]) -> list[PlannedRun]:
         experiment, search, runs = self.grid.experiment(name), self.grid.search, []
-        for value in search.values:
+        for value in values:
             folder = self.folder / "search" / experiment.slug / f"{search.flag}_{value:g}"
             label = f"{name} {search.flag} {value:g} (search)"
             flags = {**search.train, search.flag: value, "seed": search.seed}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts, cli
 from mtl_lora.errors import UserError, files_within_reach
-from mtl_lora.files import claimed
+from mtl_lora.files import claimed, remove_leftovers
 from mtl_lora.results import Results
 from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
 from mtl_lora.study.plan import STATE, Plan, PlannedJob, PlannedRun, State, jobs_of
@@ -80,33 +80,46 @@ class Runner:
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
         self.plan, self.chosen, self.overwrite, self.writer = plan, chosen, overwrite, StudyWriter(plan)
-        self.trials = {each.search: plan.trials(each.search) for each in chosen if each.search}
-        self._searching = [job for runs in self.trials.values() for job in jobs_of(runs)]
-        for job in [*self._searching, *jobs_of(self._runs(chosen))]:
-            check_folder(job, overwrite)
+        self._check([*self._searching(), *jobs_of(self._runs(chosen))])
+
+    def _check(self, jobs: Iterable[PlannedJob]) -> None:
+        for job in jobs:
+            check_folder(job, self.overwrite)
+
+    @property
+    def trials(self) -> dict[str, list[PlannedRun]]:
+        """The trials of each search that the chosen experiments need, as far as they are known."""
+        return {each.search: self.plan.trials(each.search)[0] for each in self.chosen if each.search}
+
+    def _searching(self) -> list[PlannedJob]:
+        return [job for runs in self.trials.values() for job in jobs_of(runs)]
 
     def _runs(self, experiments: Iterable[ExperimentConfig]) -> list[PlannedRun]:
         """The runs whose configuration is known: those that wait for no search."""
         found = []
         for each in experiments:
             if each.search and each.search not in self.writer.chosen:
-                trials = self.trials.get(each.search) or self.plan.trials(each.search)
-                if not all(job.is_finished for job in jobs_of(trials)):
+                trials, best = self.plan.trials(each.search)
+                if best is None:
                     continue
-                self.writer.add_search(each.search, trials)
+                self.writer.add_search(each.search, trials, best)
             found += self.plan.runs(each, self.writer.chosen.get(each.search))
         return found
 
     def run(self, slots: Sequence[dict]) -> None:
         """Do every job that is not done; after each job study.json and table.md are written anew."""
-        self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(self._searching)
-        self.finished = sum(job.is_finished for job in [*self._searching, *jobs_of(self._runs(self.chosen))])
+        searching = self._searching()
+        self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(searching)
+        self.finished = sum(job.is_finished for job in [*searching, *jobs_of(self._runs(self.chosen))])
         where = f"{self.finished} of them finished, in {self.plan.folder}"
         print(f"{self.plan.grid.name}: {self.total} jobs, {where}", flush=True)
-        self._execute(self._searching, "left of the search", slots)
+        while any(not job.is_finished for job in searching):
+            self._execute(searching, "left of the search", slots)
+            further = self._searching()  # beyond an edge at which a search found its best
+            self._check(further)
+            self.total, searching = self.total + len(further) - len(searching), further
         jobs = jobs_of(self._runs(self.chosen))
-        for job in jobs:
-            check_folder(job, self.overwrite)
+        self._check(jobs)
         self._execute(jobs, "left", slots)
         self.report()
 
@@ -189,6 +202,7 @@ def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[t
 
 def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
     """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
+    remove_leftovers(job.folder / STATE)
     state = job.state
     if state is None:
         if (job.folder / STATE).is_file():

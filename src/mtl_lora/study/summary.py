@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,13 +38,13 @@ class StudyWriter:
         self._searches: list[model.SearchOutcome] = []
         self._differences = functools.cache(question_differences)  # of finished runs, which do not change
 
-    def add_search(self, name: str, trials: Sequence[PlannedRun]) -> None:
-        """Keep the trials' development scores, means over tasks; the best value is chosen, of equals the smallest."""
-        found = []
-        for trial in trials:
-            values = {task: result.value for task, result in trial.tasks.items()}
-            found.append(model.Candidate(trial.value, statistics.fmean(values.values()), values, trial.commands))
-        self.chosen[name] = min(found, key=lambda candidate: (-candidate.dev, candidate.value)).value
+    def add_search(self, name: str, trials: Sequence[PlannedRun], best: float) -> None:
+        """Keep the trials' development scores, means over tasks, and the best value."""
+        found = [
+            model.Candidate(each.value, each.mean, {task: r.value for task, r in each.tasks.items()}, each.commands)
+            for each in sorted(trials, key=lambda each: each.value)
+        ]
+        self.chosen[name] = best
         self._searches.append(model.SearchOutcome(name, found, self.chosen[name]))
 
     def write(self, runs: Sequence[PlannedRun]) -> None:

@@ -14,49 +14,52 @@ class TrainingConfig(Config):
 
     affects = "weights"
 
-    output_dir: str = flag("output/mtl_lora", "folder for the adapter, its checkpoints and logs", affects="nothing")
+    output_dir: str = flag(
+        "output/mtl_lora", "folder for the adapter, its checkpoints and logs", affects="nothing", group="output"
+    )
 
-    # batch and schedule
     batch_size: int | str = flag(
-        8, "examples per device and micro-batch; global = this x devices x gradient_accumulation_steps", min=1
+        8,
+        "examples per device and micro-batch; the global batch is this x devices x gradient_accumulation_steps",
+        min=1,
+        group="batches and schedule",
     )
     token_budget: int = flag(
         0,
         "most tokens per device and micro-batch, padding included (examples x longest example); replaces batch_size, "
-        "which then applies to validation alone; 0 = off",
+        "which then applies to validation alone; 0: off",
         min=0,
     )
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step", min=1)
     num_epochs: float = flag(3.0, "passes over the training examples", above=0)
     sampling_temperature: float = flag(
         1.0,
-        "a task's proportion of an epoch is that of its examples ^ (1 / this); 1 = the data's own proportions",
+        "a task's proportion of an epoch is that of its examples ^ (1 / this); 1: the data's own proportions",
         min=1,
     )
-    max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1 = off")
+    max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1: off")
     length_pool: int = flag(
-        128, "batches sorted by length together, against padding; 1 = every batch is a mixture of all tasks", min=1
+        128, "batches sorted by length together, against padding; 1: every batch is a mixture of all tasks", min=1
     )
     lr_scheduler_type: str = flag("linear", f"after the warm-up: {', '.join(SCHEDULES)}", choices=SCHEDULES)
     learning_rate: float = flag(3e-4, "peak learning rate of AdamW", above=0)
     warmup_ratio: float = flag(0.01, "fraction of the steps with linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW weight decay; 0 = off", min=0)
-    max_grad_norm: float = flag(1.0, "gradient clipping norm; 0 = off", min=0)
+    weight_decay: float = flag(0.0, "AdamW weight decay; 0: off", min=0)
+    max_grad_norm: float = flag(1.0, "gradient clipping norm; 0: off", min=0)
 
-    # run
-    val_set_size: int = flag(0, "examples held out for a validation loss at every save; 0 = off", min=0)
-    save_step: int = flag(200, "steps between checkpoints; 0 = only the final adapter", affects="nothing", min=0)
-    save_total_limit: int = flag(3, "checkpoints kept; 0 = all", affects="nothing", min=0)
+    val_set_size: int = flag(0, "examples held out for a validation loss at every save; 0: off", min=0, group="the run")
+    save_step: int = flag(200, "steps between checkpoints; 0: only the final adapter", affects="nothing", min=0)
+    save_total_limit: int = flag(3, "checkpoints kept; 0: all", affects="nothing", min=0)
     logging_steps: int = flag(10, "steps between log lines", affects="nothing", min=1)
     seed: int = flag(42, "fixes data order, initialisation and dropout", min=0)
     dtype: str = flag(
-        "auto", "base model dtype: bf16, fp32, fp64; auto = bf16 where the hardware multiplies it", choices=DTYPES
+        "auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
     )
     load_in_4bit: bool = flag(False, "load the base model in 4 bits, as QLoRA does; needs bitsandbytes")
     use_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
-    deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none = off")
+    deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none: off")
     resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder to resume from; True = the last one in output_dir", affects="nothing"
+        None, "checkpoint folder to resume from; True: the last one in output_dir", affects="nothing"
     )
     overwrite_output_dir: bool = flag(False, "delete a run that output_dir already holds", affects="nothing")
     wandb_project: str | None = flag(

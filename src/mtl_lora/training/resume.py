@@ -107,7 +107,5 @@ def begin_output(config: TrainingConfig, arguments: TrainingArguments, configura
             (output / name).unlink(missing_ok=True)
         for folder in artifacts.checkpoints(output) if fresh else ():
             artifacts.remove_checkpoint(folder)
-        for name in _OWN_FILES:
-            files.remove_leftovers(output / name)
         shutil.rmtree(output / artifacts.SAVING, ignore_errors=True)
         files.write_json(output / artifacts.RUN_CONFIG, configuration)

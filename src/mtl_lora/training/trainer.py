@@ -4,6 +4,7 @@ The Trainer takes an injected model for a full model and reserves adapter-only s
 saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -196,9 +197,15 @@ class MultiTaskTrainer(Trainer):
         super()._run_epoch(*arguments, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss per task since the last log line."""
+        """Add the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
         if "train_loss" in logs and self.state.global_step == self._initial_global_step:
             return  # a mean over no step
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {self.state.global_step} of {self.state.max_steps} or since the last "
+                    "log line; lower --learning_rate, or resume from an earlier checkpoint"
+                )
         if "loss" in logs:
             logs |= self._by_task("loss", *self.task_losses.read())
         super().log(logs, start_time)
