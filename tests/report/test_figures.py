@@ -101,7 +101,7 @@ def test_every_mistake_ends_in_one_sentence(write, tmp_path, random, capsys, mon
     ]
     assert_mistakes(capsys, "figures", mistakes)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "mtl-lora[report]" in run_command(capsys, "figures", evaluation)[2]
+    assert "[report]" in run_command(capsys, "figures", evaluation)[2]
     assert not (evaluation / "figures").exists()
 
 
