@@ -254,7 +254,7 @@ LINES = {
     "DeepSpeed no JSON": ("train --deepspeed=half.json", ["DeepSpeed", "half.json"]),
     "DeepSpeed a list": ("train --deepspeed=train.json", ["DeepSpeed", "train.json"]),
     "resume from nowhere": ("train --resume_from_checkpoint=nowhere", ["nowhere", "checkpoint-N"]),
-    "resume nothing": ("train --resume_from_checkpoint=True", ["out", "--overwrite_output_dir"]),
+    "resume nothing": ("train --resume_from_checkpoint=True", ["out", "--resume_from_checkpoint"]),
     "resume and overwrite": (
         "train --resume_from_checkpoint=True --overwrite_output_dir=True",
         ["--resume_from_checkpoint", "--overwrite_output_dir"],
@@ -314,6 +314,7 @@ LINES = {
     "input without instruction": ("predict --input=tasks.json", ["tasks.json, example 0", "'instruction'"]),
     # export
     "nothing to export": ("export peft ~checkpoint", ["--checkpoint", "required"]),
+    "nothing named to export": ("export peft --checkpoint=", ["--checkpoint", "required"]),
     "task to export": ("export peft --tasks=chess", ["'chess'"]),
     "output of an export there": ("export peft --output=tests", ["tests", "--overwrite"]),
     "output of an export not ours": ("export peft --output=tests --overwrite", ["tests", "--output"]),
