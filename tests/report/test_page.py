@@ -108,6 +108,29 @@ def test_a_page_of_an_evaluation_is_the_same_bytes_every_time(write, tmp_path, c
     assert (facts["commit"], facts["versions torch"], facts["weights sha256"]) == ("f" * 40, "9.9", "d" * 64)
     assert (facts["data first"], facts["origin commit"]) == ("aaaa", "9" * 40)
     assert facts["command"] == "mtl-lora evaluate --checkpoint run"
+    assert tables["mtl_lora"][3][:4] == ["Average", "400", "47.5 ± 2.1", "45.0"]
+
+
+def test_a_page_shows_answers_right_and_wrong_and_the_settings_of_its_own_method(write, tmp_path, capsys):
+    lines = [
+        {"index": index, "correct": index > 1, "answer": "yes", "text": f"<i>I say {index}</i>", "parsed": "no"}
+        for index in range(4)
+    ]
+    (write(EVALUATION, ".") / "predictions").mkdir()
+    (tmp_path / "predictions" / "first.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    configuration = {"command": "mtl-lora train --lora_r 8", "unused_settings": ["num_experts"]}
+    configuration |= {"settings": {"num_B": 3, "num_experts": 8}, "tasks": TUNED["task_set"]}
+    (tmp_path / "run.json").write_text(json.dumps(configuration))
+    assert run_command(capsys, "page", tmp_path)[0] == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    tables = Outline(text).tables
+    assert [row[1:] for row in tables["Answers of mtl_lora"][1:]] == [
+        ["0", "wrong", "yes", "<i>I say 0</i>"],
+        ["2", "right", "yes", "<i>I say 2</i>"],
+    ]
+    facts = [row for rows in tables.values() for row in rows]
+    assert ["command", "mtl-lora train --lora_r 8"] in facts and ["settings num B", "3"] in facts
+    assert "num experts" not in text and "<i>" not in text
 
 
 def test_a_page_of_a_training(tmp_path, random, capsys):

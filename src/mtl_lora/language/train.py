@@ -1,8 +1,10 @@
 """Training of language models: check everything, encode the examples, build the model, train it, save the adapter."""
 
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -213,8 +215,11 @@ def counts_note(names: Sequence[str], counts: np.ndarray, held_out: datasets.Dat
 
 def run_configuration(config: TrainConfig, arguments: TrainingArguments, tasks: TaskSet, data_sha256: str) -> dict:
     """What ``run.json`` holds: the flags and what they stand for on this machine."""
+    read = {flag.name for flag in layer_class(config.adapter_name).Hyperparameters.flags()}
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": config.to_json(),
+        "unused_settings": sorted(config.hyperparameters.keys() - read),  # hyperparameters of other methods
         "tasks": tasks.to_json(),
         "data_sha256": data_sha256,
         "base_fingerprint": BaseModel(config.base_model).fingerprint(),

@@ -16,7 +16,7 @@ from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
 from mtl_lora.report.compare import RESAMPLES, SEED, compare
 from mtl_lora.report.load import Study, load_run
-from mtl_lora.report.table import FORMATS, Report, build_table, details, markdown_text, study_tables
+from mtl_lora.report.table import FORMATS, Report, build_table, details, examples, markdown_text, study_tables
 from mtl_lora.results import Results, object_of
 
 PAGE = "page.html"  # the template, and the default name of what is made from it
@@ -140,8 +140,12 @@ def write_page(run: str, output: str | None = None) -> Path:
         raise UserError(f"--output {path} must be the path of an .html file")
     import jinja2
 
-    own = [details(each.name, study.task_set, each.runs[0].tasks) for each in study.experiments if each.runs[0].tasks]
-    tables = own if study.facts else study_tables(study)
+    tables = [] if study.facts else study_tables(study)
+    for results in [
+        Results.load(each.runs[0].results) for each in study.experiments if study.facts and each.runs[0].results
+    ]:
+        tables += [details(results.name, results.task_set, results.tasks)]
+        tables += [each for each in [examples(results)] if each.rows]
     sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study))
     drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]
     facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}

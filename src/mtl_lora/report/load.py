@@ -333,6 +333,9 @@ def load_run(path: str | Path) -> Study:
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
+    unused = training.get("unused_settings", [])
+    settings = {key: value for key, value in training.get("settings", {}).items() if key not in unused}
+    training = {**training, "settings": settings, "unused_settings": None}
     found = Results.load_all(folder, needed=False)
     facts = {" ".join(["evaluation", *[each.mode] * (len(found) > 1)]): each.to_json() for each in found}
     facts |= {"training": training, "adapter": adapter or (found[0].adapter if found else None)}
