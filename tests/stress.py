@@ -483,7 +483,7 @@ class Stress:
         shutil.copytree(source, folder / "w")
         folder = folder / "w"
         if not mounted:  # no file may grow beyond a limit then
-            limit = chance.randrange(60_000)
+            limit = 8192 + chance.randrange(1 << chance.randrange(9, 17))  # what is printed has room
         try:
             process, log = start(self.commands[name], folder, size_limit=limit)
             if fill and mounted:  # by somebody else, while the command runs
