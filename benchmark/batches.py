@@ -53,18 +53,22 @@ def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: t
     if len(rows) % batch_size:
         raise UserError(f"--records must be a multiple of --batch_size {batch_size}, not {len(rows)}")
     lengths, ids = [len(row["input_ids"]) for row in rows], [row["task_id"] for row in rows]
+    prefixes = task_prefixes(datasets.Dataset.from_list(rows))
+    rests = [length - len(prefixes.get(task_id, ())) for length, task_id in zip(lengths, ids, strict=True)]
     plans = {
         "random": np.random.default_rng(0).permutation(len(rows)).reshape(-1, batch_size).tolist(),
-        "sorted": LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0),
+        "sorted": list(LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0)),
+        "shared": list(LengthGroupedBatchSampler(rests, ids, batch_size, seed=0)),
     }
-    collate = Collator(pad_token_id)
-    prefixes = task_prefixes(datasets.Dataset.from_list(rows))
-    made = {name: [collate([rows[index] for index in batch]) for batch in plan] for name, plan in plans.items()}
-    for batch, indices in zip(made["random"], plans["random"], strict=True):
-        ends = torch.tensor([[lengths[index]] for index in indices])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < ends).long()  # as others train
-    collate = Collator(pad_token_id, packer=Packer(prefixes, by_task=True, pad_token_id=pad_token_id))
-    made["shared"] = [collate([rows[index] for index in batch]) for batch in plans["sorted"]]
+    packer = Packer(prefixes, by_task=True, pad_token_id=pad_token_id)
+    collate = {name: Collator(pad_token_id, packer=packer if name == "shared" else None) for name in plans}
+    made = {name: [collate[name]([rows[index] for index in batch]) for batch in plan] for name, plan in plans.items()}
+    for name, plan in plans.items():
+        for batch, indices in zip(made[name], plan, strict=True):
+            batch["lengths"] = torch.tensor([lengths[index] for index in indices])
+    for batch in made["random"]:
+        positions = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (positions < batch["lengths"][:, None]).long()  # as others train
     return {name: [to_device(batch, device) for batch in batches] for name, batches in made.items()}
 
 
@@ -84,3 +88,15 @@ def spread_tasks(batches: list[dict], tasks: int) -> list[dict]:
     return [
         {**batch, "task_ids": part.to(batch["task_ids"].device)} for batch, part in zip(batches, parts, strict=True)
     ]
+
+
+def tokens_that_run(plans: dict[str, list[dict]]) -> dict[str, int]:
+    """Tokens with padding that go through the model by each plan; and the ``least`` that must, in the batches of
+    ``shared``: no padding, and every prefix once a batch."""
+    run = {name: sum(batch.get("packed", batch)["input_ids"].numel() for batch in made) for name, made in plans.items()}
+    least = 0
+    for batch in plans["shared"]:
+        least += int(batch["lengths"].sum())
+        if packed := batch.get("packed"):
+            least += int(packed["prefix_lengths"].sum() - packed["prefix_lengths"][packed["groups"]].sum())
+    return {**run, "least": least}

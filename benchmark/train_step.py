@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from batches import add_data, encoded_rows, make_batches
+from batches import add_data, encoded_rows, make_batches, tokens_that_run
 from footprint import megabytes, tensor_bytes
 from measure import compared, count, counts, keep, markdown_table, parser, ratio_table, shown, spread, turns
 from pipelines import Pipeline, add_sides, pipeline
@@ -49,7 +49,7 @@ def main() -> None:
         }
         for name, values in rates.items()
     }
-    padded = {name: sum(batch["input_ids"].numel() for batch in made) for name, made in plans.items()}
+    padded = tokens_that_run(plans)
     text = markdown_table(
         ["pipeline", "samples/s", "tokens/s", *(["peak, MB"] if arguments.memory else [])],
         [
@@ -60,10 +60,12 @@ def main() -> None:
     )
     text += f"\n\n{ratio_table(ratios)}" if len(ratios) > 1 else ""
     text += (
-        f"\n\n{len(rows)} records, {len(rows) * tokens_a_row:,.0f} tokens ({padded['random']:,} with padding in random "
-        f"batches of {arguments.batch_size}, {padded['sorted']:,} sorted), {arguments.base_model}, {base.dtype}, "
-        f"{'with' if arguments.optimiser else 'without'} optimiser; median (smallest to largest) of "
-        f"{arguments.rounds} rounds, the sides taking turns batch by batch; tokens without padding."
+        f"\n\n{len(rows)} records, {len(rows) * tokens_a_row:,.0f} tokens; with padding {padded['random']:,} in random "
+        f"batches of {arguments.batch_size}, {padded['sorted']:,} sorted, {padded['shared']:,} with shared prompt "
+        f"prefixes, where {padded['least']:,} must run, {padded['sorted'] / padded['least']:.2f} times fewer. "
+        f"{arguments.base_model}, {base.dtype}, {'with' if arguments.optimiser else 'without'} optimiser; median "
+        f"(smallest to largest) of {arguments.rounds} rounds, the sides taking turns batch by batch; tokens a second "
+        "are those of the records, without padding and however often they run."
     )
     if arguments.memory:
         text += " Peak: tensors of a step on the longest batch, above weights and optimiser state."
@@ -79,7 +81,7 @@ def work(side: Pipeline, plans: dict[str, list[dict]]) -> list[partial]:
 
 def peak(side: Pipeline, plans: dict[str, list[dict]]) -> int:
     """The most bytes of tensors in a step on a pipeline's longest batch, above what is there between steps."""
-    longest = max(side.batches(plans), key=lambda batch: batch["input_ids"].numel())
+    longest = max(side.batches(plans), key=lambda batch: batch.get("packed", batch)["input_ids"].numel())
     return tensor_bytes(lambda: side.step(longest))[1]
 
 

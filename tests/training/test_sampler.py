@@ -184,6 +184,16 @@ def test_steps_are_the_same_for_any_split_with_options(accumulation, world_size,
     assert rows_of(steps_of(1003, accumulation, world_size, 3, **options)) == rows_of(one)
 
 
+@pytest.mark.parametrize("options", [{}, {"token_budget": 1024}], ids=["plain", "tokens"])
+def test_grouped_by_task_the_steps_are_the_same_in_micro_batches_of_few_tasks(options):
+    _, task_ids = made_rows(3000)
+    plain, grouped = (steps_of(3000, 2, 4, group_tasks=group, **options) for group in (False, True))
+    assert rows_of(grouped) == rows_of(plain)
+    few, many = (np.mean([len(set(task_ids[micro])) for step in steps for micro in step]) for steps in (grouped, plain))
+    assert few < 0.5 * many
+    assert [[len(micro) for micro in step] for step in grouped] == [[len(micro) for micro in step] for step in plain]
+
+
 def test_micro_batches_of_a_step_are_dealt_out_so_that_processes_take_neighbours_at_a_time():
     lengths, _ = made_rows(1024)
     for first, second, third, fourth in steps_of(1024, 2, 2, batch_size=4):

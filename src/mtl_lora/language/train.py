@@ -75,7 +75,7 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     lengths = columns["length"]
     if not config.token_budget:  # a budget is kept with whole prompts
         lengths = lengths - np.array([len(prefixes.get(task.id, ())) for task in tasks])[columns["task_id"]]
-    sampler = make_sampler(config, arguments, lengths, columns["task_id"])
+    sampler = make_sampler(config, arguments, lengths, columns["task_id"], group_tasks=bool(prefixes))
     log(arguments, f"{sampler}\n{len(rows):,} examples; {shortened_note(rows, config.cutoff_len)}")
     counts = np.bincount(columns["task_id"], minlength=len(tasks))
     log(arguments, counts_note(tasks.names, counts, held_out, config.sampling_temperature))

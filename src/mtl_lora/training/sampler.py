@@ -176,8 +176,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     (examples times the longest). A step's global batch, of ``batch_size * accumulation * world_size`` examples or of
     ``accumulation * world_size`` token budgets, is the same for any split of that product, so one process and many
     take the same steps. Its examples are sorted by length and dealt out in consecutive runs, so processes that work at
-    the same time have similar work. Where the last, smaller batch cannot give every micro-batch an example, its
-    examples are left out of that epoch.
+    the same time have similar work; or, to ``group_tasks``, by task first, so a micro-batch has few. Where the last,
+    smaller batch cannot give every micro-batch an example, its examples are left out of that epoch.
 
     Raises ``UserError`` where that would leave no step at all, and for an example longer than the token budget.
     """
@@ -194,7 +194,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         length_pool: int = TrainingConfig.length_pool,
         token_budget: int = 0,
         temperature: float = 1.0,
+        group_tasks: bool = False,
     ):
+        self.group_tasks = group_tasks
         self.lengths, self.task_ids, self.seed = np.asarray(lengths), np.asarray(task_ids), seed
         self.batch_size, self.accumulation, self.world_size, self.rank = batch_size, accumulation, world_size, rank
         self.length_pool, self.token_budget, self.temperature, self.epoch = length_pool, token_budget, temperature, 0
@@ -225,6 +227,8 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for examples in self.steps():
+            if self.group_tasks:
+                examples = examples[np.argsort(self.task_ids[examples], kind="stable")]
             micro_batches = np.array_split(examples, self.parts)
             for index in range(self.rank, self.parts, self.world_size):
                 yield micro_batches[index].tolist()

@@ -68,7 +68,11 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
 
 
 def make_sampler(
-    config: TrainingConfig, arguments: TrainingArguments, lengths: np.ndarray, task_ids: np.ndarray
+    config: TrainingConfig,
+    arguments: TrainingArguments,
+    lengths: np.ndarray,
+    task_ids: np.ndarray,
+    group_tasks: bool = False,
 ) -> LengthGroupedBatchSampler:
     """This process's micro-batches of examples with these lengths and task ids, (N,); raises as the sampler does."""
     return LengthGroupedBatchSampler(
@@ -82,6 +86,7 @@ def make_sampler(
         length_pool=config.length_pool,
         token_budget=config.token_budget,
         temperature=config.sampling_temperature,
+        group_tasks=group_tasks,
     )
 
 
