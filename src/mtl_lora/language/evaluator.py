@@ -7,6 +7,7 @@ import collections
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -129,6 +130,10 @@ class Evaluator:
         """Build the model on this process's device, once."""
         if self.model is not None:
             return
+        if self.adapter and int(os.environ.get("RANK", "0")) == 0:
+            asked = [self.tasks[task_id].name for task_id in self.prefixes]
+            for note in self.adapter.provenance_config.untrained_note(asked):
+                print(note, file=sys.stderr)
         device = device_for_this_process()
         keep_freed_memory(device.type)
         model = self.base_model.load(self.config.dtype, self.load_in_4bit)
