@@ -306,6 +306,7 @@ def grid(draw: random.Random) -> str:
 def earlier_settings(draw: random.Random) -> str:
     settings = json.loads(Path("ev/settings.json").read_text())
     settings |= {"mode": "generate", "max_new_tokens": 32, "num_beams": 1}
+    write(Path("m/out/predictions/boolq.jsonl"), b"")
     write(Path("m/out/settings.json"), changed(settings, draw))
     return "evaluate --output_dir=m/out --limit=2"
 
