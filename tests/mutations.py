@@ -284,12 +284,11 @@ def study(draw: random.Random) -> Line:
 def shown(folder: str, draw: random.Random) -> Line:
     """The page of a folder; mostly without its figures, which take seconds to draw."""
     from mtl_lora.report.load import analysis_of, load_run, log_of
-    from mtl_lora.report.table import details, study_tables
+    from mtl_lora.report.table import study_tables
 
     def tables() -> None:
         study = load_run(folder)
-        found = [*(study_tables(study) if not study.facts else [])]
-        found += [details(study.name, study.task_set, run.tasks) for run in study.runs if run.tasks]
+        found = study_tables(study) if not study.facts else []
         for each in study.runs:
             log_of(study, each)
             analysis_of(study, each)
