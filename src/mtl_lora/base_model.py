@@ -91,7 +91,7 @@ class BaseModel:
 
     def check_positions(self, tokens: int, way_out: str) -> None:
         """Raise ``UserError``, which ends in ``way_out``, if the model has fewer positions than ``tokens``."""
-        most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        most = _positions(self)
         if isinstance(most, int) and 0 < most < tokens:
             raise UserError(
                 f"the model {self.name!r} has {most} positions, fewer than the {tokens} tokens of {way_out}"
@@ -111,6 +111,8 @@ class BaseModel:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=self.config().dtype if dtype == STORED else choose_dtype(dtype),
             )
+            if torch.cuda.is_available():  # or every process would take the first GPU
+                options.setdefault("device_map", {"": device_for_this_process()})
         with hub_errors(self.name):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -205,10 +207,21 @@ class BaseModel:
             )
 
 
+@functools.cache  # the hub is asked for a configuration each time
+def _positions(base: BaseModel) -> int | None:
+    return getattr(base.config().get_text_config(), "max_position_embeddings", None)
+
+
 def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model by its configuration, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def quiet_deepspeed() -> None:
+    """Without a GPU: keep DeepSpeed, which accelerate imports where it is installed, from warning of that."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def device_for_this_process() -> torch.device:

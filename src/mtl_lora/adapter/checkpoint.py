@@ -6,6 +6,7 @@ PEFT's file names are left to what is exported for PEFT. Safetensors does not no
 import dataclasses
 import importlib.util
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -50,6 +51,11 @@ class Provenance(Config):
     def load_in_4bit(self) -> bool:
         """Whether the base model was loaded in 4 bits for the training."""
         return bool((self.train_settings or {}).get("load_in_4bit"))
+
+    def untrained_note(self, tasks: Iterable[str]) -> list[str]:
+        """A line on those of ``tasks`` that had no training examples, or none."""
+        found = [task for task in tasks if task in (self.untrained_tasks or ())]
+        return [f"note: the adapter had no training examples of {', '.join(found)}"] if found else []
 
 
 Origin = Provenance  # its earlier name
