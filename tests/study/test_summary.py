@@ -7,7 +7,8 @@ import pytest
 from study_cases import ALONE, SEARCH, dev_set, finish, grid, plan_of, run_of, write_results
 
 from mtl_lora.errors import UserError
-from mtl_lora.report.compare import bootstrap_means, compare, percentile_interval
+from mtl_lora.estimates import bootstrap_means, percentile_interval
+from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study
 from mtl_lora.results import Results
 from mtl_lora.study.summary import (

@@ -11,10 +11,11 @@ from pathlib import Path
 from mtl_lora import artifacts, cli
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
+from mtl_lora.estimates import RESAMPLES, SEED
 from mtl_lora.files import write_all
 from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
-from mtl_lora.report.compare import RESAMPLES, SEED, compare
+from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study, load_run
 from mtl_lora.report.table import FORMATS, Report, build_table, details, examples, markdown_text, study_tables
 from mtl_lora.results import Results, object_of
@@ -176,13 +177,8 @@ def _in_words(value: object, name: str = "") -> dict[str, str]:
     return {} if value in (None, "") else {name.strip().replace("_", " "): str(value)}
 
 
-COMMANDS = {
-    "table": TableConfig,
-    "details": DetailsConfig,
-    "compare": CompareConfig,
-    "figures": FiguresConfig,
-    "page": PageConfig,
-}
+COMMANDS = {"table": TableConfig, "details": DetailsConfig, "compare": CompareConfig}
+COMMANDS |= {"figures": FiguresConfig, "page": PageConfig}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
+from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate, intervals
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.predictions import paired_answers
 from mtl_lora.report import load as model
-from mtl_lora.report.compare import RESAMPLES, SEED, intervals
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.load import LEVEL, Estimate, Experiment, Study
+from mtl_lora.report.load import Experiment, Study
 from mtl_lora.report.table import markdown_text, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
