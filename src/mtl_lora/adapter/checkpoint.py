@@ -257,7 +257,8 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
         # What was merged from 4 bits is other weights on purpose.
         if found.base_fingerprint and not provenance.load_in_4bit and (name := _changed_weight(found, base_model)):
             warnings.warn(
-                f"{name} of this model is not what the files of {found.base_model!r} hold, which {folder} was trained on",
+                f"{folder} was trained on the files of {found.base_model!r}, and this model's {name} is not what they "
+                "hold",
                 stacklevel=2,
             )
     state = read_weights(source, config)
