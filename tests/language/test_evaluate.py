@@ -404,6 +404,7 @@ def test_second_evaluation_of_a_folder_is_refused_and_changes_nothing(evaluate, 
 
 
 def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, trained, train, tmp_path, monkeypatch):
+    before = evaluate("out", tasks=["boolq"], mode="score")["score"].to_json()
     other, load = train("other", max_steps=1), mtl_lora.load
     shutil.copytree(trained, tmp_path / "run")
 
@@ -414,8 +415,8 @@ def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, tr
 
     monkeypatch.setattr(mtl_lora, "load", replaced_before)
     with pytest.raises(UserError, match="run was replaced"):
-        evaluate("out", checkpoint=str(tmp_path / "run"), tasks=["boolq"], mode="score")
-    assert not (tmp_path / "out" / "results.json").exists()
+        evaluate("out", checkpoint=str(tmp_path / "run"), tasks=["boolq"], mode="score", overwrite=True)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == before
 
 
 def test_a_killed_run_ends_with_the_predictions_of_one_that_was_not(evaluate, trained, tmp_path):
