@@ -430,7 +430,7 @@ class Stress:
         if name != "study":  # whose commands may still run
             check_state(folder, former, expected)
         self.go_on(name, folder, expected, chance)
-        return f"{name} over {before}" if before else name
+        return f"{name} after {before}" if before else name
 
     def try_pair(self, chance: random.Random) -> str:
         before = chance.choice([None, None, *TOGETHER])
@@ -458,7 +458,7 @@ class Stress:
             allowed += [state] if codes[1 - index] == 2 and codes[index] == order[0] else []
         if codes == (2, 2):
             allowed = [self.one_after_another(before)[1]] if any(order == (2,) for order, _ in alone) else []
-        what = f"{pair[0]} and {pair[1]}" + (f" over {before}" if before else "")
+        what = f"{pair[0]} and {pair[1]}" + (f" after {before}" if before else "")
         if not any(not difference(found, state) for state in allowed):
             wrong = [difference(found, state) for state in allowed]
             printed = "\n---\n".join(texts)[-3000:]
@@ -483,7 +483,7 @@ class Stress:
         shutil.copytree(source, folder / "w")
         folder = folder / "w"
         if not mounted:  # no file may grow beyond a limit then
-            limit = chance.randrange(60_000)
+            limit = 8192 + chance.randrange(1 << chance.randrange(9, 17))  # what is printed has room
         try:
             process, log = start(self.commands[name], folder, size_limit=limit)
             if fill and mounted:  # by somebody else, while the command runs
@@ -504,7 +504,7 @@ class Stress:
         finally:
             if mounted:
                 subprocess.run(["umount", str(folder.parent)], check=True)
-        return f"{name} over {before}" if before else name
+        return f"{name} after {before}" if before else name
 
     def trial(self, kind: str, number: int) -> dict:
         """Draw and do one trial; returns what is logged."""

@@ -298,7 +298,7 @@ def test_missing_package_names_the_extra_that_brings_it(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["prepare", "textclass"])
     err = capsys.readouterr().err
-    assert stopped.value.code == EXIT_CODE and "no_such_package" in err and "'mtl-lora[data]'" in err
+    assert stopped.value.code == EXIT_CODE and "no_such_package" in err and "'.[data]'" in err
 
 
 # ---- the doors ----

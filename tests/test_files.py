@@ -353,6 +353,19 @@ def test_sigterm_unwinds_and_exits_as_a_shell_says_it():
     assert stopped.value.code == 143 and unwound and signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_inside_a_destructor_ends_the_command_too(capsys, number):
+    class Dies:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
+        Dies()
+        time.sleep(5)
+    assert stopped.value.code == 128 + number and "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "error",
     [

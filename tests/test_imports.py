@@ -19,6 +19,7 @@ GROUND = {
     "config",
     "embedded",
     "errors",
+    "estimates",
     "files",
     "memory",
     "predictions",
@@ -49,6 +50,7 @@ NEEDS_NO_MODEL = ("mtl_lora.language.config", "mtl_lora.language.examples", "mtl
 PACKAGES = {
     **{part: set() for part in GROUND | DOORS},
     "embedded": {"torch", "transformers"},
+    "estimates": {"numpy", "scipy"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from transformers.utils import cached_file, logging
 
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject, trainable_parameters
+from mtl_lora.adapter.layer import is_quantised
 from mtl_lora.config import DTYPES
 from mtl_lora.embedded import NAME as SMOLLM2
 from mtl_lora.embedded import smollm2_folder
@@ -91,7 +92,7 @@ class BaseModel:
 
     def check_positions(self, tokens: int, way_out: str) -> None:
         """Raise ``UserError``, which ends in ``way_out``, if the model has fewer positions than ``tokens``."""
-        most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        most = _positions(self)
         if isinstance(most, int) and 0 < most < tokens:
             raise UserError(
                 f"the model {self.name!r} has {most} positions, fewer than the {tokens} tokens of {way_out}"
@@ -111,6 +112,8 @@ class BaseModel:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=self.config().dtype if dtype == STORED else choose_dtype(dtype),
             )
+            if torch.cuda.is_available():  # or every process would take the first GPU
+                options.setdefault("device_map", {"": device_for_this_process()})
         with hub_errors(self.name):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -180,17 +183,36 @@ class BaseModel:
         if Path(self.path).is_dir() and self.fingerprint() != fingerprint:
             raise UserError(f"the model {self.name!r} was replaced meanwhile; run the same command again")
 
-    def local_fingerprint(self) -> str | None:
-        """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
+    def _on_this_machine(self) -> "BaseModel":
+        """The model by the folder of its files; raises what the hub does where they are not on this machine."""
         from huggingface_hub import snapshot_download
 
+        if Path(self.path).is_dir():
+            return self
+        return BaseModel(snapshot_download(self.path, local_files_only=True, allow_patterns=["*.safetensors*"]))
+
+    def local_fingerprint(self) -> str | None:
+        """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
         try:
-            folder = self.path
-            if not Path(folder).is_dir():
-                folder = snapshot_download(folder, local_files_only=True, allow_patterns=["*.safetensors*"])
-            return BaseModel(folder).fingerprint()
+            return self._on_this_machine().fingerprint()
         except (UserError, OSError, ValueError):
             return None
+
+    def changed_weight(self, model: torch.nn.Module) -> str | None:
+        """The name of a weight of ``model`` that is not what the model's files on this machine hold, but for rounding.
+
+        The first rows of a few matrices are compared; None if they agree, or if there is nothing to compare.
+        """
+        own = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2 and not weight.is_meta}
+        for path in self._on_this_machine().weight_files():
+            with safe_open(path, framework="pt") as opened:
+                names = [name for name in opened.keys() if name in own]  # noqa: SIM118 - not a mapping
+                for name in names[:: max(len(names) // 4, 1)]:
+                    there, here = opened.get_slice(name)[:1].float(), own[name][:1].detach().cpu()
+                    comparable = not is_quantised(own[name]) and here.shape == there.shape
+                    if comparable and not torch.allclose(here.float(), there, rtol=0.02, atol=1e-3 * there.abs().max()):
+                        return name
+        return None
 
     def count(self, adapter: AdapterConfig) -> tuple[int, int]:
         """(trainable, all) parameters with an adapter on it, counted on the meta device."""
@@ -205,10 +227,21 @@ class BaseModel:
             )
 
 
+@functools.cache  # the hub is asked for a configuration each time
+def _positions(base: BaseModel) -> int | None:
+    return getattr(base.config().get_text_config(), "max_position_embeddings", None)
+
+
 def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model by its configuration, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def quiet_deepspeed() -> None:
+    """Without a GPU: keep DeepSpeed, which accelerate imports where it is installed, from warning of that."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def device_for_this_process() -> torch.device:

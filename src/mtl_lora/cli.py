@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
                 raise
             extra = COMMANDS[name].extra
             raise UserError(
-                f"mtl-lora {name} needs the package {error.name}; pip install 'mtl-lora[{extra}]'"
+                f"mtl-lora {name} needs the package {error.name}; in a checkout of mtl-lora: pip install '.[{extra}]'"
             ) from None
 
 

@@ -48,7 +48,7 @@ def user_errors_to_exit_code() -> Iterator[None]:
     than the first say which they are: what stops them may be theirs alone.
     """
     try:
-        with _sigterm_unwinds(), files_within_reach():
+        with _signals_unwind(), files_within_reach():
             try:
                 yield
             finally:
@@ -66,19 +66,32 @@ def user_errors_to_exit_code() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
+def _signals_unwind() -> Iterator[None]:
     """A block in which SIGTERM ends the process as SIGINT does: temporary files are removed on the way out.
 
-    Not under a launcher, whose processes may wait for each other outside Python, where no handler runs.
+    Not SIGTERM under a launcher, whose processes may wait for each other outside Python, where no handler runs.
     """
-    if threading.current_thread() is not threading.main_thread() or os.environ.get("WORLD_SIZE", "1") != "1":
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    hook, main = sys.unraisablehook, threading.current_thread() is threading.main_thread()
+    before = None
+
+    def again(ignored) -> None:
+        # Python ignores an exception in a destructor, and so the signal that came there.
+        number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(ignored.exc_type)
+        if number is None:
+            return hook(ignored)
+        timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    if main and os.environ.get("WORLD_SIZE", "1") == "1":
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    sys.unraisablehook = again
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

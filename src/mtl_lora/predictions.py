@@ -1,9 +1,11 @@
 """The answers that a results file counts: predictions read from disk, and paired with those of another evaluation."""
 
+import contextlib
 import dataclasses
 import json
 import reprlib
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
@@ -63,6 +65,21 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
         there, here = f"{right:,} of {len(found):,} questions right", f"{counted:,} of {score.n:,}"
         raise UserError(f"{path} has {there} and {results.path} counts {here}; evaluate again with --overwrite")
     return found
+
+
+def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]:
+    """Of each task whose predictions are there, the first right one and the first wrong: the task, the question's
+    index, whether it is right, the right answer, and what was said, cut short."""
+    for name in results.scored:
+        path, seen = predictions_path(results, name), set()
+        for text in files.read_lines(path) if path.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a broken line is no example
+                line = json.loads(text)
+                right, index, said = bool(line["correct"]), line["index"], line.get("text") or line["parsed"]
+                if right not in seen:
+                    answer, said = (textwrap.shorten(each, 160) for each in (line["answer"], said))
+                    seen.add(right)
+                    yield name, index, right, answer, said
 
 
 def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
+from mtl_lora.estimates import proportion_error
 
 SCHEMA = 2
 # Metrics that are fractions from 0 to 1 and shown in percent, with their titles; any other is shown as it is.
@@ -188,14 +189,6 @@ class TaskResult:
         value |= self.measured | {name: other.to_json(self.metric) for name, other in self.others.items()}
         groups = {name: group.to_json(self.metric) for name, group in self.groups.items()}
         return value | ({"groups": groups} if groups else {})
-
-
-def proportion_error(p: float, n: int) -> float:
-    """The standard error of a proportion p of n: the larger of sqrt(p (1 - p) / n), which is 0 where none or all are
-    right, and the same of p and n with two right and two wrong ones added (Agresti and Coull, The American Statistician
-    52, 1998)."""
-    added = (p * n + 2) / (n + 4)
-    return math.sqrt(max(p * (1 - p) / n, added * (1 - added) / (n + 4)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,7 +382,8 @@ class Results:
         found = cls(**reader.fields(cls, value), path=path)
         if schema == 1:
             titles = _SCHEMA_1_TITLES.get(found.method)
-            found = dataclasses.replace(found, method_title=titles, settings={"protocol": 1, **found.settings})
+            rules = {"protocol": 1, **({"extraction": 1} if found.mode == "generate" else {})}
+            found = dataclasses.replace(found, method_title=titles, settings=rules | found.settings)
         unknown = [name for name in found.tasks if name not in found.task_set.names]
         if unknown or not found.tasks:
             rule = f"of its task set: {', '.join(found.task_set.names)}"

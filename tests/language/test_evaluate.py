@@ -79,6 +79,7 @@ def test_results_hold_what_was_measured_and_how(whole, mode):
         assert set(task.others) == {"strict" if mode == "generate" else "acc_norm"}
     assert results.data["piqa"] == files.sha256(QUICKSTART / "test" / "piqa" / "test.json")
     assert (results.settings["template"], results.settings["protocol"], results.settings["limit"]) == ("alpaca", 1, 4)
+    assert results.settings.get("extraction") == {"generate": 1, "score": None}[mode]
     assert results.trainable.total > results.trainable.adapter > 0
     assert {"torch", "transformers", "python", "mtl_lora"} <= results.versions.keys()
     assert len(found) == 32
@@ -403,6 +404,7 @@ def test_second_evaluation_of_a_folder_is_refused_and_changes_nothing(evaluate, 
 
 
 def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, trained, train, tmp_path, monkeypatch):
+    before = evaluate("out", tasks=["boolq"], mode="score")["score"].to_json()
     other, load = train("other", max_steps=1), mtl_lora.load
     shutil.copytree(trained, tmp_path / "run")
 
@@ -413,8 +415,8 @@ def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, tr
 
     monkeypatch.setattr(mtl_lora, "load", replaced_before)
     with pytest.raises(UserError, match="run was replaced"):
-        evaluate("out", checkpoint=str(tmp_path / "run"), tasks=["boolq"], mode="score")
-    assert not (tmp_path / "out" / "results.json").exists()
+        evaluate("out", checkpoint=str(tmp_path / "run"), tasks=["boolq"], mode="score", overwrite=True)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == before
 
 
 def test_a_killed_run_ends_with_the_predictions_of_one_that_was_not(evaluate, trained, tmp_path):

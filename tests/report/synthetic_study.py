@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from mtl_lora import files
+from mtl_lora.estimates import Difference, Estimate
 from mtl_lora.report.load import (
     Candidate,
-    Difference,
     Differences,
-    Estimate,
     Experiment,
     Run,
     Search,

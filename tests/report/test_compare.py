@@ -25,7 +25,8 @@ from report_cases import (
 )
 
 from mtl_lora.errors import UserError
-from mtl_lora.report.compare import bootstrap_means, compare, mcnemar_p, p_text
+from mtl_lora.estimates import bootstrap_means, mcnemar_p
+from mtl_lora.report.compare import compare, p_text
 from mtl_lora.results import Results
 
 RIGHT_A = {"first": outcomes("1100"), "second": outcomes("10")}
@@ -104,7 +105,7 @@ def test_bootstrap_has_the_distribution_of_all_resamples(differences):
 def test_drawing_in_parts_gives_what_drawing_at_once_gives(monkeypatch):
     differences = [0.1 * step for step in range(-5, 6)]
     whole = bootstrap_means(differences, [3], 1000)
-    monkeypatch.setattr("mtl_lora.report.compare._DRAWN_AT_ONCE", 11 * 300)
+    monkeypatch.setattr("mtl_lora.estimates._DRAWN_AT_ONCE", 11 * 300)
     assert (bootstrap_means(differences, [3], 1000) == whole).all()
 
 

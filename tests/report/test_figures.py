@@ -11,8 +11,9 @@ import pytest
 from report_cases import TUNED, assert_mistakes, run_command
 from synthetic_study import analysis, log_text, write_study
 
+from mtl_lora.estimates import Difference
 from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, draw, look
-from mtl_lora.report.load import Difference, Study, Summary, Transfer, analysis_of, log_of
+from mtl_lora.report.load import Study, Summary, Transfer, analysis_of, log_of
 
 OF_A_STUDY = ["accuracy", "transfer", "training_loss", "mixture_mtl_lora", "similarity_mtl_lora"]
 TASKS = {"cr": "CR", "sst5": "SST-5"}
@@ -100,7 +101,7 @@ def test_every_mistake_ends_in_one_sentence(write, tmp_path, random, capsys, mon
     ]
     assert_mistakes(capsys, "figures", mistakes)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "mtl-lora[report]" in run_command(capsys, "figures", evaluation)[2]
+    assert "[report]" in run_command(capsys, "figures", evaluation)[2]
     assert not (evaluation / "figures").exists()
 
 

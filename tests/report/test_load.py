@@ -7,7 +7,8 @@ from report_cases import BASE, TUNED, TUNED_SCHEMA_1, changed
 from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.errors import UserError
-from mtl_lora.report.load import Estimate, Study, analysis_of, load_run, load_studies, log_of
+from mtl_lora.estimates import Estimate
+from mtl_lora.report.load import Study, analysis_of, load_run, load_studies, log_of
 from mtl_lora.train_log import last_step
 
 TASKS = {"first": "First", "second": "Second <&>"}

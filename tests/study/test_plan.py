@@ -135,6 +135,11 @@ def test_a_search_that_ends_at_an_edge_is_widened_as_often_as_the_grid_says(tmp_
         for trial in waiting:
             finish(trial.jobs[0], {"boolq": scores[trial.value]})
     assert (seen, found[1]) == ([[0.01, 0.02], [0.04], [0.08]], 0.08)
+    ratio = {**search, "flag": "warmup_ratio", "values": [0.25, 0.5]}
+    plan = Plan(read_grid(str(write_grid(tmp_path, grid(search=ratio)))), tmp_path / "ratio")
+    for trial, right in zip(plan.trials("LoRA")[0], ("1000", "1100"), strict=True):
+        finish(trial.jobs[0], {"boolq": right})
+    assert plan.trials("LoRA")[1] == 0.5, "1 would be no warm-up ratio"
     inside = {**search, "widen": 0}
     assert plan_of(tmp_path, grid(search=inside)).trials("LoRA")[1] == 0.02
 

@@ -15,6 +15,7 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.artifacts import checkpoints
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
+from mtl_lora.export.peft import export_peft
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.tasks import COMMONSENSE
@@ -147,6 +148,9 @@ def test_every_task_keeps_a_training_example_and_one_without_any_is_marked(train
     assert "mood" not in printed.split("times that an epoch takes")[1].splitlines()[0]
     results = run(EvalConfig(checkpoint=str(folder), data_dir=str(tmp_path / "test"), tasks=["rain"], mode="score"))
     assert results["score"].tasks["rain"].measured["untrained"] is True
+    assert "no training examples of rain" in capsys.readouterr().err
+    export_peft(folder, tmp_path / "peft")
+    assert "no training examples of rain" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"val_set_size .* at most 12"):
         train("few too", **few, val_set_size=13)
 

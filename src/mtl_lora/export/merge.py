@@ -11,7 +11,7 @@ import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.adapter.layer import layer_class
-from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors
+from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors, quiet_deepspeed
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.export.peft import check_task, recorded_base
 
@@ -40,6 +40,7 @@ def export_merged(
     without factors, an unknown task, a quantised base, another base, a damaged checkpoint, an ``output`` in use, and a
     merged weight that its dtype cannot hold.
     """
+    quiet_deepspeed()
     config = read_config(checkpoint)
     adapter, method = config.adapter_config, layer_class(config.adapter_config.method)
     method.require_factors()

@@ -63,7 +63,7 @@ def export_peft(
     layers = adapter_layers(adapter)
     shared = {"base_model_name_or_path": base_model.name, "modules_to_save": saved_names}
     shared["target_modules"] = targets_for(layers, base)
-    said = []
+    said = config.provenance_config.untrained_note(names)
     with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder:
         for name in names:
             task = None if name == FOR_ALL and not config.adapter_config.tasks else name

@@ -17,7 +17,15 @@ import transformers
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, begin, check_settings
+from mtl_lora.language.evaluator import (
+    Evaluator,
+    Predictions,
+    Processes,
+    answer_all,
+    begin,
+    check_settings,
+    is_answered,
+)
 from mtl_lora.language.metrics import task_result
 from mtl_lora.language.questions import Question, QuestionSets, load_questions
 from mtl_lora.results import Results, TaskNames, Trainable
@@ -64,6 +72,8 @@ def _run(
     found: dict[str, dict[tuple[str, int], dict]] = {}
     results: dict[str, Results] = {}
     with Processes() as processes:
+        if config.overwrite or not all(is_answered(folder, questions[each]) for each, folder in folders.items()):
+            evaluator.load()  # may fail, and so before anything is deleted or written
         if processes.rank == 0:
             (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
             for protocol, folder in folders.items():
@@ -145,7 +155,9 @@ def collect(
         trainable=trainable,
         tasks=tasks,
         task_set=TaskNames.from_json(evaluator.tasks.to_json()),
-        settings=evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size},
+        settings=evaluator.settings(protocol)
+        | {"limit": config.limit, "batch_size": config.batch_size}
+        | ({} if protocol == "score" else {"extraction": max(task.extraction for task in evaluator.tasks)}),
         data={name: asked.sha256[name] for name in by_task},
         adapter=adapter.to_json() if adapter else peft.settings if peft else None,
         versions={

@@ -7,6 +7,7 @@ import collections
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -129,6 +130,10 @@ class Evaluator:
         """Build the model on this process's device, once."""
         if self.model is not None:
             return
+        if self.adapter and int(os.environ.get("RANK", "0")) == 0:
+            asked = [self.tasks[task_id].name for task_id in self.prefixes]
+            for note in self.adapter.provenance_config.untrained_note(asked):
+                print(note, file=sys.stderr)
         device = device_for_this_process()
         keep_freed_memory(device.type)
         model = self.base_model.load(self.config.dtype, self.load_in_4bit)
@@ -220,6 +225,12 @@ class Processes:
             torch.distributed.destroy_process_group()
 
 
+def is_answered(folder: str | Path, questions: Sequence[Question]) -> bool:
+    """Whether every question has an answer in ``folder``."""
+    found = Predictions(folder).read()
+    return all(question.answered_by(found.get(question.key)) for question in questions)
+
+
 def answer_all(
     evaluator: Evaluator, protocol: str, questions: Sequence[Question], folder: str | Path, processes: Processes
 ) -> None:
@@ -289,10 +300,10 @@ class Predictions:
 def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
     """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
     path = Path(folder) / artifacts.EVAL_SETTINGS
-    if not path.exists():
-        if any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
-            raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
+    if not any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
         return
+    if not path.exists():
+        raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
     earlier = {"protocol": 1, **files.read_json(path, "the settings of an earlier evaluation")}
     different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
     if different:

@@ -145,7 +145,9 @@ def _parquet_rows(path: Path) -> list[dict]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"{path} needs the package pyarrow; pip install 'mtl-lora[train]', or pass JSON") from None
+        raise UserError(
+            f"{path} needs the package pyarrow; pass JSON, or in a checkout of mtl-lora: pip install '.[train]'"
+        ) from None
     try:
         with ParquetFile(path) as opened:
             rows = opened.read().to_pylist()

@@ -11,7 +11,8 @@ import string
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from mtl_lora.results import TaskResult, proportion_error
+from mtl_lora.estimates import proportion_error
+from mtl_lora.results import TaskResult
 
 if TYPE_CHECKING:
     from mtl_lora.language.tasks import Task

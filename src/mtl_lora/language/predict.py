@@ -16,7 +16,15 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, PredictConfig
-from mtl_lora.language.evaluator import Evaluator, Predictions, Processes, answer_all, begin, check_settings
+from mtl_lora.language.evaluator import (
+    Evaluator,
+    Predictions,
+    Processes,
+    answer_all,
+    begin,
+    check_settings,
+    is_answered,
+)
 from mtl_lora.language.examples import parse_example, read_values
 from mtl_lora.language.questions import Question, encode_questions
 
@@ -89,6 +97,8 @@ def _run(config: PredictConfig, evaluator: Evaluator, by_protocol: dict[str, lis
         print(f"every setting is fine; {len(questions):,} examples", file=sys.stderr)
         return
     with Processes() as processes:
+        if config.overwrite or not is_answered(partial, questions):
+            evaluator.load()  # may fail, and so before anything is deleted or written
         if processes.rank == 0:
             begin(partial, settings, config.overwrite)
         processes.barrier()

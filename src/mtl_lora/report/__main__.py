@@ -11,10 +11,11 @@ from pathlib import Path
 from mtl_lora import artifacts, cli
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
+from mtl_lora.estimates import RESAMPLES, SEED
 from mtl_lora.files import write_all
 from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
-from mtl_lora.report.compare import RESAMPLES, SEED, compare
+from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study, load_run
 from mtl_lora.report.table import FORMATS, Report, build_table, details, examples, markdown_text, study_tables
 from mtl_lora.results import Results, object_of
@@ -71,8 +72,7 @@ class DetailsConfig(Config):
 
     def run(self) -> None:
         found = [each for path in self.results for each in Results.load_all(path)]
-        tables = [details(f"{each.name} ({each.mode})", each.task_set, each.tasks) for each in found]
-        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
+        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in map(details, found)), end="")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -141,11 +141,9 @@ def write_page(run: str, output: str | None = None) -> Path:
     import jinja2
 
     tables = [] if study.facts else study_tables(study)
-    for results in [
-        Results.load(each.runs[0].results) for each in study.experiments if study.facts and each.runs[0].results
-    ]:
-        tables += [details(results.name, results.task_set, results.tasks)]
-        tables += [each for each in [examples(results)] if each.rows]
+    evaluated = [run.results for run in study.runs if study.facts and run.results]
+    for results in map(Results.load, evaluated):
+        tables += [details(results), *(table for table in [examples(results)] if table.rows)]
     sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study))
     drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]
     facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}
@@ -176,13 +174,8 @@ def _in_words(value: object, name: str = "") -> dict[str, str]:
     return {} if value in (None, "") else {name.strip().replace("_", " "): str(value)}
 
 
-COMMANDS = {
-    "table": TableConfig,
-    "details": DetailsConfig,
-    "compare": CompareConfig,
-    "figures": FiguresConfig,
-    "page": PageConfig,
-}
+COMMANDS = {"table": TableConfig, "details": DetailsConfig, "compare": CompareConfig}
+COMMANDS |= {"figures": FiguresConfig, "page": PageConfig}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,91 +1,16 @@
 """By how much two runs on the same questions differ: task by task, and on average."""
 
-import collections
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
+from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, intervals, mcnemar_p
 from mtl_lora.predictions import Prediction, paired_answers
-from mtl_lora.report.load import CONFIDENCE, LEVEL, Difference
 from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent
 from mtl_lora.results import Results
 
-if TYPE_CHECKING:
-    import numpy
-
-RESAMPLES, SEED = 10_000, 0
 CHANGE_KEYS = ("a", "b", "difference", "low", "high")
-# Numbers drawn at a time: 32 MiB of counts, however many resamples and distinct differences there are.
-_DRAWN_AT_ONCE = 2**22
-
-
-# ---- statistics ----
-
-
-def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
-
-    min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
-    discordant pairs and never 0: the smallest float stands for all below it.
-    """
-    from scipy.special import bdtr
-
-    return min(1.0, max(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), math.ulp(0.0)))
-
-
-def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples: int) -> "numpy.ndarray":
-    """Means (resamples,) of as many ``differences`` as there are, drawn from them with replacement.
-
-    One difference a question, so a resample keeps the two answers to a question together.
-    """
-    import numpy
-
-    # How often each distinct value comes up is multinomial: the same law as drawing question by question, in less
-    # time. Values stand in the order of the questions, so that negated differences give negated means.
-    counted = collections.Counter(differences)
-    values = numpy.array(list(counted), dtype=numpy.float64)
-    n = len(differences)
-    proportions = numpy.array(list(counted.values())) / n
-    generator = numpy.random.default_rng(seed)
-    rows = max(1, _DRAWN_AT_ONCE // len(values))
-    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return numpy.concatenate([generator.multinomial(n, proportions, size) @ values for size in sizes]) / n
-
-
-def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
-    """The middle ``CONFIDENCE`` of bootstrap means (Efron and Tibshirani, An Introduction to the Bootstrap, 1993)."""
-    import numpy
-
-    tail = (1 - CONFIDENCE) / 2
-    low, high = numpy.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def intervals(
-    pairs: Sequence[dict[str, Sequence[float]]], scored: Sequence[str], seed: int = SEED, resamples: int = RESAMPLES
-) -> dict | None:
-    """Differences averaged over ``pairs`` of runs, each by task and question, with their percentile intervals.
-
-    A bootstrap over the questions within each task (stratified; every task weighs the same), from a stream of the
-    task's own: other tasks do not change it. Returns ``tasks`` and ``average``, which is None unless all of ``scored``
-    are there; None if no task is in all pairs. Differences that are all equal have no interval: see ``Interval``.
-    """
-    tasks, means = {}, {}
-    for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
-        values = [statistics.fmean(each) for each in zip(*(pair[name] for pair in pairs), strict=True)]
-        means[name] = bootstrap_means(values, [seed, *name.encode()], resamples)
-        tasks[name] = Difference(statistics.fmean(values), *percentile_interval(means[name]))
-    if not {*scored} <= {*tasks}:
-        return {"tasks": tasks, "average": None} if tasks else None
-    center = statistics.fmean(tasks[name].difference for name in scored)
-    interval = percentile_interval(sum(means[name] for name in scored) / len(scored))
-    return {"tasks": tasks, "average": Difference(center, *interval)}
-
-
-# ---- the report ----
 
 
 def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES, tasks: Sequence[str] = ()) -> Report:
@@ -117,11 +42,8 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
         title = a.task_set.title(task) if task else AVERAGE
         counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])]
         lines.append([title, f"{row['n']:,}", *_texts(row["accuracy"]), *counts, *(_texts(row["f1"]) if f1s else [])])
-        records.append({"task": task})
-        for key, value in row.items():
-            is_change = key in ("accuracy", "f1")
-            parts = {f"{key} {part}": (value or {}).get(part) for part in CHANGE_KEYS} if is_change else {key: value}
-            records[-1] |= parts
+        changes = {f"{key} {part}": (row[key] or {}).get(part) for key in ("accuracy", "f1") for part in CHANGE_KEYS}
+        records.append({"task": task, **{key: row[key] for key in ("n", "only_a", "only_b", "p")}, **changes})
     notes = _notes(a, b, len(answers), [name for name in answers if name not in f1s], seed, resamples)
     if left_out := [a.task_set.title(name) for name in {**a.tasks, **b.tasks} if name not in answers]:
         notes.append(f"Left out: {', '.join(left_out)}.")

@@ -283,12 +283,11 @@ def _mixture(study: Study) -> Iterator[Drawing]:
         found = ((run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture)
         run, analysis = next(found, (None, None))
         modules, started = {}, {}
-        for layer in (layer for layer in analysis.layers if layer in analysis.mixture) if run else ():
-            row, module = np.ravel(np.array(analysis.mixture[layer], dtype=float)), layer.rpartition(".")[2]
-            modules.setdefault(module, []).append(row)
-            if analysis.mixture_at_start:
-                start = np.ravel(np.array(analysis.mixture_at_start[layer], dtype=float))
-                started.setdefault(module, []).append(start)
+        for layer in analysis.layers if run else ():
+            for found, mixture in ((modules, analysis.mixture), (started, analysis.mixture_at_start)):
+                if layer in (mixture or ()):
+                    row = np.ravel(np.array(mixture[layer], dtype=float))
+                    found.setdefault(layer.rpartition(".")[2], []).append(row)
         if all(np.isnan(row).all() for rows in modules.values() for row in rows):
             continue  # no mixture, or of a training that went to NaN
         width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]

@@ -5,14 +5,13 @@ them. Schema 1 is read for ever; the two differ in the results by task alone, of
 """
 
 import dataclasses
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
+from mtl_lora.estimates import Difference, Estimate
 from mtl_lora.results import (
     UNWRITTEN,
     Reader,
@@ -28,46 +27,9 @@ from mtl_lora.results import (
 from mtl_lora.train_log import Losses, read_losses
 
 STUDY_SCHEMA = 2
-CONFIDENCE = 0.95
-LEVEL = f"{100 * CONFIDENCE:.0f} %"
 
 
 # ---- study.json ----
-
-
-class Interval:
-    """What has ends ``low`` and ``high``; equal ends, which would be certainty from a sample, are no interval."""
-
-    def __post_init__(self):
-        if self.low is not None and self.high - self.low < 1e-9:
-            for key in ("low", "high"):
-                object.__setattr__(self, key, None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate(Interval):
-    """A mean with its interval, where one is known.
-
-    Over seeds: ``sd`` is the standard deviation, ``low`` to ``high`` the 95 % t interval of the mean. Of a single
-    run: ``sd`` is None and the interval, where there is one, a standard error over the questions to each side.
-    """
-
-    mean: float
-    sd: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def over_seeds(cls, values: Sequence[float]) -> "Estimate":
-        """Mean, standard deviation (n - 1) and Student t interval of the mean; of a single value the mean alone."""
-        mean = statistics.fmean(values)
-        if len(values) < 2:
-            return cls(mean)
-        from scipy.special import stdtrit  # the quantile of Student's distribution
-
-        sd = statistics.stdev(values)
-        half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(len(values))
-        return cls(mean, sd, mean - half, mean + half)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +38,6 @@ class Summary:
 
     tasks: dict[str, Estimate]
     average: Estimate | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference(Interval):
-    """One experiment minus another on the same questions, with the 95 % interval of the paired difference."""
-
-    difference: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,9 +286,8 @@ def load_run(path: str | Path) -> Study:
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
-    unused = training.get("unused_settings", [])
-    settings = {key: value for key, value in training.get("settings", {}).items() if key not in unused}
-    training = {**training, "settings": settings, "unused_settings": None}
+    unused, settings = training.pop("unused_settings", []), training.get("settings", {})
+    training |= {"settings": {key: value for key, value in settings.items() if key not in unused}}
     found = Results.load_all(folder, needed=False)
     facts = {" ".join(["evaluation", *[each.mode] * (len(found) > 1)]): each.to_json() for each in found}
     facts |= {"training": training, "adapter": adapter or (found[0].adapter if found else None)}

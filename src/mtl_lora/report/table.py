@@ -1,21 +1,19 @@
 """Tables of results and of studies: numbers as people read them (percent, one decimal), or CSV with every digit."""
 
-import contextlib
 import dataclasses
 import html
 import json
 import math
 import re
 import statistics
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import files
 from mtl_lora.errors import UserError
-from mtl_lora.predictions import predictions_path
-from mtl_lora.report.load import Difference, Differences, Estimate, Experiment, Study, require_one_task_set
-from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
+from mtl_lora.estimates import Difference, Estimate
+from mtl_lora.predictions import first_answers
+from mtl_lora.report.load import Differences, Experiment, Study, require_one_task_set
+from mtl_lora.results import FRACTIONS, Average, Results, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
@@ -341,13 +339,18 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
     return notes
 
 
-def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> TextTable:
+def details(results: Results) -> TextTable:
     """One evaluation, a line a task: its value, the majority class, other measures, the answers given."""
-    rows, last = [], "Answers given"
-    for name in (name for name in task_set.columns if name in tasks):
-        task = tasks[name]
+    tasks, last = results.tasks, "Answers given"
+    rows, found = [], [(results.task_set.title(name), tasks[name]) for name in results.scored]
+    if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:
+        average, known = average_of(tasks.values()), [task.majority for task in tasks.values()]
+        facts = (sum(task.n for task in tasks.values()), None if None in known else statistics.fmean(known))
+        unparsed = {"unparsed": Row("", "", tasks, average).unparsed}
+        found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, *facts, measured=unparsed)))
+    for title_of, task in found:
         row = {
-            "Task": task_set.title(name),
+            "Task": title_of,
             "Questions": f"{task.n:,}",
             FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric)
             + UNTRAINED * bool(task.measured.get("untrained")),
@@ -366,34 +369,17 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
         counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
-    metrics = {task.metric for task in tasks.values()}
-    if len(rows) > 1 and len(metrics) == 1:
-        (metric,), whole = metrics, Row("", "", tasks, average_of(tasks.values()))
-        known = [task.majority for task in tasks.values()]
-        majority = None if None in known else statistics.fmean(known)
-        row = {"Task": AVERAGE, "Questions": f"{sum(task.n for task in tasks.values()):,}", last: ""}
-        row |= {FRACTIONS.get(metric, metric): whole.text(whole.average)}
-        rows.append(
-            row | {"Majority class": value_text(majority, None, metric), "Unparsed": value_text(whole.unparsed)}
-        )
     header = [*dict.fromkeys(key for row in rows for key in row if key != last), last]
+    title = f"{results.name.removesuffix(f' ({results.mode})')} ({results.mode})"
     return TextTable(title, header, [[row.get(key, NOTHING) for key in header] for row in rows])
 
 
 def examples(results: Results) -> TextTable:
-    """Answers as they were given: of each task whose predictions are there, the first right one and the first wrong."""
-    rows = []
-    for name in results.scored:
-        path, seen = predictions_path(results, name), set()
-        for text in files.read_lines(path) if path.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a broken line is no example
-                line = json.loads(text)
-                right, index, said = line["correct"], line["index"], line.get("text") or line["parsed"] or NOTHING
-                if right not in seen:
-                    kind = "right" if right else "wrong"
-                    answer, said = (textwrap.shorten(each, 160) for each in (line["answer"], said))
-                    rows.append([results.task_set.title(name), str(index), kind, answer, said])
-                    seen.add(right)
+    """The first right and the first wrong answer of each task, as they were given."""
+    rows = [
+        [results.task_set.title(task), str(index), "right" if right else "wrong", answer, said or NOTHING]
+        for task, index, right, answer, said in first_answers(results)
+    ]
     return TextTable(f"Answers of {results.name}", ["Task", "Question", "Is", "Right answer", "Said"], rows)
 
 

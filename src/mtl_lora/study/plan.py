@@ -199,25 +199,24 @@ class Plan:
     def trials(self, name: str) -> tuple[list[PlannedRun], float | None]:
         """The short trainings of the search for an experiment, one for each value, also of those beyond an edge at
         which finished ones have their best; and the best value of all, None while any is not finished."""
-        search, values = self.grid.search, list(self.grid.search.values)
-        while True:
-            runs = self._trials(name, values)
-            if not all(job.is_finished for job in jobs_of(runs)):
-                return runs, None
+        search = self.grid.search
+        runs = [self._trial(name, value) for value in search.values]
+        while all(job.is_finished for job in jobs_of(runs)):
             best = min(runs, key=lambda run: (-run.mean, run.value)).value
-            further = search.beyond(values, best) if len(values) < len(search.values) + search.widen else None
-            if further is None:
+            further = search.beyond([run.value for run in runs], best)
+            if further is None or len(runs) == len(search.values) + search.widen:
                 return runs, best
-            values.append(further)
+            try:
+                runs.append(self._trial(name, further))
+            except UserError:  # not a value of the flag
+                return runs, best
+        return runs, None
 
-    def _trials(self, name: str, values: Sequence[float]) -> list[PlannedRun]:
-        experiment, search, runs = self.grid.experiment(name), self.grid.search, []
-        for value in values:
-            folder = self.folder / "search" / experiment.slug / f"{search.flag}_{value:g}"
-            label = f"{name} {search.flag} {value:g} (search)"
-            flags = {**search.train, search.flag: value, "seed": search.seed}
-            runs.append(self._run(experiment, folder, label, flags, self.dev))
-        return runs
+    def _trial(self, name: str, value: float) -> PlannedRun:
+        experiment, search = self.grid.experiment(name), self.grid.search
+        folder = self.folder / "search" / experiment.slug / f"{search.flag}_{value:g}"
+        flags = {**search.train, search.flag: value, "seed": search.seed}
+        return self._run(experiment, folder, f"{name} {search.flag} {value:g} (search)", flags, self.dev)
 
     def _run(self, experiment: ExperimentConfig, folder: Path, label: str, flags: dict, test: Sample) -> PlannedRun:
         """flags: of the training, with its seed, over those of the experiment; test: the questions."""

@@ -80,11 +80,13 @@ class Runner:
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
         self.plan, self.chosen, self.overwrite, self.writer = plan, chosen, overwrite, StudyWriter(plan)
-        self._check([*self._searching(), *jobs_of(self._runs(chosen))])
+        self._searching()
+        self._checked(jobs_of(self._runs(chosen)))
 
-    def _check(self, jobs: Iterable[PlannedJob]) -> None:
+    def _checked(self, jobs: list[PlannedJob]) -> list[PlannedJob]:
         for job in jobs:
             check_folder(job, self.overwrite)
+        return jobs
 
     @property
     def trials(self) -> dict[str, list[PlannedRun]]:
@@ -92,7 +94,7 @@ class Runner:
         return {each.search: self.plan.trials(each.search)[0] for each in self.chosen if each.search}
 
     def _searching(self) -> list[PlannedJob]:
-        return [job for runs in self.trials.values() for job in jobs_of(runs)]
+        return self._checked([job for runs in self.trials.values() for job in jobs_of(runs)])
 
     def _runs(self, experiments: Iterable[ExperimentConfig]) -> list[PlannedRun]:
         """The runs whose configuration is known: those that wait for no search."""
@@ -116,11 +118,8 @@ class Runner:
         while any(not job.is_finished for job in searching):
             self._execute(searching, "left of the search", slots)
             further = self._searching()  # beyond an edge at which a search found its best
-            self._check(further)
             self.total, searching = self.total + len(further) - len(searching), further
-        jobs = jobs_of(self._runs(self.chosen))
-        self._check(jobs)
-        self._execute(jobs, "left", slots)
+        self._execute(self._checked(jobs_of(self._runs(self.chosen))), "left", slots)
         self.report()
 
     def _execute(self, jobs: Iterable[PlannedJob], left: str, slots: Sequence[dict]) -> None:

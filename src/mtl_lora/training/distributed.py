@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from mtl_lora import files
-from mtl_lora.base_model import choose_dtype
+from mtl_lora.base_model import choose_dtype, quiet_deepspeed
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.training.config import TrainingConfig
@@ -73,7 +73,7 @@ def prepare_process(config: TrainingConfig) -> None:
     if torch.cuda.is_available():
         return
     keep_freed_memory()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed if installed, which would warn
+    quiet_deepspeed()
     if config.deepspeed and importlib.util.find_spec("deepspeed"):
         # With its process group DeepSpeed compiles a shared-memory all-reduce for inference on a CPU; training's
         # collectives are gloo's with or without it. Entered in the table of operators before DeepSpeed fills it, the

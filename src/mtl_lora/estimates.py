@@ -1,0 +1,132 @@
+"""What samples say, and how surely: standard errors, intervals over seeds and over questions, exact tests.
+
+Standard library alone until an interval or a test is asked for, which takes numpy or scipy.
+"""
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
+
+CONFIDENCE = 0.95
+LEVEL = f"{100 * CONFIDENCE:.0f} %"
+RESAMPLES, SEED = 10_000, 0  # of the bootstrap
+# Numbers drawn at a time: 32 MiB of counts, however many resamples and distinct differences there are.
+_DRAWN_AT_ONCE = 2**22
+
+
+def proportion_error(p: float, n: int) -> float:
+    """The standard error of a proportion p of n: the larger of sqrt(p (1 - p) / n), which is 0 where none or all are
+    right, and the same of p and n with two right and two wrong ones added (Agresti and Coull, The American Statistician
+    52, 1998)."""
+    added = (p * n + 2) / (n + 4)
+    return math.sqrt(max(p * (1 - p) / n, added * (1 - added) / (n + 4)))
+
+
+class Interval:
+    """What has ends ``low`` and ``high``; equal ends, which would be certainty from a sample, are no interval."""
+
+    def __post_init__(self):
+        if self.low is not None and self.high - self.low < 1e-9:
+            for key in ("low", "high"):
+                object.__setattr__(self, key, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate(Interval):
+    """A mean with its interval, where one is known.
+
+    Over seeds: ``sd`` is the standard deviation, ``low`` to ``high`` the 95 % t interval of the mean. Of a single
+    run: ``sd`` is None and the interval, where there is one, a standard error over the questions to each side.
+    """
+
+    mean: float
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def over_seeds(cls, values: Sequence[float]) -> "Estimate":
+        """Mean, standard deviation (n - 1) and Student t interval of the mean; of a single value the mean alone."""
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean)
+        from scipy.special import stdtrit  # the quantile of Student's distribution
+
+        sd = statistics.stdev(values)
+        half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(len(values))
+        return cls(mean, sd, mean - half, mean + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference(Interval):
+    """One experiment minus another on the same questions, with the 95 % interval of the paired difference."""
+
+    difference: float
+    low: float | None = None
+    high: float | None = None
+
+
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
+
+    min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
+    discordant pairs and never 0: the smallest float stands for all below it.
+    """
+    from scipy.special import bdtr
+
+    return min(1.0, max(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), math.ulp(0.0)))
+
+
+def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples: int) -> "numpy.ndarray":
+    """Means (resamples,) of as many ``differences`` as there are, drawn from them with replacement.
+
+    One difference a question, so a resample keeps the two answers to a question together.
+    """
+    import numpy
+
+    # How often each distinct value comes up is multinomial: the same law as drawing question by question, in less
+    # time. Values stand in the order of the questions, so that negated differences give negated means.
+    counted = collections.Counter(differences)
+    values = numpy.array(list(counted), dtype=numpy.float64)
+    n = len(differences)
+    proportions = numpy.array(list(counted.values())) / n
+    generator = numpy.random.default_rng(seed)
+    rows = max(1, _DRAWN_AT_ONCE // len(values))
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    return numpy.concatenate([generator.multinomial(n, proportions, size) @ values for size in sizes]) / n
+
+
+def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
+    """The middle ``CONFIDENCE`` of bootstrap means (Efron and Tibshirani, An Introduction to the Bootstrap, 1993)."""
+    import numpy
+
+    tail = (1 - CONFIDENCE) / 2
+    low, high = numpy.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def intervals(
+    pairs: Sequence[dict[str, Sequence[float]]], scored: Sequence[str], seed: int = SEED, resamples: int = RESAMPLES
+) -> dict | None:
+    """Differences averaged over ``pairs`` of runs, each by task and question, with their percentile intervals.
+
+    A bootstrap over the questions within each task (stratified; every task weighs the same), from a stream of the
+    task's own: other tasks do not change it. Returns ``tasks`` and ``average``, which is None unless all of ``scored``
+    are there; None if no task is in all pairs. Differences that are all equal have no interval: see ``Interval``.
+    """
+    tasks, means = {}, {}
+    for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
+        values = [statistics.fmean(each) for each in zip(*(pair[name] for pair in pairs), strict=True)]
+        means[name] = bootstrap_means(values, [seed, *name.encode()], resamples)
+        tasks[name] = Difference(statistics.fmean(values), *percentile_interval(means[name]))
+    if not {*scored} <= {*tasks}:
+        return {"tasks": tasks, "average": None} if tasks else None
+    center = statistics.fmean(tasks[name].difference for name in scored)
+    interval = percentile_interval(sum(means[name] for name in scored) / len(scored))
+    return {"tasks": tasks, "average": Difference(center, *interval)}
