@@ -191,6 +191,11 @@ def hybrid() -> torch.nn.Module:
     return randomise(mtl_lora.inject(model, adapter_config(target_modules=["q_proj", "v_proj"]))).train()
 
 
+def test_a_model_with_convolutions_shares_none_on_request_either():
+    prefixes, line = prefixes_to_share("always", dataset(ROWS), hybrid(), 0.0)
+    assert not prefixes and "convolutions" in line
+
+
 def windowed() -> torch.nn.Module:
     """A model whose layers do not hand their window of 4 tokens to the attention."""
     torch.manual_seed(0)

@@ -195,6 +195,9 @@ def prefixes_to_share(
         return {}, "every row runs its whole prompt (--reuse_prefix never)"
     if not getattr(model, "_supports_attention_backend", False):
         return {}, f"every row runs its whole prompt: {type(model).__name__} does not take another attention"
+    # Their few tokens may change losses by less than 16 bits round them, so comparing would not tell.
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
+        return {}, f"every row runs its whole prompt: {type(model).__name__} mixes tokens by convolutions too"
     own = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if mode == "auto" and any([dropout, *own, getattr(model.config, "attention_dropout", 0)]):
         how = "--reuse_prefix always shares the prompt prefixes, with one dropout mask for the rows of a task"
