@@ -18,8 +18,8 @@ def flag(default, help: str, **metadata):
 
     default: ``REQUIRED`` for a flag without one. metadata: ``affects``, what the flag can change: ``weights`` or
     ``answers`` (the default of a configuration is its ``affects``), ``content`` for a path whose content decides, or
-    ``nothing``; ``min``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list of the
-    arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of those
+    ``nothing``; ``min``, ``max``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list of
+    the arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of those
     behind it; ``before``, what was fixed while the field did not
     exist: files without it take that.
     """
@@ -118,6 +118,8 @@ class Config:
             return
         if "min" in rules:
             self.require(name, f"at least {rules['min']}", value >= rules["min"])
+        if "max" in rules:
+            self.require(name, f"at most {rules['max']}", value <= rules["max"])
         if "above" in rules:
             self.require(name, f"greater than {rules['above']}", value > rules["above"])
         if "choices" in rules:

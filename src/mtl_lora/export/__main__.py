@@ -83,7 +83,7 @@ class ImportPeft(Command):
     method: str = flag("mtl_lora", "method of the checkpoint: mtl_lora or lora", choices=("mtl_lora", "lora"))
     num_B: int = flag(3, "number n of MTL-LoRA's up-projections")
     temperature: float = flag(0.1, "temperature tau of MTL-LoRA's mixture softmax(w_t / tau)")
-    seed: int = flag(42, "fixes MTL-LoRA's mixture logits w")
+    seed: int = flag(42, "fixes MTL-LoRA's mixture logits w", min=0, max=2**32 - 1)
     template: str = flag("alpaca", "prompt template that it was trained with: alpaca, original or plain")
 
 

@@ -51,7 +51,7 @@ class TrainingConfig(Config):
     save_step: int = flag(200, "steps between checkpoints; 0: only the final adapter", affects="nothing", min=0)
     save_total_limit: int = flag(3, "checkpoints kept; 0: all", affects="nothing", min=0)
     logging_steps: int = flag(10, "steps between log lines", affects="nothing", min=1)
-    seed: int = flag(42, "fixes data order, initialisation and dropout", min=0)
+    seed: int = flag(42, "fixes data order, initialisation and dropout", min=0, max=2**32 - 1)
     dtype: str = flag(
         "auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
     )
