@@ -497,7 +497,6 @@ class Stress:
             if code not in (0, 2):
                 raise Fault(f"exit code {code}")
             self.counts["full disks" if code else "disks with room"] += 1
-            # The files that a trial copies have their place in its texts, as in an undisturbed run.
             check_state(folder, former, expected)
             if code:
                 self.go_on(name, folder, expected)
