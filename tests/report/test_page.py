@@ -102,13 +102,13 @@ def test_a_page_of_an_evaluation_is_the_same_bytes_every_time(write, tmp_path, c
     text = again.read_text(encoding="utf-8")
     assert (folder / "page.html").read_text(encoding="utf-8") == text
     tables = Outline(text).tables
-    assert tables["mtl_lora"][1][:5] == ["First", "300", "75.0 ± 3.0", "60.0", "1.0"]
+    assert tables["mtl_lora (score)"][1][:5] == ["First", "300", "75.0 ± 3.0", "60.0", "1.0"]
     facts = dict(tables[""])
     assert facts["settings template"] == "<script>alert(1)</script>" and "<script>" not in text
     assert (facts["commit"], facts["versions torch"], facts["weights sha256"]) == ("f" * 40, "9.9", "d" * 64)
     assert (facts["data first"], facts["origin commit"]) == ("aaaa", "9" * 40)
     assert facts["command"] == "mtl-lora evaluate --checkpoint run"
-    assert tables["mtl_lora"][3][:4] == ["Average", "400", "47.5 ± 2.1", "45.0"]
+    assert tables["mtl_lora (score)"][3][:4] == ["Average", "400", "47.5 ± 2.1", "45.0"]
 
 
 def test_a_page_shows_answers_right_and_wrong_and_the_settings_of_its_own_method(write, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """study.json and table.md of finished runs: summaries, comparisons, transfer, search, and what can be shared."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,10 @@ def test_shared_folder_has_every_number_and_no_weights_predictions_data_or_paths
     assert all(f" output/study/small/{place}" in command for place in ("runs/lora/seed0", "data/train.json"))
     with pytest.raises(UserError, match="own folder"):
         collect(folder, folder)
+    experiments = json.loads((shared / "study.json").read_text())["experiments"]
+    edit_json(shared / "study.json", experiments=[*experiments, {**experiments[0], "name": "More"}])
+    with pytest.raises(UserError, match="holds 8 runs"):  # a part never replaces the whole
+        collect(folder, shared)
     edit_json(shared / "study.json", name="other")
     with pytest.raises(UserError, match="'other'"):
         collect(folder, shared)

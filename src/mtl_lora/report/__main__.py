@@ -72,8 +72,7 @@ class DetailsConfig(Config):
 
     def run(self) -> None:
         found = [each for path in self.results for each in Results.load_all(path)]
-        tables = [details(f"{each.name} ({each.mode})", each.task_set, each.tasks) for each in found]
-        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
+        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in map(details, found)), end="")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -142,11 +141,9 @@ def write_page(run: str, output: str | None = None) -> Path:
     import jinja2
 
     tables = [] if study.facts else study_tables(study)
-    for results in [
-        Results.load(each.runs[0].results) for each in study.experiments if study.facts and each.runs[0].results
-    ]:
-        tables += [details(results.name, results.task_set, results.tasks)]
-        tables += [each for each in [examples(results)] if each.rows]
+    evaluated = [run.results for run in study.runs if study.facts and run.results]
+    for results in map(Results.load, evaluated):
+        tables += [details(results), *(table for table in [examples(results)] if table.rows)]
     sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study))
     drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]
     facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}

@@ -13,7 +13,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, require_one_task_set
-from mtl_lora.results import FRACTIONS, Average, Results, TaskNames, TaskResult, Trainable, average_of
+from mtl_lora.results import FRACTIONS, Average, Results, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
@@ -339,9 +339,10 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
     return notes
 
 
-def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> TextTable:
+def details(results: Results) -> TextTable:
     """One evaluation, a line a task: its value, the majority class, other measures, the answers given."""
-    rows, last, found = [], "Answers given", [(task_set.title(n), tasks[n]) for n in task_set.columns if n in tasks]
+    tasks, last = results.tasks, "Answers given"
+    rows, found = [], [(results.task_set.title(name), tasks[name]) for name in results.scored]
     if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:
         average, known = average_of(tasks.values()), [task.majority for task in tasks.values()]
         facts = (sum(task.n for task in tasks.values()), None if None in known else statistics.fmean(known))
@@ -369,6 +370,7 @@ def details(title: str, task_set: TaskNames, tasks: dict[str, TaskResult]) -> Te
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
     header = [*dict.fromkeys(key for row in rows for key in row if key != last), last]
+    title = f"{results.name.removesuffix(f' ({results.mode})')} ({results.mode})"
     return TextTable(title, header, [[row.get(key, NOTHING) for key in header] for row in rows])
 
 

@@ -232,17 +232,18 @@ def render(study: Study) -> str:
 def collect(folder: Path, target: Path) -> None:
     """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths.
 
-    Raises ``UserError`` if ``target`` is the study's own folder or holds another study.
+    Raises ``UserError`` if ``target`` is the study's own folder or holds another study, or more runs of this one.
     """
     study = Study.load(folder)
     if target.resolve() == folder.resolve():
         raise UserError(f"--collect {target} is the study's own folder; name another one")
-    if (target / artifacts.STUDY).is_file() and (other := Study.load(target).name) != study.name:
-        raise UserError(f"--collect {target} holds the study {other!r}; name another folder")
+    other = Study.load(target) if (target / artifacts.STUDY).is_file() else study
+    if other.name != study.name or len(other.runs) > len(study.runs):
+        raise UserError(f"--collect {target} holds {len(other.runs)} runs of {other.name!r}; name another folder")
     value = study.to_json()
-    for run in [run for experiment in value["experiments"] for run in experiment["runs"]]:
-        for job in (run, *run["parts"].values()):
-            job |= dict.fromkeys(("results", "log", "analysis"))
+    runs = (run for experiment in value["experiments"] for run in experiment["runs"])
+    for job in itertools.chain.from_iterable((run, *run["parts"].values()) for run in runs):
+        job |= dict.fromkeys(("results", "log", "analysis"))
     shown = {path: Path(path).name for path in re.findall(r'"(/[^"]*)"', json.dumps(study.grid, ensure_ascii=False))}
     shown |= {str(Path.cwd()): ".", str(folder.absolute()): f"output/study/{study.name}"}
     text = without_paths(json.dumps(value, ensure_ascii=False), shown)
