@@ -43,7 +43,7 @@ SCHEMA_1 = {
 OF_3 = math.sqrt(5 / 7 * 2 / 7 / 7)
 SCHEMA_2 = {
     **SCHEMA_1,
-    "settings": {"protocol": 1, "mode": "generate", "limit": 0},
+    "settings": {"protocol": 1, "extraction": 1, "mode": "generate", "limit": 0},
     "schema": 2,
     "system": "language",
     "method_title": "MTL-LoRA",

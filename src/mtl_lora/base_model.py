@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from transformers.utils import cached_file, logging
 
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject, trainable_parameters
+from mtl_lora.adapter.layer import is_quantised
 from mtl_lora.config import DTYPES
 from mtl_lora.embedded import NAME as SMOLLM2
 from mtl_lora.embedded import smollm2_folder
@@ -182,17 +183,36 @@ class BaseModel:
         if Path(self.path).is_dir() and self.fingerprint() != fingerprint:
             raise UserError(f"the model {self.name!r} was replaced meanwhile; run the same command again")
 
-    def local_fingerprint(self) -> str | None:
-        """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
+    def _on_this_machine(self) -> "BaseModel":
+        """The model by the folder of its files; raises what the hub does where they are not on this machine."""
         from huggingface_hub import snapshot_download
 
+        if Path(self.path).is_dir():
+            return self
+        return BaseModel(snapshot_download(self.path, local_files_only=True, allow_patterns=["*.safetensors*"]))
+
+    def local_fingerprint(self) -> str | None:
+        """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
         try:
-            folder = self.path
-            if not Path(folder).is_dir():
-                folder = snapshot_download(folder, local_files_only=True, allow_patterns=["*.safetensors*"])
-            return BaseModel(folder).fingerprint()
+            return self._on_this_machine().fingerprint()
         except (UserError, OSError, ValueError):
             return None
+
+    def changed_weight(self, model: torch.nn.Module) -> str | None:
+        """The name of a weight of ``model`` that is not what the model's files on this machine hold, but for rounding.
+
+        The first rows of a few matrices are compared; None if they agree, or if there is nothing to compare.
+        """
+        own = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2 and not weight.is_meta}
+        for path in self._on_this_machine().weight_files():
+            with safe_open(path, framework="pt") as opened:
+                names = [name for name in opened.keys() if name in own]  # noqa: SIM118 - not a mapping
+                for name in names[:: max(len(names) // 4, 1)]:
+                    there, here = opened.get_slice(name)[:1].float(), own[name][:1].detach().cpu()
+                    comparable = not is_quantised(own[name]) and here.shape == there.shape
+                    if comparable and not torch.allclose(here.float(), there, rtol=0.02, atol=1e-3 * there.abs().max()):
+                        return name
+        return None
 
     def count(self, adapter: AdapterConfig) -> tuple[int, int]:
         """(trainable, all) parameters with an adapter on it, counted on the meta device."""

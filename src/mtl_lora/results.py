@@ -382,7 +382,8 @@ class Results:
         found = cls(**reader.fields(cls, value), path=path)
         if schema == 1:
             titles = _SCHEMA_1_TITLES.get(found.method)
-            found = dataclasses.replace(found, method_title=titles, settings={"protocol": 1, **found.settings})
+            rules = {"protocol": 1, **({"extraction": 1} if found.mode == "generate" else {})}
+            found = dataclasses.replace(found, method_title=titles, settings=rules | found.settings)
         unknown = [name for name in found.tasks if name not in found.task_set.names]
         if unknown or not found.tasks:
             rule = f"of its task set: {', '.join(found.task_set.names)}"

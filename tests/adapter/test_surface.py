@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -498,6 +499,15 @@ def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
         mtl_lora.load(other, tmp_path / "adapter")
     assert tiny_base in str(error.value)
     assert not mtl_lora.adapter_layers(other)
+    scaled = BaseModel(tiny_base).load("bf16")
+    with torch.no_grad():
+        scaled.model.layers[1].mlp.up_proj.weight.mul_(1.05)
+        scaled.model.embed_tokens.weight.mul_(1.05)
+    with pytest.warns(UserWarning, match=f"files of '{tiny_base}', and this model's .* is not what they hold"):
+        mtl_lora.load(scaled, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mtl_lora.load(BaseModel(tiny_base).load("bf16").float(), tmp_path / "adapter")
     other.config._name_or_path = ""
     with pytest.warns(UserWarning, match="cannot be compared"):
         mtl_lora.load(other, tmp_path / "adapter")

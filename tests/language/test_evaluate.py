@@ -79,6 +79,7 @@ def test_results_hold_what_was_measured_and_how(whole, mode):
         assert set(task.others) == {"strict" if mode == "generate" else "acc_norm"}
     assert results.data["piqa"] == files.sha256(QUICKSTART / "test" / "piqa" / "test.json")
     assert (results.settings["template"], results.settings["protocol"], results.settings["limit"]) == ("alpaca", 1, 4)
+    assert results.settings.get("extraction") == {"generate": 1, "score": None}[mode]
     assert results.trainable.total > results.trainable.adapter > 0
     assert {"torch", "transformers", "python", "mtl_lora"} <= results.versions.keys()
     assert len(found) == 32

@@ -96,6 +96,7 @@ MOODS = ("negative", "very negative", "neutral")
 )
 def test_options_of_ones_own_tasks_are_found_as_whole_words_and_numbers_first_behind_the_prefix(options, text, answer):
     assert extract_answer(Task("own", 0, options), text) == answer
+    assert Task("own", 0, options).extraction == 2 and {task.extraction for task in COMMONSENSE} == {1}
 
 
 @pytest.mark.parametrize("text", ["yes", " yes.", "the correct answer is yes"])

@@ -8,12 +8,19 @@ import transformers
 from reference.architectures import ARCHITECTURES
 from reference.layers import assert_near
 from reference.tiny import METHODS, VOCABULARY, adapted_llama, adapter_config, adapter_gradients, randomise
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import mtl_lora
 from mtl_lora.adapter.checkpoint import adapter_state
 from mtl_lora.adapter.layer import layer_class
-from mtl_lora.language.batches import CheckedLosses, Collator, token_losses
-from mtl_lora.language.prefix import Packer, let_attention_share, prefixes_to_share, task_prefixes
+from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
+from mtl_lora.language.prefix import (
+    Packer,
+    let_attention_share,
+    longest_pair,
+    prefixes_to_share,
+    task_prefixes,
+)
 from mtl_lora.language.token_cache import COLUMNS
 
 PREFIXES = {0: [5, 6, 7, 8, 9], 1: [5, 6, 7, 1, 2, 3, 4], 2: [5, 6, 7, 8, 9]}  # those of 0 and 2 are equal; 3 has none
@@ -184,19 +191,78 @@ def hybrid() -> torch.nn.Module:
     return randomise(mtl_lora.inject(model, adapter_config(target_modules=["q_proj", "v_proj"]))).train()
 
 
-def test_a_model_whose_losses_would_be_others_gets_whole_rows_and_a_line(capsys):
-    model = sharing(hybrid())
+def test_a_model_with_convolutions_shares_none_on_request_either():
+    prefixes, line = prefixes_to_share("always", dataset(ROWS), hybrid(), 0.0)
+    assert not prefixes and "convolutions" in line
+
+
+def windowed() -> torch.nn.Module:
+    """A model whose layers do not hand their window of 4 tokens to the attention."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["sliding_attention"] * 2,
+        use_sliding_window=True,
+        sliding_window=4,
+        initializer_range=0.4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = transformers.Qwen2MoeForCausalLM(config)
+    return randomise(mtl_lora.inject(model, adapter_config(target_modules=["q_proj", "v_proj"]))).train()
+
+
+def not_finite() -> torch.nn.Module:
+    """A model that has losses of whole rows alone."""
+    model = adapted_llama(dtype=torch.float32).train()
+    model.model.norm.register_forward_hook(lambda _, inputs, output: output * (1 if len(inputs[0]) > 1 else np.nan))
+    return model
+
+
+def probe() -> dict:
+    return sharing_probe(ROWS[1:3], Packer(PREFIXES, True, 0))
+
+
+@pytest.mark.parametrize("build", [hybrid, windowed, not_finite], ids=lambda build: build.__name__)
+def test_a_model_whose_losses_would_be_others_gets_whole_rows_and_a_line(build, capsys):
+    model, losses = build(), CheckedLosses(probe(), dropout=False)
+    attention = model.config._attn_implementation
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    whole, shared = both(model, losses=CheckedLosses(dropout=False))
+    whole, shared = both(model, losses=losses)
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.config._attn_implementation == attention
     assert_alike(whole, shared, 0)
-    assert capsys.readouterr().err.count("Lfm2ForCausalLM cannot share prompt prefixes") == 1
+    assert capsys.readouterr().err.count("cannot share prompt prefixes") == 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_check_passes_where_only_dropout_differs(dropout, capsys):
-    model, losses = sharing(adapted_llama(dropout=dropout).train()), CheckedLosses(dropout > 0)
+    model, losses = adapted_llama(dropout=dropout).train(), CheckedLosses(probe(), dropout > 0)
     losses(model, Collator(0, packer=Packer(PREFIXES, True, 0))(ROWS))
     assert losses.shares and model.training
     assert capsys.readouterr().err == ""
+
+
+def test_the_check_reads_the_longest_example_that_shares_a_prefix_and_another_of_its_task():
+    lengths, task_ids = np.array([5, 9, 30, 8, 7, 12]), np.array([0, 1, 2, 1, 1, 3])
+    assert longest_pair(lengths, task_ids, {0: [1], 1: [1]}) == [3, 1]
+    assert longest_pair(lengths, task_ids, {0: [1], 3: [1]}) == [5, 5]  # twice, and the two still share
+
+
+class DerivedAttention(LlamaAttention):
+    """As the code of a model that a repository brings derives it, in a module without an attention of its own."""
+
+
+def test_a_derived_attention_uses_that_of_its_model():
+    model = sharing(randomise(adapted_llama().double()).train(), "eager")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = DerivedAttention
+    assert_alike(*both(model))

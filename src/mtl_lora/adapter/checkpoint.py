@@ -201,6 +201,12 @@ def _base_of(model: nn.Module) -> Provenance:
     return Provenance(name, fingerprint, base_class=type(model).__name__)
 
 
+def _changed_weight(base: Provenance, model: nn.Module) -> str | None:
+    from mtl_lora.base_model import BaseModel
+
+    return BaseModel(base.base_model).changed_weight(unwrap(model))
+
+
 def read_config(folder: str | Path) -> CheckpointConfig:
     """Read and check ``mtl_lora_config.json``; raises ``UserError`` naming the file and what is wrong."""
     path = Path(folder) / CONFIG_NAME
@@ -247,6 +253,13 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
             raise UserError(
                 f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
                 f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
+            )
+        # What was merged from 4 bits is other weights on purpose.
+        if found.base_fingerprint and not provenance.load_in_4bit and (name := _changed_weight(found, base_model)):
+            warnings.warn(
+                f"{folder} was trained on the files of {found.base_model!r}, and this model's {name} is not what they "
+                "hold",
+                stacklevel=2,
             )
     state = read_weights(source, config)
     model = inject(base_model, config.adapter_config)

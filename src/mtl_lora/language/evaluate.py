@@ -155,7 +155,9 @@ def collect(
         trainable=trainable,
         tasks=tasks,
         task_set=TaskNames.from_json(evaluator.tasks.to_json()),
-        settings=evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size},
+        settings=evaluator.settings(protocol)
+        | {"limit": config.limit, "batch_size": config.batch_size}
+        | ({} if protocol == "score" else {"extraction": max(task.extraction for task in evaluator.tasks)}),
         data={name: asked.sha256[name] for name in by_task},
         adapter=adapter.to_json() if adapter else peft.settings if peft else None,
         versions={

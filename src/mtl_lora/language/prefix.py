@@ -13,9 +13,9 @@ T = G P + R Q tokens in all, N supervised tokens.
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -49,6 +49,15 @@ def task_prefixes(rows: datasets.Dataset) -> dict[int, list[int]]:
         if length >= _LEAST:
             prefixes[int(task_id)] = tokens[own[0] : own[0] + length].tolist()
     return prefixes
+
+
+def longest_pair(lengths: np.ndarray, task_ids: np.ndarray, prefixes: Mapping[int, Sequence[int]]) -> list[int]:
+    """Two examples of these lengths and task ids, (N,), that share a prefix, perhaps one twice: the longest that has
+    any, for some models treat distant tokens otherwise, behind the next of its task."""
+    longest = max(np.flatnonzero(np.isin(task_ids, list(prefixes))), key=lengths.__getitem__)
+    others = np.flatnonzero(task_ids == task_ids[longest])
+    others = others[others != longest]
+    return [int(max(others, key=lengths.__getitem__, default=longest)), int(longest)]
 
 
 class Packer:
@@ -146,11 +155,18 @@ class Layout:
         return self.masks[window, like.dtype]
 
 
+@functools.cache
+def _eager_attention(attention: type) -> Callable:
+    """That of the model whose attention this class is, or derives from."""
+    modules = (sys.modules[parent.__module__] for parent in attention.__mro__)
+    return next(module.eager_attention_forward for module in modules if hasattr(module, "eager_attention_forward"))
+
+
 def _attend(implementation: str, module, query, key, value, attention_mask, *arguments, prefix_layout=None, **options):
     """An attention of transformers, which (1, H, T, D) of a packed micro-batch goes through in two calls."""
     attend = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if attend is None:  # each model has an eager one of its own
-        attend = sys.modules[type(module).__module__].eager_attention_forward
+        attend = _eager_attention(type(module))
     if prefix_layout is None:
         return attend(module, query, key, value, attention_mask, *arguments, **options)
     prefix_mask, rest_mask = prefix_layout.masks_for(query, options.get("sliding_window"))
@@ -163,7 +179,7 @@ def _attend(implementation: str, module, query, key, value, attention_mask, *arg
 
 
 for _implementation in _IMPLEMENTATIONS:
-    AttentionInterface.register(_NAME + _implementation, partial(_attend, _implementation))
+    AttentionInterface.register(_NAME + _implementation, functools.partial(_attend, _implementation))
     AttentionMaskInterface.register(_NAME + _implementation, ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
 
 
@@ -179,6 +195,9 @@ def prefixes_to_share(
         return {}, "every row runs its whole prompt (--reuse_prefix never)"
     if not getattr(model, "_supports_attention_backend", False):
         return {}, f"every row runs its whole prompt: {type(model).__name__} does not take another attention"
+    # Their few tokens may change losses by less than 16 bits round them, so comparing would not tell.
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
+        return {}, f"every row runs its whole prompt: {type(model).__name__} mixes tokens by convolutions too"
     own = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if mode == "auto" and any([dropout, *own, getattr(model.config, "attention_dropout", 0)]):
         how = "--reuse_prefix always shares the prompt prefixes, with one dropout mask for the rows of a task"
@@ -190,10 +209,11 @@ def prefixes_to_share(
     return prefixes, f"shared prompt prefixes: {len(prefixes)} of {lengths[0]} to {lengths[-1]} tokens run once a batch"
 
 
-def let_attention_share(model: PreTrainedModel) -> None:
-    """Have the attention of a model understand packed micro-batches; others it takes as before."""
+def let_attention_share(model: PreTrainedModel) -> str:
+    """Have the attention of a model understand packed micro-batches too; returns the implementation before."""
     used = model.config._attn_implementation
     model.set_attn_implementation(_NAME + (used if used in _IMPLEMENTATIONS else "sdpa"))
+    return used
 
 
 def forward_arguments(packed: Mapping) -> tuple[dict, Blocks]:

@@ -76,6 +76,11 @@ class Task:
         return bool(self.pattern) or (self.name, self.options) in original
 
     @property
+    def extraction(self) -> int:
+        """The version of the rules that find an answer in generated text; 1 for those that never change."""
+        return 2 if self.options and not self.is_matched_by_pattern else 1
+
+    @property
     def metric_name(self) -> str:
         """The metric in effect."""
         return self.metric or ("accuracy" if self.options else "exact_match")

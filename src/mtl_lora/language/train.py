@@ -20,10 +20,10 @@ from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, ta
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
-from mtl_lora.language.batches import CheckedLosses, Collator, token_losses
+from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT
-from mtl_lora.language.prefix import Packer, let_attention_share, prefixes_to_share
+from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import row_columns, shortened_note, training_rows
 from mtl_lora.training import distributed, resume
@@ -93,9 +93,9 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     base.check_unchanged(configuration["base_fingerprint"])
     losses, packer = token_losses, None
     if prefixes:
-        let_attention_share(model)
-        losses = CheckedLosses(dropout=config.lora_dropout > 0)
         packer = Packer(prefixes, layer_class(adapter.method).needs_task_ids, tokenizer.pad_token_id)
+        pair = longest_pair(columns["length"], columns["task_id"], prefixes)
+        losses = CheckedLosses(sharing_probe([train[index] for index in pair], packer), config.lora_dropout > 0)
     # Every mistake was found before an older run is deleted.
     resume.begin_output(config, arguments, configuration, fresh=from_checkpoint is None)
     start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
