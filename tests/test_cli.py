@@ -154,43 +154,6 @@ def test_defaults_of_a_door_replace_those_of_the_configuration(capsys):
 
 # ---- what is refused ----
 
-REFUSED = [
-    # (arguments, facts that the sentence holds)
-    (["--learning_rates", "8"], ["--learning_rates", "did you mean 'learning_rate'?"]),
-    (["--learning-rates=8"], ["--learning_rates", "did you mean 'learning_rate'?"]),
-    (["--zzz", "8"], ["unknown flag --zzz; --help lists"]),
-    (["--eval_steps", "8"], ["unknown flag --eval_steps; --help lists"]),  # no slip of the pen for max_steps
-    (["--=8"], ["unknown flag --;"]),
-    (["8"], ["'8'"]),
-    (["--seed", "8", "9"], ["'9'"]),
-    (["-s", "8"], ["'-s'"]),
-    (["--", "--verbose"], ["'--'"]),
-    ([""], ["''"]),
-    (["--seed"], ["--seed", "a whole number"]),
-    (["--base_model", "--seed", "8"], ["--base_model", "a string"]),
-    (["--deepspeed"], ["--deepspeed", "a string or none"]),
-    (["--max_steps=8", "--max-steps", "8"], ["--max_steps", "twice"]),
-    (["--check", "--check"], ["--check", "twice"]),
-    (["--seed", "eight"], ["--seed", "a whole number", "'eight'"]),
-    (["--seed", "8.0"], ["--seed", "a whole number", "'8.0'"]),
-    (["--seed="], ["--seed", "a whole number", "''"]),
-    (["--lora_alpha", "16,0"], ["--lora_alpha", "a number", "'16,0'"]),
-    (["--learning_rate", "nan"], ["learning_rate", "a number", "nan"]),
-    (["--lambda_num", "all"], ["--lambda_num", "a whole number or none", "'all'"]),
-    (["--check", "maybe"], ["--check", "True or False", "'maybe'"]),
-    (["--batch_size=--5"], ["batch_size", "'--5'"]),
-    (["--lora_target_modules", '["q_proj"'], ["--lora_target_modules", "a list of strings", "'[\"q_proj\"'"]),
-    (["--lora_target_modules", '["q_proj" + 1]'], ["--lora_target_modules", "a list of strings"]),
-]
-
-
-@pytest.mark.parametrize("arguments, facts", REFUSED, ids=[" ".join(row[0]) or "empty" for row in REFUSED])
-def test_argument_that_is_not_understood_is_one_sentence(arguments, facts, capsys):
-    with pytest.raises(UserError) as caught:
-        parse(*arguments)
-    one_sentence(caught, *facts)
-    assert capsys.readouterr() == ("", "")
-
 
 @pytest.mark.parametrize(
     "arguments, facts",
@@ -267,27 +230,6 @@ def test_every_command_has_a_help(name, capsys):
         cli.main([name, "--help"])
     out, err = capsys.readouterr()
     assert "--" in out and err == ""
-
-
-@pytest.mark.parametrize(
-    "arguments, facts",
-    [
-        (["trian"], ["'trian'", "did you mean 'train'?"]),
-        (["train", "--system", "vision"], ["--system", "language", "'vision'"]),
-        (["train", "--system"], ["--system", "language", "''"]),
-        (["train", "--system=language", "--seeds", "1"], ["--seeds", "'seed'"]),
-        (["prepare"], ["commonsense", "textclass"]),
-        (["prepare", "--set", "glue"], ["'glue'", "commonsense", "textclass"]),
-        (["prepare", "commonsense", "--sauce", "x"], ["--sauce", "'source'"]),
-        (["prepare", "--set=textclass", "--limit", "-1"], ["limit", "-1"]),
-    ],
-)
-def test_wrong_command_is_one_sentence_with_exit_code_2(arguments, facts, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    out, err = capsys.readouterr()
-    assert (stopped.value.code, out, err.count("\n")) == (EXIT_CODE, "", 1) and err.startswith("error: ")
-    assert [fact for fact in facts if fact not in err] == []
 
 
 def test_missing_package_names_the_extra_that_brings_it(monkeypatch, capsys):

@@ -161,7 +161,7 @@ def parse(
     if positional and listed:
         values[positional.name] = listed
     for flag in flags.values():
-        if flag.required and flag.name not in values:
+        if flag.required and values.get(flag.name, "") == "":
             raise UserError(
                 f"{flag.metadata['help']}: name at least one" if flag is positional else f"--{flag.name} is required"
             )

@@ -55,7 +55,8 @@ def user_errors_to_exit_code() -> Iterator[None]:
                 sys.stdout.flush()
     except UserError as error:
         rank = os.environ.get("LOCAL_RANK", "0")
-        print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {error}", file=sys.stderr)
+        sentence = str(error).replace("\n", "\\n")  # a flag's value may hold line ends
+        print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {sentence}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end

@@ -29,10 +29,11 @@ def proportion_error(p: float, n: int) -> float:
 
 
 class Interval:
-    """What has ends ``low`` and ``high``; equal ends, which would be certainty from a sample, are no interval."""
+    """What has ends ``low`` and ``high``; one end alone, or equal ends, which would be certainty from a
+    sample, are no interval."""
 
     def __post_init__(self):
-        if self.low is not None and self.high - self.low < 1e-9:
+        if None in (self.low, self.high) or self.high - self.low < 1e-9:
             for key in ("low", "high"):
                 object.__setattr__(self, key, None)
 

@@ -42,6 +42,8 @@ Fraction = typing.Annotated[float, "a fraction from 0 to 1", lambda number: 0 <=
 Error = typing.Annotated[float, "a standard error from 0", lambda number: number >= 0]
 Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
 Index = typing.Annotated[int, "a whole number from 0", lambda count: count >= 0]
+# Of what else is measured of a task, that which reports read.
+_MEASURED = {"predicted": dict[str, Index], "unparsed": Fraction, "correct": Index, "f1": Fraction}
 UNWRITTEN = {"unwritten": True}  # metadata of a field that is not a key of the file
 _WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
 _MISSING = type("_Missing", (), {"__repr__": lambda self: "missing"})()  # the value of a key that is not there
@@ -170,6 +172,8 @@ class TaskResult:
             if name != "predicted" and isinstance(entry, dict) and {key, "stderr", "n"} <= entry.keys()
         }
         known = {"metric", key, "stderr", "n", "majority", *others}
+        for name, kind in _MEASURED.items():
+            reader.read(kind | None, entries.get(name), f"{place}.{name}")
         return cls(
             metric,
             value,

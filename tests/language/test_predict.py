@@ -132,22 +132,3 @@ def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, t
     with pytest.raises(UserError, match=r"out.jsonl is there already; .*--overwrite"):
         predict(examples, task="boolq")
     assert predict(examples[:1], task="boolq", overwrite=True)[0]["answer"] == complete[0]["answer"]
-
-
-@pytest.mark.parametrize(
-    ("examples", "flags", "message"),
-    [
-        ([{"instruction": "a"}], {}, "input.jsonl, example 0 .*'task_id'"),
-        ([{"instruction": "a"}], {"task": "chess"}, "no task 'chess'; the tasks are boolq 0"),
-        ([{"instruction": "a"}, {"question": "b"}], {"task": "boolq"}, "example 1 has no field 'instruction'"),
-        ([{"instruction": "a", "task": "piqa"}], {"task": "boolq"}, "example 0 .*piqa and boolq"),
-        (["a"], {"task": "boolq"}, "example 0 must be an object"),
-        ([{"instruction": "a"}], {"task": "boolq", "mode": "both"}, "mode must be one of generate, score"),
-        ([{"instruction": "a"}], {"task": "boolq", "output": "."}, r"--output \. is a folder"),
-        ([{"instruction": "a"}], {"task": "boolq", "input": "nowhere.jsonl"}, r"nowhere\.jsonl does not exist"),
-    ],
-)
-def test_wrong_input_is_refused_by_file_and_example(predict, tmp_path, examples, flags, message):
-    with pytest.raises(UserError, match=message):
-        predict(examples, **flags)
-    assert {path.name for path in tmp_path.iterdir()} == {"input.jsonl"}

@@ -380,19 +380,6 @@ def test_missing_file_on_the_mirror_is_one_sentence_with_its_address(refused, mi
 # --- the command line
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--sauce", "x"], "--sauce"),
-        (["--output"], "--output"),
-        (["--allow"], "--allow"),
-        (["--base_url", "http://127.0.0.1:9"], "--source"),
-    ],
-)
-def test_wrong_flag_is_one_sentence(refused, flags, message):
-    assert message in refused(*flags)
-
-
 def test_the_script_beside_the_data_takes_the_flags_and_ends_with_code_2(incomplete):
     flags = {"source": incomplete.source, "manifest": incomplete.manifest, "output": incomplete.train}
     command = [sys.executable, str(SCRIPT), *(f"--{name}={path}" for name, path in flags.items())]

@@ -195,22 +195,6 @@ def test_stop_while_writing_leaves_the_old_files(run, world, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--prepared", "x"], "pass one of them"),
-        (["--base_url", "http://127.0.0.1:9"], "pass one of them"),
-        (["--limit", "-1"], "limit must be at least 0, which takes all, not -1"),
-        (["--limit", "many"], "--limit"),
-        (["--source", "nowhere"], "nowhere is not a folder"),
-        (["--manifest", "nowhere.json"], "the manifest nowhere.json cannot be read"),
-        (["--sauce", "x"], "--sauce"),
-    ],
-)
-def test_wrong_flag_is_one_sentence(refused, flags, message):
-    assert message in refused(*flags)
-
-
-@pytest.mark.parametrize(
     "change",
     [
         lambda value: value["tasks"].pop("trec"),

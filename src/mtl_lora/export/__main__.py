@@ -33,7 +33,8 @@ class Command(Config):
         module = importlib.import_module(module)
         values = {flag.name: getattr(self, flag.name) for flag in self.flags()}
         name, trust = values.pop("base_model"), values.pop("trust_remote_code")
-        base = BaseModel(name) if name is not None else module.recorded_base(values.get("checkpoint") or values["peft"])
+        adapter = values.get("checkpoint", values.get("peft"))
+        base = BaseModel(name) if name is not None else module.recorded_base(adapter)
         if "tasks_file" in values:
             path = values.pop("tasks_file")
             values["tasks"] = load_tasks_file(path) if path else COMMONSENSE

@@ -1,5 +1,6 @@
 """Checkpoints with the weights of other programs: a plain PEFT LoRA, and the original MTL-LoRA repository's file."""
 
+import math
 import re
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def import_peft(
 def recorded_base(peft: str | Path) -> BaseModel:
     """The base model that a PEFT configuration records; raises ``UserError`` if it records none."""
     name = _read_options(Path(peft)).get("base_model_name_or_path")
-    if not name:
+    if not isinstance(name, str) or not name:
         raise UserError(f"{Path(peft) / artifacts.PEFT_CONFIG} does not record its base model; pass --base_model")
     return BaseModel(name)
 
@@ -86,17 +87,17 @@ def _read_options(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass the folder of a PEFT LoRA")
     path = folder / artifacts.PEFT_CONFIG
-    options = files.read_json(path, "the PEFT configuration")
-    if not isinstance(options, dict) or options.get("peft_type") != "LORA":
+    options = files.read_object(path, "the PEFT configuration")
+    if options.get("peft_type") != "LORA":
         raise UserError(f"{path} does not describe a LoRA: its peft_type must be LORA")
     for key, value in options.items():
         if value and key not in _READ_OR_IDLE and value not in _PLAIN.get(key, ()):
             raise UserError(
-                f"{path} sets {key} to {value!r}, which a checkpoint cannot hold; only a plain LoRA can be imported"
+                f"{path} sets {key} to {value!r:.99}, which a checkpoint cannot hold; only a plain LoRA can be imported"
             )
     for key, types in (("r", (int,)), ("lora_alpha", (int, float))):
-        if type(options.get(key)) not in types:
-            raise UserError(f"{path} must set {key} to a number, not {options.get(key)!r}")
+        if type(options.get(key)) not in types or not 0 < options[key] < math.inf:
+            raise UserError(f"{path} must set {key} to a number above 0, not {options.get(key)!r:.200}")
     return options
 
 

@@ -131,5 +131,5 @@ def _recipe(config: CheckpointConfig) -> str:
 
 
 def _cell(value: object) -> str:
-    text = ", ".join(value) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return " ".join(text.replace("|", "\\|").split())

@@ -304,7 +304,7 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
         return
     if not path.exists():
         raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
-    earlier = {"protocol": 1, **files.read_json(path, "the settings of an earlier evaluation")}
+    earlier = {"protocol": 1, **files.read_object(path, "the settings of an earlier evaluation")}
     different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
     if different:
         raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
@@ -330,8 +330,8 @@ class PeftAdapter:
 
     def __init__(self, folder: str | Path):
         self.folder, self.weights = Path(folder), Path(folder) / artifacts.PEFT_WEIGHTS
-        self.settings = files.read_json(self.folder / artifacts.PEFT_CONFIG, "the PEFT configuration")
-        kind = self.settings.get("peft_type") if isinstance(self.settings, dict) else None
+        self.settings = files.read_object(self.folder / artifacts.PEFT_CONFIG, "the PEFT configuration")
+        kind = self.settings.get("peft_type")
         if kind != "LORA":
             raise UserError(f"{self.folder / artifacts.PEFT_CONFIG} has peft_type {kind!r}; only LORA can be evaluated")
         if not self.weights.is_file():
@@ -342,6 +342,10 @@ class PeftAdapter:
             raise UserError("--peft needs the package peft; install it with `pip install peft`") from None
         self._peft = peft
         self.base_model = self.settings.get("base_model_name_or_path") or None
+        if not isinstance(self.base_model, str | None):
+            raise UserError(
+                f"{self.folder / artifacts.PEFT_CONFIG}: base_model_name_or_path must be a string; correct it"
+            )
         self.weights_sha256 = files.sha256(self.weights)
 
     def load(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -236,7 +236,7 @@ def deciding_facts(configuration: dict) -> dict[str, object]:
     """
     return {
         "the data file": configuration.get("data_sha256"),
-        "the tasks": TaskSet.from_json(configuration["tasks"], "the run configuration").answers_sha256,
+        "the tasks": TaskSet.from_json(configuration.get("tasks"), "the run configuration").answers_sha256,
         "the base model's files": configuration.get("base_fingerprint"),
         "the dtype that --dtype auto means": configuration.get("dtype"),
         "the parameters without weight decay": configuration.get("no_decay", []),

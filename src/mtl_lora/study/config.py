@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 from mtl_lora import files
@@ -137,7 +138,11 @@ class Grid(Config):
     def validate(self) -> None:
         self.require("name", "letters, digits, '_', '-' or '.'", bool(re.fullmatch(r"\w[\w.\-]*", self.name)))
         self.require("seeds", "at least one seed, all different", bool(self.seeds) and not _repeated(self.seeds))
-        self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(self.launcher.strip()))
+        try:
+            program = shlex.split(self.launcher)
+        except ValueError:  # open quotes
+            program = []
+        self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(program))
         self.require("experiments", "at least one experiment", bool(self.experiments))
         flags = _checked(self.train, TrainConfig, for_all=True)
         train = TrainConfig.from_json(flags, "train")

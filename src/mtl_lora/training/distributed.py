@@ -31,8 +31,10 @@ def check_launch(config: TrainingConfig) -> None:
     for flag, package in (packages | {"load_in_4bit": "bitsandbytes"}).items():
         require_package(flag, package, getattr(config, flag))
     if config.deepspeed:
-        settings = files.read_json(deepspeed_file(config.deepspeed), "the DeepSpeed configuration")
-        if settings.get("zero_optimization", {}).get("stage") == 3 and (config.dtype == "fp64" or config.load_in_4bit):
+        settings = files.read_object(deepspeed_file(config.deepspeed), "the DeepSpeed configuration")
+        zero = settings.get("zero_optimization")
+        partitioned = isinstance(zero, dict) and zero.get("stage") == 3
+        if partitioned and (config.dtype == "fp64" or config.load_in_4bit):
             what = "--load_in_4bit" if config.load_in_4bit else "--dtype fp64"
             raise UserError(f"ZeRO-3 cannot train with {what}; leave it out, or use --deepspeed config/zero2.json")
 

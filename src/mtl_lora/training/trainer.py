@@ -4,11 +4,12 @@ The Trainer takes an injected model for a full model and reserves adapter-only s
 saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
 """
 
+import contextlib
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,32 +40,44 @@ Batch = Mapping[str, torch.Tensor]
 def training_arguments(config: TrainingConfig) -> TrainingArguments:
     """The Trainer's arguments; making them joins the process group of a distributed launch."""
     saving = "steps" if config.save_step else "no"
-    arguments = TrainingArguments(
-        **{name: getattr(config, name) for name in _SAME_NAMES},
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        num_train_epochs=config.num_epochs,
-        warmup_steps=config.warmup_ratio,
-        optim="adamw_torch",
-        logging_nan_inf_filter=False,
-        save_strategy=saving,
-        save_steps=max(config.save_step, 1),
-        save_total_limit=config.save_total_limit or None,
-        eval_strategy=saving if config.val_set_size else "no",
-        eval_steps=max(config.save_step, 1),
-        use_cpu=not torch.cuda.is_available(),
-        deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
-        report_to=["wandb"] * bool(config.wandb_project) + ["tensorboard"] * config.tensorboard or "none",
-        disable_tqdm=True,  # ``Progress`` shows one bar
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        # The base already has its dtype and adapter parameters stay float32, so nothing is left to autocast.
-        bf16=False,
-        fp16=False,
-    )
+    with _deepspeed_errors(config.deepspeed):
+        arguments = TrainingArguments(
+            **{name: getattr(config, name) for name in _SAME_NAMES},
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=config.batch_size,
+            num_train_epochs=config.num_epochs,
+            warmup_steps=config.warmup_ratio,
+            optim="adamw_torch",
+            logging_nan_inf_filter=False,
+            save_strategy=saving,
+            save_steps=max(config.save_step, 1),
+            save_total_limit=config.save_total_limit or None,
+            eval_strategy=saving if config.val_set_size else "no",
+            eval_steps=max(config.save_step, 1),
+            use_cpu=not torch.cuda.is_available(),
+            deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
+            report_to=["wandb"] * bool(config.wandb_project) + ["tensorboard"] * config.tensorboard or "none",
+            disable_tqdm=True,  # ``Progress`` shows one bar
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            # The base already has its dtype and adapter parameters stay float32, so nothing is left to autocast.
+            bf16=False,
+            fp16=False,
+        )
     # Several GPUs without a launcher would mean DataParallel, whose threads the task route does not reach.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+@contextlib.contextmanager
+def _deepspeed_errors(name: str | None) -> Iterator[None]:
+    """Turn what DeepSpeed and accelerate raise for a configuration that they cannot use into one sentence."""
+    try:
+        yield
+    except Exception as error:  # they look into it without checking what it holds
+        if not name or isinstance(error, UserError):
+            raise
+        raise UserError(f"the DeepSpeed configuration {name} is refused: {' '.join(str(error).split())}") from None
 
 
 def make_sampler(
