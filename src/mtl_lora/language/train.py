@@ -95,7 +95,8 @@ def _run(config: TrainConfig, tasks: TaskSet, adapter: AdapterConfig) -> None:
     if prefixes:
         packer = Packer(prefixes, layer_class(adapter.method).needs_task_ids, tokenizer.pad_token_id)
         pair = longest_pair(columns["length"], columns["task_id"], prefixes)
-        losses = CheckedLosses(sharing_probe([train[index] for index in pair], packer), config.lora_dropout > 0)
+        probe = sharing_probe([train[index] for index in pair], packer)
+        losses = CheckedLosses(probe, dropout=config.reuse_prefix == "always")  # the base may have its own
     # Every mistake was found before an older run is deleted.
     resume.begin_output(config, arguments, configuration, fresh=from_checkpoint is None)
     start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
