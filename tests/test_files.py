@@ -243,8 +243,10 @@ def test_without_locks_a_note_says_so(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
+    (tmp_path / ".out.abcdefgh.partial").touch()  # for all that is known, of a command that still runs
     with files.claimed(tmp_path / "out"):
         assert str(tmp_path / "out") in capsys.readouterr().err
+    assert everything(tmp_path).keys() == {".out.abcdefgh.partial"}
 
 
 def test_stop_between_two_renames_leaves_no_file_that_names_the_whole(tmp_path, monkeypatch):

@@ -41,9 +41,10 @@ def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
         return
     output = Path(output).resolve()
     made = [folder for folder in output.parents if not folder.exists()]
-    descriptor, beside = _locked(output, wait)
+    descriptor, beside, held = _locked(output, wait)
     try:
-        remove_leftovers(output)
+        if held:
+            remove_leftovers(output)
         yield [descriptor]
     finally:
         if beside:
@@ -54,9 +55,9 @@ def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
                 folder.rmdir()
 
 
-def _locked(output: Path, wait: bool) -> tuple[int, Path | None]:
-    """(descriptor of the lock, its file if that is to be removed)."""
-    problem = "it is removed again and again"
+def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
+    """(descriptor of the lock, its file if that is to be removed, whether there are locks)."""
+    problem, held = "it is removed again and again", True
     for _ in range(1000):
         beside, descriptor = output.with_name(f".{output.name}.lock"), None
         try:
@@ -81,11 +82,12 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None]:
                 f"{output} is in use by another command; wait for it, end it, or choose another output"
             ) from None
         except (ImportError, OSError):
+            held = False
             print(f"note: no locks here, so start no second command on {output} before this ends", file=sys.stderr)
         # Its owner may have removed the file between opening and locking: the lock is then on no name.
         with contextlib.suppress(FileNotFoundError):
             if beside is None or os.path.samestat(os.fstat(descriptor), beside.stat()):
-                return descriptor, beside
+                return descriptor, beside, held
         os.close(descriptor)
     raise UserError(f"{output} cannot be written ({problem}); choose a writable folder")
 
