@@ -18,9 +18,9 @@ def flag(default, help: str, **metadata):
 
     default: ``REQUIRED`` for a flag without one. metadata: ``affects``, what the flag can change: ``weights`` or
     ``answers`` (the default of a configuration is its ``affects``), ``content`` for a path whose content decides, or
-    ``nothing``; ``min``, ``max``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list of
-    the arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of those
-    behind it; ``before``, what was fixed while the field did not
+    ``nothing``; ``min``, ``max``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list
+    of the arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of
+    those behind it; ``before``, what was fixed while the field did not
     exist: files without it take that.
     """
     metadata = {"help": help, **metadata}
