@@ -95,7 +95,7 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
         side = pipeline(name.removesuffix("_compiled"), base, with_optimiser)
         # All but the first, whose input needs no gradient: one graph serves the others.
         for block in side.model.model.layers[1:]:
-            block.compile()
+            block.compile(backend="eager" if base.device.type == "cpu" else "inductor")
         return side
     if name.endswith("_shared"):
         side = pipeline(name.removesuffix("_shared"), base, with_optimiser)

@@ -148,8 +148,8 @@ BEYOND_A_PLAIN_LORA = {
         *((key, value, f"sets {key} to {value!r}") for key, value in BEYOND_A_PLAIN_LORA.items()),
         ("peft_type", "IA3", "does not describe a LoRA: its peft_type must be LORA"),
         ("r", 4, "where (4, k) was expected"),
-        ("r", "3", "must set r to a number, not '3'"),
-        ("lora_alpha", None, "must set lora_alpha to a number, not None"),
+        ("r", "3", "must set r to a number above 0, not '3'"),
+        ("lora_alpha", None, "must set lora_alpha to a number above 0, not None"),
         ("base_model_name_or_path", None, "does not record its base model; pass --base_model"),
     ],
 )

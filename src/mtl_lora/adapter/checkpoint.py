@@ -38,7 +38,6 @@ class Provenance(Config):
     base_model: str | None = None  # name or folder
     base_fingerprint: str | None = None  # see BaseModel.fingerprint
     prompt_template: str | None = None  # a name in mtl_lora.language.encode
-    chat_template: str | None = None  # the tokenizer's, where it was the prompt template
     cutoff_len: int | None = None  # in tokens
     task_set: dict | None = None  # TaskSet.to_json()
     train_settings: dict | None = None  # the training's flags
@@ -46,6 +45,7 @@ class Provenance(Config):
     system: str = "language"  # the package that trained it
     base_class: str | None = None  # the base model's class in transformers
     untrained_tasks: list[str] | None = None  # tasks that had no training examples; None: not recorded
+    chat_template: str | None = None  # the tokenizer's, where it was the prompt template
 
     @property
     def load_in_4bit(self) -> bool:

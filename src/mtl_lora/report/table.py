@@ -85,8 +85,7 @@ class TextTable:
     def __post_init__(self):
         if len(self.header) > _MOST_COLUMNS:
             header, *rows = map(list, zip(self.header, *self.rows, strict=True))
-            object.__setattr__(self, "header", header)
-            object.__setattr__(self, "rows", rows)
+            self.__dict__.update(header=header, rows=rows)
 
     def markdown(self) -> str:
         """A padded pipe table without the title, its first column flush left. (pandas needs a package for it.)"""
