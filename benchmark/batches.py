@@ -20,6 +20,7 @@ def add_data(parser: Parser, records: int) -> None:
     parser.add_flag("data_path", "training records of the eight tasks", default="data/quickstart/train.json")
     parser.add_flag("base_model", "name or folder of a causal language model", default="smollm2-135m")
     parser.add_flag("records", "drawn in all, as many of each task", type=count, default=records)
+    parser.add_flag("of", "records whose batches are planned, of which --records are taken; none: those", type=count)
     parser.add_flag("batch_size", "rows of a training step", type=count, default=8)
     parser.add_flag("dtype", "of the base model: bf16, fp32; auto: bf16 where the hardware has it", default="auto")
 
@@ -45,21 +46,29 @@ def encoded_rows(data_path: str, records: int, tokenizer: PreTrainedTokenizerBas
     ]
 
 
-def make_batches(rows: list[dict], batch_size: int, pad_token_id: int, device: torch.device) -> dict[str, list[dict]]:
+def make_batches(
+    rows: list[dict], batch_size: int, pad_token_id: int, device: torch.device, records: int | None = None
+) -> dict[str, list[dict]]:
     """The same rows in ``random`` batches, in ours ``sorted`` by length, and those with ``shared`` prompt prefixes.
 
-    Raises ``UserError`` for a rest.
+    records: the rows that are taken, in the first batches of a plan of all rows, for few rows cannot be sorted into
+    batches of one length; then ``sorted`` has the batches of ``shared``. Raises ``UserError`` for a rest.
     """
-    if len(rows) % batch_size:
-        raise UserError(f"--records must be a multiple of --batch_size {batch_size}, not {len(rows)}")
+    records = records or len(rows)
+    if records % batch_size or len(rows) % batch_size:
+        raise UserError(f"--records and --of must be multiples of --batch_size {batch_size}, not {records}")
     lengths, ids = [len(row["input_ids"]) for row in rows], [row["task_id"] for row in rows]
     prefixes = task_prefixes(datasets.Dataset.from_list(rows))
     rests = [length - len(prefixes.get(task_id, ())) for length, task_id in zip(lengths, ids, strict=True)]
+    shared = list(LengthGroupedBatchSampler(rests, ids, batch_size, seed=0))[: records // batch_size]
+    taken = np.sort(np.concatenate(shared))
     plans = {
-        "random": np.random.default_rng(0).permutation(len(rows)).reshape(-1, batch_size).tolist(),
-        "sorted": list(LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0)),
-        "shared": list(LengthGroupedBatchSampler(rests, ids, batch_size, seed=0)),
+        "random": np.random.default_rng(0).permutation(taken).reshape(-1, batch_size).tolist(),
+        "sorted": shared,
+        "shared": shared,
     }
+    if records == len(rows):
+        plans["sorted"] = list(LengthGroupedBatchSampler(lengths, ids, batch_size, seed=0))
     packer = Packer(prefixes, by_task=True, pad_token_id=pad_token_id)
     collate = {name: Collator(pad_token_id, packer=packer if name == "shared" else None) for name in plans}
     made = {name: [collate[name]([rows[index] for index in batch]) for batch in plan] for name, plan in plans.items()}

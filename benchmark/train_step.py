@@ -33,13 +33,13 @@ def main() -> None:
     arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]
     tokenizer, device = BaseModel(arguments.base_model).tokenizer(), device_for_this_process()
     keep_freed_memory(device.type)  # as finetune.py does; the process has one C library, so every side gains
-    rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
-    plans = make_batches(rows, arguments.batch_size, tokenizer.pad_token_id, device)
+    rows = encoded_rows(arguments.data_path, arguments.of or arguments.records, tokenizer)
+    plans = make_batches(rows, arguments.batch_size, tokenizer.pad_token_id, device, arguments.records)
     base = BaseModel(arguments.base_model).load(arguments.dtype).to(device)
     sides = {name: pipeline(name, base, arguments.optimiser) for name in arguments.sides}
     rates = turns({name: work(side, plans) for name, side in sides.items()}, arguments.rounds)
     ratios = compared(rates)
-    tokens_a_row = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    tokens_a_row = sum(int(batch["lengths"].sum()) for batch in plans["shared"]) / arguments.records
     results = {
         name: {
             "samples/s": spread(values),
@@ -60,8 +60,8 @@ def main() -> None:
     )
     text += f"\n\n{ratio_table(ratios)}" if len(ratios) > 1 else ""
     text += (
-        f"\n\n{len(rows)} records, {len(rows) * tokens_a_row:,.0f} tokens; with padding {padded['random']:,} in random "
-        f"batches of {arguments.batch_size}, {padded['sorted']:,} sorted, {padded['shared']:,} with shared prompt "
+        f"\n\n{arguments.records} records, {arguments.records * tokens_a_row:,.0f} tokens; with padding "
+        f"{padded['random']:,} in random batches of {arguments.batch_size}, {padded['sorted']:,} sorted, {padded['shared']:,} with shared prompt "
         f"prefixes, where {padded['least']:,} must run, {padded['sorted'] / padded['least']:.2f} times fewer. "
         f"{arguments.base_model}, {base.dtype}, {'with' if arguments.optimiser else 'without'} optimiser; median "
         f"(smallest to largest) of {arguments.rounds} rounds, the sides taking turns batch by batch; tokens a second "
