@@ -61,11 +61,12 @@ def main() -> None:
     text += f"\n\n{ratio_table(ratios)}" if len(ratios) > 1 else ""
     text += (
         f"\n\n{arguments.records} records, {arguments.records * tokens_a_row:,.0f} tokens; with padding "
-        f"{padded['random']:,} in random batches of {arguments.batch_size}, {padded['sorted']:,} sorted, {padded['shared']:,} with shared prompt "
-        f"prefixes, where {padded['least']:,} must run, {padded['sorted'] / padded['least']:.2f} times fewer. "
-        f"{arguments.base_model}, {base.dtype}, {'with' if arguments.optimiser else 'without'} optimiser; median "
-        f"(smallest to largest) of {arguments.rounds} rounds, the sides taking turns batch by batch; tokens a second "
-        "are those of the records, without padding and however often they run."
+        f"{padded['random']:,} in random batches of {arguments.batch_size}, {padded['sorted']:,} sorted, "
+        f"{padded['shared']:,} with shared prompt prefixes, where {padded['least']:,} must run, "
+        f"{padded['sorted'] / padded['least']:.2f} times fewer. {arguments.base_model}, {base.dtype}, "
+        f"{'with' if arguments.optimiser else 'without'} optimiser; median (smallest to largest) of "
+        f"{arguments.rounds} rounds, the sides taking turns batch by batch; tokens a second are those of the records, "
+        "without padding and however often they run."
     )
     if arguments.memory:
         text += " Peak: tensors of a step on the longest batch, above weights and optimiser state."
