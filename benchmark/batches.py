@@ -55,8 +55,9 @@ def make_batches(
     batches of one length; then ``sorted`` has the batches of ``shared``. Raises ``UserError`` for a rest.
     """
     records = records or len(rows)
-    if records % batch_size or len(rows) % batch_size:
-        raise UserError(f"--records and --of must be multiples of --batch_size {batch_size}, not {records}")
+    for flag, number in (("records", records), ("of", len(rows))):
+        if number % batch_size:
+            raise UserError(f"--{flag} must be a multiple of --batch_size {batch_size}, not {number}")
     lengths, ids = [len(row["input_ids"]) for row in rows], [row["task_id"] for row in rows]
     prefixes = task_prefixes(datasets.Dataset.from_list(rows))
     rests = [length - len(prefixes.get(task_id, ())) for length, task_id in zip(lengths, ids, strict=True)]
