@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from measure import Parser, count
 from transformers import PreTrainedTokenizerBase
 
@@ -79,15 +80,7 @@ def make_batches(
     for batch in made["random"]:
         positions = torch.arange(batch["input_ids"].shape[1])
         batch["attention_mask"] = (positions < batch["lengths"][:, None]).long()  # as others train
-    return {name: [to_device(batch, device) for batch in batches] for name, batches in made.items()}
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """A batch's tensors on another device."""
-    return {
-        name: to_device(part, device) if isinstance(part, dict) else part.to(device) if hasattr(part, "to") else part
-        for name, part in batch.items()
-    }
+    return {name: [send_to_device(batch, device) for batch in batches] for name, batches in made.items()}
 
 
 def spread_tasks(batches: list[dict], tasks: int) -> list[dict]:

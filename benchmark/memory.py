@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 import torch
-from batches import add_data, encoded_rows, to_device
+from accelerate.utils import send_to_device
+from batches import add_data, encoded_rows
 from footprint import megabytes, process_growth, tensor_bytes
 from measure import count, keep, markdown_table, parser, spread
 from pipelines import Pipeline, add_sides, pipeline
@@ -62,7 +63,7 @@ def measure_alone(arguments: argparse.Namespace) -> dict:
     tokenizer, device = BaseModel(arguments.base_model).tokenizer(), device_for_this_process()
     rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
     longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-arguments.batch_size :]
-    batch = to_device(Collator(tokenizer.pad_token_id)(longest), device)
+    batch = send_to_device(Collator(tokenizer.pad_token_id)(longest), device)
     base = BaseModel(arguments.base_model).load(arguments.dtype).to(device)
     for weight in base.parameters():
         weight.sum()  # a weight that is mapped from its file becomes resident when it is read first

@@ -148,7 +148,7 @@ def save_start(model: nn.Module, folder: str | Path, state: State) -> None:
     own = {key: state[key] for name, layer in layers for key in (f"{name}.{each}" for each in layer.task_parameters)}
     if own:
         with files.atomic_path(Path(folder) / START_NAME) as path:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in own.items()}, path)
+            save_file({name: _stored(tensor) for name, tensor in own.items()}, path)
 
 
 def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:

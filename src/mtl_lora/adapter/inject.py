@@ -327,10 +327,7 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
     sample = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
     keep = options.get("logits_to_keep") if injection.has_head else None
     route = routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
-    if route is not None and (
-        route.task_ids.dim() == 1 or route.blocks
-    ):  # ids of every token would take memory for each
-        row_ids = route.blocks.ids if route.blocks else route.task_ids
+    if route is not None and (row_ids := route.row_ids) is not None:  # ids of every token would take memory for each
         # A model pickled by an earlier version has no such list.
         route.prepared = _prepared(getattr(injection, "layers", ()), row_ids)
     if model.training and torch.is_grad_enabled():

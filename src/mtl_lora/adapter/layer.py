@@ -97,7 +97,7 @@ class AdapterLayer(nn.Module):
     needs_task_ids = False  # whether a forward needs the task of each row
     has_factors = True  # whether the layer equals a low-rank pair for each task, which merging and exporting need
     mixture_parts = ""  # what ``mixture`` mixes, in the plural
-    task_parameters: tuple[str, ...] = ()  # those that make tasks differ; what they learn is told from their start
+    task_parameters: tuple[str, ...] = ()  # those that make tasks differ; what they learn is compared with their start
     no_decay: tuple[str, ...] = ()  # parameters that weight decay spares, for they would not rest at zero
     Hyperparameters: type[Hyperparameters] = Hyperparameters  # the method's own values
     is_head = False  # set by ``inject`` on a model's output head, which may see some positions alone

@@ -38,16 +38,16 @@ class Blocks:
         ids = ids.reshape(-1)
         return cls(ids, ((len(ids), tokens // max(len(ids), 1)),))
 
-    def by_block(self) -> tuple[torch.Tensor, ...]:
-        """The ids of each block's rows."""
-        return self.ids.split([rows for rows, _ in self.sizes])
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Values of all rows, (M, ...), as those of each block's rows."""
+        return values.split([rows for rows, _ in self.sizes])
 
     def map(self, function: Callable, z: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """``function`` of each block's (rows, length, R) tokens and its rows' values (rows, ...): (N, R) to (N, R')."""
-        tokens, rows = [rows * length for rows, length in self.sizes], [rows for rows, _ in self.sizes]
-        if len(rows) == 1:
+        if len(self.sizes) == 1:
             return function(z.view(*self.sizes[0], z.shape[-1]), values).flatten(0, 1)
-        parts = zip(z.split(tokens), values.split(rows), self.sizes, strict=True)
+        tokens = [rows * length for rows, length in self.sizes]
+        parts = zip(z.split(tokens), self.split(values), self.sizes, strict=True)
         return torch.cat([function(part.view(*size, z.shape[-1]), own).flatten(0, 1) for part, own, size in parts])
 
 
@@ -134,6 +134,13 @@ class BoundRoute:
     blocks: Blocks | None = None  # of ids (1, L)
     prepared: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)  # of a layer, by ``prepare``
 
+    @property
+    def row_ids(self) -> torch.Tensor | None:
+        """An id for each row, (M,); None where every token has one of its own."""
+        if self.blocks is not None:
+            return self.blocks.ids
+        return self.task_ids if self.task_ids.dim() == 1 else None
+
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
         """Ids on ``x``'s device for a layer input (B, ..., k) or (B L, k); raises ``UserError`` if they do not fit."""
         ids = self.task_ids
@@ -219,7 +226,7 @@ def use(task_ids) -> _Held:
 def use_blocks(blocks: Blocks) -> _Held:
     """Route forwards of one row whose tokens lie in blocks of rows."""
     by_token = [
-        ids[:, None].expand(size).reshape(-1) for ids, size in zip(blocks.by_block(), blocks.sizes, strict=True)
+        ids[:, None].expand(size).reshape(-1) for ids, size in zip(blocks.split(blocks.ids), blocks.sizes, strict=True)
     ]
     return _Held(Route(torch.cat(by_token)[None], blocks))
 

@@ -46,7 +46,7 @@ def _score(results: Results, task: str) -> str:
 
 
 def hub_name(base_model: str) -> str | None:
-    """The name if it is one on the hub: a folder's path says nothing elsewhere, and nothing of a machine is told."""
+    """The name if it is one on the hub: a folder's path means nothing elsewhere, and a card names no machine."""
     return base_model if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists() else None
 
 

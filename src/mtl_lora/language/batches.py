@@ -92,18 +92,17 @@ def token_losses(
     """
     labels, task_ids = batch["labels"], batch["task_ids"]
     supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)
-    token_task_ids, positions = task_ids.index_select(0, supervised // labels.shape[1]), supervised
-    inputs, routed = (
-        {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch},
-        route.use(task_ids),
-    )
+    token_task_ids = task_ids.index_select(0, supervised // labels.shape[1])
     if "packed" in batch:
         inputs, blocks = forward_arguments(batch["packed"])
         positions, routed = batch["packed"]["supervised"], routing.use_blocks(blocks)
+    else:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        positions, routed = supervised, route.use(task_ids)
     with routed, _head_sees(model, inputs["input_ids"].shape, positions, token_task_ids) as head:
         logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
     if not head.selected:
-        _say_that_all_is_projected(type(unwrapped(model)))
+        _say_that_all_is_projected(type(_unwrapped(model)))
         logits = logits.index_select(0, positions)
     targets = labels.flatten().index_select(0, supervised + 1)
     losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
@@ -144,9 +143,9 @@ class CheckedLosses:
         model.train(training and not self.dropout)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             expected = token_losses(model, _plain(probe))[0]
-            attention = let_attention_share(unwrapped(model))
+            attention = let_attention_share(_unwrapped(model))
             try:
-                if not _alike(token_losses(model, probe)[0], expected, _tolerance(unwrapped(model).dtype)):
+                if not _alike(token_losses(model, probe)[0], expected, _tolerance(_unwrapped(model).dtype)):
                     fault = "its losses would be others"
             except Exception as error:  # of any kind: a forward that does not know the layout
                 fault = str(error).partition("\n")[0]
@@ -156,9 +155,9 @@ class CheckedLosses:
             torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
         self.shares = not failed.item()
         if not self.shares:
-            unwrapped(model).set_attn_implementation(attention)
+            _unwrapped(model).set_attn_implementation(attention)
         if fault:
-            name = type(unwrapped(model)).__name__
+            name = type(_unwrapped(model)).__name__
             print(f"every row runs its whole prompt: {name} cannot share prompt prefixes ({fault})", file=sys.stderr)
 
 
@@ -204,7 +203,7 @@ def _head_sees(
 ) -> Iterator[_Selection]:
     """A block in which the model's output head, if it has one, sees some positions alone; task_ids (N,) of these."""
     selection = _Selection(shape, positions, task_ids)
-    head = output_head(unwrapped(model))
+    head = output_head(_unwrapped(model))
     handle = head.register_forward_pre_hook(selection) if head is not None else None
     try:
         yield selection
@@ -213,7 +212,7 @@ def _head_sees(
             handle.remove()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP's or DeepSpeed's wrapper."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
