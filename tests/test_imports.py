@@ -22,6 +22,7 @@ GROUND = {
     "estimates",
     "files",
     "memory",
+    "metrics",
     "predictions",
     "results",
     "train_log",
@@ -51,6 +52,7 @@ PACKAGES = {
     **{part: set() for part in GROUND | DOORS},
     "embedded": {"torch", "transformers"},
     "estimates": {"numpy", "scipy"},
+    "metrics": {"numpy"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),

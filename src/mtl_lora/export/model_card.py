@@ -13,7 +13,8 @@ from mtl_lora.base_model import SMOLLM2
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT, template
-from mtl_lora.results import FRACTIONS, Results
+from mtl_lora.metrics import METRICS, title_of
+from mtl_lora.results import Results
 
 NOT_MEASURED = "not measured"
 # Training flags without a row of their own: other rows state them, or they are a path of the machine that trained.
@@ -38,11 +39,11 @@ def read_scores(checkpoint: str | Path, config: CheckpointConfig, results: str |
 
 def _score(results: Results, task: str) -> str:
     result = results.tasks[task]
-    scale, unit = (100, " %") if result.metric in FRACTIONS else (1, "")
+    metric = METRICS.get(result.metric)
+    scale, unit = 100 if metric else 1, "" if metric is None or metric.lowest < 0 else " %"
     spread = "" if result.stderr is None else f" ± {scale * result.stderr:.1f}"
     protocol = f", protocol `{results.mode}`" if results.mode else ""
-    title = FRACTIONS.get(result.metric, result.metric)
-    return f"{title} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
+    return f"{title_of(result.metric)} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
 
 
 def hub_name(base_model: str) -> str | None:
