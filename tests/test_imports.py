@@ -17,6 +17,7 @@ GROUND = {
     "analysis",
     "artifacts",
     "config",
+    "download",
     "embedded",
     "errors",
     "estimates",
@@ -50,6 +51,7 @@ NEEDS_NO_MODEL = ("mtl_lora.language.config", "mtl_lora.language.examples", "mtl
 # Packages from elsewhere that a part may import; a part that is not named may import any.
 PACKAGES = {
     **{part: set() for part in GROUND | DOORS},
+    "download": {"pooch", "requests"},
     "embedded": {"torch", "transformers"},
     "estimates": {"numpy", "scipy"},
     "metrics": {"numpy"},
