@@ -5,13 +5,14 @@ them. Schema 1 is read for ever; the two differ in the results by task alone, of
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
+from mtl_lora.metrics import title_of
 from mtl_lora.results import (
     UNWRITTEN,
     Reader,
@@ -42,11 +43,15 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Differences:
-    """An experiment minus its ``baseline``, by task and on average."""
+    """An experiment minus its ``baseline``, by task and on average, with intervals over the questions.
+
+    over_seeds: the differences of the values, seed by seed; None of a single pair of runs.
+    """
 
     baseline: str = ""
     tasks: dict[str, Difference]
     average: Difference | None = None
+    over_seeds: Summary | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +236,16 @@ class Study:
         """Whether an experiment has more than one run."""
         return any(len(experiment.runs) > 1 for experiment in self.experiments)
 
+    @property
+    def compared_over_seeds(self) -> bool:
+        """Whether a difference of averages is known over seeds."""
+        found = [*(each.against for each in self.experiments), *self.transfer]
+        return any(each and each.over_seeds and each.over_seeds.average for each in found)
+
+    def heading(self, task: str) -> str:
+        """A task's title and metric, see ``heading``."""
+        return heading(self.task_set.title(task), {self.metric(task)})
+
     def metric(self, task: str | None) -> str:
         """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
         results = [pair for run in self.runs for pair in run.tasks.items()]
@@ -336,6 +351,12 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
         summary = dataclasses.replace(experiment.summary, average=average)
         experiments.append(dataclasses.replace(experiment, name=name, summary=summary))
     return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
+
+
+def heading(title: str, metrics: Collection[str]) -> str:
+    """A task's title, with its metrics where they are not accuracy."""
+    words = ", ".join(title_of(metric) for metric in sorted({*metrics} - {"accuracy"}))
+    return f"{title} ({words})" if words else title
 
 
 def require_one_task_set(found: Sequence[Study | Results], what: str) -> None:
