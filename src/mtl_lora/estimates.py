@@ -37,6 +37,11 @@ class Interval:
             for key in ("low", "high"):
                 object.__setattr__(self, key, None)
 
+    @property
+    def center(self) -> float:
+        """The value that the interval is of, a class's first field."""
+        return getattr(self, dataclasses.fields(self)[0].name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate(Interval):

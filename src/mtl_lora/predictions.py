@@ -31,6 +31,18 @@ class Prediction:
     place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
 
 
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """The answers of A and of B to each question of a task, in the order of their indices.
+
+    rows: of A and of B, what the task's ``metric`` needs of each question, see ``Metric``.
+    """
+
+    metric: str
+    answers: list[tuple[Prediction, Prediction]]
+    rows: tuple[Sequence, Sequence]
+
+
 def predictions_path(results: Results, task: str) -> Path:
     """Where the predictions of one task lie."""
     return results.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
@@ -67,7 +79,7 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     if type(limit) is int and limit > 0:
         # A folder keeps what an earlier evaluation with a larger limit answered; the results file does not count it.
         found = {index: prediction for index, prediction in found.items() if index < limit}
-    value = metric.value_of(rows_of(results, task, [*found.values()])) if found else 0.0
+    value = metric.value_of(_rows(results, task, [*found.values()])) if found else 0.0
     # As numbers of right answers, where that is what is counted: an earlier version may have rounded the proportion.
     if len(found) != score.n or abs(value - score.value) > (0.5 / score.n if metric.key == "correct" else 1e-6):
         there, here = (
@@ -80,7 +92,7 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     return found
 
 
-def rows_of(results: Results, task: str, predictions: Sequence[Prediction]) -> Sequence:
+def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Sequence:
     """What the task's metric needs of each question, see ``Metric``: the scores that were written, or the answers."""
     metric = METRICS[results.tasks[task].metric]
     if isinstance(metric, Mean):
@@ -127,8 +139,8 @@ def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
         raise _not_comparable(a, b, f"their test data of {', '.join(other_data)} are not the same (sha256)")
 
 
-def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, list[tuple[Prediction, Prediction]]]:
-    """By task that both scored, the answers of A and of B to each question, in the order of their indices.
+def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Paired]:
+    """By task that both scored, the answers of A and of B.
 
     Raises ``UserError`` unless both can be compared and answered the same questions, asked in the same words. (Another
     base model may have another tokenizer and so other prompt ids; only with one base must these agree.)
@@ -141,13 +153,15 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, li
         if alone := sorted(of_a.keys() ^ of_b.keys()):
             where = f"{(of_a | of_b)[alone[0]].place}; limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
             raise _not_comparable(a, b, f"question {alone[0]} of {task} is in one of them alone ({where})")
-        found[task] = [(of_a[index], of_b[index]) for index in sorted(of_a)]
-        for first, last in found[task]:
+        answers = [(of_a[index], of_b[index]) for index in sorted(of_a)]
+        for first, last in answers:
             same_prompt = first.prompt_sha256 == last.prompt_sha256 or not same_base
             if first.answer != last.answer or not same_prompt:
                 other = "prompt, with one base model," if first.answer == last.answer else "right answer"
                 where = f"{first.place}; {last.place}"
                 raise _not_comparable(a, b, f"question {first.index} of {task} has another {other} in each ({where})")
+        rows = (_rows(run, task, side) for run, side in zip((a, b), zip(*answers, strict=True), strict=True))
+        found[task] = Paired(a.tasks[task].metric, answers, tuple(rows))
     return found
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
-from mtl_lora.metrics import METRICS, Mean
+from mtl_lora.metrics import METRICS, Mean, title_of
 
 SCHEMA = 2
 # A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
@@ -322,9 +322,10 @@ class TaskNames:
     def to_json(self) -> dict:
         return self.value
 
-    def title(self, name: str) -> str:
-        """A task's column heading; a name that the set does not have is its own."""
-        return self.titles.get(name, name)
+    def title(self, name: str, *metrics: str) -> str:
+        """A task's column heading, with those of its metrics that are not accuracy; an unknown name is its own."""
+        words = ", ".join(title_of(metric) for metric in sorted({*metrics} - {"accuracy"}))
+        return self.titles.get(name, name) + (f" ({words})" if words else "")
 
     def labels(self, name: str) -> list[str]:
         """The labels or options of a task; none of free text and numbers."""

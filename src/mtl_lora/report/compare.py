@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, intervals, mcnemar_p
-from mtl_lora.metrics import METRICS
-from mtl_lora.predictions import paired_answers, rows_of
-from mtl_lora.report.load import heading
+from mtl_lora.metrics import METRICS, Metric
+from mtl_lora.predictions import paired_answers
 from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent, units_text
 from mtl_lora.results import Results
 
@@ -28,14 +27,11 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     if (lacking := [name for name in tasks if name not in common]) or not common:
         asked = f", and none of {', '.join(lacking)}" if lacking else ""
         raise UserError(f"{a.path} and {b.path} both have scores of {', '.join(common) or 'no task'}{asked}")
-    answers = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
-    metrics = {task: a.tasks[task].metric for task in answers}
-    measured = {
-        task: (metrics[task], *(rows_of(a, task, side) for side in zip(*pairs, strict=True)))
-        for task, pairs in answers.items()
-    }
+    paired = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
+    answers, metrics = ({task: getattr(each, key) for task, each in paired.items()} for key in ("answers", "metric"))
+    measured = {task: (METRICS[each.metric], each.rows) for task, each in paired.items()}
     written = {
-        task: ("f1", *([each.f1 for each in side] for side in zip(*pairs, strict=True)))
+        task: (METRICS["f1"], [[each.f1 for each in side] for side in zip(*pairs, strict=True)])
         for task, pairs in answers.items()
         if metrics[task] != "f1" and all(each.f1 is not None for pair in pairs for each in pair)
     }
@@ -54,7 +50,7 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
     header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if f1s else []
     for task, row in rows.items():
-        title = heading(a.task_set.title(task), {metrics[task]}) if task else AVERAGE
+        title = a.task_set.title(task, metrics[task]) if task else AVERAGE
         counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] else [NOTHING] * 3
         lines.append([title, f"{row['n']:,}", *_texts(row["value"]), *counts, *(_texts(row["f1"]) if f1s else [])])
         changes = {f"{key} {part}": (row[key] or {}).get(part) for key in ("value", "f1") for part in CHANGE_KEYS}
@@ -79,14 +75,14 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
 
 
 def _changes(
-    measured: dict[str, tuple[str, Sequence, Sequence]], tasks: Sequence[str], seed: int, resamples: int
+    measured: dict[str, tuple[Metric, Sequence]], tasks: Sequence[str], seed: int, resamples: int
 ) -> dict[str | None, dict]:
     """By task, and of their average (None) where all ``tasks`` are measured: the value of A and of B, the difference
     and its interval. measured: by task the metric and its rows of A and of B."""
-    differences, values = {}, {}
-    for task, (metric, *sides) in measured.items():
-        differences[task] = METRICS[metric].difference([sides], [seed, *task.encode()], resamples)
-        values[task] = [METRICS[metric].value_of(rows) for rows in sides]
+    differences = {
+        task: metric.difference([rows], [seed, *task.encode()], resamples) for task, (metric, rows) in measured.items()
+    }
+    values = {task: [metric.value_of(side) for side in rows] for task, (metric, rows) in measured.items()}
     found = intervals(differences, tasks) or {"tasks": {}, "average": None}
     if found["average"]:
         values[None] = [statistics.fmean(side) for side in zip(*values.values(), strict=True)]

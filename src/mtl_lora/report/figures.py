@@ -187,8 +187,9 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
                 panel.errorbar(scale * value.mean, index, xerr=ends, elinewidth=width, **style)
         if task in study.majority:
             panel.axvline(scale * study.majority[task], color="black", linestyle="--", linewidth=1)
-        name = study.heading(task) if task and len(metrics) > 1 else study.task_set.title(task) if task else AVERAGE
-        panel.set_title(name.replace(" (", "\n("), fontweight=None if task else "bold")
+        named = [study.metric(task)] * (len(metrics) > 1)
+        name = study.task_set.title(task, *named).replace(" (", "\n(") if task else AVERAGE
+        panel.set_title(name, fontweight=None if task else "bold")
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)

@@ -5,14 +5,13 @@ them. Schema 1 is read for ever; the two differ in the results by task alone, of
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import title_of
 from mtl_lora.results import (
     UNWRITTEN,
     Reader,
@@ -242,10 +241,6 @@ class Study:
         found = [*(each.against for each in self.experiments), *self.transfer]
         return any(each and each.over_seeds and each.over_seeds.average for each in found)
 
-    def heading(self, task: str) -> str:
-        """A task's title and metric, see ``heading``."""
-        return heading(self.task_set.title(task), {self.metric(task)})
-
     def metric(self, task: str | None) -> str:
         """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
         results = [pair for run in self.runs for pair in run.tasks.items()]
@@ -351,12 +346,6 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
         summary = dataclasses.replace(experiment.summary, average=average)
         experiments.append(dataclasses.replace(experiment, name=name, summary=summary))
     return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
-
-
-def heading(title: str, metrics: Collection[str]) -> str:
-    """A task's title, with its metrics where they are not accuracy."""
-    words = ", ".join(title_of(metric) for metric in sorted({*metrics} - {"accuracy"}))
-    return f"{title} ({words})" if words else title
 
 
 def require_one_task_set(found: Sequence[Study | Results], what: str) -> None:

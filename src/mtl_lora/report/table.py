@@ -13,7 +13,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
 from mtl_lora.metrics import METRICS, title_of
 from mtl_lora.predictions import first_answers
-from mtl_lora.report.load import Differences, Experiment, Study, heading, require_one_task_set
+from mtl_lora.report.load import Differences, Experiment, Study, require_one_task_set
 from mtl_lora.results import Average, Results, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
@@ -257,8 +257,8 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     ]
     metrics = dict.fromkeys(columns, "accuracy")
     metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
-    units = {name: {each.tasks[name].metric for each in results if name in each.tasks} for name in columns}
-    titles = [heading(task_set.title(name), unit) for name, unit in units.items()]
+    units = {name: [each.tasks[name].metric for each in results if name in each.tasks] for name in columns}
+    titles = [task_set.title(name, *unit) for name, unit in units.items()]
     tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed], lines)]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
@@ -400,7 +400,7 @@ def examples(results: Results) -> TextTable:
 
 def study_tables(study: Study) -> list[TextTable]:
     """By group, the experiments by task and their differences from the baseline; transfer; the search."""
-    tables, titles = [], [*map(study.heading, study.scored), AVERAGE]
+    tables, titles = [], [*(study.task_set.title(task, study.metric(task)) for task in study.scored), AVERAGE]
     changes = [*titles[:-1], OVER_QUESTIONS, OVER_SEEDS] if study.compared_over_seeds else titles
     groups: dict[str, list[Experiment]] = {}
     for experiment in study.experiments if study.scored else ():
@@ -446,15 +446,13 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
 
 def _differences(study: Study, found: Differences) -> list[str]:
     """``+1.2 (-0.3 to +2.7)`` by task and on average; over questions, and behind it on average over seeds."""
-    changes = {task: found.tasks.get(task) for task in study.scored} | {None: found.average}
-    texts = [difference_text(each and each.difference, each, study.metric(task)) for task, each in changes.items()]
-    seeds = found.over_seeds and found.over_seeds.average
-    return texts + [difference_text(seeds and seeds.mean, seeds, study.metric(None))] * study.compared_over_seeds
-
-
-def difference_text(value: float | None, interval: Difference | Estimate | None, metric: str) -> str:
-    """``+1.2 (-0.3 to +2.7)``, without an interval ``+1.2``."""
-    known = interval is not None and interval.low is not None
-    return value_text(value, None, metric, signed=True) + (
-        f" ({interval_text(interval, metric, True)})" if known else ""
-    )
+    values = [(found.tasks.get(task), study.metric(task)) for task in study.scored] + [
+        (found.average, study.metric(None))
+    ]
+    if study.compared_over_seeds:
+        values.append((found.over_seeds and found.over_seeds.average, study.metric(None)))
+    texts = []
+    for value, metric in values:
+        interval = f" ({interval_text(value, metric, signed=True)})" if value and value.low is not None else ""
+        texts.append(value_text(value and value.center, None, metric, signed=True) + interval)
+    return texts

@@ -14,7 +14,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate, intervals
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.metrics import METRICS
-from mtl_lora.predictions import paired_answers, rows_of
+from mtl_lora.predictions import Paired, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
 from mtl_lora.report.load import Experiment, Study
@@ -185,18 +185,16 @@ def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]
 
     Raises ``UserError`` where they are not comparable, see ``paired_answers``.
     """
-    measured: dict[str, list] = {}
+    measured: dict[str, list[Paired]] = {}
     for a, b in pairs:
         of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
         for name in [name for name in of_a if name in of_b]:
-            first, last = zip(*paired_answers(of_a[name], of_b[name], [name])[name], strict=True)
-            rows = rows_of(of_a[name], name, first), rows_of(of_b[name], name, last)
-            measured.setdefault(name, []).append((of_a[name].tasks[name].metric, rows))
-    differences = {}
-    for name, found in measured.items():
-        if len(found) == len(pairs):
-            metric, rows = METRICS[found[0][0]], [rows for _, rows in found]
-            differences[name] = metric.difference(rows, [SEED, *name.encode()], RESAMPLES)
+            measured.setdefault(name, []).append(paired_answers(of_a[name], of_b[name], [name])[name])
+    differences = {
+        name: METRICS[found[0].metric].difference([each.rows for each in found], [SEED, *name.encode()], RESAMPLES)
+        for name, found in measured.items()
+        if len(found) == len(pairs)
+    }
     return intervals(differences, scored)
 
 
