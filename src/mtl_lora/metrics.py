@@ -224,7 +224,8 @@ def _spearman(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray"
     import numpy
 
     x, y = (_ranks(column, counts) for column in rows.T)
-    xx, yy, xy = (numpy.einsum("rn,rn->r", counts * a, b) for a, b in ((x, x), (y, y), (x, y)))
+    of_x = counts * x
+    xx, xy, yy = (numpy.einsum("rn,rn->r", a, b) for a, b in ((of_x, x), (of_x, y), (counts * y, y)))
     return _ratio(xy, numpy.sqrt(xx) * numpy.sqrt(yy))
 
 
@@ -234,8 +235,9 @@ def _ranks(values: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
 
     distinct, place = numpy.unique(values, return_inverse=True)
     order = numpy.argsort(place, kind="stable")
-    starts = numpy.searchsorted(place[order], range(len(distinct)))
-    of_value = numpy.add.reduceat(counts.take(order, axis=1), starts, axis=1)
+    of_value = counts.take(order, axis=1)
+    if len(distinct) < len(values):
+        of_value = numpy.add.reduceat(of_value, numpy.searchsorted(place[order], range(len(distinct))), axis=1)
     ranks = numpy.cumsum(of_value, axis=1) - (of_value + counts.sum(axis=1, keepdims=True)) / 2
     return ranks.take(place, axis=1)
 
