@@ -15,6 +15,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from mtl_lora.errors import UserError
 from mtl_lora.estimates import SEED, bootstrap_means, draws, proportion_error
 
 if TYPE_CHECKING:
@@ -137,14 +138,19 @@ class Statistic(Metric):
     def rows(
         self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()
     ) -> "numpy.ndarray":
-        """(n, c) numbers; raises ``ValueError`` without the labels that the metric needs."""
+        """(n, c) numbers; raises ``ValueError`` without the labels that the metric needs, and ``UserError`` for a number
+        that is not finite, from which a rank would come like any other."""
         import numpy
 
         if len(predictions) != len(targets):
             raise ValueError(f"{len(predictions)} predictions have {len(targets)} targets")
         if self.needs == "two labels" and len(labels) != 2:
             raise ValueError(f"{self.title} needs two labels, the last of which is the positive class, not {labels}")
-        return numpy.array(self.columns(predictions, targets, labels), dtype=numpy.float64).T
+        rows = numpy.array(self.columns(predictions, targets, labels), dtype=numpy.float64).T
+        if broken := numpy.argwhere(~numpy.isfinite(rows)).tolist():
+            (index, column), *_ = broken
+            raise UserError(f"{self.title} needs finite numbers; answer {index} has {rows[index, column]}")
+        return rows
 
     def value_of(self, rows: "numpy.ndarray") -> float:
         """The statistic of each question counted once."""
