@@ -138,8 +138,11 @@ class Statistic(Metric):
     def rows(
         self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()
     ) -> "numpy.ndarray":
-        """(n, c) numbers; raises ``ValueError`` without the labels that the metric needs, and ``UserError`` for a number
-        that is not finite, from which a rank would come like any other."""
+        """(n, c) numbers.
+
+        Raises ``ValueError`` without the labels that the metric needs, and ``UserError`` for a number that is not
+        finite, which would have a rank like any other.
+        """
         import numpy
 
         if len(predictions) != len(targets):
