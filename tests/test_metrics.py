@@ -227,6 +227,7 @@ def test_a_predictor_that_is_constant_but_for_rounding_has_no_correlation():
     pearson, targets = METRICS["pearson"], [1e6, 2e6] * 25
     assert pearson([0.1 + 0.2, 0.3] * 25, targets) == pearson([1 / 3] * 50, targets) == (0.0, None)
     assert pearson.value([0.3 + 1e-9, 0.3] * 25, targets) == pytest.approx(-1)
+    assert pearson.value([1e308, -1e308] * 25, targets) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -140,15 +140,15 @@ class Statistic(Metric):
     ) -> "numpy.ndarray":
         """(n, c) numbers.
 
-        Raises ``ValueError`` without the labels that the metric needs, and ``UserError`` for a number that is not
-        finite, which would have a rank like any other.
+        Raises ``UserError`` without the labels that the metric needs, and for a number that is not finite, which would
+        have a rank like any other.
         """
         import numpy
 
         if len(predictions) != len(targets):
             raise ValueError(f"{len(predictions)} predictions have {len(targets)} targets")
         if self.needs == "two labels" and len(labels) != 2:
-            raise ValueError(f"{self.title} needs two labels, the last of which is the positive class, not {labels}")
+            raise UserError(f"{self.title} needs two labels, the last of which is the positive class, not {labels}")
         rows = numpy.array(self.columns(predictions, targets, labels), dtype=numpy.float64).T
         if broken := numpy.argwhere(~numpy.isfinite(rows)).tolist():
             (index, column), *_ = broken
@@ -220,9 +220,10 @@ def _accuracy_and_f1(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.n
 def _pearson(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     import numpy
 
+    largest = numpy.abs(rows).max(axis=0)
+    rows = rows / numpy.where(largest > 0, largest, 1)
     apart = rows - numpy.median(rows, axis=0)
-    # What varies by rounding alone is constant.
-    x, y = numpy.where(numpy.abs(apart) > 1e-13 * numpy.abs(rows).max(axis=0), apart, 0).T
+    x, y = numpy.where(numpy.abs(apart) > 1e-13, apart, 0).T  # what varies by rounding alone is constant
     means = counts @ numpy.stack([x, y, x * x, y * y, x * y], axis=1) / counts.sum(axis=1, keepdims=True)
     x, y, xx, yy, xy = means.T
     spread = [numpy.where(s - m * m > 1e-13 * s, numpy.sqrt(numpy.abs(s - m * m)), 0) for m, s in ((x, xx), (y, yy))]

@@ -98,7 +98,10 @@ def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Seq
     if isinstance(metric, Mean):
         return [float(getattr(each, metric.key)) for each in predictions]
     sides = ([getattr(each, key) for each in predictions] for key in ("parsed", "answer"))
-    return metric.rows(*sides, results.task_set.labels(task))
+    try:
+        return metric.rows(*sides, results.task_set.labels(task))
+    except UserError as error:
+        raise UserError(f"{results.path}: {task}: {error}") from None
 
 
 def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]:

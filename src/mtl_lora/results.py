@@ -288,6 +288,8 @@ class _Task:
     name: Name
     id: Index
     title: Text | None = None
+    labels: list[str] | None = None
+    options: list[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

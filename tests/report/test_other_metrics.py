@@ -150,6 +150,19 @@ def test_predictions_that_are_not_those_that_are_counted_are_refused(runs, capsy
         write_lines(path, lines)
         assert_mistakes(capsys, "compare", [([*runs], fact), ([*runs], str(path))])
         path.write_text(whole)
+    for labels, fact in (
+        ([*LABELS, "third"], "mrpc: Accuracy and F1 needs two labels"),
+        (5, "labels is 5"),
+        ([5], "labels[0] is 5"),
+    ):
+        tasks = [task | {"labels": labels} if task["name"] == "mrpc" else task for task in TASKS]
+        for run in runs:
+            edit_json(run / "results.json", task_set={"tasks": tasks})
+        assert_mistakes(
+            capsys, "compare", [([*runs, "--tasks", "mrpc"], fact), ([*runs], str(runs[0] / "results.json"))]
+        )
+    for run in runs:
+        edit_json(run / "results.json", task_set={"tasks": TASKS})
     edit_json(runs[1] / "results.json", tasks={"cola": measure("accuracy", lines_of(TASKS[1], 0.5)).to_json()})
     assert_mistakes(capsys, "compare", [([*runs], "cola by matthews and accuracy")])
 
