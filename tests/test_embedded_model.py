@@ -10,9 +10,10 @@ import mtl_lora
 from mtl_lora import embedded
 from mtl_lora.adapter import checkpoint
 from mtl_lora.base_model import BaseModel
+from mtl_lora.evaluation import plan_batches
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.questions import load_questions, plan_batches
+from mtl_lora.language.questions import load_questions
 from mtl_lora.language.tasks import COMMONSENSE
 
 # The fingerprint of the converted model: the conversion of the pinned file gives these tensors and no others.

@@ -16,9 +16,9 @@ import re
 from pathlib import Path
 
 from mtl_lora.config import Config, flag
+from mtl_lora.data_files import read_values
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
-from mtl_lora.language.examples import read_values
 from mtl_lora.language.prepare import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
 
