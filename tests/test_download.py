@@ -9,10 +9,10 @@ import pooch.core
 import pytest
 from shared import git_blob
 
+from mtl_lora import download
+from mtl_lora.download import RemoteFile, fetch_all, git_blob_sha1
 from mtl_lora.errors import UserError
 from mtl_lora.files import UMASK
-from mtl_lora.language import prepare
-from mtl_lora.language.prepare import RemoteFile, fetch_all, git_blob_sha1
 
 BODY = bytes(range(256)) * 1200  # several reads long
 BLOB = git_blob(BODY)
@@ -129,7 +129,7 @@ def test_broken_transfer_is_tried_again(server, get, broken, known):
 def test_what_stays_broken_is_one_sentence_and_leaves_nothing(server, get, always, facts):
     server.replies = [always]
     refused(get, f"{server.url}task/train.json", *facts)
-    assert server.asked == prepare.ATTEMPTS
+    assert server.asked == download.ATTEMPTS
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 410])
@@ -140,7 +140,7 @@ def test_refusal_is_one_sentence_without_another_attempt(server, get, code):
 
 
 def test_stalled_server_runs_into_the_timeout(server, get, monkeypatch):
-    monkeypatch.setattr(prepare, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     done = threading.Event()
 
     def stalled(handler):

@@ -18,6 +18,7 @@ GROUND = {
     "artifacts",
     "config",
     "data_files",
+    "download",
     "embedded",
     "errors",
     "estimates",
@@ -52,6 +53,7 @@ ALLOWED = {
 # Packages from elsewhere that a part may import; a part that is not named may import any.
 PACKAGES = {
     **{part: set() for part in GROUND | DOORS},
+    "download": {"pooch", "requests"},
     "embedded": {"torch", "transformers"},
     "data_files": {"pyarrow"},
     "estimates": {"numpy", "scipy"},

@@ -1,6 +1,6 @@
 """The systems: what is trained around the adapters. Each is a package of this one, with parts of the same names.
 
-``config``: ``TrainConfig``, ``EvalConfig`` and the commands train, evaluate and predict; ``examples``: its reader of data.
+``config``: ``TrainConfig``, ``EvalConfig`` and the commands train, evaluate and predict; ``examples``: its reader.
 Named here, and imported where one is asked for: no part of the library knows them all.
 """
 

@@ -108,11 +108,11 @@ class ExperimentConfig(Config):
 class Grid(Config):
     """A whole study. ``train`` and ``evaluate`` are the flags that all experiments share.
 
-    system: what is trained. notes: what a reader of the table must know. launcher: what starts the commands, such as ``torchrun
-    --nproc_per_node 8``. prepare: the command that makes the data, for errors. train_records, test_records: most
-    examples and questions of each task, a fixed sample for all experiments; 0 takes all. Validated, it has
-    ``SearchConfig`` and ``ExperimentConfig`` in place of objects, ``tasks``, the task set of all experiments, and
-    ``scored``, the names of the tasks that a whole average needs.
+    system: what is trained. notes: what a reader of the table must know. launcher: what starts the commands, such as
+    ``torchrun --nproc_per_node 8``. prepare: the command that makes the data, for errors. train_records,
+    test_records: most examples and questions of each task, a fixed sample for all experiments; 0 takes all.
+    Validated, it has ``SearchConfig`` and ``ExperimentConfig`` in place of objects, ``tasks``, the task set of all
+    experiments, and ``scored``, the names of the tasks that a whole average needs.
     """
 
     name: str

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from mtl_lora.config import Config, flag
 from mtl_lora.data_files import read_values
+from mtl_lora.download import RemoteFile, check_source, fetch_all, github_raw
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
-from mtl_lora.language.prepare import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
 
 MANIFEST = Path(__file__).with_name("textclass.json")
@@ -126,18 +126,6 @@ def read_sets(config: Prepare, tasks: TaskSet, url: str, files: dict[str, Parts]
         name: {part: [pair for pair in parts[part] if part == "test" or pair[0] not in tested] for part in SPLITS}
         for name, parts in sets.items()
     }
-
-
-def check_source(folder: Path, files: Parts) -> None:
-    """Raise ``UserError`` that names every raw file below ``folder`` that is missing or has other bytes."""
-    problems = []
-    for name, raw in files.items():
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-        elif (blob := git_blob_sha1(folder / name)) != raw.git_blob_sha1:
-            problems.append(f"{name} has other bytes (git blob {blob} instead of {raw.git_blob_sha1})")
-    if problems:
-        raise UserError(f"{folder} is not the source: {'; '.join(problems)}; without --source the files are downloaded")
 
 
 def read_raw(path: Path, task: Task) -> Pairs:
