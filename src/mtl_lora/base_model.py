@@ -15,11 +15,16 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file, logging
@@ -28,50 +33,86 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject, trainable_parameters
 from mtl_lora.adapter.layer import is_quantised
 from mtl_lora.config import DTYPES
-from mtl_lora.embedded import NAME as SMOLLM2
-from mtl_lora.embedded import smollm2_folder
+from mtl_lora.embedded import MODELS, model_folder
 from mtl_lora.errors import UserError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 STORED = "stored"  # the dtype in which a model's files hold its weights
 INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
 _SAMPLE_BYTES = 4096
-_WAY_OUT = (
-    "pass the folder of a causal language model with safetensors weights, a name on the Hugging Face hub, "
-    f"or {SMOLLM2!r}"
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How models of one kind are loaded, and what a message calls one.
+
+    auto_class: transformers' class that finds the model's own; own_head: whether the model's files need not hold
+    what lies outside its ``base_model_prefix``, which is then drawn by torch's seed; embedded: one to try.
+    """
+
+    auto_class: type
+    words: str
+    own_head: bool
+    embedded: str
+
+    @property
+    def way_out(self) -> str:
+        """The end of a message about a model that cannot be used."""
+        return (
+            f"pass the folder of {self.words} with safetensors weights, a name on the Hugging Face hub, "
+            f"or {self.embedded!r}"
+        )
+
+
+KINDS = {
+    "causal_lm": Kind(AutoModelForCausalLM, "a causal language model", False, "smollm2-135m"),
+    "encoder": Kind(AutoModelForSequenceClassification, "an encoder", True, "minilm-l6"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A causal language model by name on the hub, folder, or embedded name, and whether its own code may run.
+    """A model by name on the hub, folder, or embedded name, whether its own code may run, and its kind (``KINDS``).
 
+    An ``encoder`` is its class for sequence classification: the encoder below ``base_model_prefix``, a BERT's pooler
+    included, whose weights must all be there, and the head outside. A decoder that has such a class will do too.
     Every method raises ``UserError`` with one sentence for a model that is missing, gated or of another kind.
     """
 
     name: str
     trust_remote_code: bool = False
+    kind: str = "causal_lm"
 
     @property
     def path(self) -> str:
         """The name or folder that transformers reads; an embedded model is converted into the cache first."""
-        return str(smollm2_folder()) if self.name == SMOLLM2 else self.name
+        return str(model_folder(self.name)) if self.name in MODELS else self.name
 
     @property
     def lasting_name(self) -> str:
         """The name as a checkpoint records it: of a folder the whole path, for elsewhere a relative one is another."""
-        return str(Path(self.name).resolve()) if self.name != SMOLLM2 and Path(self.name).is_dir() else self.name
+        return str(Path(self.name).resolve()) if self.name not in MODELS and Path(self.name).is_dir() else self.name
 
-    def config(self) -> PreTrainedConfig:
-        """The model's configuration."""
-        with hub_errors(self.name):
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+    def config(self, **fields) -> PreTrainedConfig:
+        """The model's configuration; fields: values to change in it, such as ``num_labels``."""
+        with hub_errors(self.name, self.kind):
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **fields)
+        self._check_kind(config)
+        return config
 
-    def structure(self) -> PreTrainedModel:
-        """The model on the meta device: every module and shape, no memory."""
-        config = self.config()
-        with hub_errors(self.name):
-            return structure_of(config, self.trust_remote_code)
+    def _check_kind(self, config: PreTrainedConfig) -> None:
+        """Raise ``UserError`` for an encoder as a causal language model, which transformers allows."""
+        if self.kind == "causal_lm" and _is_encoder(config):
+            raise UserError(
+                f"the model {self.name!r} is an encoder ({config.model_type}), which does not predict the next token; "
+                f"{KINDS[self.kind].way_out}"
+            )
+
+    def structure(self, **fields) -> PreTrainedModel:
+        """The model on the meta device: every module and shape, no memory. fields: as of ``config``."""
+        config = self.config(**fields)
+        with hub_errors(self.name, self.kind):
+            return structure_of(config, self.trust_remote_code, self.kind)
 
     def check_quantisation(self, training: bool = False) -> None:
         """Raise ``UserError`` for weights of 4 or 8 bits that cannot be read here, or not be trained on."""
@@ -82,7 +123,7 @@ class BaseModel:
         method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
         about = f"the model {self.name!r} is quantised ({getattr(method, 'value', method)})"
         way_out = "pass the model that it was quantised from"
-        with hub_errors(self.name):
+        with hub_errors(self.name, self.kind):
             try:
                 AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(dtype=None)
             except (ImportError, RuntimeError, ValueError) as error:
@@ -103,8 +144,10 @@ class BaseModel:
 
         dtype: a ``--dtype`` value, or ``STORED``. load_in_4bit: quantised by bitsandbytes as QLoRA does (NF4, twice,
         arXiv 2305.14314), computing in the dtype. options: further arguments of ``from_pretrained``, such as
-        ``device_map``, ``attn_implementation`` or ``quantization_config``.
+        ``device_map``, ``attn_implementation``, ``num_labels`` or ``quantization_config``. A head that the files hold
+        is loaded if its shapes fit.
         """
+        kind = KINDS[self.kind]
         if load_in_4bit:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -114,37 +157,42 @@ class BaseModel:
             )
             if torch.cuda.is_available():  # or every process would take the first GPU
                 options.setdefault("device_map", {"": device_for_this_process()})
-        with hub_errors(self.name):
-            model, report = AutoModelForCausalLM.from_pretrained(
+        with hub_errors(self.name, self.kind):
+            model, report = kind.auto_class.from_pretrained(
                 self.path,
                 dtype="auto" if dtype == STORED else choose_dtype(dtype),
                 use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=kind.own_head,
                 **options,
             )
+        self._check_kind(model.config)
         # transformers draws what is missing at random, and a base model with random weights is not one.
-        if missing := sorted(report["missing_keys"]):
+        missing = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
+        if kind.own_head and model.base_model is not model:
+            missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+        if missing:
             if any(".base_layer." in key for key in report["unexpected_keys"]):
                 raise UserError(
                     f"the model {self.name!r} was saved with an adapter on it, and its layers would be drawn anew; "
                     "save an adapter with mtl_lora.save, and a model after mtl_lora.merge"
                 )
             raise UserError(
-                f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {_WAY_OUT}"
+                f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {kind.way_out}"
             )
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a pad token by the pad rule."""
-        with hub_errors(self.name):
+        with hub_errors(self.name, self.kind):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         return with_pad_token(tokenizer)
 
     def weight_files(self) -> list[Path]:
         """The model's safetensors files."""
         path = self.path
-        with hub_errors(self.name):
+        with hub_errors(self.name, self.kind):
             index = cached_path(path, INDEX_NAME)
             names = set(json.loads(index.read_text())["weight_map"].values()) if index else [WEIGHTS_NAME]
             found = [cached_path(path, name) for name in sorted(names)]
@@ -165,7 +213,7 @@ class BaseModel:
         """
         entries = {}
         for path in self.weight_files():
-            with hub_errors(self.name), path.open("rb") as opened:
+            with hub_errors(self.name, self.kind), path.open("rb") as opened:
                 (header_size,) = struct.unpack("<Q", opened.read(8))
                 if header_size > path.stat().st_size:
                     raise ValueError(f"{path.name} is not a safetensors file, or was cut off")
@@ -191,7 +239,8 @@ class BaseModel:
 
         if Path(self.path).is_dir():
             return self
-        return BaseModel(snapshot_download(self.path, local_files_only=True, allow_patterns=["*.safetensors*"]))
+        folder = snapshot_download(self.path, local_files_only=True, allow_patterns=["*.safetensors*"])
+        return dataclasses.replace(self, name=folder)
 
     def local_fingerprint(self) -> str | None:
         """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
@@ -206,6 +255,9 @@ class BaseModel:
         The first rows of a few matrices are compared; None if they agree, or if there is nothing to compare.
         """
         own = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2 and not weight.is_meta}
+        # Files of an encoder alone have its names without the prefix.
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        own |= {name.removeprefix(prefix): weight for name, weight in own.items()}
         for path in self._on_this_machine().weight_files():
             with safe_open(path, framework="pt") as opened:
                 names = [name for name in opened.keys() if name in own]  # noqa: SIM118 - not a mapping
@@ -231,13 +283,25 @@ class BaseModel:
 
 @functools.cache  # the hub is asked for a configuration each time
 def _positions(base: BaseModel) -> int | None:
-    return getattr(base.config().get_text_config(), "max_position_embeddings", None)
+    most = getattr(base.config().get_text_config(), "max_position_embeddings", None)
+    if base.kind == "encoder" and most:
+        # RoBERTa counts its positions from behind the padding's.
+        for name, module in base.structure().named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                most -= module.padding_idx + 1
+    return most
 
 
-def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model by its configuration, on the meta device."""
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model reads both directions: transformers has a causal class for a BERT too, for use as a decoder."""
+    both = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
+    return both and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
+
+
+def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False, kind: str = "causal_lm") -> PreTrainedModel:
+    """A model by its configuration, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return KINDS[kind].auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def quiet_deepspeed() -> None:
@@ -311,7 +375,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 @contextlib.contextmanager
-def hub_errors(name: str):
+def hub_errors(name: str, kind: str = "causal_lm"):
     """Turn what transformers and the hub raise for a model that cannot be loaded into one sentence."""
     from huggingface_hub.errors import GatedRepoError
 
@@ -334,7 +398,7 @@ def hub_errors(name: str):
         first = str(error).strip().split("\n")[0]
         if name.startswith(("/", "./", "../")) and not Path(name).exists():  # the hub's reason is about names
             first = "there is no such folder"
-        raise UserError(f"the model {name!r} cannot be loaded ({first}); {_WAY_OUT}") from None
+        raise UserError(f"the model {name!r} cannot be loaded ({first}); {KINDS[kind].way_out}") from None
     finally:
         logging.set_verbosity(verbosity)
 

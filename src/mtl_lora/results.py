@@ -5,6 +5,7 @@ Schema 1, in which every metric was an accuracy, is read for ever. Nothing here 
 the reader of all JSON files that are kept as dataclasses, a study's too.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -13,21 +14,15 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
+from mtl_lora.metrics import METRICS, Mean
 
 SCHEMA = 2
-# Metrics that are fractions from 0 to 1 and shown in percent, with their titles; any other is shown as it is.
-FRACTIONS = {
-    "accuracy": "Accuracy",
-    "acc_norm": "Accuracy (length-normalised)",
-    "exact_match": "Exact match",
-    "f1": "F1",
-}
 # A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
 AVERAGE_TOLERANCE = 0.001
 _SCHEMA_1_TITLES = {"lora": "LoRA", "dora": "DoRA", "multilora": "MultiLoRA", "moelora": "MoELoRA"}
@@ -39,6 +34,7 @@ _SCHEMA_1_TITLES |= {"mtl_lora": "MTL-LoRA"}
 Text = typing.Annotated[str, "a non-empty string", str.strip]
 Name = typing.Annotated[str, "letters, digits, '_', '-' or '.'", re.compile(r"[\w.\-]+").fullmatch]
 Fraction = typing.Annotated[float, "a fraction from 0 to 1", lambda number: 0 <= number <= 1]
+Correlation = typing.Annotated[float, "a number from -1 to 1", lambda number: -1 <= number <= 1]
 Error = typing.Annotated[float, "a standard error from 0", lambda number: number >= 0]
 Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
 Index = typing.Annotated[int, "a whole number from 0", lambda count: count >= 0]
@@ -133,11 +129,13 @@ def object_of(value: object) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task's ``metric`` over ``n`` examples: its value (a fraction where the metric is one), standard error.
+    """One task's ``metric`` over ``n`` examples: its value and standard error; see ``measure``.
 
+    Of a metric in ``METRICS`` the value is a fraction (shown times 100) from its lowest to 1; of another, any number.
     majority: the value of always giving the majority class. groups: the same metric of parts of the examples.
-    others: other measures of the same answers, by name (``strict``, ``acc_norm``). measured: whatever else was, as
-    JSON (``unparsed``, ``predicted``, ``correct``, ``f1``; ``untrained``: the adapter had no examples of the task).
+    others: other measures of the same answers, by name (``strict``, ``acc_norm``; ``accuracy`` and ``binary_f1`` of
+    their mean). measured: whatever else was, as JSON (``unparsed``, ``predicted``, ``correct``, ``f1``;
+    ``untrained``: the adapter had no examples of the task).
     """
 
     metric: str
@@ -157,12 +155,13 @@ class TaskResult:
             entries = {"acc_norm" if name == "normalised" else name: entry for name, entry in entries.items()}
             entries["metric"] = key = "accuracy"
         metric = reader.key(entries, "metric", Text, place)
-        number = Fraction if metric in FRACTIONS else float
+        lowest = METRICS[metric].lowest if metric in METRICS else None
+        number = {None: float, 0: Fraction, -1: Correlation}[lowest]
         value, stderr, n = (
             reader.key(entries, name, kind, place)
             for name, kind in ((key, number), ("stderr", Error | None), ("n", Count))
         )
-        if stderr == 0 and metric in FRACTIONS:  # as earlier versions wrote it for none or all right
+        if stderr == 0 and isinstance(METRICS.get(metric), Mean):  # as earlier versions wrote it for none or all right
             stderr = proportion_error(value, n)
         groups = reader.read(dict, entries.pop("groups", None) or {}, f"{place}.groups")
         others = {
@@ -193,6 +192,40 @@ class TaskResult:
         value |= self.measured | {name: other.to_json(self.metric) for name, other in self.others.items()}
         groups = {name: group.to_json(self.metric) for name, group in self.groups.items()}
         return value | ({"groups": groups} if groups else {})
+
+
+def measure(
+    metric: str, lines: Sequence[dict], labels: Sequence[str] = (), key: str = "parsed", **measured: object
+) -> TaskResult:
+    """A task's result from at least one prediction line: what was ``parsed`` against ``answer``, texts or numbers.
+
+    With the two parts of a metric that is a mean of two as ``others``, the majority class of these lines (of texts),
+    ``groups`` by the ``kind`` of lines, and the number of ``correct`` ones where every line says it.
+    labels: of the task, where the metric needs them. key: of other answers than ``parsed``, of which only the metric
+    is taken. measured: whatever else is. Raises ``KeyError`` for a line without its keys.
+    """
+    result = _measured(metric, lines, labels, key, measured)
+    if key != "parsed":
+        return result
+    groups, targets = {}, [line["answer"] for line in lines]
+    for line in lines:
+        groups.setdefault(line.get("kind"), []).append(line)
+    ((most_frequent, _),) = collections.Counter(targets).most_common(1)
+    of_texts = isinstance(most_frequent, str)
+    return dataclasses.replace(
+        result,
+        majority=METRICS[metric].value([most_frequent] * len(lines), targets, labels) if of_texts else None,
+        groups={kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(filter(None, groups))},
+    )
+
+
+def _measured(metric: str, lines: Sequence[dict], labels: Sequence[str], key: str, measured: dict) -> TaskResult:
+    given, targets = [line[key] for line in lines], [line["answer"] for line in lines]
+    if key == "parsed" and all("correct" in line for line in lines):
+        measured = {"correct": sum(line["correct"] for line in lines), **measured}
+    found = {name: METRICS[name](given, targets, labels) for name in (metric, *METRICS[metric].parts)}
+    result, *others = (TaskResult(name, *numbers, len(lines)) for name, numbers in found.items())
+    return dataclasses.replace(result, others={other.metric: other for other in others}, measured=measured)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,5 +449,5 @@ class Results:
     def average(self) -> Average | None:
         """Over the tasks with a result; None where their metrics have different units."""
         metrics = {result.metric for result in self.tasks.values()}
-        one_unit = metrics <= FRACTIONS.keys() or len(metrics) == 1
+        one_unit = metrics <= METRICS.keys() or len(metrics) == 1
         return average_of(self.tasks.values()) if one_unit else None

@@ -9,11 +9,12 @@ from mtl_lora import artifacts
 from mtl_lora.adapter.checkpoint import CheckpointConfig
 from mtl_lora.adapter.config import hyperparameter_flags
 from mtl_lora.adapter.layer import layer_class
-from mtl_lora.base_model import SMOLLM2
+from mtl_lora.embedded import MODELS
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT, template
-from mtl_lora.results import FRACTIONS, Results
+from mtl_lora.metrics import METRICS, title_of
+from mtl_lora.results import Results
 
 NOT_MEASURED = "not measured"
 # Training flags without a row of their own: other rows state them, or they are a path of the machine that trained.
@@ -38,11 +39,11 @@ def read_scores(checkpoint: str | Path, config: CheckpointConfig, results: str |
 
 def _score(results: Results, task: str) -> str:
     result = results.tasks[task]
-    scale, unit = (100, " %") if result.metric in FRACTIONS else (1, "")
+    metric = METRICS.get(result.metric)
+    scale, unit = 100 if metric else 1, "" if metric is None or metric.lowest < 0 else " %"
     spread = "" if result.stderr is None else f" ± {scale * result.stderr:.1f}"
     protocol = f", protocol `{results.mode}`" if results.mode else ""
-    title = FRACTIONS.get(result.metric, result.metric)
-    return f"{title} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
+    return f"{title_of(result.metric)} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
 
 
 def hub_name(base_model: str) -> str | None:
@@ -65,11 +66,11 @@ def model_card(
     adapter, provenance = config.adapter_config, config.provenance_config
     method = layer_class(adapter.method)
     base = repr(hub_name(base_model) or "the folder of its base model")
-    base = base if base_model != SMOLLM2 else f"BaseModel({base_model!r}).path  # fetched on first use"
+    base = base if base_model not in MODELS else f"BaseModel({base_model!r}).path  # fetched on first use"
     header = f"base_model: {json.dumps(base_model)}\n" if hub_name(base_model) else ""
     equal = "low-rank pair that equals it" if error is None else "plain LoRA of this rank that is closest to it"
     measured = "" if error is None else " (of the adapter before it was truncated)"
-    needed = "" if base_model != SMOLLM2 else "\nfrom mtl_lora.base_model import BaseModel"
+    needed = "" if base_model not in MODELS else "\nfrom mtl_lora.base_model import BaseModel"
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"""---
 {header}library_name: peft

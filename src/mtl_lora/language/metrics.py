@@ -1,18 +1,14 @@
-"""From generated text to an answer, and from answers to metrics: pure functions, tested without a model.
-
-A metric is a function of predictions and targets in a table by name; a task names the one that decides its result.
-"""
+"""From generated text to an answer, and from answers to a task's result: pure functions, tested without a model."""
 
 import collections
+import dataclasses
 import functools
-import math
 import re
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mtl_lora.estimates import proportion_error
-from mtl_lora.results import TaskResult
+from mtl_lora.metrics import mean
+from mtl_lora.results import TaskResult, measure
 
 if TYPE_CHECKING:
     from mtl_lora.language.tasks import Task
@@ -88,121 +84,30 @@ def strict_answer(task: "Task", options: Sequence[str], text: str) -> str:
     return ""
 
 
-# ---- free text ----
-
-_KEPT = re.compile(
-    r"(?<!\w)[-.]+(?=\d)"  # the sign or point before a number: -5, .5
-    r"|(?<=\d)[.,:/^*-](?=\d)"  # the signs inside one: 1.5, 1/2, 12:30
-    r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # those behind a single letter: C++, F#, A-
-    rf"|[^{re.escape(string.punctuation)}]"
-)
-
-
-def free_text_words(text: str) -> list[str]:
-    """Lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers, with three exceptions.
-
-    Signs that belong to a number or to a single letter count (-1.5 is not 15, C++ is not C); ``a``, ``an`` and ``the``
-    count at the end, where they are no article (vitamin A); and text of punctuation alone is compared as it is.
-    """
-    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower().replace("\N{MINUS SIGN}", "-"))
-    words = "".join(_KEPT.findall(plain)).split()
-    kept = [word for word in words[:-1] if word not in ("a", "an", "the")] + words[-1:]
-    return kept or plain.split()
-
-
-def same_text(text: str, target: str) -> bool:
-    """Whether two free texts have the same words, see ``free_text_words``; an empty text equals nothing."""
-    words = free_text_words(text)
-    return bool(words) and words == free_text_words(target)
-
-
-def text_f1(text: str, target: str) -> float:
-    """2 P R / (P + R) of the words that two free texts share, each counted as often as it occurs in both (SQuAD)."""
-    given, wanted = free_text_words(text), free_text_words(target)
-    if not given or not wanted:
-        return 0.0
-    return 2 * sum((collections.Counter(given) & collections.Counter(wanted)).values()) / (len(given) + len(wanted))
-
-
-# ---- metrics: (predictions, targets), non-empty and of equal length -> (value, standard error) ----
-
-Metric = Callable[[Sequence[str], Sequence[str]], tuple[float, float]]
-
-
-def proportion(outcomes: Sequence[bool]) -> tuple[float, float]:
-    """(p, ``proportion_error``) of n outcomes."""
-    share = sum(outcomes) / len(outcomes)
-    return share, proportion_error(share, len(outcomes))
-
-
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, standard error) of n values from 0 to 1; for zeros and ones that is ``proportion``."""
-
-    def error(values: Sequence[float]) -> float:
-        center = sum(values) / len(values)
-        return math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
-
-    return sum(values) / len(values), max(error(values), error([*values, 0, 0, 1, 1]))
-
-
-def accuracy(predictions: Sequence[str], targets: Sequence[str]) -> tuple[float, float]:
-    """The proportion of predictions that are their target."""
-    return proportion([given == target for given, target in zip(predictions, targets, strict=True)])
-
-
-def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> tuple[float, float]:
-    """The proportion of free texts with the words of their target, see ``same_text``."""
-    return proportion([same_text(given, target) for given, target in zip(predictions, targets, strict=True)])
-
-
-def f1(predictions: Sequence[str], targets: Sequence[str]) -> tuple[float, float]:
-    """The mean token F1 of free texts and their targets, see ``text_f1``."""
-    return mean([text_f1(given, target) for given, target in zip(predictions, targets, strict=True)])
-
-
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "exact_match": exact_match, "f1": f1}
-
-
 # ---- results ----
 
 
 def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
     """One task's result from its prediction lines (see ``questions.Question.line``), at least one.
 
-    majority: the metric of always giving the majority class of these questions. correct: the number of right answers.
-    unparsed: the proportion of texts without an answer. predicted: how often each answer was given. strict (generated
-    options): the metric and ``unparsed`` if the whole text must be the answer. acc_norm (scores): of the
-    length-normalised choice. f1 (free text): mean token F1. groups: the metric by ``kind``, where questions have one.
+    What ``results.measure`` gives, and: unparsed: the proportion of texts without an answer. predicted: how often each
+    answer was given. strict (generated options): the metric and ``unparsed`` if the whole text must be the answer.
+    acc_norm (scores): of the length-normalised choice. f1 (free text): mean token F1.
     """
-    targets = [line["answer"] for line in lines]
-    ((majority_class, _),) = collections.Counter(targets).most_common(1)
-    majority, _ = METRICS[task.metric_name]([majority_class] * len(lines), targets)
-    others = {}
-    for name, key in (("strict", "strict"), ("acc_norm", "normalised")):
-        if all(key in line for line in lines):
-            others[name] = _measure(task.metric_name, lines, key, unparsed=_proportion_empty(lines, key))
-    kinds = sorted({line["kind"] for line in lines if line.get("kind")})
-    groups = {kind: [line for line in lines if line.get("kind") == kind] for kind in kinds}
-    return _measure(
+    others = {
+        name: measure(task.metric_name, lines, task.options, key, unparsed=_proportion_empty(lines, key))
+        for name, key in (("strict", "strict"), ("acc_norm", "normalised"))
+        if all(key in line for line in lines)
+    }
+    result = measure(
         task.metric_name,
         lines,
-        majority=majority,
-        others=others,
-        groups={kind: _measure(task.metric_name, part) for kind, part in groups.items()},
+        task.options,
         unparsed=_proportion_empty(lines, "parsed"),
         predicted=dict(sorted(collections.Counter(line["parsed"] for line in lines).items())),
         **({"f1": mean([line["f1"] for line in lines])[0]} if all("f1" in line for line in lines) else {}),
     )
-
-
-def _measure(
-    metric: str, lines: Sequence[dict], key: str = "parsed", majority=None, others=(), groups=(), **measured
-) -> TaskResult:
-    """A metric of one kind of answer in prediction lines."""
-    value, stderr = METRICS[metric]([line[key] for line in lines], [line["answer"] for line in lines])
-    if key == "parsed":
-        measured = {"correct": sum(line["correct"] for line in lines), **measured}
-    return TaskResult(metric, value, stderr, len(lines), majority, dict(groups), dict(others), measured)
+    return dataclasses.replace(result, others=result.others | others)
 
 
 def _proportion_empty(lines: Sequence[dict], key: str) -> float:

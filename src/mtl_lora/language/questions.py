@@ -8,8 +8,9 @@ from mtl_lora import evaluation, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import Example, load_examples
-from mtl_lora.language.metrics import extract_answer, same_text, strict_answer, text_f1
+from mtl_lora.language.metrics import extract_answer, strict_answer
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.metrics import same_text, text_f1
 
 TOKEN_BUDGET = 2048  # tokens of a batch with --batch_size auto on a CPU, where larger ones are no faster
 GPU_TOKEN_BUDGET = 65536

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtl_lora import tasks
 from mtl_lora.errors import UserError
-from mtl_lora.language.metrics import METRICS
+from mtl_lora.metrics import METRICS
 
 ANSWER_PREFIX = "the correct answer is "
 OPTIONS_MARKER = "Answer format: "

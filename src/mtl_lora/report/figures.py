@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
+from mtl_lora.metrics import METRICS, title_of
 from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
 from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, value_text
-from mtl_lora.results import FRACTIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,7 +167,7 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     if not tasks:
         return
     tasks += [None] if len(tasks) > 1 and any(each.summary.average for each in study.experiments) else []
-    title = FRACTIONS.get(study.metric(tasks[0]), "Results")
+    title = title_of(study.metric(tasks[0]))
     caption = (
         f"{title}, fractions in percent; bars: 95 % t interval of the mean over seeds (thick), or one standard error "
         f"over the questions of a single run (thin); dashed line: {MAJORITY_LABEL}; each panel has its own scale."
@@ -176,7 +176,7 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
     figure, panels = _new_figure(len(tasks), size, margin, title, caption, 4, 3, sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
-        scale = 100 if study.metric(task) in FRACTIONS else 1
+        scale = 100 if study.metric(task) in METRICS else 1
         for index, value in enumerate(experiment.estimate(task) for experiment in study.experiments):
             if value:
                 known = value.low is not None

@@ -6,14 +6,15 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
+from mtl_lora.metrics import METRICS, title_of
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, require_one_task_set
-from mtl_lora.results import FRACTIONS, Average, Results, TaskResult, Trainable, average_of
+from mtl_lora.results import Average, Results, TaskResult, Trainable, average_of
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
@@ -21,6 +22,7 @@ MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
 UNTRAINED = " (untrained)"
 TRAINABLE = "Trainable parameters, M (%)"
 _MOST_COLUMNS = 24
+_UNITS = {0: "in percent", -1: "times 100"}  # by the lowest value of a metric
 # What a note calls settings whose name says too little.
 _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 
@@ -39,10 +41,19 @@ def value_text(value: float | None, spread: float | None = None, metric: str = "
     if value is None:
         return NOTHING
     shown, error = (
-        percent(number or 0, sign) if metric in FRACTIONS else f"{number or 0:{'+' if sign else ''}.3f}"
+        percent(number or 0, sign) if metric in METRICS else f"{number or 0:{'+' if sign else ''}.3f}"
         for number, sign in ((value, signed), (spread, False))
     )
     return shown if spread is None else f"{shown} ± {error}"
+
+
+def units_text(metrics: Collection[str]) -> str:
+    """``Accuracy in percent; Matthews times 100; ``: what the numbers of a table are, of its metrics in ``METRICS``."""
+    found = [
+        [each.title for name, each in METRICS.items() if name in metrics and each.lowest == low] for low in (0, -1)
+    ]
+    units = zip(found, ("in percent", "times 100"), strict=True)
+    return "".join(f"{' and '.join(titles)} {unit}; " for titles, unit in units if titles)
 
 
 def interval_text(value: Estimate | Difference | None, metric: str = "accuracy", signed: bool = False) -> str:
@@ -247,7 +258,7 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
     # A title says the metrics that are not accuracy.
     units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in columns]
-    words = [", ".join(FRACTIONS.get(metric, metric) for metric in sorted(unit)) for unit in units]
+    words = [", ".join(title_of(metric) for metric in sorted(unit)) for unit in units]
     titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(columns, words, strict=True)]
     tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed], lines)]
     if groups:
@@ -288,9 +299,8 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
     found = {name: [each.tasks[name] for each in having[name]] for name in columns}
     counts = {name: " or ".join(dict.fromkeys(str(task.n) for task in found[name])) for name in columns if found[name]}
     metrics = {task.metric for tasks in found.values() for task in tasks}
-    titles = [title for metric, title in FRACTIONS.items() if metric in metrics]
     notes.append(f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
-    notes.append((f"{' and '.join(titles)} in percent; " if titles else "") + "± is one standard error.")
+    notes.append(f"{units_text(metrics)}± is one standard error.")
     data = {name: {each.data.get(name) for each in having[name]} - {None} for name in counts}
     if differing := [name for name in counts if " or " in counts[name] or len(data[name]) > 1]:
         notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
@@ -347,11 +357,11 @@ def details(results: Results) -> TextTable:
         facts = (sum(task.n for task in tasks.values()), None if None in known else statistics.fmean(known))
         unparsed = {"unparsed": Row("", "", tasks, average).unparsed}
         found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, *facts, measured=unparsed)))
-    for title_of, task in found:
+    for name, task in found:
         row = {
-            "Task": title_of,
+            "Task": name,
             "Questions": f"{task.n:,}",
-            FRACTIONS.get(task.metric, task.metric): value_text(task.value, task.stderr, task.metric)
+            title_of(task.metric): value_text(task.value, task.stderr, task.metric)
             + UNTRAINED * bool(task.measured.get("untrained")),
             "Majority class": value_text(task.majority, None, task.metric),
             "Unparsed": value_text(task.measured.get("unparsed")),
