@@ -37,7 +37,8 @@ ARCHIVE, SUMS, UNBUNDLE = "bundle.tar", "SHA256SUMS", "unbundle.sh"
 EXTRAS = ("train", "report", "data")
 MEGABYTE = 10**6
 TRAIN, TESTS = "commonsense_170k_taskid.json", "data/commonsense/test"
-PREPARED = (TRAIN, TESTS, *(f"data/textclass/{name}" for name in ("train.json", "dev", "test")))
+SETS = [f"data/{name}/{part}" for name in ("textclass", "glue") for part in ("train.json", "tasks.json", "dev", "test")]
+PREPARED = (TRAIN, TESTS, *SETS)
 # pip takes these tags literally: a wheel for an older glibc has an older tag.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + ["manylinux2014_x86_64", "linux_x86_64"]
 

@@ -7,7 +7,7 @@
 #
 #   WORKERS   processes, one thread each   default: the CPU cores, at most 8
 #
-# Tests that need the real data find it through COMMONSENSE_DATA (a folder that holds llm_adapters/ and textclass/)
+# Tests that need the real data find it through COMMONSENSE_DATA (a folder that holds llm_adapters/, textclass/ and glue/)
 # and are skipped, with that reason, where it is not set.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "${project:-.}"

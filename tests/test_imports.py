@@ -18,6 +18,7 @@ GROUND = {
     "artifacts",
     "config",
     "data_files",
+    "data_sets",
     "download",
     "embedded",
     "errors",

@@ -1,5 +1,6 @@
 """The base model: what is loaded, which dtype and pad token it gets, how its weights are told from another's."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -306,6 +307,15 @@ def test_positions_of_an_encoder_are_those_that_rows_can_use(encoder):
     model(torch.full((1, most), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, most + 1), 5))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_the_head_of_an_encoder_in_4_bits_is_left_whole(tmp_path):
+    config = BertConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = as_encoder(tmp_path).load("fp32", load_in_4bit=True, num_labels=32)
+    assert model.bert.encoder.layer[0].output.dense.weight.dtype == torch.uint8
+    assert type(model.classifier) is torch.nn.Linear and model.classifier.weight.dtype == torch.float32
 
 
 def test_a_changed_weight_is_found_in_an_encoder_whose_files_have_no_prefix(encoder):

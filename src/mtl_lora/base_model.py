@@ -149,11 +149,16 @@ class BaseModel:
         """
         kind = KINDS[self.kind]
         if load_in_4bit:
+            head = None  # transformers' own choice
+            if kind.own_head:
+                structure = self.structure()
+                head = [name for name, module in structure.named_children() if module is not structure.base_model]
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=self.config().dtype if dtype == STORED else choose_dtype(dtype),
+                llm_int8_skip_modules=head,
             )
             if torch.cuda.is_available():  # or every process would take the first GPU
                 options.setdefault("device_map", {"": device_for_this_process()})

@@ -15,7 +15,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from mtl_lora.estimates import SEED, bootstrap_means, draws
+from mtl_lora.estimates import SEED, bootstrap_means, draws, proportion_error
 
 if TYPE_CHECKING:
     import numpy
@@ -114,7 +114,10 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
         center = sum(values) / len(values)
         return math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
 
-    return sum(values) / len(values), max(error(values), error([*values, 0, 0, 1, 1]))
+    value = sum(values) / len(values)
+    if set(values) <= {0, 1}:
+        return value, proportion_error(value, len(values))
+    return value, max(error(values), error([*values, 0, 0, 1, 1]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from mtl_lora import Provenance
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from mtl_lora.base_model import BaseModel
+from mtl_lora.embedded import MODELS
 from mtl_lora.export.model_card import model_card
 from mtl_lora.export.peft import export_peft
 from mtl_lora.results import Results, TaskNames, TaskResult
@@ -254,6 +255,8 @@ def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path):
     assert "base_model:" not in card(maps), "which the hub takes for a name of its own"
     named = model_card("maps", read_config(checkpoint), "meta-llama/Llama-2-7b-hf", 3, None)
     assert 'base_model: "meta-llama/Llama-2-7b-hf"' in named and "base = 'meta-llama/Llama-2-7b-hf'" in named
+    embedded = model_card("maps", read_config(checkpoint), "minilm-l6", 3, None)
+    assert MODELS["minilm-l6"].note in embedded and "BaseModel('minilm-l6').path" in embedded
 
 
 def test_card_of_a_training_of_version_0_1_has_its_settings_and_its_result(monkeypatch, tmp_path):

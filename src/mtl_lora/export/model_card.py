@@ -66,11 +66,14 @@ def model_card(
     adapter, provenance = config.adapter_config, config.provenance_config
     method = layer_class(adapter.method)
     base = repr(hub_name(base_model) or "the folder of its base model")
-    base = base if base_model not in MODELS else f"BaseModel({base_model!r}).path  # fetched on first use"
+    needed = about_base = ""
+    if base_model in MODELS:
+        base = f"BaseModel({base_model!r}).path  # fetched on first use"
+        needed = "\nfrom mtl_lora.base_model import BaseModel"
+        about_base = f"\nThe base model: {MODELS[base_model].note}\n"
     header = f"base_model: {json.dumps(base_model)}\n" if hub_name(base_model) else ""
     equal = "low-rank pair that equals it" if error is None else "plain LoRA of this rank that is closest to it"
     measured = "" if error is None else " (of the adapter before it was truncated)"
-    needed = "" if base_model not in MODELS else "\nfrom mtl_lora.base_model import BaseModel"
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"""---
 {header}library_name: peft
@@ -87,7 +90,7 @@ It is folded into the {equal}, so that PEFT and every program that reads PEFT's 
 without task ids. Written by mtl-lora from the weights with sha256 `{config.weights_sha256}`.
 
 Result on {task}{measured}: {score or NOT_MEASURED}.
-
+{about_base}
 ## Use
 
 ```python

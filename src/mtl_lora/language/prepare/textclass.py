@@ -11,20 +11,17 @@ Paths are relative to the current folder.
 """
 
 import dataclasses
-import random
 import re
 from pathlib import Path
 
 from mtl_lora.config import Config, flag
 from mtl_lora.data_files import read_values
-from mtl_lora.download import RemoteFile, check_source, fetch_all, github_raw
+from mtl_lora.data_sets import SPLITS, Manifest, existing, shuffled, write_sets
 from mtl_lora.errors import UserError
-from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
 from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
 
 MANIFEST = Path(__file__).with_name("textclass.json")
 TASKS_FILE = Path(__file__).with_name("textclass_tasks.json")
-SPLITS = ("train", "dev", "test")
 TREC_DEV = 500
 # What an example asks. A question names every label in the words of the answers.
 QUESTIONS = {
@@ -38,8 +35,6 @@ QUESTIONS = {
     "a number?",
 }
 Pairs = list[tuple[str, str]]  # (text, label)
-Sets = dict[str, dict[str, Pairs]]  # by task name and split
-Parts = dict[str, RemoteFile]  # by what each holds, or by its path
 
 
 @dataclasses.dataclass
@@ -63,63 +58,27 @@ class Prepare(Config):
 def run(config: Prepare) -> None:
     """Read everything, check everything, and only then write; raises ``UserError``."""
     tasks = load_tasks_file(str(TASKS_FILE))
-    url, files, sizes = load_manifest(config.manifest, tasks)
-    sets = read_sets(config, tasks, url, files)
-    empty = [f"{name}/{part}" for name, parts in sets.items() for part in SPLITS if not parts[part]]
-    if empty:
-        raise UserError(f"no example is left for {', '.join(empty)}; nothing was written")
-    folder = Path(config.output_dir)
-    examples = {folder / "train.json": []}
-    for task in tasks:
-        pairs = limited(sets[task.name]["train"], config.limit)
-        examples[folder / "train.json"] += [example(task, *pair) for pair in pairs]
-        for part in ("dev", "test"):
-            examples[folder / part / task.name / "test.json"] = [example(task, *pair) for pair in sets[task.name][part]]
-    if config.prepared:
-        taken = {(Path(config.prepared) / name / f"{part}.json").resolve() for name in sets for part in SPLITS}
-        if taken & {path.resolve() for path in examples}:
-            raise UserError(f"--output_dir {folder} would write over --prepared; choose another folder")
-    contents = {path: records_bytes(records) for path, records in examples.items()}
-    write_all(contents | {folder / "tasks.json": TASKS_FILE.read_bytes()})
-    output = folder / "train.json"
-    print(table(sets, tasks, sizes, config.limit))
-    print(f"{len(examples[output]):,} training examples in {output}\nsha256 {sha256_of(contents[output])}")
+    manifest = Manifest.load(config.manifest, tasks.names, MANIFEST)
+    sets = {
+        name: {part: [example(tasks[name], *pair) for pair in pairs] for part, pairs in parts.items()}
+        for name, parts in read_sets(config, tasks, manifest).items()
+    }
+    kept = [prepared_file(config, task, part) for task in tasks for part in SPLITS] if config.prepared else []
+    print(write_sets(Path(config.output_dir), sets, manifest.sizes, config.limit, TASKS_FILE.read_bytes(), kept))
 
 
-def load_manifest(path: str | Path, tasks: TaskSet) -> tuple[str, dict[str, Parts], dict[str, dict[str, int]]]:
-    """(address of the files, the parts of each task, its number of examples by split); raises ``UserError``.
-
-    A part is ``all``, or the split that a raw file holds.
-    """
-    value = read_json(path, "the manifest")
-    try:
-        entries = {name: value["tasks"][name] for name in tasks.names}
-        files = {
-            name: {part: RemoteFile.from_json(raw, f"{name}/{part}") for part, raw in entry["files"].items()}
-            for name, entry in entries.items()
-        }
-        sizes = {name: {part: int(entry["records"][part]) for part in SPLITS} for name, entry in entries.items()}
-        return github_raw(value["repository"], value["commit"]), files, sizes
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"the manifest {path} must be laid out as {MANIFEST}; missing or wrong: {error}") from None
-
-
-def read_sets(config: Prepare, tasks: TaskSet, url: str, files: dict[str, Parts]) -> Sets:
+def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> dict[str, dict[str, Pairs]]:
     """Every task's splits; no text of any test set is in a train or dev set. Raises ``UserError``."""
-    folder = Path(config.prepared or config.source or config.download_dir)
-    if (config.prepared or config.source) and not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; pass the one that --help describes")
-    if not config.prepared:
-        raw_files = {raw.path: raw for parts in files.values() for raw in parts.values()}
-        if not config.source:
-            fetch_all(config.base_url or url, folder, raw_files)
-        check_source(folder, raw_files)
+    if config.prepared:
+        existing(config.prepared)
+    else:
+        folder = manifest.get(config.source, config.download_dir, config.base_url)
     sets, tested = {}, set()
     for task in tasks:
         if config.prepared:
-            parts = {part: read_prepared(folder / task.name / f"{part}.json", task) for part in SPLITS}
+            parts = {part: read_prepared(prepared_file(config, task, part), task) for part in SPLITS}
         else:
-            parts = split({part: read_raw(folder / raw.path, task) for part, raw in files[task.name].items()})
+            parts = split({part: read_raw(folder / raw.path, task) for part, raw in manifest.files[task.name].items()})
         sets[task.name] = parts
         tested |= {text for text, _ in parts["test"]}
     return {
@@ -168,11 +127,9 @@ def split_trec(train: Pairs, test: Pairs) -> dict[str, Pairs]:
     return {"train": rest[TREC_DEV:], "dev": rest[:TREC_DEV], "test": test}
 
 
-def shuffled(entries: list) -> list:
-    """The same entries in the order that seed 0 gives."""
-    entries = list(entries)
-    random.Random(0).shuffle(entries)
-    return entries
+def prepared_file(config: Prepare, task: Task, part: str) -> Path:
+    """Where --prepared holds a split."""
+    return Path(config.prepared) / task.name / f"{part}.json"
 
 
 def read_prepared(path: Path, task: Task) -> Pairs:
@@ -189,11 +146,6 @@ def read_prepared(path: Path, task: Task) -> Pairs:
     return pairs
 
 
-def limited(pairs: Pairs, limit: int) -> Pairs:
-    """``limit`` pairs (0: all) in their own order: the first of a shuffle, so that a larger limit adds to them."""
-    return [pairs[index] for index in sorted(shuffled(range(len(pairs)))[:limit])] if limit else pairs
-
-
 def example(task: Task, text: str, label: str) -> dict:
     """A text with its label as training and evaluation read it."""
     return {
@@ -203,16 +155,3 @@ def example(task: Task, text: str, label: str) -> dict:
         "answer": label,
         "task": task.name,
     }
-
-
-def table(sets: Sets, tasks: TaskSet, sizes: dict[str, dict[str, int]], limit: int) -> str:
-    """One row a task: the examples of each split; then what differs from the known numbers."""
-    rows, notes = [f"{'task':<8}{'id':>3}{'train':>9}{'dev':>8}{'test':>8}"], []
-    for task in tasks:
-        counts = {part: len(sets[task.name][part]) for part in SPLITS}
-        train = min(limit or counts["train"], counts["train"])
-        rows.append(f"{task.name:<8}{task.id:>3}{train:>9,}{counts['dev']:>8,}{counts['test']:>8,}")
-        for part, known in sizes[task.name].items():
-            if counts[part] != known:
-                notes.append(f"{task.name}/{part} has {counts[part]:,} examples where the known set has {known:,}")
-    return "\n".join([*rows, *notes])

@@ -1,0 +1,240 @@
+"""Build the GLUE tasks: download their files, take a folder, or take all from the Hugging Face hub; verify; write.
+
+    mtl-lora prepare glue                        download single files of a public repository, then write
+    mtl-lora prepare glue --source DIR           take DIR/data/glue_pretrain/CoLA/train.json and so on instead
+    mtl-lora prepare glue --hub                  take the whole of nyu-mll/glue, with WNLI (needs the package datasets)
+    mtl-lora prepare glue --hub --source DIR     take a copy of that repository
+    mtl-lora prepare glue --limit 800            at most 800 training examples a task
+
+Writes train.json (all tasks, in order of task id), tasks.json (the --tasks_file of training), dev/<task>/test.json and
+test/<task>/test.json (a --data_dir of evaluation): lists of {"text", "text_b" of a pair, "label", "task"}. The test
+sets are GLUE's dev sets; those of QQP and MNLI are samples of its training sets, but with --hub. Paths are relative to
+the current folder.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mtl_lora.config import Config, flag
+from mtl_lora.data_sets import Examples, Manifest, Sets, existing, sampled, write_sets
+from mtl_lora.errors import UserError, require_package
+from mtl_lora.files import read_object, read_utf8
+
+MANIFEST = Path(__file__).with_name("glue.json")
+TASKS_FILE = Path(__file__).with_name("glue_tasks.json")
+HUB = "nyu-mll/glue"
+DEV_PART, MOST_DEV = 10, 2000  # a dev set that is taken from the training set: one example in 10, at most 2,000
+# The columns that hold a task's texts in the hub's tables; "label" holds its label.
+TEXTS = {
+    "cola": ["sentence"],
+    "sst2": ["sentence"],
+    "mrpc": ["sentence1", "sentence2"],
+    "stsb": ["sentence1", "sentence2"],
+    "qqp": ["question1", "question2"],
+    "mnli": ["premise", "hypothesis"],
+    "qnli": ["question", "sentence"],
+    "rte": ["sentence1", "sentence2"],
+    "wnli": ["sentence1", "sentence2"],
+}
+# What the TSV files call these columns instead. CoLA's has no line of names.
+RENAMED = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label", "score": "label"}
+COLA_COLUMNS = "source\tlabel\tmark\tsentence"
+# The hub's splits that are test sets, and the kind of their examples; the labels of its own test sets are not public.
+TESTS = {"validation": None}
+MNLI_TESTS = {"validation_matched": "matched", "validation_mismatched": "mismatched"}
+SAMPLES = """\
+not comparable with published figures: qqp and mnli, whose train, dev and test sets are samples of GLUE's training sets
+trained on samples, tested on GLUE's dev sets: sst2 (whole sentences) and qnli"""
+Row = tuple[str, list, object]  # where it stands, its texts, its label
+
+
+@dataclasses.dataclass
+class Prepare(Config):
+    """Where the files come from, and where the data set goes."""
+
+    source: str | None = flag(None, "folder with the raw files to take, as data/glue_pretrain/CoLA/train.json")
+    hub: bool = flag(False, f"take all tasks whole, with WNLI: {HUB} of the Hugging Face hub, or its copy in --source")
+    output_dir: str = flag("data/glue", "folder for train.json, tasks.json, dev/ and test/", place=True)
+    limit: int = flag(0, "most training examples of each task; 0: all")
+    download_dir: str = flag("data/glue/source", "folder where downloads are kept", place=True)
+    base_url: str | None = flag(None, "address of a mirror that holds the manifest's paths; none: GitHub")
+    manifest: str = flag(str(MANIFEST), "JSON file with path and hashes of each raw file, and the size of each split")
+
+    def validate(self) -> None:
+        if self.base_url and (self.source or self.hub):
+            raise UserError("--base_url downloads single files, --source takes a folder and --hub the hub; pass one")
+        self.require("limit", "at least 0, which takes all", self.limit >= 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a task predicts: one of ``labels``, or a number from ``regression[0]`` to ``regression[1]``."""
+
+    labels: list[str]
+    regression: list[float]
+
+    def parse(self, value: object, where: str) -> str | float:
+        """A raw label, in words or as its class number, or a score in any spelling; raises ``UserError``."""
+        text = str(value)
+        if self.labels:
+            label = self.labels[int(text)] if text in map(str, range(len(self.labels))) else text
+            if label in self.labels:
+                return label
+            raise UserError(f"{where} has the label {text!r:.60}, none of {', '.join(self.labels)}")
+        low, high = self.regression
+        if re.fullmatch(r"\d+(\.\d+)?", text) and low <= float(text) <= high:
+            return round(float(text), 3)  # the hub's float32 has made 3.799999952316284 of 3.8
+        raise UserError(f"{where} has the score {text!r:.60}; it must be a number from {low} to {high}")
+
+
+def run(config: Prepare) -> None:
+    """Read everything, check everything, and only then write; raises ``UserError``."""
+    tasks = [task for task in json.loads(TASKS_FILE.read_text())["tasks"] if config.hub or task["name"] != "wnli"]
+    targets = {task["name"]: Target(task.get("labels", []), task.get("regression", [])) for task in tasks}
+    if config.hub:
+        sets, notes = read_hub(config, targets)
+        sizes = {name: {} for name in targets}
+    else:
+        manifest = Manifest.load(config.manifest, targets, MANIFEST)
+        sets = read_files(manifest.get(config.source, config.download_dir, config.base_url), targets, manifest)
+        notes, sizes = [SAMPLES], manifest.sizes
+    sets, dropped = separated(sets)
+    tasks_file = '{\n  "tasks": [\n' + ",\n".join(f"    {json.dumps(task)}" for task in tasks) + "\n  ]\n}\n"
+    counts = write_sets(Path(config.output_dir), sets, sizes, config.limit, tasks_file.encode())
+    print("\n".join([*notes, *dropped, counts]))
+
+
+def read_files(folder: Path, targets: dict[str, Target], manifest: Manifest) -> Sets:
+    """The splits that the raw files hold; raises ``UserError``."""
+    sets = {}
+    for name, target in targets.items():
+        sets[name] = {}
+        for part, raw in manifest.files[name].items():
+            path = folder / raw.path
+            rows = read_tsv(path, name) if path.suffix == ".tsv" else read_numbered(path)
+            sets[name][part] = examples(rows, name, target)
+    return sets
+
+
+def read_numbered(path: Path) -> Iterator[Row]:
+    """The rows of ``{"0": {"text_a", "text_b" or null, "label"}, ...}``; raises ``UserError``."""
+    for number, value in read_object(path, "the file").items():
+        where = f"{path}, example {number}"
+        if not isinstance(value, dict) or not {"text_a", "label"} <= set(value):
+            raise UserError(f"{where} must be an object with text_a, text_b and label, not {value!r:.60}")
+        second = value.get("text_b")
+        yield where, [value["text_a"], *([] if second is None else [second])], value["label"]
+
+
+def read_tsv(path: Path, name: str) -> Iterator[Row]:
+    """The rows of a table whose values tabs part; a quotation mark is a character. Raises ``UserError``."""
+    lines = read_utf8(path, "the file").removesuffix("\n").split("\n")
+    if name == "cola":
+        lines.insert(0, COLA_COLUMNS)
+    columns = [RENAMED.get(column, column) for column in lines[0].split("\t")]
+    require_columns(columns, name, str(path))
+    for number, line in enumerate(lines[1:], 1 if name == "cola" else 2):
+        values = line.split("\t")
+        if len(values) != len(columns):
+            raise UserError(f"{path}, line {number} has {len(values)} values for the {len(columns)} columns")
+        row = dict(zip(columns, values, strict=True))
+        yield f"{path}, line {number}", [row[column] for column in TEXTS[name]], row["label"]
+
+
+def require_columns(columns: Iterable[str], name: str, where: str) -> None:
+    """Raise ``UserError`` that names a column of the task that a table lacks."""
+    if missing := [column for column in (*TEXTS[name], "label") if column not in columns]:
+        raise UserError(f"{where} has no column {missing[0]}; it has {', '.join(columns):.200}")
+
+
+def read_hub(config: Prepare, targets: dict[str, Target]) -> tuple[Sets, list[str]]:
+    """(training and test sets of the hub's repository, what is to be known of them); raises ``UserError``."""
+    require_package("hub", "datasets")
+    import datasets
+
+    known = json.loads(MANIFEST.read_text())["hub"]
+    repository = str(existing(config.source)) if config.source else HUB
+    revision = None if config.source else known["revision"]
+    sets = {}
+    notes = [f"from {repository}, {f'revision {revision}' if revision else 'whose bytes are not verified'}"]
+    for name, target in targets.items():
+        try:
+            tables = datasets.load_dataset(repository, name, revision=revision)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{name} of {repository} cannot be loaded ({reason:.300}); run the same command again, pass --source "
+                "DIR with a copy of the repository, or leave out --hub"
+            ) from None
+        sets[name] = {"train": [], "test": []}
+        for split, kind in {"train": None, **(MNLI_TESTS if name == "mnli" else TESTS)}.items():
+            where = f"{repository}, {name}/{split}"
+            if split not in tables:
+                raise UserError(f"{where} is missing; there are {', '.join(tables)}")
+            table, part = tables[split], "train" if split == "train" else "test"
+            require_columns(table.column_names, name, where)
+            words = getattr(table.features["label"], "names", target.labels)
+            if words != target.labels:
+                raise UserError(f"{where} has the labels {', '.join(words)} instead of {', '.join(target.labels)}")
+            sets[name][part] += examples(table_rows(table, name, where), name, target, kind)
+            if len(table) != known["records"][name][split]:
+                notes.append(f"{name}/{split} has {len(table):,} examples, GLUE's {known['records'][name][split]:,}")
+    return sets, notes
+
+
+def table_rows(table: Iterable[dict], name: str, where: str) -> Iterator[Row]:
+    """The rows of one of the hub's tables."""
+    for index, row in enumerate(table):
+        yield f"{where}, example {index}", [row[column] for column in TEXTS[name]], row["label"]
+
+
+def examples(rows: Iterable[Row], name: str, target: Target, kind: str | None = None) -> Examples:
+    """The rows as training and evaluation read them; a run of white space is one space. Raises ``UserError``."""
+    found = []
+    for where, texts, label in rows:
+        if len(texts) != len(TEXTS[name]) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where} must have {len(TEXTS[name])} texts, not {texts!r:.60}")
+        texts = [" ".join(text.split()) for text in texts]
+        example = dict(zip(("text", "text_b"), texts, strict=False))
+        example |= {"label": target.parse(label, where), "task": name}
+        found.append(example | ({"kind": kind} if kind else {}))
+    return found
+
+
+def separated(sets: Sets) -> tuple[Sets, list[str]]:
+    """The sets, each with a dev set and without what other splits hold, and a note of how much that was.
+
+    No training example has the ``content`` of one of any task's dev or test set, and no dev example that of a test
+    set. A dev set that is missing is sampled from what is then left of the training set. Examples that lack a text go.
+    """
+    found = {}
+    for name, parts in sets.items():
+        keyed = {part: [(content(example), example) for example in given] for part, given in parts.items()}
+        found[name] = {part: [pair for pair in pairs if pair[0]] for part, pairs in keyed.items()}
+    tested = {key for parts in found.values() for key, _ in parts["test"]}
+    for parts in found.values():
+        for part in set(parts) - {"test"}:
+            parts[part] = [pair for pair in parts[part] if pair[0] not in tested]
+        if "dev" not in parts:
+            parts["dev"], parts["train"] = sampled(parts["train"], min(len(parts["train"]) // DEV_PART, MOST_DEV))
+    chosen_on = {key for parts in found.values() for key, _ in parts["dev"]}
+    separate, dropped = {}, []
+    for name, parts in found.items():
+        parts["train"] = [pair for pair in parts["train"] if pair[0] not in chosen_on]
+        separate[name] = {part: [example for _, example in pairs] for part, pairs in parts.items()}
+        if lost := sum(map(len, sets[name].values())) - sum(map(len, separate[name].values())):
+            dropped.append(f"{name} {lost:,}")
+    notes = [f"dropped for texts that are in a dev or test set too, or empty: {', '.join(dropped)}"] if dropped else []
+    return separate, notes
+
+
+def content(example: dict) -> frozenset[str]:
+    """What makes two examples the same: letters and digits of their texts, in either order; empty without a text.
+
+    STS-B holds pairs of MRPC with other spaces, quotation marks and capitals.
+    """
+    texts = [example[field] for field in ("text", "text_b") if field in example]
+    return frozenset(re.sub(r"[\W_]+", "", text.casefold()) or text for text in texts) if all(texts) else frozenset()
