@@ -127,9 +127,10 @@ def lines_of(answers, parsed, **more) -> list[dict]:
 
 def test_a_task_of_two_metrics_has_their_mean_as_its_value_and_both_beside_it():
     lines = lines_of(["no", "yes", "yes", "no"], ["no", "yes", "no", "no"], kind="a") + lines_of(["yes"], ["yes"])
-    result = measure("accuracy_and_f1", lines, ("no", "yes"), loss=0.5)
+    result, measured = measure("accuracy_and_f1", lines, ("no", "yes"), loss=0.5), {"loss": 0.5}
+    measured["predicted"] = {"no": 3, "yes": 2}
     assert {name: other.value for name, other in result.others.items()} == {"accuracy": 0.8, "binary_f1": 0.8}
-    assert (result.value, result.n, result.measured) == (pytest.approx(0.8), 5, {"loss": 0.5})
+    assert (result.value, result.n, result.measured) == (pytest.approx(0.8), 5, measured)
     # Always "yes": 3 of 5, and an F1 of 2 * 3 / (5 + 3).
     assert result.majority == pytest.approx((0.6 + 0.75) / 2)
     (group,) = result.groups.values()

@@ -37,6 +37,11 @@ class Interval:
             for key in ("low", "high"):
                 object.__setattr__(self, key, None)
 
+    @property
+    def center(self) -> float:
+        """The value that the interval is of, a class's first field."""
+        return getattr(self, dataclasses.fields(self)[0].name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate(Interval):
@@ -118,22 +123,16 @@ def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
     return float(low), float(high)
 
 
-def intervals(
-    pairs: Sequence[dict[str, Sequence[float]]], scored: Sequence[str], seed: int = SEED, resamples: int = RESAMPLES
-) -> dict | None:
-    """Differences averaged over ``pairs`` of runs, each by task and question, with their percentile intervals.
+def intervals(differences: "dict[str, tuple[float, numpy.ndarray]]", scored: Sequence[str]) -> dict | None:
+    """Percentile intervals of differences by task, each with its values in as many resamples of the task's questions.
 
-    A bootstrap over the questions within each task (stratified; every task weighs the same), from a stream of the
-    task's own: other tasks do not change it. Returns ``tasks`` and ``average``, which is None unless all of ``scored``
-    are there; None if no task is in all pairs. Differences that are all equal have no interval: see ``Interval``.
+    So a bootstrap over the questions within each task (stratified; every task weighs the same). Returns ``tasks`` and
+    ``average``, which is None unless all of ``scored`` are there; None without a task. Of a difference that is the same
+    in all resamples there is no interval: see ``Interval``.
     """
-    tasks, means = {}, {}
-    for name in [name for name in (pairs[0] if pairs else ()) if all(name in pair for pair in pairs)]:
-        values = [statistics.fmean(each) for each in zip(*(pair[name] for pair in pairs), strict=True)]
-        means[name] = bootstrap_means(values, [seed, *name.encode()], resamples)
-        tasks[name] = Difference(statistics.fmean(values), *percentile_interval(means[name]))
+    tasks = {name: Difference(found, *percentile_interval(drawn)) for name, (found, drawn) in differences.items()}
     if not {*scored} <= {*tasks}:
         return {"tasks": tasks, "average": None} if tasks else None
     center = statistics.fmean(tasks[name].difference for name in scored)
-    interval = percentile_interval(sum(means[name] for name in scored) / len(scored))
+    interval = percentile_interval(sum(differences[name][1] for name in scored) / len(scored))
     return {"tasks": tasks, "average": Difference(center, *interval)}

@@ -114,10 +114,10 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
         center = sum(values) / len(values)
         return math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
 
-    value = sum(values) / len(values)
-    if set(values) <= {0, 1}:
-        return value, proportion_error(value, len(values))
-    return value, max(error(values), error([*values, 0, 0, 1, 1]))
+    center = sum(values) / len(values)
+    if {*values} <= {0, 1}:
+        return center, proportion_error(center, len(values))
+    return center, max(error(values), error([*values, 0, 0, 1, 1]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,23 +10,37 @@ from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
+from mtl_lora.metrics import METRICS, Mean, title_of
 from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One answered question: the right answer, whether it was given, its F1 (a fraction) if it has one.
+    """One answered question: the right answer, the one given (texts, or numbers of a regression), whether it is right.
 
-    place: ``FILE, line N``, for errors.
+    f1: of free text. place: ``FILE, line N``, for errors.
     """
 
     task: str
     index: Index
-    answer: str
-    correct: bool
+    answer: object
     prompt_sha256: str
+    parsed: object = None
+    correct: bool | None = None
     f1: Fraction | None = None
     place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """The answers of A and of B to each question of a task, in the order of their indices.
+
+    rows: of A and of B, what the task's ``metric`` needs of each question, see ``Metric``.
+    """
+
+    metric: str
+    answers: list[tuple[Prediction, Prediction]]
+    rows: tuple[Sequence, Sequence]
 
 
 def predictions_path(results: Results, task: str) -> Path:
@@ -41,14 +55,19 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     keys, a question answered twice, and predictions that are not those that the results file counts.
     """
     path, score, found = predictions_path(results, task), results.tasks[task], {}
-    if score.metric not in ("accuracy", "exact_match"):
-        raise UserError(f"{results.path}: {task} is measured by {score.metric}; only accuracy and exact_match compare")
+    metric = METRICS.get(score.metric)
+    if metric is None:
+        raise UserError(f"{results.path}: {task} is measured by {score.metric}; only {', '.join(METRICS)} compare")
+    kind = float if metric.needs == "numbers" else str
+    needed = {"answer": kind, metric.key: {"correct": bool, "f1": Fraction, "parsed": kind}[metric.key]}
     for number, line in enumerate(files.read_lines(path), 1):
         reader = Reader(f"{path}, line {number}")
         try:
             record = reader.read(dict, json.loads(line))
         except (ValueError, RecursionError):  # a UserError is one of the former
             raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite") from None
+        for key, expected in needed.items():
+            reader.key(record, key, expected)
         prediction = Prediction(**reader.fields(Prediction, record), place=reader.source)
         if prediction.task != task:
             raise reader.wrong("task", prediction.task, f"{task}, whose predictions this file holds")
@@ -60,11 +79,26 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     if type(limit) is int and limit > 0:
         # A folder keeps what an earlier evaluation with a larger limit answered; the results file does not count it.
         found = {index: prediction for index, prediction in found.items() if index < limit}
-    right, counted = sum(prediction.correct for prediction in found.values()), round(score.value * score.n)
-    if (len(found), right) != (score.n, counted):
-        there, here = f"{right:,} of {len(found):,} questions right", f"{counted:,} of {score.n:,}"
+    value = metric.value_of(_rows(results, task, [*found.values()])) if found else 0.0
+    # As numbers of right answers, where that is what is counted: an earlier version may have rounded the proportion.
+    if len(found) != score.n or abs(value - score.value) > (0.5 / score.n if metric.key == "correct" else 1e-6):
+        there, here = (
+            f"{round(share * n):,} of {n:,} questions right"
+            if metric.key == "correct"
+            else f"{title_of(score.metric)} {share:.4f} of {n:,} questions"
+            for share, n in ((value, len(found)), (score.value, score.n))
+        )
         raise UserError(f"{path} has {there} and {results.path} counts {here}; evaluate again with --overwrite")
     return found
+
+
+def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Sequence:
+    """What the task's metric needs of each question, see ``Metric``: the scores that were written, or the answers."""
+    metric = METRICS[results.tasks[task].metric]
+    if isinstance(metric, Mean):
+        return [float(getattr(each, metric.key)) for each in predictions]
+    sides = ([getattr(each, key) for each in predictions] for key in ("parsed", "answer"))
+    return metric.rows(*sides, results.task_set.labels(task))
 
 
 def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]:
@@ -95,13 +129,18 @@ def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
         values = (f"{key} ({_shown(a, key)} and {_shown(b, key)})" for key in differing)
         raise _not_comparable(a, b, f"they differ in {', '.join(values)}")
     if redefined := [name for name in tasks if a.task_set.definition(name) != b.task_set.definition(name)]:
-        raise _not_comparable(a, b, f"they declare other options, pattern or answer prefix of {', '.join(redefined)}")
+        raise _not_comparable(
+            a, b, f"they declare other options, labels, range, pattern or answer prefix of {', '.join(redefined)}"
+        )
+    if measured := [name for name in tasks if a.tasks[name].metric != b.tasks[name].metric]:
+        metrics = (f"{name} by {a.tasks[name].metric} and {b.tasks[name].metric}" for name in measured)
+        raise _not_comparable(a, b, f"they measure {', '.join(metrics)}")
     if other_data := [name for name in tasks if a.data[name] != b.data[name]]:
         raise _not_comparable(a, b, f"their test data of {', '.join(other_data)} are not the same (sha256)")
 
 
-def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, list[tuple[Prediction, Prediction]]]:
-    """By task that both scored, the answers of A and of B to each question, in the order of their indices.
+def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Paired]:
+    """By task that both scored, the answers of A and of B.
 
     Raises ``UserError`` unless both can be compared and answered the same questions, asked in the same words. (Another
     base model may have another tokenizer and so other prompt ids; only with one base must these agree.)
@@ -114,13 +153,15 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, li
         if alone := sorted(of_a.keys() ^ of_b.keys()):
             where = f"{(of_a | of_b)[alone[0]].place}; limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
             raise _not_comparable(a, b, f"question {alone[0]} of {task} is in one of them alone ({where})")
-        found[task] = [(of_a[index], of_b[index]) for index in sorted(of_a)]
-        for first, last in found[task]:
+        answers = [(of_a[index], of_b[index]) for index in sorted(of_a)]
+        for first, last in answers:
             same_prompt = first.prompt_sha256 == last.prompt_sha256 or not same_base
             if first.answer != last.answer or not same_prompt:
                 other = "prompt, with one base model," if first.answer == last.answer else "right answer"
                 where = f"{first.place}; {last.place}"
                 raise _not_comparable(a, b, f"question {first.index} of {task} has another {other} in each ({where})")
+        rows = (_rows(run, task, side) for run, side in zip((a, b), zip(*answers, strict=True), strict=True))
+        found[task] = Paired(a.tasks[task].metric, answers, tuple(rows))
     return found
 
 

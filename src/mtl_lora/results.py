@@ -20,7 +20,7 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
-from mtl_lora.metrics import METRICS, Mean
+from mtl_lora.metrics import METRICS, Mean, title_of
 
 SCHEMA = 2
 # A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
@@ -199,8 +199,9 @@ def measure(
 ) -> TaskResult:
     """A task's result from at least one prediction line: what was ``parsed`` against ``answer``, texts or numbers.
 
-    With the two parts of a metric that is a mean of two as ``others``, the majority class of these lines (of texts),
-    ``groups`` by the ``kind`` of lines, and the number of ``correct`` ones where every line says it.
+    With the two parts of a metric that is a mean of two as ``others``, ``groups`` by the ``kind`` of lines, the number
+    of ``correct`` ones where every line says it, and of texts the majority class of these lines and how often each
+    answer was given (``predicted``).
     labels: of the task, where the metric needs them. key: of other answers than ``parsed``, of which only the metric
     is taken. measured: whatever else is. Raises ``KeyError`` for a line without its keys.
     """
@@ -210,13 +211,14 @@ def measure(
     groups, targets = {}, [line["answer"] for line in lines]
     for line in lines:
         groups.setdefault(line.get("kind"), []).append(line)
+    found = {kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(filter(None, groups))}
+    result = dataclasses.replace(result, groups=found)
+    if METRICS[metric].needs == "numbers":
+        return result
     ((most_frequent, _),) = collections.Counter(targets).most_common(1)
-    of_texts = isinstance(most_frequent, str)
-    return dataclasses.replace(
-        result,
-        majority=METRICS[metric].value([most_frequent] * len(lines), targets, labels) if of_texts else None,
-        groups={kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(filter(None, groups))},
-    )
+    majority = METRICS[metric].value([most_frequent] * len(lines), targets, labels)
+    predicted = dict(sorted(collections.Counter(line["parsed"] for line in lines).items()))
+    return dataclasses.replace(result, majority=majority, measured=result.measured | {"predicted": predicted})
 
 
 def _measured(metric: str, lines: Sequence[dict], labels: Sequence[str], key: str, measured: dict) -> TaskResult:
@@ -320,9 +322,15 @@ class TaskNames:
     def to_json(self) -> dict:
         return self.value
 
-    def title(self, name: str) -> str:
-        """A task's column heading; a name that the set does not have is its own."""
-        return self.titles.get(name, name)
+    def title(self, name: str, *metrics: str) -> str:
+        """A task's column heading, with those of its metrics that are not accuracy; an unknown name is its own."""
+        words = ", ".join(title_of(metric) for metric in sorted({*metrics} - {"accuracy"}))
+        return self.titles.get(name, name) + (f" ({words})" if words else "")
+
+    def labels(self, name: str) -> list[str]:
+        """The labels or options of a task; none of free text and numbers."""
+        definition = self.definition(name)
+        return definition.get("labels") or definition.get("options") or []
 
     def definition(self, name: str) -> dict:
         """What decides a task's examples and answers: all that its set says but name, id, title and empty values."""

@@ -12,6 +12,7 @@ import pytest
 from shared import PROJECT, git_blob
 
 from mtl_lora import cli
+from mtl_lora.metrics import METRICS
 from mtl_lora.nlu.prepare import MANIFEST as MANIFEST_FILE
 from mtl_lora.nlu.prepare import TASKS_FILE, TEXTS
 
@@ -203,6 +204,14 @@ def test_training_set_that_the_test_sets_hold_is_refused(refused, change):
     assert "no example is left for cola/train" in refused()
 
 
+def test_manifest_without_a_test_file_is_one_sentence(refused, world):
+    manifest = json.loads(world.manifest.read_text())
+    del manifest["tasks"]["qqp"]["files"]["test"]
+    world.manifest.write_text(json.dumps(manifest))
+    sentence = refused()
+    assert str(world.manifest) in sentence and "qqp" in sentence
+
+
 # --- the hub
 
 
@@ -279,6 +288,7 @@ def test_manifest_and_readme_agree():
         known = [f"{MANIFEST['tasks'][name]['records'][part]:,}" for part in PARTS]
         assert [cell.strip() for cell in row.split("|")[3:6]] == known
         assert ", ".join(TASKS[name].get("labels", ["0 to 5"])) in row
+        assert TASKS[name]["metric"] in METRICS
 
 
 @pytest.mark.slow

@@ -115,11 +115,11 @@ def test_drawing_in_parts_gives_what_drawing_at_once_gives(monkeypatch):
 def test_tasks_count_pairs_and_the_average_weighs_them_equally(compared):
     comparison = compared(predictions_of(RIGHT_A), predictions_of(RIGHT_B))
     first, second = comparison.tasks["first"], comparison.tasks["second"]
-    assert (first.n, first.accuracy.a, first.accuracy.b, first.accuracy.difference) == (4, 0.5, 0.75, 0.25)
+    assert (first.n, first.value.a, first.value.b, first.value.difference) == (4, 0.5, 0.75, 0.25)
     assert (first.only_a, first.only_b, first.p) == (1, 2, 1.0)
     assert (second.n, second.only_a, second.only_b, second.p) == (2, 0, 1, 1.0)
     average = comparison.average
-    assert (average.n, average.accuracy.a, average.accuracy.b) == (6, 0.5, 0.875)
+    assert (average.n, average.value.a, average.value.b) == (6, 0.5, 0.875)
     # Pooled: 1 against 3 of 4 discordant pairs, 2 (1 + 4) / 16.
     assert (average.only_a, average.only_b, average.p) == (1, 3, 0.625)
     assert average.f1 is None and first.f1 is None
@@ -141,10 +141,10 @@ def test_differences_that_are_all_equal_have_no_interval(compared):
     comparison = compared(predictions_of(RIGHT_A, low), predictions_of(RIGHT_A, high))
     for row in (*comparison.tasks.values(), comparison.average):
         assert row.f1.difference == pytest.approx(0.25) and interval(row.f1) == (None, None)
-        assert (row.accuracy.difference, *interval(row.accuracy), row.p) == (0, None, None, 1)
+        assert (row.value.difference, *interval(row.value), row.p) == (0, None, None, 1)
     # A task that has none takes it from no other, nor from the average.
     mixed = compared(predictions_of(RIGHT_A), predictions_of({**RIGHT_A, "first": outcomes("1011")}))
-    intervals = [interval(row.accuracy) for row in (*mixed.tasks.values(), mixed.average)]
+    intervals = [interval(row.value) for row in (*mixed.tasks.values(), mixed.average)]
     assert intervals[1] == (None, None) and None not in (*intervals[0], *intervals[2])
     assert any("No interval for second:" in note for note in mixed.notes)
 
@@ -164,8 +164,8 @@ def test_average_interval_resamples_within_each_task(compared):
     comparison = compared(predictions_of(a), predictions_of(b), resamples=20_000)
     differences = [[y - x for x, y in zip(a[task], b[task], strict=True)] for task in a]
     half = 1.96 * math.sqrt(sum(statistics.pvariance(task) / len(task) for task in differences)) / 2
-    assert comparison.average.accuracy.difference == pytest.approx((-0.1 + 0.25) / 2)
-    assert interval(comparison.average.accuracy) == pytest.approx((0.075 - half, 0.075 + half), abs=0.004)
+    assert comparison.average.value.difference == pytest.approx((-0.1 + 0.25) / 2)
+    assert interval(comparison.average.value) == pytest.approx((0.075 - half, 0.075 + half), abs=0.004)
 
 
 def test_interval_of_a_task_depends_on_seed_and_not_on_other_tasks(compared):
@@ -187,13 +187,13 @@ def test_swapping_the_runs_negates_every_difference(compared, answers, seed):
     forth, back = compared(*records, seed=seed), compared(*records[::-1], seed=seed)
     for one, other in zip((*forth.tasks.values(), forth.average), (*back.tasks.values(), back.average), strict=True):
         assert (one.p, one.only_a, one.only_b) == (other.p, other.only_b, other.only_a) and 0 < one.p <= 1
-        assert (one.accuracy.a, one.accuracy.b) == (other.accuracy.b, other.accuracy.a)
-        if None in interval(one.accuracy):
-            assert interval(one.accuracy) == interval(other.accuracy) == (None, None)
+        assert (one.value.a, one.value.b) == (other.value.b, other.value.a)
+        if None in interval(one.value):
+            assert interval(one.value) == interval(other.value) == (None, None)
         else:
-            assert interval(one.accuracy) == pytest.approx((-other.accuracy.high, -other.accuracy.low), abs=1e-12)
-            assert one.accuracy.low <= one.accuracy.high
-        assert one.f1 == one.accuracy  # the same numbers, resampled by the same stream
+            assert interval(one.value) == pytest.approx((-other.value.high, -other.value.low), abs=1e-12)
+            assert one.value.low <= one.value.high
+        assert one.f1 == one.value  # the same numbers, resampled by the same stream
 
 
 # ---- runs that cannot be compared ----
@@ -229,7 +229,7 @@ def test_runs_are_compared_on_the_tasks_that_both_have_or_on_those_that_are_name
     b = write_run(tmp_path / "b", predictions_of(RIGHT_B), tasks__second=...)
     found = numbers(Results.load(a), Results.load(b), resamples=100)
     assert list(found.tasks) == ["first"] and "Left out: second." in found.notes
-    assert found.average.accuracy.difference == found.tasks["first"].accuracy.difference
+    assert found.average.value.difference == found.tasks["first"].value.difference
     rows = grid(run_command(capsys, "compare", a, a, "--tasks", "second")[1])
     assert "second" in rows and "First" not in rows
     nothing = write_run(tmp_path / "c", predictions_of(RIGHT_B), tasks__first=...)
@@ -425,7 +425,7 @@ def test_csv_has_fractions_and_keeps_its_notes_off_the_output(runs, capsys):
     assert (first["task"], second["task"], average["task"]) == ("first", "second", "")
     assert (float(first["p"]), first["only_b"], first["f1 a"]) == (pytest.approx(0.03125), "6", "")
     keys = ("a", "b", "difference", "low", "high")
-    assert [average[f"accuracy {key}"] for key in keys] == ["0.25", "0.75", "0.5", "", ""]
+    assert [average[f"value {key}"] for key in keys] == ["0.25", "0.75", "0.5", "", ""]
 
 
 def test_json_says_who_what_and_how(tmp_path, capsys):
@@ -440,7 +440,7 @@ def test_json_says_who_what_and_how(tmp_path, capsys):
     f1 = {"a": 0.0, "b": 0.75, "difference": 0.75, "low": None, "high": None}
     first = value["tasks"]["first"]
     assert first.pop("p") == pytest.approx(0.03125)
-    assert first == {"n": 6, "accuracy": everything, "only_a": 0, "only_b": 6, "f1": f1}
+    assert first == {"n": 6, "metric": "accuracy", "value": everything, "only_a": 0, "only_b": 6, "f1": f1}
     assert list(value["tasks"]) == ["first", "second"] and value["average"]["n"] == 8
 
 

@@ -139,8 +139,9 @@ def test_a_table_of_hundreds_of_tasks_has_them_as_rows(table_of):
     assert (rows["Method"], rows["task299"]) == (["base", "tuned"], ["50.0 ± 10.0"] * 2)
 
 
-def test_the_majority_class_needs_every_task(table_of):
-    assert [row["kind"] for row in table_of(changed(BASE, tasks__first__majority=...)).records] == ["result"]
+def test_the_majority_class_has_an_average_where_every_task_has_one(table_of):
+    row = table_of(changed(BASE, tasks__first__majority=...)).records[0]
+    assert (row["kind"], row["first accuracy"], row["second accuracy"], row["average"]) == ("majority", None, 0.3, None)
 
 
 @pytest.mark.parametrize(

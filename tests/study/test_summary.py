@@ -17,8 +17,7 @@ from mtl_lora.study.summary import (
     SEED,
     StudyWriter,
     collect,
-    intervals,
-    question_differences,
+    compared,
     render,
     without_paths,
 )
@@ -81,6 +80,12 @@ def test_summaries_are_over_seeds_and_differences_from_the_baseline(tmp_path):
     assert lora.against is None and mtl_lora.against.baseline == "LoRA"
     assert (mtl_lora.against.tasks["boolq"].difference, mtl_lora.against.average.difference) == (0.25, 0.25)
     assert base.against.average.difference == -0.25
+    # Over seeds: 0.375 and 0.125; the base model, which has none, stands against each.
+    seeds = mtl_lora.against.over_seeds
+    assert (seeds.average.mean, seeds.average.sd) == (0.25, pytest.approx(0.125 * 2**0.5))
+    assert seeds.average.high == pytest.approx(0.25 + 12.7062 * 0.125, abs=1e-4)
+    assert {task: each.mean for task, each in seeds.tasks.items()} == {"boolq": 0.25, "piqa": 0.25}
+    assert base.against.over_seeds.average.mean == -0.25
 
 
 def test_experiments_without_a_finished_run_are_left_out_and_named(tmp_path):
@@ -124,13 +129,17 @@ def test_table_has_a_row_a_method_with_its_spread_over_seeds(tmp_path):
     assert lora[:4] == ["LoRA", "0.0010 (2.00 %)", "4", "0.0003"]
     assert lora[4:] == ["62.5 ± 17.7", "37.5 ± 17.7", "50.0 ± 17.7", "-108.8 to 208.8"]
     difference = next(line for line in rows if line[0] == "MTL-LoRA - LoRA")
-    assert difference[1].startswith("+25.0 (") and len(difference) == 4
+    assert difference[1].startswith("+25.0 (") and len(difference) == 5
+    # Seed by seed +37.5 and +12.5 on average: 12.706 * 12.5 to each side, not what other questions could move.
+    assert difference[3:] == ["+25.0 (+6.2 to +43.8)", "+25.0 (-133.8 to +183.8)"]
+    assert ["Average (over questions)", "Average (over seeds)"] in [line[3:] for line in rows]
+    assert "Average (over seeds): " in text
     assert "questions: boolq 4 of 60, piqa 4 of 60." in text and "examples: boolq 12 of 240" in text
 
 
 def test_table_of_one_seed_has_standard_errors_and_says_so(tmp_path):
     _, text = study_of(tmp_path, {key: right for key, right in RIGHT.items() if key[1] != 1}, seeds=[0])
-    assert "95 % interval |" not in text and "one seed; ± is one standard error" in text
+    assert "95 % interval |" not in text and "over seeds" not in text and "one seed; ± is one standard error" in text
     assert "50.0 ± 25.0" in next(line for line in text.splitlines() if line.startswith("| LoRA "))
 
 
@@ -169,12 +178,12 @@ def runs(tmp_path):
     return {name: write_results(tmp_path / name, right).path for name, right in ANSWERS.items()}
 
 
-def differences(a: Path, b: Path) -> dict[str, list[int]]:
-    return question_differences((a,), (b,))
+def against(*pairs: tuple[Path, Path], scored: tuple[str, ...] = ("boolq", "piqa")) -> dict | None:
+    return compared(tuple(((a,), (b,)) for a, b in pairs), scored)
 
 
 def test_intervals_are_of_questions_within_each_task_averaged_over_the_seeds(runs):
-    found = intervals([differences(runs[f"a{seed}"], runs[f"b{seed}"]) for seed in (0, 1)], ["boolq", "piqa"])
+    found = against(*((runs[f"a{seed}"], runs[f"b{seed}"]) for seed in (0, 1)))
     expected = {"boolq": [0.0, 0.0, 1.0, 1.0], "piqa": [-0.5, 0.5]}
     means = {task: bootstrap_means(values, [SEED, *task.encode()], RESAMPLES) for task, values in expected.items()}
     for task, mean in (("boolq", 0.5), ("piqa", 0.0)):
@@ -184,23 +193,24 @@ def test_intervals_are_of_questions_within_each_task_averaged_over_the_seeds(run
 
 
 def test_one_pair_of_runs_has_the_interval_of_report_compare(runs):
-    found = intervals([differences(runs["a0"], runs["b0"])], ["boolq", "piqa"])
+    found = against((runs["a0"], runs["b0"]))
     compared = compare(Results.load(runs["a0"]), Results.load(runs["b0"]), seed=SEED, resamples=RESAMPLES).value
     for entry, other in [
         *((found["tasks"][name], compared["tasks"][name]) for name in ("boolq", "piqa")),
         (found["average"], compared["average"]),
     ]:
-        expected = [other["accuracy"][key] for key in ("difference", "low", "high")]
+        expected = [other["value"][key] for key in ("difference", "low", "high")]
         assert dataclasses.astuple(entry) == pytest.approx(expected)
 
 
 def test_only_tasks_of_both_are_compared_and_only_on_the_same_questions(tmp_path, runs):
     one = write_results(tmp_path / "one", {"boolq": "1111"}).path
-    found = intervals([differences(runs["a0"], one)], ["boolq", "piqa"])
+    found = against((runs["a0"], one))
     assert list(found["tasks"]) == ["boolq"] and found["average"] is None
-    assert intervals([{}], ["boolq"]) is None is intervals([], ["boolq"])
+    other = write_results(tmp_path / "two", {"piqa": "11"}).path
+    assert against((one, other)) is None is against()
     with pytest.raises(UserError, match="question 4 of boolq"):
-        differences(runs["a0"], write_results(tmp_path / "other", {"boolq": "11001", "piqa": "10"}).path)
+        against((runs["a0"], write_results(tmp_path / "other", {"boolq": "11001", "piqa": "10"}).path))
 
 
 # ---- collecting ----

@@ -1,6 +1,5 @@
 """From generated text to an answer, and from answers to a task's result: pure functions, tested without a model."""
 
-import collections
 import dataclasses
 import functools
 import re
@@ -90,9 +89,9 @@ def strict_answer(task: "Task", options: Sequence[str], text: str) -> str:
 def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
     """One task's result from its prediction lines (see ``questions.Question.line``), at least one.
 
-    What ``results.measure`` gives, and: unparsed: the proportion of texts without an answer. predicted: how often each
-    answer was given. strict (generated options): the metric and ``unparsed`` if the whole text must be the answer.
-    acc_norm (scores): of the length-normalised choice. f1 (free text): mean token F1.
+    What ``results.measure`` gives, and: unparsed: the proportion of texts without an answer. strict (generated
+    options): the metric and ``unparsed`` if the whole text must be the answer. acc_norm (scores): of the
+    length-normalised choice. f1 (free text): mean token F1.
     """
     others = {
         name: measure(task.metric_name, lines, task.options, key, unparsed=_proportion_empty(lines, key))
@@ -104,7 +103,6 @@ def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
         lines,
         task.options,
         unparsed=_proportion_empty(lines, "parsed"),
-        predicted=dict(sorted(collections.Counter(line["parsed"] for line in lines).items())),
         **({"f1": mean([line["f1"] for line in lines])[0]} if all("f1" in line for line in lines) else {}),
     )
     return dataclasses.replace(result, others=result.others | others)

@@ -99,6 +99,8 @@ def run(config: Prepare) -> None:
         sizes = {name: {} for name in targets}
     else:
         manifest = Manifest.load(config.manifest, targets, MANIFEST)
+        if lacking := [name for name, parts in manifest.files.items() if not {"train", "test"} <= set(parts)]:
+            raise UserError(f"the manifest {config.manifest} has no train or no test file of {lacking[0]}")
         sets = read_files(manifest.get(config.source, config.download_dir, config.base_url), targets, manifest)
         notes, sizes = [SAMPLES], manifest.sizes
     sets, dropped = separated(sets)

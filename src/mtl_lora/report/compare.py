@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, intervals, mcnemar_p
-from mtl_lora.predictions import Prediction, paired_answers
-from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent
+from mtl_lora.metrics import METRICS, Metric
+from mtl_lora.predictions import paired_answers
+from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent, units_text
 from mtl_lora.results import Results
 
 CHANGE_KEYS = ("a", "b", "difference", "low", "high")
@@ -17,37 +18,52 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     """B against A, from their predictions; intervals are of ``resamples`` seeded resamples. tasks: empty for all that
     both scored; a note names the others.
 
-    The report's value has ``tasks`` in column order, and their ``average``: n questions, ``accuracy`` (mean score of A
-    and of B, ``difference`` B - A, its ``low`` and ``high``), the numbers ``only_a`` and ``only_b`` of questions that
-    one alone answered right, p, and ``f1`` or None. Raises ``UserError`` saying what differs where the two are not
-    comparable, and for broken predictions.
+    The report's value has ``tasks`` in column order, and their ``average``: n questions, the ``metric`` (of the average
+    None), ``value`` (of A and of B, ``difference`` B - A, its ``low`` and ``high``), the numbers ``only_a`` and
+    ``only_b`` of questions that one alone answered right and p (None of numbers), and ``f1`` of free text or None.
+    Raises ``UserError`` saying what differs where the two are not comparable, and for broken predictions.
     """
     common = [name for name in a.scored if name in b.tasks]
     if (lacking := [name for name in tasks if name not in common]) or not common:
         asked = f", and none of {', '.join(lacking)}" if lacking else ""
         raise UserError(f"{a.path} and {b.path} both have scores of {', '.join(common) or 'no task'}{asked}")
-    answers = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
-    accuracies, f1s = (_changes(answers, key, seed, resamples) for key in ("correct", "f1"))
+    paired = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
+    answers, metrics = ({task: getattr(each, key) for task, each in paired.items()} for key in ("answers", "metric"))
+    measured = {task: (METRICS[each.metric], each.rows) for task, each in paired.items()}
+    written = {
+        task: (METRICS["f1"], [[each.f1 for each in side] for side in zip(*pairs, strict=True)])
+        for task, pairs in answers.items()
+        if metrics[task] != "f1" and all(each.f1 is not None for pair in pairs for each in pair)
+    }
+    values, f1s = (_changes(found, list(answers), seed, resamples) for found in (measured, written))
     rows = {}
     for task in (*answers, None):  # None: the average, whose counts pool the questions of all tasks
         pairs = answers[task] if task else [*itertools.chain(*answers.values())]
-        only_a, only_b = (sum(pair[i].correct > pair[1 - i].correct for pair in pairs) for i in (0, 1))
+        judged = [pair for pair in pairs if None not in (pair[0].correct, pair[1].correct)]
+        only_a, only_b = (sum(pair[i].correct > pair[1 - i].correct for pair in judged) for i in (0, 1))
         counts = {"only_a": only_a, "only_b": only_b, "p": mcnemar_p(only_a, only_b)}
-        rows[task] = {"n": len(pairs), "accuracy": accuracies[task], **counts, "f1": f1s.get(task)}
+        counts = counts if judged else dict.fromkeys(counts)
+        rows[task] = {"n": len(pairs), "metric": metrics.get(task), "value": values[task], **counts}
+        rows[task]["f1"] = f1s.get(task)
 
     interval, lines, records = f"{LEVEL} interval", [], []
     header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
     header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if f1s else []
     for task, row in rows.items():
-        title = a.task_set.title(task) if task else AVERAGE
-        counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])]
-        lines.append([title, f"{row['n']:,}", *_texts(row["accuracy"]), *counts, *(_texts(row["f1"]) if f1s else [])])
-        changes = {f"{key} {part}": (row[key] or {}).get(part) for key in ("accuracy", "f1") for part in CHANGE_KEYS}
-        records.append({"task": task, **{key: row[key] for key in ("n", "only_a", "only_b", "p")}, **changes})
-    notes = _notes(a, b, len(answers), [name for name in answers if name not in f1s], seed, resamples)
+        title = a.task_set.title(task, metrics[task]) if task else AVERAGE
+        counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] else [NOTHING] * 3
+        lines.append([title, f"{row['n']:,}", *_texts(row["value"]), *counts, *(_texts(row["f1"]) if f1s else [])])
+        changes = {f"{key} {part}": (row[key] or {}).get(part) for key in ("value", "f1") for part in CHANGE_KEYS}
+        facts = {key: row[key] for key in ("n", "metric", "only_a", "only_b", "p")}
+        records.append({"task": task, **facts, **changes})
+    notes = _notes(a, b, seed, resamples)
+    if {*metrics.values()} != {"accuracy"}:
+        notes.append(f"Scores: {units_text(metrics.values()).removesuffix('; ')}.")
+    if f1s and (without := [name for name in answers if name not in f1s]):
+        notes.append(f"No F1 for {', '.join(without)}, nor on average: not every prediction has one.")
     if left_out := [a.task_set.title(name) for name in {**a.tasks, **b.tasks} if name not in answers]:
         notes.append(f"Left out: {', '.join(left_out)}.")
-    if equal := [a.task_set.title(name) for name in answers if accuracies[name]["low"] is None]:
+    if equal := [a.task_set.title(name) for name in answers if values[name]["low"] is None]:
         notes.append(f"No interval for {', '.join(equal)}: all differences are equal, so resampling shows no spread.")
     value = {
         side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
@@ -59,24 +75,19 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
 
 
 def _changes(
-    answers: dict[str, list[tuple[Prediction, Prediction]]], key: str, seed: int, resamples: int
+    measured: dict[str, tuple[Metric, Sequence]], tasks: Sequence[str], seed: int, resamples: int
 ) -> dict[str | None, dict]:
-    """By task, and of their average (None): the mean score ``key`` of A and of B, the difference and its interval.
-
-    A task of which an answer has no such score is left out, and the average with it.
-    """
-    scores = {
-        task: [(float(getattr(first, key)), float(getattr(last, key))) for first, last in pairs]
-        for task, pairs in answers.items()
-        if all(getattr(each, key) is not None for pair in pairs for each in pair)
+    """By task, and of their average (None) where all ``tasks`` are measured: the value of A and of B, the difference
+    and its interval. measured: by task the metric and its rows of A and of B."""
+    differences = {
+        task: metric.difference([rows], [seed, *task.encode()], resamples) for task, (metric, rows) in measured.items()
     }
-    differences = {task: [y - x for x, y in pairs] for task, pairs in scores.items()}
-    found = intervals([differences], list(answers), seed, resamples) or {"tasks": {}, "average": None}
-    means = {task: [statistics.fmean(side) for side in zip(*pairs, strict=True)] for task, pairs in scores.items()}
+    values = {task: [metric.value_of(side) for side in rows] for task, (metric, rows) in measured.items()}
+    found = intervals(differences, tasks) or {"tasks": {}, "average": None}
     if found["average"]:
-        means[None] = [statistics.fmean(side) for side in zip(*means.values(), strict=True)]
+        values[None] = [statistics.fmean(side) for side in zip(*values.values(), strict=True)]
     changes = found["tasks"] | {None: found["average"]}
-    return {task: {"a": a, "b": b, **vars(changes[task])} for task, (a, b) in means.items()}
+    return {task: {"a": a, "b": b, **vars(changes[task])} for task, (a, b) in values.items()}
 
 
 def _texts(change: dict | None) -> list[str]:
@@ -92,7 +103,7 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
-def _notes(a: Results, b: Results, compared: int, without_f1: Sequence[str], seed: int, resamples: int) -> list[str]:
+def _notes(a: Results, b: Results, seed: int, resamples: int) -> list[str]:
     """What the numbers are, and what differs between the runs besides what is compared."""
     notes = [
         f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
@@ -100,11 +111,9 @@ def _notes(a: Results, b: Results, compared: int, without_f1: Sequence[str], see
         f"questions within each task, seed {seed}.",
         "p: exact two-sided McNemar test of the questions that only A answers right against those that only B does; "
         "not corrected for the number of tasks.",
-        "Average: every task weighs the same in the scores, every question in p, which pools the questions of all "
-        "tasks.",
+        "Average: every task weighs the same in the scores, every question that is right or wrong in p, which pools "
+        "those of all tasks.",
     ]
-    if 0 < len(without_f1) < compared:
-        notes.append(f"No F1 for {', '.join(without_f1)}, nor on average: not every prediction has one.")
     if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
         notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
     if a.settings.get("dtype") != b.settings.get("dtype"):

@@ -13,7 +13,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
 from mtl_lora.metrics import METRICS, title_of
 from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
-from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, value_text
+from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, units_text, value_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,10 +167,11 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     if not tasks:
         return
     tasks += [None] if len(tasks) > 1 and any(each.summary.average for each in study.experiments) else []
-    title = title_of(study.metric(tasks[0]))
+    metrics = {study.metric(task) for task in tasks if task}
+    title = title_of(*metrics) if len(metrics) == 1 else "Results"
     caption = (
-        f"{title}, fractions in percent; bars: 95 % t interval of the mean over seeds (thick), or one standard error "
-        f"over the questions of a single run (thin); dashed line: {MAJORITY_LABEL}; each panel has its own scale."
+        f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over the "
+        f"questions of a single run (thin); dashed line: {MAJORITY_LABEL}; each panel has its own scale."
     )
     labels = [textwrap.shorten(experiment.name, 32, placeholder=" …") for experiment in study.experiments]
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
@@ -186,7 +187,9 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
                 panel.errorbar(scale * value.mean, index, xerr=ends, elinewidth=width, **style)
         if task in study.majority:
             panel.axvline(scale * study.majority[task], color="black", linestyle="--", linewidth=1)
-        panel.set_title(study.task_set.title(task) if task else AVERAGE, fontweight=None if task else "bold")
+        named = [study.metric(task)] * (len(metrics) > 1)
+        name = study.task_set.title(task, *named).replace(" (", "\n(") if task else AVERAGE
+        panel.set_title(name, fontweight=None if task else "bold")
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)

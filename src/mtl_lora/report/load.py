@@ -42,11 +42,15 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Differences:
-    """An experiment minus its ``baseline``, by task and on average."""
+    """An experiment minus its ``baseline``, by task and on average, with intervals over the questions.
+
+    over_seeds: the differences of the values, seed by seed; None of a single pair of runs.
+    """
 
     baseline: str = ""
     tasks: dict[str, Difference]
     average: Difference | None = None
+    over_seeds: Summary | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +234,12 @@ class Study:
     def has_seeds(self) -> bool:
         """Whether an experiment has more than one run."""
         return any(len(experiment.runs) > 1 for experiment in self.experiments)
+
+    @property
+    def compared_over_seeds(self) -> bool:
+        """Whether a difference of averages is known over seeds."""
+        found = [*(each.against for each in self.experiments), *self.transfer]
+        return any(each and each.over_seeds and each.over_seeds.average for each in found)
 
     def metric(self, task: str | None) -> str:
         """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""

@@ -19,6 +19,7 @@ from mtl_lora.results import Average, Results, TaskResult, Trainable, average_of
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
+OVER_QUESTIONS, OVER_SEEDS = f"{AVERAGE} (over questions)", f"{AVERAGE} (over seeds)"
 UNTRAINED = " (untrained)"
 TRAINABLE = "Trainable parameters, M (%)"
 _MOST_COLUMNS = 24
@@ -48,12 +49,11 @@ def value_text(value: float | None, spread: float | None = None, metric: str = "
 
 
 def units_text(metrics: Collection[str]) -> str:
-    """``Accuracy in percent; Matthews times 100; ``: what the numbers of a table are, of its metrics in ``METRICS``."""
-    found = [
-        [each.title for name, each in METRICS.items() if name in metrics and each.lowest == low] for low in (0, -1)
-    ]
-    units = zip(found, ("in percent", "times 100"), strict=True)
-    return "".join(f"{' and '.join(titles)} {unit}; " for titles, unit in units if titles)
+    """``Accuracy in percent; Matthews times 100; ``: what the numbers of a table of ``metrics`` are."""
+    found: dict[str, list[str]] = {}
+    for metric in [each for name, each in METRICS.items() if name in metrics]:
+        found.setdefault("times 100" if metric.lowest else "in percent", []).append(metric.title)
+    return "".join(f"{', '.join(titles)} {unit}; " for unit, titles in found.items())
 
 
 def interval_text(value: Estimate | Difference | None, metric: str = "accuracy", signed: bool = False) -> str:
@@ -243,9 +243,10 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
     rows, first = [*own, *others, *last], results[0]
-    if all(result.majority is not None for result in first.tasks.values()):
-        cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in first.tasks.items()}
-        average = average_of(cells.values()) if own[0].average else None
+    known = {name: each for name, each in first.tasks.items() if each.majority is not None}  # numbers have no classes
+    if known:
+        cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in known.items()}
+        average = average_of(cells.values()) if own[0].average and len(known) == len(first.tasks) else None
         rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
     # Wrong answers of another kind than a wrong choice: the gain of a training may be the format alone.
     unparsed = ["Unparsed"] * any(row.unparsed for row in rows)
@@ -256,10 +257,8 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     ]
     metrics = dict.fromkeys(columns, "accuracy")
     metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
-    # A title says the metrics that are not accuracy.
-    units = [{r.tasks[name].metric for r in results if name in r.tasks} - {"accuracy"} for name in columns]
-    words = [", ".join(title_of(metric) for metric in sorted(unit)) for unit in units]
-    titles = [task_set.title(n) + (f" ({w})" if w else "") for n, w in zip(columns, words, strict=True)]
+    units = {name: [each.tasks[name].metric for each in results if name in each.tasks] for name in columns}
+    titles = [task_set.title(name, *unit) for name, unit in units.items()]
     tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed], lines)]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
@@ -301,6 +300,8 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
     metrics = {task.metric for tasks in found.values() for task in tasks}
     notes.append(f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
     notes.append(f"{units_text(metrics)}± is one standard error.")
+    if 1 < len(metrics) == len(metrics & METRICS.keys()):
+        notes.append("Average: the plain mean over tasks of different metrics; a task of two counts by their mean.")
     data = {name: {each.data.get(name) for each in having[name]} - {None} for name in counts}
     if differing := [name for name in counts if " or " in counts[name] or len(data[name]) > 1]:
         notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
@@ -351,22 +352,23 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
 def details(results: Results) -> TextTable:
     """One evaluation, a line a task: its value, the majority class, other measures, the answers given."""
     tasks, last = results.tasks, "Answers given"
-    rows, found = [], [(results.task_set.title(name), tasks[name]) for name in results.scored]
+    rows, measures, found = [], {}, [(results.task_set.title(name), tasks[name]) for name in results.scored]
     if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:
         average, known = average_of(tasks.values()), [task.majority for task in tasks.values()]
         facts = (sum(task.n for task in tasks.values()), None if None in known else statistics.fmean(known))
         unparsed = {"unparsed": Row("", "", tasks, average).unparsed}
         found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, *facts, measured=unparsed)))
     for name, task in found:
-        row = {
-            "Task": name,
-            "Questions": f"{task.n:,}",
-            title_of(task.metric): value_text(task.value, task.stderr, task.metric)
-            + UNTRAINED * bool(task.measured.get("untrained")),
-            "Majority class": value_text(task.majority, None, task.metric),
-            "Unparsed": value_text(task.measured.get("unparsed")),
-        }
-        for key, other in task.others.items():
+        untrained = UNTRAINED * bool(task.measured.get("untrained"))
+        row = {"Task": name, "Questions": f"{task.n:,}"}
+        row |= {title_of(task.metric): value_text(task.value, task.stderr, task.metric) + untrained}
+        parts = {key: other for key, other in task.others.items() if other.metric != task.metric}
+        row |= {title_of(key): value_text(other.value, other.stderr, other.metric) for key, other in parts.items()}
+        measures |= dict.fromkeys(row)
+        row["Majority class"] = value_text(task.majority, None, task.metric)
+        if "unparsed" in task.measured:
+            row["Unparsed"] = value_text(task.measured["unparsed"])
+        for key, other in ((key, other) for key, other in task.others.items() if key not in parts):
             words = {"strict": "Strict", "acc_norm": "Length-normalised"}.get(key, key)
             row[words] = value_text(other.value, None, other.metric)
             row[f"{words} - {task.metric}"] = value_text(other.value - task.value, None, task.metric, signed=True)
@@ -378,8 +380,9 @@ def details(results: Results) -> TextTable:
         counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
-    header = [*dict.fromkeys(key for row in rows for key in row if key != last), last]
-    title = f"{results.name.removesuffix(f' ({results.mode})')} ({results.mode})"
+    header = [*(measures | dict.fromkeys(key for row in rows for key in row if key != last)), last]
+    protocol = f" ({results.mode})" if results.mode else ""
+    title = results.name.removesuffix(protocol) + protocol
     return TextTable(title, header, [[row.get(key, NOTHING) for key in header] for row in rows])
 
 
@@ -397,7 +400,8 @@ def examples(results: Results) -> TextTable:
 
 def study_tables(study: Study) -> list[TextTable]:
     """By group, the experiments by task and their differences from the baseline; transfer; the search."""
-    tables, titles = [], [*(study.task_set.title(task) for task in study.scored), AVERAGE]
+    tables, titles = [], [*(study.task_set.title(task, study.metric(task)) for task in study.scored), AVERAGE]
+    changes = [*titles[:-1], OVER_QUESTIONS, OVER_SEEDS] if study.compared_over_seeds else titles
     groups: dict[str, list[Experiment]] = {}
     for experiment in study.experiments if study.scored else ():
         groups.setdefault(experiment.group, []).append(experiment)
@@ -406,10 +410,10 @@ def study_tables(study: Study) -> list[TextTable]:
         tables.append(_experiments(study, experiments, titles, f"Results{of}"))
         compared = [(each.name, each.against) for each in experiments if each.against]
         rows = [[f"{name} - {against.baseline}", *_differences(study, against)] for name, against in compared]
-        tables += [TextTable(f"Differences from the baseline{of}", ["Difference", *titles], rows)] if rows else []
+        tables += [TextTable(f"Differences from the baseline{of}", ["Difference", *changes], rows)] if rows else []
     if study.transfer:
         rows = [[row.label, row.group, row.alone or NOTHING, *_differences(study, row)] for row in study.transfer]
-        header = ["Trained together", "Group", "Trained alone", *titles]
+        header = ["Trained together", "Group", "Trained alone", *changes]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
         # Those of some experiments were widened.
@@ -441,10 +445,14 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
 
 
 def _differences(study: Study, found: Differences) -> list[str]:
-    """``+1.2 (-0.3 to +2.7)`` by task and on average."""
+    """``+1.2 (-0.3 to +2.7)`` by task and on average; over questions, and behind it on average over seeds."""
+    values = [(found.tasks.get(task), study.metric(task)) for task in study.scored] + [
+        (found.average, study.metric(None))
+    ]
+    if study.compared_over_seeds:
+        values.append((found.over_seeds and found.over_seeds.average, study.metric(None)))
     texts = []
-    for task in [*study.scored, None]:
-        value, metric = found.tasks.get(task) if task else found.average, study.metric(task)
+    for value, metric in values:
         interval = f" ({interval_text(value, metric, signed=True)})" if value and value.low is not None else ""
-        texts.append(value_text(value and value.difference, None, metric, signed=True) + interval)
+        texts.append(value_text(value and value.center, None, metric, signed=True) + interval)
     return texts

@@ -5,17 +5,19 @@ import functools
 import itertools
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate, intervals
-from mtl_lora.predictions import paired_answers
+from mtl_lora.metrics import METRICS
+from mtl_lora.predictions import Paired, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
 from mtl_lora.report.load import Experiment, Study
-from mtl_lora.report.table import markdown_text, study_tables
+from mtl_lora.report.table import OVER_QUESTIONS, OVER_SEEDS, markdown_text, study_tables, units_text
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
@@ -35,7 +37,7 @@ class StudyWriter:
         self.plan, self.grid = plan, plan.grid
         self.chosen: dict[str, float] = {}
         self._searches: list[model.SearchOutcome] = []
-        self._differences = functools.cache(question_differences)  # of finished runs, which do not change
+        self._compared = functools.cache(compared)  # of finished runs, which do not change
 
     def add_search(self, name: str, trials: Sequence[PlannedRun], best: float) -> None:
         """Keep the trials' development scores, means over tasks, and the best value."""
@@ -157,18 +159,42 @@ class StudyWriter:
         # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
         pairs = itertools.product(found.get(a, []), found.get(b, []))
         pairs = [pair for pair in pairs if len({run.seed for run in pair} - {None}) < 2]
-        folders = [[tuple(job.folder for job in run.jobs) for run in pair] for pair in pairs]
-        return intervals([self._differences(*pair) for pair in folders], self.grid.scored)
+        folders = (tuple(tuple(job.folder for job in run.jobs) for run in pair) for pair in pairs)
+        differences = self._compared(tuple(folders), tuple(self.grid.scored))
+        if not differences or len(pairs) < 2:
+            return differences
+        values = {
+            name: [last.tasks[name].value - first.tasks[name].value for first, last in pairs]
+            for name in differences["tasks"]
+        }
+        tasks = {name: Estimate.over_seeds(of_seeds) for name, of_seeds in values.items()}
+        average = None
+        if differences["average"]:
+            of_seeds = zip(*(values[name] for name in self.grid.scored), strict=True)
+            average = Estimate.over_seeds([*map(statistics.fmean, of_seeds)])
+        return differences | {"over_seeds": model.Summary(tasks, average)}
 
 
-def question_differences(a: tuple[Path, ...], b: tuple[Path, ...]) -> dict[str, list[int]]:
-    """By task that both runs have results of, for each question: correct in B minus correct in A.
+Folders = tuple[Path, ...]  # of a run's evaluations
+
+
+def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]) -> dict | None:
+    """B minus A on the same questions, the mean over ``pairs`` of runs of A and of B, see ``intervals``: by task that
+    all have results of, and on average.
 
     Raises ``UserError`` where they are not comparable, see ``paired_answers``.
     """
-    of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
-    pairs = {name: paired_answers(of_a[name], of_b[name], [name])[name] for name in of_a if name in of_b}
-    return {name: [last.correct - first.correct for first, last in answers] for name, answers in pairs.items()}
+    measured: dict[str, list[Paired]] = {}
+    for a, b in pairs:
+        of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
+        for name in [name for name in of_a if name in of_b]:
+            measured.setdefault(name, []).append(paired_answers(of_a[name], of_b[name], [name])[name])
+    differences = {
+        name: METRICS[found[0].metric].difference([each.rows for each in found], [SEED, *name.encode()], RESAMPLES)
+        for name, found in measured.items()
+        if len(found) == len(pairs)
+    }
+    return intervals(differences, scored)
 
 
 # ---- table.md ----
@@ -183,12 +209,18 @@ def notes(study: Study, grid: Grid) -> list[str]:
             f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
         )
     mode = grid.evaluate.get("mode", "generate")
-    found = [f"Base model: {study.base_model}. Mode: {mode}. Accuracy in percent, {spread}."]
+    units = units_text({study.metric(task) for task in study.scored})
+    found = [f"Base model: {study.base_model}. Mode: {mode}. {units}{spread}."]
     if study.transfer or any(experiment.against for experiment in study.experiments):
         found.append(
             "Differences: question by question, seed i against seed i (the base model against every seed); "
             f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
             "They say how far other questions could move a difference, not other seeds; none where all are equal."
+        )
+    if study.compared_over_seeds:
+        found.append(
+            f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
+            f"interval: how far other seeds could move it, on the same questions. {OVER_QUESTIONS}: as of the tasks."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
     counts = {
