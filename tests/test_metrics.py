@@ -11,6 +11,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
 from mtl_lora.metrics import ERROR_RESAMPLES, METRICS, mean, metrics_for, same_text, text_f1
 
@@ -226,6 +227,12 @@ def test_a_predictor_that_is_constant_but_for_rounding_has_no_correlation():
     pearson, targets = METRICS["pearson"], [1e6, 2e6] * 25
     assert pearson([0.1 + 0.2, 0.3] * 25, targets) == pearson([1 / 3] * 50, targets) == (0.0, None)
     assert pearson.value([0.3 + 1e-9, 0.3] * 25, targets) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_has_no_rank(value):
+    with pytest.raises(UserError, match=f"answer 1 has {value}"):
+        METRICS["spearman"]([0.5, value, 1.0], [1.0, 2.0, 3.0])
 
 
 def test_a_task_can_have_the_metrics_that_fit_its_labels():

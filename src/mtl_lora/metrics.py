@@ -15,6 +15,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from mtl_lora.errors import UserError
 from mtl_lora.estimates import SEED, bootstrap_means, draws, proportion_error
 
 if TYPE_CHECKING:
@@ -137,14 +138,22 @@ class Statistic(Metric):
     def rows(
         self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()
     ) -> "numpy.ndarray":
-        """(n, c) numbers; raises ``ValueError`` without the labels that the metric needs."""
+        """(n, c) numbers.
+
+        Raises ``ValueError`` without the labels that the metric needs, and ``UserError`` for a number that is not
+        finite, which would have a rank like any other.
+        """
         import numpy
 
         if len(predictions) != len(targets):
             raise ValueError(f"{len(predictions)} predictions have {len(targets)} targets")
         if self.needs == "two labels" and len(labels) != 2:
             raise ValueError(f"{self.title} needs two labels, the last of which is the positive class, not {labels}")
-        return numpy.array(self.columns(predictions, targets, labels), dtype=numpy.float64).T
+        rows = numpy.array(self.columns(predictions, targets, labels), dtype=numpy.float64).T
+        if broken := numpy.argwhere(~numpy.isfinite(rows)).tolist():
+            (index, column), *_ = broken
+            raise UserError(f"{self.title} needs finite numbers; answer {index} has {rows[index, column]}")
+        return rows
 
     def value_of(self, rows: "numpy.ndarray") -> float:
         """The statistic of each question counted once."""
@@ -224,7 +233,8 @@ def _spearman(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray"
     import numpy
 
     x, y = (_ranks(column, counts) for column in rows.T)
-    xx, yy, xy = (numpy.einsum("rn,rn->r", counts * a, b) for a, b in ((x, x), (y, y), (x, y)))
+    of_x = counts * x
+    xx, xy, yy = (numpy.einsum("rn,rn->r", a, b) for a, b in ((of_x, x), (of_x, y), (counts * y, y)))
     return _ratio(xy, numpy.sqrt(xx) * numpy.sqrt(yy))
 
 
@@ -234,8 +244,9 @@ def _ranks(values: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
 
     distinct, place = numpy.unique(values, return_inverse=True)
     order = numpy.argsort(place, kind="stable")
-    starts = numpy.searchsorted(place[order], range(len(distinct)))
-    of_value = numpy.add.reduceat(counts.take(order, axis=1), starts, axis=1)
+    of_value = counts.take(order, axis=1)
+    if len(distinct) < len(values):
+        of_value = numpy.add.reduceat(of_value, numpy.searchsorted(place[order], range(len(distinct))), axis=1)
     ranks = numpy.cumsum(of_value, axis=1) - (of_value + counts.sum(axis=1, keepdims=True)) / 2
     return ranks.take(place, axis=1)
 

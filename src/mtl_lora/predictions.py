@@ -146,7 +146,7 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
     base model may have another tokenizer and so other prompt ids; only with one base must these agree.)
     """
     check_comparable(a, b, tasks)
-    same_base = a.settings["base_fingerprint"] == b.settings["base_fingerprint"]
+    same_base = a.settings.get("base_fingerprint") == b.settings.get("base_fingerprint")
     found = {}
     for task in tasks:
         of_a, of_b = read_predictions(a, task), read_predictions(b, task)

@@ -114,7 +114,7 @@ def _notes(a: Results, b: Results, seed: int, resamples: int) -> list[str]:
         "Average: every task weighs the same in the scores, every question that is right or wrong in p, which pools "
         "those of all tasks.",
     ]
-    if a.settings["base_fingerprint"] != b.settings["base_fingerprint"]:
+    if a.settings.get("base_fingerprint") != b.settings.get("base_fingerprint"):
         notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
     if a.settings.get("dtype") != b.settings.get("dtype"):
         notes.append(f"The dtypes differ: A {a.settings.get('dtype')}, B {b.settings.get('dtype')}.")
