@@ -16,7 +16,7 @@ from pathlib import Path
 from measure import PROJECT, count, keep, markdown_table, parser
 
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.evaluator import Predictions
+from mtl_lora.evaluation import Predictions
 
 VARIANTS = {
     "batches of 32": ["--batch_size", "32"],

@@ -22,7 +22,8 @@ from measure import compared, count, keep, markdown_table, parser, shown, shown_
 
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.token_cache import row_columns, training_rows
+from mtl_lora.language.token_cache import training_rows
+from mtl_lora.training.rows import row_columns
 from mtl_lora.training.sampler import plan_epoch
 
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.language.token_cache import row_columns, training_rows
+from mtl_lora.language.token_cache import training_rows
+from mtl_lora.training.rows import row_columns
 
 CUTOFF = 256
 

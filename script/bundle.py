@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from mtl_lora import embedded
-from mtl_lora.cli import SYSTEMS, parse
+from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError, files_within_reach, user_errors_to_exit_code
 from mtl_lora.files import atomic_directory, sha256
@@ -49,7 +49,7 @@ class Bundle(Config):
 
     out: list[str] = flag(REQUIRED, "the folder to write, new or an earlier bundle", positional=True)
     part_mb: int = flag(50, "largest size of a part, in megabytes (10^6 bytes)", min=1)
-    only: str = flag("language", "leave out what other systems need", choices=SYSTEMS)
+    only: str = flag("language", "leave out what other systems need", choices=("language",))
     models: list[str] = flag(["smollm2-135m"], f"embedded base models to carry, of {', '.join(embedded.MODELS)}")
     have: str = flag(str(Path(__file__).with_name("stock_image.txt")), "file with what the target's image has")
     data: str | None = flag(None, "folder with <task>/{train,test}.json of LLM-Adapters to prepare and carry")

@@ -171,7 +171,7 @@ LINES = {
     "unknown command": ("trian", ["'trian'", "'train'"]),
     "unknown report": ("report tabel", ["'tabel'", "'table'"]),
     "unknown export": ("export peff", ["'peff'", "'peft'"]),
-    "unknown data set": ("prepare glue", ["'glue'", "commonsense", "textclass"]),
+    "unknown data set": ("prepare imagenet", ["'imagenet'", "commonsense", "textclass"]),
     "no data set": ("prepare", ["commonsense", "textclass"]),
     "unknown system": ("train --system=vision", ["--system", "'vision'", "language"]),
     # flags of training

@@ -16,9 +16,10 @@ from mtl_lora import embedded
 from mtl_lora.adapter import checkpoint
 from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
+from mtl_lora.evaluation import plan_batches
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.questions import load_questions, plan_batches
+from mtl_lora.language.questions import load_questions
 from mtl_lora.language.tasks import COMMONSENSE
 
 SMOLLM2, MINILM = "smollm2-135m", "minilm-l6"

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from mtl_lora.config import Config, Flag, closest, type_name
 from mtl_lora.errors import UserError, check_environment, user_errors_to_exit_code
+from mtl_lora.systems import SYSTEMS, check, of_checkpoint
 from mtl_lora.version import __version__
 
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
 _HELP = ("--help", "-h")
-SYSTEMS = ("language",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        "mtl_lora.language.config:train",
-        f"fine-tune a base model on many tasks; --system {SYSTEMS[0]} is the default and the only system",
+        "{system}.config:train",
+        f"fine-tune a base model on many tasks; --system is one of {', '.join(SYSTEMS)}, by default the first",
     ),
-    "evaluate": Command("mtl_lora.language.config:evaluate", "score a checkpoint or a base model on test sets"),
-    "predict": Command("mtl_lora.language.config:predict", "answer the examples of a file with a checkpoint"),
+    "evaluate": Command("{system}.config:evaluate", "score a checkpoint or a base model on test sets"),
+    "predict": Command("{system}.config:predict", "answer the examples of a file with a checkpoint"),
     "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
     "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
@@ -70,12 +70,11 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
             return
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; see mtl-lora --help")
-        if name == "train":  # a checkpoint names its system, so no other command asks for it
-            system, rest = _take("system", rest)
-            if system not in (None, *SYSTEMS):
-                raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
-        check_environment()
         module, _, function = COMMANDS[name].home.partition(":")
+        if module.startswith("{system}"):
+            system, rest = _system(rest)
+            module = module.format(system=f"mtl_lora.{system}")
+        check_environment()
         try:
             getattr(importlib.import_module(module), function)(rest, **options)
         except ModuleNotFoundError as error:
@@ -125,6 +124,18 @@ def _overview(what: str, table: Mapping[str, Command | type[Config]]) -> str:
     lines = [f"usage: {usage} [--flag value ...]", ""]
     lines += [f"  {name:{width}}  {getattr(command, 'about', command.__doc__)}" for name, command in table.items()]
     return "\n".join([*lines, "", f"{usage} --help lists the flags"])
+
+
+def _system(arguments: list[str]) -> tuple[str, list[str]]:
+    """The system that a command is for, by ``--system`` or by its checkpoint, and the other arguments."""
+    system, rest = _take("system", arguments)
+    checkpoint, _ = _take("checkpoint", rest)
+    if system is None:
+        return of_checkpoint(checkpoint) if checkpoint else next(iter(SYSTEMS)), rest
+    check(system)
+    if checkpoint and system != of_checkpoint(checkpoint):
+        raise UserError(f"{checkpoint} is of the system {of_checkpoint(checkpoint)}; leave out --system {system}")
+    return system, rest
 
 
 def _take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -16,10 +16,11 @@ import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import Origin
 from mtl_lora.errors import UserError
+from mtl_lora.evaluation import Predictions
 from mtl_lora.export.peft import export_peft
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run
-from mtl_lora.language.evaluator import Evaluator, Predictions
+from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.results import Results
 
 FEW = ["boolq", "ARC-Easy"]  # tasks of two and of four options, where eight show no more than two
@@ -363,7 +364,7 @@ KILLED = """
 import json, os, signal, sys
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run
-from mtl_lora.language.evaluator import Predictions
+from mtl_lora.evaluation import Predictions
 
 append, written = Predictions.append, []
 

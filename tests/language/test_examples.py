@@ -10,9 +10,11 @@ import pyarrow.parquet
 import pytest
 from shared import QUICKSTART
 
+from mtl_lora.data_files import data_file
 from mtl_lora.errors import UserError
-from mtl_lora.language.examples import Example, data_file, load_examples, sampled
+from mtl_lora.language.examples import Example, load_examples
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.samples import sampled
 
 GOOD = {
     "instruction": "Please choose the correct answer to the question: what do bees make?\n\n"

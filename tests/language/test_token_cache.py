@@ -17,7 +17,9 @@ from mtl_lora.errors import UserError
 from mtl_lora.language import token_cache
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
-from mtl_lora.language.token_cache import row_columns, shortened_note, tokenizer_hash, training_rows
+from mtl_lora.language.token_cache import shortened_note, training_rows
+from mtl_lora.training import rows
+from mtl_lora.training.rows import row_columns, tokenizer_hash
 
 CUTOFF = 128
 RECORDS = [
@@ -73,7 +75,7 @@ def test_rows_are_what_the_encoder_gives(rows_of, tokenizers):
 
 def test_rows_longer_than_one_chunk_keep_their_order(rows_of, monkeypatch):
     whole = rows_of()[:]
-    monkeypatch.setattr(token_cache, "_CHUNK", 3)
+    monkeypatch.setattr(rows, "_CHUNK", 3)
     monkeypatch.setattr(token_cache, "_VERSION", "another")  # so that the cache is not read
     assert rows_of()[:] == whole
 

@@ -16,7 +16,8 @@ from mtl_lora.language.batches import Collator
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.prefix import task_prefixes
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.language.token_cache import row_columns, training_rows
+from mtl_lora.language.token_cache import training_rows
+from mtl_lora.training.rows import row_columns
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 STEPS = 50

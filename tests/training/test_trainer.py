@@ -12,8 +12,8 @@ from transformers import Trainer
 from mtl_lora import AdapterConfig, Provenance, inject, route
 from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import IGNORED, Collator, token_losses
+from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.token_cache import COLUMNS
-from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.trainer import MultiTaskTrainer, TaskLosses, make_sampler, training_arguments
 
 LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row
@@ -85,7 +85,7 @@ def make_trainer(
     tmp_path, batch_size: int = 8, accumulation: int = 1, train_on_inputs: bool = False, **options
 ) -> MultiTaskTrainer:
     """The project's trainer, on the eight rows unless told otherwise."""
-    config = TrainingConfig(
+    config = TrainConfig(
         output_dir=str(tmp_path), batch_size=batch_size, gradient_accumulation_steps=accumulation, weight_decay=0.1
     )
     arguments = training_arguments(config)
@@ -135,7 +135,7 @@ def test_trainer_keeps_task_ids_in_its_batches(tmp_path):
 def test_training_arguments_keep_columns_the_model_does_not_know(tmp_path):
     # transformers' own loaders drop task_ids otherwise: LlamaForCausalLM.forward has no such argument.
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "task_ids": [1, 0]})
-    arguments = training_arguments(TrainingConfig(output_dir=str(tmp_path)))
+    arguments = training_arguments(TrainConfig(output_dir=str(tmp_path)))
     trainer = Trainer(model=adapted_llama(), args=arguments, train_dataset=rows)
     (batch,) = trainer.get_train_dataloader()
     assert sorted(batch["task_ids"].tolist()) == [0, 1]

@@ -1,51 +1,51 @@
-"""Evaluator: a model, its prompt and its tasks; answers batches of questions for evaluate and predict.
-
-An answer is one JSON line, appended as it is given, so that a killed run resumes.
-"""
+"""Evaluator: a language model, its prompt and its tasks; answers batches of questions for evaluate and predict."""
 
 import collections
 import itertools
-import json
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import safetensors
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 import mtl_lora
-from mtl_lora import artifacts, files
+from mtl_lora import artifacts, evaluation, files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.errors import UserError, require_package
+from mtl_lora.evaluation import in_halves, plan_batches
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, plan_batches
-from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
+from mtl_lora.language.metrics import task_result
+from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory
+from mtl_lora.results import TaskResult, Trainable
 
-PARTS = "~part-*.jsonl"  # no task name begins with "~"
 # Raised when a question gets another answer from the same model and settings: prompts, generation or scores changed.
 PROTOCOL = 1
 
 
-class Evaluator:
+class Evaluator(evaluation.Evaluator):
     """Who answers, in which prompt: settled before a model is loaded; raises ``UserError`` for whatever cannot be.
 
     adapter: the checkpoint's configuration; peft: the PEFT folder; both None for a base model alone. method: its name,
     and method_title that in tables, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
     """
 
+    system = "language"
+
     def __init__(self, config: AnswerConfig):
         self.config = config
         self.adapter = checkpoint.read_config(config.checkpoint) if config.checkpoint else None
         self.peft = PeftAdapter(config.peft) if config.peft else None
         origin = self.adapter.origin_config if self.adapter else checkpoint.Origin()
-        self.method = self.method_title = None
         if self.adapter:
             layer = layer_class(self.adapter.adapter_config.method)
             self.method, self.method_title = layer.method, layer.title
@@ -168,6 +168,22 @@ class Evaluator:
         answers = in_halves(self._score if protocol == "score" else self._generate, questions)
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
+    def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
+        return task_result(task, lines)
+
+    def trainable(self) -> Trainable | None:
+        if not self.peft:
+            return super().trainable()
+        own, base = _sizes(self.peft.weights), _sizes(*self.base_model.weight_files())
+        # A module that is trained and saved whole takes the place of the base's.
+        return Trainable(sum(own.values()), sum((base | own).values()))
+
+    def adapter_json(self) -> dict | None:
+        return self.peft.settings if self.peft else super().adapter_json()
+
+    def results_settings(self, protocol: str) -> dict:
+        return {} if protocol == "score" else {"extraction": max(task.extraction for task in self.tasks)}
+
     def _score(self, questions: Sequence[Question]) -> list[dict]:
         scores = self.scorer.scores(questions)
         answers = []
@@ -181,145 +197,6 @@ class Evaluator:
         limits = self.config.max_new_tokens, self.config.num_beams
         texts = answering.generate_answers(self.model, self.encoder, questions, *limits, self.caches)
         return [question.answer_in(text) for question, text in zip(questions, texts, strict=True)]
-
-
-def in_halves(answer: Callable[[list], list], rows: list) -> list:
-    """``answer(rows)``; rows that do not fit in a GPU's memory together are answered in halves.
-
-    Raises ``UserError`` where a single row does not fit.
-    """
-    try:
-        return answer(rows)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            way_out = "take a larger GPU or --dtype bf16"
-            raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
-    # Outside the except block, for the error holds on to the tensors of the pass that failed.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    middle = len(rows) // 2
-    return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
-
-
-# ---- answers on disk, from several processes, and after a run that was killed ----
-
-
-class Processes:
-    """A block in which the processes of a distributed launch share the questions; or this one alone answers them."""
-
-    def __init__(self):
-        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-    def __enter__(self) -> "Processes":
-        if self.count > 1:  # only barriers cross between processes, so gloo serves GPU runs too
-            torch.distributed.init_process_group("gloo")
-        return self
-
-    def barrier(self) -> None:
-        """Wait for all."""
-        if self.count > 1:
-            torch.distributed.barrier()
-
-    def __exit__(self, *exception) -> None:
-        if self.count > 1:
-            torch.distributed.destroy_process_group()
-
-
-def is_answered(folder: str | Path, questions: Sequence[Question]) -> bool:
-    """Whether every question has an answer in ``folder``."""
-    found = Predictions(folder).read()
-    return all(question.answered_by(found.get(question.key)) for question in questions)
-
-
-def answer_all(
-    evaluator: Evaluator, protocol: str, questions: Sequence[Question], folder: str | Path, processes: Processes
-) -> None:
-    """Append the prediction lines of the questions that have none in ``folder``, shared over the processes.
-
-    A batch of which a line is missing is answered whole: its scores then do not depend on where a run was cut.
-    """
-    predictions = Predictions(folder, processes.rank)
-    found = predictions.read()
-    done = {question.key for question in questions if question.answered_by(found.get(question.key))}
-    processes.barrier()  # nobody appends before everybody has read
-    waiting = [batch for batch in evaluator.batches(questions) if any(one.key not in done for one in batch)]
-    own = waiting[processes.rank :: processes.count]
-    if own:
-        evaluator.load()
-        total = sum(len(batch) for batch in own)
-        with tqdm(total=total, desc=protocol, unit=" questions", smoothing=0.02, disable=processes.rank > 0) as bar:
-            for batch in own:
-                predictions.append(evaluator.answer(batch, protocol))
-                bar.update(len(batch))
-    processes.barrier()
-
-
-class Predictions:
-    """The prediction lines of one evaluation's folder; each process appends to a file of its own."""
-
-    def __init__(self, folder: str | Path, rank: int = 0):
-        self.folder = Path(folder) / artifacts.PREDICTIONS
-        self.own = self.folder / f"~part-{rank}.jsonl"
-
-    def read(self) -> dict[tuple[str, int], dict]:
-        """Every complete line by (task, index); a line that a kill tore is left out, and so is answered again."""
-        found = {}
-        # Lines of a run in progress are newer than those gathered before it.
-        parts = set(self.folder.glob(PARTS))
-        gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
-        for path in [*gathered, *sorted(parts)]:
-            for text in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
-                try:
-                    line = json.loads(text)
-                    found[line["task"], line["index"]] = line
-                except (ValueError, KeyError, TypeError):
-                    continue
-        return found
-
-    def append(self, lines: list[dict]) -> None:
-        """Write lines to this process's file, behind a line break, for a kill may have torn the line before them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.own.open("a", encoding="utf-8") as opened:
-            opened.write("\n" + files.json_lines(lines))
-
-    def gather(self, lines: Mapping[tuple[str, int], dict], sizes: Mapping[str, int]) -> None:
-        """Write ``lines`` to one file per task, in the order of the questions, in place of every process's file.
-
-        sizes: the number of examples by task; lines beyond it belong to an earlier, larger test set and are dropped.
-        """
-        by_task: dict[str, list[dict]] = {}
-        for (task, index), line in sorted(lines.items()):
-            if task not in sizes or index < sizes[task]:
-                by_task.setdefault(task, []).append(line)
-        for task, kept in by_task.items():
-            files.write_text(self.folder / f"{task}.jsonl", files.json_lines(kept))
-        for part in self.folder.glob(PARTS):
-            part.unlink()
-
-
-def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
-    """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
-    path = Path(folder) / artifacts.EVAL_SETTINGS
-    if not any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
-        return
-    if not path.exists():
-        raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
-    earlier = {"protocol": 1, **files.read_object(path, "the settings of an earlier evaluation")}
-    different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
-    if different:
-        raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
-
-
-def begin(folder: str | Path, settings: dict, overwrite: bool) -> None:
-    """Make a folder, which was checked, that of answers under ``settings``.
-
-    overwrite: delete an evaluation that it holds.
-    """
-    if overwrite:
-        artifacts.remove_evaluation(folder)
-    for left in (Path(folder) / artifacts.PREDICTIONS).glob(".*.partial"):  # half-written by one that was killed
-        left.unlink()
-    files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)
 
 
 # ---- an adapter in PEFT's format ----
@@ -359,3 +236,14 @@ class PeftAdapter:
         if {name for name, _ in found.named_parameters()} == before:
             raise UserError(f"{self.folder} adapts no layer of this model")
         return found
+
+
+def _sizes(*paths: Path) -> dict[str, int]:
+    """The number of parameters of each tensor in safetensors files, by its name in the model."""
+    sizes = {}
+    for path in paths:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                shape = opened.get_slice(name).get_shape()
+                sizes[name.removeprefix(artifacts.PEFT_PREFIX)] = math.prod(shape)
+    return sizes

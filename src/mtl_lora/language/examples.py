@@ -1,22 +1,13 @@
-"""Examples from a file, validated: an error names the file, the example and the field in one sentence; samples.
+"""Examples from a file, validated: an error names the file, the example and the field in one sentence."""
 
-Every reader of data goes through ``read_values``, so training data, test sets and inputs may have the same formats.
-"""
-
-import csv
 import dataclasses
-import io
-import json
-import random
-import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora import files
+from mtl_lora.data_files import read_values
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
-from mtl_lora.results import Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,109 +56,6 @@ def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, clo
         raise UserError(f"{path} holds no examples")
     task = tasks.names[0] if task is None and len(tasks) == 1 else task
     return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
-
-
-# ---- files ----
-
-
-def read_values(path: Path) -> list:
-    """The values of a JSON list, of ``{"data": [...]}`` or of JSON lines; by their ending, the rows of parquet and CSV.
-
-    A BOM and blank lines are skipped; an empty cell of CSV and a null of parquet are no field.
-    """
-    return READERS.get(path.suffix.lower(), _json_values)(path)
-
-
-def data_file(folder: str | Path, name: str) -> Path:
-    """``<name>.json`` in a folder, or the one file of this name that ends as another format that is read.
-
-    Where there is none it is the ``.json`` that is missing. Raises ``UserError`` where there are several.
-    """
-    path = Path(folder, f"{name}.json")
-    if path.is_file() or not path.parent.is_dir():
-        return path
-    found = sorted(each for each in path.parent.iterdir() if each.stem == name and each.suffix.lower() in READERS)
-    if len(found) > 1:
-        raise UserError(f"{folder} holds {' and '.join(each.name for each in found)}; leave one of them")
-    return found[0] if found else path
-
-
-def _json_values(path: Path) -> list:
-    text = files.read_utf8(path, "the data file")
-    lines = path.suffix.lower() in (".jsonl", ".ndjson")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        # JSON lines under another name begin with an object and have more behind it.
-        if not lines and not ("Extra data" in str(error) and text.lstrip().startswith("{")):
-            raise UserError(f"the data file {path} is not JSON: {error}") from None
-    else:
-        if isinstance(value, dict):
-            value = value["data"] if isinstance(value.get("data"), list) else value
-            lines = lines or bool(value.keys() & {"instruction", "messages"}) if isinstance(value, dict) else lines
-        if not isinstance(value, list) and lines:
-            return [value]
-        if not isinstance(value, list):
-            raise UserError(f"{path} must hold a JSON list of examples, not {type(value).__name__}")
-        return value
-    values = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            values += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-    return values
-
-
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    text = io.StringIO(files.read_utf8(path, "the data file"), newline="")
-    csv.field_size_limit(sys.maxsize)  # a text may be longer than the 128 KiB that csv would take
-    rows, reader = [], csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        header = [name.strip() for name in next(filter(None, reader), [])]
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}: the header names a column twice ({', '.join(header)})")
-        for row in filter(None, reader):
-            if len(row) != len(header):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: the row has {len(row)} cells and the header {len(header)}; cells "
-                    f"are divided by {delimiter!r}, and one that holds it or a line break must be quoted"
-                )
-            rows.append({name: cell for name, cell in zip(header, row, strict=True) if cell})
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
-    return rows
-
-
-def _parquet_rows(path: Path) -> list[dict]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(
-            f"{path} needs the package pyarrow; pass JSON, or in a checkout of mtl-lora: pip install '.[train]'"
-        ) from None
-    try:
-        with ParquetFile(path) as opened:
-            rows = opened.read().to_pylist()
-        rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
-        return json.loads(json.dumps(rows, default=_as_text))
-    except (OSError, ValueError, NotImplementedError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the data file {path} cannot be read as parquet ({reason}); write it again") from None
-
-
-def _as_text(value: object) -> str:
-    """A cell for which JSON has no type: a date, or text that was written as bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-READERS: dict[str, Callable[[Path], list]] = {
-    **dict.fromkeys((".json", ".jsonl", ".ndjson"), _json_values),
-    **dict.fromkeys((".csv", ".tsv"), _csv_rows),
-    ".parquet": _parquet_rows,
-}
 
 
 # ---- examples ----
@@ -291,57 +179,3 @@ def _task_id(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:
         names = " and ".join(tasks[task_id].name for task_id in found)
         raise UserError(f"{where} belongs to different tasks at once: {names}")
     return found[0]
-
-
-# ---- samples ----
-
-SAMPLE_SEED = 0
-
-
-def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
-    """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
-    order = list(range(len(examples)))
-    random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
-    return [examples[index] for index in sorted(order[: most or None])]
-
-
-def sample_training(
-    source: Path, folder: Path, examples: Sequence[Example], tasks: TaskSet, most: int, only: Collection[str] = ()
-) -> Sample:
-    """``most`` (0: all) of the ``examples`` of each task in ``source``, of all tasks or ``only`` of some.
-
-    Where that is every example, ``source`` itself is read, else a file in ``folder``. Raises ``UserError`` for a task
-    of ``only`` that has no example.
-    """
-    by_task: dict[str, list[Example]] = {name: [] for name in tasks.names}
-    for example in examples:
-        by_task[tasks[example.task_id].name].append(example)
-    if missing := [name for name in only if not by_task[name]]:
-        raise UserError(f"{source} has no examples of {', '.join(missing)}")
-    chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
-    path = folder / ("_".join(["train", *only]) + ".json") if only or most else source
-    return _sample(path, {"train": (source, path, chosen)}, most)
-
-
-def sample_questions(source: Path, folder: Path, tasks: TaskSet, names: Sequence[str], most: int) -> Sample:
-    """``most`` (0: all, read in the ``source`` folder) of the questions of each task in ``names``, for ``folder``."""
-    path, sets = folder if most else source, {}
-    for name in names:
-        file, target = data_file(source / name, "test"), path / name / "test.json"
-        sets[name] = file, target if most else file, {name: load_examples(file, tasks, name, closed=True)}
-    return _sample(path, sets, most)
-
-
-def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Sample:
-    """sets: by name, the file to read, the one to write, and the examples by task."""
-    sample = Sample({}, {}, {}, {}, path)
-    for name, (source, target, by_task) in sets.items():
-        kept = {task: sampled(examples, most, task) for task, examples in by_task.items()}
-        sample.records.update((task, len(examples)) for task, examples in kept.items())
-        sample.of.update((task, len(examples)) for task, examples in by_task.items())
-        sample.sha256[name] = sample.source_sha256[name] = files.sha256(source)
-        if target != source:
-            examples = [example for examples in kept.values() for example in examples]
-            sample.content[target] = files.records_bytes([example.record() for example in examples])
-            sample.sha256[name] = files.sha256_of(sample.content[target])
-    return sample

@@ -8,24 +8,16 @@ options) by option; where text was generated, ``text``.
 
 import contextlib
 import math
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts, files
+from mtl_lora import files
+from mtl_lora.data_files import read_values
 from mtl_lora.errors import UserError
+from mtl_lora.evaluation import predict
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, PredictConfig
-from mtl_lora.language.evaluator import (
-    Evaluator,
-    Predictions,
-    Processes,
-    answer_all,
-    begin,
-    check_settings,
-    is_answered,
-)
-from mtl_lora.language.examples import parse_example, read_values
+from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.examples import parse_example
 from mtl_lora.language.questions import Question, encode_questions
 
 
@@ -78,40 +70,10 @@ def run(config: PredictConfig) -> None:
         values = read_values(Path(config.input))
     by_protocol = _questions(values, evaluator, config.task, config.mode, config.input)
     evaluator.prepare(by_protocol)
-    with contextlib.nullcontext() if config.check else files.claimed(config.output):
-        _run(config, evaluator, by_protocol, digest)
-
-
-def _run(config: PredictConfig, evaluator: Evaluator, by_protocol: dict[str, list[Question]], digest: str) -> None:
-    """``run`` with the output file claimed."""
-    output, partial = Path(config.output), Path(f"{config.output}.partial")
     settings = evaluator.settings(config.mode or "score, generate for free text")
     settings |= {"input_sha256": digest, "task": config.task}
-    files.require_writable(output.parent)
-    if not config.overwrite:
-        if output.exists() and not partial.exists():
-            raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")
-        check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
-    questions = [question for part in by_protocol.values() for question in part]
-    if config.check:
-        print(f"every setting is fine; {len(questions):,} examples", file=sys.stderr)
-        return
-    with Processes() as processes:
-        if config.overwrite or not is_answered(partial, questions):
-            evaluator.load()  # may fail, and so before anything is deleted or written
-        if processes.rank == 0:
-            begin(partial, settings, config.overwrite)
-        processes.barrier()
-        for protocol, part in by_protocol.items():
-            answer_all(evaluator, protocol, part, partial, processes)
-        if processes.rank == 0:
-            lines = Predictions(partial).read()
-            questions.sort(key=lambda question: question.example.index)
-            results = [_result(question, lines[question.key]) for question in questions]
-            files.write_text(output, files.json_lines(results))
-            artifacts.remove_evaluation(partial)
-            shutil.rmtree(partial)
-            print(f"{len(results):,} answers in {output}", file=sys.stderr)
+    with contextlib.nullcontext() if config.check else files.claimed(config.output):
+        predict(evaluator, by_protocol, settings, _result)
 
 
 def _questions(

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtl_lora import files
+from mtl_lora import evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import AUTO
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.examples import Example, data_file, load_examples
+from mtl_lora.language.examples import Example, load_examples
 from mtl_lora.language.metrics import extract_answer, strict_answer
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 from mtl_lora.metrics import same_text, text_f1
@@ -81,56 +80,13 @@ def encode_questions(
     ]
 
 
-@dataclasses.dataclass
-class QuestionSets:
-    """The questions to answer; by task the sha256 of its test file, and the number of examples in it."""
-
-    questions: list[Question] = dataclasses.field(default_factory=list)
-    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
 def load_questions(
     data_dir: str | Path, tasks: TaskSet, chosen: Sequence[str], encoder: Encoder, limit: int = 0
-) -> QuestionSets:
-    """``data_dir/<task>/test.json``, or .jsonl, .csv ..., of the chosen tasks, all if none is chosen.
+) -> evaluation.QuestionSets:
+    """The questions of the chosen tasks, as ``evaluation.load_questions``."""
+    made_by = "mtl-lora prepare commonsense" if tasks.names == COMMONSENSE.names else ""
 
-    limit: the first n of each, 0 all.
+    def encode(examples: Sequence[Example], path: Path) -> list[Question]:
+        return encode_questions(examples, tasks, encoder, path)
 
-    Raises ``UserError`` for an unknown task, a missing file and a broken example.
-    """
-    found = QuestionSets()
-    for task in [tasks[name] for name in dict.fromkeys(chosen)] or list(tasks):
-        path = data_file(Path(data_dir) / task.name, "test")
-        if not path.is_file():
-            raise UserError(
-                f"there is no test file {path}; "
-                + ("make it with `mtl-lora prepare commonsense`, or " if tasks.names == COMMONSENSE.names else "")
-                + "pass --data_dir DIR, or --tasks with the tasks that have one"
-            )
-        with files.unchanged(path) as digest:
-            examples = load_examples(path, tasks, task.name, closed=True)
-        found.sha256[task.name], found.sizes[task.name] = digest, len(examples)
-        found.questions += encode_questions(examples[:limit] if limit else examples, tasks, encoder, path)
-    return found
-
-
-def plan_batches(questions: Sequence[Question], batch_size: int | str, token_budget: int) -> list[list[Question]]:
-    """Batches of at most ``batch_size`` questions, or with ``auto`` of at most ``token_budget`` prompt tokens.
-
-    Each holds questions of one task, the longest first, so that they share a prompt prefix and little padding; a batch
-    has one question at least. The order of ``questions`` does not matter.
-    """
-    batches = []
-    by_task: dict[int, list[Question]] = {}
-    for question in questions:
-        by_task.setdefault(question.task.id, []).append(question)
-    for rows in by_task.values():
-        rows.sort(key=lambda question: (-len(question.prompt_ids), question.key))
-        start = 0
-        while start < len(rows):
-            longest = len(rows[start].prompt_ids)
-            size = max(token_budget // longest, 1) if batch_size == AUTO else batch_size
-            batches.append(rows[start : start + size])
-            start += size
-    return batches
+    return evaluation.load_questions(data_dir, tasks, chosen, load_examples, encode, limit, made_by)

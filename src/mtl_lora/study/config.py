@@ -8,7 +8,7 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.systems import SYSTEMS, part
 
 ABOUT = """Run every experiment of a grid file over its seeds, and write study.json and table.md."""
 GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").glob("*.json"))}
@@ -16,10 +16,10 @@ GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").gl
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
 # Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
 _OWN = {
-    TrainConfig: {"output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir", "check", "local_rank"},
-    EvalConfig: {"checkpoint", "peft", "output_dir", "name", "limit", "overwrite", "check", "local_rank", *FROM_TRAIN},
+    "train": {"output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir", "check", "local_rank"},
+    "evaluate": {"checkpoint", "peft", "output_dir", "name", "limit", "overwrite", "check", "local_rank", *FROM_TRAIN},
 }
-_SHARED = {TrainConfig: {"data_path", *FROM_TRAIN}, EvalConfig: {"data_dir", "mode", "max_new_tokens", "num_beams"}}
+_SHARED = {"train": {"data_path", *FROM_TRAIN}, "evaluate": {"data_dir", "mode", "max_new_tokens", "num_beams"}}
 
 
 @dataclasses.dataclass
@@ -70,8 +70,6 @@ class SearchConfig(Config):
 
     def validate(self) -> None:
         self.require("values", "at least two different numbers", len(set(self.values)) == len(self.values) > 1)
-        (self.flag,) = _checked({self.flag: 0}, TrainConfig)
-        self.train = _checked(self.train, TrainConfig)
 
 
 @dataclasses.dataclass
@@ -104,19 +102,17 @@ class ExperimentConfig(Config):
                 raise UserError(f"{key} needs a training, and train is null")
         if self.alone and "tasks" in self.evaluate:
             raise UserError("alone scores each training on its own task; leave out evaluate's tasks")
-        self.train = None if self.train is None else _checked(self.train, TrainConfig)
-        self.evaluate = _checked(self.evaluate, EvalConfig)
 
 
 @dataclasses.dataclass
 class Grid(Config):
     """A whole study. ``train`` and ``evaluate`` are the flags that all experiments share.
 
-    notes: what a reader of the table must know. launcher: what starts the commands, such as ``torchrun
-    --nproc_per_node 8``. prepare: the command that makes the data, for errors. train_records, test_records: most
-    examples and questions of each task, a fixed sample for all experiments; 0 takes all. Validated, it has
-    ``SearchConfig`` and ``ExperimentConfig`` in place of objects, ``tasks``, the task set of all experiments, and
-    ``scored``, the names of the tasks that a whole average needs.
+    system: what is trained. notes: what a reader of the table must know. launcher: what starts the commands, such as
+    ``torchrun --nproc_per_node 8``. prepare: the command that makes the data, for errors. train_records,
+    test_records: most examples and questions of each task, a fixed sample for all experiments; 0 takes all.
+    Validated, it has ``SearchConfig`` and ``ExperimentConfig`` in place of objects, ``tasks``, the task set of all
+    experiments, and ``scored``, the names of the tasks that a whole average needs.
     """
 
     name: str
@@ -125,6 +121,7 @@ class Grid(Config):
     train: dict
     evaluate: dict
     experiments: list[dict]
+    system: str = flag(next(iter(SYSTEMS)), "what is trained", choices=SYSTEMS)
     notes: list[str] = dataclasses.field(default_factory=list)
     launcher: str = "python"
     prepare: str = ""
@@ -144,18 +141,23 @@ class Grid(Config):
             program = []
         self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(program))
         self.require("experiments", "at least one experiment", bool(self.experiments))
-        flags = _checked(self.train, TrainConfig, for_all=True)
-        train = TrainConfig.from_json(flags, "train")
+        flags = self._checked(self.train, "train", for_all=True)
+        train = self.flags_of("train").from_json(flags, "train")
         self.train = {"base_model": train.base_model, "data_path": train.data_path, **flags}
         self.tasks = train.task_set()
-        flags = _checked(self.evaluate, EvalConfig, for_all=True)
-        evaluate = EvalConfig.from_json({"base_model": "any", **flags}, "evaluate")
+        flags = self._checked(self.evaluate, "evaluate", for_all=True)
+        evaluate = self.flags_of("evaluate").from_json({"base_model": "any", **flags}, "evaluate")
         self.evaluate = {"data_dir": evaluate.data_dir, **flags}
         self.scored = evaluate.tasks or self.tasks.names
         if evaluate.mode == "both":
             raise UserError("evaluate: mode is both, and a table has one; choose generate or score")
         if self.search is not None:
             self.search = SearchConfig.from_json(self.search, "search")
+            try:
+                (self.search.flag,) = self._checked({self.search.flag: 0}, "train")
+                self.search.train = self._checked(self.search.train, "train")
+            except UserError as error:
+                raise UserError(f"search: {error}") from None
             if Path(self.search.data_dir).resolve() == Path(evaluate.data_dir).resolve():
                 raise UserError(f"search: data_dir is {evaluate.data_dir}, the test sets; choose by a development set")
         self.experiments = [
@@ -174,7 +176,10 @@ class Grid(Config):
                 raise UserError(f"experiment {experiment.name!r}: {error}") from None
 
     def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
-        """Check the names of tasks and of other experiments, and put those of the grid where it has none itself."""
+        """Check the flags and the names of tasks and experiments, and put the grid's where it has none itself."""
+        if experiment.train is not None:
+            experiment.train = self._checked(experiment.train, "train")
+        experiment.evaluate = self._checked(experiment.evaluate, "evaluate")
         own = [*experiment.evaluate.get("tasks", []), *(experiment.only_tasks if experiment.alone else [])]
         for task in [*experiment.only_tasks, *scored, *own]:
             if self.tasks[task].name in own and scored and task not in scored:
@@ -200,6 +205,21 @@ class Grid(Config):
             raise UserError(f"the grid {self.name} has no experiment {name!r}{closest(name, list(named))}")
         return named[name]
 
+    def flags_of(self, step: str) -> type[Config]:
+        """The class of the flags of ``train`` or ``evaluate``."""
+        return getattr(part(self.system, "config"), {"train": "TrainConfig", "evaluate": "EvalConfig"}[step])
+
+    def _checked(self, flags: dict, step: str, for_all: bool = False) -> dict:
+        """Flags of a command under today's names. for_all: those of all experiments."""
+        flags = self.flags_of(step).named(flags, step)
+        for key in flags:
+            if key in _OWN[step]:
+                home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
+                raise UserError(f"{step}: {key} {home}; leave it out (see seeds, test_records)")
+            if key in _SHARED[step] and not for_all:
+                raise UserError(f"{step}: {key} must be equal for all experiments; set it in the grid's own flags")
+        return flags
+
 
 def read_grid(name: str) -> Grid:
     """Read and check a grid by its path, or by the name of one of the package's.
@@ -214,19 +234,6 @@ def read_grid(name: str) -> Grid:
     grid = Grid.from_json(files.read_json(path, "the grid"), f"the grid {path}")
     grid.path = path
     return grid
-
-
-def _checked(flags: dict, config: type[Config], for_all: bool = False) -> dict:
-    """Flags of ``config`` under today's names. for_all: those of all experiments."""
-    source = "train" if config is TrainConfig else "evaluate"
-    flags = config.named(flags, source)
-    for key in flags:
-        if key in _OWN[config]:
-            home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
-            raise UserError(f"{source}: {key} {home}; leave it out (see seeds, test_records)")
-        if key in _SHARED[config] and not for_all:
-            raise UserError(f"{source}: {key} must be equal for all experiments; set it in the grid's own flags")
-    return flags
 
 
 def _repeated(values: list) -> list:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import EvalConfig, TrainConfig
-from mtl_lora.language.examples import load_examples, sample_questions, sample_training
 from mtl_lora.report.table import trainable_text
 from mtl_lora.results import Reader, Results, Sample, TaskResult, Trainable
+from mtl_lora.samples import sample_questions, sample_training
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
+from mtl_lora.systems import SYSTEMS, part
 
 STATE = "job.json"
-# A job's commands: the class of their flags, and what a flag must affect to be part of the job's configuration.
-_DECIDING = {"train": (TrainConfig, "weights"), "evaluate": (EvalConfig, "answers")}
+# A job's commands: what a flag must affect to be part of the job's configuration.
+_DECIDING = {"train": "weights", "evaluate": "answers"}
 _TEST_DATA, _BASE = "the test data (sha256)", "the base model (fingerprint)"
 
 
@@ -29,6 +29,7 @@ class PlannedJob:
     samples that are read, by name. facts: what else decides the result, such as the launcher.
     """
 
+    grid: Grid
     label: str
     folder: Path
     flags: dict[str, dict]
@@ -40,16 +41,18 @@ class PlannedJob:
         """What decides the result, flat: ``train.lora_r``, ..., data, tasks and base model by their hashes."""
         found = self.facts | {f"the {name} data (sha256)": sample.sha256 for name, sample in self.data.items()}
         for step, flags in self.flags.items():
-            config, effect = _DECIDING[step]
+            config = self.grid.flags_of(step)
             values = config(**flags).to_json()
-            found |= {f"{step}.{name}": values[name] for name in config.names_affecting(effect)}
+            found |= {f"{step}.{name}": values[name] for name in config.names_affecting(_DECIDING[step])}
         return found
 
     def changes(self, earlier: dict[str, object]) -> dict[str, tuple[object, object]]:
         """Where the configuration that a folder was made by differs: what was, what is, by key."""
         now = self.configuration
         # A flag that a later version added did then what its default does.
-        added = {f"{step}.{flag.name}": flag.default for step in self.flags for flag in _DECIDING[step][0].flags()}
+        added = {
+            f"{step}.{flag.name}": flag.default for step in self.flags for flag in self.grid.flags_of(step).flags()
+        }
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in sorted(earlier.keys() | now.keys())}
         # A base model that is not on this machine has no known fingerprint.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not (key == _BASE and None in pair)}
@@ -65,6 +68,8 @@ class PlannedJob:
         # DeepSpeed's launcher has its own flag for a module, and would put --local_rank before the command's name.
         words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
         words += ["mtl_lora", step]
+        if step == "train" and self.grid.system != next(iter(SYSTEMS)):
+            words += ["--system", self.grid.system]
         for name, value in (self.flags[step] | more).items():
             words += [f"--{name}", cli.spelled(value)]
         return words
@@ -162,9 +167,10 @@ class Plan:
             if not path.is_file():
                 way_out = f"make it with `{grid.prepare}`" if grid.prepare else "name its place in the grid"
                 raise UserError(f"the data file {path} cannot be found; {way_out}")
-        self._examples = load_examples(self._source, grid.tasks)
+        load = part(grid.system, "examples").load_examples
+        self._examples = load(self._source, grid.tasks)
         questions = {
-            name: sample_questions(source, folder / "data" / name, grid.tasks, grid.scored, most)
+            name: sample_questions(source, folder / "data" / name, grid.tasks, grid.scored, most, load)
             for name, (source, most) in sets.items()
         }
         self.test, self.dev = questions["test"], questions.get("dev")
@@ -228,14 +234,14 @@ class Plan:
                 data["train"] = self.training((task,) if task else tuple(experiment.only_tasks))
                 steps["train"] = {**grid.train, **experiment.train, **flags}
                 steps["train"] |= {"data_path": str(data["train"].path), "output_dir": str(place)}
-                TrainConfig.from_json(steps["train"], f"{where}, train")
+                grid.flags_of("train").from_json(steps["train"], f"{where}, train")
                 evaluate = {"checkpoint": str(place)}
             evaluate |= {**grid.evaluate, **experiment.evaluate, **({"tasks": [task]} if task else {})}
             evaluate |= {"data_dir": str(test.path), "output_dir": str(place), "name": experiment.name}
-            EvalConfig.from_json(evaluate, f"{where}, evaluate")
+            grid.flags_of("evaluate").from_json(evaluate, f"{where}, evaluate")
             steps["evaluate"] = evaluate
             job_label = f"{label} {task}" if task else label
-            jobs.append(PlannedJob(job_label, place, steps, data, self._facts))
+            jobs.append(PlannedJob(grid, job_label, place, steps, data, self._facts))
         return PlannedRun(experiment, flags["seed"], folder, jobs, grid.search and flags.get(grid.search.flag))
 
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
@@ -250,7 +256,7 @@ class Plan:
             facts = f"{name}; jobs: {len(found)}"
             try:
                 if train := found[0].flags.get("train"):
-                    count = self._base_model().count(TrainConfig(**train).adapter_config(self.grid.tasks))
+                    count = self.grid.flags_of("train")(**train).count()
                     facts += f", trainable parameters, M (%): {trainable_text(Trainable(*count))}"
             except UserError as error:
                 facts += f", trainable parameters not counted ({error})"

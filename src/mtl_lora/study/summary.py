@@ -12,7 +12,6 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate, intervals
-from mtl_lora.language.config import TrainConfig
 from mtl_lora.metrics import METRICS
 from mtl_lora.predictions import Paired, paired_answers
 from mtl_lora.report import load as model
@@ -128,7 +127,7 @@ class StudyWriter:
     def _experiment(self, experiment: ExperimentConfig, found: Runs) -> Experiment:
         first, runs, facts = found[experiment.name][0], list(map(self._run, found[experiment.name])), {}
         if experiment.train is not None:
-            config = TrainConfig(**first.jobs[0].flags["train"])
+            config = self.grid.flags_of("train")(**first.jobs[0].flags["train"])
             adapter = config.adapter_config(self.grid.tasks)
             facts = {"method": adapter.method, "rank": adapter.rank, "learning_rate": config.learning_rate}
             facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].records]

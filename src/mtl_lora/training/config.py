@@ -1,18 +1,68 @@
-"""The flags of training that every system has: batches, schedule, run. A system's configuration adds its own."""
+"""The flags of training that every system has: model, data, adapter, batches, schedule, run. A system adds its own.
 
+Names are those of the original and of LLM-Adapters.
+"""
+
+import copy
 import dataclasses
+import re
+from pathlib import Path
 
-from mtl_lora.config import DTYPES, Config, flag
+from mtl_lora.adapter.config import AdapterConfig, hyperparameter_flags
+from mtl_lora.config import DTYPES, Config, Flag, flag
 from mtl_lora.errors import UserError
+from mtl_lora.tasks import TaskSet
 
+# The adapter's own words and the flags that users of the original and of LLM-Adapters know.
+_ADAPTER_FLAGS = {
+    "method": "adapter_name",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "use_rslora": "use_rslora",
+}
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class TrainingConfig(Config):
-    """What configures a training of any system. Raises ``UserError`` for a value that cannot be."""
+    """What configures a training of any system. Raises ``UserError`` for a value that cannot be.
+
+    The hyperparameters of every registered method are flags too, read and passed by name (``config.num_B``,
+    ``TrainConfig(num_B=2)``); those that the chosen method does not read change nothing.
+    """
 
     affects = "weights"
+    made_by = ""  # the command that makes the data file, where the default's is missing
+
+    base_model: str = flag(
+        "smollm2-135m",
+        "name or folder of the base model",
+        group="what is trained, on what",
+    )
+    data_path: str = flag(
+        "commonsense_170k_taskid.json",
+        "JSON, JSON lines, CSV or parquet of examples",
+        affects="content",
+    )
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks", affects="content")
+    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
+    cache_dir: str = flag(".cache/rows", "folder for tokenised data", affects="nothing")
+
+    adapter_name: str = flag("mtl_lora", "method", aliases=("method",), group="the adapter")
+    lora_r: int = flag(8, "rank r of the adapter", aliases=("rank",))
+    lora_alpha: float = flag(16.0, "numerator of the scale alpha / r", aliases=("alpha",))
+    lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0: off", aliases=("dropout",))
+    lora_target_modules: list[str] = flag(
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "linear layers to adapt: names or regular expressions of whole names as a,b; or all-linear",
+        aliases=("target_modules",),
+    )
+    hyperparameters: dict = dataclasses.field(default_factory=dict)  # of all methods; each is a flag of its own
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")
+    lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
+    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
 
     output_dir: str = flag(
         "output/mtl_lora", "folder for the adapter, its checkpoints and logs", affects="nothing", group="output"
@@ -71,6 +121,52 @@ class TrainingConfig(Config):
         -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
     )
 
+    def __init__(self, **values):
+        values |= values.pop("hyperparameters", {})
+        defaults = {each.name: each.default for each in self.flags()}
+        if unknown := values.keys() - defaults.keys():
+            raise TypeError(f"{type(self).__name__} has no flag {', '.join(sorted(unknown))}")
+        values = defaults | values
+        own = {field.name for field in dataclasses.fields(self)}
+        self.hyperparameters = {name: value for name, value in values.items() if name not in own}
+        for name in own - {"hyperparameters"}:
+            setattr(self, name, values[name])
+        self.__post_init__()
+
+    def __getattr__(self, name: str):
+        # Reached for names that are no attribute of the instance; a copy under construction has none at all.
+        try:
+            return self.__dict__["hyperparameters"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+
+    @classmethod
+    def flags(cls) -> list[Flag]:
+        """The flags in the order of a help text: those of the methods for ``hyperparameters``, a system's own behind
+        the adapter's."""
+        from mtl_lora.adapter.layer import methods
+
+        own = {field.name for field in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(TrainingConfig)}
+        order = super().flags()
+        first = [each.name for each in order].index("output_dir")
+        order = [
+            *[each for each in order[:first] if each.name not in own],
+            *[each for each in order if each.name in own],
+            *[each for each in order[first:] if each.name not in own],
+        ]
+
+        names = [" or ".join((name, *layer.aliases)) + f" ({layer.title})" for name, layer in methods().items()]
+        found = []
+        for each in order:
+            if each.name == "adapter_name":
+                each = dataclasses.replace(each, metadata={**each.metadata, "help": f"method: {', '.join(names)}"})
+            found += hyperparameter_flags() if each.name == "hyperparameters" else [each]
+        return found
+
+    def to_json(self) -> dict:
+        """A flat JSON object of every flag."""
+        return {each.name: copy.deepcopy(getattr(self, each.name)) for each in self.flags()}
+
     def validate(self) -> None:
         if isinstance(self.batch_size, str):
             raise UserError(
@@ -85,3 +181,53 @@ class TrainingConfig(Config):
             raise UserError("--token_budget sorts all examples by length, so --length_pool has no effect; pass one")
         if self.token_budget and self.sampling_temperature != 1:
             raise UserError("--token_budget and --sampling_temperature cannot be combined; pass one")
+        tasks = self.task_set()
+        if self.task is not None:
+            tasks[self.task]  # an unknown name is an error of the flag, not of an example
+        self.adapter_config(tasks)
+
+    def check_files(self) -> None:
+        """Raise ``UserError`` if the data file is not there."""
+        if not Path(self.data_path).is_file():
+            made = f"make it with `{self.made_by}`, or " if self.made_by and not self.tasks_file else ""
+            raise UserError(f"the data file {self.data_path} does not exist; {made}pass --data_path FILE")
+
+    def task_set(self) -> TaskSet:
+        """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""
+        tasks = self.read_tasks()
+        if self.lambda_num is not None and self.lambda_num != len(tasks):
+            raise UserError(
+                f"lambda_num must be the number of tasks, {len(tasks)}, not {self.lambda_num}; leave it out"
+            )
+        return tasks
+
+    def read_tasks(self) -> TaskSet:
+        """The tasks of ``tasks_file``, or those of the system without one."""
+        raise NotImplementedError
+
+    def adapter_config(self, tasks: TaskSet) -> AdapterConfig:
+        """The adapter part of the settings; raises ``UserError`` that names the flag."""
+        from mtl_lora.adapter.layer import layer_class
+
+        values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
+        flags = _ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
+        targets = self.lora_target_modules
+        is_name = {target: re.fullmatch(r"[\w.]+", target) is not None for target in targets}
+        if targets == ["all-linear"] or (len(targets) == 1 and not all(is_name.values())):
+            values["target_modules"] = targets[0]
+        elif not all(is_name.values()):  # names and expressions together are one expression
+            parts = (rf"(?:.*\.)?{re.escape(each)}" if is_name[each] else f"(?:{each})" for each in targets)
+            values["target_modules"] = "|".join(parts)
+        try:
+            declared = layer_class(self.adapter_name).Hyperparameters.flags()
+            read = {each.name: getattr(self, each.name) for each in declared}
+            return AdapterConfig(**values, tasks=tasks.names, hyperparameters=read)
+        except UserError as error:
+            field, _, rest = str(error).partition(" ")
+            raise UserError(f"--{flags[field]} {rest}" if field in flags else str(error)) from None
+
+    def count(self) -> tuple[int, int]:
+        """(trainable, all) parameters of the model that is trained, counted without its weights."""
+        from mtl_lora.base_model import BaseModel  # with torch, which flags need for nothing else
+
+        return BaseModel(self.base_model, self.trust_remote_code).count(self.adapter_config(self.task_set()))

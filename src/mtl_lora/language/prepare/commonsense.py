@@ -16,10 +16,11 @@ import json
 from pathlib import Path
 
 from mtl_lora.config import Config, flag
+from mtl_lora.data_files import read_values
 from mtl_lora.download import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
-from mtl_lora.language.examples import FIELDS, parse_example, read_values
+from mtl_lora.language.examples import FIELDS, parse_example
 from mtl_lora.language.tasks import COMMONSENSE, Task
 
 MANIFEST = Path(__file__).with_name("commonsense.json")

@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 
 from mtl_lora.config import Config, flag
+from mtl_lora.data_files import read_values
 from mtl_lora.data_sets import SPLITS, Manifest, existing, shuffled, write_sets
 from mtl_lora.errors import UserError
-from mtl_lora.language.examples import read_values
 from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
 
 MANIFEST = Path(__file__).with_name("textclass.json")

@@ -1,0 +1,464 @@
+"""From questions to ``results.json``, for any system: answers that survive a kill and are shared over processes.
+
+An answer is one JSON line, appended as it is given, so that a killed run resumes. A system's ``Evaluator`` gives them.
+"""
+
+import abc
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import safetensors
+import torch
+import transformers
+from tqdm import tqdm
+
+from mtl_lora import artifacts, files
+from mtl_lora.adapter.checkpoint import CheckpointConfig
+from mtl_lora.base_model import BaseModel
+from mtl_lora.config import Config
+from mtl_lora.data_files import data_file
+from mtl_lora.errors import UserError
+from mtl_lora.results import Comparability, Results, TaskNames, TaskResult, Trainable
+from mtl_lora.tasks import Task, TaskSet
+from mtl_lora.version import __version__, checkout_commit
+
+AUTO = "auto"  # of --batch_size
+PARTS = "~part-*.jsonl"  # no task name begins with "~"
+
+
+class Question(Protocol):
+    """One example, ready for a model. key: the task's name and the example's index."""
+
+    task: Task
+    prompt_ids: list[int]
+
+    @property
+    def key(self) -> tuple[str, int]: ...
+
+    def answered_by(self, line: Mapping | None) -> bool:
+        """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
+
+    def extract_again(self, line: dict) -> dict:
+        """A line of this question, with its answer found by today's rules."""
+
+
+class Evaluator(abc.ABC):
+    """A model, its inputs and its tasks; answers batches of questions for evaluate and predict.
+
+    adapter: the checkpoint's configuration, or None. method: the adapter's, and method_title that in tables, or None.
+    """
+
+    config: Config
+    system: str
+    base_model: BaseModel
+    tasks: TaskSet
+    adapter: CheckpointConfig | None
+    method: str | None = None
+    method_title: str | None = None
+    comparability = Comparability()
+
+    @abc.abstractmethod
+    def settings(self, protocol: str) -> dict:
+        """Everything that an answer depends on; the batch size and the number of processes do not belong to it."""
+
+    @abc.abstractmethod
+    def load(self) -> None:
+        """Build the model on this process's device, once."""
+
+    @abc.abstractmethod
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """The batches in which questions are answered, whoever answers them and whenever."""
+
+    @abc.abstractmethod
+    def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
+        """The prediction lines of a batch of questions, with the model loaded."""
+
+    @abc.abstractmethod
+    def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
+        """One task's result from its prediction lines, at least one."""
+
+    def trainable(self) -> Trainable | None:
+        """The adapter's parameters, and all of the model's."""
+        return Trainable(*self.base_model.count(self.adapter.adapter_config)) if self.adapter else None
+
+    def adapter_json(self) -> dict | None:
+        """The adapter's own description."""
+        return self.adapter.to_json() if self.adapter else None
+
+    def results_settings(self, protocol: str) -> dict:
+        """What ``results.json`` says of the settings besides ``settings``."""
+        return {}
+
+
+# ---- questions ----
+
+
+@dataclasses.dataclass
+class QuestionSets:
+    """The questions to answer; by task the sha256 of its test file, and the number of examples in it."""
+
+    questions: list = dataclasses.field(default_factory=list)
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def load_questions(
+    data_dir: str | Path,
+    tasks: TaskSet,
+    chosen: Sequence[str],
+    load: Callable[..., list],
+    encode: Callable[[Sequence, Path], list[Question]],
+    limit: int = 0,
+    made_by: str = "",
+) -> QuestionSets:
+    """``data_dir/<task>/test.json``, or .jsonl, .csv ..., of the chosen tasks, all if none is chosen.
+
+    load: ``(path, tasks, task name, closed=True) -> examples``; encode: ``(examples, path) -> questions``. limit: the
+    first n of each, 0 all. made_by: the command that makes the files, for errors.
+
+    Raises ``UserError`` for an unknown task, a missing file and a broken example.
+    """
+    found = QuestionSets()
+    for task in [tasks[name] for name in dict.fromkeys(chosen)] or list(tasks):
+        path = data_file(Path(data_dir) / task.name, "test")
+        if not path.is_file():
+            raise UserError(
+                f"there is no test file {path}; "
+                + (f"make it with `{made_by}`, or " if made_by else "")
+                + "pass --data_dir DIR, or --tasks with the tasks that have one"
+            )
+        with files.unchanged(path) as digest:
+            examples = load(path, tasks, task.name, closed=True)
+        found.sha256[task.name], found.sizes[task.name] = digest, len(examples)
+        found.questions += encode(examples[:limit] if limit else examples, path)
+    return found
+
+
+def plan_batches(questions: Sequence[Question], batch_size: int | str, token_budget: int) -> list[list[Question]]:
+    """Batches of at most ``batch_size`` questions, or with ``auto`` of at most ``token_budget`` prompt tokens.
+
+    Each holds questions of one task, the longest first, so that they share a prompt prefix and little padding; a batch
+    has one question at least. The order of ``questions`` does not matter.
+    """
+    batches = []
+    by_task: dict[int, list[Question]] = {}
+    for question in questions:
+        by_task.setdefault(question.task.id, []).append(question)
+    for rows in by_task.values():
+        rows.sort(key=lambda question: (-len(question.prompt_ids), question.key))
+        start = 0
+        while start < len(rows):
+            longest = len(rows[start].prompt_ids)
+            size = max(token_budget // longest, 1) if batch_size == AUTO else batch_size
+            batches.append(rows[start : start + size])
+            start += size
+    return batches
+
+
+def in_halves(answer: Callable[[list], list], rows: list) -> list:
+    """``answer(rows)``; rows that do not fit in a GPU's memory together are answered in halves.
+
+    Raises ``UserError`` where a single row does not fit.
+    """
+    try:
+        return answer(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            way_out = "take a larger GPU or --dtype bf16"
+            raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
+    # Outside the except block, for the error holds on to the tensors of the pass that failed.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(rows) // 2
+    return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
+
+
+# ---- the course of an evaluation and of a prediction ----
+
+
+def evaluate(
+    evaluator: Evaluator, asked: QuestionSets, questions: Mapping[str, Sequence[Question]], folders: Mapping[str, str]
+) -> dict[str, Results]:
+    """Answer every question that has no answer yet; writes and returns the results of each protocol.
+
+    questions and folders: by protocol; the folders are claimed. Empty with ``check``, and on every process but the
+    first.
+    """
+    config = evaluator.config
+    if not config.overwrite:
+        way_out = "pass another --output_dir, or --overwrite to delete them"
+        for protocol, folder in folders.items():
+            check_settings(folder, evaluator.settings(protocol), way_out)
+            check_results_stay(folder, questions[protocol], asked.sha256)
+    if config.check:
+        print(f"every setting is fine; {len(asked.questions):,} questions", file=sys.stderr)
+        return {}
+    results: dict[str, Results] = {}
+    with Processes() as processes:
+        if config.overwrite or not all(is_answered(folder, questions[each]) for each, folder in folders.items()):
+            evaluator.load()  # may fail, and so before anything is deleted or written
+        if processes.rank == 0:
+            (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
+            for protocol, folder in folders.items():
+                begin(folder, evaluator.settings(protocol), config.overwrite)
+        processes.barrier()
+        for protocol, folder in folders.items():
+            answer_all(evaluator, protocol, questions[protocol], folder, processes)
+            if processes.rank == 0:
+                part = dataclasses.replace(asked, questions=questions[protocol])
+                results[protocol] = collect(evaluator, protocol, part, gather(folder, part))
+                results[protocol].save(Path(folder) / artifacts.RESULTS)
+            processes.barrier()
+    return results
+
+
+def predict(
+    evaluator: Evaluator,
+    questions: Mapping[str, Sequence[Question]],
+    settings: dict,
+    result: Callable[[Question, Mapping], dict],
+) -> None:
+    """Answer every example that has no answer yet, then write the output file whole; the file is claimed.
+
+    Until then the answers lie in ``<output>.partial``, from which the same command resumes. questions: by protocol.
+    settings: everything that an answer depends on. result: what is written for a question, from its prediction line.
+    """
+    config = evaluator.config
+    output, partial = Path(config.output), Path(f"{config.output}.partial")
+    files.require_writable(output.parent)
+    if not config.overwrite:
+        if output.exists() and not partial.exists():
+            raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")
+        check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
+    everything = [question for part in questions.values() for question in part]
+    if config.check:
+        print(f"every setting is fine; {len(everything):,} examples", file=sys.stderr)
+        return
+    with Processes() as processes:
+        if config.overwrite or not is_answered(partial, everything):
+            evaluator.load()  # may fail, and so before anything is deleted or written
+        if processes.rank == 0:
+            begin(partial, settings, config.overwrite)
+        processes.barrier()
+        for protocol, part in questions.items():
+            answer_all(evaluator, protocol, part, partial, processes)
+        if processes.rank == 0:
+            lines = Predictions(partial).read()
+            everything.sort(key=lambda question: question.key[1])
+            results = [result(question, lines[question.key]) for question in everything]
+            files.write_text(output, files.json_lines(results))
+            artifacts.remove_evaluation(partial)
+            shutil.rmtree(partial)
+            print(f"{len(results):,} answers in {output}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def claimed_folders(config: Config, folders: Mapping[str, str]):
+    """A block in which the output folder and those of the protocols are this command's."""
+    with contextlib.ExitStack() as stack:
+        for folder in () if config.check else dict.fromkeys([config.output_folder, *folders.values()]):
+            stack.enter_context(files.claimed(folder))
+        yield
+
+
+def check_results_stay(folder: str, asked: Sequence[Question], sha256: dict[str, str]) -> None:
+    """Raise ``UserError`` if the results in a folder count more questions than are asked now of a test set, or a task
+    that is not asked at all: those of a part would replace them.
+    """
+    path = Path(folder) / artifacts.RESULTS
+    if not path.is_file():
+        return
+    earlier, counts = Results.load(path), collections.Counter(question.task.name for question in asked)
+    lost = [
+        f"{name} ({task.n:,} questions)"
+        for name, task in earlier.tasks.items()
+        if name not in counts or (task.n > counts[name] and earlier.data.get(name) in (None, sha256[name]))
+    ]
+    if lost:
+        raise UserError(
+            f"{path} holds the results of {', '.join(lost)}, which those of fewer would replace; ask for these too "
+            "(what was answered stays), or pass another --output_dir, or --overwrite to delete them"
+        )
+
+
+def gather(folder: str, asked: QuestionSets) -> dict[tuple[str, int], dict]:
+    """Every prediction line of a folder, those of the questions with their answers extracted by today's rules."""
+    predictions = Predictions(folder)
+    lines = predictions.read()
+    lines |= {question.key: question.extract_again(lines[question.key]) for question in asked.questions}
+    predictions.gather(lines, asked.sizes)
+    return lines
+
+
+def collect(evaluator: Evaluator, protocol: str, asked: QuestionSets, lines: Mapping[tuple[str, int], dict]) -> Results:
+    """What was measured, and everything needed to trace and repeat it."""
+    config, adapter = evaluator.config, evaluator.adapter
+    by_task: dict[str, list[Question]] = {}
+    for question in asked.questions:
+        by_task.setdefault(question.task.name, []).append(question)
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    tasks = {
+        name: evaluator.task_result(part[0].task, [lines[question.key] for question in part])
+        for name, part in by_task.items()
+    }
+    for untrained in (adapter and adapter.provenance_config.untrained_tasks) or ():
+        if untrained in tasks:
+            tasks[untrained].measured["untrained"] = True
+    name = config.name or evaluator.method_title or evaluator.base_model.name
+    settings = evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size}
+    return Results(
+        system=evaluator.system,
+        name=f"{name} ({protocol})" if config.mode == "both" else name,
+        method=evaluator.method,
+        method_title=evaluator.method_title,
+        base_model=evaluator.base_model.name,
+        mode=protocol,
+        trainable=evaluator.trainable(),
+        tasks=tasks,
+        task_set=TaskNames.from_json(evaluator.tasks.to_json()),
+        settings=settings | evaluator.results_settings(protocol),
+        comparability=evaluator.comparability,
+        data={name: asked.sha256[name] for name in by_task},
+        adapter=evaluator.adapter_json(),
+        versions={
+            "mtl_lora": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        commit=checkout_commit(),
+    )
+
+
+# ---- answers on disk, from several processes, and after a run that was killed ----
+
+
+class Processes:
+    """A block in which the processes of a distributed launch share the questions; or this one alone answers them."""
+
+    def __init__(self):
+        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+    def __enter__(self) -> "Processes":
+        if self.count > 1:  # only barriers cross between processes, so gloo serves GPU runs too
+            torch.distributed.init_process_group("gloo")
+        return self
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def __exit__(self, *exception) -> None:
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
+
+def is_answered(folder: str | Path, questions: Sequence[Question]) -> bool:
+    """Whether every question has an answer in ``folder``."""
+    found = Predictions(folder).read()
+    return all(question.answered_by(found.get(question.key)) for question in questions)
+
+
+def answer_all(
+    evaluator: Evaluator, protocol: str, questions: Sequence[Question], folder: str | Path, processes: Processes
+) -> None:
+    """Append the prediction lines of the questions that have none in ``folder``, shared over the processes.
+
+    A batch of which a line is missing is answered whole: its scores then do not depend on where a run was cut.
+    """
+    predictions = Predictions(folder, processes.rank)
+    found = predictions.read()
+    done = {question.key for question in questions if question.answered_by(found.get(question.key))}
+    processes.barrier()  # nobody appends before everybody has read
+    waiting = [batch for batch in evaluator.batches(questions) if any(one.key not in done for one in batch)]
+    own = waiting[processes.rank :: processes.count]
+    if own:
+        evaluator.load()
+        total = sum(len(batch) for batch in own)
+        with tqdm(total=total, desc=protocol, unit=" questions", smoothing=0.02, disable=processes.rank > 0) as bar:
+            for batch in own:
+                predictions.append(evaluator.answer(batch, protocol))
+                bar.update(len(batch))
+    processes.barrier()
+
+
+class Predictions:
+    """The prediction lines of one evaluation's folder; each process appends to a file of its own."""
+
+    def __init__(self, folder: str | Path, rank: int = 0):
+        self.folder = Path(folder) / artifacts.PREDICTIONS
+        self.own = self.folder / f"~part-{rank}.jsonl"
+
+    def read(self) -> dict[tuple[str, int], dict]:
+        """Every complete line by (task, index); a line that a kill tore is left out, and so is answered again."""
+        found = {}
+        # Lines of a run in progress are newer than those gathered before it.
+        parts = set(self.folder.glob(PARTS))
+        gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
+        for path in [*gathered, *sorted(parts)]:
+            for text in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
+                try:
+                    line = json.loads(text)
+                    found[line["task"], line["index"]] = line
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return found
+
+    def append(self, lines: list[dict]) -> None:
+        """Write lines to this process's file, behind a line break, for a kill may have torn the line before them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.own.open("a", encoding="utf-8") as opened:
+            opened.write("\n" + files.json_lines(lines))
+
+    def gather(self, lines: Mapping[tuple[str, int], dict], sizes: Mapping[str, int]) -> None:
+        """Write ``lines`` to one file per task, in the order of the questions, in place of every process's file.
+
+        sizes: the number of examples by task; lines beyond it belong to an earlier, larger test set and are dropped.
+        """
+        by_task: dict[str, list[dict]] = {}
+        for (task, index), line in sorted(lines.items()):
+            if task not in sizes or index < sizes[task]:
+                by_task.setdefault(task, []).append(line)
+        for task, kept in by_task.items():
+            files.write_text(self.folder / f"{task}.jsonl", files.json_lines(kept))
+        for part in self.folder.glob(PARTS):
+            part.unlink()
+
+
+def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
+    """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
+    path = Path(folder) / artifacts.EVAL_SETTINGS
+    if not any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
+        return
+    if not path.exists():
+        raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
+    earlier = {"protocol": 1, **files.read_object(path, "the settings of an earlier evaluation")}
+    different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
+    if different:
+        raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
+
+
+def begin(folder: str | Path, settings: dict, overwrite: bool) -> None:
+    """Make a folder, which was checked, that of answers under ``settings``.
+
+    overwrite: delete an evaluation that it holds.
+    """
+    if overwrite:
+        artifacts.remove_evaluation(folder)
+    for left in (Path(folder) / artifacts.PREDICTIONS).glob(".*.partial"):  # half-written by one that was killed
+        left.unlink()
+    files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)

@@ -1,0 +1,77 @@
+"""Fixed samples of training examples and questions, the same for every experiment of a study, of any system."""
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from mtl_lora import files
+from mtl_lora.data_files import data_file
+from mtl_lora.errors import UserError
+from mtl_lora.results import Sample
+from mtl_lora.tasks import TaskSet
+
+
+class Example(Protocol):
+    """What a sample knows of a system's example; ``record`` is what the system reads it back from."""
+
+    task_id: int
+
+    def record(self) -> dict: ...
+
+
+SAMPLE_SEED = 0
+
+
+def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
+    """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
+    order = list(range(len(examples)))
+    random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
+    return [examples[index] for index in sorted(order[: most or None])]
+
+
+def sample_training(
+    source: Path, folder: Path, examples: Sequence[Example], tasks: TaskSet, most: int, only: Collection[str] = ()
+) -> Sample:
+    """``most`` (0: all) of the ``examples`` of each task in ``source``, of all tasks or ``only`` of some.
+
+    Where that is every example, ``source`` itself is read, else a file in ``folder``. Raises ``UserError`` for a task
+    of ``only`` that has no example.
+    """
+    by_task: dict[str, list[Example]] = {name: [] for name in tasks.names}
+    for example in examples:
+        by_task[tasks[example.task_id].name].append(example)
+    if missing := [name for name in only if not by_task[name]]:
+        raise UserError(f"{source} has no examples of {', '.join(missing)}")
+    chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
+    path = folder / ("_".join(["train", *only]) + ".json") if only or most else source
+    return _sample(path, {"train": (source, path, chosen)}, most)
+
+
+def sample_questions(
+    source: Path, folder: Path, tasks: TaskSet, names: Sequence[str], most: int, load: Callable[..., Sequence[Example]]
+) -> Sample:
+    """``most`` (0: all, read in the ``source`` folder) of the questions of each task in ``names``, for ``folder``.
+
+    load: the system's ``load_examples``.
+    """
+    path, sets = folder if most else source, {}
+    for name in names:
+        file, target = data_file(source / name, "test"), path / name / "test.json"
+        sets[name] = file, target if most else file, {name: load(file, tasks, name, closed=True)}
+    return _sample(path, sets, most)
+
+
+def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Sample:
+    """sets: by name, the file to read, the one to write, and the examples by task."""
+    sample = Sample({}, {}, {}, {}, path)
+    for name, (source, target, by_task) in sets.items():
+        kept = {task: sampled(examples, most, task) for task, examples in by_task.items()}
+        sample.records.update((task, len(examples)) for task, examples in kept.items())
+        sample.of.update((task, len(examples)) for task, examples in by_task.items())
+        sample.sha256[name] = sample.source_sha256[name] = files.sha256(source)
+        if target != source:
+            examples = [example for examples in kept.values() for example in examples]
+            sample.content[target] = files.records_bytes([example.record() for example in examples])
+            sample.sha256[name] = files.sha256_of(sample.content[target])
+    return sample

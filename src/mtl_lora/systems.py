@@ -1,0 +1,40 @@
+"""The systems: what is trained around the adapters. Each is a package of this one, with parts of the same names.
+
+``config``: ``TrainConfig``, ``EvalConfig`` and the commands train, evaluate and predict; ``examples``: its reader.
+Named here, and imported where one is asked for: no part of the library knows them all.
+"""
+
+import importlib
+import types
+from pathlib import Path
+
+from mtl_lora import artifacts, files
+from mtl_lora.errors import UserError
+
+SYSTEMS = {
+    "language": "causal language models that answer in words",
+    "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
+}
+
+
+def part(system: str, name: str) -> types.ModuleType:
+    """The module ``name`` of a system; raises ``UserError`` for a system that does not exist."""
+    check(system)
+    return importlib.import_module(f"mtl_lora.{system}.{name}")
+
+
+def check(system: object) -> None:
+    """Raise ``UserError`` for a system that does not exist."""
+    if system not in SYSTEMS:
+        raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
+
+
+def of_checkpoint(folder: str | Path) -> str:
+    """The system that trained a checkpoint; language for a folder that is none, whose reader says what is wrong."""
+    path = Path(folder) / artifacts.CHECKPOINT_CONFIG
+    try:
+        found = files.read_object(path, "the checkpoint configuration")["provenance"]["system"]
+        check(found)
+    except (UserError, KeyError, TypeError):
+        return next(iter(SYSTEMS))
+    return found

@@ -1,0 +1,159 @@
+"""Tasks as data, for any system: names, ids and titles, in the order of the adapter's task weights.
+
+A system's own ``Task`` adds what an example of it is and which answers it allows.
+"""
+
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from mtl_lora import files
+from mtl_lora.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task.
+
+    name: key in files and flags. id: 0..T-1, the index of the task's adapter weights. title: column heading in tables.
+    metric: a name in a table of metrics; empty: the system's own choice.
+    """
+
+    name: str
+    id: int
+    title: str = dataclasses.field(default="", kw_only=True)
+    metric: str = dataclasses.field(default="", kw_only=True)
+
+    metrics: typing.ClassVar[typing.Container[str]] = ()  # those that a task of the system may have
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.\-]+", self.name):
+            raise UserError(f"task name {self.name!r} must be letters, digits, '_', '-' or '.'")
+        if type(self.id) is not int or self.id < 0:
+            raise UserError(f"task {self.name!r} has id {self.id!r}; ids are whole numbers from 0")
+        for field in ("title", "metric"):
+            self.require_text(field)
+        if self.metric and self.metric not in self.metrics:
+            raise UserError(
+                f"task {self.name!r} has the metric {self.metric!r}; it must be one of {', '.join(self.metrics)}"
+            )
+        if not self.title:
+            object.__setattr__(self, "title", self.name)
+
+    def require_text(self, field: str) -> None:
+        """Raise ``UserError`` unless a field is a string."""
+        if not isinstance(getattr(self, field), str):
+            raise UserError(f"task {self.name!r} has {field} {getattr(self, field)!r}; it must be a string")
+
+    def require_texts(self, field: str, least: str) -> None:
+        """Make a field a tuple; raises ``UserError`` unless it is a list of no or at least two different texts."""
+        values = getattr(self, field)
+        if not isinstance(values, list | tuple) or not all(isinstance(each, str) and each.strip() for each in values):
+            raise UserError(f"task {self.name!r} has {field} {values!r}; {field} are a list of non-empty strings")
+        object.__setattr__(self, field, tuple(values))
+        if len({each.strip() for each in values}) != len(values) or len(values) == 1:
+            raise UserError(f"task {self.name!r} needs at least two different {field}, or {least}")
+
+    @classmethod
+    def from_json(cls, entry: object, where: str) -> typing.Self:
+        """A task from its entry in a tasks file; raises ``UserError``, ``where`` naming file and entry."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(entry, dict) or not {"name", "id"} <= set(entry) <= known:
+            raise UserError(f"{where} needs 'name' and 'id' of {sorted(known)}, not {entry!r}")
+        return cls(**entry)
+
+    def to_json(self) -> dict:
+        """An entry that ``from_json`` reads back; a metric by default is not written."""
+        entry = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        return {key: value for key, value in entry.items() if key != "metric" or value}
+
+    @property
+    def extraction_key(self) -> tuple:
+        """What decides an example's answers; id, title and metric do not."""
+        raise NotImplementedError
+
+
+Own = typing.TypeVar("Own", bound=Task)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSet(typing.Generic[Own]):
+    """Tasks in id order (ids 0..T-1 without gaps); ``columns`` names them in the order of a results table."""
+
+    tasks: tuple[Own, ...]
+    columns: tuple[str, ...] = ()
+
+    task_class: typing.ClassVar[type[Task]] = Task
+
+    def __post_init__(self):
+        tasks = tuple(sorted(self.tasks, key=lambda task: task.id))
+        object.__setattr__(self, "tasks", tasks)
+        if not tasks:
+            raise UserError("a task set needs at least one task")
+        if [task.id for task in tasks] != list(range(len(tasks))):
+            raise UserError(f"task ids must be 0 to {len(tasks) - 1}, each once, not {[task.id for task in tasks]}")
+        names = [task.name for task in tasks]
+        if len(set(names)) != len(names):
+            raise UserError(f"task names must differ, not {names}")
+        object.__setattr__(self, "columns", tuple(self.columns) or tuple(names))
+        if sorted(self.columns) != sorted(names):
+            raise UserError(f"the columns {list(self.columns)} must name each task once: {names}")
+
+    @property
+    def names(self) -> list[str]:
+        """Task names in id order."""
+        return [task.name for task in self.tasks]
+
+    @property
+    def answers_sha256(self) -> str:
+        """A hash of every task's name and ``Task.extraction_key``, in id order."""
+        return files.sha256_of(json.dumps([(task.name, *task.extraction_key) for task in self.tasks]).encode())
+
+    def __iter__(self) -> Iterator[Own]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, key: str | int) -> Own:
+        """A task by name or id; raises ``UserError`` that lists the tasks there are."""
+        if type(key) is int and 0 <= key < len(self.tasks):
+            return self.tasks[key]
+        for task in self.tasks:
+            if task.name == key:
+                return task
+        raise UserError(f"there is no task {key!r}; the tasks are {self.describe()}")
+
+    def describe(self) -> str:
+        """``boolq 0, piqa 1, ...``: for messages."""
+        return ", ".join(f"{task.name} {task.id}" for task in self.tasks)
+
+    def to_json(self) -> dict:
+        """A JSON value that ``from_json`` reads back to an equal set."""
+        return {"tasks": [task.to_json() for task in self.tasks], "columns": list(self.columns)}
+
+    @classmethod
+    def from_json(cls, value: object, source: str = "the task set") -> typing.Self:
+        """Build a set from ``{"tasks": [{"name", "id", ...}], "columns": [...]}`` or from the bare list of tasks.
+
+        Raises ``UserError`` naming ``source`` and the entry that is wrong.
+        """
+        value = {"tasks": value} if isinstance(value, list) else value
+        if not isinstance(value, dict) or not isinstance(value.get("tasks"), list) or set(value) - {"tasks", "columns"}:
+            raise UserError(f"{source} must be a JSON list of tasks, or an object with 'tasks' and 'columns' alone")
+        columns = [] if value.get("columns") is None else value["columns"]
+        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+            raise UserError(f"{source}: the columns must be a list of task names, not {columns!r}")
+        try:
+            tasks = [cls.task_class.from_json(entry, f"task {index}") for index, entry in enumerate(value["tasks"])]
+            return cls(tuple(tasks), tuple(columns))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> typing.Self:
+        """Read a tasks file; raises ``UserError`` naming the file and what is wrong with it."""
+        return cls.from_json(files.read_json(path, "the tasks file"), f"the tasks file {path}")

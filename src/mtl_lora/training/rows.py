@@ -1,0 +1,145 @@
+"""Encoded training examples as rows of columns: cached on disk, split for validation, counted by task.
+
+A system's rows have at least ``length`` (tokens, by which batches are planned) and ``task_id``.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from mtl_lora import files
+from mtl_lora.errors import UserError
+from mtl_lora.training.sampler import examples_per_task
+
+_CHUNK = 4096
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; one that was cut between its batches would read as whole
+
+
+def cached_rows(
+    path: str | Path,
+    facts: Sequence,
+    features: datasets.Features,
+    cache_dir: str | Path,
+    load: Callable[[], Sequence],
+    encode: Callable[[list], dict[str, list]],
+    digest: str | None = None,
+) -> datasets.Dataset:
+    """The encoded examples of a data file, one a row, tokenised once and then memory-mapped from the cache.
+
+    facts: JSON of everything that shapes the rows besides the file's bytes and its ending. load: the examples of the
+    file; encode: examples to columns. digest: the file's sha256, if it is known. Raises ``UserError`` as these do, the
+    file named, and for an unwritable cache folder.
+    """
+    digest = digest or files.sha256(path)
+    key = hashlib.sha256(json.dumps([facts[0], digest, Path(path).suffix.lower(), *facts[1:]]).encode()).hexdigest()[
+        :32
+    ]
+    file = Path(cache_dir) / f"rows-{key}.arrow"
+    rows = _read(file)
+    if rows is None:
+        if file.exists():
+            print(f"the cache {file} is damaged and made anew", file=sys.stderr)
+        with files.unchanged(path, digest):
+            examples = load()
+
+        def encode_batch(batch: dict[str, list[int]]) -> dict[str, list]:
+            try:
+                return encode([examples[index] for index in batch["index"]])
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+
+        options = {"batched": True, "batch_size": _CHUNK, "desc": "tokenising", "features": features}
+        options |= {"remove_columns": "index", "new_fingerprint": key}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # A second training on the same data waits for the rows of the first.
+            with files.claimed(file, wait=True):
+                temporary = {"prefix": f".{file.name}.", "suffix": ".partial", "dir": file.parent}
+                with tempfile.TemporaryDirectory(**temporary) as folder:
+                    made = Path(folder) / file.name
+                    if _read(file) is None:
+                        indices = datasets.Dataset.from_dict({"index": range(len(examples))})
+                        indices.map(encode_batch, cache_file_name=str(made), **options)
+                        made.replace(file)
+        except OSError as error:
+            raise UserError(
+                f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another"
+            ) from None
+        rows = _read(file)
+        if rows is None:
+            raise UserError(f"the cache {file} cannot be read back; pass another --cache_dir")
+    return rows
+
+
+def _read(file: Path) -> datasets.Dataset | None:
+    """The rows of a cache file; None for one that is not there or is cut off."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(-len(_END), os.SEEK_END)
+            if opened.read() == _END:
+                return datasets.Dataset.from_file(str(file))
+    except (OSError, pyarrow.ArrowException):
+        pass
+    return None
+
+
+def row_columns(rows: datasets.Dataset) -> dict[str, np.ndarray]:
+    """The number columns of encoded examples as arrays (N,)."""
+    numbers = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Value)]
+    return rows.with_format("numpy", columns=numbers)[:]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything a tokenizer saves: vocabulary, merges, special tokens, settings."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """(training examples, held-out examples or None): ``held_out`` examples drawn by the seed, of no task the last."""
+    if not held_out:
+        return rows, None
+    if held_out >= len(rows):
+        raise UserError(f"val_set_size must be below the number of examples, {len(rows)}, not {held_out}")
+    order, ids = np.random.default_rng(seed).permutation(len(rows)), row_columns(rows)["task_id"]
+    # The last example of each task in the order stays; in the place of one that was drawn comes the next that may.
+    last = np.zeros(len(rows), dtype=bool)
+    last[[np.flatnonzero(ids[order] == task)[-1] for task in np.unique(ids)]] = True
+    drawn = np.flatnonzero(~last)[:held_out]
+    if len(drawn) < held_out:
+        raise UserError(
+            f"val_set_size must be at most {len(drawn)}, so that each task keeps a training example, not {held_out}"
+        )
+    chosen = np.zeros(len(rows), dtype=bool)
+    chosen[order[drawn]] = True
+    return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
+
+
+def counts_note(names: Sequence[str], counts: np.ndarray, held_out: datasets.Dataset | None, temperature: float) -> str:
+    """The training and held-out examples of each task, and which tasks an epoch takes several times, in lines."""
+
+    def listed(counts: np.ndarray) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+
+    lines = [f"training examples: {listed(counts)}"]
+    if held_out:
+        lines.append(f"held out: {listed(np.bincount(row_columns(held_out)['task_id'], minlength=len(names)))}")
+    passes = examples_per_task(counts, temperature) / np.maximum(counts, 1)
+    often = [f"{name} {times:.1f}" for name, times in zip(names, passes, strict=True) if times >= 2]
+    if often:
+        lines.append(f"times that an epoch takes each example of a task, by --sampling_temperature: {', '.join(often)}")
+    return "\n".join(lines)

@@ -1,0 +1,226 @@
+"""The course of a training, the same for every system: check everything, encode, build the model, train, save."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+import mtl_lora
+from mtl_lora import files
+from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter.analysis import write_analysis
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.adapter.layer import layer_class
+from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
+from mtl_lora.errors import UserError
+from mtl_lora.tasks import TaskSet
+from mtl_lora.training import distributed, resume
+from mtl_lora.training.config import TrainingConfig
+from mtl_lora.training.rows import counts_note, row_columns, split
+from mtl_lora.training.trainer import Batch, MultiTaskTrainer, make_sampler, training_arguments
+from mtl_lora.version import checkout_commit
+
+
+class Run:
+    """One training; a system's subclass fills in what an example is, which model is built, and what its losses are.
+
+    Settled as the run goes: ``adapter`` (its configuration), ``arguments`` (the Trainer's), ``train`` (rows).
+    """
+
+    system: str
+    base: BaseModel
+    tasks: TaskSet
+    adapter: AdapterConfig
+    arguments: TrainingArguments
+    train: datasets.Dataset
+    task_set: type[TaskSet]
+
+    def __init__(self, config: TrainingConfig):
+        self.config, self.tasks = config, config.task_set()
+
+    # ---- what a system says ----
+
+    def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
+        """The adapter for this model, and notes on it; raises ``UserError`` for targets that it does not have."""
+        raise NotImplementedError
+
+    def rows(self, digest: str) -> datasets.Dataset:
+        """The encoded examples of the data file, of this sha256; raises ``UserError`` for data that cannot be."""
+        raise NotImplementedError
+
+    def rows_note(self, rows: datasets.Dataset) -> str:
+        """What there is to say of the encoded examples, in a line."""
+        raise NotImplementedError
+
+    def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
+        """The lengths (N,) of ``train`` by which batches are planned, and whether a step is dealt out by task."""
+        return row_columns(self.train)["length"], False
+
+    def load_base(self) -> PreTrainedModel:
+        """The model on which the adapter is put."""
+        return self.base.load(self.config.dtype, self.config.load_in_4bit)
+
+    def ends(self) -> tuple[Callable, Callable[[torch.nn.Module, Batch], tuple]]:
+        """The collator and the losses, see ``MultiTaskTrainer``."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, object]:
+        """What the run configuration holds besides what every system has."""
+        return {}
+
+    @classmethod
+    def deciding_facts(cls, configuration: dict) -> dict[str, object]:
+        """Of a run configuration, what decides the weights besides its flags, by the words of an error.
+
+        Titles and columns of the tasks do not. None where an earlier version did not record it.
+        """
+        return {
+            "the data file": configuration.get("data_sha256"),
+            "the tasks": cls.task_set.from_json(configuration.get("tasks"), "the run configuration").answers_sha256,
+            "the base model's files": configuration.get("base_fingerprint"),
+            "the dtype that --dtype auto means": configuration.get("dtype"),
+            "the parameters without weight decay": configuration.get("no_decay", []),
+        }
+
+    def provenance(self) -> dict[str, object]:
+        """What checkpoints say of the system's own inputs: fields of ``checkpoint.Provenance``."""
+        raise NotImplementedError
+
+    # ---- the course ----
+
+    def log(self, *lines: str) -> None:
+        """Print lines on stderr, from the first process alone."""
+        if self.arguments.process_index == 0:
+            print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
+
+    def run(self) -> None:
+        """Train, or with ``check`` stop before the model is loaded; the output folder is claimed."""
+        config, base = self.config, self.base
+        from_checkpoint = resume.checkpoint_to_resume(config)
+        base.check_quantisation(training=True)
+        structure = (
+            self.structure()
+        )  # before the arguments are made, for from then on ZeRO-3 partitions every new model
+        try:
+            self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
+        except UserError as error:
+            raise UserError(f"--lora_target_modules: {error}") from None
+        self.arguments = training_arguments(config)
+        distributed.check_deepspeed_values(self.arguments, one_process=config.check)
+        digest = files.sha256(config.data_path)
+        # One process of each node tokenises, the others read its cache.
+        several = self.arguments.world_size > 1
+        with PartialState().local_main_process_first() if several else nullcontext():
+            rows = self.rows(digest)
+        longest = int(row_columns(rows)["length"].max())
+        base.check_positions(longest, f"the longest example; lower --cutoff_len, which is {config.cutoff_len}")
+        self.train, held_out = split(rows, config.val_set_size, config.seed)
+        self.log(*notes)
+        task_ids = row_columns(self.train)["task_id"]
+        lengths, group_tasks = self.plan(structure)
+        sampler = make_sampler(config, self.arguments, lengths, task_ids, group_tasks)
+        self.log(f"{sampler}\n{len(rows):,} examples; {self.rows_note(rows)}")
+        counts = np.bincount(task_ids, minlength=len(self.tasks))
+        self.log(counts_note(self.tasks.names, counts, held_out, config.sampling_temperature))
+        untrained = [name for name, count in zip(self.tasks.names, counts, strict=True) if not count]
+        if untrained:
+            names = ", ".join(untrained)
+            self.log(f"no training examples of {names}: what is these tasks' own stays as it is drawn")
+        configuration = self.configuration(digest)
+        if from_checkpoint:
+            kind = type(config)
+            resume.check_same_run(from_checkpoint, configuration, kind, self.deciding_facts, devices=not config.check)
+        if config.check:
+            more = "" if several else "; a launch of N devices takes N such batches a step"
+            self.log(f"every setting is fine{more}")
+            return
+        model = self.build()
+        base.check_unchanged(configuration["base_fingerprint"])
+        collator, losses = self.ends()
+        # Every mistake was found before an older run is deleted.
+        resume.begin_output(config, self.arguments, configuration, fresh=from_checkpoint is None)
+        start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
+        if self.arguments.process_index == 0 and not from_checkpoint:
+            checkpoint.save_start(model, config.output_dir, start)
+        trainer = MultiTaskTrainer(
+            model=model,
+            args=self.arguments,
+            losses=losses,
+            collator=collator,
+            tasks=self.tasks.names,
+            sampler=sampler,
+            provenance=checkpoint.Provenance(
+                base_model=base.lasting_name,
+                base_fingerprint=configuration["base_fingerprint"],
+                task_set=self.tasks.to_json(),
+                train_settings=config.to_json(),
+                commit=checkout_commit(),
+                system=self.system,
+                untrained_tasks=untrained,
+                **self.provenance(),
+            ),
+            train_dataset=self.train,
+            eval_dataset=held_out,
+            eval_lengths=row_columns(held_out)["length"] if held_out else None,
+        )
+        trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
+        trainer.save_model(config.output_dir)
+        if self.arguments.process_index == 0:
+            write_analysis(config.output_dir)
+        trainer.accelerator.wait_for_everyone()
+        self.log(f"saved the adapter to {config.output_dir}")
+
+    def structure(self) -> PreTrainedModel:
+        """The model on which the adapter is put, on the meta device."""
+        return self.base.structure()
+
+    def configuration(self, digest: str) -> dict:
+        """What ``run.json`` holds: the flags and what they stand for on this machine. digest: of the data file."""
+        config, layer = self.config, layer_class(self.adapter.method)
+        read = {flag.name for flag in layer.Hyperparameters.flags()}
+        return {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "settings": config.to_json(),
+            "unused_settings": sorted(config.hyperparameters.keys() - read),  # hyperparameters of other methods
+            "tasks": self.tasks.to_json(),
+            "data_sha256": digest,
+            "base_fingerprint": self.base.fingerprint(),
+            "dtype": str(choose_dtype(config.dtype)),
+            "no_decay": list(layer.no_decay) if config.weight_decay else [],
+            "world_size": self.arguments.world_size,
+            **self.facts(),
+        }
+
+    def build(self) -> PreTrainedModel:
+        """The base model with the adapter, as the seed draws it."""
+        config = self.config
+        distributed.init_deepspeed(config)
+        set_seed(config.seed)
+        with distributed.loading_base(config.dtype):
+            model = self.load_base()
+        mtl_lora.inject(model, self.adapter)
+        if config.use_gradient_checkpointing:
+            enable_checkpointing(model)
+        trainable, total = mtl_lora.trainable_parameters(model)
+        self.log(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+        return model
+
+
+def train(run: type[Run], config: TrainingConfig) -> None:
+    """Train as ``config`` says, or with ``check`` stop before the model is loaded.
+
+    Raises ``UserError`` for every mistake that can be found before training. The process is expected to be prepared
+    (``distributed.prepare_process``); one that ends here leaves its process group itself.
+    """
+    one = run(config)
+    distributed.check_launch(config)
+    config.check_files()
+    with nullcontext() if config.check else files.claimed(config.output_dir):
+        one.run()
