@@ -155,6 +155,7 @@ TASK_FILES = {
     "pattern a list": (tasks(pattern=["yes"]), ["'mood'", "pattern", "a string"]),
     "prefix null": (tasks(answer_prefix=None), ["'mood'", "answer_prefix", "a string"]),
     "metric unknown": (tasks(metric="rouge"), ["'rouge'", "accuracy, exact_match, f1"]),
+    "metric of numbers": (tasks(metric="pearson"), ["'pearson'", "accuracy, exact_match, f1"]),
     "columns a string": ({"tasks": TASKS, "columns": "mood"}, ["columns", "'mood'"]),
     "columns a number": ({"tasks": TASKS, "columns": 0}, ["columns", "0"]),
     "columns mixed": ({"tasks": TASKS, "columns": ["mood", 1]}, ["columns", "['mood', 1]"]),

@@ -5,12 +5,11 @@ The eight commonsense tasks are one table below; any other set is read from a JS
 
 import dataclasses
 import re
-import typing
 from pathlib import Path
 
 from mtl_lora import tasks
 from mtl_lora.errors import UserError
-from mtl_lora.metrics import METRICS
+from mtl_lora.metrics import metrics_for
 
 ANSWER_PREFIX = "the correct answer is "
 OPTIONS_MARKER = "Answer format: "
@@ -24,24 +23,28 @@ class Task(tasks.Task):
     pattern: regular expression whose first match in generated text is the answer; empty: the options as whole words
         (for the commonsense tasks joined by ``|``, as LLM-Adapters does), or for a free-text task its first line.
     answer_prefix: the words before the answer in every ``output``.
-    metric: name in ``metrics.METRICS``; empty: accuracy of options, exact_match of free text.
+    metric: one of ``metrics_for`` the options; empty: accuracy of options, exact_match of free text. Of two options
+        the last is the positive class.
     """
 
     options: tuple[str, ...] = ()
     pattern: str = ""
     answer_prefix: str = ANSWER_PREFIX
 
-    metrics: typing.ClassVar = METRICS
-
     def __post_init__(self):
-        super().__post_init__()
         self.require_texts("options", "none for free text")
+        super().__post_init__()
         self.require_text("pattern")
         self.require_text("answer_prefix")
         try:
             re.compile(self.pattern)
         except re.error as error:
             raise UserError(f"task {self.name!r} has a pattern that is not a regular expression: {error}") from None
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that it may have."""
+        return metrics_for(self.options)
 
     @property
     def answer_pattern(self) -> str:
