@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
+from mtl_lora.tasks import TaskSet
 
 
 def read_values(path: Path) -> list:
@@ -112,3 +113,43 @@ READERS: dict[str, Callable[[Path], list]] = {
     **dict.fromkeys((".csv", ".tsv"), _csv_rows),
     ".parquet": _parquet_rows,
 }
+
+
+# ---- fields of an example ----
+
+
+def text_of(value: object, what: str) -> str:
+    """A value that must be a text that can be encoded; raises ``UserError`` naming ``what``."""
+    if not isinstance(value, str):
+        raise UserError(f"{what} must be a string, not {value!r:.200}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a character, such as "\ud800"
+        raise UserError(f"{what} holds half a character (a lone surrogate), which no tokenizer reads") from None
+    return value
+
+
+def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:
+    """The example's task by ``task_id``, by ``task`` (a name) and by its file, which must agree."""
+    found = []
+    if "task_id" in value:
+        given = value["task_id"]
+        if isinstance(given, str) and given.isascii() and given.isdecimal():  # as in CSV
+            given = int(given[:9])
+        elif isinstance(given, float) and given.is_integer():  # as tables write a column that has gaps
+            given = int(given)
+        if type(given) is not int or not 0 <= given < len(tasks):
+            raise UserError(f"{where}: task_id {value['task_id']!r:.50} is none of the tasks {tasks.describe()}")
+        found.append(given)
+    if "task" in value:
+        if value["task"] not in tasks.names:
+            raise UserError(f"{where}: task {value['task']!r} is none of the tasks {tasks.describe()}")
+        found.append(tasks[value["task"]].id)
+    if task is not None:
+        found.append(tasks[task].id)
+    if not found:
+        raise UserError(f"{where} has no field 'task_id' (or 'task', a name); the tasks are {tasks.describe()}")
+    if len(set(found)) > 1:
+        names = " and ".join(tasks[task_id].name for task_id in found)
+        raise UserError(f"{where} belongs to different tasks at once: {names}")
+    return found[0]

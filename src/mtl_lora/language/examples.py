@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.data_files import read_values
+from mtl_lora.data_files import read_values, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
@@ -90,12 +90,12 @@ def parse_example(
             hint = " (the assistant's last message)" if told else ""
             raise UserError(f"{where} has no field {field!r}{hint}")
         if must or value.get(field) is not None:
-            texts[field] = _text(value[field], f"{where}: {field!r}")
+            texts[field] = text_of(value[field], f"{where}: {field!r}")
     if not (texts["instruction"] + texts["input"]).strip():
         raise UserError(f"{where}: 'instruction' is empty")
     if needed.get("output") and not texts["output"].strip():
         raise UserError(f"{where}: 'output' is empty")
-    task_id = _task_id(value, where, tasks, task)
+    task_id = task_id_of(value, where, tasks, task)
     options = tasks[task_id].options_of(texts["instruction"])
     if closed and told and not texts["answer"]:
         texts["answer"] = extract_answer(tasks[task_id], texts["output"])
@@ -106,16 +106,6 @@ def parse_example(
     if options and answered and not closed:
         _check_output(texts, tasks[task_id], options, where)
     return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if told else ())
-
-
-def _text(value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{what} must be a string, not {value!r:.200}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a character, such as "\ud800"
-        raise UserError(f"{what} holds half a character (a lone surrogate), which no tokenizer reads") from None
-    return value
 
 
 def _from_messages(value: dict, where: str) -> dict:
@@ -130,7 +120,7 @@ def _from_messages(value: dict, where: str) -> dict:
         role = turn.get("role") if isinstance(turn, dict) else None
         if role not in ROLES:
             raise UserError(f"{where}: message {number} has the role {role!r:.50}; it must be {', '.join(ROLES)}")
-        _text(turn.get("content"), f"{where}: the content of message {number}")
+        text_of(turn.get("content"), f"{where}: the content of message {number}")
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     output = {"output": turns.pop()["content"]} if turns[-1]["role"] == "assistant" else {}
     if not turns or turns[-1]["role"] != "user":
@@ -153,29 +143,3 @@ def _check_output(texts: dict[str, str], task: Task, options: Sequence[str], whe
             f"{where}: an evaluation would read the answer {found!r} from the output {output!r}, not "
             f"{wanted}; let output and answer agree"
         )
-
-
-def _task_id(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:
-    """The example's task by ``task_id``, by ``task`` (a name) and by its file, which must agree."""
-    found = []
-    if "task_id" in value:
-        given = value["task_id"]
-        if isinstance(given, str) and given.isascii() and given.isdecimal():  # as in CSV
-            given = int(given[:9])
-        elif isinstance(given, float) and given.is_integer():  # as tables write a column that has gaps
-            given = int(given)
-        if type(given) is not int or not 0 <= given < len(tasks):
-            raise UserError(f"{where}: task_id {value['task_id']!r:.50} is none of the tasks {tasks.describe()}")
-        found.append(given)
-    if "task" in value:
-        if value["task"] not in tasks.names:
-            raise UserError(f"{where}: task {value['task']!r} is none of the tasks {tasks.describe()}")
-        found.append(tasks[value["task"]].id)
-    if task is not None:
-        found.append(tasks[task].id)
-    if not found:
-        raise UserError(f"{where} has no field 'task_id' (or 'task', a name); the tasks are {tasks.describe()}")
-    if len(set(found)) > 1:
-        names = " and ".join(tasks[task_id].name for task_id in found)
-        raise UserError(f"{where} belongs to different tasks at once: {names}")
-    return found[0]
