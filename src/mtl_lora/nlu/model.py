@@ -1,8 +1,8 @@
 """An encoder with a head per task: rows of different tasks in one forward, each through its own head.
 
 A head is what the model's own ``ForSequenceClassification`` class puts behind the encoder, that is everything outside
-its ``base_model_prefix`` (BERT: one linear layer, behind the encoder's frozen pooler; RoBERTa: a dense layer and a linear
-one), with as many outputs as the task has labels, or one for a regression.
+its ``base_model_prefix`` (BERT: one linear layer, behind the encoder's frozen pooler; RoBERTa: a dense layer and a
+linear one), with as many outputs as the task has labels, or one for a regression.
 """
 
 import copy
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mtl_lora.adapter import routing
+from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets, inject, targets_for, trainable_parameters
 from mtl_lora.base_model import BaseModel, structure_of
@@ -87,6 +88,12 @@ def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTr
 def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: bool = False, **options):
     """The encoder with its weights and a fresh head per task."""
     return with_heads(base.load(dtype, load_in_4bit, num_labels=2, **options), base, tasks)
+
+
+def base_of(provenance: Provenance, trust_remote_code: bool = False, **options) -> PreTrainedModel:
+    """The encoder with heads on which a checkpoint's adapter is put; options: of ``load``."""
+    tasks = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
+    return load(BaseModel(provenance.base_model, trust_remote_code, KIND), tasks, **options)
 
 
 def structure(base: BaseModel, tasks: TaskSet) -> PreTrainedModel:
