@@ -12,6 +12,7 @@ from mtl_lora.metrics import METRICS
 from mtl_lora.report.compare import compare
 from mtl_lora.report.figures import draw
 from mtl_lora.report.load import load_run
+from mtl_lora.report.table import study_tables
 from mtl_lora.results import Results, measure
 from mtl_lora.study.summary import compared
 
@@ -167,8 +168,11 @@ def test_predictions_that_are_not_those_that_are_counted_are_refused(runs, capsy
     assert_mistakes(capsys, "compare", [([*runs], "cola by matthews and accuracy")])
 
 
-def test_a_figure_says_the_metric_of_each_panel(runs):
-    (drawing,) = draw(load_run(runs[0]))
+def test_a_figure_and_a_studys_table_say_the_metric_of_each_task(runs):
+    study = load_run(runs[0])
+    (drawing,), (table, *_) = draw(study), study_tables(study)
+    headings = ["SST-2", "CoLA (Matthews)", "MRPC (Accuracy and F1)", "STS-B (Pearson and Spearman)", "Average"]
+    assert table.header[-5:] == headings and table.rows[0][-2:] == ["–", "–"]
     titles = [panel.get_title() for panel in drawing.figure.axes]
     assert titles[:3] == ["SST-2", "CoLA\n(Matthews)", "MRPC\n(Accuracy and F1)"] and drawing.title == "Results"
     assert "Matthews, Pearson and Spearman times 100" in drawing.caption

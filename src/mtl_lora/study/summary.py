@@ -73,7 +73,7 @@ class StudyWriter:
             transfer=self._transfer(found),
             search=search,
         )
-        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid)])
+        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid, evaluations[-1].mode)])
         files.write_json(plan.folder / artifacts.STUDY, study.to_json())
         files.write_text(plan.folder / TABLE, render(study))
 
@@ -200,7 +200,7 @@ def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]
 # ---- table.md ----
 
 
-def notes(study: Study, grid: Grid) -> list[str]:
+def notes(study: Study, grid: Grid, mode: str | None) -> list[str]:
     """What was trained on and asked, what ± and the intervals are, and what is missing."""
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
@@ -208,9 +208,8 @@ def notes(study: Study, grid: Grid) -> list[str]:
             "mean ± standard deviation over seeds; a row without ± is a single run. "
             f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
         )
-    mode = grid.evaluate.get("mode", "generate")
     units = units_text({study.metric(task) for task in study.scored})
-    found = [f"Base model: {study.base_model}. Mode: {mode}. {units}{spread}."]
+    found = [f"Base model: {study.base_model}.{f' Mode: {mode}.' * bool(mode)} {units}{spread}."]
     if study.transfer or any(experiment.against for experiment in study.experiments):
         found.append(
             "Differences: question by question, seed i against seed i (the base model against every seed); "
