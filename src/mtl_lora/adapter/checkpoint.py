@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mtl_lora import files
+from mtl_lora import files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes
@@ -283,7 +283,10 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
     base = BaseModel(provenance.base_model, trust_remote_code)
     if provenance.base_fingerprint:
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
-    return base.load(**{"load_in_4bit": provenance.load_in_4bit, **options})
+    options = {"load_in_4bit": provenance.load_in_4bit, **options}
+    if provenance.system == "language":
+        return base.load(**options)
+    return systems.part(provenance.system, "model").base_of(provenance, trust_remote_code, **options)
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:

@@ -1,0 +1,130 @@
+"""From examples to rows and batches: texts and pairs as the encoder's tokenizer joins them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mtl_lora.nlu.examples import Example, load_examples
+from mtl_lora.nlu.tasks import TaskSet
+from mtl_lora.training.rows import cached_rows, row_columns, tokenizer_hash
+
+# Raised when the way examples are encoded changes, so that caches of an older version are not read.
+_VERSION = 1
+COLUMNS = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "token_type_ids": datasets.Sequence(datasets.Value("int8")),  # empty for a model without them
+        "target": datasets.Value("float64"),
+        "length": datasets.Value("int32"),
+        "task_id": datasets.Value("int32"),
+        "removed": datasets.Value("int32"),
+    }
+)
+
+
+class Encoder:
+    """Texts to token ids, with the special tokens of the model; the longer text of a pair is cut first."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cutoff_len: int):
+        self.tokenizer, self.cutoff_len = tokenizer, cutoff_len
+        self.has_types = "token_type_ids" in tokenizer.model_input_names
+
+    def encode(self, examples: Sequence[Example]) -> list[dict]:
+        """Of each example ``input_ids``, ``token_type_ids`` where the model has them, and ``removed``: tokens cut."""
+        rows: list[dict] = [{}] * len(examples)
+        alone = [index for index, example in enumerate(examples) if example.text_b is None]
+        pairs = [index for index, example in enumerate(examples) if example.text_b is not None]
+        for indices in filter(None, (alone, pairs)):
+            texts = [[examples[index].text for index in indices]]
+            if indices is pairs:
+                texts.append([examples[index].text_b for index in indices])
+            options = {"return_attention_mask": False, "return_token_type_ids": self.has_types, "verbose": False}
+            whole = self.tokenizer(*texts, **options)
+            longer = [len(ids) > self.cutoff_len for ids in whole["input_ids"]]
+            cut = whole
+            if any(longer):
+                cut = self.tokenizer(*texts, truncation="longest_first", max_length=self.cutoff_len, **options)
+            for place, index in enumerate(indices):
+                removed = len(whole["input_ids"][place]) - len(cut["input_ids"][place])
+                rows[index] = {key: cut[key][place] for key in cut} | {"removed": removed}
+        return rows
+
+
+def target_of(example: Example, tasks: TaskSet) -> float:
+    """What a head learns: the class number, or the number scaled to 0 to 1."""
+    task = tasks[example.task_id]
+    return task.scaled(example.label) if task.is_regression else float(task.labels.index(example.label))
+
+
+def training_rows(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    cutoff_len: int,
+    tasks: TaskSet,
+    cache_dir: str | Path,
+    task: str | None = None,
+    digest: str | None = None,
+) -> datasets.Dataset:
+    """The encoded examples of a data file, one a row (``COLUMNS``), from the cache if they are there.
+
+    task: as for ``load_examples``. digest: the file's sha256, if it is known. Raises ``UserError`` as ``load_examples``
+    does, and for an unwritable cache folder.
+    """
+    encoder = Encoder(tokenizer, cutoff_len)
+    shaping = [(task.name, task.labels, task.regression) for task in tasks]
+    facts = ["nlu", _VERSION, cutoff_len, shaping, tokenizer_hash(tokenizer), task]
+
+    def encode(examples: Sequence[Example]) -> dict[str, list]:
+        rows = encoder.encode(examples)
+        return {
+            "input_ids": [row["input_ids"] for row in rows],
+            "token_type_ids": [row.get("token_type_ids", []) for row in rows],
+            "target": [target_of(example, tasks) for example in examples],
+            "length": [len(row["input_ids"]) for row in rows],
+            "task_id": [example.task_id for example in examples],
+            "removed": [row["removed"] for row in rows],
+        }
+
+    return cached_rows(path, facts, COLUMNS, cache_dir, lambda: load_examples(path, tasks, task), encode, digest)
+
+
+def shortened_note(rows: datasets.Dataset, cutoff_len: int) -> str:
+    """One line on how many examples the cutoff shortened."""
+    removed = row_columns(rows)["removed"]
+    count = int((removed > 0).sum())
+    if not count:
+        return f"no example is longer than the cutoff of {cutoff_len} tokens"
+    return (
+        f"{count:,} of {len(rows):,} examples are longer than the cutoff of {cutoff_len} tokens and lost "
+        f"{int(removed.sum()):,} tokens at their ends"
+    )
+
+
+class Collator:
+    """Rows to a batch, padded on the right: input_ids, attention_mask and, where rows have them, token_type_ids (B, L),
+    task_ids (B,), loss_weight () = B; of training rows targets (B,), float64."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {"input_ids": torch.full((len(rows), length), self.pad_token_id)}
+        batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+        types = [row.get("token_type_ids") or [] for row in rows]
+        if any(types):
+            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        for index, row in enumerate(rows):
+            ids = row["input_ids"]
+            batch["input_ids"][index, : len(ids)] = torch.as_tensor(ids)
+            batch["attention_mask"][index, : len(ids)] = 1
+            if any(types):
+                batch["token_type_ids"][index, : len(ids)] = torch.as_tensor(types[index])
+        batch["task_ids"] = torch.tensor([int(row["task_id"]) for row in rows])
+        batch["loss_weight"] = torch.tensor(float(len(rows)))
+        if "target" in rows[0]:
+            batch["targets"] = torch.tensor([row["target"] for row in rows], dtype=torch.float64)
+        return batch

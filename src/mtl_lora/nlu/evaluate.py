@@ -1,0 +1,297 @@
+"""``mtl-lora evaluate`` and ``predict`` of encoders: a trained head's answers, or the cosine of two texts."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+import mtl_lora
+from mtl_lora import evaluation, files
+from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter.layer import layer_class
+from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
+from mtl_lora.data_files import read_values
+from mtl_lora.errors import UserError, require_package
+from mtl_lora.evaluation import claimed_folders, in_halves, load_questions, plan_batches
+from mtl_lora.memory import keep_freed_memory
+from mtl_lora.nlu import model as heads
+from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
+from mtl_lora.nlu.data import Collator, Encoder
+from mtl_lora.nlu.examples import Example, load_examples, parse_example
+from mtl_lora.nlu.tasks import Task, TaskSet
+from mtl_lora.results import Comparability, Results, TaskResult, Trainable, measure
+
+TOKEN_BUDGET, GPU_TOKEN_BUDGET = 4096, 131072  # tokens of a batch with --batch_size auto
+# Raised when a question gets another answer from the same model and settings.
+PROTOCOL = 1
+
+
+@dataclasses.dataclass
+class Question:
+    """One example, ready for a model. row: of ``Encoder.encode``."""
+
+    task: Task
+    example: Example
+    row: dict
+    prompt_sha256: str
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The token ids of the text or pair."""
+        return self.row["input_ids"]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The task's name and the example's index: different for every question of an evaluation."""
+        return self.task.name, self.example.index
+
+    def line(self, parsed: str | float, scores: list[float] | None) -> dict:
+        """The question's line in the predictions: its target as ``answer``, and what was answered."""
+        line = {"task": self.task.name, "index": self.example.index, "answer": self.example.label, "parsed": parsed}
+        if scores is not None:
+            line |= {"correct": parsed == self.example.label, "scores": scores}
+        line["prompt_sha256"] = self.prompt_sha256
+        return line | ({"kind": self.example.extra["kind"]} if "kind" in self.example.extra else {})
+
+    def answered_by(self, line: Mapping | None) -> bool:
+        """Whether a line, perhaps of an earlier version of the test set, answers this very text and target."""
+        expected = self.prompt_sha256, self.example.label
+        known = line is not None and isinstance(line.get("parsed"), float if self.task.is_regression else str)
+        return known and (line.get("prompt_sha256"), line.get("answer")) == expected
+
+    def extract_again(self, line: dict) -> dict:
+        """The line: a head's answer needs no rules."""
+        return line
+
+
+class Evaluator(evaluation.Evaluator):
+    """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
+
+    system = "nlu"
+    comparability = Comparability(
+        needed=["mode", "base_fingerprint", "cutoff_len"],
+        noted=["base_fingerprint", "tasks_sha256", "dtype"],
+        free=["adapter_sha256", "batch_size", "limit"],
+    )
+
+    def __init__(self, config: AnswerConfig):
+        self.config, path = config, config.checkpoint
+        self.adapter = checkpoint.read_config(path) if path else None
+        origin = self.adapter.provenance_config if self.adapter else checkpoint.Provenance(system=self.system)
+        if origin.system != self.system:
+            raise UserError(f"{path} is of the system {origin.system}; leave out --system")
+        for flag, value in {"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len}.items():
+            if value and getattr(config, flag) is not None:
+                raise UserError(f"--{flag} cannot be combined with --checkpoint: {path} defines it")
+        if self.adapter:
+            layer = layer_class(self.adapter.adapter_config.method)
+            self.method, self.method_title = layer.method, layer.title
+            self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
+            if self.adapter.adapter_config.tasks != self.tasks.names:
+                raise UserError(f"{path} has heads for other tasks than it names; train it again")
+        else:
+            self.tasks = TaskSet.load(config.tasks_file)
+        self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
+        name = config.base_model or origin.base_model
+        if name is None:
+            raise UserError(f"{path} does not name its base model; pass --base_model")
+        self.base_model = BaseModel(name, config.trust_remote_code, heads.KIND)
+        self.base_model.check_quantisation()
+        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
+        require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
+        self.base_fingerprint = self.base_model.fingerprint()
+        self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, path)
+        tokenizer = self.base_model.tokenizer()
+        self.encoder, self.collator = Encoder(tokenizer, self.cutoff_len), Collator(tokenizer.pad_token_id)
+        self.model: PreTrainedModel | None = None
+
+    def settings(self, protocol: str) -> dict:
+        settings = {
+            "mode": protocol,
+            "protocol": PROTOCOL,
+            "base_fingerprint": self.base_fingerprint,
+            "adapter_sha256": self.adapter.weights_sha256 if self.adapter else None,
+            "cutoff_len": self.cutoff_len,
+            "tasks_sha256": self.tasks.answers_sha256,
+            "dtype": str(choose_dtype(self.config.dtype)),
+        }
+        return settings | ({"load_in_4bit": True} if self.load_in_4bit else {})
+
+    def questions(self, examples: Sequence[Example]) -> list[Question]:
+        """Questions of examples."""
+        rows = self.encoder.encode(examples)
+        found = []
+        for example, row in zip(examples, rows, strict=True):
+            digest = files.sha256_of(str([row["input_ids"], row.get("token_type_ids")]).encode())
+            found.append(Question(self.tasks[example.task_id], example, row, digest))
+        longest = max((len(row["input_ids"]) for row in rows), default=0)
+        self.base_model.check_positions(longest, "a text; take a shorter --cutoff_len")
+        return found
+
+    def load(self) -> None:
+        if self.model is not None:
+            return
+        if self.adapter and int(os.environ.get("RANK", "0")) == 0:
+            for note in self.adapter.provenance_config.untrained_note(self.tasks.names):
+                print(note, file=sys.stderr)
+        device = device_for_this_process()
+        keep_freed_memory(device.type)
+        model = heads.load(self.base_model, self.tasks, self.config.dtype, self.load_in_4bit)
+        if self.adapter:
+            mtl_lora.load(model, self.config.checkpoint)
+        # An answer is recorded under the hashes that were read first.
+        self.base_model.check_unchanged(self.base_fingerprint)
+        if self.adapter and checkpoint.read_config(self.config.checkpoint) != self.adapter:
+            raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
+        self.model = model.eval().to(device)
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
+        return plan_batches(questions, self.config.batch_size, budget)
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
+        return in_halves(self._cosines if protocol == COSINE else self._classified, list(questions))
+
+    def _batch(self, rows: Sequence[dict], task_id: int) -> dict[str, torch.Tensor]:
+        batch = self.collator([row | {"task_id": task_id} for row in rows])
+        return {key: value.to(self.model.device) for key, value in batch.items() if key != "loss_weight"}
+
+    def _classified(self, questions: list[Question]) -> list[dict]:
+        task = questions[0].task
+        logits = self.model(**self._batch([question.row for question in questions], task.id)).logits
+        outputs = logits[:, : task.outputs].double().tolist()
+        lines = []
+        for question, scores in zip(questions, outputs, strict=True):
+            if task.is_regression:
+                lines.append(question.line(task.unscaled(scores[0]), None))
+            else:
+                best = max(range(len(scores)), key=scores.__getitem__)  # of equal ones the first
+                lines.append(question.line(task.labels[best], scores))
+        return lines
+
+    def _cosines(self, questions: list[Question]) -> list[dict]:
+        """The cosine of the mean-pooled embeddings of the two texts (Reimers and Gurevych, arXiv 1908.10084)."""
+        sides = []
+        for field in ("text", "text_b"):
+            texts = [Example(getattr(question.example, field), None, None, 0, 0) for question in questions]
+            batch = self._batch(self.encoder.encode(texts), 0)
+            mask = batch["attention_mask"][..., None]
+            batch.pop("task_ids")
+            hidden = self.model.base_model(**batch).last_hidden_state
+            sides.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+        values = F.cosine_similarity(*sides).double().tolist()
+        return [
+            question.line(question.task.unscaled(value), None)
+            for question, value in zip(questions, values, strict=True)
+        ]
+
+    def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
+        return measure(task.metric_name, lines, task.labels)
+
+    def trainable(self) -> Trainable | None:
+        if not self.adapter:
+            return None
+        return Trainable(*heads.count(self.base_model, self.tasks, self.adapter.adapter_config))
+
+
+def run(config: EvalConfig) -> dict[str, Results]:
+    """Answer every question that has no answer yet; writes and returns the results.
+
+    Empty with ``check``, and on every process but the first.
+    """
+    evaluator = Evaluator(config)
+    asked = load_questions(
+        config.data_dir,
+        evaluator.tasks,
+        config.tasks or ([] if config.checkpoint else _with_cosine(evaluator.tasks)),
+        load_examples,
+        lambda examples, path: evaluator.questions(examples),
+        config.limit,
+    )
+    for question in asked.questions if not config.checkpoint else ():
+        if not question.task.is_regression or question.example.text_b is None:
+            raise UserError(
+                f"the base model {evaluator.base_model.name!r} alone answers regressions of pairs, which "
+                f"{question.task.name} is not; leave it out of --tasks, or pass --checkpoint"
+            )
+    questions = dict.fromkeys(config.protocols, asked.questions)
+    with claimed_folders(config, config.protocols):
+        return evaluation.evaluate(evaluator, asked, questions, config.protocols)
+
+
+def _with_cosine(tasks: TaskSet) -> list[str]:
+    names = [task.name for task in tasks if task.is_regression]
+    if not names:
+        raise UserError("a base model alone answers regressions of pairs, and there is no such task; pass --checkpoint")
+    return names
+
+
+# ---- prediction ----
+
+
+class Predictor:
+    """Answers examples in Python; the model is loaded with the first of them.
+
+        predictor = Predictor("output/glue")
+        predictor.predict([{"text": "A fine film."}], task="sst2")
+        # [{"index": 0, "task": "sst2", "answer": "positive", "scores": {...}, "probabilities": {...}}]
+
+    checkpoint: folder of a training, which names its base model and tasks. flags: any other flag of ``mtl-lora
+    predict``, by name. Raises ``UserError`` as the command does.
+    """
+
+    def __init__(self, checkpoint: str | Path, **flags):
+        self.evaluator = Evaluator(AnswerConfig(checkpoint=str(checkpoint), **flags))
+
+    def predict(self, examples: Sequence[Mapping | str], task: str | None = None) -> list[dict]:
+        """One result per example, in their order; a string is a text alone. task: of all that name none."""
+        values = [{"text": example} if isinstance(example, str) else dict(example) for example in examples]
+        questions = _questions(values, self.evaluator, task, "the examples")
+        if questions:
+            self.evaluator.load()
+        batches = self.evaluator.batches(questions)
+        answered = [
+            pair for batch in batches for pair in zip(batch, self.evaluator.answer(batch, CLASSIFY), strict=True)
+        ]
+        return [_result(question, line) for question, line in sorted(answered, key=lambda pair: pair[0].example.index)]
+
+
+def predict(config: PredictConfig) -> None:
+    """Answer every example of the input file that has no answer yet, then write the output file whole."""
+    config.check_files()
+    if not config.checkpoint:
+        raise UserError("a prediction needs a trained head; pass --checkpoint DIR")
+    evaluator = Evaluator(config)
+    with files.unchanged(config.input) as digest:
+        values = read_values(Path(config.input))
+    questions = _questions(values, evaluator, config.task, config.input)
+    settings = evaluator.settings(CLASSIFY) | {"input_sha256": digest, "task": config.task}
+    with contextlib.nullcontext() if config.check else files.claimed(config.output):
+        evaluation.predict(evaluator, {CLASSIFY: questions}, settings, _result)
+
+
+def _questions(values: Sequence[object], evaluator: Evaluator, task: str | None, source: str) -> list[Question]:
+    tasks = evaluator.tasks
+    if task is not None:
+        tasks[task]  # an unknown name is an error of the flag, not of an example
+    task = tasks.names[0] if task is None and len(tasks) == 1 else task
+    examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
+    return evaluator.questions(examples)
+
+
+def _result(question: Question, line: Mapping) -> dict:
+    """What is returned for an example, from its prediction line."""
+    task = question.task
+    result = {"index": question.example.index, **question.example.extra, "task": task.name, "answer": line["parsed"]}
+    if "scores" not in line:
+        return result
+    probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
+    scores = dict(zip(task.labels, line["scores"], strict=True))
+    return result | {"scores": scores, "probabilities": dict(zip(task.labels, probabilities, strict=True))}

@@ -1,0 +1,100 @@
+"""Texts, or pairs of texts, with a label or a number: validated; an error names file, example and field."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_lora.data_files import read_values, task_id_of, text_of
+from mtl_lora.errors import UserError
+from mtl_lora.nlu.tasks import Task, TaskSet
+
+FIELDS = ("text", "text_b", "label", "task", "task_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example, and its place in the file.
+
+    text_b: the second text of a pair, or None. label: one of the task's labels, or a number of its range; None for an
+    example to predict. extra: any further fields (``kind`` groups results).
+    """
+
+    text: str
+    text_b: str | None
+    label: str | float | None
+    task_id: int
+    index: int
+    extra: dict = dataclasses.field(default_factory=dict, compare=False)
+
+    def record(self) -> dict:
+        """A record that ``parse_example`` reads back."""
+        fields = {"text": self.text, "text_b": self.text_b, "label": self.label, "task_id": self.task_id}
+        return {key: value for key, value in fields.items() if value is not None} | self.extra
+
+
+def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
+    """Read the examples of a file, see ``read_values``; raises ``UserError`` naming file, example and field.
+
+    task: the name of the task when the file holds one task alone; else each example has ``task`` or ``task_id``,
+    unless there is only one task. closed: as of every system; labels are always needed here.
+    """
+    values = read_values(Path(path))
+    if not values:
+        raise UserError(f"{path} holds no examples")
+    task = tasks.names[0] if task is None and len(tasks) == 1 else task
+    return [parse_example(value, index, str(path), tasks, task) for index, value in enumerate(values)]
+
+
+def parse_example(
+    value: object, index: int, source: str, tasks: TaskSet, task: str | None = None, answered: bool = True
+) -> Example:
+    """One example from its JSON value; arguments and errors as ``load_examples``, which names ``source``.
+
+    answered: False for an example to predict: its label is neither needed nor kept.
+    """
+    where = f"{source}, example {index}"
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be an object with text, label and task, not {type(value).__name__}")
+    if "text" not in value:
+        raise UserError(f"{where} has no field 'text'")
+    text = text_of(value["text"], f"{where}: 'text'")
+    if not text.strip():
+        raise UserError(f"{where}: 'text' is empty")
+    text_b = value.get("text_b")
+    if text_b is not None:
+        text_b = text_of(text_b, f"{where}: 'text_b'")
+    task_id = task_id_of(value, where, tasks, task)
+    label = _label(value, tasks[task_id], where) if answered else None
+    extra = {key: entry for key, entry in value.items() if key not in FIELDS}
+    return Example(text, text_b, label, task_id, index, extra)
+
+
+def _label(value: dict, task: Task, where: str) -> str | float:
+    """The example's label: one of the task's, also by its number; or a number of its range."""
+    if value.get("label") is None:
+        raise UserError(f"{where} has no field 'label'")
+    label = value["label"]
+    if task.is_regression:
+        low, high = task.regression
+        try:
+            number = float(label) if isinstance(label, str | int | float) and type(label) is not bool else math.nan
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise UserError(
+                f"{where}: the label {label!r:.80} is no number from {low:g} to {high:g}, the range of {task.name}"
+            )
+        return number
+    if label in task.labels:
+        return label
+    number = int(label[:9]) if isinstance(label, str) and label.isascii() and label.isdecimal() else label
+    if type(number) is int and 0 <= number < len(task.labels):
+        return task.labels[number]
+    raise UserError(f"{where}: the label {label!r:.80} is none of {task.name}'s: {', '.join(task.labels)}")
+
+
+def inputs(examples: Sequence[Example]) -> tuple[list[str], list[str] | None]:
+    """The texts of examples as a tokenizer takes them: all alone, or all pairs."""
+    pairs = [example.text_b for example in examples]
+    return [example.text for example in examples], pairs if pairs and None not in pairs else None

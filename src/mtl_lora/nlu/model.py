@@ -1,0 +1,156 @@
+"""An encoder with a head per task: rows of different tasks in one forward, each through its own head.
+
+A head is what the model's own ``ForSequenceClassification`` class puts behind the encoder, that is everything outside
+its ``base_model_prefix`` (BERT: one linear layer, behind the encoder's frozen pooler; RoBERTa: a dense layer and a
+linear one), with as many outputs as the task has labels, or one for a regression.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from mtl_lora.adapter import routing
+from mtl_lora.adapter.checkpoint import Provenance
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.adapter.inject import find_targets, inject, targets_for, trainable_parameters
+from mtl_lora.base_model import BaseModel, structure_of
+from mtl_lora.errors import UserError
+from mtl_lora.nlu.tasks import TaskSet
+
+KIND = "encoder"
+
+
+class TaskHeads(nn.ModuleList):
+    """One module per task in the place of one: each row's output is that of its task's module.
+
+    forward: inputs (B, ...) to outputs (B, ..., C), C of the task that has most; a task with fewer has minus infinity
+    behind its own, which no softmax sees. Every module runs on every row, for they are small: a task that is absent
+    gets a gradient of zero, and nothing waits for a GPU to say which rows are whose.
+    """
+
+    is_head = False  # for the route: it sees every row of the batch
+
+    def __init__(self, heads: list[nn.Module], tasks: list[str]):
+        super().__init__(heads)
+        self.tasks = tasks
+
+    def forward(self, x: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        outputs = [head(x, *arguments, **options) for head in self]
+        most = max(output.shape[-1] for output in outputs)
+        outputs = [F.pad(output, (0, most - output.shape[-1]), value=-torch.inf) for output in outputs]
+        ids = routing.task_ids_for(x, self)
+        index = ids.view(1, -1, *[1] * (outputs[0].dim() - 1)).expand(1, *outputs[0].shape)
+        return torch.stack(outputs).gather(0, index)[0]
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The names of the modules with weights that lie behind the encoder; raises ``UserError`` where there are none."""
+    names = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    if not names or model.base_model is model:
+        raise UserError(f"{type(model).__name__} has no head of its own behind an encoder; pass another --base_model")
+    return names
+
+
+def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTrainedModel:
+    """Put a head per task, drawn anew by torch's seed, behind the encoder of ``model``, in place; returns the model.
+
+    On the meta device the heads have shapes alone.
+    """
+    device, dtype = model.device, model.dtype
+    heads = {name: [] for name in head_names(model)}
+    for task in tasks:
+        config = copy.deepcopy(model.config)
+        config.num_labels = task.outputs
+        twin = structure_of(config, base.trust_remote_code, KIND)  # on the meta device, for the head's shapes
+        for name, drawn in heads.items():
+            head = getattr(twin, name)
+            if device.type != "meta":
+                head = head.to_empty(device=device)
+                for module in head.modules():
+                    model._init_weights(module)
+            drawn.append(head.to(dtype))
+    for name, drawn in heads.items():
+        setattr(model, name, TaskHeads(drawn, tasks.names))
+    model.config.num_labels = max(task.outputs for task in tasks)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = base.tokenizer().pad_token_id  # decoders find the last token by it
+    return model
+
+
+def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: bool = False, **options):
+    """The encoder with its weights and a fresh head per task."""
+    return with_heads(base.load(dtype, load_in_4bit, num_labels=2, **options), base, tasks)
+
+
+def base_of(provenance: Provenance, trust_remote_code: bool = False, **options) -> PreTrainedModel:
+    """The encoder with heads on which a checkpoint's adapter is put; options: of ``load``."""
+    tasks = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
+    return load(BaseModel(provenance.base_model, trust_remote_code, KIND), tasks, **options)
+
+
+def structure(base: BaseModel, tasks: TaskSet) -> PreTrainedModel:
+    """The same on the meta device: every module and shape, no memory."""
+    return with_heads(base.structure(num_labels=2), base, tasks)
+
+
+def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
+    """The adapter on layers of the encoder, with the heads among ``modules_to_save``.
+
+    ``all-linear`` leaves out the pooler, which belongs to the head though it lies in the encoder: it stays frozen.
+    Raises ``UserError`` as ``find_targets`` does.
+    """
+    saved = list(dict.fromkeys([*head_names(model), *adapter.modules_to_save]))
+    adapter = AdapterConfig.from_json(adapter.to_json() | {"modules_to_save": saved})
+    if adapter.target_modules != "all-linear":
+        find_targets(model, adapter)
+        return adapter
+    targets = find_targets(model, adapter, set(_within(model.base_model)))
+    return AdapterConfig.from_json(adapter.to_json() | {"target_modules": targets_for(targets, model)})
+
+
+def _within(encoder: nn.Module) -> Iterator[nn.Module]:
+    """The modules of an encoder but its pooler."""
+    for name, module in encoder.named_modules():
+        if "pooler" not in name.split("."):
+            yield module
+
+
+def count(base: BaseModel, tasks: TaskSet, adapter: AdapterConfig) -> tuple[int, int]:
+    """(trainable, all) parameters with an adapter and the heads, counted on the meta device."""
+    model = structure(base, tasks)
+    return trainable_parameters(inject(model, in_encoder(adapter, model)))
+
+
+# ---- losses ----
+
+
+class TaskLosses:
+    """``(model, batch) -> losses (N,), weights (N,), task ids (N,)`` of N rows, each of weight one.
+
+    Cross-entropy over the task's own labels, or the squared error of a target that is scaled to 0 to 1.
+    """
+
+    def __init__(self, tasks: TaskSet):
+        self.is_regression = torch.tensor([task.is_regression for task in tasks])
+
+    def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        task_ids, targets = batch["task_ids"], batch["targets"]
+        self.is_regression = self.is_regression.to(task_ids.device)
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        logits = model(**{name: batch[name] for name in names if name in batch}, task_ids=task_ids).logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        numbers = self.is_regression[task_ids]
+        # Of a regression there is one output, whose cross-entropy with class 0 is zero, and so is its gradient.
+        classes = torch.where(numbers, 0, targets).long()
+        entropy = F.cross_entropy(logits, classes, reduction="none")
+        squares = (logits[:, 0] - targets.to(logits.dtype)) ** 2
+        losses = torch.where(numbers, squares, entropy)
+        return losses, torch.ones_like(losses), task_ids

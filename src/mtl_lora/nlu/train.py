@@ -1,0 +1,52 @@
+"""Training of encoders: mixed batches of all tasks, an adapter in the encoder, a head per task."""
+
+import datasets
+from transformers import PreTrainedModel
+
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.base_model import BaseModel
+from mtl_lora.nlu import model
+from mtl_lora.nlu.config import TrainConfig
+from mtl_lora.nlu.data import Collator, shortened_note, training_rows
+from mtl_lora.nlu.tasks import TaskSet
+from mtl_lora.training.run import Run, train
+
+
+def run(config: TrainConfig) -> None:
+    """Train as ``config`` says, see ``training.run.train``."""
+    train(EncoderRun, config)
+
+
+class EncoderRun(Run):
+    """The training of an encoder."""
+
+    system = "nlu"
+    task_set = TaskSet
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        self.base = BaseModel(config.base_model, config.trust_remote_code, model.KIND)
+
+    def structure(self) -> PreTrainedModel:
+        return model.structure(self.base, self.tasks)
+
+    def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
+        return model.in_encoder(adapter, structure), []
+
+    def rows(self, digest: str) -> datasets.Dataset:
+        config = self.config
+        self.tokenizer = self.base.tokenizer()
+        settings = self.tokenizer, config.cutoff_len, self.tasks, config.cache_dir, config.task
+        return training_rows(config.data_path, *settings, digest)
+
+    def rows_note(self, rows: datasets.Dataset) -> str:
+        return shortened_note(rows, self.config.cutoff_len)
+
+    def load_base(self) -> PreTrainedModel:
+        return model.load(self.base, self.tasks, self.config.dtype, self.config.load_in_4bit)
+
+    def ends(self):
+        return Collator(self.tokenizer.pad_token_id), model.TaskLosses(self.tasks)
+
+    def provenance(self) -> dict[str, object]:
+        return {"cutoff_len": self.config.cutoff_len}
