@@ -34,7 +34,7 @@ class AdapterConfig(Config):
     probability p on the trained path's input, 0 is off. target_modules: names or name endings of linear layers; or, as
     one string, a regular expression that the whole name must match, or ``all-linear`` for every one but the output
     head. tasks: names in id order. modules_to_save: modules that are trained and saved whole beside the adapter.
-    The method ``none`` trains these alone, and reads no other setting but tasks.
+    The method ``none`` trains these alone and ignores target_modules, dropout, rank and alpha.
     hyperparameters: what the method's class declares; given by name (``num_B=3``) and read so too (``config.num_B``).
 
     Raises ``UserError`` naming the setting for an unknown method or hyperparameter and for a value against its rule.

@@ -106,13 +106,19 @@ def find_targets(
 
     within: the modules among which they are looked for; None for all.
     Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are; and for a
-    layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole.
+    layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole; for the
+    method ``none``, which has no targets, without ``modules_to_save``.
     """
     # nn.Linear and what derives from it (quantised layers), and GPT-2's Conv1D.
     linears = [(n, module) for n, module in named_modules(model) if isinstance(module, nn.Linear) or is_conv1d(module)]
     linears = [(name, module) for name, module in linears if within is None or module in within]
     slots = find_slots(model, config.modules_to_save)
     if not layer_class(config.method).adapts:
+        if not slots:
+            raise UserError(
+                "modules_to_save must name at least one module for the method none, which trains nothing else; '*' is "
+                "every weight"
+            )
         return {}
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
     if config.target_modules == "all-linear":
