@@ -15,6 +15,7 @@ CODE += PROJECT.glob("*.py")
 
 GROUND = {
     "analysis",
+    "answer_config",
     "artifacts",
     "config",
     "data_files",

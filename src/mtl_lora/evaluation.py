@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig
+from mtl_lora.answer_config import AUTO
 from mtl_lora.base_model import BaseModel
 from mtl_lora.config import Config
 from mtl_lora.data_files import data_file
@@ -32,7 +33,6 @@ from mtl_lora.results import Comparability, Results, TaskNames, TaskResult, Trai
 from mtl_lora.tasks import Task, TaskSet
 from mtl_lora.version import __version__, checkout_commit
 
-AUTO = "auto"  # of --batch_size
 PARTS = "~part-*.jsonl"  # no task name begins with "~"
 
 

@@ -7,16 +7,17 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.artifacts import AGREEMENT, CHECKPOINT_CONFIG, EVALUATION, PEFT_CONFIG, PROTOCOLS, RESULTS
+from mtl_lora import answer_config
+from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
+from mtl_lora.artifacts import AGREEMENT, PEFT_CONFIG, PROTOCOLS, RESULTS
 from mtl_lora.cli import parse
-from mtl_lora.config import DTYPES, REQUIRED, Config, flag
+from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 from mtl_lora.language.encode import template
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
 from mtl_lora.training.config import TrainingConfig
 
-AUTO = "auto"
 MODES = (*PROTOCOLS, "both")
 
 
@@ -63,10 +64,8 @@ class TrainConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(kw_only=True)
-class AnswerConfig(Config):
+class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, in which prompt, and how."""
-
-    affects = "answers"
 
     checkpoint: str | None = flag(
         None,
@@ -74,29 +73,14 @@ class AnswerConfig(Config):
         affects="content",
         group="who answers, in which prompt",
     )
-    peft: str | None = flag(None, "PEFT LoRA folder, answered by the same protocol")
     base_model: str | None = flag(
         None, "base model alone; with --checkpoint or --peft: where its base model lies, if that has moved"
     )
-    tasks_file: str | None = flag(
-        None, "JSON file that declares your own tasks, where no checkpoint does", affects="content"
-    )
-    template: str | None = flag(None, "prompt template, where no checkpoint names it; none: alpaca")
     cutoff_len: int | None = flag(
         None, "most tokens of prompt and answer, where no checkpoint has it; none: 256", min=1
     )
-    dtype: str = flag(
-        "auto",
-        "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 where the hardware multiplies it",
-        choices=DTYPES,
-        group="how",
-    )
-    load_in_4bit: bool | None = flag(
-        None, "load the base model in 4 bits; none: as the checkpoint was trained; needs bitsandbytes"
-    )
-    batch_size: int | str = flag(
-        AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"
-    )
+    peft: str | None = flag(None, "PEFT LoRA folder, answered by the same protocol", group="of language models")
+    template: str | None = flag(None, "prompt template, where no checkpoint names it; none: alpaca")
     reuse_prefix: bool = flag(
         True,
         "compute the prompt prefix that all prompts of a task share once",
@@ -105,27 +89,18 @@ class AnswerConfig(Config):
     )
     max_new_tokens: int = flag(32, "most tokens generated for an answer", min=1)
     num_beams: int = flag(1, "beams of generation; 1: greedy", min=1)
-    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
-    local_rank: int = flag(
-        -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
-    )
 
     def validate(self) -> None:
+        super().validate()
         if self.template is not None:
             template(self.template)
         if not self.checkpoint and not self.peft and not self.base_model:
             raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME for a base model alone")
         if self.checkpoint and self.peft:
             raise UserError("--checkpoint and --peft are two adapters; pass one")
-        number = isinstance(self.batch_size, int)
-        self.require(
-            "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
-        )
 
     def check_files(self) -> None:
-        """Raise ``UserError`` for a checkpoint or tasks file that is not there; needs no model library."""
-        if self.checkpoint and not Path(self.checkpoint, CHECKPOINT_CONFIG).is_file():
-            raise UserError(f"{self.checkpoint} is not an MTL-LoRA checkpoint: it has no {CHECKPOINT_CONFIG}")
+        super().check_files()
         if self.peft:
             read_json(Path(self.peft, PEFT_CONFIG), "the PEFT configuration")
         if self.tasks_file:
@@ -133,8 +108,10 @@ class AnswerConfig(Config):
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvalConfig(AnswerConfig):
+class EvalConfig(EvaluationFlags, AnswerConfig):
     """Everything that configures an evaluation."""
+
+    made_by = TrainConfig.made_by
 
     data_dir: str = flag(
         "data/commonsense/test",
@@ -142,35 +119,15 @@ class EvalConfig(AnswerConfig):
         affects="content",
         group="what is asked, and where the results go",
     )
-    output_dir: str | None = flag(
-        None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
-    )
-    name: str | None = flag(
-        None, "row label in tables; none: the method's title, or the base model's name", affects="nothing"
-    )
-    tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
-    limit: int = flag(0, "evaluate only the first n questions of each task; 0: all", min=0)
     mode: str = flag(
         "generate",
         "generate: the answer is found in generated text; score: the likeliest option; both: scores only options",
         choices=MODES,
     )
-    overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
-    check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
-
-    def check_files(self) -> None:
-        super().check_files()
-        if not Path(self.data_dir).is_dir():
-            made = "" if self.tasks_file or self.checkpoint else "make it with `mtl-lora prepare commonsense`, or "
-            raise UserError(f"there is no folder {self.data_dir} with test sets; {made}pass --data_dir DIR")
 
     @property
-    def output_folder(self) -> str:
-        """Where predictions and results go."""
-        if self.output_dir:
-            return self.output_dir
-        adapter = self.checkpoint or self.peft
-        return f"{adapter}/{EVALUATION}" if adapter else f"output/{self.base_model.replace('/', '_')}"
+    def adapter(self) -> str | None:
+        return self.checkpoint or self.peft
 
     @property
     def protocols(self) -> dict[str, str]:
@@ -181,28 +138,17 @@ class EvalConfig(AnswerConfig):
 
 
 @dataclasses.dataclass(kw_only=True)
-class PredictConfig(AnswerConfig):
+class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
     input: str = flag(
         REQUIRED, "JSON, JSON lines, CSV or parquet of examples with instruction (and input)", affects="content"
     )
-    output: str = flag(REQUIRED, "file for one JSON line per example, in the order of the input", affects="nothing")
-    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
     mode: str | None = flag(
         None,
         "score: the likeliest option; generate: generated text; none: score, and generate for free text",
         choices=PROTOCOLS,
     )
-    overwrite: bool = flag(False, "replace the output file, or an unfinished one", affects="nothing")
-    check: bool = flag(False, "check every setting and the examples, then stop", affects="nothing")
-
-    def check_files(self) -> None:
-        super().check_files()
-        if not Path(self.input).is_file():
-            raise UserError(f"the input {self.input} does not exist; pass --input FILE")
-        if Path(self.output).is_dir():
-            raise UserError(f"--output {self.output} is a folder; pass the path of a file")
 
 
 # ---- the commands ----

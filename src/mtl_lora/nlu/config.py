@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.artifacts import CHECKPOINT_CONFIG, EVALUATION, RESULTS
+from mtl_lora import answer_config
+from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
+from mtl_lora.artifacts import RESULTS
 from mtl_lora.cli import parse
-from mtl_lora.config import DTYPES, REQUIRED, Config, flag
+from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.config import TrainingConfig
 
-AUTO = "auto"
 # What answers: a trained head, or without a checkpoint the cosine of the two texts' mean-pooled embeddings.
 CLASSIFY, COSINE = "classify", "cosine"
 
@@ -71,59 +72,32 @@ def _require_tasks(path: str | None) -> str:
 
 
 @dataclasses.dataclass(kw_only=True)
-class AnswerConfig(Config):
+class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
-    affects = "answers"
-
-    checkpoint: str | None = flag(
-        None, "folder of a training; it names its base model and tasks", affects="content", group="who answers"
-    )
     base_model: str | None = flag(
         None,
         "with --checkpoint: where its base model lies, if that has moved; alone: an encoder that is not trained, which "
         "answers regressions of pairs by the cosine of its mean-pooled embeddings",
     )
-    tasks_file: str | None = flag(
-        None, "JSON file that declares the tasks, where no checkpoint does", affects="content"
-    )
     cutoff_len: int | None = flag(None, "most tokens of a text or pair, where no checkpoint has it; none: 128", min=4)
-    dtype: str = flag(
-        "auto",
-        "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 where the hardware multiplies it",
-        choices=DTYPES,
-        group="how",
-    )
-    load_in_4bit: bool | None = flag(
-        None, "load the base model in 4 bits; none: as the checkpoint was trained; needs bitsandbytes"
-    )
-    batch_size: int | str = flag(
-        AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"
-    )
-    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
-    local_rank: int = flag(
-        -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
-    )
 
     def validate(self) -> None:
+        super().validate()
         if not self.checkpoint and not self.base_model:
             raise UserError("pass --checkpoint DIR, or --base_model NAME for an encoder that is not trained")
-        number = isinstance(self.batch_size, int)
-        self.require(
-            "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
-        )
 
     def check_files(self) -> None:
-        """Raise ``UserError`` for a checkpoint or tasks file that is not there; needs no model library."""
-        if self.checkpoint and not Path(self.checkpoint, CHECKPOINT_CONFIG).is_file():
-            raise UserError(f"{self.checkpoint} is not an MTL-LoRA checkpoint: it has no {CHECKPOINT_CONFIG}")
+        super().check_files()
         if not self.checkpoint:
             _require_tasks(self.tasks_file)
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvalConfig(AnswerConfig):
+class EvalConfig(EvaluationFlags, AnswerConfig):
     """Everything that configures an evaluation."""
+
+    made_by = TrainConfig.made_by
 
     data_dir: str = flag(
         "data/glue/test",
@@ -131,31 +105,6 @@ class EvalConfig(AnswerConfig):
         affects="content",
         group="what is asked, and where the results go",
     )
-    output_dir: str | None = flag(
-        None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
-    )
-    name: str | None = flag(
-        None, "row label in tables; none: the method's title, or the base model's name", affects="nothing"
-    )
-    tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
-    limit: int = flag(0, "evaluate only the first n questions of each task; 0: all", min=0)
-    overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
-    check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
-
-    def check_files(self) -> None:
-        super().check_files()
-        if not Path(self.data_dir).is_dir():
-            raise UserError(
-                f"there is no folder {self.data_dir} with test sets; make GLUE's with `{TrainConfig.made_by}`, or pass "
-                "--data_dir DIR"
-            )
-
-    @property
-    def output_folder(self) -> str:
-        """Where predictions and results go."""
-        if self.output_dir:
-            return self.output_dir
-        return f"{self.checkpoint}/{EVALUATION}" if self.checkpoint else f"output/{self.base_model.replace('/', '_')}"
 
     @property
     def protocols(self) -> dict[str, str]:
@@ -164,23 +113,12 @@ class EvalConfig(AnswerConfig):
 
 
 @dataclasses.dataclass(kw_only=True)
-class PredictConfig(AnswerConfig):
+class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
     input: str = flag(
         REQUIRED, "JSON, JSON lines, CSV or parquet of examples with text (and text_b)", affects="content"
     )
-    output: str = flag(REQUIRED, "file for one JSON line per example, in the order of the input", affects="nothing")
-    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
-    overwrite: bool = flag(False, "replace the output file, or an unfinished one", affects="nothing")
-    check: bool = flag(False, "check every setting and the examples, then stop", affects="nothing")
-
-    def check_files(self) -> None:
-        super().check_files()
-        if not Path(self.input).is_file():
-            raise UserError(f"the input {self.input} does not exist; pass --input FILE")
-        if Path(self.output).is_dir():
-            raise UserError(f"--output {self.output} is a folder; pass the path of a file")
 
 
 # ---- the commands ----
