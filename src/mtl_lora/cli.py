@@ -191,7 +191,7 @@ def help_text(flags: Sequence[Flag], about: str) -> str:
         if "group" in flag.metadata:
             lines += [*[""] * (lines[-1] != ""), f"{flag.metadata['group']}:"]
         if not flag.metadata.get("positional"):
-            default = "required" if flag.required else f"default: {spelled(flag.default) or 'empty'}"
+            default = "required" if flag.required else f"default: {spelled(flag.default) or '[]'}"
             also = "".join(f", --{alias}" for alias in flag.metadata.get("aliases", ()))
             lines += [f"  --{flag.name}{also}  ({type_name(flag.type)}; {default})", f"      {flag.metadata['help']}"]
     return "\n".join(lines)

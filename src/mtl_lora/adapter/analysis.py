@@ -57,7 +57,9 @@ def analyse(checkpoint: str | Path) -> dict:
     notes = [_UNDEFINED] if compared else []
     if comparable and not compared:
         notes.append(f"similarities are left out: they are for up to {MOST_TASKS} tasks, and there are {len(tasks)}")
-    if not layers:
+    if not method.adapts:
+        notes.append("there is nothing to compare: no layer carries an adapter")
+    elif not layers:
         notes.append(f"nothing is compared, since the weights of {method.title} do not show the sizes of their layers")
     if not method.has_factors:
         notes.append(

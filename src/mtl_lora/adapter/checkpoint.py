@@ -16,7 +16,7 @@ from torch import nn
 
 from mtl_lora import files, systems
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import adapter_layers, inject, unload
+from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
@@ -87,11 +87,12 @@ class CheckpointConfig(Config):
 def adapter_tensors(model: nn.Module) -> State:
     """Every tensor that a checkpoint holds, as the model uses it: those of layers by ``<module>.<parameter>``, those
     of modules saved whole by their own names. Raises ``UserError`` without an adapter."""
-    layers = adapter_layers(model).items()
-    if not layers:
+    injection = injection_of(model)
+    if injection is None:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
+    layers = adapter_layers(model).items()
     own = {f"{name}.{key}": value for name, layer in layers for key, value in layer.adapter_parameters().items()}
-    return own | {slot.name: slot.get() for slot in unwrap(model).mtl_lora_injection.slots}
+    return own | {slot.name: slot.get() for slot in injection.slots}
 
 
 def adapter_state(model: nn.Module) -> State:

@@ -34,6 +34,7 @@ class AdapterConfig(Config):
     probability p on the trained path's input, 0 is off. target_modules: names or name endings of linear layers; or, as
     one string, a regular expression that the whole name must match, or ``all-linear`` for every one but the output
     head. tasks: names in id order. modules_to_save: modules that are trained and saved whole beside the adapter.
+    The method ``none`` trains these alone and ignores target_modules, dropout, rank and alpha.
     hyperparameters: what the method's class declares; given by name (``num_B=3``) and read so too (``config.num_B``).
 
     Raises ``UserError`` naming the setting for an unknown method or hyperparameter and for a value against its rule.
@@ -65,6 +66,8 @@ class AdapterConfig(Config):
         layer = _layer_class(method)
         self.method, self.rank, self.alpha, self.dropout = layer.method, rank, alpha, dropout
         self.target_modules, self.tasks = target_modules, tasks
+        if not layer.adapts:
+            self.target_modules, self.dropout = [], 0.0
         self.use_rslora, self.modules_to_save = use_rslora, modules_to_save
         if isinstance(hyperparameters, Hyperparameters):
             hyperparameters = hyperparameters.to_json()
@@ -88,9 +91,10 @@ class AdapterConfig(Config):
         self.require("rank", "at least 1", self.rank >= 1)
         self.require("alpha", "greater than 0", self.alpha > 0)
         self.require("dropout", "at least 0 and below 1", 0 <= self.dropout < 1)
-        self.require("target_modules", "at least one name of a linear layer", bool(self.target_modules))
         self.require("tasks", "a list of different names", len(set(self.tasks)) == len(self.tasks))
         layer = _layer_class(self.method)
+        found = bool(self.target_modules) or not layer.adapts
+        self.require("target_modules", "at least one name of a linear layer", found)
         rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
         self.require("tasks", rule, bool(self.tasks) or not layer.needs_task_ids)
         layer.check_config(self)

@@ -14,7 +14,7 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, is_sharded, layer_class
+from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, is_sharded, layer_class, task_index
 from mtl_lora.adapter.saved import Slot, find_slots, named_modules, train_slots, unwrap
 from mtl_lora.errors import UserError
 
@@ -47,7 +47,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     reach, and for a model that already carries an adapter. A failed call leaves the model as it was.
     """
     root = unwrap(model)
-    if adapter_layers(root):
+    if adapter_layers(root) or any(injection_of(module) for module in root.modules()):
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
     make = layer_class(config.method)
@@ -89,6 +89,11 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     return model
 
 
+def injection_of(model: nn.Module) -> Injection | None:
+    """What ``inject`` left on a model, also of a method without layers; None for a model that carries no adapter."""
+    return vars(unwrap(model)).get("mtl_lora_injection")
+
+
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers of a model by module name, in the model's order; one that has several names by its first."""
     return _first_names((name, module) for name, module in named_modules(model) if isinstance(module, AdapterLayer))
@@ -101,12 +106,20 @@ def find_targets(
 
     within: the modules among which they are looked for; None for all.
     Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are; and for a
-    layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole.
+    layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole; for the
+    method ``none``, which has no targets, without ``modules_to_save``.
     """
     # nn.Linear and what derives from it (quantised layers), and GPT-2's Conv1D.
     linears = [(n, module) for n, module in named_modules(model) if isinstance(module, nn.Linear) or is_conv1d(module)]
     linears = [(name, module) for name, module in linears if within is None or module in within]
     slots = find_slots(model, config.modules_to_save)
+    if not layer_class(config.method).adapts:
+        if not slots:
+            raise UserError(
+                "modules_to_save must name at least one module for the method none, which trains nothing else; '*' is "
+                "every weight"
+            )
+        return {}
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
     if config.target_modules == "all-linear":
         left_out = {*saved, output_head(model)}
@@ -253,6 +266,8 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     task the adapter does not have and for a model without an adapter.
     """
     # All before anything changes, for it may raise.
+    if task is not None and injection_of(model):
+        task_index(unwrap(model).mtl_lora_config.tasks, task)
     merged = {layer.base_layer: layer.merged_weight(task) for layer in adapter_layers(model).values()}
     _take_off(model, keep=True)
     for base, weight in merged.items():
@@ -275,11 +290,10 @@ def unload(model: nn.Module) -> nn.Module:
 def _take_off(model: nn.Module, keep: bool) -> None:
     """Undo everything that ``inject`` did; keep: modules saved whole keep their trained values."""
     root = unwrap(model)
-    layers = adapter_layers(root)
-    if not layers:
+    injection = injection_of(root)
+    if injection is None:
         raise UserError("the model carries no adapter to merge or to unload")
-    injection = root.mtl_lora_injection
-    replace_modules(root, {layer: layer.base_layer for layer in layers.values()})
+    replace_modules(root, {layer: layer.base_layer for layer in adapter_layers(root).values()})
     for parameter in injection.trainable:
         parameter.requires_grad_(True)
     for slot in injection.slots:
@@ -302,7 +316,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """A block in which the model is the base model: its own layers stand in their places, and its output is the
     base's bit for bit. ``task_ids`` are still taken, and not used."""
     layers = {layer: layer.base_layer for layer in adapter_layers(model).values()}
-    slots = unwrap(model).mtl_lora_injection.slots if layers else []
+    injection = injection_of(model)
+    slots = injection.slots if injection else []
     replace_modules(model, layers)
     trained = [slot.put_original() for slot in slots]
     try:
@@ -338,6 +353,7 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
                 layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))
                 for layer in adapter_layers(model).values()
             ]
+            injection.unchecked = bool(injection.watchers)
     return arguments, options
 
 

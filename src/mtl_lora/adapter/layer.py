@@ -94,6 +94,7 @@ class AdapterLayer(nn.Module):
     aliases: tuple[str, ...] = ()  # earlier names
     title: str  # the name in tables
     paper: str = ""  # arXiv id
+    adapts = True  # whether layers of it are put on the target modules; without, modules_to_save is all it trains
     needs_task_ids = False  # whether a forward needs the task of each row
     has_factors = True  # whether the layer equals a low-rank pair for each task, which merging and exporting need
     mixture_parts = ""  # what ``mixture`` mixes, in the plural
@@ -265,12 +266,7 @@ class AdapterLayer(nn.Module):
 
     def task_index(self, task: str | int | None) -> int:
         """The id of a task given by name or id; raises ``UserError`` that lists the tasks there are."""
-        if task in self.tasks:
-            return self.tasks.index(task)
-        if type(task) is int and 0 <= task < len(self.tasks):
-            return task
-        listed = ", ".join(f"{name} {index}" for index, name in enumerate(self.tasks)) or "none"
-        raise UserError(f"there is no task {task!r}; the adapter's tasks are {listed}")
+        return task_index(self.tasks, task)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -297,6 +293,16 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout}, tasks={len(self.tasks)}"
+
+
+def task_index(tasks: list[str], task: str | int | None) -> int:
+    """The id of a task given by name or id; raises ``UserError`` that lists the tasks there are."""
+    if task in tasks:
+        return tasks.index(task)
+    if type(task) is int and 0 <= task < len(tasks):
+        return task
+    listed = ", ".join(f"{name} {index}" for index, name in enumerate(tasks)) or "none"
+    raise UserError(f"there is no task {task!r}; the adapter's tasks are {listed}")
 
 
 def kaiming(parameter: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ start the model's output is still the base's.
 
 import dataclasses
 import fnmatch
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -84,8 +85,10 @@ class Slot:
 
 
 def whole_modules(model: nn.Module, entries: list[str]) -> dict[str, nn.Module]:
-    """The modules that entries of ``modules_to_save`` name (whole names, endings, or patterns as of a shell)."""
-    return {name: module for name, module in named_modules(model) if any(_matches(name, entry) for entry in entries)}
+    """The modules that entries of ``modules_to_save`` name (whole names, endings, or patterns as of a shell); the model
+    itself, whose name is empty, by ``*`` alone."""
+    named = {"": model, **dict(named_modules(model))}
+    return {name: module for name, module in named.items() if any(_matches(name, entry) for entry in entries)}
 
 
 def _is_pattern(entry: str) -> bool:
@@ -114,7 +117,7 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
                     slot.places.append((module, key))
     chosen: dict[int, str] = {}
     for entry in entries:
-        roots = tuple(f"{name}." for name in whole_modules(model, [entry]))
+        roots = tuple(f"{name}." if name else "" for name in whole_modules(model, [entry]))
         named = [name for name in by_name if name.startswith(roots)] if roots else []
         if not roots or _is_pattern(entry):
             named += [name for name, slot in by_name.items() if slot.is_weight and _matches(name, entry)]
@@ -159,6 +162,11 @@ class CastForward(Override):
     def __init__(self, module: nn.Module, places: list[tuple[nn.Module, str, torch.dtype]]):
         super().__init__(module)
         self.places = places
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The forward's own, for ``generate`` asks it what it takes."""
+        return inspect.signature(self.original)
 
     def __call__(self, *arguments, **options):
         # What is no parameter was cast already, by the forward of a module around this one.

@@ -48,7 +48,10 @@ def export_peft(
     task, a damaged checkpoint, another base model, and an ``output`` in use.
     """
     config = read_config(checkpoint)
-    layer_class(config.adapter_config.method).require_factors()
+    method = layer_class(config.adapter_config.method)
+    method.require_factors()
+    if not method.adapts:
+        raise UserError(f"{checkpoint} has no adapter that PEFT could hold; use the merge command")
     names = choose_tasks(config.adapter_config.tasks, tasks)
     base_model = base_model or recorded_base(checkpoint)
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.local_fingerprint(), checkpoint)

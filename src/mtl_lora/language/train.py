@@ -53,7 +53,7 @@ class LanguageRun(Run):
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         config, columns = self.config, row_columns(self.train)
-        self.prefixes, note = prefixes_to_share(config.reuse_prefix, self.train, structure, config.lora_dropout)
+        self.prefixes, note = prefixes_to_share(config.reuse_prefix, self.train, structure, self.adapter.dropout)
         self.log(note)
         lengths = columns["length"]
         if not config.token_budget:  # a budget is kept with whole prompts

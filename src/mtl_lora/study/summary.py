@@ -129,7 +129,11 @@ class StudyWriter:
         if experiment.train is not None:
             config = self.grid.flags_of("train")(**first.jobs[0].flags["train"])
             adapter = config.adapter_config(self.grid.tasks)
-            facts = {"method": adapter.method, "rank": adapter.rank, "learning_rate": config.learning_rate}
+            facts = {
+                "method": adapter.method,
+                "rank": adapter.rank if adapter.target_modules else None,
+                "learning_rate": config.learning_rate,
+            }
             facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].records]
             facts |= {"adapters": len(first.jobs), "trainable": first.evaluations[0].trainable}
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None

@@ -21,6 +21,7 @@ _ADAPTER_FLAGS = {
     "dropout": "lora_dropout",
     "target_modules": "lora_target_modules",
     "use_rslora": "use_rslora",
+    "modules_to_save": "modules_to_save",
 }
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
@@ -58,6 +59,9 @@ class TrainingConfig(Config):
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         "linear layers to adapt: names or regular expressions of whole names as a,b; or all-linear",
         aliases=("target_modules",),
+    )
+    modules_to_save: list[str] = flag(
+        [], "modules trained and saved whole beside the adapter: names, endings or patterns, as a,b; '*': every weight"
     )
     hyperparameters: dict = dataclasses.field(default_factory=dict)  # of all methods; each is a flag of its own
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")

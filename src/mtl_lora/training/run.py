@@ -111,7 +111,8 @@ class Run:
         try:
             self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
         except UserError as error:
-            raise UserError(f"--lora_target_modules: {error}") from None
+            own = str(error).startswith("modules_to_save")
+            raise UserError(f"--{error}" if own else f"--lora_target_modules: {error}") from None
         self.arguments = training_arguments(config)
         distributed.check_deepspeed_values(self.arguments, one_process=config.check)
         digest = files.sha256(config.data_path)
