@@ -52,7 +52,13 @@ def test_hyperparameters_are_given_and_read_by_name_and_stored_nested():
     config = AdapterConfig(method="mlora", tasks=["boolq"], num_B=2)
     assert (config.method, config.num_B, config.temperature, config.hyperparameters.num_B) == ("mtl_lora", 2, 0.1, 2)
     stored = json.loads(json.dumps(config.to_json()))
-    assert stored["hyperparameters"] == {"num_B": 2, "temperature": 0.1, "lambda_shape": "full"}
+    assert stored["hyperparameters"] == {
+        "num_B": 2,
+        "temperature": 0.1,
+        "lambda_shape": "full",
+        "mixture": "learned",
+        "mixture_start": 1.0,
+    }
     assert AdapterConfig.from_json(stored) == config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))  # noqa: S301
     assert dataclasses.replace(config, rank=2, num_B=5).to_json() == {
         **stored, "rank": 2, "hyperparameters": {**stored["hyperparameters"], "num_B": 5}
@@ -115,7 +121,8 @@ def test_the_default_method_asks_for_tasks():
 def test_format_1_is_read(method):
     config = AdapterConfig.from_json({**FORMAT_1, "method": method})
     read = [flag.name for flag in layer_class(method).Hyperparameters.flags()]
-    assert {name: getattr(config, name) for name in read} == {name: FORMAT_1[name] for name in read}
+    later = {"mixture": "learned", "mixture_start": 1.0}  # what was fixed then
+    assert {name: getattr(config, name) for name in read} == {name: (FORMAT_1 | later)[name] for name in read}
     assert (config.method, config.rank, config.use_rslora, config.modules_to_save) == (method, 4, True, [])
 
 

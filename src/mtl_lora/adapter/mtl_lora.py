@@ -11,7 +11,8 @@ from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
 from mtl_lora.config import flag
 
-LAMBDA_SHAPES = ("full", "diagonal")
+LAMBDA_SHAPES = ("full", "diagonal", "identity")
+MIXTURES = ("learned", "uniform")
 _LARGEST = 2**24  # numbers that are prepared for all layers of a forward: 64 MB
 
 
@@ -21,6 +22,8 @@ class MtlLoraLayer(AdapterLayer):
     lora_A: (r, k), shared. lora_lambda: (T, r, r), Lambda_t, starts at the identity; with ``lambda_shape="diagonal"``
     (T, r), its diagonal. lora_w: (T, n), mixture logits; drawn at random, for with equal weights every B_i would get
     the same gradient and stay equal to its twins. lora_B: (d, n r), the matrix [B_1 ... B_n], starts at zero.
+    Without a part, for studies of what each does: ``lambda_shape="identity"`` keeps Lambda_t at its start, and
+    ``mixture="uniform"`` keeps w at zero, so that n acts as 1.
 
     Everything that differs between tasks fits in rank space: with P_t = [w_t1 Lambda_t; ...; w_tn Lambda_t] of shape
     (n r, r), y += scale [B_1 ... B_n] (P_t (A x)). So the batch needs one product with A, one small product per row
@@ -38,7 +41,16 @@ class MtlLoraLayer(AdapterLayer):
     class Hyperparameters(Hyperparameters):
         num_B: int = flag(3, "number n of up-projections")
         temperature: float = flag(0.1, "temperature tau of the mixture softmax(w_t / tau)")
-        lambda_shape: str = flag("full", "Lambda_t: full (r x r) or diagonal", before="full")
+        lambda_shape: str = flag("full", "Lambda_t: full (r x r), diagonal, or identity (not trained)", before="full")
+        mixture: str = flag(
+            "learned", "the mixture: learned, or uniform (not trained)", choices=MIXTURES, before="learned"
+        )
+        mixture_start: float = flag(
+            1.0,
+            "w starts at this times U(-1/sqrt n, 1/sqrt n); the paper's is 1, near 0 mixes evenly",
+            above=0,
+            before=1.0,
+        )
 
         def validate(self) -> None:
             self.require("num_B", "at least 1", self.num_B >= 1)
@@ -50,7 +62,7 @@ class MtlLoraLayer(AdapterLayer):
         T, n, r = len(config.tasks), config.num_B, config.rank
         return {
             "lora_A": (r, k),
-            "lora_lambda": (T, r) if config.lambda_shape == "diagonal" else (T, r, r),
+            "lora_lambda": (T, r, r) if config.lambda_shape == "full" else (T, r),
             "lora_w": (T, n),
             "lora_B": (d, n * r),
         }
@@ -58,12 +70,16 @@ class MtlLoraLayer(AdapterLayer):
     @property
     def diagonal(self) -> bool:
         """Whether Lambda_t is stored as its diagonal."""
-        return self.hyperparameters.lambda_shape == "diagonal"
+        return self.hyperparameters.lambda_shape != "full"
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        own = self.hyperparameters
         kaiming(self.lora_A)
-        kaiming(self.lora_w)
+        kaiming(self.lora_w)  # drawn where it is not learned too, so that what is drawn next is the same
+        self.lora_w.mul_(own.mixture_start if own.mixture == "learned" else 0)
+        self.lora_w.requires_grad_(own.mixture == "learned")
+        self.lora_lambda.requires_grad_(own.lambda_shape != "identity")
         self.lora_lambda.copy_(torch.ones(self.rank) if self.diagonal else torch.eye(self.rank))
         nn.init.zeros_(self.lora_B)
 
