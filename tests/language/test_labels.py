@@ -107,7 +107,9 @@ def test_free_text_has_no_labels():
 
 
 def test_the_text_classification_set_could_be_written_so():
-    tasks = [task.to_json() | {"question": textclass.QUESTIONS[task.name]} for task in load_tasks_file(textclass.TASKS_FILE)]
+    tasks = [
+        task.to_json() | {"question": textclass.QUESTIONS[task.name]} for task in load_tasks_file(textclass.TASKS_FILE)
+    ]
     tasks = TaskSet.from_json(tasks)
     for task in tasks:
         record = {"text": "a text .", "label": task.options[-1], "task": task.name}
