@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mtl_lora import files
@@ -49,7 +49,9 @@ def _json_values(path: Path) -> list:
     else:
         if isinstance(value, dict):
             value = value["data"] if isinstance(value.get("data"), list) else value
-            lines = lines or bool(value.keys() & {"instruction", "messages"}) if isinstance(value, dict) else lines
+            lines = (
+                lines or bool(value.keys() & {"instruction", "messages", "text"}) if isinstance(value, dict) else lines
+            )
         if not isinstance(value, list) and lines:
             return [value]
         if not isinstance(value, list):
@@ -127,6 +129,19 @@ def text_of(value: object, what: str) -> str:
     except UnicodeEncodeError:  # JSON can spell half of a character, such as "\ud800"
         raise UserError(f"{what} holds half a character (a lone surrogate), which no tokenizer reads") from None
     return value
+
+
+def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
+    """The example's ``label``, one of a task's labels, also by its number (from 0)."""
+    label = value.get("label")
+    if label is None:
+        raise UserError(f"{where} has no field 'label'")
+    if label in labels:
+        return label
+    number = int(label[:9]) if isinstance(label, str) and label.isascii() and label.isdecimal() else label
+    if type(number) is int and 0 <= number < len(labels):
+        return labels[number]
+    raise UserError(f"{where}: the label {label!r:.80} is none of {task}'s: {', '.join(labels)}")
 
 
 def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.data_files import read_values, task_id_of, text_of
+from mtl_lora.data_files import label_of, read_values, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
@@ -48,6 +48,7 @@ ROLES = ("system", "user", "assistant")
 def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
     """Read the examples of a file, see ``read_values``; raises ``UserError`` naming file, example and field.
 
+    An example has ``instruction`` and ``output``, or ``messages``, or, of a task with options, ``text`` and ``label``.
     task: the name of the task when the file holds one task alone; else each example has ``task_id`` or ``task``,
     unless there is only one task. closed: require an answer, one of its example's options, and no output (evaluation).
     """
@@ -79,6 +80,10 @@ def parse_example(
         raise UserError(f"{where} must be an object with {', '.join(FIELDS)}, not {type(value).__name__}")
     extra = {key: entry for key, entry in value.items() if key not in (*FIELDS, "task", "messages")}
     told = "messages" in value
+    given = {key for key, entry in value.items() if entry is not None}
+    if "text" in given and given.isdisjoint({"output", "answer", "messages"}):
+        value = _from_text(value, where, tasks[task_id_of(value, where, tasks, task)], answered)
+        extra = {key: entry for key, entry in extra.items() if key in value}
     if told:
         value = _from_messages(value, where)
     needed = {"instruction": not value.get("input"), "input": False}
@@ -106,6 +111,28 @@ def parse_example(
     if options and answered and not closed:
         _check_output(texts, tasks[task_id], options, where)
     return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if told else ())
+
+
+def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
+    """A record of ``text``, perhaps ``text_b``, and ``label``, which an encoder reads too, as the fields of an example.
+
+    One that has an instruction and no options to choose from stays as it is.
+    """
+    both = [key for key in ("instruction", "input") if value.get(key) is not None]
+    if both and not task.options:
+        return value
+    if both:
+        raise UserError(f"{where} has 'text' and {both[0]!r}; leave one of them")
+    if not task.options:
+        raise UserError(f"{where} has 'text', but the task {task.name} has no labels; write an 'instruction'")
+    texts = [text_of(value[key], f"{where}: {key!r}") for key in ("text", "text_b") if value.get(key) is not None]
+    if not texts[0].strip():
+        raise UserError(f"{where}: 'text' is empty")
+    fields = {"instruction": task.instruction_of(*texts)}
+    if answered:
+        label = label_of(value, task.options, where, task.name)
+        fields |= {"output": task.answer_prefix + label, "answer": label}
+    return {key: entry for key, entry in value.items() if key not in ("text", "text_b", "label")} | fields
 
 
 def _from_messages(value: dict, where: str) -> dict:

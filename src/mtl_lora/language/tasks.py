@@ -5,6 +5,7 @@ The eight commonsense tasks are one table below; any other set is read from a JS
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 from mtl_lora import tasks
@@ -19,10 +20,11 @@ OPTIONS_MARKER = "Answer format: "
 class Task(tasks.Task):
     """One task: what it is called, which answers it allows, and how an answer is found in generated text.
 
-    options: every answer the task allows; empty for a free-text task.
+    options: every answer the task allows, in files ``labels`` too; empty for a free-text task.
     pattern: regular expression whose first match in generated text is the answer; empty: the options as whole words
         (for the commonsense tasks joined by ``|``, as LLM-Adapters does), or for a free-text task its first line.
     answer_prefix: the words before the answer in every ``output``.
+    question: what is asked about the text of an example that has ``text`` and ``label``; empty: which option fits it.
     metric: one of ``metrics_for`` the options; empty: accuracy of options, exact_match of free text. Of two options
         the last is the positive class.
     """
@@ -30,16 +32,33 @@ class Task(tasks.Task):
     options: tuple[str, ...] = ()
     pattern: str = ""
     answer_prefix: str = ANSWER_PREFIX
+    question: str = ""
 
     def __post_init__(self):
         self.require_texts("options", "none for free text")
         super().__post_init__()
         self.require_text("pattern")
         self.require_text("answer_prefix")
+        self.require_text("question")
         try:
             re.compile(self.pattern)
         except re.error as error:
             raise UserError(f"task {self.name!r} has a pattern that is not a regular expression: {error}") from None
+
+    @classmethod
+    def from_json(cls, entry: object, where: str) -> typing.Self:
+        if isinstance(entry, dict):
+            entry = dict(entry)
+            if entry.pop("regression", None) is not None:
+                raise UserError(f"{where} is a regression, which a language model does not answer; pass --system nlu")
+            if {"labels", "options"} <= entry.keys():
+                raise UserError(f"{where} has both 'labels' and 'options', which mean the same; leave one of them")
+            if "labels" in entry:
+                entry["options"] = entry.pop("labels")
+        return super().from_json(entry, where)
+
+    def to_json(self) -> dict:
+        return {key: value for key, value in super().to_json().items() if key != "question" or value}
 
     @property
     def metrics(self) -> list[str]:
@@ -71,8 +90,15 @@ class Task(tasks.Task):
 
     @property
     def extraction_key(self) -> tuple:
-        """What decides which answer is extracted from a text; id, title and metric do not."""
-        return self.options, self.answer_pattern, self.answer_prefix
+        """What decides what is asked and which answer is extracted from a text; id, title and metric do not."""
+        return self.options, self.answer_pattern, self.answer_prefix, *filter(None, [self.question])
+
+    def instruction_of(self, text: str, text_b: str | None = None) -> str:
+        """The instruction of an example of a text, or of a pair."""
+        listed = f"{', '.join(self.options[:-1])} or {self.options[-1]}"
+        about = "this text" if text_b is None else "these two texts"
+        question = self.question or f"Which label fits {about}: {listed}?"
+        return "\n".join([question, "", text] if text_b is None else [question, "", text, text_b])
 
     def options_of(self, instruction: str) -> tuple[str, ...]:
         """The options of one question: those its ``Answer format: a/b`` ending lists, else all of the task's.

@@ -42,8 +42,9 @@ def training_rows(
     Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
     an unwritable cache folder.
     """
-    # The room that is kept for an answer depends on the options and what is written before them.
-    shaping = [(task.name, task.options, task.answer_prefix) for task in tasks]
+    # The room that is kept for an answer depends on the options and what is written before them; the question is
+    # asked about texts.
+    shaping = [(task.name, task.options, task.answer_prefix, *filter(None, [task.question])) for task in tasks]
     facts = [_VERSION, cutoff_len, shaping, tokenizer_hash(tokenizer), repr(template(template_name))]
     encoder = Encoder(tokenizer, template_name, cutoff_len, tasks)
 
