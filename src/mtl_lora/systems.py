@@ -15,6 +15,7 @@ SYSTEMS = {
     "language": "causal language models that answer in words",
     "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
 }
+BASE_KINDS = {"language": "causal_lm", "nlu": "encoder"}  # of their base models, a key of ``base_model.KINDS``
 
 
 def part(system: str, name: str) -> types.ModuleType:

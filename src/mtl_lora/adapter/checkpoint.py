@@ -191,15 +191,16 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
 def _base_of(model: nn.Module) -> Provenance:
     """What a model of transformers says of where it was loaded from."""
     name, fingerprint = getattr(getattr(model, "config", None), "_name_or_path", ""), None
+    own = next((each.base_provenance() for each in model.modules() if hasattr(each, "base_provenance")), {})
     if not name:
-        return Provenance()
+        return Provenance(**own)
     if Path(name).is_dir():  # a relative path would mean another folder elsewhere
         name = str(Path(name).resolve())
     if importlib.util.find_spec("transformers") is not None:
         from mtl_lora.base_model import BaseModel
 
         fingerprint = BaseModel(name).local_fingerprint()
-    return Provenance(name, fingerprint, base_class=type(model).__name__)
+    return Provenance(name, fingerprint, base_class=type(model).__name__, **own)
 
 
 def _changed_weight(base: Provenance, model: nn.Module) -> str | None:
@@ -242,7 +243,9 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
     expected = provenance.base_fingerprint
     if folder is None:
         base_model = _build_base(provenance, source, **options)
-    elif expected:
+    elif provenance.system != "language":
+        systems.part(provenance.system, "model").check_base(base_model, provenance, folder)
+    if folder is not None and expected:
         found = _base_of(unwrap(base_model))
         if found.base_fingerprint is None:
             warnings.warn(
@@ -280,7 +283,8 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
         raise UserError("mtl_lora.load(folder) needs the package transformers; install it, or pass the base model")
     from mtl_lora.base_model import BaseModel
 
-    base = BaseModel(provenance.base_model, trust_remote_code)
+    systems.check(provenance.system)
+    base = BaseModel(provenance.base_model, trust_remote_code, systems.BASE_KINDS[provenance.system])
     if provenance.base_fingerprint:
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
     options = {"load_in_4bit": provenance.load_in_4bit, **options}

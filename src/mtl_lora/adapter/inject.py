@@ -263,11 +263,15 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
 
     Modules saved whole keep their trained values. Nothing else of the adapter is left: the model's methods, hooks and
     attributes, and which weights require a gradient, are what they were before ``inject``. Raises ``UserError`` for a
-    task the adapter does not have and for a model without an adapter.
+    task the adapter does not have, for a model without an adapter, and for one with a head per task, naming the
+    function that merges it.
     """
     # All before anything changes, for it may raise.
     if task is not None and injection_of(model):
         task_index(unwrap(model).mtl_lora_config.tasks, task)
+    for name, module in named_modules(model):
+        if instead := getattr(module, "merge_instead", None):
+            raise UserError(f"{name} is of every task, and a merged model has one; use {instead}")
     merged = {layer.base_layer: layer.merged_weight(task) for layer in adapter_layers(model).values()}
     _take_off(model, keep=True)
     for base, weight in merged.items():

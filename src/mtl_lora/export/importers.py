@@ -90,6 +90,11 @@ def _read_options(folder: Path) -> dict:
     options = files.read_object(path, "the PEFT configuration")
     if options.get("peft_type") != "LORA":
         raise UserError(f"{path} does not describe a LoRA: its peft_type must be LORA")
+    if options.get("task_type") not in (None, *_PLAIN["task_type"]):
+        raise UserError(
+            f"{path} has the task_type {options['task_type']!r:.99}, and only a LoRA of a causal language model can be "
+            "imported; train an encoder anew with mtl-lora train --system nlu"
+        )
     for key, value in options.items():
         if value and key not in _READ_OR_IDLE and value not in _PLAIN.get(key, ()):
             raise UserError(

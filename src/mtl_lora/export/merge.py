@@ -10,10 +10,14 @@ from transformers import AutoTokenizer
 import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import read_config, read_weights
+from mtl_lora.adapter.inject import output_head
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors, quiet_deepspeed
 from mtl_lora.errors import UserError, require_package
-from mtl_lora.export.peft import check_task, recorded_base
+from mtl_lora.export.model_card import model_card, read_scores
+from mtl_lora.export.peft import CARD_NAME, base_for, check_task, load_base, tasks_of_heads
+from mtl_lora.export.peft import recorded_base as recorded_base  # the command asks this module for it
+from mtl_lora.nlu.model import single_task
 
 # What transformers writes for a model and its tokenizer.
 FILES = (
@@ -33,25 +37,30 @@ def export_merged(
     dtype: str = "auto",
     overwrite: bool = False,
 ) -> Path:
-    """Write the model that equals the adapter for ``task``, for ``AutoModelForCausalLM.from_pretrained``.
+    """Write the model that equals the adapter for ``task``, for ``AutoModelForCausalLM.from_pretrained``, or of an
+    encoder ``AutoModelForSequenceClassification``, with the task's head and a model card.
 
-    task: may be None for a method that is the same for every task. base_model: None for the recorded one. dtype:
-    ``auto`` is the base model's own, so that the files do not depend on the machine. Raises ``UserError`` for a method
-    without factors, an unknown task, a quantised base, another base, a damaged checkpoint, an ``output`` in use, and a
-    merged weight that its dtype cannot hold.
+    task: may be None for a method that is the same for every task, on a language model. base_model: None for the
+    recorded one. dtype: ``auto`` is the base model's own, so that the files do not depend on the machine. Raises
+    ``UserError`` for a method without factors, an unknown task, a quantised base, another base, a damaged checkpoint,
+    an ``output`` in use, and a merged weight that its dtype cannot hold.
     """
     quiet_deepspeed()
     config = read_config(checkpoint)
     adapter, method = config.adapter_config, layer_class(config.adapter_config.method)
     method.require_factors()
-    if task is None and method.needs_task_ids:
-        raise UserError(f"{method.title} has weights of each task; pass --task, one of {', '.join(adapter.tasks)}")
+    heads = tasks_of_heads(config)
+    if task is None and (heads or method.needs_task_ids):
+        about = "a head of" if heads else "weights of"
+        raise UserError(f"{method.title} has {about} each task; pass --task, one of {', '.join(adapter.tasks)}")
     if task is not None:
         check_task(adapter.tasks, task)
-    base_model = base_model or recorded_base(checkpoint)
+    base_model = base_for(checkpoint, config, base_model)
     # Validate before loading the base model.
     inputs = [checkpoint, base_model.path]
-    files.check_output(output, FILES, overwrite, inputs)
+    written = (*FILES, CARD_NAME) if heads else FILES
+    files.check_output(output, written, overwrite, inputs)
+    scores = read_scores(checkpoint, config, None) if heads else {}
     read_weights(checkpoint, config)
     if getattr(base_model.config(), "quantization_config", None):
         raise UserError(
@@ -61,30 +70,31 @@ def export_merged(
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.fingerprint(), checkpoint)
     in_4bit = config.provenance_config.load_in_4bit
     require_package("load_in_4bit", "bitsandbytes", in_4bit)
-    base = base_model.load(STORED if dtype == "auto" else dtype, in_4bit)
+    base = load_base(base_model, config, STORED if dtype == "auto" else dtype, in_4bit)
     # What was trained on 4 bits belongs to the weights that these stand for, not to those that they were made of.
     model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)
-    layers = list(mtl_lora.adapter_layers(model))
-    untie_changed_head(mtl_lora.merge(model, task))
-    check_finite(model, layers)
-    with files.atomic_directory(output, FILES, overwrite, inputs) as folder:
+    untie_changed_head(single_task(model, task) if heads else mtl_lora.merge(model, task))
+    check_finite(model)
+    with files.atomic_directory(output, written, overwrite, inputs) as folder:
         model.save_pretrained(folder)
         _save_tokenizer(base_model, folder)
+        if heads:
+            files.write_text(folder / CARD_NAME, model_card(task, config, base_model.name, None, scores.get(task)))
     return Path(output)
 
 
 def untie_changed_head(model: nn.Module) -> None:
     """Say in the configuration that head and embedding differ, where the adapter was on one of a tied pair."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = output_head(model), model.get_input_embeddings()
     if head is not None and model.config.tie_word_embeddings and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False
 
 
-def check_finite(model: nn.Module, layers: list[str]) -> None:
-    """Raise ``UserError`` naming the first merged layer with a weight that is not finite, as fp16 ends at 65,504."""
-    for name in layers:
-        weight = model.get_submodule(name).weight
+def check_finite(model: nn.Module) -> None:
+    """Raise ``UserError`` naming the first weight that is not finite, as fp16 ends at 65,504."""
+    for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
+            name = name.removesuffix(".weight")
             raise UserError(f"the merged weight of {name} is not finite in {weight.dtype}; pass --dtype fp32")
 
 
@@ -94,6 +104,6 @@ def _save_tokenizer(base_model: BaseModel, folder: Path) -> None:
     if not any(cached_path(base_model.path, name) for name in TOKENIZER_FILES):
         print(f"note: no tokenizer was written, since the base model {base_model.name!r} has none", file=sys.stderr)
         return
-    with hub_errors(base_model.name):
+    with hub_errors(base_model.name, base_model.kind):
         tokenizer = AutoTokenizer.from_pretrained(base_model.path, trust_remote_code=base_model.trust_remote_code)
     tokenizer.save_pretrained(folder)

@@ -5,16 +5,20 @@ import json
 import re
 from pathlib import Path
 
+import transformers
+
 from mtl_lora import artifacts
 from mtl_lora.adapter.checkpoint import CheckpointConfig
 from mtl_lora.adapter.config import hyperparameter_flags
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.embedded import MODELS
 from mtl_lora.errors import UserError
-from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT, template
 from mtl_lora.metrics import METRICS, title_of
+from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.results import Results
+from mtl_lora.systems import part
+from mtl_lora.version import __version__
 
 NOT_MEASURED = "not measured"
 # Training flags without a row of their own: other rows state them, or they are a path of the machine that trained.
@@ -57,49 +61,58 @@ def error_text(error: float | None) -> str:
 
 
 def model_card(
-    task: str, config: CheckpointConfig, base_model: str, rank: int, score: str | None, error: float | None = None
+    task: str,
+    config: CheckpointConfig,
+    base_model: str,
+    rank: int | None,
+    score: str | None,
+    error: float | None = None,
+    pad_token_id: int | None = None,
 ) -> str:
     """The README.md of one exported task, to be pushed to a hub as it is.
 
-    rank: of the exported pair; score: see ``read_scores``; error: that of a truncated update, None for an exact one.
+    rank: of the exported pair, or None for a merged model; score: see ``read_scores``; error: that of a truncated
+    update, None for an exact one; pad_token_id: what the base model's configuration lacks and batches need, or None.
     """
     adapter, provenance = config.adapter_config, config.provenance_config
     method = layer_class(adapter.method)
-    base = repr(hub_name(base_model) or "the folder of its base model")
-    needed = about_base = ""
-    if base_model in MODELS:
-        base = f"BaseModel({base_model!r}).path  # fetched on first use"
-        needed = "\nfrom mtl_lora.base_model import BaseModel"
-        about_base = f"\nThe base model: {MODELS[base_model].note}\n"
+    own = None
+    if provenance.system == "nlu":
+        own = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")[task]
+    about_base = f"\nThe base model: {MODELS[base_model].note}\n" if base_model in MODELS else ""
     header = f"base_model: {json.dumps(base_model)}\n" if hub_name(base_model) else ""
-    equal = "low-rank pair that equals it" if error is None else "plain LoRA of this rank that is closest to it"
+    if rank is None:
+        title, library = "a plain model", "transformers"
+        folded = "It is merged into the base model's weights"
+    else:
+        title, library = f"a PEFT adapter of rank {rank}{error_text(error)}", "peft"
+        equal = "low-rank pair that equals it" if error is None else "plain LoRA of this rank that is closest to it"
+        folded = (
+            f"It is folded into the {equal}, so that PEFT and every program that reads PEFT's format run it\n"
+            "without task ids"
+        )
     measured = "" if error is None else " (of the adapter before it was truncated)"
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"""---
-{header}library_name: peft
-pipeline_tag: text-generation
+{header}library_name: {library}
+pipeline_tag: {"text-classification" if own else "text-generation"}
 tags:
 - lora
 - mtl-lora
 ---
 
-# {task}: {method.title} as a PEFT adapter of rank {rank}{error_text(error)}
+# {task}: {method.title} as {title}
 
 One task of an adapter trained with {method.title}{paper}.
-It is folded into the {equal}, so that PEFT and every program that reads PEFT's format run it
-without task ids. Written by mtl-lora from the weights with sha256 `{config.weights_sha256}`.
+{folded}. Written by mtl-lora {__version__} with
+transformers {transformers.__version__} from the weights with sha256 `{config.weights_sha256}`.
 
 Result on {task}{measured}: {score or NOT_MEASURED}.
-{about_base}
+{_about_task(own) if own else ""}{about_base}
 ## Use
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer{needed}
-
-base = {base}
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "this folder")
-tokenizer = AutoTokenizer.from_pretrained(base)
+{_use(base_model, rank, own, pad_token_id)}
 ```
 {_prompt(provenance.prompt_template)}
 ## Recipe
@@ -108,6 +121,50 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 |---|---|
 {_recipe(config)}
 """
+
+
+def _about_task(task: Task) -> str:
+    """What an encoder's outputs mean, and by what they are measured."""
+    if task.is_regression:
+        low, high = task.regression
+        outputs = f"A regression: the one logit is the number itself, in a range from {low:g} to {high:g}."
+    else:
+        outputs = f"Labels, in the order of the logits: {', '.join(f'{label!r}' for label in task.labels)}."
+    return f"\n{outputs} Measured by: {title_of(task.metric_name)}.\n"
+
+
+def _use(base_model: str, rank: int | None, task: Task | None, pad_token_id: int | None) -> str:
+    """The code that loads a folder, to be copied."""
+    auto = "AutoModelForSequenceClassification" if task else "AutoModelForCausalLM"
+    if rank is None:
+        return f"""from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")"""
+    base, needed = repr(hub_name(base_model) or "the folder of its base model"), ""
+    if base_model in MODELS:
+        base = f"BaseModel({base_model!r}).path  # fetched on first use"
+        needed = "\nfrom mtl_lora.base_model import BaseModel"
+    lines = [f'model = PeftModel.from_pretrained({auto}.from_pretrained(base), "this folder")']
+    if task:
+        facts = {"num_labels": task.outputs} | ({} if pad_token_id is None else {"pad_token_id": pad_token_id})
+        # PEFT's configuration has no place for these.
+        if task.is_regression:
+            facts["problem_type"] = "regression"
+        else:
+            facts["id2label"] = dict(enumerate(task.labels))
+            facts["label2id"] = {label: index for index, label in enumerate(task.labels)}
+        facts["ignore_mismatched_sizes"] = True  # the base model may bring a head of its own
+        lines = [f"model = {auto}.from_pretrained(", "    base,"]
+        lines += [f"    {name}={value!r}," for name, value in facts.items()]
+        lines += [")", 'model = PeftModel.from_pretrained(model, "this folder")']
+    loading = "\n".join(lines)
+    return f"""from peft import PeftModel
+from transformers import {auto}, AutoTokenizer{needed}
+
+base = {base}
+{loading}
+tokenizer = AutoTokenizer.from_pretrained(base)"""
 
 
 def _prompt(name: str | None) -> str:
@@ -127,7 +184,8 @@ def _recipe(config: CheckpointConfig) -> str:
     rows |= rows.pop("hyperparameters").to_json()
     rows |= {"prompt template": provenance.prompt_template, "cutoff_len": provenance.cutoff_len}
     without_row = _WITHOUT_ROW | {flag.name for flag in hyperparameter_flags()}
-    affecting = TrainConfig.names_affecting("weights")
+    rows["mtl-lora of the training"] = config.library_version
+    affecting = part(provenance.system, "config").TrainConfig.names_affecting("weights")
     for name, value in (provenance.train_settings or {}).items():
         if name in affecting and name not in without_row and not name.startswith("lora_"):
             rows[name] = value

@@ -1,5 +1,7 @@
 """One PEFT LoRA folder per task: the result of ``layer.factors(task)`` under PEFT's names."""
 
+import copy
+import dataclasses
 import functools
 import math
 import shlex
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 import mtl_lora
 from mtl_lora import artifacts, files
@@ -20,6 +23,9 @@ from mtl_lora.adapter.saved import find_slots, whole_modules
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.export.model_card import error_text, model_card, read_scores
+from mtl_lora.nlu import model as encoder
+from mtl_lora.nlu.tasks import TaskSet
+from mtl_lora.systems import BASE_KINDS, check
 
 CARD_NAME = "README.md"
 FILES = (artifacts.PEFT_CONFIG, artifacts.PEFT_WEIGHTS, CARD_NAME)
@@ -44,8 +50,9 @@ def export_peft(
     one. A method that is the same for every task gets a folder per task too: prompt and result of a task then stand
     beside its weights. form: ``exact``, or ``lora``: the plain LoRA of ``rank`` that is closest to the adapter's update
     (which for DoRA needs the base's weights). What serves all folders in vLLM, or why it would not, is printed on
-    stderr. Raises ``UserError`` for a method without factors, modules saved whole that PEFT cannot hold, an unknown
-    task, a damaged checkpoint, another base model, and an ``output`` in use.
+    stderr. Of an encoder each folder holds the task's head too, which gives the numbers of a regression's range. Raises
+    ``UserError`` for a method without factors, modules saved whole that PEFT cannot hold, an unknown task, a damaged
+    checkpoint, another base model, and an ``output`` in use.
     """
     config = read_config(checkpoint)
     method = layer_class(config.adapter_config.method)
@@ -53,30 +60,42 @@ def export_peft(
     if not method.adapts:
         raise UserError(f"{checkpoint} has no adapter that PEFT could hold; use the merge command")
     names = choose_tasks(config.adapter_config.tasks, tasks)
-    base_model = base_model or recorded_base(checkpoint)
+    base_model = base_for(checkpoint, config, base_model)
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.local_fingerprint(), checkpoint)
     scores = read_scores(checkpoint, config, results)
-    base = structure_if_known(base_model)
+    head_tasks = tasks_of_heads(config)
+    # Heads are saved whole, so the structure of an encoder must be known.
+    base = encoder.structure(base_model, head_tasks) if head_tasks else structure_if_known(base_model)
     saved_names, saved = saved_modules(checkpoint, config, base)
-    if form == "lora" and saved:
+    if form == "lora" and saved and not head_tasks:
         raise UserError(f"{checkpoint} has modules saved whole, which no plain LoRA holds; use the merge command")
+    heads = encoder.task_heads(base) if head_tasks else {}
     adapter = adapter_without_base(checkpoint, config, base)
     if form == "lora" and config.adapter_config.method == "dora":
-        adapter = mtl_lora.load(base_model.load("fp32"), checkpoint)
+        adapter = mtl_lora.load(load_base(base_model, config, "fp32"), checkpoint)
     layers = adapter_layers(adapter)
     shared = {"base_model_name_or_path": base_model.name, "modules_to_save": saved_names}
-    shared["target_modules"] = targets_for(layers, base)
+    pad_token_id = None
+    if head_tasks:
+        shared["task_type"] = "SEQ_CLS"
+        plain = base_model.structure()
+        if getattr(plain.config, "pad_token_id", None) is None:
+            pad_token_id = base.config.pad_token_id
+    shared["target_modules"] = targets_for(layers, plain if head_tasks else base)
     said = config.provenance_config.untrained_note(names)
     with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder:
         for name in names:
             task = None if name == FOR_ALL and not config.adapter_config.tasks else name
-            found, error = _write_task(folder / name, layers, task, saved, shared, rank)
-            card = model_card(name, config, base_model.name, found["r"], scores.get(name), error)
+            whole = of_task(saved, heads, name) if head_tasks else saved
+            found, error = _write_task(folder / name, layers, task, whole, shared, rank)
+            card = model_card(name, config, base_model.name, found["r"], scores.get(name), error, pad_token_id)
             files.write_text(folder / name / CARD_NAME, card)
             said.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
     closest_lora.cache_clear()
     folders = [Path(output) / name for name in names]
-    print(*said, serving(base_model, folders, found["r"], found["use_dora"], saved_names), sep="\n", file=sys.stderr)
+    if not head_tasks:
+        said.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))
+    print(*said, sep="\n", file=sys.stderr)
     return folders
 
 
@@ -98,10 +117,30 @@ def serving(base_model: BaseModel, folders: list[Path], rank: int, dora: bool, s
 
 def recorded_base(checkpoint: str | Path) -> BaseModel:
     """The base model that a checkpoint records; raises ``UserError`` if it records none."""
-    name = read_config(checkpoint).provenance_config.base_model
-    if name is None:
+    return base_for(checkpoint, read_config(checkpoint))
+
+
+def base_for(checkpoint: str | Path, config: CheckpointConfig, given: BaseModel | None = None) -> BaseModel:
+    """The base model that is given, else the recorded one, of the kind that the checkpoint's system trains."""
+    provenance = config.provenance_config
+    check(provenance.system)
+    if given is None and provenance.base_model is None:
         raise UserError(f"{checkpoint} does not record its base model; pass --base_model")
-    return BaseModel(name)
+    return dataclasses.replace(given or BaseModel(provenance.base_model), kind=BASE_KINDS[provenance.system])
+
+
+def tasks_of_heads(config: CheckpointConfig) -> TaskSet | None:
+    """The tasks of a checkpoint that has a head for each; None for a language model, whose output all share."""
+    provenance = config.provenance_config
+    if provenance.system != "nlu":
+        return None
+    return TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
+
+
+def load_base(base_model: BaseModel, config: CheckpointConfig, dtype: str, in_4bit: bool = False) -> PreTrainedModel:
+    """The model with its weights on which a checkpoint's adapter is put; arguments as of ``BaseModel.load``."""
+    tasks = tasks_of_heads(config)
+    return encoder.load(base_model, tasks, dtype, in_4bit) if tasks else base_model.load(dtype, in_4bit)
 
 
 def choose_tasks(known: list[str], chosen: list[str] | None) -> list[str]:
@@ -135,7 +174,7 @@ def saved_modules(
     """PEFT's ``modules_to_save``, and the weights of these modules by name.
 
     Raises ``UserError`` for what PEFT would save otherwise: a weight that is not of a whole module or that is tied, and
-    a module whose name is also the end of another's.
+    a module whose name is also the end of another's; and for a weight that is missing or of another shape.
     """
     entries = config.adapter_config.modules_to_save
     if not entries:
@@ -151,7 +190,26 @@ def saved_modules(
     if refused:
         about = "PEFT saves whole modules with weights of their own; use the merge command"
         raise UserError(f"{refused[0]} of modules_to_save {entries} cannot be exported, since {about}")
-    return names, split_state(config.adapter_config, read_weights(checkpoint, config))[1]
+    saved = split_state(config.adapter_config, read_weights(checkpoint, config))[1]
+    expected = {slot.name: slot.original.shape for slot in slots}
+    for name in [*expected, *saved]:
+        if name not in expected or name not in saved or saved[name].shape != expected[name]:
+            raise UserError(f"{checkpoint} does not fit the base model: {name} is missing in one or of another shape")
+    return names, saved
+
+
+def of_task(saved: dict[str, torch.Tensor], heads: dict[str, encoder.TaskHeads], task: str) -> dict[str, torch.Tensor]:
+    """The weights of modules saved whole, with those of one task's head under the names that a plain model has."""
+    chosen = next(iter(heads.values())).task_set[task]
+    own = {name: copy.deepcopy(module[chosen.id]) for name, module in heads.items()}
+    for name, head in own.items():
+        start = f"{name}.{chosen.id}."
+        head.load_state_dict(
+            {key.removeprefix(start): saved[key] for key in saved if key.startswith(start)}, assign=True
+        )
+    encoder.unscale(list(own.values()), chosen)
+    shared = {key: tensor for key, tensor in saved.items() if key.partition(".")[0] not in heads}
+    return shared | {f"{name}.{key}": tensor for name, head in own.items() for key, tensor in head.state_dict().items()}
 
 
 def _write_task(

@@ -11,17 +11,19 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets, inject, targets_for, trainable_parameters
+from mtl_lora.adapter.inject import find_targets, inject, injection_of, merge, targets_for, trainable_parameters
+from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
-from mtl_lora.nlu.tasks import TaskSet
+from mtl_lora.nlu.tasks import Task, TaskSet
+from mtl_lora.systems import BASE_KINDS
 
-KIND = "encoder"
+KIND = BASE_KINDS["nlu"]
 
 
 class TaskHeads(nn.ModuleList):
@@ -33,10 +35,15 @@ class TaskHeads(nn.ModuleList):
     """
 
     is_head = False  # for the route: it sees every row of the batch
+    merge_instead = "mtl_lora.nlu.model.single_task(model, task)"
 
-    def __init__(self, heads: list[nn.Module], tasks: list[str]):
+    def __init__(self, heads: list[nn.Module], tasks: TaskSet):
         super().__init__(heads)
-        self.tasks = tasks
+        self.tasks, self.task_set = tasks.names, tasks
+
+    def base_provenance(self) -> dict:
+        """What a checkpoint must say of the model that these heads are on, beside its name."""
+        return {"system": "nlu", "task_set": self.task_set.to_json()}
 
     def forward(self, x: torch.Tensor, *arguments, **options) -> torch.Tensor:
         outputs = [head(x, *arguments, **options) for head in self]
@@ -78,7 +85,7 @@ def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTr
                     model._init_weights(module)
             drawn.append(head.to(dtype))
     for name, drawn in heads.items():
-        setattr(model, name, TaskHeads(drawn, tasks.names))
+        setattr(model, name, TaskHeads(drawn, tasks))
     model.config.num_labels = max(task.outputs for task in tasks)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = base.tokenizer().pad_token_id  # decoders find the last token by it
@@ -127,6 +134,88 @@ def count(base: BaseModel, tasks: TaskSet, adapter: AdapterConfig) -> tuple[int,
     """(trainable, all) parameters with an adapter and the heads, counted on the meta device."""
     model = structure(base, tasks)
     return trainable_parameters(inject(model, in_encoder(adapter, model)))
+
+
+# ---- a plain model of one task ----
+
+
+def task_heads(model: nn.Module) -> dict[str, TaskHeads]:
+    """The heads of a model by the name of what they stand for."""
+    return {name: module for name, module in unwrap(model).named_children() if isinstance(module, TaskHeads)}
+
+
+def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:
+    """Raise ``UserError`` for a model without the heads of a checkpoint's tasks, before its adapter is put on."""
+    tasks = TaskSet.from_json(provenance.task_set, f"the task set of {folder}")
+    heads, shape = task_heads(model).values(), [(task.name, task.outputs) for task in tasks]
+    if not heads or any([(task.name, task.outputs) for task in head.task_set] != shape for head in heads):
+        raise UserError(
+            f"{folder} has a head for each of its tasks ({', '.join(tasks.names):.200}), which this "
+            f"{type(unwrap(model)).__name__} has no place for; load both with mtl_lora.load(folder), or write a plain "
+            "model of one task with `mtl-lora export merge`"
+        )
+
+
+@torch.no_grad()
+def single_task(model: PreTrainedModel, task: str | int) -> PreTrainedModel:
+    """Turn an encoder with a head per task into the plain one of a task, in place, and return the model.
+
+    The adapter, if the model carries one, is merged; the task's head stands where the heads stood, and the
+    configuration says its labels. The one logit of a regression is the number itself, not scaled to 0 to 1. Raises
+    ``UserError`` as ``mtl_lora.merge`` and ``unscale`` do, and for a model without heads; it is then left as it was.
+    """
+    root, heads = unwrap(model), task_heads(model)
+    if not heads:
+        raise UserError(f"{type(root).__name__} has no head per task to choose from; use mtl_lora.merge(model, task)")
+    chosen = next(iter(heads.values())).task_set[task]
+    own = {name: module[chosen.id] for name, module in heads.items()}
+    before = {weight: dict(weight._parameters) for head in own.values() for weight in head.modules()}
+    try:
+        unscale(list(own.values()), chosen)  # before it is rounded to the base model's dtype
+        for name, head in own.items():
+            setattr(root, name, head)
+        if injection_of(root):
+            merge(root, chosen.name if root.mtl_lora_config.tasks else None)
+    except UserError:
+        for name, module in heads.items():
+            setattr(root, name, module)
+        for module, parameters in before.items():
+            module._parameters.update(parameters)
+        raise
+    describe(root.config, chosen)
+    if hasattr(root, "num_labels"):
+        root.num_labels = chosen.outputs
+    return model
+
+
+def describe(config: PreTrainedConfig, task: Task) -> None:
+    """Say a task's labels in transformers' configuration, or that it is a regression."""
+    config.num_labels = task.outputs
+    config.problem_type = "regression" if task.is_regression else "single_label_classification"
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: index for index, label in enumerate(task.labels)}
+
+
+def unscale(heads: list[nn.Module], task: Task) -> None:
+    """Have the last linear layer of a regression's head give numbers of the task's range, in place of 0 to 1.
+
+    heads: the modules of the head, in the model's order; those of a classification stay as they are. Raises
+    ``UserError`` where that layer cannot be found, or has no bias for a range that does not begin with 0.
+    """
+    if not task.is_regression:
+        return
+    low, high = task.regression
+    linear = [module for head in heads for module in head.modules() if isinstance(module, nn.Linear)][-1:]
+    if not linear or linear[0].out_features != 1 or (low and linear[0].bias is None):
+        lacks = "with a bias " if linear and linear[0].out_features == 1 else ""
+        raise UserError(
+            f"the head of {task.name} does not end in a linear layer {lacks}of one output, into which its range "
+            f"[{low:g}, {high:g}] could go; use the checkpoint itself"
+        )
+    for name, weight in linear[0].named_parameters():
+        value = weight.detach() * (high - low) + (low if name == "bias" else 0)
+        setattr(linear[0], name, nn.Parameter(value, requires_grad=weight.requires_grad))
 
 
 # ---- losses ----
