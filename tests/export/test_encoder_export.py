@@ -234,6 +234,7 @@ def test_model_with_heads_is_saved_copied_and_taken_apart(encoders, tmp_path):
         assert torch.equal(model(**mixed).logits, expected), "a failed call left it as it was"
         plain = encoder.single_task(model, "place")
         assert_equal(plain(input_ids=tokens(3)).logits[:1], expected[:1], 1e-5)
+        assert plain(input_ids=tokens(3), labels=torch.tensor([0, 1, 2])).loss > 0, "it can be trained on"
 
 
 def test_hydralora_stays_as_it_was_where_it_cannot_be_merged(encoders):
