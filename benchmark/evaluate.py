@@ -2,6 +2,8 @@
 
     python benchmark/evaluate.py --checkpoint output/quickstart/checkpoint --data_dir data/commonsense/test
 
+The floor of ``score`` is a side too: what it takes to run the tokens that must run, whatever the code around them.
+
 A tuned checkpoint, questions of all its tasks, one process: both sides use the same model object, dtype and threads and
 take turns. The baseline is baselines/one_at_a_time.py.
 """
@@ -14,10 +16,11 @@ from baselines import one_at_a_time
 from measure import count, keep, markdown_table, parser, ratio, rounds, shown, spread
 
 from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.language.answering import continuations
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.metrics import extract_answer
-from mtl_lora.language.questions import Question, load_questions
+from mtl_lora.language.questions import TOKEN_BUDGET, Question, load_questions
 
 
 def main() -> None:
@@ -36,6 +39,7 @@ def main() -> None:
             "one at a time, no cache": lambda: baseline(evaluator, few),
             "generate": lambda: ours(evaluator, chosen, "generate"),
             "score": lambda: ours(evaluator, chosen, "score"),
+            "floor of score": lambda: floor(evaluator, chosen),
         },
         arguments.rounds,
     )
@@ -89,6 +93,24 @@ def baseline(evaluator: Evaluator, questions: list[Question]) -> int:
 def ours(evaluator: Evaluator, questions: list[Question], protocol: str) -> int:
     for batch in evaluator.batches(questions):
         evaluator.answer(batch, protocol)
+    return len(questions)
+
+
+@torch.inference_mode()
+def floor(evaluator: Evaluator, questions: list[Question]) -> int:
+    """The tokens that scoring must run (each task's prefix once, the rest of each prompt, what its options share, and
+    the options but their last tokens), as equal rows without padding or cache, of which one position is projected."""
+    tasks = {question.task.id for question in questions}
+    tokens = sum(len(evaluator.prefixes.get(task, ())) for task in tasks)
+    for question in questions:
+        shared, own = continuations(question, evaluator.encoder)
+        rest = len(question.prompt_ids) - len(evaluator.prefixes.get(question.task.id, ()))
+        tokens += rest + len(shared) + sum(len(option) - 1 for option in own)
+    length = max(tokens // len(questions), 1)
+    rows = max(TOKEN_BUDGET // length, 1)
+    for start in range(0, len(questions), rows):
+        ids = torch.randint(100, 1000, (min(rows, len(questions) - start), length), device=evaluator.model.device)
+        evaluator.model(input_ids=ids, task_ids=[0] * len(ids), logits_to_keep=1, use_cache=False)
     return len(questions)
 
 
