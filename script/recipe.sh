@@ -69,14 +69,36 @@ train() {  # train RECIPE R ALPHA ARGUMENT...
         "$@"
 }
 
-evaluate() {  # evaluate CHECKPOINT OUTPUT ARGUMENT...
+train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
+    local recipe="$1" rank="$2" alpha="$3"
+    shift 3
+    launch "${project}finetune.py" --system nlu \
+        --base_model "${BASE_MODEL:-minilm-l6}" \
+        --data_path "${DATA_PATH:-${project}data/glue/train.json}" \
+        --tasks_file "${TASKS_FILE:-${project}data/glue/tasks.json}" \
+        --output_dir "${OUTPUT_PATH:-output/${recipe}_r${rank}}" \
+        --cache_dir "${CACHE_PATH:-.cache/rows}" \
+        --lora_r "$rank" --lora_alpha "$alpha" --lora_dropout 0 \
+        --batch_size "${BATCH_SIZE:-32}" --gradient_accumulation_steps "${ACCUMULATION:-1}" \
+        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" \
+        --learning_rate "${LEARNING_RATE:-1e-3}" --warmup_ratio 0.06 --max_grad_norm 1.0 \
+        --cutoff_len "${CUTOFF_LEN:-128}" --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
+        --deepspeed "$DEEPSPEED" \
+        "$@"
+}
+
+evaluate_any() {  # evaluate_any CHECKPOINT OUTPUT ARGUMENT... : of any system, on the test sets of DATA_DIR
     usage_if $(($# < 2)) "CHECKPOINT OUTPUT [flags of mtl-lora evaluate]"
     local checkpoint="$1" output="$2"
     shift 2
     launch "${project}commonsense_evaluate.py" \
-        --checkpoint "$checkpoint" --output_dir "$output" \
-        --data_dir "${DATA_DIR:-${project}data/commonsense/test}" \
-        --mode "${MODE:-generate}" --batch_size "${EVAL_BATCH_SIZE:-auto}" --dtype "${DTYPE:-auto}" \
+        --checkpoint "$checkpoint" --output_dir "$output" --data_dir "$DATA_DIR" \
+        --batch_size "${EVAL_BATCH_SIZE:-auto}" --dtype "${DTYPE:-auto}" \
         ${BASE_MODEL:+--base_model "$BASE_MODEL"} \
         "$@"
+}
+
+evaluate() {  # evaluate CHECKPOINT OUTPUT ARGUMENT...
+    DATA_DIR="${DATA_DIR:-${project}data/commonsense/test}"
+    evaluate_any "${@:1:2}" --mode "${MODE:-generate}" "${@:3}"
 }

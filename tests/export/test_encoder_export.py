@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from reference.tiny import adapter_config, randomise, tokens
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     RobertaConfig,
@@ -23,6 +26,7 @@ import mtl_lora
 from mtl_lora import Provenance, UserError
 from mtl_lora.artifacts import CHECKPOINT_CONFIG
 from mtl_lora.base_model import BaseModel
+from mtl_lora.export.merge import export_merged
 from mtl_lora.nlu import model as encoder
 from mtl_lora.nlu.tasks import Task, TaskSet
 
@@ -41,10 +45,15 @@ SIZES = {
     "num_attention_heads": 2,
     "max_position_embeddings": 40,
     "initializer_range": 0.4,
+    "dim": 16,
+    "hidden_dim": 24,
+    "n_layers": 2,
+    "n_heads": 2,  # DistilBERT's words
 }
 CLASSES = {
     "bert": (BertForSequenceClassification, BertConfig),
     "roberta": (RobertaForSequenceClassification, RobertaConfig),
+    "distilbert": (DistilBertForSequenceClassification, DistilBertConfig),
     "llama": (LlamaForSequenceClassification, LlamaConfig),
 }
 
@@ -75,7 +84,11 @@ def encoders(tiny_base, tmp_path_factory):
             task_set, digest = tasks.to_json(), BaseModel(str(base)).fingerprint()
             made[key] = root / f"{kind}_{label}_{len(made)}"
             mtl_lora.save(
-                model, made[key], Provenance(str(base), digest, task_set=task_set, system="nlu", cutoff_len=32)
+                model,
+                made[key],
+                Provenance(
+                    str(base), digest, task_set=task_set, system="nlu", cutoff_len=32, untrained_tasks=["place"]
+                ),
             )
         return made[key]
 
@@ -131,6 +144,7 @@ def test_merged_model_has_the_head_of_its_task(command, encoders, tmp_path, kind
     "kind, label, words",
     [
         ("bert", "mtl_lora", ()),
+        ("distilbert", "moelora", ()),
         ("roberta", "mtl_lora", ()),
         ("roberta", "dora", ()),
         ("bert", "dora", ("--as", "lora", "--rank", "16")),
@@ -144,7 +158,8 @@ def test_card_of_a_peft_folder_loads_what_the_checkpoint_computes(command, encod
     for task, folder in zip(THREE, map(Path, folders), strict=True):
         assert folder.name == task.name
         settings = json.loads((folder / "adapter_config.json").read_text())
-        assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
+        head = ["pre_classifier", "classifier"] if kind == "distilbert" else ["classifier"]
+        assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", head)
         card = (folder / "README.md").read_text()
         code = re.search("```python\n(.*?)```", card, re.DOTALL)[1].replace("this folder", str(folder))
         told = {}
@@ -153,13 +168,15 @@ def test_card_of_a_peft_folder_loads_what_the_checkpoint_computes(command, encod
         assert told["model"].config.num_labels == task.outputs
 
 
-def test_card_says_what_the_outputs_mean(command, encoders, tmp_path):
+def test_card_says_what_the_outputs_mean(command, encoders, tmp_path, capsys):
     tone, rank, _ = command("peft", checkpoint=encoders("bert", "mtl_lora"), output=tmp_path / "peft")
     card = (Path(tone) / "README.md").read_text()
     for fact in ("pipeline_tag: text-classification", "'sad', 'glad'", "Matthews", "| cutoff_len | 32 |"):
         assert fact in card
-    assert f"transformers {__import__('transformers').__version__}" in card and mtl_lora.__version__ in card
+    assert f"transformers {transformers.__version__}" in card and mtl_lora.__version__ in card
     assert "from 1 to 5" in (Path(rank) / "README.md").read_text()
+    export_merged(encoders("bert", "mtl_lora"), tmp_path / "merged", "place")
+    assert "no training examples of place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["peft", "merge"])
@@ -217,6 +234,7 @@ def test_model_with_heads_is_saved_copied_and_taken_apart(encoders, tmp_path):
         assert torch.equal(model(**mixed).logits, expected), "a failed call left it as it was"
         plain = encoder.single_task(model, "place")
         assert_equal(plain(input_ids=tokens(3)).logits[:1], expected[:1], 1e-5)
+        assert plain(input_ids=tokens(3), labels=torch.tensor([0, 1, 2])).loss > 0, "it can be trained on"
 
 
 def test_hydralora_stays_as_it_was_where_it_cannot_be_merged(encoders):
@@ -249,3 +267,6 @@ def test_plain_model_without_heads_is_one_sentence(encoders):
         with pytest.raises(UserError, match=r"tone.x, rank, place.*mtl_lora.load\(folder\)"):
             mtl_lora.load(model, checkpoint)
     assert list(plain.state_dict()) == names
+    stretched = TaskSet((THREE[0], Task("rank", 1, regression=(0.0, 5.0)), THREE[2]))
+    with pytest.raises(UserError, match=r"mtl_lora.load\(folder\)"):
+        mtl_lora.load(load(checkpoint.parent / "bert", stretched), checkpoint)

@@ -69,7 +69,9 @@ class ExportMerged(Command):
 
     home = "mtl_lora.export.merge:export_merged"
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
-    task: str | None = flag(None, "the task; lora, dora and multilora, which are the same for every task, need none")
+    task: str | None = flag(
+        None, "the task; lora, dora and multilora of a language model are the same for every task and need none"
+    )
     dtype: str = flag("auto", f"dtype of the weights: {', '.join(DTYPES)}; auto: the base model's own", choices=DTYPES)
 
 

@@ -70,6 +70,8 @@ def export_merged(
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.fingerprint(), checkpoint)
     in_4bit = config.provenance_config.load_in_4bit
     require_package("load_in_4bit", "bitsandbytes", in_4bit)
+    for note in config.provenance_config.untrained_note([task]):
+        print(note, file=sys.stderr)
     base = load_base(base_model, config, STORED if dtype == "auto" else dtype, in_4bit)
     # What was trained on 4 bits belongs to the weights that these stand for, not to those that they were made of.
     model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)

@@ -5,7 +5,6 @@ The commands stand below them: each parses its flags, which needs no torch, befo
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from mtl_lora import answer_config
 from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
@@ -13,7 +12,7 @@ from mtl_lora.artifacts import RESULTS
 from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
-from mtl_lora.nlu.tasks import TaskSet
+from mtl_lora.nlu.tasks import GLUE, TaskSet
 from mtl_lora.training.config import TrainingConfig
 
 # What answers: a trained head, or without a checkpoint the cosine of the two texts' mean-pooled embeddings.
@@ -37,7 +36,7 @@ class TrainConfig(TrainingConfig):
         affects="content",
     )
     tasks_file: str | None = flag(
-        "data/glue/tasks.json", "JSON file that declares the tasks, with labels or regression", affects="content"
+        None, "JSON file that declares your own tasks; none: eight of GLUE, without WNLI", affects="content"
     )
     lora_target_modules: list[str] = flag(
         ["all-linear"],
@@ -46,12 +45,8 @@ class TrainConfig(TrainingConfig):
     )
     cutoff_len: int = flag(128, "most tokens of a text or pair; longer ones lose their end", min=4, group="the text")
 
-    def check_files(self) -> None:
-        _require_tasks(self.tasks_file)
-        super().check_files()
-
     def read_tasks(self) -> TaskSet:
-        return TaskSet.load(_require_tasks(self.tasks_file))
+        return TaskSet.load(self.tasks_file) if self.tasks_file else GLUE
 
     def count(self) -> tuple[int, int]:
         from mtl_lora.base_model import BaseModel
@@ -59,16 +54,6 @@ class TrainConfig(TrainingConfig):
 
         base, tasks = BaseModel(self.base_model, self.trust_remote_code, KIND), self.task_set()
         return count(base, tasks, self.adapter_config(tasks))
-
-
-def _require_tasks(path: str | None) -> str:
-    """The tasks file; raises ``UserError`` without one."""
-    if not path or not Path(path).is_file():
-        raise UserError(
-            f"the tasks file {path or ''} does not exist; make GLUE's with `{TrainConfig.made_by}`, or pass "
-            "--tasks_file FILE"
-        )
-    return path
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,8 +74,8 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     def check_files(self) -> None:
         super().check_files()
-        if not self.checkpoint:
-            _require_tasks(self.tasks_file)
+        if self.tasks_file:
+            TaskSet.load(self.tasks_file)
 
 
 @dataclasses.dataclass(kw_only=True)

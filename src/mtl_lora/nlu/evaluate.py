@@ -24,7 +24,7 @@ from mtl_lora.nlu import model as heads
 from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.data import Collator, Encoder
 from mtl_lora.nlu.examples import Example, load_examples, parse_example
-from mtl_lora.nlu.tasks import Task, TaskSet
+from mtl_lora.nlu.tasks import GLUE, Task, TaskSet
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable, measure
 
 TOKEN_BUDGET, GPU_TOKEN_BUDGET = 4096, 131072  # tokens of a batch with --batch_size auto
@@ -96,7 +96,7 @@ class Evaluator(evaluation.Evaluator):
             if self.adapter.adapter_config.tasks != self.tasks.names:
                 raise UserError(f"{path} has heads for other tasks than it names; train it again")
         else:
-            self.tasks = TaskSet.load(config.tasks_file)
+            self.tasks = TaskSet.load(config.tasks_file) if config.tasks_file else GLUE
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
         name = config.base_model or origin.base_model
         if name is None:
@@ -214,6 +214,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
         load_examples,
         lambda examples, path: evaluator.questions(examples),
         config.limit,
+        config.made_by if evaluator.tasks.names == GLUE.names else "",
     )
     for question in asked.questions if not config.checkpoint else ():
         if not question.task.is_regression or question.example.text_b is None:

@@ -154,8 +154,8 @@ def task_heads(model: nn.Module) -> dict[str, TaskHeads]:
 def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:
     """Raise ``UserError`` for a model without the heads of a checkpoint's tasks, before its adapter is put on."""
     tasks = TaskSet.from_json(provenance.task_set, f"the task set of {folder}")
-    heads, shape = task_heads(model).values(), [(task.name, task.outputs) for task in tasks]
-    if not heads or any([(task.name, task.outputs) for task in head.task_set] != shape for head in heads):
+    heads = task_heads(model).values()
+    if not heads or any(head.task_set.answers_sha256 != tasks.answers_sha256 for head in heads):
         raise UserError(
             f"{folder} has a head for each of its tasks ({', '.join(tasks.names):.200}), which this "
             f"{type(unwrap(model)).__name__} has no place for; load both with mtl_lora.load(folder), or write a plain "

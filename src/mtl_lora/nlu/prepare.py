@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mtl_lora.config import Config, flag
+from mtl_lora.config import Config, closest, flag
 from mtl_lora.data_sets import Examples, Manifest, Sets, existing, sampled, write_sets
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.files import read_object, read_utf8
@@ -57,6 +57,7 @@ class Prepare(Config):
 
     source: str | None = flag(None, "folder with the raw files to take, as data/glue_pretrain/CoLA/train.json")
     hub: bool = flag(False, f"take all tasks whole, with WNLI: {HUB} of the Hugging Face hub, or its copy in --source")
+    tasks: list[str] = flag([], "only these tasks, as a,b, with ids in GLUE's order; empty: all")
     output_dir: str = flag("data/glue", "folder for train.json, tasks.json, dev/ and test/", place=True)
     limit: int = flag(0, "most training examples of each task; 0: all")
     download_dir: str = flag("data/glue/source", "folder where downloads are kept", place=True)
@@ -93,6 +94,11 @@ class Target:
 def run(config: Prepare) -> None:
     """Read everything, check everything, and only then write; raises ``UserError``."""
     tasks = [task for task in json.loads(TASKS_FILE.read_text())["tasks"] if config.hub or task["name"] != "wnli"]
+    known = [task["name"] for task in tasks]
+    if unknown := [name for name in config.tasks if name not in known]:
+        raise UserError(f"--tasks names {unknown[0]!r}{closest(unknown[0], known)}")
+    tasks = [task for task in tasks if task["name"] in (config.tasks or known)]
+    tasks = [task | {"id": number} for number, task in enumerate(tasks)]
     targets = {task["name"]: Target(task.get("labels", []), task.get("regression", [])) for task in tasks}
     if config.hub:
         sets, notes = read_hub(config, targets)
@@ -102,7 +108,8 @@ def run(config: Prepare) -> None:
         if lacking := [name for name, parts in manifest.files.items() if not {"train", "test"} <= set(parts)]:
             raise UserError(f"the manifest {config.manifest} has no train or no test file of {lacking[0]}")
         sets = read_files(manifest.get(config.source, config.download_dir, config.base_url), targets, manifest)
-        notes, sizes = [SAMPLES], manifest.sizes
+        # Fewer tasks have fewer test sets, whose texts are left out of training: their sizes are others.
+        notes, sizes = [SAMPLES], {name: {} if config.tasks else manifest.sizes[name] for name in targets}
     sets, dropped = separated(sets)
     tasks_file = '{\n  "tasks": [\n' + ",\n".join(f"    {json.dumps(task)}" for task in tasks) + "\n  ]\n}\n"
     counts = write_sets(Path(config.output_dir), sets, sizes, config.limit, tasks_file.encode())

@@ -1,7 +1,9 @@
 """Tasks of an encoder as data: which labels a task has, or the range of its numbers."""
 
 import dataclasses
+import json
 import typing
+from pathlib import Path
 
 from mtl_lora import tasks
 from mtl_lora.errors import UserError
@@ -84,3 +86,8 @@ class TaskSet(tasks.TaskSet[Task]):
     """Tasks in id order (ids 0..T-1 without gaps); ``columns`` names them in the order of a results table."""
 
     task_class = Task
+
+
+# Eight of GLUE's nine tasks (arXiv 1804.07461), with its metrics; WNLI is declared by the preparation that has it.
+_GLUE = json.loads(Path(__file__).with_name("glue_tasks.json").read_text(encoding="utf-8"))["tasks"]
+GLUE = TaskSet.from_json([task for task in _GLUE if task["name"] != "wnli"], "GLUE's tasks")
