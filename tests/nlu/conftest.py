@@ -53,6 +53,7 @@ def settings(encoder, glue, cache_dir, tmp_path):
             "cache_dir": cache_dir,
             "output_dir": str(tmp_path / name),
             "dtype": "fp32",
+            "cutoff_len": 32,
             "lora_r": 4,
             "lora_alpha": 8,
             "lora_dropout": 0.0,
@@ -90,6 +91,7 @@ def trained(encoder, glue, cache_dir, tmp_path_factory) -> str:
 
     folder = str(tmp_path_factory.mktemp("nlu") / "run")
     files = {"data_path": str(glue / "train.json"), "tasks_file": str(glue / "tasks.json"), "cache_dir": cache_dir}
-    steps = {"dtype": "fp32", "batch_size": 8, "max_steps": 6, "save_step": 0, "learning_rate": 1e-2, "lora_r": 4}
+    steps = {"dtype": "fp32", "batch_size": 8, "max_steps": 40, "save_step": 0, "learning_rate": 1e-2, "lora_r": 4}
+    steps |= {"cutoff_len": 32}
     run(TrainConfig(base_model=encoder, output_dir=folder, **files, **steps))
     return folder

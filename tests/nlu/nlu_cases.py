@@ -24,7 +24,7 @@ SIZES = {
 
 
 def make_encoder(folder: Path) -> None:
-    """Write a BERT with dropout in its configuration's own measure, and its tokenizer."""
+    """Write a BERT with dropout, as a configuration has it by default, and its tokenizer."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -39,10 +39,10 @@ def make_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     pieces = [*SPECIAL, *WORDS, *"abde", "##a", "##b"]
-    wordpiece = models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]")
+    wordpiece = models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token=SPECIAL[1])
     tokenizer = Tokenizer(wordpiece)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    tokenizer.post_processor = processors.BertProcessing((SPECIAL[3], SEP), (SPECIAL[2], CLS))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names).save_pretrained(folder)

@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 tests/training/launched.py JOB.json
 
 ``evaluate`` in the file holds arguments of ``mtl-lora evaluate``, or none; ``runs`` lists settings of ``TrainConfig``,
-``system`` among them where it is not language; each run's folder also gets ``facts.json``, what its adapter layers were in a forward. Of a run that is ``broken`` the
-last process raises an error after some layer calls. An evaluation leaves the launch's process group, which cannot be
-joined twice: ``port`` is where the trainings meet after one.
+and ``system`` where it is not language; each run's folder also gets ``facts.json``, what its adapter layers were in a
+forward. Of a run that is ``broken`` the last process raises an error after some layer calls. An evaluation leaves the
+launch's process group, which cannot be joined twice: ``port`` is where the trainings meet after one.
 """
 
 import gc
