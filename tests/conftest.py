@@ -99,6 +99,17 @@ def no_old_objects(tiny_base) -> None:
 
 
 @pytest.fixture
+def one_thread():
+    """As in launched processes: sums are rounded otherwise with another number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def train(no_old_objects, tiny_base, records_file, cache_dir, tmp_path):
     """Train in this process: ``train("name", flag=value, ...)`` returns the output folder."""
     from mtl_lora.language.config import TrainConfig

@@ -136,7 +136,10 @@ def test_nothing_reads_pickles_or_runs_code_of_model_repositories_unasked(path):
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
-        ("import mtl_lora, mtl_lora.cli, mtl_lora.language.config", {"torch", "numpy", "safetensors", "transformers"}),
+        (
+            "import mtl_lora, mtl_lora.cli, mtl_lora.language.config, mtl_lora.nlu.config",
+            {"torch", "numpy", "safetensors", "transformers"},
+        ),
         ("import mtl_lora.study.__main__, mtl_lora.report.__main__", {"torch", "transformers", "datasets", "pandas"}),
     ],
     ids=["command line", "report and study"],

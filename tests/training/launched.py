@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node 2 tests/training/launched.py JOB.json
 
-``evaluate`` in the file holds arguments of ``mtl-lora evaluate``, or none; ``runs`` lists settings of ``TrainConfig``;
-each run's folder also gets ``facts.json``, what its adapter layers were in a forward. Of a run that is ``broken`` the
-last process raises an error after some layer calls. An evaluation leaves the launch's process group, which cannot be
-joined twice: ``port`` is where the trainings meet after one.
+``evaluate`` in the file holds arguments of ``mtl-lora evaluate``, or none; ``runs`` lists settings of ``TrainConfig``,
+and ``system`` where it is not language; each run's folder also gets ``facts.json``, what its adapter layers were in a
+forward. Of a run that is ``broken`` the last process raises an error after some layer calls. An evaluation leaves the
+launch's process group, which cannot be joined twice: ``port`` is where the trainings meet after one.
 """
 
 import gc
@@ -17,10 +17,8 @@ from pathlib import Path
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from mtl_lora import cli
+from mtl_lora import cli, systems
 from mtl_lora.adapter.layer import AdapterLayer
-from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.train import run
 from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
@@ -48,9 +46,10 @@ register_module_forward_hook(watch)
 gc.freeze()  # every training collects garbage, and that of the imports takes longer than a tiny training
 for settings in JOB["runs"]:
     calls, broken = 0, settings.pop("broken", False)
-    config = TrainConfig(**settings)
+    system = settings.pop("system", "language")
+    config = systems.part(system, "config").TrainConfig(**settings)
     prepare_process(config)
-    run(config)
+    systems.part(system, "train").run(config)
     unset_hf_deepspeed_config()  # transformers keeps a run's, and would make the next one's model by it
     if RANK == 0:
         (Path(settings["output_dir"]) / "facts.json").write_text(json.dumps(facts))

@@ -5,15 +5,12 @@ accelerate, whose own precision is to be ignored, resumes. LoRA and MultiLoRA ta
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from shared import PROJECT, QUICKSTART, free_port
+from launches import ACCELERATE, TORCHRUN, assert_trained_alike, curve, facts, launch, weights
+from shared import PROJECT, QUICKSTART
 
 from mtl_lora import cli
 from mtl_lora.language.config import TrainConfig
@@ -86,58 +83,6 @@ def settings_of(tmp_path, tiny_base, records_file, cache_dir):
     return settings
 
 
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node=2", "--master_port"]
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--mixed_precision=bf16"]
-ACCELERATE.append("--main_process_port")
-
-
-def launch(launcher: list[str], runs: list[dict], folder: Path, evaluate: tuple = ()) -> subprocess.CompletedProcess:
-    """Evaluate and train in two CPU processes; nothing is on the path, so there is no compiler either."""
-    for name in ("nothing", "extensions"):
-        (folder / name).mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps({"runs": runs, "evaluate": evaluate, "port": free_port()}))
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": str(folder / "nothing"),
-        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-    }
-    command = [sys.executable, "-m", *launcher, free_port()]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("launched.py")), str(folder / "job.json")],
-        cwd=PROJECT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert not list((folder / "extensions").iterdir()), "something was compiled"
-    return done
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "mtl_lora.safetensors")
-
-
-def curve(folder: Path, key: str = "loss") -> list[float]:
-    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
-
-
-def facts(folder: Path) -> dict:
-    return json.loads((folder / "facts.json").read_text())
-
-
-def assert_trained_alike(one: Path, other: Path) -> None:
-    for key, length in (("loss", STEPS), ("grad_norm", STEPS), ("eval_loss", 2)):
-        assert len(curve(one, key)) == length
-        assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-5), key
-    expected, found = weights(one), weights(other)
-    assert expected.keys() == found.keys()
-    for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-
-
 def assert_resumed_exactly(whole: Path, again: Path) -> None:
     assert curve(whole)[MIDDLE:] == curve(again)
     for key, tensor in weights(whole).items():
@@ -155,15 +100,6 @@ def assert_bf16_base_and_float32_adapter(one: Path, other: Path) -> None:
 
 def predictions(folder: Path) -> list[str]:
     return [line for path in sorted((folder / "predictions").glob("*.jsonl")) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture
-def one_thread():
-    """As in the launched processes: sums are rounded otherwise with another number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow(100)

@@ -18,7 +18,7 @@ from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets, inject, injection_of, merge, targets_for, trainable_parameters
 from mtl_lora.adapter.saved import unwrap
-from mtl_lora.base_model import BaseModel, structure_of
+from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.systems import BASE_KINDS
@@ -55,7 +55,13 @@ class TaskHeads(nn.ModuleList):
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
-    """The names of the modules with weights that lie behind the encoder; raises ``UserError`` where there are none."""
+    """The names of the modules with weights that lie behind the encoder.
+
+    Raises ``UserError`` where there are none, and for an encoder-decoder, which reads each row up to its last
+    end-of-sequence token and wants as many of them in every row.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{type(model).__name__} is an encoder-decoder; pass a --base_model that is an encoder alone")
     names = [
         name
         for name, module in model.named_children()
@@ -76,7 +82,8 @@ def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTr
     for task in tasks:
         config = copy.deepcopy(model.config)
         config.num_labels = task.outputs
-        twin = structure_of(config, base.trust_remote_code, KIND)  # on the meta device, for the head's shapes
+        with torch.device("meta"):  # for the head's shapes
+            twin = type(model)(config)  # not through transformers' classes, which partition under ZeRO-3
         for name, drawn in heads.items():
             head = getattr(twin, name)
             if device.type != "meta":

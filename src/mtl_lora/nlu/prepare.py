@@ -22,6 +22,7 @@ from mtl_lora.config import Config, closest, flag
 from mtl_lora.data_sets import Examples, Manifest, Sets, existing, sampled, write_sets
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.files import read_object, read_utf8
+from mtl_lora.nlu.tasks import Task
 
 MANIFEST = Path(__file__).with_name("glue.json")
 TASKS_FILE = Path(__file__).with_name("glue_tasks.json")
@@ -70,25 +71,18 @@ class Prepare(Config):
         self.require("limit", "at least 0, which takes all", self.limit >= 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a task predicts: one of ``labels``, or a number from ``regression[0]`` to ``regression[1]``."""
-
-    labels: list[str]
-    regression: list[float]
-
-    def parse(self, value: object, where: str) -> str | float:
-        """A raw label, in words or as its class number, or a score in any spelling; raises ``UserError``."""
-        text = str(value)
-        if self.labels:
-            label = self.labels[int(text)] if text in map(str, range(len(self.labels))) else text
-            if label in self.labels:
-                return label
-            raise UserError(f"{where} has the label {text!r:.60}, none of {', '.join(self.labels)}")
-        low, high = self.regression
-        if re.fullmatch(r"\d+(\.\d+)?", text) and low <= float(text) <= high:
-            return round(float(text), 3)  # the hub's float32 has made 3.799999952316284 of 3.8
-        raise UserError(f"{where} has the score {text!r:.60}; it must be a number from {low} to {high}")
+def parse(task: Task, value: object, where: str) -> str | float:
+    """A raw label, in words or as its class number, or a score in any spelling; raises ``UserError``."""
+    text = str(value)
+    if task.labels:
+        label = task.labels[int(text)] if text in map(str, range(len(task.labels))) else text
+        if label in task.labels:
+            return label
+        raise UserError(f"{where} has the label {text!r:.60}, none of {', '.join(task.labels)}")
+    low, high = task.regression
+    if re.fullmatch(r"\d+(\.\d+)?", text) and low <= float(text) <= high:
+        return round(float(text), 3)  # the hub's float32 has made 3.799999952316284 of 3.8
+    raise UserError(f"{where} has the score {text!r:.60}; it must be a number from {low:g} to {high:g}")
 
 
 def run(config: Prepare) -> None:
@@ -99,32 +93,32 @@ def run(config: Prepare) -> None:
         raise UserError(f"--tasks names {unknown[0]!r}{closest(unknown[0], known)}")
     tasks = [task for task in tasks if task["name"] in (config.tasks or known)]
     tasks = [task | {"id": number} for number, task in enumerate(tasks)]
-    targets = {task["name"]: Target(task.get("labels", []), task.get("regression", [])) for task in tasks}
+    declared = {task["name"]: Task.from_json(task, str(TASKS_FILE)) for task in tasks}
     if config.hub:
-        sets, notes = read_hub(config, targets)
-        sizes = {name: {} for name in targets}
+        sets, notes = read_hub(config, declared)
+        sizes = {name: {} for name in declared}
     else:
-        manifest = Manifest.load(config.manifest, targets, MANIFEST)
+        manifest = Manifest.load(config.manifest, declared, MANIFEST)
         if lacking := [name for name, parts in manifest.files.items() if not {"train", "test"} <= set(parts)]:
             raise UserError(f"the manifest {config.manifest} has no train or no test file of {lacking[0]}")
-        sets = read_files(manifest.get(config.source, config.download_dir, config.base_url), targets, manifest)
+        sets = read_files(manifest.get(config.source, config.download_dir, config.base_url), declared, manifest)
         # Fewer tasks have fewer test sets, whose texts are left out of training: their sizes are others.
-        notes, sizes = [SAMPLES], {name: {} if config.tasks else manifest.sizes[name] for name in targets}
+        notes, sizes = [SAMPLES], {name: {} if config.tasks else manifest.sizes[name] for name in declared}
     sets, dropped = separated(sets)
     tasks_file = '{\n  "tasks": [\n' + ",\n".join(f"    {json.dumps(task)}" for task in tasks) + "\n  ]\n}\n"
     counts = write_sets(Path(config.output_dir), sets, sizes, config.limit, tasks_file.encode())
     print("\n".join([*notes, *dropped, counts]))
 
 
-def read_files(folder: Path, targets: dict[str, Target], manifest: Manifest) -> Sets:
+def read_files(folder: Path, tasks: dict[str, Task], manifest: Manifest) -> Sets:
     """The splits that the raw files hold; raises ``UserError``."""
     sets = {}
-    for name, target in targets.items():
+    for name, task in tasks.items():
         sets[name] = {}
         for part, raw in manifest.files[name].items():
             path = folder / raw.path
             rows = read_tsv(path, name) if path.suffix == ".tsv" else read_numbered(path)
-            sets[name][part] = examples(rows, name, target)
+            sets[name][part] = examples(rows, task)
     return sets
 
 
@@ -159,7 +153,7 @@ def require_columns(columns: Iterable[str], name: str, where: str) -> None:
         raise UserError(f"{where} has no column {missing[0]}; it has {', '.join(columns):.200}")
 
 
-def read_hub(config: Prepare, targets: dict[str, Target]) -> tuple[Sets, list[str]]:
+def read_hub(config: Prepare, tasks: dict[str, Task]) -> tuple[Sets, list[str]]:
     """(training and test sets of the hub's repository, what is to be known of them); raises ``UserError``."""
     require_package("hub", "datasets")
     import datasets
@@ -169,7 +163,7 @@ def read_hub(config: Prepare, targets: dict[str, Target]) -> tuple[Sets, list[st
     revision = None if config.source else known["revision"]
     sets = {}
     notes = [f"from {repository}, {f'revision {revision}' if revision else 'whose bytes are not verified'}"]
-    for name, target in targets.items():
+    for name, task in tasks.items():
         try:
             tables = datasets.load_dataset(repository, name, revision=revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -185,10 +179,10 @@ def read_hub(config: Prepare, targets: dict[str, Target]) -> tuple[Sets, list[st
                 raise UserError(f"{where} is missing; there are {', '.join(tables)}")
             table, part = tables[split], "train" if split == "train" else "test"
             require_columns(table.column_names, name, where)
-            words = getattr(table.features["label"], "names", target.labels)
-            if words != target.labels:
-                raise UserError(f"{where} has the labels {', '.join(words)} instead of {', '.join(target.labels)}")
-            sets[name][part] += examples(table_rows(table, name, where), name, target, kind)
+            words = getattr(table.features["label"], "names", task.labels)
+            if tuple(words) != task.labels:
+                raise UserError(f"{where} has the labels {', '.join(words)} instead of {', '.join(task.labels)}")
+            sets[name][part] += examples(table_rows(table, name, where), task, kind)
             if len(table) != known["records"][name][split]:
                 notes.append(f"{name}/{split} has {len(table):,} examples, GLUE's {known['records'][name][split]:,}")
     return sets, notes
@@ -200,15 +194,15 @@ def table_rows(table: Iterable[dict], name: str, where: str) -> Iterator[Row]:
         yield f"{where}, example {index}", [row[column] for column in TEXTS[name]], row["label"]
 
 
-def examples(rows: Iterable[Row], name: str, target: Target, kind: str | None = None) -> Examples:
+def examples(rows: Iterable[Row], task: Task, kind: str | None = None) -> Examples:
     """The rows as training and evaluation read them; a run of white space is one space. Raises ``UserError``."""
     found = []
     for where, texts, label in rows:
-        if len(texts) != len(TEXTS[name]) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where} must have {len(TEXTS[name])} texts, not {texts!r:.60}")
+        if len(texts) != len(TEXTS[task.name]) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where} must have {len(TEXTS[task.name])} texts, not {texts!r:.60}")
         texts = [" ".join(text.split()) for text in texts]
         example = dict(zip(("text", "text_b"), texts, strict=False))
-        example |= {"label": target.parse(label, where), "task": name}
+        example |= {"label": parse(task, label, where), "task": task.name}
         found.append(example | ({"kind": kind} if kind else {}))
     return found
 

@@ -37,7 +37,9 @@ class Task(tasks.Task):
         ends = self.regression
         numbers = isinstance(ends, list | tuple) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
         if not numbers or not ends[0] < ends[1] or abs(ends[0]) + abs(ends[1]) == float("inf"):
-            raise UserError(f"task {self.name!r} has regression {ends!r}; it must be [low, high], two numbers")
+            raise UserError(
+                f"task {self.name!r} has regression {ends!r}; it must be [low, high], a number and a larger one"
+            )
         object.__setattr__(self, "regression", (float(ends[0]), float(ends[1])))
 
     @classmethod

@@ -35,6 +35,8 @@ class EncoderRun(Run):
 
     def rows(self, digest: str) -> datasets.Dataset:
         config = self.config
+        # Of what is asked later: an evaluation cuts no shorter than the training did.
+        self.base.check_positions(config.cutoff_len, f"--cutoff_len {config.cutoff_len}; lower it")
         self.tokenizer = self.base.tokenizer()
         settings = self.tokenizer, config.cutoff_len, self.tasks, config.cache_dir, config.task
         return training_rows(config.data_path, *settings, digest)

@@ -1,0 +1,121 @@
+"""Evaluation and prediction of encoders: whatever the batches, as scikit-learn, scipy and slow versions have it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from good_inputs import run
+from nlu_cases import LABELLED
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+from transformers import AutoTokenizer, BertModel
+
+import mtl_lora
+from mtl_lora.nlu import Predictor
+
+
+def evaluated(folder: Path, *arguments: str) -> dict[str, list[dict]]:
+    """The prediction lines of an evaluation by task."""
+    done = run(["evaluate", f"--output_dir={folder}", "--dtype=fp32", *arguments])
+    assert done.code == 0, done.err
+    files = (folder / "predictions").glob("*.jsonl")
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def answered(trained, glue, tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
+    """An evaluation with batches as they come: its folder and lines."""
+    folder = tmp_path_factory.mktemp("evaluation") / "auto"
+    return folder, evaluated(folder, f"--checkpoint={trained}", f"--data_dir={glue / 'test'}")
+
+
+def test_results_are_those_of_scikit_learn_and_scipy(answered, glue):
+    folder, lines = answered
+    targets = {
+        task["name"]: [each["label"] for each in json.loads((glue / "test" / task["name"] / "test.json").read_text())]
+        for task in LABELLED
+    }
+    assert {name: [line["answer"] for line in part] for name, part in lines.items()} == targets
+    found = results(folder)["tasks"]
+    parsed = {name: [line["parsed"] for line in part] for name, part in lines.items()}
+    assert found["tone"]["value"] == pytest.approx(matthews_corrcoef(targets["tone"], parsed["tone"]))
+    assert found["place"]["value"] == pytest.approx(accuracy_score(targets["place"], parsed["place"]))
+    both = pearsonr(targets["closeness"], parsed["closeness"]).statistic
+    both += spearmanr(targets["closeness"], parsed["closeness"]).statistic
+    assert found["closeness"]["value"] == pytest.approx(both / 2)
+    assert {name: task["n"] for name, task in found.items()} == {"tone": 12, "closeness": 12, "place": 12}
+    assert len(set(parsed["tone"])) == 2 and len(set(parsed["place"])) > 1, "one label for all would compare little"
+    # As MNLI's matched and mismatched are kept apart.
+    for kind, group in found["place"]["groups"].items():
+        own = [line["correct"] for line in lines["place"] if line["kind"] == kind]
+        assert group["value"] == pytest.approx(sum(own) / len(own))
+    assert found["place"]["groups"].keys() == {"odd", "even"}
+
+
+@torch.no_grad()
+def test_answers_are_those_of_the_model_one_text_at_a_time(answered, trained, encoder, glue, tmp_path):
+    _, lines = answered
+    one = evaluated(tmp_path / "one", f"--checkpoint={trained}", f"--data_dir={glue / 'test'}", "--batch_size=1")
+    model, tokenizer = mtl_lora.load(trained, dtype="fp32").eval(), AutoTokenizer.from_pretrained(encoder)
+    for task in LABELLED:
+        examples = json.loads((glue / "test" / task["name"] / "test.json").read_text())
+        for example, line, alone in zip(examples, lines[task["name"]], one[task["name"]], strict=True):
+            inputs = tokenizer(example["text"], example.get("text_b"), return_tensors="pt")
+            logits = model(**inputs, task_ids=[task["name"]]).logits[0]
+            for found in (line, alone):
+                if "labels" in task:
+                    assert found["scores"] == pytest.approx(logits[: len(task["labels"])].tolist(), abs=1e-4)
+                    assert found["parsed"] == task["labels"][logits.argmax()]
+                else:
+                    low, high = task["regression"]
+                    assert found["parsed"] == pytest.approx(low + (high - low) * logits[0].item(), abs=1e-4)
+
+
+def test_a_prediction_answers_as_the_evaluation_does(answered, trained, glue, tmp_path):
+    _, lines = answered
+    for task in LABELLED:
+        path = glue / "test" / task["name"] / "test.json"
+        out = tmp_path / f"{task['name']}.json"
+        done = run(
+            [
+                "predict",
+                f"--checkpoint={trained}",
+                f"--input={path}",
+                f"--output={out}",
+                "--batch_size=5",
+                "--dtype=fp32",
+            ]
+        )
+        assert done.code == 0, done.err
+        written = [json.loads(line) for line in out.read_text().splitlines()]
+        records = [{**record, "label": None} for record in json.loads(path.read_text())]
+        for given in (written, Predictor(trained, dtype="fp32").predict(records)):
+            assert [each["index"] for each in given] == list(range(len(records)))
+            for found, line in zip(given, lines[task["name"]], strict=True):
+                if "labels" in task:
+                    assert found["answer"] == line["parsed"]
+                    assert list(found["scores"].values()) == pytest.approx(line["scores"], abs=1e-4)
+                    assert sum(found["probabilities"].values()) == pytest.approx(1)
+                else:
+                    assert found["answer"] == pytest.approx(line["parsed"], abs=1e-4)
+
+
+@torch.no_grad()
+def test_an_encoder_alone_answers_by_the_cosine_of_mean_pooled_embeddings(encoder, glue, tmp_path):
+    flags = [f"--base_model={encoder}", f"--tasks_file={glue / 'tasks.json'}", f"--data_dir={glue / 'test'}"]
+    lines = evaluated(tmp_path / "cosine", "--system=nlu", *flags, "--cutoff_len=32")
+    assert lines.keys() == {"closeness"}, "what no head answers is not asked"
+    model, tokenizer = BertModel.from_pretrained(encoder).eval(), AutoTokenizer.from_pretrained(encoder)
+    examples = json.loads((glue / "test" / "closeness" / "test.json").read_text())
+    for example, line in zip(examples, lines["closeness"], strict=True):
+        texts = [tokenizer(example[field], return_tensors="pt") for field in ("text", "text_b")]
+        first, second = (model(**text).last_hidden_state[0].mean(dim=0) for text in texts)
+        cosine = F.cosine_similarity(first, second, dim=0).item()
+        assert line["parsed"] == pytest.approx(1 + 4 * cosine, abs=1e-5)
+    assert results(tmp_path / "cosine")["method"] is None

@@ -1,0 +1,147 @@
+"""A mixed batch through an encoder with a head per task equals every task alone through transformers' own model.
+
+All in float64, with weights that are random everywhere.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from nlu_cases import SIZES
+from reference.tiny import METHODS, adapter_config, randomise
+from transformers import AutoModelForSequenceClassification
+
+import mtl_lora
+from mtl_lora import UserError
+from mtl_lora.base_model import BaseModel
+from mtl_lora.nlu import model as encoder
+from mtl_lora.nlu.data import Collator
+from mtl_lora.nlu.tasks import Task, TaskSet
+
+TASKS = TaskSet(
+    (
+        Task("tone", 0, labels=("sad", "glad")),
+        Task("rank", 1, regression=(1.0, 5.0)),
+        Task("place", 2, labels=("sea", "hill", "town", "moor")),
+        Task("spare", 3, labels=("yes", "no")),
+    )
+)
+DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Architecture -> what its configuration changes, and the modules of its head.
+ARCHITECTURES = {
+    "Bert": ({}, ["classifier"]),
+    "Roberta": ({}, ["classifier"]),
+    "DistilBert": ({"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24}, ["pre_classifier", "classifier"]),
+    "DebertaV2": ({"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, ["pooler", "classifier"]),
+    "Electra": ({"embedding_size": 8}, ["classifier"]),
+    "ModernBert": ({"global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}, ["head", "classifier"]),
+    "Llama": ({"num_key_value_heads": 2}, ["score"]),
+}
+# DeBERTa's queries and keys project relative positions too, which are of no row.
+TARGETS = {"DebertaV2": ["value_proj", "output.dense", "intermediate.dense"]}
+CASES = [("Bert", label) for label in METHODS] + [(name, "mtl_lora") for name in ARCHITECTURES if name != "Bert"]
+# Rows of a mixed batch: (task id, length of the text, of a second text or 0, target).
+ROWS = [(0, 5, 0, 1.0), (2, 3, 4, 3.0), (1, 2, 2, 0.25), (2, 6, 0, 0.0), (0, 3, 0, 0.0), (1, 4, 5, 0.9), (2, 1, 1, 2.0)]
+
+
+def base_of(name: str, folder) -> BaseModel:
+    """The architecture, small and in float64, in a folder."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES | DROPOUT | ARCHITECTURES[name][0])
+    AutoModelForSequenceClassification.from_config(config).double().base_model.save_pretrained(folder)
+    return BaseModel(str(folder), kind="encoder")
+
+
+def built(base: BaseModel, label: str, targets: list[str] | str = "all-linear"):
+    """With adapters and heads of random weights."""
+    model = encoder.load(base, TASKS, "fp64").eval()
+    config = adapter_config(label, tasks=TASKS.names, target_modules=targets)
+    mtl_lora.inject(model, encoder.in_encoder(config, model))
+    randomise(model, spread=0.3)
+    with torch.no_grad():
+        for slot in model.mtl_lora_injection.slots:
+            slot.get().add_(0.3 * torch.randn(slot.get().shape))
+    return model
+
+
+def rows(has_types: bool) -> list[dict]:
+    draw, found = torch.Generator().manual_seed(3), []
+    for task_id, first, second, target in ROWS:
+        ids = torch.randint(5, SIZES["vocab_size"], (first + second,), generator=draw).tolist()
+        types = {"token_type_ids": [0] * first + [1] * second} if has_types else {}
+        found.append({"input_ids": ids, "task_id": task_id, "target": target} | types)
+    return found
+
+
+def name_in_plain(name: str, heads: list[str], task_id: int) -> str | None:
+    """A weight's name in the plain model of a task; None for another task's head."""
+    head, _, rest = name.partition(".")
+    if head not in heads:
+        return name
+    number, _, rest = rest.partition(".")
+    return f"{head}.{rest}" if int(number) == task_id else None
+
+
+def plain_model(model, base: BaseModel, heads: list[str], task: Task):
+    """transformers' own model of one task with the weights of ``model``: the encoder with its adapters, one head."""
+    options = {"dtype": torch.float64, "num_labels": task.outputs, "pad_token_id": 0}
+    plain = AutoModelForSequenceClassification.from_pretrained(base.path, **options).eval()
+    mtl_lora.inject(plain, model.mtl_lora_config)
+    named = {name_in_plain(name, heads, task.id): weight for name, weight in model.state_dict().items()}
+    named.pop(None)
+    plain.load_state_dict(named)
+    return plain
+
+
+def gradients(model) -> dict[str, torch.Tensor | None]:
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("name, label", CASES)
+def test_a_mixed_batch_equals_one_task_at_a_time(name, label, tmp_path):
+    base, heads = base_of(name, tmp_path), ARCHITECTURES[name][1]
+    model = built(base, label, TARGETS.get(name, "all-linear"))
+    assert list(encoder.task_heads(model)) == heads
+    examples, collator = rows(has_types=name in ("Bert", "DebertaV2", "Electra")), Collator(0)
+    batch = collator(examples)
+    losses, weights, ids = encoder.TaskLosses(TASKS)(model, batch)
+    losses.sum().backward()
+    assert torch.equal(ids, batch["task_ids"]) and weights.tolist() == [1.0] * len(ROWS)
+    found = gradients(model)
+    assert all(gradient is not None for gradient in found.values())
+
+    inputs = {key: value for key, value in batch.items() if key not in ("targets", "loss_weight")}
+    logits = model(**inputs).logits
+    expected = {key: torch.zeros_like(gradient) for key, gradient in found.items()}
+    for task in TASKS:
+        own = (ids == task.id).nonzero()[:, 0]
+        if not len(own):
+            continue  # its head has no gradient to add
+        plain = plain_model(model, base, heads, task)
+        batch = collator([examples[row] for row in own])
+        targets, _ = batch.pop("targets"), batch.pop("loss_weight")
+        answers = plain(**batch).logits
+        torch.testing.assert_close(logits[own, : task.outputs], answers, rtol=1e-10, atol=1e-10)
+        assert torch.isneginf(logits[own, task.outputs :]).all()
+        if task.is_regression:
+            one = F.mse_loss(answers[:, 0], targets, reduction="none")
+        else:
+            one = F.cross_entropy(answers, targets.long(), reduction="none")
+        torch.testing.assert_close(losses[own], one, rtol=1e-10, atol=1e-10)
+        one.sum().backward()
+        plain_gradients = gradients(plain)
+        for key in expected:
+            if other := name_in_plain(key, heads, task.id):
+                expected[key] += plain_gradients[other]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    spare = [key for key in found if f".{TASKS['spare'].id}." in key and key.startswith(tuple(heads))]
+    assert spare and all(not found[key].any() for key in spare)
+    assert all(found[key].any() for key in found if key not in spare), "nothing is compared where all is zero"
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5"])
+def test_an_encoder_decoder_is_refused(name, tmp_path):
+    sizes = {"vocab_size": 40, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    getattr(transformers, f"{name}Config")(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="encoder-decoder"):
+        encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)

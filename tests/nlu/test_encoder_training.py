@@ -1,0 +1,127 @@
+"""Trainings of the tiny encoder: as a plain loop, resumed, and with a task that has no examples."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from nlu_cases import LABELLED
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertModel, set_seed
+
+import mtl_lora
+from mtl_lora import AdapterConfig, adapter_layers
+from mtl_lora.base_model import BaseModel
+from mtl_lora.nlu import model as encoder
+from mtl_lora.nlu.config import TrainConfig
+from mtl_lora.nlu.data import training_rows
+from mtl_lora.training.rows import row_columns
+from mtl_lora.training.sampler import LengthGroupedBatchSampler
+
+STEPS = 50
+
+
+def losses_of(folder) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def plain_losses(config: TrainConfig, still: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of every step and the weights after the last, of a loop that knows neither system nor Trainer.
+
+    It takes the same batches; the records are read as they stand, a linear layer a task lies behind BERT's pooler,
+    every row is a forward of its own, its pair encoded by the tokenizer itself. still: the encoder's folder.
+    """
+    tasks = config.read_tasks()
+    set_seed(config.seed)
+    drawn = encoder.load(BaseModel(still, kind="encoder"), tasks, "fp64")  # for the start, by the same seed
+    mtl_lora.inject(drawn, encoder.in_encoder(config.adapter_config(tasks), drawn))
+    bert = BertModel.from_pretrained(still, dtype=torch.float64).train()
+    own = {"modules_to_save": [], "target_modules": [name.removeprefix("bert.") for name in adapter_layers(drawn)]}
+    mtl_lora.inject(bert, AdapterConfig.from_json(drawn.mtl_lora_config.to_json() | own))
+    start = {name.removeprefix("bert."): weight for name, weight in drawn.state_dict().items()}
+    heads = torch.nn.ModuleList(torch.nn.Linear(16, task.outputs) for task in tasks).double()
+    heads.load_state_dict(
+        {name.removeprefix("classifier."): start.pop(name) for name in list(start) if "classifier" in name}
+    )
+    bert.load_state_dict(start)
+
+    with open(config.data_path) as opened:
+        records = json.load(opened)
+    tokenizer, names = AutoTokenizer.from_pretrained(still), tasks.names
+    rows = row_columns(training_rows(config.data_path, tokenizer, config.cutoff_len, tasks, config.cache_dir))
+    sampler = LengthGroupedBatchSampler(rows["length"], rows["task_id"], config.batch_size, config.seed)
+    trained = [weight for weight in [*bert.parameters(), *heads.parameters()] if weight.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    found = []
+    while len(found) < STEPS:
+        sampler.set_epoch(len(found) // len(sampler))
+        for indices in list(sampler)[: STEPS - len(found)]:
+            total = 0.0
+            for record in (records[index] for index in indices):
+                task = LABELLED[names.index(record["task"])]
+                inputs = tokenizer(record["text"], record.get("text_b"), return_tensors="pt")
+                answer = heads[task["id"]](bert(**inputs, task_ids=[task["name"]]).pooler_output)[0]
+                if "labels" in task:
+                    total += F.cross_entropy(answer, torch.tensor(task["labels"].index(record["label"])))
+                else:
+                    low, high = task["regression"]
+                    total += (answer[0] - (record["label"] - low) / (high - low)) ** 2
+            loss = total / len(indices)
+            loss.backward()
+            for weight in trained:  # of a task that is absent: AdamW then still moves its head by the momentum
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimiser.step()
+            optimiser.zero_grad()
+            found.append(loss.item())
+    weights = {name: weight for name, weight in bert.named_parameters() if weight.requires_grad}
+    return found, {f"bert.{name}": weight for name, weight in weights.items()} | {
+        f"classifier.{name}": weight for name, weight in heads.named_parameters()
+    }
+
+
+@pytest.mark.slow
+def test_fifty_losses_equal_those_of_a_plain_loop(train, settings, still):
+    constant = {"base_model": still, "lr_scheduler_type": "constant_with_warmup", "max_steps": STEPS, "dtype": "fp64"}
+    folder = train("run", **constant)
+    expected, weights = plain_losses(TrainConfig(**settings("run", **constant)), still)
+    found = losses_of(folder)
+    assert len(found) == STEPS
+    assert found == pytest.approx(expected, rel=0, abs=1e-6)
+    assert np.mean(expected[-7:]) < np.mean(expected[:7]) - 0.1, "where nothing is learnt, nothing is compared"
+    saved = load_file(folder / "mtl_lora.safetensors")
+    assert len(saved) == len(weights)
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            saved[name], weight.detach(), rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_a_run_with_dropout_resumes_bit_for_bit(train):
+    flags = {"lora_dropout": 0.1, "max_steps": 6, "save_step": 2, "val_set_size": 9}
+    folder = train("run", **flags)
+    middle = folder / "checkpoint-2"
+    again = train("again", **flags, resume_from_checkpoint=str(middle))
+    assert losses_of(again) == losses_of(folder)[2:]
+    whole, resumed = (load_file(each / "mtl_lora.safetensors") for each in (folder, again))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # A checkpoint in the middle is one like the last, with every task's head and what it is trained on.
+    model = mtl_lora.load(middle)
+    assert {f"classifier.{task}.weight" for task in range(3)} <= load_file(middle / "mtl_lora.safetensors").keys()
+    assert [head.out_features for head in model.classifier] == [2, 1, 3]
+
+
+def test_a_task_without_examples_keeps_its_head_and_the_checkpoint_says_so(train, settings, glue, tmp_path, capsys):
+    rest = [record for record in json.loads((glue / "train.json").read_text()) if record["task"] != "place"]
+    (tmp_path / "two.json").write_text(json.dumps(rest))
+    folder = train("run", data_path=str(tmp_path / "two.json"), weight_decay=0.0)
+    assert "no training examples of place" in capsys.readouterr().err
+    assert json.loads((folder / "mtl_lora_config.json").read_text())["provenance"]["untrained_tasks"] == ["place"]
+    saved, config = load_file(folder / "mtl_lora.safetensors"), TrainConfig(**settings("run"))
+    set_seed(config.seed)
+    drawn = encoder.load(BaseModel(config.base_model, kind="encoder"), config.read_tasks(), "fp32")
+    own, other = drawn.classifier[2].weight, drawn.classifier[0].weight
+    assert torch.equal(saved["classifier.2.weight"], own) and not torch.equal(saved["classifier.0.weight"], other)
