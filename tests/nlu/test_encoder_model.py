@@ -32,13 +32,15 @@ ARCHITECTURES = {
     "Bert": ({}, ["classifier"]),
     "Roberta": ({}, ["classifier"]),
     "DistilBert": ({"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24}, ["pre_classifier", "classifier"]),
-    "DebertaV2": ({"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, ["pooler", "classifier"]),
+    "DebertaV2": (
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True},
+        ["pooler", "classifier"],
+    ),
+    "Deberta": ({"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, ["pooler", "classifier"]),
     "Electra": ({"embedding_size": 8}, ["classifier"]),
     "ModernBert": ({"global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}, ["head", "classifier"]),
     "Llama": ({"num_key_value_heads": 2}, ["score"]),
 }
-# DeBERTa's queries and keys project relative positions too, which are of no row.
-TARGETS = {"DebertaV2": ["value_proj", "output.dense", "intermediate.dense"]}
 CASES = [("Bert", label) for label in METHODS] + [(name, "mtl_lora") for name in ARCHITECTURES if name != "Bert"]
 # Rows of a mixed batch: (task id, length of the text, of a second text or 0, target).
 ROWS = [(0, 5, 0, 1.0), (2, 3, 4, 3.0), (1, 2, 2, 0.25), (2, 6, 0, 0.0), (0, 3, 0, 0.0), (1, 4, 5, 0.9), (2, 1, 1, 2.0)]
@@ -100,9 +102,9 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
 @pytest.mark.parametrize("name, label", CASES)
 def test_a_mixed_batch_equals_one_task_at_a_time(name, label, tmp_path):
     base, heads = base_of(name, tmp_path), ARCHITECTURES[name][1]
-    model = built(base, label, TARGETS.get(name, "all-linear"))
+    model = built(base, label)
     assert list(encoder.task_heads(model)) == heads
-    examples, collator = rows(has_types=name in ("Bert", "DebertaV2", "Electra")), Collator(0)
+    examples, collator = rows(has_types=name in ("Bert", "Deberta", "DebertaV2", "Electra")), Collator(0)
     batch = collator(examples)
     losses, weights, ids = encoder.TaskLosses(TASKS)(model, batch)
     losses.sum().backward()
@@ -145,3 +147,13 @@ def test_an_encoder_decoder_is_refused(name, tmp_path):
     getattr(transformers, f"{name}Config")(**sizes).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="encoder-decoder"):
         encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)
+
+
+def test_a_layer_that_sees_relative_positions_is_left_out_or_refused(tmp_path):
+    base = base_of("DebertaV2", tmp_path)
+    model = built(base, "mtl_lora")
+    endings = {name.rpartition(".")[2] for name in mtl_lora.adapter_layers(model)}
+    assert endings == {"value_proj", "dense"}
+    with pytest.raises(mtl_lora.UserError, match=r"query_proj.*relative positions"):
+        built(base, "mtl_lora", ["query_proj"])
+    assert mtl_lora.adapter_layers(built(base, "lora", ["query_proj"]))

@@ -17,6 +17,7 @@ from mtl_lora.adapter import routing
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets, inject, injection_of, merge, targets_for, trainable_parameters
+from mtl_lora.adapter.layer import layer_class
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
@@ -118,15 +119,22 @@ def structure(base: BaseModel, tasks: TaskSet) -> PreTrainedModel:
 def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
     """The adapter on layers of the encoder, with the heads among ``modules_to_save``.
 
-    ``all-linear`` leaves out the pooler, which belongs to the head though it lies in the encoder: it stays frozen.
-    Raises ``UserError`` as ``find_targets`` does.
+    ``all-linear`` leaves out the pooler, which belongs to the head though it lies in the encoder: it stays frozen; and,
+    for all methods alike, what projects DeBERTa's relative positions too, which are of no row and so of no task.
+    Raises ``UserError`` as ``find_targets`` does, and for such a layer by name in a method that needs task ids.
     """
     saved = list(dict.fromkeys([*head_names(model), *adapter.modules_to_save]))
     adapter = AdapterConfig.from_json(adapter.to_json() | {"modules_to_save": saved})
+    positions = _of_relative_positions(model.base_model)
     if adapter.target_modules != "all-linear":
-        find_targets(model, adapter)
+        for name, module in find_targets(model, adapter).items():
+            if module in positions and layer_class(adapter.method).needs_task_ids:
+                raise UserError(
+                    f"the layer {name} projects relative positions too, which are of no row, so their task is unknown; "
+                    "leave it out, or pass all-linear, which does"
+                )
         return adapter
-    targets = find_targets(model, adapter, set(_within(model.base_model)))
+    targets = find_targets(model, adapter, set(_within(model.base_model)) - positions)
     return AdapterConfig.from_json(adapter.to_json() | {"target_modules": targets_for(targets, model)})
 
 
@@ -135,6 +143,17 @@ def _within(encoder: nn.Module) -> Iterator[nn.Module]:
     for name, module in encoder.named_modules():
         if "pooler" not in name.split("."):
             yield module
+
+
+def _of_relative_positions(encoder: nn.Module) -> set[nn.Module]:
+    """The layers that see DeBERTa's relative positions (arXiv 2006.03654), alone or besides the rows' tokens."""
+    found = set()
+    for owner in encoder.modules():
+        if getattr(owner, "relative_attention", False):
+            shared = ("query_proj", "key_proj") if getattr(owner, "share_att_key", False) else ()
+            named = owner.named_children()
+            found |= {module for name, module in named if name in shared or name.startswith("pos_")}
+    return found
 
 
 def count(base: BaseModel, tasks: TaskSet, adapter: AdapterConfig) -> tuple[int, int]:
