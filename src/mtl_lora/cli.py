@@ -130,11 +130,12 @@ def _system(arguments: list[str]) -> tuple[str, list[str]]:
     """The system that a command is for, by ``--system`` or by its checkpoint, and the other arguments."""
     system, rest = _take("system", arguments)
     checkpoint, _ = _take("checkpoint", rest)
-    if system is None:
-        return of_checkpoint(checkpoint) if checkpoint else next(iter(SYSTEMS)), rest
+    trained = of_checkpoint(checkpoint) if checkpoint else None
+    if system is None:  # who reads a broken checkpoint says what is wrong with it
+        return trained or next(iter(SYSTEMS)), rest
     check(system)
-    if checkpoint and system != of_checkpoint(checkpoint):
-        raise UserError(f"{checkpoint} is of the system {of_checkpoint(checkpoint)}; leave out --system {system}")
+    if trained not in (None, system):
+        raise UserError(f"{checkpoint} is of the system {trained}; leave out --system {system}")
     return system, rest
 
 

@@ -23,7 +23,7 @@ import transformers
 from tqdm import tqdm
 
 from mtl_lora import artifacts, files
-from mtl_lora.adapter.checkpoint import CheckpointConfig
+from mtl_lora.adapter.checkpoint import CheckpointConfig, read_config
 from mtl_lora.answer_config import AUTO
 from mtl_lora.base_model import BaseModel
 from mtl_lora.config import Config
@@ -66,6 +66,15 @@ class Evaluator(abc.ABC):
     method: str | None = None
     method_title: str | None = None
     comparability = Comparability()
+
+    def read_checkpoint(self) -> CheckpointConfig | None:
+        """What the flags' checkpoint says, if there is one; raises ``UserError`` for one of another system."""
+        path = self.config.checkpoint
+        found = read_config(path) if path else None
+        if found and found.provenance_config.system != self.system:
+            about = f"{path} is of the system {found.provenance_config.system}, not {self.system}"
+            raise UserError(f"{about}; a command finds it without --system")
+        return found
 
     @abc.abstractmethod
     def settings(self, protocol: str) -> dict:

@@ -30,12 +30,12 @@ def check(system: object) -> None:
         raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
 
 
-def of_checkpoint(folder: str | Path) -> str:
-    """The system that trained a checkpoint; language for a folder that is none, whose reader says what is wrong."""
+def of_checkpoint(folder: str | Path) -> str | None:
+    """The system that trained a checkpoint; None for a folder that is none, and for a system that does not exist."""
     path = Path(folder) / artifacts.CHECKPOINT_CONFIG
     try:
         found = files.read_object(path, "the checkpoint configuration")["provenance"]["system"]
         check(found)
     except (UserError, KeyError, TypeError):
-        return next(iter(SYSTEMS))
+        return None
     return found

@@ -17,9 +17,9 @@ from mtl_lora.errors import UserError
 from mtl_lora.language import token_cache
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
-from mtl_lora.language.token_cache import shortened_note, training_rows
+from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training import rows
-from mtl_lora.training.rows import row_columns, tokenizer_hash
+from mtl_lora.training.rows import row_columns, shortened_note, tokenizer_hash
 
 CUTOFF = 128
 RECORDS = [
@@ -250,13 +250,13 @@ def test_note_counts_shortened_examples_and_removed_tokens(rows_of):
     lost = [len(a["input_ids"]) - len(b["input_ids"]) for a, b in zip(whole, rows, strict=True)]
     assert 0 < sum(n > 0 for n in lost) < len(rows)
     facts = (f"{sum(n > 0 for n in lost)} of 16 ", "128 tokens", f" {sum(lost):,} tokens")
-    assert all(fact in shortened_note(rows, CUTOFF) for fact in facts)
-    assert shortened_note(whole, 4096).startswith("no example")
+    assert all(fact in shortened_note(rows, CUTOFF, "their ends") for fact in facts)
+    assert shortened_note(whole, 4096, "their ends").startswith("no example")
 
 
 def test_note_is_about_the_selected_rows(rows_of):
     short = rows_of().filter(lambda row: row["removed"] == 0, load_from_cache_file=False)
-    assert shortened_note(short, CUTOFF).startswith("no example")
+    assert shortened_note(short, CUTOFF, "their ends").startswith("no example")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 0.5, -8])

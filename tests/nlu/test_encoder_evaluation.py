@@ -13,6 +13,8 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import AutoTokenizer, BertModel
 
 import mtl_lora
+from mtl_lora import language
+from mtl_lora.errors import UserError
 from mtl_lora.nlu import Predictor
 
 
@@ -119,3 +121,16 @@ def test_an_encoder_alone_answers_by_the_cosine_of_mean_pooled_embeddings(encode
         cosine = F.cosine_similarity(first, second, dim=0).item()
         assert line["parsed"] == pytest.approx(1 + 4 * cosine, abs=1e-5)
     assert results(tmp_path / "cosine")["method"] is None
+
+
+def test_scores_that_are_not_finite_are_no_answer(trained):
+    predictor = Predictor(trained, dtype="fp32")
+    predictor.evaluator.load()
+    next(predictor.evaluator.model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"question 0 of tone has the scores .* not finite"):
+        predictor.predict(["a fine day"], task="tone")
+
+
+def test_a_checkpoint_of_another_system_is_refused(trained):
+    with pytest.raises(UserError, match="of the system nlu, not language"):
+        language.Predictor(trained)

@@ -43,9 +43,9 @@ class Evaluator(evaluation.Evaluator):
 
     def __init__(self, config: AnswerConfig):
         self.config = config
-        self.adapter = checkpoint.read_config(config.checkpoint) if config.checkpoint else None
+        self.adapter = self.read_checkpoint()
         self.peft = PeftAdapter(config.peft) if config.peft else None
-        origin = self.adapter.origin_config if self.adapter else checkpoint.Origin()
+        origin = self.adapter.provenance_config if self.adapter else checkpoint.Provenance()
         if self.adapter:
             layer = layer_class(self.adapter.adapter_config.method)
             self.method, self.method_title = layer.method, layer.title
@@ -75,7 +75,7 @@ class Evaluator(evaluation.Evaluator):
         self.caches: answering.PrefixCaches | None = None
         self.scorer: answering.OptionScorer | None = None
 
-    def _tasks(self, origin: checkpoint.Origin) -> TaskSet:
+    def _tasks(self, origin: checkpoint.Provenance) -> TaskSet:
         config = self.config
         if origin.task_set:
             tasks = TaskSet.from_json(origin.task_set, f"the task set of {config.checkpoint}")

@@ -15,7 +15,7 @@ from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT
 from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
 from mtl_lora.language.tasks import TaskSet
-from mtl_lora.language.token_cache import shortened_note, training_rows
+from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.run import Run, train
 
@@ -34,6 +34,7 @@ class LanguageRun(Run):
 
     system = "language"
     task_set = TaskSet
+    shortened_at = "the middle of their instructions"
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
@@ -47,9 +48,6 @@ class LanguageRun(Run):
         self.tokenizer = self.base.tokenizer()
         settings = config.template, config.cutoff_len, self.tasks, config.cache_dir, config.task
         return training_rows(config.data_path, self.tokenizer, *settings, digest)
-
-    def rows_note(self, rows: datasets.Dataset) -> str:
-        return shortened_note(rows, self.config.cutoff_len)
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         config, columns = self.config, row_columns(self.train)

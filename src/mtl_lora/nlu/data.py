@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mtl_lora.nlu.examples import Example, load_examples
 from mtl_lora.nlu.tasks import TaskSet
-from mtl_lora.training.rows import cached_rows, row_columns, tokenizer_hash
+from mtl_lora.training.rows import cached_rows, tokenizer_hash
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
 _VERSION = 1
@@ -89,18 +89,6 @@ def training_rows(
         }
 
     return cached_rows(path, facts, COLUMNS, cache_dir, lambda: load_examples(path, tasks, task), encode, digest)
-
-
-def shortened_note(rows: datasets.Dataset, cutoff_len: int) -> str:
-    """One line on how many examples the cutoff shortened."""
-    removed = row_columns(rows)["removed"]
-    count = int((removed > 0).sum())
-    if not count:
-        return f"no example is longer than the cutoff of {cutoff_len} tokens"
-    return (
-        f"{count:,} of {len(rows):,} examples are longer than the cutoff of {cutoff_len} tokens and lost "
-        f"{int(removed.sum()):,} tokens at their ends"
-    )
 
 
 class Collator:

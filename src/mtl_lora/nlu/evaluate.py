@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -82,10 +83,8 @@ class Evaluator(evaluation.Evaluator):
 
     def __init__(self, config: AnswerConfig):
         self.config, path = config, config.checkpoint
-        self.adapter = checkpoint.read_config(path) if path else None
-        origin = self.adapter.provenance_config if self.adapter else checkpoint.Provenance(system=self.system)
-        if origin.system != self.system:
-            raise UserError(f"{path} is of the system {origin.system}; leave out --system")
+        self.adapter = self.read_checkpoint()
+        origin = self.adapter.provenance_config if self.adapter else checkpoint.Provenance()
         for flag, value in {"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len}.items():
             if value and getattr(config, flag) is not None:
                 raise UserError(f"--{flag} cannot be combined with --checkpoint: {path} defines it")
@@ -169,6 +168,12 @@ class Evaluator(evaluation.Evaluator):
         outputs = logits[:, : task.outputs].double().tolist()
         lines = []
         for question, scores in zip(questions, outputs, strict=True):
+            if not all(map(math.isfinite, scores)):
+                raise UserError(
+                    f"question {question.example.index} of {task.name} has the scores {scores}, which are not finite: "
+                    "the base model or the adapter holds values that are no numbers, or its dtype is too small; see "
+                    "the training's log, or pass --dtype fp32"
+                )
             if task.is_regression:
                 lines.append(question.line(task.unscaled(scores[0]), None))
             else:

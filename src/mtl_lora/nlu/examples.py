@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.data_files import read_values, task_id_of, text_of
+from mtl_lora.data_files import label_of, read_values, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
 
@@ -72,29 +71,16 @@ def parse_example(
 
 def _label(value: dict, task: Task, where: str) -> str | float:
     """The example's label: one of the task's, also by its number; or a number of its range."""
-    if value.get("label") is None:
-        raise UserError(f"{where} has no field 'label'")
-    label = value["label"]
-    if task.is_regression:
-        low, high = task.regression
-        try:
-            number = float(label) if isinstance(label, str | int | float) and type(label) is not bool else math.nan
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high:
-            raise UserError(
-                f"{where}: the label {label!r:.80} is no number from {low:g} to {high:g}, the range of {task.name}"
-            )
-        return number
-    if label in task.labels:
-        return label
-    number = int(label[:9]) if isinstance(label, str) and label.isascii() and label.isdecimal() else label
-    if type(number) is int and 0 <= number < len(task.labels):
-        return task.labels[number]
-    raise UserError(f"{where}: the label {label!r:.80} is none of {task.name}'s: {', '.join(task.labels)}")
-
-
-def inputs(examples: Sequence[Example]) -> tuple[list[str], list[str] | None]:
-    """The texts of examples as a tokenizer takes them: all alone, or all pairs."""
-    pairs = [example.text_b for example in examples]
-    return [example.text for example in examples], pairs if pairs and None not in pairs else None
+    label = value.get("label")
+    if label is None or not task.is_regression:
+        return label_of(value, task.labels, where, task.name)
+    low, high = task.regression
+    try:
+        number = float(label) if isinstance(label, str | int | float) and type(label) is not bool else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not low <= number <= high:
+        raise UserError(
+            f"{where}: the label {label!r:.80} is no number from {low:g} to {high:g}, the range of {task.name}"
+        )
+    return number

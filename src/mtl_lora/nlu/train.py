@@ -7,7 +7,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.base_model import BaseModel
 from mtl_lora.nlu import model
 from mtl_lora.nlu.config import TrainConfig
-from mtl_lora.nlu.data import Collator, shortened_note, training_rows
+from mtl_lora.nlu.data import Collator, training_rows
 from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.run import Run, train
 
@@ -22,6 +22,7 @@ class EncoderRun(Run):
 
     system = "nlu"
     task_set = TaskSet
+    shortened_at = "their ends"
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
@@ -40,9 +41,6 @@ class EncoderRun(Run):
         self.tokenizer = self.base.tokenizer()
         settings = self.tokenizer, config.cutoff_len, self.tasks, config.cache_dir, config.task
         return training_rows(config.data_path, *settings, digest)
-
-    def rows_note(self, rows: datasets.Dataset) -> str:
-        return shortened_note(rows, self.config.cutoff_len)
 
     def load_base(self) -> PreTrainedModel:
         return model.load(self.base, self.tasks, self.config.dtype, self.config.load_in_4bit)

@@ -1,6 +1,6 @@
 """Encoded training examples as rows of columns: cached on disk, split for validation, counted by task.
 
-A system's rows have at least ``length`` (tokens, by which batches are planned) and ``task_id``.
+A system's rows have at least ``length`` (tokens, by which batches are planned), ``task_id`` and ``removed`` (tokens).
 """
 
 import hashlib
@@ -127,6 +127,18 @@ def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Da
     chosen = np.zeros(len(rows), dtype=bool)
     chosen[order[drawn]] = True
     return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
+
+
+def shortened_note(rows: datasets.Dataset, cutoff_len: int, where: str) -> str:
+    """One line on how many examples the cutoff shortened, and ``where`` in them."""
+    removed = row_columns(rows)["removed"]
+    count = int((removed > 0).sum())
+    if not count:
+        return f"no example is longer than the cutoff of {cutoff_len} tokens"
+    return (
+        f"{count:,} of {len(rows):,} examples are longer than the cutoff of {cutoff_len} tokens: "
+        f"{int(removed.sum()):,} tokens were taken from {where}"
+    )
 
 
 def counts_note(names: Sequence[str], counts: np.ndarray, held_out: datasets.Dataset | None, temperature: float) -> str:

@@ -23,7 +23,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
 from mtl_lora.training.config import TrainingConfig
-from mtl_lora.training.rows import counts_note, row_columns, split
+from mtl_lora.training.rows import counts_note, row_columns, shortened_note, split
 from mtl_lora.training.trainer import Batch, MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
@@ -41,6 +41,7 @@ class Run:
     arguments: TrainingArguments
     train: datasets.Dataset
     task_set: type[TaskSet]
+    shortened_at: str  # where an example that is longer than the cutoff loses tokens
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
@@ -53,10 +54,6 @@ class Run:
 
     def rows(self, digest: str) -> datasets.Dataset:
         """The encoded examples of the data file, of this sha256; raises ``UserError`` for data that cannot be."""
-        raise NotImplementedError
-
-    def rows_note(self, rows: datasets.Dataset) -> str:
-        """What there is to say of the encoded examples, in a line."""
         raise NotImplementedError
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
@@ -105,9 +102,8 @@ class Run:
         config, base = self.config, self.base
         from_checkpoint = resume.checkpoint_to_resume(config)
         base.check_quantisation(training=True)
-        structure = (
-            self.structure()
-        )  # before the arguments are made, for from then on ZeRO-3 partitions every new model
+        # Before the arguments are made, for from then on ZeRO-3 partitions every new model.
+        structure = self.structure()
         try:
             self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
         except UserError as error:
@@ -127,7 +123,8 @@ class Run:
         task_ids = row_columns(self.train)["task_id"]
         lengths, group_tasks = self.plan(structure)
         sampler = make_sampler(config, self.arguments, lengths, task_ids, group_tasks)
-        self.log(f"{sampler}\n{len(rows):,} examples; {self.rows_note(rows)}")
+        shortened = shortened_note(rows, config.cutoff_len, self.shortened_at)
+        self.log(f"{sampler}\n{len(rows):,} examples; {shortened}")
         counts = np.bincount(task_ids, minlength=len(self.tasks))
         self.log(counts_note(self.tasks.names, counts, held_out, config.sampling_temperature))
         untrained = [name for name, count in zip(self.tasks.names, counts, strict=True) if not count]
