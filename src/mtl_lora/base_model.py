@@ -105,7 +105,7 @@ class BaseModel:
         if self.kind == "causal_lm" and _is_encoder(config):
             raise UserError(
                 f"the model {self.name!r} is an encoder ({config.model_type}), which does not predict the next token; "
-                f"{KINDS[self.kind].way_out}"
+                f"for a head per task pass --system nlu, or {KINDS[self.kind].way_out}"
             )
 
     def structure(self, **fields) -> PreTrainedModel:

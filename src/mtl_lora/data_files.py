@@ -163,7 +163,10 @@ def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int
     if task is not None:
         found.append(tasks[task].id)
     if not found:
-        raise UserError(f"{where} has no field 'task_id' (or 'task', a name); the tasks are {tasks.describe()}")
+        raise UserError(
+            f"{where} has no field 'task_id' (or 'task', a name), and no --task says it; the tasks are "
+            f"{tasks.describe()}"
+        )
     if len(set(found)) > 1:
         names = " and ".join(tasks[task_id].name for task_id in found)
         raise UserError(f"{where} belongs to different tasks at once: {names}")

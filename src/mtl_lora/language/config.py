@@ -153,9 +153,10 @@ class PredictConfig(PredictionFlags, AnswerConfig):
 
 # ---- the commands ----
 
-TRAIN_ABOUT = "Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter."
-EVALUATE_ABOUT = "Score a checkpoint, or a base model alone, on the test sets of its tasks."
-PREDICT_ABOUT = "Answer the examples of a file with a checkpoint, or with a base model alone."
+ENCODERS = "\nAn encoder with a head per task has flags of its own: --system nlu --help."
+TRAIN_ABOUT = f"Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter.{ENCODERS}"
+EVALUATE_ABOUT = f"Score a checkpoint, or a base model alone, on the test sets of its tasks.{ENCODERS}"
+PREDICT_ABOUT = f"Answer the examples of a file with a checkpoint, or with a base model alone.{ENCODERS}"
 
 
 def train(arguments: Sequence[str]) -> None:
