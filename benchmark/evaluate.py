@@ -109,7 +109,8 @@ def floor(evaluator: Evaluator, questions: list[Question]) -> int:
     length = max(tokens // len(questions), 1)
     rows = max(TOKEN_BUDGET // length, 1)
     for start in range(0, len(questions), rows):
-        ids = torch.randint(100, 1000, (min(rows, len(questions) - start), length), device=evaluator.model.device)
+        ids = torch.randint(evaluator.model.config.vocab_size, (min(rows, len(questions) - start), length))
+        ids = ids.to(evaluator.model.device)
         evaluator.model(input_ids=ids, task_ids=[0] * len(ids), logits_to_keep=1, use_cache=False)
     return len(questions)
 
