@@ -362,9 +362,14 @@ def test_signal_inside_a_destructor_ends_the_command_too(capsys, number):
             os.kill(os.getpid(), number)
             time.sleep(0.01)
 
-    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
-        Dies()
-        time.sleep(5)
+    # A shell lets what it starts in the background ignore SIGINT, these tests too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
+            Dies()
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 128 + number and "Traceback" not in capsys.readouterr().err
 
 
