@@ -162,6 +162,8 @@ def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int
         found.append(tasks[value["task"]].id)
     if task is not None:
         found.append(tasks[task].id)
+    if not found and len(tasks) == 1:
+        return 0
     if not found:
         raise UserError(
             f"{where} has no field 'task_id' (or 'task', a name), and no --task says it; the tasks are "

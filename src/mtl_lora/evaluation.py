@@ -13,7 +13,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,12 +23,13 @@ import transformers
 from tqdm import tqdm
 
 from mtl_lora import artifacts, files
-from mtl_lora.adapter.checkpoint import CheckpointConfig, read_config
+from mtl_lora.adapter.checkpoint import CheckpointConfig, Provenance, read_config
+from mtl_lora.adapter.layer import layer_class
 from mtl_lora.answer_config import AUTO
-from mtl_lora.base_model import BaseModel
+from mtl_lora.base_model import BaseModel, choose_dtype
 from mtl_lora.config import Config
-from mtl_lora.data_files import data_file
-from mtl_lora.errors import UserError
+from mtl_lora.data_files import data_file, read_values
+from mtl_lora.errors import UserError, require_package
 from mtl_lora.results import Comparability, Results, TaskNames, TaskResult, Trainable
 from mtl_lora.tasks import Task, TaskSet
 from mtl_lora.version import __version__, checkout_commit
@@ -60,25 +61,75 @@ class Evaluator(abc.ABC):
 
     config: Config
     system: str
+    version: int  # raised when a question gets another answer from the same model and settings
     base_model: BaseModel
+    base_fingerprint: str
+    load_in_4bit: bool
     tasks: TaskSet
+    cutoff_len: int
     adapter: CheckpointConfig | None
     method: str | None = None
     method_title: str | None = None
     comparability = Comparability()
 
-    def read_checkpoint(self) -> CheckpointConfig | None:
-        """What the flags' checkpoint says, if there is one; raises ``UserError`` for one of another system."""
-        path = self.config.checkpoint
-        found = read_config(path) if path else None
-        if found and found.provenance_config.system != self.system:
-            about = f"{path} is of the system {found.provenance_config.system}, not {self.system}"
-            raise UserError(f"{about}; a command finds it without --system")
-        return found
+    def read_checkpoint(self) -> Provenance:
+        """Take adapter and method from the flags' checkpoint, if there is one, and return what it says of its origin.
 
-    @abc.abstractmethod
+        Raises ``UserError`` for a checkpoint of another system.
+        """
+        path = self.config.checkpoint
+        self.adapter = read_config(path) if path else None
+        if not self.adapter:
+            return Provenance()
+        origin, layer = self.adapter.provenance_config, layer_class(self.adapter.adapter_config.method)
+        if origin.system != self.system:
+            about = f"{path} is of the system {origin.system}, not {self.system}"
+            raise UserError(f"{about}; a command finds it without --system")
+        self.method, self.method_title = layer.method, layer.title
+        return origin
+
+    def refuse_flags(self, defined: Mapping[str, object]) -> None:
+        """Raise ``UserError`` for a flag whose value the checkpoint defines. defined: its values by flag."""
+        for flag, value in defined.items():
+            if value and getattr(self.config, flag) is not None:
+                raise UserError(f"--{flag} cannot be combined with --checkpoint: {self.config.checkpoint} defines it")
+
+    def use_base(self, base: BaseModel, origin: Provenance) -> None:
+        """Take a base model; raises ``UserError`` for one that cannot be read here or is not the checkpoint's."""
+        config, self.base_model = self.config, base
+        base.check_quantisation()
+        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
+        require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
+        self.base_fingerprint = base.fingerprint()
+        base.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
+
+    def note_untrained(self, asked: Iterable[str]) -> None:
+        """Say on stderr, from the first process, which of the tasks the adapter had no examples of."""
+        if self.adapter and int(os.environ.get("RANK", "0")) == 0:
+            for note in self.adapter.provenance_config.untrained_note(asked):
+                print(note, file=sys.stderr)
+
+    def check_unchanged(self) -> None:
+        """Raise ``UserError`` if base model or checkpoint are no longer those whose hashes were read first, under which
+        an answer is recorded."""
+        self.base_model.check_unchanged(self.base_fingerprint)
+        if self.adapter and read_config(self.config.checkpoint) != self.adapter:
+            raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
+
     def settings(self, protocol: str) -> dict:
-        """Everything that an answer depends on; the batch size and the number of processes do not belong to it."""
+        """Everything that an answer depends on; the batch size and the number of processes do not belong to it.
+
+        protocol: how questions are answered, or a name for a mixture of ways.
+        """
+        return {
+            "mode": protocol,
+            "protocol": self.version,
+            "base_fingerprint": self.base_fingerprint,
+            "adapter_sha256": self.adapter.weights_sha256 if self.adapter else None,
+            "cutoff_len": self.cutoff_len,
+            "tasks_sha256": self.tasks.answers_sha256,
+            "dtype": str(choose_dtype(self.config.dtype)),
+        } | ({"load_in_4bit": True} if self.load_in_4bit else {})
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -233,15 +284,32 @@ def evaluate(
 
 def predict(
     evaluator: Evaluator,
+    ask: Callable[[list, str], Mapping[str, Sequence[Question]]],
+    protocol: str,
+    result: Callable[[Question, Mapping], dict],
+) -> None:
+    """Answer every example of the input that has no answer yet, then write the output file whole.
+
+    Until then the answers lie in ``<output>.partial``, from which the same command resumes. ask: the values of a file,
+    and its name for errors, to questions by protocol. protocol: that of the settings, a name for a mixture of several.
+    result: what is written for a question, from its prediction line.
+    """
+    config = evaluator.config
+    with files.unchanged(config.input) as digest:
+        values = read_values(Path(config.input))
+    questions = ask(values, config.input)
+    settings = evaluator.settings(protocol) | {"input_sha256": digest, "task": config.task}
+    with contextlib.nullcontext() if config.check else files.claimed(config.output):
+        _predict(evaluator, questions, settings, result)
+
+
+def _predict(
+    evaluator: Evaluator,
     questions: Mapping[str, Sequence[Question]],
     settings: dict,
     result: Callable[[Question, Mapping], dict],
 ) -> None:
-    """Answer every example that has no answer yet, then write the output file whole; the file is claimed.
-
-    Until then the answers lie in ``<output>.partial``, from which the same command resumes. questions: by protocol.
-    settings: everything that an answer depends on. result: what is written for a question, from its prediction line.
-    """
+    """``predict`` with the output file claimed. settings: everything that an answer depends on."""
     config = evaluator.config
     output, partial = Path(config.output), Path(f"{config.output}.partial")
     files.require_writable(output.parent)
@@ -269,6 +337,19 @@ def predict(
             artifacts.remove_evaluation(partial)
             shutil.rmtree(partial)
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
+
+
+def answers(
+    evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], result: Callable[[Question, Mapping], dict]
+) -> list[dict]:
+    """The results of questions by protocol, in the order of their examples; the model is loaded with the first."""
+    if any(questions.values()):
+        evaluator.load()
+    answered = []
+    for protocol, part in questions.items():
+        for batch in evaluator.batches(part):
+            answered += zip(batch, evaluator.answer(batch, protocol), strict=True)
+    return [result(question, line) for question, line in sorted(answered, key=lambda pair: pair[0].key[1])]
 
 
 @contextlib.contextmanager

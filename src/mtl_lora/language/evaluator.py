@@ -3,8 +3,6 @@
 import collections
 import itertools
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 import mtl_lora
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.layer import layer_class
-from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
-from mtl_lora.errors import UserError, require_package
+from mtl_lora.base_model import BaseModel, device_for_this_process
+from mtl_lora.errors import UserError
 from mtl_lora.evaluation import in_halves, plan_batches
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
@@ -28,9 +25,6 @@ from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import TaskResult, Trainable
 
-# Raised when a question gets another answer from the same model and settings: prompts, generation or scores changed.
-PROTOCOL = 1
-
 
 class Evaluator(evaluation.Evaluator):
     """Who answers, in which prompt: settled before a model is loaded; raises ``UserError`` for whatever cannot be.
@@ -39,34 +33,23 @@ class Evaluator(evaluation.Evaluator):
     and method_title that in tables, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
     """
 
-    system = "language"
+    system, version = "language", 1
 
     def __init__(self, config: AnswerConfig):
         self.config = config
-        self.adapter = self.read_checkpoint()
+        origin = self.read_checkpoint()
         self.peft = PeftAdapter(config.peft) if config.peft else None
-        origin = self.adapter.provenance_config if self.adapter else checkpoint.Provenance()
-        if self.adapter:
-            layer = layer_class(self.adapter.adapter_config.method)
-            self.method, self.method_title = layer.method, layer.title
-        elif self.peft:
+        if self.peft:
             self.method, self.method_title = "peft_lora", "LoRA (PEFT)"
         name = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
         if name is None:
             raise UserError(f"{config.checkpoint or config.peft} does not name its base model; pass --base_model")
-        self.base_model = BaseModel(name, config.trust_remote_code)
         known = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
-        for flag, value in known.items():
-            if value and getattr(config, flag) is not None:
-                raise UserError(f"--{flag} cannot be combined with --checkpoint: {config.checkpoint} defines it")
+        self.refuse_flags(known)
         self.template = origin.prompt_template or config.template or "alpaca"
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
         self.tasks = self._tasks(origin)
-        self.base_model.check_quantisation()
-        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
-        require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
-        self.base_fingerprint = self.base_model.fingerprint()
-        self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
+        self.use_base(BaseModel(name, config.trust_remote_code), origin)
         tokenizer = self.base_model.tokenizer()
         tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
         self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
@@ -90,25 +73,11 @@ class Evaluator(evaluation.Evaluator):
         return tasks
 
     def settings(self, protocol: str) -> dict:
-        """Everything that an answer depends on; the batch size and the number of processes do not belong to it.
-
-        protocol: ``score``, ``generate``, or a name for a mixture of them.
-        """
-        adapter = self.adapter or self.peft
-        settings = {
-            "mode": protocol,
-            "protocol": PROTOCOL,
-            "base_fingerprint": self.base_fingerprint,
-            "adapter_sha256": adapter.weights_sha256 if adapter else None,
-            "template": self.template,
-            "cutoff_len": self.cutoff_len,
-            "tasks_sha256": self.tasks.answers_sha256,
-            "dtype": str(choose_dtype(self.config.dtype)),
-        }
+        settings = super().settings(protocol) | {"template": self.template}
+        if self.peft:
+            settings["adapter_sha256"] = self.peft.weights_sha256
         if protocol != "score":
             settings |= {"max_new_tokens": self.config.max_new_tokens, "num_beams": self.config.num_beams}
-        if self.load_in_4bit:
-            settings["load_in_4bit"] = True
         return settings
 
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
@@ -130,10 +99,7 @@ class Evaluator(evaluation.Evaluator):
         """Build the model on this process's device, once."""
         if self.model is not None:
             return
-        if self.adapter and int(os.environ.get("RANK", "0")) == 0:
-            asked = [self.tasks[task_id].name for task_id in self.prefixes]
-            for note in self.adapter.provenance_config.untrained_note(asked):
-                print(note, file=sys.stderr)
+        self.note_untrained(self.tasks[task_id].name for task_id in self.prefixes)
         device = device_for_this_process()
         keep_freed_memory(device.type)
         model = self.base_model.load(self.config.dtype, self.load_in_4bit)
@@ -141,10 +107,7 @@ class Evaluator(evaluation.Evaluator):
             mtl_lora.load(model, self.config.checkpoint)
         elif self.peft:
             model = self.peft.load(model)
-        # An answer is recorded under the hashes that were read first.
-        self.base_model.check_unchanged(self.base_fingerprint)
-        if self.adapter and checkpoint.read_config(self.config.checkpoint) != self.adapter:
-            raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
+        self.check_unchanged()
         if self.peft and files.sha256(self.peft.weights) != self.peft.weights_sha256:
             raise UserError(f"{self.config.peft} was replaced meanwhile; run the same command again")
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.

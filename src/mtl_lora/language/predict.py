@@ -6,15 +6,12 @@ mixed; its other fields are kept. A result has ``index`` (its place, from 0), th
 options) by option; where text was generated, ``text``.
 """
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtl_lora import files
-from mtl_lora.data_files import read_values
+from mtl_lora import evaluation
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import predict
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, PredictConfig
 from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.examples import parse_example
@@ -48,15 +45,7 @@ class Predictor:
             raise UserError(f"mode must be one of {', '.join(PROTOCOLS)}, or None, not {mode!r}")
         values = [{"instruction": example} if isinstance(example, str) else dict(example) for example in examples]
         by_protocol = _questions(values, self.evaluator, task, mode, "the examples")
-        self.evaluator.prepare(by_protocol)
-        if by_protocol:
-            self.evaluator.load()
-        answered = []
-        for protocol, questions in by_protocol.items():
-            for batch in self.evaluator.batches(questions):
-                lines = self.evaluator.answer(batch, protocol)
-                answered += zip(batch, lines, strict=True)
-        return [_result(question, line) for question, line in sorted(answered, key=lambda pair: pair[0].example.index)]
+        return evaluation.answers(self.evaluator, by_protocol, _result)
 
 
 def run(config: PredictConfig) -> None:
@@ -66,29 +55,26 @@ def run(config: PredictConfig) -> None:
     """
     config.check_files()
     evaluator = Evaluator(config)
-    with files.unchanged(config.input) as digest:
-        values = read_values(Path(config.input))
-    by_protocol = _questions(values, evaluator, config.task, config.mode, config.input)
-    evaluator.prepare(by_protocol)
-    settings = evaluator.settings(config.mode or "score, generate for free text")
-    settings |= {"input_sha256": digest, "task": config.task}
-    with contextlib.nullcontext() if config.check else files.claimed(config.output):
-        predict(evaluator, by_protocol, settings, _result)
+
+    def ask(values: Sequence[object], source: str) -> dict[str, list[Question]]:
+        return _questions(values, evaluator, config.task, config.mode, source)
+
+    evaluation.predict(evaluator, ask, config.mode or "score, generate for free text", _result)
 
 
 def _questions(
     values: Sequence[object], evaluator: Evaluator, task: str | None, mode: str | None, source: str
 ) -> dict[str, list[Question]]:
-    """The questions by the protocol that answers them; raises ``UserError`` naming source and example."""
+    """The questions by the protocol that answers them, prepared; raises ``UserError`` naming source and example."""
     if task is not None:
         evaluator.tasks[task]  # an unknown name is an error of the flag, not of an example
     tasks = evaluator.tasks
-    task = tasks.names[0] if task is None and len(tasks) == 1 else task
     examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
     by_protocol: dict[str, list[Question]] = {}
     for question in encode_questions(examples, tasks, evaluator.encoder, source) if examples else ():
         protocol = mode or ("score" if question.options else "generate")
         by_protocol.setdefault(protocol, []).append(question)
+    evaluator.prepare(by_protocol)
     return by_protocol
 
 

@@ -1,10 +1,7 @@
 """``mtl-lora evaluate`` and ``predict`` of encoders: a trained head's answers, or the cosine of two texts."""
 
-import contextlib
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,11 +11,8 @@ from transformers import PreTrainedModel
 
 import mtl_lora
 from mtl_lora import evaluation, files
-from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.layer import layer_class
-from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
-from mtl_lora.data_files import read_values
-from mtl_lora.errors import UserError, require_package
+from mtl_lora.base_model import BaseModel, device_for_this_process
+from mtl_lora.errors import UserError
 from mtl_lora.evaluation import claimed_folders, in_halves, load_questions, plan_batches
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.nlu import model as heads
@@ -29,8 +23,6 @@ from mtl_lora.nlu.tasks import GLUE, Task, TaskSet
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable, measure
 
 TOKEN_BUDGET, GPU_TOKEN_BUDGET = 4096, 131072  # tokens of a batch with --batch_size auto
-# Raised when a question gets another answer from the same model and settings.
-PROTOCOL = 1
 
 
 @dataclasses.dataclass
@@ -74,7 +66,7 @@ class Question:
 class Evaluator(evaluation.Evaluator):
     """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
 
-    system = "nlu"
+    system, version = "nlu", 1
     comparability = Comparability(
         needed=["mode", "base_fingerprint", "cutoff_len"],
         noted=["base_fingerprint", "tasks_sha256", "dtype"],
@@ -83,14 +75,9 @@ class Evaluator(evaluation.Evaluator):
 
     def __init__(self, config: AnswerConfig):
         self.config, path = config, config.checkpoint
-        self.adapter = self.read_checkpoint()
-        origin = self.adapter.provenance_config if self.adapter else checkpoint.Provenance()
-        for flag, value in {"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len}.items():
-            if value and getattr(config, flag) is not None:
-                raise UserError(f"--{flag} cannot be combined with --checkpoint: {path} defines it")
+        origin = self.read_checkpoint()
+        self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
         if self.adapter:
-            layer = layer_class(self.adapter.adapter_config.method)
-            self.method, self.method_title = layer.method, layer.title
             self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
             if self.adapter.adapter_config.tasks != self.tasks.names:
                 raise UserError(f"{path} has heads for other tasks than it names; train it again")
@@ -100,27 +87,10 @@ class Evaluator(evaluation.Evaluator):
         name = config.base_model or origin.base_model
         if name is None:
             raise UserError(f"{path} does not name its base model; pass --base_model")
-        self.base_model = BaseModel(name, config.trust_remote_code, heads.KIND)
-        self.base_model.check_quantisation()
-        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
-        require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
-        self.base_fingerprint = self.base_model.fingerprint()
-        self.base_model.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, path)
+        self.use_base(BaseModel(name, config.trust_remote_code, heads.KIND), origin)
         tokenizer = self.base_model.tokenizer()
         self.encoder, self.collator = Encoder(tokenizer, self.cutoff_len), Collator(tokenizer.pad_token_id)
         self.model: PreTrainedModel | None = None
-
-    def settings(self, protocol: str) -> dict:
-        settings = {
-            "mode": protocol,
-            "protocol": PROTOCOL,
-            "base_fingerprint": self.base_fingerprint,
-            "adapter_sha256": self.adapter.weights_sha256 if self.adapter else None,
-            "cutoff_len": self.cutoff_len,
-            "tasks_sha256": self.tasks.answers_sha256,
-            "dtype": str(choose_dtype(self.config.dtype)),
-        }
-        return settings | ({"load_in_4bit": True} if self.load_in_4bit else {})
 
     def questions(self, examples: Sequence[Example]) -> list[Question]:
         """Questions of examples."""
@@ -136,18 +106,13 @@ class Evaluator(evaluation.Evaluator):
     def load(self) -> None:
         if self.model is not None:
             return
-        if self.adapter and int(os.environ.get("RANK", "0")) == 0:
-            for note in self.adapter.provenance_config.untrained_note(self.tasks.names):
-                print(note, file=sys.stderr)
+        self.note_untrained(self.tasks.names)
         device = device_for_this_process()
         keep_freed_memory(device.type)
         model = heads.load(self.base_model, self.tasks, self.config.dtype, self.load_in_4bit)
         if self.adapter:
             mtl_lora.load(model, self.config.checkpoint)
-        # An answer is recorded under the hashes that were read first.
-        self.base_model.check_unchanged(self.base_fingerprint)
-        if self.adapter and checkpoint.read_config(self.config.checkpoint) != self.adapter:
-            raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
+        self.check_unchanged()
         self.model = model.eval().to(device)
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
@@ -259,14 +224,7 @@ class Predictor:
     def predict(self, examples: Sequence[Mapping | str], task: str | None = None) -> list[dict]:
         """One result per example, in their order; a string is a text alone. task: of all that name none."""
         values = [{"text": example} if isinstance(example, str) else dict(example) for example in examples]
-        questions = _questions(values, self.evaluator, task, "the examples")
-        if questions:
-            self.evaluator.load()
-        batches = self.evaluator.batches(questions)
-        answered = [
-            pair for batch in batches for pair in zip(batch, self.evaluator.answer(batch, CLASSIFY), strict=True)
-        ]
-        return [_result(question, line) for question, line in sorted(answered, key=lambda pair: pair[0].example.index)]
+        return evaluation.answers(self.evaluator, _questions(values, self.evaluator, task, "the examples"), _result)
 
 
 def predict(config: PredictConfig) -> None:
@@ -275,21 +233,22 @@ def predict(config: PredictConfig) -> None:
     if not config.checkpoint:
         raise UserError("a prediction needs a trained head; pass --checkpoint DIR")
     evaluator = Evaluator(config)
-    with files.unchanged(config.input) as digest:
-        values = read_values(Path(config.input))
-    questions = _questions(values, evaluator, config.task, config.input)
-    settings = evaluator.settings(CLASSIFY) | {"input_sha256": digest, "task": config.task}
-    with contextlib.nullcontext() if config.check else files.claimed(config.output):
-        evaluation.predict(evaluator, {CLASSIFY: questions}, settings, _result)
+
+    def ask(values: Sequence[object], source: str) -> dict[str, list[Question]]:
+        return _questions(values, evaluator, config.task, source)
+
+    evaluation.predict(evaluator, ask, CLASSIFY, _result)
 
 
-def _questions(values: Sequence[object], evaluator: Evaluator, task: str | None, source: str) -> list[Question]:
+def _questions(
+    values: Sequence[object], evaluator: Evaluator, task: str | None, source: str
+) -> dict[str, list[Question]]:
+    """The questions, by the one protocol; raises ``UserError`` naming source and example."""
     tasks = evaluator.tasks
     if task is not None:
         tasks[task]  # an unknown name is an error of the flag, not of an example
-    task = tasks.names[0] if task is None and len(tasks) == 1 else task
     examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
-    return evaluator.questions(examples)
+    return {CLASSIFY: evaluator.questions(examples)}
 
 
 def _result(question: Question, line: Mapping) -> dict:

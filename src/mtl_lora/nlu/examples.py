@@ -41,7 +41,6 @@ def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, clo
     values = read_values(Path(path))
     if not values:
         raise UserError(f"{path} holds no examples")
-    task = tasks.names[0] if task is None and len(tasks) == 1 else task
     return [parse_example(value, index, str(path), tasks, task) for index, value in enumerate(values)]
 
 

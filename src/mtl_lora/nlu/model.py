@@ -19,7 +19,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets, inject, injection_of, merge, targets_for, trainable_parameters
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.adapter.saved import unwrap
-from mtl_lora.base_model import BaseModel
+from mtl_lora.base_model import BaseModel, at_least_float32
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.systems import BASE_KINDS
@@ -80,13 +80,15 @@ def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTr
     """
     device, dtype = model.device, model.dtype
     heads = {name: [] for name in head_names(model)}
-    for task in tasks:
+    twins: dict[int, PreTrainedModel] = {}  # by the number of outputs, for the heads' shapes
+    for outputs in {task.outputs for task in tasks}:
         config = copy.deepcopy(model.config)
-        config.num_labels = task.outputs
-        with torch.device("meta"):  # for the head's shapes
-            twin = type(model)(config)  # not through transformers' classes, which partition under ZeRO-3
+        config.num_labels = outputs
+        with torch.device("meta"):
+            twins[outputs] = type(model)(config)  # not through transformers' classes, which partition under ZeRO-3
+    for task in tasks:
         for name, drawn in heads.items():
-            head = getattr(twin, name)
+            head = copy.deepcopy(getattr(twins[task.outputs], name))
             if device.type != "meta":
                 head = head.to_empty(device=device)
                 for module in head.modules():
@@ -261,7 +263,7 @@ class TaskLosses:
         self.is_regression = self.is_regression.to(task_ids.device)
         names = ("input_ids", "attention_mask", "token_type_ids")
         logits = model(**{name: batch[name] for name in names if name in batch}, task_ids=task_ids).logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(logits)
         numbers = self.is_regression[task_ids]
         # Of a regression there is one output, whose cross-entropy with class 0 is zero, and so is its gradient.
         classes = torch.where(numbers, 0, targets).long()

@@ -149,7 +149,7 @@ class Grid(Config):
         evaluate = self.flags_of("evaluate").from_json({"base_model": "any", **flags}, "evaluate")
         self.evaluate = {"data_dir": evaluate.data_dir, **flags}
         self.scored = evaluate.tasks or self.tasks.names
-        if getattr(evaluate, "mode", None) == "both":
+        if len(evaluate.protocols) > 1:
             raise UserError("evaluate: mode is both, and a table has one; choose generate or score")
         if self.search is not None:
             self.search = SearchConfig.from_json(self.search, "search")
