@@ -52,39 +52,34 @@ launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the
 }
 
 train() {  # train RECIPE R ALPHA ARGUMENT...
-    local recipe="$1" rank="$2" alpha="$3"
-    shift 3
-    launch "${project}finetune.py" \
+    train_any "$@" \
         --base_model "${BASE_MODEL:-meta-llama/Llama-2-7b-hf}" \
         --data_path "${DATA_PATH:-${project}commonsense_170k_taskid.json}" \
-        --output_dir "${OUTPUT_PATH:-output/${recipe}_r${rank}}" \
-        --cache_dir "${CACHE_PATH:-.cache/rows}" \
-        --lora_r "$rank" --lora_alpha "$alpha" --lora_dropout 0.05 \
-        --lora_target_modules q_proj,k_proj,v_proj,o_proj \
-        --batch_size "${BATCH_SIZE:-8}" --gradient_accumulation_steps "${ACCUMULATION:-1}" \
-        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" \
-        --learning_rate "${LEARNING_RATE:-3e-4}" --warmup_ratio 0.01 --max_grad_norm 1.0 \
-        --cutoff_len "${CUTOFF_LEN:-256}" --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
-        --deepspeed "$DEEPSPEED" \
-        "$@"
+        --lora_target_modules q_proj,k_proj,v_proj,o_proj --lora_dropout 0.05 \
+        --batch_size "${BATCH_SIZE:-8}" --learning_rate "${LEARNING_RATE:-3e-4}" --warmup_ratio 0.01 \
+        --cutoff_len "${CUTOFF_LEN:-256}"
 }
 
 train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
-    local recipe="$1" rank="$2" alpha="$3"
-    shift 3
-    launch "${project}finetune.py" --system nlu \
+    train_any "$@" --system nlu \
         --base_model "${BASE_MODEL:-minilm-l6}" \
         --data_path "${DATA_PATH:-${project}data/glue/train.json}" \
         --tasks_file "${TASKS_FILE:-${project}data/glue/tasks.json}" \
+        --lora_dropout 0 \
+        --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-1e-3}" --warmup_ratio 0.06 \
+        --cutoff_len "${CUTOFF_LEN:-128}"
+}
+
+train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe shares
+    local recipe="$1" rank="$2" alpha="$3"
+    launch "${project}finetune.py" "${@:4}" \
         --output_dir "${OUTPUT_PATH:-output/${recipe}_r${rank}}" \
         --cache_dir "${CACHE_PATH:-.cache/rows}" \
-        --lora_r "$rank" --lora_alpha "$alpha" --lora_dropout 0 \
-        --batch_size "${BATCH_SIZE:-32}" --gradient_accumulation_steps "${ACCUMULATION:-1}" \
-        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" \
-        --learning_rate "${LEARNING_RATE:-1e-3}" --warmup_ratio 0.06 --max_grad_norm 1.0 \
-        --cutoff_len "${CUTOFF_LEN:-128}" --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
-        --deepspeed "$DEEPSPEED" \
-        "$@"
+        --lora_r "$rank" --lora_alpha "$alpha" \
+        --gradient_accumulation_steps "${ACCUMULATION:-1}" \
+        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" --max_grad_norm 1.0 \
+        --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
+        --deepspeed "$DEEPSPEED"
 }
 
 evaluate_any() {  # evaluate_any CHECKPOINT OUTPUT ARGUMENT... : of any system, on the test sets of DATA_DIR
