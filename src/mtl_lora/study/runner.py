@@ -72,7 +72,7 @@ def run(config: StudyConfig) -> None:
 
 
 class Runner:
-    """The jobs of the chosen experiments: the search first, then every seed.
+    """The jobs of the chosen experiments: the search first, then all of them with one seed after the other.
 
     overwrite: folders of another configuration count as not started; without it, making this object raises
     ``UserError`` for them, before anything is started.
@@ -119,7 +119,9 @@ class Runner:
             self._execute(searching, "left of the search", slots)
             further = self._searching()  # beyond an edge at which a search found its best
             self.total, searching = self.total + len(further) - len(searching), further
-        self._execute(self._checked(jobs_of(self._runs(self.chosen))), "left", slots)
+        runs = self._runs(self.chosen)
+        runs.sort(key=lambda run: run.experiment.seeds.index(run.seed))  # stopped early, it still compares experiments
+        self._execute(self._checked(jobs_of(runs)), "left", slots)
         self.report()
 
     def _execute(self, jobs: Iterable[PlannedJob], left: str, slots: Sequence[dict]) -> None:
