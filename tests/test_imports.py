@@ -38,7 +38,7 @@ GROUND = {
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 SURFACE = {"mtl_lora", "route"}
 BELOW_SYSTEMS = GROUND | SURFACE | {"adapter", "base_model"}
-SYSTEMS = {"dense", "language", "nlu"}
+SYSTEMS = {"dense", "language", "nlu", "image_text"}
 # Part of the package -> the other parts that it may import; "mtl_lora" is the package's public surface.
 ALLOWED = {
     **dict.fromkeys(GROUND, GROUND),
@@ -65,7 +65,7 @@ PACKAGES = {
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),
 }
-LAZY = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft", "pooch"}
+LAZY = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft", "pooch", "h5py"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
