@@ -31,11 +31,20 @@ def check(system: object) -> None:
 
 
 def of_checkpoint(folder: str | Path) -> str | None:
-    """The system that trained a checkpoint; None for a folder that is none, and for a system that does not exist."""
+    """The system that trained a checkpoint; None for a folder that is none, or whose configuration is broken.
+
+    Raises ``UserError`` for a system that this version does not have.
+    """
     path = Path(folder) / artifacts.CHECKPOINT_CONFIG
     try:
         found = files.read_object(path, "the checkpoint configuration")["provenance"]["system"]
-        check(found)
     except (UserError, KeyError, TypeError):
         return None
+    if not isinstance(found, str):
+        return None
+    if found not in SYSTEMS:
+        raise UserError(
+            f"{path} names the system {found!r}, which this version does not have (it has {', '.join(SYSTEMS)}); "
+            "install a newer one"
+        )
     return found
