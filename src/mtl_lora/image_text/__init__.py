@@ -1,0 +1,1 @@
+"""A system: a language model that is shown images: questions and statements about them, and captions."""
