@@ -65,7 +65,7 @@ PACKAGES = {
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),
 }
-LAZY = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft", "pooch"}
+LAZY = {"deepspeed", "wandb", "bitsandbytes", "matplotlib", "jinja2", "tensorboard", "peft", "pooch", "h5py"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

@@ -124,7 +124,7 @@ def test_unknown_name_of_a_grid_lists_those_of_the_package():
             read_grid(name)
 
 
-@pytest.mark.parametrize("name", ["commonsense", "glue", "llama2_7B", "quickstart", "textclass"])
+@pytest.mark.parametrize("name", ["commonsense", "glue", "llama2_7B", "quickstart"])
 def test_grid_that_compares_methods_has_a_row_of_each(name):
     assert {adapter.method for adapter in adapters(read_grid(name)).values()} == {*methods()} - (
         {"none"} if name != "glue" else set()
@@ -148,7 +148,6 @@ def test_transfer_compares_equal_ranks_and_schedules():
     read, groups = read_grid("transfer"), {}
     for name, adapter in adapters(read).items():
         groups.setdefault(read.experiment(name).group, []).append((adapter.method, adapter.rank, adapter.scale))
-    for rank in (8, 4, 2):
-        assert groups[f"rank {rank}"] == [("lora", rank, 2), ("lora", rank, 2), ("mtl_lora", rank, 2)]
-    assert [each.alone for each in read.experiments] == [True, False, False] * 3
+    assert groups == {"rank 2": [("lora", 2, 2), ("lora", 2, 2), ("mtl_lora", 2, 2)]}
+    assert [each.alone for each in read.experiments] == [True, False, False]
     assert "max_steps" not in json.dumps(read.to_json())

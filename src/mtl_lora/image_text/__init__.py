@@ -1,1 +1,1 @@
-"""A system: a language model that is shown images: questions and statements about them, and captions."""
+"""A system: visual tokens of images in front of or behind a text, for questions, statements and captions."""

@@ -1,0 +1,155 @@
+"""The features of images, a vector for each cell of a grid: read from HDF5 files by image id."""
+
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mtl_lora.errors import UserError
+
+if TYPE_CHECKING:
+    import h5py
+
+FEATURES = "features"  # the dataset in the group of an image id
+_MOST_NAMED = 5  # problems that an error lists
+_SAMPLED = 64  # images whose features the fingerprint reads
+
+
+class FeatureStore:
+    """Image id -> features (G, D) in float32, G = grid * grid cells row by row, D = dim.
+
+    paths: HDF5 files with a group for each image id, and folders of ``<id>.h5``, the layout of VL-Adapter
+    (arXiv 2112.06825); in both the group holds the dataset "features". Files are opened by the process that reads.
+    Raises ``UserError`` for a path that is neither, an id that two paths hold, and features that are no square grid of
+    finite numbers.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self._home: dict[str, Path] = {}  # of each image id its HDF5 file
+        self._opened: dict[tuple[int, Path], h5py.File] = {}  # by process: a fork must not share the position in a file
+        for path in map(Path, paths):
+            for image, home in _images(path):
+                if image in self._home:
+                    raise UserError(f"the image {image!r} is in {self._home[image]} and {home}; leave one of them")
+                self._home[image] = home
+        if not self._home:
+            raise UserError(f"{', '.join(map(str, paths)) or 'no file'} holds no features")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_opened": {}}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def __contains__(self, image: object) -> bool:
+        return image in self._home
+
+    def __getitem__(self, image: str) -> torch.Tensor:
+        found = self._dataset(image, lambda dataset: torch.from_numpy(dataset.astype("float32")[()]))
+        if problem := _not_a_grid(tuple(found.shape)):
+            raise UserError(f"the features of {image!r} in {self._home[image]} {problem}")
+        if not found.isfinite().all():
+            raise UserError(f"the features of {image!r} in {self._home[image]} are not all finite; extract them again")
+        return found
+
+    def _dataset(self, image: str, read: Callable):
+        """What ``read`` makes of an image's dataset; the file of one image alone is closed again."""
+        import h5py
+
+        if image not in self._home:
+            raise UserError(f"there are no features of the image {image!r}; extract them with mtl-lora features")
+        path, key = self._home[image], (os.getpid(), self._home[image])
+        try:
+            if path.stem == image and key not in self._opened:
+                with h5py.File(path, "r") as opened:
+                    return read(opened[image][FEATURES])
+            if key not in self._opened:
+                self._opened[key] = h5py.File(path, "r")
+            return read(self._opened[key][image][FEATURES])
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error.args[0] if error.args else error).split())
+            raise UserError(f"the features of {image!r} in {path} cannot be read ({reason:.200})") from None
+
+    @functools.cached_property
+    def _shape(self) -> tuple[int, int]:
+        """(G, D) of the first image."""
+        first = next(iter(self))
+        shape = self._dataset(first, lambda dataset: dataset.shape)
+        if problem := _not_a_grid(shape):
+            raise UserError(f"the features of {first!r} in {self._home[first]} {problem}")
+        return shape
+
+    @property
+    def grid(self) -> int:
+        """Cells along one side of the grid: G = grid * grid."""
+        return math.isqrt(self._shape[0])
+
+    @property
+    def dim(self) -> int:
+        """D, the numbers of a cell."""
+        return self._shape[1]
+
+    def check(self, images: Iterable[str]) -> None:
+        """Raise ``UserError`` unless the features of every image are there, with one grid and one D for all.
+
+        It names the first images that are missing or differ, and their number.
+        """
+        wanted = list(dict.fromkeys(images))
+        problems = [f"there are none of {image!r}" for image in wanted if image not in self]
+        for image in filter(self.__contains__, wanted):
+            shape = self._dataset(image, lambda dataset: dataset.shape)
+            if problem := _not_a_grid(shape):
+                problems.append(f"those of {image!r} in {self._home[image]} {problem}")
+            elif shape != self._shape:
+                problems.append(f"those of {image!r} are {shape}, those of {next(iter(self))!r} {self._shape}")
+        if problems:
+            more = f" and so on, {len(problems):,} in all" if len(problems) > _MOST_NAMED else ""
+            raise UserError(
+                f"of {len(wanted):,} images the features of {len(problems):,} cannot be used: "
+                f"{'; '.join(problems[:_MOST_NAMED])}{more}; extract them with mtl-lora features, or correct --features"
+            )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all image ids and of the features of 64 of them: another model's features have another one."""
+        images = sorted(self)
+        digest = hashlib.sha256("\0".join(images).encode())
+        for image in images[:: -(-len(images) // _SAMPLED)]:
+            digest.update(self[image].numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _images(path: Path) -> Iterator[tuple[str, Path]]:
+    """(image id, its HDF5 file) of all images of a file or folder; raises ``UserError``."""
+    import h5py
+
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            if entry.suffix == ".h5" and not entry.name.startswith("."):
+                yield entry.stem, entry
+        return
+    try:
+        with h5py.File(path, "r") as opened:
+            images = list(opened)
+    except OSError as error:
+        reason = "there is no such file" if not path.exists() else " ".join(str(error).split())
+        raise UserError(
+            f"the features {path} cannot be read ({reason:.200}); pass an HDF5 file of mtl-lora features, or a folder "
+            "of <image id>.h5"
+        ) from None
+    yield from ((image, path) for image in images)
+
+
+def _not_a_grid(shape: tuple[int, ...]) -> str:
+    """What is wrong with the shape of an image's features; empty for a square grid."""
+    if len(shape) == 2 and shape[0] > 0 and shape[1] > 0 and math.isqrt(shape[0]) ** 2 == shape[0]:
+        return ""
+    return f"have the shape {tuple(shape)}; they must be (G, D) with G the cells of a square grid, such as 49"
