@@ -19,6 +19,8 @@ from mtl_lora import AdapterConfig, UserError
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.adapter.inject import trainable_parameters
 from mtl_lora.base_model import BaseModel
+from mtl_lora.export.merge import export_merged
+from mtl_lora.export.peft import export_peft
 from mtl_lora.image_text import model as visual
 from mtl_lora.image_text.model import KIND, VisualConfig
 
@@ -311,6 +313,10 @@ def test_a_checkpoint_gives_the_same_outputs_and_the_frozen_rows_again(name, tmp
         assert other.generate.module is other
         ask = inputs_of(model, rows()[:1], answers=False) | {"max_new_tokens": 3}
         assert torch.equal(other.generate(**ask), model.generate(**ask))
+    for command, task in ((export_peft, [TASKS[0]]), (export_merged, TASKS[0])):
+        with pytest.raises(UserError, match=r"system image_text.*mtl_lora\.merge"):
+            command(tmp_path / "adapter", tmp_path / "out", task)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"3 x 3 cells of 5"):
         mtl_lora.load(BaseModel(str(tmp_path / "base"), kind=KIND).load("fp64"), tmp_path / "adapter")
 
