@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -81,6 +82,7 @@ KINDS = {
         "smollm2-135m",
         AutoModelForSeq2SeqLM,
     ),
+    "vision": Kind(AutoModel, "a vision model", False, "dinov2-small"),
 }
 
 
@@ -90,6 +92,7 @@ class BaseModel:
 
     An ``encoder`` is its class for sequence classification: the encoder below ``base_model_prefix``, a BERT's pooler
     included, whose weights must all be there, and the head outside. A decoder that has such a class will do too.
+    A ``vision`` model is one of images alone, or the vision tower of a model that has one (CLIP, SigLIP).
     Every method raises ``UserError`` with one sentence for a model that is missing, gated or of another kind.
     """
 
@@ -111,12 +114,18 @@ class BaseModel:
         """The model's configuration; fields: values to change in it, such as ``num_labels``."""
         with hub_errors(self.name, self.kind):
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **fields)
+        if self.kind == "vision":
+            config = getattr(config, "vision_config", config)
         self._check_kind(config)
         return config
 
     def _check_kind(self, config: PreTrainedConfig) -> None:
-        """Raise ``UserError`` for an encoder as a causal language model, which transformers allows."""
-        if self.kind != "encoder" and _is_encoder(config):
+        """Raise ``UserError`` for an encoder as a causal model, which transformers allows, and texts as vision."""
+        if self.kind == "vision" and not hasattr(config, "num_channels"):
+            raise UserError(
+                f"the model {self.name!r} does not read images ({config.model_type}); {KINDS[self.kind].way_out}"
+            )
+        if self.kind in ("causal_lm", "text_generator") and _is_encoder(config):
             raise UserError(
                 f"the model {self.name!r} is an encoder ({config.model_type}), which does not predict the next token; "
                 f"for a head per task pass --system nlu, or {KINDS[self.kind].way_out}"
@@ -176,6 +185,8 @@ class BaseModel:
             )
             if torch.cuda.is_available():  # or every process would take the first GPU
                 options.setdefault("device_map", {"": device_for_this_process()})
+        if self.kind == "vision":
+            options["config"] = self.config()
         with hub_errors(self.name, self.kind):
             auto_class = kind.auto_class_for(self.config()) if kind.encoder_decoder else kind.auto_class
             model, report = auto_class.from_pretrained(
