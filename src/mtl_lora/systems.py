@@ -14,8 +14,10 @@ from mtl_lora.errors import UserError
 SYSTEMS = {
     "language": "causal language models that answer in words",
     "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
+    "image_text": "language models that are shown images: questions, statements and captions",
 }
-BASE_KINDS = {"language": "causal_lm", "nlu": "encoder"}  # of their base models, a key of ``base_model.KINDS``
+# Of their base models, a key of ``base_model.KINDS``.
+BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "image_text": "text_generator"}
 
 
 def part(system: str, name: str) -> types.ModuleType:

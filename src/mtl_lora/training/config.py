@@ -230,6 +230,10 @@ class TrainingConfig(Config):
             field, _, rest = str(error).partition(" ")
             raise UserError(f"--{flags[field]} {rest}" if field in flags else str(error)) from None
 
+    def trainer_options(self) -> dict[str, object]:
+        """What a system sets of transformers' ``TrainingArguments`` beside the flags that all have."""
+        return {}
+
     def count(self) -> tuple[int, int]:
         """(trainable, all) parameters of the model that is trained, counted without its weights."""
         from mtl_lora.base_model import BaseModel  # with torch, which flags need for nothing else

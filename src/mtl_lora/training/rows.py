@@ -141,15 +141,15 @@ def shortened_note(rows: datasets.Dataset, cutoff_len: int, where: str) -> str:
     )
 
 
-def counts_note(names: Sequence[str], counts: np.ndarray, held_out: datasets.Dataset | None, temperature: float) -> str:
-    """The training and held-out examples of each task, and which tasks an epoch takes several times, in lines."""
+def counts_note(names: Sequence[str], counts: np.ndarray, held_out: np.ndarray | None, temperature: float) -> str:
+    """The training and held-out examples of each task (T,), and which tasks an epoch takes several times, in lines."""
 
     def listed(counts: np.ndarray) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
 
     lines = [f"training examples: {listed(counts)}"]
-    if held_out:
-        lines.append(f"held out: {listed(np.bincount(row_columns(held_out)['task_id'], minlength=len(names)))}")
+    if held_out is not None:
+        lines.append(f"held out: {listed(held_out)}")
     passes = examples_per_task(counts, temperature) / np.maximum(counts, 1)
     often = [f"{name} {times:.1f}" for name, times in zip(names, passes, strict=True) if times >= 2]
     if often:

@@ -24,6 +24,7 @@ from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.rows import counts_note, row_columns, shortened_note, split
+from mtl_lora.training.sampler import StepSampler
 from mtl_lora.training.trainer import Batch, MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
@@ -41,7 +42,8 @@ class Run:
     arguments: TrainingArguments
     train: datasets.Dataset
     task_set: type[TaskSet]
-    shortened_at: str  # where an example that is longer than the cutoff loses tokens
+    shortened_at: str = ""  # where an example that is longer than the cutoff loses tokens; empty: there is no cutoff
+    task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
@@ -56,9 +58,27 @@ class Run:
         """The encoded examples of the data file, of this sha256; raises ``UserError`` for data that cannot be."""
         raise NotImplementedError
 
+    def data_sha256(self) -> str:
+        """A hash of what ``--data_path`` holds."""
+        return files.sha256(self.config.data_path)
+
+    def check_rows(self, rows: datasets.Dataset) -> None:
+        """Raise ``UserError`` for rows that the model has no place for."""
+        longest = int(row_columns(rows)["length"].max())
+        way_out = f"the longest example; lower --cutoff_len, which is {self.config.cutoff_len}"
+        self.base.check_positions(longest, way_out)
+
+    def task_counts(self, rows: datasets.Dataset) -> np.ndarray:
+        """The examples of each task, (T,)."""
+        return np.bincount(row_columns(rows)["task_id"], minlength=len(self.tasks))
+
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         """The lengths (N,) of ``train`` by which batches are planned, and whether a step is dealt out by task."""
         return row_columns(self.train)["length"], False
+
+    def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:
+        """This process's micro-batches of ``train``; lengths and group_tasks: of ``plan``."""
+        return make_sampler(self.config, self.arguments, lengths, task_ids, group_tasks)
 
     def load_base(self) -> PreTrainedModel:
         """The model on which the adapter is put."""
@@ -111,22 +131,21 @@ class Run:
             raise UserError(f"--{error}" if own else f"--lora_target_modules: {error}") from None
         self.arguments = training_arguments(config)
         distributed.check_deepspeed_values(self.arguments, one_process=config.check)
-        digest = files.sha256(config.data_path)
+        digest = self.data_sha256()
         # One process of each node tokenises, the others read its cache.
         several = self.arguments.world_size > 1
         with PartialState().local_main_process_first() if several else nullcontext():
             rows = self.rows(digest)
-        longest = int(row_columns(rows)["length"].max())
-        base.check_positions(longest, f"the longest example; lower --cutoff_len, which is {config.cutoff_len}")
+        self.check_rows(rows)
         self.train, held_out = split(rows, config.val_set_size, config.seed)
         self.log(*notes)
         task_ids = row_columns(self.train)["task_id"]
         lengths, group_tasks = self.plan(structure)
-        sampler = make_sampler(config, self.arguments, lengths, task_ids, group_tasks)
-        shortened = shortened_note(rows, config.cutoff_len, self.shortened_at)
-        self.log(f"{sampler}\n{len(rows):,} examples; {shortened}")
-        counts = np.bincount(task_ids, minlength=len(self.tasks))
-        self.log(counts_note(self.tasks.names, counts, held_out, config.sampling_temperature))
+        sampler = self.sampler(lengths, task_ids, group_tasks)
+        shortened = f"; {shortened_note(rows, config.cutoff_len, self.shortened_at)}" if self.shortened_at else ""
+        self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
+        counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
+        self.log(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
         untrained = [name for name, count in zip(self.tasks.names, counts, strict=True) if not count]
         if untrained:
             names = ", ".join(untrained)
@@ -167,6 +186,7 @@ class Run:
             train_dataset=self.train,
             eval_dataset=held_out,
             eval_lengths=row_columns(held_out)["length"] if held_out else None,
+            task_weights=self.task_weights,
         )
         trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
         trainer.save_model(config.output_dir)

@@ -27,7 +27,7 @@ from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.distributed import deepspeed_file
-from mtl_lora.training.sampler import LengthGroupedBatchSampler
+from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
 
 # Besides the adapter a checkpoint holds the two moments of AdamW.
 _COPIES = 3
@@ -42,7 +42,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
     saving = "steps" if config.save_step else "no"
     with _deepspeed_errors(config.deepspeed):
         arguments = TrainingArguments(
-            **{name: getattr(config, name) for name in _SAME_NAMES},
+            **{name: getattr(config, name) for name in _SAME_NAMES} | config.trainer_options(),
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=config.batch_size,
             num_train_epochs=config.num_epochs,
@@ -128,10 +128,12 @@ class TaskLosses:
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that passes the epoch on from the Trainer to its batch sampler."""
+    """A DataLoader that passes the epoch on from the Trainer to its batch sampler, and to a collator that takes it."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+        if hasattr(self.collate_fn, "set_epoch"):
+            self.collate_fn.set_epoch(epoch)
 
 
 class MultiTaskTrainer(Trainer):
@@ -142,7 +144,8 @@ class MultiTaskTrainer(Trainer):
     step: all its micro-batches in all processes. collator: examples to a batch, which holds besides what ``losses``
     needs ``loss_weight``, a scalar: the sum of the weights that ``losses`` will give. tasks: names in id order.
     provenance: what the system records in every checkpoint. eval_lengths: (examples,), by which ``eval_dataset`` is
-    sorted into batches.
+    sorted into batches. task_weights: (T,), where each task has a mean of its own: the loss of a step is then the sum
+    over tasks of this weight times the task's weighted losses over their weights, and ``loss_weight`` is (T,).
     """
 
     def __init__(
@@ -151,13 +154,15 @@ class MultiTaskTrainer(Trainer):
         losses: Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         collator: Callable[[Sequence], Batch],
         tasks: Sequence[str],
-        sampler: LengthGroupedBatchSampler,
+        sampler: StepSampler,
         provenance: checkpoint.Provenance,
         eval_lengths: np.ndarray | None = None,
+        task_weights: Sequence[float] | None = None,
         **options,
     ):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
         self.eval_lengths, self.task_losses = eval_lengths, TaskLosses(len(self.tasks))
+        self.task_weights = None if task_weights is None else torch.tensor(task_weights, dtype=torch.float32)
         self.room: BinaryIO | None = None
         # A base in 4 or 8 bits is refused unless it carries adapters, which are recognised by PEFT's mark alone.
         model = options["model"]
@@ -176,6 +181,7 @@ class MultiTaskTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Each process's own micro-batches; not handed to accelerate, which would shard them a second time."""
         options = {"collate_fn": self.data_collator, "pin_memory": self.args.device.type == "cuda"}
+        options["num_workers"] = self.args.dataloader_num_workers
         return EpochLoader(self.train_dataset, batch_sampler=self.sampler, **options)
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -187,10 +193,10 @@ class MultiTaskTrainer(Trainer):
         return [name for name in names if name not in spared]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """The sum of the weights of a step, () float32, over all its micro-batches and processes."""
+        """The sum of the weights of a step, () or (T,) float32, over all its micro-batches and processes."""
         total = sum((batch["loss_weight"] for batch in batch_samples), torch.zeros(())).to(device)
         if self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
+            total = self.accelerator.gather(total[None]).sum(dim=0)
         return total.clamp(min=torch.finfo(total.dtype).tiny)  # a step without any weight has a loss of zero
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -201,7 +207,10 @@ class MultiTaskTrainer(Trainer):
         """
         losses, weights, task_ids = self.losses(model, inputs)
         self.task_losses.add(losses, weights, task_ids)
-        return (losses * weights).sum() / num_items_in_batch * self.accelerator.num_processes
+        total = num_items_in_batch
+        if self.task_weights is not None:
+            weights, total = weights * (self.task_weights.to(total.device) / total)[task_ids], 1.0
+        return (losses * weights).sum() / total * self.accelerator.num_processes
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: the Trainer's formula is for full fine-tuning."""
@@ -251,7 +260,11 @@ class MultiTaskTrainer(Trainer):
         model.train()
         sums, weights = losses.read()
         key = f"{metric_key_prefix}_loss"
-        metrics = {key: (sums.sum() / weights.sum()).item(), **self._by_task(key, sums, weights)}
+        if self.task_weights is None:
+            mean = sums.sum() / weights.sum()
+        else:
+            mean = (sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)) @ self.task_weights.double()
+        metrics = {key: mean.item(), **self._by_task(key, sums, weights)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
