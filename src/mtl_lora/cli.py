@@ -1,4 +1,5 @@
-"""One command line for all commands: ``mtl-lora train | evaluate | predict | export | report | study | prepare``.
+"""One command line for all commands: ``mtl-lora train | evaluate | predict | export | report | study | features |
+prepare``.
 
 A command's flags are the fields of its configuration dataclass (see ``mtl_lora.config.flag``), written ``--name value``
 or ``--name=value``, and ``--name`` alone for True. Every argument is checked before any work starts.
@@ -46,6 +47,9 @@ COMMANDS = {
     "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
         "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"
+    ),
+    "features": Command(
+        "mtl_lora.image_text.extract:main", "grid features of images, for --system image_text", "train,image"
     ),
     "prepare": Command("mtl_lora.cli:prepare", "download, verify and tag a data set", "data"),
 }
