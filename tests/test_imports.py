@@ -38,7 +38,7 @@ GROUND = {
 DOORS = {"cli", "__main__"}  # they name the commands, and import one when it is called
 SURFACE = {"mtl_lora", "route"}
 BELOW_SYSTEMS = GROUND | SURFACE | {"adapter", "base_model"}
-SYSTEMS = {"language", "nlu", "image_text"}
+SYSTEMS = {"dense", "language", "nlu", "image_text"}
 # Part of the package -> the other parts that it may import; "mtl_lora" is the package's public surface.
 ALLOWED = {
     **dict.fromkeys(GROUND, GROUND),

@@ -12,7 +12,8 @@ import operator
 import re
 import statistics
 import string
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from mtl_lora.errors import UserError
@@ -60,6 +61,77 @@ def text_f1(text: str, target: str) -> float:
     return 2 * sum((collections.Counter(given) & collections.Counter(wanted)).values()) / (len(given) + len(wanted))
 
 
+# ---- answers to questions about pictures ----
+
+_NUMBER_WORDS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_DIGITS = {word: str(max(number - 1, 0)) for number, word in enumerate(_NUMBER_WORDS)}
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+# Each is written for what lacks one of its apostrophes; and the official table takes the one of somebody'd away.
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTED.split()
+    for place, character in enumerate(word)
+    if character == "'"
+} | {"somebody'd": "somebodyd"}
+_VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+
+def _without_punctuation(text: str) -> str:
+    """The official rule: a sign goes where any of its kind is beside a space or the text has a number with a comma,
+    else a space comes for it; and a full stop goes where no digit is behind it."""
+    found = text
+    for sign in _VQA_PUNCTUATION:
+        goes = f"{sign} " in text or f" {sign}" in text or re.search(r"\d,\d", text)
+        found = found.replace(sign, "" if goes else " ")
+    return re.sub(r"\.(?!\d)", "", found)
+
+
+def vqa_normalised(text: str) -> str:
+    """An answer as the official evaluation of VQA (1505.00468) writes one that is predicted: see
+    ``_without_punctuation``, then lower case, digits for none to ten, no articles, apostrophes in contractions."""
+    plain = _without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    words = [_DIGITS.get(word, word) for word in plain.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def _agreement(given: str, answers: Sequence[str]) -> float:
+    """The mean over people of min(1, how many of the others gave this answer / 3)."""
+    same, n = answers.count(given), len(answers)
+    return (same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n
+
+
+def vqa_accuracy(text: str, target: Mapping[str, float] | Sequence[str]) -> float:
+    """The soft accuracy of VQA. target: what people answered, or soft scores by answer, of which the highest counts.
+
+    Both sides are normalised alike, see ``vqa_normalised``; what that leaves nothing of is compared as it is.
+    """
+
+    def plain(text: str) -> str:
+        return vqa_normalised(text) or text.strip().lower()
+
+    given = plain(text)
+    if isinstance(target, Mapping):
+        return max((score for answer, score in target.items() if given and plain(answer) == given), default=0.0)
+    return _agreement(given, [plain(answer) for answer in target]) if given else 0.0
+
+
+def vqa_accuracy_official(text: str, target: Mapping[str, float] | Sequence[str]) -> float:
+    """The same with the asymmetries of the evaluation that VL-T5 and its successors use: people's answers lose their
+    punctuation alone, and only if they are not all the same; soft scores are of the text as it is."""
+    if isinstance(target, Mapping):
+        return target.get(text, 0.0)
+    answers = [_without_punctuation(answer) for answer in target] if len({*target}) > 1 else list(target)
+    return _agreement(vqa_normalised(text), answers)
+
+
 # ---- what a metric is ----
 
 
@@ -69,35 +141,52 @@ class Metric:
 
     Values are fractions up to 1, shown times 100. ``rows`` of predictions and targets is what the metric needs of each
     question, ``value_of`` of rows the value, and ``difference`` what B has more than A.
-    title: of a table's column. needs: what a task must have, see ``metrics_for``. lowest: the smallest value.
+    title: of a table's column. needs: what a task must have, see ``metrics_for``. lowest, highest: values.
     parts: names of the two metrics of which this is the mean. Of two labels the last is the positive class.
+    target: of a prediction line, what is compared with. key: of a prediction line, what the metric is computed from;
+    for captions the row itself, which takes all of the test set and packages that reports do not have.
     """
 
     title: str
     needs: str
     lowest: int = dataclasses.field(default=0, kw_only=True)
+    highest: int = dataclasses.field(default=1, kw_only=True)
     parts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    target: str = dataclasses.field(default="answer", kw_only=True)
+
+    @property
+    def of_captions(self) -> bool:
+        """Whether rows are written into the prediction lines."""
+        return self.needs == "references"
+
+    def of_lines(self, lines: Sequence[Mapping], labels: Sequence[str] = (), key: str = "parsed") -> Sequence:
+        """The rows of prediction lines. key: of the answers."""
+        if self.of_captions:
+            return self.written([line[self.key] for line in lines])
+        return self.rows([line[key] for line in lines], [line[self.target] for line in lines], labels)
 
     def value(self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()) -> float:
         """The value alone, which takes no resampling."""
         return self.value_of(self.rows(predictions, targets, labels))
+
+    def __call__(self, predictions, targets, labels=()) -> tuple[float, float | None]:
+        return self.estimate(self.rows(predictions, targets, labels))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean(Metric):
     """The mean of ``score(prediction, target)``, from 0 to 1. key: of a prediction line that holds the score."""
 
-    score: Callable[[str, str], float]
+    score: Callable[[str, typing.Any], float] | None  # None for one of captions
     key: str
 
     def rows(self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()) -> list[float]:
         """The score of each question."""
         return [float(self.score(given, target)) for given, target in zip(predictions, targets, strict=True)]
 
+    written: ClassVar = list
     value_of: ClassVar = staticmethod(statistics.fmean)
-
-    def __call__(self, predictions, targets, labels=()) -> tuple[float, float]:
-        return mean(self.rows(predictions, targets, labels))
+    estimate: ClassVar = staticmethod(lambda rows: mean(rows))
 
     def difference(
         self, pairs: Sequence[tuple[list, list]], stream: Sequence[int], resamples: int
@@ -131,9 +220,9 @@ class Statistic(Metric):
     a perfect one: they show no spread, which is no certainty.
     """
 
-    columns: Callable[[Sequence[Answer], Sequence[Answer], Sequence[str]], Sequence]
+    columns: Callable[[Sequence[Answer], Sequence[Answer], Sequence[str]], Sequence] | None  # None for one of captions
     of_counts: "Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray]"
-    key: ClassVar = "parsed"
+    key: str = "parsed"
 
     def rows(
         self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()
@@ -161,8 +250,15 @@ class Statistic(Metric):
 
         return float(self.of_counts(rows, numpy.ones((1, len(rows))))[0])
 
-    def __call__(self, predictions, targets, labels=()) -> tuple[float, float | None]:
-        rows = self.rows(predictions, targets, labels)
+    @staticmethod
+    def written(values: Sequence) -> "numpy.ndarray":
+        """Rows (n, c) from prediction lines."""
+        import numpy
+
+        return numpy.array(values, dtype=numpy.float64)
+
+    def estimate(self, rows: "numpy.ndarray") -> tuple[float, float | None]:
+        """Value and standard error of rows."""
         error = float(self._resampled([rows], [SEED], ERROR_RESAMPLES)[0].std(ddof=1))
         return self.value_of(rows), error if error > 1e-9 else None
 
@@ -256,6 +352,18 @@ def _pearson_and_spearman(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "nu
     return (_pearson(rows, counts) + _spearman(rows, counts)) / 2
 
 
+def _bleu4(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
+    """Corpus BLEU (Papineni et al., ACL 2002) of up to four words, with the small numbers of coco-caption's scorer.
+    Columns: matches of one to four words, words of the prediction likewise, its length, that of the closest reference.
+    """
+    import numpy
+
+    sums = counts @ rows
+    precision = (sums[:, :4] + 1e-15) / (sums[:, 4:8] + 1e-9)
+    ratio = (sums[:, 8] + 1e-15) / (sums[:, 9] + 1e-9)
+    return precision.prod(axis=1) ** 0.25 * numpy.exp(numpy.minimum(1 - 1 / ratio, 0))
+
+
 def _classes(predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str]) -> list[list[int]]:
     index = {label: number for number, label in enumerate(dict.fromkeys([*labels, *targets, *predictions]))}
     return [[index[answer] for answer in side] for side in (predictions, targets)]
@@ -294,13 +402,22 @@ METRICS: dict[str, Metric] = {
         parts=("pearson", "spearman"),
         lowest=-1,
     ),
+    "vqa_accuracy": Mean("VQA accuracy", "answers", vqa_accuracy, "score", target="answers"),
+    "vqa_accuracy_official": Mean("Official VQA accuracy", "answers", vqa_accuracy_official, "score", target="answers"),
+    "cider": Mean("CIDEr", "references", None, "cider", highest=10),
+    "bleu4": Statistic("BLEU-4", "references", None, _bleu4, "bleu4"),
 }
 
 
 def metrics_for(labels: Sequence[str] = (), numbers: bool = False) -> list[str]:
     """Names of the metrics of a task with these labels, of one of free text (no labels), or of one of ``numbers``."""
     having = {"words", *["labels"] * (len(labels) > 1), *["two labels"] * (len(labels) == 2)}
-    return [name for name, metric in METRICS.items() if metric.needs in ({"numbers"} if numbers else having)]
+    return metrics_needing(*({"numbers"} if numbers else having))
+
+
+def metrics_needing(*needs: str) -> list[str]:
+    """Names of the metrics that need one of these things of a task."""
+    return [name for name, metric in METRICS.items() if metric.needs in needs]
 
 
 def title_of(metric: str) -> str:

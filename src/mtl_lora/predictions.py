@@ -11,14 +11,14 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.metrics import METRICS, Mean, title_of
-from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results
+from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results, Score
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """One answered question: the right answer, the one given (texts, or numbers of a regression), whether it is right.
 
-    f1: of free text. place: ``FILE, line N``, for errors.
+    f1: of free text. score: of soft scores. cider, bleu4: rows of a caption. place: ``FILE, line N``, for errors.
     """
 
     task: str
@@ -28,6 +28,9 @@ class Prediction:
     parsed: object = None
     correct: bool | None = None
     f1: Fraction | None = None
+    score: Fraction | None = None
+    cider: Score | None = None
+    bleu4: list[float] | None = None
     place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
 
 
@@ -59,7 +62,8 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     if metric is None:
         raise UserError(f"{results.path}: {task} is measured by {score.metric}; only {', '.join(METRICS)} compare")
     kind = float if metric.needs == "numbers" else str
-    needed = {"answer": kind, metric.key: {"correct": bool, "f1": Fraction, "parsed": kind}[metric.key]}
+    keys = {"correct": bool, "f1": Fraction, "parsed": kind, "score": Fraction, "cider": Score, "bleu4": list[float]}
+    needed = {"answer": kind, metric.key: keys[metric.key]}
     for number, line in enumerate(files.read_lines(path), 1):
         reader = Reader(f"{path}, line {number}")
         try:
@@ -95,6 +99,8 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
 def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Sequence:
     """What the task's metric needs of each question, see ``Metric``: the scores that were written, or the answers."""
     metric = METRICS[results.tasks[task].metric]
+    if metric.of_captions:
+        return metric.written([getattr(each, metric.key) for each in predictions])
     if isinstance(metric, Mean):
         return [float(getattr(each, metric.key)) for each in predictions]
     sides = ([getattr(each, key) for each in predictions] for key in ("parsed", "answer"))

@@ -34,6 +34,7 @@ _SCHEMA_1_TITLES |= {"mtl_lora": "MTL-LoRA"}
 Text = typing.Annotated[str, "a non-empty string", str.strip]
 Name = typing.Annotated[str, "letters, digits, '_', '-' or '.'", re.compile(r"[\w.\-]+").fullmatch]
 Fraction = typing.Annotated[float, "a fraction from 0 to 1", lambda number: 0 <= number <= 1]
+Score = typing.Annotated[float, "a number from 0 to 10", lambda number: 0 <= number <= 10 + 1e-9]
 Correlation = typing.Annotated[float, "a number from -1 to 1", lambda number: -1 <= number <= 1]
 Error = typing.Annotated[float, "a standard error from 0", lambda number: number >= 0]
 Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
@@ -131,7 +132,7 @@ def object_of(value: object) -> dict:
 class TaskResult:
     """One task's ``metric`` over ``n`` examples: its value and standard error; see ``measure``.
 
-    Of a metric in ``METRICS`` the value is a fraction (shown times 100) from its lowest to 1; of another, any number.
+    Of a metric in ``METRICS`` the value is one from its lowest to its highest, shown times 100; of another, any number.
     majority: the value of always giving the majority class. groups: the same metric of parts of the examples.
     others: other measures of the same answers, by name (``strict``, ``acc_norm``; ``accuracy`` and ``binary_f1`` of
     their mean). measured: whatever else was, as JSON (``unparsed``, ``predicted``, ``correct``, ``f1``;
@@ -155,8 +156,8 @@ class TaskResult:
             entries = {"acc_norm" if name == "normalised" else name: entry for name, entry in entries.items()}
             entries["metric"] = key = "accuracy"
         metric = reader.key(entries, "metric", Text, place)
-        lowest = METRICS[metric].lowest if metric in METRICS else None
-        number = {None: float, 0: Fraction, -1: Correlation}[lowest]
+        ends = (METRICS[metric].lowest, METRICS[metric].highest) if metric in METRICS else None
+        number = {None: float, (0, 1): Fraction, (-1, 1): Correlation, (0, 10): Score}[ends]
         value, stderr, n = (
             reader.key(entries, name, kind, place)
             for name, kind in ((key, number), ("stderr", Error | None), ("n", Count))
@@ -208,24 +209,32 @@ def measure(
     result = _measured(metric, lines, labels, key, measured)
     if key != "parsed":
         return result
-    groups, targets = {}, [line["answer"] for line in lines]
+    groups, targets = {}, [line[METRICS[metric].target] for line in lines]
     for line in lines:
         groups.setdefault(line.get("kind"), []).append(line)
     found = {kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(filter(None, groups))}
     result = dataclasses.replace(result, groups=found)
-    if METRICS[metric].needs == "numbers":
+    if METRICS[metric].needs in ("numbers", "references"):
         return result
-    ((most_frequent, _),) = collections.Counter(targets).most_common(1)
+    ((most_frequent, _),) = _answers(targets).most_common(1)
     majority = METRICS[metric].value([most_frequent] * len(lines), targets, labels)
     predicted = dict(sorted(collections.Counter(line["parsed"] for line in lines).items()))
     return dataclasses.replace(result, majority=majority, measured=result.measured | {"predicted": predicted})
 
 
+def _answers(targets: Sequence) -> collections.Counter:
+    """How often each answer is right: a target is one, or several, or soft scores by answer."""
+    counts = collections.Counter()
+    for target in targets:
+        counts.update([target] if isinstance(target, str) else target)
+    return counts
+
+
 def _measured(metric: str, lines: Sequence[dict], labels: Sequence[str], key: str, measured: dict) -> TaskResult:
-    given, targets = [line[key] for line in lines], [line["answer"] for line in lines]
     if key == "parsed" and all("correct" in line for line in lines):
         measured = {"correct": sum(line["correct"] for line in lines), **measured}
-    found = {name: METRICS[name](given, targets, labels) for name in (metric, *METRICS[metric].parts)}
+    measures = {name: METRICS[name] for name in (metric, *METRICS[metric].parts)}
+    found = {name: each.estimate(each.of_lines(lines, labels, key)) for name, each in measures.items()}
     result, *others = (TaskResult(name, *numbers, len(lines)) for name, numbers in found.items())
     return dataclasses.replace(result, others={other.metric: other for other in others}, measured=measured)
 

@@ -128,10 +128,12 @@ class TaskLosses:
 
 
 class EpochLoader(DataLoader):
-    """A DataLoader that passes the epoch on from the Trainer to its batch sampler."""
+    """A DataLoader that passes the epoch on from the Trainer to its batch sampler, and to a collator that takes it."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+        if hasattr(self.collate_fn, "set_epoch"):
+            self.collate_fn.set_epoch(epoch)
 
 
 class MultiTaskTrainer(Trainer):

@@ -1,0 +1,1 @@
+"""A system: one vision transformer for several dense maps of an image, with a decoder per task."""

@@ -1,0 +1,186 @@
+"""The data set of dense prediction: an image and its label maps, checked, augmented and at the model's size."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mtl_lora import files
+from mtl_lora.dense.layouts import Layout, layout_of, read_image
+from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
+from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
+from mtl_lora.errors import UserError
+
+_MOST_NAMED = 10  # files that one error names
+_PROBED = 16  # images whose maps are read before anything begins
+
+
+class DenseDataset(Dataset):
+    """``[i]`` is a dict of ``image`` (3, S, S), ``labels`` by task name, see ``label_tensor``, and ``id``.
+
+    data_dir: see ``layouts``. split: train or test. tasks: those that are wanted; None: all of the folder. size: S, of
+    the model's images. augmentation: a key of ``AUGMENTATIONS``, or ``auto``, that of the layout; seeded by ``seed``,
+    ``epoch`` and the index alone. missing_labels: an image may lack the file of a task, whose pixels are then all
+    ``IGNORE``. limit: the first n images; 0: all.
+
+    Raises ``UserError`` with the names of the files that are not there, or of one that is wrong.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        split: str,
+        tasks: TaskSet | None = None,
+        size: int = 448,
+        augmentation: str = "none",
+        seed: int = 0,
+        missing_labels: bool = False,
+        limit: int = 0,
+    ):
+        self.layout: Layout = layout_of(data_dir)
+        self.tasks = tasks or self.layout.tasks
+        self.split, self.size, self.seed, self.epoch = split, size, seed, 0
+        self.missing_labels = missing_labels
+        name = self.layout.augmentation if augmentation == "auto" else augmentation
+        self.augmentation = AUGMENTATIONS[name]
+        self.ids = self.layout.ids(split)[: limit or None]
+        self._check_files()
+        self._check_binary()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.item(index, self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of this epoch from here on."""
+        self.epoch = epoch
+
+    def item(self, index: int, epoch: int = 0) -> dict:
+        """An image with its labels, as augmented in an epoch."""
+        id = self.ids[index]
+        warp = self.augmentation.draw(self.seed, epoch, index) if self.augmentation else Warp()
+        pixels, shape = self._pixels(self.layout.image(id))
+        labels = {}
+        for task in self.tasks:
+            label = self.label(task, id, shape)
+            if label is None:
+                kept = (3,) if task.kind == "normals" else () if task.has_classes else (1,)
+                dtype = torch.long if task.has_classes else torch.float32
+                labels[task.name] = torch.full((*kept, self.size, self.size), IGNORE, dtype=dtype)
+            else:
+                labels[task.name] = label_tensor(label, task, warp, self.size)
+        return {"image": image_tensor(pixels, warp, self.size, shape), "labels": labels, "id": id}
+
+    def _pixels(self, path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image (H, W, 3), reduced by a whole number where it is much larger than the model's, and its own size."""
+        image = read_image(path).convert("RGB")
+        shape = image.height, image.width
+        factor = min(shape) // self.size
+        return np.array(image.reduce(factor) if factor > 1 else image), shape
+
+    def label(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray | None:
+        """The map of a task of an image of this height and width, checked; None for one that may be missing and is."""
+        paths = self.layout.paths(task, id)
+        if self.missing_labels and not all(path.is_file() for path in paths):
+            return None
+        return checked(self.layout.read(task, id, shape), task, str(paths[0]), shape)
+
+    # ---- checks before anything begins, and what the files hold ----
+
+    def _check_files(self) -> None:
+        """Raise ``UserError`` unless the files of all images are there."""
+        missing = [path for id in self.ids if not (path := self.layout.image(id)).is_file()]
+        of_task = {task.name: [path for path in self._label_files(task) if not path.is_file()] for task in self.tasks}
+        if self.missing_labels:
+            whole = [name for name, absent in of_task.items() if len(set(absent)) >= len(self.ids)]
+            missing += of_task[whole[0]] if whole else []
+        else:
+            missing += [path for absent in of_task.values() for path in absent]
+        if missing := list(dict.fromkeys(missing)):
+            named = ", ".join(str(path.relative_to(self.layout.root)) for path in missing[:_MOST_NAMED])
+            more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
+            way_out = "" if self.missing_labels else "; --missing_labels leaves out the tasks that an image lacks"
+            raise UserError(f"{self.layout.root} lacks {named}{more} of {self.split}{way_out}")
+
+    def _label_files(self, task: Task) -> Iterator[Path]:
+        for id in self.ids:
+            yield from self.layout.paths(task, id)
+
+    def _check_binary(self) -> None:
+        """Read the first images; raise ``UserError`` where 255 seems to be written for 1, which would be no label."""
+        seen: dict[str, set] = {}
+        for id in self.ids[:_PROBED]:
+            image = read_image(self.layout.image(id))
+            for task in self.tasks:
+                label = self.label(task, id, (image.height, image.width))
+                if label is not None and task.kind in ("saliency", "edges"):
+                    seen.setdefault(task.name, set()).update(np.unique(label).tolist())
+        for name, values in seen.items():
+            if values == {0, IGNORE}:
+                raise UserError(
+                    f"the first maps of {name} in {self.layout.root} hold 0 and 255 alone, and 255 is a pixel without "
+                    "a label; write 1 for a pixel that belongs to it"
+                )
+
+    def sha256(self, task: Task) -> str:
+        """A hash of the ids, the images and the labels of a task: what an evaluation of it is of."""
+        digest = hashlib.sha256(f"{self.size} {task.extraction_key}".encode())
+        for id in self.ids:
+            digest.update(id.encode() + b"\0")
+            for path in (self.layout.image(id), *self.layout.paths(task, id)):
+                digest.update((files.sha256(path) if path.is_file() else "").encode())
+        return digest.hexdigest()
+
+
+def checked(label: np.ndarray, task: Task, where: str, shape: tuple[int, int]) -> np.ndarray:
+    """The map of a task, as ``label_tensor`` takes it; raises ``UserError`` naming ``where`` and what is wrong."""
+    wanted = (*shape, 3) if task.kind == "normals" else shape
+    if label.shape != wanted:
+        raise UserError(f"{where} has the shape {label.shape}, and its image needs {wanted} for {task.name}")
+    if label.dtype.kind not in "uif" or (label.dtype.kind == "f" and not np.isfinite(label).all()):
+        raise UserError(f"{where} holds values that are no finite numbers")
+    if task.kind == "normals":
+        return _checked_normals(label.astype(np.float32), where)
+    if task.kind == "depth":
+        if label.min() < 0 or label.max() >= IGNORE:
+            raise UserError(
+                f"{where} holds depths from {label.min():g} to {label.max():g}; they must be from 0, which is no "
+                f"label, to below {IGNORE}, as in metres"
+            )
+        return label.astype(np.float32)
+    classes = task.classes or 2
+    wrong = np.unique(label[(label != IGNORE) & ((label < 0) | (label >= classes) | (label % 1 != 0))])
+    if len(wrong):
+        raise UserError(
+            f"{where} holds {', '.join(f'{value:g}' for value in wrong[:5].tolist())}; {task.name} has 0 to "
+            f"{classes - 1}, and {IGNORE} for a pixel without a label"
+        )
+    return label.astype(np.uint8)
+
+
+def _checked_normals(normals: np.ndarray, where: str) -> np.ndarray:
+    """Normals as unit vectors, zero vectors as they are."""
+    lengths = np.linalg.norm(normals, axis=2, keepdims=True)
+    known = lengths[lengths > 0]
+    if len(known) and not 0.5 < np.median(known) < 1.5:
+        raise UserError(
+            f"{where} holds normals of length {np.median(known):g}; they must be unit vectors, or zero without a label"
+        )
+    return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)
+
+
+def collate(items: Sequence[dict], tasks: TaskSet) -> dict[str, torch.Tensor]:
+    """A batch of items: ``pixel_values`` (B, 3, S, S), the labels of each task stacked under its name, and ``present``
+    (B, T): which images have a label of which task."""
+    labels = {name: torch.stack([item["labels"][name] for item in items]) for name in tasks.names}
+    present = [(labels[name] != IGNORE).flatten(1).any(dim=1) for name in tasks.names]
+    return {
+        "pixel_values": torch.stack([item["image"] for item in items]),
+        **labels,
+        "present": torch.stack(present, 1),
+    }

@@ -1,0 +1,294 @@
+"""Folders of images with label maps: this project's layout, PASCAL-Context (PASCAL_MT) and NYUv2 (NYUD_MT).
+
+A layout says where the files of an image lie and reads the map of a task: class indices or 0 and 1 with 255 for a pixel
+without a label, normals with zero vectors and depth with zeros there. ``data`` checks what is read.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from mtl_lora import files
+from mtl_lora.dense.tasks import IGNORE, Task, TaskSet, shipped
+from mtl_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# ---- files ----
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file; raises ``UserError`` naming one that is broken."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); fetch or make it again") from None
+
+
+def read_png(path: Path, channels: int = 1) -> np.ndarray:
+    """A map (H, W) or (H, W, 3) of whole numbers; of an image with a palette the indices."""
+    opened = read_image(path)
+    array = np.asarray(opened)
+    if array.ndim != (2 if channels == 1 else 3) or (channels > 1 and array.shape[2] != channels):
+        raise UserError(f"{path} is an image of mode {opened.mode}; its map needs {channels} channel(s)")
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """An array; one channel of a third axis is none."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as a NumPy array ({error}); fetch or make it again") from None
+    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+
+
+def read_mat(path: Path, key: str) -> np.ndarray:
+    """A variable of a MATLAB file (before version 7.3)."""
+    import scipy.io
+
+    try:
+        return scipy.io.loadmat(path)[key]
+    except KeyError:
+        raise UserError(f"{path} has no variable {key}; fetch it again") from None
+    except Exception as error:  # scipy raises errors of many kinds for a file that is broken
+        raise UserError(f"{path} cannot be read as a MATLAB file ({error}); fetch it again") from None
+
+
+# ---- layouts ----
+
+
+class Layout:
+    """A folder. tasks: all that it has. augmentation: of its training images, a key of ``AUGMENTATIONS``."""
+
+    name: str
+    augmentation: str
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    @property
+    def tasks(self) -> TaskSet:
+        raise NotImplementedError
+
+    def split_file(self, split: str) -> Path:
+        """The text file with the ids of a split, ``train`` or ``test``."""
+        raise NotImplementedError
+
+    def image(self, id: str) -> Path:
+        raise NotImplementedError
+
+    def paths(self, task: Task, id: str) -> "Sequence[Path]":
+        """The files from which the map of a task is read. Raises ``UserError`` for a task that the layout lacks."""
+        raise NotImplementedError
+
+    def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
+        """The map of a task, of an image of this height and width."""
+        raise NotImplementedError
+
+    def lacks(self, task: Task) -> UserError:
+        """The error for a task that the layout does not have."""
+        return UserError(f"{self.root} is laid out as {self.name}, which has no {task.kind} for task {task.name!r}")
+
+    def ids(self, split: str) -> list[str]:
+        """The ids of a split, in the order of its file; raises ``UserError``."""
+        path = self.split_file(split)
+        if not path.is_file():
+            raise UserError(f"there is no {path} with the ids of the images of {split}, one a line")
+        found = files.read_utf8(path, "the list of ids").split()
+        if not found:
+            raise UserError(f"{path} names no image")
+        if len(set(found)) < len(found):
+            raise UserError(f"{path} names {next(id for id in found if found.count(id) > 1)} twice")
+        return found
+
+
+class Folder(Layout):
+    """``images/<id>.png`` or .jpg, ``<task>/<id>.png`` or .npy, ``train.txt`` and ``test.txt``, ``tasks.json``.
+
+    Class indices and 0 and 1 as PNG, 255 for a pixel without a label; depth as .npy; normals as .npy, or as PNG v with
+    n = 2 v / 255 - 1.
+    """
+
+    name, augmentation = "a folder with tasks.json", "flip"
+
+    @property
+    def tasks(self) -> TaskSet:
+        return TaskSet.load(self.root / "tasks.json")
+
+    def split_file(self, split: str) -> Path:
+        return self.root / f"{split}.txt"
+
+    def image(self, id: str) -> Path:
+        return self._existing(self.root / "images", id, (".png", ".jpg"))
+
+    def paths(self, task: Task, id: str) -> list[Path]:
+        return [self._existing(self.root / task.name, id, (".npy",) if task.kind == "depth" else (".png", ".npy"))]
+
+    @staticmethod
+    def _existing(folder: Path, id: str, suffixes: "Sequence[str]") -> Path:
+        found = [folder / f"{id}{suffix}" for suffix in suffixes]
+        return next(filter(Path.is_file, found), found[0])
+
+    def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
+        (path,) = self.paths(task, id)
+        if path.suffix == ".npy":
+            return read_npy(path)
+        if task.kind != "normals":
+            return read_png(path)
+        normals = 2 * read_png(path, 3).astype(np.float32) / 255 - 1
+        return np.where(np.abs(normals).max(axis=2, keepdims=True) < 0.01, 0, normals)  # zero is no value of 8 bits
+
+
+# The classes of PASCAL-Context for which the distilled normals count: those that NYUv2, on which their network was
+# trained, has too by name, and tv monitors.
+_NORMALS_CLASSES = """
+    3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65 66 68 69 72 73 78
+    83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 134 141 142 143 146 150 154 157 158 159 165 172 174 181
+    183 184 191 193 195 197 199 202 213 215 216 219 220 223 225 228 230 232 233 238 239 242 243 246 250 251 252 255
+    260 261 263 269 272 273 275 281 283 284 285 286 287 288 290 291 292 293 295 304 307 309 310 314 315 319 323 329
+    330 331 336 342 345 349 350 351 352 355 357 368 370 371 374 379 380 383 384 397 401 403 405 407 408 411 412 413
+    414 417 419 421 423 427 429 430 432 440 441 442 443 444 446 454 457
+"""
+NORMALS_CLASSES = [int(number) for number in _NORMALS_CLASSES.split()]
+PERSON = 15
+PARTS = {
+    1: "head hair lear rear lebrow rebrow leye reye mouth nose",
+    2: "neck torso",
+    3: "luarm ruarm",
+    4: "llarm rlarm lhand rhand",
+    5: "luleg ruleg",
+    6: "llleg rlleg lfoot rfoot",
+}
+GROUP_OF_PART = {part: group for group, parts in PARTS.items() for part in parts.split()}
+
+
+class PascalMT(Layout):
+    """PASCAL-Context with five tasks, as the archive PASCAL_MT of ASTMT (arXiv 1904.08918) holds it."""
+
+    name, augmentation = "PASCAL_MT", "pascal"
+
+    @property
+    def tasks(self) -> TaskSet:
+        return shipped("pascal")
+
+    def split_file(self, split: str) -> Path:
+        return self.root / "ImageSets" / "Context" / f"{'val' if split == 'test' else split}.txt"
+
+    def image(self, id: str) -> Path:
+        return self.root / "JPEGImages" / f"{id}.jpg"
+
+    def paths(self, task: Task, id: str) -> list[Path]:
+        context = self.root / "pascal-context" / "trainval" / f"{id}.mat"
+        segmented = [self.root / "semseg" / folder / f"{id}.png" for folder in ("VOC12", "pascal-context")]
+        found = {
+            "semantic": [next(filter(Path.is_file, segmented), segmented[0])],
+            "parts": [self.root / "human_parts" / f"{id}.mat"],
+            "saliency": [self.root / "sal_distill" / f"{id}.png"],
+            "normals": [self.root / "normals_distill" / f"{id}.png", context],
+            "edges": [context],
+        }
+        if task.kind not in found:
+            raise self.lacks(task)
+        return found[task.kind]
+
+    def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
+        path, *more = self.paths(task, id)
+        if task.kind == "semantic":
+            return read_png(path)
+        if task.kind == "saliency":
+            return (read_png(path) > 127).astype(np.uint8)  # v / 255 > 0.5
+        if task.kind == "edges":
+            return boundaries(read_mat(path, "LabelMap"))
+        if task.kind == "parts":
+            return human_parts(path, shape)
+        normals, (context,) = 2 * read_png(path, 3).astype(np.float32) / 255 - 1, more
+        classes = read_mat(context, "LabelMap")
+        if classes.shape != normals.shape[:2]:
+            raise UserError(f"{path} is {normals.shape[:2]} high and wide, and {context} {classes.shape}")
+        return np.where(np.isin(classes, NORMALS_CLASSES)[..., None], normals, 0)
+
+
+def human_parts(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W): the group of each pixel's part, 0 for none; all 255 where no part of a person is annotated."""
+    found, annotation = np.zeros(shape, np.uint8), read_mat(path, "anno")
+    try:
+        # Fields by their order: of the annotation (name, objects), an object (class, number, mask, parts), a part
+        # (name, mask).
+        for entry in annotation[0][0][1][0]:
+            for part in entry[3][0] if int(entry[1][0][0]) == PERSON and len(entry[3]) else ():
+                found[part[1].astype(bool)] = GROUP_OF_PART[str(part[0][0])]
+    except (IndexError, TypeError, KeyError, ValueError) as error:
+        reason = f"the unknown part {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is not laid out as PASCAL-Part for an image of {shape} ({reason})") from None
+    return found if found.any() else np.full_like(found, IGNORE)
+
+
+def boundaries(labels: np.ndarray) -> np.ndarray:
+    """(H, W), 0 and 1: where the Laplacian of a label map is not zero, thinned."""
+    import scipy.ndimage
+
+    return thin(scipy.ndimage.laplace(labels.astype(np.int64), mode="mirror") != 0).astype(np.uint8)
+
+
+def thin(mask: np.ndarray) -> np.ndarray:
+    """A mask (H, W) reduced to lines one pixel wide (Guo and Hall, Communications of the ACM 32, 1989)."""
+    mask, before = mask.astype(bool), None
+    while before is None or (mask != before).any():
+        before = mask
+        for first in (0, 4):
+            padded = np.pad(mask, 1)
+            # The eight neighbours x1 to x8: from the east against the clock, and again, so that x9 is x1.
+            steps = [(1, 2), (0, 2), (0, 1), (0, 0), (1, 0), (2, 0), (2, 1), (2, 2)]
+            x = [padded[row : row + mask.shape[0], column : column + mask.shape[1]] for row, column in steps] * 2
+            crossings = sum(~x[i] & (x[i + 1] | x[i + 2]) for i in (0, 2, 4, 6))
+            ones = sum((x[i] | x[i + 1]).astype(int) for i in (0, 2, 4, 6))
+            twos = sum((x[i + 1] | x[i + 2]).astype(int) for i in (0, 2, 4, 6))
+            few = np.minimum(ones, twos)
+            side = (x[first + 1] | x[first + 2] | ~x[first + 7]) & x[first]
+            mask = mask & ~((crossings == 1) & (few >= 2) & (few <= 3) & ~side)
+    return mask
+
+
+class NyudMT(Layout):
+    """NYUv2 with four tasks, as the archive NYUD_MT of ASTMT holds it; 40 classes without a background."""
+
+    name, augmentation = "NYUD_MT", "nyud"
+
+    @property
+    def tasks(self) -> TaskSet:
+        return shipped("nyud")
+
+    def split_file(self, split: str) -> Path:
+        return self.root / "gt_sets" / f"{'val' if split == 'test' else split}.txt"
+
+    def image(self, id: str) -> Path:
+        return self.root / "images" / f"{id}.jpg"
+
+    def paths(self, task: Task, id: str) -> list[Path]:
+        folders = {"semantic": "segmentation", "edges": "edge", "normals": "normals", "depth": "depth"}
+        if task.kind not in folders:
+            raise self.lacks(task)
+        return [self.root / folders[task.kind] / f"{id}{'.png' if task.kind == 'semantic' else '.npy'}"]
+
+    def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
+        (path,) = self.paths(task, id)
+        if task.kind != "semantic":
+            return read_npy(path)
+        return read_png(path) - np.uint8(1)  # 0, no label, becomes 255
+
+
+def layout_of(folder: str | Path) -> Layout:
+    """The layout of a folder, by the files that each has; raises ``UserError`` for a folder that has none of them."""
+    folder = Path(folder)
+    marks = {Folder: "tasks.json", PascalMT: "ImageSets/Context", NyudMT: "gt_sets"}
+    for kind, mark in marks.items():
+        if (folder / mark).exists():
+            return kind(folder)
+    known = ", ".join(f"{mark} ({kind.__name__})" for kind, mark in marks.items())
+    raise UserError(f"{folder} is no folder of images with label maps: it has none of {known}")

@@ -1,0 +1,285 @@
+"""From examples to rows and batches: prompts and answers in token ids, beside the features of their pictures.
+
+Prompt and answer are tokenised apart. An encoder-decoder reads the prompt and writes the answer; a causal language
+model reads pictures, prompt and answer as one sequence.
+"""
+
+import itertools
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from mtl_lora.errors import UserError
+from mtl_lora.image_text.examples import Example, load_examples
+from mtl_lora.image_text.tasks import BY_TOKEN, Task, TaskSet
+from mtl_lora.training.rows import cached_rows, tokenizer_hash
+
+if TYPE_CHECKING:
+    from mtl_lora.image_text.features import FeatureStore
+
+# Raised when the way examples are encoded changes, so that caches of an older version are not read.
+_VERSION = 1
+IGNORED = -100  # the label of a token that carries no loss
+LEAST_TEXT = 4  # tokens that must remain of a text that is cut
+COLUMNS = datasets.Features(
+    {
+        "prompt_ids": datasets.Sequence(datasets.Value("int32")),
+        "answers": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),  # each with EOS
+        "scores": datasets.Sequence(datasets.Value("float64")),  # of each answer
+        "images": datasets.Sequence(datasets.Value("string")),
+        "image_count": datasets.Value("int32"),
+        "example": datasets.Value("int64"),  # its place in the file
+        "length": datasets.Value("int32"),  # of the prompt and the longest answer, without visual tokens
+        "task_id": datasets.Value("int32"),
+        "removed": datasets.Value("int32"),
+    }
+)
+
+
+class Encoder:
+    """Prompts and answers to token ids, for one tokenizer, kind of model and task set.
+
+    cutoff_len: most tokens of a prompt and of an answer, where the task sets no lower limit; a longer text loses its
+    end, but never what the prompt says before or behind it, and so does an answer before its EOS. config: of the model.
+    Raises ``UserError`` for a tokenizer without EOS, and for labels that are too long or the same tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, cutoff_len: int, tasks: TaskSet):
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
+        self.is_encoder_decoder = config.is_encoder_decoder
+        self.decoder_start = getattr(config, "decoder_start_token_id", None)
+        if self.is_encoder_decoder and self.decoder_start is None:
+            raise UserError("the model's configuration has no decoder_start_token_id; set it in its config.json")
+        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
+        self.before, self.behind = self._special_tokens()
+        self._answers: dict[str, list[int]] = {}
+        self._answer_start = self.before if self.is_encoder_decoder else []
+        self.labels = {task.id: self._labels(task) for task in tasks}
+
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts before and behind a text by itself; behind a prompt that goes on, none."""
+        (bare,), full = self._ids(["a"]), self.tokenizer("a")["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :] if self.is_encoder_decoder else []
+        raise UserError(
+            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text behind them, so a "
+            "prompt cannot be cut; use another tokenizer"
+        )
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        # What looks like a control token is text, for EOS in a question would end it.
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _labels(self, task: Task) -> list[list[int]]:
+        """The ids of a choice's labels, each with EOS."""
+        found = [self.answer_ids(label, task) for label in task.labels]
+        most = self._most(task.max_answer)
+        for label, ids in zip(task.labels, found, strict=True):
+            if len(ids) > most:
+                raise UserError(f"the label {label!r} of {task.name} has {len(ids)} tokens, more than {most}; raise it")
+        for first, last in itertools.combinations(range(len(found)), 2):
+            if found[first] == found[last]:
+                pair = f"{task.labels[first]!r} and {task.labels[last]!r} of the task {task.name}"
+                raise UserError(f"the labels {pair} are the same tokens to this tokenizer; rename one of them")
+        return found
+
+    def _most(self, limit: int) -> int:
+        """The tokens that a task's limit, 0 for none, leaves."""
+        return min(limit or self.cutoff_len, self.cutoff_len)
+
+    def answer_ids(self, text: str, task: Task) -> list[int]:
+        """An answer with EOS; a decoder's begins as the tokenizer begins a text (a BART's with BOS)."""
+        if text and not self.is_encoder_decoder and not task.prompt[-1:].isspace():
+            text = f" {text}"
+        if text not in self._answers:
+            ids = self._ids([text])[0] if text else []
+            self._answers[text] = [*self._answer_start, *ids, self.tokenizer.eos_token_id]
+        return self._answers[text]
+
+    def encode(self, examples: Sequence[Example], answered: bool = True) -> list[dict]:
+        """Of each example ``prompt_ids``, ``images``, ``task_id``, ``removed`` (tokens that were cut) and, if they are
+        ``answered``, ``answers`` and ``scores``: without a right answer one, empty, of score 0.
+
+        Raises ``UserError`` naming the example that a limit leaves no room for, and one that holds a control token.
+        """
+        tasks = [self.tasks[example.task_id] for example in examples]
+        parts = [task.parts(example.text) for task, example in zip(tasks, examples, strict=True)]
+        rows = []
+        for example, task, texts, ids in zip(examples, tasks, parts, self._ids(map("".join, parts)), strict=True):
+            prompt = [*self.before, *self._shortened(ids, texts, task, example), *self.behind]
+            removed = len(ids) + len(self.before) + len(self.behind) - len(prompt)
+            row = {"prompt_ids": prompt, "images": list(example.images), "task_id": example.task_id}
+            if answered:
+                whole = {text: self.answer_ids(text, task) for text in example.answers or [""]}
+                most = self._most(task.max_answer)
+                row["answers"] = [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in whole.values()]
+                row["scores"] = list(example.answers.values()) or [0.0]
+                removed += sum(max(len(ids) - most, 0) for ids in whole.values())
+            used = itertools.chain(ids, *(each[len(self._answer_start) : -1] for each in row.get("answers", ())))
+            if found := self._control.intersection(used):
+                token = self.tokenizer.convert_ids_to_tokens(found.pop())
+                raise UserError(
+                    f"example {example.index} holds {token!r}, which this tokenizer takes for a control token; "
+                    "take it out"
+                )
+            rows.append(row | {"removed": removed})
+        return rows
+
+    def _shortened(self, ids: list[int], texts: tuple[str, str, str], task: Task, example: Example) -> list[int]:
+        """The ids of a prompt with tokens taken from the end of its text until they fit."""
+        most = self._most(task.max_text)
+        room = most - len(self.before) - len(self.behind)
+        if len(ids) <= room:
+            return ids
+        before, _, behind = texts
+        # A neighbour keeps white space from being tokenised otherwise than in the prompt.
+        opening, closing = self._ids([f"{before}a", f"a{behind}"])
+        head, tail = _alike(ids, opening), _alike(ids[::-1], closing[::-1]) if behind else 0
+        if room - head - tail < LEAST_TEXT:
+            raise UserError(
+                f"example {example.index}: {most} tokens leave no room for a text beside the {head + tail} of the "
+                f"prompt of {task.name}; raise its max_text, or --cutoff_len"
+            )
+        return ids[: room - tail] + ids[len(ids) - tail :]
+
+
+def _alike(first: Sequence[int], last: Sequence[int]) -> int:
+    """The number of ids with which both begin."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+
+
+def training_rows(
+    path: str | Path, encoder: Encoder, cache_dir: str | Path, task: str | None = None, digest: str | None = None
+) -> datasets.Dataset:
+    """The encoded examples of a data file, one a row (``COLUMNS``), from the cache if they are there.
+
+    task: as for ``load_examples``. digest: the file's sha256, if it is known. Raises ``UserError`` as ``load_examples``
+    and ``Encoder.encode`` do, and for an unwritable cache folder.
+    """
+    tasks = encoder.tasks
+    shaping = [encoder.cutoff_len, encoder.is_encoder_decoder, tasks.answers_sha256]
+    facts = ["image_text", _VERSION, *shaping, tokenizer_hash(encoder.tokenizer), task]
+
+    def encode(examples: Sequence[Example]) -> dict[str, list]:
+        rows = encoder.encode(examples)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return columns | {
+            "image_count": [len(row["images"]) for row in rows],
+            "example": [example.index for example in examples],
+            "length": [len(row["prompt_ids"]) + max(map(len, row["answers"])) for row in rows],
+        }
+
+    return cached_rows(path, facts, COLUMNS, cache_dir, lambda: load_examples(path, tasks, task), encode, digest)
+
+
+def mean_answer_tokens(rows: datasets.Dataset, tasks: TaskSet) -> dict[int, float]:
+    """The mean number of tokens of the training answers, by id of the tasks whose loss is by token."""
+    sums = {task.id: [0, 0] for task in tasks if task.loss == BY_TOKEN}
+    for task_id, answers in zip(rows["task_id"], rows["answers"], strict=True):
+        if task_id in sums:
+            sums[task_id][0] += sum(map(len, answers)) / len(answers)
+            sums[task_id][1] += 1
+    return {task_id: total / count for task_id, (total, count) in sums.items() if count}
+
+
+class Collator:
+    """Rows to a batch of B rows, L tokens, I pictures a row at most, V visual tokens of these.
+
+    input_ids (B, L); features (B, I, G, D), zero where a row has fewer pictures; attention_mask (B, L + V), in an
+    encoder-decoder the prompt's in front and the visual tokens' behind, in a causal model the other way round; task_ids
+    (B,). Of training rows also:
+
+    labels: ``IGNORED`` where there is no loss; in an encoder-decoder (B, L'), of the answers, with decoder_input_ids
+    (B, L'); in a causal model (B, L), the answers behind their prompts. weights (B,): of each token of a row. scores
+    (B,): by which a row's losses are multiplied. loss_weight (): the sum of the weights of all tokens.
+
+    All are padded on the right, but for a causal model's prompts without answers: on the left, for generation.
+
+    visual_tokens: of a picture, after any pooling. mean_tokens: by which a token's weight is divided in tasks whose
+    loss is by token, see ``mean_answer_tokens``. Which of several answers is learned depends on the seed, the epoch and
+    the example's place in its file, and on nothing else.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        store: "FeatureStore",
+        visual_tokens: int,
+        seed: int = 0,
+        mean_tokens: Mapping[int, float] | None = None,
+    ):
+        self.store, self.visual_tokens, self.seed, self.epoch = store, visual_tokens, seed, 0
+        self.pad_token_id, self.decoder_start = encoder.tokenizer.pad_token_id, encoder.decoder_start
+        self.is_encoder_decoder, self.mean_tokens = encoder.is_encoder_decoder, dict(mean_tokens or {})
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose answers are drawn."""
+        self.epoch = epoch
+
+    def drawn(self, row: Mapping) -> int:
+        """Which of a row's answers is learned, in proportion to their scores."""
+        if len(row["answers"]) == 1:
+            return 0
+        draw = random.Random(f"{self.seed} {self.epoch} {row['example']}")
+        return draw.choices(range(len(row["answers"])), row["scores"])[0]
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        prompts, answers = [row["prompt_ids"] for row in rows], []
+        answered = "answers" in rows[0]
+        if answered:
+            drawn = [self.drawn(row) for row in rows]
+            answers = [row["answers"][index] for row, index in zip(rows, drawn, strict=True)]
+        joined = answered and not self.is_encoder_decoder
+        texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)] if joined else prompts
+        left = not answered and not self.is_encoder_decoder
+        features, seen = self._features([row["images"] for row in rows])
+        masks = [_padded([[1] * len(text) for text in texts], 0, left), seen]
+        batch = {
+            "input_ids": _padded(texts, self.pad_token_id, left),
+            "attention_mask": torch.cat(masks if self.is_encoder_decoder else masks[::-1], dim=1),
+            "features": features,
+            "task_ids": torch.tensor([int(row["task_id"]) for row in rows]),
+        }
+        if not answered:
+            return batch
+        if self.is_encoder_decoder:
+            batch["labels"] = _padded(answers, IGNORED)
+            shifted = [[self.decoder_start, *answer[:-1]] for answer in answers]
+            batch["decoder_input_ids"] = _padded(shifted, self.pad_token_id)
+        else:
+            hidden = [[IGNORED] * len(prompt) for prompt in prompts]
+            batch["labels"] = _padded([[*a, *b] for a, b in zip(hidden, answers, strict=True)], IGNORED)
+        scores = [row["scores"][index] for row, index in zip(rows, drawn, strict=True)]
+        counts = [len(answer) for answer in answers]
+        tokens = [self.mean_tokens.get(int(row["task_id"]), n) for row, n in zip(rows, counts, strict=True)]
+        batch["scores"] = torch.tensor(scores, dtype=torch.float64)
+        batch["weights"] = 1 / torch.tensor(tokens, dtype=torch.float64)
+        return batch | {"loss_weight": (batch["weights"] * torch.tensor(counts)).sum().float()}
+
+    def _features(self, images: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (B, I, G, D), and which of their visual tokens are a picture's, (B, V)."""
+        found = {image: self.store[image] for image in {*itertools.chain(*images)}}
+        features = torch.zeros(len(images), max(map(len, images)), *found[images[0][0]].shape)
+        for row, ids in enumerate(images):
+            for place, image in enumerate(ids):
+                features[row, place] = found[image]
+        return features, _padded([[1] * len(ids) * self.visual_tokens for ids in images], 0)
+
+
+def _padded(rows: Iterable[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
+    """Rows of numbers (B, the longest), padded with ``value``."""
+    rows = list(rows)
+    padded = torch.full((len(rows), max(map(len, rows))), value)
+    for index, row in enumerate(rows):
+        start = padded.shape[1] - len(row) if left else 0
+        padded[index, start : start + len(row)] = torch.as_tensor(row)
+    return padded

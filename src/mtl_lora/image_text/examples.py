@@ -1,0 +1,146 @@
+"""Pictures with a question, a statement or a caption: validated; an error names file, example and field."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from mtl_lora.data_files import read_values, task_id_of, text_of
+from mtl_lora.errors import UserError
+from mtl_lora.image_text.tasks import CAPTION, CHOICE, Task, TaskSet
+
+FIELDS = ("image", "text", "answer", "answers", "annotators", "task", "task_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example, and its place in the file.
+
+    images: ids of features, one or more. text: of the prompt; empty for a caption. answers: every right answer with its
+    soft score from 0 to 1, which a training weighs the answer by; of an example to predict none. annotators: what
+    people answered, where the file says it. extra: any further fields (``kind`` groups results, ``group`` joins
+    statements that count together for consistency).
+    """
+
+    images: tuple[str, ...]
+    text: str
+    answers: dict[str, float]
+    task_id: int
+    index: int
+    annotators: tuple[str, ...] = ()
+    extra: dict = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def answer(self) -> str:
+        """The answer of the highest score, of equals the first; empty where there is none."""
+        return max(self.answers, key=self.answers.__getitem__, default="")
+
+    def record(self) -> dict:
+        """A record that ``parse_example`` reads back."""
+        fields = {"image": list(self.images), "text": self.text, "answers": self.answers, "task_id": self.task_id}
+        fields |= {"annotators": list(self.annotators)} if self.annotators else {}
+        return {key: value for key, value in fields.items() if value != ""} | self.extra
+
+
+def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
+    """Read the examples of a file, see ``read_values``; raises ``UserError`` naming file, example and field.
+
+    An example has ``image``, an id or a list of them; ``text`` unless it is a caption; and ``answer``, a text, or
+    ``answers``: soft scores by text, or a list of texts that are all right. task: the name of the task when the file
+    holds one task alone; else each example has ``task`` or ``task_id``, unless there is only one task.
+    closed: require an answer of a score above 0 (evaluation).
+    """
+    values = read_values(Path(path))
+    if not values:
+        raise UserError(f"{path} holds no examples")
+    return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
+
+
+def parse_example(
+    value: object,
+    index: int,
+    source: str,
+    tasks: TaskSet,
+    task: str | None = None,
+    closed: bool = False,
+    answered: bool = True,
+) -> Example:
+    """One example from its JSON value; arguments and errors as ``load_examples``, which names ``source``.
+
+    answered: False for an example to predict: its answers are neither needed nor kept.
+    """
+    where = f"{source}, example {index}"
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be an object with image, text, answer and task, not {type(value).__name__}")
+    value = {key: entry for key, entry in value.items() if entry is not None}
+    task_id = task_id_of(value, where, tasks, task)
+    of_task = tasks[task_id]
+    answers = _answers(value, of_task, where) if answered else {}
+    if closed and not any(answers.values()):
+        raise UserError(f"{where} has no answer that is right; leave the example out of a test set")
+    annotators = value.get("annotators", []) if answered else []
+    if not isinstance(annotators, list) or len(annotators) == 1:
+        raise UserError(f"{where}: 'annotators' must be a list of at least two answers, not {annotators!r:.200}")
+    for each in annotators:
+        text_of(each, f"{where}: 'annotators'")
+    extra = {key: entry for key, entry in value.items() if key not in FIELDS}
+    text = _text(value, of_task, where)
+    return Example(_images(value, where), text, answers, task_id, index, tuple(annotators), extra)
+
+
+def _images(value: dict, where: str) -> tuple[str, ...]:
+    """The ids of the pictures; a number, as tables write an id, is its digits."""
+    if "image" not in value:
+        raise UserError(f"{where} has no field 'image'")
+    given = value["image"]
+    ids = [str(each) if type(each) is int else each for each in (given if isinstance(given, list) else [given])]
+    if not ids or not all(isinstance(each, str) and each.strip() for each in ids):
+        raise UserError(f"{where}: 'image' must be an id, or a list of ids, not {given!r:.200}")
+    return tuple(text_of(each, f"{where}: 'image'") for each in ids)
+
+
+def _text(value: dict, task: Task, where: str) -> str:
+    text = text_of(value.get("text", ""), f"{where}: 'text'")
+    if task.answer == CAPTION and text:
+        raise UserError(f"{where} has 'text', for which the prompt of the caption {task.name} has no place")
+    if task.answer != CAPTION and not text.strip():
+        raise UserError(f"{where}: 'text' is empty" if "text" in value else f"{where} has no field 'text'")
+    return text
+
+
+def _answers(value: dict, task: Task, where: str) -> dict[str, float]:
+    """The right answers by their soft scores, those of score 0 left out."""
+    if "answer" in value and "answers" in value:
+        raise UserError(f"{where} has 'answer' and 'answers'; leave one of them")
+    if "answer" not in value and "answers" not in value:
+        raise UserError(f"{where} has no field 'answer' (or 'answers')")
+    field, given = ("answer", value["answer"]) if "answer" in value else ("answers", value["answers"])
+    if field == "answer":
+        answers = {_one(given, f"{where}: 'answer'"): 1.0}
+    elif isinstance(given, list) and given:
+        answers = dict.fromkeys((_one(each, f"{where}: 'answers'") for each in given), 1.0)
+    elif isinstance(given, dict):
+        answers = {_one(each, f"{where}: 'answers'"): _score(number, each, where) for each, number in given.items()}
+        answers = {each: score for each, score in answers.items() if score}
+    else:
+        raise UserError(
+            f"{where}: 'answers' must be an object of soft scores by answer, or a list of answers, not {given!r:.200}"
+        )
+    if task.answer == CHOICE and (unknown := [each for each in answers if each not in task.labels]):
+        raise UserError(f"{where}: the answer {unknown[0]!r:.80} is none of {task.name}'s: {', '.join(task.labels)}")
+    if task.answer == CHOICE and len(answers) != 1:
+        raise UserError(f"{where}: a choice has one right answer, not {len(answers)}")
+    return answers
+
+
+def _one(answer: object, what: str) -> str:
+    answer = text_of(answer, what)
+    if not answer.strip():
+        raise UserError(f"{what} holds an empty text")
+    return answer.strip()
+
+
+def _score(score: object, answer: str, where: str) -> float:
+    known = type(score) in (int, float) and math.isfinite(score) and 0 <= score <= 1
+    if not known:
+        raise UserError(f"{where}: the score of {answer!r:.80} is {score!r:.80}; it must be a number from 0 to 1")
+    return float(score)

@@ -1,0 +1,243 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from dense_cases import TASKS, make_folder, make_nyud, make_pascal, write_npy, write_png, write_text
+
+from mtl_lora.dense.data import DenseDataset, collate
+from mtl_lora.dense.layouts import NORMALS_CLASSES, Layout, thin
+from mtl_lora.dense.tasks import Task, TaskSet, shipped
+from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, label_tensor
+from mtl_lora.errors import UserError
+
+SEMANTIC, DEPTH, NORMALS = (
+    Task("t", 0, kind="semantic", classes=4),
+    Task("t", 0, kind="depth"),
+    Task("t", 0, kind="normals"),
+)
+
+
+def test_shipped_tasks_have_the_outputs_weights_and_metrics_of_the_paper():
+    found = {task.name: (task.outputs, task.weight, task.metric_name) for task in shipped("pascal")}
+    assert found == {
+        "semseg": (21, 1, "miou"),
+        "human_parts": (7, 2, "miou"),
+        "sal": (1, 5, "saliency_miou"),
+        "normals": (3, 10, "mean_angle"),
+    }
+    assert [(task.name, task.outputs) for task in shipped("nyud")] == [("semseg", 40), ("depth", 1), ("normals", 3)]
+    assert TaskSet.from_json(shipped("scenes").to_json()) == shipped("scenes")
+    assert shipped("pascal").only(["normals", "sal"]).describe() == "sal 0, normals 1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "flow"}, "kind 'flow'"),
+        ({"kind": "semantic"}, "0 classes"),
+        ({"kind": "depth", "classes": 3}, "no classes"),
+        ({"kind": "semantic", "classes": 3, "labels": ["a", "b"]}, "3 classes and 2 labels"),
+        ({"kind": "depth", "metric": "miou"}, "depth_rmse"),
+        ({"kind": "depth", "weight": 0}, "weight 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_task_that_cannot_be_is_named(fields, words):
+    with pytest.raises(UserError, match=f"task 't' .*{words}"):
+        Task("t", 0, **fields)
+
+
+# ---- the layouts, read back ----
+
+
+def test_pascal_is_read_as_the_original_reads_it(tmp_path):
+    edge = {"name": "edge", "id": 4, "kind": "edges"}
+    tasks = TaskSet.from_json([*shipped("pascal").to_json()["tasks"], edge])
+    data = DenseDataset(make_pascal(tmp_path), "train", tasks)
+    task, (first, second) = tasks, data.ids
+    left = np.arange(6) < 3
+    assert (data.label(task["semseg"], second, (4, 6)) == np.where(left, 15, 255)).all()
+    parts = data.label(task["human_parts"], first, (4, 6))
+    assert parts[:, 0].tolist() == [1, 0, 0, 6] and not parts[:, 3:].any()
+    assert (data.label(task["human_parts"], second, (4, 6)) == 255).all()  # parts of a horse are none of a person
+    assert (data.label(task["sal"], first, (4, 6)) == left).all()  # 128 / 255 is above a half, 127 / 255 is not
+    normals = data.label(task["normals"], first, (4, 6))
+    direction = np.array([1.0, 2 * 127 / 255 - 1, -0.6])
+    assert np.allclose(normals[:, :3], direction / np.linalg.norm(direction), atol=1e-6)
+    assert not normals[:, 3:].any()  # the sky has no normals that count
+    edges = data.label(task["edge"], first, (4, 6))
+    assert edges[:, 2].tolist() == [0, 1, 1, 1] and edges.sum() == 3  # of both sides of the change one is left
+    assert [item["id"] for item in DenseDataset(tmp_path, "test", size=8)] == ["2008_000002"]
+
+
+def test_normals_of_pascal_count_in_classes_that_nyu_has_too():
+    assert {284, 440, 158, 427} <= set(NORMALS_CLASSES) and not {207, 360, 2, 187} & set(NORMALS_CLASSES)
+    assert len(NORMALS_CLASSES) == len(set(NORMALS_CLASSES))
+
+
+def test_nyud_is_read_as_the_original_reads_it(tmp_path):
+    data = DenseDataset(make_nyud(tmp_path), "train", size=8)
+    item = data[0]
+    labels = item["labels"]
+    assert labels["semseg"][::2, 0].tolist() == [255, 0, 39, 6]
+    assert set(labels["depth"][0, :, 7].tolist()) == {2.5} and (labels["depth"][0, :, 0] == 255).all()
+    assert torch.allclose(labels["normals"][:, 4, 7], torch.tensor([0, -0.6, -0.8]))
+    assert (labels["normals"][:, :, 0] == 255).all()
+    assert item["image"].shape == (3, 8, 8)
+    mean, deviation = 0.485, 0.229
+    assert item["image"][0, 0, 0].item() == pytest.approx((40 / 255 - mean) / deviation, abs=0.02)
+
+
+def test_thinned_lines_are_those_of_scikit_image():
+    rows = ["111111111", "111111111", "111111111", "000111000", "000111000", "000111100", "000000110", "110000011"]
+    mask = np.array([list(map(int, row)) for row in rows])
+    found = ["".join(map(str, row)) for row in thin(mask).astype(int)]
+    thinned = ["000000000", "011001110", "000110000", "000010000", "000010000", "000001000", "000000100", "110000011"]
+    assert found == thinned
+
+
+def test_batch_says_which_images_have_a_label_of_which_task(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "far" / "1.npy").unlink()
+    write_png(tmp_path / "things" / "2.png", np.full((8, 8), 255))
+    data = DenseDataset(tmp_path, "train", size=8, missing_labels=True)
+    batch = collate([data[0], data[1]], data.tasks)
+    assert batch["present"].tolist() == [[True, True, False, True], [False, True, True, True]]
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    assert shapes == {
+        "pixel_values": (2, 3, 8, 8),
+        "things": (2, 8, 8),
+        "front": (2, 1, 8, 8),
+        "far": (2, 1, 8, 8),
+        "normal": (2, 3, 8, 8),
+        "present": (2, 4),
+    }
+
+
+# ---- geometry ----
+
+
+@pytest.mark.parametrize("warp", [Warp(True), Warp(False, 20.0), Warp(True, -15.0, 1.2), Warp(False, 90.0, 0.8)])
+def test_normals_turn_with_the_image(warp):
+    """The depth of a smooth surface, after the warp, has the gradient that the warped normals say."""
+    size = 65
+    y, x = np.mgrid[:size, :size] - 32.0
+    depth = 60 + 0.3 * x - 0.2 * y + 0.004 * x * y + 0.002 * x**2
+    slope = np.stack([0.3 + 0.004 * y + 0.004 * x, -0.2 + 0.004 * x, -np.ones_like(x)], axis=-1)
+    normals = (slope / np.linalg.norm(slope, axis=-1, keepdims=True)).astype(np.float32)
+    turned = label_tensor(normals, NORMALS, warp, size)[:, 20:45, 20:45]
+    # The surface itself is resampled at the same places; its steps are as many pixels of the result as the scale says.
+    grid = warp.grid((size, size), size).double()
+    there = torch.from_numpy(depth)[None, None]
+    moved = torch.nn.functional.grid_sample(there, grid, mode="bilinear", align_corners=False)[0, 0]
+    along_y, along_x = torch.gradient(moved)
+    found = torch.stack([along_x, along_y])[:, 20:45, 20:45] * warp.scale
+    assert torch.allclose(-turned[:2] / turned[2], found.float(), atol=0.02)
+
+
+def test_scale_brings_nearer_and_rotation_goes_against_the_clock():
+    depth = np.full((5, 5), 4.0, np.float32)
+    assert (label_tensor(depth, DEPTH, Warp(scale=2.0), 5) == 2.0).all()
+    classes = np.zeros((5, 5), np.uint8)
+    classes[2, 4] = 3  # at the right
+    assert label_tensor(classes, SEMANTIC, Warp(angle=90.0), 5)[0, 2] == 3  # is at the top
+    assert label_tensor(classes, SEMANTIC, Warp(flip=True), 5)[2, 0] == 3
+    smaller = label_tensor(classes, SEMANTIC, Warp(scale=0.5), 5)
+    assert (smaller[[0, 4]] == 255).all() and smaller[2, 3] == 3  # what lies outside has no label
+
+
+def test_image_and_labels_of_any_size_stay_on_each_other(tmp_path):
+    """A disc drawn into the image and into the labels is at the same place in both, whatever was drawn."""
+    make_folder(tmp_path, count=4, size=64)
+    data = DenseDataset(tmp_path, "train", size=24, augmentation="pascal")
+    for epoch in range(5):
+        item = data.item(0, epoch)
+        labels = item["labels"]["things"]
+        red = item["image"][0] > 0.5
+        agree = (red == (labels == 2))[labels != 255].float().mean()
+        assert agree > 0.95 and 0.02 < red.float().mean() < 0.5
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
+    make_folder(tmp_path, count=4)
+    options = {"size": 8, "augmentation": "pascal"}
+    data, other = DenseDataset(tmp_path, "train", **options), DenseDataset(tmp_path, "train", **options)
+    other.set_epoch(3)
+    _, there = other[0], other[1]
+    data.set_epoch(3)
+    assert torch.equal(data[1]["image"], there["image"]) and not torch.equal(data.item(1, 4)["image"], there["image"])
+    draws = [AUGMENTATIONS["nyud"].draw(0, 0, index) for index in range(60)]
+    assert {draw.scale for draw in draws} == {1.0, 1.2, 1.5} and {draw.flip for draw in draws} == {True, False}
+    turned = [AUGMENTATIONS["pascal"].draw(0, 0, index) for index in range(60)]
+    assert min(draw.angle for draw in turned) < -15 and max(draw.angle for draw in turned) <= 20
+    assert min(draw.scale for draw in turned) >= 0.75 and 1.2 < max(draw.scale for draw in turned) <= 1.25
+
+
+# ---- what is wrong ----
+
+
+def test_every_missing_file_is_named(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "things" / "1.png").unlink()
+    (tmp_path / "images" / "2.png").unlink()
+    with pytest.raises(UserError) as caught:
+        DenseDataset(tmp_path, "train", size=8)
+    assert "things/1.png" in str(caught.value) and "images/2.png" in str(caught.value)
+    for index in (1, 2):
+        (tmp_path / "things" / f"{index}.png").unlink(missing_ok=True)
+    write_png(tmp_path / "images" / "2.png", np.ones((8, 8, 3)))
+    with pytest.raises(UserError, match=r"things/1\.png, things/2\.png"):  # a task without any label
+        DenseDataset(tmp_path, "train", size=8, missing_labels=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda root: write_png(root / "things" / "1.png", np.full((8, 8), 3)), r"things/1\.png holds 3; .* 0 to 2"),
+        (lambda root: write_png(root / "things" / "1.png", np.ones((8, 7))), r"things/1\.png .*\(8, 7\).*\(8, 8\)"),
+        (lambda root: write_png(root / "things" / "1.png", np.ones((8, 8, 3))), r"things/1\.png .*mode RGB"),
+        (lambda root: write_text(root / "things" / "1.png", "x"), r"things/1\.png cannot be read"),
+        (lambda root: write_npy(root / "far" / "1.npy", np.full((8, 8), 300.0)), r"far/1\.npy .*300"),
+        (lambda root: write_npy(root / "far" / "1.npy", np.full((8, 8), -1.0)), r"far/1\.npy .*-1"),
+        (lambda root: write_npy(root / "far" / "1.npy", np.full((8, 8), np.nan)), r"far/1\.npy .*finite"),
+        (lambda root: write_text(root / "far" / "1.npy", "x"), r"far/1\.npy cannot be read"),
+        (lambda root: write_npy(root / "normal" / "1.npy", np.full((8, 8, 3), 100)), r"normal/1\.npy .*length 173"),
+        (
+            lambda root: [write_png(root / "front" / f"{i}.png", 255 * (np.eye(8) > 0)) for i in (1, 2)],
+            "front .* write 1",
+        ),
+        (lambda root: write_text(root / "train.txt", "1", "1"), r"train\.txt names 1 twice"),
+        (lambda root: write_text(root / "train.txt"), r"train\.txt names no image"),
+        (lambda root: (root / "train.txt").unlink(), r"train\.txt"),
+        (lambda root: (root / "tasks.json").unlink(), "none of tasks.json"),
+        (lambda root: (root / "tasks.json").write_text(json.dumps([{**TASKS[0], "kind": "x"}])), "kind 'x'"),
+    ],
+)
+def test_file_that_is_wrong_is_named_before_anything_begins(tmp_path, spoil, words):
+    make_folder(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=words):
+        DenseDataset(tmp_path, "train", size=8)
+
+
+def test_task_that_a_layout_lacks_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"PASCAL_MT.*depth"):
+        DenseDataset(make_pascal(tmp_path), "train", shipped("nyud"))
+    assert issubclass(type(DenseDataset(tmp_path, "train").layout), Layout)
+
+
+def test_image_without_a_valid_pixel_of_a_task_is_masked(tmp_path):
+    make_folder(tmp_path)
+    write_npy(tmp_path / "normal" / "1.npy", np.zeros((8, 8, 3)))
+    write_npy(tmp_path / "far" / "1.npy", np.zeros((8, 8)))
+    labels = DenseDataset(tmp_path, "train", size=8)[0]["labels"]
+    assert (labels["normal"] == 255).all() and (labels["far"] == 255).all()
+
+
+def test_digest_follows_the_images_and_the_labels_of_the_task(tmp_path):
+    data = DenseDataset(make_folder(tmp_path), "test", size=8)
+    before = {task.name: data.sha256(task) for task in data.tasks}
+    write_png(tmp_path / "things" / "0.png", np.ones((8, 8)))
+    changed = {task.name for task in data.tasks if data.sha256(task) != before[task.name]}
+    assert changed == {"things"}

@@ -1,0 +1,114 @@
+"""Tiny models that read pictures, features, and tasks of every kind of answer."""
+
+import random
+from pathlib import Path
+
+TASKS = [
+    {"name": "vqa", "id": 0, "prompt": "vqa: {text}", "metric": "vqa_accuracy", "max_text": 20, "max_answer": 10},
+    {"name": "nlvr", "id": 1, "prompt": "nlvr: {text}", "answer": "choice", "labels": ["false", "true"]},
+    {"name": "caption", "id": 2, "prompt": "caption:", "answer": "caption", "max_answer": 12, "metric": "bleu4"},
+]
+WORDS = ["red", "blue", "green", "box", "ball", "dog", "two", "three", "left", "right", "is", "the", "a", "what", "on"]
+GRID, DIM = 3, 8  # of the features
+PICTURES = [f"p{number}" for number in range(8)]
+
+
+def make_tokenizer(folder: Path, bart: bool) -> None:
+    """A byte-level BPE: of a BART <s> text </s>; of a causal model nothing around it, EOS </s>, no pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>"] if bart else ["</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [
+        f"{task['prompt']} {' '.join(WORDS)}?true false {first}{last}"
+        for task in TASKS
+        for first in WORDS
+        for last in WORDS
+    ]
+    tokenizer.train_from_iterator(texts, trainer)
+    names = {"eos_token": "</s>"}
+    if bart:
+        around = [("<s>", 0), ("</s>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+        names |= {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def make_bart(folder: Path) -> None:
+    """A random BART of two layers a side."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    make_tokenizer(folder, bart=True)
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24)
+    torch.manual_seed(0)
+    config = BartConfig(vocab_size=400, d_model=16, max_position_embeddings=96, init_std=0.4, **sizes)
+    BartForConditionalGeneration(config).save_pretrained(folder)
+
+
+def make_causal(folder: Path) -> None:
+    """A random LLaMA of two layers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    make_tokenizer(folder, bart=False)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_features(path: Path, images=PICTURES, grid: int = GRID, dim: int = DIM) -> None:
+    """An HDF5 file with random features of the images."""
+    import h5py
+    import torch
+
+    with h5py.File(path, "w") as opened:
+        for image in images:
+            generator = torch.Generator().manual_seed(hash_of(image))
+            opened.create_group(image)["features"] = torch.randn(grid * grid, dim, generator=generator).numpy()
+
+
+def hash_of(text: str) -> int:
+    """A number of a text, the same in every process."""
+    return int.from_bytes(text.encode()) % 2**31
+
+
+def examples(task: str, count: int, seed: int = 0, closed: bool = False) -> list[dict]:
+    """Random questions with soft scores, statements about one picture or two, and captions. closed: of a test set."""
+    draw, found = random.Random(f"{task} {seed}"), []
+    for index in range(count):
+        image = draw.choice(PICTURES)
+        text = " ".join(draw.choices(WORDS, k=draw.randint(2, 7)))
+        example = {"task": task, "image": image}
+        if task == "vqa":
+            example |= {"text": f"{text}?", "answers": {draw.choice(WORDS[:3]): 1.0, draw.choice(WORDS[3:6]): 0.3}}
+        elif task == "nlvr":
+            example["image"] = [image, draw.choice(PICTURES)] if index % 2 else image
+            example |= {"text": f"{text}.", "answer": draw.choice(["true", "false"]), "group": index // 3}
+        else:
+            example |= {"answers": [text, f"a {text}"]} if closed else {"answer": text}
+        found.append(example)
+    return found
