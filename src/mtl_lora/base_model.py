@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -67,6 +68,7 @@ class Kind:
 KINDS = {
     "causal_lm": Kind(AutoModelForCausalLM, "a causal language model", False, "smollm2-135m"),
     "encoder": Kind(AutoModelForSequenceClassification, "an encoder", True, "minilm-l6"),
+    "vision": Kind(AutoModel, "a vision model", False, "dinov2-small"),
 }
 
 

@@ -14,8 +14,13 @@ from mtl_lora.errors import UserError
 SYSTEMS = {
     "language": "causal language models that answer in words",
     "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
+    "dense": "vision transformers with a decoder for each task: several maps of an image from one forward",
 }
-BASE_KINDS = {"language": "causal_lm", "nlu": "encoder"}  # of their base models, a key of ``base_model.KINDS``
+BASE_KINDS = {
+    "language": "causal_lm",
+    "nlu": "encoder",
+    "dense": "vision",
+}  # of their base models, a key of ``base_model.KINDS``
 
 
 def part(system: str, name: str) -> types.ModuleType:

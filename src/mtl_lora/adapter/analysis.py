@@ -63,9 +63,7 @@ def analyse(checkpoint: str | Path) -> dict:
     elif not layers:
         notes.append(f"nothing is compared, since the weights of {method.title} do not show the sizes of their layers")
     if not method.has_factors:
-        notes.append(
-            f"no task has an update of its own: {method.title} has no factors, since {method.why_no_factors}"
-        )
+        notes.append(f"no task has an update of its own: {method.title} has no factors, since {method.why_no_factors}")
     kept = method.needs_task_ids and load_start(layers, checkpoint)
     if method.task_parameters and not kept:
         notes.append("the start was not kept, so how much of this is the seed's draw, and not learned, is unknown")

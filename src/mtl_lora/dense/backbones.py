@@ -19,7 +19,11 @@ from mtl_lora.errors import UserError
 
 STAGES = 4
 # The linear layers of a block that can carry an adapter, those of them in which tasks may differ, and patch merging's.
-TARGETS, TASK_TARGETS, MERGING = ["qkv", "o_proj", "fc1", "fc2"], ["attention.o_proj", "mlp.fc1", "mlp.fc2"], "reduction"
+TARGETS, TASK_TARGETS, MERGING = (
+    ["qkv", "o_proj", "fc1", "fc2"],
+    ["attention.o_proj", "mlp.fc1", "mlp.fc2"],
+    "reduction",
+)
 # What is trained whole beside the adapters: the patch embedding, the norms, and Swin's tables of relative positions.
 TRAINED = {
     "swin": [
@@ -94,6 +98,20 @@ def _feed_forward(mlp: nn.Module, x: Streams) -> Streams:
     return through(mlp.fc2, through(mlp.fc1, x).map(mlp.activation_fn))
 
 
+class _Stages:
+    """What both backbones share."""
+
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, from input to output."""
+        return [module for module in self.modules() if isinstance(module, SwinBlock | VitBlock)]
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth (arXiv 1603.09382) that grows from none in the first block to ``rate`` in the last."""
+        blocks = self.blocks()
+        for index, block in enumerate(blocks):
+            block.drop_path = swin.SwinDropPath(rate * index / max(len(blocks) - 1, 1))
+
+
 # ---- Swin (arXiv 2103.14030) ----
 
 
@@ -133,7 +151,7 @@ class SwinBlock(swin.SwinLayer):
         return streams.plus(found.map(lambda each: self.drop_path(self.dropout(each))))
 
 
-class Swin(swin.SwinModel):
+class Swin(_Stages, swin.SwinModel):
     """Four stages, each but the last followed by patch merging, which the tasks' streams pass too."""
 
     patch = 1  # images of any size are padded
@@ -183,7 +201,7 @@ class VitBlock(dinov2.Dinov2Layer):
         return streams.plus(found.map(lambda each: self.drop_path(self.layer_scale2(each))))
 
 
-class Vit(dinov2.Dinov2Model):
+class Vit(_Stages, dinov2.Dinov2Model):
     """Four stages of equal depth, whose maps are resized to 4, 2, 1 and 1/2 times the patch grid."""
 
     @property

@@ -74,7 +74,9 @@ class TaskLosses:
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outputs = model(batch["pixel_values"])
         weights = known_values(batch, self.tasks)
-        sums = torch.stack([SUMS[task.kind](outputs[task.name], _like(batch[task.name], outputs)) for task in self.tasks])
+        sums = torch.stack(
+            [SUMS[task.kind](outputs[task.name], _like(batch[task.name], outputs)) for task in self.tasks]
+        )
         return sums / weights.clamp(min=1), weights, torch.arange(len(self.tasks), device=weights.device)
 
 
