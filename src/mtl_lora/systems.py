@@ -16,11 +16,8 @@ SYSTEMS = {
     "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
     "dense": "vision transformers with a decoder for each task: several maps of an image from one forward",
 }
-BASE_KINDS = {
-    "language": "causal_lm",
-    "nlu": "encoder",
-    "dense": "vision",
-}  # of their base models, a key of ``base_model.KINDS``
+# Of their base models, a key of ``base_model.KINDS``.
+BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "dense": "vision"}
 
 
 def part(system: str, name: str) -> types.ModuleType:

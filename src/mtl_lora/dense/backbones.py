@@ -1,4 +1,4 @@
-"""Vision transformers with streams: one image, one trunk, and at the end of each of four stages an output for each task.
+"""Vision transformers with streams: one trunk, and at the end of each of four stages an output for each task.
 
 transformers' models are changed in place: they keep their modules and weights, and get forwards in which the last block
 of a stage may make streams. Swin has four stages; a plain ViT (DINOv2) is cut into four of equal depth.
@@ -19,11 +19,8 @@ from mtl_lora.errors import UserError
 
 STAGES = 4
 # The linear layers of a block that can carry an adapter, those of them in which tasks may differ, and patch merging's.
-TARGETS, TASK_TARGETS, MERGING = (
-    ["qkv", "o_proj", "fc1", "fc2"],
-    ["attention.o_proj", "mlp.fc1", "mlp.fc2"],
-    "reduction",
-)
+TARGETS, TASK_TARGETS = ["qkv", "o_proj", "fc1", "fc2"], ["attention.o_proj", "mlp.fc1", "mlp.fc2"]
+MERGING = "reduction"
 # What is trained whole beside the adapters: the patch embedding, the norms, and Swin's tables of relative positions.
 TRAINED = {
     "swin": [

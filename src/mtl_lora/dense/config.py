@@ -1,4 +1,4 @@
-"""The flags of training on dense tasks, as a validated dataclass, and its command, which needs no torch to parse them."""
+"""The flags of dense tasks as validated dataclasses, and the commands, which parse them without torch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mtl_lora.cli import parse
 from mtl_lora.config import flag
 from mtl_lora.errors import UserError
-from mtl_lora.training.config import TrainingConfig
+from mtl_lora.training.config import SCHEDULES, TrainingConfig
 
 if TYPE_CHECKING:
     from mtl_lora.dense.tasks import TaskSet
@@ -50,18 +50,12 @@ class TrainConfig(TrainingConfig):
         "layers of each block to adapt, of qkv,o_proj,fc1,fc2; all-linear: all four",
         aliases=("target_modules",),
     )
-    downsampler: bool = flag(
-        False, "an adapter on the reduction of patch merging, which is else trained whole: MTLoRA+"
-    )
+    downsampler: bool = flag(False, "an adapter on patch merging's reduction, which is else trained whole: MTLoRA+")
     train_extras: bool = flag(True, "with an adapter, train patch embedding, norms and relative positions whole too")
     drop_path: float | None = flag(None, "stochastic depth of the last block, less before it; none: the base model's")
 
     num_epochs: float = flag(20.0, "passes over the training images", above=0)
-    lr_scheduler_type: str = flag(
-        "cosine",
-        "after the warm-up: linear, cosine, constant_with_warmup",
-        choices=("linear", "cosine", "constant_with_warmup"),
-    )
+    lr_scheduler_type: str = flag("cosine", f"after the warm-up: {', '.join(SCHEDULES)}", choices=SCHEDULES)
     min_lr_rate: float = flag(0.01, "where the cosine ends, of the peak learning rate", min=0)
     warmup_ratio: float = flag(1 / 15, "fraction of the steps with linear warm-up")
     weight_decay: float = flag(0.05, "AdamW weight decay; 0: off", min=0)
@@ -79,7 +73,7 @@ class TrainConfig(TrainingConfig):
     def check_files(self) -> None:
         if not Path(self.data_path).is_dir():
             raise UserError(
-                f"the data folder {self.data_path} does not exist; make it with `{self.made_by}`, or pass --data_path DIR"
+                f"the folder {self.data_path} does not exist; make it with `{self.made_by}`, or pass --data_path DIR"
             )
 
     def read_tasks(self) -> "TaskSet":

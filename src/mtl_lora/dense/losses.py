@@ -58,7 +58,7 @@ SUMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def known_values(batch: dict, tasks: TaskSet) -> torch.Tensor:
-    """How many labelled pixels a batch has of each task (T,), of normals three for each: by which losses are divided."""
+    """How many labelled values a batch has of each task (T,), three a pixel of normals: what losses are divided by."""
     return torch.stack([(batch[task.name] != IGNORE).sum() for task in tasks]).float()
 
 
@@ -74,9 +74,8 @@ class TaskLosses:
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outputs = model(batch["pixel_values"])
         weights = known_values(batch, self.tasks)
-        sums = torch.stack(
-            [SUMS[task.kind](outputs[task.name], _like(batch[task.name], outputs)) for task in self.tasks]
-        )
+        labels = {task.name: _like(batch[task.name], outputs) for task in self.tasks}
+        sums = torch.stack([SUMS[task.kind](outputs[task.name], labels[task.name]) for task in self.tasks])
         return sums / weights.clamp(min=1), weights, torch.arange(len(self.tasks), device=weights.device)
 
 
