@@ -413,6 +413,8 @@ CHECKPOINTS = {
     "unknown key": ({"adaptor": {}}, ["'adaptor'", "'adapter'"]),
     "sha a number": ({"weights_sha256": 5}, ["weights_sha256", "5"]),
     "origin a list": ({"origin": []}, ["provenance must be an object"]),
+    "system of a newer version": ({"provenance": {"system": "sound"}, "origin": ...}, ["'sound'", "language, nlu"]),
+    "system a list": ({"provenance": {"system": []}, "origin": ...}, ["system"]),
 }
 ADAPTERS = {
     "method": ({"method": "lorra"}, ["'lorra'"]),

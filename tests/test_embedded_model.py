@@ -22,7 +22,7 @@ from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.questions import load_questions
 from mtl_lora.language.tasks import COMMONSENSE
 
-SMOLLM2, MINILM = "smollm2-135m", "minilm-l6"
+SMOLLM2, MINILM, DINOV2 = "smollm2-135m", "minilm-l6", "dinov2-small"
 # The fingerprint of the converted model: the conversion of the pinned file gives these tensors and no others.
 FINGERPRINT = "a9619c4c73874e3d87eabc476e8357d5f218431ed125b161bfac116d89fc5984"
 
@@ -59,6 +59,28 @@ def test_the_embedded_encoder_is_the_wheels_files_and_places_paraphrases_togethe
     # Measured once with the wheel's files loaded by transformers alone.
     assert (means[0] @ means[1]).item() == pytest.approx(0.667, abs=2e-3)
     assert (means[0] @ means[2]).item() == pytest.approx(-0.107, abs=2e-3)
+
+
+@pytest.mark.slow(8)
+def test_the_embedded_vision_model_gives_what_onnxruntime_computes_of_the_wheels_file(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    try:
+        model = BaseModel(DINOV2, kind="vision").load("fp32").eval()
+        embedded.take_members(DINOV2, embedded.fetch_wheel(DINOV2, tmp_path), tmp_path)
+    except mtl_lora.UserError as error:
+        pytest.skip(str(error))
+    output = b"/backbone/layernorm/Add_1_output_0"
+    # The model's end is a decoder. Protobuf merges what is appended: one more output, field 12 of the graph, field 7.
+    asked = b"\x0a" + bytes([len(output)]) + output
+    asked = b"\x62" + bytes([len(asked)]) + asked
+    content = (tmp_path / "vit_s_focus.onnx").read_bytes() + b"\x3a" + bytes([len(asked)]) + asked
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    expected = onnxruntime.InferenceSession(content).run([output.decode()], {"input_image": images.numpy()})[0]
+    with torch.no_grad():
+        hidden = model(pixel_values=images).last_hidden_state
+    assert hidden.shape == (2, 1 + 16 * 16, 384)
+    # The largest difference was 1.5e-5, of values up to 8.5.
+    assert torch.allclose(hidden, torch.from_numpy(expected), rtol=0, atol=1e-4)
 
 
 def wheel(folder: Path, model: str, content: bytes) -> None:

@@ -57,7 +57,7 @@ ALLOWED = {
 PACKAGES = {
     **{part: set() for part in GROUND | DOORS},
     "download": {"pooch", "requests"},
-    "embedded": {"torch", "transformers"},
+    "embedded": {"torch", "transformers", "safetensors"},
     "data_files": {"pyarrow"},
     "estimates": {"numpy", "scipy"},
     "metrics": {"numpy"},

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -48,13 +49,19 @@ class Kind:
     """How models of one kind are loaded, and what a message calls one.
 
     auto_class: transformers' class that finds the model's own; own_head: whether the model's files need not hold
-    what lies outside its ``base_model_prefix``, which is then drawn by torch's seed; embedded: one to try.
+    what lies outside its ``base_model_prefix``, which is then drawn by torch's seed; embedded: one to try;
+    encoder_decoder: the class for an encoder-decoder, where such a model is of this kind too.
     """
 
     auto_class: type
     words: str
     own_head: bool
     embedded: str
+    encoder_decoder: type | None = None
+
+    def auto_class_for(self, config: PreTrainedConfig) -> type:
+        """The class that finds the model's own, by its configuration."""
+        return self.encoder_decoder if self.encoder_decoder and config.is_encoder_decoder else self.auto_class
 
     @property
     def way_out(self) -> str:
@@ -68,6 +75,13 @@ class Kind:
 KINDS = {
     "causal_lm": Kind(AutoModelForCausalLM, "a causal language model", False, "smollm2-135m"),
     "encoder": Kind(AutoModelForSequenceClassification, "an encoder", True, "minilm-l6"),
+    "text_generator": Kind(
+        AutoModelForCausalLM,
+        "a causal language model or an encoder-decoder",
+        False,
+        "smollm2-135m",
+        AutoModelForSeq2SeqLM,
+    ),
     "vision": Kind(AutoModel, "a vision model", False, "dinov2-small"),
 }
 
@@ -78,6 +92,7 @@ class BaseModel:
 
     An ``encoder`` is its class for sequence classification: the encoder below ``base_model_prefix``, a BERT's pooler
     included, whose weights must all be there, and the head outside. A decoder that has such a class will do too.
+    A ``vision`` model is one of images alone, or the vision tower of a model that has one (CLIP, SigLIP).
     Every method raises ``UserError`` with one sentence for a model that is missing, gated or of another kind.
     """
 
@@ -99,12 +114,18 @@ class BaseModel:
         """The model's configuration; fields: values to change in it, such as ``num_labels``."""
         with hub_errors(self.name, self.kind):
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **fields)
+        if self.kind == "vision":
+            config = getattr(config, "vision_config", config)
         self._check_kind(config)
         return config
 
     def _check_kind(self, config: PreTrainedConfig) -> None:
-        """Raise ``UserError`` for an encoder as a causal language model, which transformers allows."""
-        if self.kind == "causal_lm" and _is_encoder(config):
+        """Raise ``UserError`` for an encoder as a causal model, which transformers allows, and texts as vision."""
+        if self.kind == "vision" and not hasattr(config, "num_channels"):
+            raise UserError(
+                f"the model {self.name!r} does not read images ({config.model_type}); {KINDS[self.kind].way_out}"
+            )
+        if self.kind in ("causal_lm", "text_generator") and _is_encoder(config):
             raise UserError(
                 f"the model {self.name!r} is an encoder ({config.model_type}), which does not predict the next token; "
                 f"for a head per task pass --system nlu, or {KINDS[self.kind].way_out}"
@@ -164,8 +185,11 @@ class BaseModel:
             )
             if torch.cuda.is_available():  # or every process would take the first GPU
                 options.setdefault("device_map", {"": device_for_this_process()})
+        if self.kind == "vision":
+            options["config"] = self.config()
         with hub_errors(self.name, self.kind):
-            model, report = kind.auto_class.from_pretrained(
+            auto_class = kind.auto_class_for(self.config()) if kind.encoder_decoder else kind.auto_class
+            model, report = auto_class.from_pretrained(
                 self.path,
                 dtype="auto" if dtype == STORED else choose_dtype(dtype),
                 use_safetensors=True,
@@ -308,7 +332,7 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
 def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False, kind: str = "causal_lm") -> PreTrainedModel:
     """A model by its configuration, on the meta device."""
     with torch.device("meta"):
-        return KINDS[kind].auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        return KINDS[kind].auto_class_for(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def quiet_deepspeed() -> None:
@@ -343,6 +367,17 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None)  # named so in newer versions
     enable = enable or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+# On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
+# length their (L, L) scores are small.
+_EAGER_LENGTH = 512
+
+
+def choose_attention(model: PreTrainedModel, device: torch.device, length: int) -> None:
+    """Have a model that is trained on a device on rows of at most ``length`` tokens take the faster attention."""
+    if device.type == "cpu" and length <= _EAGER_LENGTH:
+        model.set_attn_implementation("eager")
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""One command line for all commands: ``mtl-lora train | evaluate | predict | export | report | study | prepare``.
+"""One command line for all commands: ``mtl-lora train | evaluate | predict | export | report | study | features |
+prepare``.
 
 A command's flags are the fields of its configuration dataclass (see ``mtl_lora.config.flag``), written ``--name value``
 or ``--name=value``, and ``--name`` alone for True. Every argument is checked before any work starts.
@@ -47,6 +48,9 @@ COMMANDS = {
     "study": Command(
         "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"
     ),
+    "features": Command(
+        "mtl_lora.image_text.extract:main", "grid features of images, for --system image_text", "train,image"
+    ),
     "prepare": Command("mtl_lora.cli:prepare", "download, verify and tag a data set", "data"),
 }
 # The data sets that can be prepared; a module has ``Prepare``, a configuration, and ``run(config)``.
@@ -54,6 +58,7 @@ SETS = {
     "commonsense": Command("mtl_lora.language.prepare.commonsense", "the eight commonsense tasks of LLM-Adapters"),
     "textclass": Command("mtl_lora.language.prepare.textclass", "six small text-classification tasks"),
     "glue": Command("mtl_lora.nlu.prepare", "eight tasks of GLUE; with --hub all nine"),
+    "scenes": Command("mtl_lora.dense.scenes", "rendered scenes with five exact label maps; nothing is downloaded"),
 }
 
 

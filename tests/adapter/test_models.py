@@ -24,8 +24,8 @@ import mtl_lora
 from mtl_lora import route
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
-from mtl_lora.language import batches
 from mtl_lora.language.batches import IGNORED, token_losses
+from mtl_lora.training import projection
 
 IDS = torch.arange(len(TASKS))
 MAMBA = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=4, num_hidden_layers=1)
@@ -176,7 +176,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize("kind", [OwnHead, WithoutHead])
 @pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
 def test_model_whose_head_is_not_seen_projects_whole_rows_and_says_so_once(wrap, kind, capsys):
-    batches._say_that_all_is_projected.cache_clear()
+    projection._say_that_all_is_projected.cache_clear()
     model = randomise(mtl_lora.inject(tiny_llama(), adapter_config()))
     batch = batch_of(tokens(4))
     expected, *_ = token_losses(wrap(model), batch)

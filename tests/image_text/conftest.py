@@ -36,3 +36,47 @@ def pictures(made_once) -> Path:
             path.write_text(json.dumps(examples(task["name"], 9, seed=1, closed=True)))
 
     return made_once("tiny_pictures", make)
+
+
+@pytest.fixture
+def settings(bart, causal, pictures, cache_dir, tmp_path):
+    """``settings("name", flag=value, ...)``: the flags of a short training in ``name``; kind: of which model."""
+
+    def flags(name: str, kind: str = "bart", **changes) -> dict:
+        return {
+            "base_model": {"bart": bart, "causal": causal}[kind],
+            "data_path": str(pictures / "train.json"),
+            "tasks_file": str(pictures / "tasks.json"),
+            "features": [str(pictures / "features.h5")],
+            "pool": 2,
+            "cache_dir": cache_dir,
+            "output_dir": str(tmp_path / name),
+            "dtype": "fp32",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "lora_target_modules": ["q_proj", "v_proj"],
+            "batch_size": 8,
+            "max_steps": 4,
+            "save_step": 0,
+            "logging_steps": 1,
+            "learning_rate": 3e-3,
+            "warmup_ratio": 0.0,
+            **changes,
+        }
+
+    return flags
+
+
+@pytest.fixture
+def train(no_old_objects, settings):
+    """Train in this process: ``train("name", flag=value, ...)`` returns the output folder."""
+    from mtl_lora.image_text.config import TrainConfig
+    from mtl_lora.image_text.train import run
+
+    def start(name: str, **changes) -> Path:
+        config = TrainConfig(**settings(name, **changes))
+        run(config)
+        return Path(config.output_dir)
+
+    return start

@@ -46,6 +46,7 @@ class Provenance(Config):
     base_class: str | None = None  # the base model's class in transformers
     untrained_tasks: list[str] | None = None  # tasks that had no training examples; None: not recorded
     chat_template: str | None = None  # the tokenizer's, where it was the prompt template
+    model_settings: dict | None = None  # what the system's own modules on the base model are built from
 
     @property
     def load_in_4bit(self) -> bool:

@@ -121,9 +121,17 @@ def recorded_base(checkpoint: str | Path) -> BaseModel:
 
 
 def base_for(checkpoint: str | Path, config: CheckpointConfig, given: BaseModel | None = None) -> BaseModel:
-    """The base model that is given, else the recorded one, of the kind that the checkpoint's system trains."""
+    """The base model that is given, else the recorded one, of the kind that the checkpoint's system trains.
+
+    Raises ``UserError`` for a system with modules of its own in the base model, of which no other program knows.
+    """
     provenance = config.provenance_config
     check(provenance.system)
+    if provenance.model_settings is not None:
+        raise UserError(
+            f"{checkpoint} is of the system {provenance.system}, whose model has modules that neither transformers nor "
+            "PEFT knows, so it cannot be exported; use the checkpoint itself, or mtl_lora.merge(model, task) in Python"
+        )
     if given is None and provenance.base_model is None:
         raise UserError(f"{checkpoint} does not record its base model; pass --base_model")
     return dataclasses.replace(given or BaseModel(provenance.base_model), kind=BASE_KINDS[provenance.system])

@@ -1,11 +1,8 @@
 """The language model's own two ends of a training: examples to padded batches, and batches to token losses."""
 
-import contextlib
 import dataclasses
-import functools
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +11,9 @@ from torch import nn
 
 from mtl_lora import route
 from mtl_lora.adapter import routing
-from mtl_lora.adapter.inject import output_head
 from mtl_lora.base_model import at_least_float32
 from mtl_lora.language.prefix import Packer, forward_arguments, let_attention_share
+from mtl_lora.training.projection import logits_at, unwrapped
 
 IGNORED = -100  # the label that torch's cross entropy skips
 _PROBED = 512  # positions at most whose logits are compared, for at all of a long row they may not fit a GPU
@@ -85,10 +82,7 @@ def token_losses(
     """Cross entropy of every supervised token, (N,), its weight, which is one, (N,), and its row's task id, (N,).
 
     batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L), supervised (N,) and packed, the
-    same rows with shared prompt prefixes. As the collator makes it, nothing here waits for a GPU. Only the supervised
-    positions go through the model's output head, in its own forward, so that wrappers such as DDP and DeepSpeed see an
-    ordinary call. (``logits_to_keep`` takes such positions from transformers 5.23 on alone, and as a mask, whose trues
-    a GPU must count.) A model whose head is not found, or sees something else, projects every position.
+    same rows with shared prompt prefixes. As the collator makes it, nothing here waits for a GPU.
     """
     labels, task_ids = batch["labels"], batch["task_ids"]
     supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)
@@ -99,11 +93,8 @@ def token_losses(
     else:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         positions, routed = supervised, route.use(task_ids)
-    with routed, _head_sees(model, inputs["input_ids"].shape, positions, token_task_ids) as head:
-        logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
-    if not head.selected:
-        _say_that_all_is_projected(type(_unwrapped(model)))
-        logits = logits.index_select(0, positions)
+    with routed:
+        logits = logits_at(model, inputs, inputs["input_ids"].shape, positions, token_task_ids)
     targets = labels.flatten().index_select(0, supervised + 1)
     losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
     return losses, torch.ones_like(losses), token_task_ids
@@ -143,9 +134,9 @@ class CheckedLosses:
         model.train(training and not self.dropout)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             expected = token_losses(model, _plain(probe))[0]
-            attention = let_attention_share(_unwrapped(model))
+            attention = let_attention_share(unwrapped(model))
             try:
-                if not _alike(token_losses(model, probe)[0], expected, _tolerance(_unwrapped(model).dtype)):
+                if not _alike(token_losses(model, probe)[0], expected, _tolerance(unwrapped(model).dtype)):
                     fault = "its losses would be others"
             except Exception as error:  # of any kind: a forward that does not know the layout
                 fault = str(error).partition("\n")[0]
@@ -155,9 +146,9 @@ class CheckedLosses:
             torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
         self.shares = not failed.item()
         if not self.shares:
-            _unwrapped(model).set_attn_implementation(attention)
+            unwrapped(model).set_attn_implementation(attention)
         if fault:
-            name = type(_unwrapped(model)).__name__
+            name = type(unwrapped(model)).__name__
             print(f"every row runs its whole prompt: {name} cannot share prompt prefixes ({fault})", file=sys.stderr)
 
 
@@ -175,55 +166,3 @@ def _alike(losses: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bo
 def _tolerance(dtype: torch.dtype) -> float:
     """In 16 bits four times what rounding does to a model of 135 million weights."""
     return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 0.25)
-
-
-class _Selection:
-    """A hook before an output head: of hidden states (B, L, k) it hands on the ``positions`` alone, as (1, N, k)."""
-
-    def __init__(self, shape: torch.Size, positions: torch.Tensor, task_ids: torch.Tensor):
-        self.shape, self.positions, self.task_ids = shape, positions, task_ids
-        self.selected, self.thread = False, threading.get_ident()  # another thread's forward is none of ours
-
-    def __call__(self, head: nn.Module, inputs: tuple) -> tuple | None:
-        if (
-            self.thread != threading.get_ident()
-            or not inputs
-            or inputs[0].dim() != 3
-            or inputs[0].shape[:2] != self.shape
-        ):
-            return None
-        self.selected = True
-        routing.select_rows(self.task_ids[None])
-        return (inputs[0].flatten(0, 1).index_select(0, self.positions)[None], *inputs[1:])
-
-
-@contextlib.contextmanager
-def _head_sees(
-    model: nn.Module, shape: torch.Size, positions: torch.Tensor, task_ids: torch.Tensor
-) -> Iterator[_Selection]:
-    """A block in which the model's output head, if it has one, sees some positions alone; task_ids (N,) of these."""
-    selection = _Selection(shape, positions, task_ids)
-    head = output_head(_unwrapped(model))
-    handle = head.register_forward_pre_hook(selection) if head is not None else None
-    try:
-        yield selection
-    finally:
-        if handle:
-            handle.remove()
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP's or DeepSpeed's wrapper."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
-
-
-@functools.cache
-def _say_that_all_is_projected(model_class: type[nn.Module]) -> None:
-    """A line on stderr, once for a class of models."""
-    print(
-        f"{model_class.__name__} has no output head that sees all hidden states: the vocabulary is projected at every "
-        "position, which takes more time and memory",
-        file=sys.stderr,
-    )

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.adapter.layer import layer_class
-from mtl_lora.base_model import BaseModel
+from mtl_lora.base_model import BaseModel, choose_attention
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT
@@ -18,10 +18,6 @@ from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.run import Run, train
-
-# On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
-# length their (L, L) scores are small.
-_EAGER_LENGTH = 512
 
 
 def run(config: TrainConfig) -> None:
@@ -61,8 +57,7 @@ class LanguageRun(Run):
 
     def load_base(self) -> PreTrainedModel:
         model = super().load_base()
-        if self.arguments.device.type == "cpu" and self.config.cutoff_len <= _EAGER_LENGTH:
-            model.set_attn_implementation("eager")
+        choose_attention(model, self.arguments.device, self.config.cutoff_len)
         return model
 
     def ends(self):

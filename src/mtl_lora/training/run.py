@@ -24,6 +24,7 @@ from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.rows import counts_note, row_columns, shortened_note, split
+from mtl_lora.training.sampler import StepSampler
 from mtl_lora.training.trainer import Batch, MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
@@ -78,6 +79,10 @@ class Run:
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         """The lengths (N,) of ``train`` by which batches are planned, and whether a step is dealt out by task."""
         return self.columns(self.train)["length"], False
+
+    def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:
+        """This process's micro-batches of ``train``; lengths and group_tasks: of ``plan``."""
+        return make_sampler(self.config, self.arguments, lengths, task_ids, group_tasks)
 
     def load_base(self) -> PreTrainedModel:
         """The model on which the adapter is put."""
@@ -140,7 +145,7 @@ class Run:
         self.log(*notes)
         task_ids = self.columns(self.train)["task_id"]
         lengths, group_tasks = self.plan(structure)
-        sampler = make_sampler(config, self.arguments, lengths, task_ids, group_tasks)
+        sampler = self.sampler(lengths, task_ids, group_tasks)
         shortened = f"; {shortened_note(rows, config.cutoff_len, self.shortened_at)}" if self.shortened_at else ""
         self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None

@@ -5,7 +5,7 @@ a second time, no example is repeated, and a resumed run sees the examples it wo
 by padded tokens, or more equal proportions of the tasks, in which case examples of small tasks do come again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -169,8 +169,49 @@ def step_sizes(lengths: np.ndarray, token_budget: int, parts: int) -> list[int]:
     return sizes
 
 
-class LengthGroupedBatchSampler(Sampler[list[int]]):
+class StepSampler(Sampler[list[int]]):
     """The micro-batches of one process, ``accumulation`` of them a step.
+
+    A step's examples are the same for any split of its micro-batches over steps of accumulation and processes, so one
+    process and many take the same steps. A subclass says which they are.
+    """
+
+    def __init__(self, task_ids: np.ndarray, seed: int, accumulation: int, world_size: int, rank: int):
+        self.task_ids, self.seed, self.epoch = np.asarray(task_ids), seed, 0
+        self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
+        self.parts = accumulation * world_size  # micro-batches of a step
+
+    steps_per_epoch: int
+
+    def steps(self) -> list[np.ndarray]:
+        """The examples of each optimiser step of the epoch, over all processes; every epoch has as many steps."""
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose plan the next iteration follows."""
+        self.epoch = epoch
+
+    def require_steps(self) -> None:
+        """Raise ``UserError`` where there are too few examples for a step."""
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"{len(self.task_ids)} training examples are too few for a step of {self.accumulation} x "
+                f"{self.world_size} micro-batches (gradient_accumulation_steps x devices); lower "
+                "gradient_accumulation_steps or add examples"
+            )
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for examples in self.steps():
+            micro_batches = np.array_split(examples, self.parts)
+            for index in range(self.rank, self.parts, self.world_size):
+                yield micro_batches[index].tolist()
+
+
+class LengthGroupedBatchSampler(StepSampler):
+    """Batches of examples of similar length from all tasks.
 
     Each has at most ``batch_size`` examples or, with a ``token_budget``, at most that many tokens with its padding
     (examples times the longest). A step's global batch, of ``batch_size * accumulation * world_size`` examples or of
@@ -196,11 +237,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         temperature: float = 1.0,
         group_tasks: bool = False,
     ):
-        self.group_tasks = group_tasks
-        self.lengths, self.task_ids, self.seed = np.asarray(lengths), np.asarray(task_ids), seed
-        self.batch_size, self.accumulation, self.world_size, self.rank = batch_size, accumulation, world_size, rank
-        self.length_pool, self.token_budget, self.temperature, self.epoch = length_pool, token_budget, temperature, 0
-        self.parts = accumulation * world_size  # micro-batches of a step
+        super().__init__(task_ids, seed, accumulation, world_size, rank)
+        self.lengths, self.batch_size, self.group_tasks = np.asarray(lengths), batch_size, group_tasks
+        self.length_pool, self.token_budget, self.temperature = length_pool, token_budget, temperature
         self.global_batch_size = batch_size * self.parts  # examples of a step, without a token budget
         if token_budget and self.lengths.max(initial=0) > token_budget:
             raise UserError(
@@ -212,34 +251,17 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         else:
             full, rest = divmod(len(self.lengths), self.global_batch_size)
             self.steps_per_epoch = full + (rest >= self.parts)
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"{len(self.lengths)} training examples are too few for a step of {accumulation} x {world_size} micro-"
-                "batches (gradient_accumulation_steps x devices); lower gradient_accumulation_steps or add examples"
-            )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose plan the next iteration follows."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch * self.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for examples in self.steps():
-            if self.group_tasks:
-                examples = examples[np.argsort(self.task_ids[examples], kind="stable")]
-            micro_batches = np.array_split(examples, self.parts)
-            for index in range(self.rank, self.parts, self.world_size):
-                yield micro_batches[index].tolist()
+        self.require_steps()
 
     def steps(self) -> list[np.ndarray]:
-        """The examples of each optimiser step of the epoch, over all processes; every epoch has as many steps."""
         data = self.lengths, self.task_ids
         if self.token_budget:
-            return plan_by_tokens(*data, self.token_budget, self.parts, self.seed, self.epoch)
-        plan = plan_epoch(*data, self.global_batch_size, self.seed, self.epoch, self.length_pool, self.temperature)
-        return plan[: self.steps_per_epoch]
+            steps = plan_by_tokens(*data, self.token_budget, self.parts, self.seed, self.epoch)
+        else:
+            steps = plan_epoch(*data, self.global_batch_size, self.seed, self.epoch, self.length_pool, self.temperature)
+        if self.group_tasks:
+            steps = [step[np.argsort(self.task_ids[step], kind="stable")] for step in steps]
+        return steps[: self.steps_per_epoch]
 
     def __str__(self) -> str:
         """One line on the global batch."""
@@ -248,3 +270,46 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
         steps = f"{self.steps_per_epoch:,} steps an epoch"
         return f"global batch: {one} (per device) x {split}, {size} examples; {steps}"
+
+
+class RoundRobinSampler(StepSampler):
+    """Steps of one task each, tasks in proportion to their number of steps, as VL-Adapter samples (arXiv 2112.06825).
+
+    batch_sizes: (T,), of each task the examples of a micro-batch. Every example comes once an epoch, but for those of a
+    task's last, smaller step where it cannot give every micro-batch one. Raises ``UserError`` where a task that has
+    examples is left without a step.
+    """
+
+    def __init__(
+        self,
+        task_ids: np.ndarray,
+        batch_sizes: Sequence[int],
+        seed: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+    ):
+        super().__init__(task_ids, seed, accumulation, world_size, rank)
+        self.batch_sizes = list(batch_sizes)
+        counts = np.bincount(self.task_ids, minlength=len(self.batch_sizes))
+        wholes = [divmod(int(n), size * self.parts) for n, size in zip(counts, self.batch_sizes, strict=True)]
+        self.task_steps = [full + (rest >= self.parts) for full, rest in wholes]
+        self.steps_per_epoch = sum(self.task_steps) if all(self.task_steps[task] for task in counts.nonzero()[0]) else 0
+        self.require_steps()
+
+    def steps(self) -> list[np.ndarray]:
+        generator, steps = np.random.default_rng([self.seed, self.epoch]), []
+        for task_id, size in enumerate(self.batch_sizes):
+            examples = generator.permutation(np.flatnonzero(self.task_ids == task_id))
+            steps += np.split(examples, range(size * self.parts, len(examples), size * self.parts))
+        steps = [steps[index] for index in generator.permutation(len(steps))]
+        return [step for step in steps if len(step) >= self.parts]
+
+    def __str__(self) -> str:
+        """One line on the steps of each task, by its id."""
+        sizes = ", ".join(
+            f"task {task_id} {count:,} steps of {size} (per device)"
+            for task_id, (size, count) in enumerate(zip(self.batch_sizes, self.task_steps, strict=True))
+        )
+        split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
+        return f"one task a step: {sizes} x {split}; {self.steps_per_epoch:,} steps an epoch"

@@ -27,7 +27,7 @@ from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.distributed import deepspeed_file
-from mtl_lora.training.sampler import LengthGroupedBatchSampler
+from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
 
 # Besides the adapter a checkpoint holds the two moments of AdamW.
 _COPIES = 3
@@ -154,7 +154,7 @@ class MultiTaskTrainer(Trainer):
         losses: Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         collator: Callable[[Sequence], Batch],
         tasks: Sequence[str],
-        sampler: LengthGroupedBatchSampler,
+        sampler: StepSampler,
         provenance: checkpoint.Provenance,
         eval_lengths: np.ndarray | None = None,
         task_weights: Sequence[float] | None = None,

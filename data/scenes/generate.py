@@ -1,0 +1,9 @@
+"""Render the data set in this folder: ``mtl-lora prepare scenes``, written into the project."""
+
+import sys
+from pathlib import Path
+
+from mtl_lora.cli import main
+
+if __name__ == "__main__":
+    main(["prepare", "scenes", *sys.argv[1:]], root=Path(__file__).resolve().parents[2])

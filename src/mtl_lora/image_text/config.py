@@ -1,0 +1,125 @@
+"""The flags of training on images and texts, as a validated dataclass, and its command."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mtl_lora.cli import parse
+from mtl_lora.config import flag
+from mtl_lora.errors import UserError
+from mtl_lora.image_text.tasks import OPEN_SETS, TaskSet
+from mtl_lora.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from mtl_lora.image_text.features import FeatureStore
+    from mtl_lora.image_text.model import VisualConfig
+
+MIXED, ROUND_ROBIN = "mixed", "round_robin"
+
+
+@dataclasses.dataclass(init=False)
+class TrainConfig(TrainingConfig):
+    """Everything that configures a training run on images and texts."""
+
+    made_by = "mtl-lora prepare image_text"
+
+    base_model: str = flag(
+        "smollm2-135m",
+        "name or folder of a causal language model or an encoder-decoder (BART, T5)",
+        group="what is trained, on what",
+    )
+    data_path: str = flag(
+        "data/image_text/train.json",
+        "JSON, JSON lines, CSV or parquet of examples with image (an id, or a list), text, answer or answers, and task",
+        affects="content",
+    )
+    tasks_file: str | None = flag(
+        None, "JSON file that declares your own tasks; none: easy-VQA, NLVR and Flickr8k", affects="content"
+    )
+    features: list[str] = flag(
+        ["data/image_text/features.h5"],
+        "features of all images: HDF5 files of mtl-lora features, or folders of <image id>.h5, as a,b",
+        affects="content",
+    )
+    pool: int | None = flag(
+        None, "cells along a side to which an image's grid is max-pooled (the original: 7 to 6); none: as it is", min=1
+    )
+    images: int = flag(2, "most images of an example", min=1)
+    cutoff_len: int = flag(
+        64,
+        "most tokens of a text and of an answer, where the task sets no lower limit; longer ones lose their end",
+        min=8,
+        group="texts and batches of tasks",
+    )
+
+    task_batches: str = flag(
+        MIXED,
+        "mixed: every batch has examples of all tasks; round_robin: of one task, tasks in proportion to their "
+        "number of batches, as the original",
+        choices=(MIXED, ROUND_ROBIN),
+    )
+    task_batch_sizes: list[str] = flag(
+        [], "with round_robin, in place of batch_size for some tasks: name=examples, as a,b"
+    )
+    batch_size: int | str = flag(
+        16,
+        "examples per device and micro-batch; the global batch is this x devices x gradient_accumulation_steps",
+        min=1,
+        group="batches and schedule",
+    )
+    learning_rate: float = flag(1e-3, "peak learning rate of AdamW", above=0)
+    warmup_ratio: float = flag(0.03, "fraction of the steps with linear warm-up")
+
+    def validate(self) -> None:
+        super().validate()
+        self.batch_sizes(self.task_set())
+        if self.task_batches == MIXED and self.task_batch_sizes:
+            raise UserError("--task_batch_sizes needs --task_batches round_robin, whose batches are of one task")
+        if self.task_batches == ROUND_ROBIN:
+            for name in ("token_budget", "sampling_temperature", "length_pool"):
+                if getattr(self, name) != getattr(TrainingConfig, name):
+                    raise UserError(f"--{name} has no effect with --task_batches round_robin; leave it out")
+
+    def batch_sizes(self, tasks: TaskSet) -> list[int]:
+        """Examples of a one-task micro-batch by task id; raises ``UserError`` for an entry that is no name=examples."""
+        sizes = dict.fromkeys(tasks.names, self.batch_size)
+        for entry in self.task_batch_sizes:
+            name, _, number = entry.partition("=")
+            if not number.isascii() or not number.isdecimal() or not int(number):
+                raise UserError(f"--task_batch_sizes must be task=examples as a,b, not {entry!r}")
+            sizes[tasks[name].name] = int(number)
+        return list(sizes.values())
+
+    def read_tasks(self) -> TaskSet:
+        return TaskSet.load(self.tasks_file) if self.tasks_file else OPEN_SETS
+
+    def visual_config(self, store: "FeatureStore") -> "VisualConfig":
+        """The images that the model takes, by their features; raises ``UserError`` for a ``pool`` above their grid."""
+        from mtl_lora.image_text.model import VisualConfig
+
+        return VisualConfig(dim=store.dim, grid=store.grid, pool=self.pool, images=self.images)
+
+    def count(self) -> tuple[int, int]:
+        from mtl_lora.base_model import BaseModel
+        from mtl_lora.image_text.features import FeatureStore
+        from mtl_lora.image_text.model import KIND, count
+
+        base, images = BaseModel(self.base_model, self.trust_remote_code, KIND), FeatureStore(self.features)
+        return count(base, self.visual_config(images), self.adapter_config(self.task_set()))
+
+
+# ---- the commands ----
+
+TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, by a low-rank adapter."
+
+
+def train(arguments: Sequence[str]) -> None:
+    """``mtl-lora train --system image_text``."""
+    config = parse(TrainConfig, arguments, TRAIN_ABOUT)
+    config.check_files()
+    from mtl_lora.image_text.train import run
+    from mtl_lora.training.distributed import destroy_process_group, prepare_process
+
+    prepare_process(config)
+    run(config)
+    destroy_process_group()

@@ -1,0 +1,121 @@
+"""Training on images and texts: batches of all tasks or of one, visual tokens in a language model, an adapter on it."""
+
+import itertools
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.base_model import BaseModel, at_least_float32, choose_attention
+from mtl_lora.errors import UserError
+from mtl_lora.image_text import model
+from mtl_lora.image_text.config import ROUND_ROBIN, TrainConfig
+from mtl_lora.image_text.data import IGNORED, Collator, Encoder, mean_answer_tokens, training_rows
+from mtl_lora.image_text.features import FeatureStore
+from mtl_lora.image_text.tasks import TaskSet
+from mtl_lora.training.projection import logits_at
+from mtl_lora.training.rows import row_columns
+from mtl_lora.training.run import Run, train
+from mtl_lora.training.sampler import RoundRobinSampler, StepSampler
+from mtl_lora.training.trainer import Batch
+
+
+def run(config: TrainConfig) -> None:
+    """Train as ``config`` says, see ``training.run.train``."""
+    train(ImageTextRun, config)
+
+
+class ImageTextRun(Run):
+    """The training of a language model that is shown images."""
+
+    system = "image_text"
+    task_set = TaskSet
+    shortened_at = "the ends of their texts and answers"
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        self.base = BaseModel(config.base_model, config.trust_remote_code, model.KIND)
+        self.store = FeatureStore(config.features)
+        self.images = config.visual_config(self.store)
+
+    def structure(self) -> PreTrainedModel:
+        return model.structure(self.base, self.images)
+
+    def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
+        return model.in_language_model(adapter, structure), []
+
+    def rows(self, digest: str) -> datasets.Dataset:
+        config = self.config
+        self.encoder = Encoder(self.base.tokenizer(), self.base.config(), config.cutoff_len, self.tasks)
+        return training_rows(config.data_path, self.encoder, config.cache_dir, config.task, digest)
+
+    def check_rows(self, rows: datasets.Dataset) -> None:
+        most = int(row_columns(rows)["image_count"].max())
+        if most > self.config.images:
+            raise UserError(f"an example has {most} images, more than --images {self.config.images}; raise it")
+        self.store.check(itertools.chain.from_iterable(rows["images"]))
+        longest = int(self._lengths(rows).max())
+        self.base.check_positions(longest, "the longest example with its visual tokens; lower --cutoff_len, or --pool")
+
+    def _lengths(self, rows: datasets.Dataset) -> np.ndarray:
+        """Tokens of each example and of its images, (N,)."""
+        columns = row_columns(rows)
+        return columns["length"] + columns["image_count"] * self.images.tokens
+
+    def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
+        return self._lengths(self.train), False
+
+    def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:
+        config, arguments = self.config, self.arguments
+        if config.task_batches != ROUND_ROBIN:
+            return super().sampler(lengths, task_ids, group_tasks)
+        split = config.gradient_accumulation_steps, arguments.world_size, arguments.process_index
+        return RoundRobinSampler(task_ids, config.batch_sizes(self.tasks), config.seed, *split)
+
+    def load_base(self) -> PreTrainedModel:
+        loaded = model.load(self.base, self.images, self.config.dtype, self.config.load_in_4bit)
+        choose_attention(loaded, self.arguments.device, int(self._lengths(self.train).max()))
+        return loaded
+
+    def ends(self):
+        means = mean_answer_tokens(self.train, self.tasks)
+        return Collator(self.encoder, self.store, self.images.tokens, self.config.seed, means), answer_losses
+
+    def facts(self) -> dict[str, object]:
+        means = mean_answer_tokens(self.train, self.tasks)
+        by_name = {self.tasks[task_id].name: mean for task_id, mean in means.items()}
+        return {"features": self.store.fingerprint, "mean_answer_tokens": by_name}
+
+    @classmethod
+    def deciding_facts(cls, configuration: dict) -> dict[str, object]:
+        return super().deciding_facts(configuration) | {"the features": configuration.get("features")}
+
+    def provenance(self) -> dict[str, object]:
+        return {"cutoff_len": self.config.cutoff_len, "model_settings": self.images.to_json()}
+
+
+def answer_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every token of the answers times the answer's soft score, its weight, and its row's task: (N,).
+
+    batch: of ``Collator``, with answers.
+    """
+    labels, mask = batch["labels"], batch["attention_mask"]
+    supervised = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    row, place = supervised // labels.shape[1], supervised % labels.shape[1]
+    names = ["input_ids", "attention_mask", "features"]
+    if "decoder_input_ids" in batch:
+        names, shape, positions = [*names, "decoder_input_ids"], labels.shape, supervised
+    else:  # the token at place j, behind all visual tokens, is predicted one position before it
+        shape, visual = mask.shape, mask.shape[1] - labels.shape[1]
+        positions = row * shape[1] + visual + place - 1
+    task_ids = batch["task_ids"]
+    own = task_ids.index_select(0, row)
+    inputs = {name: batch[name] for name in names} | {"task_ids": task_ids}
+    logits = at_least_float32(logits_at(model, inputs, shape, positions, own))
+    targets = labels.flatten().index_select(0, supervised)
+    losses = F.cross_entropy(logits, targets, reduction="none") * batch["scores"].index_select(0, row)
+    return losses, batch["weights"].index_select(0, row), own

@@ -1,0 +1,242 @@
+"""Trainings on images and texts: as a plain loop, resumed, in two processes, and with batches of one task."""
+
+import json
+import random
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from image_text_cases import DIM, GRID, PICTURES, TASKS, write_features
+from launches import TORCHRUN, assert_trained_alike, curve, launch, weights
+from transformers import AutoTokenizer, set_seed
+
+import mtl_lora
+from mtl_lora import UserError
+from mtl_lora.base_model import BaseModel
+from mtl_lora.image_text import model as visual
+from mtl_lora.image_text.config import TrainConfig
+from mtl_lora.image_text.data import Encoder, training_rows
+from mtl_lora.image_text.model import VisualConfig
+from mtl_lora.image_text.train import run
+from mtl_lora.training.sampler import LengthGroupedBatchSampler, RoundRobinSampler
+
+STEPS = 20
+
+
+@pytest.fixture
+def still(bart, causal, tmp_path, edit_json):
+    """``still(kind)``: the folder of a model without dropout, for runs that are compared with others."""
+
+    def folder(kind: str) -> str:
+        copy = tmp_path / f"still_{kind}"
+        shutil.copytree({"bart": bart, "causal": causal}[kind], copy)
+        edit_json(copy / "config.json", **({"dropout": 0.0} if kind == "bart" else {}))
+        return str(copy)
+
+    return folder
+
+
+# ---- a plain loop ----
+
+
+def answer_of(record: dict, index: int, seed: int, epoch: int) -> tuple[str, float]:
+    """The answer that is learned from a record in an epoch, and its soft score."""
+    if "answer" in record:
+        return record["answer"], 1.0
+    draw = random.Random(f"{seed} {epoch} {index}")
+    (answer,) = draw.choices(list(record["answers"]), list(record["answers"].values()))
+    return answer, record["answers"][answer]
+
+
+def one_example(model, tokenizer, record: dict, answer: str, features: torch.Tensor) -> torch.Tensor:
+    """The cross-entropies of the tokens of one example's answer, by a forward of its own."""
+    task = next(task for task in TASKS if task["name"] == record["task"])
+    prompt = task["prompt"].replace("{text}", record.get("text", ""))
+    common = {"features": features[None], "task_ids": [record["task"]]}
+    if model.config.is_encoder_decoder:
+        target = torch.tensor(tokenizer(answer)["input_ids"])
+        start = torch.tensor([model.config.decoder_start_token_id])
+        ids = torch.tensor(tokenizer(prompt)["input_ids"])
+        logits = model(input_ids=ids[None], decoder_input_ids=torch.cat([start, target[:-1]])[None], **common).logits[0]
+    else:
+        ids = torch.tensor(tokenizer(prompt)["input_ids"])
+        target = torch.tensor([*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id])
+        logits = model(input_ids=torch.cat([ids, target])[None], **common).logits[0, -len(target) - 1 : -1]
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def plain_losses(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of every step and the weights after the last, of a loop that knows neither system nor Trainer.
+
+    It takes the same batches; records and features are read as they stand, the tokenizer encodes by itself, and every
+    example is a forward of its own.
+    """
+    tasks = config.read_tasks()
+    set_seed(config.seed)
+    images = VisualConfig(dim=DIM, grid=GRID, pool=config.pool, images=config.images)
+    model = visual.load(BaseModel(config.base_model, kind=visual.KIND), images, "fp64").train()
+    mtl_lora.inject(model, visual.in_language_model(config.adapter_config(tasks), model))
+    with open(config.data_path) as opened:
+        records = json.load(opened)
+    with h5py.File(config.features[0]) as opened:
+        features = {name: torch.tensor(group["features"][()]) for name, group in opened.items()}
+    tokenizer, names = AutoTokenizer.from_pretrained(config.base_model), tasks.names
+    ids = np.array([names.index(record["task"]) for record in records])
+    captions = [record["answer"] for record in records if record["task"] == "caption"]
+    starts = [" ", 1] if not model.config.is_encoder_decoder else ["", 0]  # what an answer has besides the tokenizer's
+    mean = np.mean([len(tokenizer(starts[0] + each)["input_ids"]) + starts[1] for each in captions])
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    if config.task_batches == "round_robin":
+        sampler = RoundRobinSampler(ids, config.batch_sizes(tasks), config.seed)
+    else:
+        counted = training_rows(config.data_path, Encoder(tokenizer, model.config, 64, tasks), config.cache_dir)
+        lengths = np.array(counted["length"]) + np.array(counted["image_count"]) * images.tokens
+        sampler = LengthGroupedBatchSampler(lengths, ids, config.batch_size, config.seed)
+    found = []
+    while len(found) < STEPS:
+        epoch = len(found) // len(sampler)
+        sampler.set_epoch(epoch)
+        for indices in list(sampler)[: STEPS - len(found)]:
+            total = weight = 0.0
+            for index in indices:
+                record = records[index]
+                answer, score = answer_of(record, index, config.seed, epoch)
+                shown = record["image"] if isinstance(record["image"], list) else [record["image"]]
+                losses = one_example(model, tokenizer, record, answer, torch.stack([features[name] for name in shown]))
+                share = len(losses) / mean if record["task"] == "caption" else 1.0
+                total, weight = total + score * share * losses.mean(), weight + share
+            loss = total / weight
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimiser.step()
+            optimiser.zero_grad()
+            found.append(loss.item())
+    return found, {
+        name.replace(".base_layer", ""): each for name, each in model.named_parameters() if each.requires_grad
+    }
+
+
+@pytest.mark.slow(6)
+@pytest.mark.parametrize("kind", ["bart", "causal"])
+def test_twenty_losses_equal_those_of_a_plain_loop(kind, train, settings, still):
+    flags = {
+        "base_model": still(kind),
+        "dtype": "fp64",
+        "lr_scheduler_type": "constant_with_warmup",
+        "max_steps": STEPS,
+    }
+    if kind == "bart":
+        flags |= {"task_batches": "round_robin", "task_batch_sizes": ["vqa=3", "caption=5"]}
+    folder = train("run", **flags)
+    expected, trained = plain_losses(TrainConfig(**settings("run", **flags)))
+    assert curve(folder) == pytest.approx(expected, rel=0, abs=1e-6)
+    saved = weights(folder)
+    assert saved.keys() - trained.keys() == {"visual_embedding.object_order"}
+    for name, weight in trained.items():
+        torch.testing.assert_close(
+            saved[name], weight.detach(), rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    record = json.loads((folder / "run.json").read_text())
+    assert record["mean_answer_tokens"].keys() == {"caption"}
+
+
+# ---- resume, launches ----
+
+
+def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit(train):
+    flags = {"lora_dropout": 0.1, "max_steps": 10, "save_step": 4, "val_set_size": 6}  # six steps an epoch
+    folder = train("run", **flags)
+    again = train("again", **flags, resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert curve(again) == curve(folder)[4:]
+    whole, resumed = weights(folder), weights(again)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert mtl_lora.load(folder / "checkpoint-8").visual_embedding.config.pool == 2
+
+
+@pytest.mark.slow(12)
+def test_two_processes_train_as_one(settings, still, tmp_path, one_thread):
+    common = {"base_model": still("bart"), "max_steps": 6, "val_set_size": 6, "save_step": 3}
+    robin = {"task_batches": "round_robin"}
+    run(TrainConfig(**settings("mixed", **common, batch_size=4)))
+    run(TrainConfig(**settings("robin", **common, **robin, batch_size=4, task_batch_sizes=["vqa=6"])))
+    runs = [
+        settings("two_mixed", **common, batch_size=2),
+        settings("two_robin", **common, **robin, batch_size=2, task_batch_sizes=["vqa=3"]),
+    ]
+    done = launch(TORCHRUN, [each | {"system": "image_text"} for each in runs], tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("mixed", "robin"):
+        assert_trained_alike(tmp_path / name, tmp_path / f"two_{name}")
+
+
+# ---- batches of one task ----
+
+
+def test_a_step_of_one_task_takes_each_example_once_an_epoch():
+    ids = np.array([0] * 13 + [1] * 4 + [3] * 9)
+    sizes = [4, 8, 5, 3]
+    one = RoundRobinSampler(ids, sizes, seed=7)
+    first = [sorted(step) for step in one]
+    assert sorted(index for step in first for index in step) == list(range(len(ids)))
+    assert len(one) == 4 + 1 + 3
+    assert sorted((int(ids[step[0]]), len(step)) for step in first) == sorted(
+        [(0, 4)] * 3 + [(0, 1), (1, 4)] + [(3, 3)] * 3
+    )
+    assert all(len({int(ids[index]) for index in step}) == 1 for step in first)
+    assert [sorted(step) for step in RoundRobinSampler(ids, sizes, seed=7)] == first
+    one.set_epoch(1)
+    second = [sorted(step) for step in one]
+    assert second != first and sorted(map(len, second)) == sorted(map(len, first))
+    orders = {tuple(int(ids[step[0]]) for step in one) for epoch in range(5) if not one.set_epoch(epoch)}
+    assert len(orders) == 5, "tasks alternate at random"
+
+    whole = RoundRobinSampler(ids, [4, 4, 4, 2], seed=7)
+    halves = [RoundRobinSampler(ids, [2, 2, 2, 1], seed=7, world_size=2, rank=rank) for rank in (0, 1)]
+    together = [a + b for a, b in zip(*halves, strict=True)]
+    assert [sorted(step) for step in whole if len(step) > 1] == [sorted(step) for step in together]
+    with pytest.raises(UserError, match=r"26 training examples.* 5 x 1 "):
+        RoundRobinSampler(ids, sizes, seed=7, accumulation=5)
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pool": 4}, "pool must be 1 to 3"),
+        ({"images": 1}, "an example has 2 images.*--images 1"),
+        ({"cutoff_len": 40, "base_model": "short"}, "positions.*--pool"),
+        ({"task_batch_sizes": ["vqa=4"]}, "round_robin"),
+        ({"task_batches": "round_robin", "task_batch_sizes": ["vqa"]}, "task=examples.*'vqa'"),
+        ({"task_batches": "round_robin", "task_batch_sizes": ["gqa=4"]}, "no task 'gqa'"),
+        ({"task_batches": "round_robin", "token_budget": 512}, "--token_budget"),
+        ({"lora_target_modules": ["feature"]}, "feature.*modules_to_save"),
+        ({"features": ["nowhere.h5"]}, "nowhere.h5"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(changes, words, settings, bart, tmp_path, edit_json):
+    if changes.get("base_model") == "short":
+        shutil.copytree(bart, tmp_path / "short")
+        edit_json(tmp_path / "short" / "config.json", max_position_embeddings=12)
+        changes = changes | {"base_model": str(tmp_path / "short")}
+    with pytest.raises(UserError, match=words) as error:
+        run(TrainConfig(**settings("run", **changes)))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_missing_image_is_named_and_other_features_cannot_resume(train, settings, pictures, tmp_path):
+    write_features(tmp_path / "few.h5", PICTURES[1:])
+    with pytest.raises(UserError, match=PICTURES[0]):
+        run(TrainConfig(**settings("run", features=[str(tmp_path / "few.h5")])))
+    folder = train("run", save_step=2)
+    with h5py.File(shutil.copy(pictures / "features.h5", tmp_path / "other.h5"), "r+") as opened:
+        opened[f"{PICTURES[0]}/features"][...] += 1
+    other = {"save_step": 2, "features": [str(tmp_path / "other.h5")]}
+    with pytest.raises(UserError, match="the features"):
+        run(TrainConfig(**settings("run", **other, resume_from_checkpoint=str(folder / "checkpoint-2"))))
