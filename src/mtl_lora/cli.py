@@ -58,6 +58,7 @@ SETS = {
     "commonsense": Command("mtl_lora.language.prepare.commonsense", "the eight commonsense tasks of LLM-Adapters"),
     "textclass": Command("mtl_lora.language.prepare.textclass", "six small text-classification tasks"),
     "glue": Command("mtl_lora.nlu.prepare", "eight tasks of GLUE; with --hub all nine"),
+    "image_text": Command("mtl_lora.image_text.prepare", "questions, statements and captions of pictures: open sets"),
     "scenes": Command("mtl_lora.dense.scenes", "rendered scenes with five exact label maps; nothing is downloaded"),
 }
 

@@ -147,6 +147,8 @@ def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
     if measured := [name for name in tasks if a.tasks[name].metric != b.tasks[name].metric]:
         metrics = (f"{name} by {a.tasks[name].metric} and {b.tasks[name].metric}" for name in measured)
         raise _not_comparable(a, b, f"they measure {', '.join(metrics)}")
+    if cut := [name for name in tasks if len({each.tasks[name].measured.get("tokenizer") for each in (a, b)}) > 1]:
+        raise _not_comparable(a, b, f"they cut captions of {', '.join(cut)} into words by other tokenizers")
     if other_data := [name for name in tasks if a.data[name] != b.data[name]]:
         raise _not_comparable(a, b, f"their test data of {', '.join(other_data)} are not the same (sha256)")
 
