@@ -1,8 +1,12 @@
 """Trainings on images and texts: as a plain loop, resumed, in two processes, and with batches of one task."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from image_text_cases import DIM, GRID, PICTURES, TASKS, write_features
 from launches import TORCHRUN, assert_trained_alike, curve, launch, weights
+from shared import PROJECT
 from transformers import AutoTokenizer, set_seed
 
 import mtl_lora
@@ -174,12 +179,41 @@ def test_two_processes_train_as_one(settings, still, tmp_path, one_thread):
         assert_trained_alike(tmp_path / name, tmp_path / f"two_{name}")
 
 
+@pytest.mark.slow(10)
+def test_a_recipe_trains_with_the_originals_settings(settings, pictures, tmp_path):
+    tasks = [*TASKS, {"name": "gqa", "id": 3}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    flags = settings("run")
+    places = {"BASE_MODEL": flags["base_model"], "DATA_PATH": flags["data_path"], "FEATURES": flags["features"][0]}
+    places |= {"TASKS_FILE": str(tmp_path / "tasks.json"), "CACHE_PATH": flags["cache_dir"], "VENV": "", "POOL": "2"}
+    places |= {
+        "OUTPUT_PATH": flags["output_dir"],
+        "BATCH_SIZE": "24",
+        "ACCUMULATION": "2",
+        "MAX_STEPS": "1",
+        "POOL": "2",
+    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(PROJECT / "script" / "vlbart_mlora.sh"), "6", "16"],
+        env=os.environ | places | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    expected = {"lora_r": 6, "num_B": 2, "temperature": 0.8, "num_epochs": 20, "max_grad_norm": 5, "weight_decay": 0.01}
+    expected |= {"batch_size": 12, "task_batch_sizes": ["gqa=20", "nlvr=4", "caption=10"], "learning_rate": 1e-3}
+    assert {name: found[name] for name in expected} == expected
+
+
 # ---- batches of one task ----
 
 
 def test_a_step_of_one_task_takes_each_example_once_an_epoch():
     ids = np.array([0] * 13 + [1] * 4 + [3] * 9)
-    sizes = [4, 8, 5, 3]
+    sizes = {"a": 4, "b": 8, "none": 5, "c": 3}
     one = RoundRobinSampler(ids, sizes, seed=7)
     first = [sorted(step) for step in one]
     assert sorted(index for step in first for index in step) == list(range(len(ids)))
@@ -195,8 +229,9 @@ def test_a_step_of_one_task_takes_each_example_once_an_epoch():
     orders = {tuple(int(ids[step[0]]) for step in one) for epoch in range(5) if not one.set_epoch(epoch)}
     assert len(orders) == 5, "tasks alternate at random"
 
-    whole = RoundRobinSampler(ids, [4, 4, 4, 2], seed=7)
-    halves = [RoundRobinSampler(ids, [2, 2, 2, 1], seed=7, world_size=2, rank=rank) for rank in (0, 1)]
+    half = {"a": 2, "b": 2, "none": 2, "c": 1}
+    whole = RoundRobinSampler(ids, {name: 2 * size for name, size in half.items()}, seed=7)
+    halves = [RoundRobinSampler(ids, half, seed=7, world_size=2, rank=rank) for rank in (0, 1)]
     together = [a + b for a, b in zip(*halves, strict=True)]
     assert [sorted(step) for step in whole if len(step) > 1] == [sorted(step) for step in together]
     with pytest.raises(UserError, match=r"26 training examples.* 5 x 1 "):
