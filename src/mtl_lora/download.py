@@ -1,14 +1,20 @@
-"""Verified downloads of single files from a public repository: whole under their final name, or not there at all."""
+"""Verified downloads from public repositories: single files, whole under their final name or not there at all; and, of
+sets of thousands of files, a commit's folders by git, which checks every file against the commit's id.
+"""
 
 import dataclasses
 import hashlib
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
-from mtl_lora.files import give_usual_permissions, sha256
+from mtl_lora.files import give_usual_permissions, sha256, sha256_of
 
 ATTEMPTS = 4
 TIMEOUT_S = 30  # for the connection and for each read, not for the whole file
@@ -92,3 +98,73 @@ def check_source(folder: Path, files: Mapping[str, RemoteFile]) -> None:
             problems.append(f"{name} has other bytes (git blob {blob} instead of {raw.git_blob_sha1})")
     if problems:
         raise UserError(f"{folder} is not the source: {'; '.join(problems)}; without --source the files are downloaded")
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFolder(Config):
+    """The files of a repository's commit that match ``paths`` (of pathlib's and git's patterns what both know).
+
+    root: where the repository's own root lies below a source or download folder. count and sha256: how many files
+    match, and the hash of a line ``<git blob id> <path>`` for each, in order of the paths: one line of a manifest for
+    thousands of files. An archive of a commit would be one file, but its bytes differ from one day to the next.
+    """
+
+    repository: str
+    commit: str
+    root: str
+    paths: list[str]
+    count: int
+    sha256: str
+    megabytes: int
+
+    def found(self, folder: Path) -> list[str]:
+        """The paths below ``folder / root`` that match, in order."""
+        root = folder / self.root
+        return sorted({path.relative_to(root).as_posix() for pattern in self.paths for path in root.glob(pattern)})
+
+    def check(self, folder: Path) -> None:
+        """Raise ``UserError`` unless the files below ``folder`` are those of the commit."""
+        found = self.found(folder)
+        where = f"{folder / self.root} is not {self.repository} at {self.commit[:12]}"
+        if len(found) != self.count:
+            raise UserError(f"{where}: {len(found):,} files match {', '.join(self.paths)}, not {self.count:,}")
+        lines = "".join(f"{git_blob_sha1(folder / self.root / path)} {path}\n" for path in found)
+        if (digest := sha256_of(lines.encode())) != self.sha256:
+            raise UserError(f"{where}: some of its {self.count:,} files have other bytes (sha256 {digest[:12]}...)")
+
+    def fetch(self, folder: Path, base_url: str) -> None:
+        """Have git fetch the files to ``folder / root``, unless they are there; raises ``UserError``.
+
+        base_url: where the repository lies below, as https://github.com. Files that do not match are not transferred
+        where the server can leave them out.
+        """
+        try:
+            return self.check(folder)
+        except UserError:
+            pass
+        url, root = f"{base_url.rstrip('/')}/{self.repository}", folder / self.root
+        root.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {url} (about {self.megabytes} MB) to {root}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix=".git.", suffix=".partial", dir=folder) as store:
+            variables = {"GIT_DIR": store, "GIT_WORK_TREE": str(root.resolve()), "GIT_TERMINAL_PROMPT": "0"}
+            for command in (
+                ["init", "--quiet"],
+                ["config", "core.autocrlf", "false"],
+                ["config", "remote.origin.url", url],
+                ["sparse-checkout", "set", "--no-cone", *(f"/{path}" for path in self.paths)],
+                ["fetch", "--quiet", "--depth", "1", "--filter", "blob:none", "origin", self.commit],
+                ["checkout", "--quiet", "--force", self.commit],
+            ):
+                try:
+                    done = subprocess.run(
+                        ["git", *command], env=os.environ | variables, cwd=root, capture_output=True, text=True
+                    )
+                except FileNotFoundError:
+                    raise UserError("downloads of this set need git; install it, or pass --source DIR") from None
+                if done.returncode:
+                    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                    raise UserError(
+                        f"{url} cannot be fetched (git {command[0]}: {reason:.200}); run the same command again, or "
+                        "pass files that you have with --source DIR"
+                    )
+        self.check(folder)

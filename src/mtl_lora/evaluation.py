@@ -21,6 +21,7 @@ import safetensors
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import LogitsProcessor
 
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, Provenance, read_config
@@ -70,6 +71,7 @@ class Evaluator(abc.ABC):
     adapter: CheckpointConfig | None
     method: str | None = None
     method_title: str | None = None
+    variant: str = ""  # of an ablation, behind the name in tables
     comparability = Comparability()
 
     def read_checkpoint(self) -> Provenance:
@@ -147,6 +149,10 @@ class Evaluator(abc.ABC):
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         """One task's result from its prediction lines, at least one."""
 
+    def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
+        """The lines of all questions with what each has only among the others of its task."""
+        return dict(lines)
+
     def trainable(self) -> Trainable | None:
         """The adapter's parameters, and all of the model's."""
         return Trainable(*self.base_model.count(self.adapter.adapter_config)) if self.adapter else None
@@ -204,21 +210,30 @@ def load_questions(
     return found
 
 
-def plan_batches(questions: Sequence[Question], batch_size: int | str, token_budget: int) -> list[list[Question]]:
-    """Batches of at most ``batch_size`` questions, or with ``auto`` of at most ``token_budget`` prompt tokens.
+def _prompt_length(question: Question) -> int:
+    return len(question.prompt_ids)
+
+
+def plan_batches(
+    questions: Sequence[Question],
+    batch_size: int | str,
+    token_budget: int,
+    length: Callable[[Question], int] = _prompt_length,
+) -> list[list[Question]]:
+    """Batches of at most ``batch_size`` questions, or with ``auto`` of at most ``token_budget`` tokens.
 
     Each holds questions of one task, the longest first, so that they share a prompt prefix and little padding; a batch
-    has one question at least. The order of ``questions`` does not matter.
+    has one question at least. The order of ``questions`` does not matter. length: of a question, in tokens.
     """
     batches = []
     by_task: dict[int, list[Question]] = {}
     for question in questions:
         by_task.setdefault(question.task.id, []).append(question)
     for rows in by_task.values():
-        rows.sort(key=lambda question: (-len(question.prompt_ids), question.key))
+        rows.sort(key=lambda question: (-length(question), question.key))
         start = 0
         while start < len(rows):
-            longest = len(rows[start].prompt_ids)
+            longest = length(rows[start])
             size = max(token_budget // longest, 1) if batch_size == AUTO else batch_size
             batches.append(rows[start : start + size])
             start += size
@@ -241,6 +256,16 @@ def in_halves(answer: Callable[[list], list], rows: list) -> list:
         torch.cuda.empty_cache()
     middle = len(rows) // 2
     return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
+
+
+class NotANumber(LogitsProcessor):
+    """Remembers whether any logit was NaN, on its device, so that a GPU is not synchronised at every token."""
+
+    found: torch.Tensor | bool = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.found = self.found | scores.isnan().any()
+        return scores
 
 
 # ---- the course of an evaluation and of a prediction ----
@@ -276,7 +301,7 @@ def evaluate(
             answer_all(evaluator, protocol, questions[protocol], folder, processes)
             if processes.rank == 0:
                 part = dataclasses.replace(asked, questions=questions[protocol])
-                results[protocol] = collect(evaluator, protocol, part, gather(folder, part))
+                results[protocol] = collect(evaluator, protocol, part, gather(evaluator, folder, part))
                 results[protocol].save(Path(folder) / artifacts.RESULTS)
             processes.barrier()
     return results
@@ -381,11 +406,12 @@ def check_results_stay(folder: str, asked: Sequence[Question], sha256: dict[str,
         )
 
 
-def gather(folder: str, asked: QuestionSets) -> dict[tuple[str, int], dict]:
+def gather(evaluator: Evaluator, folder: str, asked: QuestionSets) -> dict[tuple[str, int], dict]:
     """Every prediction line of a folder, those of the questions with their answers extracted by today's rules."""
     predictions = Predictions(folder)
     lines = predictions.read()
-    lines |= {question.key: question.extract_again(lines[question.key]) for question in asked.questions}
+    own = {question.key: question.extract_again(lines[question.key]) for question in asked.questions}
+    lines |= evaluator.complete(asked.questions, own)
     predictions.gather(lines, asked.sizes)
     return lines
 
@@ -404,7 +430,7 @@ def collect(evaluator: Evaluator, protocol: str, asked: QuestionSets, lines: Map
     for untrained in (adapter and adapter.provenance_config.untrained_tasks) or ():
         if untrained in tasks:
             tasks[untrained].measured["untrained"] = True
-    name = config.name or evaluator.method_title or evaluator.base_model.name
+    name = (config.name or evaluator.method_title or evaluator.base_model.name) + evaluator.variant
     settings = evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size}
     return Results(
         system=evaluator.system,

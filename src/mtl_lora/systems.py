@@ -15,9 +15,10 @@ SYSTEMS = {
     "language": "causal language models that answer in words",
     "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
     "image_text": "language models that are shown images: questions, statements and captions",
+    "dense": "vision transformers with a decoder for each task: several maps of an image from one forward",
 }
 # Of their base models, a key of ``base_model.KINDS``.
-BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "image_text": "text_generator"}
+BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "image_text": "text_generator", "dense": "vision"}
 
 
 def part(system: str, name: str) -> types.ModuleType:

@@ -39,11 +39,12 @@ def test_every_method_declares_what_tables_and_cards_say_of_it():
         "hydralora": ("HydraLoRA", "2404.19245"),
         "lora": ("LoRA", "2106.09685"),
         "moelora": ("MoELoRA", "2310.18339"),
+        "mtlora": ("MTLoRA", "2403.20320"),
         "mtl_lora": ("MTL-LoRA", "2410.09437"),
         "multilora": ("MultiLoRA", "2311.11501"),
         "none": ("No adapter", ""),
     }
-    assert {name for name, layer in methods().items() if not layer.has_factors} == {"hydralora"}
+    assert {name for name, layer in methods().items() if not layer.has_factors} == {"hydralora", "mtlora"}
     assert {name for name, layer in methods().items() if layer.needs_task_ids} == {"moelora", "mtl_lora"}
     assert layer_class("mlora") is layer_class("mtl_lora")
 
@@ -117,7 +118,7 @@ def test_the_default_method_asks_for_tasks():
         AdapterConfig()
 
 
-@pytest.mark.parametrize("method", sorted(methods().keys() - {"none"}))
+@pytest.mark.parametrize("method", sorted(methods().keys() - {"none", "mtlora"}))
 def test_format_1_is_read(method):
     config = AdapterConfig.from_json({**FORMAT_1, "method": method})
     read = [flag.name for flag in layer_class(method).Hyperparameters.flags()]
@@ -179,9 +180,11 @@ def test_training_flags_survive_copies_and_json():
         TrainConfig(nunm_B=2)
     with pytest.raises(UserError, match="num_B must be a whole number"):
         TrainConfig(num_B="2")
+    with pytest.raises(UserError, match=r"--adapter_name mtlora .*dense"):
+        TrainConfig(adapter_name="mtlora")
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", sorted(methods().keys() - {"mtlora"}))
 def test_a_training_passes_on_what_its_method_reads(method):
     adapter = TrainConfig(adapter_name=method, num_B=5, num_experts=4, temperature=0.3).adapter_config(COMMONSENSE)
     given = {"num_B": 5, "num_experts": 4, "temperature": 0.3}

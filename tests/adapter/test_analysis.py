@@ -159,7 +159,7 @@ def test_a_gate_that_reads_the_input_leaves_a_note_and_no_tables(tmp_path):
     mtl_lora.save(adapted_llama("hydralora"), tmp_path)
     found = analyse(tmp_path)
     assert [found[key] for key in ["mixture", *MATRICES]] == [None] * 5
-    assert len(found["layers"]) == 8 and "gate of HydraLoRA" in found["notes"][0]
+    assert len(found["layers"]) == 8 and "HydraLoRA has no factors" in found["notes"][0]
 
 
 def test_titles_of_method_and_parts_come_from_the_method(tmp_path):

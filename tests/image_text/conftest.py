@@ -80,3 +80,22 @@ def train(no_old_objects, settings):
         return Path(config.output_dir)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def trained(bart, causal, pictures, made_once) -> dict[str, str]:
+    """By kind of model, a checkpoint of a few steps."""
+
+    def make(folder: Path) -> None:
+        from mtl_lora.image_text.config import TrainConfig
+        from mtl_lora.image_text.train import run
+
+        files = {"data_path": str(pictures / "train.json"), "tasks_file": str(pictures / "tasks.json")}
+        files |= {"features": [str(pictures / "features.h5")], "cache_dir": str(folder / "cache")}
+        steps = {"dtype": "fp32", "batch_size": 8, "max_steps": 30, "save_step": 0, "learning_rate": 1e-2, "lora_r": 4}
+        steps |= {"lora_target_modules": ["q_proj", "v_proj"], "pool": 2}
+        for kind, base in {"bart": bart, "causal": causal}.items():
+            run(TrainConfig(base_model=base, output_dir=str(folder / kind), **files, **steps))
+
+    folder = made_once("tiny_trained_on_pictures", make)
+    return {kind: str(folder / kind) for kind in ("bart", "causal")}

@@ -39,7 +39,8 @@ def analyse(checkpoint: str | Path) -> dict:
     layers = in_depth_order(adapter_layers(adapter), config.adapter_config.target_modules)
     ids = torch.arange(len(tasks))
     comparable = method.needs_task_ids and method.has_factors
-    compared = layers if comparable and len(tasks) <= MOST_TASKS else {}
+    compared = {name: layer for name, layer in layers.items() if layer.needs_task_ids and comparable}
+    compared = compared if len(tasks) <= MOST_TASKS else {}
 
     def mixtures() -> dict | None:
         found = {name: layer.mixture(ids) for name, layer in layers.items()} if method.needs_task_ids else {}
@@ -55,16 +56,14 @@ def analyse(checkpoint: str | Path) -> dict:
     for name, similarity in trained.items():
         by_module.setdefault(name.rpartition(".")[2], []).append(similarity)
     notes = [_UNDEFINED] if compared else []
-    if comparable and not compared:
+    if comparable and not compared and len(tasks) > MOST_TASKS:
         notes.append(f"similarities are left out: they are for up to {MOST_TASKS} tasks, and there are {len(tasks)}")
     if not method.adapts:
         notes.append("there is nothing to compare: no layer carries an adapter")
     elif not layers:
         notes.append(f"nothing is compared, since the weights of {method.title} do not show the sizes of their layers")
     if not method.has_factors:
-        notes.append(
-            f"no task has a mixture or an update of its own, since the gate of {method.title} depends on the input"
-        )
+        notes.append(f"no task has an update of its own: {method.title} has no factors, since {method.why_no_factors}")
     kept = method.needs_task_ids and load_start(layers, checkpoint)
     if method.task_parameters and not kept:
         notes.append("the start was not kept, so how much of this is the seed's draw, and not learned, is unknown")

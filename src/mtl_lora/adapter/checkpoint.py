@@ -17,7 +17,7 @@ from torch import nn
 from mtl_lora import files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
-from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes
+from mtl_lora.adapter.layer import is_partitioned, layer_sizes, parameter_shapes
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
@@ -315,7 +315,7 @@ def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
 
 def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:
     """The tensors of a checkpoint: those of its adapter layers, and those of modules saved whole."""
-    own = layer_class(config.method).shapes(config, 1, 1)
+    own = parameter_shapes(config, 1, 1)
     adapter = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in own}
     return adapter, {name: tensor for name, tensor in state.items() if name not in adapter}
 

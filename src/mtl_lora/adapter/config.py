@@ -18,6 +18,9 @@ if typing.TYPE_CHECKING:
 _FORMAT_1 = ("num_B", "temperature", "lambda_shape", "num_experts", "task_embedding_dim")
 
 
+SHARED_METHOD = "lora"  # of the layers that tasks share, where ``task_modules`` names those in which they differ
+
+
 @dataclasses.dataclass
 class Hyperparameters(Config):
     """A method's own values beside rank, alpha and dropout: fields made with ``flag``, which declares their rules.
@@ -34,7 +37,8 @@ class AdapterConfig(Config):
     probability p on the trained path's input, 0 is off. target_modules: names or name endings of linear layers; or, as
     one string, a regular expression that the whole name must match, or ``all-linear`` for every one but the output
     head. tasks: names in id order. modules_to_save: modules that are trained and saved whole beside the adapter.
-    The method ``none`` trains these alone and ignores target_modules, dropout, rank and alpha.
+    The method ``none`` trains these alone and ignores target_modules, dropout, rank and alpha. task_modules: names or
+    endings of the adapted layers in which tasks differ, the others are LoRA's, one pair for all tasks; empty: all.
     hyperparameters: what the method's class declares; given by name (``num_B=3``) and read so too (``config.num_B``).
 
     Raises ``UserError`` naming the setting for an unknown method or hyperparameter and for a value against its rule.
@@ -48,6 +52,7 @@ class AdapterConfig(Config):
     tasks: list[str]
     use_rslora: bool = dataclasses.field(metadata={"before": False})
     modules_to_save: list[str] = dataclasses.field(metadata={"before": ()})
+    task_modules: list[str] = dataclasses.field(metadata={"before": ()})
     hyperparameters: Hyperparameters
 
     def __init__(
@@ -60,6 +65,7 @@ class AdapterConfig(Config):
         tasks: Sequence[str] = (),
         use_rslora: bool = False,
         modules_to_save: Sequence[str] = (),
+        task_modules: Sequence[str] = (),
         hyperparameters: Hyperparameters | dict | None = None,
         **own,
     ):
@@ -67,8 +73,8 @@ class AdapterConfig(Config):
         self.method, self.rank, self.alpha, self.dropout = layer.method, rank, alpha, dropout
         self.target_modules, self.tasks = target_modules, tasks
         if not layer.adapts:
-            self.target_modules, self.dropout = [], 0.0
-        self.use_rslora, self.modules_to_save = use_rslora, modules_to_save
+            self.target_modules, self.dropout, task_modules = [], 0.0, ()
+        self.use_rslora, self.modules_to_save, self.task_modules = use_rslora, modules_to_save, task_modules
         if isinstance(hyperparameters, Hyperparameters):
             hyperparameters = hyperparameters.to_json()
         values = {**(hyperparameters or {}), **own}
@@ -103,6 +109,18 @@ class AdapterConfig(Config):
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @staticmethod
+    def is_at(name: str, entries: Sequence[str]) -> bool:
+        """Whether one of the entries is a module's name or ending."""
+        return any(f".{name}".endswith(f".{entry}") for entry in entries)
+
+    def at(self, name: str) -> "AdapterConfig":
+        """The configuration of the layer on a module of this name, see ``task_modules``."""
+        if not self.task_modules or self.is_at(name, self.task_modules):
+            return self
+        shared = (self.rank, self.alpha, self.dropout, self.target_modules, self.tasks, self.use_rslora)
+        return AdapterConfig(SHARED_METHOD, *shared, modules_to_save=self.modules_to_save)
 
     @classmethod
     def from_json(cls, value: object, source: str = "the adapter configuration", complete: bool = True) -> typing.Self:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, is_sharded, layer_class, task_index
+from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, is_linear, is_sharded, layer_class, task_index
 from mtl_lora.adapter.saved import Slot, find_slots, named_modules, train_slots, unwrap
 from mtl_lora.errors import UserError
 
@@ -50,9 +50,12 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     if adapter_layers(root) or any(injection_of(module) for module in root.modules()):
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
-    make = layer_class(config.method)
     targets = find_targets(root, config)
-    layers = {module: make(module, config) for module in targets.values()}
+    for entry in config.task_modules:
+        if not any(config.is_at(name, [entry]) for name in targets):
+            raise UserError(f"task_modules: none of the {len(targets)} adapted layers is named {entry!r}")
+    own = {module: config.at(name) for name, module in targets.items()}
+    layers = {module: layer_class(each.method)(module, each) for module, each in own.items()}
     body = getattr(root, "base_model", root)  # of a model of transformers all but its head
     if config.target_modules == "all-linear" and isinstance(body, nn.Module) and body is not root:
         inside = set(body.modules())
@@ -62,7 +65,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
                 "drawn anew, they are others when the adapter is loaded; name the head in modules_to_save",
                 stacklevel=2,
             )
-    head, prepares = output_head(root), make.prepare.__func__ is not AdapterLayer.prepare.__func__
+    head = output_head(root)
     if head in layers:
         layers[head].is_head = True
     root.mtl_lora_config = config
@@ -71,7 +74,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         slots=slots,
         checkpointed=[module for module in root.modules() if hasattr(module, "gradient_checkpointing")],
         has_head=head in layers,
-        layers=[layer for layer in layers.values() if prepares and not layer.is_head],
+        layers=[each for each in layers.values() if _prepares(type(each)) and not each.is_head],
         allow_unused=allow_unused,
     )
     root.requires_grad_(False)
@@ -87,6 +90,10 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         root.register_forward_hook(_after_forward, always_call=True),
     ]
     return model
+
+
+def _prepares(layer: type[AdapterLayer]) -> bool:
+    return layer.prepare.__func__ is not AdapterLayer.prepare.__func__
 
 
 def injection_of(model: nn.Module) -> Injection | None:
@@ -109,8 +116,7 @@ def find_targets(
     layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole; for the
     method ``none``, which has no targets, without ``modules_to_save``.
     """
-    # nn.Linear and what derives from it (quantised layers), and GPT-2's Conv1D.
-    linears = [(n, module) for n, module in named_modules(model) if isinstance(module, nn.Linear) or is_conv1d(module)]
+    linears = [(name, module) for name, module in named_modules(model) if is_linear(module)]
     linears = [(name, module) for name, module in linears if within is None or module in within]
     slots = find_slots(model, config.modules_to_save)
     if not layer_class(config.method).adapts:

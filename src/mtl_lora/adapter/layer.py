@@ -13,14 +13,15 @@ import functools
 import importlib
 import math
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mtl_lora import adapter
-from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
+from mtl_lora.adapter.config import SHARED_METHOD, AdapterConfig, Hyperparameters
 from mtl_lora.adapter.dropout import dropout
 from mtl_lora.errors import UserError
 
@@ -44,6 +45,62 @@ class Factors:
     def delta(self) -> torch.Tensor:
         """scale * B @ A, of shape (d, k)."""
         return self.scale * (self.B @ self.A)
+
+
+class Streams(NamedTuple):
+    """Of one input a value for all tasks and one for each: ``shared`` (..., k); ``tasks`` (T, ..., k), or None before
+    the first layer that makes them.
+    """
+
+    shared: torch.Tensor
+    tasks: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Streams":
+        """The same function of each; to it the tasks' are one long batch."""
+        if self.tasks is None:
+            return Streams(function(self.shared))
+        tasks = function(self.tasks.flatten(0, 1)).unflatten(0, (len(self.tasks), -1))
+        return Streams(function(self.shared), tasks)
+
+    def plus(self, other: "Streams") -> "Streams":
+        """The sum: where one of the two has no values of tasks, its shared one is added to the other's."""
+        if self.tasks is None and other.tasks is None:
+            return Streams(self.shared + other.shared)
+        ours, theirs = ((each.shared if each.tasks is None else each.tasks) for each in (self, other))
+        return Streams(self.shared + other.shared, ours + theirs)
+
+
+class JoinedLinear(nn.Module):
+    """Linear layers of the same input as one, whose outputs stand one after the other: a fused q, k, v.
+
+    Each keeps its own product, so the output is theirs bit for bit; an adapter takes the whole for one layer (d, k).
+    """
+
+    def __init__(self, parts: dict[str, nn.Linear]):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.in_features = next(iter(parts.values())).in_features
+        self.out_features = sum(part.out_features for part in parts.values())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(d, k), a copy."""
+        return torch.cat([part.weight for part in self.children()])
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(d,), a copy; None where the parts have none."""
+        found = [part.bias for part in self.children()]
+        return None if None in found else torch.cat(found)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can carry an adapter: nn.Linear and what derives from it (quantised layers), and the like."""
+    return isinstance(module, nn.Linear | JoinedLinear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -97,6 +154,9 @@ class AdapterLayer(nn.Module):
     adapts = True  # whether layers of it are put on the target modules; without, modules_to_save is all it trains
     needs_task_ids = False  # whether a forward needs the task of each row
     has_factors = True  # whether the layer equals a low-rank pair for each task, which merging and exporting need
+    why_no_factors = "its gate depends on the input"  # where it does not
+    makes_streams = False  # whether it can have an output for each task of the same input, see ``streams``
+    only_streams = False  # whether it has nothing but that, so that other models than those of streams cannot use it
     mixture_parts = ""  # what ``mixture`` mixes, in the plural
     task_parameters: tuple[str, ...] = ()  # those that make tasks differ; what they learn is compared with their start
     no_decay: tuple[str, ...] = ()  # parameters that weight decay spares, for they would not rest at zero
@@ -196,20 +256,37 @@ class AdapterLayer(nn.Module):
         """Raise ``UserError`` for a method whose layers equal no low-rank pair."""
         if not cls.has_factors:
             raise UserError(
-                f"{cls.title} has no factors, since its gate depends on the input, so it cannot be merged into the "
+                f"{cls.title} has no factors, since {cls.why_no_factors}, so it cannot be merged into the "
                 "base model or exported for PEFT; use the checkpoint itself"
             )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., k) to (..., d)."""
+    def streams(self, x: Streams) -> Streams:
+        """The shared input, and the tasks' where there are, to the shared output and, where the layer makes them, the
+        tasks'. Raises ``UserError`` where the tasks' would be lost."""
+        if x.tasks is not None:
+            raise UserError(f"a layer of {self.title} would lose what is the tasks' own; adapt every layer in between")
+        return Streams(self.forward(x.shared))
+
+    def forward(self, x: torch.Tensor | Streams) -> torch.Tensor | Streams:
+        """x (..., k) to (..., d), or streams to streams."""
+        if isinstance(x, Streams):
+            return self.streams(x)
+        output, dropped = self.base_and_dropped(x)
+        z = F.linear(dropped, self.down().to(dropped.dtype))
+        output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
+        return output.view(*x.shape[:-1], self.out_features)
+
+    def base_and_dropped(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (..., k) to the base's output (N, d) and dropout(x) (N, k)."""
         # Rows are flattened before the base runs, not after: an in-place sum into a view of the base's output would
         # make autograd copy it.
         rows = x.reshape(-1, self.in_features)
-        output = self.base_layer(rows)
-        dropped = dropout(rows, self.dropout) if self.training and self.dropout else rows
-        z = F.linear(dropped, self.down().to(rows.dtype))
-        output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
-        return output.view(*x.shape[:-1], self.out_features)
+        return self.base_layer(rows), dropout(rows, self.dropout) if self.training and self.dropout else rows
+
+    def as_streams(self, shared: torch.Tensor, tasks: torch.Tensor, x: Streams) -> Streams:
+        """Outputs (N, d) and (T, N, d) in the shape of the input."""
+        sizes = (*x.shared.shape[:-1], self.out_features)
+        return Streams(shared.view(sizes), tasks.view(len(self.tasks), *sizes))
 
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Base output (N, d) and rank space (N, R) to the layer's output (N, d); ``dropped`` is dropout(x), (N, k)."""
@@ -341,6 +418,14 @@ def layer_class(method: str) -> type[AdapterLayer]:
     return by_name[method]
 
 
+def parameter_shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters that layers (d, k) of a configuration may have, whichever layers they are."""
+    shapes = layer_class(config.method).shapes(config, k, d)
+    if config.task_modules:
+        shapes = layer_class(SHARED_METHOD).shapes(config, k, d) | shapes
+    return shapes
+
+
 def layer_sizes(config: AdapterConfig, state: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
     """(k, d) of each adapted layer by its name, from adapter weights by ``<layer>.<parameter>``.
 
@@ -348,7 +433,7 @@ def layer_sizes(config: AdapterConfig, state: dict[str, torch.Tensor]) -> dict[s
     and so is a layer whose parameters do not show both sizes.
     """
     k, d = 1_000_003, 1_000_033  # primes that no product of the other sizes reaches
-    shapes = layer_class(config.method).shapes(config, k, d)
+    shapes = parameter_shapes(config, k, d)
     found: dict[str, dict[int, int]] = {}
     for key, tensor in state.items():
         name, _, parameter = key.rpartition(".")

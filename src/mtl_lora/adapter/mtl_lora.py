@@ -8,7 +8,7 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
-from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
+from mtl_lora.adapter.layer import AdapterLayer, Factors, Streams, kaiming
 from mtl_lora.config import flag
 
 LAMBDA_SHAPES = ("full", "diagonal", "identity")
@@ -34,6 +34,7 @@ class MtlLoraLayer(AdapterLayer):
     aliases = ("mlora",)
     no_decay = ("lora_lambda",)  # starts at the identity
     needs_task_ids = True
+    makes_streams = True
     mixture_parts = "up-projections"
     task_parameters = ("lora_lambda", "lora_w")
 
@@ -114,6 +115,22 @@ class MtlLoraLayer(AdapterLayer):
         if transform is None or (torch.is_grad_enabled() and not transform.requires_grad):
             transform = self.combined_transform(blocks.ids).transpose(1, 2)
         return blocks.map(torch.bmm, z, transform.to(z.dtype))
+
+    def streams(self, x: Streams) -> Streams:
+        """The shared stream has Lambda = I and equal weights, y = W x + b + (alpha / r) mean_i B_i A x~; task t's is
+
+        y_t = W x + b + (alpha / r) sum_i softmax(w_t / tau)_i B_i Lambda_t A z_t, where z_t is x~ or the task's input.
+        """
+        output, dropped = self.base_and_dropped(x.shared)
+        down, up = self.down().to(output.dtype), self.up().to(output.dtype)
+        shared = F.linear(dropped, down)
+        own = shared if x.tasks is None else F.linear(x.tasks.reshape(len(self.tasks), -1, self.in_features), down)
+        transforms = self.combined_transform(torch.arange(len(self.tasks), device=down.device)).to(output.dtype)
+        mixed = own @ transforms.transpose(1, 2)
+        ups = up.T.expand(len(self.tasks), -1, -1)
+        tasks = torch.baddbmm(output.expand(len(self.tasks), -1, -1), mixed, ups, alpha=self.scale)
+        mean = up.unflatten(1, (self.hyperparameters.num_B, -1)).mean(dim=1)
+        return self.as_streams(torch.addmm(output, shared, mean.T, alpha=self.scale), tasks, x)
 
     def factors(self, task: str | int | None = None) -> Factors:
         """A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for a task that is not there."""

@@ -1,1 +1,17 @@
-"""A system: visual tokens of images in front of or behind a text, for questions, statements and captions."""
+"""A system: a language model that is shown images: questions and statements about them, and captions."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtl_lora.image_text.evaluate import Predictor
+
+__all__ = ["Predictor"]
+
+
+def __getattr__(name: str):
+    # Loaded on first use, so that the flags of this package can be read without torch.
+    if name != "Predictor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mtl_lora.image_text.evaluate import Predictor
+
+    return Predictor

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mtl_lora import answer_config
+from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
+from mtl_lora.artifacts import RESULTS
 from mtl_lora.cli import parse
-from mtl_lora.config import flag
+from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
-from mtl_lora.image_text.tasks import OPEN_SETS, TaskSet
+from mtl_lora.image_text.tasks import CAPTION, OPEN_SETS, TaskSet
 from mtl_lora.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from mtl_lora.image_text.model import VisualConfig
 
 MIXED, ROUND_ROBIN = "mixed", "round_robin"
+ANSWER = "answer"  # the protocol: open answers and captions are generated, labels are scored
+OWN, SHUFFLED = "own", "shuffled"  # the images that a question is shown; "" for none
+TOKENIZERS = ("auto", "ptb", "simple")  # of captions
 
 
 @dataclasses.dataclass(init=False)
@@ -108,9 +114,106 @@ class TrainConfig(TrainingConfig):
         return count(base, self.visual_config(images), self.adapter_config(self.task_set()))
 
 
+@dataclasses.dataclass(kw_only=True)
+class AnswerConfig(answer_config.AnswerConfig):
+    """The flags that evaluate and predict share: which model answers, and how."""
+
+    base_model: str | None = flag(
+        None,
+        "with --checkpoint: where its base model lies, if that has moved; alone, with --no_images: a model that is not "
+        "trained",
+    )
+    features: list[str] = flag(
+        [], "features of the images: HDF5 files or folders, as a,b; empty: those of the training", affects="content"
+    )
+    cutoff_len: int | None = flag(
+        None, "most tokens of a text, where no checkpoint has it and the task no lower limit; none: 64", min=8
+    )
+    num_beams: int = flag(1, "beams of the search for a caption; 1: greedy, as open answers always are", min=1)
+    official: bool = flag(
+        False, "choose labels of an encoder-decoder as the original: by their first token alone, without its EOS"
+    )
+    no_images: bool = flag(False, "ablation: ask with the text alone")
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.checkpoint and not (self.base_model and self.no_images):
+            raise UserError("pass --checkpoint DIR, or --base_model NAME --no_images for a model that is not trained")
+        if self.no_images and self.features:
+            raise UserError("--no_images and --features cannot be combined; pass one")
+
+    def check_files(self) -> None:
+        super().check_files()
+        if self.tasks_file:
+            TaskSet.load(self.tasks_file)
+
+    @property
+    def images(self) -> str:
+        """Which images a question is shown."""
+        return "" if self.no_images else OWN
+
+    def measures_captions(self, tasks: TaskSet) -> bool:
+        """Whether a caption is compared with others."""
+        return False
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvalConfig(EvaluationFlags, AnswerConfig):
+    """Everything that configures an evaluation."""
+
+    made_by = TrainConfig.made_by
+
+    data_dir: str = flag(
+        "data/image_text/test",
+        "folder with <task>/test.json (or .jsonl, .csv, .parquet)",
+        affects="content",
+        group="what is asked, and where the results go",
+    )
+    shuffle_images: bool = flag(False, "ablation: show each question an image of another one of its task")
+    caption_tokenizer: str = flag(
+        "auto",
+        "words of captions: ptb, as coco-caption, which needs Java; simple; auto: ptb where it runs",
+        choices=TOKENIZERS,
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.no_images and self.shuffle_images:
+            raise UserError("--no_images and --shuffle_images cannot be combined; pass one")
+
+    @property
+    def images(self) -> str:
+        return SHUFFLED if self.shuffle_images else super().images
+
+    def measures_captions(self, tasks: TaskSet) -> bool:
+        return any(task.answer == CAPTION and task.name in (self.tasks or tasks.names) for task in tasks)
+
+    @property
+    def output_folder(self) -> str:
+        """Those of an ablation are beside the others, never among them."""
+        own = self.output_dir or self.images == OWN
+        return super().output_folder + ("" if own else f"_{self.images or 'no'}_images")
+
+    @property
+    def protocols(self) -> dict[str, str]:
+        """How questions are answered, with the folder of the results."""
+        return {ANSWER: self.output_folder}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PredictConfig(PredictionFlags, AnswerConfig):
+    """Everything that configures a prediction."""
+
+    input: str = flag(
+        REQUIRED, "JSON, JSON lines, CSV or parquet of examples with image and, of questions, text", affects="content"
+    )
+
+
 # ---- the commands ----
 
 TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, by a low-rank adapter."
+EVALUATE_ABOUT = "Score a trained model on the test sets of its tasks on images."
+PREDICT_ABOUT = "Answer the examples of a file, images with questions or for captions, with a trained model."
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -123,3 +226,27 @@ def train(arguments: Sequence[str]) -> None:
     prepare_process(config)
     run(config)
     destroy_process_group()
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """``mtl-lora evaluate``; prints the results as tables at the end."""
+    config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
+    config.check_files()
+    from mtl_lora.image_text.evaluate import run
+
+    if not run(config):
+        return
+    from mtl_lora.report.__main__ import main as report
+
+    report(["table", f"{config.output_folder}/{RESULTS}"])
+    print()
+    report(["details", f"{config.output_folder}/{RESULTS}"])
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """``mtl-lora predict``."""
+    config = parse(PredictConfig, arguments, PREDICT_ABOUT)
+    config.check_files()
+    from mtl_lora.image_text.evaluate import predict as run
+
+    run(config)

@@ -46,6 +46,7 @@ class Encoder:
 
     cutoff_len: most tokens of a prompt and of an answer, where the task sets no lower limit; a longer text loses its
     end, but never what the prompt says before or behind it, and so does an answer before its EOS. config: of the model.
+    before, behind: ids around every prompt; answer_start: with which a decoder's answers begin, none in a causal model.
     Raises ``UserError`` for a tokenizer without EOS, and for labels that are too long or the same tokens.
     """
 
@@ -61,7 +62,7 @@ class Encoder:
         self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self.before, self.behind = self._special_tokens()
         self._answers: dict[str, list[int]] = {}
-        self._answer_start = self.before if self.is_encoder_decoder else []
+        self.answer_start = self.before if self.is_encoder_decoder else []
         self.labels = {task.id: self._labels(task) for task in tasks}
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
@@ -102,7 +103,7 @@ class Encoder:
             text = f" {text}"
         if text not in self._answers:
             ids = self._ids([text])[0] if text else []
-            self._answers[text] = [*self._answer_start, *ids, self.tokenizer.eos_token_id]
+            self._answers[text] = [*self.answer_start, *ids, self.tokenizer.eos_token_id]
         return self._answers[text]
 
     def encode(self, examples: Sequence[Example], answered: bool = True) -> list[dict]:
@@ -124,7 +125,7 @@ class Encoder:
                 row["answers"] = [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in whole.values()]
                 row["scores"] = list(example.answers.values()) or [0.0]
                 removed += sum(max(len(ids) - most, 0) for ids in whole.values())
-            used = itertools.chain(ids, *(each[len(self._answer_start) : -1] for each in row.get("answers", ())))
+            used = itertools.chain(ids, *(each[len(self.answer_start) : -1] for each in row.get("answers", ())))
             if found := self._control.intersection(used):
                 token = self.tokenizer.convert_ids_to_tokens(found.pop())
                 raise UserError(
@@ -204,15 +205,15 @@ class Collator:
 
     All are padded on the right, but for a causal model's prompts without answers: on the left, for generation.
 
-    visual_tokens: of a picture, after any pooling. mean_tokens: by which a token's weight is divided in tasks whose
-    loss is by token, see ``mean_answer_tokens``. Which of several answers is learned depends on the seed, the epoch and
-    the example's place in its file, and on nothing else.
+    store: None for texts alone, without features. visual_tokens: of a picture, after any pooling. mean_tokens: by which
+    a token's weight is divided in tasks whose loss is by token, see ``mean_answer_tokens``. Which of several answers is
+    learned depends on the seed, the epoch and the example's place in its file, and on nothing else.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        store: "FeatureStore",
+        store: "FeatureStore | None",
         visual_tokens: int,
         seed: int = 0,
         mean_tokens: Mapping[int, float] | None = None,
@@ -241,14 +242,15 @@ class Collator:
         joined = answered and not self.is_encoder_decoder
         texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)] if joined else prompts
         left = not answered and not self.is_encoder_decoder
-        features, seen = self._features([row["images"] for row in rows])
-        masks = [_padded([[1] * len(text) for text in texts], 0, left), seen]
         batch = {
             "input_ids": _padded(texts, self.pad_token_id, left),
-            "attention_mask": torch.cat(masks if self.is_encoder_decoder else masks[::-1], dim=1),
-            "features": features,
+            "attention_mask": _padded([[1] * len(text) for text in texts], 0, left),
             "task_ids": torch.tensor([int(row["task_id"]) for row in rows]),
         }
+        if self.store is not None:
+            batch["features"], seen = self._features([row["images"] for row in rows])
+            masks = [batch["attention_mask"], seen]
+            batch["attention_mask"] = torch.cat(masks if self.is_encoder_decoder else masks[::-1], dim=1)
         if not answered:
             return batch
         if self.is_encoder_decoder:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from mtl_lora import route
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.base_model import BaseModel, at_least_float32, choose_attention
 from mtl_lora.errors import UserError
@@ -101,7 +102,7 @@ class ImageTextRun(Run):
 def answer_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy of every token of the answers times the answer's soft score, its weight, and its row's task: (N,).
 
-    batch: of ``Collator``, with answers.
+    batch: of ``Collator``, with answers; without features the model reads texts alone.
     """
     labels, mask = batch["labels"], batch["attention_mask"]
     supervised = (labels.flatten() != IGNORED).nonzero()[:, 0]
@@ -114,8 +115,9 @@ def answer_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.T
         positions = row * shape[1] + visual + place - 1
     task_ids = batch["task_ids"]
     own = task_ids.index_select(0, row)
-    inputs = {name: batch[name] for name in names} | {"task_ids": task_ids}
-    logits = at_least_float32(logits_at(model, inputs, shape, positions, own))
+    inputs = {name: batch[name] for name in names if name in batch}
+    with route.use(task_ids):
+        logits = at_least_float32(logits_at(model, inputs, shape, positions, own))
     targets = labels.flatten().index_select(0, supervised)
     losses = F.cross_entropy(logits, targets, reduction="none") * batch["scores"].index_select(0, row)
     return losses, batch["weights"].index_select(0, row), own

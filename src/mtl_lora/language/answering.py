@@ -25,12 +25,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mtl_lora import route
 from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
 from mtl_lora.errors import UserError
+from mtl_lora.evaluation import NotANumber
 from mtl_lora.language.batches import pad_left
 from mtl_lora.language.encode import Encoder, common_prefix
 from mtl_lora.language.questions import Question
@@ -117,7 +118,7 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=encoder.end_id,
     )
-    seen = _NotANumber()
+    seen = NotANumber()
     with route.use(torch.tensor([question.task.id for question in questions])):
         output = model.generate(
             input_ids=input_ids.to(model.device),
@@ -132,16 +133,6 @@ def generate_answers(
             "the adapter holds values that are no numbers; see the training's log"
         )
     return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-
-
-class _NotANumber(LogitsProcessor):
-    """Remembers whether any logit was NaN, on its device, so that a GPU is not synchronised at every token."""
-
-    found: torch.Tensor | bool = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.found = self.found | scores.isnan().any()
-        return scores
 
 
 # ---- the likeliest option ----

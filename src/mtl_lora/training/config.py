@@ -35,6 +35,7 @@ class TrainingConfig(Config):
     """
 
     affects = "weights"
+    has_streams = False  # whether the system's models have an output for each task of one input
     made_by = ""  # the command that makes the data file, where the default's is missing
 
     base_model: str = flag(
@@ -223,7 +224,10 @@ class TrainingConfig(Config):
             parts = (rf"(?:.*\.)?{re.escape(each)}" if is_name[each] else f"(?:{each})" for each in targets)
             values["target_modules"] = "|".join(parts)
         try:
-            declared = layer_class(self.adapter_name).Hyperparameters.flags()
+            method = layer_class(self.adapter_name)
+            if method.only_streams and not self.has_streams:
+                raise UserError(f"method {method.method} is for maps of images, of the system dense; name another")
+            declared = method.Hyperparameters.flags()
             read = {each.name: getattr(self, each.name) for each in declared}
             return AdapterConfig(**values, tasks=tasks.names, hyperparameters=read)
         except UserError as error:

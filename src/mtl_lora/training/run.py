@@ -62,6 +62,10 @@ class Run:
         """A hash of what ``--data_path`` holds."""
         return files.sha256(self.config.data_path)
 
+    def columns(self, rows: datasets.Dataset) -> dict[str, np.ndarray]:
+        """Numbers of the rows, each (N,): at least ``length`` and ``task_id``."""
+        return row_columns(rows)
+
     def check_rows(self, rows: datasets.Dataset) -> None:
         """Raise ``UserError`` for rows that the model has no place for."""
         longest = int(row_columns(rows)["length"].max())
@@ -74,7 +78,7 @@ class Run:
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         """The lengths (N,) of ``train`` by which batches are planned, and whether a step is dealt out by task."""
-        return row_columns(self.train)["length"], False
+        return self.columns(self.train)["length"], False
 
     def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:
         """This process's micro-batches of ``train``; lengths and group_tasks: of ``plan``."""
@@ -127,7 +131,7 @@ class Run:
         try:
             self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
         except UserError as error:
-            own = str(error).startswith("modules_to_save")
+            own = str(error).split(maxsplit=1)[0].rstrip(":") in {flag.name for flag in type(config).flags()}
             raise UserError(f"--{error}" if own else f"--lora_target_modules: {error}") from None
         self.arguments = training_arguments(config)
         distributed.check_deepspeed_values(self.arguments, one_process=config.check)
@@ -139,7 +143,7 @@ class Run:
         self.check_rows(rows)
         self.train, held_out = split(rows, config.val_set_size, config.seed)
         self.log(*notes)
-        task_ids = row_columns(self.train)["task_id"]
+        task_ids = self.columns(self.train)["task_id"]
         lengths, group_tasks = self.plan(structure)
         sampler = self.sampler(lengths, task_ids, group_tasks)
         shortened = f"; {shortened_note(rows, config.cutoff_len, self.shortened_at)}" if self.shortened_at else ""

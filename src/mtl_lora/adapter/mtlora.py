@@ -1,0 +1,92 @@
+"""MTLoRA (arXiv 2403.20320): of one input an output for all tasks and one for each, all on one frozen product."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
+from mtl_lora.adapter.layer import AdapterLayer, Streams, kaiming
+from mtl_lora.config import flag
+from mtl_lora.errors import UserError
+
+MODES = ("matrix", "matrixv2", "addition")
+
+
+class MtloraLayer(AdapterLayer):
+    """y = W x + b + s B A x~ for all tasks, and y_t = W x + b + s_t B_t A_t z_t for task t; x~ is dropout(x).
+
+    z_t is the task's input as it is, or x~ where the task has none yet; W sees the shared input alone. lora_A (r, k)
+    and lora_B (d, r): the shared pair, s = alpha / r. task_A (T, q, k) and task_B (T, d, q): a pair of rank q for each
+    task, with a constant s_t. Every B starts at zero. By ``shared_mode``:
+      matrix    as above
+      matrixv2  y_t has the shared pair's term too
+      addition  there is no shared pair: y = W x + b + LayerNorm(sum_t y_t), which does not start as the base
+    Layers that are not task-specific are LoRA's (``AdapterConfig.task_modules``).
+    """
+
+    method, title, paper = "mtlora", "MTLoRA", "2403.20320"
+    has_factors = False
+    why_no_factors = "its tasks' outputs share the product with one input and not the input"
+    makes_streams = only_streams = True
+    no_decay = ("stream_norm_weight", "stream_norm_bias")
+
+    @dataclasses.dataclass
+    class Hyperparameters(Hyperparameters):
+        task_rank: int = flag(4, "rank of each task's own pair")
+        task_scale: float = flag(4.0, "scale of each task's own pair, a constant", above=0)
+        shared_mode: str = flag("matrix", f"how shared and task outputs meet: {', '.join(MODES)}", choices=MODES)
+
+        def validate(self) -> None:
+            self.require("task_rank", "at least 1", self.task_rank >= 1)
+
+    @classmethod
+    def check_config(cls, config: AdapterConfig) -> None:
+        if not config.tasks:
+            raise UserError(f"tasks must be the names of the tasks, since {cls.title} has weights of each")
+
+    @staticmethod
+    def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+        T, r, q = len(config.tasks), config.rank, config.task_rank
+        if config.shared_mode == "addition":
+            shared = {"stream_norm_weight": (d,), "stream_norm_bias": (d,)}
+        else:
+            shared = {"lora_A": (r, k), "lora_B": (d, r)}
+        return {**shared, "task_A": (T, q, k), "task_B": (T, d, q)}
+
+    def reset_parameters(self) -> None:
+        if self.hyperparameters.shared_mode == "addition":
+            nn.init.ones_(self.stream_norm_weight)
+            nn.init.zeros_(self.stream_norm_bias)
+        else:
+            kaiming(self.lora_A)
+            nn.init.zeros_(self.lora_B)
+        for each in self.task_A:
+            kaiming(each)
+        nn.init.zeros_(self.task_B)
+
+    def forward(self, x: Streams) -> Streams:
+        """Streams of (..., k) to those of (..., d)."""
+        if not isinstance(x, Streams):
+            raise UserError(f"a layer of {self.title} has several outputs, and this model reads one")
+        return self.streams(x)
+
+    def streams(self, x: Streams) -> Streams:
+        own, T, mode = self.hyperparameters, len(self.tasks), self.hyperparameters.shared_mode
+        output, dropped = self.base_and_dropped(x.shared)
+        A, B = self.task_A.to(output.dtype), self.task_B.to(output.dtype)
+        if x.tasks is None:
+            z = F.linear(dropped, A.flatten(0, 1)).unflatten(1, (T, -1)).transpose(0, 1)
+        else:
+            z = torch.bmm(x.tasks.reshape(T, -1, self.in_features), A.transpose(1, 2))
+        shared = output
+        if mode != "addition":
+            z_shared, up = F.linear(dropped, self.lora_A.to(output.dtype)), self.lora_B.to(output.dtype)
+            shared = torch.addmm(output, z_shared, up.T, alpha=self.scale)
+        common = shared if mode == "matrixv2" else output
+        tasks = torch.baddbmm(common.expand(T, -1, -1), z, B.transpose(1, 2), alpha=own.task_scale)
+        if mode == "addition":
+            norm = (self.stream_norm_weight.to(output.dtype), self.stream_norm_bias.to(output.dtype))
+            shared = output + F.layer_norm(tasks.sum(dim=0), (self.out_features,), *norm)
+        return self.as_streams(shared, tasks, x)

@@ -1,0 +1,237 @@
+"""Vision transformers with streams: one trunk, and at the end of each of four stages an output for each task.
+
+transformers' models are changed in place: they keep their modules and weights, and get forwards in which the last block
+of a stage may make streams. Swin has four stages; a plain ViT (DINOv2) is cut into four of equal depth.
+
+Shape legend: B batch, T tasks, N tokens, C channels, H and W of the image, h and w of a map.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.dinov2 import modeling_dinov2 as dinov2
+from transformers.models.swin import modeling_swin as swin
+
+from mtl_lora.adapter.layer import AdapterLayer, JoinedLinear, Streams
+from mtl_lora.errors import UserError
+
+STAGES = 4
+# The linear layers of a block that can carry an adapter, those of them in which tasks may differ, and patch merging's.
+TARGETS, TASK_TARGETS = ["qkv", "o_proj", "fc1", "fc2"], ["attention.o_proj", "mlp.fc1", "mlp.fc2"]
+MERGING = "reduction"
+# What is trained whole beside the adapters: the patch embedding, the norms, and Swin's tables of relative positions.
+TRAINED = {
+    "swin": [
+        "embeddings.patch_embeddings",
+        "embeddings.norm",
+        "layernorm_before",
+        "layernorm_after",
+        "downsample.norm",
+        "relative_position_bias_table",
+    ],
+    "dinov2": ["embeddings.patch_embeddings", "norm1", "norm2"],
+}
+_VIT_SIZES = (4.0, 2.0, 1.0, 0.5)  # of a plain ViT's four maps, in patch grids
+
+
+def with_streams(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a Swin or a DINOv2 the forward ``images (B, 3, H, W) -> four Streams of maps (B, C, h, w)``, in place.
+
+    Its last norm and its mask token take no part and are taken out. Raises ``UserError`` for another model.
+    """
+    if type(model) is swin.SwinModel and len(model.encoder.layers) == STAGES:
+        for stage in model.encoder.layers:
+            for block in stage.blocks:
+                block.__class__, block.attention.__class__ = SwinBlock, SwinAttention
+                block.full_shift = block.shift_size
+                _join(block.attention)
+        model.__class__, model.pooler = Swin, None
+    elif type(model) is dinov2.Dinov2Model and not model.config.use_swiglu_ffn:
+        if len(model.encoder.layer) % STAGES:
+            raise UserError(f"a ViT of {len(model.encoder.layer)} blocks has no {STAGES} stages of equal depth")
+        for block in model.encoder.layer:
+            block.__class__, block.attention.__class__ = VitBlock, VitAttention
+            _join(block.attention)
+        model.__class__, model.embeddings.mask_token = Vit, None
+    else:
+        raise UserError(
+            f"{type(model).__name__} of {model.config.model_type} has no streams here; pass a --base_model that is a "
+            f"Swin of {STAGES} stages or a DINOv2 (small, base or large)"
+        )
+    model.layernorm = nn.Identity()
+    return model
+
+
+def _join(attention: nn.Module) -> None:
+    """Have an attention's query, key and value be one layer, for an adapter that all three share."""
+    names = ("q_proj", "k_proj", "v_proj")
+    attention.qkv = JoinedLinear({name: getattr(attention, name) for name in names})
+    for name in names:
+        delattr(attention, name)
+
+
+def through(layer: nn.Module, x: Streams) -> Streams:
+    """A linear layer or the adapter on it, of streams."""
+    if isinstance(layer, AdapterLayer):
+        return layer(x)
+    if x.tasks is not None:
+        raise UserError("a linear layer without an adapter would lose what is the tasks' own; adapt every layer")
+    return Streams(layer(x.shared))
+
+
+def _attend(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(M, N, C) to (M, N, C), before the output projection."""
+    heads = [part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1)]
+    kind, eager = attention.config._attn_implementation, swin.eager_attention_forward
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    found, _ = interface(attention, *heads, mask, dropout=dropout, scaling=attention.scaling)
+    return found.reshape(x.shape)
+
+
+def _feed_forward(mlp: nn.Module, x: Streams) -> Streams:
+    return through(mlp.fc2, through(mlp.fc1, x).map(mlp.activation_fn))
+
+
+class _Stages:
+    """What both backbones share."""
+
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, from input to output."""
+        return [module for module in self.modules() if isinstance(module, SwinBlock | VitBlock)]
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth (arXiv 1603.09382) that grows from none in the first block to ``rate`` in the last."""
+        blocks = self.blocks()
+        for index, block in enumerate(blocks):
+            block.drop_path = swin.SwinDropPath(rate * index / max(len(blocks) - 1, 1))
+
+
+# ---- Swin (arXiv 2103.14030) ----
+
+
+class SwinAttention(swin.SwinAttention):
+    """Of windows, with relative positions and the mask of shifted windows (W, N, N)."""
+
+    def forward(self, windows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        bias = self.relative_position_bias()
+        if mask is not None:
+            bias = bias + mask.repeat(len(windows) // len(mask), 1, 1)[:, None]
+        return _attend(self, windows, bias)
+
+
+class SwinBlock(swin.SwinLayer):
+    """Attention in windows, then the feed-forward layers, each with stochastic depth (the original has it at both).
+
+    A map that is smaller than a window is padded to one, and is not shifted.
+    """
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> Streams:
+        (height, width), size = grid, self.window_size
+        self.shift_size = self.full_shift if min(grid) > size else 0
+        tokens = self.layernorm_before(x).unflatten(1, grid)
+        tokens, _ = self.maybe_pad(tokens, height, width)
+        padded = tokens.shape[1:3]
+        windows = swin.window_partition(self.cyclic_shift(tokens), size).flatten(1, 2)
+        mask = self.get_attn_mask(*padded, dtype=x.dtype, device=x.device)
+
+        def back(windows: torch.Tensor) -> torch.Tensor:
+            windows = swin.window_reverse(windows.unflatten(1, (size, size)), size, *padded)
+            tokens = self.cyclic_shift(windows, reverse=True)[:, :height, :width].flatten(1, 2)
+            return self.drop_path(self.dropout(tokens))
+
+        attended = through(self.attention.o_proj, Streams(self.attention(windows, mask))).map(back)
+        streams = Streams(x).plus(attended)
+        found = _feed_forward(self.mlp, streams.map(self.layernorm_after))
+        return streams.plus(found.map(lambda each: self.drop_path(self.dropout(each))))
+
+
+class Swin(_Stages, swin.SwinModel):
+    """Four stages, each but the last followed by patch merging, which the tasks' streams pass too."""
+
+    patch = 1  # images of any size are padded
+
+    @property
+    def channels(self) -> list[int]:
+        """Of the four maps."""
+        width = self.config.embed_dim
+        return [width * 2 ** min(stage + 1, STAGES - 1) for stage in range(STAGES)]
+
+    def last_blocks(self) -> list[str]:
+        """The name of each stage's last block."""
+        stages = enumerate(self.encoder.layers)
+        return [f"encoder.layers.{index}.blocks.{len(stage.blocks) - 1}" for index, stage in stages]
+
+    def forward(self, pixel_values: torch.Tensor) -> list[Streams]:
+        (x, grid), found = self.embeddings(pixel_values), []
+        for stage in self.encoder.layers:
+            for block in stage.blocks:
+                streams = block(x, grid)
+                x = streams.shared
+            if stage.downsample is not None:
+                merge, before = stage.downsample, grid
+                streams = streams.map(lambda each: merge(each, before))  # noqa: B023 - used at once
+                x, grid = streams.shared, tuple(-(-side // 2) for side in grid)
+            found.append(streams.map(lambda each: _as_map(each, grid)))  # noqa: B023 - used at once
+        return found
+
+
+# ---- DINOv2 (arXiv 2304.07193) ----
+
+
+class VitAttention(dinov2.Dinov2Attention):
+    """Of all tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _attend(self, x, None)
+
+
+class VitBlock(dinov2.Dinov2Layer):
+    """Attention and feed-forward layers, each with its scale."""
+
+    def forward(self, x: torch.Tensor) -> Streams:
+        attended = through(self.attention.o_proj, Streams(self.attention(self.norm1(x))))
+        streams = Streams(x).plus(attended.map(lambda each: self.drop_path(self.layer_scale1(each))))
+        found = _feed_forward(self.mlp, streams.map(self.norm2))
+        return streams.plus(found.map(lambda each: self.drop_path(self.layer_scale2(each))))
+
+
+class Vit(_Stages, dinov2.Dinov2Model):
+    """Four stages of equal depth, whose maps are resized to 4, 2, 1 and 1/2 times the patch grid."""
+
+    @property
+    def patch(self) -> int:
+        """Of which the sides of an image are multiples."""
+        return self.embeddings.patch_embeddings.patch_size[0]
+
+    @property
+    def channels(self) -> list[int]:
+        """Of the four maps."""
+        return [self.config.hidden_size] * STAGES
+
+    def last_blocks(self) -> list[str]:
+        """The name of each stage's last block."""
+        depth = len(self.encoder.layer) // STAGES
+        return [f"encoder.layer.{depth * (stage + 1) - 1}" for stage in range(STAGES)]
+
+    def forward(self, pixel_values: torch.Tensor) -> list[Streams]:
+        grid = tuple(side // self.patch for side in pixel_values.shape[-2:])
+        x, found, depth = self.embeddings(pixel_values), [], len(self.encoder.layer) // STAGES
+        for index, block in enumerate(self.encoder.layer):
+            streams = block(x)
+            x = streams.shared
+            if (index + 1) % depth == 0:
+                size = [max(1, int(side * _VIT_SIZES[len(found)])) for side in grid]
+                found.append(streams.map(lambda each: _resized(_as_map(each[:, 1:], grid), size)))  # noqa: B023
+        return found
+
+
+def _as_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, N, C) to (B, C, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def _resized(maps: torch.Tensor, size: list[int]) -> torch.Tensor:
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -1,0 +1,116 @@
+"""The flags of dense tasks as validated dataclasses, and the commands, which parse them without torch."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_lora.cli import parse
+from mtl_lora.config import flag
+from mtl_lora.errors import UserError
+from mtl_lora.training.config import SCHEDULES, TrainingConfig
+
+if TYPE_CHECKING:
+    from mtl_lora.dense.tasks import TaskSet
+
+# Flags of other systems, with the value that means nothing here.
+_UNUSED = {"task": None, "token_budget": 0, "sampling_temperature": 1.0, "val_set_size": 0, "load_in_4bit": False}
+_UNUSED |= {"deepspeed": None}
+_WARMUP = 0.1  # of the least learning rate: where the warm-up begins
+
+
+@dataclasses.dataclass(init=False)
+class TrainConfig(TrainingConfig):
+    """Everything that configures a training on maps of images."""
+
+    has_streams = True
+    made_by = "python data/scenes/generate.py"
+
+    base_model: str = flag(
+        "dinov2-small",
+        "name or folder of a Swin or a DINOv2 of transformers; dinov2-small is fetched",
+        group="what is trained, on what",
+    )
+    data_path: str = flag(
+        "data/scenes", "folder of images and maps: this project's layout, PASCAL_MT or NYUD_MT", affects="content"
+    )
+    tasks_file: str | None = flag(
+        None, "JSON file that declares the tasks; none: those of the folder", affects="content"
+    )
+    tasks: list[str] = flag([], "tasks to train, as a,b; one is a single-task model; none: all")
+    image_size: int = flag(448, "height and width of the model's images, in pixels", min=8)
+    augmentation: str = flag("auto", "of the training images: none, flip, pascal or nyud; auto: by the folder's layout")
+    missing_labels: bool = flag(False, "images may lack the map of a task, which then has no loss there")
+
+    adapter_name: str = flag("mtlora", "method", aliases=("method",), group="the adapter")
+    lora_r: int = flag(16, "rank r of the adapter", aliases=("rank",))
+    lora_alpha: float = flag(64.0, "numerator of the scale alpha / r", aliases=("alpha",))
+    lora_target_modules: list[str] = flag(
+        ["all-linear"],
+        "layers of each block to adapt, of qkv,o_proj,fc1,fc2; all-linear: all four",
+        aliases=("target_modules",),
+    )
+    downsampler: bool = flag(False, "an adapter on patch merging's reduction, which is else trained whole: MTLoRA+")
+    train_extras: bool = flag(True, "with an adapter, train patch embedding, norms and relative positions whole too")
+    drop_path: float | None = flag(None, "stochastic depth of the last block, less before it; none: the base model's")
+
+    num_epochs: float = flag(20.0, "passes over the training images", above=0)
+    lr_scheduler_type: str = flag("cosine", f"after the warm-up: {', '.join(SCHEDULES)}", choices=SCHEDULES)
+    min_lr_rate: float = flag(0.01, "where the cosine ends, of the peak learning rate", min=0)
+    warmup_ratio: float = flag(1 / 15, "fraction of the steps with linear warm-up")
+    weight_decay: float = flag(0.05, "AdamW weight decay; 0: off", min=0)
+    max_grad_norm: float = flag(5.0, "gradient clipping norm; 0: off", min=0)
+    workers: int = flag(0, "processes that read images; 0: the one that trains", affects="nothing", min=0)
+
+    def validate(self) -> None:
+        for name, off in _UNUSED.items():
+            if getattr(self, name) != off:
+                raise UserError(f"--{name} is of other systems and does nothing for dense; leave it out")
+        if self.drop_path is not None:
+            self.require("drop_path", "at least 0 and below 1", 0 <= self.drop_path < 1)
+        super().validate()
+
+    def check_files(self) -> None:
+        if not Path(self.data_path).is_dir():
+            raise UserError(
+                f"the folder {self.data_path} does not exist; make it with `{self.made_by}`, or pass --data_path DIR"
+            )
+
+    def read_tasks(self) -> "TaskSet":
+        from mtl_lora.dense.layouts import layout_of
+        from mtl_lora.dense.tasks import TaskSet
+
+        self.check_files()
+        found = TaskSet.load(self.tasks_file) if self.tasks_file else layout_of(self.data_path).tasks
+        return found.only(self.tasks)
+
+    def trainer_options(self) -> dict[str, object]:
+        options = {"dataloader_num_workers": self.workers}
+        if self.lr_scheduler_type == "cosine":
+            rates = {"min_lr_rate": self.min_lr_rate, "warmup_lr_rate": _WARMUP * self.min_lr_rate}
+            options |= {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_scheduler_kwargs": rates}
+        return options
+
+    def count(self) -> tuple[int, int]:
+        from mtl_lora.base_model import BaseModel
+        from mtl_lora.dense.model import KIND, count
+
+        base, tasks = BaseModel(self.base_model, self.trust_remote_code, KIND), self.task_set()
+        placing = {"downsampler": self.downsampler, "extras": self.train_extras}
+        return count(base, tasks, self.adapter_config(tasks), **placing)
+
+
+# ---- the commands ----
+
+TRAIN_ABOUT = "Train one vision transformer on several maps of an image, with MTLoRA or another low-rank adapter."
+
+
+def train(arguments: Sequence[str]) -> None:
+    """``mtl-lora train --system dense``."""
+    config = parse(TrainConfig, arguments, TRAIN_ABOUT)
+    from mtl_lora.dense.train import run
+    from mtl_lora.training.distributed import destroy_process_group, prepare_process
+
+    prepare_process(config)
+    run(config)
+    destroy_process_group()

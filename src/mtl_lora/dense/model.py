@@ -1,0 +1,140 @@
+"""The whole model of dense prediction: a backbone with streams, a decoder per task, and which of it trains."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mtl_lora.adapter.checkpoint import Provenance
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.adapter.inject import inject, trainable_parameters
+from mtl_lora.adapter.layer import layer_class
+from mtl_lora.adapter.saved import unwrap
+from mtl_lora.base_model import BaseModel, enable_checkpointing
+from mtl_lora.dense.backbones import MERGING, TARGETS, TASK_TARGETS, TRAINED, with_streams
+from mtl_lora.dense.decoders import Decoder
+from mtl_lora.dense.tasks import TaskSet
+from mtl_lora.errors import UserError
+from mtl_lora.systems import BASE_KINDS
+
+KIND = BASE_KINDS["dense"]
+
+
+class Decoders(nn.ModuleList):
+    """The tasks' decoders, in id order."""
+
+    merge_instead = "the checkpoint itself"
+
+    def __init__(self, channels: list[int], tasks: TaskSet):
+        super().__init__(Decoder(channels, task.outputs) for task in tasks)
+        self.task_set = tasks
+
+    def base_provenance(self) -> dict:
+        """What a checkpoint must say of the model that these decoders are on, beside its name."""
+        return {"system": "dense", "task_set": self.task_set.to_json()}
+
+
+class DenseModel(nn.Module):
+    """Images (B, 3, H, W) to a map (B, outputs, H, W) of each task by its name.
+
+    A task's decoder reads the task's own stream where the backbone's adapter makes streams, else the shared one.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, backbone: PreTrainedModel, tasks: TaskSet):
+        super().__init__()
+        self.backbone, self.config = backbone, backbone.config
+        dtype = torch.float64 if backbone.dtype == torch.float64 else torch.float32
+        with backbone.device:
+            self.decoders = Decoders(backbone.channels, tasks).to(dtype)
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        size, patch = pixel_values.shape[-2:], self.backbone.patch
+        if any(side % patch for side in size):
+            raise UserError(f"the sides of an image must be multiples of {patch} for this model, not {tuple(size)}")
+        stages = self.backbone(pixel_values.to(self.backbone.dtype))
+        found = {}
+        for task, decoder in zip(self.decoders.task_set, self.decoders, strict=True):
+            maps = [stage.shared if stage.tasks is None else stage.tasks[task.id] for stage in stages]
+            found[task.name] = decoder(maps, size)
+            # The last shared stream goes to no decoder where tasks have their own; what made it gets a gradient of
+            # zero, without which DDP would wait for it.
+            if self.training and stages[-1].tasks is not None and task.id == 0:
+                found[task.name] = found[task.name] + 0 * stages[-1].shared.sum().to(found[task.name].dtype)
+        return found
+
+    def activation_checkpointing_enable(self, options: dict | None = None) -> None:
+        """Have the backbone recompute its blocks in the backward pass."""
+        enable_checkpointing(self.backbone)
+
+
+def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: bool = False, **options) -> DenseModel:
+    """The backbone with its weights and fresh decoders."""
+    if load_in_4bit:
+        raise UserError("--load_in_4bit is for language models; leave it out")
+    return DenseModel(with_streams(base.load(dtype, **options)), tasks)
+
+
+def structure(base: BaseModel, tasks: TaskSet) -> DenseModel:
+    """The same on the meta device: every module and shape, no memory."""
+    return DenseModel(with_streams(base.structure()), tasks)
+
+
+def base_of(provenance: Provenance, trust_remote_code: bool = False, **options) -> DenseModel:
+    """The model on which a checkpoint's adapter is put; options: of ``load``."""
+    tasks = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
+    return load(BaseModel(provenance.base_model, trust_remote_code, KIND), tasks, **options)
+
+
+def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:
+    """Raise ``UserError`` for a model without the decoders of a checkpoint's tasks, before its adapter is put on."""
+    tasks = TaskSet.from_json(provenance.task_set, f"the task set of {folder}")
+    found = getattr(getattr(unwrap(model), "decoders", None), "task_set", None)
+    if found is None or found.answers_sha256 != tasks.answers_sha256:
+        raise UserError(
+            f"{folder} has a decoder for each of its tasks ({', '.join(tasks.names):.200}), which this "
+            f"{type(unwrap(model)).__name__} has no place for; load both with mtl_lora.load(folder)"
+        )
+
+
+def placed(adapter: AdapterConfig, model: DenseModel, downsampler: bool = False, extras: bool = True) -> AdapterConfig:
+    """The adapter as MTLoRA places it (arXiv 2403.20320), for any method.
+
+    In every block on the fused query, key and value, the output projection and both feed-forward layers; of a method
+    that makes streams, the last three are the tasks' own in the last block of each stage. Trained whole: the decoders
+    and, with ``extras``, patch embedding, norms, relative positions and the reduction of patch merging. downsampler:
+    the reduction gets an adapter instead (MTLoRA+). The method ``none`` trains the decoders and what it names itself.
+    Raises ``UserError`` for a method that needs to know a row's task, and for targets that break a stream.
+    """
+    method, family, saved = layer_class(adapter.method), model.config.model_type, ["decoders", *adapter.modules_to_save]
+    merges = any(name.endswith(f".{MERGING}") for name, _ in model.named_modules())
+    if downsampler and not merges:
+        raise UserError(f"downsampler is the patch merging's, which {family} does not have; leave it out")
+    if not method.adapts:
+        return _changed(adapter, modules_to_save=saved)
+    if method.needs_task_ids and not method.makes_streams:
+        raise UserError(f"adapter_name {adapter.method} needs the task of each image, and here an image has all")
+    targets = TARGETS if adapter.target_modules == "all-linear" else adapter.target_modules
+    if not isinstance(targets, list):
+        raise UserError("name the layers, not an expression")
+    if downsampler:
+        targets = [*targets, *({MERGING} - {*targets})]
+    if extras:
+        whole = [] if downsampler or not merges else [f"downsample.{MERGING}"]
+        saved = [saved[0], *TRAINED[family], *whole, *saved[1:]]
+    tasks = []
+    if method.makes_streams:
+        tasks = [f"{block}.{name}" for block in model.backbone.last_blocks() for name in TASK_TARGETS]
+        if missing := {name.rpartition(".")[2] for name in TASK_TARGETS} - {*targets}:
+            raise UserError(f"{', '.join(sorted(missing))} must be among them, or a task's stream would end there")
+    return _changed(adapter, target_modules=targets, task_modules=tasks, modules_to_save=list(dict.fromkeys(saved)))
+
+
+def _changed(adapter: AdapterConfig, **fields) -> AdapterConfig:
+    return AdapterConfig.from_json(adapter.to_json() | fields)
+
+
+def count(base: BaseModel, tasks: TaskSet, adapter: AdapterConfig, **placing) -> tuple[int, int]:
+    """(trainable, all) parameters with adapter and decoders, counted on the meta device."""
+    model = structure(base, tasks)
+    return trainable_parameters(inject(model, placed(adapter, model, **placing)))

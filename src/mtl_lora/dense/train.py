@@ -1,0 +1,98 @@
+"""Training on maps: every image has all tasks, each with a loss of its own mean, from one forward."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtl_lora import files
+from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.base_model import BaseModel
+from mtl_lora.dense import model
+from mtl_lora.dense.config import TrainConfig
+from mtl_lora.dense.data import DenseDataset, collate
+from mtl_lora.dense.losses import TaskLosses, known_values
+from mtl_lora.dense.tasks import TaskSet
+from mtl_lora.errors import UserError
+from mtl_lora.training.run import Run, train
+
+_PER_PROCESS = (
+    "batch norm without a GPU, and the balance of saliency's loss, are of the images of one process: two processes are "
+    "not one with twice the batch"
+)
+
+
+def run(config: TrainConfig) -> None:
+    """Train as ``config`` says, see ``training.run.train``."""
+    train(DenseRun, config)
+
+
+class Collator:
+    """Items of a data set to a batch, with ``loss_weight`` (T,); it passes the epoch on to the data set."""
+
+    def __init__(self, data: DenseDataset):
+        self.data, self.set_epoch = data, data.set_epoch
+
+    def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
+        batch = collate(items, self.data.tasks)
+        return batch | {"loss_weight": known_values(batch, self.data.tasks)}
+
+
+class DenseRun(Run):
+    """The training of a backbone with decoders. Its rows are the images of a ``DenseDataset``."""
+
+    system = "dense"
+    task_set = TaskSet
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        self.base = BaseModel(config.base_model, config.trust_remote_code, model.KIND)
+        self.task_weights = [float(task.weight) for task in self.tasks]
+
+    def structure(self) -> model.DenseModel:
+        found = model.structure(self.base, self.tasks)
+        patch = found.backbone.patch
+        if self.config.image_size % patch:
+            raise UserError(f"--image_size must be a multiple of {patch} for this model, not {self.config.image_size}")
+        return found
+
+    def place_adapter(self, adapter: AdapterConfig, structure: model.DenseModel) -> tuple[AdapterConfig, list[str]]:
+        config = self.config
+        return model.placed(adapter, structure, config.downsampler, config.train_extras), []
+
+    def data_sha256(self) -> str:
+        config = self.config
+        settings = (config.image_size, config.augmentation, config.seed, config.missing_labels)
+        self.data = DenseDataset(config.data_path, "train", self.tasks, *settings)
+        return files.sha256_of("".join(self.data.sha256(task) for task in self.tasks).encode())
+
+    def rows(self, digest: str) -> DenseDataset:
+        return self.data
+
+    def columns(self, rows: DenseDataset) -> dict[str, np.ndarray]:
+        """Images are of one size and of all tasks, so a plan of batches knows no difference."""
+        return {"length": np.ones(len(rows), np.int64), "task_id": np.zeros(len(rows), np.int64)}
+
+    def check_rows(self, rows: DenseDataset) -> None:
+        if self.arguments.world_size > 1:
+            self.log(_PER_PROCESS)
+
+    def task_counts(self, rows: DenseDataset) -> np.ndarray:
+        layout = rows.layout
+        has = [[all(path.is_file() for path in layout.paths(task, id)) for id in rows.ids] for task in self.tasks]
+        return np.array(has).sum(axis=1)
+
+    def load_base(self) -> model.DenseModel:
+        found = model.load(self.base, self.tasks, self.config.dtype)
+        if self.config.drop_path is not None:
+            found.backbone.set_drop_path(self.config.drop_path)
+        if self.arguments.world_size > 1 and self.arguments.device.type == "cuda":
+            found.decoders = nn.SyncBatchNorm.convert_sync_batchnorm(found.decoders)
+        return found
+
+    def ends(self):
+        return Collator(self.data), TaskLosses(self.tasks)
+
+    def provenance(self) -> dict[str, object]:
+        return {}

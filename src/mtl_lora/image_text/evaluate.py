@@ -1,0 +1,396 @@
+"""``mtl-lora evaluate`` and ``predict`` on images and texts: answers and captions are generated, labels are scored."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+import mtl_lora
+from mtl_lora import evaluation, files, route
+from mtl_lora.base_model import BaseModel, device_for_this_process
+from mtl_lora.errors import UserError
+from mtl_lora.evaluation import NotANumber, claimed_folders, in_halves, load_questions, plan_batches
+from mtl_lora.image_text import model as visual
+from mtl_lora.image_text.captions import caption_rows, tokenizer_here
+from mtl_lora.image_text.config import ANSWER, OWN, SHUFFLED, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
+from mtl_lora.image_text.data import IGNORED, Collator, Encoder
+from mtl_lora.image_text.examples import Example, load_examples, parse_example
+from mtl_lora.image_text.features import FeatureStore
+from mtl_lora.image_text.tasks import CAPTION, CHOICE, OPEN_SETS, Task, TaskSet
+from mtl_lora.image_text.train import answer_losses
+from mtl_lora.memory import keep_freed_memory
+from mtl_lora.metrics import METRICS, mean, same_text, text_f1
+from mtl_lora.results import Comparability, Results, TaskResult, measure
+
+TOKEN_BUDGET, GPU_TOKEN_BUDGET = 2048, 65536  # tokens of a batch with --batch_size auto, visual ones included
+SHUFFLE_SEED = 0  # of the images that stand in for others
+
+
+@dataclasses.dataclass
+class Question:
+    """One example, ready for a model. row: of ``Encoder.encode``, with the images that are shown."""
+
+    task: Task
+    example: Example
+    row: dict
+    prompt_sha256: str
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The token ids of the text."""
+        return self.row["prompt_ids"]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The task's name and the example's index: different for every question of an evaluation."""
+        return self.task.name, self.example.index
+
+    @property
+    def target(self) -> dict:
+        """The keys of a line that say what is right: the first answer, and all where the metric takes them."""
+        example, target = self.example, {"answer": self.example.answer}
+        if METRICS[self.task.metric_name].needs == "references":
+            return target | {"answers": list(example.answers)}
+        if METRICS[self.task.metric_name].target == "answers":
+            return target | {"answers": list(example.annotators) or example.answers}
+        return target
+
+    def line(self, parsed: str, **said: object) -> dict:
+        """The question's line in the predictions. said: ``text`` that was generated, or ``scores`` of labels."""
+        name, target = self.task.metric_name, self.target
+        line = {"task": self.task.name, "index": self.example.index, **target, "parsed": parsed}
+        if METRICS[name].target == "answers":
+            line["score"] = METRICS[name].score(parsed, target["answers"])
+        elif self.task.answer != CAPTION:
+            same = same_text if name in ("exact_match", "f1") else str.__eq__
+            line["correct"] = same(parsed, target["answer"])
+            line |= {"f1": text_f1(parsed, target["answer"])} if same is same_text else {}
+        extra = {key: self.example.extra[key] for key in ("kind", "group") if key in self.example.extra}
+        return line | said | {"prompt_sha256": self.prompt_sha256} | extra
+
+    def answered_by(self, line: Mapping | None) -> bool:
+        """Whether a line, perhaps of an earlier version of the test set, answers this very question and target."""
+        expected = {**self.target, "prompt_sha256": self.prompt_sha256}
+        known = line is not None and isinstance(line.get("parsed"), str)
+        return known and {key: line.get(key) for key in expected} == expected
+
+    def extract_again(self, line: dict) -> dict:
+        """The line with its scores by today's rules."""
+        return self.line(line["parsed"], **{key: line[key] for key in ("text", "scores") if key in line})
+
+
+class Evaluator(evaluation.Evaluator):
+    """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
+
+    system, version = "image_text", 1
+    comparability = Comparability(
+        needed=["mode", "base_fingerprint", "cutoff_len", "images"],
+        noted=["base_fingerprint", "tasks_sha256", "dtype"],
+        free=["adapter_sha256", "batch_size", "limit"],
+    )
+
+    def __init__(self, config: AnswerConfig):
+        self.config, path = config, config.checkpoint
+        origin = self.read_checkpoint()
+        self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
+        if origin.task_set:
+            self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
+        else:
+            self.tasks = TaskSet.load(config.tasks_file) if config.tasks_file else OPEN_SETS
+        self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
+        name = config.base_model or origin.base_model
+        if name is None:
+            raise UserError(f"{path} does not name its base model; pass --base_model")
+        self.use_base(BaseModel(name, config.trust_remote_code, visual.KIND), origin)
+        self.encoder = Encoder(self.base_model.tokenizer(), self.base_model.config(), self.cutoff_len, self.tasks)
+        if config.official and not self.encoder.is_encoder_decoder:
+            raise UserError(f"--official compares labels in the decoder of a BART, which {name!r} is not; leave it out")
+        if config.official:
+            self._check_first_tokens()
+        self.images = visual.visual_config(origin) if self.adapter else None
+        self.store = self._store(origin.train_settings) if config.images else None
+        tokens = self.images.tokens if self.images else 0
+        self.collator = Collator(self.encoder, self.store, tokens)
+        self.others: dict[int, dict[str, str]] = {}  # by task id, the image that is shown in place of each
+        self.variant = "" if config.images == OWN else f", {config.images or 'no'} images"
+        self.tokenizer = tokenizer_here(config.caption_tokenizer) if config.measures_captions(self.tasks) else None
+        self.model: PreTrainedModel | None = None
+
+    def _store(self, trained: Mapping | None) -> FeatureStore:
+        """The features, by default those of the training; raises ``UserError`` for others than the model takes."""
+        paths = self.config.features or (trained or {}).get("features") or []
+        if not paths:
+            raise UserError(f"{self.config.checkpoint} does not say where its features were; pass --features")
+        store, wanted = FeatureStore(paths), self.images
+        if (store.grid, store.dim) != (wanted.grid, wanted.dim):
+            raise UserError(
+                f"the features in {', '.join(paths)} are {store.grid} x {store.grid} cells of {store.dim} numbers, and "
+                f"{self.config.checkpoint} takes {wanted.grid} x {wanted.grid} of {wanted.dim}; pass --features"
+            )
+        return store
+
+    def _check_first_tokens(self) -> None:
+        """Raise ``UserError`` for labels that begin alike."""
+        place = len(self.encoder.answer_start)
+        for task in self.tasks:
+            first = [ids[place] for ids in self.encoder.labels[task.id]]
+            if len({*first}) < len(first):
+                raise UserError(
+                    f"--official compares first tokens, and labels of {task.name} begin alike; leave it out"
+                )
+
+    def settings(self, protocol: str) -> dict:
+        config = self.config
+        return super().settings(protocol) | {
+            "images": f"{SHUFFLED}, seed {SHUFFLE_SEED}" if config.images == SHUFFLED else config.images or "none",
+            "features": self.store.fingerprint if self.store else None,
+            "num_beams": config.num_beams,
+            "official": config.official,
+        }
+
+    def shuffle(self, examples: Iterable[Example]) -> None:
+        """Give each image of a task's examples, of all that its file holds, another one of them."""
+        examples = list(examples)
+        ids = sorted({image for example in examples for image in example.images})
+        if len(ids) < 2:
+            raise UserError(
+                f"the questions of {self.tasks[examples[0].task_id].name} have one image; none can stand in"
+            )
+        random.Random(SHUFFLE_SEED).shuffle(ids)
+        self.others[examples[0].task_id] = dict(zip(ids, ids[1:] + ids[:1], strict=True))
+
+    def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
+        """Questions of examples; raises ``UserError`` naming source and example, or the images without features."""
+        try:
+            rows = self.encoder.encode(examples, answered=False)
+        except UserError as error:
+            raise UserError(f"{source}, {error}") from None
+        found = []
+        for example, row in zip(examples, rows, strict=True):
+            if self.store and len(example.images) > self.images.images:
+                more = f"{len(example.images)} images, and the model takes {self.images.images} at most"
+                raise UserError(f"{source}, example {example.index} has {more}; train with --images")
+            others = self.others.get(example.task_id)
+            row["images"] = [others[image] for image in example.images] if others else row["images"]
+            digest = files.sha256_of(str([row["prompt_ids"], row["images"]]).encode())
+            found.append(Question(self.tasks[example.task_id], example, row, digest))
+        if self.store:
+            try:
+                self.store.check(image for row in rows for image in row["images"])
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from None
+        longest = max(map(self._length, found), default=0)
+        self.base_model.check_positions(longest, "a question with its images and answer; take a shorter --cutoff_len")
+        return found
+
+    def _length(self, question: Question) -> int:
+        """Tokens of a question, its images, and the longest answer that is scored or generated."""
+        task, images = question.task, len(question.row["images"]) * self.collator.visual_tokens
+        answers = map(len, self.encoder.labels[task.id])
+        return len(question.prompt_ids) + images + max(answers, default=task.generated_tokens)
+
+    def load(self) -> None:
+        if self.model is not None:
+            return
+        self.note_untrained(self.tasks.names)
+        device = device_for_this_process()
+        keep_freed_memory(device.type)
+        dtype = self.config.dtype, self.load_in_4bit
+        if self.adapter:
+            model = visual.load(self.base_model, self.images, *dtype)
+            mtl_lora.load(model, self.config.checkpoint)
+        else:
+            model = self.base_model.load(*dtype)
+        self.check_unchanged()
+        # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
+        model.generation_config = GenerationConfig()
+        self.model = model.eval().to(device)
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
+        return plan_batches(questions, self.config.batch_size, budget, self._length)
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
+        scored = questions[0].task.answer == CHOICE
+        return in_halves(self._scored if scored else self._generated, list(questions))
+
+    def _batch(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        return {key: value.to(self.model.device) for key, value in self.collator(rows).items()}
+
+    def _scored(self, questions: list[Question]) -> list[dict]:
+        """The likeliest label, by the log-probability of its tokens and EOS, officially of its first token alone."""
+        task, labels = questions[0].task, self.encoder.labels[questions[0].task.id]
+        rows = [question.row | {"answers": [ids], "scores": [1.0]} for question in questions for ids in labels]
+        batch = self._batch(rows)
+        losses, _, _ = answer_losses(self.model, batch)
+        carries = batch["labels"] != IGNORED
+        row, column = carries.nonzero().unbind(dim=1)
+        place = column - carries.int().argmax(dim=1)[row] - len(self.encoder.answer_start)  # BOS is said by all labels
+        counted = place == 0 if self.config.official else place >= 0
+        sums = torch.zeros(len(rows), dtype=torch.float64, device=losses.device)
+        sums.index_add_(0, row, torch.where(counted, -losses, 0).double())
+        lines = []
+        for question, scores in zip(questions, sums.view(len(questions), -1).tolist(), strict=True):
+            if not all(map(math.isfinite, scores)):
+                raise self._not_finite(f"question {question.example.index} of {task.name} has the scores {scores}")
+            best = max(range(len(scores)), key=scores.__getitem__)  # of equal ones the first
+            lines.append(question.line(task.labels[best], scores=scores))
+        return lines
+
+    def _generated(self, questions: list[Question]) -> list[dict]:
+        """Greedy, or by beams; never sampled."""
+        task, tokenizer, encoder = questions[0].task, self.encoder.tokenizer, self.encoder
+        batch, seen, start = self._batch([question.row for question in questions]), NotANumber(), []
+        if encoder.is_encoder_decoder:
+            start = [encoder.decoder_start, *encoder.answer_start]
+            batch["decoder_input_ids"] = torch.tensor([start] * len(questions), device=self.model.device)
+        # A fresh configuration: the one a base model brings may ask for sampling.
+        settings = GenerationConfig(
+            max_new_tokens=max(task.generated_tokens - len(encoder.answer_start), 1),
+            num_beams=self.config.num_beams if task.answer == CAPTION else 1,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=encoder.decoder_start,
+        )
+        with route.use(batch.pop("task_ids")):
+            output = self.model.generate(**batch, generation_config=settings, logits_processor=[seen])
+        if bool(seen.found):
+            raise self._not_finite(f"the model gives logits that are not numbers for questions of {task.name}")
+        said = 0 if encoder.is_encoder_decoder or "features" in batch else batch["input_ids"].shape[1]
+        texts = tokenizer.batch_decode(output[:, said:], skip_special_tokens=True)
+        return [
+            question.line(" ".join(text.split()), text=text) for question, text in zip(questions, texts, strict=True)
+        ]
+
+    def _not_finite(self, what: str) -> UserError:
+        return UserError(
+            f"{what}, which are not finite: the base model or the adapter holds values that are no numbers, or its "
+            "dtype is too small; see the training's log, or pass --dtype fp32"
+        )
+
+    def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
+        found, by_task = dict(lines), {}
+        for question in questions:
+            by_task.setdefault(question.task.name, []).append(question)
+        for part in by_task.values():
+            if part[0].task.answer == CAPTION:
+                own = [lines[question.key] for question in part]
+                rows = caption_rows([each["parsed"] for each in own], [each["answers"] for each in own], self.tokenizer)
+                found |= {question.key: line | row for question, line, row in zip(part, own, rows, strict=True)}
+        return found
+
+    def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
+        result, others = measure(task.metric_name, lines, task.labels), {}
+        if task.answer == CAPTION:
+            other = "bleu4" if task.metric_name == "cider" else "cider"
+            others[other] = measure(other, lines)
+            result.measured["tokenizer"] = self.tokenizer
+        elif task.answer == CHOICE and all("group" in line for line in lines):
+            groups: dict[str, list[bool]] = {}
+            for line in lines:
+                groups.setdefault(str(line["group"]), []).append(line["correct"])
+            value, error = mean([float(all(each)) for each in groups.values()])
+            others["consistency"] = TaskResult("accuracy", value, error, len(groups))
+        return dataclasses.replace(result, others=result.others | others)
+
+    def trainable(self):
+        if not self.adapter:
+            return None
+        return evaluation.Trainable(*visual.count(self.base_model, self.images, self.adapter.adapter_config))
+
+
+def run(config: EvalConfig) -> dict[str, Results]:
+    """Answer every question that has no answer yet; writes and returns the results.
+
+    Empty with ``check``, and on every process but the first.
+    """
+    evaluator = Evaluator(config)
+
+    def load(path: Path, tasks: TaskSet, task: str, closed: bool) -> list[Example]:
+        examples = load_examples(path, tasks, task, closed)
+        _check_answers(examples, tasks[task], path)
+        if config.images == SHUFFLED:
+            evaluator.shuffle(examples)  # all of the file's, for what is shown must not depend on --limit
+        return examples
+
+    made_by = config.made_by if evaluator.tasks.names == OPEN_SETS.names else ""
+    data = config.data_dir, evaluator.tasks, config.tasks
+    asked = load_questions(*data, load, evaluator.questions, config.limit, made_by)
+    questions = dict.fromkeys(config.protocols, asked.questions)
+    with claimed_folders(config, config.protocols):
+        return evaluation.evaluate(evaluator, asked, questions, config.protocols)
+
+
+def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:
+    """Raise ``UserError`` for several right answers under a metric that compares with one."""
+    if METRICS[task.metric_name].target == "answer" and task.answer != CAPTION:
+        for example in examples:
+            if len(example.answers) > 1:
+                raise UserError(
+                    f"{path}, example {example.index} has {len(example.answers)} right answers, and {task.metric_name} "
+                    f'compares with one; declare "metric": "vqa_accuracy" of {task.name} in the tasks file'
+                )
+
+
+# ---- prediction ----
+
+
+class Predictor:
+    """Answers examples in Python; the model is loaded with the first of them.
+
+        predictor = Predictor("output/pictures", features=["features.h5"])
+        predictor.predict([{"image": "17", "text": "Is there a circle?"}], task="easy_vqa")
+        # [{"index": 0, "image": "17", "task": "easy_vqa", "answer": "yes", "text": "yes"}]
+
+    checkpoint: folder of a training, which names its base model, tasks and features. flags: any other flag of
+    ``mtl-lora predict``, by name. Raises ``UserError`` as the command does.
+    """
+
+    def __init__(self, checkpoint: str | Path, **flags):
+        self.evaluator = Evaluator(AnswerConfig(checkpoint=str(checkpoint), **flags))
+
+    def predict(self, examples: Sequence[Mapping], task: str | None = None) -> list[dict]:
+        """One result per example, in their order. task: of all that name none."""
+        asked = _questions(list(map(dict, examples)), self.evaluator, task, "the examples")
+        return evaluation.answers(self.evaluator, asked, _result)
+
+
+def predict(config: PredictConfig) -> None:
+    """Answer every example of the input file that has no answer yet, then write the output file whole."""
+    config.check_files()
+    evaluator = Evaluator(config)
+
+    def ask(values: Sequence[object], source: str) -> dict[str, list[Question]]:
+        return _questions(values, evaluator, config.task, source)
+
+    evaluation.predict(evaluator, ask, ANSWER, _result)
+
+
+def _questions(
+    values: Sequence[object], evaluator: Evaluator, task: str | None, source: str
+) -> dict[str, list[Question]]:
+    """The questions, by the one protocol; raises ``UserError`` naming source and example."""
+    tasks = evaluator.tasks
+    if task is not None:
+        tasks[task]  # an unknown name is an error of the flag, not of an example
+    examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
+    return {ANSWER: evaluator.questions(examples, source)}
+
+
+def _result(question: Question, line: Mapping) -> dict:
+    """What is returned for an example, from its prediction line."""
+    example, task = question.example, question.task
+    shown = example.images[0] if len(example.images) == 1 else list(example.images)
+    result = {"index": example.index, "image": shown, **example.extra, "task": task.name, "answer": line["parsed"]}
+    if "scores" not in line:
+        return result
+    probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
+    scores = dict(zip(task.labels, line["scores"], strict=True))
+    return result | {"scores": scores, "probabilities": dict(zip(task.labels, probabilities, strict=True))}

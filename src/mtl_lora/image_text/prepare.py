@@ -1,0 +1,225 @@
+"""Build the open image-text tasks: fetch the pictures and questions, or take a folder; verify; write.
+
+    mtl-lora prepare image_text                                     easy-VQA and NLVR, fetched from GitHub by git
+    mtl-lora prepare image_text --tasks easy_vqa,nlvr,flickr8k      and captions of photographs, for research only
+    mtl-lora prepare image_text --source DIR                        take DIR/easy_vqa/data, DIR/nlvr/nlvr, DIR/flickr8k
+    mtl-lora prepare image_text --limit 800                         at most 800 training images a task
+
+Writes images/, train.json (all tasks, in order of task id), tasks.json (the --tasks_file of training),
+dev/<task>/test.json and test/<task>/test.json (a --data_dir of evaluation): lists of {"task", "image", "text",
+"answer"}, captions with "answers" for a test. An image's id is its file name without the ending; mtl-lora features
+makes features of images/. Paths are relative to the current folder.
+
+NLVR is trained on its sets hidden and dev without the sentences of its test set, which is not the official protocol.
+flickr8k is 991 of the 8,000 pictures. Git fetches single folders of a pinned commit and checks each file against the
+commit's id; one hash a folder (see ``RemoteFolder``) then says the same of a download and of --source.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from mtl_lora.config import Config, closest, flag
+from mtl_lora.data_sets import SPLITS, Examples, Sizes, existing, sampled, write_sets
+from mtl_lora.download import RemoteFolder
+from mtl_lora.errors import UserError
+from mtl_lora.files import atomic_directory, read_json, read_lines, read_object
+
+MANIFEST, TASKS_FILE = (Path(__file__).with_name(name) for name in ("open_sets.json", "open_tasks.json"))
+DEV_PART = 10  # one training image (NLVR: sentence) in 10 is of the dev set
+COLORS = {"black", "gray", "red", "blue", "green", "yellow", "teal", "brown"}
+Images = dict[str, Path]  # image id -> file
+Parts = dict[str, Examples]  # by split
+
+
+@dataclasses.dataclass
+class Prepare(Config):
+    """Which tasks, where their files come from, and where the data set goes."""
+
+    tasks: list[str] = flag(["easy_vqa", "nlvr"], "of easy_vqa, nlvr and flickr8k, as a,b; ids are in that order")
+    source: str | None = flag(None, "folder that holds easy_vqa/data, nlvr/nlvr and flickr8k; none: download")
+    output_dir: str = flag("data/image_text", "folder for images/, train.json, tasks.json, dev/ and test/", place=True)
+    limit: int = flag(0, "most training images of each task, with all their examples; 0: all", min=0)
+    download_dir: str = flag("data/image_text/source", "folder where downloads are kept", place=True)
+    base_url: str = flag("https://github.com", "address below which the repositories lie")
+    manifest: str = flag(str(MANIFEST), "JSON file with commit, paths and hash of each repository, and sizes")
+
+
+def run(config: Prepare) -> None:
+    """Read everything, check everything, and only then write; raises ``UserError``."""
+    tasks = json.loads(TASKS_FILE.read_text())["tasks"]
+    known = [task["name"] for task in tasks]
+    if unknown := [name for name in config.tasks if name not in known]:
+        raise UserError(f"--tasks names {unknown[0]!r}{closest(unknown[0], known)}")
+    tasks = [task for task in tasks if task["name"] in (config.tasks or known)]
+    folders, sizes = read_manifest(config.manifest, [task["name"] for task in tasks])
+    source = existing(config.source) if config.source else Path(config.download_dir)
+    for each in folders:
+        each.check(source) if config.source else each.fetch(source, config.base_url)
+    sets, images = {}, {}
+    for task in tasks:
+        name = task["name"]
+        sets[name], found = READERS[name](source)
+        images |= found
+        if config.limit:
+            sets[name]["train"] = limited(sets[name]["train"], config.limit)
+            del sizes[name]["train"]
+    used = {example["image"] for parts in sets.values() for part in parts.values() for example in part}
+    output = Path(config.output_dir)
+    with atomic_directory(output / "images", ("*.png", "*.jpg"), overwrite=True, inputs=[source]) as target:
+        for image in sorted(used):
+            shutil.copyfile(images[image], target / f"{image}{images[image].suffix}")
+    lines = ",\n".join(f"    {json.dumps(task | {'id': number})}" for number, task in enumerate(tasks))
+    print(write_sets(output, sets, sizes, 0, f'{{\n  "tasks": [\n{lines}\n  ]\n}}\n'.encode()))
+    print(f"{len(used):,} images in {output / 'images'}")
+
+
+def read_manifest(path: str, names: list[str]) -> tuple[list[RemoteFolder], Sizes]:
+    """(the folders of these tasks, the known number of examples by task and split); raises ``UserError``."""
+    value = read_object(path, "the manifest")
+    try:
+        entries = [entry for name in names for entry in value[name]["folders"]]
+        folders = [RemoteFolder.from_json(entry, f"the manifest {path}") for entry in entries]
+        return folders, {name: {part: int(value[name]["records"][part]) for part in SPLITS} for name in names}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the manifest {path} must be laid out as {MANIFEST}; missing or wrong: {error}") from None
+
+
+def limited(examples: Examples, count: int) -> Examples:
+    """The examples of ``count`` of the images, or pairs of images, in their order."""
+    images = set(sampled(list(dict.fromkeys(str(example["image"]) for example in examples)), count)[0])
+    return [example for example in examples if str(example["image"]) in images]
+
+
+def divided(examples: Examples, key: Callable[[dict], str]) -> tuple[Examples, Examples]:
+    """(dev, train): a tenth of the keys with all their examples, and the others."""
+    keys = list(dict.fromkeys(map(key, examples)))
+    chosen = set(sampled(keys, len(keys) // DEV_PART)[0])
+    parts = [], []
+    for example in examples:
+        parts[key(example) not in chosen].append(example)
+    return parts
+
+
+# ---- easy-VQA ----
+
+
+def read_easy_vqa(folder: Path) -> tuple[Parts, Images]:
+    """Questions on drawn shapes; the dev set has a tenth of the training images with all their questions."""
+    found, images = {}, {}
+    for part in ("train", "test"):
+        path = folder / "easy_vqa" / "data" / part / "questions.json"
+        found[part] = []
+        for index, entry in enumerate(read_json(path, "the questions")):
+            if not (isinstance(entry, list) and list(map(type, entry)) == [str, str, int]):
+                raise UserError(f"{path}, question {index} must be [text, answer, image number], not {entry!r:.80}")
+            text, answer, number = entry
+            image = f"easy_vqa_{part}_{number}"
+            images[image] = path.parent / "images" / f"{number}.png"
+            kind = "yes_no" if answer in ("yes", "no") else "color" if answer in COLORS else "shape"
+            found[part].append({"task": "easy_vqa", "image": image, "text": text, "answer": answer, "kind": kind})
+    dev, train = divided(found["train"], lambda example: example["image"])
+    return {"train": train, "dev": dev, "test": found["test"]}, images
+
+
+# ---- NLVR ----
+
+
+def read_nlvr(folder: Path) -> tuple[Parts, Images]:
+    """True and false statements on three boxes of shapes.
+
+    Each has pictures with the boxes in several orders: a training set has two of them, as one example each, dev and
+    test the first. Statements of one sentence share its number as "group", by which consistency counts.
+    """
+    found, images = {}, {}
+    for part in ("hidden", "dev", "test"):
+        path = folder / "nlvr" / "nlvr" / part / f"{part}.json"
+        found[part] = []
+        files = {file.stem: file for file in (path.parent / "images").glob("*/*.png")}
+        for index, line in enumerate(read_lines(path), 1):
+            statement, identifier, label = _statement(line, f"{path}, line {index}")
+            for order in (0, 1):
+                image = f"{part}-{identifier}-{order}"
+                if image not in files:
+                    raise UserError(f"{path}, line {index}: its picture {image}.png is missing")
+                images[image] = files[image]
+                group = f"{part}-{identifier.split('-')[0]}"
+                found[part].append({"task": "nlvr", "image": image, "text": statement, "answer": label, "group": group})
+    tested = {sentence(example) for example in found["test"]}
+    others = [example for example in found["hidden"] + found["dev"] if sentence(example) not in tested]
+    dev, train = divided(others, sentence)
+    return {"train": train, "dev": first_order(dev), "test": first_order(found["test"])}, images
+
+
+def _statement(line: str, where: str) -> tuple[str, str, str]:
+    """(sentence, identifier, label) of a line of JSON; raises ``UserError``."""
+    try:
+        value = json.loads(line)
+        text, identifier, label = (value[name] for name in ("sentence", "identifier", "label"))
+        if label in ("true", "false") and re.fullmatch(r"\d+-\d+", identifier) and text.split():
+            return " ".join(text.split()), identifier, label
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f'{where} must have a sentence, an identifier as 12-0 and the label "true" or "false"')
+
+
+def sentence(example: dict) -> str:
+    """What makes two statements the same sentence: letters and digits, without capitals."""
+    return re.sub(r"[\W_]+", "", example["text"].casefold())
+
+
+def first_order(examples: Iterable[dict]) -> Examples:
+    """The examples whose picture has the boxes in the first order."""
+    return [example for example in examples if example["image"].endswith("-0")]
+
+
+# ---- Flickr8k ----
+
+
+def read_flickr8k(folder: Path) -> tuple[Parts, Images]:
+    """Captions of photographs in Karpathy's split: an example for each caption to train, one with all to test."""
+    path = folder / "flickr8k" / "dataset_flickr8k.zip"
+    images = {file.stem: file for file in (folder / "flickr8k" / "data" / "images").glob("*.jpg")}
+    found: Parts = {"train": [], "dev": [], "test": []}
+    for image, split, captions in karpathy(path):
+        if image in images:
+            example, part = {"task": "flickr8k", "image": image}, "dev" if split == "val" else split
+            if part == "train":
+                found["train"] += [example | {"answer": caption} for caption in captions]
+            else:
+                found[part].append(example | {"answers": captions})
+    return found, images
+
+
+def karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """(file name without its ending, split, captions) of each picture in a JSON file of Karpathy's, or a zip of one.
+
+    Raises ``UserError`` naming the entry that is malformed.
+    """
+    if path.suffix == ".zip":
+        try:
+            with zipfile.ZipFile(path) as opened:
+                value = json.loads(opened.read(path.with_suffix(".json").name))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be read ({error})") from None
+    else:
+        value = read_object(path, "the captions")
+    if not isinstance(value.get("images"), list):
+        raise UserError(f'{path} must be an object with a list "images"')
+    for index, entry in enumerate(value["images"]):
+        try:
+            captions = [" ".join(each["raw"].split()) for each in entry["sentences"]]
+            image, split = entry["filename"].rsplit(".", 1)[0], entry["split"]
+            wrong = split not in ("train", "restval", "val", "test") or not all(captions) or not captions
+        except (KeyError, TypeError, AttributeError):
+            wrong = True
+        if wrong:
+            raise UserError(f"{path}, image {index} must have filename, split and sentences that have a raw text each")
+        yield image, split, captions
+
+
+READERS = {"easy_vqa": read_easy_vqa, "nlvr": read_nlvr, "flickr8k": read_flickr8k}
