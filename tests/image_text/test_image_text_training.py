@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -21,8 +20,9 @@ from transformers import AutoTokenizer, set_seed
 import mtl_lora
 from mtl_lora import UserError
 from mtl_lora.base_model import BaseModel
+from mtl_lora.cli import parse
 from mtl_lora.image_text import model as visual
-from mtl_lora.image_text.config import TrainConfig
+from mtl_lora.image_text.config import EvalConfig, TrainConfig
 from mtl_lora.image_text.data import Encoder, training_rows
 from mtl_lora.image_text.model import VisualConfig
 from mtl_lora.image_text.train import run
@@ -179,33 +179,58 @@ def test_two_processes_train_as_one(settings, still, tmp_path, one_thread):
         assert_trained_alike(tmp_path / name, tmp_path / f"two_{name}")
 
 
-@pytest.mark.slow(10)
-def test_a_recipe_trains_with_the_originals_settings(settings, pictures, tmp_path):
+def called_with(tmp_path, script: str, *arguments: str, **environment: str) -> list[str]:
+    """The arguments with which a recipe starts Python."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = os.environ | {"VENV": "", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | environment
+    command = ["bash", str(PROJECT / "script" / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("vlbart_mlora.sh", {"num_B": 2, "temperature": 0.8, "batch_size": 512, "warmup_ratio": 0.03}),
+        (
+            "vlbart_lora.sh",
+            {"lora_dropout": 0.1, "batch_size": 500, "warmup_ratio": 0.1, "modules_to_save": ["*.bias"]},
+        ),
+        ("vlbart_dora.sh", {"lora_dropout": 0, "batch_size": 300, "warmup_ratio": 0.1}),
+    ],
+)
+def test_a_recipe_has_the_originals_settings(script, expected, tmp_path):
     tasks = [*TASKS, {"name": "gqa", "id": 3}]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    flags = settings("run")
-    places = {"BASE_MODEL": flags["base_model"], "DATA_PATH": flags["data_path"], "FEATURES": flags["features"][0]}
-    places |= {"TASKS_FILE": str(tmp_path / "tasks.json"), "CACHE_PATH": flags["cache_dir"], "VENV": "", "POOL": "2"}
-    places |= {
-        "OUTPUT_PATH": flags["output_dir"],
-        "BATCH_SIZE": "24",
-        "ACCUMULATION": "2",
-        "MAX_STEPS": "1",
-        "POOL": "2",
-    }
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(PROJECT / "script" / "vlbart_mlora.sh"), "6", "16"],
-        env=os.environ | places | {"PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    places = {"TASKS_FILE": str(tmp_path / "tasks.json"), "DATASETS": "/sets"}
+    door, *flags = called_with(tmp_path, script, "64", "16", **places)
+    assert Path(door).name == "finetune.py"
+    place = flags.index("--system")
+    config = parse(TrainConfig, flags[:place] + flags[place + 2 :], "")
+    common = {"lora_r": 64, "lora_alpha": 16, "num_epochs": 20, "max_grad_norm": 5, "weight_decay": 0.01, "seed": 9595}
+    common |= {"learning_rate": 1e-3, "pool": 6, "lora_target_modules": ["q_proj", "v_proj"], "deepspeed": None}
+    expected = common | expected
+    assert {name: getattr(config, name) for name in expected} == expected
+    b = config.batch_size
+    sizes = {"vqa": b, "nlvr": b * 20 // 60, "caption": b * 50 // 60, "gqa": b * 100 // 60}
+    assert config.batch_sizes(config.task_set()) == sizes
+    assert config.features[2] == "/sets/GQA/clip_features/data_clip_RN101_att"
+
+    halves = called_with(tmp_path, script, "64", "16", **places, ACCUMULATION="2", BATCH_SIZE="120")
+    assert "gqa=100,nlvr=20,caption=50" in halves and "60" in halves
+
+
+def test_the_evaluation_of_a_recipe_has_beams_as_a_setting(tmp_path):
+    _, *flags = called_with(tmp_path, "vlbart_eval.sh", "run", "out", "--limit", "3", BEAMS="5")
+    config = parse(EvalConfig, flags, "")
+    assert (config.checkpoint, config.output_dir, config.num_beams, config.official, config.limit) == (
+        "run",
+        "out",
+        5,
+        True,
+        3,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
-    expected = {"lora_r": 6, "num_B": 2, "temperature": 0.8, "num_epochs": 20, "max_grad_norm": 5, "weight_decay": 0.01}
-    expected |= {"batch_size": 12, "task_batch_sizes": ["gqa=20", "nlvr=4", "caption=10"], "learning_rate": 1e-3}
-    assert {name: found[name] for name in expected} == expected
 
 
 # ---- batches of one task ----

@@ -275,7 +275,7 @@ class LengthGroupedBatchSampler(StepSampler):
 class RoundRobinSampler(StepSampler):
     """Steps of one task each, tasks in proportion to their number of steps, as VL-Adapter samples (arXiv 2112.06825).
 
-    batch_sizes: by task, in id order, the examples of a micro-batch. Every example comes once an epoch, but for those of
+    batch_sizes: the examples of a micro-batch by task, in id order. Every example comes once an epoch, but for those of
     a task's last, smaller step where it cannot give every micro-batch one. Raises ``UserError`` where a task that has
     examples is left without a step.
     """
