@@ -86,7 +86,7 @@ def rows_of(
     for title, maps in (("label", wanted), ("prediction", found)):
         pictures = [first]
         for task in tasks if maps else ():
-            depth = wanted.get(task.name, found[task.name])
+            depth = (wanted or maps)[task.name]
             known = depth[depth != IGNORE]
             depths = (float(known.min()), float(known.max()) + 1e-6) if task.kind == "depth" and known.size else (0, 1)
             pictures.append((task.title, picture_of(task, maps[task.name], depths)))
