@@ -127,11 +127,11 @@ def intervals(differences: "dict[str, tuple[float, numpy.ndarray]]", scored: Seq
     """Percentile intervals of differences by task, each with its values in as many resamples of the task's questions.
 
     So a bootstrap over the questions within each task (stratified; every task weighs the same). Returns ``tasks`` and
-    ``average``, which is None unless all of ``scored`` are there; None without a task. Of a difference that is the same
-    in all resamples there is no interval: see ``Interval``.
+    ``average``, which is None unless all of ``scored``, at least one, are there; None without a task. Of a difference
+    that is the same in all resamples there is no interval: see ``Interval``.
     """
     tasks = {name: Difference(found, *percentile_interval(drawn)) for name, (found, drawn) in differences.items()}
-    if not {*scored} <= {*tasks}:
+    if not scored or not {*scored} <= {*tasks}:
         return {"tasks": tasks, "average": None} if tasks else None
     center = statistics.fmean(tasks[name].difference for name in scored)
     interval = percentile_interval(sum(differences[name][1] for name in scored) / len(scored))

@@ -13,7 +13,7 @@ import re
 import statistics
 import string
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from mtl_lora.errors import UserError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Answer = str | float  # a label or a free text; a number of a regression
 ERROR_RESAMPLES = 1000  # for a standard error
+MAPS = ("classes", "saliency", "edges", "angles", "depth")  # what a map may be, as a metric needs it
 
 # ---- free text ----
 
@@ -139,29 +140,33 @@ def vqa_accuracy_official(text: str, target: Mapping[str, float] | Sequence[str]
 class Metric:
     """Called with n >= 1 predictions and their targets, and a task's labels: (value, standard error or None).
 
-    Values are fractions up to 1, shown times 100. ``rows`` of predictions and targets is what the metric needs of each
-    question, ``value_of`` of rows the value, and ``difference`` what B has more than A.
+    Values are shown times ``scale``: fractions in percent, others in their ``unit``. ``rows`` of predictions and
+    targets is what the metric needs of each question, ``value_of`` of rows the value, and ``difference`` what B has
+    more than A.
     title: of a table's column. needs: what a task must have, see ``metrics_for``. lowest, highest: values.
-    parts: names of the two metrics of which this is the mean. Of two labels the last is the positive class.
-    target: of a prediction line, what is compared with. key: of a prediction line, what the metric is computed from;
-    for captions the row itself, which takes all of the test set and packages that reports do not have.
+    lower_is_better: of errors. parts: names of the two metrics of which this is the mean. Of two labels the last is
+    the positive class. target: of a prediction line, what is compared with. key: of a prediction line, what the metric
+    is computed from; of captions and maps the row itself, which takes what reports do not have.
     """
 
     title: str
     needs: str
     lowest: int = dataclasses.field(default=0, kw_only=True)
-    highest: int = dataclasses.field(default=1, kw_only=True)
+    highest: float = dataclasses.field(default=1, kw_only=True)
+    scale: int = dataclasses.field(default=100, kw_only=True)
+    unit: str = dataclasses.field(default="", kw_only=True)
+    lower_is_better: bool = dataclasses.field(default=False, kw_only=True)
     parts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     target: str = dataclasses.field(default="answer", kw_only=True)
 
     @property
-    def of_captions(self) -> bool:
+    def has_written_rows(self) -> bool:
         """Whether rows are written into the prediction lines."""
-        return self.needs == "references"
+        return self.needs in ("references", *MAPS)
 
     def of_lines(self, lines: Sequence[Mapping], labels: Sequence[str] = (), key: str = "parsed") -> Sequence:
         """The rows of prediction lines. key: of the answers."""
-        if self.of_captions:
+        if self.has_written_rows:
             return self.written([line[self.key] for line in lines])
         return self.rows([line[key] for line in lines], [line[self.target] for line in lines], labels)
 
@@ -177,7 +182,7 @@ class Metric:
 class Mean(Metric):
     """The mean of ``score(prediction, target)``, from 0 to 1. key: of a prediction line that holds the score."""
 
-    score: Callable[[str, typing.Any], float] | None  # None for one of captions
+    score: Callable[[str, typing.Any], float] | None  # None where rows are written
     key: str
 
     def rows(self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()) -> list[float]:
@@ -220,7 +225,9 @@ class Statistic(Metric):
     a perfect one: they show no spread, which is no certainty.
     """
 
-    columns: Callable[[Sequence[Answer], Sequence[Answer], Sequence[str]], Sequence] | None  # None for one of captions
+    columns: (
+        Callable[[Sequence[Answer], Sequence[Answer], Sequence[str]], Sequence] | None
+    )  # None where rows are written
     of_counts: "Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray]"
     key: str = "parsed"
 
@@ -364,6 +371,67 @@ def _bleu4(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     return precision.prod(axis=1) ** 0.25 * numpy.exp(numpy.minimum(1 - 1 / ratio, 0))
 
 
+# ---- maps of images: rows (n, c) are sums over the pixels of an image ----
+
+
+def _miou(rows: "numpy.ndarray", counts: "numpy.ndarray", present: bool = False) -> "numpy.ndarray":
+    """The mean over classes of their intersection over union in all images together; 0 for a class that is nowhere.
+
+    Columns: pixels of each class that were found, those that were taken for it, those that were missed. present: over
+    the classes alone that have a pixel in these images.
+    """
+    import numpy
+
+    found, taken, missed = (counts @ rows).reshape(len(counts), 3, -1).swapaxes(0, 1)
+    union = found + taken + missed
+    each = numpy.divide(found, union, out=numpy.zeros_like(union), where=union > 0)
+    if not present:
+        return each.mean(axis=1)
+    return _quotient((each * (found + missed > 0)).sum(axis=1), (found + missed > 0).sum(axis=1))
+
+
+def _miou_present(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
+    return _miou(rows, counts, present=True)
+
+
+def _quotient(part: "numpy.ndarray", whole: "numpy.ndarray") -> "numpy.ndarray":
+    """part / whole; 0 where the whole is."""
+    import numpy
+
+    return numpy.divide(part, whole, out=numpy.zeros(part.shape), where=whole > 0)
+
+
+def _by_threshold(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
+    """(3, R, thresholds): the means over images of intersection over union, precision and recall at each threshold.
+
+    Columns: these of each threshold, and whether the image has a label.
+    """
+    sums = counts @ rows
+    means = _quotient(sums[:, :-1], sums[:, -1:] + 0 * sums[:, :-1])
+    return means.reshape(len(counts), 3, -1).swapaxes(0, 1)
+
+
+def _saliency_miou(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
+    return _by_threshold(rows, counts)[0].max(axis=1)
+
+
+def _max_f(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
+    _, precision, recall = _by_threshold(rows, counts)
+    return _quotient(2 * precision * recall, precision + recall).max(axis=1)
+
+
+def _mean_of_sums(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
+    """Columns: a sum over pixels first, their number last."""
+    sums = counts @ rows
+    return _quotient(sums[:, 0], sums[:, -1])
+
+
+def _root_of_squares(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
+    """Columns: a sum of squares before the last, the number of pixels last."""
+    sums = counts @ rows
+    return _quotient(sums[:, -2], sums[:, -1]) ** 0.5
+
+
 def _classes(predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str]) -> list[list[int]]:
     index = {label: number for number, label in enumerate(dict.fromkeys([*labels, *targets, *predictions]))}
     return [[index[answer] for answer in side] for side in (predictions, targets)]
@@ -383,6 +451,7 @@ def _numbers(predictions: Sequence[Answer], targets: Sequence[Answer], labels: S
 
 # ---- the table ----
 
+_ERROR = {"scale": 1, "lower_is_better": True}
 METRICS: dict[str, Metric] = {
     "accuracy": Mean("Accuracy", "words", operator.eq, "correct"),
     "exact_match": Mean("Exact match", "words", same_text, "correct"),
@@ -406,6 +475,22 @@ METRICS: dict[str, Metric] = {
     "vqa_accuracy_official": Mean("Official VQA accuracy", "answers", vqa_accuracy_official, "score", target="answers"),
     "cider": Mean("CIDEr", "references", None, "cider", highest=10),
     "bleu4": Statistic("BLEU-4", "references", None, _bleu4, "bleu4"),
+    "miou": Statistic("mIoU", "classes", None, _miou, "counts"),
+    "miou_present": Statistic("mIoU of present classes", "classes", None, _miou_present, "counts"),
+    "saliency_miou": Statistic("Saliency mIoU", "saliency", None, _saliency_miou, "counts"),
+    "max_f": Statistic("maxF", "saliency", None, _max_f, "counts"),
+    "mean_angle": Statistic(
+        "Mean angle", "angles", None, _mean_of_sums, "counts", highest=180, **_ERROR, unit="in degrees"
+    ),
+    "rmse_angle": Statistic(
+        "RMS angle", "angles", None, _root_of_squares, "counts", highest=180, **_ERROR, unit="in degrees"
+    ),
+    "depth_rmse": Statistic(
+        "Depth RMSE", "depth", None, _root_of_squares, "counts", highest=math.inf, **_ERROR, unit="in the data's unit"
+    ),
+    "edge_loss": Statistic(
+        "Edge loss", "edges", None, _mean_of_sums, "counts", highest=math.inf, **_ERROR, unit="in nats"
+    ),
 }
 
 
@@ -423,3 +508,29 @@ def metrics_needing(*needs: str) -> list[str]:
 def title_of(metric: str) -> str:
     """How tables name a metric; one of another's making by its own name."""
     return METRICS[metric].title if metric in METRICS else metric
+
+
+def scale_of(metric: str) -> int:
+    """What a value of a metric is shown times."""
+    return METRICS[metric].scale if metric in METRICS else 1
+
+
+def one_unit(metrics: Iterable[str]) -> bool:
+    """Whether values of these metrics have a mean: all are in percent, or they are of one metric."""
+    metrics = {*metrics}
+    return len(metrics) == 1 or all(scale_of(metric) == 100 for metric in metrics)
+
+
+def delta_m(values: Mapping[str, float], baselines: Mapping[str, float], metrics: Mapping[str, str]) -> float:
+    """Percent by which a model is better than the baselines of its tasks, on average: 100 / T sum_t s_t (M_t - S_t) /
+    S_t, with s_t = -1 where lower is better (Maninis et al., arXiv 1904.08918). All by task.
+
+    Raises ``ValueError`` for tasks that differ, an unknown metric, or a baseline that is not above 0.
+    """
+    if not values or values.keys() != baselines.keys() or not values.keys() <= metrics.keys():
+        raise ValueError(f"tasks of values {[*values]}, baselines {[*baselines]} and metrics {[*metrics]} differ")
+    if wrong := [task for task in values if metrics[task] not in METRICS or not baselines[task] > 0]:
+        raise ValueError(f"{wrong} have a metric that is not known or a baseline that is not above 0")
+    signs = {task: -1 if METRICS[metrics[task]].lower_is_better else 1 for task in values}
+    gains = [signs[task] * (value - baselines[task]) / baselines[task] for task, value in values.items()]
+    return 100 * statistics.fmean(gains)

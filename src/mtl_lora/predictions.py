@@ -18,7 +18,8 @@ from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results, Score
 class Prediction:
     """One answered question: the right answer, the one given (texts, or numbers of a regression), whether it is right.
 
-    f1: of free text. score: of soft scores. cider, bleu4: rows of a caption. place: ``FILE, line N``, for errors.
+    f1: of free text. score: of soft scores. cider, bleu4: rows of a caption; counts: the row of a map, whose ``answer``
+    is a hash of the labels. place: ``FILE, line N``, for errors.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Prediction:
     score: Fraction | None = None
     cider: Score | None = None
     bleu4: list[float] | None = None
+    counts: list[float] | None = None
     place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
 
 
@@ -63,6 +65,7 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
         raise UserError(f"{results.path}: {task} is measured by {score.metric}; only {', '.join(METRICS)} compare")
     kind = float if metric.needs == "numbers" else str
     keys = {"correct": bool, "f1": Fraction, "parsed": kind, "score": Fraction, "cider": Score, "bleu4": list[float]}
+    keys["counts"] = list[float]
     needed = {"answer": kind, metric.key: keys[metric.key]}
     for number, line in enumerate(files.read_lines(path), 1):
         reader = Reader(f"{path}, line {number}")
@@ -99,7 +102,7 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
 def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Sequence:
     """What the task's metric needs of each question, see ``Metric``: the scores that were written, or the answers."""
     metric = METRICS[results.tasks[task].metric]
-    if metric.of_captions:
+    if metric.has_written_rows:
         return metric.written([getattr(each, metric.key) for each in predictions])
     if isinstance(metric, Mean):
         return [float(getattr(each, metric.key)) for each in predictions]

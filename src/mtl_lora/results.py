@@ -20,7 +20,7 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
-from mtl_lora.metrics import METRICS, Mean, title_of
+from mtl_lora.metrics import METRICS, Mean, one_unit, title_of
 
 SCHEMA = 2
 # A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
@@ -36,6 +36,8 @@ Name = typing.Annotated[str, "letters, digits, '_', '-' or '.'", re.compile(r"[\
 Fraction = typing.Annotated[float, "a fraction from 0 to 1", lambda number: 0 <= number <= 1]
 Score = typing.Annotated[float, "a number from 0 to 10", lambda number: 0 <= number <= 10 + 1e-9]
 Correlation = typing.Annotated[float, "a number from -1 to 1", lambda number: -1 <= number <= 1]
+Angle = typing.Annotated[float, "a number from 0 to 180", lambda number: 0 <= number <= 180]
+Amount = typing.Annotated[float, "a number from 0", lambda number: number >= 0]
 Error = typing.Annotated[float, "a standard error from 0", lambda number: number >= 0]
 Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
 Index = typing.Annotated[int, "a whole number from 0", lambda count: count >= 0]
@@ -132,7 +134,7 @@ def object_of(value: object) -> dict:
 class TaskResult:
     """One task's ``metric`` over ``n`` examples: its value and standard error; see ``measure``.
 
-    Of a metric in ``METRICS`` the value is one from its lowest to its highest, shown times 100; of another, any number.
+    Of a metric in ``METRICS`` the value is one from its lowest to its highest, shown times its scale; of another, any.
     majority: the value of always giving the majority class. groups: the same metric of parts of the examples.
     others: other measures of the same answers, by name (``strict``, ``acc_norm``; ``accuracy`` and ``binary_f1`` of
     their mean). measured: whatever else was, as JSON (``unparsed``, ``predicted``, ``correct``, ``f1``;
@@ -157,7 +159,9 @@ class TaskResult:
             entries["metric"] = key = "accuracy"
         metric = reader.key(entries, "metric", Text, place)
         ends = (METRICS[metric].lowest, METRICS[metric].highest) if metric in METRICS else None
-        number = {None: float, (0, 1): Fraction, (-1, 1): Correlation, (0, 10): Score}[ends]
+        number = {None: float, (0, 1): Fraction, (-1, 1): Correlation, (0, 10): Score, (0, 180): Angle}.get(
+            ends, Amount
+        )
         value, stderr, n = (
             reader.key(entries, name, kind, place)
             for name, kind in ((key, number), ("stderr", Error | None), ("n", Count))
@@ -214,7 +218,7 @@ def measure(
         groups.setdefault(line.get("kind"), []).append(line)
     found = {kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(filter(None, groups))}
     result = dataclasses.replace(result, groups=found)
-    if METRICS[metric].needs in ("numbers", "references"):
+    if METRICS[metric].needs == "numbers" or METRICS[metric].has_written_rows:
         return result
     ((most_frequent, _),) = _answers(targets).most_common(1)
     majority = METRICS[metric].value([most_frequent] * len(lines), targets, labels)
@@ -467,6 +471,5 @@ class Results:
     @property
     def average(self) -> Average | None:
         """Over the tasks with a result; None where their metrics have different units."""
-        metrics = {result.metric for result in self.tasks.values()}
-        one_unit = metrics <= METRICS.keys() or len(metrics) == 1
-        return average_of(self.tasks.values()) if one_unit else None
+        results = self.tasks.values()
+        return average_of(results) if one_unit(result.metric for result in results) else None

@@ -15,6 +15,7 @@ import mtl_lora
 from mtl_lora import UserError
 from mtl_lora.adapter.inject import trainable_parameters
 from mtl_lora.adapter.layer import Streams, layer_class
+from mtl_lora.base_model import BaseModel, enable_checkpointing
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.backbones import with_streams
 from mtl_lora.dense.tasks import Task, TaskSet, shipped
@@ -225,7 +226,7 @@ def test_checkpointing_of_blocks_changes_nothing():
         model = built("swin", "mtlora").train()
         model.backbone.set_drop_path(0.0)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         weighted(model(images("swin"))).backward()
         found.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
     torch.testing.assert_close(*found)
@@ -235,7 +236,7 @@ def test_checkpointing_of_blocks_changes_nothing():
 @pytest.mark.parametrize("backbone, label", [("swin", "mtlora"), ("vit", "mtl_lora"), ("swin", "none")])
 def test_saved_model_loads_with_every_value(backbone, label, tmp_path):
     plain_backbone(backbone).save_pretrained(tmp_path / "base")
-    base = dense.BaseModel(str(tmp_path / "base"), kind=dense.KIND)
+    base = BaseModel(str(tmp_path / "base"), kind=dense.KIND)
     model = dense.load(base, TASKS, "fp64")
     method, own, plus = METHODS[label]
     config = adapter_config(

@@ -9,7 +9,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject, trainable_parameters
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.adapter.saved import unwrap
-from mtl_lora.base_model import BaseModel
+from mtl_lora.base_model import BaseModel, enable_checkpointing
 from mtl_lora.dense.backbones import MERGING, TARGETS, TASK_TARGETS, TRAINED, with_streams
 from mtl_lora.dense.decoders import Decoder
 from mtl_lora.dense.tasks import TaskSet
@@ -63,9 +63,9 @@ class DenseModel(nn.Module):
                 found[task.name] = found[task.name] + 0 * stages[-1].shared.sum().to(found[task.name].dtype)
         return found
 
-    def gradient_checkpointing_enable(self, options: dict | None = None) -> None:
+    def activation_checkpointing_enable(self, options: dict | None = None) -> None:
         """Have the backbone recompute its blocks in the backward pass."""
-        self.backbone.gradient_checkpointing_enable(options)
+        enable_checkpointing(self.backbone)
 
 
 def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: bool = False, **options) -> DenseModel:

@@ -14,7 +14,7 @@ from mtl_lora.adapter.layer import layer_class
 from mtl_lora.embedded import MODELS
 from mtl_lora.errors import UserError
 from mtl_lora.language.encode import CHAT, template
-from mtl_lora.metrics import METRICS, title_of
+from mtl_lora.metrics import METRICS, scale_of, title_of
 from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.results import Results
 from mtl_lora.systems import part
@@ -44,7 +44,7 @@ def read_scores(checkpoint: str | Path, config: CheckpointConfig, results: str |
 def _score(results: Results, task: str) -> str:
     result = results.tasks[task]
     metric = METRICS.get(result.metric)
-    scale, unit = 100 if metric else 1, "" if metric is None or metric.lowest < 0 else " %"
+    scale, unit = scale_of(result.metric), "" if metric is None or metric.lowest < 0 or metric.unit else " %"
     spread = "" if result.stderr is None else f" ± {scale * result.stderr:.1f}"
     protocol = f", protocol `{results.mode}`" if results.mode else ""
     return f"{title_of(result.metric)} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"

@@ -90,9 +90,9 @@ def read_manifest(path: str, names: list[str]) -> tuple[list[RemoteFolder], Size
 
 
 def limited(examples: Examples, count: int) -> Examples:
-    """The examples of ``count`` of the images, in their order."""
-    images = set(sampled(list(dict.fromkeys(example["image"] for example in examples)), count)[0])
-    return [example for example in examples if example["image"] in images]
+    """The examples of ``count`` of the images, or pairs of images, in their order."""
+    images = set(sampled(list(dict.fromkeys(str(example["image"]) for example in examples)), count)[0])
+    return [example for example in examples if str(example["image"]) in images]
 
 
 def divided(examples: Examples, key: Callable[[dict], str]) -> tuple[Examples, Examples]:

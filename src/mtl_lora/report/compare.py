@@ -8,7 +8,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, intervals, mcnemar_p
 from mtl_lora.metrics import METRICS, Metric
 from mtl_lora.predictions import paired_answers
-from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, percent, units_text
+from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, units_text, value_text
 from mtl_lora.results import Results
 
 CHANGE_KEYS = ("a", "b", "difference", "low", "high")
@@ -35,6 +35,7 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
         for task, pairs in answers.items()
         if metrics[task] != "f1" and all(each.f1 is not None for pair in pairs for each in pair)
     }
+    shared = next(iter(metrics.values()))  # of the average, which is of one unit
     values, f1s = (_changes(found, list(answers), seed, resamples) for found in (measured, written))
     rows = {}
     for task in (*answers, None):  # None: the average, whose counts pool the questions of all tasks
@@ -52,7 +53,8 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     for task, row in rows.items():
         title = a.task_set.title(task, metrics[task]) if task else AVERAGE
         counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] else [NOTHING] * 3
-        lines.append([title, f"{row['n']:,}", *_texts(row["value"]), *counts, *(_texts(row["f1"]) if f1s else [])])
+        lines.append([title, f"{row['n']:,}", *_texts(row["value"], row["metric"] or shared), *counts])
+        lines[-1] += _texts(row["f1"], "f1") if f1s else []
         changes = {f"{key} {part}": (row[key] or {}).get(part) for key in ("value", "f1") for part in CHANGE_KEYS}
         facts = {key: row[key] for key in ("n", "metric", "only_a", "only_b", "p")}
         records.append({"task": task, **facts, **changes})
@@ -83,19 +85,21 @@ def _changes(
         task: metric.difference([rows], [seed, *task.encode()], resamples) for task, (metric, rows) in measured.items()
     }
     values = {task: [metric.value_of(side) for side in rows] for task, (metric, rows) in measured.items()}
-    found = intervals(differences, tasks) or {"tasks": {}, "average": None}
+    # One mean of all tasks takes one unit.
+    units = {(metric.scale, metric.title * (metric.scale != 100)) for metric, _ in measured.values()}
+    found = intervals(differences, tasks if len(units) == 1 else ()) or {"tasks": {}, "average": None}
     if found["average"]:
         values[None] = [statistics.fmean(side) for side in zip(*values.values(), strict=True)]
     changes = found["tasks"] | {None: found["average"]}
     return {task: {"a": a, "b": b, **vars(changes[task])} for task, (a, b) in values.items()}
 
 
-def _texts(change: dict | None) -> list[str]:
+def _texts(change: dict | None, metric: str) -> list[str]:
     if change is None:
         return [NOTHING] * 4
     a, b, *difference = change.values()
-    signed = percent(difference[0], signed=True)
-    return [percent(a), percent(b), signed, interval_text(Difference(*difference), signed=True)]
+    found = [value_text(a, None, metric), value_text(b, None, metric), value_text(difference[0], None, metric, True)]
+    return [*found, interval_text(Difference(*difference), metric, signed=True)]
 
 
 def p_text(p: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
-from mtl_lora.metrics import METRICS, title_of
+from mtl_lora.metrics import METRICS, scale_of, title_of
 from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
 from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, units_text, value_text
 
@@ -177,7 +177,7 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
     figure, panels = _new_figure(len(tasks), size, margin, title, caption, 4, 3, sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
-        scale = 100 if study.metric(task) in METRICS else 1
+        scale = scale_of(study.metric(task))
         for index, value in enumerate(experiment.estimate(task) for experiment in study.experiments):
             if value:
                 known = value.low is not None
@@ -208,7 +208,14 @@ def _transfer(study: Study) -> Iterator[Drawing]:
         "together; blue: better."
     )
     cells = [[*(row.tasks.get(task) for task in study.scored), row.average] for row in study.transfer]
-    matrix = np.array([[100 * cell.difference if cell else np.nan for cell in row] for row in cells])
+    metrics = [*map(study.metric, study.scored), study.metric(None)]
+    # What is better is above 0, also of a metric that is an error.
+    signs = [
+        -scale_of(each) if each in METRICS and METRICS[each].lower_is_better else scale_of(each) for each in metrics
+    ]
+    matrix = np.array(
+        [[sign * cell.difference if cell else np.nan for sign, cell in zip(signs, row, strict=True)] for row in cells]
+    )
     labels = [row.label for row in study.transfer]
     columns = [*(study.task_set.title(task) for task in study.scored), AVERAGE]
     size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
@@ -216,8 +223,9 @@ def _transfer(study: Study) -> Iterator[Drawing]:
     texts, bold = np.full(matrix.shape, "", dtype=object), set()
     for place, cell in ((place, cells[place[0]][place[1]]) for place in np.ndindex(matrix.shape)):
         if cell:
-            interval = f"\n{interval_text(cell, signed=True)}" if cell.low is not None else ""
-            texts[place] = f"{value_text(cell.difference, signed=True)}{interval}".replace("-", "−")
+            metric = metrics[place[1]]
+            interval = f"\n{interval_text(cell, metric, signed=True)}" if cell.low is not None else ""
+            texts[place] = f"{value_text(cell.difference, None, metric, True)}{interval}".replace("-", "−")
             bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
     limit = max(1.0, float(np.nanmax(np.abs(matrix))))
     mesh = _heat_map(panels[0], matrix, labels, columns, limit, texts, bold)

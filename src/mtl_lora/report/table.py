@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import METRICS, title_of
+from mtl_lora.metrics import METRICS, one_unit, scale_of, title_of
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, require_one_task_set
 from mtl_lora.results import Average, Results, TaskResult, Trainable, average_of
@@ -38,11 +38,11 @@ def percent(fraction: float, signed: bool = False) -> str:
 
 
 def value_text(value: float | None, spread: float | None = None, metric: str = "accuracy", signed: bool = False) -> str:
-    """``71.2 ± 0.8``: a fraction in percent, any other metric with three decimals; a dash for None."""
+    """``71.2 ± 0.8``: a metric that is shown times 100, any other with three decimals; a dash for None."""
     if value is None:
         return NOTHING
     shown, error = (
-        percent(number or 0, sign) if metric in METRICS else f"{number or 0:{'+' if sign else ''}.3f}"
+        percent(number or 0, sign) if scale_of(metric) == 100 else f"{number or 0:{'+' if sign else ''}.3f}"
         for number, sign in ((value, signed), (spread, False))
     )
     return shown if spread is None else f"{shown} ± {error}"
@@ -52,7 +52,8 @@ def units_text(metrics: Collection[str]) -> str:
     """``Accuracy in percent; Matthews times 100; ``: what the numbers of a table of ``metrics`` are."""
     found: dict[str, list[str]] = {}
     for metric in [each for name, each in METRICS.items() if name in metrics]:
-        found.setdefault("times 100" if metric.lowest else "in percent", []).append(metric.title)
+        unit = metric.unit or ("times 100" if metric.lowest else "in percent")
+        found.setdefault(unit + ", lower is better" * metric.lower_is_better, []).append(metric.title)
     return "".join(f"{', '.join(titles)} {unit}; " for unit, titles in found.items())
 
 
@@ -300,7 +301,7 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
     metrics = {task.metric for tasks in found.values() for task in tasks}
     notes.append(f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
     notes.append(f"{units_text(metrics)}± is one standard error.")
-    if 1 < len(metrics) == len(metrics & METRICS.keys()):
+    if len(metrics) > 1 and one_unit(metrics):
         notes.append("Average: the plain mean over tasks of different metrics; a task of two counts by their mean.")
     data = {name: {each.data.get(name) for each in having[name]} - {None} for name in counts}
     if differing := [name for name in counts if " or " in counts[name] or len(data[name]) > 1]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate, intervals
-from mtl_lora.metrics import METRICS
+from mtl_lora.metrics import METRICS, one_unit
 from mtl_lora.predictions import Paired, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
@@ -198,7 +198,8 @@ def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]
         for name, found in measured.items()
         if len(found) == len(pairs)
     }
-    return intervals(differences, scored)
+    together = one_unit(found[0].metric for found in measured.values())
+    return intervals(differences, scored if together else ())
 
 
 # ---- table.md ----

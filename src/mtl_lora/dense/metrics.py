@@ -1,0 +1,132 @@
+"""What an evaluation keeps of a map: sums over the pixels of an image, from which every metric of its kind follows.
+
+The metrics themselves are in ``mtl_lora.metrics``: statistics of these rows, so that they resample over images. Edges
+have no more than their training loss, as in the original: F at the best threshold of a data set takes a matching of
+thinned edges that is not here.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from mtl_lora.dense.tasks import IGNORE, KINDS, Task
+from mtl_lora.metrics import METRICS
+from mtl_lora.results import TaskResult
+
+THRESHOLDS = [0.2 + 0.05 * step for step in range(15)]  # of saliency
+EDGE_WEIGHT = 0.95  # of a pixel on an edge
+
+
+def counts(task: Task, output: torch.Tensor, label: torch.Tensor) -> list[float]:
+    """The row of one image. output: of the decoder (channels, H, W); label: of ``DenseDataset`` at the same size.
+
+    Pixels without a label do not count; an image without any gives zeros.
+    """
+    return _ROWS[KINDS[task.kind].metrics[0]](output.double(), label, task)
+
+
+def _classes(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
+    """Pixels of each class that were found, that were taken for it, that were missed: 3 C whole numbers."""
+    known, n = label != IGNORE, task.classes
+    pairs = torch.bincount(label[known] * n + output.argmax(dim=0)[known], minlength=n * n).reshape(n, n)
+    found = pairs.diagonal()
+    return [*found.tolist(), *(pairs.sum(dim=0) - found).tolist(), *(pairs.sum(dim=1) - found).tolist()]
+
+
+def _saliency(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
+    """Intersection over union, precision and recall at each threshold, then 1 for an image with a label, else zeros.
+
+    Where neither the label nor the prediction has a pixel, the first is 1 and the others are 0, as in the original.
+    """
+    known = label[0] != IGNORE
+    if not known.any():
+        return [0.0] * (3 * len(THRESHOLDS) + 1)
+    wanted = label[0][known] == 1
+    taken = output[0][known].sigmoid() > torch.tensor(THRESHOLDS, device=output.device)[:, None]
+    both = (taken & wanted).sum(dim=1).double()
+    of_taken, of_wanted = taken.sum(dim=1), wanted.sum().expand(len(THRESHOLDS))
+    union = of_taken + of_wanted - both
+    overlap = torch.where(union > 0, both / union.clamp(min=1), 1.0)
+    precision, recall = both / of_taken.clamp(min=1), both / of_wanted.clamp(min=1)
+    return [*overlap.tolist(), *precision.tolist(), *recall.tolist(), 1.0]
+
+
+def _angles(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
+    """Sums of the angles in degrees and of their squares, and the number of pixels."""
+    known = label[0] != IGNORE
+    given, wanted = F.normalize(output[:, known], dim=0), label[:, known].double()
+    # Of a small angle the cosine has lost what the sine still has.
+    angles = torch.rad2deg(
+        torch.atan2(torch.linalg.cross(given, wanted, dim=0).norm(dim=0), (given * wanted).sum(dim=0))
+    )
+    return [angles.sum().item(), (angles**2).sum().item(), float(known.sum())]
+
+
+def _depth(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
+    """The sum of squared errors, and the number of pixels."""
+    known = label != IGNORE
+    return [((output - label)[known] ** 2).sum().item(), float(known.sum())]
+
+
+def _edges(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
+    """The sum of the balanced cross entropy, and the number of pixels."""
+    known = label != IGNORE
+    wanted = (label[known] == 1).double()
+    weight = EDGE_WEIGHT * wanted + (1 - EDGE_WEIGHT) * (1 - wanted)
+    entropy = F.binary_cross_entropy_with_logits(output[known], wanted, weight=weight, reduction="sum")
+    return [entropy.item(), float(known.sum())]
+
+
+_ROWS = {
+    "miou": _classes,
+    "saliency_miou": _saliency,
+    "edge_loss": _edges,
+    "mean_angle": _angles,
+    "depth_rmse": _depth,
+}
+
+
+def is_labelled(task: Task, row: Sequence[float]) -> bool:
+    """Whether the image of a row has a label of the task."""
+    return sum(row) > 0 if task.has_classes else row[-1] > 0
+
+
+def task_result(task: Task, lines: Sequence[Mapping], official: bool = False) -> TaskResult:
+    """A task's result from at least one prediction line with its ``counts``: its metric, the others of its kind, and
+    ``unlabelled``, the number of images without a label, which count for nothing.
+
+    official: with the values that the original (arXiv 2403.20320) prints, by the names under which it prints them: its
+    "rmse" of normals is the mean angle.
+    """
+    rows = [line["counts"] for line in lines]
+    found = {}
+    for name in dict.fromkeys([task.metric_name, *KINDS[task.kind].metrics]):
+        metric = METRICS[name]
+        found[name] = TaskResult(name, *metric.estimate(metric.written(rows)), len(lines))
+    measured = {"unlabelled": sum(not is_labelled(task, row) for row in rows)}
+    if task.has_classes:
+        measured["iou"] = class_iou(task, rows)
+    if official:
+        names = {"mIoU": "miou", "maxF": "max_f", "mean": "mean_angle", "rmse": "mean_angle"}
+        names |= {"rmse": "depth_rmse"} if task.kind == "depth" else {}
+        names |= {"mIoU": "saliency_miou"} if task.kind == "saliency" else {}
+        measured["official"] = {key: found[name].value for key, name in names.items() if name in found}
+    result, *others = found.values()
+    return TaskResult(
+        result.metric,
+        result.value,
+        result.stderr,
+        result.n,
+        others={each.metric: each for each in others},
+        measured=measured,
+    )
+
+
+def class_iou(task: Task, rows: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """The intersection over union of each class, by its label or number; None for a class that is nowhere."""
+    found, taken, missed = torch.tensor(rows, dtype=torch.float64).sum(dim=0).reshape(3, -1)
+    union = found + taken + missed
+    names = task.labels or [str(index) for index in range(task.classes)]
+    values = (found / union.clamp(min=1)).tolist()
+    return {name: value if whole else None for name, value, whole in zip(names, values, union.tolist(), strict=True)}

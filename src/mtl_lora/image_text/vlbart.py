@@ -1,0 +1,206 @@
+"""Make examples of the data folder of VL-Adapter and of MTL-LoRA's image-text code: VQAv2, GQA, NLVR2, COCO captions.
+
+    mtl-lora prepare vlbart --source datasets                       all four tasks
+    mtl-lora prepare vlbart --source datasets --tasks vqa,nlvr      some of them
+
+Reads below the source
+
+    vqa/karpathy_{train,val,test}.json, vqa/v2_mscoco_val2014_annotations.json
+    GQA/{train,valid,testdev}.json
+    nlvr/{train,valid,test}.json
+    COCO/dataset_coco.json
+
+and checks that each of their images has its <image id>.h5 in {COCO,VG,GQA,nlvr}/clip_features/data_clip_RN101_att, the
+--features of training, which checks their shapes. Writes train.json (all tasks, in order of task id), tasks.json (the
+--tasks_file of training), dev/<task>/test.json and test/<task>/test.json (a --data_dir of evaluation).
+
+GQA is tested on testdev and trained on train and valid, as the original, but for the 200 images of valid that are its
+dev set here; the original watches testdev while it trains. Paths are relative to the current folder.
+"""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from mtl_lora.config import REQUIRED, Config, closest, flag
+from mtl_lora.data_sets import Examples, existing, sampled, write_sets
+from mtl_lora.errors import UserError
+from mtl_lora.files import read_json
+from mtl_lora.image_text.examples import parse_example
+from mtl_lora.image_text.prepare import karpathy, limited
+from mtl_lora.image_text.tasks import VLBART
+
+FEATURES = "clip_features/data_clip_RN101_att"
+FEATURE_FOLDERS = {"vqa": ["COCO"], "gqa": ["VG", "GQA"], "nlvr": ["nlvr"], "caption": ["COCO"]}
+GQA_DEV_IMAGES = 200  # of valid, or a tenth if that is less
+
+
+@dataclasses.dataclass
+class Prepare(Config):
+    """Where the original's folder is, which of its tasks are taken, and where the data set goes."""
+
+    source: str = flag(REQUIRED, "the folder datasets/ of the original, which has vqa, GQA, nlvr and COCO")
+    tasks: list[str] = flag(VLBART.names, "of vqa, gqa, nlvr and caption, as a,b; ids are in that order")
+    output_dir: str = flag("data/vlbart", "folder for train.json, tasks.json, dev/ and test/", place=True)
+    limit: int = flag(0, "most training images (nlvr: pairs) of each task, with all their examples; 0: all", min=0)
+
+
+class Source:
+    """The files below a folder, and what is wrong with them: by file or folder the first problem and their number."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.problems: dict[str, list] = {}
+
+    def wrong(self, name: str, what: str) -> None:
+        """Note a problem of a file."""
+        self.problems.setdefault(name, [what, 0])[1] += 1
+
+    def check(self) -> None:
+        """Raise ``UserError`` that names every file that is missing or malformed."""
+        named = [
+            f"{name}: {what}" + (f" (the first of {count:,})" if count > 1 else "")
+            for name, (what, count) in self.problems.items()
+        ]
+        if named:
+            raise UserError(f"{self.folder} lacks what is needed: {'; '.join(named)}")
+
+    def items(self, name: str, key: str | None = None) -> list:
+        """The JSON list in a file, or below ``key`` in its object; a file that is none is noted, and empty."""
+        try:
+            value = read_json(self.folder / name, "the file")
+            value = value[key] if key else value
+            if isinstance(value, list) and value:
+                return value
+            self.wrong(name, "it must hold a JSON list of questions")
+        except (KeyError, TypeError):
+            self.wrong(name, f"it must be a JSON object with {key}")
+        except UserError as error:
+            self.wrong(name, str(error) if (self.folder / name).is_file() else "it is missing")
+        return []
+
+    def read(self, name: str, task: str, closed: bool, convert: Callable[[dict], dict]) -> Examples:
+        """What ``convert`` makes of each item of a file; one that gives no example of the task is noted.
+
+        closed: for a test set, whose every question has a right answer.
+        """
+        found = []
+        for index, item in enumerate(self.items(name)):
+            try:
+                example = {"task": task, **convert(item)}
+                parse_example(example, index, name, VLBART, task, closed)
+                found.append(example)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                self.wrong(name, f"item {index} lacks {error}, or it is of another type")
+            except UserError as error:
+                self.wrong(name, str(error).removeprefix(f"{name}, "))
+        return found
+
+    def check_features(self, task: str, parts: dict[str, Examples]) -> None:
+        """Note the images that have no features."""
+        folders = [f"{folder}/{FEATURES}" for folder in FEATURE_FOLDERS[task]]
+        there = {path.stem for folder in folders for path in (self.folder / folder).glob("*.h5")}
+        for example in (example for part in parts.values() for example in part):
+            for image in [example["image"]] if isinstance(example["image"], str) else example["image"]:
+                if image not in there:
+                    there.add(image)
+                    self.wrong(" or ".join(folders), f"{image}.h5 is missing")
+
+
+def run(config: Prepare) -> None:
+    """Read everything, check everything, and only then write; raises ``UserError``."""
+    if unknown := [name for name in config.tasks if name not in VLBART.names]:
+        raise UserError(f"--tasks names {unknown[0]!r}{closest(unknown[0], VLBART.names)}")
+    source, sets = Source(existing(config.source)), {}
+    for name in (name for name in VLBART.names if name in config.tasks):
+        sets[name] = READERS[name](source)
+        source.check_features(name, sets[name])
+    source.check()
+    if config.limit:
+        for parts in sets.values():
+            parts["train"] = limited(parts["train"], config.limit)
+    entries = [{**VLBART[name].to_json(), "id": number} for number, name in enumerate(sets)]
+    tasks_file = json.dumps({"tasks": entries}, indent=1) + "\n"
+    print(write_sets(Path(config.output_dir), sets, {name: {} for name in sets}, 0, tasks_file.encode()))
+    folders = dict.fromkeys(folder for name in sets for folder in FEATURE_FOLDERS[name])
+    print(f"--features {','.join(str(source.folder / folder / FEATURES) for folder in folders)}")
+
+
+def read_vqa(source: Source) -> dict[str, Examples]:
+    """Questions with soft scores; of dev and test, which are of COCO's val2014, with the ten annotators' answers."""
+    annotators = {}
+    name = "vqa/v2_mscoco_val2014_annotations.json"
+    for index, entry in enumerate(source.items(name, "annotations")):
+        try:
+            annotators[str(entry["question_id"])] = [answer["answer"] for answer in entry["answers"]]
+        except (KeyError, TypeError):
+            source.wrong(name, f"annotation {index} has no question_id or answers")
+
+    def question(item: dict) -> dict:
+        text = item["sent"] if "sent" in item else item["question"]
+        kind = {"kind": item["answer_type"]} if item.get("answer_type") else {}
+        return {"image": item["img_id"], "text": text, "answers": item["label"], **kind}
+
+    def tested(item: dict) -> dict:
+        if str(item["question_id"]) not in annotators:
+            raise UserError(f"the question {item['question_id']} has no answers in {name}")
+        answers = annotators[str(item["question_id"])]
+        # Scores of the annotators where no answer is among those that training knows.
+        scores = {
+            answer: min(1.0, count / 3) for answer, count in collections.Counter(answers).items() if answer.strip()
+        }
+        return question(item) | {"answers": item["label"] or scores, "annotators": answers}
+
+    files = {"train": "karpathy_train", "dev": "karpathy_val", "test": "karpathy_test"}
+    return {
+        part: source.read(f"vqa/{file}.json", "vqa", part != "train", question if part == "train" else tested)
+        for part, file in files.items()
+    }
+
+
+def read_gqa(source: Source) -> dict[str, Examples]:
+    """Questions with one answer; dev: those of some images of valid."""
+
+    def question(item: dict) -> dict:
+        return {"image": item["img_id"], "text": item["sent"], "answers": item["label"]}
+
+    train, valid, test = (
+        source.read(f"GQA/{part}.json", "gqa", part == "testdev", question) for part in ("train", "valid", "testdev")
+    )
+    images = list(dict.fromkeys(example["image"] for example in valid))
+    chosen = set(sampled(images, min(GQA_DEV_IMAGES, max(len(images) // 10, 1)))[0])
+    dev = [example for example in valid if example["image"] in chosen]
+    return {"train": train + [example for example in valid if example["image"] not in chosen], "dev": dev, "test": test}
+
+
+def read_nlvr(source: Source) -> dict[str, Examples]:
+    """Statements on two photographs; those that differ in the pair alone, the third field, share a group."""
+
+    def statement(item: dict) -> dict:
+        fields = item["identifier"].split("-")
+        answer = {0: "false", 1: "true"}[item["label"]]
+        group = "-".join([*fields[:2], fields[3]])
+        return {"image": [item["img0"], item["img1"]], "text": item["sent"], "answer": answer, "group": group}
+
+    files = {"train": "train", "dev": "valid", "test": "test"}
+    return {part: source.read(f"nlvr/{file}.json", "nlvr", part != "train", statement) for part, file in files.items()}
+
+
+def read_captions(source: Source) -> dict[str, Examples]:
+    """Captions in Karpathy's split, restval with train: an example for each to train, one with all to test."""
+    name, found = "COCO/dataset_coco.json", {"train": [], "dev": [], "test": []}
+    try:
+        for image, split, captions in karpathy(source.folder / name):
+            example = {"task": "caption", "image": image}
+            if split in ("train", "restval"):
+                found["train"] += [example | {"answer": caption} for caption in captions]
+            else:
+                found["dev" if split == "val" else "test"].append(example | {"answers": captions})
+    except UserError as error:
+        source.wrong(name, str(error) if (source.folder / name).is_file() else "it is missing")
+    return found
+
+
+READERS = {"vqa": read_vqa, "gqa": read_gqa, "nlvr": read_nlvr, "caption": read_captions}
