@@ -31,13 +31,18 @@ usage_if() {  # usage_if CONDITION TEXT : the usage, and exit code 2, where the 
     if [ "$1" -ne 0 ]; then echo "usage: bash $0 $2" >&2; exit 2; fi
 }
 
+count_processes() {  # sets gpus and NPROC
+    if [ "$LAUNCHER" = python ]; then NPROC=1; return; fi
+    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
+}
+
 launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the run in NPROC processes
     if [ "$LAUNCHER" = python ]; then python "$@"; return; fi
     # A launcher hides the exit code of a user's mistake behind a traceback of its own.
     python "$@" --check True
-    local gpus threads
-    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-    NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
+    local threads
+    count_processes
     if [ "$gpus" -eq 0 ]; then
         export DS_ACCELERATOR=cpu
         # Processes share the cores; without this each would start a thread for every one of them.
@@ -70,6 +75,25 @@ train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
         --cutoff_len "${CUTOFF_LEN:-128}"
 }
 
+train_vlbart() {  # train_vlbart RECIPE R ALPHA ARGUMENT... : b examples of a step of VQA, other tasks in proportion
+    local b="${BATCH_SIZE:-512}" parts features="" folder
+    count_processes
+    parts=$((${ACCUMULATION:-1} * NPROC))
+    for folder in COCO VG GQA nlvr; do
+        features+="${features:+,}${DATASETS:-datasets}/$folder/clip_features/data_clip_RN101_att"
+    done
+    EPOCHS="${EPOCHS:-20}" MAX_GRAD_NORM="${MAX_GRAD_NORM:-5}" SEED="${SEED:-9595}" DTYPE="${DTYPE:-fp32}"
+    train_any "$@" --system image_text \
+        --base_model "${BASE_MODEL:-facebook/bart-base}" \
+        --data_path "${DATA_PATH:-${project}data/vlbart/train.json}" \
+        --tasks_file "${TASKS_FILE:-${project}data/vlbart/tasks.json}" \
+        --features "${FEATURES:-$features}" --pool "${POOL:-6}" \
+        --lora_target_modules q_proj,v_proj \
+        --task_batches round_robin --batch_size $((b / parts)) \
+        --task_batch_sizes "gqa=$((b * 100 / 60 / parts)),nlvr=$((b * 20 / 60 / parts)),caption=$((b * 50 / 60 / parts))" \
+        --learning_rate "${LEARNING_RATE:-1e-3}" --weight_decay 0.01
+}
+
 train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe shares
     local recipe="$1" rank="$2" alpha="$3"
     launch "${project}finetune.py" "${@:4}" \
@@ -77,7 +101,7 @@ train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe s
         --cache_dir "${CACHE_PATH:-.cache/rows}" \
         --lora_r "$rank" --lora_alpha "$alpha" \
         --gradient_accumulation_steps "${ACCUMULATION:-1}" \
-        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" --max_grad_norm 1.0 \
+        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" --max_grad_norm "${MAX_GRAD_NORM:-1.0}" \
         --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
         --deepspeed "$DEEPSPEED"
 }
