@@ -83,7 +83,7 @@ def rows_of(
         label = labels[task.name].numpy()
         wanted[task.name] = label if label.ndim == 2 else label[0] if len(label) == 1 else label.transpose(1, 2, 0)
     rows, first = [], ("image", image_of(image))
-    for title, maps in (("label", wanted), ("prediction", found)):
+    for title, maps in (("labels", wanted), ("maps", found)):
         pictures = [first]
         for task in tasks if maps else ():
             depth = (wanted or maps)[task.name]
@@ -104,7 +104,7 @@ def write_sheet(rows: Sequence[Row], path: Path) -> None:
     for number, (title, pictures) in enumerate(rows):
         for column, (name, colours) in enumerate(pictures):
             x, y = _GAP + column * (width + _GAP), _GAP + number * tall
-            draw.text((x, y - 1), name if column == 0 else f"{name}, {title}", fill="black")
+            draw.text((x, y - 1), f"{name}, {title}" if column == 0 else name, fill="black")
             sheet.paste(Image.fromarray(np.asarray(colours, np.uint8)), (x, y + _TITLE))
     buffer = io.BytesIO()
     sheet.save(buffer, format="png")
