@@ -103,7 +103,7 @@ class TrainConfig(TrainingConfig):
         """The images that the model takes, by their features; raises ``UserError`` for a ``pool`` above their grid."""
         from mtl_lora.image_text.model import VisualConfig
 
-        return VisualConfig(dim=store.dim, grid=store.grid, pool=self.pool, images=self.images)
+        return VisualConfig(store.dim, store.grid, self.pool, self.images, store.source)
 
     def count(self) -> tuple[int, int]:
         from mtl_lora.base_model import BaseModel

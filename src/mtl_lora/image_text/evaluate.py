@@ -132,6 +132,11 @@ class Evaluator(evaluation.Evaluator):
                 f"the features in {', '.join(paths)} are {store.grid} x {store.grid} cells of {store.dim} numbers, and "
                 f"{self.config.checkpoint} takes {wanted.grid} x {wanted.grid} of {wanted.dim}; pass --features"
             )
+        if store.source and wanted.source and store.source != wanted.source:
+            raise UserError(
+                f"the features in {', '.join(paths)} are of the vision model {store.source}, and "
+                f"{self.config.checkpoint} was trained on those of {wanted.source}; pass --features"
+            )
         return store
 
     def _check_first_tokens(self) -> None:
