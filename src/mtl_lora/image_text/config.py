@@ -103,7 +103,7 @@ class TrainConfig(TrainingConfig):
         """The images that the model takes, by their features; raises ``UserError`` for a ``pool`` above their grid."""
         from mtl_lora.image_text.model import VisualConfig
 
-        return VisualConfig(dim=store.dim, grid=store.grid, pool=self.pool, images=self.images)
+        return VisualConfig(store.dim, store.grid, self.pool, self.images, store.source)
 
     def count(self) -> tuple[int, int]:
         from mtl_lora.base_model import BaseModel
@@ -137,13 +137,15 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not self.checkpoint and not (self.base_model and self.no_images):
+        if not self.checkpoint and not self.base_model:
             raise UserError("pass --checkpoint DIR, or --base_model NAME --no_images for a model that is not trained")
         if self.no_images and self.features:
             raise UserError("--no_images and --features cannot be combined; pass one")
 
     def check_files(self) -> None:
         super().check_files()
+        if not self.checkpoint and self.images:
+            raise UserError("a model that is not trained sees no images; pass --no_images, or --checkpoint DIR")
         if self.tasks_file:
             TaskSet.load(self.tasks_file)
 

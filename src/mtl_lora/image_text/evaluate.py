@@ -94,6 +94,7 @@ class Evaluator(evaluation.Evaluator):
     )
 
     def __init__(self, config: AnswerConfig):
+        config.check_files()
         self.config, path = config, config.checkpoint
         origin = self.read_checkpoint()
         self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
@@ -130,6 +131,11 @@ class Evaluator(evaluation.Evaluator):
             raise UserError(
                 f"the features in {', '.join(paths)} are {store.grid} x {store.grid} cells of {store.dim} numbers, and "
                 f"{self.config.checkpoint} takes {wanted.grid} x {wanted.grid} of {wanted.dim}; pass --features"
+            )
+        if store.source and wanted.source and store.source != wanted.source:
+            raise UserError(
+                f"the features in {', '.join(paths)} are of the vision model {store.source}, and "
+                f"{self.config.checkpoint} was trained on those of {wanted.source}; pass --features"
             )
         return store
 

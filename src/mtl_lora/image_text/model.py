@@ -42,12 +42,14 @@ class VisualConfig(Config):
     """The images that a model takes: D numbers (dim) for each of grid x grid cells, most of them a row has (images).
 
     pool: cells along a side after adaptive max pooling; None: the grid as it is. The original pools 7 to 6.
+    source: what made the features, see ``FeatureStore.source``; those of another may have the same shape.
     """
 
     dim: int
     grid: int
     pool: int | None = None
     images: int = 2
+    source: str | None = dataclasses.field(default=None, compare=False, metadata={"before": None})
 
     def validate(self) -> None:
         for name in ("dim", "grid", "images"):
