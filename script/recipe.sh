@@ -70,6 +70,14 @@ train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
         --cutoff_len "${CUTOFF_LEN:-128}"
 }
 
+train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, without DeepSpeed, for the base is small
+    DEEPSPEED=none MAX_GRAD_NORM=5.0 EPOCHS="${EPOCHS:-300}" train_any "$@" --system dense \
+        --base_model "${BASE_MODEL:-microsoft/swin-tiny-patch4-window7-224}" \
+        --data_path "${DATA_PATH:-${project}data/PASCAL_MT}" --image_size "${IMAGE_SIZE:-448}" \
+        --lora_dropout 0.05 --drop_path 0.2 \
+        --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-3.125e-5}" --workers "${WORKERS:-8}"
+}
+
 train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe shares
     local recipe="$1" rank="$2" alpha="$3"
     launch "${project}finetune.py" "${@:4}" \
@@ -77,7 +85,7 @@ train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe s
         --cache_dir "${CACHE_PATH:-.cache/rows}" \
         --lora_r "$rank" --lora_alpha "$alpha" \
         --gradient_accumulation_steps "${ACCUMULATION:-1}" \
-        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" --max_grad_norm 1.0 \
+        --num_epochs "${EPOCHS:-3}" --max_steps "${MAX_STEPS:--1}" --max_grad_norm "${MAX_GRAD_NORM:-1.0}" \
         --seed "${SEED:-42}" --dtype "${DTYPE:-auto}" \
         --deepspeed "$DEEPSPEED"
 }
