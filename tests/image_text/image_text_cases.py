@@ -42,8 +42,8 @@ def make_tokenizer(folder: Path, bart: bool) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def make_bart(folder: Path) -> None:
-    """A random BART of two layers a side."""
+def make_bart(folder: Path, width: int = 16, spread: float = 0.4, dropout: float = 0.1) -> None:
+    """A random BART of two layers a side; spread: of its weights, here so large that its logits differ."""
     import torch
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -52,7 +52,8 @@ def make_bart(folder: Path) -> None:
     sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
     sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24)
     torch.manual_seed(0)
-    config = BartConfig(vocab_size=400, d_model=16, max_position_embeddings=96, init_std=0.4, **sizes)
+    sizes |= {"d_model": width, "init_std": spread, "dropout": dropout}
+    config = BartConfig(vocab_size=400, max_position_embeddings=96, **sizes)
     BartForConditionalGeneration(config).save_pretrained(folder)
 
 

@@ -1,8 +1,11 @@
 """Trainings on images and texts: as a plain loop, resumed, in two processes, and with batches of one task."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from image_text_cases import DIM, GRID, PICTURES, TASKS, write_features
 from launches import TORCHRUN, assert_trained_alike, curve, launch, weights
+from shared import PROJECT
 from transformers import AutoTokenizer, set_seed
 
 import mtl_lora
 from mtl_lora import UserError
 from mtl_lora.base_model import BaseModel
+from mtl_lora.cli import parse
 from mtl_lora.image_text import model as visual
-from mtl_lora.image_text.config import TrainConfig
+from mtl_lora.image_text.config import EvalConfig, TrainConfig
 from mtl_lora.image_text.data import Encoder, training_rows
 from mtl_lora.image_text.model import VisualConfig
 from mtl_lora.image_text.train import run
@@ -174,12 +179,66 @@ def test_two_processes_train_as_one(settings, still, tmp_path, one_thread):
         assert_trained_alike(tmp_path / name, tmp_path / f"two_{name}")
 
 
+def called_with(tmp_path, script: str, *arguments: str, **environment: str) -> list[str]:
+    """The arguments with which a recipe starts Python."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = os.environ | {"VENV": "", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | environment
+    command = ["bash", str(PROJECT / "script" / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("vlbart_mlora.sh", {"num_B": 2, "temperature": 0.8, "batch_size": 512, "warmup_ratio": 0.03}),
+        (
+            "vlbart_lora.sh",
+            {"lora_dropout": 0.1, "batch_size": 500, "warmup_ratio": 0.1, "modules_to_save": ["*.bias"]},
+        ),
+        ("vlbart_dora.sh", {"lora_dropout": 0, "batch_size": 300, "warmup_ratio": 0.1}),
+    ],
+)
+def test_a_recipe_has_the_originals_settings(script, expected, tmp_path):
+    tasks = [*TASKS, {"name": "gqa", "id": 3}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    places = {"TASKS_FILE": str(tmp_path / "tasks.json"), "DATASETS": "/sets"}
+    door, *flags = called_with(tmp_path, script, "64", "16", **places)
+    assert Path(door).name == "finetune.py"
+    place = flags.index("--system")
+    config = parse(TrainConfig, flags[:place] + flags[place + 2 :], "")
+    common = {"lora_r": 64, "lora_alpha": 16, "num_epochs": 20, "max_grad_norm": 5, "weight_decay": 0.01, "seed": 9595}
+    common |= {"learning_rate": 1e-3, "pool": 6, "lora_target_modules": ["q_proj", "v_proj"], "deepspeed": None}
+    expected = common | expected
+    assert {name: getattr(config, name) for name in expected} == expected
+    b = config.batch_size
+    sizes = {"vqa": b, "nlvr": b * 20 // 60, "caption": b * 50 // 60, "gqa": b * 100 // 60}
+    assert config.batch_sizes(config.task_set()) == sizes
+    assert config.features[2] == "/sets/GQA/clip_features/data_clip_RN101_att"
+
+    halves = called_with(tmp_path, script, "64", "16", **places, ACCUMULATION="2", BATCH_SIZE="120")
+    assert "gqa=100,nlvr=20,caption=50" in halves and "60" in halves
+
+
+def test_the_evaluation_of_a_recipe_has_beams_as_a_setting(tmp_path):
+    _, *flags = called_with(tmp_path, "vlbart_eval.sh", "run", "out", "--limit", "3", BEAMS="5")
+    config = parse(EvalConfig, flags, "")
+    assert (config.checkpoint, config.output_dir, config.num_beams, config.official, config.limit) == (
+        "run",
+        "out",
+        5,
+        True,
+        3,
+    )
+
+
 # ---- batches of one task ----
 
 
 def test_a_step_of_one_task_takes_each_example_once_an_epoch():
     ids = np.array([0] * 13 + [1] * 4 + [3] * 9)
-    sizes = [4, 8, 5, 3]
+    sizes = {"a": 4, "b": 8, "none": 5, "c": 3}
     one = RoundRobinSampler(ids, sizes, seed=7)
     first = [sorted(step) for step in one]
     assert sorted(index for step in first for index in step) == list(range(len(ids)))
@@ -195,8 +254,9 @@ def test_a_step_of_one_task_takes_each_example_once_an_epoch():
     orders = {tuple(int(ids[step[0]]) for step in one) for epoch in range(5) if not one.set_epoch(epoch)}
     assert len(orders) == 5, "tasks alternate at random"
 
-    whole = RoundRobinSampler(ids, [4, 4, 4, 2], seed=7)
-    halves = [RoundRobinSampler(ids, [2, 2, 2, 1], seed=7, world_size=2, rank=rank) for rank in (0, 1)]
+    half = {"a": 2, "b": 2, "none": 2, "c": 1}
+    whole = RoundRobinSampler(ids, {name: 2 * size for name, size in half.items()}, seed=7)
+    halves = [RoundRobinSampler(ids, half, seed=7, world_size=2, rank=rank) for rank in (0, 1)]
     together = [a + b for a, b in zip(*halves, strict=True)]
     assert [sorted(step) for step in whole if len(step) > 1] == [sorted(step) for step in together]
     with pytest.raises(UserError, match=r"26 training examples.* 5 x 1 "):

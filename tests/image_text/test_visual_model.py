@@ -280,6 +280,9 @@ def bart_base(tmp_path, **adapter):
     return mtl_lora.inject(model, visual.in_language_model(config, model))
 
 
+BIASES, NORMS = ["*.bias"], ["*.bias", "*layer_norm.weight", "*layernorm_embedding.weight"]
+
+
 def test_the_originals_numbers_of_trained_weights(tmp_path):
     model = bart_base(tmp_path, method="mtl_lora", rank=64, num_B=2, temperature=0.8)
     layers = mtl_lora.adapter_layers(model)
@@ -289,9 +292,13 @@ def test_the_originals_numbers_of_trained_weights(tmp_path):
     assert (images, model.visual_embedding.object_order.shape) == (1_582_848, (36, 768))
     assert trainable_parameters(model)[0] == 5_898_528 + images
 
-    trained, total = trainable_parameters(bart_base(tmp_path, method="lora", rank=128, modules_to_save=["*.bias"]))
-    assert trained == 7_077_888 + images + 101_376 + 24_576 == 8_786_688
-    assert round(100 * trained / total, 2) == 5.93, "as published for VL-BART"
+    # The percentages are those published for VL-BART.
+    lora = bart_base(tmp_path, method="lora", rank=128, modules_to_save=BIASES)
+    dora = bart_base(tmp_path, method="dora", rank=128, modules_to_save=NORMS)
+    for model, weights, published in ((lora, 0, 5.93), (dora, 36 * 768 + 24_576, 5.96)):
+        trained, total = trainable_parameters(model)
+        assert trained - weights == 7_077_888 + images + 101_376 + 24_576 == 8_786_688
+        assert round(100 * trained / total, 2) == published
 
 
 # ---- keeping and taking off ----

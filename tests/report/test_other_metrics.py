@@ -176,3 +176,39 @@ def test_a_figure_and_a_studys_table_say_the_metric_of_each_task(runs):
     titles = [panel.get_title() for panel in drawing.figure.axes]
     assert titles[:3] == ["SST-2", "CoLA\n(Matthews)", "MRPC\n(Accuracy and F1)"] and drawing.title == "Results"
     assert "Matthews, Pearson and Spearman times 100" in drawing.caption
+
+
+def test_delta_m_is_relative_to_single_task_results(tmp_path, capsys):
+    # Published values of MTLoRA with rank 64 and of single-task models on PASCAL-Context.
+    metrics = {"semseg": "miou", "parts": "miou", "sal": "saliency_miou", "normals": "mean_angle"}
+    values = {"semseg": 0.6790, "parts": 0.5984, "sal": 0.6540, "normals": 16.60}
+    single = {"semseg": 0.6721, "parts": 0.6193, "sal": 0.6235, "normals": 17.97}
+    tasks = [{"name": name, "id": index} for index, name in enumerate(metrics)]
+
+    def write(name, found, **changes):
+        found = {task: {"metric": metrics[task], "value": value, "stderr": 0.01, "n": 9} for task, value in found}
+        results = {"schema": 2, "name": name, "tasks": found, "data": dict.fromkeys(metrics, "data")}
+        results |= {"task_set": {"tasks": [task for task in tasks if task["name"] in found]}} | changes
+        path = tmp_path / name / "results.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(results))
+        return path
+
+    together = write("mtlora", values.items())
+    alone = [str(write(f"{name} alone", [(name, value)])) for name, value in single.items()]
+    out = run_command(capsys, "table", together, "--baselines", ",".join(alone))[1]
+    rows = grid(out)
+    assert rows["Method"][-1] == "Delta_m, %" and rows["mtlora"][-1] == "+2.54"
+    assert "lower is better" in out and "normals normals alone" in out
+    (record,) = csv.DictReader(
+        io.StringIO(run_command(capsys, "table", together, "--baselines", ",".join(alone), "--format", "csv")[1])
+    )
+    assert float(record["delta_m"]) == pytest.approx(2.54185, abs=1e-5)
+    other = write("other", [("normals", 17.97)], data={"normals": "another"})
+    assert (
+        "not on the same test data: normals"
+        in run_command(capsys, "table", together, "--baselines", ",".join([*alone[:3], str(other)]))[1]
+    )
+    mistakes = [(alone[:3], "no result of normals"), ([*alone, alone[0]], "semseg, as another of --baselines")]
+    mistakes = [([together, "--baselines", ",".join(given)], fact) for given, fact in mistakes]
+    assert_mistakes(capsys, "table", mistakes)

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_lora import answer_config
+from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
+from mtl_lora.artifacts import RESULTS
 from mtl_lora.cli import parse
-from mtl_lora.config import flag
+from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import SCHEDULES, TrainingConfig
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 # Flags of other systems, with the value that means nothing here.
 _UNUSED = {"task": None, "token_budget": 0, "sampling_temperature": 1.0, "val_set_size": 0, "load_in_4bit": False}
 _UNUSED |= {"deepspeed": None}
+MAPS = "maps"  # the protocol: a map of every pixel
 _WARMUP = 0.1  # of the least learning rate: where the warm-up begins
 
 
@@ -24,7 +28,7 @@ class TrainConfig(TrainingConfig):
     """Everything that configures a training on maps of images."""
 
     has_streams = True
-    made_by = "python data/scenes/generate.py"
+    made_by = "mtl-lora prepare scenes"
 
     base_model: str = flag(
         "dinov2-small",
@@ -32,7 +36,9 @@ class TrainConfig(TrainingConfig):
         group="what is trained, on what",
     )
     data_path: str = flag(
-        "data/scenes", "folder of images and maps: this project's layout, PASCAL_MT or NYUD_MT", affects="content"
+        "data/scenes/rendered",
+        "folder of images and maps: this project's layout, PASCAL_MT or NYUD_MT",
+        affects="content",
     )
     tasks_file: str | None = flag(
         None, "JSON file that declares the tasks; none: those of the folder", affects="content"
@@ -100,9 +106,78 @@ class TrainConfig(TrainingConfig):
         return count(base, tasks, self.adapter_config(tasks), **placing)
 
 
+@dataclasses.dataclass(kw_only=True)
+class AnswerConfig(answer_config.AnswerConfig):
+    """The flags that evaluate and predict share: which model answers, and how."""
+
+    checkpoint: str | None = flag(REQUIRED, "folder of a training", affects="content", group="who answers")
+    base_model: str | None = flag(None, "where the checkpoint's base model lies, if that has moved")
+    image_size: int | None = flag(None, "height and width of the model's images; none: as it was trained", min=8)
+    sheet: int = flag(0, "images on a picture of inputs and maps, sheet.png; 0: none", min=0, affects="nothing")
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("tasks_file", "cutoff_len", "load_in_4bit"):
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name} does nothing for dense: the checkpoint has its tasks; leave it out")
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvalConfig(EvaluationFlags, AnswerConfig):
+    """Everything that configures an evaluation."""
+
+    made_by = TrainConfig.made_by
+
+    data_dir: str = flag(
+        TrainConfig.data_path,
+        "folder of images and maps, see train",
+        affects="content",
+        group="what is asked, and where the results go",
+    )
+    split: str = flag("test", "images: those of test or of train", choices=("test", "train"))
+    missing_labels: bool = flag(False, "images may lack the map of a task, for which they then do not count")
+    save_maps: bool = flag(False, "write the maps too, below output_dir/maps/<task>", affects="nothing")
+    official: bool = flag(
+        False,
+        "also list the values by the names that the original prints them under, mean angles as rmse",
+        affects="nothing",
+    )
+
+    @property
+    def protocols(self) -> dict[str, str]:
+        """How questions are answered, with the folder of the results."""
+        return {MAPS: self.output_folder}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PredictConfig(PredictionFlags, AnswerConfig):
+    """Everything that configures a prediction."""
+
+    input: str = flag(REQUIRED, "image, or folder of images", affects="content")
+    output: str = flag(REQUIRED, "folder for <task>/<image>.png or .npy, and sheet.png", affects="nothing")
+    sheet: int = flag(16, "images on the picture of inputs and maps, sheet.png; 0: none", min=0, affects="nothing")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.task is not None:
+            raise UserError("--task does nothing for dense: an image has the maps of all tasks; leave it out")
+
+    def check_files(self) -> None:
+        AnswerConfig.check_files(self)
+        if not Path(self.input).exists():
+            raise UserError(f"the input {self.input} does not exist; pass --input, an image or a folder of images")
+
+    @property
+    def answer_flags(self) -> dict[str, object]:
+        """The flags of ``AnswerConfig`` but the checkpoint."""
+        return {each.name: getattr(self, each.name) for each in AnswerConfig.flags() if each.name != "checkpoint"}
+
+
 # ---- the commands ----
 
 TRAIN_ABOUT = "Train one vision transformer on several maps of an image, with MTLoRA or another low-rank adapter."
+EVALUATE_ABOUT = "Score the maps of a trained vision transformer."
+PREDICT_ABOUT = "Write the maps of images, and a picture of them, with a trained vision transformer."
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -114,3 +189,31 @@ def train(arguments: Sequence[str]) -> None:
     prepare_process(config)
     run(config)
     destroy_process_group()
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """``mtl-lora evaluate``; prints the results as tables at the end."""
+    config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
+    config.check_files()
+    from mtl_lora.dense.evaluate import run
+
+    found = run(config)
+    if not found:
+        return
+    from mtl_lora.report.__main__ import main as report
+
+    report(["table", f"{config.output_folder}/{RESULTS}"])
+    print()
+    report(["details", f"{config.output_folder}/{RESULTS}"])
+    for task, result in found[MAPS].tasks.items() if config.official else ():
+        values = ", ".join(f"{name} {value:.4f}" for name, value in result.measured["official"].items())
+        print(f"{task} as the original prints it: {values or 'its loss alone'}")
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """``mtl-lora predict``."""
+    config = parse(PredictConfig, arguments, PREDICT_ABOUT)
+    config.check_files()
+    from mtl_lora.dense.evaluate import predict as run
+
+    run(config)

@@ -1,11 +1,11 @@
 """The data set of dense prediction: an image and its label maps, checked, augmented and at the model's size."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from mtl_lora import files
@@ -44,6 +44,7 @@ class DenseDataset(Dataset):
         self.tasks = tasks or self.layout.tasks
         self.split, self.size, self.seed, self.epoch = split, size, seed, 0
         self.missing_labels = missing_labels
+        self._hashes: dict[Path, str] = {}
         name = self.layout.augmentation if augmentation == "auto" else augmentation
         self.augmentation = AUGMENTATIONS[name]
         self.ids = self.layout.ids(split)[: limit or None]
@@ -64,7 +65,7 @@ class DenseDataset(Dataset):
         """An image with its labels, as augmented in an epoch."""
         id = self.ids[index]
         warp = self.augmentation.draw(self.seed, epoch, index) if self.augmentation else Warp()
-        pixels, shape = self._pixels(self.layout.image(id))
+        pixels, shape = pixels_of(self.layout.image(id), self.size)
         labels = {}
         for task in self.tasks:
             label = self.label(task, id, shape)
@@ -76,12 +77,10 @@ class DenseDataset(Dataset):
                 labels[task.name] = label_tensor(label, task, warp, self.size)
         return {"image": image_tensor(pixels, warp, self.size, shape), "labels": labels, "id": id}
 
-    def _pixels(self, path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-        """An image (H, W, 3), reduced by a whole number where it is much larger than the model's, and its own size."""
-        image = read_image(path).convert("RGB")
-        shape = image.height, image.width
-        factor = min(shape) // self.size
-        return np.array(image.reduce(factor) if factor > 1 else image), shape
+    def shape(self, index: int) -> tuple[int, int]:
+        """The height and width of an image's file."""
+        image = read_image(self.layout.image(self.ids[index]))
+        return image.height, image.width
 
     def label(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray | None:
         """The map of a task of an image of this height and width, checked; None for one that may be missing and is."""
@@ -129,12 +128,28 @@ class DenseDataset(Dataset):
 
     def sha256(self, task: Task) -> str:
         """A hash of the ids, the images and the labels of a task: what an evaluation of it is of."""
-        digest = hashlib.sha256(f"{self.size} {task.extraction_key}".encode())
-        for id in self.ids:
-            digest.update(id.encode() + b"\0")
-            for path in (self.layout.image(id), *self.layout.paths(task, id)):
-                digest.update((files.sha256(path) if path.is_file() else "").encode())
-        return digest.hexdigest()
+        found = [(id, *hashes) for id, hashes in zip(self.ids, self.hashes(task), strict=True)]
+        return files.sha256_of(f"{self.size} {task.extraction_key} {found}".encode())
+
+    def hashes(self, task: Task) -> list[tuple[str, str]]:
+        """Of each image the hash of its file, and that of the files of its label, empty where it has none."""
+        return [
+            (self._hash(self.layout.image(id)), " ".join(self._hash(path) for path in self.layout.paths(task, id)))
+            for id in self.ids
+        ]
+
+    def _hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = files.sha256(path) if path.is_file() else ""
+        return self._hashes[path]
+
+
+def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image (H, W, 3), reduced by a whole number where it is much larger than ``size``; its own height and width."""
+    image = (image if isinstance(image, Image.Image) else read_image(Path(image))).convert("RGB")
+    shape = image.height, image.width
+    factor = min(shape) // size
+    return np.array(image.reduce(factor) if factor > 1 else image), shape
 
 
 def checked(label: np.ndarray, task: Task, where: str, shape: tuple[int, int]) -> np.ndarray:

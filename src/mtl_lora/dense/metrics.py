@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mtl_lora.dense.tasks import IGNORE, KINDS, Task
+from mtl_lora.errors import UserError
 from mtl_lora.metrics import METRICS
 from mtl_lora.results import TaskResult
 
@@ -94,17 +95,20 @@ def is_labelled(task: Task, row: Sequence[float]) -> bool:
 
 def task_result(task: Task, lines: Sequence[Mapping], official: bool = False) -> TaskResult:
     """A task's result from at least one prediction line with its ``counts``: its metric, the others of its kind, and
-    ``unlabelled``, the number of images without a label, which count for nothing.
+    ``unlabelled``, the number of images without a label, which count for nothing. Raises ``UserError`` where all are.
 
     official: with the values that the original (arXiv 2403.20320) prints, by the names under which it prints them: its
     "rmse" of normals is the mean angle.
     """
     rows = [line["counts"] for line in lines]
+    unlabelled = sum(not is_labelled(task, row) for row in rows)
+    if unlabelled == len(rows):
+        raise UserError(f"none of {len(rows)} images has a pixel with a label of {task.name}; leave it out of --tasks")
     found = {}
     for name in dict.fromkeys([task.metric_name, *KINDS[task.kind].metrics]):
         metric = METRICS[name]
         found[name] = TaskResult(name, *metric.estimate(metric.written(rows)), len(lines))
-    measured = {"unlabelled": sum(not is_labelled(task, row) for row in rows)}
+    measured = {"unlabelled": unlabelled}
     if task.has_classes:
         measured["iou"] = class_iou(task, rows)
     if official:

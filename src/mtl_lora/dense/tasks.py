@@ -87,6 +87,11 @@ class Task(tasks.Task):
         return KINDS[self.kind].channels or self.classes
 
     @property
+    def suffix(self) -> str:
+        """How the file of a predicted map ends."""
+        return ".npy" if self.kind in ("normals", "depth") else ".png"
+
+    @property
     def metric_name(self) -> str:
         """The metric in effect."""
         return self.metric or KINDS[self.kind].metrics[0]

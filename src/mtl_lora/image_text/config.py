@@ -86,15 +86,15 @@ class TrainConfig(TrainingConfig):
                 if getattr(self, name) != getattr(TrainingConfig, name):
                     raise UserError(f"--{name} has no effect with --task_batches round_robin; leave it out")
 
-    def batch_sizes(self, tasks: TaskSet) -> list[int]:
-        """Examples of a one-task micro-batch by task id; raises ``UserError`` for an entry that is no name=examples."""
+    def batch_sizes(self, tasks: TaskSet) -> dict[str, int]:
+        """Examples of a one-task micro-batch by task; raises ``UserError`` for an entry that is no name=examples."""
         sizes = dict.fromkeys(tasks.names, self.batch_size)
         for entry in self.task_batch_sizes:
             name, _, number = entry.partition("=")
             if not number.isascii() or not number.isdecimal() or not int(number):
                 raise UserError(f"--task_batch_sizes must be task=examples as a,b, not {entry!r}")
             sizes[tasks[name].name] = int(number)
-        return list(sizes.values())
+        return sizes
 
     def read_tasks(self) -> TaskSet:
         return TaskSet.load(self.tasks_file) if self.tasks_file else OPEN_SETS

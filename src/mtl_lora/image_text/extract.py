@@ -261,7 +261,9 @@ def _extract(
                     os.fsync(opened.fileno())  # a power failure must not leave zeros for features
                     bar.update(len(batch))
     except OSError as error:
-        raise UserError(f"{partial} cannot be written ({error.strerror}); run the same command again") from None
+        raise UserError(
+            f"{partial} cannot be written ({error.strerror}); once it can, run the same command again"
+        ) from None
     return numpy.memmap(partial, "<f4", "r", len(header), (len(paths), *grid.shape))
 
 

@@ -57,11 +57,13 @@ class TableConfig(Rendered):
     results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
     published: bool = flag(False, "add published figures (commonsense tasks only)")
     difference: bool = flag(False, "add the last minus the first; its standard error treats questions as independent")
+    baselines: list[str] = flag([], "results of single-task models, as a,b, for a column Delta_m (dense prediction)")
 
     def run(self) -> None:
         results = [each for path in self.results for each in Results.load_all(path)]
-        report = build_table(results, self.published, self.difference)
-        self.hand_out(report, [result.path for result in results])
+        baselines = [each for path in self.baselines for each in Results.load_all(path)]
+        report = build_table(results, self.published, self.difference, baselines)
+        self.hand_out(report, [result.path for result in [*results, *baselines]])
 
 
 @dataclasses.dataclass

@@ -18,9 +18,10 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     """B against A, from their predictions; intervals are of ``resamples`` seeded resamples. tasks: empty for all that
     both scored; a note names the others.
 
-    The report's value has ``tasks`` in column order, and their ``average``: n questions, the ``metric`` (of the average
-    None), ``value`` (of A and of B, ``difference`` B - A, its ``low`` and ``high``), the numbers ``only_a`` and
-    ``only_b`` of questions that one alone answered right and p (None of numbers), and ``f1`` of free text or None.
+    The report's value has ``tasks`` in column order, and their ``average`` (None where they have no unit in common): n
+    questions, the ``metric`` (of the average None), ``value`` (of A and of B, ``difference`` B - A, its ``low`` and
+    ``high``), the numbers ``only_a`` and ``only_b`` of questions that one alone answered right and p (None of numbers),
+    and ``f1`` of free text or None.
     Raises ``UserError`` saying what differs where the two are not comparable, and for broken predictions.
     """
     common = [name for name in a.scored if name in b.tasks]
@@ -38,7 +39,7 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     shared = next(iter(metrics.values()))  # of the average, which is of one unit
     values, f1s = (_changes(found, list(answers), seed, resamples) for found in (measured, written))
     rows = {}
-    for task in (*answers, None):  # None: the average, whose counts pool the questions of all tasks
+    for task in values:  # None, the last: the average, whose counts pool the questions of all tasks
         pairs = answers[task] if task else [*itertools.chain(*answers.values())]
         judged = [pair for pair in pairs if None not in (pair[0].correct, pair[1].correct)]
         only_a, only_b = (sum(pair[i].correct > pair[1 - i].correct for pair in judged) for i in (0, 1))
@@ -71,7 +72,7 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
         side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
         for side, run in (("a", a), ("b", b))
     }
-    value |= {"tasks": {name: rows[name] for name in answers}, "average": rows[None]}
+    value |= {"tasks": {name: rows[name] for name in answers}, "average": rows.get(None)}
     value |= {"confidence": CONFIDENCE, "resamples": resamples, "seed": seed, "notes": notes}
     return Report([TextTable("", header, lines)], records, notes, value)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import METRICS, one_unit, scale_of, title_of
+from mtl_lora.metrics import METRICS, delta_m, one_unit, scale_of, title_of
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, require_one_task_set
 from mtl_lora.results import Average, Results, TaskResult, Trainable, average_of
@@ -22,6 +22,7 @@ MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
 OVER_QUESTIONS, OVER_SEEDS = f"{AVERAGE} (over questions)", f"{AVERAGE} (over seeds)"
 UNTRAINED = " (untrained)"
 TRAINABLE = "Trainable parameters, M (%)"
+DELTA_M = "Delta_m, %"
 _MOST_COLUMNS = 24
 _UNITS = {0: "in percent", -1: "times 100"}  # by the lowest value of a metric
 # What a note calls settings whose name says too little.
@@ -169,6 +170,7 @@ class Row:
     """One row: results by task name (a missing task has none) and their average, with its groups of questions.
 
     kind: ``result``, ``majority``, ``published`` or ``difference``. source: of published rows, where they were read.
+    delta_m: see ``metrics.delta_m``, of a result beside baselines.
     """
 
     name: str
@@ -180,6 +182,7 @@ class Row:
     mode: str | None = None
     source: str | None = None
     trainable: Trainable | None = None
+    delta_m: float | None = None
 
     @property
     def unparsed(self) -> float | None:
@@ -202,6 +205,7 @@ class Row:
         record["name"] = " ".join(self.name.split())
         record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
         record["unparsed"] = self.unparsed
+        record |= {} if self.delta_m is None else {"delta_m": self.delta_m}
         values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
         values |= {("average", "average_stderr"): self.average}
         values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
@@ -215,11 +219,17 @@ class Row:
         return self.average.groups.get(name) if self.average else None
 
 
-def build_table(results: Sequence[Results], published: bool = False, difference: bool = False) -> Report:
+def build_table(
+    results: Sequence[Results],
+    published: bool = False,
+    difference: bool = False,
+    baselines: Sequence[Results] = (),
+) -> Report:
     """Put results of one task set into one table: their value by task, then averages by group if there are any.
 
     published: add the published figures of the commonsense tasks. difference: end with the last result minus the
-    first, whose standard error sqrt(a^2 + b^2) treats the questions of the two rows as independent.
+    first, whose standard error sqrt(a^2 + b^2) treats the questions of the two rows as independent. baselines: results
+    of single-task models, which together have every task once, for Delta_m of each row.
     Raises ``UserError`` if the task sets differ, or if an addition does not fit the results.
     """
     task_set, others = results[0].task_set, published_rows() if published else []
@@ -231,6 +241,7 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
     facts, names = ("method", "base_model", "mode", "trainable"), [result.name for result in results]
     columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
+    gains = _delta_m(results, baselines, columns) if baselines else [None] * len(results)
     own = [
         Row(
             f"{result.name} ({result.mode})" if names.count(result.name) > 1 and result.mode else result.name,
@@ -238,8 +249,9 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
             result.tasks,
             result.average if {*columns} <= {*result.tasks} else None,
             **{key: getattr(result, key) for key in facts},
+            delta_m=gain,
         )
-        for result in results
+        for result, gain in zip(results, gains, strict=True)
     ]
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
@@ -254,17 +266,52 @@ def build_table(results: Sequence[Results], published: bool = False, difference:
     lines = [
         [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, columns), row.average))]
         + [value_text(row.unparsed) for _ in unparsed]
+        + [NOTHING if row.delta_m is None else f"{row.delta_m:+.2f}" for _ in baselines[:1]]
         for row in rows
     ]
     metrics = dict.fromkeys(columns, "accuracy")
     metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
     units = {name: [each.tasks[name].metric for each in results if name in each.tasks] for name in columns}
     titles = [task_set.title(name, *unit) for name, unit in units.items()]
-    tables = [TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed], lines)]
+    tables = [
+        TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed, *[DELTA_M] * bool(baselines)], lines)
+    ]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
-    return Report(tables, [row.record(metrics, groups) for row in rows], _notes(results, rows, groups, columns))
+    notes = _notes(results, rows, groups, columns)
+    if baselines:
+        names = ", ".join(f"{name} {each.name}" for each in baselines for name in each.tasks if name in columns)
+        asked = {name: each.data.get(name) for each in baselines for name in each.tasks}
+        if other := [name for name in columns if any(each.data.get(name) != asked[name] for each in results)]:
+            notes.append(f"Single-task results are not on the same test data: {', '.join(other)}.")
+        notes.append(
+            f"{DELTA_M}: by how much a row is better than the single-task results, on average over tasks, relative to "
+            f"each (arXiv 1904.08918): {names}."
+        )
+    return Report(tables, [row.record(metrics, groups) for row in rows], notes)
+
+
+def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
+    """Delta_m of each result; None for one that lacks a task. Raises ``UserError`` for baselines that do not fit."""
+    found: dict[str, TaskResult] = {}
+    for each in baselines:
+        if twice := [name for name in each.tasks if name in found]:
+            raise UserError(f"{each.path} has a result of {', '.join(twice)}, as another of --baselines; leave one out")
+        found |= each.tasks
+    if lacking := [name for name in columns if name not in found]:
+        raise UserError(f"--baselines have no result of {', '.join(lacking)}; add that of its single-task model")
+    gains = []
+    for result in results:
+        tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
+        other = [name for name, task in tasks.items() if task.metric != found[name].metric]
+        if other or any(not found[name].value > 0 for name in tasks):
+            reason = f"another metric of {', '.join(other)}" if other else "a value that is not above 0"
+            raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have {reason}")
+        values, metrics = ({name: getattr(task, key) for name, task in tasks.items()} for key in ("value", "metric"))
+        against = {name: found[name].value for name in tasks}
+        gains.append(delta_m(values, against, metrics) if len(tasks) == len(columns) else None)
+    return gains
 
 
 def _difference_row(first: Row, last: Row) -> Row:

@@ -5,7 +5,7 @@ a second time, no example is repeated, and a resumed run sees the examples it wo
 by padded tokens, or more equal proportions of the tasks, in which case examples of small tasks do come again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -275,41 +275,40 @@ class LengthGroupedBatchSampler(StepSampler):
 class RoundRobinSampler(StepSampler):
     """Steps of one task each, tasks in proportion to their number of steps, as VL-Adapter samples (arXiv 2112.06825).
 
-    batch_sizes: (T,), of each task the examples of a micro-batch. Every example comes once an epoch, but for those of a
-    task's last, smaller step where it cannot give every micro-batch one. Raises ``UserError`` where a task that has
+    batch_sizes: the examples of a micro-batch by task, in id order. Every example comes once an epoch, but for those of
+    a task's last, smaller step where it cannot give every micro-batch one. Raises ``UserError`` where a task that has
     examples is left without a step.
     """
 
     def __init__(
         self,
         task_ids: np.ndarray,
-        batch_sizes: Sequence[int],
+        batch_sizes: Mapping[str, int],
         seed: int,
         accumulation: int = 1,
         world_size: int = 1,
         rank: int = 0,
     ):
         super().__init__(task_ids, seed, accumulation, world_size, rank)
-        self.batch_sizes = list(batch_sizes)
-        counts = np.bincount(self.task_ids, minlength=len(self.batch_sizes))
-        wholes = [divmod(int(n), size * self.parts) for n, size in zip(counts, self.batch_sizes, strict=True)]
+        self.batch_sizes = dict(batch_sizes)
+        counts = np.bincount(self.task_ids, minlength=len(batch_sizes))
+        wholes = [divmod(int(n), size * self.parts) for n, size in zip(counts, batch_sizes.values(), strict=True)]
         self.task_steps = [full + (rest >= self.parts) for full, rest in wholes]
         self.steps_per_epoch = sum(self.task_steps) if all(self.task_steps[task] for task in counts.nonzero()[0]) else 0
         self.require_steps()
 
     def steps(self) -> list[np.ndarray]:
         generator, steps = np.random.default_rng([self.seed, self.epoch]), []
-        for task_id, size in enumerate(self.batch_sizes):
+        for task_id, size in enumerate(self.batch_sizes.values()):
             examples = generator.permutation(np.flatnonzero(self.task_ids == task_id))
             steps += np.split(examples, range(size * self.parts, len(examples), size * self.parts))
         steps = [steps[index] for index in generator.permutation(len(steps))]
         return [step for step in steps if len(step) >= self.parts]
 
     def __str__(self) -> str:
-        """One line on the steps of each task, by its id."""
-        sizes = ", ".join(
-            f"task {task_id} {count:,} steps of {size} (per device)"
-            for task_id, (size, count) in enumerate(zip(self.batch_sizes, self.task_steps, strict=True))
-        )
+        """One line on the steps of each task."""
+        steps = zip(self.batch_sizes.items(), self.task_steps, strict=True)
+        tasks = ", ".join(f"{name} {count:,} x {size}" for (name, size), count in steps)
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
-        return f"one task a step: {sizes} x {split}; {self.steps_per_epoch:,} steps an epoch"
+        steps = f"{self.steps_per_epoch:,} steps an epoch"
+        return f"steps of one task: {tasks} examples (per device) x {split}; {steps}"

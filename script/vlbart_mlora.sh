@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# MTL-LoRA on VL-BART with 64 16: n 2, tau 0.8, 20 epochs of VQAv2, GQA, NLVR2 and COCO captions (arXiv 2410.09437).
+#
+#   bash script/vlbart_mlora.sh R ALPHA [flags of mtl-lora train --system image_text]
+#
+# Queries and values of BART-base; biases, layer norms and the visual embedding train whole. Every step is of one task;
+# a step of VQA has BATCH_SIZE examples, of GQA 100/60, of NLVR2 20/60 and of captions 50/60 of them. Needs the four sets
+# (data/vlbart) with CLIP features in the original's layout; fp32, one GPU. Time and score: not measured. Unlike the
+# original, weight decay spares norms, Lambda and the mixing weights, AdamW's epsilon is 1e-8, not 1e-6, and the 200
+# added words are not in the vocabulary. Other settings: script/recipe.sh.
+#
+#   BASE_MODEL     facebook/bart-base, or another BART, T5 or causal language model
+#   DATASETS       folder with COCO, VG, GQA and nlvr      default datasets; FEATURES names features themselves
+#   DATA_PATH, TASKS_FILE   examples and tasks             default data/vlbart/{train,tasks}.json
+#   BATCH_SIZE     examples of a step of VQA               default 512; divided by ACCUMULATION and NPROC
+#   LAUNCHER       python, torchrun                        default python: one process
+LAUNCHER="${LAUNCHER:-python}"
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+usage_if $(($# < 2)) "R ALPHA [flags of mtl-lora train --system image_text]"
+train_vlbart vlbart_mlora "$1" "$2" --adapter_name mtl_lora --num_B "${NUM_B:-2}" --temperature "${TEMPERATURE:-0.8}" \
+    --lora_dropout 0 --warmup_ratio "${WARMUP:-0.03}" \
+    --modules_to_save "*.bias,*layer_norm.weight,*layernorm_embedding.weight" "${@:3}"

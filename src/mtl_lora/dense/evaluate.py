@@ -1,0 +1,277 @@
+"""``mtl-lora evaluate`` and ``predict`` of dense tasks: an image's maps from one forward, and what is kept of them.
+
+Of each image and task an evaluation keeps a row of sums (see ``metrics``), by which it resumes; of maps nothing, unless
+they are asked for.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import mtl_lora
+from mtl_lora import evaluation, files
+from mtl_lora.adapter.inject import inject, trainable_parameters
+from mtl_lora.answer_config import AUTO
+from mtl_lora.base_model import BaseModel, device_for_this_process
+from mtl_lora.dense import model as dense
+from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
+from mtl_lora.dense.data import DenseDataset, pixels_of
+from mtl_lora.dense.metrics import counts, task_result
+from mtl_lora.dense.sheet import map_of, rows_of, write_map, write_sheet
+from mtl_lora.dense.tasks import Task, TaskSet
+from mtl_lora.dense.transforms import Warp, image_tensor
+from mtl_lora.errors import UserError
+from mtl_lora.evaluation import QuestionSets, claimed_folders, in_halves
+from mtl_lora.memory import keep_freed_memory
+from mtl_lora.results import Comparability, Results, TaskResult, Trainable
+
+IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # of the images that a folder is searched for
+
+
+@dataclasses.dataclass
+class Question:
+    """One map of one image. answer and prompt_sha256: hashes of its label files and of the image. place: where the map
+    is to be saved, or None."""
+
+    task: Task
+    index: int
+    answer: str
+    prompt_sha256: str
+    place: Path | None = None
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """None: images are all of one size."""
+        return []
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The task's name and the image's index: different for every question of an evaluation."""
+        return self.task.name, self.index
+
+    def line(self, row: list[float]) -> dict:
+        """The question's line in the predictions."""
+        hashes = {"answer": self.answer, "prompt_sha256": self.prompt_sha256}
+        return {"task": self.task.name, "index": self.index, "counts": row} | hashes
+
+    def answered_by(self, line: Mapping | None) -> bool:
+        """Whether a line is of this very image and label, and the map that is wanted is there."""
+        known = line is not None and isinstance(line.get("counts"), list)
+        same = known and (line.get("answer"), line.get("prompt_sha256")) == (self.answer, self.prompt_sha256)
+        return same and (self.place is None or self.place.is_file())
+
+    def extract_again(self, line: dict) -> dict:
+        """The line: sums need no rules."""
+        return line
+
+
+class Evaluator(evaluation.Evaluator):
+    """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
+
+    system, version = "dense", 1
+    comparability = Comparability(
+        needed=["mode", "base_fingerprint", "image_size"],
+        noted=["base_fingerprint", "tasks_sha256", "dtype"],
+        free=["adapter_sha256", "batch_size", "limit"],
+    )
+
+    def __init__(self, config: AnswerConfig):
+        self.config, path = config, config.checkpoint
+        origin = self.read_checkpoint()
+        self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
+        self.cutoff_len = None
+        self.image_size = config.image_size or (origin.train_settings or {}).get("image_size") or TrainConfig.image_size
+        name = config.base_model or origin.base_model
+        if name is None:
+            raise UserError(f"{path} does not name its base model; pass --base_model")
+        self.use_base(BaseModel(name, config.trust_remote_code, dense.KIND), origin)
+        patch = dense.structure(self.base_model, self.tasks).backbone.patch
+        if self.image_size % patch:
+            raise UserError(f"--image_size must be a multiple of {patch} for this model, not {self.image_size}")
+        self.model: torch.nn.Module | None = None
+        self.data: DenseDataset | None = None
+
+    def settings(self, protocol: str) -> dict:
+        found = super().settings(protocol) | {"image_size": self.image_size}
+        del found["cutoff_len"]
+        return found
+
+    def ask(self) -> QuestionSets:
+        """A question for each image and task of the test set, whose files are checked; raises ``UserError``."""
+        config = self.config
+        tasks = self.tasks.only(config.tasks)
+        settings = {"size": self.image_size, "missing_labels": config.missing_labels}
+        self.data = DenseDataset(config.data_dir, config.split, tasks, **settings)
+        found = QuestionSets()
+        for task in (self.tasks[name] for name in tasks.names):
+            found.sha256[task.name], found.sizes[task.name] = self.data.sha256(task), len(self.data)
+            for index, (image, label) in enumerate(self.data.hashes(task)[: config.limit or None]):
+                name = f"{self.data.ids[index]}{task.suffix}"
+                place = Path(config.output_folder, "maps", task.name, name) if config.save_maps else None
+                found.questions.append(Question(task, index, label, image, place))
+        return found
+
+    def load(self) -> None:
+        if self.model is not None:
+            return
+        self.note_untrained(self.tasks.names)
+        device = device_for_this_process()
+        keep_freed_memory(device.type)
+        model = dense.load(self.base_model, self.tasks, self.config.dtype)
+        mtl_lora.load(model, self.config.checkpoint)
+        self.check_unchanged()
+        self.model = model.eval().to(device)
+
+    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """All maps of an image in one batch, for they come from one forward."""
+        size = self.config.batch_size
+        if size == AUTO:
+            size = GPU_IMAGES if torch.cuda.is_available() else IMAGES
+        images: dict[int, list[Question]] = {}
+        for question in sorted(questions, key=lambda question: question.index):
+            images.setdefault(question.index, []).append(question)
+        parts = list(images.values())
+        return [list(itertools.chain(*parts[start : start + size])) for start in range(0, len(parts), size)]
+
+    @torch.inference_mode()
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The decoders' outputs (B, channels, S, S) by task of images (B, 3, S, S); raises ``UserError``."""
+        outputs = self.model(images.to(next(self.model.parameters()).device))
+        for name, output in outputs.items():
+            if not output.isfinite().all():
+                raise UserError(
+                    f"a map of {name} has values that are not finite: the base model or the adapter holds values that "
+                    "are no numbers, or its dtype is too small; see the training's log, or pass --dtype fp32"
+                )
+        return outputs
+
+    def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
+        return in_halves(self._answers, list(questions))
+
+    def _answers(self, questions: list[Question]) -> list[dict]:
+        items = {index: self.data[index] for index in dict.fromkeys(question.index for question in questions)}
+        outputs = self.maps(torch.stack([item["image"] for item in items.values()]))
+        place = {index: number for number, index in enumerate(items)}
+        lines = []
+        for question in questions:
+            task, output = question.task, outputs[question.task.name][place[question.index]]
+            label = items[question.index]["labels"][task.name].to(output.device)
+            if question.place:
+                write_map(map_of(task, output, self.data.shape(question.index)), task, question.place)
+            lines.append(question.line(counts(task, output, label)))
+        return lines
+
+    def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
+        return task_result(task, lines, self.config.official)
+
+    def trainable(self) -> Trainable:
+        model = dense.structure(self.base_model, self.tasks)
+        return Trainable(*trainable_parameters(inject(model, self.adapter.adapter_config)))
+
+    def write_sheet(self, path: Path) -> None:
+        """A picture of the first images of the test set, their labels and their maps."""
+        self.load()
+        rows = []
+        for index in range(min(self.config.sheet, len(self.data))):
+            item = self.data[index]
+            outputs = self.maps(item["image"][None])
+            tasks = [task for task in self.tasks if task.name in item["labels"]]
+            found = {task.name: map_of(task, outputs[task.name][0]) for task in tasks}
+            rows += rows_of(item["image"], tasks, found, item["labels"])
+        write_sheet(rows, path)
+
+
+def run(config: EvalConfig) -> dict[str, Results]:
+    """Answer every question that has no answer yet; writes and returns the results.
+
+    Empty with ``check``, and on every process but the first.
+    """
+    evaluator = Evaluator(config)
+    asked = evaluator.ask()
+    questions = dict.fromkeys(config.protocols, asked.questions)
+    with claimed_folders(config, config.protocols):
+        found = evaluation.evaluate(evaluator, asked, questions, config.protocols)
+        if found and config.sheet:
+            evaluator.write_sheet(Path(config.output_folder) / "sheet.png")
+    return found
+
+
+# ---- prediction ----
+
+
+class Predictor:
+    """Maps of images in Python; the model is loaded with the first of them.
+
+        predictor = Predictor("output/mtlora")
+        predictor.predict(["a.jpg"])        # [{"semseg": (H, W) class indices, "normals": (H, W, 3), ...}]
+
+    checkpoint: folder of a training. flags: any other flag of ``mtl-lora predict``, by name. Raises ``UserError`` as
+    the command does.
+    """
+
+    def __init__(self, checkpoint: str | Path, **flags):
+        self.evaluator = Evaluator(AnswerConfig(checkpoint=str(checkpoint), **flags))
+
+    def predict(self, images: Sequence[str | Path | Image.Image]) -> list[dict[str, np.ndarray]]:
+        """The maps of each image at its own size, see ``sheet.map_of``."""
+        return [maps for _, maps in self._predicted(images)]
+
+    def _predicted(
+        self, images: Sequence[str | Path | Image.Image]
+    ) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]:
+        """Of each image as the model is shown it (3, S, S), and its maps at its own size."""
+        evaluator = self.evaluator
+        size = evaluator.image_size
+        for image in images:
+            pixels, shape = pixels_of(image, size)
+            shown = image_tensor(pixels, Warp(), size, shape)
+            evaluator.load()
+            outputs = evaluator.maps(shown[None])
+            yield shown, {task.name: map_of(task, outputs[task.name][0], shape) for task in evaluator.tasks}
+
+
+def predict(config: PredictConfig) -> None:
+    """Write the maps of every image of the input, and a sheet of them, into a folder that is there whole or not."""
+    paths = images_below(Path(config.input))
+    predictor = Predictor(config.checkpoint, **config.answer_flags)
+    tasks = predictor.evaluator.tasks
+    output = config.output, ["*.png", "*.npy"], config.overwrite, [config.input], True
+    if config.check:
+        files.check_output(*output)
+        print(f"every setting is fine; {len(paths):,} images")
+        return
+    rows, size = [], (predictor.evaluator.image_size,) * 2
+    with files.atomic_directory(*output) as made:
+        for path, (shown, maps) in zip(paths, predictor._predicted(paths), strict=True):
+            for task in tasks:
+                write_map(maps[task.name], task, made / task.name / f"{path.stem}{task.suffix}")
+            if len(rows) < config.sheet:
+                small = {name: _small(found, size) for name, found in maps.items()}
+                rows += rows_of(shown, list(tasks), small)
+        if rows:
+            write_sheet(rows, made / "sheet.png")
+    print(f"maps of {len(paths):,} images in {config.output}")
+
+
+def _small(found: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map at the size of a sheet's pictures, by its nearest pixels."""
+    rows, columns = (np.arange(side) * whole // side for side, whole in zip(size, found.shape, strict=False))
+    return found[rows[:, None], columns]
+
+
+def images_below(path: Path) -> list[Path]:
+    """An image file, or those in a folder; raises ``UserError`` for none, and for two of one name but the ending."""
+    found = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"{path} holds no image ({', '.join(SUFFIXES)}); pass another --input")
+    names = [each.stem for each in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} holds several images {twice}, whose maps would have one name; rename them")
+    return found

@@ -1,0 +1,112 @@
+"""Maps as files and as pictures: what a decoder's output says, in colours, beside the image and its labels."""
+
+import colorsys
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from mtl_lora import files
+from mtl_lora.dense.decoders import resized
+from mtl_lora.dense.tasks import IGNORE, Task
+from mtl_lora.dense.transforms import MEAN, STD
+
+Row = tuple[str, list[tuple[str, np.ndarray]]]  # a title, and the pictures with theirs
+_GAP, _TITLE = 4, 12  # pixels between pictures, and of a line of text
+
+
+def map_of(task: Task, output: torch.Tensor, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """What an output (channels, S, S) says, at the height and width of ``shape``; None: as it is.
+
+    Classes and parts: (H, W) class indices; saliency and edges: (H, W) probabilities; normals: (H, W, 3) unit vectors;
+    depth: (H, W).
+    """
+    output = output.detach().float()
+    if shape is not None:
+        output = resized(output[None], shape)[0]
+    if task.has_classes:
+        return output.argmax(dim=0).to(torch.uint8).cpu().numpy()
+    if task.kind == "normals":
+        return F.normalize(output, dim=0).permute(1, 2, 0).cpu().numpy()
+    return (output[0] if task.kind == "depth" else output[0].sigmoid()).cpu().numpy()
+
+
+def write_map(found: np.ndarray, task: Task, path: Path) -> None:
+    """A PNG of class indices, or of probabilities times 255; .npy of normals and depth."""
+    with files.atomic_path(path) as temporary, temporary.open("wb") as opened:
+        if task.suffix == ".npy":
+            np.save(opened, found.astype(np.float32))
+        else:
+            found = found if task.has_classes else np.round(255 * found).astype(np.uint8)
+            Image.fromarray(found).save(opened, format="png")
+
+
+def picture_of(task: Task, found: np.ndarray, depths: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
+    """(H, W, 3) colours of a map, or of a label of ``DenseDataset``; black without a label. depths: shown as white
+    and as black."""
+    if task.kind == "normals":
+        known = (found != IGNORE).all(axis=-1, keepdims=True)
+        return np.where(known, 127.5 + 127.5 * np.clip(found * [1, 1, -1], -1, 1), 0).astype(np.uint8)
+    if task.has_classes:
+        return np.where((found == IGNORE)[..., None], 0, palette(task.classes)[np.minimum(found, task.classes - 1)])
+    low, high = depths if task.kind == "depth" else (1.0, 0.0)
+    light = 40 + 215 * np.clip((high - found) / (high - low), 0, 1)
+    return np.where((found == IGNORE)[..., None], 0, light[..., None].repeat(3, axis=-1)).astype(np.uint8)
+
+
+def palette(classes: int) -> np.ndarray:
+    """(classes, 3) colours, the first dark grey, of hues that are far apart from one class to the next."""
+    golden = 0.618034
+    colours = [colorsys.hsv_to_rgb(index * golden % 1, 0.75, 0.95 - 0.35 * (index % 2)) for index in range(1, classes)]
+    return np.array([(70, 70, 70), *(np.multiply(colour, 255) for colour in colours)]).astype(np.uint8)
+
+
+def image_of(image: torch.Tensor) -> np.ndarray:
+    """(S, S, 3) colours of an image (3, S, S) as the model is shown it."""
+    plain = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return (255 * plain.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def rows_of(
+    image: torch.Tensor,
+    tasks: Sequence[Task],
+    found: Mapping[str, np.ndarray],
+    labels: Mapping[str, torch.Tensor] | None = None,
+) -> list[Row]:
+    """A row of the image and its maps, below one of the labels where there are any; depth is shaded alike in both."""
+    wanted = {}
+    for task in tasks if labels else ():
+        label = labels[task.name].numpy()
+        wanted[task.name] = label if label.ndim == 2 else label[0] if len(label) == 1 else label.transpose(1, 2, 0)
+    rows, first = [], ("image", image_of(image))
+    for title, maps in (("labels", wanted), ("maps", found)):
+        pictures = [first]
+        for task in tasks if maps else ():
+            depth = (wanted or maps)[task.name]
+            known = depth[depth != IGNORE]
+            depths = (float(known.min()), float(known.max()) + 1e-6) if task.kind == "depth" and known.size else (0, 1)
+            pictures.append((task.title, picture_of(task, maps[task.name], depths)))
+        rows += [(title, pictures)] if maps else []
+    return rows
+
+
+def write_sheet(rows: Sequence[Row], path: Path) -> None:
+    """All rows in one PNG, a column a task."""
+    height, width = rows[0][1][0][1].shape[:2]
+    columns = max(len(pictures) for _, pictures in rows)
+    tall = height + _TITLE + _GAP
+    sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, len(rows) * tall + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, pictures) in enumerate(rows):
+        for column, (name, colours) in enumerate(pictures):
+            x, y = _GAP + column * (width + _GAP), _GAP + number * tall
+            draw.text((x, y - 1), f"{name}, {title}" if column == 0 else name, fill="black")
+            sheet.paste(Image.fromarray(np.asarray(colours, np.uint8)), (x, y + _TITLE))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="png")
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())

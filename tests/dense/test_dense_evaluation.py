@@ -1,0 +1,198 @@
+"""The whole path on folders in the real layouts: train, evaluate, resume, compare, predict."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from dense_cases import make_folder, make_nyud, make_pascal, make_swin, write_npy
+from PIL import Image
+
+from mtl_lora import UserError, cli
+from mtl_lora.dense import Predictor
+from mtl_lora.dense import evaluate as evaluation
+from mtl_lora.dense.config import EvalConfig, TrainConfig
+from mtl_lora.dense.train import run
+from mtl_lora.metrics import METRICS
+from mtl_lora.report.compare import compare
+from mtl_lora.results import Results
+
+COUNT, SIZE = 5, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four training images and, of those, three to test."""
+    root = make_folder(tmp_path_factory.mktemp("dense") / "data", COUNT, SIZE)
+    (root / "test.txt").write_text("1\n0\n2\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(no_old_objects, made_once, folder, tmp_path_factory):
+    """A checkpoint of a few steps of all four tasks."""
+    base = str(made_once("tiny_swin_evaluated", make_swin))
+    path = tmp_path_factory.mktemp("dense_trained") / "run"
+    train(base, folder, path)
+    return path
+
+
+def train(base, data, path, **changes):
+    settings = {"image_size": SIZE, "dtype": "fp32", "lora_r": 2, "batch_size": 2, "max_steps": 6, "save_step": 0}
+    settings |= {"learning_rate": 1e-2, "warmup_ratio": 0.0, "augmentation": "none"} | changes
+    run(TrainConfig(base_model=base, data_path=str(data), output_dir=str(path), **settings))
+
+
+def evaluated(trained, folder, output, **flags):
+    settings = {"data_dir": str(folder), "output_dir": str(output), "batch_size": 2, **flags}
+    found = evaluation.run(EvalConfig(checkpoint=str(trained), **settings))
+    return found.get("maps")
+
+
+def test_results_are_those_of_the_maps_that_are_saved(trained, folder, tmp_path):
+    """Worked out again from the files of the maps and of the labels, pixel by pixel."""
+    results = evaluated(trained, folder, tmp_path, save_maps=True, sheet=2, official=True)
+    found = {name: [] for name in ("things", "far", "normal")}
+    for id in ("1", "0", "2"):
+        for name, kept in found.items():
+            suffix = "png" if name == "things" else "npy"
+            pair = [tmp_path / "maps" / name / f"{id}.{suffix}", folder / name / f"{id}.{suffix}"]
+            kept.append([np.array(Image.open(path)) if suffix == "png" else np.load(path) for path in pair])
+    given, wanted = (np.array(side) for side in zip(*found["things"], strict=True))
+    overlap = [((given == c) & (wanted == c)).sum() / max(((given == c) | (wanted == c)).sum(), 1) for c in range(3)]
+    assert results.tasks["things"].value == pytest.approx(np.mean(overlap), abs=1e-12)
+    given, wanted = (np.array(side) for side in zip(*found["far"], strict=True))
+    assert results.tasks["far"].value == pytest.approx(np.sqrt(((given - wanted) ** 2).mean()), rel=1e-5)
+    given, wanted = (np.array(side, np.float64) for side in zip(*found["normal"], strict=True))
+    angles = np.degrees(np.arccos(np.clip((given * wanted).sum(axis=-1), -1, 1)))
+    assert results.tasks["normal"].value == pytest.approx(angles.mean(), abs=1e-3)
+    assert results.tasks["normal"].others["rmse_angle"].value == pytest.approx(np.sqrt((angles**2).mean()), abs=1e-3)
+    assert results.tasks["normal"].measured["official"]["rmse"] == results.tasks["normal"].value
+    assert (results.system, results.average) == ("dense", None)  # of degrees and percent there is no mean
+    assert results.trainable.adapter > 0 and results.settings["image_size"] == SIZE
+    assert Results.load(tmp_path).to_json() == results.to_json()
+    width, height = Image.open(tmp_path / "sheet.png").size
+    assert (width, height) == (5 * (SIZE + 4) + 4, 4 * (SIZE + 16) + 4)
+
+
+def test_evaluation_resumes_and_does_not_depend_on_the_batch(trained, folder, tmp_path, monkeypatch):
+    whole = evaluated(trained, folder, tmp_path / "whole", batch_size=3)
+    answer, left = evaluation.Evaluator.answer, [1]
+
+    def stop(*arguments):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return answer(*arguments)
+
+    monkeypatch.setattr(evaluation.Evaluator, "answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(trained, folder, tmp_path / "cut", batch_size=1)
+    monkeypatch.setattr(evaluation.Evaluator, "answer", answer)
+    seen, maps = [], evaluation.Evaluator.maps
+
+    def counted(evaluator, images):
+        seen.append(len(images))
+        return maps(evaluator, images)
+
+    monkeypatch.setattr(evaluation.Evaluator, "maps", counted)
+    cut = evaluated(trained, folder, tmp_path / "cut", batch_size=1)
+    assert sum(seen) == 2  # of three images
+    for name, task in whole.tasks.items():
+        assert cut.tasks[name].value == pytest.approx(task.value, rel=1e-4, abs=1e-6)
+    seen.clear()
+    evaluated(trained, folder, tmp_path / "cut", batch_size=1)
+    assert not seen
+    evaluated(trained, folder, tmp_path / "cut", batch_size=1, save_maps=True)
+    assert sum(seen) == 3  # what was answered has no maps
+
+
+def test_two_evaluations_compare_by_task_and_tables_say_the_units(trained, folder, tmp_path, capsys):
+    evaluated(trained, folder, tmp_path / "a", name="first")
+    evaluated(trained, folder, tmp_path / "b", name="second", dtype="fp64")
+    capsys.readouterr()
+    cli.main(["report", "compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    found = capsys.readouterr().out
+    assert "in degrees, lower is better" in found
+    assert not [line for line in found.splitlines() if line.startswith("| Average")]  # of degrees and percent
+    cli.main(["report", "table", str(tmp_path / "a"), str(tmp_path / "b")])
+    rows = capsys.readouterr().out
+    angle = Results.load(tmp_path / "a").tasks["normal"].value
+    assert f"{angle:.3f}" in rows
+    other = shutil.copytree(folder, tmp_path / "other")
+    write_npy(other / "far" / "0.npy", np.full((SIZE, SIZE), 2.0, np.float32))
+    found = evaluated(trained, other, tmp_path / "c", tasks=["far", "things"])
+    with pytest.raises(UserError, match="test data of far are not the same"):
+        compare(Results.load(tmp_path / "a"), found)
+
+
+@pytest.mark.parametrize("make", [make_pascal, make_nyud], ids=["pascal", "nyud"])
+def test_real_layouts_go_the_whole_way(made_once, tmp_path, make):
+    base = str(made_once("tiny_swin_evaluated", make_swin))
+    data = make(tmp_path / "data", train=3, test=2)
+    train(base, data, tmp_path / "run", augmentation="auto", max_steps=2)
+    results = evaluated(tmp_path / "run", data, tmp_path / "results")
+    metrics = {name: task.metric for name, task in results.tasks.items()}
+    if make is make_pascal:
+        assert metrics == {"semseg": "miou", "human_parts": "miou", "sal": "saliency_miou", "normals": "mean_angle"}
+    else:
+        assert metrics == {"semseg": "miou", "depth": "depth_rmse", "normals": "mean_angle"}
+    assert all(task.n == 2 and task.measured["unlabelled"] == 0 for task in results.tasks.values())
+    assert 0 < results.tasks["normals"].value < 180
+    if make is make_pascal:  # the left half, of which half the rows have no part, and the rest is nowhere
+        rows = [json.loads(line) for line in (tmp_path / "results/predictions/semseg.jsonl").read_text().splitlines()]
+        pixels = [sum(row["counts"][:21]) + sum(row["counts"][42:]) for row in rows]
+        assert pixels == [SIZE * SIZE / 2] * 2  # the labelled pixels at the model's size
+
+
+def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, capsys):
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    draw = np.random.default_rng(0)
+    for name, shape in (("a", (20, 30, 3)), ("b", (40, 17, 3))):
+        Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)).save(inputs / f"{name}.png")
+    command = ["predict", "--checkpoint", str(trained), "--input", str(inputs), "--output", str(tmp_path / "out")]
+    cli.main(command)
+    found = Predictor(trained).predict([inputs / "a.png", Image.open(inputs / "b.png")])
+    assert found[0]["things"].shape == (20, 30) and found[1]["normal"].shape == (40, 17, 3)
+    assert (np.array(Image.open(tmp_path / "out/things/a.png")) == found[0]["things"]).all()
+    assert np.allclose(np.load(tmp_path / "out/normal/b.npy"), found[1]["normal"], atol=1e-6)
+    assert np.abs(np.array(Image.open(tmp_path / "out/front/a.png")) / 255 - found[0]["front"]).max() < 0.003
+    assert Image.open(tmp_path / "out/sheet.png").size[1] == 2 * (SIZE + 16) + 4
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"image_size": 4}, "image_size must be at least 8"),
+        ({"tasks": ["flow"]}, "no task 'flow'"),
+        ({"data_dir": "/nowhere"}, "/nowhere"),
+        ({"cutoff_len": 5}, "cutoff_len does nothing"),
+        ({"split": "dev"}, "split must be one of"),
+    ],
+)
+def test_flag_that_cannot_be_is_named(trained, folder, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        evaluated(trained, folder, tmp_path, **flags)
+
+
+def test_task_without_any_label_is_named_and_nothing_is_written(trained, folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    for id in "012":
+        write_npy(data / "far" / f"{id}.npy", np.zeros((SIZE, SIZE)))
+    with pytest.raises(UserError, match="label of far"):
+        evaluated(trained, data, tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+    results = evaluated(trained, data, tmp_path / "out", tasks=["things", "front"])
+    assert set(results.tasks) == {"things", "front"}
+
+
+def test_every_metric_of_a_kind_is_measured(trained, folder, tmp_path):
+    results = evaluated(trained, folder, tmp_path)
+    for task in results.tasks.values():
+        assert {task.metric, *task.others} <= METRICS.keys()
+    assert set(results.tasks["front"].others) == {"max_f"} and set(results.tasks["things"].others) == {"miou_present"}
