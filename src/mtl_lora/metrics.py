@@ -473,7 +473,7 @@ METRICS: dict[str, Metric] = {
     ),
     "vqa_accuracy": Mean("VQA accuracy", "answers", vqa_accuracy, "score", target="answers"),
     "vqa_accuracy_official": Mean("Official VQA accuracy", "answers", vqa_accuracy_official, "score", target="answers"),
-    "cider": Mean("CIDEr", "references", None, "cider", highest=10),
+    "cider": Mean("CIDEr", "references", None, "cider", highest=10, unit="times 100"),
     "bleu4": Statistic("BLEU-4", "references", None, _bleu4, "bleu4"),
     "miou": Statistic("mIoU", "classes", None, _miou, "counts"),
     "miou_present": Statistic("mIoU of present classes", "classes", None, _miou_present, "counts"),

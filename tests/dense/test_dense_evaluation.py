@@ -163,6 +163,8 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     with pytest.raises(SystemExit):
         cli.main(command)
     assert "--overwrite" in capsys.readouterr().err
+    with pytest.raises(UserError, match="8 bits"):
+        Predictor(trained).predict([Image.fromarray(np.full((9, 9), 4000, np.uint16))])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from mtl_lora.errors import UserError
 from mtl_lora.image_text import captions
 from mtl_lora.metrics import METRICS, vqa_accuracy, vqa_accuracy_official, vqa_normalised
+from mtl_lora.report.table import units_text
 from mtl_lora.results import TaskResult, measure
 
 needs_scorers = pytest.mark.skipif(
@@ -128,6 +129,7 @@ def test_cider_is_that_of_a_slow_one_and_is_measured_from_the_lines_alone():
     result = measure("cider", [{"parsed": "any", "answer": "any", "answers": [], **row} for row in rows])
     assert result.value == pytest.approx(sum(scores) / 4) and result.value > 1 and result.stderr > 0
     assert result.majority is None and "predicted" not in result.measured
+    assert units_text(["cider", "bleu4"]) == "CIDEr times 100; BLEU-4 in percent; "
     assert TaskResult.read_json(reader(), result.to_json(), "task") == result
 
 

@@ -145,9 +145,15 @@ class DenseDataset(Dataset):
 
 
 def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image (H, W, 3), reduced by a whole number where it is much larger than ``size``; its own height and width."""
-    image = (image if isinstance(image, Image.Image) else read_image(Path(image))).convert("RGB")
-    shape = image.height, image.width
+    """An image (H, W, 3), reduced by a whole number where it is much larger than ``size``; its own height and width.
+
+    Raises ``UserError`` for one that is broken or has more than 8 bits.
+    """
+    name = image if isinstance(image, str | Path) else "an image"
+    image = image if isinstance(image, Image.Image) else read_image(Path(image))
+    if image.mode[0] in "IF":  # whose values PIL would cut off at 255
+        raise UserError(f"{name} has pixels of 16 or 32 bits (mode {image.mode}); convert it to 8 bits")
+    image, shape = image.convert("RGB"), (image.height, image.width)
     factor = min(shape) // size
     return np.array(image.reduce(factor) if factor > 1 else image), shape
 

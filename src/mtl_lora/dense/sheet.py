@@ -26,10 +26,16 @@ def map_of(task: Task, output: torch.Tensor, shape: tuple[int, int] | None = Non
     depth: (H, W).
     """
     output = output.detach().float()
-    if shape is not None:
-        output = resized(output[None], shape)[0]
+    shape = shape or output.shape[-2:]
     if task.has_classes:
-        return output.argmax(dim=0).to(torch.uint8).cpu().numpy()
+        # Class by class, for all of them at the size of a photograph would take gigabytes.
+        best, found = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.uint8)
+        for number, scores in enumerate(output.cpu()):
+            scores = resized(scores[None, None], shape)[0, 0]
+            found[scores > best] = number
+            best = torch.maximum(best, scores)
+        return found.numpy()
+    output = resized(output[None], shape)[0]
     if task.kind == "normals":
         return F.normalize(output, dim=0).permute(1, 2, 0).cpu().numpy()
     return (output[0] if task.kind == "depth" else output[0].sigmoid()).cpu().numpy()

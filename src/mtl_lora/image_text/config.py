@@ -137,13 +137,15 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not self.checkpoint and not (self.base_model and self.no_images):
+        if not self.checkpoint and not self.base_model:
             raise UserError("pass --checkpoint DIR, or --base_model NAME --no_images for a model that is not trained")
         if self.no_images and self.features:
             raise UserError("--no_images and --features cannot be combined; pass one")
 
     def check_files(self) -> None:
         super().check_files()
+        if not self.checkpoint and self.images:
+            raise UserError("a model that is not trained sees no images; pass --no_images, or --checkpoint DIR")
         if self.tasks_file:
             TaskSet.load(self.tasks_file)
 

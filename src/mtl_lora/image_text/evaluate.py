@@ -94,6 +94,7 @@ class Evaluator(evaluation.Evaluator):
     )
 
     def __init__(self, config: AnswerConfig):
+        config.check_files()
         self.config, path = config, config.checkpoint
         origin = self.read_checkpoint()
         self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})

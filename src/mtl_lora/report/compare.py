@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, intervals, mcnemar_p
-from mtl_lora.metrics import METRICS, Metric
+from mtl_lora.metrics import METRICS, Metric, scale_of
 from mtl_lora.predictions import paired_answers
 from mtl_lora.report.table import AVERAGE, NOTHING, Report, TextTable, interval_text, units_text, value_text
 from mtl_lora.results import Results
@@ -59,7 +59,11 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
         changes = {f"{key} {part}": (row[key] or {}).get(part) for key in ("value", "f1") for part in CHANGE_KEYS}
         facts = {key: row[key] for key in ("n", "metric", "only_a", "only_b", "p")}
         records.append({"task": task, **facts, **changes})
-    notes = _notes(a, b, seed, resamples)
+    percentages, judged = (
+        all(scale_of(metric) == 100 for metric in metrics.values()),
+        any(row["p"] for row in rows.values()),
+    )
+    notes = _notes(a, b, seed, resamples, percentages, judged, None in rows)
     if {*metrics.values()} != {"accuracy"}:
         notes.append(f"Scores: {units_text(metrics.values()).removesuffix('; ')}.")
     if f1s and (without := [name for name in answers if name not in f1s]):
@@ -108,17 +112,29 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
-def _notes(a: Results, b: Results, seed: int, resamples: int) -> list[str]:
-    """What the numbers are, and what differs between the runs besides what is compared."""
+def _notes(
+    a: Results, b: Results, seed: int, resamples: int, percentages: bool, judged: bool, averaged: bool
+) -> list[str]:
+    """What the numbers are, and what differs between the runs besides what is compared.
+
+    percentages, judged, averaged: whether all scores are in percent, any has a p, and they have an average.
+    """
+    points = "percentage points" if percentages else "percentage points, of scores in another unit in that unit"
     notes = [
-        f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in percentage points.",
+        f"A: {a.name} ({a.path.parent}). B: {b.name} ({b.path.parent}). B - A in {points}.",
         f"Interval: {LEVEL} percentile interval of a paired bootstrap, {resamples:,} resamples of the "
         f"questions within each task, seed {seed}.",
-        "p: exact two-sided McNemar test of the questions that only A answers right against those that only B does; "
-        "not corrected for the number of tasks.",
-        "Average: every task weighs the same in the scores, every question that is right or wrong in p, which pools "
-        "those of all tasks.",
     ]
+    if judged:
+        notes.append(
+            "p: exact two-sided McNemar test of the questions that only A answers right against those that only B "
+            "does; not corrected for the number of tasks."
+        )
+    if averaged:
+        notes.append(
+            "Average: every task weighs the same in the scores"
+            + (", every question that is right or wrong in p, which pools those of all tasks." if judged else ".")
+        )
     if a.settings.get("base_fingerprint") != b.settings.get("base_fingerprint"):
         notes.append(f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.")
     if a.settings.get("dtype") != b.settings.get("dtype"):

@@ -68,7 +68,7 @@ class PlannedJob:
         # DeepSpeed's launcher has its own flag for a module, and would put --local_rank before the command's name.
         words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
         words += ["mtl_lora", step]
-        if step == "train" and self.grid.system != next(iter(SYSTEMS)):
+        if "checkpoint" not in self.flags[step] and self.grid.system != next(iter(SYSTEMS)):
             words += ["--system", self.grid.system]
         for name, value in (self.flags[step] | more).items():
             words += [f"--{name}", cli.spelled(value)]
