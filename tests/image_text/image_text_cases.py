@@ -1,5 +1,6 @@
 """Tiny models that read pictures, features, and tasks of every kind of answer."""
 
+import json
 import random
 from pathlib import Path
 
@@ -81,12 +82,13 @@ def make_causal(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def write_features(path: Path, images=PICTURES, grid: int = GRID, dim: int = DIM) -> None:
-    """An HDF5 file with random features of the images."""
+def write_features(path: Path, images=PICTURES, grid: int = GRID, dim: int = DIM, made_by: str = "aaa") -> None:
+    """An HDF5 file with random features of the images, as of a vision model of this fingerprint."""
     import h5py
     import torch
 
     with h5py.File(path, "w") as opened:
+        opened.attrs["mtl_lora"] = json.dumps({"model": "tiny", "fingerprint": made_by, "size": 98})
         for image in images:
             generator = torch.Generator().manual_seed(hash_of(image))
             opened.create_group(image)["features"] = torch.randn(grid * grid, dim, generator=generator).numpy()

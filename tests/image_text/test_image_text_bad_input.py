@@ -39,6 +39,11 @@ LINES = {
     "size of no task": ("train --task_batches=round_robin --task_batch_sizes=gqa=3", ["'gqa'", "vqa 0"]),
     "no way to see": ("evaluate --checkpoint= --system=image_text --base_model=bart", ["--no_images", "--checkpoint"]),
     "features of another model": ("evaluate --features=wide.h5", ["wide.h5", "3 x 3", "5 numbers", "8"]),
+    "features of another vision model": ("evaluate --features=other.h5", ["other.h5", "bbb at 98 pixels", "aaa at 98"]),
+    "two vision models": (
+        "train --features=features.h5,more.h5",
+        ["features.h5", "more.h5", "different vision models"],
+    ),
     "features and none": ("evaluate --no_images --features=features.h5", ["--no_images", "--features"]),
     "two ablations": ("evaluate --no_images --shuffle_images", ["--no_images", "--shuffle_images"]),
     "image in a test set": ("evaluate --data_dir=lost", ["lost/vqa/test.json", "'p99'"]),
@@ -71,6 +76,8 @@ def inputs(trained, bart, pictures, tmp_path_factory) -> Path:
     write(folder / "unnamed.json", [{"image": "p0", "text": "red?"}])
     write(folder / "long.json", [NLVR | {"text": "red box " * 90}])
     write_features(folder / "wide.h5", dim=5)
+    write_features(folder / "other.h5", made_by="bbb")
+    write_features(folder / "more.h5", images=["p77"], made_by="bbb")
     for name, cells in {"oblong": 7, "mixed": 4}.items():
         shutil.copy(folder / "features.h5", folder / f"{name}.h5")
         with h5py.File(folder / f"{name}.h5", "r+") as opened:

@@ -103,7 +103,7 @@ class TrainConfig(TrainingConfig):
         """The images that the model takes, by their features; raises ``UserError`` for a ``pool`` above their grid."""
         from mtl_lora.image_text.model import VisualConfig
 
-        return VisualConfig(dim=store.dim, grid=store.grid, pool=self.pool, images=self.images)
+        return VisualConfig(store.dim, store.grid, self.pool, self.images, store.source)
 
     def count(self) -> tuple[int, int]:
         from mtl_lora.base_model import BaseModel
@@ -177,9 +177,13 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
         "words of captions: ptb, as coco-caption, which needs Java; simple; auto: ptb where it runs",
         choices=TOKENIZERS,
     )
+    page: int = flag(0, "questions on a page of pictures and answers, pictures.html; 0: none", min=0, affects="nothing")
+    pictures: str | None = flag(None, "folder of the pictures for --page", affects="nothing")
 
     def validate(self) -> None:
         super().validate()
+        if bool(self.page) != bool(self.pictures):
+            raise UserError("--page N and --pictures DIR belong together; pass both")
         if self.no_images and self.shuffle_images:
             raise UserError("--no_images and --shuffle_images cannot be combined; pass one")
 

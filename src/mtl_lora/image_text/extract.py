@@ -29,10 +29,9 @@ from mtl_lora.base_model import BaseModel, accepts_argument, device_for_this_pro
 from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
-from mtl_lora.image_text.features import FEATURES
+from mtl_lora.image_text.features import FEATURES, SETTINGS
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SETTINGS = "mtl_lora"  # the attribute of the HDF5 file that says what made it
 _MOST_NAMED = 5  # broken images that an error lists
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import h5py
 
 FEATURES = "features"  # the dataset in the group of an image id
+SETTINGS = "mtl_lora"  # the attribute of an HDF5 file of mtl-lora features that says what made it
 _MOST_NAMED = 5  # problems that an error lists
 _SAMPLED = 64  # images whose features the fingerprint reads
 
@@ -116,6 +118,28 @@ class FeatureStore:
                 f"of {len(wanted):,} images the features of {len(problems):,} cannot be used: "
                 f"{'; '.join(problems[:_MOST_NAMED])}{more}; extract them with mtl-lora features, or correct --features"
             )
+
+    @functools.cached_property
+    def source(self) -> str | None:
+        """The vision model and size of images that made the features; None for files that do not say.
+
+        Raises ``UserError`` for two files of different ones.
+        """
+        import h5py
+
+        found = {}
+        for path in dict.fromkeys(home for image, home in self._home.items() if home.stem != image):
+            with h5py.File(path, "r") as opened:
+                try:
+                    made = json.loads(opened.attrs[SETTINGS])
+                    found[f"{made['fingerprint'][:12]} at {made['size']} pixels"] = path
+                except (KeyError, ValueError, TypeError):
+                    continue
+        if len(found) > 1:
+            raise UserError(
+                f"the features in {' and '.join(map(str, found.values()))} are of different vision models or sizes"
+            )
+        return next(iter(found), None)
 
     @functools.cached_property
     def fingerprint(self) -> str:

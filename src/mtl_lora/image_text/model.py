@@ -3,8 +3,11 @@
 Where they join: in an encoder that normalises its embeddings (BART) behind that norm and before the dropout, as in
 VL-BART (arXiv 2102.02779), so that they bypass norm and positions; elsewhere as input embeddings, behind the text in an
 encoder-decoder, before it in a causal language model. A bias of relative positions (T5) is between tokens of text
-alone, as in VL-T5. ``model(...)`` and ``model.generate(...)`` take ``features``
-beside ``input_ids``, and an ``attention_mask`` of the joined length, in that order.
+alone, as in VL-T5. ``model(...)`` and ``model.generate(...)`` take ``features`` beside ``input_ids``, and an
+``attention_mask`` of the joined length, in that order.
+
+An adapter trains the visual embedding whole. Without the adapter (``disabled``, ``unload``) it is as it was drawn, and
+``merge`` leaves it as it was trained. Neither transformers nor PEFT knows such a model, so none is exported.
 
 Shape legend: B rows, I images of a row, G cells of an image's grid, D numbers of a cell, N visual tokens of an image,
 L tokens of text, d the width of the language model.
@@ -39,12 +42,14 @@ class VisualConfig(Config):
     """The images that a model takes: D numbers (dim) for each of grid x grid cells, most of them a row has (images).
 
     pool: cells along a side after adaptive max pooling; None: the grid as it is. The original pools 7 to 6.
+    source: what made the features, see ``FeatureStore.source``; those of another may have the same shape.
     """
 
     dim: int
     grid: int
     pool: int | None = None
     images: int = 2
+    source: str | None = dataclasses.field(default=None, compare=False, metadata={"before": None})
 
     def validate(self) -> None:
         for name in ("dim", "grid", "images"):
