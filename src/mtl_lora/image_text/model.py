@@ -3,8 +3,11 @@
 Where they join: in an encoder that normalises its embeddings (BART) behind that norm and before the dropout, as in
 VL-BART (arXiv 2102.02779), so that they bypass norm and positions; elsewhere as input embeddings, behind the text in an
 encoder-decoder, before it in a causal language model. A bias of relative positions (T5) is between tokens of text
-alone, as in VL-T5. ``model(...)`` and ``model.generate(...)`` take ``features``
-beside ``input_ids``, and an ``attention_mask`` of the joined length, in that order.
+alone, as in VL-T5. ``model(...)`` and ``model.generate(...)`` take ``features`` beside ``input_ids``, and an
+``attention_mask`` of the joined length, in that order.
+
+An adapter trains the visual embedding whole. Without the adapter (``disabled``, ``unload``) it is as it was drawn, and
+``merge`` leaves it as it was trained. Neither transformers nor PEFT knows such a model, so none is exported.
 
 Shape legend: B rows, I images of a row, G cells of an image's grid, D numbers of a cell, N visual tokens of an image,
 L tokens of text, d the width of the language model.

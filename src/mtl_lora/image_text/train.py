@@ -1,5 +1,6 @@
 """Training on images and texts: batches of all tasks or of one, visual tokens in a language model, an adapter on it."""
 
+import functools
 import itertools
 
 import datasets
@@ -62,6 +63,9 @@ class ImageTextRun(Run):
         longest = int(self._lengths(rows).max())
         self.base.check_positions(longest, "the longest example with its visual tokens; lower --cutoff_len, or --pool")
 
+    def limit(self) -> str:
+        return f"the limits of its task or {super().limit()}"
+
     def _lengths(self, rows: datasets.Dataset) -> np.ndarray:
         """Tokens of each example and of its images, (N,)."""
         columns = row_columns(rows)
@@ -83,12 +87,16 @@ class ImageTextRun(Run):
         return loaded
 
     def ends(self):
-        means = mean_answer_tokens(self.train, self.tasks)
-        return Collator(self.encoder, self.store, self.images.tokens, self.config.seed, means), answer_losses
+        collator = Collator(self.encoder, self.store, self.images.tokens, self.config.seed, self.mean_tokens)
+        return collator, answer_losses
+
+    @functools.cached_property
+    def mean_tokens(self) -> dict[int, float]:
+        """The mean tokens of an answer of each task whose loss is by token, kept, for all training answers are read."""
+        return mean_answer_tokens(self.train, self.tasks)
 
     def facts(self) -> dict[str, object]:
-        means = mean_answer_tokens(self.train, self.tasks)
-        by_name = {self.tasks[task_id].name: mean for task_id, mean in means.items()}
+        by_name = {self.tasks[task_id].name: mean for task_id, mean in self.mean_tokens.items()}
         return {"features": self.store.fingerprint, "mean_answer_tokens": by_name}
 
     @classmethod

@@ -129,14 +129,14 @@ def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Da
     return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
 
 
-def shortened_note(rows: datasets.Dataset, cutoff_len: int, where: str) -> str:
-    """One line on how many examples the cutoff shortened, and ``where`` in them."""
+def shortened_note(rows: datasets.Dataset, limit: str, where: str) -> str:
+    """One line on how many examples the limit (in words) shortened, and ``where`` in them."""
     removed = row_columns(rows)["removed"]
     count = int((removed > 0).sum())
     if not count:
-        return f"no example is longer than the cutoff of {cutoff_len} tokens"
+        return f"no example is longer than {limit}"
     return (
-        f"{count:,} of {len(rows):,} examples are longer than the cutoff of {cutoff_len} tokens: "
+        f"{count:,} of {len(rows):,} examples are longer than {limit}: "
         f"{int(removed.sum()):,} tokens were taken from {where}"
     )
 

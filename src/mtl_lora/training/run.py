@@ -72,6 +72,10 @@ class Run:
         way_out = f"the longest example; lower --cutoff_len, which is {self.config.cutoff_len}"
         self.base.check_positions(longest, way_out)
 
+    def limit(self) -> str:
+        """What shortens an example, in words."""
+        return f"the cutoff of {self.config.cutoff_len} tokens"
+
     def task_counts(self, rows: datasets.Dataset) -> np.ndarray:
         """The examples of each task, (T,)."""
         return np.bincount(row_columns(rows)["task_id"], minlength=len(self.tasks))
@@ -146,7 +150,7 @@ class Run:
         task_ids = self.columns(self.train)["task_id"]
         lengths, group_tasks = self.plan(structure)
         sampler = self.sampler(lengths, task_ids, group_tasks)
-        shortened = f"; {shortened_note(rows, config.cutoff_len, self.shortened_at)}" if self.shortened_at else ""
+        shortened = f"; {shortened_note(rows, self.limit(), self.shortened_at)}" if self.shortened_at else ""
         self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
         self.log(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
