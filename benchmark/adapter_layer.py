@@ -105,7 +105,7 @@ def layer_passes(
     device = device_for_this_process()
     base = nn.Linear(width, width, bias=False, device=device, dtype=dtype).requires_grad_(False)
     layers = {"frozen": base, "peft": peft_layer(base, dropout)}
-    adapting = [method for method, layer in methods().items() if layer.adapts]
+    adapting = [method for method, layer in methods().items() if layer.adapts and not layer.only_streams]
     layers |= {method: layer_class(method)(base, adapter_config(method, dropout, TASKS)) for method in adapting}
     layers |= {"gathering": GatheringLayer(layers["mtl_lora"]), "looping": LoopingLayer(layers["mtl_lora"])}
     x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=not forward_only)

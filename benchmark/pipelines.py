@@ -28,7 +28,10 @@ SIDES = {
     "original": "the reference implementation: random batches padded to their longest row, logits for every token, "
     "gradient checkpointing, the gathering form of MTL-LoRA (baselines/gathering.py)",
     "peft": "PEFT's LoRA in its usual set-up: random padded batches, logits for every token, no checkpointing",
-    **dict.fromkeys(methods(), "ours: rows of similar length, logits for answers only"),
+    **dict.fromkeys(
+        (name for name, layer in methods().items() if not layer.only_streams),
+        "ours: rows of similar length, logits for answers only",
+    ),
     "gathering": "as mtl_lora, but its layers in the gathering form (baselines/gathering.py)",
     "looping": "as mtl_lora, but its layers loop over the tasks (baselines/looping.py)",
     "peft_layer": "as lora, but with PEFT's layers",

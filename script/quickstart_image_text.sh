@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a table of questions and statements on pictures: makes the environment, fetches DINOv2-S, SmolLM2-135M
 # and the sets easy-VQA and NLVR, extracts features of a part of the pictures, trains LoRA and, with as many weights,
-# MTL-LoRA, and scores them on questions of the test sets, beside the majority class.
+# MTL-LoRA, and scores them on questions of the test sets, beside the majority class. Look at
+# output/quickstart_image_text/mtl_lora/evaluation/pictures.html: twelve pictures, what is right and what the model said.
 #
 #   bash script/quickstart_image_text.sh [--captions]
 #
@@ -36,7 +37,7 @@ run() {  # run FOLDER NAME ARGUMENT... : a training and its evaluation
         --pool 4 --lora_dropout 0 --batch_size 16 --max_steps "${MAX_STEPS:-150}" --learning_rate 2e-3 --warmup_ratio 0.05 \
         --lr_scheduler_type constant_with_warmup --save_step 0 --logging_steps 20 --seed 42 "${@:3}"
     python -m mtl_lora evaluate --checkpoint "$out/$1" --data_dir "$data/test" --limit "${LIMIT:-200}" --overwrite \
-        --name "$2" > /dev/null
+        --name "$2" --page 12 --pictures "$data/images" > /dev/null
 }
 run lora "LoRA" --adapter_name lora --lora_r 15 --lora_alpha 30
 run mtl_lora "MTL-LoRA" --adapter_name mtl_lora --lora_r 8 --lora_alpha 16 --num_B 3 --temperature 0.1

@@ -75,6 +75,14 @@ train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
         --cutoff_len "${CUTOFF_LEN:-128}"
 }
 
+train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, without DeepSpeed, for the base is small
+    DEEPSPEED=none MAX_GRAD_NORM=5.0 EPOCHS="${EPOCHS:-300}" train_any "$@" --system dense \
+        --base_model "${BASE_MODEL:-microsoft/swin-tiny-patch4-window7-224}" \
+        --data_path "${DATA_PATH:-${project}data/PASCAL_MT}" --image_size "${IMAGE_SIZE:-448}" \
+        --lora_dropout 0.05 --drop_path 0.2 \
+        --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-3.125e-5}" --workers "${WORKERS:-8}"
+}
+
 train_vlbart() {  # train_vlbart RECIPE R ALPHA ARGUMENT... : b examples of a step of VQA, other tasks in proportion
     local b="${BATCH_SIZE:-512}" parts features="" folder
     count_processes

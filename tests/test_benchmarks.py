@@ -13,6 +13,7 @@ import torch
 from reference.tiny import adapter_config, randomise, tiny_llama
 from shared import PROJECT, QUICKSTART
 from torch import nn
+from transformers import SwinConfig
 
 from mtl_lora import cli, route
 from mtl_lora.adapter.inject import layer_class
@@ -134,6 +135,16 @@ def test_memory_counts_the_adapter_and_the_optimiser(run, tiny_base):
     flags = ["--records=8", "--batch_size=2", "--dtype=fp32", "--alone=mtl_lora"]
     found = json.loads(run("memory.py", f"--base_model={tiny_base}", *flags).splitlines()[-1])
     assert found["tensors"] > found["held"] + 3 * 4 * found["trained"]
+
+
+def test_dense_compares_one_forward_of_all_tasks_with_a_model_of_each(run, tmp_path):
+    sizes = {"patch_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
+    SwinConfig(**sizes).save_pretrained(tmp_path)
+    flags = ["--tasks", "2", "--image_size", "16", "--rounds", "1", "--rank", "4", "--config", str(tmp_path)]
+    record = json.loads(run("dense.py", *flags, "--results", "none").splitlines()[-1])
+    whole, alone = record["results"]
+    assert whole["decoders"] and not alone["decoders"]
+    assert whole["one"]["trained"] < whole["separate"]["trained"] and alone["one"]["held"] < whole["one"]["held"]
 
 
 def test_gpu_step_can_be_tried_out_on_a_cpu(run):

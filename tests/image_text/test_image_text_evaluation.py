@@ -1,5 +1,8 @@
 """Evaluation and prediction on images and texts: as a model that answers one question at a time, by hand."""
 
+import base64
+import html
+import io
 import json
 import math
 from pathlib import Path
@@ -8,6 +11,7 @@ import pytest
 import torch
 from good_inputs import run
 from image_text_cases import TASKS
+from PIL import Image
 from transformers import AutoTokenizer, GenerationConfig
 
 import mtl_lora
@@ -267,3 +271,37 @@ def test_scores_that_are_not_finite_are_no_answer(trained):
         predictor.evaluator.model.model.shared.weight.data.fill_(torch.nan)
         with pytest.raises(UserError, match=words):
             predictor.predict([{"image": "p0", "text": "red?"}], task=task)
+
+
+def test_a_page_shows_pictures_from_all_over_the_test_sets_with_what_is_right_and_what_was_said(
+    answered, trained, pictures, tmp_path
+):
+    folder, lines = answered["causal"]
+    shown = tmp_path / "pictures"
+    shown.mkdir()
+    for index, image in enumerate(FeatureStore([pictures / "features.h5"])):
+        Image.new("RGB", (300, 20), (index % 256, 0, 0)).save(shown / f"{image}.png")
+    flags = [f"--checkpoint={trained['causal']}", f"--data_dir={pictures / 'test'}", "--dtype=fp32"]
+    flags += ["--caption_tokenizer=simple", f"--output_dir={folder}", "--page=9", f"--pictures={shown}"]
+    before = (folder / "results.json").read_text()
+    done = run(["evaluate", *flags])
+    assert done.code == 0, done.err
+    assert json.loads((folder / "results.json").read_text())["tasks"] == json.loads(before)["tasks"]
+    figures = (folder / "pictures.html").read_text().split("<figure>")[1:]
+    asked = [(task, example) for task in lines for example in questions(pictures, task)]
+    titles = [figure.partition("<small>")[2].partition("</small>")[0] for figure in figures]
+    assert len(figures) == 9 and {titles.count(title) for title in titles} <= {9 // len(lines), 9 // len(lines) + 1}
+    for figure in figures:
+        named = [(task, each) for task, each in asked if html.escape(each.get("text", "")) in figure]
+        said = {html.escape(line["parsed"]) for task, _ in named for line in lines[task]}
+        assert any(f">{text}</b>" in figure for text in said)
+        (width, _), *rest = [
+            Image.open(io.BytesIO(base64.b64decode(source.partition('"')[0]))).size
+            for source in figure.split("base64,")[1:]
+        ]
+        assert width == 240 and len(rest) < 2
+    (folder / "pictures.html").unlink()
+    for image in list(shown.iterdir())[1:]:
+        image.unlink()
+    done = run(["evaluate", *flags])
+    assert done.code == 2 and "--pictures" in done.err and not (folder / "pictures.html").exists()

@@ -177,9 +177,13 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
         "words of captions: ptb, as coco-caption, which needs Java; simple; auto: ptb where it runs",
         choices=TOKENIZERS,
     )
+    page: int = flag(0, "questions on a page of pictures and answers, pictures.html; 0: none", min=0, affects="nothing")
+    pictures: str | None = flag(None, "folder of the pictures for --page", affects="nothing")
 
     def validate(self) -> None:
         super().validate()
+        if bool(self.page) != bool(self.pictures):
+            raise UserError("--page N and --pictures DIR belong together; pass both")
         if self.no_images and self.shuffle_images:
             raise UserError("--no_images and --shuffle_images cannot be combined; pass one")
 

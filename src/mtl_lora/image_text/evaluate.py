@@ -15,10 +15,12 @@ from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import NotANumber, claimed_folders, in_halves, load_questions, plan_batches
 from mtl_lora.image_text import model as visual
+from mtl_lora.image_text import page
 from mtl_lora.image_text.captions import caption_rows, tokenizer_here
 from mtl_lora.image_text.config import ANSWER, OWN, SHUFFLED, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.image_text.data import IGNORED, Collator, Encoder
 from mtl_lora.image_text.examples import Example, load_examples, parse_example
+from mtl_lora.image_text.extract import find_images
 from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import CAPTION, CHOICE, OPEN_SETS, Task, TaskSet
 from mtl_lora.image_text.train import answer_losses
@@ -54,7 +56,7 @@ class Question:
         """The keys of a line that say what is right: the first answer, and all where the metric takes them."""
         example, target = self.example, {"answer": self.example.answer}
         if METRICS[self.task.metric_name].needs == "references":
-            return target | {"answers": list(example.answers)}
+            return target | {"answers": list(example.annotators or example.answers)}  # two may say the same
         if METRICS[self.task.metric_name].target == "answers":
             return target | {"answers": list(example.annotators) or example.answers}
         return target
@@ -330,8 +332,16 @@ def run(config: EvalConfig) -> dict[str, Results]:
     data = config.data_dir, evaluator.tasks, config.tasks
     asked = load_questions(*data, load, evaluator.questions, config.limit, made_by)
     questions = dict.fromkeys(config.protocols, asked.questions)
+    shown, pictures = page.evenly(evaluator.tasks, asked.questions, config.page), {}
+    if shown:
+        pictures = find_images(Path(config.pictures))
+        page.check(pictures, shown, config.pictures)
     with claimed_folders(config, config.protocols):
-        return evaluation.evaluate(evaluator, asked, questions, config.protocols)
+        results = evaluation.evaluate(evaluator, asked, questions, config.protocols)
+        if results and shown:
+            lines = evaluation.Predictions(Path(config.output_folder)).read()
+            page.write(Path(config.output_folder) / page.NAME, results[ANSWER].name, shown, lines, pictures)
+        return results
 
 
 def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:

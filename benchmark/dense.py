@@ -1,0 +1,107 @@
+"""One forward and backward for the maps of T tasks, against T models of a task each: time and memory, in one process.
+
+    python benchmark/dense.py --tasks 1,2,4,8
+
+The one model is a Swin-T with MTLoRA, whose trunk runs once; a model of one task is the same Swin-T with LoRA of that
+rank. Every task has a decoder of 21 classes in both. Weights are random, for they change neither figure. A line also
+without decoders: what the streams cost, which end where the decoders begin.
+"""
+
+import sys
+
+import torch
+from footprint import megabytes, tensor_bytes
+from measure import count, counts, keep, markdown_table, parser, ratio, rounds, shown, shown_ratio, spread
+from torch import nn
+from transformers import SwinConfig, SwinModel
+
+import mtl_lora
+from mtl_lora import AdapterConfig
+from mtl_lora.base_model import device_for_this_process
+from mtl_lora.dense.backbones import with_streams
+from mtl_lora.dense.model import DenseModel, placed
+from mtl_lora.dense.tasks import Task, TaskSet
+from mtl_lora.errors import user_errors_to_exit_code
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_flag("tasks", "numbers of tasks, as a,b", type=counts, default=[1, 2, 4, 8])
+    flags.add_flag("config", "folder with the config.json of another Swin; none: Swin-T", default="none")
+    flags.add_flag("rank", "rank that the tasks share; each task's own is 4", type=count, default=16)
+    flags.add_flag("image_size", "height and width of the images, in pixels", type=count, default=224)
+    flags.add_flag("batch_size", "images", type=count, default=2)
+    flags.add_flag("rounds", "rounds of each side, in turns", type=count, default=5)
+    arguments = flags.parse_args()
+    lines, records = [], []
+    for tasks in arguments.tasks:
+        names = [f"task{index}" for index in range(tasks)]
+        sides = {
+            "one": [built("mtlora", names, arguments)],
+            "separate": [built("lora", [name], arguments) for name in names],
+        }
+        for decoders in (True, False):
+            found = measured(sides, decoders, arguments)
+            records.append({"tasks": tasks, "decoders": decoders, **found})
+            gain = found["ratio"]
+            lines.append(
+                [
+                    f"{tasks}" + ("" if decoders else ", without decoders"),
+                    *(shown(found[side]["images"]) for side in ("one", "separate")),
+                    *shown_ratio(gain)[:2],
+                    *(megabytes(found[side]["held"]) for side in ("one", "separate")),
+                    *(f"{found[side]['trained']:,}" for side in ("one", "separate")),
+                ]
+            )
+            print(lines[-1], file=sys.stderr, flush=True)
+    titles = ("one model", "T models")
+    head = ["tasks", *(f"images/s, {side}" for side in titles), "ratio", "95 % interval"]
+    head += [f"MB held, {side}" for side in titles] + [f"trained, {side}" for side in titles]
+    keep("dense", markdown_table(head, lines), {"arguments": vars(arguments), "results": records}, arguments.results)
+
+
+def measured(sides: dict[str, list[nn.Module]], decoders: bool, arguments) -> dict:
+    """Images a second and bytes that the forward pass holds, of both sides; and their ratio."""
+    size, device = arguments.image_size, device_for_this_process()
+    pixels = torch.randn(arguments.batch_size, 3, size, size, device=device)
+
+    def work(models: list[nn.Module]):
+        def step() -> float:
+            for model in models:
+                forward(model, pixels, decoders).backward()
+                model.zero_grad(set_to_none=True)
+            return len(pixels)
+
+        return step
+
+    rates = rounds({name: work(models) for name, models in sides.items()}, arguments.rounds)
+    found: dict = {"ratio": ratio(rates["one"], rates["separate"])}
+    for name, models in sides.items():
+        held, _ = tensor_bytes(lambda models=models: forward(models[0], pixels, decoders))
+        trained = sum(mtl_lora.trainable_parameters(model)[0] for model in models)
+        # Of separate models one is trained after the other, so what the forward pass of one holds is what they need.
+        found[name] = {"images": spread(rates[name]), "held": held, "trained": trained}
+    return found
+
+
+def built(method: str, names: list[str], arguments) -> nn.Module:
+    """A Swin-T with an adapter and decoders of 21 classes."""
+    tasks = TaskSet(tuple(Task(name, index, kind="semantic", classes=21) for index, name in enumerate(names)))
+    torch.manual_seed(0)
+    config = SwinConfig() if arguments.config == "none" else SwinConfig.from_pretrained(arguments.config)
+    model = DenseModel(with_streams(SwinModel(config)), tasks)
+    adapter = AdapterConfig(method, arguments.rank, 4 * arguments.rank, 0.05, "all-linear", names)
+    return mtl_lora.inject(model, placed(adapter, model)).to(device_for_this_process()).train()
+
+
+def forward(model: nn.Module, pixels: torch.Tensor, decoders: bool) -> torch.Tensor:
+    """A sum of all that the decoders, or the backbone for them, give."""
+    if decoders:
+        return sum(output.sum() for output in model(pixels).values())
+    stages = model.backbone(pixels)
+    return sum((stage.shared if stage.tasks is None else stage.tasks).sum() for stage in stages)
+
+
+if __name__ == "__main__":
+    with user_errors_to_exit_code():
+        main()
