@@ -72,6 +72,9 @@ def test_check_names_all_that_is_wrong_at_once(tmp_path):
 def test_files_that_are_no_features_are_refused(both, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.h5").write_bytes(both[0].read_bytes()[:700])
+    whole = both[0].read_bytes()
+    name = whole.index(b"SNOD")  # a damage in the table of groups
+    (tmp_path / "damaged.h5").write_bytes(whole[:name] + b"\xff" * 40 + whole[name + 40 :])
     bad = random(0)
     bad[3, 2] = np.inf
     with h5py.File(tmp_path / "odd.h5", "w") as opened:
@@ -82,6 +85,7 @@ def test_files_that_are_no_features_are_refused(both, tmp_path):
         ([], "holds no features"),
         ([tmp_path / "none.h5"], "no such file"),
         ([tmp_path / "broken.h5"], "broken.h5 cannot be read"),
+        ([tmp_path / "damaged.h5"], "damaged.h5 cannot be read"),
         ([*both, both[0]], "'a' is in .*ours.h5 and .*ours.h5"),
     ):
         with pytest.raises(mtl_lora.UserError, match=message):

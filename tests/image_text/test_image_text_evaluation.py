@@ -222,6 +222,7 @@ def test_a_prediction_answers_as_the_evaluation_does(kind, answered, trained, pi
     flags = [f"--checkpoint={trained[kind]}", f"--input={tmp_path / 'in.json'}", f"--output={tmp_path / 'out'}"]
     done = run(["predict", *flags, "--batch_size=5", "--dtype=fp32"])
     assert done.code == 0, done.err
+    assert Predictor(trained[kind], features=[str(pictures / "features.h5")]).predict([]) == []
     found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     expected = [line for task in TASKS for line in lines[task["name"]]]
     assert [each["answer"] for each in found] == [line["parsed"] for line in expected]

@@ -276,7 +276,7 @@ def test_a_step_of_one_task_takes_each_example_once_an_epoch():
     ("changes", "words"),
     [
         ({"pool": 4}, "pool must be 1 to 3"),
-        ({"images": 1}, "an example has 2 images.*--images 1"),
+        ({"images": 1}, r"example \d+ has 2 images.*--images 1"),
         ({"cutoff_len": 40, "base_model": "short"}, "positions.*--pool"),
         ({"task_batch_sizes": ["vqa=4"]}, "round_robin"),
         ({"task_batches": "round_robin", "task_batch_sizes": ["vqa"]}, "task=examples.*'vqa'"),

@@ -358,6 +358,7 @@ def test_inputs_that_do_not_fit_are_one_sentence(tmp_path):
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask.*\(1, 11\).*7 tokens.*4 visual.*\(1, 3\)"),
         ({"features": torch.zeros(1, 3, GRID**2, DIM)}, r"at most 2.*\(1, 3, 9, 5\)"),
         ({"features": torch.zeros(1, 1, GRID**2, DIM + 1)}, r"9, 5\).*\(1, 1, 9, 6\)"),
+        ({"features": torch.zeros(2, 1, GRID**2, DIM), "attention_mask": None}, "1 rows, and features 2"),
         ({"input_ids": None}, "input_ids"),
     ]:
         with pytest.raises(UserError, match=words):

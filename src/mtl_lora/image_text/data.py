@@ -76,9 +76,11 @@ class Encoder:
             "prompt cannot be cut; use another tokenizer"
         )
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Iterable[str]) -> list[list[int]]:
+        if not (texts := list(texts)):  # of which a tokenizer raises
+            return []
         # What looks like a control token is text, for EOS in a question would end it.
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _labels(self, task: Task) -> list[list[int]]:
         """The ids of a choice's labels, each with EOS."""

@@ -334,7 +334,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
     questions = dict.fromkeys(config.protocols, asked.questions)
     shown, pictures = page.evenly(evaluator.tasks, asked.questions, config.page), {}
     if shown:
-        pictures = find_images(Path(config.pictures))
+        pictures = find_images(Path(config.pictures), "--pictures")
         page.check(pictures, shown, config.pictures)
     with claimed_folders(config, config.protocols):
         results = evaluation.evaluate(evaluator, asked, questions, config.protocols)

@@ -78,7 +78,7 @@ def run(config: Extract) -> None:
     print(f"{output}: {len(images):,} images, {rows.shape[1]} cells of {rows.shape[2]} numbers")
 
 
-def find_images(folder: Path) -> dict[str, Path]:
+def find_images(folder: Path, passed_by: str = "--images") -> dict[str, Path]:
     """The images below a folder by id, in order of their ids, each of which can be opened and is not too large.
 
     Raises ``UserError`` that names the files that are at fault.
@@ -86,7 +86,7 @@ def find_images(folder: Path) -> dict[str, Path]:
     from PIL import Image, UnidentifiedImageError
 
     if not folder.is_dir():
-        raise UserError(f"--images {folder} is not a folder")
+        raise UserError(f"{passed_by} {folder} is not a folder")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
@@ -94,7 +94,7 @@ def find_images(folder: Path) -> dict[str, Path]:
                 raise UserError(f"two images have the id {path.stem!r}, {found[path.stem]} and {path}; rename one")
             found[path.stem] = path
     if not found:
-        raise UserError(f"--images {folder} holds no image ({', '.join(ENDINGS)})")
+        raise UserError(f"{passed_by} {folder} holds no image ({', '.join(ENDINGS)})")
     broken = []
     for path in found.values():
         try:
@@ -205,7 +205,7 @@ def _may_replace(output: Path, settings: dict, overwrite: bool) -> bool:
     try:
         with h5py.File(output, "r") as opened:
             found = json.loads(opened.attrs[SETTINGS])
-    except (OSError, KeyError, ValueError):
+    except (OSError, RuntimeError, KeyError, ValueError):
         raise UserError(f"{output} is no file of mtl-lora features; pass another --output") from None
     if found == settings:
         return False

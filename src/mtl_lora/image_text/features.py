@@ -76,7 +76,7 @@ class FeatureStore:
             if key not in self._opened:
                 self._opened[key] = h5py.File(path, "r")
             return read(self._opened[key][image][FEATURES])
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error.args[0] if error.args else error).split())
             raise UserError(f"the features of {image!r} in {path} cannot be read ({reason:.200})") from None
 
@@ -133,7 +133,7 @@ class FeatureStore:
                 try:
                     made = json.loads(opened.attrs[SETTINGS])
                     found[f"{made['fingerprint'][:12]} at {made['size']} pixels"] = path
-                except (KeyError, ValueError, TypeError):
+                except (OSError, RuntimeError, KeyError, ValueError, TypeError):
                     continue
         if len(found) > 1:
             raise UserError(
@@ -163,7 +163,7 @@ def _images(path: Path) -> Iterator[tuple[str, Path]]:
     try:
         with h5py.File(path, "r") as opened:
             images = list(opened)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # h5py reports a damaged file as either
         reason = "there is no such file" if not path.exists() else " ".join(str(error).split())
         raise UserError(
             f"the features {path} cannot be read ({reason:.200}); pass an HDF5 file of mtl-lora features, or a folder "

@@ -161,12 +161,14 @@ def joined(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(inputs_embeds (B, I N + L, d) and attention_mask of text and images, the visual tokens among them).
 
-    Raises ``UserError`` for a mask (B, I N + L) of another shape.
+    Raises ``UserError`` for a mask (B, I N + L) of another shape, and for features of more or fewer rows.
     """
     if input_ids is None:
         raise UserError("features need the text beside them: call the model with input_ids=... and features=...")
     visual = getattr(model, NAME)(features)
     text = model.get_input_embeddings()(input_ids)
+    if len(text) != len(visual):
+        raise UserError(f"input_ids has {len(text)} rows, and features {len(visual)}; they must have as many")
     whole = torch.cat([text, visual] if text_first(model) else [visual, text], dim=1)
     if mask is None:
         mask = torch.ones(whole.shape[:2], dtype=torch.long, device=whole.device)

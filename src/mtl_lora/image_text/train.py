@@ -56,9 +56,10 @@ class ImageTextRun(Run):
         return training_rows(config.data_path, self.encoder, config.cache_dir, config.task, digest)
 
     def check_rows(self, rows: datasets.Dataset) -> None:
-        most = int(row_columns(rows)["image_count"].max())
-        if most > self.config.images:
-            raise UserError(f"an example has {most} images, more than --images {self.config.images}; raise it")
+        counts = row_columns(rows)["image_count"]
+        if (most := int(counts.max())) > self.config.images:
+            where = f"{self.config.data_path}, example {rows[int(counts.argmax())]['example']}"
+            raise UserError(f"{where} has {most} images, more than --images {self.config.images}; raise it")
         self.store.check(itertools.chain.from_iterable(rows["images"]))
         longest = int(self._lengths(rows).max())
         self.base.check_positions(longest, "the longest example with its visual tokens; lower --cutoff_len, or --pool")
