@@ -10,6 +10,10 @@
 # git, pip and about 4 GB of disk. Everything it makes lies under output/quickstart_image_text/; features that were cut
 # off resume. OUTPUT, TRAIN_IMAGES (of each task), MAX_STEPS, LIMIT (questions of each task, 0: all) and
 # IMAGE_TEXT_SOURCE (a folder with the files of data/image_text/README.md, instead of a download) make it another run.
+# Time of the whole: not measured. 150 steps are too few: a pilot of MTL-LoRA had 62.0 +- 4.0 of easy-VQA at step 100 (150
+# questions; majority class 37.3), and 62.7 +- 3.9 with the images of other questions (--shuffle_images), so what it had
+# learned was the texts; NLVR stayed at its majority class. A linear classifier on the features' mean tells 98.7 % of the
+# colors and 99.7 % of the shapes, so what is to be learned is in the features.
 case "${1:-}" in
     "") tasks=easy_vqa,nlvr ;;
     --captions) tasks=easy_vqa,nlvr,flickr8k ;;
@@ -25,11 +29,12 @@ python -m mtl_lora prepare image_text --tasks "$tasks" --limit "${TRAIN_IMAGES:-
 python -m mtl_lora features --model dinov2-small --images "$data/images" --output "$data/features.h5" --size 98 \
     --overwrite
 
+# 4 x 4 visual tokens in place of 7 x 7, for the time of a step.
 run() {  # run FOLDER NAME ARGUMENT... : a training and its evaluation
     python -m mtl_lora train --system image_text \
         --base_model smollm2-135m --data_path "$data/train.json" --tasks_file "$data/tasks.json" \
         --features "$data/features.h5" --output_dir "$out/$1" --cache_dir "$out/cache" --overwrite_output_dir \
-        --lora_dropout 0 --batch_size 16 --max_steps "${MAX_STEPS:-200}" --learning_rate 2e-3 --warmup_ratio 0.05 \
+        --pool 4 --lora_dropout 0 --batch_size 16 --max_steps "${MAX_STEPS:-150}" --learning_rate 2e-3 --warmup_ratio 0.05 \
         --lr_scheduler_type constant_with_warmup --save_step 0 --logging_steps 20 --seed 42 "${@:3}"
     python -m mtl_lora evaluate --checkpoint "$out/$1" --data_dir "$data/test" --limit "${LIMIT:-200}" --overwrite \
         --name "$2" --page 12 --pictures "$data/images" > /dev/null

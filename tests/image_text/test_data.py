@@ -114,6 +114,7 @@ def test_examples_keep_every_answer_and_come_back_from_their_records(tmp_path):
         (("p1", "p2"), {"true": 1.0}, "true"),
         (("p3",), {"one": 1.0, "two": 1.0}, "one"),
     ]
+    assert [each.annotators for each in found] == [(), ("x", "y"), (), ("one", "two", "one")]
     path.write_text(json.dumps([each.record() for each in found]))
     again = load_examples(path, SET)
     assert again == found and [each.extra for each in again] == [{"kind": "other"}, {}, {"group": 4}, {}]

@@ -152,7 +152,7 @@ def test_twenty_losses_equal_those_of_a_plain_loop(kind, train, settings, still)
 # ---- resume, launches ----
 
 
-def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit(train):
+def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit(train, settings):
     flags = {"lora_dropout": 0.1, "max_steps": 10, "save_step": 4, "val_set_size": 6}  # six steps an epoch
     folder = train("run", **flags)
     again = train("again", **flags, resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -160,7 +160,9 @@ def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit(train):
     whole, resumed = weights(folder), weights(again)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert mtl_lora.load(folder / "checkpoint-8").visual_embedding.config.pool == 2
+    model = mtl_lora.load(folder / "checkpoint-8")
+    assert model.visual_embedding.config.pool == 2
+    assert TrainConfig(**settings("run")).count() == mtl_lora.trainable_parameters(model)
 
 
 @pytest.mark.slow(25)

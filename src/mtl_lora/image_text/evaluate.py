@@ -56,7 +56,7 @@ class Question:
         """The keys of a line that say what is right: the first answer, and all where the metric takes them."""
         example, target = self.example, {"answer": self.example.answer}
         if METRICS[self.task.metric_name].needs == "references":
-            return target | {"answers": list(example.answers)}
+            return target | {"answers": list(example.annotators or example.answers)}  # two may say the same
         if METRICS[self.task.metric_name].target == "answers":
             return target | {"answers": list(example.annotators) or example.answers}
         return target

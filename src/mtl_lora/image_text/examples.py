@@ -17,8 +17,8 @@ class Example:
 
     images: ids of features, one or more. text: of the prompt; empty for a caption. answers: every right answer with its
     soft score from 0 to 1, which a training weighs the answer by; of an example to predict none. annotators: what
-    people answered, where the file says it. extra: any further fields (``kind`` groups results, ``group`` joins
-    statements that count together for consistency).
+    people answered, where the file says it, and all references of a caption. extra: any further fields (``kind`` groups
+    results, ``group`` joins statements that count together for consistency).
     """
 
     images: tuple[str, ...]
@@ -78,6 +78,8 @@ def parse_example(
     if closed and not any(answers.values()):
         raise UserError(f"{where} has no answer that is right; leave the example out of a test set")
     annotators = value.get("annotators", []) if answered else []
+    if answered and of_task.answer == CAPTION and isinstance(value.get("answers"), list) and len(value["answers"]) > 1:
+        annotators = [each.strip() for each in value["answers"]]
     if not isinstance(annotators, list) or len(annotators) == 1:
         raise UserError(f"{where}: 'annotators' must be a list of at least two answers, not {annotators!r:.200}")
     for each in annotators:
