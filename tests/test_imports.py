@@ -48,14 +48,15 @@ ALLOWED = {
     "base_model": GROUND | {"adapter"},
     "training": BELOW_SYSTEMS,
     "evaluation": BELOW_SYSTEMS,
-    **{system: BELOW_SYSTEMS | DOORS | {"training", "evaluation", "report"} for system in SYSTEMS},
+    **{system: BELOW_SYSTEMS | DOORS | {"training", "evaluation"} for system in SYSTEMS},
+    "commands": GROUND | DOORS | {"training", "report"},
     "export": BELOW_SYSTEMS | DOORS | SYSTEMS,
     "report": GROUND | DOORS,
     "study": GROUND | DOORS | {"report", "base_model"},  # the last, which loads torch, where a plan counts parameters
 }
 # Packages from elsewhere that a part may import; a part that is not named may import any.
 PACKAGES = {
-    **{part: set() for part in GROUND | DOORS},
+    **{part: set() for part in GROUND | DOORS | {"commands"}},
     "download": {"pooch", "requests"},
     "embedded": {"torch", "transformers", "safetensors"},
     "data_files": {"pyarrow"},

@@ -1,11 +1,16 @@
 """The flags of evaluate and predict that every system has. A system's configuration adds its own."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtl_lora.artifacts import CHECKPOINT_CONFIG, EVALUATION
 from mtl_lora.config import DTYPES, REQUIRED, Config, flag
 from mtl_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from mtl_lora.results import Results
 
 AUTO = "auto"
 
@@ -83,6 +88,10 @@ class EvaluationFlags(Config):
         if not Path(self.data_dir).is_dir():
             made = f"make it with `{self.made_by}`, or " if self.made_by and not self.knows_tasks else ""
             raise UserError(f"there is no folder {self.data_dir} with test sets; {made}pass --data_dir DIR")
+
+    def closing_lines(self, found: Mapping[str, "Results"]) -> list[str]:
+        """What the command prints below the tables of the results (by protocol)."""
+        return []
 
     @property
     def knows_tasks(self) -> bool:

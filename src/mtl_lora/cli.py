@@ -28,21 +28,25 @@ _HELP = ("--help", "-h")
 class Command:
     """A command: ``module:function`` of its arguments, imported when it is called, and its one-line help.
 
-    extra: the optional dependencies of the package that it needs.
+    extra: the optional dependencies of the package that it needs. of_system: the system's name is its first argument.
     """
 
     home: str
     about: str
     extra: str = "train"
+    of_system: bool = False
 
 
 COMMANDS = {
     "train": Command(
-        "{system}.config:train",
+        "mtl_lora.commands:train",
         f"fine-tune a base model on many tasks; --system is one of {', '.join(SYSTEMS)}, by default the first",
+        of_system=True,
     ),
-    "evaluate": Command("{system}.config:evaluate", "score a checkpoint or a base model on test sets"),
-    "predict": Command("{system}.config:predict", "answer the examples of a file with a checkpoint"),
+    "evaluate": Command(
+        "mtl_lora.commands:evaluate", "score a checkpoint or a base model on test sets", of_system=True
+    ),
+    "predict": Command("mtl_lora.commands:predict", "answer the examples of a file with a checkpoint", of_system=True),
     "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
     "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
     "study": Command(
@@ -79,12 +83,12 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; see mtl-lora --help")
         module, _, function = COMMANDS[name].home.partition(":")
-        if module.startswith("{system}"):
-            system, rest = _system(rest)
-            module = module.format(system=f"mtl_lora.{system}")
+        given = [rest]
+        if COMMANDS[name].of_system:
+            given = [*_system(rest)]
         check_environment()
         try:
-            getattr(importlib.import_module(module), function)(rest, **options)
+            getattr(importlib.import_module(module), function)(*given, **options)
         except ModuleNotFoundError as error:
             if (error.name or "mtl_lora").startswith("mtl_lora"):
                 raise

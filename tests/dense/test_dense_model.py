@@ -310,4 +310,4 @@ def test_what_cannot_be_placed_is_named():
         with pytest.raises(UserError, match=words):
             dense.placed(adapter_config(method, **settings), model, plus)
     with pytest.raises(UserError, match="multiples of 4"):
-        model.double()(torch.zeros(1, 3, 26, 24, dtype=torch.float64))
+        model(torch.zeros(1, 3, 26, 24))

@@ -185,6 +185,18 @@ def test_real_layouts_train_with_every_baseline(make, train, tmp_path):
     assert all(name.startswith("decoders.") for name in decoders)
 
 
+@pytest.mark.parametrize("flags", [{"downsampler": True}, {"adapter_name": "none", "modules_to_save": ["*"]}])
+def test_half_precision_trains_float32_weights(flags, train):
+    folder, _ = train("half", **flags, dtype="bf16", max_steps=3)
+    losses = [line["loss"] for line in log_of(folder)]
+    assert losses[-1] < losses[0]
+    kept = load_file(folder / "mtl_lora.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32, torch.int64}  # batches that a norm has counted
+    model = mtl_lora.load(folder, dtype="bf16").eval()
+    outputs = model(torch.zeros(1, 3, 16, 16))
+    assert all(output.dtype == torch.float32 and torch.isfinite(output).all() for output in outputs.values())
+
+
 def test_epoch_reaches_the_augmentation(tmp_path):
     data = DenseDataset(make_folder(tmp_path, 4, 16), "train", size=16, augmentation="pascal", seed=3)
     Collator(data).set_epoch(2)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from shared import QUICKSTART
 
+from mtl_lora import commands
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions
-from mtl_lora.language import Predictor, config
+from mtl_lora.language import Predictor
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import run as evaluate
 from mtl_lora.language.evaluator import Evaluator
@@ -30,7 +31,7 @@ def predict(trained, tmp_path):
         path.write_text("".join(json.dumps(example) + "\n" for example in examples))
         given = {"checkpoint": trained, "input": str(path), "output": str(tmp_path / "out.jsonl"), "dtype": "fp32"}
         given |= {"max_new_tokens": 6} | flags
-        config.predict([f"--{name}={value}" for name, value in given.items()])
+        commands.predict("language", [f"--{name}={value}" for name, value in given.items()])
         return [json.loads(line) for line in Path(given["output"]).read_text().split("\n") if line]
 
     return start

@@ -169,6 +169,16 @@ def test_limit_takes_images_with_all_their_examples_and_replaces_the_folder(run,
     assert sets["easy_vqa"]["test"] == whole["easy_vqa"]["test"] and len(sets["nlvr"]["train"]) == 4
 
 
+def test_kinds_are_those_of_easy_vqa(run, world):
+    run()
+    whole = written(world.output)
+    run("--kinds", "color,shape", "--tasks", "nlvr,easy_vqa")
+    sets = written(world.output)
+    for part, examples in whole["easy_vqa"].items():
+        assert sets["easy_vqa"][part] == [each for each in examples if each["kind"] != "yes_no"]
+    assert sets["nlvr"] == whole["nlvr"] and any(each["kind"] == "yes_no" for each in whole["easy_vqa"]["train"])
+
+
 def commit(folder: Path) -> str:
     """The id of a new repository's commit of all that the folder holds."""
     (folder / "large.bin").write_bytes(b"not asked for")
@@ -241,6 +251,10 @@ def test_malformed_file_is_one_sentence(refused, world, name, content, message):
     expect(world)
     sentence = refused()
     assert str(path) in sentence and message in sentence
+
+
+def test_unknown_kind_is_refused(refused):
+    assert "--kinds" in (sentence := refused("--kinds", "colour")) and "'color'" in sentence
 
 
 def test_source_with_other_files_is_refused(refused, world):

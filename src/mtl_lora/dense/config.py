@@ -1,14 +1,12 @@
-"""The flags of dense tasks as validated dataclasses, and the commands, which parse them without torch."""
+"""The flags of train, evaluate and predict for dense tasks, as validated dataclasses."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_lora import answer_config
 from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
-from mtl_lora.artifacts import RESULTS
-from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import SCHEDULES, TrainingConfig
@@ -148,6 +146,15 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
         """How questions are answered, with the folder of the results."""
         return {MAPS: self.output_folder}
 
+    def closing_lines(self, found: Mapping) -> list[str]:
+        if not self.official:
+            return []
+        lines = []
+        for task, result in found[MAPS].tasks.items():
+            values = ", ".join(f"{name} {value:.4f}" for name, value in result.measured["official"].items())
+            lines.append(f"{task} as the original prints it: {values or 'its loss alone'}")
+        return [*lines, ""]
+
 
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
@@ -173,47 +180,7 @@ class PredictConfig(PredictionFlags, AnswerConfig):
         return {each.name: getattr(self, each.name) for each in AnswerConfig.flags() if each.name != "checkpoint"}
 
 
-# ---- the commands ----
-
+# What the commands' help begins with.
 TRAIN_ABOUT = "Train one vision transformer on several maps of an image, with MTLoRA or another low-rank adapter."
 EVALUATE_ABOUT = "Score the maps of a trained vision transformer."
 PREDICT_ABOUT = "Write the maps of images, and a picture of them, with a trained vision transformer."
-
-
-def train(arguments: Sequence[str]) -> None:
-    """``mtl-lora train --system dense``."""
-    config = parse(TrainConfig, arguments, TRAIN_ABOUT)
-    from mtl_lora.dense.train import run
-    from mtl_lora.training.distributed import destroy_process_group, prepare_process
-
-    prepare_process(config)
-    run(config)
-    destroy_process_group()
-
-
-def evaluate(arguments: Sequence[str]) -> None:
-    """``mtl-lora evaluate``; prints the results as tables at the end."""
-    config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
-    config.check_files()
-    from mtl_lora.dense.evaluate import run
-
-    found = run(config)
-    if not found:
-        return
-    from mtl_lora.report.__main__ import main as report
-
-    report(["table", f"{config.output_folder}/{RESULTS}"])
-    print()
-    report(["details", f"{config.output_folder}/{RESULTS}"])
-    for task, result in found[MAPS].tasks.items() if config.official else ():
-        values = ", ".join(f"{name} {value:.4f}" for name, value in result.measured["official"].items())
-        print(f"{task} as the original prints it: {values or 'its loss alone'}")
-
-
-def predict(arguments: Sequence[str]) -> None:
-    """``mtl-lora predict``."""
-    config = parse(PredictConfig, arguments, PREDICT_ABOUT)
-    config.check_files()
-    from mtl_lora.dense.evaluate import predict as run
-
-    run(config)

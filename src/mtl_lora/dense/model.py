@@ -44,6 +44,8 @@ class DenseModel(nn.Module):
     def __init__(self, backbone: PreTrainedModel, tasks: TaskSet):
         super().__init__()
         self.backbone, self.config = backbone, backbone.config
+        # Of the activations; trained weights become float32 later.
+        self.backbone_dtype = backbone.dtype
         dtype = torch.float64 if backbone.dtype == torch.float64 else torch.float32
         with backbone.device:
             self.decoders = Decoders(backbone.channels, tasks).to(dtype)
@@ -52,7 +54,7 @@ class DenseModel(nn.Module):
         size, patch = pixel_values.shape[-2:], self.backbone.patch
         if any(side % patch for side in size):
             raise UserError(f"the sides of an image must be multiples of {patch} for this model, not {tuple(size)}")
-        stages = self.backbone(pixel_values.to(self.backbone.dtype))
+        stages = self.backbone(pixel_values.to(self.backbone_dtype))
         found = {}
         for task, decoder in zip(self.decoders.task_set, self.decoders, strict=True):
             maps = [stage.shared if stage.tasks is None else stage.tasks[task.id] for stage in stages]

@@ -1,13 +1,10 @@
-"""The flags of training on images and texts, as a validated dataclass, and its command."""
+"""The flags of train, evaluate and predict on images and texts, as validated dataclasses."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mtl_lora import answer_config
 from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
-from mtl_lora.artifacts import RESULTS
-from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.tasks import CAPTION, OPEN_SETS, TaskSet
@@ -215,44 +212,7 @@ class PredictConfig(PredictionFlags, AnswerConfig):
     )
 
 
-# ---- the commands ----
-
+# What the commands' help begins with.
 TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, by a low-rank adapter."
 EVALUATE_ABOUT = "Score a trained model on the test sets of its tasks on images."
 PREDICT_ABOUT = "Answer the examples of a file, images with questions or for captions, with a trained model."
-
-
-def train(arguments: Sequence[str]) -> None:
-    """``mtl-lora train --system image_text``."""
-    config = parse(TrainConfig, arguments, TRAIN_ABOUT)
-    config.check_files()
-    from mtl_lora.image_text.train import run
-    from mtl_lora.training.distributed import destroy_process_group, prepare_process
-
-    prepare_process(config)
-    run(config)
-    destroy_process_group()
-
-
-def evaluate(arguments: Sequence[str]) -> None:
-    """``mtl-lora evaluate``; prints the results as tables at the end."""
-    config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
-    config.check_files()
-    from mtl_lora.image_text.evaluate import run
-
-    if not run(config):
-        return
-    from mtl_lora.report.__main__ import main as report
-
-    report(["table", f"{config.output_folder}/{RESULTS}"])
-    print()
-    report(["details", f"{config.output_folder}/{RESULTS}"])
-
-
-def predict(arguments: Sequence[str]) -> None:
-    """``mtl-lora predict``."""
-    config = parse(PredictConfig, arguments, PREDICT_ABOUT)
-    config.check_files()
-    from mtl_lora.image_text.evaluate import predict as run
-
-    run(config)

@@ -31,6 +31,7 @@ from mtl_lora.files import atomic_directory, read_json, read_lines, read_object
 
 MANIFEST, TASKS_FILE = (Path(__file__).with_name(name) for name in ("open_sets.json", "open_tasks.json"))
 DEV_PART = 10  # one training image (NLVR: sentence) in 10 is of the dev set
+KINDS = ("yes_no", "color", "shape")
 COLORS = {"black", "gray", "red", "blue", "green", "yellow", "teal", "brown"}
 Images = dict[str, Path]  # image id -> file
 Parts = dict[str, Examples]  # by split
@@ -44,6 +45,7 @@ class Prepare(Config):
     source: str | None = flag(None, "folder that holds easy_vqa/data, nlvr/nlvr and flickr8k; none: download")
     output_dir: str = flag("data/image_text", "folder for images/, train.json, tasks.json, dev/ and test/", place=True)
     limit: int = flag(0, "most training images of each task, with all their examples; 0: all", min=0)
+    kinds: list[str] = flag([], f"easy_vqa's questions of these kinds, of {', '.join(KINDS)}, as a,b; empty: all")
     download_dir: str = flag("data/image_text/source", "folder where downloads are kept", place=True)
     base_url: str = flag("https://github.com", "address below which the repositories lie")
     manifest: str = flag(str(MANIFEST), "JSON file with commit, paths and hash of each repository, and sizes")
@@ -56,6 +58,8 @@ def run(config: Prepare) -> None:
     if unknown := [name for name in config.tasks if name not in known]:
         raise UserError(f"--tasks names {unknown[0]!r}{closest(unknown[0], known)}")
     tasks = [task for task in tasks if task["name"] in (config.tasks or known)]
+    if unknown := [kind for kind in config.kinds if kind not in KINDS]:
+        raise UserError(f"--kinds names {unknown[0]!r}{closest(unknown[0], KINDS)}")
     folders, sizes = read_manifest(config.manifest, [task["name"] for task in tasks])
     source = existing(config.source) if config.source else Path(config.download_dir)
     for each in folders:
@@ -65,9 +69,13 @@ def run(config: Prepare) -> None:
         name = task["name"]
         sets[name], found = READERS[name](source)
         images |= found
+        if config.kinds and name == "easy_vqa":
+            for part, examples in sets[name].items():
+                sets[name][part] = [example for example in examples if example["kind"] in config.kinds]
+            sizes[name].clear()
         if config.limit:
             sets[name]["train"] = limited(sets[name]["train"], config.limit)
-            del sizes[name]["train"]
+            sizes[name].pop("train", None)
     used = {example["image"] for parts in sets.values() for part in parts.values() for example in part}
     output = Path(config.output_dir)
     with atomic_directory(output / "images", ("*.png", "*.jpg"), overwrite=True, inputs=[source]) as target:

@@ -1,16 +1,12 @@
-"""The flags of train, evaluate and predict as validated dataclasses; names are the original's and LLM-Adapters'.
-
-The commands stand below them: each parses its flags, which needs no torch, before importing what does the work.
-"""
+"""The flags of train, evaluate and predict as validated dataclasses; names are the original's and LLM-Adapters'."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from mtl_lora import answer_config
 from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
-from mtl_lora.artifacts import AGREEMENT, PEFT_CONFIG, PROTOCOLS, RESULTS
-from mtl_lora.cli import parse
+from mtl_lora.artifacts import AGREEMENT, PEFT_CONFIG, PROTOCOLS
 from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
@@ -136,6 +132,12 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
             return {self.mode: self.output_folder}
         return {protocol: f"{self.output_folder}/{protocol}" for protocol in PROTOCOLS}
 
+    def closing_lines(self, found: Mapping) -> list[str]:
+        if len(found) < 2:
+            return []
+        agreement = read_json(f"{self.output_folder}/{AGREEMENT}", "the agreement of the protocols")
+        return ["", f"The protocols give the same answer to {100 * agreement['all']:.1f} % of the questions.", ""]
+
 
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
@@ -151,50 +153,8 @@ class PredictConfig(PredictionFlags, AnswerConfig):
     )
 
 
-# ---- the commands ----
-
+# What the commands' help begins with.
 ENCODERS = "\nAn encoder with a head per task has flags of its own: --system nlu --help."
 TRAIN_ABOUT = f"Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter.{ENCODERS}"
 EVALUATE_ABOUT = f"Score a checkpoint, or a base model alone, on the test sets of its tasks.{ENCODERS}"
 PREDICT_ABOUT = f"Answer the examples of a file with a checkpoint, or with a base model alone.{ENCODERS}"
-
-
-def train(arguments: Sequence[str]) -> None:
-    """``mtl-lora train``, and ``finetune.py``."""
-    config = parse(TrainConfig, arguments, TRAIN_ABOUT)
-    config.check_files()
-    from mtl_lora.language.train import run
-    from mtl_lora.training.distributed import destroy_process_group, prepare_process
-
-    prepare_process(config)
-    run(config)
-    destroy_process_group()
-
-
-def evaluate(arguments: Sequence[str]) -> None:
-    """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the results as tables at the end."""
-    config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
-    config.check_files()
-    from mtl_lora.language.evaluate import run
-
-    found = run(config)
-    if not found:
-        return
-    from mtl_lora.report.__main__ import main as report
-
-    results = [f"{config.protocols[protocol]}/{RESULTS}" for protocol in found]
-    report(["table", *results])
-    print()
-    report(["details", *results])
-    if len(found) > 1:
-        agreement = read_json(f"{config.output_folder}/{AGREEMENT}", "the agreement of the protocols")
-        print(f"\nThe protocols give the same answer to {100 * agreement['all']:.1f} % of the questions.")
-
-
-def predict(arguments: Sequence[str]) -> None:
-    """``mtl-lora predict``."""
-    config = parse(PredictConfig, arguments, PREDICT_ABOUT)
-    config.check_files()
-    from mtl_lora.language.predict import run
-
-    run(config)

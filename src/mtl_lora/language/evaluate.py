@@ -7,8 +7,11 @@ from mtl_lora import artifacts, files
 from mtl_lora.evaluation import Predictions, claimed_folders, evaluate
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.predict import run as predict
 from mtl_lora.language.questions import load_questions
 from mtl_lora.results import Results
+
+__all__ = ["agreement", "predict", "run"]
 
 
 def run(config: EvalConfig) -> dict[str, Results]:

@@ -1,15 +1,9 @@
-"""The flags of train, evaluate and predict for encoders, as validated dataclasses.
-
-The commands stand below them: each parses its flags, which needs no torch, before importing what does the work.
-"""
+"""The flags of train, evaluate and predict for encoders, as validated dataclasses."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from mtl_lora import answer_config
 from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
-from mtl_lora.artifacts import RESULTS
-from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import GLUE, TaskSet
@@ -106,44 +100,7 @@ class PredictConfig(PredictionFlags, AnswerConfig):
     )
 
 
-# ---- the commands ----
-
+# What the commands' help begins with.
 TRAIN_ABOUT = "Fine-tune an encoder on many tasks, a head for each, with MTL-LoRA or another low-rank adapter."
 EVALUATE_ABOUT = "Score a trained encoder on the test sets of its tasks."
 PREDICT_ABOUT = "Answer the examples of a file with a trained encoder."
-
-
-def train(arguments: Sequence[str]) -> None:
-    """``mtl-lora train --system nlu``."""
-    config = parse(TrainConfig, arguments, TRAIN_ABOUT)
-    config.check_files()
-    from mtl_lora.nlu.train import run
-    from mtl_lora.training.distributed import destroy_process_group, prepare_process
-
-    prepare_process(config)
-    run(config)
-    destroy_process_group()
-
-
-def evaluate(arguments: Sequence[str]) -> None:
-    """``mtl-lora evaluate``; prints the results as tables at the end."""
-    config = parse(EvalConfig, arguments, EVALUATE_ABOUT)
-    config.check_files()
-    from mtl_lora.nlu.evaluate import run
-
-    if not run(config):
-        return
-    from mtl_lora.report.__main__ import main as report
-
-    report(["table", f"{config.output_folder}/{RESULTS}"])
-    print()
-    report(["details", f"{config.output_folder}/{RESULTS}"])
-
-
-def predict(arguments: Sequence[str]) -> None:
-    """``mtl-lora predict``."""
-    config = parse(PredictConfig, arguments, PREDICT_ABOUT)
-    config.check_files()
-    from mtl_lora.nlu.evaluate import predict as run
-
-    run(config)
