@@ -158,6 +158,11 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     assert (np.array(Image.open(tmp_path / "out/things/a.png")) == found[0]["things"]).all()
     assert np.allclose(np.load(tmp_path / "out/normal/b.npy"), found[1]["normal"], atol=1e-6)
     assert np.abs(np.array(Image.open(tmp_path / "out/front/a.png")) / 255 - found[0]["front"]).max() < 0.003
+    turned, exif = Image.open(inputs / "a.png"), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    turned.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    (upright,) = Predictor(trained).predict([tmp_path / "turned.png"])
+    assert all(np.array_equal(upright[name], found[0][name]) for name in found[0])
     assert Image.open(tmp_path / "out/sheet.png").size[1] == 2 * (SIZE + 16) + 4
     capsys.readouterr()
     with pytest.raises(SystemExit):

@@ -157,6 +157,12 @@ def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypat
     shutil.copy(output, partial)
     features(images, output, model, overwrite=True, size=42)
     assert len(seen) == 6 and FeatureStore([output]).grid == 3
+    # Another image of the same size in bytes is another image.
+    path = next(path for path in images.iterdir() if path.stem == "a")
+    for ending, count in ((b"1", 11), (b"2", 16), (b"2", 16)):
+        path.write_bytes(path.read_bytes().removesuffix(b"1").removesuffix(b"2") + ending)
+        features(images, output, model, overwrite=True, size=42)
+        assert len(seen) == count
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import mtl_lora
 from mtl_lora import evaluation, files
@@ -21,6 +21,7 @@ from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.dense.data import DenseDataset, pixels_of
+from mtl_lora.dense.layouts import read_image
 from mtl_lora.dense.metrics import counts, task_result
 from mtl_lora.dense.sheet import map_of, rows_of, write_map, write_sheet
 from mtl_lora.dense.tasks import Task, TaskSet
@@ -225,11 +226,12 @@ class Predictor:
     def _predicted(
         self, images: Sequence[str | Path | Image.Image]
     ) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]:
-        """Of each image as the model is shown it (3, S, S), and its maps at its own size."""
+        """Of each image as the model is shown it (3, S, S), upright, and its maps at its own size."""
         evaluator = self.evaluator
         size = evaluator.image_size
         for image in images:
-            pixels, shape = pixels_of(image, size)
+            opened = image if isinstance(image, Image.Image) else read_image(Path(image))
+            pixels, shape = pixels_of(ImageOps.exif_transpose(opened), size)  # upright, as a viewer shows it
             shown = image_tensor(pixels, Warp(), size, shape)
             evaluator.load()
             outputs = evaluator.maps(shown[None])

@@ -103,6 +103,8 @@ class Layout:
         found = files.read_utf8(path, "the list of ids").split()
         if not found:
             raise UserError(f"{path} names no image")
+        if outside := [id for id in found if id.startswith("/") or ".." in id.split("/")]:
+            raise UserError(f"{path} names {outside[0]}, which is not below the data set; ids are file names")
         if len(set(found)) < len(found):
             raise UserError(f"{path} names {next(id for id in found if found.count(id) > 1)} twice")
         return found

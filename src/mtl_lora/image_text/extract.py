@@ -59,12 +59,12 @@ def run(config: Extract) -> None:
     images, output = find_images(Path(config.images)), Path(config.output)
     with files.claimed(output):
         base = BaseModel(config.model, config.trust_remote_code, "vision")
-        sizes = [(image, path.stat().st_size) for image, path in images.items()]
+        contents = [(image, files.sha256(path)) for image, path in images.items()]
         settings = {
             "model": base.lasting_name,
             "fingerprint": base.fingerprint(),
             "size": config.size,
-            "images": files.sha256_of(json.dumps(sizes).encode()),
+            "images": files.sha256_of(json.dumps(contents).encode()),
         }
         if output.exists() and not _may_replace(output, settings, config.overwrite):
             print(f"{output} holds the features of these {len(images):,} images")
