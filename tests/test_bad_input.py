@@ -401,7 +401,7 @@ ENVIRONMENT = {
     "no wheel": (
         "train --base_model=smollm2-135m",
         {"MTL_LORA_CACHE": "cache/models", "MTL_LORA_WHEELS": "tests"},
-        ["MTL_LORA_WHEELS", "--base_model"],
+        ["MTL_LORA_WHEELS", "folder of a model"],
     ),
 }
 
