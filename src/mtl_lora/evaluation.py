@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -23,14 +23,16 @@ import transformers
 from tqdm import tqdm
 from transformers import LogitsProcessor
 
+import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, Provenance, read_config
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.answer_config import AUTO
-from mtl_lora.base_model import BaseModel, choose_dtype
+from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.config import Config
 from mtl_lora.data_files import data_file, read_values
 from mtl_lora.errors import UserError, require_package
+from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import Comparability, Results, TaskNames, TaskResult, Trainable
 from mtl_lora.tasks import Task, TaskSet
 from mtl_lora.version import __version__, checkout_commit
@@ -54,6 +56,21 @@ class Question(Protocol):
         """A line of this question, with its answer found by today's rules."""
 
 
+@dataclasses.dataclass
+class ExampleQuestion:
+    """A question of a system whose examples are records of a file. row: of the system's ``Encoder``."""
+
+    task: Task
+    example: Any  # of the system, with its ``index`` in the file
+    row: dict
+    prompt_sha256: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The task's name and the example's index: different for every question of an evaluation."""
+        return self.task.name, self.example.index
+
+
 class Evaluator(abc.ABC):
     """A model, its inputs and its tasks; answers batches of questions for evaluate and predict.
 
@@ -69,6 +86,7 @@ class Evaluator(abc.ABC):
     tasks: TaskSet
     cutoff_len: int
     adapter: CheckpointConfig | None
+    model: torch.nn.Module | None = None  # once it is loaded
     method: str | None = None
     method_title: str | None = None
     variant: str = ""  # of an ablation, behind the name in tables
@@ -96,19 +114,30 @@ class Evaluator(abc.ABC):
             if value and getattr(self.config, flag) is not None:
                 raise UserError(f"--{flag} cannot be combined with --checkpoint: {self.config.checkpoint} defines it")
 
-    def use_base(self, base: BaseModel, origin: Provenance) -> None:
-        """Take a base model; raises ``UserError`` for one that cannot be read here or is not the checkpoint's."""
-        config, self.base_model = self.config, base
+    def use_base(self, name: str | None, kind: str, origin: Provenance) -> None:
+        """Take the base model ``name`` of a kind (of ``base_model.KINDS``).
+
+        Raises ``UserError`` for None, and for one that cannot be read here or is not the checkpoint's.
+        """
+        config = self.config
+        if name is None:
+            raise UserError(f"{config.checkpoint} does not name its base model; pass --base_model")
+        base = self.base_model = BaseModel(name, config.trust_remote_code, kind)
         base.check_quantisation()
         self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
         require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
         self.base_fingerprint = base.fingerprint()
         base.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
 
-    def note_untrained(self, asked: Iterable[str]) -> None:
+    @property
+    def asked_tasks(self) -> Iterable[str]:
+        """The names of the tasks that are to be answered, as far as they are known before the model is loaded."""
+        return self.tasks.names
+
+    def _note_untrained(self) -> None:
         """Say on stderr, from the first process, which of the tasks the adapter had no examples of."""
         if self.adapter and int(os.environ.get("RANK", "0")) == 0:
-            for note in self.adapter.provenance_config.untrained_note(asked):
+            for note in self.adapter.provenance_config.untrained_note(self.asked_tasks):
                 print(note, file=sys.stderr)
 
     def check_unchanged(self) -> None:
@@ -133,9 +162,22 @@ class Evaluator(abc.ABC):
             "dtype": str(choose_dtype(self.config.dtype)),
         } | ({"load_in_4bit": True} if self.load_in_4bit else {})
 
-    @abc.abstractmethod
     def load(self) -> None:
         """Build the model on this process's device, once."""
+        if self.model is not None:
+            return
+        self._note_untrained()
+        device = device_for_this_process()
+        keep_freed_memory(device.type)
+        model = self.build()
+        if self.adapter:
+            mtl_lora.load(model, self.config.checkpoint)
+        self.check_unchanged()
+        self.model = model.eval().to(device)
+
+    @abc.abstractmethod
+    def build(self) -> torch.nn.Module:
+        """The base model with its weights, on which a checkpoint's adapter is put."""
 
     @abc.abstractmethod
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:

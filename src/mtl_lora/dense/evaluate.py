@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import mtl_lora
 from mtl_lora import evaluation, files
 from mtl_lora.adapter.inject import inject, trainable_parameters
 from mtl_lora.answer_config import AUTO
-from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.dense.data import DenseDataset, pixels_of
@@ -28,7 +26,6 @@ from mtl_lora.dense.tasks import Task, TaskSet
 from mtl_lora.dense.transforms import Warp, image_tensor
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import QuestionSets, claimed_folders, in_halves
-from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable
 
 IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
@@ -88,14 +85,10 @@ class Evaluator(evaluation.Evaluator):
         self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
         self.cutoff_len = None
         self.image_size = config.image_size or (origin.train_settings or {}).get("image_size") or TrainConfig.image_size
-        name = config.base_model or origin.base_model
-        if name is None:
-            raise UserError(f"{path} does not name its base model; pass --base_model")
-        self.use_base(BaseModel(name, config.trust_remote_code, dense.KIND), origin)
+        self.use_base(config.base_model or origin.base_model, dense.KIND, origin)
         patch = dense.structure(self.base_model, self.tasks).backbone.patch
         if self.image_size % patch:
             raise UserError(f"--image_size must be a multiple of {patch} for this model, not {self.image_size}")
-        self.model: torch.nn.Module | None = None
         self.data: DenseDataset | None = None
 
     def settings(self, protocol: str) -> dict:
@@ -118,16 +111,8 @@ class Evaluator(evaluation.Evaluator):
                 found.questions.append(Question(task, index, label, image, place))
         return found
 
-    def load(self) -> None:
-        if self.model is not None:
-            return
-        self.note_untrained(self.tasks.names)
-        device = device_for_this_process()
-        keep_freed_memory(device.type)
-        model = dense.load(self.base_model, self.tasks, self.config.dtype)
-        mtl_lora.load(model, self.config.checkpoint)
-        self.check_unchanged()
-        self.model = model.eval().to(device)
+    def build(self) -> torch.nn.Module:
+        return dense.load(self.base_model, self.tasks, self.config.dtype)
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """All maps of an image in one batch, for they come from one forward."""

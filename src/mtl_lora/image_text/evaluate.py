@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-import mtl_lora
 from mtl_lora import evaluation, files, route
-from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import NotANumber, claimed_folders, in_halves, load_questions, plan_batches
+from mtl_lora.evaluation import ExampleQuestion, NotANumber, claimed_folders, in_halves, load_questions, plan_batches
 from mtl_lora.image_text import model as visual
 from mtl_lora.image_text import page
 from mtl_lora.image_text.captions import caption_rows, tokenizer_here
@@ -24,7 +22,6 @@ from mtl_lora.image_text.extract import find_images
 from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import CAPTION, CHOICE, OPEN_SETS, Task, TaskSet
 from mtl_lora.image_text.train import answer_losses
-from mtl_lora.memory import keep_freed_memory
 from mtl_lora.metrics import METRICS, mean, same_text, text_f1
 from mtl_lora.results import Comparability, Results, TaskResult, measure
 
@@ -32,24 +29,13 @@ TOKEN_BUDGET, GPU_TOKEN_BUDGET = 2048, 65536  # tokens of a batch with --batch_s
 SHUFFLE_SEED = 0  # of the images that stand in for others
 
 
-@dataclasses.dataclass
-class Question:
+class Question(ExampleQuestion):
     """One example, ready for a model. row: of ``Encoder.encode``, with the images that are shown."""
-
-    task: Task
-    example: Example
-    row: dict
-    prompt_sha256: str
 
     @property
     def prompt_ids(self) -> list[int]:
         """The token ids of the text."""
         return self.row["prompt_ids"]
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """The task's name and the example's index: different for every question of an evaluation."""
-        return self.task.name, self.example.index
 
     @property
     def target(self) -> dict:
@@ -106,9 +92,7 @@ class Evaluator(evaluation.Evaluator):
             self.tasks = TaskSet.load(config.tasks_file) if config.tasks_file else OPEN_SETS
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
         name = config.base_model or origin.base_model
-        if name is None:
-            raise UserError(f"{path} does not name its base model; pass --base_model")
-        self.use_base(BaseModel(name, config.trust_remote_code, visual.KIND), origin)
+        self.use_base(name, visual.KIND, origin)
         self.encoder = Encoder(self.base_model.tokenizer(), self.base_model.config(), self.cutoff_len, self.tasks)
         if config.official and not self.encoder.is_encoder_decoder:
             raise UserError(f"--official compares labels in the decoder of a BART, which {name!r} is not; leave it out")
@@ -121,7 +105,6 @@ class Evaluator(evaluation.Evaluator):
         self.others: dict[int, dict[str, str]] = {}  # by task id, the image that is shown in place of each
         self.variant = "" if config.images == OWN else f", {config.images or 'no'} images"
         self.tokenizer = tokenizer_here(config.caption_tokenizer) if config.measures_captions(self.tasks) else None
-        self.model: PreTrainedModel | None = None
 
     def _store(self, trained: Mapping | None) -> FeatureStore:
         """The features, by default those of the training; raises ``UserError`` for others than the model takes."""
@@ -201,22 +184,12 @@ class Evaluator(evaluation.Evaluator):
         answers = map(len, self.encoder.labels[task.id])
         return len(question.prompt_ids) + images + max(answers, default=task.generated_tokens)
 
-    def load(self) -> None:
-        if self.model is not None:
-            return
-        self.note_untrained(self.tasks.names)
-        device = device_for_this_process()
-        keep_freed_memory(device.type)
+    def build(self) -> PreTrainedModel:
         dtype = self.config.dtype, self.load_in_4bit
-        if self.adapter:
-            model = visual.load(self.base_model, self.images, *dtype)
-            mtl_lora.load(model, self.config.checkpoint)
-        else:
-            model = self.base_model.load(*dtype)
-        self.check_unchanged()
+        model = visual.load(self.base_model, self.images, *dtype) if self.adapter else self.base_model.load(*dtype)
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
-        self.model = model.eval().to(device)
+        return model
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET

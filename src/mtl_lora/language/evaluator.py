@@ -3,17 +3,15 @@
 import collections
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-import mtl_lora
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.adapter import checkpoint
-from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import in_halves, plan_batches
 from mtl_lora.language import answering
@@ -22,8 +20,8 @@ from mtl_lora.language.encode import Encoder
 from mtl_lora.language.metrics import task_result
 from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
-from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import TaskResult, Trainable
+from mtl_lora.systems import BASE_KINDS
 
 
 class Evaluator(evaluation.Evaluator):
@@ -49,12 +47,11 @@ class Evaluator(evaluation.Evaluator):
         self.template = origin.prompt_template or config.template or "alpaca"
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
         self.tasks = self._tasks(origin)
-        self.use_base(BaseModel(name, config.trust_remote_code), origin)
+        self.use_base(name, BASE_KINDS["language"], origin)
         tokenizer = self.base_model.tokenizer()
         tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
         self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
         self.prefixes: dict[int, list[int]] = {}
-        self.model: PreTrainedModel | None = None
         self.caches: answering.PrefixCaches | None = None
         self.scorer: answering.OptionScorer | None = None
 
@@ -95,24 +92,27 @@ class Evaluator(evaluation.Evaluator):
         if self.caches is not None:
             self.caches.use(self.prefixes)
 
-    def load(self) -> None:
-        """Build the model on this process's device, once."""
-        if self.model is not None:
-            return
-        self.note_untrained(self.tasks[task_id].name for task_id in self.prefixes)
-        device = device_for_this_process()
-        keep_freed_memory(device.type)
+    @property
+    def asked_tasks(self) -> Iterable[str]:
+        return [self.tasks[task_id].name for task_id in self.prefixes]
+
+    def build(self) -> PreTrainedModel:
         model = self.base_model.load(self.config.dtype, self.load_in_4bit)
-        if self.adapter:
-            mtl_lora.load(model, self.config.checkpoint)
-        elif self.peft:
+        if self.peft:
             model = self.peft.load(model)
-        self.check_unchanged()
-        if self.peft and files.sha256(self.peft.weights) != self.peft.weights_sha256:
-            raise UserError(f"{self.config.peft} was replaced meanwhile; run the same command again")
         # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
-        self.model = model.eval().to(device)
+        return model
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        if self.peft and files.sha256(self.peft.weights) != self.peft.weights_sha256:
+            raise UserError(f"{self.config.peft} was replaced meanwhile; run the same command again")
+
+    def load(self) -> None:
+        if self.model is not None:
+            return
+        super().load()
         head = self.model.get_output_embeddings()
         if head is not None:
             # generate and ``logits_to_keep=1`` cut the last position out of (B, L, k). A CPU multiplies such a view by

@@ -1,6 +1,5 @@
 """``mtl-lora evaluate`` and ``predict`` of encoders: a trained head's answers, or the cosine of two texts."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-import mtl_lora
 from mtl_lora import evaluation, files
-from mtl_lora.base_model import BaseModel, device_for_this_process
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import claimed_folders, in_halves, load_questions, plan_batches
-from mtl_lora.memory import keep_freed_memory
+from mtl_lora.evaluation import ExampleQuestion, claimed_folders, in_halves, load_questions, plan_batches
 from mtl_lora.nlu import model as heads
 from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.data import Collator, Encoder
@@ -25,24 +21,13 @@ from mtl_lora.results import Comparability, Results, TaskResult, Trainable, meas
 TOKEN_BUDGET, GPU_TOKEN_BUDGET = 4096, 131072  # tokens of a batch with --batch_size auto
 
 
-@dataclasses.dataclass
-class Question:
+class Question(ExampleQuestion):
     """One example, ready for a model. row: of ``Encoder.encode``."""
-
-    task: Task
-    example: Example
-    row: dict
-    prompt_sha256: str
 
     @property
     def prompt_ids(self) -> list[int]:
         """The token ids of the text or pair."""
         return self.row["input_ids"]
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """The task's name and the example's index: different for every question of an evaluation."""
-        return self.task.name, self.example.index
 
     def line(self, parsed: str | float, scores: list[float] | None) -> dict:
         """The question's line in the predictions: its target as ``answer``, and what was answered."""
@@ -84,13 +69,9 @@ class Evaluator(evaluation.Evaluator):
         else:
             self.tasks = TaskSet.load(config.tasks_file) if config.tasks_file else GLUE
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
-        name = config.base_model or origin.base_model
-        if name is None:
-            raise UserError(f"{path} does not name its base model; pass --base_model")
-        self.use_base(BaseModel(name, config.trust_remote_code, heads.KIND), origin)
+        self.use_base(config.base_model or origin.base_model, heads.KIND, origin)
         tokenizer = self.base_model.tokenizer()
         self.encoder, self.collator = Encoder(tokenizer, self.cutoff_len), Collator(tokenizer.pad_token_id)
-        self.model: PreTrainedModel | None = None
 
     def questions(self, examples: Sequence[Example]) -> list[Question]:
         """Questions of examples."""
@@ -103,17 +84,8 @@ class Evaluator(evaluation.Evaluator):
         self.base_model.check_positions(longest, "a text; take a shorter --cutoff_len")
         return found
 
-    def load(self) -> None:
-        if self.model is not None:
-            return
-        self.note_untrained(self.tasks.names)
-        device = device_for_this_process()
-        keep_freed_memory(device.type)
-        model = heads.load(self.base_model, self.tasks, self.config.dtype, self.load_in_4bit)
-        if self.adapter:
-            mtl_lora.load(model, self.config.checkpoint)
-        self.check_unchanged()
-        self.model = model.eval().to(device)
+    def build(self) -> PreTrainedModel:
+        return heads.load(self.base_model, self.tasks, self.config.dtype, self.load_in_4bit)
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
