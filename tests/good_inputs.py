@@ -119,3 +119,20 @@ def run(line: str | list[str] | Callable[[], object], environment: Mapping[str, 
         os.environ.clear()
         os.environ.update(before)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def ended(line: str, folder: Path, monkeypatch, defaults: Mapping[str, str]) -> Ended:
+    """A command in the folder, with the flags of ``defaults`` (by command) that it does not give; ``--name=`` alone
+    leaves one out."""
+    monkeypatch.chdir(folder)
+    command, *own = line.split()
+    given = {word.partition("=")[0] for word in own}
+    own = [word for word in own if not word.endswith("=")]
+    return run([command, *[flag for flag in defaults[command].split() if flag.partition("=")[0] not in given], *own])
+
+
+def assert_refused(done: Ended, facts: list[str], folder: Path) -> None:
+    """One sentence with these facts, and nothing in the folder's ``out``."""
+    assert done.code == 2, done.err
+    assert "\n" not in done.sentence and all(fact in done.sentence for fact in facts), done.sentence
+    assert not (folder / "out").exists() or not any((folder / "out").iterdir())

@@ -23,6 +23,14 @@ def read_values(path: Path) -> list:
     return READERS.get(path.suffix.lower(), _json_values)(path)
 
 
+def read_examples(path: str | Path) -> list:
+    """``read_values`` of a file of examples; raises ``UserError`` for one that holds none."""
+    values = read_values(Path(path))
+    if not values:
+        raise UserError(f"{path} holds no examples")
+    return values
+
+
 def data_file(folder: str | Path, name: str) -> Path:
     """``<name>.json`` in a folder, or the one file of this name that ends as another format that is read.
 

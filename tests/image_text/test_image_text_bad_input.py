@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from good_inputs import FIXTURES, run, write
+from good_inputs import FIXTURES, assert_refused, ended, write
 from image_text_cases import TASKS, examples, write_features
 
 VQA, NLVR, CAPTION = (examples(task["name"], 1)[0] for task in TASKS)
@@ -95,26 +95,13 @@ def inputs(trained, bart, pictures, tmp_path_factory) -> Path:
     return folder
 
 
-def ended(line: str, folder: Path, monkeypatch):
-    """A command in the folder, with the flags that it does not give."""
-    monkeypatch.chdir(folder)
-    command, *own = line.split()
-    given = {word.partition("=")[0] for word in own}
-    own = [word for word in own if not word.endswith("=")]
-    return run([command, *[flag for flag in DEFAULTS[command].split() if flag.partition("=")[0] not in given], *own])
-
-
-def assert_refused(done, facts: list[str], folder: Path) -> None:
-    assert done.code == 2, done.err
-    assert "\n" not in done.sentence and all(fact in done.sentence for fact in facts), done.sentence
-    assert not (folder / "out").exists() or not any((folder / "out").iterdir())
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name, inputs, monkeypatch, tmp_path):
     example, facts = EXAMPLES[name]
     write(tmp_path / "d.json", [VQA, example, CAPTION])
-    done = ended(f"train --data_path={tmp_path / 'd.json'} --cache_dir={tmp_path / 'cache'}", inputs, monkeypatch)
+    done = ended(
+        f"train --data_path={tmp_path / 'd.json'} --cache_dir={tmp_path / 'cache'}", inputs, monkeypatch, DEFAULTS
+    )
     if facts:
         assert_refused(done, facts, inputs)
     else:
@@ -125,7 +112,7 @@ def test_examples(name, inputs, monkeypatch, tmp_path):
 def test_lines(name, inputs, monkeypatch, tmp_path):
     line, facts = LINES[name]
     line += f" --cache_dir={tmp_path}" if line.startswith("train") else ""
-    assert_refused(ended(line, inputs, monkeypatch), facts, inputs)
+    assert_refused(ended(line, inputs, monkeypatch, DEFAULTS), facts, inputs)
 
 
 def test_several_right_answers_need_a_metric_that_takes_them(inputs, pictures, bart, monkeypatch, tmp_path):
@@ -135,7 +122,7 @@ def test_several_right_answers_need_a_metric_that_takes_them(inputs, pictures, b
     line = (
         f"evaluate --checkpoint= --system=image_text --base_model=bart --no_images --tasks_file={tmp_path / 't.json'}"
     )
-    done = ended(f"{line} --data_dir={tmp_path / 'test'}", inputs, monkeypatch)
+    done = ended(f"{line} --data_dir={tmp_path / 'test'}", inputs, monkeypatch, DEFAULTS)
     assert_refused(done, ["example 0 has 2 right answers", "exact_match", "vqa_accuracy"], inputs)
 
 
@@ -144,6 +131,6 @@ def test_ids_and_tasks_by_number_are_read_from_a_table(inputs, monkeypatch, tmp_
     table = "image,text,answer,task_id\n7,what is red?,box,0\n8,a box.,true,1\n7,,a red box,2\n"
     write(tmp_path / "d.csv", table.encode())
     line = f"train --data_path={tmp_path / 'd.csv'} --features=numbered.h5 --cache_dir={tmp_path / 'cache'}"
-    done = ended(line, inputs, monkeypatch)
+    done = ended(line, inputs, monkeypatch, DEFAULTS)
     assert done.code == 0, done.err
     assert "training examples: vqa 1, nlvr 1, caption 1" in done.err

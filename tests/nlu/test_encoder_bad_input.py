@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from good_inputs import FIXTURES, run, write
+from good_inputs import FIXTURES, assert_refused, ended, run, write
 from nlu_cases import LABELLED, examples
 from safetensors.torch import load_file, save_file
 
@@ -104,26 +104,13 @@ def broken(folder: Path, name: str, changes: dict) -> None:
     config.write_text(config.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
-def ended(line: str, folder: Path, monkeypatch):
-    """A command in the folder, with the flags that it does not give."""
-    monkeypatch.chdir(folder)
-    command, *own = line.split()
-    given = {word.partition("=")[0] for word in own}
-    own = [word for word in own if not word.endswith("=")]
-    return run([command, *[flag for flag in DEFAULTS[command].split() if flag.partition("=")[0] not in given], *own])
-
-
-def assert_refused(done, facts: list[str], folder: Path) -> None:
-    assert done.code == 2, done.err
-    assert "\n" not in done.sentence and all(fact in done.sentence for fact in facts), done.sentence
-    assert not (folder / "out").exists() or not any((folder / "out").iterdir())
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name, inputs, monkeypatch, tmp_path):
     example, facts = EXAMPLES[name]
     write(tmp_path / "d.json", [TONE, example, PLACE])
-    done = ended(f"train --data_path={tmp_path / 'd.json'} --cache_dir={tmp_path / 'cache'}", inputs, monkeypatch)
+    done = ended(
+        f"train --data_path={tmp_path / 'd.json'} --cache_dir={tmp_path / 'cache'}", inputs, monkeypatch, DEFAULTS
+    )
     if facts:
         assert_refused(done, [str(tmp_path / "d.json"), *facts], inputs)
     else:
@@ -135,7 +122,7 @@ def test_tasks(name, inputs, monkeypatch, tmp_path):
     changes, facts = TASKS[name]
     task = {key: value for key, value in (LABELLED[0] | changes).items() if value is not None}
     write(tmp_path / "t.json", [task, *LABELLED[1:]])
-    done = ended(f"train --tasks_file={tmp_path / 't.json'}", inputs, monkeypatch)
+    done = ended(f"train --tasks_file={tmp_path / 't.json'}", inputs, monkeypatch, DEFAULTS)
     assert_refused(done, [str(tmp_path / "t.json"), *facts], inputs)
 
 
@@ -143,14 +130,14 @@ def test_tasks(name, inputs, monkeypatch, tmp_path):
 def test_lines(name, inputs, monkeypatch, tmp_path):
     line, facts = LINES[name]
     line += f" --cache_dir={tmp_path}" if line.startswith("train") else ""
-    assert_refused(ended(line, inputs, monkeypatch), facts, inputs)
+    assert_refused(ended(line, inputs, monkeypatch, DEFAULTS), facts, inputs)
 
 
 def test_numbers_as_text_and_labels_by_number_are_read_from_a_table(inputs, monkeypatch, tmp_path):
     table = "text,text_b,label,task\n2020,,1,tone\nbab,,glad,tone\nbab,12,3.5,closeness\nbab,bek,2,place\n"
     write(tmp_path / "d.csv", table.encode())
     line = f"train --data_path={tmp_path / 'd.csv'} --cache_dir={tmp_path / 'cache'}"
-    done = ended(line, inputs, monkeypatch)
+    done = ended(line, inputs, monkeypatch, DEFAULTS)
     assert done.code == 0, done.err
     assert "training examples: tone 2, closeness 1, place 1" in done.err
 

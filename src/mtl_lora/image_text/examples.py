@@ -4,7 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from mtl_lora.data_files import read_values, task_id_of, text_of
+from mtl_lora.data_files import read_examples, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.tasks import CAPTION, CHOICE, Task, TaskSet
 
@@ -42,16 +42,14 @@ class Example:
 
 
 def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file, see ``read_values``; raises ``UserError`` naming file, example and field.
+    """Read the examples of a file, see ``data_files.read_values``; raises ``UserError`` naming file, example and field.
 
     An example has ``image``, an id or a list of them; ``text`` unless it is a caption; and ``answer``, a text, or
     ``answers``: soft scores by text, or a list of texts that are all right. task: the name of the task when the file
     holds one task alone; else each example has ``task`` or ``task_id``, unless there is only one task.
     closed: require an answer of a score above 0 (evaluation).
     """
-    values = read_values(Path(path))
-    if not values:
-        raise UserError(f"{path} holds no examples")
+    values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
 
 

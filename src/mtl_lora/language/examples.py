@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.data_files import label_of, read_values, task_id_of, text_of
+from mtl_lora.data_files import label_of, read_examples, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
@@ -46,15 +46,13 @@ ROLES = ("system", "user", "assistant")
 
 
 def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file, see ``read_values``; raises ``UserError`` naming file, example and field.
+    """Read the examples of a file, see ``data_files.read_values``; raises ``UserError`` naming file, example and field.
 
     An example has ``instruction`` and ``output``, or ``messages``, or, of a task with options, ``text`` and ``label``.
     task: the name of the task when the file holds one task alone; else each example has ``task_id`` or ``task``,
     unless there is only one task. closed: require an answer, one of its example's options, and no output (evaluation).
     """
-    values = read_values(Path(path))
-    if not values:
-        raise UserError(f"{path} holds no examples")
+    values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from mtl_lora.data_files import label_of, read_values, task_id_of, text_of
+from mtl_lora.data_files import label_of, read_examples, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
 
@@ -33,14 +33,12 @@ class Example:
 
 
 def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file, see ``read_values``; raises ``UserError`` naming file, example and field.
+    """Read the examples of a file, see ``data_files.read_values``; raises ``UserError`` naming file, example and field.
 
     task: the name of the task when the file holds one task alone; else each example has ``task`` or ``task_id``,
     unless there is only one task. closed: as of every system; labels are always needed here.
     """
-    values = read_values(Path(path))
-    if not values:
-        raise UserError(f"{path} holds no examples")
+    values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task) for index, value in enumerate(values)]
 
 
