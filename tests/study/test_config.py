@@ -115,12 +115,13 @@ def test_grid_of_the_package_is_found_by_name_and_has_the_flags_of_the_commands(
     read = read_grid(name)
     assert read.name == name and adapters(read)
     for experiment in read.experiments:
-        read.flags_of("evaluate")(**{"base_model": "any", **read.evaluate, **experiment.evaluate})
+        who = "base_model" if experiment.train is None else "checkpoint"
+        read.flags_of("evaluate")(**{who: "any", **read.evaluate, **experiment.evaluate})
 
 
 def test_unknown_name_of_a_grid_lists_those_of_the_package():
     for name in ("quikstart", "script/grids/quickstart.json"):
-        with pytest.raises(UserError, match=f"{name}.*commonsense, glue, .*llama2_7B, quickstart, textclass, transfer"):
+        with pytest.raises(UserError, match=f"{name}.*commonsense, .*glue, .*llama2_7B, quickstart, .*textclass, transfer"):
             read_grid(name)
 
 
@@ -130,7 +131,7 @@ def test_grid_that_compares_methods_has_a_row_of_each(name):
     assert {adapter.method for adapter in adapters(read_grid(name)).values()} == {*methods()} - others
 
 
-@pytest.mark.parametrize("name", ["textclass", "commonsense"])
+@pytest.mark.parametrize("name", ["textclass", "commonsense", "image_text"])
 def test_budgets_are_equal_within_two_percent(name):
     read, counts = read_grid(name), {}
     one_layer = smollm2_135m()
