@@ -17,11 +17,11 @@ NAMES = ("things", "front", "far", "normal")
 def test_two_processes_train_as_one_that_accumulates(subtests, made_once, tmp_path, one_thread, no_old_objects):
     """Batch norm and the balance of saliency are of a batch of one process, and the mean of a loss is of the step.
 
-    Only two of twelve images have a depth, so that a process, or both, have none of it in most steps.
+    Only two of twelve images have normals, so that a process, or both, have none of them in most steps.
     """
     data = make_folder(tmp_path / "data", 13, 16)
     for index in range(1, 11):
-        (data / "far" / f"{index}.npy").unlink()
+        (data / "normal" / f"{index}.npy").unlink()
     common = {
         "base_model": str(made_once("tiny_swin", make_swin)),
         "data_path": str(data),
@@ -52,7 +52,7 @@ def test_two_processes_train_as_one_that_accumulates(subtests, made_once, tmp_pa
             for key in ("loss", "grad_norm", *(f"loss/{task}" for task in NAMES)):
                 assert curve(one, key), key
                 assert curve(two, key) == pytest.approx(curve(one, key), rel=1e-6), key
-            assert len(curve(one, "loss/far")) < len(curve(one, "loss")) == 4
+            assert len(curve(one, "loss/normal")) < len(curve(one, "loss")) == 4
             expected, found = weights(one), weights(two)
             counted = {key for key in expected if ".norm.running_" in key or ".num_batches_" in key}
             assert expected.keys() == found.keys() and len(counted) == 3 * len(NAMES)
