@@ -7,7 +7,6 @@ Shape legend: B batch, T tasks, N tokens, C channels, H and W of the image, h an
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +14,7 @@ from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.swin import modeling_swin as swin
 
 from mtl_lora.adapter.layer import AdapterLayer, JoinedLinear, Streams
+from mtl_lora.dense.decoders import resized
 from mtl_lora.errors import UserError
 
 STAGES = 4
@@ -224,14 +224,10 @@ class Vit(_Stages, dinov2.Dinov2Model):
             x = streams.shared
             if (index + 1) % depth == 0:
                 size = [max(1, int(side * _VIT_SIZES[len(found)])) for side in grid]
-                found.append(streams.map(lambda each: _resized(_as_map(each[:, 1:], grid), size)))  # noqa: B023
+                found.append(streams.map(lambda each: resized(_as_map(each[:, 1:], grid), size)))  # noqa: B023
         return found
 
 
 def _as_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """(B, N, C) to (B, C, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
-
-
-def _resized(maps: torch.Tensor, size: list[int]) -> torch.Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

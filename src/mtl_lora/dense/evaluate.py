@@ -44,11 +44,6 @@ class Question:
     place: Path | None = None
 
     @property
-    def prompt_ids(self) -> list[int]:
-        """None: images are all of one size."""
-        return []
-
-    @property
     def key(self) -> tuple[str, int]:
         """The task's name and the image's index: different for every question of an evaluation."""
         return self.task.name, self.index
