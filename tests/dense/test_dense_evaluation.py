@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(no_old_objects, made_once, folder, tmp_path_factory):
     """A checkpoint of a few steps of all four tasks."""
-    base = str(made_once("tiny_swin_evaluated", make_swin))
+    base = str(made_once("tiny_swin", make_swin))
     path = tmp_path_factory.mktemp("dense_trained") / "run"
     train(base, folder, path)
     return path
@@ -128,7 +128,7 @@ def test_two_evaluations_compare_by_task_and_tables_say_the_units(trained, folde
 
 @pytest.mark.parametrize("make", [make_pascal, make_nyud], ids=["pascal", "nyud"])
 def test_real_layouts_go_the_whole_way(made_once, tmp_path, make):
-    base = str(made_once("tiny_swin_evaluated", make_swin))
+    base = str(made_once("tiny_swin", make_swin))
     data = make(tmp_path / "data", train=3, test=2)
     train(base, data, tmp_path / "run", augmentation="auto", max_steps=2)
     results = evaluated(tmp_path / "run", data, tmp_path / "results")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_cases import make_folder, make_nyud, make_pascal
+from dense_cases import make_folder, make_nyud, make_pascal, make_swin
 from safetensors.torch import load_file
 from torch import nn
-from transformers import SwinConfig, SwinModel, set_seed
+from transformers import set_seed
 
 import mtl_lora
 from mtl_lora import UserError, cli
@@ -28,13 +28,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def swin(made_once) -> str:
     """The folder of a tiny Swin."""
-
-    def make(folder):
-        torch.manual_seed(0)
-        sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
-        SwinModel(SwinConfig(**sizes, window_size=2, drop_path_rate=0.0)).save_pretrained(folder)
-
-    return str(made_once("tiny_swin", make))
+    return str(made_once("tiny_swin", make_swin))
 
 
 @pytest.fixture

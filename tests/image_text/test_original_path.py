@@ -82,8 +82,8 @@ IMAGES = {
 
 @pytest.fixture(scope="module")
 def learned(cache_dir, tmp_path_factory) -> Path:
-    """A folder with the prepared sets in ``sets``, a training in ``whole``, and in ``run`` the same, of which a kill had
-    left half, resumed."""
+    """A folder with the prepared sets in ``sets``, a training in ``whole``, and in ``run`` the same one, resumed from
+    what a kill half way would have left."""
     root = tmp_path_factory.mktemp("original")
     (root / "bart").mkdir()
     make_bart(root / "bart", width=48, spread=0.2, dropout=0.0)

@@ -305,15 +305,14 @@ def run(config: EvalConfig) -> dict[str, Results]:
     data = config.data_dir, evaluator.tasks, config.tasks
     asked = load_questions(*data, load, evaluator.questions, config.limit, made_by)
     questions = dict.fromkeys(config.protocols, asked.questions)
-    shown, pictures = page.evenly(evaluator.tasks, asked.questions, config.page), {}
-    if shown:
-        pictures = find_images(Path(config.pictures), "--pictures")
-        page.check(pictures, shown, config.pictures)
+    shown = page.evenly(evaluator.tasks, asked.questions, config.page)
+    pictures = find_images(Path(config.pictures), "--pictures") if shown else {}
+    sources = page.sources(pictures, shown, config.pictures)
     with claimed_folders(config, config.protocols):
         results = evaluation.evaluate(evaluator, asked, questions, config.protocols)
         if results and shown:
             lines = evaluation.Predictions(Path(config.output_folder)).read()
-            page.write(Path(config.output_folder) / page.NAME, results[ANSWER].name, shown, lines, pictures)
+            page.write(Path(config.output_folder) / page.NAME, results[ANSWER].name, shown, lines, sources)
         return results
 
 
