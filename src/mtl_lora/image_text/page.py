@@ -18,7 +18,8 @@ _SIDE = 240  # most pixels of a picture
 _STYLE = """body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.2em; }
 figure { margin: 0; padding: .8em; border: 1px solid #ccc; border-radius: 6px; overflow-wrap: anywhere; }
-img { display: block; max-width: 100%; min-width: 128px; margin: 0 auto .6em; image-rendering: pixelated; }
+figure div { display: flex; gap: .6em; justify-content: center; align-items: center; margin-bottom: .6em; }
+img { min-width: 0; max-width: 100%; image-rendering: pixelated; } img:only-child { min-width: 128px; }
 small { color: #666; } .right { color: #116329; } .wrong { color: #a40e26; }
 .right::after { content: " ✓"; } .wrong::after { content: " ✗"; }"""
 
@@ -59,11 +60,13 @@ def _figure(question, line: Mapping, sources: Mapping[str, str]) -> str:
     right = line.get("correct", line.get("score", 0) >= 0.5 if "score" in line else None)
     style = "" if right is None else ' class="right"' if right else ' class="wrong"'
     drawn = "".join(f'<img alt="" src="{sources[image]}">' for image in question.row["images"])
-    said = collections.Counter(wanted if isinstance(wanted, list) else wanted.keys())  # of ten people many the same
-    wanted = "; ".join(text if count == 1 else f"{text} ({count})" for text, count in said.most_common())
+    # Soft scores, or how many of ten people say so.
+    counts = wanted if isinstance(wanted, Mapping) else dict(collections.Counter(wanted).most_common())
+    wanted = "; ".join(text if count == 1 else f"{text} ({count:g})" for text, count in counts.items())
+    score = f" ({line['score']:.2g})" if 0 < line.get("score", 0) < 1 else ""
     texts = [f"<small>{html.escape(question.task.title)}</small>", html.escape(example.text or "")]
-    texts += [f"right: {html.escape(wanted)}", f"model: <b{style}>{html.escape(line['parsed'])}</b>"]
-    return f"<figure>{drawn}<figcaption>{'<br>'.join(filter(None, texts))}</figcaption></figure>"
+    texts += [f"right: {html.escape(wanted)}", f"model: <b{style}>{html.escape(line['parsed'])}</b>{score}"]
+    return f"<figure><div>{drawn}</div><figcaption>{'<br>'.join(filter(None, texts))}</figcaption></figure>"
 
 
 def _source(path: Path) -> str:
