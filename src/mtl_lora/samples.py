@@ -1,5 +1,6 @@
 """Fixed samples of training examples and questions, the same for every experiment of a study, of any system."""
 
+import functools
 import random
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -23,6 +24,25 @@ class Example(Protocol):
 SAMPLE_SEED = 0
 
 
+class Data(Protocol):
+    """Where a study's examples and questions come from; a system says so by ``examples.DATA``, made of its task set."""
+
+    def __init__(self, tasks: TaskSet): ...
+
+    def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
+        """What must be there of training examples or, with ``names``, of the questions of these tasks."""
+
+    def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
+        """``most`` (0: all) of the training examples of each task, of all tasks or ``only`` of some. Raises
+        ``UserError`` for a task of ``only`` that has none."""
+
+    def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
+        """``most`` (0: all) of the questions of each task in ``names``."""
+
+    def flags(self, sample: Sample, only: Collection[str]) -> dict[str, object]:
+        """Those of a training on the sample."""
+
+
 def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
     """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
     order = list(range(len(examples)))
@@ -30,36 +50,36 @@ def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
     return [examples[index] for index in sorted(order[: most or None])]
 
 
-def sample_training(
-    source: Path, folder: Path, examples: Sequence[Example], tasks: TaskSet, most: int, only: Collection[str] = ()
-) -> Sample:
-    """``most`` (0: all) of the ``examples`` of each task in ``source``, of all tasks or ``only`` of some.
+class Records:
+    """Examples that are records of files, read by ``load``, a system's ``load_examples``. Where a sample is every
+    example, the file itself is read, else one in ``folder``. Errors and arguments as ``Data``."""
 
-    Where that is every example, ``source`` itself is read, else a file in ``folder``. Raises ``UserError`` for a task
-    of ``only`` that has no example.
-    """
-    by_task: dict[str, list[Example]] = {name: [] for name in tasks.names}
-    for example in examples:
-        by_task[tasks[example.task_id].name].append(example)
-    if missing := [name for name in only if not by_task[name]]:
-        raise UserError(f"{source} has no examples of {', '.join(missing)}")
-    chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
-    path = folder / ("_".join(["train", *only]) + ".json") if only or most else source
-    return _sample(path, {"train": (source, path, chosen)}, most)
+    def __init__(self, load: Callable[..., Sequence[Example]], tasks: TaskSet):
+        self.load, self.tasks = load, tasks
+        self._read = functools.cache(load)  # the training examples, once for all samples
 
+    def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
+        return [source] if names is None else [source / name / "test.json" for name in names]
 
-def sample_questions(
-    source: Path, folder: Path, tasks: TaskSet, names: Sequence[str], most: int, load: Callable[..., Sequence[Example]]
-) -> Sample:
-    """``most`` (0: all, read in the ``source`` folder) of the questions of each task in ``names``, for ``folder``.
+    def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
+        by_task: dict[str, list[Example]] = {name: [] for name in self.tasks.names}
+        for example in self._read(source, self.tasks):
+            by_task[self.tasks[example.task_id].name].append(example)
+        if missing := [name for name in only if not by_task[name]]:
+            raise UserError(f"{source} has no examples of {', '.join(missing)}")
+        chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
+        path = folder / ("_".join(["train", *only]) + ".json") if only or most else source
+        return _sample(path, {"train": (source, path, chosen)}, most)
 
-    load: the system's ``load_examples``.
-    """
-    path, sets = folder if most else source, {}
-    for name in names:
-        file, target = data_file(source / name, "test"), path / name / "test.json"
-        sets[name] = file, target if most else file, {name: load(file, tasks, name, closed=True)}
-    return _sample(path, sets, most)
+    def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
+        path, sets = folder if most else source, {}
+        for name in names:
+            file, target = data_file(source / name, "test"), path / name / "test.json"
+            sets[name] = file, target if most else file, {name: self.load(file, self.tasks, name, closed=True)}
+        return _sample(path, sets, most)
+
+    def flags(self, sample: Sample, only: Collection[str]) -> dict[str, object]:
+        return {"data_path": str(sample.path)}
 
 
 def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Sample:

@@ -1,7 +1,7 @@
 """The systems: what is trained around the adapters. Each is a package of this one, with parts of the same names.
 
 ``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig`` and what their help says; ``train``: ``run``;
-``evaluate``: ``run`` and ``predict``; ``examples``: its reader, where examples are records of a file.
+``evaluate``: ``run`` and ``predict``; ``examples``: ``DATA``, what a study takes samples of (see ``samples``).
 Named here, and imported where one is asked for: no part of the library knows them all.
 """
 

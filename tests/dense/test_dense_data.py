@@ -207,6 +207,18 @@ def test_every_missing_file_is_named(tmp_path):
             lambda root: [write_png(root / "front" / f"{i}.png", 255 * (np.eye(8) > 0)) for i in (1, 2)],
             "front .* write 1",
         ),
+        (
+            lambda root: [write_png(root / "things" / f"{i}.png", np.full((8, 8), 255)) for i in (1, 2)],
+            "no image of train .* label of things",
+        ),
+        (
+            lambda root: [
+                write_npy(root / folder / f"{i}.npy", np.zeros(shape))
+                for i in (1, 2)
+                for folder, shape in (("far", (8, 8)), ("normal", (8, 8, 3)))
+            ],
+            "no image of train .* label of far, normal",
+        ),
         (lambda root: write_text(root / "train.txt", "1", "1"), r"train\.txt names 1 twice"),
         (lambda root: write_text(root / "train.txt"), r"train\.txt names no image"),
         (lambda root: (root / "train.txt").unlink(), r"train\.txt"),
@@ -233,6 +245,13 @@ def test_image_without_a_valid_pixel_of_a_task_is_masked(tmp_path):
     write_npy(tmp_path / "far" / "1.npy", np.zeros((8, 8)))
     labels = DenseDataset(tmp_path, "train", size=8)[0]["labels"]
     assert (labels["normal"] == 255).all() and (labels["far"] == 255).all()
+
+
+def test_label_of_a_task_may_come_late(tmp_path):
+    make_folder(tmp_path, count=21)
+    for index in range(1, 20):
+        write_png(tmp_path / "things" / f"{index}.png", np.full((8, 8), 255))
+    assert (DenseDataset(tmp_path, "train", size=8)[19]["labels"]["things"] != 255).all()
 
 
 def test_digest_follows_the_images_and_the_labels_of_the_task(tmp_path):

@@ -1,18 +1,20 @@
 """The whole path on folders in the real layouts: train, evaluate, resume, compare, predict."""
 
-import json
+import math
 import shutil
 
 import numpy as np
 import pytest
-from dense_cases import make_folder, make_nyud, make_pascal, make_swin, write_npy
+import torch
+from dense_cases import make_folder, make_nyud, make_pascal, make_swin, write_npy, write_png
 from PIL import Image
 
+import mtl_lora
 from mtl_lora import UserError, cli
 from mtl_lora.dense import Predictor
 from mtl_lora.dense import evaluate as evaluation
 from mtl_lora.dense.config import EvalConfig, TrainConfig
-from mtl_lora.dense.train import run
+from mtl_lora.dense.train import Collator, run
 from mtl_lora.metrics import METRICS
 from mtl_lora.report.compare import compare
 from mtl_lora.results import Results
@@ -126,23 +128,73 @@ def test_two_evaluations_compare_by_task_and_tables_say_the_units(trained, folde
         compare(Results.load(tmp_path / "a"), found)
 
 
-@pytest.mark.parametrize("make", [make_pascal, make_nyud], ids=["pascal", "nyud"])
-def test_real_layouts_go_the_whole_way(made_once, tmp_path, make):
-    base = str(made_once("tiny_swin", make_swin))
-    data = make(tmp_path / "data", train=3, test=2)
-    train(base, data, tmp_path / "run", augmentation="auto", max_steps=2)
-    results = evaluated(tmp_path / "run", data, tmp_path / "results")
-    metrics = {name: task.metric for name, task in results.tasks.items()}
+# What a model says at every pixel -> what must come out of an evaluation. Images of 4 x 6 are shown at 16 x 16, so that
+# a row of a label is 4 rows, and the left half is 8 columns.
+PASCAL = {
+    # The left half has the classes 15, 15, 12 and none: two rows of three are found, and no other class of 21.
+    "semseg": ({15: 9.0}, {"miou": 2 / 3 / 21, "miou_present": 2 / 3 / 2}),
+    # Head and foot are a quarter of the image, the rest is background, of 7 classes.
+    "human_parts": ({0: 9.0}, {"miou": 3 / 4 / 7, "miou_present": 3 / 4 / 3}),
+    # A half is salient: below one half everything is taken, with a precision of 1/2.
+    "sal": ({0: 0.0}, {"saliency_miou": 1 / 2, "max_f": 2 / 3}),
+    # (1, 0, 0) against (1, -1 / 255, -0.6), where the person is.
+    "normals": ({0: 2.0}, {"mean_angle": math.degrees(math.atan(math.hypot(1 / 255, 0.6)))}),
+}
+NYUD = {
+    # Rows without a label, of class 0, 39 and 6: of three rows one is found.
+    "semseg": ({39: 9.0}, {"miou": 1 / 3 / 40, "miou_present": 1 / 3 / 3}),
+    # 2 against 2.5 in one image and 5 in the other.
+    "depth": ({0: 2.0}, {"depth_rmse": math.sqrt((0.5**2 + 3**2) / 2)}),
+    # (0, 0, -1) against (0, -0.6, -0.8) in one image and itself in the other.
+    "normals": (
+        {2: -3.0},
+        {"mean_angle": math.degrees(math.acos(0.8)) / 2, "rmse_angle": math.degrees(math.acos(0.8)) / math.sqrt(2)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "wanted"), [(make_pascal, PASCAL), (make_nyud, NYUD)], ids=["pascal", "nyud"])
+def test_real_layouts_go_the_whole_way(made_once, tmp_path, monkeypatch, make, wanted):
+    """Trained, stopped half way, resumed bit for bit, and evaluated to values that were worked out by hand."""
+    base, data = str(made_once("tiny_swin", make_swin)), make(tmp_path / "data", train=3, test=2)
     if make is make_pascal:
-        assert metrics == {"semseg": "miou", "human_parts": "miou", "sal": "saliency_miou", "normals": "mean_angle"}
+        for path in (data / "semseg" / "pascal-context").glob("*.png"):
+            write_png(path, np.where(np.arange(6) < 3, [[15], [15], [12], [255]], 255))
     else:
-        assert metrics == {"semseg": "miou", "depth": "depth_rmse", "normals": "mean_angle"}
-    assert all(task.n == 2 and task.measured["unlabelled"] == 0 for task in results.tasks.values())
-    assert 0 < results.tasks["normals"].value < 180
-    if make is make_pascal:  # the left half, of which half the rows have no part, and the rest is nowhere
-        rows = [json.loads(line) for line in (tmp_path / "results/predictions/semseg.jsonl").read_text().splitlines()]
-        pixels = [sum(row["counts"][:21]) + sum(row["counts"][42:]) for row in rows]
-        assert pixels == [SIZE * SIZE / 2] * 2  # the labelled pixels at the model's size
+        write_npy(data / "depth" / "4.npy", np.where(np.arange(6) > 0, 5.0, 0.0) * np.ones((4, 1)))
+        write_npy(data / "normals" / "4.npy", np.where(np.arange(6)[:, None] > 0, [0, 0, -1], 0) * np.ones((4, 1, 1)))
+    flags = {"augmentation": "auto", "batch_size": 3, "max_steps": 4, "save_step": 2, "lora_dropout": 0.1}
+    train(base, data, tmp_path / "whole", **flags)
+    collate, batches = Collator.__call__, iter(range(3))
+
+    def stop(*arguments):
+        if next(batches, None) is None:
+            raise KeyboardInterrupt
+        return collate(*arguments)
+
+    monkeypatch.setattr(Collator, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, data, tmp_path / "run", **flags)
+    monkeypatch.setattr(Collator, "__call__", collate)
+    assert not (tmp_path / "run/mtl_lora.safetensors").exists()
+    train(base, data, tmp_path / "run", **flags, resume_from_checkpoint="True")
+    assert (tmp_path / "run/mtl_lora.safetensors").read_bytes() == (
+        tmp_path / "whole/mtl_lora.safetensors"
+    ).read_bytes()
+    model = mtl_lora.load(tmp_path / "run", dtype="fp32")
+    with torch.no_grad():  # every pixel gets the same outputs
+        for name, decoder in zip(wanted, model.decoders, strict=True):
+            decoder.output.weight.zero_()
+            decoder.output.bias.zero_()
+            for channel, value in wanted[name][0].items():
+                decoder.output.bias[channel] = value
+    mtl_lora.save(model, tmp_path / "constant")
+    results = evaluated(tmp_path / "constant", data, tmp_path / "results")
+    assert list(results.tasks) == list(wanted)
+    for name, task in results.tasks.items():
+        found = {task.metric: task.value} | {metric: other.value for metric, other in task.others.items()}
+        assert {metric: found[metric] for metric in wanted[name][1]} == pytest.approx(wanted[name][1], rel=1e-5), name
+        assert (task.n, task.measured["unlabelled"]) == (2, 0)
 
 
 def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, capsys):

@@ -190,24 +190,45 @@ def test_backbone_starts_as_the_pretrained_one_bit_for_bit(backbone, label):
             assert stage.tasks is None if label == "lora" else all(torch.equal(each, plain) for each in stage.tasks)
 
 
-@pytest.mark.parametrize("label", ["mtlora", "mtl_lora"])
-def test_loss_of_a_task_reaches_what_is_its_own_and_what_is_shared(label):
-    model = built("swin", label)
+@pytest.mark.parametrize("label", ["mtlora", "matrixv2", "addition", "mtl_lora"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_loss_of_a_task_reaches_what_is_its_own_and_what_is_shared(backbone, label):
+    """With ``addition`` the shared stream is made of the tasks' own, so that a loss reaches all that it is made of."""
+    model, pixels = built(backbone, label), images(backbone, 1)
     for task in TASKS:
         model.zero_grad(set_to_none=True)
-        weighted(model(images("swin")), [task.name]).backward()
+        weighted(model(pixels), [task.name]).backward()
         for name, layer in mtl_lora.adapter_layers(model).items():
-            last = name.endswith("layers.3.blocks.1.mlp.fc2")
+            last = name == f"backbone.{model.backbone.last_blocks()[-1]}.mlp.fc2"
             for key, weight in layer.adapter_parameters().items():
                 if key.startswith(("task_", "lora_lambda", "lora_w")):
                     reached = [bool(each.any()) for each in weight.grad]
-                    assert reached == [other.id == task.id for other in TASKS], (name, key)
-                else:
-                    idle = last and label == "mtlora"
+                    every = label == "addition" and not last
+                    assert reached == [every or other.id == task.id for other in TASKS], (name, key)
+                else:  # of the last layer no task's output reads the shared pair or norm
+                    idle = last and label in ("mtlora", "addition")
                     assert idle or weight.grad.any(), (name, key)
         for other, decoder in zip(TASKS, model.decoders, strict=True):
             reached = {weight.grad is not None for weight in decoder.parameters()}
             assert reached == {other.id == task.id}
+
+
+@pytest.mark.parametrize("label", ["mtlora", "addition"])
+def test_overflow_that_no_decoder_reads_changes_nothing(label):
+    found = []
+    for factor in (1.0, 1e308):
+        model = built("swin", label).train()
+        last = mtl_lora.adapter_layers(model)["backbone.encoder.layers.3.blocks.1.mlp.fc2"]
+        unread = last.stream_norm_weight if label == "addition" else last.lora_B
+        with torch.no_grad():
+            unread.mul_(factor)
+            assert model.backbone(images("swin"))[-1].shared.isfinite().all() == (factor == 1)
+        model.backbone.set_drop_path(0.0)
+        outputs = model(images("swin"))
+        weighted(outputs).backward()
+        assert not unread.grad.any()
+        found.append((outputs, {name: weight.grad for name, weight in model.named_parameters()}))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

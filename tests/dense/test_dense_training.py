@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_cases import make_folder, make_nyud, make_pascal, make_swin
+from dense_cases import make_folder, make_nyud, make_pascal, make_swin, write_png
 from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
@@ -156,9 +156,8 @@ def test_training_equals_a_plain_loop_however_a_step_is_split(train, still_norms
         torch.testing.assert_close(load_file(run_folder / "mtl_lora.safetensors"), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["mtlora", "mtl_lora"])
-def test_resumed_training_equals_one_that_ran_through(train, method):
-    flags = {"adapter_name": method, "num_B": 2, "lora_dropout": 0.2, "drop_path": 0.3, "augmentation": "pascal"}
+def test_resumed_training_equals_one_that_ran_through(train):
+    flags = {"adapter_name": "mtl_lora", "num_B": 2, "lora_dropout": 0.2, "drop_path": 0.3, "augmentation": "pascal"}
     whole, _ = train("whole", **flags, save_step=2, dtype="fp32")
     again, _ = train("again", **flags, save_step=2, dtype="fp32", resume_from_checkpoint=str(whole / "checkpoint-2"))
     found, expected = (load_file(folder / "mtl_lora.safetensors") for folder in (again, whole))
@@ -189,6 +188,25 @@ def test_half_precision_trains_float32_weights(flags, train):
     model = mtl_lora.load(folder, dtype="bf16").eval()
     outputs = model(torch.zeros(1, 3, 16, 16))
     assert all(output.dtype == torch.float32 and torch.isfinite(output).all() for output in outputs.values())
+
+
+def test_task_that_no_image_of_a_step_has_adds_nothing(train, tmp_path):
+    for index in range(2, 13):
+        (tmp_path / "data" / "normal" / f"{index}.npy").unlink()
+    folder, config = train("rare", missing_labels=True, batch_size=1, dtype="fp32")
+    weights = {task.name: task.weight for task in config.task_set()}
+    for line in log_of(folder):
+        means = {name: line[f"loss/{name}"] for name in weights if f"loss/{name}" in line}
+        assert line["loss"] == pytest.approx(sum(weights[name] * mean for name, mean in means.items()), rel=1e-5)
+    assert "normal" not in means
+
+
+def test_map_that_is_wrong_is_named_by_the_process_that_reads_it(train, tmp_path):
+    make_folder(tmp_path / "data", 20, 16)
+    write_png(tmp_path / "data" / "things" / "18.png", np.full((16, 16), 3))
+    with pytest.raises(UserError, match=r"^\S*things/18\.png holds 3; .*") as caught:
+        train("late", workers=1, max_steps=20)
+    assert "\n" not in str(caught.value)
 
 
 def test_epoch_reaches_the_augmentation(tmp_path):

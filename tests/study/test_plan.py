@@ -4,7 +4,9 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from shared import QUICKSTART, quickstart_records
 from study_cases import ALONE, SEARCH, dev_set, finish, grid, job_of, plan_of, run_of, with_flags, write_grid
 
@@ -14,7 +16,7 @@ from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.study.config import SearchConfig, read_grid
-from mtl_lora.study.plan import Plan
+from mtl_lora.study.plan import Plan, jobs_of
 
 NAMES = COMMONSENSE.names
 
@@ -220,3 +222,62 @@ def test_other_weights_under_the_base_models_name_are_another_configuration(tmp_
     job, key = run_of(Plan(read, tmp_path, with_fingerprint=True), "LoRA").jobs[0], "the base model (fingerprint)"
     assert job.changes({**job.configuration, key: "other"}) == {key: ("other", job.configuration[key])}
     assert job.changes({**job.configuration, key: None}) == {}, "a job whose base model was not there is no other one"
+
+
+# ---- folders of images ----
+
+
+def write_depth(folder, id: str, metres: float) -> None:
+    np.save(folder / "depth" / f"{id}.npy", np.full((4, 6), metres, np.float32))
+
+
+def images_with_two_maps(folder, train: int = 3, test: int = 2) -> None:
+    """A folder with segmentation and depth."""
+    tasks = [{"name": "semseg", "id": 0, "kind": "semantic", "classes": 2}, {"name": "depth", "id": 1, "kind": "depth"}]
+    for name in ("images", "semseg", "depth"):
+        (folder / name).mkdir(parents=True)
+    (folder / "tasks.json").write_text(json.dumps({"tasks": tasks}))
+    ids = [str(index) for index in range(train + test)]
+    (folder / "train.txt").write_text("\n".join(ids[:train]))
+    (folder / "test.txt").write_text("\n".join(ids[train:]))
+    for id in ids:
+        for name in ("images", "semseg"):
+            Image.fromarray(np.ones((4, 6), np.uint8)).save(folder / name / f"{id}.png")
+        write_depth(folder, id, 2.5)
+
+
+def dense_plan(folder, **changes):
+    value = {
+        "name": "dense",
+        "about": "A small study.",
+        "system": "dense",
+        "seeds": [0],
+        "train": {"base_model": "base", "data_path": str(folder / "data"), "tasks": ["semseg", "depth"]},
+        "evaluate": {"data_dir": str(folder / "data")},
+        "experiments": [{"name": "MTLoRA", "train": {}}, {"name": "Alone", "train": {}, "alone": True}],
+    }
+    return plan_of(folder, value | changes)
+
+
+def test_images_are_read_where_they_lie_and_a_task_alone_is_named(tmp_path):
+    images_with_two_maps(tmp_path / "data")
+    plan = dense_plan(tmp_path)
+    assert plan.training().records == {"semseg": 3, "depth": 3} and plan.test.records == {"semseg": 2, "depth": 2}
+    together, alone = (jobs_of(plan.runs(plan.grid.experiment(name))) for name in ("MTLoRA", "Alone"))
+    assert together[0].flags["train"]["tasks"] == ["semseg", "depth"] and "tasks" not in together[0].flags["evaluate"]
+    named = [[job.flags[step]["tasks"] for step in ("train", "evaluate")] for job in alone]
+    assert named == [[["semseg"]] * 2, [["depth"]] * 2]
+    assert {job.flags["train"]["data_path"] for job in [*together, *alone]} == {str(tmp_path / "data")}
+    write_depth(tmp_path / "data", "1", 3.5)
+    later = jobs_of(dense_plan(tmp_path).runs(plan.grid.experiment("Alone")))
+    changes = [list(job.changes(old.configuration)) for job, old in zip(later, alone, strict=True)]
+    assert changes == [[], ["the train data (sha256)"]]
+
+
+def test_images_are_not_sampled_and_a_missing_list_of_them_is_named(tmp_path):
+    images_with_two_maps(tmp_path / "data")
+    with pytest.raises(UserError, match="train_records"):
+        dense_plan(tmp_path, train_records=2)
+    (tmp_path / "data" / "test.txt").unlink()
+    with pytest.raises(UserError, match=r"data/test\.txt"):
+        dense_plan(tmp_path)

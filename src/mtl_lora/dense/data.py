@@ -26,7 +26,7 @@ class DenseDataset(Dataset):
     ``epoch`` and the index alone. missing_labels: an image may lack the file of a task, whose pixels are then all
     ``IGNORE``. limit: the first n images; 0: all.
 
-    Raises ``UserError`` with the names of the files that are not there, or of one that is wrong.
+    Raises ``UserError`` naming the files that are not there, one that is wrong, or a task without any label.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class DenseDataset(Dataset):
         self.augmentation = AUGMENTATIONS[name]
         self.ids = self.layout.ids(split)[: limit or None]
         self._check_files()
-        self._check_binary()
+        self._probe()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,15 +110,31 @@ class DenseDataset(Dataset):
         for id in self.ids:
             yield from self.layout.paths(task, id)
 
-    def _check_binary(self) -> None:
-        """Read the first images; raise ``UserError`` where 255 seems to be written for 1, which would be no label."""
+    def _probe(self) -> None:
+        """Read the maps of the first images, and of a task that has no label in these, of more until there is one.
+
+        Raises ``UserError`` for a task without any, and where 255 seems to be written for 1, which would be no label.
+        """
         seen: dict[str, set] = {}
-        for id in self.ids[:_PROBED]:
+        unlabelled = {task.name: task for task in self.tasks}
+        for number, id in enumerate(self.ids):
+            tasks = self.tasks if number < _PROBED else list(unlabelled.values())
+            if not tasks:
+                break
             image = read_image(self.layout.image(id))
-            for task in self.tasks:
+            for task in tasks:
                 label = self.label(task, id, (image.height, image.width))
-                if label is not None and task.kind in ("saliency", "edges"):
+                if label is None:
+                    continue
+                if (label != (0 if task.kind in ("normals", "depth") else IGNORE)).any():
+                    unlabelled.pop(task.name, None)
+                if task.kind in ("saliency", "edges"):
                     seen.setdefault(task.name, set()).update(np.unique(label).tolist())
+        if unlabelled:
+            raise UserError(
+                f"no image of {self.split} in {self.layout.root} has a pixel with a label of "
+                f"{', '.join(unlabelled)}; name the other tasks in --tasks"
+            )
         for name, values in seen.items():
             if values == {0, IGNORE}:
                 raise UserError(

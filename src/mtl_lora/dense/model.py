@@ -59,10 +59,11 @@ class DenseModel(nn.Module):
         for task, decoder in zip(self.decoders.task_set, self.decoders, strict=True):
             maps = [stage.shared if stage.tasks is None else stage.tasks[task.id] for stage in stages]
             found[task.name] = decoder(maps, size)
-            # The last shared stream goes to no decoder where tasks have their own; what made it gets a gradient of
-            # zero, without which DDP would wait for it.
-            if self.training and stages[-1].tasks is not None and task.id == 0:
-                found[task.name] = found[task.name] + 0 * stages[-1].shared.sum().to(found[task.name].dtype)
+        if self.training and stages[-1].tasks is not None:
+            # The last shared stream goes to no decoder. What makes nothing else gets a gradient of zero, for which DDP
+            # would wait; of sums over no element, for the stream itself may have overflowed.
+            last = self.backbone.get_submodule(f"{self.backbone.last_blocks()[-1]}.{TASK_TARGETS[-1]}")
+            found[task.name] = found[task.name] + sum(weight[:0].sum() for weight in last.adapter_parameters().values())
         return found
 
     def activation_checkpointing_enable(self, options: dict | None = None) -> None:

@@ -1,12 +1,14 @@
 """Pictures with a question, a statement or a caption: validated; an error names file, example and field."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
 from mtl_lora.data_files import read_examples, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.tasks import CAPTION, CHOICE, Task, TaskSet
+from mtl_lora.samples import Records
 
 FIELDS = ("image", "text", "answer", "answers", "annotators", "task", "task_id")
 
@@ -51,6 +53,9 @@ def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, clo
     """
     values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
+
+
+DATA = functools.partial(Records, load_examples)  # what a study takes samples of
 
 
 def parse_example(

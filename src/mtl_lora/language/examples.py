@@ -1,6 +1,7 @@
 """Examples from a file, validated: an error names the file, the example and the field in one sentence."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from mtl_lora.data_files import label_of, read_examples, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
+from mtl_lora.samples import Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,9 @@ def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, clo
 
 
 # ---- examples ----
+
+
+DATA = functools.partial(Records, load_examples)  # what a study takes samples of
 
 
 def parse_example(

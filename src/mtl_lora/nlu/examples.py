@@ -1,12 +1,14 @@
 """Texts, or pairs of texts, with a label or a number: validated; an error names file, example and field."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
 from mtl_lora.data_files import label_of, read_examples, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
+from mtl_lora.samples import Records
 
 FIELDS = ("text", "text_b", "label", "task", "task_id")
 
@@ -40,6 +42,9 @@ def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, clo
     """
     values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task) for index, value in enumerate(values)]
+
+
+DATA = functools.partial(Records, load_examples)  # what a study takes samples of
 
 
 def parse_example(

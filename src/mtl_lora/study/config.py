@@ -146,7 +146,7 @@ class Grid(Config):
         self.train = {"base_model": train.base_model, "data_path": train.data_path, **flags}
         self.tasks = train.task_set()
         flags = self._checked(self.evaluate, "evaluate", for_all=True)
-        evaluate = self.flags_of("evaluate").from_json({"base_model": "any", **flags}, "evaluate")
+        evaluate = self.flags_of("evaluate").from_json({"checkpoint": "any", **flags}, "evaluate")
         self.evaluate = {"data_dir": evaluate.data_dir, **flags}
         self.scored = evaluate.tasks or self.tasks.names
         if len(evaluate.protocols) > 1:

@@ -11,7 +11,7 @@ from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError
 from mtl_lora.report.table import trainable_text
 from mtl_lora.results import Reader, Results, Sample, TaskResult, Trainable
-from mtl_lora.samples import sample_questions, sample_training
+from mtl_lora.samples import Data
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 from mtl_lora.systems import SYSTEMS, part
 
@@ -162,15 +162,15 @@ class Plan:
         sets = {"test": (Path(grid.evaluate["data_dir"]), grid.test_records)}
         if grid.search:
             sets["dev"] = Path(grid.search.data_dir), grid.search.records
-        tests = [source / task / "test.json" for source, _ in sets.values() for task in grid.scored]
-        for path in [self._source, *tests]:
+        self._data: Data = part(grid.system, "examples").DATA(grid.tasks)
+        tests = [path for source, _ in sets.values() for path in self._data.files(source, grid.scored)]
+        for path in [*self._data.files(self._source), *tests]:
             if not path.is_file():
                 way_out = f"make it with `{grid.prepare}`" if grid.prepare else "name its place in the grid"
                 raise UserError(f"the data file {path} cannot be found; {way_out}")
-        load = part(grid.system, "examples").load_examples
-        self._examples = load(self._source, grid.tasks)
+        self.training()
         questions = {
-            name: sample_questions(source, folder / "data" / name, grid.tasks, grid.scored, most, load)
+            name: self._data.questions(source, folder / "data" / name, grid.scored, most)
             for name, (source, most) in sets.items()
         }
         self.test, self.dev = questions["test"], questions.get("dev")
@@ -184,8 +184,7 @@ class Plan:
     @functools.cache  # noqa: B019 - a study has one plan, as long as it runs
     def training(self, only: tuple[str, ...] = ()) -> Sample:
         """The training examples, of all tasks or ``only`` of some."""
-        place = self._source, self.folder / "data"
-        return sample_training(*place, self._examples, self.grid.tasks, self.grid.train_records, only)
+        return self._data.training(self._source, self.folder / "data", self.grid.train_records, only)
 
     def _base_model(self):
         from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
@@ -231,9 +230,10 @@ class Plan:
             place, steps, data = folder / task if task else folder, {}, {"test": test}
             evaluate = {key: grid.train[key] for key in FROM_TRAIN if key in grid.train}
             if experiment.train is not None:
-                data["train"] = self.training((task,) if task else tuple(experiment.only_tasks))
-                steps["train"] = {**grid.train, **experiment.train, **flags}
-                steps["train"] |= {"data_path": str(data["train"].path), "output_dir": str(place)}
+                only = (task,) if task else tuple(experiment.only_tasks)
+                data["train"] = self.training(only)
+                steps["train"] = {**grid.train, **experiment.train, **flags, **self._data.flags(data["train"], only)}
+                steps["train"]["output_dir"] = str(place)
                 grid.flags_of("train").from_json(steps["train"], f"{where}, train")
                 evaluate = {"checkpoint": str(place)}
             evaluate |= {**grid.evaluate, **experiment.evaluate, **({"tasks": [task]} if task else {})}

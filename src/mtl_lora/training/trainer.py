@@ -135,6 +135,12 @@ class EpochLoader(DataLoader):
         if hasattr(self.collate_fn, "set_epoch"):
             self.collate_fn.set_epoch(epoch)
 
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except UserError as error:  # from another process it comes with its traceback
+            raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
+
 
 class MultiTaskTrainer(Trainer):
     """Trains an injected model of any system.
@@ -209,7 +215,8 @@ class MultiTaskTrainer(Trainer):
         self.task_losses.add(losses, weights, task_ids)
         total = num_items_in_batch
         if self.task_weights is not None:
-            weights, total = weights * (self.task_weights.to(total.device) / total)[task_ids], 1.0
+            # In this order, for a task without any weight in the step: a number over next to nothing would overflow.
+            weights, total = weights / total[task_ids] * self.task_weights.to(total.device)[task_ids], 1.0
         return (losses * weights).sum() / total * self.accelerator.num_processes
 
     def floating_point_ops(self, inputs) -> int:

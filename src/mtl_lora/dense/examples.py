@@ -1,0 +1,49 @@
+"""What a study of dense tasks is of: whole folders of images with their maps."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from mtl_lora import files
+from mtl_lora.dense.data import DenseDataset
+from mtl_lora.dense.layouts import layout_of
+from mtl_lora.dense.tasks import TaskSet
+from mtl_lora.errors import UserError
+from mtl_lora.results import Sample
+
+
+class Images:
+    """A folder is read where it lies, each split whole: how many images there are is for the folder to say. Arguments
+    and errors as ``samples.Data``."""
+
+    def __init__(self, tasks: TaskSet):
+        self.tasks = tasks
+
+    def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
+        return [layout_of(source).split_file("train" if names is None else "test")] if source.is_dir() else [source]
+
+    def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
+        found = self._sample(source, "train", only, most)
+        whole = files.sha256_of("".join(found.sha256.values()).encode())
+        return Sample(found.records, found.of, {"train": whole}, {"train": whole}, source)
+
+    def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
+        return self._sample(source, "test", names, most)
+
+    def _sample(self, source: Path, split: str, names: Collection[str], most: int) -> Sample:
+        """Of each task (none: all) the images, and a hash of them and its maps."""
+        if most:
+            raise UserError(
+                f"images of dense tasks are not sampled; make a smaller {source}, and leave out train_records, "
+                "test_records and the search's records"
+            )
+        # The commands themselves are strict about what an image may lack.
+        data = DenseDataset(source, split, self.tasks.only([*names]), missing_labels=True)
+        counts = {task.name: len(data) for task in data.tasks}
+        hashes = {task.name: data.sha256(task) for task in data.tasks}
+        return Sample(counts, counts, hashes, hashes, source)
+
+    def flags(self, sample: Sample, only: Collection[str]) -> dict[str, object]:
+        return {"data_path": str(sample.path)} | ({"tasks": [*only]} if only else {})
+
+
+DATA = Images
