@@ -6,7 +6,7 @@ import math
 import types
 import typing
 
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 
 _MOST_NAMED = 24  # names that an error lists
 DTYPES = ("auto", "bf16", "fp16", "fp32", "fp64")
@@ -164,10 +164,8 @@ class Config:
                 value = {**value, name: flags[name].metadata["before"]}
             elif complete or flags[name].required:
                 raise UserError(f"{source} lacks the key {name!r}")
-        try:
+        with within(source):
             return cls(**value)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
 
 
 def closest(word: str, known: list[str]) -> str:

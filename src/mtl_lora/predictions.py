@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 from mtl_lora.estimates import intervals
 from mtl_lora.metrics import METRICS, Mean, one_unit, title_of
 from mtl_lora.results import Fraction, Index, Reader, Results, Score
@@ -108,10 +108,8 @@ def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Seq
     if isinstance(metric, Mean):
         return [float(getattr(each, metric.key)) for each in predictions]
     sides = ([getattr(each, key) for each in predictions] for key in ("parsed", "answer"))
-    try:
+    with within(f"{results.path}: {task}"):
         return metric.rows(*sides, results.task_set.labels(task))
-    except UserError as error:
-        raise UserError(f"{results.path}: {task}: {error}") from None
 
 
 def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_lora import files
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +147,9 @@ class TaskSet(typing.Generic[Own]):
         columns = [] if value.get("columns") is None else value["columns"]
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
             raise UserError(f"{source}: the columns must be a list of task names, not {columns!r}")
-        try:
+        with within(source):
             tasks = [cls.task_class.from_json(entry, f"task {index}") for index, entry in enumerate(value["tasks"])]
             return cls(tuple(tasks), tuple(columns))
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> typing.Self:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Sequence
 
 from mtl_lora.config import Config, Flag, closest
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 
 if typing.TYPE_CHECKING:
     from mtl_lora.adapter.layer import AdapterLayer
@@ -130,10 +130,8 @@ class AdapterConfig(Config):
         """
         if not isinstance(value, dict) or "method" not in value:
             return super().from_json(value, source, complete)
-        try:
+        with within(source):
             declared = _layer_class(value["method"]).Hyperparameters
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
         if "hyperparameters" not in value:
             names = {flag.name for flag in declared.flags()}
             own = {name: entry for name, entry in value.items() if name in names.intersection(_FORMAT_1)}

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import evaluation, files, route
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 from mtl_lora.evaluation import ExampleQuestion, NotANumber, claimed_folders, in_halves, load_questions, plan_batches
 from mtl_lora.image_text import model as visual
 from mtl_lora.image_text import page
@@ -170,10 +170,8 @@ class Evaluator(evaluation.Evaluator):
             digest = files.sha256_of(str([row["prompt_ids"], row["images"]]).encode())
             found.append(Question(self.tasks[example.task_id], example, row, digest))
         if self.store:
-            try:
+            with within(source):
                 self.store.check(image for row in rows for image in row["images"])
-            except UserError as error:
-                raise UserError(f"{source}: {error}") from None
         longest = max(map(self._length, found), default=0)
         self.base_model.check_positions(longest, "a question with its images and answer; take a shorter --cutoff_len")
         return found

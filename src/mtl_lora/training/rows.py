@@ -17,7 +17,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from mtl_lora import files
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 from mtl_lora.training.sampler import examples_per_task
 
 _CHUNK = 4096
@@ -52,10 +52,8 @@ def cached_rows(
             examples = load()
 
         def encode_batch(batch: dict[str, list[int]]) -> dict[str, list]:
-            try:
+            with within(f"{path}"):
                 return encode([examples[index] for index in batch["index"]])
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
 
         options = {"batched": True, "batch_size": _CHUNK, "desc": "tokenising", "features": features}
         options |= {"remove_columns": "index", "new_fingerprint": key}
