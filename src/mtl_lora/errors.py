@@ -22,6 +22,15 @@ class UserError(ValueError):
         self.field = field
 
 
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Put a place, such as a file or a record, in front of the sentence of a ``UserError``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
 def require_package(flag: str, package: str, wanted: bool = True) -> None:
     """Raise ``UserError`` if a flag that is set needs a package that is not there."""
     if wanted and importlib.util.find_spec(package) is None:

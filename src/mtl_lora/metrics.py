@@ -13,17 +13,18 @@ import re
 import statistics
 import string
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from mtl_lora.errors import UserError
-from mtl_lora.estimates import SEED, bootstrap_means, draws, proportion_error
+from mtl_lora.estimates import SEED, Difference, Estimate, bootstrap_means, draws, proportion_error
 
 if TYPE_CHECKING:
     import numpy
 
 Answer = str | float  # a label or a free text; a number of a regression
 ERROR_RESAMPLES = 1000  # for a standard error
+NOTHING = "–"  # in a table, for no value
 MAPS = ("classes", "saliency", "edges", "angles", "depth")  # what a map may be, as a metric needs it
 
 # ---- free text ----
@@ -513,6 +514,45 @@ def title_of(metric: str) -> str:
 def scale_of(metric: str) -> int:
     """What a value of a metric is shown times."""
     return METRICS[metric].scale if metric in METRICS else 1
+
+
+def percent(fraction: float, signed: bool = False) -> str:
+    """Percent with one decimal; a difference carries its sign, and zero is never negative."""
+    rounded = round(100 * fraction, 1) + 0.0
+    return f"{rounded:+.1f}" if signed else f"{rounded:.1f}"
+
+
+def value_text(value: float | None, spread: float | None = None, metric: str = "accuracy", signed: bool = False) -> str:
+    """``71.2 ± 0.8``: a metric that is shown times 100, any other with three decimals; a dash for None."""
+    if value is None:
+        return NOTHING
+    shown, error = (
+        percent(number or 0, sign) if scale_of(metric) == 100 else f"{number or 0:{'+' if sign else ''}.3f}"
+        for number, sign in ((value, signed), (spread, False))
+    )
+    return shown if spread is None else f"{shown} ± {error}"
+
+
+def units_text(metrics: Collection[str]) -> str:
+    """``Accuracy in percent; Matthews times 100; ``: what the numbers of a table of ``metrics`` are."""
+    found: dict[str, list[str]] = {}
+    for metric in [each for name, each in METRICS.items() if name in metrics]:
+        unit = metric.unit or ("times 100" if metric.lowest else "in percent")
+        found.setdefault(unit + ", lower is better" * metric.lower_is_better, []).append(metric.title)
+    return "".join(f"{', '.join(titles)} {unit}; " for unit, titles in found.items())
+
+
+def interval_text(value: Estimate | Difference | None, metric: str = "accuracy", signed: bool = False) -> str:
+    """``70.1 to 72.3``, or a dash."""
+    if value is None or value.low is None:
+        return NOTHING
+    return f"{value_text(value.low, None, metric, signed)} to {value_text(value.high, None, metric, signed)}"
+
+
+def difference_text(value: Estimate | Difference | None, metric: str = "accuracy") -> str:
+    """``+1.2 (-0.3 to +2.7)``, or a dash."""
+    interval = f" ({interval_text(value, metric, signed=True)})" if value and value.low is not None else ""
+    return value_text(value and value.center, None, metric, signed=True) + interval
 
 
 def one_unit(metrics: Iterable[str]) -> bool:

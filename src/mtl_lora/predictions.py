@@ -5,13 +5,14 @@ import dataclasses
 import json
 import reprlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
-from mtl_lora.metrics import METRICS, Mean, title_of
-from mtl_lora.results import UNWRITTEN, Fraction, Index, Reader, Results, Score
+from mtl_lora.estimates import intervals
+from mtl_lora.metrics import METRICS, Mean, one_unit, title_of
+from mtl_lora.results import Fraction, Index, Reader, Results, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Prediction:
     cider: Score | None = None
     bleu4: list[float] | None = None
     counts: list[float] | None = None
-    place: str = dataclasses.field(default="", compare=False, metadata=UNWRITTEN)
+    place: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,20 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
         rows = (_rows(run, task, side) for run, side in zip((a, b), zip(*answers, strict=True), strict=True))
         found[task] = Paired(a.tasks[task].metric, answers, tuple(rows))
     return found
+
+
+def differences(
+    measured: Mapping[str, tuple[str, Sequence]], scored: Sequence[str], seed: int, resamples: int
+) -> dict | None:
+    """B minus A by task, and on average over ``scored`` where they have one unit, see ``intervals``.
+
+    measured: by task its metric and, of each pair of runs, the rows of A and of B; the mean over pairs is compared.
+    """
+    found = {
+        task: METRICS[metric].difference(pairs, [seed, *task.encode()], resamples)
+        for task, (metric, pairs) in measured.items()
+    }
+    return intervals(found, scored if one_unit(metric for metric, _ in measured.values()) else ())
 
 
 def _shown(results: Results, key: str) -> str:

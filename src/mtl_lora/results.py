@@ -20,7 +20,7 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
-from mtl_lora.metrics import METRICS, Mean, one_unit, title_of
+from mtl_lora.metrics import METRICS, NOTHING, Mean, one_unit, title_of
 
 SCHEMA = 2
 # A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
@@ -43,7 +43,6 @@ Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
 Index = typing.Annotated[int, "a whole number from 0", lambda count: count >= 0]
 # Of what else is measured of a task, that which reports read.
 _MEASURED = {"predicted": dict[str, Index], "unparsed": Fraction, "correct": Index, "f1": Fraction}
-UNWRITTEN = {"unwritten": True}  # metadata of a field that is not a key of the file
 _WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
 _MISSING = type("_Missing", (), {"__repr__": lambda self: "missing"})()  # the value of a key that is not there
 
@@ -107,7 +106,7 @@ def _fields(cls: type) -> dict[str, tuple[object, bool]]:
     return {
         field.name: (hints[field.name], field.default is field.default_factory is dataclasses.MISSING)
         for field in dataclasses.fields(cls)
-        if field.metadata != UNWRITTEN
+        if field.compare  # what two equal files may differ in is no key of them
     }
 
 
@@ -275,6 +274,16 @@ class Trainable:
     total: Count
 
 
+def trainable_text(trainable: Trainable | None, adapters: int = 1) -> str:
+    """``16.85 (0.25 %)``: millions of trainable parameters and their proportion of all; of each of ``adapters``."""
+    if trainable is None:
+        return NOTHING
+    numbers = trainable.adapter / 1e6, 100 * trainable.adapter / trainable.total
+    # Two decimals, more where a small number would have fewer than two digits left.
+    millions, part = (f"{n:.{max(2, 1 - math.floor(math.log10(n))) if n else 2}f}" for n in numbers)
+    return f"{adapters} x {millions} ({part} %)" if adapters > 1 else f"{millions} ({part} %)"
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources.
@@ -286,8 +295,8 @@ class Sample:
     of: dict[str, int]
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-    path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
-    content: dict[Path, bytes] = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
+    path: Path = dataclasses.field(default=Path(), compare=False)
+    content: dict[Path, bytes] = dataclasses.field(default_factory=dict, compare=False)
 
     def write(self) -> None:
         """Write the files that are not there, or hold something else."""
@@ -333,6 +342,16 @@ class TaskNames:
         if sorted(columns) != sorted(names):
             raise reader.wrong(f"{place}.columns", columns, f"each task once: {', '.join(names)}")
         return cls(value, names, columns, {task.name: task.title or task.name for task in tasks})
+
+    @staticmethod
+    def require_one(found: Sequence[typing.Any], what: str) -> None:
+        """Raise ``UserError`` for the first of what was found (each with a ``task_set`` and a ``path``) that has other
+        tasks than the first of all. what: needs one set of tasks."""
+        for other in found[1:]:
+            if set(other.task_set.names) != set(found[0].task_set.names):
+                tasks, first = (", ".join(each.task_set.names) for each in (other, found[0]))
+                about = f"{other.path} is about the tasks {tasks} and {found[0].path} about {first}"
+                raise UserError(f"{about}; {what} one set of tasks")
 
     def to_json(self) -> dict:
         return self.value
@@ -394,7 +413,7 @@ class Results:
     command: str | None = None
     device: str | None = None
     commit: str | None = None
-    path: Path | None = dataclasses.field(default=None, compare=False, metadata=UNWRITTEN)
+    path: Path | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":

@@ -9,8 +9,7 @@ import pytest
 
 from mtl_lora.errors import UserError
 from mtl_lora.image_text import captions
-from mtl_lora.metrics import METRICS, vqa_accuracy, vqa_accuracy_official, vqa_normalised
-from mtl_lora.report.table import units_text
+from mtl_lora.metrics import METRICS, units_text, vqa_accuracy, vqa_accuracy_official, vqa_normalised
 from mtl_lora.results import TaskResult, measure
 
 needs_scorers = pytest.mark.skipif(

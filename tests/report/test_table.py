@@ -24,17 +24,10 @@ from report_cases import (
 )
 
 from mtl_lora.language.tasks import COMMONSENSE as COMMONSENSE_SET
+from mtl_lora.metrics import percent, value_text
 from mtl_lora.report.load import Study
-from mtl_lora.report.table import (
-    PUBLISHED_FILE,
-    details,
-    percent,
-    published_rows,
-    study_tables,
-    trainable_text,
-    value_text,
-)
-from mtl_lora.results import Results, Trainable
+from mtl_lora.report.table import PUBLISHED_FILE, details, published_rows, study_tables
+from mtl_lora.results import Results, Trainable, trainable_text
 
 EXPECTED = """\
 | Method         | Trainable parameters, M (%) |       First |     second |     Average |

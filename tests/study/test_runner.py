@@ -173,8 +173,8 @@ class Job:
     label = folder = "job"
 def execute(job, slot):
     with open(sys.argv[1] + ".out", "ab") as output:
-        process = runner.start(["python", "-c", "import time; print('here', flush=True); time.sleep(60)"], output, slot)
-    return runner.until_done(process)
+        command = ["python", "-c", "import time; print('here', flush=True); time.sleep(60)"]
+        yield from runner.until_done(command, output, slot)
 def run(config):
     with files.claimed(config.output_dir) as lock:
         list(runner.execute_all([Job], [{"pass_fds": lock}]))

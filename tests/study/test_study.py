@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,11 +60,12 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
     return write_grid(folder, value)
 
 
-def in_this_process(command, output, slot) -> subprocess.Popen:
-    """What ``runner.start`` does, without the seconds that a new process takes to import torch."""
+def in_this_process(command, output, slot):
+    """What ``runner.until_done`` does, without the seconds that a new process takes to import torch."""
     assert command[:3] == ["python", "-m", "mtl_lora"]
+    yield
     cli.main(command[3:])
-    return subprocess.Popen(["true"])
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def study(grid_file):
         cli.main(["study", "--grid", str(grid), "--output_dir", str(folder), *flags])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "start", in_this_process)
+        patch.setattr(runner, "until_done", in_this_process)
         yield start
 
 

@@ -227,7 +227,7 @@ def test_shared_folder_has_every_number_and_no_weights_predictions_data_or_paths
     study = Study.load(shared)
     assert [each.summary for each in study.experiments] == [each.summary for each in own.experiments]
     assert study.transfer == own.transfer and (shared / "table.md").read_text() == table
-    assert all((job.results, job.log, job.analysis) == (None, None, None) for job in study.jobs)
+    assert all((job.results, job.log, job.analysis) == (None, None, None) for run in study.runs for job in run.jobs)
     command = by_name(study)["LoRA"].runs[0].commands[0]
     assert all(f" output/study/small/{place}" in command for place in ("runs/lora/seed0", "data/train.json"))
     with pytest.raises(UserError, match="own folder"):

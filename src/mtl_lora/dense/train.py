@@ -8,13 +8,11 @@ from torch import nn
 
 from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.base_model import BaseModel
 from mtl_lora.dense import model
 from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset, collate
 from mtl_lora.dense.losses import TaskLosses, known_values
 from mtl_lora.dense.tasks import TaskSet
-from mtl_lora.errors import UserError
 from mtl_lora.training.run import Run, train
 
 _PER_PROCESS = (
@@ -47,15 +45,10 @@ class DenseRun(Run):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
-        self.base = BaseModel(config.base_model, config.trust_remote_code, model.KIND)
         self.task_weights = [float(task.weight) for task in self.tasks]
 
     def structure(self) -> model.DenseModel:
-        found = model.structure(self.base, self.tasks)
-        patch = found.backbone.patch
-        if self.config.image_size % patch:
-            raise UserError(f"--image_size must be a multiple of {patch} for this model, not {self.config.image_size}")
-        return found
+        return model.structure(self.base, self.tasks, self.config.image_size)
 
     def place_adapter(self, adapter: AdapterConfig, structure: model.DenseModel) -> tuple[AdapterConfig, list[str]]:
         config = self.config

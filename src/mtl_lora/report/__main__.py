@@ -17,8 +17,9 @@ from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
 from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study, load_run
-from mtl_lora.report.table import FORMATS, Report, build_table, details, examples, markdown_text, study_tables
+from mtl_lora.report.table import FORMATS, Report, build_table, details, examples, study_tables
 from mtl_lora.results import Results, object_of
+from mtl_lora.text_table import markdown_text
 
 PAGE = "page.html"  # the template, and the default name of what is made from it
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
@@ -34,17 +35,17 @@ class Rendered(Config):
 
     def hand_out(self, report: Report, inputs: Sequence[Path]) -> None:
         """Print or write it; the notes go to stderr where the format has no place for them."""
-        output = Path(self.output) if self.output else None
-        style = self.format or (SUFFIXES.get(output.suffix.lower(), "markdown") if output else "markdown")
-        if output and output.is_dir():
-            raise UserError(f"--output {output} is a folder; name a file in it")
-        if output and output.resolve() in {path.resolve() for path in inputs}:
-            raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
+        output = Path(self.output or "")
+        style = self.format or SUFFIXES.get(output.suffix.lower(), "markdown")
         text = getattr(report, style)()
-        if output:
-            write_all({output: text.encode()})
-        else:
+        if not self.output:
             print(text, end="")
+        elif output.is_dir():
+            raise UserError(f"--output {output} is a folder; name a file in it")
+        elif output.resolve() in {path.resolve() for path in inputs}:
+            raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
+        else:
+            write_all({output: text.encode()})
         if style == "csv":
             # A warning that rows are not comparable must not be lost.
             print("\n".join(report.notes), file=sys.stderr)
@@ -60,10 +61,13 @@ class TableConfig(Rendered):
     baselines: list[str] = flag([], "results of single-task models, as a,b, for a column Delta_m (dense prediction)")
 
     def run(self) -> None:
-        results = [each for path in self.results for each in Results.load_all(path)]
-        baselines = [each for path in self.baselines for each in Results.load_all(path)]
+        results, baselines = _loaded(self.results), _loaded(self.baselines)
         report = build_table(results, self.published, self.difference, baselines)
         self.hand_out(report, [result.path for result in [*results, *baselines]])
+
+
+def _loaded(paths: Sequence[str]) -> list[Results]:
+    return [each for path in paths for each in Results.load_all(path)]
 
 
 @dataclasses.dataclass
@@ -73,8 +77,8 @@ class DetailsConfig(Config):
     results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
 
     def run(self) -> None:
-        found = [each for path in self.results for each in Results.load_all(path)]
-        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in map(details, found)), end="")
+        tables = map(details, _loaded(self.results))
+        print("\n".join(f"{markdown_text(each.title)}\n\n{each.markdown()}\n" for each in tables), end="")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -143,15 +147,13 @@ def write_page(run: str, output: str | None = None) -> Path:
     import jinja2
 
     tables = [] if study.facts else study_tables(study)
-    evaluated = [run.results for run in study.runs if study.facts and run.results]
-    for results in map(Results.load, evaluated):
-        tables += [details(results), *(table for table in [examples(results)] if table.rows)]
-    sources = ((each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study))
-    drawings = [(drawing, f"data:image/svg+xml;base64,{source}") for drawing, source in sources]
+    for results in (Results.load(run.results) for run in study.runs if study.facts and run.results):
+        tables += [table for table in (details(results), examples(results)) if table.rows]
+    drawings = [(each, base64.b64encode(each.render("svg")).decode()) for each in figures.draw(study)]
     facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}
-    loader, rules = jinja2.FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **rules)
-    text = environment.get_template(PAGE).render(study=study, tables=tables, drawings=drawings, facts=facts)
+    rules = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Template(Path(__file__).with_name(PAGE).read_text(encoding="utf-8"), **rules)
+    text = template.render(study=study, tables=tables, drawings=drawings, facts=facts)
     write_all({path: text.encode("utf-8")})
     return path
 

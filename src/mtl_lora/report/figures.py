@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
-from mtl_lora.metrics import METRICS, scale_of, title_of
+from mtl_lora.metrics import METRICS, difference_text, scale_of, title_of, units_text
 from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
-from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL, interval_text, units_text, value_text
+from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,13 +65,12 @@ def _style():
 
 def draw(study: Study) -> list[Drawing]:
     """Everything that a study or a run has the numbers for, each under a name of its own."""
-    names = Counter()
+    names, found = Counter(), []
     with _style():
-        found = [each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)]
-    for index, drawing in enumerate(found):
-        names[drawing.name] += 1
-        if names[drawing.name] > 1:
-            found[index] = dataclasses.replace(drawing, name=f"{drawing.name}_{names[drawing.name]}")
+        for drawing in (each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)):
+            names[drawing.name] += 1
+            further = f"_{names[drawing.name]}" if names[drawing.name] > 1 else ""
+            found.append(dataclasses.replace(drawing, name=drawing.name + further))
     return found
 
 
@@ -112,16 +111,16 @@ def _width(labels: Collection[str]) -> float:
     return 0.075 * max(map(len, labels))
 
 
-def _new_figure(
-    count: int, panel: tuple[float, float], margin: tuple[float, float], title: str, caption: str, *columns: int, **axes
-) -> "tuple[Figure, list[Axes]]":
-    """A grid of ``count`` panels (inches) with its title above and its caption below.
+def _drawing(
+    words: tuple[str, str, str], count: int, panel: tuple[float, float], margin: tuple[float, float], *columns, **axes
+) -> "tuple[Drawing, list[Axes]]":
+    """A grid of ``count`` panels (inches) with its title above and its caption below. words: name, title, caption.
 
     columns: of those, the number that leaves the fewest places empty.
     """
     from matplotlib.figure import Figure
 
-    across = min(count, min(columns, key=lambda columns: -count % columns))
+    (_, title, caption), across = words, min(count, min(columns, key=lambda columns: -count % columns))
     down, width = -(-count // across), across * panel[0] + margin[0]
     lines = textwrap.wrap(caption, int(15 * width))  # letters of its size are about 1/15 inch wide
     size = (width, down * panel[1] + margin[1] + 0.14 * len(lines))
@@ -131,7 +130,7 @@ def _new_figure(
     panels = figure.subplots(down, across, squeeze=False, **axes).flatten()
     for empty in panels[count:]:
         empty.set_axis_off()
-    return figure, list(panels[:count])
+    return Drawing(*words, figure), list(panels[:count])
 
 
 def _heat_map(panel: "Axes", matrix, rows: Sequence[str], columns: Sequence[str], limit: float, texts, bold=()):
@@ -175,16 +174,15 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     )
     labels = [textwrap.shorten(experiment.name, 32, placeholder=" …") for experiment in study.experiments]
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
-    figure, panels = _new_figure(len(tasks), size, margin, title, caption, 4, 3, sharey=True)
+    drawing, panels = _drawing(("accuracy", title, caption), len(tasks), size, margin, 4, 3, sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
         scale = scale_of(study.metric(task))
-        for index, value in enumerate(experiment.estimate(task) for experiment in study.experiments):
-            if value:
-                known = value.low is not None
-                ends = [[scale * (value.mean - value.low)], [scale * (value.high - value.mean)]] if known else None
-                style = {"fmt": look(index)["marker"], "color": look(index)["color"], "capsize": 3}
-                width = 0.9 if value.sd is None else 2.4
-                panel.errorbar(scale * value.mean, index, xerr=ends, elinewidth=width, **style)
+        values = ((index, value) for index, each in enumerate(study.experiments) if (value := each.estimate(task)))
+        for index, value in values:
+            ends = value.low is not None and [[scale * (value.mean - value.low)], [scale * (value.high - value.mean)]]
+            style = {"fmt": look(index)["marker"], "color": look(index)["color"], "capsize": 3}
+            width = 0.9 if value.sd is None else 2.4
+            panel.errorbar(scale * value.mean, index, xerr=ends or None, elinewidth=width, **style)
         if task in study.majority:
             panel.axvline(scale * study.majority[task], color="black", linestyle="--", linewidth=1)
         named = [study.metric(task)] * (len(metrics) > 1)
@@ -193,7 +191,7 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
-    yield Drawing("accuracy", title, caption, figure)
+    yield drawing
 
 
 def _transfer(study: Study) -> Iterator[Drawing]:
@@ -207,30 +205,23 @@ def _transfer(study: Study) -> Iterator[Drawing]:
         "Difference in percentage points, its 95 % interval below it, in bold where that leaves out 0. Red: worse "
         "together; blue: better."
     )
-    cells = [[*(row.tasks.get(task) for task in study.scored), row.average] for row in study.transfer]
-    metrics = [*map(study.metric, study.scored), study.metric(None)]
-    # What is better is above 0, also of a metric that is an error.
-    signs = [
-        -scale_of(each) if each in METRICS and METRICS[each].lower_is_better else scale_of(each) for each in metrics
-    ]
-    matrix = np.array(
-        [[sign * cell.difference if cell else np.nan for sign, cell in zip(signs, row, strict=True)] for row in cells]
-    )
-    labels = [row.label for row in study.transfer]
-    columns = [*(study.task_set.title(task) for task in study.scored), AVERAGE]
-    size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
-    figure, panels = _new_figure(1, size, margin, title, caption, 1)
-    texts, bold = np.full(matrix.shape, "", dtype=object), set()
-    for place, cell in ((place, cells[place[0]][place[1]]) for place in np.ndindex(matrix.shape)):
-        if cell:
-            metric = metrics[place[1]]
-            interval = f"\n{interval_text(cell, metric, signed=True)}" if cell.low is not None else ""
-            texts[place] = f"{value_text(cell.difference, None, metric, True)}{interval}".replace("-", "−")
+    labels, tasks = [row.label for row in study.transfer], [*study.scored, None]
+    columns, metrics = [study.task_set.title(task) if task else AVERAGE for task in tasks], [*map(study.metric, tasks)]
+    texts = np.full((len(labels), len(tasks)), "", dtype=object)
+    matrix, bold = np.full(texts.shape, np.nan), set()
+    for place in np.ndindex(texts.shape):
+        row, task, metric = study.transfer[place[0]], tasks[place[1]], metrics[place[1]]
+        if cell := row.tasks.get(task) if task else row.average:
+            # What is better is above 0, also of a metric that is an error.
+            sign = -1 if metric in METRICS and METRICS[metric].lower_is_better else 1
+            matrix[place] = sign * scale_of(metric) * cell.difference
+            texts[place] = difference_text(cell, metric).replace(" (", "\n").rstrip(")").replace("-", "−")
             bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
-    limit = max(1.0, float(np.nanmax(np.abs(matrix))))
-    mesh = _heat_map(panels[0], matrix, labels, columns, limit, texts, bold)
-    figure.colorbar(mesh, ax=panels, **_BAR, label="percentage points")
-    yield Drawing("transfer", title, caption, figure)
+    size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
+    drawing, panels = _drawing(("transfer", title, caption), 1, size, margin, 1)
+    mesh = _heat_map(panels[0], matrix, labels, columns, max(1.0, float(np.nanmax(np.abs(matrix)))), texts, bold)
+    drawing.figure.colorbar(mesh, ax=panels, **_BAR, label="percentage points")
+    yield drawing
 
 
 # ---- trainings ----
@@ -246,9 +237,7 @@ def _loss(study: Study) -> Iterator[Drawing]:
         if logs := [log for run in experiment.runs if (log := log_of(study, run))]:
             groups.setdefault(experiment.group, []).append((index, experiment.name, logs))
     for group, trained in groups.items():
-        title, name = ("Training loss", "training_loss")
-        if len(groups) > 1:
-            title, name = f"{title}, {group}", f"{name}_{_slug(group)}"
+        title = f"Training loss, {group}" if len(groups) > 1 else "Training loss"
         caption = (
             f"Loss by training step, running mean over 1/{_SMOOTHED} of the log; over several seeds their mean, and a "
             "band from the lowest to the highest."
@@ -257,8 +246,8 @@ def _loss(study: Study) -> Iterator[Drawing]:
         tasks = [task for task in study.task_set.columns if task in having]
         tasks += [""] if len(tasks) != 1 else []
         legend = _width([name for _, name, _ in trained]) + 0.8 if len(trained) > 1 else 0
-        figure, panels = _new_figure(len(tasks), (2.5, 1.9), (0.4 + legend, 0.8), title, caption, 4, 3, sharex=True)
-        lines = {}
+        words, margin, lines = (_slug(title), title, caption), (0.4 + legend, 0.8), {}
+        drawing, panels = _drawing(words, len(tasks), (2.5, 1.9), margin, 4, 3, sharex=True)
         for task, panel in zip(tasks, panels, strict=True):
             for index, label, logs in trained:
                 curves = [pandas.Series(log[task]) for log in logs if log.get(task)]
@@ -278,8 +267,8 @@ def _loss(study: Study) -> Iterator[Drawing]:
             panel.grid()
             panel.tick_params(labelbottom=True)
         if legend:
-            figure.legend(lines.values(), lines.keys(), loc="outside right upper", handlelength=3)
-        yield Drawing(name, title, caption, figure)
+            drawing.figure.legend(lines.values(), lines.keys(), loc="outside right upper", handlelength=3)
+        yield drawing
 
 
 def _mixture(study: Study) -> Iterator[Drawing]:
@@ -320,7 +309,8 @@ def _mixture(study: Study) -> Iterator[Drawing]:
         change = {"cmap": "RdBu", "vmin": -top, "vmax": top}
         for at, (name, rows) in reversed(list(enumerate(started.items(), 1))):
             shown.insert(at, (f"{name}, change from the start", np.subtract(modules[name], rows), change))
-        figure, panels = _new_figure(len(shown), size, (1.6, 0.6), title, caption, 2)
+        words = f"mixture_{_slug(experiment.name)}", title, caption
+        drawing, panels = _drawing(words, len(shown), size, (1.6, 0.6), 2)
         for panel, (name, rows, colours) in zip(panels, shown, strict=True):
             image = panel.imshow(rows, aspect="auto", **colours)
             panel.set_title(name)
@@ -329,8 +319,8 @@ def _mixture(study: Study) -> Iterator[Drawing]:
             for index in range(1, len(labels)):
                 panel.axvline(index * parts - 0.5, color="white", linewidth=1.2 / apart)
         for image in panels[0].images + panels[-1].images[: len(started)]:
-            figure.colorbar(image, ax=panels, **_BAR, label="weight" if image in panels[0].images else "change")
-        yield Drawing(f"mixture_{_slug(experiment.name)}", title, caption, figure)
+            drawing.figure.colorbar(image, ax=panels, **_BAR, label="weight" if image in panels[0].images else "change")
+        yield drawing
 
 
 def _similarity(study: Study) -> Iterator[Drawing]:
@@ -348,14 +338,15 @@ def _similarity(study: Study) -> Iterator[Drawing]:
         labels = [study.task_set.title(task) for task in analyses[0].tasks]
         written = len(labels) <= MOST_WRITTEN
         caption = (
-            f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where one "
+            f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where one of "
+            f"the two is zero. {_AT_START if analyses[0].mixture_at_start else _NO_START}"
+            f"{'' if written else f' Numbers: up to {MOST_WRITTEN} tasks.'}"
         )
-        caption += f"of the two is zero. {_AT_START if analyses[0].mixture_at_start else _NO_START}"
-        caption += "" if written else f" Numbers: up to {MOST_WRITTEN} tasks."
         side = max(1.9, (0.42 if written else 0.2) * len(labels))
         size, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
         shared = {"layout": "compressed", "sharex": True, "sharey": True}
-        figure, panels = _new_figure(len(found[0]), size, margin, title, caption, 2, **shared)
+        words = f"similarity_{_slug(experiment.name)}", title, caption
+        drawing, panels = _drawing(words, len(found[0]), size, margin, 2, **shared)
         for kind, panel in zip(found[0], panels, strict=True):
             seeds = np.array([of_seed[kind] for of_seed in found if kind in of_seed], dtype=float)
             matrix = np.ma.masked_invalid(seeds).mean(axis=0).filled(np.nan)
@@ -363,5 +354,5 @@ def _similarity(study: Study) -> Iterator[Drawing]:
             texts = [[f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix]
             mesh = _heat_map(panel, matrix, labels, labels, 1.0, texts if written else [[]])
             panel.set(title=kind, aspect="equal")
-        figure.colorbar(mesh, ax=panels, **_BAR, label="cosine")
-        yield Drawing(f"similarity_{_slug(experiment.name)}", title, caption, figure)
+        drawing.figure.colorbar(mesh, ax=panels, **_BAR, label="cosine")
+        yield drawing

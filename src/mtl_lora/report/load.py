@@ -12,18 +12,7 @@ from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.results import (
-    UNWRITTEN,
-    Reader,
-    Results,
-    Sample,
-    TaskNames,
-    TaskResult,
-    Text,
-    Trainable,
-    average_of,
-    object_of,
-)
+from mtl_lora.results import Reader, Results, Sample, TaskNames, TaskResult, Text, Trainable, average_of, object_of
 from mtl_lora.train_log import Losses, read_losses
 
 STUDY_SCHEMA = 2
@@ -38,6 +27,12 @@ class Summary:
 
     tasks: dict[str, Estimate]
     average: Estimate | None = None
+
+    @classmethod
+    def over_seeds(cls, values: dict[str, list[float]], averages: Sequence[float | None]) -> "Summary":
+        """Of each run's values by task, and of its average, if each has one."""
+        tasks = {task: Estimate.over_seeds(of_task) for task, of_task in values.items()}
+        return cls(tasks, None if None in averages else Estimate.over_seeds(averages))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,8 +190,8 @@ class Study:
     experiments: list[Experiment]
     transfer: list[Transfer] = dataclasses.field(default_factory=list)
     search: Search | None = None
-    path: Path = dataclasses.field(default=Path(), compare=False, metadata=UNWRITTEN)
-    facts: dict = dataclasses.field(default_factory=dict, compare=False, metadata=UNWRITTEN)
+    path: Path = dataclasses.field(default=Path(), compare=False)
+    facts: dict = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":
@@ -219,11 +214,6 @@ class Study:
     def runs(self) -> list[Run]:
         """Every run of every experiment."""
         return [run for experiment in self.experiments for run in experiment.runs]
-
-    @property
-    def jobs(self) -> list[Job]:
-        """Every run, and behind one of several jobs each of these."""
-        return [job for run in self.runs for job in run.jobs]
 
     @property
     def scored(self) -> list[str]:
@@ -299,7 +289,7 @@ def load_run(path: str | Path) -> Study:
     unused, settings = training.pop("unused_settings", []), training.get("settings", {})
     training |= {"settings": {key: value for key, value in settings.items() if key not in unused}}
     found = Results.load_all(folder, needed=False)
-    facts = {" ".join(["evaluation", *[each.mode] * (len(found) > 1)]): each.to_json() for each in found}
+    facts = {f"evaluation {each.mode}" if len(found) > 1 else "evaluation": each.to_json() for each in found}
     facts |= {"training": training, "adapter": adapter or (found[0].adapter if found else None)}
     if not found:
         if not (log or analysis):
@@ -311,20 +301,14 @@ def load_run(path: str | Path) -> Study:
         task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
         method = adapts and adapts.method
         found = [Results(name=folder.absolute().name, method=method, tasks={}, task_set=task_set)]
-    experiments = []
+    experiments, left = [], {"log": log and str(log), "analysis": analysis and str(analysis)}
     for results in found:
-        # What the training left is shown once.
-        left = {"log": log and str(log), "analysis": analysis and str(analysis)} if not experiments else {}
+        run = Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **left)
         average = results.average if results.tasks else None
-        experiment = Experiment(
-            **{key: getattr(results, key) for key in ("name", "method", "trainable")},
-            runs=[Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **left)],
-            summary=Summary(
-                {task: Estimate(result.value) for task, result in results.tasks.items()},
-                average and Estimate(average.value),
-            ),
-        )
-        experiments.append(experiment)
+        values = {task: [result.value] for task, result in results.tasks.items()}
+        summary, left = Summary.over_seeds(values, [average and average.value]), {}  # the training's are shown once
+        about = {key: getattr(results, key) for key in ("name", "method", "trainable")}
+        experiments.append(Experiment(**about, runs=[run], summary=summary))
     return Study(name=found[0].name, task_set=found[0].task_set, experiments=experiments, path=folder, facts=facts)
 
 
@@ -335,7 +319,7 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     """
     found = [load_run(path) for path in paths]
     studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
-    require_one_task_set(single, "figures side by side need")
+    TaskNames.require_one(single, "figures side by side need")
     pairs = [(experiment, study.path) for study in single for experiment in study.experiments]
     names, experiments = [experiment.name for experiment, _ in pairs], []
     tasks = {task for experiment, _ in pairs for task in experiment.summary.tasks}
@@ -346,13 +330,3 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
         summary = dataclasses.replace(experiment.summary, average=average)
         experiments.append(dataclasses.replace(experiment, name=name, summary=summary))
     return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
-
-
-def require_one_task_set(found: Sequence[Study | Results], what: str) -> None:
-    """Raise ``UserError`` for the first that has other tasks than the first of all. what: needs one set of tasks."""
-    for other in found[1:]:
-        if set(other.task_set.names) != set(found[0].task_set.names):
-            tasks, first = (", ".join(each.task_set.names) for each in (other, found[0]))
-            raise UserError(
-                f"{other.path} is about the tasks {tasks} and {found[0].path} about {first}; {what} one set of tasks"
-            )

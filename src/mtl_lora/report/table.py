@@ -1,127 +1,39 @@
 """Tables of results and of studies: numbers as people read them (percent, one decimal), or CSV with every digit."""
 
 import dataclasses
-import html
 import json
 import math
-import re
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
-from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import METRICS, delta_m, one_unit, scale_of, title_of
+from mtl_lora.estimates import Estimate
+from mtl_lora.metrics import (
+    NOTHING,
+    delta_m,
+    difference_text,
+    interval_text,
+    one_unit,
+    title_of,
+    units_text,
+    value_text,
+)
 from mtl_lora.predictions import first_answers
-from mtl_lora.report.load import Differences, Experiment, Study, require_one_task_set
-from mtl_lora.results import Average, Results, TaskResult, Trainable, average_of
+from mtl_lora.report.load import Differences, Experiment, Study
+from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
+from mtl_lora.text_table import TextTable, frame, markdown_text
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
-MAJORITY_LABEL, AVERAGE, NOTHING = "majority class", "Average", "–"
+MAJORITY_LABEL, AVERAGE = "majority class", "Average"
 OVER_QUESTIONS, OVER_SEEDS = f"{AVERAGE} (over questions)", f"{AVERAGE} (over seeds)"
 UNTRAINED = " (untrained)"
 TRAINABLE = "Trainable parameters, M (%)"
 DELTA_M = "Delta_m, %"
-_MOST_COLUMNS = 24
-_UNITS = {0: "in percent", -1: "times 100"}  # by the lowest value of a metric
+_PROTOCOL = {"mode": "mode", "base model": "base_model"}  # what a note always says, to the field of the results
 # What a note calls settings whose name says too little.
 _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
-
-
-# ---- numbers and texts ----
-
-
-def percent(fraction: float, signed: bool = False) -> str:
-    """Percent with one decimal; a difference carries its sign, and zero is never negative."""
-    rounded = round(100 * fraction, 1) + 0.0
-    return f"{rounded:+.1f}" if signed else f"{rounded:.1f}"
-
-
-def value_text(value: float | None, spread: float | None = None, metric: str = "accuracy", signed: bool = False) -> str:
-    """``71.2 ± 0.8``: a metric that is shown times 100, any other with three decimals; a dash for None."""
-    if value is None:
-        return NOTHING
-    shown, error = (
-        percent(number or 0, sign) if scale_of(metric) == 100 else f"{number or 0:{'+' if sign else ''}.3f}"
-        for number, sign in ((value, signed), (spread, False))
-    )
-    return shown if spread is None else f"{shown} ± {error}"
-
-
-def units_text(metrics: Collection[str]) -> str:
-    """``Accuracy in percent; Matthews times 100; ``: what the numbers of a table of ``metrics`` are."""
-    found: dict[str, list[str]] = {}
-    for metric in [each for name, each in METRICS.items() if name in metrics]:
-        unit = metric.unit or ("times 100" if metric.lowest else "in percent")
-        found.setdefault(unit + ", lower is better" * metric.lower_is_better, []).append(metric.title)
-    return "".join(f"{', '.join(titles)} {unit}; " for unit, titles in found.items())
-
-
-def interval_text(value: Estimate | Difference | None, metric: str = "accuracy", signed: bool = False) -> str:
-    """``70.1 to 72.3``, or a dash."""
-    if value is None or value.low is None:
-        return NOTHING
-    return f"{value_text(value.low, None, metric, signed)} to {value_text(value.high, None, metric, signed)}"
-
-
-def trainable_text(trainable: Trainable | None, adapters: int = 1) -> str:
-    """``16.85 (0.25 %)``: millions of trainable parameters and their proportion of all; of each of ``adapters``."""
-    if trainable is None:
-        return NOTHING
-    numbers = trainable.adapter / 1e6, 100 * trainable.adapter / trainable.total
-    # Two decimals, more where a small number would have fewer than two digits left.
-    millions, part = (f"{n:.{max(2, 1 - math.floor(math.log10(n))) if n else 2}f}" for n in numbers)
-    return f"{adapters} x {millions} ({part} %)" if adapters > 1 else f"{millions} ({part} %)"
-
-
-def markdown_text(text: str) -> str:
-    """Text on one line, with the characters escaped that end a cell or start markup."""
-    return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(text.split()))
-
-
-def _frame(rows: Sequence, columns: Sequence[str] | None = None):
-    import jinja2  # noqa: F401 - pandas writes LaTeX with it
-    import pandas
-
-    return pandas.DataFrame(rows, columns=columns, dtype=object)
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTable:
-    """A table of plain text, which is escaped where it is written; one of very many columns is turned on its side."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def __post_init__(self):
-        if len(self.header) > _MOST_COLUMNS:
-            header, *rows = map(list, zip(self.header, *self.rows, strict=True))
-            self.__dict__.update(header=header, rows=rows)
-
-    def markdown(self) -> str:
-        """A padded pipe table without the title, its first column flush left. (pandas needs a package for it.)"""
-        lines = [[markdown_text(cell) for cell in row] for row in (self.header, *self.rows)]
-        # A ruler needs a dash beside its colon to make a table of the lines.
-        widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
-        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-    def latex(self) -> str:
-        """A booktabs tabular without the title."""
-        columns = "l" + "r" * (len(self.header) - 1)
-        rows = [[" ".join(cell.split()).replace("−", "-") for cell in row] for row in self.rows]
-        text = _frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
-        text = text.translate({ord("<"): r"\textless{}", ord(">"): r"\textgreater{}", ord("|"): r"\textbar{}"})
-        # After the line break of the row above, either would be read as its argument.
-        return re.sub(r"(?<=\\\\\n)[\[*]", r"{\g<0>}", text)
-
-    def html(self) -> str:
-        """A table element with the title as its caption."""
-        text = _frame(self.rows, self.header).to_html(index=False, border=0, justify="unset")
-        return text.replace("<thead>", f"<caption>{html.escape(self.title)}</caption>\n  <thead>", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +66,7 @@ class Report:
 
     def csv(self) -> str:
         """The records, a key a column; None is empty."""
-        return _frame(self.records).to_csv(index=False, lineterminator="\n")
+        return frame(self.records).to_csv(index=False, lineterminator="\n")
 
     def json(self) -> str:
         """One object."""
@@ -220,10 +132,7 @@ class Row:
 
 
 def build_table(
-    results: Sequence[Results],
-    published: bool = False,
-    difference: bool = False,
-    baselines: Sequence[Results] = (),
+    results: Sequence[Results], published: bool = False, difference: bool = False, baselines: Sequence[Results] = ()
 ) -> Report:
     """Put results of one task set into one table: their value by task, then averages by group if there are any.
 
@@ -233,26 +142,20 @@ def build_table(
     Raises ``UserError`` if the task sets differ, or if an addition does not fit the results.
     """
     task_set, others = results[0].task_set, published_rows() if published else []
-    require_one_task_set(results, "one table needs")
+    TaskNames.require_one(results, "one table needs")
     if published and set(task_set.names) != set(others[0].cells):
         names = f"{results[0].path} is about {', '.join(task_set.names)}"
         raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
-    facts, names = ("method", "base_model", "mode", "trainable"), [result.name for result in results]
     columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
-    gains = _delta_m(results, baselines, columns) if baselines else [None] * len(results)
-    own = [
-        Row(
-            f"{result.name} ({result.mode})" if names.count(result.name) > 1 and result.mode else result.name,
-            "result",
-            result.tasks,
-            result.average if {*columns} <= {*result.tasks} else None,
-            **{key: getattr(result, key) for key in facts},
-            delta_m=gain,
-        )
-        for result, gain in zip(results, gains, strict=True)
-    ]
+    own, names = [], [result.name for result in results]
+    for result in results:
+        facts = {key: getattr(result, key) for key in ("method", "base_model", "mode", "trainable")}
+        facts["delta_m"] = _delta_m(result, baselines, columns) if baselines else None
+        mode = f" ({result.mode})" if names.count(result.name) > 1 and result.mode else ""
+        average = result.average if {*columns} <= {*result.tasks} else None
+        own.append(Row(result.name + mode, "result", result.tasks, average, **facts))
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
     rows, first = [*own, *others, *last], results[0]
@@ -261,39 +164,29 @@ def build_table(
         cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in known.items()}
         average = average_of(cells.values()) if own[0].average and len(known) == len(first.tasks) else None
         rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
+    titles = {name: [each.tasks[name].metric for each in results if name in each.tasks] for name in columns}
+    shown = [("Method", [row.name for row in rows]), (TRAINABLE, [trainable_text(row.trainable) for row in rows])]
+    shown += [(task_set.title(name, *m), [row.text(row.cells.get(name)) for row in rows]) for name, m in titles.items()]
+    shown.append((AVERAGE, [row.text(row.average) for row in rows]))
     # Wrong answers of another kind than a wrong choice: the gain of a training may be the format alone.
-    unparsed = ["Unparsed"] * any(row.unparsed for row in rows)
-    lines = [
-        [row.name, trainable_text(row.trainable), *map(row.text, (*map(row.cells.get, columns), row.average))]
-        + [value_text(row.unparsed) for _ in unparsed]
-        + [NOTHING if row.delta_m is None else f"{row.delta_m:+.2f}" for _ in baselines[:1]]
-        for row in rows
-    ]
-    metrics = dict.fromkeys(columns, "accuracy")
-    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
-    units = {name: [each.tasks[name].metric for each in results if name in each.tasks] for name in columns}
-    titles = [task_set.title(name, *unit) for name, unit in units.items()]
-    tables = [
-        TextTable("Results", ["Method", TRAINABLE, *titles, AVERAGE, *unparsed, *[DELTA_M] * bool(baselines)], lines)
-    ]
+    if any(row.unparsed for row in rows):
+        shown.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
+    if baselines:
+        gains = [NOTHING if row.delta_m is None else f"{row.delta_m:+.2f}" for row in rows]
+        shown.append((DELTA_M, gains))
+    header, texts = zip(*shown, strict=True)
+    tables = [TextTable("Results", [*header], [*map(list, zip(*texts, strict=True))])]
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
-    notes = _notes(results, rows, groups, columns)
-    if baselines:
-        names = ", ".join(f"{name} {each.name}" for each in baselines for name in each.tasks if name in columns)
-        asked = {name: each.data.get(name) for each in baselines for name in each.tasks}
-        if other := [name for name in columns if any(each.data.get(name) != asked[name] for each in results)]:
-            notes.append(f"Single-task results are not on the same test data: {', '.join(other)}.")
-        notes.append(
-            f"{DELTA_M}: by how much a row is better than the single-task results, on average over tasks, relative to "
-            f"each (arXiv 1904.08918): {names}."
-        )
-    return Report(tables, [row.record(metrics, groups) for row in rows], notes)
+    metrics = dict.fromkeys(columns, "accuracy")
+    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
+    records = [row.record(metrics, groups) for row in rows]
+    return Report(tables, records, _notes(results, baselines, rows, columns, groups))
 
 
-def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
-    """Delta_m of each result; None for one that lacks a task. Raises ``UserError`` for baselines that do not fit."""
+def _delta_m(result: Results, baselines: Sequence[Results], columns: Sequence[str]) -> float | None:
+    """Delta_m of a result; None where it lacks a task. Raises ``UserError`` for baselines that do not fit."""
     found: dict[str, TaskResult] = {}
     for each in baselines:
         if twice := [name for name in each.tasks if name in found]:
@@ -301,17 +194,13 @@ def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: 
         found |= each.tasks
     if lacking := [name for name in columns if name not in found]:
         raise UserError(f"--baselines have no result of {', '.join(lacking)}; add that of its single-task model")
-    gains = []
-    for result in results:
-        tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
-        other = [name for name, task in tasks.items() if task.metric != found[name].metric]
-        if other or any(not found[name].value > 0 for name in tasks):
-            reason = f"another metric of {', '.join(other)}" if other else "a value that is not above 0"
-            raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have {reason}")
-        values, metrics = ({name: getattr(task, key) for name, task in tasks.items()} for key in ("value", "metric"))
-        against = {name: found[name].value for name in tasks}
-        gains.append(delta_m(values, against, metrics) if len(tasks) == len(columns) else None)
-    return gains
+    tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
+    other = [name for name, task in tasks.items() if task.metric != found[name].metric]
+    if other or any(not found[name].value > 0 for name in tasks):
+        reason = f"another metric of {', '.join(other)}" if other else "a value that is not above 0"
+        raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have {reason}")
+    values, metrics = ({name: getattr(task, key) for name, task in tasks.items()} for key in ("value", "metric"))
+    return delta_m(values, {name: found[name].value for name in tasks}, metrics) if len(tasks) == len(columns) else None
 
 
 def _difference_row(first: Row, last: Row) -> Row:
@@ -338,23 +227,23 @@ def published_rows() -> list[Row]:
     return found
 
 
-def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str], columns: Sequence[str]) -> list[str]:
+def _notes(
+    results: Sequence[Results], baselines: Sequence[Results], rows: Sequence[Row], columns: list[str], groups: list[str]
+) -> list[str]:
     """What the numbers are, what keeps rows from being compared, and what a reader must know about single rows."""
     first, last, kinds = results[0], results[-1], {row.kind for row in rows}
-    notes = []
-    having = {name: [each for each in results if name in each.tasks] for name in columns}
-    found = {name: [each.tasks[name] for each in having[name]] for name in columns}
-    counts = {name: " or ".join(dict.fromkeys(str(task.n) for task in found[name])) for name in columns if found[name]}
+    having = {name: found for name in columns if (found := [each for each in results if name in each.tasks])}
+    found = {name: [each.tasks[name] for each in evaluations] for name, evaluations in having.items()}
+    counts = {name: " or ".join(dict.fromkeys(str(task.n) for task in tasks)) for name, tasks in found.items()}
     metrics = {task.metric for tasks in found.values() for task in tasks}
-    notes.append(f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
+    notes = [f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}."]
     notes.append(f"{units_text(metrics)}± is one standard error.")
     if len(metrics) > 1 and one_unit(metrics):
         notes.append("Average: the plain mean over tasks of different metrics; a task of two counts by their mean.")
-    data = {name: {each.data.get(name) for each in having[name]} - {None} for name in counts}
+    data = {name: {each.data.get(name) for each in evaluations} - {None} for name, evaluations in having.items()}
     if differing := [name for name in counts if " or " in counts[name] or len(data[name]) > 1]:
         notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
-    protocol = {"mode": [(each.name, each.mode) for each in results]}
-    protocol["base model"] = [(each.name, each.base_model) for each in results]
+    protocol = {word: [(each.name, getattr(each, key)) for each in results] for word, key in _PROTOCOL.items()}
     for key in dict.fromkeys(key for each in results for key in each.settings if key not in first.comparability.free):
         # Another base model has other files, which says nothing more.
         if key != "mode" and (key != "base_fingerprint" or len({each.base_model for each in results}) == 1):
@@ -365,7 +254,7 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
             known = ((name, value or "unknown") for name, value in pairs)
             shown = (f"{name} {value[:12] if len(value) == 64 else value}" for name, value in known)  # hashes cut short
             notes.append(f"Rows differ in {word}: {', '.join(shown)}.")
-        elif word in ("mode", "base model") and values != {None}:
+        elif word in _PROTOCOL and values != {None}:
             notes.append(f"{word.capitalize()}: {values.pop()}.")
     for group in groups:
         names = [name for name, tasks in found.items() if any(group in task.groups for task in tasks)]
@@ -373,11 +262,9 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
             notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
     if unasked := [name for name in first.task_set.columns if name not in columns]:
         notes.append(f"Of some tasks alone, on average too: no row has a score for {', '.join(unasked)}.")
-    notes += [
-        f"No average for {each.name}, which has no score for {', '.join(missing)}."
-        for each in results
-        if (missing := [name for name in columns if name not in each.tasks])
-    ]
+    for each in results:
+        if missing := [name for name in columns if name not in each.tasks]:
+            notes.append(f"No average for {each.name}, which has no score for {', '.join(missing)}.")
     for each in results:
         if untrained := [name for name, task in each.tasks.items() if task.measured.get("untrained")]:
             notes.append(f"{each.name} had no training examples of {', '.join(untrained)}.")
@@ -393,6 +280,15 @@ def _notes(results: Sequence[Results], rows: Sequence[Row], groups: Sequence[str
         notes.append(
             f"The difference is {last.name} (the last results file) minus {first.name} (the first) in percentage "
             "points; its standard error treats the questions of the two rows as independent."
+        )
+    if baselines:
+        asked = {name: (each.name, each.data.get(name)) for each in baselines for name in each.tasks if name in columns}
+        if other := [name for name in columns if any(each.data.get(name) != asked[name][1] for each in results)]:
+            notes.append(f"Single-task results are not on the same test data: {', '.join(other)}.")
+        names = ", ".join(f"{name} {model}" for name, (model, _) in asked.items())
+        notes.append(
+            f"{DELTA_M}: by how much a row is better than the single-task results, on average over tasks, relative to "
+            f"each (arXiv 1904.08918): {names}."
         )
     return notes
 
@@ -468,7 +364,7 @@ def study_tables(study: Study) -> list[TextTable]:
         values = sorted({candidate.value for each in study.search.experiments for candidate in each.candidates})
         rows = []
         for each in study.search.experiments:
-            cells = {c.value: percent(c.dev) + " (chosen)" * (c.value == each.chosen) for c in each.candidates}
+            cells = {c.value: value_text(c.dev) + " (chosen)" * (c.value == each.chosen) for c in each.candidates}
             rows.append([each.name, *(cells.get(value, NOTHING) for value in values)])
         header = ["Development average", *map(str, values)]
         tables.append(TextTable(f"Search of {study.search.flag} on the development set", header, rows))
@@ -493,14 +389,7 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
 
 
 def _differences(study: Study, found: Differences) -> list[str]:
-    """``+1.2 (-0.3 to +2.7)`` by task and on average; over questions, and behind it on average over seeds."""
-    values = [(found.tasks.get(task), study.metric(task)) for task in study.scored] + [
-        (found.average, study.metric(None))
-    ]
-    if study.compared_over_seeds:
-        values.append((found.over_seeds and found.over_seeds.average, study.metric(None)))
-    texts = []
-    for value, metric in values:
-        interval = f" ({interval_text(value, metric, signed=True)})" if value and value.low is not None else ""
-        texts.append(value_text(value and value.center, None, metric, signed=True) + interval)
-    return texts
+    """By task and on average; over questions, and behind it on average over seeds."""
+    averages = [found.average, *[found.over_seeds and found.over_seeds.average] * study.compared_over_seeds]
+    texts = [difference_text(found.tasks.get(task), study.metric(task)) for task in study.scored]
+    return texts + [difference_text(average, study.metric(None)) for average in averages]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.config import REQUIRED, Config, closest, flag
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 from mtl_lora.systems import SYSTEMS, part
 
 ABOUT = """Run every experiment of a grid file over its seeds, and write study.json and table.md."""
@@ -153,11 +153,9 @@ class Grid(Config):
             raise UserError("evaluate: mode is both, and a table has one; choose generate or score")
         if self.search is not None:
             self.search = SearchConfig.from_json(self.search, "search")
-            try:
+            with within("search"):
                 (self.search.flag,) = self._checked({self.search.flag: 0}, "train")
                 self.search.train = self._checked(self.search.train, "train")
-            except UserError as error:
-                raise UserError(f"search: {error}") from None
             if Path(self.search.data_dir).resolve() == Path(evaluate.data_dir).resolve():
                 raise UserError(f"search: data_dir is {evaluate.data_dir}, the test sets; choose by a development set")
         self.experiments = [
@@ -170,10 +168,8 @@ class Grid(Config):
             if repeated := _repeated(values):
                 raise UserError(f"two experiments have the {key} {repeated[0]!r}")
         for experiment in self.experiments:
-            try:
+            with within(f"experiment {experiment.name!r}"):
                 self._complete(experiment, evaluate.tasks)
-            except UserError as error:
-                raise UserError(f"experiment {experiment.name!r}: {error}") from None
 
     def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
         """Check the flags and the names of tasks and experiments, and put the grid's where it has none itself."""

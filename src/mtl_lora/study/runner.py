@@ -243,29 +243,26 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
         with log.open("ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
-            process = start(command, output, slot)
-        yield from until_done(process)
-        if process.returncode:
+            code = yield from until_done(command, output, slot)
+        if code:
             lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
             lines = [line.strip() for line in lines if line.strip()][-60:]
             # Launchers talk on after the error.
             (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
-            failure = f"{job.label}: {step} ended with exit code {process.returncode}"
+            failure = f"{job.label}: {step} ended with exit code {code}"
             raise JobFailed(f"{failure}; {log} ends with: {last}")
 
 
-def start(command: Sequence[str], output, slot: dict) -> subprocess.Popen:
-    """Start a command with its output in an open file."""
+def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, None, int]:
+    """Run a command with its output in an open file, and yield while it runs; returns its exit code. Closing this ends
+    the command."""
     program, *words = command
     command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
-
-
-def until_done(process: subprocess.Popen) -> Iterator[None]:
-    """Yields while a process runs; closed, it ends it."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
     try:
         while process.poll() is None:
             yield
+        return process.returncode
     finally:
         process.terminate()
         process.wait()

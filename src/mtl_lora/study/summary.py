@@ -11,20 +11,22 @@ from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
-from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate, intervals
-from mtl_lora.metrics import METRICS, one_unit
-from mtl_lora.predictions import Paired, paired_answers
+from mtl_lora.estimates import LEVEL, RESAMPLES, SEED
+from mtl_lora.metrics import units_text
+from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.load import Experiment, Study
-from mtl_lora.report.table import OVER_QUESTIONS, OVER_SEEDS, markdown_text, study_tables, units_text
+from mtl_lora.report.load import Experiment, Study, Summary
+from mtl_lora.report.table import OVER_QUESTIONS, OVER_SEEDS, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
+from mtl_lora.text_table import markdown_text
 from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
 Runs = dict[str, list[PlannedRun]]  # finished ones, by experiment
+_STEPS = ("train", "evaluate")
 
 
 class StudyWriter:
@@ -41,12 +43,12 @@ class StudyWriter:
 
     def add_search(self, name: str, trials: Sequence[PlannedRun], best: float) -> None:
         """Keep the trials' development scores, means over tasks, and the best value."""
-        found = [
-            model.Candidate(each.value, each.mean, {task: r.value for task, r in each.tasks.items()}, each.commands)
-            for each in sorted(trials, key=lambda each: each.value)
-        ]
+        found = []
+        for each in sorted(trials, key=lambda each: each.value):
+            values = {task: result.value for task, result in each.tasks.items()}
+            found.append(model.Candidate(each.value, each.mean, values, each.commands))
         self.chosen[name] = best
-        self._searches.append(model.SearchOutcome(name, found, self.chosen[name]))
+        self._searches.append(model.SearchOutcome(name, found, best))
 
     def write(self, runs: Sequence[PlannedRun]) -> None:
         """Both files of finished runs, at least one."""
@@ -54,9 +56,9 @@ class StudyWriter:
         for run in runs:
             found.setdefault(run.experiment.name, []).append(run)
         if self._searches:
-            fields = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
-            fields |= {"questions": plan.dev.records, "dev_data_sha256": plan.dev.sha256}
-            search = model.Search(**fields, experiments=self._searches)
+            facts = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
+            facts |= {"questions": plan.dev.records, "dev_data_sha256": plan.dev.sha256}
+            search = model.Search(**facts, experiments=self._searches)
         evaluations = [each for run in runs for each in run.evaluations]
         study = Study(
             name=grid.name,
@@ -82,14 +84,11 @@ class StudyWriter:
         jobs = [self._job(*entry) for entry in zip(planned.jobs, planned.evaluations, strict=True)]
         facts = dict(vars(jobs[0]))
         if planned.experiment.alone:
+            facts = {"commands": planned.commands, "parts": {Path(job.folder).name: job for job in jobs}}
+            facts["seconds"] = {step: sum(job.seconds[step] for job in jobs) for step in _STEPS}
+            facts["starts"] = {step: max(job.starts[step] for job in jobs) for step in _STEPS}
             steps = [job.steps for job in jobs]
-            facts = {
-                "commands": planned.commands,
-                "seconds": {step: sum(job.seconds[step] for job in jobs) for step in jobs[0].seconds},
-                "starts": {step: max(job.starts[step] for job in jobs) for step in jobs[0].starts},
-                "steps": None if None in steps else sum(steps),
-                "parts": {job.folder.name: part for job, part in zip(planned.jobs, jobs, strict=True)},
-            }
+            facts["steps"] = None if None in steps else sum(steps)
         together = dataclasses.replace(planned.evaluations[0], tasks=planned.tasks)
         # Parts of a task's questions and other measures stay in the run's own file.
         rest = {"groups": {}, "others": {}, "measured": {}}
@@ -104,17 +103,16 @@ class StudyWriter:
 
     def _job(self, job: PlannedJob, results: Results) -> model.Job:
         """What one training and its evaluation left."""
-        log, analysis = (job.folder / name for name in (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS))
+        paths = {"log": job.folder / artifacts.TRAIN_LOG, "analysis": job.folder / artifacts.ADAPTER_ANALYSIS}
+        paths = {key: path for key, path in paths.items() if path.is_file()} | {"results": results.path}
         adapter, state = results.adapter or {}, job.state
         return model.Job(
+            **{key: self._relative(path) for key, path in paths.items()},
             folder=self._relative(job.folder),
-            results=self._relative(results.path),
-            analysis=self._relative(analysis) if analysis.is_file() else None,
-            log=self._relative(log) if log.is_file() else None,
             commands=job.commands,
-            seconds={step: state.seconds.get(step) for step in ("train", "evaluate")},
-            starts={step: state.starts.get(step) for step in ("train", "evaluate")},
-            steps=last_step(log) if log.is_file() else None,
+            seconds={step: state.seconds.get(step) for step in _STEPS},
+            starts={step: state.starts.get(step) for step in _STEPS},
+            steps=last_step(paths["log"]) if "log" in paths else None,
             # In checkpoints of format 1 the provenance has another name.
             train_commit=(adapter.get("provenance") or adapter.get("origin") or {}).get("commit"),
             train_data_sha256=job.data["train"].sha256["train"] if "train" in job.data else None,
@@ -125,34 +123,28 @@ class StudyWriter:
         return path.relative_to(self.plan.folder).as_posix()
 
     def _experiment(self, experiment: ExperimentConfig, found: Runs) -> Experiment:
-        first, runs, facts = found[experiment.name][0], list(map(self._run, found[experiment.name])), {}
+        first, runs = found[experiment.name][0], list(map(self._run, found[experiment.name]))
+        facts = {key: getattr(experiment, key) for key in ("name", "group", "alone")}
         if experiment.train is not None:
             config = self.grid.flags_of("train")(**first.jobs[0].flags["train"])
             adapter = config.adapter_config(self.grid.tasks)
-            facts = {
-                "method": adapter.method,
-                "rank": adapter.rank if adapter.target_modules else None,
-                "learning_rate": config.learning_rate,
-            }
-            facts["trained_on"] = [name for job in first.jobs for name in job.data["train"].records]
-            facts |= {"adapters": len(first.jobs), "trainable": first.evaluations[0].trainable}
+            facts |= {"method": adapter.method, "learning_rate": config.learning_rate, "adapters": len(first.jobs)}
+            facts |= {"rank": adapter.rank if adapter.target_modules else None}
+            facts |= {"trainable": first.evaluations[0].trainable}
+            facts |= {"trained_on": [name for job in first.jobs for name in job.data["train"].records]}
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
-        tasks = {name: Estimate.over_seeds([run.tasks[name].value for run in runs]) for name in runs[0].tasks}
-        averages = [run.average for run in runs]
-        return Experiment(
-            **{key: getattr(experiment, key) for key in ("name", "group", "alone")},
-            **facts,
-            runs=runs,
-            summary=model.Summary(tasks, None if None in averages else Estimate.over_seeds(averages)),
-            against=compared and model.Differences(baseline=experiment.baseline, **compared),
-        )
+        against = compared and model.Differences(baseline=experiment.baseline, **compared)
+        values = {name: [run.tasks[name].value for run in runs] for name in runs[0].tasks}
+        summary = Summary.over_seeds(values, [run.average for run in runs])
+        return Experiment(**facts, runs=runs, summary=summary, against=against)
 
     def _transfer(self, found: Runs) -> list[model.Transfer]:
         """Together minus alone: every trained experiment of a group against the one of single tasks."""
         trained = [each for each in self.grid.experiments if each.name in found and each.train is not None]
         rows = []
-        for alone, other in ((one, other) for one in trained if one.alone for other in trained if not other.alone):
-            if other.group == alone.group and (compared := self._against(found, alone.name, other.name)):
+        for alone, other in itertools.permutations(trained, 2):
+            same_group = alone.alone and not other.alone and other.group == alone.group
+            if same_group and (compared := self._against(found, alone.name, other.name)):
                 title = found[other.name][0].evaluations[0].method_title or ""
                 names = {"group": alone.group, "method": title, "experiment": other.name, "alone": alone.name}
                 rows.append(model.Transfer(**names, **compared))
@@ -164,19 +156,13 @@ class StudyWriter:
         pairs = itertools.product(found.get(a, []), found.get(b, []))
         pairs = [pair for pair in pairs if len({run.seed for run in pair} - {None}) < 2]
         folders = (tuple(tuple(job.folder for job in run.jobs) for run in pair) for pair in pairs)
-        differences = self._compared(tuple(folders), tuple(self.grid.scored))
-        if not differences or len(pairs) < 2:
-            return differences
-        values = {
-            name: [last.tasks[name].value - first.tasks[name].value for first, last in pairs]
-            for name in differences["tasks"]
-        }
-        tasks = {name: Estimate.over_seeds(of_seeds) for name, of_seeds in values.items()}
-        average = None
-        if differences["average"]:
-            of_seeds = zip(*(values[name] for name in self.grid.scored), strict=True)
-            average = Estimate.over_seeds([*map(statistics.fmean, of_seeds)])
-        return differences | {"over_seeds": model.Summary(tasks, average)}
+        found = self._compared(tuple(folders), tuple(self.grid.scored))
+        if not found or len(pairs) < 2:
+            return found
+        values = {name: [b.tasks[name].value - a.tasks[name].value for a, b in pairs] for name in found["tasks"]}
+        of_seeds = zip(*(values[name] for name in self.grid.scored), strict=True) if found["average"] else [[None]]
+        averages = [None if None in of_seed else statistics.fmean(of_seed) for of_seed in of_seeds]
+        return found | {"over_seeds": Summary.over_seeds(values, averages)}
 
 
 Folders = tuple[Path, ...]  # of a run's evaluations
@@ -188,18 +174,14 @@ def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]
 
     Raises ``UserError`` where they are not comparable, see ``paired_answers``.
     """
-    measured: dict[str, list[Paired]] = {}
+    measured: dict[str, tuple[str, list]] = {}
     for a, b in pairs:
         of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
         for name in [name for name in of_a if name in of_b]:
-            measured.setdefault(name, []).append(paired_answers(of_a[name], of_b[name], [name])[name])
-    differences = {
-        name: METRICS[found[0].metric].difference([each.rows for each in found], [SEED, *name.encode()], RESAMPLES)
-        for name, found in measured.items()
-        if len(found) == len(pairs)
-    }
-    together = one_unit(found[0].metric for found in measured.values())
-    return intervals(differences, scored if together else ())
+            paired = paired_answers(of_a[name], of_b[name], [name])[name]
+            measured.setdefault(name, (paired.metric, []))[1].append(paired.rows)
+    everywhere = {name: found for name, found in measured.items() if len(found[1]) == len(pairs)}
+    return differences(everywhere, scored, SEED, RESAMPLES)
 
 
 # ---- table.md ----
@@ -246,7 +228,7 @@ def notes(study: Study, grid: Grid, mode: str | None) -> list[str]:
         ],
         "Runs were evaluated at different commits": study.commits if len(study.commits) > 1 else [],
         "Trainings of earlier commits were kept": sorted(
-            {run.train_commit for run in study.jobs} - {*study.commits, None}
+            {job.train_commit for run in study.runs for job in run.jobs} - {*study.commits, None}
         ),
         "Runs were evaluated on different devices": study.devices if len(study.devices) > 1 else [],
     }
