@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import image_text_cases
+import nlu_cases
 import pytest
 from filelock import FileLock
-from shared import quickstart_records
+from shared import quickstart_records, start
 
 EOS = "<end>"
 gc.disable()  # the imports and tests that are collected stay to the end, so nothing looks for garbage among them
@@ -109,53 +111,116 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+# ---- short trainings of tiny models ----
+
+
+@pytest.fixture(scope="session")
+def encoder(made_once) -> str:
+    """The folder of a BERT of two layers with a WordPiece tokenizer."""
+    return str(made_once("tiny_encoder", nlu_cases.make_encoder))
+
+
+@pytest.fixture(scope="session")
+def glue(made_once) -> Path:
+    """A prepared set of three small tasks for it."""
+    return made_once("tiny_glue", nlu_cases.make_set)
+
+
+@pytest.fixture(scope="session")
+def bart(made_once) -> str:
+    """The folder of a BART of two layers a side with its tokenizer."""
+    return str(made_once("tiny_bart", image_text_cases.make_bart))
+
+
+@pytest.fixture(scope="session")
+def causal(made_once) -> str:
+    """The folder of a LLaMA of two layers with its tokenizer."""
+    return str(made_once("tiny_causal", image_text_cases.make_causal))
+
+
+@pytest.fixture(scope="session")
+def pictures(made_once) -> Path:
+    """A prepared set of three tasks on pictures, with their ``features.h5``."""
+    return made_once("tiny_pictures", image_text_cases.make_set)
+
+
 @pytest.fixture
-def train(no_old_objects, tiny_base, records_file, cache_dir, tmp_path):
+def still(tmp_path):
+    """``still(folder)``: the model in it without dropout, for runs that are compared with others than themselves."""
+
+    def copy(folder: str) -> str:
+        path = Path(shutil.copytree(folder, tmp_path / f"still_{Path(folder).name}")) / "config.json"
+        changed = {key: 0.0 if "dropout" in key else entry for key, entry in json.loads(path.read_text()).items()}
+        path.write_text(json.dumps(changed))
+        return str(path.parent)
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def language_flags(tiny_base, records_file) -> dict:
+    """The base model, the data, and what else the short trainings of this system have."""
+    adapter = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
+    return {"base_model": tiny_base, "data_path": records_file, "learning_rate": 1e-2, **adapter}
+
+
+@pytest.fixture(scope="session")
+def nlu_flags(encoder, glue) -> dict:
+    """As above."""
+    return {"base_model": encoder, **set_in(glue), "cutoff_len": 32}
+
+
+@pytest.fixture(scope="session")
+def image_text_flags(bart, pictures) -> dict:
+    """As above."""
+    files = {**set_in(pictures), "features": [str(pictures / "features.h5")]}
+    return {"base_model": bart, **files, "pool": 2, "lora_target_modules": ["q_proj", "v_proj"]}
+
+
+def set_in(folder: Path) -> dict[str, str]:
+    """The flags of a prepared set."""
+    return {"data_path": str(folder / "train.json"), "tasks_file": str(folder / "tasks.json")}
+
+
+@pytest.fixture(scope="session")
+def short(request, cache_dir):
+    """``short(system, folder, flag=value, ...)``: the flags of a short training into a folder."""
+    common = {"dtype": "fp32", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "batch_size": 8, "max_steps": 4}
+    common |= {"save_step": 0, "logging_steps": 1, "learning_rate": 3e-3, "warmup_ratio": 0.0, "cache_dir": cache_dir}
+
+    def flags(system: str, folder: Path, **changes) -> dict:
+        own = request.getfixturevalue(f"{system}_flags")
+        return {**common, **own, "output_dir": str(folder), **changes}
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def system() -> str:
+    """The system that the tests of a folder train."""
+    return "language"
+
+
+@pytest.fixture
+def settings(short, system, tmp_path):
+    """``settings("name", flag=value, ...)``: the flags of a short training in ``name``."""
+    return lambda name, **changes: short(system, tmp_path / name, **changes)
+
+
+@pytest.fixture
+def train(no_old_objects, settings, system):
     """Train in this process: ``train("name", flag=value, ...)`` returns the output folder."""
-    from mtl_lora.language.config import TrainConfig
-    from mtl_lora.language.train import run
-
-    def start(name: str, **flags) -> Path:
-        settings = {
-            "base_model": tiny_base,
-            "data_path": records_file,
-            "cache_dir": cache_dir,
-            "output_dir": str(tmp_path / name),
-            "dtype": "fp32",
-            "batch_size": 8,
-            "max_steps": 4,
-            "save_step": 0,
-            "logging_steps": 1,
-            "learning_rate": 1e-2,
-            "warmup_ratio": 0.0,
-            **flags,
-        }
-        run(TrainConfig(**settings))
-        return Path(settings["output_dir"])
-
-    return start
+    return lambda name, **changes: start(system, settings(name, **changes))
 
 
 @pytest.fixture(scope="session")
 def trained(tiny_base, records_file, cache_dir, made_once, tmp_path_factory) -> str:
     """A checkpoint of a few steps on the tiny base, this worker's own."""
+    files = {"base_model": tiny_base, "data_path": records_file, "cache_dir": cache_dir}
+    steps = {"dtype": "fp32", "max_steps": 6, "save_step": 0, "learning_rate": 3e-2}
 
     def make(folder: Path) -> None:
-        from mtl_lora.language.config import TrainConfig
-        from mtl_lora.language.train import run
-
-        run(
-            TrainConfig(
-                base_model=tiny_base,
-                data_path=records_file,
-                cache_dir=cache_dir,
-                output_dir=str(folder / "run"),
-                dtype="fp32",
-                max_steps=6,
-                save_step=0,
-                learning_rate=3e-2,
-            )
-        )
+        start("language", {**files, **steps, "output_dir": str(folder / "run")})
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     shutil.copytree(made_once("trained", make) / "run", folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import socket
 from pathlib import Path
 
@@ -19,6 +20,24 @@ def free_port() -> str:
 def quickstart_records() -> list[dict]:
     """The embedded training records."""
     return json.loads((QUICKSTART / "train.json").read_text())
+
+
+def write_set(folder: Path, tasks: list[dict], train: list[dict], test: dict[str, list]) -> None:
+    """A prepared set: ``train.json``, whose examples are shuffled, ``tasks.json`` and ``test/<task>/test.json``."""
+    random.Random(0).shuffle(train)
+    test = {f"test/{name}/test.json": examples for name, examples in test.items()}
+    for name, value in {"tasks.json": tasks, "train.json": train, **test}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+
+
+def start(system: str, settings: dict) -> Path:
+    """Train in this process; returns the output folder."""
+    from mtl_lora import systems
+
+    config = systems.part(system, "config").TrainConfig(**settings)
+    systems.part(system, "train").run(config)
+    return Path(config.output_dir)
 
 
 def git_blob(content: bytes) -> str:

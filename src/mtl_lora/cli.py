@@ -161,6 +161,10 @@ def _take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
+class UnknownFlag(UserError):
+    """A flag that a command does not have; field: its name."""
+
+
 Parsed = typing.TypeVar("Parsed", bound=Config)
 
 
@@ -241,7 +245,7 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
         name = name.replace("-", "_")
         name = aliases.get(name, name)
         if name not in named:
-            raise UserError(f"unknown flag --{name}{closest(name, named) or '; --help lists the flags'}")
+            raise UnknownFlag(f"unknown flag --{name}{closest(name, named) or '; --help lists the flags'}", name)
         if name in raw:
             raise UserError(f"the flag --{name} is given twice")
         raw[name] = value if equals else _value_after(flags[name], waiting, positional is not None)

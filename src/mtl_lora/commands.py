@@ -4,14 +4,28 @@ work is imported."""
 from collections.abc import Sequence
 
 from mtl_lora.artifacts import RESULTS
-from mtl_lora.cli import parse
-from mtl_lora.systems import part
+from mtl_lora.cli import UnknownFlag, parse
+from mtl_lora.config import Config
+from mtl_lora.errors import UserError
+from mtl_lora.systems import SYSTEMS, part
+
+
+def _configuration(system: str, kind: str, about: str, arguments: Sequence[str]) -> Config:
+    """The arguments as the configuration ``kind`` of a system; a flag that only others have names them."""
+    home = part(system, "config")
+    try:
+        return parse(getattr(home, kind), arguments, getattr(home, about))
+    except UnknownFlag as error:
+        of = {each: {flag.name for flag in getattr(part(each, "config"), kind).flags()} for each in SYSTEMS}
+        if not (others := [each for each in SYSTEMS if error.field in of[each]]):
+            raise
+        found = f"--{error.field} is a flag of --system {' and of '.join(others)}, and this command is of {system}"
+        raise UserError(f"{found}; pass --system") from None
 
 
 def train(system: str, arguments: Sequence[str]) -> None:
     """``mtl-lora train``, and ``finetune.py``."""
-    flags = part(system, "config")
-    config = parse(flags.TrainConfig, arguments, flags.TRAIN_ABOUT)
+    config = _configuration(system, "TrainConfig", "TRAIN_ABOUT", arguments)
     config.check_files()
     run = part(system, "train").run
     from mtl_lora.training.distributed import destroy_process_group, prepare_process
@@ -23,8 +37,7 @@ def train(system: str, arguments: Sequence[str]) -> None:
 
 def evaluate(system: str, arguments: Sequence[str]) -> None:
     """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the results as tables at the end."""
-    flags = part(system, "config")
-    config = parse(flags.EvalConfig, arguments, flags.EVALUATE_ABOUT)
+    config = _configuration(system, "EvalConfig", "EVALUATE_ABOUT", arguments)
     config.check_files()
     found = part(system, "evaluate").run(config)
     if not found:
@@ -40,7 +53,6 @@ def evaluate(system: str, arguments: Sequence[str]) -> None:
 
 def predict(system: str, arguments: Sequence[str]) -> None:
     """``mtl-lora predict``."""
-    flags = part(system, "config")
-    config = parse(flags.PredictConfig, arguments, flags.PREDICT_ABOUT)
+    config = _configuration(system, "PredictConfig", "PREDICT_ABOUT", arguments)
     config.check_files()
     part(system, "evaluate").predict(config)

@@ -419,6 +419,28 @@ def answers(
     return [result(question, line) for question, line in sorted(answered, key=lambda pair: pair[0].key[1])]
 
 
+def inputs(parse: Callable, values: Sequence[object], source: str, tasks: TaskSet, task: str | None) -> list:
+    """The examples to predict from their JSON values by a system's ``parse_example``; task: of all that name none."""
+    if task is not None:
+        tasks[task]  # an unknown name is an error of the flag, not of an example
+    return [parse(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
+
+
+def result_of(question: Question, line: Mapping, labels: Sequence[str], **shown: object) -> dict:
+    """What is returned for an example to predict, from its prediction line: ``index``, its place in the input, what
+    was ``shown``, its further fields but for those that are named as the result's own, ``task`` and ``answer``; of
+    labels ``scores`` and ``probabilities``, of an answer that was generated its whole ``text``.
+    """
+    example = question.example
+    extra = {key: entry for key, entry in example.extra.items() if key not in ("index", "scores", "probabilities")}
+    result = {"index": example.index, **shown, **extra, "task": question.task.name, "answer": line["parsed"]}
+    if "scores" not in line:
+        return result | {key: line[key] for key in ("text",) if key in line}
+    probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
+    by_label = {"scores": line["scores"], "probabilities": probabilities}
+    return result | {name: dict(zip(labels, each, strict=True)) for name, each in by_label.items()}
+
+
 @contextlib.contextmanager
 def claimed_folders(config: Config, folders: Mapping[str, str]):
     """A block in which the output folder and those of the protocols are this command's."""

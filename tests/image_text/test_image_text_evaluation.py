@@ -218,6 +218,7 @@ def test_a_prediction_answers_as_the_evaluation_does(kind, answered, trained, pi
     _, lines = answered[kind]
     records = [record for task in TASKS for record in questions(pictures, task["name"])]
     asked = [{key: value for key, value in record.items() if not key.startswith("answer")} for record in records]
+    asked = [each | {"index": 99, "scores": "his own", "page": 7} for each in asked]  # of these the last alone stays
     (tmp_path / "in.json").write_text(json.dumps(asked))
     flags = [f"--checkpoint={trained[kind]}", f"--input={tmp_path / 'in.json'}", f"--output={tmp_path / 'out'}"]
     done = run(["predict", *flags, "--batch_size=5", "--dtype=fp32"])
@@ -229,6 +230,7 @@ def test_a_prediction_answers_as_the_evaluation_does(kind, answered, trained, pi
     assert [each["index"] for each in found] == list(range(len(records)))
     assert [each["image"] for each in found] == [record["image"] for record in records]
     for each, line in zip(found, expected, strict=True):
+        assert each["page"] == 7 and ("scores" in each, each.get("text")) == ("scores" in line, line.get("text"))
         if "scores" in each:
             assert list(each["scores"].values()) == pytest.approx(line["scores"], abs=1e-4)
             weights = [math.exp(score - max(line["scores"])) for score in line["scores"]]
@@ -302,6 +304,11 @@ def test_a_page_shows_pictures_from_all_over_the_test_sets_with_what_is_right_an
         ]
         assert width == 240 and len(rest) < 2
     (folder / "pictures.html").unlink()
+    before = (folder / "results.json").read_bytes()
+    for image in shown.iterdir():
+        image.write_bytes(image.read_bytes()[:-30])
+    done = run(["evaluate", *flags, "--overwrite"])
+    assert done.code == 2 and "is broken" in done.sentence and (folder / "results.json").read_bytes() == before
     for image in list(shown.iterdir())[1:]:
         image.unlink()
     done = run(["evaluate", *flags])

@@ -1,4 +1,4 @@
-"""Trainings on images and texts: as a plain loop, resumed, in two processes, and with batches of one task."""
+"""Trainings on images and texts: as a plain loop, resumed, by recipes, and with batches of one task."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from image_text_cases import DIM, GRID, PICTURES, TASKS, write_features
-from launches import TORCHRUN, assert_trained_alike, curve, facts, launch, weights
+from image_text_cases import DIM, GRID, PICTURES, TASKS
+from launches import curve, weights
 from shared import PROJECT
 from transformers import AutoTokenizer, set_seed
 
@@ -25,23 +25,9 @@ from mtl_lora.image_text import model as visual
 from mtl_lora.image_text.config import EvalConfig, TrainConfig
 from mtl_lora.image_text.data import Encoder, training_rows
 from mtl_lora.image_text.model import VisualConfig
-from mtl_lora.image_text.train import run
 from mtl_lora.training.sampler import LengthGroupedBatchSampler, RoundRobinSampler
 
 STEPS = 20
-
-
-@pytest.fixture
-def still(bart, causal, tmp_path, edit_json):
-    """``still(kind)``: the folder of a model without dropout, for runs that are compared with others."""
-
-    def folder(kind: str) -> str:
-        copy = tmp_path / f"still_{kind}"
-        shutil.copytree({"bart": bart, "causal": causal}[kind], copy)
-        edit_json(copy / "config.json", **({"dropout": 0.0} if kind == "bart" else {}))
-        return str(copy)
-
-    return folder
 
 
 # ---- a plain loop ----
@@ -127,9 +113,9 @@ def plain_losses(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tens
 
 @pytest.mark.slow(6)
 @pytest.mark.parametrize("kind", ["bart", "causal"])
-def test_twenty_losses_equal_those_of_a_plain_loop(kind, train, settings, still):
+def test_twenty_losses_equal_those_of_a_plain_loop(kind, train, settings, still, request):
     flags = {
-        "base_model": still(kind),
+        "base_model": still(request.getfixturevalue(kind)),
         "dtype": "fp64",
         "lr_scheduler_type": "constant_with_warmup",
         "max_steps": STEPS,
@@ -149,10 +135,12 @@ def test_twenty_losses_equal_those_of_a_plain_loop(kind, train, settings, still)
     assert record["mean_answer_tokens"].keys() == {"caption"}
 
 
-# ---- resume, launches ----
+# ---- resume, recipes ----
 
 
-def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit(train, settings):
+def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit_with_its_own_features(
+    train, settings, pictures, tmp_path
+):
     flags = {"lora_dropout": 0.1, "max_steps": 10, "save_step": 4, "val_set_size": 6}  # six steps an epoch
     folder = train("run", **flags)
     again = train("again", **flags, resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -163,26 +151,11 @@ def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit(train, setting
     model = mtl_lora.load(folder / "checkpoint-8")
     assert model.visual_embedding.config.pool == 2
     assert TrainConfig(**settings("run")).count() == mtl_lora.trainable_parameters(model)
-
-
-@pytest.mark.slow(25)
-def test_two_processes_train_as_one(settings, still, tmp_path, one_thread):
-    zero3 = json.loads((PROJECT / "config" / "zero3.json").read_text())
-    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (tmp_path / "zero3.json").write_text(json.dumps(zero3))
-    common = {"base_model": still("bart"), "max_steps": 6, "val_set_size": 6, "save_step": 3}
-    robin = {"task_batches": "round_robin"}
-    run(TrainConfig(**settings("mixed", **common, batch_size=4)))
-    run(TrainConfig(**settings("robin", **common, **robin, batch_size=4, task_batch_sizes=["vqa=6"])))
-    runs = [
-        settings("two_robin", **common, **robin, batch_size=2, task_batch_sizes=["vqa=3"]),
-        settings("zero3_mixed", **common, batch_size=2, deepspeed=str(tmp_path / "zero3.json")),
-    ]
-    done = launch(TORCHRUN, [each | {"system": "image_text"} for each in runs], tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("two_robin", "zero3_mixed"):
-        assert_trained_alike(tmp_path / name.partition("_")[2], tmp_path / name)
-    assert facts(tmp_path / "zero3_mixed")["partitioned"]
+    with h5py.File(shutil.copy(pictures / "features.h5", tmp_path / "other.h5"), "r+") as opened:
+        opened[f"{PICTURES[0]}/features"][...] += 1
+    other = flags | {"features": [str(tmp_path / "other.h5")]}
+    with pytest.raises(UserError, match="the features"):
+        train("run", **other, resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
 def called_with(tmp_path, script: str, *arguments: str, **environment: str) -> list[str]:
@@ -267,42 +240,3 @@ def test_a_step_of_one_task_takes_each_example_once_an_epoch():
     assert [sorted(step) for step in whole if len(step) > 1] == [sorted(step) for step in together]
     with pytest.raises(UserError, match=r"26 training examples.* 5 x 1 "):
         RoundRobinSampler(ids, sizes, seed=7, accumulation=5)
-
-
-# ---- mistakes ----
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"pool": 4}, "pool must be 1 to 3"),
-        ({"images": 1}, r"example \d+ has 2 images.*--images 1"),
-        ({"cutoff_len": 40, "base_model": "short"}, "positions.*--pool"),
-        ({"task_batch_sizes": ["vqa=4"]}, "round_robin"),
-        ({"task_batches": "round_robin", "task_batch_sizes": ["vqa"]}, "task=examples.*'vqa'"),
-        ({"task_batches": "round_robin", "task_batch_sizes": ["gqa=4"]}, "no task 'gqa'"),
-        ({"task_batches": "round_robin", "token_budget": 512}, "--token_budget"),
-        ({"lora_target_modules": ["feature"]}, "feature.*modules_to_save"),
-        ({"features": ["nowhere.h5"]}, "nowhere.h5"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_nothing_is_written(changes, words, settings, bart, tmp_path, edit_json):
-    if changes.get("base_model") == "short":
-        shutil.copytree(bart, tmp_path / "short")
-        edit_json(tmp_path / "short" / "config.json", max_position_embeddings=12)
-        changes = changes | {"base_model": str(tmp_path / "short")}
-    with pytest.raises(UserError, match=words) as error:
-        run(TrainConfig(**settings("run", **changes)))
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_a_missing_image_is_named_and_other_features_cannot_resume(train, settings, pictures, tmp_path):
-    write_features(tmp_path / "few.h5", PICTURES[1:])
-    with pytest.raises(UserError, match=PICTURES[0]):
-        run(TrainConfig(**settings("run", features=[str(tmp_path / "few.h5")])))
-    folder = train("run", save_step=2)
-    with h5py.File(shutil.copy(pictures / "features.h5", tmp_path / "other.h5"), "r+") as opened:
-        opened[f"{PICTURES[0]}/features"][...] += 1
-    other = {"save_step": 2, "features": [str(tmp_path / "other.h5")]}
-    with pytest.raises(UserError, match="the features"):
-        run(TrainConfig(**settings("run", **other, resume_from_checkpoint=str(folder / "checkpoint-2"))))

@@ -143,9 +143,10 @@ def test_numbers_as_text_and_labels_by_number_are_read_from_a_table(inputs, monk
 
 
 def test_a_tokenizer_without_pad_token_pads_by_another_and_dots_are_fine_in_names(
-    train, still, glue, tmp_path, edit_json
+    train, still, encoder, glue, tmp_path, edit_json
 ):
-    edit_json(Path(still) / "tokenizer_config.json", pad_token=None)
+    base = still(encoder)
+    edit_json(Path(base) / "tokenizer_config.json", pad_token=None)
     text = (glue / "tasks.json").read_text() + (glue / "train.json").read_text()
     assert '"tone"' in text
     for name in ("tasks", "train"):
@@ -153,7 +154,7 @@ def test_a_tokenizer_without_pad_token_pads_by_another_and_dots_are_fine_in_name
             (glue / f"{name}.json").read_text().replace('"tone"', '"tone.classifier.0"')
         )
     files = {"tasks_file": str(tmp_path / "tasks.json"), "data_path": str(tmp_path / "train.json")}
-    folder = train("run", base_model=still, max_steps=1, **files)
+    folder = train("run", base_model=base, max_steps=1, **files)
     (tmp_path / "test" / "tone.classifier.0").mkdir(parents=True)
     records = [example | {"task": "tone.classifier.0"} for example in examples(LABELLED[0], 3)]
     write(tmp_path / "test" / "tone.classifier.0" / "test.json", records)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import curve, weights
 from nlu_cases import LABELLED
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertModel, set_seed
 
 import mtl_lora
 from mtl_lora import AdapterConfig, adapter_layers
 from mtl_lora.base_model import BaseModel
-from mtl_lora.nlu import model as encoder
+from mtl_lora.nlu import model as encoders
 from mtl_lora.nlu.config import TrainConfig
 from mtl_lora.nlu.data import training_rows
 from mtl_lora.training.rows import row_columns
@@ -22,22 +22,17 @@ from mtl_lora.training.sampler import LengthGroupedBatchSampler
 STEPS = 50
 
 
-def losses_of(folder) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def plain_losses(config: TrainConfig, still: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_losses(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The loss of every step and the weights after the last, of a loop that knows neither system nor Trainer.
 
     It takes the same batches; the records are read as they stand, a linear layer a task lies behind BERT's pooler,
-    every row is a forward of its own, its pair encoded by the tokenizer itself. still: the encoder's folder.
+    every row is a forward of its own, its pair encoded by the tokenizer itself.
     """
-    tasks = config.read_tasks()
+    tasks, base = config.read_tasks(), config.base_model
     set_seed(config.seed)
-    drawn = encoder.load(BaseModel(still, kind="encoder"), tasks, "fp64")  # for the start, by the same seed
-    mtl_lora.inject(drawn, encoder.in_encoder(config.adapter_config(tasks), drawn))
-    bert = BertModel.from_pretrained(still, dtype=torch.float64).train()
+    drawn = encoders.load(BaseModel(base, kind="encoder"), tasks, "fp64")  # for the start, by the same seed
+    mtl_lora.inject(drawn, encoders.in_encoder(config.adapter_config(tasks), drawn))
+    bert = BertModel.from_pretrained(base, dtype=torch.float64).train()
     own = {"modules_to_save": [], "target_modules": [name.removeprefix("bert.") for name in adapter_layers(drawn)]}
     mtl_lora.inject(bert, AdapterConfig.from_json(drawn.mtl_lora_config.to_json() | own))
     start = {name.removeprefix("bert."): weight for name, weight in drawn.state_dict().items()}
@@ -49,7 +44,7 @@ def plain_losses(config: TrainConfig, still: str) -> tuple[list[float], dict[str
 
     with open(config.data_path) as opened:
         records = json.load(opened)
-    tokenizer, names = AutoTokenizer.from_pretrained(still), tasks.names
+    tokenizer, names = AutoTokenizer.from_pretrained(base), tasks.names
     rows = row_columns(training_rows(config.data_path, tokenizer, config.cutoff_len, tasks, config.cache_dir))
     sampler = LengthGroupedBatchSampler(rows["length"], rows["task_id"], config.batch_size, config.seed)
     trained = [weight for weight in [*bert.parameters(), *heads.parameters()] if weight.requires_grad]
@@ -83,17 +78,22 @@ def plain_losses(config: TrainConfig, still: str) -> tuple[list[float], dict[str
 
 
 @pytest.mark.slow
-def test_fifty_losses_equal_those_of_a_plain_loop(train, settings, still):
-    constant = {"base_model": still, "lr_scheduler_type": "constant_with_warmup", "max_steps": STEPS, "dtype": "fp64"}
+def test_fifty_losses_equal_those_of_a_plain_loop(train, settings, still, encoder):
+    constant = {
+        "base_model": still(encoder),
+        "lr_scheduler_type": "constant_with_warmup",
+        "max_steps": STEPS,
+        "dtype": "fp64",
+    }
     folder = train("run", **constant)
-    expected, weights = plain_losses(TrainConfig(**settings("run", **constant)), still)
-    found = losses_of(folder)
+    expected, trained = plain_losses(TrainConfig(**settings("run", **constant)))
+    found = curve(folder)
     assert len(found) == STEPS
     assert found == pytest.approx(expected, rel=0, abs=1e-6)
     assert np.mean(expected[-7:]) < np.mean(expected[:7]) - 0.1, "where nothing is learnt, nothing is compared"
-    saved = load_file(folder / "mtl_lora.safetensors")
-    assert len(saved) == len(weights)
-    for name, weight in weights.items():
+    saved = weights(folder)
+    assert len(saved) == len(trained)
+    for name, weight in trained.items():
         torch.testing.assert_close(
             saved[name], weight.detach(), rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -104,13 +104,13 @@ def test_a_run_with_dropout_resumes_bit_for_bit(train):
     folder = train("run", **flags)
     middle = folder / "checkpoint-2"
     again = train("again", **flags, resume_from_checkpoint=str(middle))
-    assert losses_of(again) == losses_of(folder)[2:]
-    whole, resumed = (load_file(each / "mtl_lora.safetensors") for each in (folder, again))
+    assert curve(again) == curve(folder)[2:]
+    whole, resumed = weights(folder), weights(again)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     # A checkpoint in the middle is one like the last, with every task's head and what it is trained on.
     model = mtl_lora.load(middle)
-    assert {f"classifier.{task}.weight" for task in range(3)} <= load_file(middle / "mtl_lora.safetensors").keys()
+    assert {f"classifier.{task}.weight" for task in range(3)} <= weights(middle).keys()
     assert [head.out_features for head in model.classifier] == [2, 1, 3]
 
 
@@ -120,8 +120,8 @@ def test_a_task_without_examples_keeps_its_head_and_the_checkpoint_says_so(train
     folder = train("run", data_path=str(tmp_path / "two.json"), weight_decay=0.0)
     assert "no training examples of place" in capsys.readouterr().err
     assert json.loads((folder / "mtl_lora_config.json").read_text())["provenance"]["untrained_tasks"] == ["place"]
-    saved, config = load_file(folder / "mtl_lora.safetensors"), TrainConfig(**settings("run"))
+    saved, config = weights(folder), TrainConfig(**settings("run"))
     set_seed(config.seed)
-    drawn = encoder.load(BaseModel(config.base_model, kind="encoder"), config.read_tasks(), "fp32")
+    drawn = encoders.load(BaseModel(config.base_model, kind="encoder"), config.read_tasks(), "fp32")
     own, other = drawn.classifier[2].weight, drawn.classifier[0].weight
     assert torch.equal(saved["classifier.2.weight"], own) and not torch.equal(saved["classifier.0.weight"], other)

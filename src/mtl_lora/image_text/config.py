@@ -84,12 +84,15 @@ class TrainConfig(TrainingConfig):
                     raise UserError(f"--{name} has no effect with --task_batches round_robin; leave it out")
 
     def batch_sizes(self, tasks: TaskSet) -> dict[str, int]:
-        """Examples of a one-task micro-batch by task; raises ``UserError`` for an entry that is no name=examples."""
-        sizes = dict.fromkeys(tasks.names, self.batch_size)
+        """Examples of a one-task micro-batch by task; raises ``UserError`` for an entry that is none."""
+        sizes, given = dict.fromkeys(tasks.names, self.batch_size), set()
         for entry in self.task_batch_sizes:
             name, _, number = entry.partition("=")
             if not number.isascii() or not number.isdecimal() or not int(number):
                 raise UserError(f"--task_batch_sizes must be task=examples as a,b, not {entry!r}")
+            if name in given:
+                raise UserError(f"--task_batch_sizes names {name!r} twice; leave one of them")
+            given.add(name)
             sizes[tasks[name].name] = int(number)
         return sizes
 
@@ -135,7 +138,8 @@ class AnswerConfig(answer_config.AnswerConfig):
     def validate(self) -> None:
         super().validate()
         if not self.checkpoint and not self.base_model:
-            raise UserError("pass --checkpoint DIR, or --base_model NAME --no_images for a model that is not trained")
+            alone = "--system image_text --base_model NAME --no_images for a model that is not trained"
+            raise UserError(f"pass --checkpoint DIR, or {alone}")
         if self.no_images and self.features:
             raise UserError("--no_images and --features cannot be combined; pass one")
 

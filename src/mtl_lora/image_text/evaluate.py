@@ -305,15 +305,14 @@ def run(config: EvalConfig) -> dict[str, Results]:
     data = config.data_dir, evaluator.tasks, config.tasks
     asked = load_questions(*data, load, evaluator.questions, config.limit, made_by)
     questions = dict.fromkeys(config.protocols, asked.questions)
-    shown, pictures = page.evenly(evaluator.tasks, asked.questions, config.page), {}
-    if shown:
-        pictures = find_images(Path(config.pictures), "--pictures")
-        page.check(pictures, shown, config.pictures)
+    shown = page.evenly(evaluator.tasks, asked.questions, config.page)
+    pictures = find_images(Path(config.pictures), "--pictures") if shown else {}
+    sources = page.sources(pictures, shown, config.pictures)
     with claimed_folders(config, config.protocols):
         results = evaluation.evaluate(evaluator, asked, questions, config.protocols)
         if results and shown:
             lines = evaluation.Predictions(Path(config.output_folder)).read()
-            page.write(Path(config.output_folder) / page.NAME, results[ANSWER].name, shown, lines, pictures)
+            page.write(Path(config.output_folder) / page.NAME, results[ANSWER].name, shown, lines, sources)
         return results
 
 
@@ -366,20 +365,12 @@ def _questions(
     values: Sequence[object], evaluator: Evaluator, task: str | None, source: str
 ) -> dict[str, list[Question]]:
     """The questions, by the one protocol; raises ``UserError`` naming source and example."""
-    tasks = evaluator.tasks
-    if task is not None:
-        tasks[task]  # an unknown name is an error of the flag, not of an example
-    examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
+    examples = evaluation.inputs(parse_example, values, source, evaluator.tasks, task)
     return {ANSWER: evaluator.questions(examples, source)}
 
 
 def _result(question: Question, line: Mapping) -> dict:
     """What is returned for an example, from its prediction line."""
-    example, task = question.example, question.task
-    shown = example.images[0] if len(example.images) == 1 else list(example.images)
-    result = {"index": example.index, "image": shown, **example.extra, "task": task.name, "answer": line["parsed"]}
-    if "scores" not in line:
-        return result
-    probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
-    scores = dict(zip(task.labels, line["scores"], strict=True))
-    return result | {"scores": scores, "probabilities": dict(zip(task.labels, probabilities, strict=True))}
+    images = question.example.images
+    image = images[0] if len(images) == 1 else list(images)
+    return evaluation.result_of(question, line, question.task.labels, image=image)

@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -31,8 +32,12 @@ from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.features import FEATURES, SETTINGS
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_NAMED = 5  # broken images that an error lists
+_BICUBIC = 3  # of Pillow, which is imported where it is used
 
 
 @dataclasses.dataclass
@@ -114,16 +119,20 @@ def find_images(folder: Path, passed_by: str = "--images") -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def read_image(path: Path, size: int) -> torch.Tensor:
-    """The image as (3, size, size) in 0..255, turned as its EXIF data says; raises ``UserError``."""
+def open_image(path: Path) -> "Image.Image":
+    """The image in RGB, turned as its EXIF data says; raises ``UserError``."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
-            turned = ImageOps.exif_transpose(opened).convert("RGB")
-            resized = turned.resize((size, size), Image.Resampling.BICUBIC)
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:
         raise UserError(f"the image {path} is broken ({error}); save it anew, or take it away") from None
+
+
+def read_image(path: Path, size: int) -> torch.Tensor:
+    """The image as (3, size, size) in 0..255; raises ``UserError``."""
+    resized = open_image(path).resize((size, size), _BICUBIC)
     return torch.from_numpy(numpy.array(resized)).permute(2, 0, 1)
 
 

@@ -2,6 +2,7 @@
 beside it. Whoever has the pictures makes it; their licences may not allow to pass it on."""
 
 import base64
+import collections
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,15 +10,18 @@ from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
+from mtl_lora.image_text.extract import open_image
 from mtl_lora.tasks import TaskSet
 
 NAME = "pictures.html"  # in the folder of an evaluation
 _SIDE = 240  # most pixels of a picture
 _STYLE = """body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.2em; }
-figure { margin: 0; padding: .8em; border: 1px solid #ccc; border-radius: 6px; }
-img { display: block; max-width: 100%; min-width: 128px; margin: 0 auto .6em; image-rendering: pixelated; }
-small { color: #666; } .right { color: #116329; } .wrong { color: #a40e26; }"""
+figure { margin: 0; padding: .8em; border: 1px solid #ccc; border-radius: 6px; overflow-wrap: anywhere; }
+figure div { display: flex; gap: .6em; justify-content: center; align-items: center; margin-bottom: .6em; }
+img { min-width: 0; max-width: 100%; image-rendering: pixelated; } img:only-child { min-width: 128px; }
+small { color: #666; } .right { color: #116329; } .wrong { color: #a40e26; }
+.right::after { content: " ✓"; } .wrong::after { content: " ✗"; }"""
 
 
 def evenly(tasks: TaskSet, questions: Sequence, count: int) -> list:
@@ -31,37 +35,43 @@ def evenly(tasks: TaskSet, questions: Sequence, count: int) -> list:
     return chosen
 
 
-def check(pictures: Mapping[str, Path], questions: Iterable, folder: str) -> None:
-    """Raise ``UserError`` for a question whose picture is not among ``pictures``, those of a folder by image id."""
-    missing = [image for question in questions for image in question.row["images"] if image not in pictures]
-    if missing:
+def sources(pictures: Mapping[str, Path], questions: Iterable, folder: str) -> dict[str, str]:
+    """Of each image that questions show, its picture as a data address.
+
+    pictures: those of a folder by image id. Raises ``UserError`` for one that is not among them, or is broken.
+    """
+    shown = list(dict.fromkeys(image for question in questions for image in question.row["images"]))
+    if missing := [image for image in shown if image not in pictures]:
         raise UserError(f"--pictures {folder} has no picture of {', '.join(map(repr, missing[:3]))}; pass its folder")
+    return {image: _source(pictures[image]) for image in shown}
 
 
-def write(path: Path, title: str, questions: Iterable, lines: Mapping, pictures: Mapping[str, Path]) -> None:
-    """questions: those to show; lines: by key, their prediction lines."""
-    figures = "\n".join(_figure(question, lines[question.key], pictures) for question in questions)
-    title = html.escape(title)
+def write(path: Path, title: str, questions: Sequence, lines: Mapping, sources: Mapping[str, str]) -> None:
+    """questions: those to show; lines: by key, their prediction lines; sources: of their images."""
+    figures = "\n".join(_figure(question, lines[question.key], sources) for question in questions)
+    title, note = html.escape(title), f"{len(questions):,} of the questions, from all over the test sets"
     head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n<style>{_STYLE}</style>'
-    files.write_text(path, f"{head}\n<h1>{title}</h1>\n<main>\n{figures}\n</main></html>\n")
+    head += '\n<meta name="viewport" content="width=device-width, initial-scale=1">'
+    files.write_text(path, f"{head}\n<h1>{title}</h1>\n<p>{note}</p>\n<main>\n{figures}\n</main></html>\n")
 
 
-def _figure(question, line: Mapping, pictures: Mapping[str, Path]) -> str:
+def _figure(question, line: Mapping, sources: Mapping[str, str]) -> str:
     example, wanted = question.example, line.get("answers", [line["answer"]] if "answer" in line else [])
     right = line.get("correct", line.get("score", 0) >= 0.5 if "score" in line else None)
     style = "" if right is None else ' class="right"' if right else ' class="wrong"'
-    drawn = "".join(f'<img alt="" src="{_source(pictures[image])}">' for image in question.row["images"])
+    drawn = "".join(f'<img alt="" src="{sources[image]}">' for image in question.row["images"])
+    # Soft scores, or how many of ten people say so.
+    counts = wanted if isinstance(wanted, Mapping) else dict(collections.Counter(wanted).most_common())
+    wanted = "; ".join(text if count == 1 else f"{text} ({count:g})" for text, count in counts.items())
+    score = f" ({line['score']:.2g})" if 0 < line.get("score", 0) < 1 else ""
     texts = [f"<small>{html.escape(question.task.title)}</small>", html.escape(example.text or "")]
-    texts += [f"right: {html.escape('; '.join(wanted))}", f"model: <b{style}>{html.escape(line['parsed'])}</b>"]
-    return f"<figure>{drawn}<figcaption>{'<br>'.join(filter(None, texts))}</figcaption></figure>"
+    texts += [f"right: {html.escape(wanted)}", f"model: <b{style}>{html.escape(line['parsed'])}</b>{score}"]
+    return f"<figure><div>{drawn}</div><figcaption>{'<br>'.join(filter(None, texts))}</figcaption></figure>"
 
 
 def _source(path: Path) -> str:
     """A picture as a data address, made smaller where it is large."""
-    from PIL import Image
-
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    picture = open_image(path)
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="png")

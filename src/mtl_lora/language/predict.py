@@ -6,7 +6,6 @@ mixed; its other fields are kept. A result has ``index`` (its place, from 0), th
 options) by option; where text was generated, ``text``.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,10 +65,8 @@ def _questions(
     values: Sequence[object], evaluator: Evaluator, task: str | None, mode: str | None, source: str
 ) -> dict[str, list[Question]]:
     """The questions by the protocol that answers them, prepared; raises ``UserError`` naming source and example."""
-    if task is not None:
-        evaluator.tasks[task]  # an unknown name is an error of the flag, not of an example
     tasks = evaluator.tasks
-    examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
+    examples = evaluation.inputs(parse_example, values, source, tasks, task)
     by_protocol: dict[str, list[Question]] = {}
     for question in encode_questions(examples, tasks, evaluator.encoder, source) if examples else ():
         protocol = mode or ("score" if question.options else "generate")
@@ -80,16 +77,4 @@ def _questions(
 
 def _result(question: Question, line: Mapping) -> dict:
     """What is returned for an example, from its prediction line."""
-    result = {
-        "index": question.example.index,
-        **question.example.extra,
-        "task": question.task.name,
-        "answer": line["parsed"],
-    }
-    if "text" in line:
-        return result | {"text": line["text"]}
-    highest = max(line["scores"])
-    total = sum(math.exp(score - highest) for score in line["scores"])
-    scores = dict(zip(question.options, line["scores"], strict=True))
-    probabilities = {option: math.exp(score - highest) / total for option, score in scores.items()}
-    return result | {"scores": scores, "probabilities": probabilities}
+    return evaluation.result_of(question, line, question.options)

@@ -216,19 +216,9 @@ def _questions(
     values: Sequence[object], evaluator: Evaluator, task: str | None, source: str
 ) -> dict[str, list[Question]]:
     """The questions, by the one protocol; raises ``UserError`` naming source and example."""
-    tasks = evaluator.tasks
-    if task is not None:
-        tasks[task]  # an unknown name is an error of the flag, not of an example
-    examples = [parse_example(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
-    return {CLASSIFY: evaluator.questions(examples)}
+    return {CLASSIFY: evaluator.questions(evaluation.inputs(parse_example, values, source, evaluator.tasks, task))}
 
 
 def _result(question: Question, line: Mapping) -> dict:
     """What is returned for an example, from its prediction line."""
-    task = question.task
-    result = {"index": question.example.index, **question.example.extra, "task": task.name, "answer": line["parsed"]}
-    if "scores" not in line:
-        return result
-    probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
-    scores = dict(zip(task.labels, line["scores"], strict=True))
-    return result | {"scores": scores, "probabilities": dict(zip(task.labels, probabilities, strict=True))}
+    return evaluation.result_of(question, line, question.task.labels)

@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from shared import write_set
+
 LABELLED = [
     {"name": "tone", "id": 0, "labels": ["sad", "glad"], "metric": "matthews"},
     {"name": "closeness", "id": 1, "regression": [1, 5], "metric": "pearson_and_spearman"},
@@ -46,6 +48,12 @@ def make_tokenizer(folder: Path) -> None:
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names).save_pretrained(folder)
+
+
+def make_set(folder: Path) -> None:
+    """Write a prepared set of all tasks."""
+    train = [example for task in LABELLED for example in examples(task, 20)]
+    write_set(folder, LABELLED, train, {task["name"]: examples(task, 12, seed=1) for task in LABELLED})
 
 
 def examples(task: dict, count: int, seed: int = 0) -> list[dict]:

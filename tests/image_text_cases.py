@@ -4,6 +4,8 @@ import json
 import random
 from pathlib import Path
 
+from shared import write_set
+
 TASKS = [
     {"name": "vqa", "id": 0, "prompt": "vqa: {text}", "metric": "vqa_accuracy", "max_text": 20, "max_answer": 10},
     {"name": "nlvr", "id": 1, "prompt": "nlvr: {text}", "answer": "choice", "labels": ["false", "true"]},
@@ -92,6 +94,14 @@ def write_features(path: Path, images=PICTURES, grid: int = GRID, dim: int = DIM
         for image in images:
             generator = torch.Generator().manual_seed(hash_of(image))
             opened.create_group(image)["features"] = torch.randn(grid * grid, dim, generator=generator).numpy()
+
+
+def make_set(folder: Path) -> None:
+    """Write a prepared set of all tasks, and its features."""
+    names = [task["name"] for task in TASKS]
+    train = [example for name in names for example in examples(name, 16)]
+    write_set(folder, TASKS, train, {name: examples(name, 9, seed=1, closed=True) for name in names})
+    write_features(folder / "features.h5")
 
 
 def hash_of(text: str) -> int:
