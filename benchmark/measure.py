@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mtl_lora.errors import EXIT_CODE
+from mtl_lora.text_table import TextTable
 from mtl_lora.version import checkout_commit
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -169,14 +170,7 @@ def facts() -> dict:
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     """A Markdown table, the first column to the left and the others to the right."""
-    # A ruler needs a dash beside its colon to make a table of the lines.
-    widths = [max(2, *map(len, column)) for column in zip(header, *lines, strict=True)]
-    ruler = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-    padded = [
-        [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
-        for line in (header, *lines)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], ruler, *padded[1:]])
+    return TextTable("", header, lines).markdown()
 
 
 def version(package: str) -> str | None:

@@ -32,6 +32,7 @@ GROUND = {
     "samples",
     "systems",
     "tasks",
+    "text_table",
     "train_log",
     "version",
 }
@@ -62,6 +63,7 @@ PACKAGES = {
     "data_files": {"pyarrow"},
     "estimates": {"numpy", "scipy"},
     "metrics": {"numpy"},
+    "text_table": {"pandas", "jinja2"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
     "report": {"pandas", "scipy", "matplotlib", "numpy", "jinja2", "markupsafe", "PIL"},
     "study": set(),

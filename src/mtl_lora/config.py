@@ -88,13 +88,17 @@ class Config:
 
     @classmethod
     def flags(cls) -> list[Flag]:
-        """The fields that can be written as flags, with types and defaults, in order."""
-        hints = typing.get_type_hints(cls)
-        found = []
+        """The fields that can be written as flags, with types and defaults, in order. One that is declared anew has the
+        earlier metadata where it gives none."""
+        hints, found = typing.get_type_hints(cls), []
+        metadata = {field.name: {"help": ""} for field in dataclasses.fields(cls)}
+        for base in reversed(cls.__mro__):
+            for field in vars(base).get("__dataclass_fields__", {}).values():
+                metadata[field.name] |= field.metadata
         for field in dataclasses.fields(cls):
             made = field.default_factory is not dataclasses.MISSING
             default = field.default_factory() if made else field.default
-            found.append(Flag(field.name, hints[field.name], default, {"help": "", **field.metadata}))
+            found.append(Flag(field.name, hints[field.name], default, metadata[field.name]))
         return found
 
     @classmethod

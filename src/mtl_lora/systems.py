@@ -7,6 +7,7 @@ Named here, and imported where one is asked for: no part of the library knows th
 
 import importlib
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 from mtl_lora import artifacts, files
@@ -26,6 +27,18 @@ def part(system: str, name: str) -> types.ModuleType:
     """The module ``name`` of a system; raises ``UserError`` for a system that does not exist."""
     check(system)
     return importlib.import_module(f"mtl_lora.{system}.{name}")
+
+
+def predictor_of(package: str, module: str) -> Callable[[str], type]:
+    """The ``__getattr__`` of a system's package: its ``Predictor`` is loaded from its ``module`` on first use, so that
+    the flags of the package can be read without torch."""
+
+    def load(name: str) -> type:
+        if name != "Predictor":
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(f"{package}.{module}").Predictor
+
+    return load
 
 
 def check(system: object) -> None:

@@ -29,41 +29,33 @@ class TrainConfig(TrainingConfig):
     made_by = "mtl-lora prepare scenes"
 
     base_model: str = flag(
-        "dinov2-small",
-        "name or folder of a Swin or a DINOv2 of transformers; dinov2-small is fetched",
-        group="what is trained, on what",
+        "dinov2-small", "name or folder of a Swin or a DINOv2 of transformers; dinov2-small is fetched"
     )
     data_path: str = flag(
-        "data/scenes/rendered",
-        "folder of images and maps: this project's layout, PASCAL_MT or NYUD_MT",
-        affects="content",
+        "data/scenes/rendered", "folder of images and maps: this project's layout, PASCAL_MT or NYUD_MT"
     )
-    tasks_file: str | None = flag(
-        None, "JSON file that declares the tasks; none: those of the folder", affects="content"
-    )
+    tasks_file: str | None = flag(None, "JSON file that declares the tasks; none: those of the folder")
     tasks: list[str] = flag([], "tasks to train, as a,b; one is a single-task model; none: all")
     image_size: int = flag(448, "height and width of the model's images, in pixels", min=8)
     augmentation: str = flag("auto", "of the training images: none, flip, pascal or nyud; auto: by the folder's layout")
     missing_labels: bool = flag(False, "images may lack the map of a task, which then has no loss there")
 
-    adapter_name: str = flag("mtlora", "method", aliases=("method",), group="the adapter")
-    lora_r: int = flag(16, "rank r of the adapter", aliases=("rank",))
-    lora_alpha: float = flag(64.0, "numerator of the scale alpha / r", aliases=("alpha",))
+    adapter_name: str = flag("mtlora", "method")
+    lora_r: int = flag(16, "rank r of the adapter")
+    lora_alpha: float = flag(64.0, "numerator of the scale alpha / r")
     lora_target_modules: list[str] = flag(
-        ["all-linear"],
-        "layers of each block to adapt, of qkv,o_proj,fc1,fc2; all-linear: all four",
-        aliases=("target_modules",),
+        ["all-linear"], "layers of each block to adapt, of qkv,o_proj,fc1,fc2; all-linear: all four"
     )
     downsampler: bool = flag(False, "an adapter on patch merging's reduction, which is else trained whole: MTLoRA+")
     train_extras: bool = flag(True, "with an adapter, train patch embedding, norms and relative positions whole too")
     drop_path: float | None = flag(None, "stochastic depth of the last block, less before it; none: the base model's")
 
-    num_epochs: float = flag(20.0, "passes over the training images", above=0)
-    lr_scheduler_type: str = flag("cosine", f"after the warm-up: {', '.join(SCHEDULES)}", choices=SCHEDULES)
+    num_epochs: float = flag(20.0, "passes over the training images")
+    lr_scheduler_type: str = flag("cosine", f"after the warm-up: {', '.join(SCHEDULES)}")
     min_lr_rate: float = flag(0.01, "where the cosine ends, of the peak learning rate", min=0)
     warmup_ratio: float = flag(1 / 15, "fraction of the steps with linear warm-up")
-    weight_decay: float = flag(0.05, "AdamW weight decay; 0: off", min=0)
-    max_grad_norm: float = flag(5.0, "gradient clipping norm; 0: off", min=0)
+    weight_decay: float = flag(0.05, "AdamW weight decay; 0: off")
+    max_grad_norm: float = flag(5.0, "gradient clipping norm; 0: off")
     workers: int = flag(0, "processes that read images; 0: the one that trains", affects="nothing", min=0)
 
     def validate(self) -> None:
@@ -108,7 +100,7 @@ class TrainConfig(TrainingConfig):
 class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
-    checkpoint: str | None = flag(REQUIRED, "folder of a training", affects="content", group="who answers")
+    checkpoint: str | None = flag(REQUIRED, "folder of a training")
     base_model: str | None = flag(None, "where the checkpoint's base model lies, if that has moved")
     image_size: int | None = flag(None, "height and width of the model's images; none: as it was trained", min=8)
     sheet: int = flag(0, "images on a picture of inputs and maps, sheet.png; 0: none", min=0, affects="nothing")
@@ -126,12 +118,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     made_by = TrainConfig.made_by
 
-    data_dir: str = flag(
-        TrainConfig.data_path,
-        "folder of images and maps, see train",
-        affects="content",
-        group="what is asked, and where the results go",
-    )
+    data_dir: str = flag(TrainConfig.data_path, "folder of images and maps, see train")
     split: str = flag("test", "images: those of test or of train", choices=("test", "train"))
     missing_labels: bool = flag(False, "images may lack the map of a task, for which they then do not count")
     save_maps: bool = flag(False, "write the maps too, below output_dir/maps/<task>", affects="nothing")
@@ -160,9 +147,9 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    input: str = flag(REQUIRED, "image, or folder of images", affects="content")
-    output: str = flag(REQUIRED, "folder for <task>/<image>.png or .npy, and sheet.png", affects="nothing")
-    sheet: int = flag(16, "images on the picture of inputs and maps, sheet.png; 0: none", min=0, affects="nothing")
+    input: str = flag(REQUIRED, "image, or folder of images")
+    output: str = flag(REQUIRED, "folder for <task>/<image>.png or .npy, and sheet.png")
+    sheet: int = flag(16, "images on the picture of inputs and maps, sheet.png; 0: none")
 
     def validate(self) -> None:
         super().validate()

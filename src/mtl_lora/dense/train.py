@@ -8,7 +8,6 @@ from torch import nn
 
 from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.base_model import BaseModel
 from mtl_lora.dense import model
 from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset, collate
@@ -47,7 +46,6 @@ class DenseRun(Run):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
-        self.base = BaseModel(config.base_model, config.trust_remote_code, model.KIND)
         self.task_weights = [float(task.weight) for task in self.tasks]
 
     def structure(self) -> model.DenseModel:

@@ -26,19 +26,12 @@ class TrainConfig(TrainingConfig):
 
     made_by = "mtl-lora prepare image_text"
 
-    base_model: str = flag(
-        "smollm2-135m",
-        "name or folder of a causal language model or an encoder-decoder (BART, T5)",
-        group="what is trained, on what",
-    )
+    base_model: str = flag("smollm2-135m", "name or folder of a causal language model or an encoder-decoder (BART, T5)")
     data_path: str = flag(
         "data/image_text/train.json",
         "JSON, JSON lines, CSV or parquet of examples with image (an id, or a list), text, answer or answers, and task",
-        affects="content",
     )
-    tasks_file: str | None = flag(
-        None, "JSON file that declares your own tasks; none: easy-VQA, NLVR and Flickr8k", affects="content"
-    )
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: easy-VQA, NLVR and Flickr8k")
     features: list[str] = flag(
         ["data/image_text/features.h5"],
         "features of all images: HDF5 files of mtl-lora features, or folders of <image id>.h5, as a,b",
@@ -65,12 +58,9 @@ class TrainConfig(TrainingConfig):
         [], "with round_robin, in place of batch_size for some tasks: name=examples, as a,b"
     )
     batch_size: int | str = flag(
-        16,
-        "examples per device and micro-batch; the global batch is this x devices x gradient_accumulation_steps",
-        min=1,
-        group="batches and schedule",
+        16, "examples per device and micro-batch; the global batch is this x devices x gradient_accumulation_steps"
     )
-    learning_rate: float = flag(1e-3, "peak learning rate of AdamW", above=0)
+    learning_rate: float = flag(1e-3, "peak learning rate of AdamW")
     warmup_ratio: float = flag(0.03, "fraction of the steps with linear warm-up")
 
     def validate(self) -> None:
@@ -166,12 +156,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     made_by = TrainConfig.made_by
 
-    data_dir: str = flag(
-        "data/image_text/test",
-        "folder with <task>/test.json (or .jsonl, .csv, .parquet)",
-        affects="content",
-        group="what is asked, and where the results go",
-    )
+    data_dir: str = flag("data/image_text/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)")
     shuffle_images: bool = flag(False, "ablation: show each question an image of another one of its task")
     caption_tokenizer: str = flag(
         "auto",
@@ -211,9 +196,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    input: str = flag(
-        REQUIRED, "JSON, JSON lines, CSV or parquet of examples with image and, of questions, text", affects="content"
-    )
+    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet of examples with image and, of questions, text")
 
 
 # What the commands' help begins with.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mtl_lora import route
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.base_model import BaseModel, at_least_float32, choose_attention
+from mtl_lora.base_model import at_least_float32, choose_attention
 from mtl_lora.errors import UserError
 from mtl_lora.image_text import model
 from mtl_lora.image_text.config import ROUND_ROBIN, TrainConfig
@@ -40,7 +40,6 @@ class ImageTextRun(Run):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
-        self.base = BaseModel(config.base_model, config.trust_remote_code, model.KIND)
         self.store = FeatureStore(config.features)
         self.images = config.visual_config(self.store)
 

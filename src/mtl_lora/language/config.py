@@ -23,19 +23,12 @@ class TrainConfig(TrainingConfig):
 
     made_by = "mtl-lora prepare commonsense"
 
-    base_model: str = flag(
-        "smollm2-135m",
-        "name or folder of any causal LM of transformers; smollm2-135m is fetched",
-        group="what is trained, on what",
-    )
+    base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
     data_path: str = flag(
         "commonsense_170k_taskid.json",
         "JSON, JSON lines, CSV or parquet of examples with instruction, output and task_id (or task, a name)",
-        affects="content",
     )
-    tasks_file: str | None = flag(
-        None, "JSON file that declares your own tasks; none: the eight commonsense tasks", affects="content"
-    )
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: the eight commonsense tasks")
     cutoff_len: int = flag(
         256, "most tokens of prompt, answer and EOS; longer instructions lose their middle", min=1, group="the text"
     )
@@ -64,17 +57,12 @@ class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, in which prompt, and how."""
 
     checkpoint: str | None = flag(
-        None,
-        "adapter folder; it names its base model, prompt and tasks",
-        affects="content",
-        group="who answers, in which prompt",
+        None, "adapter folder; it names its base model, prompt and tasks", group="who answers, in which prompt"
     )
     base_model: str | None = flag(
         None, "base model alone; with --checkpoint or --peft: where its base model lies, if that has moved"
     )
-    cutoff_len: int | None = flag(
-        None, "most tokens of prompt and answer, where no checkpoint has it; none: 256", min=1
-    )
+    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint has it; none: 256")
     peft: str | None = flag(None, "PEFT LoRA folder, answered by the same protocol", group="of language models")
     template: str | None = flag(None, "prompt template, where no checkpoint names it; none: alpaca")
     reuse_prefix: bool = flag(
@@ -109,12 +97,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     made_by = TrainConfig.made_by
 
-    data_dir: str = flag(
-        "data/commonsense/test",
-        "folder with <task>/test.json (or .jsonl, .csv, .parquet)",
-        affects="content",
-        group="what is asked, and where the results go",
-    )
+    data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)")
     mode: str = flag(
         "generate",
         "generate: the answer is found in generated text; score: the likeliest option; both: scores only options",
@@ -143,9 +126,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    input: str = flag(
-        REQUIRED, "JSON, JSON lines, CSV or parquet of examples with instruction (and input)", affects="content"
-    )
+    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet of examples with instruction (and input)")
     mode: str | None = flag(
         None,
         "score: the likeliest option; generate: generated text; none: score, and generate for free text",

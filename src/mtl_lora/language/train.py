@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.adapter.layer import layer_class
-from mtl_lora.base_model import BaseModel, choose_attention
+from mtl_lora.base_model import choose_attention
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT
@@ -31,10 +31,6 @@ class LanguageRun(Run):
     system = "language"
     task_set = TaskSet
     shortened_at = "the middle of their instructions"
-
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
-        self.base = BaseModel(config.base_model, config.trust_remote_code)
 
     def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
         return in_language_model(adapter, structure)

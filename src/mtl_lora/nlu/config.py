@@ -19,23 +19,15 @@ class TrainConfig(TrainingConfig):
 
     made_by = "mtl-lora prepare glue"
 
-    base_model: str = flag(
-        "minilm-l6",
-        "name or folder of any encoder of transformers; minilm-l6 is fetched",
-        group="what is trained, on what",
-    )
+    base_model: str = flag("minilm-l6", "name or folder of any encoder of transformers; minilm-l6 is fetched")
     data_path: str = flag(
         "data/glue/train.json",
         "JSON, JSON lines, CSV or parquet of examples with text, text_b of a pair, label and task (a name) or task_id",
-        affects="content",
     )
-    tasks_file: str | None = flag(
-        None, "JSON file that declares your own tasks; none: eight of GLUE, without WNLI", affects="content"
-    )
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: eight of GLUE, without WNLI")
     lora_target_modules: list[str] = flag(
         ["all-linear"],
         "linear layers to adapt: names or regular expressions of whole names as a,b; all-linear: the encoder's",
-        aliases=("target_modules",),
     )
     cutoff_len: int = flag(128, "most tokens of a text or pair; longer ones lose their end", min=4, group="the text")
 
@@ -78,12 +70,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     made_by = TrainConfig.made_by
 
-    data_dir: str = flag(
-        "data/glue/test",
-        "folder with <task>/test.json (or .jsonl, .csv, .parquet)",
-        affects="content",
-        group="what is asked, and where the results go",
-    )
+    data_dir: str = flag("data/glue/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)")
 
     @property
     def protocols(self) -> dict[str, str]:
@@ -95,9 +82,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    input: str = flag(
-        REQUIRED, "JSON, JSON lines, CSV or parquet of examples with text (and text_b)", affects="content"
-    )
+    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet of examples with text (and text_b)")
 
 
 # What the commands' help begins with.

@@ -4,7 +4,6 @@ import datasets
 from transformers import PreTrainedModel
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.base_model import BaseModel
 from mtl_lora.nlu import model
 from mtl_lora.nlu.config import TrainConfig
 from mtl_lora.nlu.data import Collator, training_rows
@@ -23,10 +22,6 @@ class EncoderRun(Run):
     system = "nlu"
     task_set = TaskSet
     shortened_at = "their ends"
-
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
-        self.base = BaseModel(config.base_model, config.trust_remote_code, model.KIND)
 
     def structure(self) -> PreTrainedModel:
         return model.structure(self.base, self.tasks)

@@ -8,8 +8,9 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, mcnemar_p
 from mtl_lora.metrics import METRICS, NOTHING, interval_text, scale_of, units_text, value_text
 from mtl_lora.predictions import differences, paired_answers
-from mtl_lora.report.table import AVERAGE, Report, TextTable
+from mtl_lora.report.table import AVERAGE, Report
 from mtl_lora.results import Results
+from mtl_lora.text_table import TextTable
 
 
 def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES, tasks: Sequence[str] = ()) -> Report:
@@ -82,9 +83,7 @@ def _changes(
 
 
 def _texts(change: dict | None, metric: str) -> list[str]:
-    if change is None:
-        return [NOTHING] * 4
-    a, b, *difference = change.values()
+    a, b, *difference = change.values() if change else [None] * 5
     found = [value_text(a, None, metric), value_text(b, None, metric), value_text(difference[0], None, metric, True)]
     return [*found, interval_text(Difference(*difference), metric, signed=True)]
 

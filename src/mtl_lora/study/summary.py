@@ -17,10 +17,11 @@ from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
 from mtl_lora.report.load import Experiment, Study, Summary
-from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, markdown_text, study_tables
+from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
+from mtl_lora.text_table import markdown_text
 from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
