@@ -5,6 +5,10 @@
 The one model is a Swin-T with MTLoRA, whose trunk runs once; a model of one task is the same Swin-T with LoRA of that
 rank. Every task has a decoder of 21 classes in both. Weights are random, for they change neither figure. A line also
 without decoders: what the streams cost, which end where the decoders begin.
+
+Memory is the most bytes of tensors there are at any time of a forward and its backward, gradients among them, and with
+it all weights. Separate models are trained one after the other, so theirs is that of one, and their time is all of
+them.
 """
 
 import sys
@@ -49,19 +53,19 @@ def main() -> None:
                     f"{tasks}" + ("" if decoders else ", without decoders"),
                     *(shown(found[side]["images"]) for side in ("one", "separate")),
                     *shown_ratio(gain)[:2],
-                    *(megabytes(found[side]["held"]) for side in ("one", "separate")),
+                    *(megabytes(found[side]["peak_bytes"]) for side in ("one", "separate")),
                     *(f"{found[side]['trained']:,}" for side in ("one", "separate")),
                 ]
             )
             print(lines[-1], file=sys.stderr, flush=True)
     titles = ("one model", "T models")
     head = ["tasks", *(f"images/s, {side}" for side in titles), "ratio", "95 % interval"]
-    head += [f"MB held, {side}" for side in titles] + [f"trained, {side}" for side in titles]
+    head += ["MB, one model", "MB, each of T"] + [f"trained, {side}" for side in titles]
     keep("dense", markdown_table(head, lines), {"arguments": vars(arguments), "results": records}, arguments.results)
 
 
 def measured(sides: dict[str, list[nn.Module]], decoders: bool, arguments) -> dict:
-    """Images a second and bytes that the forward pass holds, of both sides; and their ratio."""
+    """Images a second and the most bytes of both sides; and the ratio of the first."""
     size, device = arguments.image_size, device_for_this_process()
     pixels = torch.randn(arguments.batch_size, 3, size, size, device=device)
 
@@ -77,10 +81,10 @@ def measured(sides: dict[str, list[nn.Module]], decoders: bool, arguments) -> di
     rates = rounds({name: work(models) for name, models in sides.items()}, arguments.rounds)
     found: dict = {"ratio": ratio(rates["one"], rates["separate"])}
     for name, models in sides.items():
-        held, _ = tensor_bytes(lambda models=models: forward(models[0], pixels, decoders))
+        weights = sum(weight.numel() * weight.element_size() for weight in models[0].parameters())
+        peak = weights + tensor_bytes(work(models[:1]))[1]
         trained = sum(mtl_lora.trainable_parameters(model)[0] for model in models)
-        # Of separate models one is trained after the other, so what the forward pass of one holds is what they need.
-        found[name] = {"images": spread(rates[name]), "held": held, "trained": trained}
+        found[name] = {"images": spread(rates[name]), "peak_bytes": peak, "weight_bytes": weights, "trained": trained}
     return found
 
 

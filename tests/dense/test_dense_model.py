@@ -199,7 +199,7 @@ def test_loss_of_a_task_reaches_what_is_its_own_and_what_is_shared(backbone, lab
         model.zero_grad(set_to_none=True)
         weighted(model(pixels), [task.name]).backward()
         for name, layer in mtl_lora.adapter_layers(model).items():
-            last = name == f"backbone.{model.backbone.last_blocks()[-1]}.mlp.fc2"
+            last = name == f"backbone.{model.backbone.last_blocks[-1]}.mlp.fc2"
             for key, weight in layer.adapter_parameters().items():
                 if key.startswith(("task_", "lora_lambda", "lora_w")):
                     reached = [bool(each.any()) for each in weight.grad]

@@ -6,8 +6,9 @@ of a stage may make streams. Swin has four stages; a plain ViT (DINOv2) is cut i
 Shape legend: B batch, T tasks, N tokens, C channels, H and W of the image, h and w of a map.
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +16,7 @@ from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.swin import modeling_swin as swin
 
 from mtl_lora.adapter.layer import AdapterLayer, JoinedLinear, Streams
+from mtl_lora.dense.decoders import resized
 from mtl_lora.errors import UserError
 
 STAGES = 4
@@ -47,14 +49,21 @@ def with_streams(model: PreTrainedModel) -> PreTrainedModel:
                 block.__class__, block.attention.__class__ = SwinBlock, SwinAttention
                 block.full_shift = block.shift_size
                 _join(block.attention)
-        model.__class__, model.pooler = Swin, None
+        model.__class__, model.pooler, model.patch = Swin, None, 1  # images of any size are padded
+        width, stages = model.config.embed_dim, enumerate(model.encoder.layers)
+        model.channels = [width * 2 ** min(stage + 1, STAGES - 1) for stage in range(STAGES)]
+        model.last_blocks = [f"encoder.layers.{index}.blocks.{len(stage.blocks) - 1}" for index, stage in stages]
     elif type(model) is dinov2.Dinov2Model and not model.config.use_swiglu_ffn:
-        if len(model.encoder.layer) % STAGES:
+        depth, rest = divmod(len(model.encoder.layer), STAGES)
+        if rest:
             raise UserError(f"a ViT of {len(model.encoder.layer)} blocks has no {STAGES} stages of equal depth")
         for block in model.encoder.layer:
             block.__class__, block.attention.__class__ = VitBlock, VitAttention
             _join(block.attention)
         model.__class__, model.embeddings.mask_token = Vit, None
+        model.patch = model.embeddings.patch_embeddings.patch_size[0]
+        model.channels = [model.config.hidden_size] * STAGES
+        model.last_blocks = [f"encoder.layer.{depth * (stage + 1) - 1}" for stage in range(STAGES)]
     else:
         raise UserError(
             f"{type(model).__name__} of {model.config.model_type} has no streams here; pass a --base_model that is a "
@@ -91,20 +100,22 @@ def _attend(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) ->
     return found.reshape(x.shape)
 
 
-def _feed_forward(mlp: nn.Module, x: Streams) -> Streams:
-    return through(mlp.fc2, through(mlp.fc1, x).map(mlp.activation_fn))
+def _fed_forward(mlp: nn.Module, x: Streams, norm: nn.Module, last: Callable) -> Streams:
+    """x and what the feed-forward layers make of it behind ``norm``, with ``last`` of that."""
+    return x.plus(through(mlp.fc2, through(mlp.fc1, x.map(norm)).map(mlp.activation_fn)).map(last))
 
 
 class _Stages:
-    """What both backbones share."""
+    """What both backbones share. patch: of which an image's sides are multiples. channels: of the four maps.
+    last_blocks: the name of each stage's last block."""
 
-    def blocks(self) -> list[nn.Module]:
-        """All blocks, from input to output."""
-        return [module for module in self.modules() if isinstance(module, SwinBlock | VitBlock)]
+    patch: int
+    channels: list[int]
+    last_blocks: list[str]
 
     def set_drop_path(self, rate: float) -> None:
         """Stochastic depth (arXiv 1603.09382) that grows from none in the first block to ``rate`` in the last."""
-        blocks = self.blocks()
+        blocks = [module for module in self.modules() if isinstance(module, SwinBlock | VitBlock)]
         for index, block in enumerate(blocks):
             block.drop_path = swin.SwinDropPath(rate * index / max(len(blocks) - 1, 1))
 
@@ -144,25 +155,11 @@ class SwinBlock(swin.SwinLayer):
 
         attended = through(self.attention.o_proj, Streams(self.attention(windows, mask))).map(back)
         streams = Streams(x).plus(attended)
-        found = _feed_forward(self.mlp, streams.map(self.layernorm_after))
-        return streams.plus(found.map(lambda each: self.drop_path(self.dropout(each))))
+        return _fed_forward(self.mlp, streams, self.layernorm_after, lambda each: self.drop_path(self.dropout(each)))
 
 
 class Swin(_Stages, swin.SwinModel):
     """Four stages, each but the last followed by patch merging, which the tasks' streams pass too."""
-
-    patch = 1  # images of any size are padded
-
-    @property
-    def channels(self) -> list[int]:
-        """Of the four maps."""
-        width = self.config.embed_dim
-        return [width * 2 ** min(stage + 1, STAGES - 1) for stage in range(STAGES)]
-
-    def last_blocks(self) -> list[str]:
-        """The name of each stage's last block."""
-        stages = enumerate(self.encoder.layers)
-        return [f"encoder.layers.{index}.blocks.{len(stage.blocks) - 1}" for index, stage in stages]
 
     def forward(self, pixel_values: torch.Tensor) -> list[Streams]:
         (x, grid), found = self.embeddings(pixel_values), []
@@ -194,27 +191,11 @@ class VitBlock(dinov2.Dinov2Layer):
     def forward(self, x: torch.Tensor) -> Streams:
         attended = through(self.attention.o_proj, Streams(self.attention(self.norm1(x))))
         streams = Streams(x).plus(attended.map(lambda each: self.drop_path(self.layer_scale1(each))))
-        found = _feed_forward(self.mlp, streams.map(self.norm2))
-        return streams.plus(found.map(lambda each: self.drop_path(self.layer_scale2(each))))
+        return _fed_forward(self.mlp, streams, self.norm2, lambda each: self.drop_path(self.layer_scale2(each)))
 
 
 class Vit(_Stages, dinov2.Dinov2Model):
     """Four stages of equal depth, whose maps are resized to 4, 2, 1 and 1/2 times the patch grid."""
-
-    @property
-    def patch(self) -> int:
-        """Of which the sides of an image are multiples."""
-        return self.embeddings.patch_embeddings.patch_size[0]
-
-    @property
-    def channels(self) -> list[int]:
-        """Of the four maps."""
-        return [self.config.hidden_size] * STAGES
-
-    def last_blocks(self) -> list[str]:
-        """The name of each stage's last block."""
-        depth = len(self.encoder.layer) // STAGES
-        return [f"encoder.layer.{depth * (stage + 1) - 1}" for stage in range(STAGES)]
 
     def forward(self, pixel_values: torch.Tensor) -> list[Streams]:
         grid = tuple(side // self.patch for side in pixel_values.shape[-2:])
@@ -224,14 +205,10 @@ class Vit(_Stages, dinov2.Dinov2Model):
             x = streams.shared
             if (index + 1) % depth == 0:
                 size = [max(1, int(side * _VIT_SIZES[len(found)])) for side in grid]
-                found.append(streams.map(lambda each: _resized(_as_map(each[:, 1:], grid), size)))  # noqa: B023
+                found.append(streams.map(lambda each: resized(_as_map(each[:, 1:], grid), size)))  # noqa: B023
         return found
 
 
 def _as_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """(B, N, C) to (B, C, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
-
-
-def _resized(maps: torch.Tensor, size: list[int]) -> torch.Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from mtl_lora.config import Config, flag
 from mtl_lora.data_sets import existing
-from mtl_lora.dense.layouts import read_png
+from mtl_lora.dense.layouts import changes, read_png
 from mtl_lora.dense.tasks import IGNORE
 from mtl_lora.download import RemoteFolder
 from mtl_lora.errors import UserError
@@ -106,7 +106,4 @@ def maps(codes: np.ndarray, segments: dict[int, dict], groups: dict[str, int]) -
     }
     for name, label in rows.items():
         found[name] = np.array([label(segments[i]) if i else IGNORE for i in ids.tolist()], np.uint8)[place]
-    edge = np.zeros(panoptic.shape, bool)
-    edge[:, :-1] |= panoptic[:, :-1] != panoptic[:, 1:]
-    edge[:-1] |= panoptic[:-1] != panoptic[1:]
-    return found | {"boundary": np.where(panoptic == 0, IGNORE, edge).astype(np.uint8)}
+    return found | {"boundary": np.where(panoptic == 0, IGNORE, changes(panoptic)).astype(np.uint8)}

@@ -1,6 +1,7 @@
 """The data set of dense prediction: an image and its label maps, checked, augmented and at the model's size."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +69,7 @@ class DenseDataset(Dataset):
         pixels, shape = pixels_of(self.layout.image(id), self.size)
         labels = {}
         for task in self.tasks:
-            label = self.label(task, id, shape)
-            if label is None:
-                kept = (3,) if task.kind == "normals" else () if task.has_classes else (1,)
-                dtype = torch.long if task.has_classes else torch.float32
-                labels[task.name] = torch.full((*kept, self.size, self.size), IGNORE, dtype=dtype)
-            else:
-                labels[task.name] = label_tensor(label, task, warp, self.size)
+            labels[task.name] = label_tensor(self.label(task, id, shape), task, warp, self.size)
         return {"image": image_tensor(pixels, warp, self.size, shape), "labels": labels, "id": id}
 
     def shape(self, index: int) -> tuple[int, int]:
@@ -82,11 +77,12 @@ class DenseDataset(Dataset):
         image = read_image(self.layout.image(self.ids[index]))
         return image.height, image.width
 
-    def label(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray | None:
-        """The map of a task of an image of this height and width, checked; None for one that may be missing and is."""
+    def label(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
+        """The map of a task of an image of this height and width, checked; one that may be missing and is has no label
+        at any pixel."""
         paths = self.layout.paths(task, id)
         if self.missing_labels and not all(path.is_file() for path in paths):
-            return None
+            return np.full((*shape, 3) if task.kind == "normals" else shape, _unlabelled(task), np.float32)
         return checked(self.layout.read(task, id, shape), task, str(paths[0]), shape)
 
     # ---- checks before anything begins, and what the files hold ----
@@ -94,7 +90,10 @@ class DenseDataset(Dataset):
     def _check_files(self) -> None:
         """Raise ``UserError`` unless the files of all images are there."""
         missing = [path for id in self.ids if not (path := self.layout.image(id)).is_file()]
-        of_task = {task.name: [path for path in self._label_files(task) if not path.is_file()] for task in self.tasks}
+        of_task = {}
+        for task in self.tasks:
+            paths = itertools.chain(*(self.layout.paths(task, id) for id in self.ids))
+            of_task[task.name] = [path for path in paths if not path.is_file()]
         if self.missing_labels:
             whole = [name for name, absent in of_task.items() if len(set(absent)) >= len(self.ids)]
             missing += of_task[whole[0]] if whole else []
@@ -105,10 +104,6 @@ class DenseDataset(Dataset):
             more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
             way_out = "" if self.missing_labels else "; --missing_labels leaves out the tasks that an image lacks"
             raise UserError(f"{self.layout.root} lacks {named}{more} of {self.split}{way_out}")
-
-    def _label_files(self, task: Task) -> Iterator[Path]:
-        for id in self.ids:
-            yield from self.layout.paths(task, id)
 
     def _probe(self) -> None:
         """Read the maps of the first images, and of a task that has no label in these, of more until there is one.
@@ -124,9 +119,7 @@ class DenseDataset(Dataset):
             image = read_image(self.layout.image(id))
             for task in tasks:
                 label = self.label(task, id, (image.height, image.width))
-                if label is None:
-                    continue
-                if (label != (0 if task.kind in ("normals", "depth") else IGNORE)).any():
+                if (label != _unlabelled(task)).any():
                     unlabelled.pop(task.name, None)
                 if task.kind in ("saliency", "edges"):
                     seen.setdefault(task.name, set()).update(np.unique(label).tolist())
@@ -172,6 +165,11 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     image, shape = image.convert("RGB"), (image.height, image.width)
     factor = min(shape) // size
     return np.array(image.reduce(factor) if factor > 1 else image), shape
+
+
+def _unlabelled(task: Task) -> int:
+    """What a map that was read holds where it has no label."""
+    return 0 if task.kind in ("normals", "depth") else IGNORE
 
 
 def checked(label: np.ndarray, task: Task, where: str, shape: tuple[int, int]) -> np.ndarray:

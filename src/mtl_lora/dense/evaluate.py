@@ -44,11 +44,6 @@ class Question:
     place: Path | None = None
 
     @property
-    def prompt_ids(self) -> list[int]:
-        """None: images are all of one size."""
-        return []
-
-    @property
     def key(self) -> tuple[str, int]:
         """The task's name and the image's index: different for every question of an evaluation."""
         return self.task.name, self.index
@@ -86,9 +81,7 @@ class Evaluator(evaluation.Evaluator):
         self.cutoff_len = None
         self.image_size = config.image_size or (origin.train_settings or {}).get("image_size") or TrainConfig.image_size
         self.use_base(config.base_model or origin.base_model, dense.KIND, origin)
-        patch = dense.structure(self.base_model, self.tasks).backbone.patch
-        if self.image_size % patch:
-            raise UserError(f"--image_size must be a multiple of {patch} for this model, not {self.image_size}")
+        dense.structure(self.base_model, self.tasks, self.image_size)
         self.data: DenseDataset | None = None
 
     def settings(self, protocol: str) -> dict:

@@ -64,24 +64,31 @@ def read_mat(path: Path, key: str) -> np.ndarray:
 
 
 class Layout:
-    """A folder. tasks: all that it has. augmentation: of its training images, a key of ``AUGMENTATIONS``."""
+    """A folder. mark: what tells it from those of other layouts. images: the folder of the images. lists: that of the
+    ids, where ``test`` is the name of the test set's. augmentation: of its training images, a key of
+    ``AUGMENTATIONS``. task_set: all that it has, a name for ``shipped``."""
 
     name: str
+    mark: str
     augmentation: str
+    images: str
+    lists: str
+    test = "val"
+    task_set: str
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
 
     @property
     def tasks(self) -> TaskSet:
-        raise NotImplementedError
+        return shipped(self.task_set)
 
     def split_file(self, split: str) -> Path:
         """The text file with the ids of a split, ``train`` or ``test``."""
-        raise NotImplementedError
+        return self.root / self.lists / f"{self.test if split == 'test' else split}.txt"
 
     def image(self, id: str) -> Path:
-        raise NotImplementedError
+        return self.root / self.images / f"{id}.jpg"
 
     def paths(self, task: Task, id: str) -> "Sequence[Path]":
         """The files from which the map of a task is read. Raises ``UserError`` for a task that the layout lacks."""
@@ -117,14 +124,12 @@ class Folder(Layout):
     n = 2 v / 255 - 1.
     """
 
-    name, augmentation = "a folder with tasks.json", "flip"
+    name, mark, augmentation = "a folder with tasks.json", "tasks.json", "flip"
+    lists, test = ".", "test"
 
     @property
     def tasks(self) -> TaskSet:
         return TaskSet.load(self.root / "tasks.json")
-
-    def split_file(self, split: str) -> Path:
-        return self.root / f"{split}.txt"
 
     def image(self, id: str) -> Path:
         return self._existing(self.root / "images", id, (".png", ".jpg"))
@@ -173,17 +178,9 @@ GROUP_OF_PART = {part: group for group, parts in PARTS.items() for part in parts
 class PascalMT(Layout):
     """PASCAL-Context with five tasks, as the archive PASCAL_MT of ASTMT (arXiv 1904.08918) holds it."""
 
-    name, augmentation = "PASCAL_MT", "pascal"
-
-    @property
-    def tasks(self) -> TaskSet:
-        return shipped("pascal")
-
-    def split_file(self, split: str) -> Path:
-        return self.root / "ImageSets" / "Context" / f"{'val' if split == 'test' else split}.txt"
-
-    def image(self, id: str) -> Path:
-        return self.root / "JPEGImages" / f"{id}.jpg"
+    name, augmentation, task_set = "PASCAL_MT", "pascal", "pascal"
+    images, lists = "JPEGImages", "ImageSets/Context"
+    mark = lists
 
     def paths(self, task: Task, id: str) -> list[Path]:
         context = self.root / "pascal-context" / "trainval" / f"{id}.mat"
@@ -238,6 +235,14 @@ def boundaries(labels: np.ndarray) -> np.ndarray:
     return thin(scipy.ndimage.laplace(labels.astype(np.int64), mode="mirror") != 0).astype(np.uint8)
 
 
+def changes(labels: np.ndarray) -> np.ndarray:
+    """(H, W), 0 and 1: pixels whose right or lower neighbour has another label."""
+    found = np.zeros(labels.shape, np.uint8)
+    found[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    found[:-1] |= labels[:-1] != labels[1:]
+    return found
+
+
 def thin(mask: np.ndarray) -> np.ndarray:
     """A mask (H, W) reduced to lines one pixel wide (Guo and Hall, Communications of the ACM 32, 1989)."""
     mask, before = mask.astype(bool), None
@@ -260,17 +265,9 @@ def thin(mask: np.ndarray) -> np.ndarray:
 class NyudMT(Layout):
     """NYUv2 with four tasks, as the archive NYUD_MT of ASTMT holds it; 40 classes without a background."""
 
-    name, augmentation = "NYUD_MT", "nyud"
-
-    @property
-    def tasks(self) -> TaskSet:
-        return shipped("nyud")
-
-    def split_file(self, split: str) -> Path:
-        return self.root / "gt_sets" / f"{'val' if split == 'test' else split}.txt"
-
-    def image(self, id: str) -> Path:
-        return self.root / "images" / f"{id}.jpg"
+    name, augmentation, task_set = "NYUD_MT", "nyud", "nyud"
+    images, lists = "images", "gt_sets"
+    mark = lists
 
     def paths(self, task: Task, id: str) -> list[Path]:
         folders = {"semantic": "segmentation", "edges": "edge", "normals": "normals", "depth": "depth"}
@@ -288,9 +285,9 @@ class NyudMT(Layout):
 def layout_of(folder: str | Path) -> Layout:
     """The layout of a folder, by the files that each has; raises ``UserError`` for a folder that has none of them."""
     folder = Path(folder)
-    marks = {Folder: "tasks.json", PascalMT: "ImageSets/Context", NyudMT: "gt_sets"}
-    for kind, mark in marks.items():
-        if (folder / mark).exists():
+    kinds = (Folder, PascalMT, NyudMT)
+    for kind in kinds:
+        if (folder / kind.mark).exists():
             return kind(folder)
-    known = ", ".join(f"{mark} ({kind.__name__})" for kind, mark in marks.items())
+    known = ", ".join(f"{kind.mark} ({kind.__name__})" for kind in kinds)
     raise UserError(f"{folder} is no folder of images with label maps: it has none of {known}")

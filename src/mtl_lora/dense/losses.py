@@ -23,7 +23,7 @@ def balanced_entropy(output: torch.Tensor, label: torch.Tensor, weight: torch.Te
     """Of labels 0 and 1 (B, 1, H, W), a positive one weighted by ``weight`` and a negative one by 1 - weight."""
     known, positive = label != IGNORE, (label == 1).to(output.dtype)
     entropy = F.binary_cross_entropy_with_logits(output, positive, reduction="none")
-    return (entropy * torch.where(positive == 1, weight, 1 - weight) * known).sum()
+    return (entropy * (positive * weight + (1 - positive) * (1 - weight)) * known).sum()
 
 
 def saliency(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -74,11 +74,5 @@ class TaskLosses:
     def __call__(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         outputs = model(batch["pixel_values"])
         weights = known_values(batch, self.tasks)
-        labels = {task.name: _like(batch[task.name], outputs) for task in self.tasks}
-        sums = torch.stack([SUMS[task.kind](outputs[task.name], labels[task.name]) for task in self.tasks])
+        sums = torch.stack([SUMS[task.kind](outputs[task.name], batch[task.name]) for task in self.tasks])
         return sums / weights.clamp(min=1), weights, torch.arange(len(self.tasks), device=weights.device)
-
-
-def _like(label: torch.Tensor, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A map of numbers in the outputs' dtype; classes stay whole numbers."""
-    return label.to(next(iter(outputs.values())).dtype) if label.is_floating_point() else label

@@ -5,18 +5,19 @@ have no more than their training loss, as in the original: F at the best thresho
 thinned edges that is not here.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from mtl_lora.dense.tasks import IGNORE, KINDS, Task
+from mtl_lora.dense.losses import edges
+from mtl_lora.dense.tasks import IGNORE, Task
 from mtl_lora.errors import UserError
 from mtl_lora.metrics import METRICS
 from mtl_lora.results import TaskResult
 
 THRESHOLDS = [0.2 + 0.05 * step for step in range(15)]  # of saliency
-EDGE_WEIGHT = 0.95  # of a pixel on an edge
 
 
 def counts(task: Task, output: torch.Tensor, label: torch.Tensor) -> list[float]:
@@ -24,7 +25,7 @@ def counts(task: Task, output: torch.Tensor, label: torch.Tensor) -> list[float]
 
     Pixels without a label do not count; an image without any gives zeros.
     """
-    return _ROWS[KINDS[task.kind].metrics[0]](output.double(), label, task)
+    return _ROWS[task.metrics[0]](output.double(), label, task)
 
 
 def _classes(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
@@ -72,11 +73,7 @@ def _depth(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]
 
 def _edges(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
     """The sum of the balanced cross entropy, and the number of pixels."""
-    known = label != IGNORE
-    wanted = (label[known] == 1).double()
-    weight = EDGE_WEIGHT * wanted + (1 - EDGE_WEIGHT) * (1 - wanted)
-    entropy = F.binary_cross_entropy_with_logits(output[known], wanted, weight=weight, reduction="sum")
-    return [entropy.item(), float(known.sum())]
+    return [edges(output, label).item(), float((label != IGNORE).sum())]
 
 
 _ROWS = {
@@ -86,45 +83,32 @@ _ROWS = {
     "mean_angle": _angles,
     "depth_rmse": _depth,
 }
-
-
-def is_labelled(task: Task, row: Sequence[float]) -> bool:
-    """Whether the image of a row has a label of the task."""
-    return sum(row) > 0 if task.has_classes else row[-1] > 0
+# The names under which the original prints values: its "rmse" of normals is the mean angle.
+_OFFICIAL = [("mIoU", "miou"), ("mIoU", "saliency_miou"), ("maxF", "max_f"), ("mean", "mean_angle")]
+_OFFICIAL += [("rmse", "mean_angle"), ("rmse", "depth_rmse")]
 
 
 def task_result(task: Task, lines: Sequence[Mapping], official: bool = False) -> TaskResult:
     """A task's result from at least one prediction line with its ``counts``: its metric, the others of its kind, and
     ``unlabelled``, the number of images without a label, which count for nothing. Raises ``UserError`` where all are.
 
-    official: with the values that the original (arXiv 2403.20320) prints, by the names under which it prints them: its
-    "rmse" of normals is the mean angle.
+    official: with the values that the original (arXiv 2403.20320) prints, by its names for them.
     """
     rows = [line["counts"] for line in lines]
-    unlabelled = sum(not is_labelled(task, row) for row in rows)
+    unlabelled = sum(not (sum(row) if task.has_classes else row[-1]) for row in rows)
     if unlabelled == len(rows):
         raise UserError(f"none of {len(rows)} images has a pixel with a label of {task.name}; leave it out of --tasks")
     found = {}
-    for name in dict.fromkeys([task.metric_name, *KINDS[task.kind].metrics]):
+    for name in dict.fromkeys([task.metric_name, *task.metrics]):
         metric = METRICS[name]
         found[name] = TaskResult(name, *metric.estimate(metric.written(rows)), len(lines))
     measured = {"unlabelled": unlabelled}
     if task.has_classes:
         measured["iou"] = class_iou(task, rows)
     if official:
-        names = {"mIoU": "miou", "maxF": "max_f", "mean": "mean_angle", "rmse": "mean_angle"}
-        names |= {"rmse": "depth_rmse"} if task.kind == "depth" else {}
-        names |= {"mIoU": "saliency_miou"} if task.kind == "saliency" else {}
-        measured["official"] = {key: found[name].value for key, name in names.items() if name in found}
-    result, *others = found.values()
-    return TaskResult(
-        result.metric,
-        result.value,
-        result.stderr,
-        result.n,
-        others={each.metric: each for each in others},
-        measured=measured,
-    )
+        measured["official"] = {key: found[name].value for key, name in _OFFICIAL if name in found}
+    result = found.pop(task.metric_name)
+    return dataclasses.replace(result, others=found, measured=measured)
 
 
 def class_iou(task: Task, rows: Sequence[Sequence[float]]) -> dict[str, float | None]:

@@ -62,7 +62,7 @@ class DenseModel(nn.Module):
         if self.training and stages[-1].tasks is not None:
             # The last shared stream goes to no decoder. What makes nothing else gets a gradient of zero, for which DDP
             # would wait; of sums over no element, for the stream itself may have overflowed.
-            last = self.backbone.get_submodule(f"{self.backbone.last_blocks()[-1]}.{TASK_TARGETS[-1]}")
+            last = self.backbone.get_submodule(f"{self.backbone.last_blocks[-1]}.{TASK_TARGETS[-1]}")
             found[task.name] = found[task.name] + sum(weight[:0].sum() for weight in last.adapter_parameters().values())
         return found
 
@@ -78,9 +78,13 @@ def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: boo
     return DenseModel(with_streams(base.load(dtype, **options)), tasks)
 
 
-def structure(base: BaseModel, tasks: TaskSet) -> DenseModel:
-    """The same on the meta device: every module and shape, no memory."""
-    return DenseModel(with_streams(base.structure()), tasks)
+def structure(base: BaseModel, tasks: TaskSet, image_size: int = 0) -> DenseModel:
+    """The same on the meta device: every module and shape, no memory. Raises ``UserError`` for an ``image_size`` that
+    the model does not take."""
+    found = DenseModel(with_streams(base.structure()), tasks)
+    if image_size % found.backbone.patch:
+        raise UserError(f"--image_size must be a multiple of {found.backbone.patch} for this model, not {image_size}")
+    return found
 
 
 def base_of(provenance: Provenance, trust_remote_code: bool = False, **options) -> DenseModel:
@@ -127,7 +131,7 @@ def placed(adapter: AdapterConfig, model: DenseModel, downsampler: bool = False,
         saved = [saved[0], *TRAINED[family], *whole, *saved[1:]]
     tasks = []
     if method.makes_streams:
-        tasks = [f"{block}.{name}" for block in model.backbone.last_blocks() for name in TASK_TARGETS]
+        tasks = [f"{block}.{name}" for block in model.backbone.last_blocks for name in TASK_TARGETS]
         if missing := {name.rpartition(".")[2] for name in TASK_TARGETS} - {*targets}:
             raise UserError(f"{', '.join(sorted(missing))} must be among them, or a task's stream would end there")
     return _changed(adapter, target_modules=targets, task_modules=tasks, modules_to_save=list(dict.fromkeys(saved)))

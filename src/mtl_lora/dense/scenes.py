@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mtl_lora.config import Config, flag
+from mtl_lora.dense.layouts import changes
 from mtl_lora.dense.tasks import shipped
 from mtl_lora.files import atomic_directory
 
@@ -88,7 +89,12 @@ class Sphere(Shape):
     """size: its radius."""
 
     def hit(self, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
-        return _first_root(_dot(direction, direction), _dot(origin, direction), _dot(origin, origin) - self.size**2)
+        a, b, c = _dot(direction, direction), _dot(origin, direction), _dot(origin, origin) - self.size**2
+        inside = b * b - a * c
+        root = np.sqrt(np.maximum(inside, 0))
+        near, far = (-b - root) / a, (-b + root) / a
+        t = np.where(near > NEAR, near, far)
+        return np.where((inside > 0) & (t > NEAR), t, np.inf)
 
     def surface(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return points / self.size, np.zeros(len(points), int)
@@ -143,15 +149,6 @@ class Cone(Shape):
 def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """The products of vectors (N, k) or (k,)."""
     return np.einsum("...i,...i->...", first, second)
-
-
-def _first_root(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """The smallest t > 0 with a t^2 + 2 b t + c = 0; inf without one."""
-    inside = b * b - a * c
-    root = np.sqrt(np.maximum(inside, 0))
-    near, far = (-b - root) / a, (-b + root) / a
-    t = np.where(near > NEAR, near, far)
-    return np.where((inside > 0) & (t > NEAR), t, np.inf)
 
 
 # ---- textures: a colour of every point of a body ----
@@ -392,17 +389,13 @@ def render(world: World, size: int, draw: np.random.Generator) -> Scene:
     colours = sum(shade(world, cast(world, shot), shot) for shot in shots).reshape(*shape, 3) / len(shots)
     colours = colours ** (1 / draw.uniform(1.2, 2.2)) + draw.normal(scale=draw.uniform(0.005, 0.03), size=colours.shape)
     body = hits.body.reshape(shape)
-    surface = body * 8 + hits.face.reshape(shape)
-    edge = np.zeros(shape, np.uint8)
-    edge[:, :-1] |= surface[:, :-1] != surface[:, 1:]
-    edge[:-1] |= surface[:-1] != surface[1:]
     return Scene(
         image=np.round(255 * np.clip(colours, 0, 1)).astype(np.uint8),
         semseg=hits.label.reshape(shape).astype(np.uint8),
         depth=hits.t.reshape(shape).astype(np.float32),
         normals=(hits.normals @ world.axes).reshape(*shape, 3).astype(np.float32),
         sal=salient(body),
-        edge=edge,
+        edge=changes(body * 8 + hits.face.reshape(shape)),
     )
 
 

@@ -61,20 +61,15 @@ class Task(tasks.Task):
             object.__setattr__(self, "weight", KINDS[self.kind].weight)
         if type(self.weight) not in (int, float) or not 0 < self.weight < float("inf"):
             raise UserError(f"task {self.name!r} has weight {self.weight!r}; it must be a number above 0")
-        object.__setattr__(self, "metrics", KINDS[self.kind].metrics)
         super().__post_init__()
 
     def to_json(self) -> dict:
-        kept = (
-            "name",
-            "id",
-            "title",
-            "metric",
-            "kind",
-            *["classes"] * self.has_classes,
-            *["labels"] * bool(self.labels),
-        )
-        return {key: value for key, value in super().to_json().items() if key in (*kept, "weight")}
+        return {key: value for key, value in super().to_json().items() if value or key == "id"}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that the task may have."""
+        return KINDS[self.kind].metrics
 
     @property
     def has_classes(self) -> bool:
@@ -94,7 +89,7 @@ class Task(tasks.Task):
     @property
     def metric_name(self) -> str:
         """The metric in effect."""
-        return self.metric or KINDS[self.kind].metrics[0]
+        return self.metric or self.metrics[0]
 
     @property
     def extraction_key(self) -> tuple:

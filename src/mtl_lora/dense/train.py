@@ -13,7 +13,6 @@ from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset, collate
 from mtl_lora.dense.losses import TaskLosses, known_values
 from mtl_lora.dense.tasks import TaskSet
-from mtl_lora.errors import UserError
 from mtl_lora.training.run import Run, train
 
 _PER_PROCESS = (
@@ -49,11 +48,7 @@ class DenseRun(Run):
         self.task_weights = [float(task.weight) for task in self.tasks]
 
     def structure(self) -> model.DenseModel:
-        found = model.structure(self.base, self.tasks)
-        patch = found.backbone.patch
-        if self.config.image_size % patch:
-            raise UserError(f"--image_size must be a multiple of {patch} for this model, not {self.config.image_size}")
-        return found
+        return model.structure(self.base, self.tasks, self.config.image_size)
 
     def place_adapter(self, adapter: AdapterConfig, structure: model.DenseModel) -> tuple[AdapterConfig, list[str]]:
         config = self.config
