@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import shlex
@@ -298,6 +299,21 @@ def in_halves(answer: Callable[[list], list], rows: list) -> list:
         torch.cuda.empty_cache()
     middle = len(rows) // 2
     return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
+
+
+def not_finite(what: str) -> UserError:
+    """The error of values that are not finite; what: which, as "question 3 has the scores ..."."""
+    return UserError(
+        f"{what}, which are not finite: the base model or the adapter holds values that are no numbers, or its dtype "
+        "is too small; see the training's log, or pass --dtype fp32"
+    )
+
+
+def likeliest(question: Question, scores: Sequence[float]) -> int:
+    """The place of the highest score, of equal ones the first; raises ``UserError`` for scores that are not finite."""
+    if not all(map(math.isfinite, scores)):
+        raise not_finite(f"question {question.key[1]} of {question.task.name} has the scores {list(scores)}")
+    return max(range(len(scores)), key=scores.__getitem__)
 
 
 class NotANumber(LogitsProcessor):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from dense_cases import TASKS, make_folder, make_nyud, make_pascal, write_npy, write_png, write_text
 
-from mtl_lora.dense.data import DenseDataset, collate
+from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.layouts import NORMALS_CLASSES, Layout, thin
 from mtl_lora.dense.tasks import Task, TaskSet, shipped
+from mtl_lora.dense.train import Collator
 from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, label_tensor
 from mtl_lora.errors import UserError
 
@@ -97,13 +98,13 @@ def test_thinned_lines_are_those_of_scikit_image():
     assert found == thinned
 
 
-def test_batch_says_which_images_have_a_label_of_which_task(tmp_path):
+def test_batch_says_how_much_of_each_task_is_labelled(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "far" / "1.npy").unlink()
     write_png(tmp_path / "things" / "2.png", np.full((8, 8), 255))
     data = DenseDataset(tmp_path, "train", size=8, missing_labels=True)
-    batch = collate([data[0], data[1]], data.tasks)
-    assert batch["present"].tolist() == [[True, True, False, True], [False, True, True, True]]
+    batch = Collator(data)([data[0], data[1]])
+    assert batch["loss_weight"].tolist() == [64, 128, 64, 3 * 128]
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
     assert shapes == {
         "pixel_values": (2, 3, 8, 8),
@@ -111,7 +112,7 @@ def test_batch_says_which_images_have_a_label_of_which_task(tmp_path):
         "front": (2, 1, 8, 8),
         "far": (2, 1, 8, 8),
         "normal": (2, 3, 8, 8),
-        "present": (2, 4),
+        "loss_weight": (4,),
     }
 
 

@@ -170,7 +170,7 @@ def test_scores_and_logits_that_are_not_numbers_are_refused():
     encoder = Tokens()
     encoder.end_id = 2
     encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
-    with pytest.raises(UserError, match="not numbers for questions of own"):
+    with pytest.raises(UserError, match="questions of own, which are not finite"):
         generate_answers(model, encoder, questions([0] * len(PROMPTS)), 2)
 
 

@@ -278,6 +278,8 @@ def test_images_are_not_sampled_and_a_missing_list_of_them_is_named(tmp_path):
     images_with_two_maps(tmp_path / "data")
     with pytest.raises(UserError, match="train_records"):
         dense_plan(tmp_path, train_records=2)
+    with pytest.raises(UserError, match=r"search.*depth_rmse, miou.*learning_rate"):
+        dense_plan(tmp_path, search={"values": [1e-3, 1e-4], "data_dir": "dev"})
     (tmp_path / "data" / "test.txt").unlink()
     with pytest.raises(UserError, match=r"data/test\.txt"):
         dense_plan(tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from study_cases import ALONE, SEARCH, dev_set, finish, grid, plan_of, run_of, write_results
@@ -11,13 +12,14 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import bootstrap_means, percentile_interval
 from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study
-from mtl_lora.results import Results
+from mtl_lora.results import Results, TaskResult
 from mtl_lora.study.summary import (
     RESAMPLES,
     SEED,
     StudyWriter,
     collect,
     compared,
+    delta_m_over,
     render,
     without_paths,
 )
@@ -268,3 +270,16 @@ def test_committed_study_is_its_table_and_small(path):
         assert run.average == pytest.approx(sum(task.value for task in run.tasks.values()) / len(run.tasks))
     sizes = [file.stat().st_size for file in path.parent.rglob("*") if file.is_file()]
     assert len(sizes) <= 5 and sum(sizes) < 300_000
+
+
+def test_delta_m_is_the_mean_gain_relative_to_each_task_over_the_seeds():
+    def run(miou: float, rmse: float):
+        tasks = {"semseg": TaskResult("miou", miou, None, 4), "depth": TaskResult("depth_rmse", rmse, None, 4)}
+        return SimpleNamespace(tasks=tasks)
+
+    pairs = [(run(0.5, 2.0), run(0.6, 1.0)), (run(0.5, 2.0), run(0.4, 2.2))]  # +20 and +50 %, -20 and -10 %
+    gain = delta_m_over(pairs, ["semseg", "depth"])
+    assert (gain.mean, gain.sd) == pytest.approx((10, 50 / 2**0.5))
+    assert gain.high - gain.mean == pytest.approx(12.7062 * 25, rel=1e-5)  # Student's t with one degree of freedom
+    assert delta_m_over(pairs, ["semseg"]) is None  # whose values have a mean
+    assert delta_m_over([(SimpleNamespace(tasks={}), pairs[0][1])], ["semseg", "depth"]) is None

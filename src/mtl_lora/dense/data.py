@@ -1,11 +1,9 @@
 """The data set of dense prediction: an image and its label maps, checked, augmented and at the model's size."""
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -207,15 +205,3 @@ def _checked_normals(normals: np.ndarray, where: str) -> np.ndarray:
             f"{where} holds normals of length {np.median(known):g}; they must be unit vectors, or zero without a label"
         )
     return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)
-
-
-def collate(items: Sequence[dict], tasks: TaskSet) -> dict[str, torch.Tensor]:
-    """A batch of items: ``pixel_values`` (B, 3, S, S), the labels of each task stacked under its name, and ``present``
-    (B, T): which images have a label of which task."""
-    labels = {name: torch.stack([item["labels"][name] for item in items]) for name in tasks.names}
-    present = [(labels[name] != IGNORE).flatten(1).any(dim=1) for name in tasks.names]
-    return {
-        "pixel_values": torch.stack([item["image"] for item in items]),
-        **labels,
-        "present": torch.stack(present, 1),
-    }

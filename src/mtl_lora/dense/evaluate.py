@@ -124,10 +124,7 @@ class Evaluator(evaluation.Evaluator):
         outputs = self.model(images.to(next(self.model.parameters()).device))
         for name, output in outputs.items():
             if not output.isfinite().all():
-                raise UserError(
-                    f"a map of {name} has values that are not finite: the base model or the adapter holds values that "
-                    "are no numbers, or its dtype is too small; see the training's log, or pass --dtype fp32"
-                )
+                raise evaluation.not_finite(f"a map of {name} has values")
         return outputs
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:

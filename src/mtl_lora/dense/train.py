@@ -10,7 +10,7 @@ from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.dense import model
 from mtl_lora.dense.config import TrainConfig
-from mtl_lora.dense.data import DenseDataset, collate
+from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.losses import TaskLosses, known_values
 from mtl_lora.dense.tasks import TaskSet
 from mtl_lora.training.run import Run, train
@@ -27,14 +27,17 @@ def run(config: TrainConfig) -> None:
 
 
 class Collator:
-    """Items of a data set to a batch, with ``loss_weight`` (T,); it passes the epoch on to the data set."""
+    """Items of a data set to a batch: ``pixel_values`` (B, 3, S, S), the labels of each task stacked under its name,
+    and ``loss_weight`` (T,). It passes the epoch on to the data set."""
 
     def __init__(self, data: DenseDataset):
         self.data, self.set_epoch = data, data.set_epoch
 
     def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
-        batch = collate(items, self.data.tasks)
-        return batch | {"loss_weight": known_values(batch, self.data.tasks)}
+        tasks = self.data.tasks
+        batch = {name: torch.stack([item["labels"][name] for item in items]) for name in tasks.names}
+        images = torch.stack([item["image"] for item in items])
+        return batch | {"pixel_values": images, "loss_weight": known_values(batch, tasks)}
 
 
 class DenseRun(Run):

@@ -1,7 +1,6 @@
 """``mtl-lora evaluate`` and ``predict`` on images and texts: answers and captions are generated, labels are scored."""
 
 import dataclasses
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -215,10 +214,7 @@ class Evaluator(evaluation.Evaluator):
         sums.index_add_(0, row, torch.where(counted, -losses, 0).double())
         lines = []
         for question, scores in zip(questions, sums.view(len(questions), -1).tolist(), strict=True):
-            if not all(map(math.isfinite, scores)):
-                raise self._not_finite(f"question {question.example.index} of {task.name} has the scores {scores}")
-            best = max(range(len(scores)), key=scores.__getitem__)  # of equal ones the first
-            lines.append(question.line(task.labels[best], scores=scores))
+            lines.append(question.line(task.labels[evaluation.likeliest(question, scores)], scores=scores))
         return lines
 
     def _generated(self, questions: list[Question]) -> list[dict]:
@@ -241,18 +237,12 @@ class Evaluator(evaluation.Evaluator):
         with route.use(batch.pop("task_ids")):
             output = self.model.generate(**batch, generation_config=settings, logits_processor=[seen])
         if bool(seen.found):
-            raise self._not_finite(f"the model gives logits that are not numbers for questions of {task.name}")
+            raise evaluation.not_finite(f"the model gives logits for questions of {task.name}")
         said = 0 if encoder.is_encoder_decoder or "features" in batch else batch["input_ids"].shape[1]
         texts = tokenizer.batch_decode(output[:, said:], skip_special_tokens=True)
         return [
             question.line(" ".join(text.split()), text=text) for question, text in zip(questions, texts, strict=True)
         ]
-
-    def _not_finite(self, what: str) -> UserError:
-        return UserError(
-            f"{what}, which are not finite: the base model or the adapter holds values that are no numbers, or its "
-            "dtype is too small; see the training's log, or pass --dtype fp32"
-        )
 
     def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
         found, by_task = dict(lines), {}

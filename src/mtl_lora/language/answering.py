@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer
 from mtl_lora import route
 from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import NotANumber
+from mtl_lora.evaluation import NotANumber, not_finite
 from mtl_lora.language.batches import pad_left
 from mtl_lora.language.encode import Encoder, common_prefix
 from mtl_lora.language.questions import Question
@@ -128,10 +128,7 @@ def generate_answers(
             **({"past_key_values": cache} if cache else {}),
         )
     if bool(seen.found):
-        raise UserError(
-            f"the model gives logits that are not numbers for questions of {questions[0].task.name}: the base model or "
-            "the adapter holds values that are no numbers; see the training's log"
-        )
+        raise not_finite(f"the model gives logits for questions of {questions[0].task.name}")
     return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -184,10 +181,7 @@ class OptionScorer:
         found = self._sums(contexts, options, task_ids, self.one_pass)
         for question, values in zip(questions, found, strict=True):
             if not torch.tensor(values).isfinite().all():
-                raise UserError(
-                    f"question {question.example.index} of {question.task.name} has the scores {values}, which are not "
-                    "finite: the base model or the adapter holds values that are no numbers; see the training's log"
-                )
+                raise not_finite(f"question {question.key[1]} of {question.task.name} has the scores {values}")
         return found
 
     def _agree(self, context: list[int], options: list[list[int]], task_id: int) -> bool:

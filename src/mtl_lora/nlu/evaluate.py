@@ -1,6 +1,5 @@
 """``mtl-lora evaluate`` and ``predict`` of encoders: a trained head's answers, or the cosine of two texts."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -105,16 +104,10 @@ class Evaluator(evaluation.Evaluator):
         outputs = logits[:, : task.outputs].double().tolist()
         lines = []
         for question, scores in zip(questions, outputs, strict=True):
-            if not all(map(math.isfinite, scores)):
-                raise UserError(
-                    f"question {question.example.index} of {task.name} has the scores {scores}, which are not finite: "
-                    "the base model or the adapter holds values that are no numbers, or its dtype is too small; see "
-                    "the training's log, or pass --dtype fp32"
-                )
+            best = evaluation.likeliest(question, scores)
             if task.is_regression:
                 lines.append(question.line(task.unscaled(scores[0]), None))
             else:
-                best = max(range(len(scores)), key=scores.__getitem__)  # of equal ones the first
                 lines.append(question.line(task.labels[best], scores))
         return lines
 

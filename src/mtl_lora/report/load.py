@@ -12,6 +12,7 @@ from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
+from mtl_lora.metrics import one_unit
 from mtl_lora.results import Reader, Results, Sample, TaskNames, TaskResult, Text, Trainable, average_of, object_of
 from mtl_lora.train_log import Losses, read_losses
 
@@ -39,13 +40,15 @@ class Summary:
 class Differences:
     """An experiment minus its ``baseline``, by task and on average, with intervals over the questions.
 
-    over_seeds: the differences of the values, seed by seed; None of a single pair of runs.
+    over_seeds: the differences of the values, seed by seed; None of a single pair of runs. delta_m: see
+    ``metrics.delta_m``, in percent, over the seeds; None where the tasks' values have an average.
     """
 
     baseline: str = ""
     tasks: dict[str, Difference]
     average: Difference | None = None
     over_seeds: Summary | None = None
+    delta_m: Estimate | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +233,11 @@ class Study:
         """Whether a difference of averages is known over seeds."""
         found = [*(each.against for each in self.experiments), *self.transfer]
         return any(each and each.over_seeds and each.over_seeds.average for each in found)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the tasks' values have a mean, see ``one_unit``."""
+        return one_unit(self.metric(task) for task in self.scored)
 
     def metric(self, task: str | None) -> str:
         """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""

@@ -344,8 +344,10 @@ def examples(results: Results) -> TextTable:
 
 def study_tables(study: Study) -> list[TextTable]:
     """By group, the experiments by task and their differences from the baseline; transfer; the search."""
-    tables, titles = [], [*(study.task_set.title(task, study.metric(task)) for task in study.scored), AVERAGE]
-    changes = [*titles[:-1], OVER_QUESTIONS, OVER_SEEDS] if study.compared_over_seeds else titles
+    tables, tasks = [], [study.task_set.title(task, study.metric(task)) for task in study.scored]
+    titles = tasks + [AVERAGE] * study.has_average
+    changes = [*tasks, OVER_QUESTIONS, OVER_SEEDS] if study.compared_over_seeds else titles
+    changes = changes if study.has_average else [*tasks, DELTA_M]
     groups: dict[str, list[Experiment]] = {}
     for experiment in study.experiments if study.scored else ():
         groups.setdefault(experiment.group, []).append(experiment)
@@ -373,10 +375,12 @@ def study_tables(study: Study) -> list[TextTable]:
 
 def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequence[str], title: str) -> TextTable:
     """A row an experiment: mean ± standard deviation over seeds, or ± standard error where no experiment has seeds."""
-    header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles] + ["95 % interval"] * study.has_seeds
-    metrics, majority = {task: study.metric(task) for task in [*study.scored, None]}, study.majority
+    has_interval = study.has_seeds and study.has_average
+    header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles] + ["95 % interval"] * has_interval
+    metrics, majority = {task: study.metric(task) for task in study.scored}, study.majority
+    metrics |= {None: study.metric(None)} if study.has_average else {}
     rows = [[MAJORITY_LABEL, *[NOTHING] * 3, *(value_text(majority.get(t), None, m) for t, m in metrics.items())]]
-    rows[0] += [NOTHING] * study.has_seeds
+    rows[0] += [NOTHING] * has_interval
     for each in experiments:
         settings = [NOTHING if value is None else f"{value:g}" for value in (each.rank, each.learning_rate)]
         rows.append([each.name, trainable_text(each.trainable, each.adapters), *settings])
@@ -384,12 +388,16 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
             found = each.estimate(task) or Estimate(None)
             error = None if found.low is None else found.mean - found.low
             rows[-1].append(value_text(found.mean, found.sd if study.has_seeds else error, metric))
-        rows[-1] += [interval_text(each.summary.average, metrics[None])] * study.has_seeds
+        rows[-1] += [interval_text(each.summary.average, metrics[None])] if has_interval else []
     return TextTable(title, header, rows if majority else rows[1:])
 
 
 def _differences(study: Study, found: Differences) -> list[str]:
-    """By task and on average; over questions, and behind it on average over seeds."""
+    """By task and on average, over questions and behind it over seeds; or, without an average, Delta_m over seeds."""
     averages = [found.average, *[found.over_seeds and found.over_seeds.average] * study.compared_over_seeds]
     texts = [difference_text(found.tasks.get(task), study.metric(task)) for task in study.scored]
+    if not study.has_average:
+        gain = found.delta_m
+        interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain and gain.low is not None else ""
+        return [*texts, f"{gain.mean:+.1f}{interval}" if gain else NOTHING]
     return texts + [difference_text(average, study.metric(None)) for average in averages]

@@ -8,6 +8,7 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError, within
+from mtl_lora.metrics import METRICS, one_unit
 from mtl_lora.systems import SYSTEMS, part
 
 ABOUT = """Run every experiment of a grid file over its seeds, and write study.json and table.md."""
@@ -156,6 +157,10 @@ class Grid(Config):
             with within("search"):
                 (self.search.flag,) = self._checked({self.search.flag: 0}, "train")
                 self.search.train = self._checked(self.search.train, "train")
+            metrics = {self.tasks[name].metric_name for name in self.scored}
+            if not one_unit(metrics) or any(METRICS[metric].lower_is_better for metric in metrics):
+                found = f"{', '.join(sorted(metrics))} of its tasks have no average by which one value is the best"
+                raise UserError(f"search: {found}; leave out search, and set {self.search.flag} in train")
             if Path(self.search.data_dir).resolve() == Path(evaluate.data_dir).resolve():
                 raise UserError(f"search: data_dir is {evaluate.data_dir}, the test sets; choose by a development set")
         self.experiments = [

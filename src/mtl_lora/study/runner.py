@@ -17,6 +17,7 @@ from pathlib import Path
 from mtl_lora import artifacts, cli
 from mtl_lora.errors import UserError, files_within_reach
 from mtl_lora.files import claimed, remove_leftovers
+from mtl_lora.metrics import value_text
 from mtl_lora.results import Results
 from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
 from mtl_lora.study.plan import STATE, Plan, PlannedJob, PlannedRun, State, jobs_of
@@ -134,8 +135,9 @@ class Runner:
             for done, (job, state) in enumerate(working, start=1):
                 self.finished += 1
                 facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
-                if average := Results.load(job.folder).average:
-                    facts.append(f"average {100 * average.value:.1f}")
+                if average := (results := Results.load(job.folder)).average:
+                    metric = next(iter(results.tasks.values())).metric
+                    facts.append(f"average {value_text(average.value, None, metric)}")
                 if done < len(jobs):
                     seconds = (time.monotonic() - began) / done * (len(jobs) - done)
                     facts.append(f"about {timedelta(seconds=round(seconds))} {left}")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
-from mtl_lora.estimates import LEVEL, RESAMPLES, SEED
-from mtl_lora.metrics import units_text
+from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate
+from mtl_lora.metrics import delta_m, one_unit, units_text
 from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
 from mtl_lora.report.load import Experiment, Study, Summary
-from mtl_lora.report.table import OVER_QUESTIONS, OVER_SEEDS, study_tables
+from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
@@ -90,13 +90,14 @@ class StudyWriter:
             steps = [job.steps for job in jobs]
             facts["steps"] = None if None in steps else sum(steps)
         together = dataclasses.replace(planned.evaluations[0], tasks=planned.tasks)
+        scored = [name for name in self.grid.tasks.columns if name in planned.tasks]
         # Parts of a task's questions and other measures stay in the run's own file.
         rest = {"groups": {}, "others": {}, "measured": {}}
         facts |= {
             "folder": self._relative(planned.folder),
             "seed": planned.seed,
             "commit": "; ".join(dict.fromkeys(each.commit for each in planned.evaluations if each.commit)) or None,
-            "tasks": {name: dataclasses.replace(together.tasks[name], **rest) for name in together.scored},
+            "tasks": {name: dataclasses.replace(planned.tasks[name], **rest) for name in scored},
             "average": together.average.value if {*self.grid.scored} <= {*planned.tasks} and together.average else None,
         }
         return model.Run(**facts)
@@ -157,12 +158,22 @@ class StudyWriter:
         pairs = [pair for pair in pairs if len({run.seed for run in pair} - {None}) < 2]
         folders = (tuple(tuple(job.folder for job in run.jobs) for run in pair) for pair in pairs)
         found = self._compared(tuple(folders), tuple(self.grid.scored))
+        found = found and found | {"delta_m": delta_m_over(pairs, self.grid.scored)}
         if not found or len(pairs) < 2:
             return found
         values = {name: [b.tasks[name].value - a.tasks[name].value for a, b in pairs] for name in found["tasks"]}
         of_seeds = zip(*(values[name] for name in self.grid.scored), strict=True) if found["average"] else [[None]]
         averages = [None if None in of_seed else statistics.fmean(of_seed) for of_seed in of_seeds]
         return found | {"over_seeds": Summary.over_seeds(values, averages)}
+
+
+def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequence[str]) -> Estimate | None:
+    """Delta_m of B against A over the pairs, where the units of the tasks differ and every run has all of them."""
+    metrics = {name: result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored}
+    if one_unit(metrics.values()) or not all({*scored} <= {*run.tasks} for pair in pairs for run in pair):
+        return None
+    values = [[{name: run.tasks[name].value for name in scored} for run in pair] for pair in pairs]
+    return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values])
 
 
 Folders = tuple[Path, ...]  # of a run's evaluations
@@ -207,6 +218,11 @@ def notes(study: Study, grid: Grid, mode: str | None) -> list[str]:
         found.append(
             f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
             f"interval: how far other seeds could move it, on the same questions. {OVER_QUESTIONS}: as of the tasks."
+        )
+    if not study.has_average:
+        found.append(
+            f"{DELTA_M}: by how much the first is better than the second, on average over the tasks, relative to each "
+            f"(arXiv 1904.08918); the mean over seeds with its {LEVEL} Student t interval."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
     counts = {
