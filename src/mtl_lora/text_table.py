@@ -1,10 +1,12 @@
-"""A table of plain text as Markdown, LaTeX or HTML; pandas is imported where it is needed."""
+"""Tables of plain text with notes, as Markdown, LaTeX, HTML, CSV or JSON; pandas is imported where it is needed."""
 
 import dataclasses
 import html
+import json
 import re
 from collections.abc import Sequence
 
+FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 _MOST_COLUMNS = 24
 
 
@@ -13,7 +15,7 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(text.split()))
 
 
-def frame(rows: Sequence, columns: Sequence[str] | None = None):
+def _frame(rows: Sequence, columns: Sequence[str] | None = None):
     """A data frame of values as they are."""
     import jinja2  # noqa: F401 - pandas writes LaTeX with it
     import pandas
@@ -47,12 +49,50 @@ class TextTable:
         """A booktabs tabular without the title."""
         columns = "l" + "r" * (len(self.header) - 1)
         rows = [[" ".join(cell.split()).replace("−", "-") for cell in row] for row in self.rows]
-        text = frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
+        text = _frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
         text = text.translate({ord("<"): r"\textless{}", ord(">"): r"\textgreater{}", ord("|"): r"\textbar{}"})
         # After the line break of the row above, either would be read as its argument.
         return re.sub(r"(?<=\\\\\n)[\[*]", r"{\g<0>}", text)
 
     def html(self) -> str:
         """A table element with the title as its caption."""
-        text = frame(self.rows, self.header).to_html(index=False, border=0, justify="unset")
+        text = _frame(self.rows, self.header).to_html(index=False, border=0, justify="unset")
         return text.replace("<thead>", f"<caption>{html.escape(self.title)}</caption>\n  <thead>", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Tables of texts, the same numbers as records with every digit, and notes.
+
+    value: the JSON object, where it is not the records and the notes.
+    """
+
+    tables: list[TextTable]
+    records: list[dict]
+    notes: list[str]
+    value: dict | None = None
+
+    def markdown(self) -> str:
+        """Pipe tables, and the notes as a list."""
+        notes = "\n".join(f"- {markdown_text(note)}" for note in self.notes)
+        return "\n\n".join([*(table.markdown() for table in self.tables), notes]) + "\n"
+
+    def latex(self) -> str:
+        """Booktabs tables, the last one of the notes."""
+        return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in self._with_notes())
+
+    def html(self) -> str:
+        """Table elements, the last one of the notes."""
+        return "\n".join(table.html() for table in self._with_notes()) + "\n"
+
+    def _with_notes(self) -> list[TextTable]:
+        return [*self.tables, TextTable("", ["Notes"], [[note] for note in self.notes])]
+
+    def csv(self) -> str:
+        """The records, a key a column; None is empty."""
+        return _frame(self.records).to_csv(index=False, lineterminator="\n")
+
+    def json(self) -> str:
+        """One object."""
+        value = self.value or {"rows": self.records, "notes": self.notes}
+        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -17,9 +17,9 @@ from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
 from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study, load_run
-from mtl_lora.report.table import FORMATS, Report, build_table, details, examples, study_tables
+from mtl_lora.report.table import build_table, details, examples, study_tables
 from mtl_lora.results import Results, object_of
-from mtl_lora.text_table import markdown_text
+from mtl_lora.text_table import FORMATS, Report, markdown_text
 
 PAGE = "page.html"  # the template, and the default name of what is made from it
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}

@@ -8,9 +8,9 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, mcnemar_p
 from mtl_lora.metrics import METRICS, NOTHING, interval_text, scale_of, units_text, value_text
 from mtl_lora.predictions import differences, paired_answers
-from mtl_lora.report.table import AVERAGE, Report
+from mtl_lora.report.table import AVERAGE
 from mtl_lora.results import Results
-from mtl_lora.text_table import TextTable
+from mtl_lora.text_table import Report, TextTable
 
 
 def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES, tasks: Sequence[str] = ()) -> Report:

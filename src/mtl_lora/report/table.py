@@ -22,10 +22,9 @@ from mtl_lora.metrics import (
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
-from mtl_lora.text_table import TextTable, frame, markdown_text
+from mtl_lora.text_table import Report, TextTable
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
-FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 MAJORITY_LABEL, AVERAGE = "majority class", "Average"
 OVER_QUESTIONS, OVER_SEEDS = f"{AVERAGE} (over questions)", f"{AVERAGE} (over seeds)"
 UNTRAINED = " (untrained)"
@@ -34,44 +33,6 @@ DELTA_M = "Delta_m, %"
 _PROTOCOL = {"mode": "mode", "base model": "base_model"}  # what a note always says, to the field of the results
 # What a note calls settings whose name says too little.
 _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Tables of texts, the same numbers as records with every digit, and notes.
-
-    value: the JSON object, where it is not the records and the notes.
-    """
-
-    tables: list[TextTable]
-    records: list[dict]
-    notes: list[str]
-    value: dict | None = None
-
-    def markdown(self) -> str:
-        """Pipe tables, and the notes as a list."""
-        notes = "\n".join(f"- {markdown_text(note)}" for note in self.notes)
-        return "\n\n".join([*(table.markdown() for table in self.tables), notes]) + "\n"
-
-    def latex(self) -> str:
-        """Booktabs tables, the last one of the notes."""
-        return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in self._with_notes())
-
-    def html(self) -> str:
-        """Table elements, the last one of the notes."""
-        return "\n".join(table.html() for table in self._with_notes()) + "\n"
-
-    def _with_notes(self) -> list[TextTable]:
-        return [*self.tables, TextTable("", ["Notes"], [[note] for note in self.notes])]
-
-    def csv(self) -> str:
-        """The records, a key a column; None is empty."""
-        return frame(self.records).to_csv(index=False, lineterminator="\n")
-
-    def json(self) -> str:
-        """One object."""
-        value = self.value or {"rows": self.records, "notes": self.notes}
-        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 # ---- results side by side ----
