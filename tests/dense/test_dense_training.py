@@ -158,8 +158,9 @@ def test_training_equals_a_plain_loop_however_a_step_is_split(train, still_norms
 
 def test_resumed_training_equals_one_that_ran_through(train):
     flags = {"adapter_name": "mtl_lora", "num_B": 2, "lora_dropout": 0.2, "drop_path": 0.3, "augmentation": "pascal"}
-    whole, _ = train("whole", **flags, save_step=2, dtype="fp32")
-    again, _ = train("again", **flags, save_step=2, dtype="fp32", resume_from_checkpoint=str(whole / "checkpoint-2"))
+    flags |= {"max_steps": 6, "save_step": 4, "dtype": "fp32"}
+    whole, _ = train("whole", **flags)
+    again, _ = train("again", **flags, resume_from_checkpoint=str(whole / "checkpoint-4"))  # in the second epoch
     found, expected = (load_file(folder / "mtl_lora.safetensors") for folder in (again, whole))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 

@@ -127,21 +127,6 @@ class TaskLosses:
         return sums[0].cpu(), sums[1].cpu()
 
 
-class EpochLoader(DataLoader):
-    """A DataLoader that passes the epoch on from the Trainer to its batch sampler, and to a collator that takes it."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-        if hasattr(self.collate_fn, "set_epoch"):
-            self.collate_fn.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator:
-        try:
-            yield from super().__iter__()
-        except UserError as error:  # from another process it comes with its traceback
-            raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
-
-
 class MultiTaskTrainer(Trainer):
     """Trains an injected model of any system.
 
@@ -188,7 +173,14 @@ class MultiTaskTrainer(Trainer):
         """Each process's own micro-batches; not handed to accelerate, which would shard them a second time."""
         options = {"collate_fn": self.data_collator, "pin_memory": self.args.device.type == "cuda"}
         options["num_workers"] = self.args.dataloader_num_workers
-        return EpochLoader(self.train_dataset, batch_sampler=self.sampler, **options)
+        return DataLoader(self.train_dataset, batch_sampler=self.sampler, **options)
+
+    def get_batch_samples(self, *arguments, **options):
+        """As the Trainer's; an error of a process that reads is one sentence, without its traceback."""
+        try:
+            return super().get_batch_samples(*arguments, **options)
+        except UserError as error:
+            raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Besides norms and biases, weight decay spares what an adapter layer declares as ``no_decay``."""
@@ -223,12 +215,16 @@ class MultiTaskTrainer(Trainer):
         """Not counted: the Trainer's formula is for full fine-tuning."""
         return 0
 
-    def _run_epoch(self, *arguments, **options) -> None:
+    def _run_epoch(self, *arguments, epoch: int, **options) -> None:
         # The Trainer asks only after a step whether it was the last one: a run resumed at its end would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*arguments, **options)
+        # Not by the loader, which is another one, without the epoch, where an epoch is resumed.
+        self.sampler.set_epoch(epoch)
+        if hasattr(self.data_collator, "set_epoch"):
+            self.data_collator.set_epoch(epoch)
+        super()._run_epoch(*arguments, epoch=epoch, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
