@@ -154,8 +154,8 @@ class StudyWriter:
         return rows
 
     def _against(self, found: Runs, a: str, b: str) -> dict | None:
-        """B minus A over the seeds that both have, see ``intervals``; None without a common seed or task, and where they
-        are not comparable."""
+        """B minus A over the seeds that both have, see ``intervals``; None where they have no seed or task in common,
+        or are not comparable."""
         # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
         pairs = itertools.product(found.get(a, []), found.get(b, []))
         pairs = [pair for pair in pairs if len({run.seed for run in pair} - {None}) < 2]
