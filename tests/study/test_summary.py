@@ -90,6 +90,17 @@ def test_summaries_are_over_seeds_and_differences_from_the_baseline(tmp_path):
     assert base.against.over_seeds.average.mean == -0.25
 
 
+def test_results_that_cannot_be_compared_are_a_note_and_not_the_end_of_a_study(tmp_path, edit_json):
+    plan = plan_of(tmp_path, grid(**TWO))
+    runs = finished(plan, RIGHT)
+    path = runs[0].jobs[0].folder / "results.json"
+    edit_json(path, settings=json.loads(path.read_text())["settings"] | {"template": "plain"})
+    StudyWriter(plan).write(runs)
+    found = by_name(Study.load(tmp_path / "study"))
+    assert found["Base"].against is None and found["MTL-LoRA"].against.average.difference == 0.25
+    assert "Not compared: Base - LoRA (" in (tmp_path / "study" / "table.md").read_text()
+
+
 def test_experiments_without_a_finished_run_are_left_out_and_named(tmp_path):
     study, text = study_of(tmp_path, {key: RIGHT[key] for key in (("Base", None), ("LoRA", 0))})
     assert list(by_name(study)) == ["Base", "LoRA"] and "LoRA 1 of 2, MTL-LoRA 0 of 2" in text

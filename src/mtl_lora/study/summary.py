@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
@@ -32,12 +32,14 @@ _STEPS = ("train", "evaluate")
 class StudyWriter:
     """Writes study.json and table.md as runs finish.
 
-    chosen: by experiment, the value that a finished search gave its flag.
+    chosen: by experiment, the value that a finished search gave its flag. refused: why two cannot be compared, which
+    is a note of the table and never the end of a study.
     """
 
     def __init__(self, plan: Plan):
         self.plan, self.grid = plan, plan.grid
         self.chosen: dict[str, float] = {}
+        self.refused: dict[str, str] = {}
         self._searches: list[model.SearchOutcome] = []
         self._compared = functools.cache(compared)  # of finished runs, which do not change
 
@@ -75,7 +77,7 @@ class StudyWriter:
             transfer=self._transfer(found),
             search=search,
         )
-        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid, evaluations[-1].mode)])
+        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid, evaluations[-1].mode, self.refused)])
         files.write_json(plan.folder / artifacts.STUDY, study.to_json())
         files.write_text(plan.folder / TABLE, render(study))
 
@@ -152,12 +154,17 @@ class StudyWriter:
         return rows
 
     def _against(self, found: Runs, a: str, b: str) -> dict | None:
-        """B minus A over the seeds that both have, see ``intervals``; None without a common seed or task."""
+        """B minus A over the seeds that both have, see ``intervals``; None where they have no seed or task in common,
+        or are not comparable."""
         # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
         pairs = itertools.product(found.get(a, []), found.get(b, []))
         pairs = [pair for pair in pairs if len({run.seed for run in pair} - {None}) < 2]
         folders = (tuple(tuple(job.folder for job in run.jobs) for run in pair) for pair in pairs)
-        found = self._compared(tuple(folders), tuple(self.grid.scored))
+        try:
+            found = self._compared(tuple(folders), tuple(self.grid.scored))
+        except UserError as error:
+            self.refused[f"{b} - {a}"] = str(error)
+            return None
         found = found and found | {"delta_m": delta_m_over(pairs, self.grid.scored)}
         if not found or len(pairs) < 2:
             return found
@@ -198,8 +205,8 @@ def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]
 # ---- table.md ----
 
 
-def notes(study: Study, grid: Grid, mode: str | None) -> list[str]:
-    """What was trained on and asked, what ± and the intervals are, and what is missing."""
+def notes(study: Study, grid: Grid, mode: str | None, refused: Mapping[str, str]) -> list[str]:
+    """What was trained on and asked, what ± and the intervals are, and what is missing; refused: by difference, why."""
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
         spread = (
@@ -232,6 +239,7 @@ def notes(study: Study, grid: Grid, mode: str | None) -> list[str]:
     lists = {
         "Training examples": counts["train"],
         "Test questions": counts["test"],
+        "Not compared": [f"{difference} ({reason})" for difference, reason in refused.items()],
         "Not all runs are finished": [
             f"{each.name} {done.get(each.name, 0)} of {len(each.seeds)}"
             for each in grid.experiments
