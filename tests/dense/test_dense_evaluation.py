@@ -120,7 +120,10 @@ def test_two_evaluations_compare_by_task_and_tables_say_the_units(trained, folde
     cli.main(["report", "table", str(tmp_path / "a"), str(tmp_path / "b")])
     rows = capsys.readouterr().out
     angle = Results.load(tmp_path / "a").tasks["normal"].value
-    assert f"{angle:.3f}" in rows
+    assert f"{angle:.3f}" in rows and "Average" not in rows
+    cli.main(["report", "details", str(tmp_path / "a")])
+    rows = capsys.readouterr().out
+    assert f"{angle:.3f}" in rows and "Majority class" not in rows and "Answers given" not in rows
     other = shutil.copytree(folder, tmp_path / "other")
     write_npy(other / "far" / "0.npy", np.full((SIZE, SIZE), 2.0, np.float32))
     found = evaluated(trained, other, tmp_path / "c", tasks=["far", "things"])

@@ -293,4 +293,5 @@ def test_delta_m_is_the_mean_gain_relative_to_each_task_over_the_seeds():
     assert (gain.mean, gain.sd) == pytest.approx((10, 50 / 2**0.5))
     assert gain.high - gain.mean == pytest.approx(12.7062 * 25, rel=1e-5)  # Student's t with one degree of freedom
     assert delta_m_over(pairs, ["semseg"]) is None  # whose values have a mean
+    assert delta_m_over([(run(0.0, 2.0), run(0.6, 1.0))], ["semseg", "depth"]) is None  # nothing is relative to 0
     assert delta_m_over([(SimpleNamespace(tasks={}), pairs[0][1])], ["semseg", "depth"]) is None

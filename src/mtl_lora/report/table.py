@@ -128,7 +128,8 @@ def build_table(
     titles = {name: [each.tasks[name].metric for each in results if name in each.tasks] for name in columns}
     shown = [("Method", [row.name for row in rows]), (TRAINABLE, [trainable_text(row.trainable) for row in rows])]
     shown += [(task_set.title(name, *m), [row.text(row.cells.get(name)) for row in rows]) for name, m in titles.items()]
-    shown.append((AVERAGE, [row.text(row.average) for row in rows]))
+    if one_unit(metric for found in titles.values() for metric in found):
+        shown.append((AVERAGE, [row.text(row.average) for row in rows]))
     # Wrong answers of another kind than a wrong choice: the gain of a training may be the format alone.
     if any(row.unparsed for row in rows):
         shown.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
@@ -255,7 +256,8 @@ def _notes(
 
 
 def details(results: Results) -> TextTable:
-    """One evaluation, a line a task: its value, the majority class, other measures, the answers given."""
+    """One evaluation, a line a task: its value, the majority class, other measures, the answers given; without what no
+    task has."""
     tasks, last = results.tasks, "Answers given"
     rows, measures, found = [], {}, [(results.task_set.title(name), tasks[name]) for name in results.scored]
     if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:
@@ -286,6 +288,7 @@ def details(results: Results) -> TextTable:
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
     header = [*(measures | dict.fromkeys(key for row in rows for key in row if key != last)), last]
+    header = [key for key in header if any(row.get(key, NOTHING) not in ("", NOTHING) for row in rows)]
     protocol = f" ({results.mode})" if results.mode else ""
     title = results.name.removesuffix(protocol) + protocol
     return TextTable(title, header, [[row.get(key, NOTHING) for key in header] for row in rows])

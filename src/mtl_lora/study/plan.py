@@ -9,8 +9,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError
-from mtl_lora.report.table import trainable_text
-from mtl_lora.results import Reader, Results, Sample, TaskResult, Trainable
+from mtl_lora.results import Reader, Results, Sample, TaskResult, Trainable, trainable_text
 from mtl_lora.samples import Data
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 from mtl_lora.systems import SYSTEMS, part

@@ -175,11 +175,14 @@ class StudyWriter:
 
 
 def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequence[str]) -> Estimate | None:
-    """Delta_m of B against A over the pairs, where the units of the tasks differ and every run has all of them."""
+    """Delta_m of B against A over the pairs, where the units of the tasks differ, every run has all of them and A a
+    value above 0 of each, relative to which there is one."""
     metrics = {name: result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored}
     if one_unit(metrics.values()) or not all({*scored} <= {*run.tasks} for pair in pairs for run in pair):
         return None
     values = [[{name: run.tasks[name].value for name in scored} for run in pair] for pair in pairs]
+    if not all(value > 0 for a, _ in values for value in a.values()):
+        return None
     return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values])
 
 
@@ -215,7 +218,8 @@ def notes(study: Study, grid: Grid, mode: str | None, refused: Mapping[str, str]
         )
     units = units_text({study.metric(task) for task in study.scored})
     found = [f"Base model: {study.base_model}.{f' Mode: {mode}.' * bool(mode)} {units}{spread}."]
-    if study.transfer or any(experiment.against for experiment in study.experiments):
+    has_differences = study.transfer or any(experiment.against for experiment in study.experiments)
+    if has_differences:
         found.append(
             "Differences: question by question, seed i against seed i (the base model against every seed); "
             f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
@@ -226,10 +230,11 @@ def notes(study: Study, grid: Grid, mode: str | None, refused: Mapping[str, str]
             f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
             f"interval: how far other seeds could move it, on the same questions. {OVER_QUESTIONS}: as of the tasks."
         )
-    if not study.has_average:
+    if has_differences and not study.has_average:
         found.append(
             f"{DELTA_M}: by how much the first is better than the second, on average over the tasks, relative to each "
-            f"(arXiv 1904.08918); the mean over seeds with its {LEVEL} Student t interval."
+            f"(arXiv 1904.08918); the mean over seeds with its {LEVEL} Student t interval, none where a task lacks a "
+            "value or the second has one that is not above 0."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
     counts = {
