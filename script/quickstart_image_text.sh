@@ -33,13 +33,13 @@ run() {  # run FOLDER NAME ARGUMENT... : a training and its evaluation
     python -m mtl_lora train --system image_text \
         --base_model smollm2-135m --data_path "$data/train.json" --tasks_file "$data/tasks.json" \
         --features "$data/features.h5" --output_dir "$out/$1" --cache_dir "$out/cache" --overwrite_output_dir \
-        --pool 2 --lora_dropout 0 --batch_size 16 --max_steps "${MAX_STEPS:-400}" --learning_rate 5e-4 --warmup_ratio 0.05 \
-        --lr_scheduler_type constant_with_warmup --save_step 0 --logging_steps 20 --seed 42 "${@:3}"
+        --pool 2 --lora_dropout 0 --batch_size 16 --max_steps "${MAX_STEPS:-300}" --learning_rate 5e-4 --warmup_ratio 0.05 \
+        --lr_scheduler_type linear --save_step 0 --logging_steps 20 --seed 42 "${@:3}"
     python -m mtl_lora evaluate --checkpoint "$out/$1" --data_dir "$data/test" --limit "${LIMIT:-200}" --overwrite \
         --name "$2" --page 12 --pictures "$data/images" > /dev/null
 }
-run lora "LoRA" --adapter_name lora --lora_r 15 --lora_alpha 30
-run mtl_lora "MTL-LoRA" --adapter_name mtl_lora --lora_r 8 --lora_alpha 16 --num_B 3 --temperature 0.1
+run lora "LoRA" --adapter_name lora --lora_r 13 --lora_alpha 26
+run mtl_lora "MTL-LoRA" --adapter_name mtl_lora --lora_r 7 --lora_alpha 14 --num_B 3 --temperature 0.1
 
 # Does it look? The same questions with the images of others.
 python -m mtl_lora evaluate --checkpoint "$out/mtl_lora" --data_dir "$data/test" --limit "${LIMIT:-200}" --overwrite \
