@@ -1,5 +1,6 @@
 """What a study of dense tasks is of: whole folders of images with their maps."""
 
+import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -17,33 +18,45 @@ class Images:
 
     def __init__(self, tasks: TaskSet):
         self.tasks = tasks
+        # All tasks of the training images, once for all samples: it reads images, and hashes every file.
+        self._training = functools.cache(lambda source: _folder(source, "train", tasks))
 
     def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
         return [layout_of(source).split_file("train" if names is None else "test")] if source.is_dir() else [source]
 
     def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
-        found = self._sample(source, "train", only, most)
+        _refuse_sampling(source, most)
+        found = _sample(self._training(source), source, only)
         whole = files.sha256_of("".join(found.sha256.values()).encode())
         return Sample(found.records, found.of, {"train": whole}, {"train": whole}, source)
 
     def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
-        return self._sample(source, "test", names, most)
-
-    def _sample(self, source: Path, split: str, names: Collection[str], most: int) -> Sample:
-        """Of each task (none: all) the images, and a hash of them and its maps."""
-        if most:
-            raise UserError(
-                f"images of dense tasks are not sampled; make a smaller {source}, and leave out train_records, "
-                "test_records and the search's records"
-            )
-        # The commands themselves are strict about what an image may lack.
-        data = DenseDataset(source, split, self.tasks.only([*names]), missing_labels=True)
-        counts = {task.name: len(data) for task in data.tasks}
-        hashes = {task.name: data.sha256(task) for task in data.tasks}
-        return Sample(counts, counts, hashes, hashes, source)
+        _refuse_sampling(source, most)
+        return _sample(_folder(source, "test", self.tasks.only([*names])), source)
 
     def flags(self, sample: Sample, only: Collection[str]) -> dict[str, object]:
         return {"data_path": str(sample.path)} | ({"tasks": [*only]} if only else {})
+
+
+def _refuse_sampling(source: Path, most: int) -> None:
+    if most:
+        raise UserError(
+            f"images of dense tasks are not sampled; make a smaller {source}, and leave out train_records, "
+            "test_records and the search's records"
+        )
+
+
+def _folder(source: Path, split: str, tasks: TaskSet) -> DenseDataset:
+    # The commands themselves are strict about what an image may lack.
+    return DenseDataset(source, split, tasks, missing_labels=True)
+
+
+def _sample(data: DenseDataset, source: Path, names: Collection[str] = ()) -> Sample:
+    """Of each task (none named: all) the images, and a hash of them and its maps."""
+    tasks = [task for task in data.tasks if task.name in (names or data.tasks.names)]
+    counts = {task.name: len(data) for task in tasks}
+    hashes = {task.name: data.sha256(task) for task in tasks}
+    return Sample(counts, counts, hashes, hashes, source)
 
 
 DATA = Images
