@@ -289,5 +289,5 @@ def layout_of(folder: str | Path) -> Layout:
     for kind in kinds:
         if (folder / kind.mark).exists():
             return kind(folder)
-    marks = " or ".join(kind.mark for kind in kinds)
-    raise UserError(f"{folder} is no folder of images with label maps: it has no {marks}; name the folder that has one")
+    marks = ", ".join(kind.mark for kind in kinds)
+    raise UserError(f"{folder} is no folder of images with label maps: it has none of {marks}; name one that has")
