@@ -100,7 +100,7 @@ class TrainConfig(TrainingConfig):
 class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
-    checkpoint: str | None = flag(REQUIRED, "folder of a training")
+    checkpoint: str = flag(REQUIRED, "folder of a training")
     base_model: str | None = flag(None, "where the checkpoint's base model lies, if that has moved")
     image_size: int | None = flag(None, "height and width of the model's images; none: as it was trained", min=8)
     sheet: int = flag(0, "images on a picture of inputs and maps, sheet.png; 0: none", min=0, affects="nothing")
