@@ -591,7 +591,6 @@ if __name__ == "__main__":
     import mtl_lora.export.importers
     import mtl_lora.export.merge
     import mtl_lora.language.evaluate
-    import mtl_lora.language.predict
     import mtl_lora.language.train
     import mtl_lora.report.__main__  # noqa: F401
     from mtl_lora import artifacts, cli

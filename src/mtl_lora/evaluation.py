@@ -192,6 +192,15 @@ class Evaluator(abc.ABC):
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         """One task's result from its prediction lines, at least one."""
 
+    def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
+        """The questions of JSON values by the protocol that answers them; raises ``UserError`` naming source and
+        example. task: of all that name none."""
+        raise NotImplementedError
+
+    def result(self, question: Question, line: Mapping) -> dict:
+        """What is returned for an example to predict, from its prediction line."""
+        return result_of(question, line, question.task.labels)
+
     def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
         """The lines of all questions with what each has only among the others of its task."""
         return dict(lines)
@@ -365,33 +374,50 @@ def evaluate(
     return results
 
 
-def predict(
-    evaluator: Evaluator,
-    ask: Callable[[list, str], Mapping[str, Sequence[Question]]],
-    protocol: str,
-    result: Callable[[Question, Mapping], dict],
-) -> None:
+class Predictor:
+    """Answers examples in Python; the model is loaded with the first of them.
+
+    A system's own has its ``Evaluator`` and ``AnswerConfig``, and the ``field`` that a string among examples is.
+    """
+
+    evaluator_class: type[Evaluator]
+    config_class: type[Config]
+    field: str
+
+    def __init__(self, checkpoint: str | Path | None = None, **flags):
+        path = None if checkpoint is None else str(checkpoint)
+        self.evaluator = self.evaluator_class(self.config_class(checkpoint=path, **flags))
+
+    def predict(self, examples: Sequence[Mapping | str], task: str | None = None, **how: object) -> list[dict]:
+        """One result per example, in their order; a string is its ``field`` alone. task: of all that name none."""
+        values = [{self.field: example} if isinstance(example, str) else dict(example) for example in examples]
+        questions = self.evaluator.to_predict(values, "the examples", task, **how)
+        if any(questions.values()):
+            self.evaluator.load()
+        answered = []
+        for protocol, part in questions.items():
+            for batch in self.evaluator.batches(part):
+                answered += zip(batch, self.evaluator.answer(batch, protocol), strict=True)
+        answered.sort(key=lambda pair: pair[0].key[1])
+        return [self.evaluator.result(*pair) for pair in answered]
+
+
+def predict(evaluator: Evaluator, protocol: str, **how: object) -> None:
     """Answer every example of the input that has no answer yet, then write the output file whole.
 
-    Until then the answers lie in ``<output>.partial``, from which the same command resumes. ask: the values of a file,
-    and its name for errors, to questions by protocol. protocol: that of the settings, a name for a mixture of several.
-    result: what is written for a question, from its prediction line.
+    Until then the answers lie in ``<output>.partial``, from which the same command resumes. protocol: that of the
+    settings, a name for a mixture of several. how: of ``to_predict``.
     """
     config = evaluator.config
     with files.unchanged(config.input) as digest:
         values = read_values(Path(config.input))
-    questions = ask(values, config.input)
+    questions = evaluator.to_predict(values, config.input, config.task, **how)
     settings = evaluator.settings(protocol) | {"input_sha256": digest, "task": config.task}
     with contextlib.nullcontext() if config.check else files.claimed(config.output):
-        _predict(evaluator, questions, settings, result)
+        _predict(evaluator, questions, settings)
 
 
-def _predict(
-    evaluator: Evaluator,
-    questions: Mapping[str, Sequence[Question]],
-    settings: dict,
-    result: Callable[[Question, Mapping], dict],
-) -> None:
+def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], settings: dict) -> None:
     """``predict`` with the output file claimed. settings: everything that an answer depends on."""
     config = evaluator.config
     output, partial = Path(config.output), Path(f"{config.output}.partial")
@@ -415,24 +441,11 @@ def _predict(
         if processes.rank == 0:
             lines = Predictions(partial).read()
             everything.sort(key=lambda question: question.key[1])
-            results = [result(question, lines[question.key]) for question in everything]
+            results = [evaluator.result(question, lines[question.key]) for question in everything]
             files.write_text(output, files.json_lines(results))
             artifacts.remove_evaluation(partial)
             shutil.rmtree(partial)
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
-
-
-def answers(
-    evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], result: Callable[[Question, Mapping], dict]
-) -> list[dict]:
-    """The results of questions by protocol, in the order of their examples; the model is loaded with the first."""
-    if any(questions.values()):
-        evaluator.load()
-    answered = []
-    for protocol, part in questions.items():
-        for batch in evaluator.batches(part):
-            answered += zip(batch, evaluator.answer(batch, protocol), strict=True)
-    return [result(question, line) for question, line in sorted(answered, key=lambda pair: pair[0].key[1])]
 
 
 def inputs(parse: Callable, values: Sequence[object], source: str, tasks: TaskSet, task: str | None) -> list:

@@ -373,6 +373,6 @@ def unchanged(path: str | Path, digest: str | None = None) -> Iterator[str]:
         raise UserError(f"{path} was changed while it was read; run the same command again")
 
 
-def sha256_of(content: bytes) -> str:
+def sha256_of(content: bytes | memoryview) -> str:
     """The sha256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

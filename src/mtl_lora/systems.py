@@ -1,8 +1,8 @@
 """The systems: what is trained around the adapters. Each is a package of this one, with parts of the same names.
 
 ``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig`` and what their help says; ``train``: ``run``;
-``evaluate``: ``run`` and ``predict``; ``examples``: ``DATA``, what a study takes samples of (see ``samples``).
-Named here, and imported where one is asked for: no part of the library knows them all.
+``evaluate``: ``run``, ``predict``, ``Predictor``; ``examples``: ``DATA``, what a study takes samples of (see
+``samples``). Named here, and imported where one is asked for: no part of the library knows them all.
 """
 
 import importlib
@@ -29,14 +29,14 @@ def part(system: str, name: str) -> types.ModuleType:
     return importlib.import_module(f"mtl_lora.{system}.{name}")
 
 
-def predictor_of(package: str, module: str) -> Callable[[str], type]:
-    """The ``__getattr__`` of a system's package: its ``Predictor`` is loaded from its ``module`` on first use, so that
-    the flags of the package can be read without torch."""
+def predictor_of(package: str) -> Callable[[str], type]:
+    """The ``__getattr__`` of a system's package: its ``Predictor`` is loaded on first use, so that the flags of the
+    package can be read without torch."""
 
     def load(name: str) -> type:
         if name != "Predictor":
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return importlib.import_module(f"{package}.{module}").Predictor
+        return importlib.import_module(f"{package}.evaluate").Predictor
 
     return load
 

@@ -165,6 +165,32 @@ def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypat
         assert len(seen) == count
 
 
+def test_features_of_images_that_are_replaced_are_not_taken_for_theirs(vision, tmp_path, monkeypatch):
+    for number in range(66):  # of which a fingerprint reads every second
+        picture(tmp_path / "images" / f"{number:02}.png", number, size=(4, 3))
+
+    def extracted(**flags) -> str:
+        made = features(tmp_path / "images", tmp_path / "out.h5", vision("dinov2"), batch_size=66, **flags)
+        return FeatureStore([made]).fingerprint
+
+    first = extracted()
+    picture(tmp_path / "images" / "01.png", 99, size=(4, 3))
+    with pytest.raises(mtl_lora.UserError, match="other images"):
+        extracted()
+    assert extracted(overwrite=True) != first
+    read = extract.read_image
+
+    def replaced(path: Path, size: int) -> torch.Tensor:
+        found = read(path, size)
+        return found if path.stem != "03" else (picture(path, 98, size=(4, 3)), found)[1]
+
+    monkeypatch.setattr(extract, "read_image", replaced)
+    with pytest.raises(mtl_lora.UserError, match="replaced while they were read"):
+        extracted(overwrite=True, size=42)
+    monkeypatch.undo()
+    assert extracted(overwrite=True, size=42) and not (tmp_path / "out.h5.partial").exists()
+
+
 @pytest.fixture
 def refused(images, vision, tmp_path):
     """The sentence that a command is refused with, which has left nothing: ``refused(size=5)``."""

@@ -283,3 +283,22 @@ def test_images_are_not_sampled_and_a_missing_list_of_them_is_named(tmp_path):
     (tmp_path / "data" / "test.txt").unlink()
     with pytest.raises(UserError, match=r"data/test\.txt"):
         dense_plan(tmp_path)
+
+
+def test_images_of_one_table_are_of_one_split_and_one_size(tmp_path):
+    images_with_two_maps(tmp_path / "data")
+    larger = [{"name": "Small", "train": {}}, {"name": "Large", "train": {"image_size": 224}}]
+    ways = {
+        "train: image_size": {"experiments": larger},
+        "evaluate: image_size": {"experiments": [{"name": "Large", "train": {}, "evaluate": {"image_size": 224}}]},
+        "evaluate: split": {"evaluate": {"data_dir": str(tmp_path / "data"), "split": "train"}},
+    }
+    for words, changes in ways.items():
+        with pytest.raises(UserError, match=words):
+            dense_plan(tmp_path, **changes)
+    plan = dense_plan(tmp_path, experiments=larger, evaluate={"data_dir": str(tmp_path / "data"), "image_size": 112})
+    flags = [jobs_of(plan.runs(each))[0].flags for each in plan.grid.experiments]
+    assert [(each["train"].get("image_size"), each["evaluate"]["image_size"]) for each in flags] == [
+        (None, 112),
+        (224, 112),
+    ]

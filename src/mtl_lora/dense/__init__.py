@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from mtl_lora.dense.evaluate import Predictor
 
 __all__ = ["Predictor"]
-__getattr__ = predictor_of(__name__, "evaluate")
+__getattr__ = predictor_of(__name__)

@@ -103,7 +103,7 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     idle = ("tasks_file", "cutoff_len", "load_in_4bit")
 
-    checkpoint: str | None = flag(REQUIRED, "folder of a training")
+    checkpoint: str = flag(REQUIRED, "folder of a training")
     base_model: str | None = flag(None, "where the checkpoint's base model lies, if that has moved")
     image_size: int | None = flag(None, "height and width of the model's images; none: as it was trained", min=8)
     sheet: int = flag(0, "images on a picture of inputs and maps, sheet.png; 0: none", min=0, affects="nothing")

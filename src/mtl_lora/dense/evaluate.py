@@ -181,7 +181,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
 # ---- prediction ----
 
 
-class Predictor:
+class Predictor(evaluation.Predictor):
     """Maps of images in Python; the model is loaded with the first of them.
 
         predictor = Predictor("output/mtlora")
@@ -191,8 +191,7 @@ class Predictor:
     the command does.
     """
 
-    def __init__(self, checkpoint: str | Path, **flags):
-        self.evaluator = Evaluator(AnswerConfig(checkpoint=str(checkpoint), **flags))
+    evaluator_class, config_class = Evaluator, AnswerConfig
 
     def predict(self, images: Sequence[str | Path | Image.Image]) -> list[dict[str, np.ndarray]]:
         """The maps of each image at its own size, see ``sheet.map_of``."""

@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from mtl_lora.image_text.evaluate import Predictor
 
 __all__ = ["Predictor"]
-__getattr__ = predictor_of(__name__, "evaluate")
+__getattr__ = predictor_of(__name__)

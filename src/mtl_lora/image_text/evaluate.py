@@ -244,6 +244,14 @@ class Evaluator(evaluation.Evaluator):
             question.line(" ".join(text.split()), text=text) for question, text in zip(questions, texts, strict=True)
         ]
 
+    def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
+        return {ANSWER: self.questions(evaluation.inputs(parse_example, values, source, self.tasks, task), source)}
+
+    def result(self, question: Question, line: Mapping) -> dict:
+        images = question.example.images
+        image = images[0] if len(images) == 1 else list(images)
+        return evaluation.result_of(question, line, question.task.labels, image=image)
+
     def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
         found, by_task = dict(lines), {}
         for question in questions:
@@ -318,7 +326,7 @@ def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:
 # ---- prediction ----
 
 
-class Predictor:
+class Predictor(evaluation.Predictor):
     """Answers examples in Python; the model is loaded with the first of them.
 
         predictor = Predictor("output/pictures", features=["features.h5"])
@@ -329,36 +337,10 @@ class Predictor:
     ``mtl-lora predict``, by name. Raises ``UserError`` as the command does.
     """
 
-    def __init__(self, checkpoint: str | Path, **flags):
-        self.evaluator = Evaluator(AnswerConfig(checkpoint=str(checkpoint), **flags))
-
-    def predict(self, examples: Sequence[Mapping], task: str | None = None) -> list[dict]:
-        """One result per example, in their order. task: of all that name none."""
-        asked = _questions(list(map(dict, examples)), self.evaluator, task, "the examples")
-        return evaluation.answers(self.evaluator, asked, _result)
+    evaluator_class, config_class, field = Evaluator, AnswerConfig, "image"
 
 
 def predict(config: PredictConfig) -> None:
     """Answer every example of the input file that has no answer yet, then write the output file whole."""
     config.check_files()
-    evaluator = Evaluator(config)
-
-    def ask(values: Sequence[object], source: str) -> dict[str, list[Question]]:
-        return _questions(values, evaluator, config.task, source)
-
-    evaluation.predict(evaluator, ask, ANSWER, _result)
-
-
-def _questions(
-    values: Sequence[object], evaluator: Evaluator, task: str | None, source: str
-) -> dict[str, list[Question]]:
-    """The questions, by the one protocol; raises ``UserError`` naming source and example."""
-    examples = evaluation.inputs(parse_example, values, source, evaluator.tasks, task)
-    return {ANSWER: evaluator.questions(examples, source)}
-
-
-def _result(question: Question, line: Mapping) -> dict:
-    """What is returned for an example, from its prediction line."""
-    images = question.example.images
-    image = images[0] if len(images) == 1 else list(images)
-    return evaluation.result_of(question, line, question.task.labels, image=image)
+    evaluation.predict(Evaluator(config), ANSWER)

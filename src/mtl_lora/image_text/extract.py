@@ -30,7 +30,7 @@ from mtl_lora.base_model import BaseModel, accepts_argument, device_for_this_pro
 from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
-from mtl_lora.image_text.features import FEATURES, SETTINGS
+from mtl_lora.image_text.features import CONTENT, FEATURES, SETTINGS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,13 +64,8 @@ def run(config: Extract) -> None:
     images, output = find_images(Path(config.images)), Path(config.output)
     with files.claimed(output):
         base = BaseModel(config.model, config.trust_remote_code, "vision")
-        contents = [(image, files.sha256(path)) for image, path in images.items()]
-        settings = {
-            "model": base.lasting_name,
-            "fingerprint": base.fingerprint(),
-            "size": config.size,
-            "images": files.sha256_of(json.dumps(contents).encode()),
-        }
+        settings = {"model": base.lasting_name, "fingerprint": base.fingerprint(), "size": config.size}
+        settings["images"] = _contents(images)
         if output.exists() and not _may_replace(output, settings, config.overwrite):
             print(f"{output} holds the features of these {len(images):,} images")
             return
@@ -78,9 +73,16 @@ def run(config: Extract) -> None:
         grid = GridFeatures(base, config.size, device)
         partial = output.with_name(f"{output.name}.partial")
         rows = _extract(grid, images, partial, settings, config.batch_size)
+        if _contents(images) != settings["images"]:
+            raise UserError(f"images in {config.images} were replaced while they were read; run the same command again")
         _write(output, images, rows, settings)
         partial.unlink()
     print(f"{output}: {len(images):,} images, {rows.shape[1]} cells of {rows.shape[2]} numbers")
+
+
+def _contents(images: dict[str, Path]) -> str:
+    """A hash of ids and files."""
+    return files.sha256_of(json.dumps([(image, files.sha256(path)) for image, path in images.items()]).encode())
 
 
 def find_images(folder: Path, passed_by: str = "--images") -> dict[str, Path]:
@@ -283,6 +285,7 @@ def _write(output: Path, images: dict[str, Path], rows: numpy.ndarray, settings:
         try:
             with h5py.File(temporary, "w") as opened:
                 opened.attrs[SETTINGS] = json.dumps(settings)
+                opened.attrs[CONTENT] = files.sha256_of(rows.data)
                 for image, features in zip(images, rows, strict=True):
                     opened.create_dataset(f"{image}/{FEATURES}", data=features)
         except (OSError, RuntimeError) as error:  # h5py reports a full disk as either

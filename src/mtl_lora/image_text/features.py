@@ -1,5 +1,6 @@
 """The features of images, a vector for each cell of a grid: read from HDF5 files by image id."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 FEATURES = "features"  # the dataset in the group of an image id
 SETTINGS = "mtl_lora"  # the attribute of an HDF5 file of mtl-lora features that says what made it
+CONTENT = "features_sha256"  # that with a hash of all its features, which files of earlier versions lack
 _MOST_NAMED = 5  # problems that an error lists
 _SAMPLED = 64  # images whose features the fingerprint reads
 
@@ -125,16 +127,11 @@ class FeatureStore:
 
         Raises ``UserError`` for two files of different ones.
         """
-        import h5py
-
         found = {}
-        for path in dict.fromkeys(home for image, home in self._home.items() if home.stem != image):
-            with h5py.File(path, "r") as opened:
-                try:
-                    made = json.loads(opened.attrs[SETTINGS])
-                    found[f"{made['fingerprint'][:12]} at {made['size']} pixels"] = path
-                except (OSError, RuntimeError, KeyError, ValueError, TypeError):
-                    continue
+        for path, text in self._said(SETTINGS):
+            with contextlib.suppress(KeyError, ValueError, TypeError):
+                made = json.loads(text)
+                found[f"{made['fingerprint'][:12]} at {made['size']} pixels"] = path
         if len(found) > 1:
             raise UserError(
                 f"the features in {' and '.join(map(str, found.values()))} are of different vision models or sizes"
@@ -143,12 +140,24 @@ class FeatureStore:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all image ids and of the features of 64 of them: another model's features have another one."""
+        """A hash of all image ids, of the features of 64 of them, and of what files say of all of theirs: images that
+        were replaced have another one, as another model's features have."""
         images = sorted(self)
         digest = hashlib.sha256("\0".join(images).encode())
         for image in images[:: -(-len(images) // _SAMPLED)]:
             digest.update(self[image].numpy().tobytes())
+        digest.update("".join(sorted(text for _, text in self._said(CONTENT))).encode())
         return digest.hexdigest()
+
+    def _said(self, attribute: str) -> Iterator[tuple[Path, str]]:
+        """What the files of mtl-lora features say of themselves; others say nothing."""
+        import h5py
+
+        for path in dict.fromkeys(home for image, home in self._home.items() if home.stem != image):
+            with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "r") as opened:
+                text = opened.attrs.get(attribute)
+                if isinstance(text, str):
+                    yield path, text
 
 
 def _images(path: Path) -> Iterator[tuple[str, Path]]:

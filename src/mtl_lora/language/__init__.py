@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mtl_lora.systems import predictor_of
 
 if TYPE_CHECKING:
-    from mtl_lora.language.predict import Predictor
+    from mtl_lora.language.evaluate import Predictor
 
 __all__ = ["Predictor"]
-__getattr__ = predictor_of(__name__, "predict")
+__getattr__ = predictor_of(__name__)

@@ -1,17 +1,15 @@
-"""``mtl-lora evaluate`` of language models: by generated text, by the likeliest option, or by both."""
+"""``mtl-lora evaluate`` and ``predict`` of language models: by generated text, by the likeliest option, or by both."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mtl_lora import artifacts, files
+from mtl_lora import artifacts, evaluation, files
+from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions, claimed_folders, evaluate
-from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.config import PROTOCOLS, AnswerConfig, EvalConfig, PredictConfig
 from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.predict import run as predict
 from mtl_lora.language.questions import load_questions
 from mtl_lora.results import Results
-
-__all__ = ["agreement", "predict", "run"]
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
@@ -51,3 +49,36 @@ def agreement(
         "all": sum(same) / len(same),
         "n": len(same),
     }
+
+
+# ---- prediction ----
+
+
+class Predictor(evaluation.Predictor):
+    """Answers examples in Python; the model is loaded with the first of them.
+
+        predictor = Predictor("output/run")
+        predictor.predict([{"instruction": "Is the sky blue?"}], task="boolq")
+        # [{"index": 0, "task": "boolq", "answer": "true", "scores": {...}, "probabilities": {...}}]
+
+    checkpoint: folder of an adapter, which names its base model, prompt and tasks. flags: any other flag of
+    ``mtl-lora predict`` (``base_model``, ``peft``, ``tasks_file``, ``dtype``, ``batch_size`` ...), by name. Raises
+    ``UserError`` as the command does. Of options a result has ``scores`` (log-probabilities in nats) and
+    ``probabilities`` (among them), where text was generated ``text``.
+    """
+
+    evaluator_class, config_class, field = Evaluator, AnswerConfig, "instruction"
+
+    def predict(
+        self, examples: Sequence[Mapping | str], task: str | None = None, mode: str | None = None
+    ) -> list[dict]:
+        """As of every system. mode: ``score``, ``generate``, or None: score where there are options."""
+        if mode not in (None, *PROTOCOLS):
+            raise UserError(f"mode must be one of {', '.join(PROTOCOLS)}, or None, not {mode!r}")
+        return super().predict(examples, task, mode=mode)
+
+
+def predict(config: PredictConfig) -> None:
+    """Answer every example of the input file that has no answer yet, then write the output file whole."""
+    config.check_files()
+    evaluation.predict(Evaluator(config), config.mode or "score, generate for free text", mode=config.mode)

@@ -17,8 +17,9 @@ from mtl_lora.evaluation import in_halves, plan_batches
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
+from mtl_lora.language.examples import parse_example
 from mtl_lora.language.metrics import task_result
-from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question
+from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, encode_questions
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
 from mtl_lora.results import TaskResult, Trainable
 from mtl_lora.systems import BASE_KINDS
@@ -91,6 +92,19 @@ class Evaluator(evaluation.Evaluator):
         self.prefixes = {task_id: answering.shared_prefix(rows) for task_id, rows in prompts.items()}
         if self.caches is not None:
             self.caches.use(self.prefixes)
+
+    def to_predict(
+        self, values: Sequence[object], source: str, task: str | None, mode: str | None = None
+    ) -> dict[str, list[Question]]:
+        examples = evaluation.inputs(parse_example, values, source, self.tasks, task)
+        by_protocol: dict[str, list[Question]] = {}
+        for question in encode_questions(examples, self.tasks, self.encoder, source) if examples else ():
+            by_protocol.setdefault(mode or ("score" if question.options else "generate"), []).append(question)
+        self.prepare(by_protocol)
+        return by_protocol
+
+    def result(self, question: Question, line: Mapping) -> dict:
+        return evaluation.result_of(question, line, question.options)
 
     @property
     def asked_tasks(self) -> Iterable[str]:

@@ -1,7 +1,6 @@
 """``mtl-lora evaluate`` and ``predict`` of encoders: a trained head's answers, or the cosine of two texts."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +126,11 @@ class Evaluator(evaluation.Evaluator):
             for question, value in zip(questions, values, strict=True)
         ]
 
+    def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
+        if not self.adapter:
+            raise UserError("a prediction needs a trained head; pass --checkpoint DIR")
+        return {CLASSIFY: self.questions(evaluation.inputs(parse_example, values, source, self.tasks, task))}
+
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         return measure(task.metric_name, lines, task.labels)
 
@@ -172,7 +176,7 @@ def _with_cosine(tasks: TaskSet) -> list[str]:
 # ---- prediction ----
 
 
-class Predictor:
+class Predictor(evaluation.Predictor):
     """Answers examples in Python; the model is loaded with the first of them.
 
         predictor = Predictor("output/glue")
@@ -183,35 +187,10 @@ class Predictor:
     predict``, by name. Raises ``UserError`` as the command does.
     """
 
-    def __init__(self, checkpoint: str | Path, **flags):
-        self.evaluator = Evaluator(AnswerConfig(checkpoint=str(checkpoint), **flags))
-
-    def predict(self, examples: Sequence[Mapping | str], task: str | None = None) -> list[dict]:
-        """One result per example, in their order; a string is a text alone. task: of all that name none."""
-        values = [{"text": example} if isinstance(example, str) else dict(example) for example in examples]
-        return evaluation.answers(self.evaluator, _questions(values, self.evaluator, task, "the examples"), _result)
+    evaluator_class, config_class, field = Evaluator, AnswerConfig, "text"
 
 
 def predict(config: PredictConfig) -> None:
     """Answer every example of the input file that has no answer yet, then write the output file whole."""
     config.check_files()
-    if not config.checkpoint:
-        raise UserError("a prediction needs a trained head; pass --checkpoint DIR")
-    evaluator = Evaluator(config)
-
-    def ask(values: Sequence[object], source: str) -> dict[str, list[Question]]:
-        return _questions(values, evaluator, config.task, source)
-
-    evaluation.predict(evaluator, ask, CLASSIFY, _result)
-
-
-def _questions(
-    values: Sequence[object], evaluator: Evaluator, task: str | None, source: str
-) -> dict[str, list[Question]]:
-    """The questions, by the one protocol; raises ``UserError`` naming source and example."""
-    return {CLASSIFY: evaluator.questions(evaluation.inputs(parse_example, values, source, evaluator.tasks, task))}
-
-
-def _result(question: Question, line: Mapping) -> dict:
-    """What is returned for an example, from its prediction line."""
-    return evaluation.result_of(question, line, question.task.labels)
+    evaluation.predict(Evaluator(config), CLASSIFY)

@@ -111,12 +111,12 @@ def build_table(
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
     columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
     own, names = [], [result.name for result in results]
-    for result in results:
+    gains = _delta_m(results, baselines, columns) if baselines else [None] * len(results)
+    for result, gain in zip(results, gains, strict=True):
         facts = {key: getattr(result, key) for key in ("method", "base_model", "mode", "trainable")}
-        facts["delta_m"] = _delta_m(result, baselines, columns) if baselines else None
         mode = f" ({result.mode})" if names.count(result.name) > 1 and result.mode else ""
         average = result.average if {*columns} <= {*result.tasks} else None
-        own.append(Row(result.name + mode, "result", result.tasks, average, **facts))
+        own.append(Row(result.name + mode, "result", result.tasks, average, **facts, delta_m=gain))
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
     rows, first = [*own, *others, *last], results[0]
@@ -134,8 +134,7 @@ def build_table(
     if any(row.unparsed for row in rows):
         shown.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
     if baselines:
-        gains = [NOTHING if row.delta_m is None else f"{row.delta_m:+.2f}" for row in rows]
-        shown.append((DELTA_M, gains))
+        shown.append((DELTA_M, [NOTHING if row.delta_m is None else f"{row.delta_m:+.2f}" for row in rows]))
     header, texts = zip(*shown, strict=True)
     tables = [TextTable("Results", [*header], [*map(list, zip(*texts, strict=True))])]
     if groups:
@@ -147,22 +146,25 @@ def build_table(
     return Report(tables, records, _notes(results, baselines, rows, columns, groups))
 
 
-def _delta_m(result: Results, baselines: Sequence[Results], columns: Sequence[str]) -> float | None:
-    """Delta_m of a result; None where it lacks a task. Raises ``UserError`` for baselines that do not fit."""
-    found: dict[str, TaskResult] = {}
+def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
+    """Delta_m of each result; None where it lacks a task. Raises ``UserError`` for baselines that do not fit."""
+    alone, found = {}, []
     for each in baselines:
-        if twice := [name for name in each.tasks if name in found]:
+        if twice := [name for name in each.tasks if name in alone]:
             raise UserError(f"{each.path} has a result of {', '.join(twice)}, as another of --baselines; leave one out")
-        found |= each.tasks
-    if lacking := [name for name in columns if name not in found]:
+        alone |= each.tasks
+    if lacking := [name for name in columns if name not in alone]:
         raise UserError(f"--baselines have no result of {', '.join(lacking)}; add that of its single-task model")
-    tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
-    other = [name for name, task in tasks.items() if task.metric != found[name].metric]
-    if other or any(not found[name].value > 0 for name in tasks):
-        reason = f"another metric of {', '.join(other)}" if other else "a value that is not above 0"
-        raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have {reason}")
-    values, metrics = ({name: getattr(task, key) for name, task in tasks.items()} for key in ("value", "metric"))
-    return delta_m(values, {name: found[name].value for name in tasks}, metrics) if len(tasks) == len(columns) else None
+    for result in results:
+        tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
+        other = [name for name, task in tasks.items() if task.metric != alone[name].metric]
+        if other or any(not alone[name].value > 0 for name in tasks):
+            reason = f"another metric of {', '.join(other)}" if other else "a value that is not above 0"
+            raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have {reason}")
+        own, base = ({name: side[name].value for name in tasks} for side in (tasks, alone))
+        metrics = {name: task.metric for name, task in tasks.items()}
+        found.append(delta_m(own, base, metrics) if len(tasks) == len(columns) else None)
+    return found
 
 
 def _difference_row(first: Row, last: Row) -> Row:

@@ -16,11 +16,11 @@ GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").gl
 # Flags of both commands: a grid gives them once, in its train.
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
 # Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
-_OWN = {
-    "train": {"output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir", "check", "local_rank"},
-    "evaluate": {"checkpoint", "peft", "output_dir", "name", "limit", "overwrite", "check", "local_rank", *FROM_TRAIN},
-}
-_SHARED = {"train": {"data_path", *FROM_TRAIN}, "evaluate": {"data_dir", "mode", "max_new_tokens", "num_beams"}}
+_ALWAYS = ("output_dir", "check", "local_rank")
+_OWN = {"train": {"seed", "resume_from_checkpoint", "overwrite_output_dir", *_ALWAYS}}
+_OWN["evaluate"] = {"checkpoint", "peft", "name", "limit", "split", "overwrite", *FROM_TRAIN, *_ALWAYS}
+_SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}
+_SHARED["evaluate"] = {"data_dir", "mode", "max_new_tokens", "num_beams", "image_size"}
 
 
 @dataclasses.dataclass
@@ -217,7 +217,8 @@ class Grid(Config):
             if key in _OWN[step]:
                 home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
                 raise UserError(f"{step}: {key} {home}; leave it out (see seeds, test_records)")
-            if key in _SHARED[step] and not for_all:
+            # What is trained at several image sizes may be scored at one, that of the grid's evaluate.
+            if key in _SHARED[step] and not for_all and not (step == "train" and key in self.evaluate):
                 raise UserError(f"{step}: {key} must be equal for all experiments; set it in the grid's own flags")
         return flags
 
