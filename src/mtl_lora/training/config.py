@@ -160,7 +160,8 @@ class TrainingConfig(Config):
             *[each for each in order[first:] if each.name not in own],
         ]
 
-        names = [" or ".join((name, *layer.aliases)) + f" ({layer.title})" for name, layer in methods().items()]
+        usable = {name: layer for name, layer in methods().items() if cls.has_streams or not layer.only_streams}
+        names = [" or ".join((name, *layer.aliases)) + f" ({layer.title})" for name, layer in usable.items()]
         found = []
         for each in order:
             if each.name == "adapter_name":
