@@ -2,7 +2,7 @@
 # Packs what a machine without network needs into parts of a fixed size, for script/unbundle.sh there: the project, the
 # wheels that its image lacks, embedded base models and the prepared data (docs/offline.md).
 #
-#   bash script/bundle.sh OUT [--part_mb 50] [--only language] [--models smollm2-135m,minilm-l6] 
+#   bash script/bundle.sh OUT [--part_mb 50] [--only language] [--models smollm2-135m,minilm-l6]
 #       [--have FILE] [--data DIR [--allow_partial]]
 #
 # Needs git and the network (pip). About two minutes and 500 MB of disk while it runs. --help lists the flags.

@@ -219,6 +219,19 @@ def test_the_command_lists_its_commands(arguments, capsys):
     assert all(f"  {name} " in out for name in cli.COMMANDS)
 
 
+def test_a_system_without_its_flag_is_told_the_flag(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "nlu"])
+    assert "--system nlu" in capsys.readouterr().err
+
+
+def test_help_leaves_out_the_flags_that_a_system_refuses(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--system", "dense", "--help"])
+    out = capsys.readouterr().out
+    assert "--input " in out and "--task " not in out and "--cutoff_len " not in out
+
+
 def test_the_command_says_its_version(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out == f"mtl-lora {__version__}\n"

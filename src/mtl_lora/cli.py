@@ -110,8 +110,9 @@ def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
         print(_overview("prepare SET", SETS))
         return
     if name not in SETS:
-        found = "no data set is named" if name is None else f"unknown data set {name!r}"
-        raise UserError(f"{found}; write mtl-lora prepare {' or '.join(SETS)}")
+        found = "no data set is named; known are " + ", ".join(SETS)
+        found = found if name is None else f"unknown data set {name!r}{closest(name, list(SETS))}"
+        raise UserError(f"{found}; see mtl-lora prepare --help")
     module = importlib.import_module(SETS[name].home)
     places = [flag for flag in module.Prepare.flags() if flag.metadata.get("place")]
     defaults = {flag.name: str(root / flag.default) for flag in places} if root else {}
@@ -140,6 +141,8 @@ def _overview(what: str, table: Mapping[str, Command | type[Config]]) -> str:
 
 def _system(arguments: list[str]) -> tuple[str, list[str]]:
     """The system that a command is for, by ``--system`` or by its checkpoint, and the other arguments."""
+    if arguments and arguments[0] in SYSTEMS:
+        raise UserError(f"unexpected argument {arguments[0]!r}; write --system {arguments[0]}")
     system, rest = _take("system", arguments)
     checkpoint, _ = _take("checkpoint", rest)
     trained = of_checkpoint(checkpoint) if checkpoint else None
@@ -182,7 +185,7 @@ def parse(
         for flag in config_class.flags()
     }
     if any(argument in _HELP for argument in arguments):
-        print(help_text(list(flags.values()), about))
+        print(help_text(list(flags.values()), about, config_class.idle))
         raise SystemExit(0)
     raw, listed = _split(arguments, flags)
     values |= {name: _convert(flags[name], text) for name, text in raw.items()}
@@ -192,22 +195,31 @@ def parse(
     for flag in flags.values():
         if flag.required and values.get(flag.name, "") == "":
             raise UserError(
-                f"{flag.metadata['help']}: name at least one" if flag is positional else f"--{flag.name} is required"
+                f"name at least one of {flag.metadata['help']}" if flag is positional else f"--{flag.name} is required"
             )
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except UserError as error:
+        flag = flags.get(error.field)
+        if flag in (None, positional) or not str(error).startswith(f"{flag.name} "):
+            raise
+        given = {argument.partition("=")[0] for argument in arguments}
+        written = next((name for name in flag.metadata.get("aliases", ()) if f"--{name}" in given), flag.name)
+        raise UserError(f"--{written}{str(error).removeprefix(flag.name)}", error.field) from None
 
 
-def help_text(flags: Sequence[Flag], about: str) -> str:
-    """Every flag with its type, its default as one would write it, its earlier names, and its meaning."""
+def help_text(flags: Sequence[Flag], about: str, idle: Sequence[str] = ()) -> str:
+    """Every flag but the idle with its type, its default as one would write it, its earlier names, and its meaning."""
     lines = [about.strip(), ""]
     for flag in flags:
         if flag.metadata.get("positional"):
             lines += [f"  {flag.name.upper()} ...", f"      {flag.metadata['help']}", ""]
-    lines += ["Flags, as --name value or --name=value:", ""]
+    if any(not flag.metadata.get("positional") for flag in flags):
+        lines += ["Flags, as --name value or --name=value:", ""]
     for flag in flags:
         if "group" in flag.metadata:
             lines += [*[""] * (lines[-1] != ""), f"{flag.metadata['group']}:"]
-        if not flag.metadata.get("positional"):
+        if not flag.metadata.get("positional") and flag.name not in idle:
             default = "required" if flag.required else f"default: {spelled(flag.default) or '[]'}"
             also = "".join(f", --{alias}" for alias in flag.metadata.get("aliases", ()))
             lines += [f"  --{flag.name}{also}  ({type_name(flag.type)}; {default})", f"      {flag.metadata['help']}"]
@@ -238,7 +250,9 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
         argument = waiting.pop(0)
         if not argument.startswith("--") or argument == "--":
             if positional is None:
-                raise UserError(f"unexpected argument {argument!r}; write --name value")
+                missing = [name for name in named if flags[name].required and name not in raw]
+                written = f"--{missing[0]} {argument}" if len(missing) == 1 else "--name value"
+                raise UserError(f"unexpected argument {argument!r}; write {written}")
             listed.append(argument)
             continue
         name, equals, value = argument[2:].partition("=")

@@ -20,6 +20,8 @@ def _configuration(system: str, kind: str, about: str, arguments: Sequence[str])
         if not (others := [each for each in SYSTEMS if error.field in of[each]]):
             raise
         found = f"--{error.field} is a flag of --system {' and of '.join(others)}, and this command is of {system}"
+        if any(argument.partition("=")[0] == "--checkpoint" for argument in arguments):
+            raise UserError(f"{found}, as its checkpoint; leave the flag out") from None
         raise UserError(f"{found}; pass --system") from None
 
 

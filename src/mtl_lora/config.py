@@ -85,6 +85,7 @@ class Config:
     """Base of every configuration: types are checked on construction, ``validate`` adds the rules between fields."""
 
     affects = "nothing"  # what a field changes that does not say so itself
+    idle = ()  # flags that do nothing here and are refused, so that no help lists them
 
     @classmethod
     def flags(cls) -> list[Flag]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_lora import files
+from mtl_lora.config import closest
 from mtl_lora.errors import UserError, within
 
 
@@ -61,8 +62,11 @@ class Task:
     def from_json(cls, entry: object, where: str) -> typing.Self:
         """A task from its entry in a tasks file; raises ``UserError``, ``where`` naming file and entry."""
         known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(entry, dict) or not {"name", "id"} <= set(entry) <= known:
-            raise UserError(f"{where} needs 'name' and 'id' of {sorted(known)}, not {entry!r}")
+        if not isinstance(entry, dict) or not {"name", "id"} <= entry.keys():
+            raise UserError(f"{where} must be an object with 'name' and 'id', not {entry!r}")
+        if unknown := [key for key in entry if key not in known]:
+            also = closest(unknown[0], sorted(known | set(cls.also_known)))
+            raise UserError(f"{where} has the unknown field {unknown[0]!r}{also}")
         return cls(**entry)
 
     def to_json(self) -> dict:

@@ -26,6 +26,7 @@ class TrainConfig(TrainingConfig):
     """Everything that configures a training on maps of images."""
 
     has_streams = True
+    idle = tuple(_UNUSED)
     made_by = "mtl-lora prepare scenes"
 
     base_model: str = flag(
@@ -100,6 +101,8 @@ class TrainConfig(TrainingConfig):
 class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
+    idle = ("tasks_file", "cutoff_len", "load_in_4bit")
+
     checkpoint: str = flag(REQUIRED, "folder of a training")
     base_model: str | None = flag(None, "where the checkpoint's base model lies, if that has moved")
     image_size: int | None = flag(None, "height and width of the model's images; none: as it was trained", min=8)
@@ -107,7 +110,7 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("tasks_file", "cutoff_len", "load_in_4bit"):
+        for name in AnswerConfig.idle:
             if getattr(self, name) is not None:
                 raise UserError(f"--{name} does nothing for dense: the checkpoint has its tasks; leave it out")
 
@@ -146,6 +149,8 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
+
+    idle = (*AnswerConfig.idle, "task")
 
     input: str = flag(REQUIRED, "image, or folder of images")
     output: str = flag(REQUIRED, "folder for <task>/<image>.png or .npy, and sheet.png")

@@ -289,5 +289,5 @@ def layout_of(folder: str | Path) -> Layout:
     for kind in kinds:
         if (folder / kind.mark).exists():
             return kind(folder)
-    known = ", ".join(f"{kind.mark} ({kind.__name__})" for kind in kinds)
-    raise UserError(f"{folder} is no folder of images with label maps: it has none of {known}")
+    marks = ", ".join(kind.mark for kind in kinds)
+    raise UserError(f"{folder} is no folder of images with label maps: it has none of {marks}; name one that has")

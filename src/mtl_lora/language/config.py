@@ -12,6 +12,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 from mtl_lora.language.encode import template
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
+from mtl_lora.systems import SYSTEMS
 from mtl_lora.training.config import TrainingConfig
 
 MODES = (*PROTOCOLS, "both")
@@ -135,7 +136,7 @@ class PredictConfig(PredictionFlags, AnswerConfig):
 
 
 # What the commands' help begins with.
-ENCODERS = "\nAn encoder with a head per task has flags of its own: --system nlu --help."
-TRAIN_ABOUT = f"Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter.{ENCODERS}"
-EVALUATE_ABOUT = f"Score a checkpoint, or a base model alone, on the test sets of its tasks.{ENCODERS}"
-PREDICT_ABOUT = f"Answer the examples of a file with a checkpoint, or with a base model alone.{ENCODERS}"
+OTHERS = f"\nThe other systems have flags of their own: --system {' or '.join([*SYSTEMS][1:])}, with --help."
+TRAIN_ABOUT = f"Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter.{OTHERS}"
+EVALUATE_ABOUT = f"Score a checkpoint, or a base model alone, on the test sets of its tasks.{OTHERS}"
+PREDICT_ABOUT = f"Answer the examples of a file with a checkpoint, or with a base model alone.{OTHERS}"

@@ -45,6 +45,8 @@ class Task(tasks.Task):
         except re.error as error:
             raise UserError(f"task {self.name!r} has a pattern that is not a regular expression: {error}") from None
 
+    also_known = ("labels",)
+
     @classmethod
     def from_json(cls, entry: object, where: str) -> typing.Self:
         if isinstance(entry, dict):

@@ -23,6 +23,7 @@ from mtl_lora.text_table import FORMATS, Report, markdown_text
 
 PAGE = "page.html"  # the template, and the default name of what is made from it
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
+SUFFIXES |= dict.fromkeys(("", ".md", ".markdown", ".txt"), "markdown")
 _RESULTS = f"results: each a {artifacts.RESULTS}, or the folder of an evaluation or of a checkpoint that was evaluated"
 
 
@@ -36,7 +37,9 @@ class Rendered(Config):
     def hand_out(self, report: Report, inputs: Sequence[Path]) -> None:
         """Print or write it; the notes go to stderr where the format has no place for them."""
         output = Path(self.output or "")
-        style = self.format or SUFFIXES.get(output.suffix.lower(), "markdown")
+        style = self.format or SUFFIXES.get(output.suffix.lower())
+        if style is None:
+            raise UserError(f"--output {output} has no format's suffix; pass --format, one of {', '.join(FORMATS)}")
         text = getattr(report, style)()
         if not self.output:
             print(text, end="")

@@ -176,7 +176,8 @@ class TrainingConfig(Config):
         if isinstance(self.batch_size, str):
             raise UserError(
                 f"batch_size must be a whole number, not {self.batch_size!r}; to fill micro-batches by tokens pass "
-                "--token_budget"
+                "--token_budget",
+                "batch_size",
             )
         # Gradients of fp16 activations underflow without a scaled loss.
         self.require("dtype", "bf16 or fp32 for training, or auto", self.dtype != "fp16")
