@@ -14,7 +14,7 @@ import image_text_cases
 import nlu_cases
 import pytest
 from filelock import FileLock
-from shared import quickstart_records, start
+from shared import quickstart_records, save_llama, start, trained_bpe
 
 EOS = "<end>"
 gc.disable()  # the imports and tests that are collected stay to the end, so nothing looks for garbage among them
@@ -52,32 +52,13 @@ def tiny_base(made_once) -> str:
 
 def make_tiny_base(folder: Path) -> None:
     """Write model and tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    texts = [record["instruction"] + record["output"] for record in quickstart_records()[:300]]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-        tie_word_embeddings=True,
+    tokenizer = trained_bpe(
+        (record["instruction"] + record["output"] for record in quickstart_records()[:300]), 500, [EOS]
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+    save_llama(folder, tokenizer.get_vocab_size(), width=32, positions=512, spread=0.2)
 
 
 @pytest.fixture(scope="session")

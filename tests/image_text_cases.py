@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from shared import write_set
+from shared import save_llama, trained_bpe, write_set
 
 TASKS = [
     {"name": "vqa", "id": 0, "prompt": "vqa: {text}", "metric": "vqa_accuracy", "max_text": 20, "max_answer": 10},
@@ -18,25 +18,16 @@ PICTURES = [f"p{number}" for number in range(8)]
 
 def make_tokenizer(folder: Path, bart: bool) -> None:
     """A byte-level BPE: of a BART <s> text </s>; of a causal model nothing around it, EOS </s>, no pad token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>"] if bart else ["</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = [
         f"{task['prompt']} {' '.join(WORDS)}?true false {first}{last}"
         for task in TASKS
         for first in WORDS
         for last in WORDS
     ]
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = trained_bpe(texts, 400, ["<s>", "<pad>", "</s>", "<unk>"] if bart else ["</s>"])
     names = {"eos_token": "</s>"}
     if bart:
         around = [("<s>", 0), ("</s>", 2)]
@@ -62,26 +53,8 @@ def make_bart(folder: Path, width: int = 16, spread: float = 0.4, dropout: float
 
 def make_causal(folder: Path) -> None:
     """A random LLaMA of two layers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     make_tokenizer(folder, bart=False)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_llama(folder, 400, width=16, positions=128, spread=0.4)
 
 
 def write_features(path: Path, images=PICTURES, grid: int = GRID, dim: int = DIM, made_by: str = "aaa") -> None:

@@ -74,11 +74,7 @@ class Evaluator(evaluation.Evaluator):
     """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
 
     system, version = "image_text", 1
-    comparability = Comparability(
-        needed=["mode", "base_fingerprint", "cutoff_len", "images"],
-        noted=["base_fingerprint", "tasks_sha256", "dtype"],
-        free=["adapter_sha256", "batch_size", "limit"],
-    )
+    comparability = Comparability(["mode", "base_fingerprint", "cutoff_len", "images"])
 
     def __init__(self, config: AnswerConfig):
         config.check_files()

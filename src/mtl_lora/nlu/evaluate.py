@@ -50,11 +50,7 @@ class Evaluator(evaluation.Evaluator):
     """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
 
     system, version = "nlu", 1
-    comparability = Comparability(
-        needed=["mode", "base_fingerprint", "cutoff_len"],
-        noted=["base_fingerprint", "tasks_sha256", "dtype"],
-        free=["adapter_sha256", "batch_size", "limit"],
-    )
+    comparability = Comparability(["mode", "base_fingerprint", "cutoff_len"])
 
     def __init__(self, config: AnswerConfig):
         self.config, path = config, config.checkpoint

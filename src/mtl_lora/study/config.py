@@ -19,7 +19,7 @@ FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
 _ALWAYS = ("output_dir", "check", "local_rank")
 _OWN = {"train": {"seed", "resume_from_checkpoint", "overwrite_output_dir", *_ALWAYS}}
 _OWN["evaluate"] = {"checkpoint", "peft", "name", "limit", "split", "overwrite", *FROM_TRAIN, *_ALWAYS}
-_SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}
+_SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}  # trained at several sizes, scored at the grid's one
 _SHARED["evaluate"] = {"data_dir", "mode", "max_new_tokens", "num_beams", "image_size"}
 
 
@@ -217,7 +217,6 @@ class Grid(Config):
             if key in _OWN[step]:
                 home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
                 raise UserError(f"{step}: {key} {home}; leave it out (see seeds, test_records)")
-            # What is trained at several image sizes may be scored at one, that of the grid's evaluate.
             if key in _SHARED[step] and not for_all and not (step == "train" and key in self.evaluate):
                 raise UserError(f"{step}: {key} must be equal for all experiments; set it in the grid's own flags")
         return flags

@@ -170,8 +170,7 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
         way_out = f"pass --overwrite to {again}, or another --output_dir"
         raise UserError(f"{job.folder} was made by another configuration ({changed}); {way_out}")
     # The job of a task trained alone lies inside the folder of its run, which is no job's itself.
-    held = [path for path in [job.folder.parent / STATE, *job.folder.glob("[!.]*")] if path.exists()]
-    if held:
+    if held := [path for path in [job.folder.parent / STATE, *job.folder.glob("[!.]*")] if path.exists()]:
         raise UserError(f"there is {min(held)}, which is not of this job; delete it, or pass another --output_dir")
 
 
@@ -251,8 +250,7 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
             lines = [line.strip() for line in lines if line.strip()][-60:]
             # Launchers talk on after the error.
             (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
-            failure = f"{job.label}: {step} ended with exit code {code}"
-            raise JobFailed(f"{failure}; {log} ends with: {last}")
+            raise JobFailed(f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last}")
 
 
 def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, None, int]:

@@ -181,9 +181,8 @@ def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequenc
     if one_unit(metrics.values()) or not all({*scored} <= {*run.tasks} for pair in pairs for run in pair):
         return None
     values = [[{name: run.tasks[name].value for name in scored} for run in pair] for pair in pairs]
-    if not all(value > 0 for a, _ in values for value in a.values()):
-        return None
-    return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values])
+    above = all(value > 0 for a, _ in values for value in a.values())
+    return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values]) if above else None
 
 
 Folders = tuple[Path, ...]  # of a run's evaluations
