@@ -37,18 +37,18 @@ class Rendered(Config):
     def hand_out(self, report: Report, inputs: Sequence[Path]) -> None:
         """Print or write it; the notes go to stderr where the format has no place for them."""
         output = Path(self.output or "")
+        if self.output and output.is_dir():
+            raise UserError(f"--output {output} is a folder; name a file in it")
+        if self.output and output.resolve() in {path.resolve() for path in inputs}:
+            raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
         style = self.format or SUFFIXES.get(output.suffix.lower())
         if style is None:
             raise UserError(f"--output {output} has no format's suffix; pass --format, one of {', '.join(FORMATS)}")
         text = getattr(report, style)()
-        if not self.output:
-            print(text, end="")
-        elif output.is_dir():
-            raise UserError(f"--output {output} is a folder; name a file in it")
-        elif output.resolve() in {path.resolve() for path in inputs}:
-            raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
-        else:
+        if self.output:
             write_all({output: text.encode()})
+        else:
+            print(text, end="")
         if style == "csv":
             # A warning that rows are not comparable must not be lost.
             print("\n".join(report.notes), file=sys.stderr)
