@@ -119,6 +119,7 @@ def test_tasks_trained_alone_are_one_run_and_give_the_transfer(tmp_path):
     # LoRA together 0.625 and 0.375 minus alone 0.25 and 0.875.
     assert (rows["LoRA"].tasks["boolq"].difference, rows["LoRA"].tasks["piqa"].difference) == (0.375, -0.5)
     assert (rows["MTL-LoRA"].method, rows["MTL-LoRA"].group, rows["LoRA"].alone) == ("MTL_LORA", "main", "Alone")
+    assert rows["LoRA"].label == "LoRA" and dataclasses.replace(rows["LoRA"], group="rank 2").label == "rank 2: LoRA"
     assert "Transfer" in text
 
 

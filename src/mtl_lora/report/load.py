@@ -62,9 +62,9 @@ class Transfer(Differences):
 
     @property
     def label(self) -> str:
-        """The experiment, with its group where the name does not say it."""
+        """The experiment, with its group where a grid names groups and the name does not say it."""
         name = self.experiment or self.method
-        return name if self.group in name else f"{self.group}: {name}"
+        return name if self.group in name or self.group == Experiment.group else f"{self.group}: {name}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Experiment:
 
     name: Text
     method: Text | None = None
-    group: Text = "main"
+    group: Text = "main"  # of a grid that names none
     alone: bool = False
     trainable: Trainable | None = None
     adapters: int = 0

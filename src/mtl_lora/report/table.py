@@ -324,8 +324,8 @@ def study_tables(study: Study) -> list[TextTable]:
         rows = [[f"{name} - {against.baseline}", *_differences(study, against)] for name, against in compared]
         tables += [TextTable(f"Differences from the baseline{of}", ["Difference", *changes], rows)] if rows else []
     if study.transfer:
-        rows = [[row.label, row.group, row.alone or NOTHING, *_differences(study, row)] for row in study.transfer]
-        header = ["Trained together", "Group", "Trained alone", *changes]
+        rows = [[row.label, row.alone or NOTHING, *_differences(study, row)] for row in study.transfer]
+        header = ["Trained together", "Trained alone", *changes]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
         # Those of some experiments were widened.
