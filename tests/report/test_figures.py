@@ -269,3 +269,15 @@ def test_transfer_writes_difference_and_interval_bold_where_it_leaves_out_zero(s
     assert [label.get_text() for label in panel.get_yticklabels()] == ["rank 2: LoRA"]
     low, high = panel.collections[0].get_clim()
     assert -low == high == 2.0  # zero is the middle of the colours
+
+
+def test_tasks_of_several_units_have_no_figure_of_transfer(study):
+    def with_units(run):
+        return dataclasses.replace(
+            run, tasks=run.tasks | {"cr": dataclasses.replace(run.tasks["cr"], metric="depth_rmse")}
+        )
+
+    first = study.experiments[0]
+    other = dataclasses.replace(first, runs=[with_units(run) for run in first.runs])
+    units = dataclasses.replace(study, experiments=[other, *study.experiments[1:]])
+    assert "transfer" not in {drawing.name for drawing in draw(units)}

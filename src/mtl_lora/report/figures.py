@@ -168,9 +168,10 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     tasks += [None] if len(tasks) > 1 and any(each.summary.average for each in study.experiments) else []
     metrics = {study.metric(task) for task in tasks if task}
     title = title_of(*metrics) if len(metrics) == 1 else "Results"
+    line = f"dashed line: {MAJORITY_LABEL}; " if study.majority else ""
     caption = (
         f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over the "
-        f"questions of a single run (thin); dashed line: {MAJORITY_LABEL}; each panel has its own scale."
+        f"questions of a single run (thin); {line}each panel has its own scale."
     )
     labels = [textwrap.shorten(experiment.name, 32, placeholder=" …") for experiment in study.experiments]
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
@@ -198,7 +199,7 @@ def _transfer(study: Study) -> Iterator[Drawing]:
     """What training together does to each task: together minus alone, with intervals."""
     import numpy as np
 
-    if not study.transfer:
+    if not study.transfer or not study.has_average:  # colours compare tasks, which units of their own forbid
         return
     title = "Trained together, minus trained alone"
     caption = (
