@@ -14,7 +14,8 @@ from good_inputs import FREE, GRID, MOOD, TALK, TASKS, run, write
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mtl_lora.errors import EXIT_CODE
+from mtl_lora.errors import EXIT_CODE, UserError
+from mtl_lora.systems import SYSTEMS, part
 
 HALF = "a\ud800b"
 USER, ASSISTANT = TALK["messages"]
@@ -596,3 +597,9 @@ def test_a_mutated_input_never_ends_in_a_traceback(kind, mutated_place):
 @pytest.fixture(scope="module")
 def mutated_place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("mutated")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_misspelled_field_of_a_task_is_named_in_every_system(system):
+    with pytest.raises(UserError, match=r"task 0 .*'titel'.*'title'"):
+        part(system, "tasks").Task.from_json({"name": "a", "id": 0, "titel": "A"}, "task 0")

@@ -29,6 +29,7 @@ class Task:
     metric: str = dataclasses.field(default="", kw_only=True)
 
     metrics: typing.ClassVar[typing.Container[str]] = ()  # those that a task of the system may have
+    also_known: typing.ClassVar[tuple[str, ...]] = ()  # other names of fields that a tasks file may have
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not re.fullmatch(r"[\w.\-]+", self.name):

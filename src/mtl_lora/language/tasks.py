@@ -34,6 +34,8 @@ class Task(tasks.Task):
     answer_prefix: str = ANSWER_PREFIX
     question: str = ""
 
+    also_known = ("labels",)
+
     def __post_init__(self):
         self.require_texts("options", "none for free text")
         super().__post_init__()
@@ -44,8 +46,6 @@ class Task(tasks.Task):
             re.compile(self.pattern)
         except re.error as error:
             raise UserError(f"task {self.name!r} has a pattern that is not a regular expression: {error}") from None
-
-    also_known = ("labels",)
 
     @classmethod
     def from_json(cls, entry: object, where: str) -> typing.Self:
