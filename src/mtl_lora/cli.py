@@ -103,15 +103,15 @@ def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
 
     root: the folder that the default places to write to are relative to; None: the current folder.
     """
-    name, rest = _take("set", list(arguments))
+    name, rest = take("set", list(arguments))
     if name is None and rest and not rest[0].startswith("-"):
         name, *rest = rest
     if name is None and any(argument in _HELP for argument in rest):
         print(_overview("prepare SET", SETS))
         return
     if name not in SETS:
-        found = "no data set is named; known are " + ", ".join(SETS)
-        found = found if name is None else f"unknown data set {name!r}{closest(name, list(SETS))}"
+        none = f"no data set is named; known are {', '.join(SETS)}"
+        found = none if name is None else f"unknown data set {name!r}{closest(name, list(SETS))}"
         raise UserError(f"{found}; see mtl-lora prepare --help")
     module = importlib.import_module(SETS[name].home)
     places = [flag for flag in module.Prepare.flags() if flag.metadata.get("place")]
@@ -143,8 +143,8 @@ def _system(arguments: list[str]) -> tuple[str, list[str]]:
     """The system that a command is for, by ``--system`` or by its checkpoint, and the other arguments."""
     if arguments and arguments[0] in SYSTEMS:
         raise UserError(f"unexpected argument {arguments[0]!r}; write --system {arguments[0]}")
-    system, rest = _take("system", arguments)
-    checkpoint, _ = _take("checkpoint", rest)
+    system, rest = take("system", arguments)
+    checkpoint, _ = take("checkpoint", rest)
     trained = of_checkpoint(checkpoint) if checkpoint else None
     if system is None:  # who reads a broken checkpoint says what is wrong with it
         return trained or next(iter(SYSTEMS)), rest
@@ -154,7 +154,7 @@ def _system(arguments: list[str]) -> tuple[str, list[str]]:
     return system, rest
 
 
-def _take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+def take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of ``--name`` (None without it), and the other arguments."""
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")

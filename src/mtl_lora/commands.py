@@ -4,7 +4,7 @@ work is imported."""
 from collections.abc import Sequence
 
 from mtl_lora.artifacts import RESULTS
-from mtl_lora.cli import UnknownFlag, parse
+from mtl_lora.cli import UnknownFlag, parse, take
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 from mtl_lora.systems import SYSTEMS, part
@@ -20,7 +20,7 @@ def _configuration(system: str, kind: str, about: str, arguments: Sequence[str])
         if not (others := [each for each in SYSTEMS if error.field in of[each]]):
             raise
         found = f"--{error.field} is a flag of --system {' and of '.join(others)}, and this command is of {system}"
-        if any(argument.partition("=")[0] == "--checkpoint" for argument in arguments):
+        if take("checkpoint", list(arguments))[0] is not None:
             raise UserError(f"{found}, as its checkpoint; leave the flag out") from None
         raise UserError(f"{found}; pass --system") from None
 

@@ -165,8 +165,8 @@ class Plan:
         tests = [path for source, _ in sets.values() for path in self._data.files(source, grid.scored)]
         for path in [*self._data.files(self._source), *tests]:
             if not path.is_file():
-                way_out = "start in the folder that the grid means, or change it"
-                way_out = f"make it with `{grid.prepare}`" if grid.prepare else way_out
+                elsewhere = "start in the folder that the grid means, or change it"
+                way_out = f"make it with `{grid.prepare}`" if grid.prepare else elsewhere
                 raise UserError(f"the data file {path} cannot be found; {way_out}")
         self.training()
         questions = {
