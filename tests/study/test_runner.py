@@ -25,6 +25,12 @@ def job(tmp_path):
     return job_of(tmp_path, grid())
 
 
+def once(*jobs):
+    """These jobs, and none after the first is done, as ``execute_all`` asks for them."""
+    lots = iter([jobs])
+    return lambda: next(lots, ())
+
+
 def refusal(job, overwrite: bool = False) -> str:
     """The sentence by which a job's folder is refused; empty if it is not."""
     try:
@@ -117,7 +123,7 @@ def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, scri
     # Launchers talk on after the error.
     script("import sys; print('1%', end='\\r'); print('error: the disk is full\\nTraceback\\n\\nEnd\\n'); sys.exit(1)")
     with pytest.raises(JobFailed) as failure:
-        list(execute_all([job], [{}]))
+        list(execute_all(once(job), [{}]))
     log = job.folder / "train.out"
     facts = ("LoRA seed 0", "train", "exit code 1", str(log), "ends with: error: the disk is full")
     assert all(fact in str(failure.value) for fact in facts) and "\n" not in str(failure.value)
@@ -137,7 +143,7 @@ def test_next_start_resumes_from_the_last_complete_checkpoint(job, script, check
     script("import sys; sys.exit(' '.join(sys.argv[-2:]))")
     for ending in (f"--output_dir {job.folder}", flags):
         with pytest.raises(JobFailed, match=f"ends with: {ending}$"):
-            list(execute_all([job], [{}]))
+            list(execute_all(once(job), [{}]))
         if checkpoint:
             (job.folder / "checkpoint-2").mkdir(exist_ok=True)
             (job.folder / "checkpoint-2" / checkpoint).write_text("{}")
@@ -148,7 +154,7 @@ def test_next_start_resumes_from_the_last_complete_checkpoint(job, script, check
 def test_launcher_is_preceded_by_a_check_in_one_process(job, tmp_path, script):
     script("import sys; sys.exit('error: wrong' if '--check' in sys.argv else None)")
     with pytest.raises(JobFailed, match="error: wrong"):
-        list(execute_all([job_of(tmp_path, grid(launcher="torchrun --nproc_per_node 2"))], [{}]))
+        list(execute_all(once(job_of(tmp_path, grid(launcher="torchrun --nproc_per_node 2"))), [{}]))
     assert "torchrun" not in (job.folder / "train.out").read_text()
 
 
@@ -170,14 +176,14 @@ import os, sys
 from mtl_lora import cli, files
 from mtl_lora.study import runner
 class Job:
-    label = folder = "job"
+    label, folder, is_finished = "job", "job", False
 def execute(job, slot):
     with open(sys.argv[1] + ".out", "ab") as output:
         command = ["python", "-c", "import time; print('here', flush=True); time.sleep(60)"]
         yield from runner.until_done(command, output, slot)
 def run(config):
     with files.claimed(config.output_dir) as lock:
-        list(runner.execute_all([Job], [{"pass_fds": lock}]))
+        list(runner.execute_all(lambda: [Job], [{"pass_fds": lock}]))
 runner.execute, runner.run = execute, run
 cli.main(["study", "--grid", "any", "--output_dir", sys.argv[1]])
 """
@@ -248,16 +254,27 @@ def two_jobs(tmp_path):
 
 def test_two_at_once_run_at_the_same_time(two_jobs, tmp_path, script):
     script(MEETS)
-    done = {job.folder: state for job, state in execute_all(two_jobs, TWO)}
+    done = {job.folder: state for job, state in execute_all(once(*two_jobs), TWO)}
     assert done.keys() == {job.folder for job in two_jobs}
     assert all(state.seconds.keys() == {"train", "evaluate"} for state in done.values())
     assert [(job.folder / "here").read_text() for job in two_jobs] == ["0", "1"]
 
 
+def test_job_that_waited_for_another_starts_beside_those_that_run(tmp_path, script):
+    plan = plan_of(tmp_path, grid(seeds=[0, 1, 2]))
+    first, beside, waited = (run_of(plan, "LoRA", seed).jobs[0] for seed in (0, 1, 2))
+    # Seed 1, which is started with seed 0, ends after seed 2 has started, and that waits for seed 0.
+    script(MEETS.replace("while len", "while folder.name == 'seed1' and len").replace("< 2", "< 3"))
+    lots = iter([[first, beside], [beside, waited]])
+    done = [job.folder for job, _ in execute_all(lambda: next(lots, ()), TWO)]
+    assert done[0] == first.folder and {*done[1:]} == {beside.folder, waited.folder}
+    assert waited.state.starts["train"] == beside.state.starts["train"] == 1
+
+
 def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
     script(MEETS + ONE_FAILS)
     with pytest.raises(JobFailed, match=r"seed 1: .* the disk is full"):
-        list(execute_all(two_jobs, TWO))
+        list(execute_all(once(*two_jobs), TWO))
     with pytest.raises(ProcessLookupError):
         os.kill(int((two_jobs[0].folder / "pid").read_text()), 0)
     assert "train" not in two_jobs[0].state.seconds
@@ -266,7 +283,7 @@ def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
 def test_after_a_failure_no_other_job_is_started(two_jobs, tmp_path, script):
     script("import sys; sys.exit('error: the disk is full')")
     with pytest.raises(JobFailed, match=r"LoRA seed 0: .* the disk is full"):
-        list(execute_all(two_jobs, [{}]))
+        list(execute_all(once(*two_jobs), [{}]))
     assert not two_jobs[1].folder.exists()
 
 
@@ -276,8 +293,8 @@ def test_every_command_gets_its_part_of_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     assert environments(1) == [{}]
     assert environments(3) == [{"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("2", "5", "7")]
-    with pytest.raises(UserError, match=r"--parallel 4 .* 3"):
-        environments(4)
+    shared = [environment["CUDA_VISIBLE_DEVICES"] for environment in environments(8)]
+    assert shared == ["2", "5", "7", "2", "5", "7", "2", "5"], "GPUs are shared by more jobs than there are"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environments(16) == [{"OMP_NUM_THREADS": "1"}] * 16
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,7 +73,8 @@ def run(config: StudyConfig) -> None:
 
 
 class Runner:
-    """The jobs of the chosen experiments: the search first, then all of them with one seed after the other.
+    """The jobs of the chosen experiments: the search first, then all of them with one seed after the other. What a
+    search has not yet decided does not keep the others waiting.
 
     overwrite: folders of another configuration count as not started; without it, making this object raises
     ``UserError`` for them, before anything is started.
@@ -109,41 +110,35 @@ class Runner:
             found += self.plan.runs(each, self.writer.chosen.get(each.search))
         return found
 
-    def run(self, slots: Sequence[dict]) -> None:
-        """Do every job that is not done; after each job study.json and table.md are written anew."""
-        searching = self._searching()
-        self.total = sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(searching)
-        self.finished = sum(job.is_finished for job in [*searching, *jobs_of(self._runs(self.chosen))])
-        where = f"{self.finished} of them finished, in {self.plan.folder}"
-        print(f"{self.plan.grid.name}: {self.total} jobs, {where}", flush=True)
-        while any(not job.is_finished for job in searching):
-            self._execute(searching, "left of the search", slots)
-            further = self._searching()  # beyond an edge at which a search found its best
-            self.total, searching = self.total + len(further) - len(searching), further
+    def _total(self) -> int:
+        """The number of jobs, those of trials beyond an edge as far as they are known."""
+        return sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(self._searching())
+
+    def _known(self) -> list[PlannedJob]:
+        """The jobs whose configuration is known, in order."""
         runs = self._runs(self.chosen)
         runs.sort(key=lambda run: run.experiment.seeds.index(run.seed))  # stopped early, it still compares experiments
-        self._execute(self._checked(jobs_of(runs)), "left", slots)
-        self.report()
+        return self._searching() + self._checked(jobs_of(runs))
 
-    def _execute(self, jobs: Iterable[PlannedJob], left: str, slots: Sequence[dict]) -> None:
-        """Do what is left of the jobs, with a line each; the time that is left is by the mean of those done here."""
-        jobs = [job for job in jobs if not job.is_finished]
-        for sample in (sample for job in jobs for sample in job.data.values()):
-            sample.write()
-        began = time.monotonic()
-        with contextlib.closing(execute_all(jobs, slots)) as working:
+    def run(self, slots: Sequence[dict]) -> None:
+        """Do every job that is not done; study.json and table.md are written anew as it goes, and at the end."""
+        total, finished = self._total(), sum(job.is_finished for job in self._known())
+        print(f"{self.plan.grid.name}: {total} jobs, {finished} of them finished, in {self.plan.folder}", flush=True)
+        began, due = time.monotonic(), 0.0
+        with contextlib.closing(execute_all(self._known, slots)) as working:
             for done, (job, state) in enumerate(working, start=1):
-                self.finished += 1
                 facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
                 if average := (results := Results.load(job.folder)).average:
                     metric = next(iter(results.tasks.values())).metric
                     facts.append(f"average {value_text(average.value, None, metric)}")
-                if done < len(jobs):
-                    seconds = (time.monotonic() - began) / done * (len(jobs) - done)
-                    facts.append(f"about {timedelta(seconds=round(seconds))} {left}")
-                count = f"[{self.finished:>{len(str(self.total))}}/{self.total}]"
+                if left := (total := self._total()) - finished - done:
+                    facts.append(f"about {timedelta(seconds=round((time.monotonic() - began) / done * left))} left")
+                count = f"[{finished + done:>{len(str(total))}}/{total}]"
                 print(f"{count} {job.label}: {', '.join(facts)}", flush=True)
-                self.report()
+                if (now := time.monotonic()) >= due:  # a report of many runs takes a while, in which no job is started
+                    self.report()
+                    due = time.monotonic() + 20 * (time.monotonic() - now)
+        self.report()
 
     def report(self) -> bool:
         """Write study.json and table.md of all finished runs, those of experiments that are not chosen included.
@@ -177,18 +172,22 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
 # ---- doing jobs ----
 
 
-def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[tuple[PlannedJob, State]]:
+def execute_all(known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict]) -> Iterator[tuple[PlannedJob, State]]:
     """Do what is left of every job; yields each when it is done.
 
-    slots: options of processes, one job at a time with each. The first that fails, which raises ``JobFailed``, ends
-    those that run beside it; so does closing this generator.
+    known: the jobs in order, asked again after each. slots: options of processes, one job at a time with each. The
+    first that fails, which raises ``JobFailed``, ends those that run beside it; so does closing this generator.
     """
-    waiting, free, working = deque(jobs), deque(slots), {}
+    free, working, waiting = deque(slots), {}, None
     try:
-        while waiting or working:
+        while True:
+            if waiting is None:
+                waiting = deque(job for job in known() if not job.is_finished and job.folder not in working)
             while waiting and free:
                 job, slot = waiting.popleft(), free.popleft()
                 working[job.folder] = job, slot, execute(job, slot)
+            if not working:
+                return
             for job, slot, work in list(working.values()):
                 try:
                     next(work)
@@ -196,6 +195,7 @@ def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[t
                     del working[job.folder]
                     free.append(slot)
                     yield job, done.value
+                    waiting = None
             time.sleep(0.05)
     finally:
         for _, _, work in working.values():
@@ -205,6 +205,8 @@ def execute_all(jobs: Iterable[PlannedJob], slots: Sequence[dict]) -> Iterator[t
 def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
     """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
     remove_leftovers(job.folder / STATE)
+    for sample in job.data.values():
+        sample.write()
     state = job.state
     if state is None:
         if (job.folder / STATE).is_file():
@@ -269,10 +271,11 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
 
 
 def environments(parallel: int) -> list[dict[str, str]]:
-    """What each of ``parallel`` commands gets in its environment: its part of the CPU threads, and a GPU of its own.
+    """What each of ``parallel`` commands gets in its environment: its part of the CPU threads, and a GPU.
 
     One at a time gets the machine as it is. A thread count that the user has set stays; the GPUs are those of
-    CUDA_VISIBLE_DEVICES, or all that nvidia-smi finds.
+    CUDA_VISIBLE_DEVICES, or all that nvidia-smi finds, and are shared where they are fewer: a small model leaves most
+    of a GPU idle.
     """
     if parallel == 1:
         return [{}]
@@ -280,8 +283,6 @@ def environments(parallel: int) -> list[dict[str, str]]:
     if "CUDA_VISIBLE_DEVICES" not in os.environ and (program := shutil.which("nvidia-smi")):
         listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True).stdout
         gpus = [str(number) for number in range(len(re.findall("^GPU ", listed, re.MULTILINE)))]
-    if gpus and parallel > len(gpus):
-        raise UserError(f"--parallel {parallel} needs as many GPUs, and there are {len(gpus)}")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpus // parallel))}
-    return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}) for index in range(parallel)]
+    return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}) for index in range(parallel)]
