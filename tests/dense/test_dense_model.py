@@ -332,3 +332,7 @@ def test_what_cannot_be_placed_is_named():
             dense.placed(adapter_config(method, **settings), model, plus)
     with pytest.raises(UserError, match="multiples of 4"):
         model(torch.zeros(1, 3, 26, 24))
+    of_old = plain_backbone("vit")
+    of_old.encoder.layer[0].attention = torch.nn.Identity()
+    with pytest.raises(UserError, match=r"transformers>=5\.18"):
+        with_streams(of_old)

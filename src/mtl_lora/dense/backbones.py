@@ -9,6 +9,7 @@ Shape legend: B batch, T tasks, N tokens, C channels, H and W of the image, h an
 from collections.abc import Callable
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -57,6 +58,11 @@ def with_streams(model: PreTrainedModel) -> PreTrainedModel:
         depth, rest = divmod(len(model.encoder.layer), STAGES)
         if rest:
             raise UserError(f"a ViT of {len(model.encoder.layer)} blocks has no {STAGES} stages of equal depth")
+        if not hasattr(model.encoder.layer[0].attention, "q_proj"):
+            raise UserError(
+                f"the layers of a DINOv2 have other names in transformers {transformers.__version__}; install "
+                "transformers>=5.18, or pass a --base_model that is a Swin"
+            )
         for block in model.encoder.layer:
             block.__class__, block.attention.__class__ = VitBlock, VitAttention
             _join(block.attention)

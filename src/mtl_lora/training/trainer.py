@@ -154,6 +154,7 @@ class MultiTaskTrainer(Trainer):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
         self.eval_lengths, self.task_losses = eval_lengths, TaskLosses(len(self.tasks))
         self.task_weights = None if task_weights is None else torch.tensor(task_weights, dtype=torch.float32)
+        self._began: int | None = None  # the step after which this process trains; None where it trains none
         self.room: BinaryIO | None = None
         # A base in 4 or 8 bits is refused unless it carries adapters, which are recognised by PEFT's mark alone.
         model = options["model"]
@@ -216,6 +217,8 @@ class MultiTaskTrainer(Trainer):
         return 0
 
     def _run_epoch(self, *arguments, epoch: int, **options) -> None:
+        if self._began is None:
+            self._began = self.state.global_step
         # The Trainer asks only after a step whether it was the last one: a run resumed at its end would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -228,7 +231,7 @@ class MultiTaskTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
-        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+        if "train_loss" in logs and self._began in (None, self.state.global_step):
             return  # a mean over no step
         for name, value in logs.items():
             if isinstance(value, float) and not math.isfinite(value):
