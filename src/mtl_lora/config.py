@@ -85,7 +85,7 @@ class Config:
     """Base of every configuration: types are checked on construction, ``validate`` adds the rules between fields."""
 
     affects = "nothing"  # what a field changes that does not say so itself
-    idle = ()  # flags that do nothing here and are refused, so that no help lists them
+    idle = {}  # noqa: RUF012 - flags that do nothing here, with why: they are refused, and no help lists them
 
     @classmethod
     def flags(cls) -> list[Flag]:
@@ -115,6 +115,8 @@ class Config:
                 object.__setattr__(self, flag.name, value)
             if not _matches(value, flag.type):
                 raise UserError(f"{flag.name} must be {type_name(flag.type)}, not {value!r}", flag.name)
+            if flag.name in self.idle and value != flag.default:
+                raise UserError(f"--{flag.name} {self.idle[flag.name]}; leave it out")
             self._check_rules(flag.name, value, flag.metadata)
         self.validate()
 

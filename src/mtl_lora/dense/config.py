@@ -14,9 +14,7 @@ from mtl_lora.training.config import SCHEDULES, TrainingConfig
 if TYPE_CHECKING:
     from mtl_lora.dense.tasks import TaskSet
 
-# Flags of other systems, with the value that means nothing here.
-_UNUSED = {"task": None, "token_budget": 0, "sampling_temperature": 1.0, "val_set_size": 0, "load_in_4bit": False}
-_UNUSED |= {"deepspeed": None}
+_OF_OTHERS = ("task", "token_budget", "sampling_temperature", "val_set_size", "load_in_4bit", "deepspeed")
 MAPS = "maps"  # the protocol: a map of every pixel
 _WARMUP = 0.1  # of the least learning rate: where the warm-up begins
 
@@ -26,7 +24,7 @@ class TrainConfig(TrainingConfig):
     """Everything that configures a training on maps of images."""
 
     has_streams = True
-    idle = tuple(_UNUSED)
+    idle = dict.fromkeys(_OF_OTHERS, "is of other systems and does nothing for dense")
     made_by = "mtl-lora prepare scenes"
 
     base_model: str = flag(
@@ -60,9 +58,6 @@ class TrainConfig(TrainingConfig):
     workers: int = flag(0, "processes that read images; 0: the one that trains", affects="nothing", min=0)
 
     def validate(self) -> None:
-        for name, off in _UNUSED.items():
-            if getattr(self, name) != off:
-                raise UserError(f"--{name} is of other systems and does nothing for dense; leave it out")
         if self.drop_path is not None:
             self.require("drop_path", "at least 0 and below 1", 0 <= self.drop_path < 1)
         super().validate()
@@ -101,18 +96,14 @@ class TrainConfig(TrainingConfig):
 class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
-    idle = ("tasks_file", "cutoff_len", "load_in_4bit")
+    idle = dict.fromkeys(
+        ("tasks_file", "cutoff_len", "load_in_4bit"), "does nothing for dense: the checkpoint has its tasks"
+    )
 
     checkpoint: str = flag(REQUIRED, "folder of a training")
     base_model: str | None = flag(None, "where the checkpoint's base model lies, if that has moved")
     image_size: int | None = flag(None, "height and width of the model's images; none: as it was trained", min=8)
     sheet: int = flag(0, "images on a picture of inputs and maps, sheet.png; 0: none", min=0, affects="nothing")
-
-    def validate(self) -> None:
-        super().validate()
-        for name in AnswerConfig.idle:
-            if getattr(self, name) is not None:
-                raise UserError(f"--{name} does nothing for dense: the checkpoint has its tasks; leave it out")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -150,16 +141,11 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    idle = (*AnswerConfig.idle, "task")
+    idle = AnswerConfig.idle | {"task": "does nothing for dense: an image has the maps of all tasks"}
 
     input: str = flag(REQUIRED, "image, or folder of images")
     output: str = flag(REQUIRED, "folder for <task>/<image>.png or .npy, and sheet.png")
     sheet: int = flag(16, "images on the picture of inputs and maps, sheet.png; 0: none")
-
-    def validate(self) -> None:
-        super().validate()
-        if self.task is not None:
-            raise UserError("--task does nothing for dense: an image has the maps of all tasks; leave it out")
 
     def check_files(self) -> None:
         AnswerConfig.check_files(self)

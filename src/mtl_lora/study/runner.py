@@ -60,11 +60,10 @@ def run(config: StudyConfig) -> None:
     if config.check:
         print(*plan.describe(chosen, runner.trials), sep="\n")
         return
-    slots = environments(config.parallel)
     with claimed(folder) as lock:
         if not config.report:
             # Commands inherit the lock: a training that outlives a killed study still holds it.
-            runner.run([{"env": {**os.environ, **slot}, "pass_fds": lock} for slot in slots])
+            runner.run([{"env": {**os.environ, **slot}, "pass_fds": lock} for slot in environments(config.parallel)])
         elif not runner.report():
             raise UserError(f"no run in {folder} is finished, so there is nothing to report")
     if config.collect:
@@ -133,18 +132,14 @@ class Runner:
                     facts.append(f"average {value_text(average.value, None, metric)}")
                 if left := (total := self._total()) - finished - done:
                     facts.append(f"about {timedelta(seconds=round((time.monotonic() - began) / done * left))} left")
-                count = f"[{finished + done:>{len(str(total))}}/{total}]"
-                print(f"{count} {job.label}: {', '.join(facts)}", flush=True)
-                if (now := time.monotonic()) >= due:  # a report of many runs takes a while, in which no job is started
+                print(f"[{finished + done:>{len(str(total))}}/{total}] {job.label}: {', '.join(facts)}", flush=True)
+                if (now := time.monotonic()) >= due:  # no job is started meanwhile, and many runs take it a while
                     self.report()
                     due = time.monotonic() + 20 * (time.monotonic() - now)
         self.report()
 
     def report(self) -> bool:
-        """Write study.json and table.md of all finished runs, those of experiments that are not chosen included.
-
-        Returns whether there is any.
-        """
+        """Write study.json and table.md of all finished runs, also of experiments not chosen; whether there is any."""
         runs = self._runs(self.plan.grid.experiments)
         if finished := [run for run in runs if all(job.is_finished for job in run.jobs)]:
             self.writer.write(finished)
