@@ -12,7 +12,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora.config import Config, Flag, closest, type_name
@@ -208,7 +208,7 @@ def parse(
         raise UserError(f"--{written}{str(error).removeprefix(flag.name)}", error.field) from None
 
 
-def help_text(flags: Sequence[Flag], about: str, idle: Sequence[str] = ()) -> str:
+def help_text(flags: Sequence[Flag], about: str, idle: Collection[str] = ()) -> str:
     """Every flag but the idle with its type, its default as one would write it, its earlier names, and its meaning."""
     lines = [about.strip(), ""]
     for flag in flags:

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from study_cases import ALONE, finish, grid, is_locked, job_of, plan_of, run_of, wait_for, with_flags
+from study_cases import ALONE, SEARCH, dev_set, finish, grid, is_locked, job_of, plan_of, run_of, wait_for, with_flags
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import claimed
+from mtl_lora.report.load import Study
 from mtl_lora.study import runner
 from mtl_lora.study.config import StudyConfig
 from mtl_lora.study.plan import State
@@ -285,6 +286,55 @@ def test_after_a_failure_no_other_job_is_started(two_jobs, tmp_path, script):
     with pytest.raises(JobFailed, match=r"LoRA seed 0: .* the disk is full"):
         list(execute_all(once(*two_jobs), [{}]))
     assert not two_jobs[1].folder.exists()
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What a job does, in place of its commands: it is written as finished, unless its label is in ``done.fails``."""
+
+    def execute(job, slot):
+        yield
+        if job.label in execute.fails:
+            raise JobFailed(f"{job.label}: train ended with exit code 1")
+        finish(job, RIGHT)
+        return job.state
+
+    execute.fails = set()
+    monkeypatch.setattr(runner, "execute", execute)
+    return execute
+
+
+def started(plan, **options):
+    """A runner of all experiments of a plan."""
+    return runner.Runner(plan, list(plan.grid.experiments), **{"overwrite": False, **options})
+
+
+def test_a_study_that_fails_has_written_all_that_is_finished(tmp_path, done):
+    plan = plan_of(tmp_path, grid(seeds=[0, 1, 2]))
+    done.fails = {"MTL-LoRA seed 2"}
+    with pytest.raises(JobFailed, match="MTL-LoRA seed 2"):
+        started(plan).run([{}])
+    found = {each.name: len(each.runs) for each in Study.load(plan.folder).experiments}
+    assert found == {"Base": 1, "LoRA": 3, "MTL-LoRA": 2}
+
+
+def test_search_keeps_no_other_experiment_waiting_and_every_job_is_counted(tmp_path, done, capsys):
+    search = SEARCH | {"data_dir": dev_set(tmp_path), "values": [0.01, 0.001]}
+    value = grid(search=search)
+    started(plan_of(tmp_path, value)).run([{}, {}])
+    lines = capsys.readouterr().out.splitlines()
+    # Base once, LoRA and MTL-LoRA with two seeds, and two trials of LoRA; MTL-LoRA sets the searched flag itself.
+    assert lines[0].startswith("small: 7 jobs, 0 of them finished")
+    assert [line.split("]")[0] for line in lines[1:]] == [f"[{number}/7" for number in range(1, 8)]
+    assert "left" not in lines[-1]
+    search["values"] = [0.01, 0.001, 0.0001]  # of equal ones the smallest is chosen, so LoRA is trained anew
+    with pytest.raises(UserError, match=r"learning_rate 0.001 -> 0.0001"):
+        started(plan_of(tmp_path, value)).run([{}, {}])
+    again = started(plan_of(tmp_path, value), overwrite=True)
+    capsys.readouterr()
+    again.run([{}, {}])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("small: 8 jobs, 6 of them finished") and lines[-1].startswith("[8/8]")
 
 
 def test_every_command_gets_its_part_of_the_machine(monkeypatch, tmp_path):

@@ -60,8 +60,8 @@ def with_streams(model: PreTrainedModel) -> PreTrainedModel:
             raise UserError(f"a ViT of {len(model.encoder.layer)} blocks has no {STAGES} stages of equal depth")
         if not hasattr(model.encoder.layer[0].attention, "q_proj"):
             raise UserError(
-                f"the layers of a DINOv2 have other names in transformers {transformers.__version__}; install "
-                "transformers>=5.18, or pass a --base_model that is a Swin"
+                f"the layers of a DINOv2 in transformers {transformers.__version__} have other names than in 5.18 and "
+                "later; install transformers>=5.18, or pass a --base_model that is a Swin"
             )
         for block in model.encoder.layer:
             block.__class__, block.attention.__class__ = VitBlock, VitAttention

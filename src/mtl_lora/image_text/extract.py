@@ -70,7 +70,7 @@ def run(config: Extract) -> None:
             print(f"{output} holds the features of these {len(images):,} images")
             return
         device = device_for_this_process() if config.device == "auto" else _device(config.device)
-        torch.backends.cudnn.allow_tf32 = False  # cuDNN's default, which a float32 convolution would be rounded by
+        torch.backends.cudnn.allow_tf32 = False  # by default cuDNN rounds float32 convolutions to TF32
         grid = GridFeatures(base, config.size, device)
         partial = output.with_name(f"{output.name}.partial")
         rows = _extract(grid, images, partial, settings, config.batch_size)

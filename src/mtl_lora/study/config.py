@@ -35,9 +35,7 @@ class StudyConfig(Config):
     overwrite: bool = flag(
         False, "delete and repeat runs of another configuration; one whose evaluation alone differs keeps its training"
     )
-    parallel: int = flag(
-        1, "jobs side by side, each with its part of the CPU threads and a GPU, its own or shared", min=1
-    )
+    parallel: int = flag(1, "jobs side by side, each with its part of the CPU threads; they may share GPUs", min=1)
     collect: str | None = flag(None, "at the end, a folder for what can be shared: study.json, table.md and figures")
 
     def validate(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shlex
@@ -76,13 +77,14 @@ class Runner:
     search has not yet decided does not keep the others waiting.
 
     overwrite: folders of another configuration count as not started; without it, making this object raises
-    ``UserError`` for them, before anything is started.
+    ``UserError`` for them, as far as searches are decided, before anything is started.
     """
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
         self.plan, self.chosen, self.overwrite, self.writer = plan, chosen, overwrite, StudyWriter(plan)
-        self._searching()
-        self._checked(jobs_of(self._runs(chosen)))
+        # Of an experiment's name and its searched value: made once, for they are asked for after every job.
+        self._runs_of = functools.cache(lambda name, value: plan.runs(plan.grid.experiment(name), value))
+        self._known()
 
     def _checked(self, jobs: list[PlannedJob]) -> list[PlannedJob]:
         for job in jobs:
@@ -106,12 +108,13 @@ class Runner:
                 if best is None:
                     continue
                 self.writer.add_search(each.search, trials, best)
-            found += self.plan.runs(each, self.writer.chosen.get(each.search))
+            found += self._runs_of(each.name, self.writer.chosen.get(each.search))
         return found
 
-    def _total(self) -> int:
-        """The number of jobs, those of trials beyond an edge as far as they are known."""
-        return sum(len(jobs_of(self.plan.runs(each))) for each in self.chosen) + len(self._searching())
+    def _counts(self) -> tuple[int, int]:
+        """The number of jobs, trials beyond an edge as far as they are known, and of those that are finished."""
+        total = sum(len(jobs_of(self._runs_of(each.name, None))) for each in self.chosen) + len(self._searching())
+        return total, sum(job.is_finished for job in self._known())
 
     def _known(self) -> list[PlannedJob]:
         """The jobs whose configuration is known, in order."""
@@ -121,21 +124,27 @@ class Runner:
 
     def run(self, slots: Sequence[dict]) -> None:
         """Do every job that is not done; study.json and table.md are written anew as it goes, and at the end."""
-        total, finished = self._total(), sum(job.is_finished for job in self._known())
+        total, finished = self._counts()
         print(f"{self.plan.grid.name}: {total} jobs, {finished} of them finished, in {self.plan.folder}", flush=True)
         began, due = time.monotonic(), 0.0
-        with contextlib.closing(execute_all(self._known, slots)) as working:
-            for done, (job, state) in enumerate(working, start=1):
-                facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
-                if average := (results := Results.load(job.folder)).average:
-                    metric = next(iter(results.tasks.values())).metric
-                    facts.append(f"average {value_text(average.value, None, metric)}")
-                if left := (total := self._total()) - finished - done:
-                    facts.append(f"about {timedelta(seconds=round((time.monotonic() - began) / done * left))} left")
-                print(f"[{finished + done:>{len(str(total))}}/{total}] {job.label}: {', '.join(facts)}", flush=True)
-                if (now := time.monotonic()) >= due:  # no job is started meanwhile, and many runs take it a while
-                    self.report()
-                    due = time.monotonic() + 20 * (time.monotonic() - now)
+        try:
+            with contextlib.closing(execute_all(self._known, slots)) as working:
+                for done, (job, state) in enumerate(working, start=1):
+                    facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
+                    if average := (results := Results.load(job.folder)).average:
+                        metric = next(iter(results.tasks.values())).metric
+                        facts.append(f"average {value_text(average.value, None, metric)}")
+                    total, finished = self._counts()
+                    if total > finished:
+                        seconds = (time.monotonic() - began) / done * (total - finished)
+                        facts.append(f"about {timedelta(seconds=round(seconds))} left")
+                    print(f"[{finished:>{len(str(total))}}/{total}] {job.label}: {', '.join(facts)}", flush=True)
+                    if (now := time.monotonic()) >= due:  # a report of many runs takes a while, and starts no job
+                        self.report()
+                        due = time.monotonic() + 20 * (time.monotonic() - now)
+        except (JobFailed, UserError):
+            self.report()
+            raise
         self.report()
 
     def report(self) -> bool:
@@ -147,10 +156,8 @@ class Runner:
 
 
 def check_folder(job: PlannedJob, overwrite: bool) -> None:
-    """Raise ``UserError`` for a folder of another configuration unless ``overwrite``, naming what differs.
-
-    A folder with anything else is refused in any case.
-    """
+    """Raise ``UserError`` for a folder of another configuration unless ``overwrite``, naming what differs, and for a
+    folder with anything else in any case."""
     if (job.folder / STATE).is_file():
         if overwrite or not (changes := job.changes(State.load(job.folder).configuration)):
             return
@@ -266,12 +273,9 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
 
 
 def environments(parallel: int) -> list[dict[str, str]]:
-    """What each of ``parallel`` commands gets in its environment: its part of the CPU threads, and a GPU.
-
-    One at a time gets the machine as it is. A thread count that the user has set stays; the GPUs are those of
-    CUDA_VISIBLE_DEVICES, or all that nvidia-smi finds, and are shared where they are fewer: a small model leaves most
-    of a GPU idle.
-    """
+    """What each of ``parallel`` commands gets in its environment: its part of the CPU threads, and a GPU of those in
+    CUDA_VISIBLE_DEVICES, or of all that nvidia-smi finds. They are shared where they are fewer: a small model leaves a
+    GPU mostly idle. One at a time gets the machine as it is. A thread count that the user has set stays."""
     if parallel == 1:
         return [{}]
     gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

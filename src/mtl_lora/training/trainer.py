@@ -231,8 +231,11 @@ class MultiTaskTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
-        if "train_loss" in logs and self._began in (None, self.state.global_step):
-            return  # a mean over no step
+        if "train_loss" in logs:
+            if self._began in (None, self.state.global_step):
+                return  # a mean over no step
+            # Earlier versions divide the sum over this process's steps by those before a resumption too.
+            logs["train_loss"] = self._total_loss_scalar / (self.state.global_step - self._began)
         for name, value in logs.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(
