@@ -152,6 +152,17 @@ def test_next_start_resumes_from_the_last_complete_checkpoint(job, script, check
     assert job.state.starts == {"train": 2}
 
 
+def test_answers_of_weights_that_are_gone_go_before_they_are_trained_again(job, script):
+    finish(job, RIGHT)
+    State(job.configuration, {"train": 1, "evaluate": 1}, {"train": 1.0}).save(job.folder)  # killed in its evaluation
+    (job.folder / "results.json").unlink()
+    (job.folder / "mtl_lora.safetensors").unlink()
+    script("import sys; sys.exit('error: wrong' if sys.argv[1] == 'evaluate' else None)")
+    with pytest.raises(JobFailed, match="evaluate .*wrong"):
+        list(execute_all(once(job), [{}]))
+    assert job.state.starts == {"train": 2, "evaluate": 2} and not (job.folder / "predictions").exists()
+
+
 def test_launcher_is_preceded_by_a_check_in_one_process(job, tmp_path, script):
     script("import sys; sys.exit('error: wrong' if '--check' in sys.argv else None)")
     with pytest.raises(JobFailed, match="error: wrong"):

@@ -225,8 +225,8 @@ def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
         if step == "train" and started:
             resume = artifacts.checkpoints(job.folder)
             flags = {"resume_from_checkpoint": True} if resume else {"overwrite_output_dir": True}
-        if step == "evaluate" and not started:
-            # What the evaluation of another configuration has left beside a training that is kept.
+        if step == "train" or not started:
+            # What an evaluation has left of other weights, or of another configuration beside a training that is kept.
             artifacts.remove_evaluation(job.folder)
         state = dataclasses.replace(state, starts={**state.starts, step: state.starts.get(step, 0) + 1})
         state.save(job.folder)
