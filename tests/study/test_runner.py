@@ -158,7 +158,7 @@ def test_answers_of_weights_that_are_gone_go_before_they_are_trained_again(job, 
     (job.folder / "results.json").unlink()
     (job.folder / "mtl_lora.safetensors").unlink()
     script("import sys; sys.exit('error: wrong' if sys.argv[1] == 'evaluate' else None)")
-    with pytest.raises(JobFailed, match="evaluate .*wrong"):
+    with pytest.raises(JobFailed, match=r"evaluate .*wrong"):
         list(execute_all(once(job), [{}]))
     assert job.state.starts == {"train": 2, "evaluate": 2} and not (job.folder / "predictions").exists()
 
