@@ -11,7 +11,7 @@ import pytest
 from report_cases import TUNED, assert_mistakes, run_command
 from synthetic_study import analysis, log_text, write_study
 
-from mtl_lora.estimates import Difference
+from mtl_lora.estimates import Difference, Estimate
 from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, draw, look
 from mtl_lora.report.load import Study, Summary, Transfer, analysis_of, log_of
 
@@ -164,6 +164,17 @@ def test_accuracy_is_drawn_where_it_is_with_interval_and_majority_class(study, d
     (majority,) = [line for line in panels["CR"].lines if line.get_linestyle() == "--"]
     assert majority.get_xdata()[0] == 100 * study.majority["cr"]
     assert [label.get_text() for label in panels["CR"].get_yticklabels()][1:] == ["LoRA", "MTL-LoRA"]
+
+
+def test_an_interval_far_wider_than_what_is_compared_is_cut(study):
+    *others, last = study.experiments
+    mean = last.summary.average.mean
+    summary = dataclasses.replace(last.summary, average=Estimate(mean, 0.2, mean - 3, mean + 3))
+    wide = dataclasses.replace(study, experiments=[*others, dataclasses.replace(last, summary=summary)])
+    panel = panels_of(draw(wide)[0])["Average"]
+    points = [bar.lines[0].get_xdata()[0] for bar in panel.containers]
+    low, high = panel.get_xlim()
+    assert low < min(points) and max(points) < high and high - low < 150
 
 
 def test_an_experiment_has_one_colour_in_all_figures(drawings):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import math
 import re
+import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -76,9 +78,7 @@ def draw(study: Study) -> list[Drawing]:
 
 def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draw everything the folders hold numbers for into ``output`` (default: ``figures`` in the one folder).
-
-    Raises ``UserError`` if there is nothing to draw, or several folders and no ``output``.
-    """
+    Raises ``UserError`` if there is nothing to draw, or several folders and no ``output``."""
     if output is None and len(runs) > 1:
         raise UserError("several runs are drawn together; pass --output DIR for their figures")
     own = Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent
@@ -115,9 +115,7 @@ def _drawing(
     words: tuple[str, str, str], count: int, panel: tuple[float, float], margin: tuple[float, float], *columns, **axes
 ) -> "tuple[Drawing, list[Axes]]":
     """A grid of ``count`` panels (inches) with its title above and its caption below. words: name, title, caption.
-
-    columns: of those, the number that leaves the fewest places empty.
-    """
+    columns: of those, the number that leaves the fewest places empty."""
     from matplotlib.figure import Figure
 
     (_, title, caption), across = words, min(count, min(columns, key=lambda columns: -count % columns))
@@ -171,21 +169,27 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     line = f"dashed line: {MAJORITY_LABEL}; " if study.majority else ""
     caption = (
         f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over the "
-        f"questions of a single run (thin); {line}each panel has its own scale."
+        f"questions of a single run (thin), cut at a panel's edges; {line}each panel has its own scale."
     )
     labels = [textwrap.shorten(experiment.name, 32, placeholder=" …") for experiment in study.experiments]
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
     drawing, panels = _drawing(("accuracy", title, caption), len(tasks), size, margin, 4, 3, sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
         scale = scale_of(study.metric(task))
-        values = ((index, value) for index, each in enumerate(study.experiments) if (value := each.estimate(task)))
+        values = [(index, value) for index, each in enumerate(study.experiments) if (value := each.estimate(task))]
         for index, value in values:
             ends = value.low is not None and [[scale * (value.mean - value.low)], [scale * (value.high - value.mean)]]
             style = {"fmt": look(index)["marker"], "color": look(index)["color"], "capsize": 3}
             width = 0.9 if value.sd is None else 2.4
             panel.errorbar(scale * value.mean, index, xerr=ends or None, elinewidth=width, **style)
+        points = [scale * value.mean for _, value in values]
         if task in study.majority:
-            panel.axvline(scale * study.majority[task], color="black", linestyle="--", linewidth=1)
+            points.append(scale * study.majority[task])
+            panel.axvline(points[-1], color="black", linestyle="--", linewidth=1)
+        # The interval of two seeds can be many times as wide as all that is compared.
+        widths = [scale * (value.high - value.low) for _, value in values if value.low is not None]
+        room = max(max(points) - min(points), statistics.median(widths or [0])) or math.inf
+        panel.set_xlim(*(min(max(edge, min(points) - room), max(points) + room) for edge in panel.get_xlim()))
         named = [study.metric(task)] * (len(metrics) > 1)
         name = study.task_set.title(task, *named).replace(" (", "\n(") if task else AVERAGE
         panel.set_title(name, fontweight=None if task else "bold")
@@ -201,7 +205,6 @@ def _transfer(study: Study) -> Iterator[Drawing]:
 
     if not study.transfer or not study.has_average:  # colours compare tasks, which units of their own forbid
         return
-    title = "Trained together, minus trained alone"
     caption = (
         "Difference in percentage points, its 95 % interval below it, in bold where that leaves out 0. Red: worse "
         "together; blue: better."
@@ -219,7 +222,8 @@ def _transfer(study: Study) -> Iterator[Drawing]:
             texts[place] = difference_text(cell, metric).replace(" (", "\n").rstrip(")").replace("-", "−")
             bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
     size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
-    drawing, panels = _drawing(("transfer", title, caption), 1, size, margin, 1)
+    words = "transfer", "Trained together, minus trained alone", caption
+    drawing, panels = _drawing(words, 1, size, margin, 1)
     mesh = _heat_map(panels[0], matrix, labels, columns, max(1.0, float(np.nanmax(np.abs(matrix)))), texts, bold)
     drawing.figure.colorbar(mesh, ax=panels, **_BAR, label="percentage points")
     yield drawing
@@ -274,10 +278,7 @@ def _loss(study: Study) -> Iterator[Drawing]:
 
 def _mixture(study: Study) -> Iterator[Drawing]:
     """With which weights each task mixes up-projections or experts, layer by layer, and how far they went from the
-    seed's draw, which alone makes tasks differ.
-
-    Of an experiment's first run: the order of the parts is another one with each seed.
-    """
+    seed's draw, which alone makes tasks differ. Of an experiment's first run: each seed has another order of parts."""
     import numpy as np
 
     for experiment in study.experiments:
@@ -326,8 +327,7 @@ def _mixture(study: Study) -> Iterator[Drawing]:
 
 def _similarity(study: Study) -> Iterator[Drawing]:
     """How alike the tasks are to an adapter: cosines of Lambda_t and of updates, and of these with the mixtures of the
-    start. A heat map a kind, the mean over seeds.
-    """
+    start. A heat map a kind, the mean over seeds."""
     import numpy as np
 
     for experiment in study.experiments:
