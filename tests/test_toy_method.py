@@ -51,6 +51,7 @@ def toy():
     del layer._registered["toy"]
 
 
+@pytest.mark.slow
 def test_toy_method_is_trained_evaluated_and_reported(toy, tiny_base, records_file, cache_dir, tmp_path, capsys):
     run, scores = tmp_path / "run", tmp_path / "scores"
     flags = {"base_model": tiny_base, "data_path": records_file, "cache_dir": cache_dir, "output_dir": run}

@@ -77,6 +77,7 @@ def test_results_are_those_of_the_maps_that_are_saved(trained, folder, tmp_path)
     assert (width, height) == (5 * (SIZE + 4) + 4, 4 * (SIZE + 16) + 4)
 
 
+@pytest.mark.slow
 def test_evaluation_resumes_and_does_not_depend_on_the_batch(trained, folder, tmp_path, monkeypatch):
     whole = evaluated(trained, folder, tmp_path / "whole", batch_size=3)
     answer, left = evaluation.Evaluator.answer, [1]
@@ -109,6 +110,7 @@ def test_evaluation_resumes_and_does_not_depend_on_the_batch(trained, folder, tm
     assert sum(seen) == 3  # what was answered has no maps
 
 
+@pytest.mark.slow
 def test_two_evaluations_compare_by_task_and_tables_say_the_units(trained, folder, tmp_path, capsys):
     evaluated(trained, folder, tmp_path / "a", name="first")
     evaluated(trained, folder, tmp_path / "b", name="second", dtype="fp64")
@@ -157,6 +159,7 @@ NYUD = {
 
 
 @pytest.mark.parametrize(("make", "wanted"), [(make_pascal, PASCAL), (make_nyud, NYUD)], ids=["pascal", "nyud"])
+@pytest.mark.slow
 def test_real_layouts_go_the_whole_way(made_once, tmp_path, monkeypatch, make, wanted):
     """Trained, stopped half way, resumed bit for bit, and evaluated to values that were worked out by hand."""
     base, data = str(made_once("tiny_swin", make_swin)), make(tmp_path / "data", train=3, test=2)

@@ -122,6 +122,7 @@ def weighted(outputs: dict[str, torch.Tensor], names=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backbone, label", CASES)
+@pytest.mark.slow
 def test_outputs_and_gradients_equal_those_of_each_task_by_itself(backbone, label):
     model, pixels = built(backbone, label), images(backbone)
     outputs = model(pixels)
@@ -187,11 +188,14 @@ def test_backbone_starts_as_the_pretrained_one_bit_for_bit(backbone, label):
         maps = BACKBONES[backbone][2](plain_backbone(backbone), pixels)
         for stage, (plain, _) in zip(model.backbone(pixels), maps, strict=True):
             assert torch.equal(stage.shared, plain)
-            assert stage.tasks is None if label == "lora" else all(torch.equal(each, plain) for each in stage.tasks)
+            assert (stage.tasks is None) == (label == "lora")
+            for each in () if stage.tasks is None else stage.tasks:  # T times the rows, which a CPU may round otherwise
+                torch.testing.assert_close(each, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("label", ["mtlora", "matrixv2", "addition", "mtl_lora"])
 @pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.slow
 def test_loss_of_a_task_reaches_what_is_its_own_and_what_is_shared(backbone, label):
     """With ``addition`` the shared stream is made of the tasks' own, so that a loss reaches all that it is made of."""
     model, pixels = built(backbone, label), images(backbone, 1)
@@ -214,6 +218,7 @@ def test_loss_of_a_task_reaches_what_is_its_own_and_what_is_shared(backbone, lab
 
 
 @pytest.mark.parametrize("label", ["mtlora", "addition"])
+@pytest.mark.slow
 def test_overflow_that_no_decoder_reads_changes_nothing(label):
     found = []
     for factor in (1.0, 1e308):
@@ -255,6 +260,7 @@ def test_checkpointing_of_blocks_changes_nothing():
 
 
 @pytest.mark.parametrize("backbone, label", [("swin", "mtlora"), ("vit", "mtl_lora"), ("swin", "none")])
+@pytest.mark.slow
 def test_saved_model_loads_with_every_value(backbone, label, tmp_path):
     plain_backbone(backbone).save_pretrained(tmp_path / "base")
     base = BaseModel(str(tmp_path / "base"), kind=dense.KIND)

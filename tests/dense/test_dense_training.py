@@ -122,6 +122,7 @@ def still_norms(monkeypatch) -> None:
     monkeypatch.setattr(nn.BatchNorm2d, "forward", forward)
 
 
+@pytest.mark.slow
 def test_training_equals_a_plain_loop_however_a_step_is_split(train, still_norms, tmp_path, swin):
     tasks = ["things", "far", "normal"]  # saliency's balance is of its micro-batch
     folder, config = train("one", tasks=tasks, augmentation="pascal")
@@ -156,6 +157,7 @@ def test_training_equals_a_plain_loop_however_a_step_is_split(train, still_norms
         torch.testing.assert_close(load_file(run_folder / "mtl_lora.safetensors"), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_resumed_training_equals_one_that_ran_through(train):
     flags = {"adapter_name": "mtl_lora", "num_B": 2, "lora_dropout": 0.2, "drop_path": 0.3, "augmentation": "pascal"}
     flags |= {"max_steps": 6, "save_step": 4, "dtype": "fp32"}
@@ -166,6 +168,7 @@ def test_resumed_training_equals_one_that_ran_through(train):
 
 
 @pytest.mark.parametrize("make", [make_pascal, make_nyud])
+@pytest.mark.slow
 def test_real_layouts_train_with_every_baseline(make, train, tmp_path):
     flags = {"data_path": str(make(tmp_path / "real", 4)), "max_steps": 1, "batch_size": 4, "dtype": "fp32"}
     names = ["semseg", "human_parts", "sal", "normals"] if make is make_pascal else ["semseg", "depth", "normals"]
@@ -180,6 +183,7 @@ def test_real_layouts_train_with_every_baseline(make, train, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"downsampler": True}, {"adapter_name": "none", "modules_to_save": ["*"]}])
+@pytest.mark.slow
 def test_half_precision_trains_float32_weights(flags, train):
     folder, _ = train("half", **flags, dtype="bf16", max_steps=3)
     losses = [line["loss"] for line in log_of(folder)]
@@ -244,6 +248,7 @@ def test_mistake_is_one_sentence_that_names_the_flag(swin, tmp_path, capsys, fla
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_image_size_follows_the_patches_of_a_vit(tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 

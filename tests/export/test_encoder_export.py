@@ -120,6 +120,7 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-5), ("fp64", 1e-10)])
 @pytest.mark.parametrize("kind, label", [("bert", "mtl_lora"), ("roberta", "mtl_lora"), ("bert", "none")])
+@pytest.mark.slow
 def test_merged_model_has_the_head_of_its_task(command, encoders, tmp_path, kind, label, dtype, tolerance):
     checkpoint = encoders(kind, label)
     for task in THREE:
@@ -151,6 +152,7 @@ def test_merged_model_has_the_head_of_its_task(command, encoders, tmp_path, kind
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_card_of_a_peft_folder_loads_what_the_checkpoint_computes(command, encoders, tmp_path, kind, label, words):
     checkpoint = encoders(kind, label)
     base = Path(json.loads((checkpoint / CHECKPOINT_CONFIG).read_text())["provenance"]["base_model"])

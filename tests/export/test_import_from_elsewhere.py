@@ -61,6 +61,7 @@ def peft_folder(plain_lora, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_alpha": 5, "lora_dropout": 0.25}], ids=str)
 @pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.slow
 def test_import_equals_the_peft_lora_for_every_task(bases, tmp_path, kind, options):
     folder = save_peft(bases[kind], tmp_path / "peft", **options)
     expected = logits(PeftModel.from_pretrained(load_base(bases[kind]), folder).eval())

@@ -43,6 +43,7 @@ def card(folder: Path) -> str:
 
 @pytest.mark.parametrize("label", FACTORED)
 @pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.slow
 def test_peft_computes_what_the_routed_model_computes_for_every_task(bases, checkpoints, tmp_path, kind, label):
     folders = export_peft(checkpoints(kind, label), tmp_path / "peft")
     assert [folder.name for folder in folders] == TASKS

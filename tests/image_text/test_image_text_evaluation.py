@@ -100,6 +100,7 @@ def alone(trained, bart, causal, pictures) -> dict[str, OneAtATime]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_answers_are_those_of_one_question_at_a_time_whatever_the_batch(
     kind, answered, alone, trained, pictures, tmp_path
 ):
@@ -146,6 +147,7 @@ def test_results_are_those_of_the_lines_by_hand(kind, answered, pictures):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_ablations_show_another_image_or_none_and_are_never_taken_for_the_real_thing(
     kind, answered, alone, trained, pictures, tmp_path
 ):

@@ -138,6 +138,7 @@ def test_twenty_losses_equal_those_of_a_plain_loop(kind, train, settings, still,
 # ---- resume, recipes ----
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit_with_its_own_features(
     train, settings, pictures, tmp_path
 ):

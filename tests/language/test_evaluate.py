@@ -195,6 +195,7 @@ def test_generation_is_greedy_whatever_the_base_model_configures(evaluate, tiny_
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.slow
 def test_a_peft_folder_gets_the_scores_of_the_checkpoint_it_came_from(evaluate, train, tmp_path, method):
     checkpoint = train("run", adapter_name=method, max_steps=3, learning_rate=3e-2)
     (folder,) = export_peft(checkpoint, tmp_path / "peft", ["piqa"])
@@ -420,6 +421,7 @@ def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, tr
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_predictions_of_one_that_was_not(evaluate, trained, tmp_path):
     flags = arguments(tmp_path / "cut", checkpoint=trained, mode="score", batch_size=2)
     done = subprocess.run(

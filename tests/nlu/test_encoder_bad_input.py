@@ -142,6 +142,7 @@ def test_numbers_as_text_and_labels_by_number_are_read_from_a_table(inputs, monk
     assert "training examples: tone 2, closeness 1, place 1" in done.err
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_pad_token_pads_by_another_and_dots_are_fine_in_names(
     train, still, encoder, glue, tmp_path, edit_json
 ):

@@ -61,6 +61,7 @@ def test_results_are_those_of_scikit_learn_and_scipy(answered, glue):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_answers_are_those_of_the_model_one_text_at_a_time(answered, trained, encoder, glue, tmp_path):
     _, lines = answered
     one = evaluated(tmp_path / "one", f"--checkpoint={trained}", f"--data_dir={glue / 'test'}", "--batch_size=1")
@@ -79,6 +80,7 @@ def test_answers_are_those_of_the_model_one_text_at_a_time(answered, trained, en
                     assert found["parsed"] == pytest.approx(low + (high - low) * logits[0].item(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prediction_answers_as_the_evaluation_does(answered, trained, glue, tmp_path):
     _, lines = answered
     for task in LABELLED:

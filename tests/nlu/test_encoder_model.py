@@ -100,6 +100,7 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("name, label", CASES)
+@pytest.mark.slow
 def test_a_mixed_batch_equals_one_task_at_a_time(name, label, tmp_path):
     base, heads = base_of(name, tmp_path), ARCHITECTURES[name][1]
     model = built(base, label)

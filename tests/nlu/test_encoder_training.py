@@ -99,6 +99,7 @@ def test_fifty_losses_equal_those_of_a_plain_loop(train, settings, still, encode
         )
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_resumes_bit_for_bit(train):
     flags = {"lora_dropout": 0.1, "max_steps": 6, "save_step": 2, "val_set_size": 9}
     folder = train("run", **flags)

@@ -189,6 +189,7 @@ def commit(folder: Path) -> str:
     return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_folders_are_fetched_by_git_once_and_mended(run, world, capsys, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     hub, downloads = world.folder / "hub", world.folder / "downloads"

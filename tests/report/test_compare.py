@@ -90,6 +90,7 @@ def test_mcnemar_gives_published_values_and_those_of_large_counts(only_a, only_b
 
 
 @pytest.mark.parametrize("differences", [(1, 0, 0, -1, 1), (0.25, -0.5, 1, 0, -0.5), (0, 0, 0, 0, 1)])
+@pytest.mark.slow
 def test_bootstrap_has_the_distribution_of_all_resamples(differences):
     n = len(differences)
     every = collections.Counter(sum(drawn) for drawn in itertools.product(differences, repeat=n))
@@ -181,6 +182,7 @@ def test_interval_of_a_task_depends_on_seed_and_not_on_other_tasks(compared):
 
 @given(answers=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40), seed=st.integers(0, 9))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@pytest.mark.slow
 def test_swapping_the_runs_negates_every_difference(compared, answers, seed):
     sides = [{"first": [pair[side] for pair in answers[1:]], "second": [answers[0][side]]} for side in (0, 1)]
     records = [predictions_of(side, {task: list(map(float, side[task])) for task in side}) for side in sides]

@@ -54,6 +54,7 @@ def test_a_study_has_a_figure_of_everything_that_it_holds(drawings):
     assert list(drawings) == OF_A_STUDY
 
 
+@pytest.mark.slow
 def test_a_training_and_an_evaluation_are_drawn_from_what_they_hold(write, tmp_path, random, capsys):
     run = tmp_path / "training"
     run.mkdir()

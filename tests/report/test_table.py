@@ -333,6 +333,7 @@ def records(draw):
 
 @reuse_folder
 @given(record=records())
+@pytest.mark.slow
 def test_csv_carries_every_digit_and_markdown_rows_have_as_many_cells(table_of, record):
     table = table_of(record, record, difference=True)
     lines = list(csv.DictReader(io.StringIO(table.csv(), newline="")))

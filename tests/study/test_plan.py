@@ -126,6 +126,7 @@ def test_a_search_goes_beyond_the_edge_at_which_its_best_lies(values, best, beyo
     assert found == beyond and type(found) is type(beyond)
 
 
+@pytest.mark.slow
 def test_a_search_that_ends_at_an_edge_is_widened_as_often_as_the_grid_says(tmp_path):
     search = {**SEARCH, "values": [0.01, 0.02], "widen": 2, "data_dir": dev_set(tmp_path)}
     plan = plan_of(tmp_path, grid(search=search))
@@ -188,6 +189,7 @@ def test_wrong_value_of_an_experiment_is_named(tmp_path):
         ("train", {"weight_decay": 0.0}, {}),  # the default, written out
     ],
 )
+@pytest.mark.slow
 def test_configuration_differs_only_where_a_result_could(tmp_path, step, flags, changed):
     before, now = job_of(tmp_path, grid()), job_of(tmp_path, with_flags(step, **flags))
     assert now.changes(json.loads(json.dumps(before.configuration))) == changed

@@ -320,6 +320,7 @@ def started(plan, **options):
     return runner.Runner(plan, list(plan.grid.experiments), **{"overwrite": False, **options})
 
 
+@pytest.mark.slow
 def test_a_study_that_fails_has_written_all_that_is_finished(tmp_path, done):
     plan = plan_of(tmp_path, grid(seeds=[0, 1, 2]))
     done.fails = {"MTL-LoRA seed 2"}
@@ -329,6 +330,7 @@ def test_a_study_that_fails_has_written_all_that_is_finished(tmp_path, done):
     assert found == {"Base": 1, "LoRA": 3, "MTL-LoRA": 2}
 
 
+@pytest.mark.slow
 def test_search_keeps_no_other_experiment_waiting_and_every_job_is_counted(tmp_path, done, capsys):
     search = SEARCH | {"data_dir": dev_set(tmp_path), "values": [0.01, 0.001]}
     value = grid(search=search)

@@ -230,6 +230,7 @@ def test_only_tasks_of_both_are_compared_and_only_on_the_same_questions(tmp_path
 # ---- collecting ----
 
 
+@pytest.mark.slow
 def test_shared_folder_has_every_number_and_no_weights_predictions_data_or_paths(tmp_path, edit_json):
     own, table = study_of(tmp_path, RIGHT | RIGHT_ALONE, ALONE)
     folder, shared = tmp_path / "study", tmp_path / "shared"

@@ -266,6 +266,7 @@ def test_batches_hold_other_rows_in_every_epoch(options):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_each_task_keeps_its_proportion_within_two_points_over_any_50_steps(epoch, options):
     """Of the rows, or under a token budget of the tokens."""
     lengths, task_ids = made_rows(16_000)

@@ -66,6 +66,7 @@ def test_a_run_keeps_the_start_of_what_tasks_have_of_their_own(train, tiny_base)
 
 
 @pytest.mark.parametrize("method", ["lora", "mtl_lora"])
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_adapter_log_and_analysis(train, tiny_base, capsys, method):
     folder = train("run", adapter_name=method, max_steps=8)
     found = weights(folder)
@@ -101,6 +102,7 @@ def test_a_checkpoint_is_small_and_is_itself_an_adapter(train):
 
 
 @pytest.mark.parametrize("logging_steps", [1, 10])
+@pytest.mark.slow
 def test_a_training_that_diverges_ends_in_one_sentence_and_saves_nothing(train, tmp_path, logging_steps):
     with pytest.raises(UserError, match=r"loss is nan at step [234] of 4"):
         train("run", learning_rate=1e30, logging_steps=logging_steps)
@@ -193,6 +195,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
     ],
     ids=["plain", "accumulation and temperature", "tokens"],
 )
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train, records_file, tmp_path, options):
     (tmp_path / "few.json").write_text(json.dumps(json.loads(Path(records_file).read_text())[:32]))
     # 4 steps an epoch: the checkpoint lies within the second, the end in the third.
