@@ -41,7 +41,7 @@ class AnswerConfig(Config):
         None, "load the base model in 4 bits; none: as the checkpoint was trained; needs bitsandbytes"
     )
     batch_size: int | str = flag(
-        AUTO, "questions at a time on each device, or auto; results do not depend on it", affects="nothing"
+        AUTO, "questions at a time on each device, or auto; in float32 results do not depend on it", affects="nothing"
     )
     trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
     local_rank: int = flag(

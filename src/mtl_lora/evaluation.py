@@ -223,8 +223,10 @@ class Evaluator(abc.ABC):
 
 @dataclasses.dataclass
 class QuestionSets:
-    """The questions to answer; by task the sha256 of its test file, and the number of examples in it."""
+    """The questions to answer; by task the sha256 of its test file, and the number of examples in it. source: of all,
+    the folder, by its whole path."""
 
+    source: str
     questions: list = dataclasses.field(default_factory=list)
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -246,7 +248,7 @@ def load_questions(
 
     Raises ``UserError`` for an unknown task, a missing file and a broken example.
     """
-    found = QuestionSets()
+    found = QuestionSets(str(Path(data_dir).resolve()))
     for task in [tasks[name] for name in dict.fromkeys(chosen)] or list(tasks):
         path = data_file(Path(data_dir) / task.name, "test")
         if not path.is_file():
@@ -351,7 +353,7 @@ def evaluate(
         way_out = "pass another --output_dir, or --overwrite to delete them"
         for protocol, folder in folders.items():
             check_settings(folder, evaluator.settings(protocol), way_out)
-            check_results_stay(folder, questions[protocol], asked.sha256)
+            check_results_stay(folder, questions[protocol], asked)
     if config.check:
         print(f"every setting is fine; {len(asked.questions):,} questions", file=sys.stderr)
         return {}
@@ -359,6 +361,7 @@ def evaluate(
     with Processes() as processes:
         if config.overwrite or not all(is_answered(folder, questions[each]) for each, folder in folders.items()):
             evaluator.load()  # may fail, and so before anything is deleted or written
+        processes.barrier()  # the first changes the folders only when every other one has read them
         if processes.rank == 0:
             (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
             for protocol, folder in folders.items():
@@ -433,6 +436,7 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
     with Processes() as processes:
         if config.overwrite or not is_answered(partial, everything):
             evaluator.load()  # may fail, and so before anything is deleted or written
+        processes.barrier()  # the first changes the folder only when every other one has read it
         if processes.rank == 0:
             begin(partial, settings, config.overwrite)
         processes.barrier()
@@ -479,30 +483,37 @@ def claimed_folders(config: Config, folders: Mapping[str, str]):
         yield
 
 
-def check_results_stay(folder: str, asked: Sequence[Question], sha256: dict[str, str]) -> None:
-    """Raise ``UserError`` if the results in a folder count more questions than are asked now of a test set, or a task
-    that is not asked at all: those of a part would replace them.
+def check_results_stay(folder: str, questions: Sequence[Question], asked: QuestionSets) -> None:
+    """Raise ``UserError`` if the results in a folder count more questions than these of a test set, a task that is not
+    asked at all, or the test sets of another folder: those of a part, or of something else, would replace them.
     """
     path = Path(folder) / artifacts.RESULTS
     if not path.is_file():
         return
-    earlier, counts = Results.load(path), collections.Counter(question.task.name for question in asked)
+    earlier, counts = Results.load(path), collections.Counter(question.task.name for question in questions)
+    same = {name: earlier.data.get(name) in (None, asked.sha256[name]) for name in counts}
+    way_out = "pass another --output_dir, or --overwrite to delete them"
     lost = [
         f"{name} ({task.n:,} questions)"
         for name, task in earlier.tasks.items()
-        if name not in counts or (task.n > counts[name] and earlier.data.get(name) in (None, sha256[name]))
+        if name not in counts or (task.n > counts[name] and same[name])
     ]
     if lost:
         raise UserError(
             f"{path} holds the results of {', '.join(lost)}, which those of fewer would replace; ask for these too "
-            "(what was answered stays), or pass another --output_dir, or --overwrite to delete them"
+            f"(what was answered stays), or {way_out}"
         )
+    # Test files that were changed where they lie are answered again.
+    if earlier.test_sets not in (None, asked.source) and not all(same.values()):
+        raise UserError(f"{path} holds the results of {earlier.test_sets}, not of {asked.source}; {way_out}")
 
 
 def gather(evaluator: Evaluator, folder: str, asked: QuestionSets) -> dict[tuple[str, int], dict]:
     """Every prediction line of a folder, those of the questions with their answers extracted by today's rules."""
     predictions = Predictions(folder)
     lines = predictions.read()
+    if other := [question for question in asked.questions if not question.answered_by(lines.get(question.key))]:
+        raise UserError(f"{folder} holds an answer to another question as {other[0].key}; pass --overwrite")
     own = {question.key: question.extract_again(lines[question.key]) for question in asked.questions}
     lines |= evaluator.complete(asked.questions, own)
     predictions.gather(lines, asked.sizes)
@@ -538,6 +549,7 @@ def collect(evaluator: Evaluator, protocol: str, asked: QuestionSets, lines: Map
         settings=settings | evaluator.results_settings(protocol),
         comparability=evaluator.comparability,
         data={name: asked.sha256[name] for name in by_task},
+        test_sets=asked.source,
         adapter=evaluator.adapter_json(),
         versions={
             "mtl_lora": __version__,
@@ -668,6 +680,11 @@ def begin(folder: str | Path, settings: dict, overwrite: bool) -> None:
     """
     if overwrite:
         artifacts.remove_evaluation(folder)
-    for left in (Path(folder) / artifacts.PREDICTIONS).glob(".*.partial"):  # half-written by one that was killed
+    predictions = Predictions(folder)
+    for left in predictions.folder.glob(".*.partial"):  # half-written by one that was killed
         left.unlink()
+    # What several processes left of an evaluation that was killed: it must not stand beside, or above, what this one's
+    # processes, which share the questions otherwise, append.
+    if any(predictions.folder.glob(PARTS)):
+        predictions.gather(predictions.read(), {})
     files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)

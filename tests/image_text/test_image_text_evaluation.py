@@ -182,7 +182,7 @@ def test_ablations_show_another_image_or_none_and_are_never_taken_for_the_real_t
         )
         done = run(["report", "compare", str(folder), str(tmp_path / name)])
         assert done.code == 2 and "images" in done.sentence
-    done = run(["evaluate", *data, f"--output_dir={folder}", "--no_images"])
+    done = run(["evaluate", *data, f"--output_dir={folder}", "--no_images", "--dtype=fp32"])
     assert done.code == 2 and "another features, images" in done.sentence
 
 

@@ -248,6 +248,35 @@ def test_lines_of_an_earlier_test_set_never_win_over_new_ones(evaluate, tmp_path
     assert lines(tmp_path / "out") == lines(tmp_path / "fresh"), "lines beyond a test set that shrank are dropped"
 
 
+def test_what_a_killed_launch_of_other_processes_left_never_wins_over_new_answers(evaluate, tmp_path):
+    data = write_test_set(tmp_path / "data", quickstart_test("boolq")[:8])
+    evaluate("out", data_dir=data, tasks=["boolq"], limit=0)
+    predictions = tmp_path / "out" / "predictions"
+    odd = [line for line in lines(tmp_path / "out") if line["index"] % 2]  # the part of the second of two processes
+    (predictions / "~part-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
+    for name in ("boolq.jsonl", "../results.json"):
+        (predictions / name).unlink()
+    write_test_set(tmp_path / "data", quickstart_test("boolq")[8:16])
+    evaluate("out", data_dir=data, tasks=["boolq"], limit=0)
+    evaluate("fresh", data_dir=data, tasks=["boolq"], limit=0)
+    assert lines(tmp_path / "out") == lines(tmp_path / "fresh")
+
+
+def test_results_of_test_sets_elsewhere_stay(evaluate, tmp_path):
+    few = {"tasks": ["boolq"], "limit": 2}
+    before = evaluate("out", data_dir=write_test_set(tmp_path / "test", quickstart_test("boolq")[:4]), **few)
+    dev = write_test_set(tmp_path / "dev", quickstart_test("boolq")[4:8])
+    for check in (True, False):
+        with pytest.raises(
+            UserError, match=r"results\.json holds the results of .*/test, not of .*/dev; .*--output_dir"
+        ):
+            evaluate("out", data_dir=dev, check=check, **few)
+    assert Results.load(tmp_path / "out") == before["generate"]
+    moved = shutil.copytree(tmp_path / "test", tmp_path / "moved")
+    assert evaluate("out", data_dir=str(moved), **few)["generate"].tasks == before["generate"].tasks
+    assert evaluate("out", data_dir=dev, overwrite=True, **few)["generate"].data != before["generate"].data
+
+
 def test_texts_of_an_earlier_version_are_extracted_by_the_rules_of_today(evaluate, tmp_path):
     evaluate("out", tasks=FEW)
     before = lines(tmp_path / "out")

@@ -91,7 +91,7 @@ class Evaluator(evaluation.Evaluator):
         tasks = self.tasks.only(config.tasks)
         settings = {"size": self.image_size, "missing_labels": config.missing_labels}
         self.data = DenseDataset(config.data_dir, config.split, tasks, **settings)
-        found = QuestionSets()
+        found = QuestionSets(f"{Path(config.data_dir).resolve()}, {config.split}")
         for task in (self.tasks[name] for name in tasks.names):
             found.sha256[task.name], found.sizes[task.name] = self.data.sha256(task), len(self.data)
             for index, (image, label) in enumerate(self.data.hashes(task)[: config.limit or None]):
