@@ -47,6 +47,7 @@ SCHEMA_2 = {
     "settings": {"protocol": 1, "extraction": 1, "mode": "generate", "limit": 0},
     "schema": 2,
     "system": "language",
+    "test_sets": None,
     "method_title": "MTL-LoRA",
     "comparability": {
         "needed": ["mode", "base_fingerprint", "template", "cutoff_len"],

@@ -14,7 +14,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
@@ -353,6 +353,19 @@ class TaskNames:
                 about = f"{other.path} is about the tasks {tasks} and {found[0].path} about {first}"
                 raise UserError(f"{about}; {what} one set of tasks")
 
+    @staticmethod
+    def require_one_measure(evaluations: Iterable[tuple[object, Mapping[str, TaskResult]]]) -> None:
+        """Raise ``UserError`` where two evaluations (each its path, and results by task) measure a task otherwise: by
+        another metric, or captions cut into words by another tokenizer."""
+        first: dict[str, tuple[str, object]] = {}
+        for path, tasks in evaluations:
+            for name, result in tasks.items():
+                how = ", tokenizer ".join(filter(None, [result.metric, result.measured.get("tokenizer")]))
+                earlier, where = first.setdefault(name, (how, path))
+                if how != earlier:
+                    about = f"{where} measures {name} by {earlier} and {path} by {how}"
+                    raise UserError(f"{about}, which do not stand side by side; leave one of them out")
+
     def to_json(self) -> dict:
         return self.value
 
@@ -393,7 +406,7 @@ class Results:
     """One evaluation: results by task name, and what tells whether two evaluations are comparable.
 
     mode: the protocol. settings: everything that an answer depends on. data: sha256 of the test data by task.
-    adapter: the checkpoint's own description. path: the file it was read from.
+    test_sets: where they lay. adapter: the checkpoint's own description. path: the file it was read from.
     """
 
     system: Text = "language"
@@ -408,6 +421,7 @@ class Results:
     settings: dict = dataclasses.field(default_factory=dict)
     comparability: Comparability = Comparability()
     data: dict[str, Text | None] = dataclasses.field(default_factory=dict)
+    test_sets: str | None = None
     adapter: dict | None = None
     versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
     command: str | None = None

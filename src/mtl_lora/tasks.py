@@ -76,8 +76,18 @@ class Task:
         return {key: value for key, value in entry.items() if key != "metric" or value}
 
     @property
+    def metric_name(self) -> str:
+        """The metric in effect."""
+        raise NotImplementedError
+
+    @property
+    def loss_weight(self) -> float:
+        """By which its loss is multiplied in training."""
+        return 1.0
+
+    @property
     def extraction_key(self) -> tuple:
-        """What decides an example's answers; id, title and metric do not."""
+        """What decides an example's answers; id, title, metric and loss weight do not."""
         raise NotImplementedError
 
 

@@ -1,6 +1,7 @@
 """Reports of tasks whose metrics are no means of right answers, as those of GLUE are."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from report_cases import SETTINGS, assert_mistakes, grid, run_command, write_lines
 
+from mtl_lora.errors import UserError
 from mtl_lora.metrics import METRICS
 from mtl_lora.report.compare import compare
 from mtl_lora.report.figures import draw
-from mtl_lora.report.load import load_run
-from mtl_lora.report.table import study_tables
+from mtl_lora.report.load import load_run, load_studies
+from mtl_lora.report.table import build_table, study_tables
 from mtl_lora.results import Results, measure
 from mtl_lora.study.summary import compared
 
@@ -79,6 +81,21 @@ def test_a_table_names_each_metric_and_shows_it_times_100(runs, capsys):
     _, first, _ = csv.DictReader(io.StringIO(run_command(capsys, "table", *runs, "--format", "csv")[1]))
     assert float(first["cola matthews"]) == tasks["cola"].value
     assert "STS-B (Pearson and Spearman)" in run_command(capsys, "table", *runs, "--format", "latex")[1]
+
+
+@pytest.mark.parametrize("change", [{"metric": "accuracy"}, {"tokenizer": "simple"}])
+def test_values_of_two_measures_do_not_stand_side_by_side(runs, change):
+    path = runs[1] / "results.json"
+    results = json.loads(path.read_text())
+    results["tasks"]["cola"] |= change
+    path.write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"a/results\.json measures cola by matthews and .*b/results\.json by "):
+        build_table([Results.load(run) for run in runs], difference=True)
+    if "metric" in change:
+        (study,) = load_studies(runs[:1])
+        other = load_run(runs[1]).experiments
+        with pytest.raises(UserError, match=r"measures cola by matthews and .* by accuracy"):
+            dataclasses.replace(study, experiments=[*study.experiments, *other])
 
 
 def test_details_have_both_metrics_of_a_task_of_two(runs, capsys):

@@ -2,10 +2,12 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_text_cases import make_set, write_features
 from PIL import Image
 from shared import QUICKSTART, quickstart_records
 from study_cases import ALONE, SEARCH, dev_set, finish, grid, job_of, plan_of, run_of, with_flags, write_grid
@@ -219,6 +221,19 @@ def test_titles_and_columns_of_tasks_do_not_count_but_their_options_do(tmp_path)
     assert configurations[0] == configurations[1] != configurations[2]
 
 
+def test_another_metric_of_a_task_is_another_configuration(tmp_path):
+    tasks, jobs, path = COMMONSENSE.to_json(), [], tmp_path / "tasks.json"
+    for metric in ("accuracy", "matthews"):
+        tasks["tasks"][0]["metric"] = metric
+        path.write_text(json.dumps(tasks))
+        jobs.append(job_of(tmp_path, with_flags(tasks_file=str(path))))
+    before, now = jobs
+    key, earlier = "the tasks' metrics", json.loads(json.dumps(before.configuration))
+    assert [*now.changes(earlier)] == [key] and before.changes(earlier) == {}
+    del earlier[key]  # as an earlier version wrote it
+    assert now.changes(earlier) == {}
+
+
 def test_other_weights_under_the_base_models_name_are_another_configuration(tmp_path, tiny_base):
     read = read_grid(str(write_grid(tmp_path, with_flags(base_model=tiny_base))))
     job, key = run_of(Plan(read, tmp_path, with_fingerprint=True), "LoRA").jobs[0], "the base model (fingerprint)"
@@ -276,6 +291,16 @@ def test_images_are_read_where_they_lie_and_a_task_alone_is_named(tmp_path):
     assert changes == [[], ["the train data (sha256)"]]
 
 
+def test_another_loss_weight_is_another_configuration(tmp_path):
+    images_with_two_maps(tmp_path / "data")
+    job = run_of(dense_plan(tmp_path), "MTLoRA").jobs[0]
+    path = tmp_path / "data" / "tasks.json"
+    tasks = json.loads(path.read_text())["tasks"]
+    path.write_text(json.dumps({"tasks": [{**tasks[0], "weight": 3}, tasks[1]]}))
+    later = run_of(dense_plan(tmp_path), "MTLoRA").jobs[0]
+    assert [*later.changes(json.loads(json.dumps(job.configuration)))] == ["the tasks' loss weights"]
+
+
 def test_images_are_not_sampled_and_a_missing_list_of_them_is_named(tmp_path):
     images_with_two_maps(tmp_path / "data")
     with pytest.raises(UserError, match="train_records"):
@@ -304,3 +329,28 @@ def test_images_of_one_table_are_of_one_split_and_one_size(tmp_path):
         (None, 112),
         (224, 112),
     ]
+
+
+# ---- features of images ----
+
+
+def test_features_count_by_content_and_not_by_place(tmp_path):
+    make_set(tmp_path / "data")
+
+    def jobs(name: str) -> list:
+        train = {"base_model": "base", "data_path": str(tmp_path / "data" / "train.json")}
+        train |= {"tasks_file": str(tmp_path / "data" / "tasks.json"), "features": [str(tmp_path / "data" / name)]}
+        value = {"name": "small", "about": "A small study.", "system": "image_text", "seeds": [0], "train": train}
+        value |= {
+            "evaluate": {"data_dir": str(tmp_path / "data" / "test")},
+            "experiments": [{"name": "A", "train": {}}],
+        }
+        return run_of(plan_of(tmp_path, value), "A").jobs
+
+    (before,), key = jobs("features.h5"), "train: the features (fingerprint)"
+    earlier = json.loads(json.dumps(before.configuration))
+    shutil.copy(tmp_path / "data" / "features.h5", tmp_path / "data" / "copy.h5")
+    assert jobs("copy.h5")[0].changes(earlier) == {}
+    write_features(tmp_path / "data" / "other.h5", dim=5)
+    assert [*jobs("other.h5")[0].changes(earlier)] == [key]
+    assert jobs("gone.h5")[0].changes(earlier) == {}, "a report needs no features"

@@ -303,3 +303,10 @@ def test_delta_m_is_the_mean_gain_relative_to_each_task_over_the_seeds():
     assert delta_m_over(pairs, ["semseg"]) is None  # whose values have a mean
     assert delta_m_over([(run(0.0, 2.0), run(0.6, 1.0))], ["semseg", "depth"]) is None  # nothing is relative to 0
     assert delta_m_over([(SimpleNamespace(tasks={}), pairs[0][1])], ["semseg", "depth"]) is None
+
+
+def test_an_evaluation_made_by_hand_in_a_jobs_folder_changes_nothing(tmp_path):
+    run = run_of(plan_of(tmp_path, grid(**TWO)), "LoRA")
+    finish(run.jobs[0], {"boolq": "1100", "piqa": "1110"})
+    write_results(run.jobs[0].folder / "evaluation", {"boolq": "0000"})
+    assert run.mean == pytest.approx(0.625)

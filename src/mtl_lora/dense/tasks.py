@@ -92,6 +92,10 @@ class Task(tasks.Task):
         return self.metric or self.metrics[0]
 
     @property
+    def loss_weight(self) -> float:
+        return self.weight
+
+    @property
     def extraction_key(self) -> tuple:
         return self.kind, self.classes
 

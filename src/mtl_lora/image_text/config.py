@@ -89,6 +89,9 @@ class TrainConfig(TrainingConfig):
     def read_tasks(self) -> TaskSet:
         return TaskSet.load(self.tasks_file) if self.tasks_file else OPEN_SETS
 
+    def contents(self) -> dict[str, str | None]:
+        return _contents(self.features)
+
     def visual_config(self, store: "FeatureStore") -> "VisualConfig":
         """The images that the model takes, by their features; raises ``UserError`` for a ``pool`` above their grid."""
         from mtl_lora.image_text.model import VisualConfig
@@ -139,6 +142,9 @@ class AnswerConfig(answer_config.AnswerConfig):
             raise UserError("a model that is not trained sees no images; pass --no_images, or --checkpoint DIR")
         if self.tasks_file:
             TaskSet.load(self.tasks_file)
+
+    def contents(self) -> dict[str, str | None]:
+        return _contents(self.features) if self.features else {}
 
     @property
     def images(self) -> str:
@@ -203,3 +209,13 @@ class PredictConfig(PredictionFlags, AnswerConfig):
 TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, by a low-rank adapter."
 EVALUATE_ABOUT = "Score a trained model on the test sets of its tasks on images."
 PREDICT_ABOUT = "Answer the examples of a file, images with questions or for captions, with a trained model."
+
+
+def _contents(features: list[str]) -> dict[str, str | None]:
+    """See ``Config.contents``."""
+    from mtl_lora.image_text.features import FeatureStore
+
+    try:
+        return {"the features (fingerprint)": FeatureStore(features).fingerprint}
+    except UserError:  # the command itself says what is wrong with them
+        return {"the features (fingerprint)": None}

@@ -156,8 +156,7 @@ def write_page(run: str, output: str | None = None) -> Path:
     facts = {name: words for name, values in (study.facts or _facts(study)).items() if (words := _in_words(values))}
     rules = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Template(Path(__file__).with_name(PAGE).read_text(encoding="utf-8"), **rules)
-    text = template.render(study=study, tables=tables, drawings=drawings, facts=facts)
-    write_all({path: text.encode("utf-8")})
+    write_all({path: template.render(study=study, tables=tables, drawings=drawings, facts=facts).encode("utf-8")})
     return path
 
 

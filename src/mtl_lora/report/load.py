@@ -96,7 +96,6 @@ class Run(Job):
 
     seed: int | None = None
     commit: str | None = None
-    test_data_sha256: dict[str, str | None] = dataclasses.field(default_factory=dict)
     tasks: dict[str, TaskResult] = dataclasses.field(default_factory=dict)
     average: float | None = None
     parts: dict[str, Job] = dataclasses.field(default_factory=dict)
@@ -175,6 +174,7 @@ class Study:
 
     grid: what was asked for. commit, versions, device: of the last evaluation; commits, devices: of all. data:
     ``train`` and ``test``. path: the file, or the folder of a single run, of which facts are the files' contents.
+    Raises ``UserError`` for runs that measure a task otherwise than others.
     """
 
     name: Text
@@ -195,6 +195,9 @@ class Study:
     search: Search | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
     facts: dict = dataclasses.field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        TaskNames.require_one_measure((run.folder, run.tasks) for run in self.runs)
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":

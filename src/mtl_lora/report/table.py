@@ -104,6 +104,7 @@ def build_table(
     """
     task_set, others = results[0].task_set, published_rows() if published else []
     TaskNames.require_one(results, "one table needs")
+    TaskNames.require_one_measure((each.path, each.tasks) for each in [*results, *baselines])
     if published and set(task_set.names) != set(others[0].cells):
         names = f"{results[0].path} is about {', '.join(task_set.names)}"
         raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
@@ -125,10 +126,11 @@ def build_table(
         cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in known.items()}
         average = average_of(cells.values()) if own[0].average and len(known) == len(first.tasks) else None
         rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
-    titles = {name: [each.tasks[name].metric for each in results if name in each.tasks] for name in columns}
+    metrics = dict.fromkeys(columns, "accuracy")
+    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
     shown = [("Method", [row.name for row in rows]), (TRAINABLE, [trainable_text(row.trainable) for row in rows])]
-    shown += [(task_set.title(name, *m), [row.text(row.cells.get(name)) for row in rows]) for name, m in titles.items()]
-    if one_unit(metric for found in titles.values() for metric in found):
+    shown += [(task_set.title(name, m), [row.text(row.cells.get(name)) for row in rows]) for name, m in metrics.items()]
+    if one_unit(metrics.values()):
         shown.append((AVERAGE, [row.text(row.average) for row in rows]))
     # Wrong answers of another kind than a wrong choice: the gain of a training may be the format alone.
     if any(row.unparsed for row in rows):
@@ -140,8 +142,6 @@ def build_table(
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
-    metrics = dict.fromkeys(columns, "accuracy")
-    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
     records = [row.record(metrics, groups) for row in rows]
     return Report(tables, records, _notes(results, baselines, rows, columns, groups))
 
@@ -157,10 +157,8 @@ def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: 
         raise UserError(f"--baselines have no result of {', '.join(lacking)}; add that of its single-task model")
     for result in results:
         tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
-        other = [name for name, task in tasks.items() if task.metric != alone[name].metric]
-        if other or any(not alone[name].value > 0 for name in tasks):
-            reason = f"another metric of {', '.join(other)}" if other else "a value that is not above 0"
-            raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have {reason}")
+        if any(not alone[name].value > 0 for name in tasks):
+            raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have a value not above 0")
         own, base = ({name: side[name].value for name in tasks} for side in (tasks, alone))
         metrics = {name: task.metric for name, task in tasks.items()}
         found.append(delta_m(own, base, metrics) if len(tasks) == len(columns) else None)
@@ -225,11 +223,10 @@ def _notes(
         if len(names) < len(columns):
             notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
     if unasked := [name for name in first.task_set.columns if name not in columns]:
-        notes.append(f"Of some tasks alone, on average too: no row has a score for {', '.join(unasked)}.")
+        notes.append(f"Not evaluated, and so not in the average: {', '.join(unasked)}.")
     for each in results:
         if missing := [name for name in columns if name not in each.tasks]:
             notes.append(f"No average for {each.name}, which has no score for {', '.join(missing)}.")
-    for each in results:
         if untrained := [name for name, task in each.tasks.items() if task.measured.get("untrained")]:
             notes.append(f"{each.name} had no training examples of {', '.join(untrained)}.")
     if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):

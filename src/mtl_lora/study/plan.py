@@ -17,7 +17,6 @@ from mtl_lora.systems import SYSTEMS, part
 STATE = "job.json"
 # A job's commands: what a flag must affect to be part of the job's configuration.
 _DECIDING = {"train": "weights", "evaluate": "answers"}
-_TEST_DATA, _BASE = "the test data (sha256)", "the base model (fingerprint)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +39,10 @@ class PlannedJob:
         """What decides the result, flat: ``train.lora_r``, ..., data, tasks and base model by their hashes."""
         found = self.facts | {f"the {name} data (sha256)": sample.sha256 for name, sample in self.data.items()}
         for step, flags in self.flags.items():
-            config = self.grid.flags_of(step)
-            values = config(**flags).to_json()
+            config = self.grid.flags_of(step)(**flags)
+            values = config.to_json()
             found |= {f"{step}.{name}": values[name] for name in config.names_affecting(_DECIDING[step])}
+            found |= {f"{step}: {name}": digest for name, digest in config.contents().items()}
         return found
 
     def changes(self, earlier: dict[str, object]) -> dict[str, tuple[object, object]]:
@@ -53,8 +53,8 @@ class PlannedJob:
             f"{step}.{flag.name}": flag.default for step in self.flags for flag in self.grid.flags_of(step).flags()
         }
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in sorted(earlier.keys() | now.keys())}
-        # A base model that is not on this machine has no known fingerprint.
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not (key == _BASE and None in pair)}
+        # What is not on this machine, or was not kept by an earlier version, is not known; but flags, which have a dot.
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}
 
     @property
     def commands(self) -> list[str]:
@@ -84,7 +84,7 @@ class PlannedJob:
         state = State.load(self.folder)
         if not (changes := self.changes(state.configuration)):
             return state
-        same_weights = all(key.startswith("evaluate.") or key == _TEST_DATA for key in changes)
+        same_weights = all(key.startswith("evaluate") or key == "the test data (sha256)" for key in changes)
         if not (same_weights and "train" in self.flags and "train" in state.seconds):
             return None
         return State(self.configuration, {"train": state.starts["train"]}, {"train": state.seconds["train"]})
@@ -136,7 +136,8 @@ class PlannedRun:
     @functools.cached_property
     def evaluations(self) -> list[Results]:
         """The results of each job, of a finished run."""
-        return [Results.load(job.folder) for job in self.jobs]
+        # By the file, for the folder may hold an evaluation that somebody made by hand beside it.
+        return [Results.load(job.folder / artifacts.RESULTS) for job in self.jobs]
 
     @property
     def mean(self) -> float:
@@ -165,8 +166,7 @@ class Plan:
         tests = [path for source, _ in sets.values() for path in self._data.files(source, grid.scored)]
         for path in [*self._data.files(self._source), *tests]:
             if not path.is_file():
-                elsewhere = "start in the folder that the grid means, or change it"
-                way_out = f"make it with `{grid.prepare}`" if grid.prepare else elsewhere
+                way_out = f"make it with `{grid.prepare}`" if grid.prepare else "name another in the grid"
                 raise UserError(f"the data file {path} cannot be found; {way_out}")
         self.training()
         questions = {
@@ -178,18 +178,19 @@ class Plan:
         if shared := sorted(name for name, _ in copied):
             found = f"{grid.search.data_dir} holds the same questions of {', '.join(shared)} as the test sets"
             raise UserError(f"the grid {grid.path}, search: {found}; choose by a development set")
-        fingerprint = self._base_model().local_fingerprint() if with_fingerprint else None
-        self._facts = {"launcher": grid.launcher, "the tasks (sha256)": grid.tasks.answers_sha256, _BASE: fingerprint}
+        self._facts = {"launcher": grid.launcher, "the tasks (sha256)": grid.tasks.answers_sha256}
+        self._facts["the tasks' metrics"] = {task.name: task.metric_name for task in grid.tasks}
+        self._facts["the tasks' loss weights"] = {task.name: task.loss_weight for task in grid.tasks}
+        if with_fingerprint:
+            from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
+
+            base = BaseModel(grid.train["base_model"], grid.train.get("trust_remote_code", False))
+            self._facts["the base model (fingerprint)"] = base.local_fingerprint()
 
     @functools.cache  # noqa: B019 - a study has one plan, as long as it runs
     def training(self, only: tuple[str, ...] = ()) -> Sample:
         """The training examples, of all tasks or ``only`` of some."""
         return self._data.training(self._source, self.folder / "data", self.grid.train_records, only)
-
-    def _base_model(self):
-        from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
-
-        return BaseModel(self.grid.train["base_model"], self.grid.train.get("trust_remote_code", False))
 
     def runs(self, experiment: ExperimentConfig, chosen: float | None = None) -> list[PlannedRun]:
         """The runs of all seeds; ``chosen``: the value that the search gave its flag."""

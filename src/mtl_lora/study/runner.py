@@ -131,7 +131,7 @@ class Runner:
             with contextlib.closing(execute_all(self._known, slots)) as working:
                 for done, (job, state) in enumerate(working, start=1):
                     facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
-                    if average := (results := Results.load(job.folder)).average:
+                    if average := (results := Results.load(job.folder / artifacts.RESULTS)).average:
                         metric = next(iter(results.tasks.values())).metric
                         facts.append(f"average {value_text(average.value, None, metric)}")
                     total, finished = self._counts()
