@@ -6,8 +6,9 @@ Every reader of data goes through ``read_values``, so training data, test sets a
 import csv
 import io
 import json
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import files
@@ -139,15 +140,25 @@ def text_of(value: object, what: str) -> str:
     return value
 
 
+def refuse_slips(value: Mapping, field: str, where: str) -> None:
+    """Raise ``UserError`` for a key that is ``field``, which may be absent, but for case and signs, such as textB."""
+    plain = [key for key in value if re.sub(r"[\W_]", "", key).lower() == field.replace("_", "")]
+    if plain and field not in value:
+        raise UserError(f"{where} has the unknown field {plain[0]!r} (did you mean {field!r}?)")
+
+
 def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
-    """The example's ``label``, one of a task's labels, also by its number (from 0)."""
+    """The example's ``label``, one of a task's labels, also by its number (from 0) unless labels are numbers too."""
     label = value.get("label")
     if label is None:
         raise UserError(f"{where} has no field 'label'")
+    are_numbers = any(each.isdecimal() for each in labels)  # 1 among the labels 1, 2, 3 is not the second of them
+    if are_numbers and type(label) is int:
+        label = str(label)
     if label in labels:
         return label
     number = int(label[:9]) if isinstance(label, str) and label.isascii() and label.isdecimal() else label
-    if type(number) is int and 0 <= number < len(labels):
+    if not are_numbers and type(number) is int and 0 <= number < len(labels):
         return labels[number]
     raise UserError(f"{where}: the label {label!r:.80} is none of {task}'s: {', '.join(labels)}")
 

@@ -209,6 +209,13 @@ def test_every_missing_file_is_named(tmp_path):
             "front .* write 1",
         ),
         (
+            lambda root: [
+                (root / "tasks.json").write_text(json.dumps([{**TASKS[0], "classes": 2}])),
+                *(write_png(root / "things" / f"{i}.png", 255 * np.eye(8)) for i in (1, 2)),
+            ],
+            "things .* write 1",
+        ),
+        (
             lambda root: [write_png(root / "things" / f"{i}.png", np.full((8, 8), 255)) for i in (1, 2)],
             "no image of train .* label of things",
         ),
@@ -238,6 +245,17 @@ def test_task_that_a_layout_lacks_is_named(tmp_path):
     with pytest.raises(UserError, match=r"PASCAL_MT.*depth"):
         DenseDataset(make_pascal(tmp_path), "train", shipped("nyud"))
     assert issubclass(type(DenseDataset(tmp_path, "train").layout), Layout)
+
+
+def test_classes_in_another_order_than_the_folders_are_refused(tmp_path):
+    things = {"name": "things", "id": 0, "kind": "semantic", "labels": ["sky", "road", "car"]}
+    make_folder(tmp_path, tasks=[things])
+    assert len(DenseDataset(tmp_path, "train", TaskSet.from_json([things]))) == 2
+    unnamed = {**things, "labels": [], "classes": 3}
+    assert len(DenseDataset(tmp_path, "train", TaskSet.from_json([unnamed]))) == 2
+    for change in ({"labels": ["road", "sky", "car"]}, {"kind": "parts"}, {"labels": [], "classes": 4}):
+        with pytest.raises(UserError, match="of things"):
+            DenseDataset(tmp_path, "train", TaskSet.from_json([{**things, **change}]))
 
 
 def test_image_without_a_valid_pixel_of_a_task_is_masked(tmp_path):

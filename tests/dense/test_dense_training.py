@@ -167,6 +167,15 @@ def test_resumed_training_equals_one_that_ran_through(train):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_a_training_does_not_go_on_with_another_loss_weight(train, tmp_path):
+    folder, _ = train("run", max_steps=1, save_step=1)
+    tasks = json.loads((tmp_path / "data" / "tasks.json").read_text())
+    tasks[1]["weight"] = 0.01
+    (tmp_path / "data" / "tasks.json").write_text(json.dumps(tasks))
+    with pytest.raises(UserError, match=r"cannot be resumed.*loss weights"):
+        train("run", max_steps=1, save_step=1, resume_from_checkpoint=str(folder / "checkpoint-1"))
+
+
 @pytest.mark.parametrize("make", [make_pascal, make_nyud])
 @pytest.mark.slow
 def test_real_layouts_train_with_every_baseline(make, train, tmp_path):

@@ -98,6 +98,15 @@ def test_what_is_wrong_with_a_record_is_named(record, facts):
         assert all(fact in str(caught.value) for fact in ["file, example 0", *facts])
 
 
+def test_a_number_among_labels_that_are_numbers_is_that_label():
+    tasks = TaskSet.from_json([{"name": "stars", "id": 0, "options": ["1", "2", "3"]}])
+    found = [parse_example({"text": "x", "label": label}, 0, "file", tasks).answer for label in (1, "1", 3)]
+    assert found == ["1", "1", "3"]
+    for label in (0, "0", 4):
+        with pytest.raises(UserError, match="none of stars's: 1, 2, 3"):
+            parse_example({"text": "x", "label": label}, 0, "file", tasks)
+
+
 def test_free_text_has_no_labels():
     tasks = TaskSet.from_json([{"name": "sum", "id": 0}])
     with pytest.raises(UserError, match="sum has no labels"):

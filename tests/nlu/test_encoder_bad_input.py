@@ -29,6 +29,10 @@ EXAMPLES = {
     "no text": (TONE | {"text": " \t"}, ["example 1", "'text' is empty"]),
     "text of no token": (TONE | {"text": "\u200b"}, []),
     "text a number": (TONE | {"text": 5}, ["'text'", "a string"]),
+    "second text misspelt": (
+        {"textB" if key == "text_b" else key: PLACE[key] for key in PLACE},
+        ["'textB'", "did you mean 'text_b'"],
+    ),
     "second text a number": (PLACE | {"text_b": 5}, ["'text_b'", "a string"]),
     "second text empty": (PLACE | {"text_b": ""}, []),
     "very long": (PLACE | {"text": "bab " * 3000, "text_b": "bek " * 2000}, []),

@@ -169,6 +169,15 @@ def test_limit_takes_images_with_all_their_examples_and_replaces_the_folder(run,
     assert sets["easy_vqa"]["test"] == whole["easy_vqa"]["test"] and len(sets["nlvr"]["train"]) == 4
 
 
+def test_pictures_of_ones_own_in_the_folder_stay(run, world, capsys):
+    run()
+    own = world.output / "images" / "holiday.jpg"
+    own.write_bytes(b"a picture")
+    with pytest.raises(SystemExit):
+        run()
+    assert "holiday.jpg, which this command did not write" in capsys.readouterr().err and own.is_file()
+
+
 def test_kinds_are_those_of_easy_vqa(run, world):
     run()
     whole = written(world.output)

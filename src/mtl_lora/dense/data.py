@@ -48,6 +48,7 @@ class DenseDataset(Dataset):
         self.augmentation = AUGMENTATIONS[name]
         self.ids = self.layout.ids(split)[: limit or None]
         self._check_files()
+        self._check_tasks()
         self._probe()
 
     def __len__(self) -> int:
@@ -85,6 +86,19 @@ class DenseDataset(Dataset):
 
     # ---- checks before anything begins, and what the files hold ----
 
+    def _check_tasks(self) -> None:
+        """Raise ``UserError`` for a task of which the folder declares another kind or other classes."""
+        declared = {task.name: task for task in self.layout.tasks}
+        for task in self.tasks:
+            other = declared.get(task.name, task)
+            for what in ("kind", "classes", "labels"):
+                own, there = getattr(task, what), getattr(other, what)
+                if own != there and own and there:  # names of classes are not needed
+                    raise UserError(
+                        f"{self.layout.root} declares {what} {there} of {task.name}, and {own} is asked for: its maps "
+                        "would be read as something else; name other data, or other tasks"
+                    )
+
     def _check_files(self) -> None:
         """Raise ``UserError`` unless the files of all images are there."""
         missing = [path for id in self.ids if not (path := self.layout.image(id)).is_file()]
@@ -119,7 +133,7 @@ class DenseDataset(Dataset):
                 label = self.label(task, id, (image.height, image.width))
                 if (label != _unlabelled(task)).any():
                     unlabelled.pop(task.name, None)
-                if task.kind in ("saliency", "edges"):
+                if task.kind in ("saliency", "edges") or task.classes == 2:
                     seen.setdefault(task.name, set()).update(np.unique(label).tolist())
         if unlabelled:
             raise UserError(

@@ -78,7 +78,7 @@ def run(config: Prepare) -> None:
             sizes[name].pop("train", None)
     used = {example["image"] for parts in sets.values() for part in parts.values() for example in part}
     output = Path(config.output_dir)
-    with atomic_directory(output / "images", ("*.png", "*.jpg"), overwrite=True, inputs=[source]) as target:
+    with atomic_directory(output / "images", IMAGES, overwrite=True, inputs=[source]) as target:
         for image in sorted(used):
             shutil.copyfile(images[image], target / f"{image}{images[image].suffix}")
     lines = ",\n".join(f"    {json.dumps(task | {'id': number})}" for number, task in enumerate(tasks))
@@ -230,4 +230,6 @@ def karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
         yield image, split, captions
 
 
+# What pictures of these sets are called: others in their folder are somebody's own.
+IMAGES = ("easy_vqa_*.png", "train-*.png", "dev-*.png", "hidden-*.png", "test-*.png", "[0-9]*_*.jpg")
 READERS = {"easy_vqa": read_easy_vqa, "nlvr": read_nlvr, "flickr8k": read_flickr8k}

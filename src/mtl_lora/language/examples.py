@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.data_files import label_of, read_examples, task_id_of, text_of
+from mtl_lora.data_files import label_of, read_examples, refuse_slips, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
@@ -108,7 +108,7 @@ def parse_example(
         texts["answer"] = extract_answer(tasks[task_id], texts["output"])
     # White space around an option is how it stands behind the prefix, and need not be in the answer.
     texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
-    if options and closed and texts["answer"] not in options:
+    if options and answered and texts["answer"] not in (options if closed else [*options, ""]):
         raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
     if options and answered and not closed:
         _check_output(texts, tasks[task_id], options, where)
@@ -127,6 +127,7 @@ def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
         raise UserError(f"{where} has 'text' and {both[0]!r}; leave one of them")
     if not task.options:
         raise UserError(f"{where} has 'text', but the task {task.name} has no labels; write an 'instruction'")
+    refuse_slips(value, "text_b", where)
     texts = [text_of(value[key], f"{where}: {key!r}") for key in ("text", "text_b") if value.get(key) is not None]
     if not texts[0].strip():
         raise UserError(f"{where}: 'text' is empty")

@@ -5,7 +5,7 @@ import functools
 import math
 from pathlib import Path
 
-from mtl_lora.data_files import label_of, read_examples, task_id_of, text_of
+from mtl_lora.data_files import label_of, read_examples, refuse_slips, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.samples import Records
@@ -59,6 +59,7 @@ def parse_example(
         raise UserError(f"{where} must be an object with text, label and task, not {type(value).__name__}")
     if "text" not in value:
         raise UserError(f"{where} has no field 'text'")
+    refuse_slips(value, "text_b", where)
     text = text_of(value["text"], f"{where}: 'text'")
     if not text.strip():
         raise UserError(f"{where}: 'text' is empty")
