@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         trainable_parameters,
         unload,
     )
+    from mtl_lora.adapter.routing import TaskCollator
     from mtl_lora.errors import UserError
 
 # Where each public name lives. Loaded on first use, so that reading a command line or a results file, which need
@@ -26,6 +27,7 @@ _HOMES = {
     "AdapterConfig": "mtl_lora.adapter.config",
     "Origin": "mtl_lora.adapter.checkpoint",  # the earlier name of Provenance
     "Provenance": "mtl_lora.adapter.checkpoint",
+    "TaskCollator": "mtl_lora.adapter.routing",
     "UserError": "mtl_lora.errors",
     "adapter_layers": "mtl_lora.adapter.inject",
     "disabled": "mtl_lora.adapter.inject",
@@ -42,6 +44,7 @@ _HOMES = {
 __all__ = [
     "AdapterConfig",
     "Provenance",
+    "TaskCollator",
     "UserError",
     "__version__",
     "adapter_layers",

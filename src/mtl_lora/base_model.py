@@ -162,15 +162,17 @@ class BaseModel:
                 f"the model {self.name!r} has {most} positions, fewer than the {tokens} tokens of {way_out}"
             )
 
-    def load(self, dtype: str = "auto", load_in_4bit: bool = False, **options) -> PreTrainedModel:
+    def load(self, dtype: str | torch.dtype = "auto", load_in_4bit: bool = False, **options) -> PreTrainedModel:
         """The model with its weights, from safetensors alone.
 
-        dtype: a ``--dtype`` value, or ``STORED``. load_in_4bit: quantised by bitsandbytes as QLoRA does (NF4, twice,
-        arXiv 2305.14314), computing in the dtype. options: further arguments of ``from_pretrained``, such as
-        ``device_map``, ``attn_implementation``, ``num_labels`` or ``quantization_config``. A head that the files hold
-        is loaded if its shapes fit.
+        dtype: a ``--dtype`` value, one of torch's, or ``STORED``. load_in_4bit: quantised by bitsandbytes as QLoRA does
+        (NF4, twice, arXiv 2305.14314), computing in the dtype. options: further arguments of ``from_pretrained``, such
+        as ``device_map``, ``attn_implementation``, ``num_labels`` or ``quantization_config``. A head that the files
+        hold is loaded if its shapes fit. Raises ``UserError``.
         """
         kind = KINDS[self.kind]
+        if "torch_dtype" in options:  # which transformers would let win over the dtype, or lose to it, by its version
+            raise UserError("torch_dtype is not an option; pass dtype")
         if load_in_4bit:
             head = None  # transformers' own choice
             if kind.own_head:
@@ -348,8 +350,10 @@ def device_for_this_process() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def choose_dtype(name: str) -> torch.dtype:
+def choose_dtype(name: str | torch.dtype) -> torch.dtype:
     """The dtype of a ``--dtype`` value; ``auto`` is bf16 where the hardware multiplies it natively, else float32."""
+    if isinstance(name, torch.dtype) and name in _DTYPES.values():
+        return name
     if name in _DTYPES:
         return _DTYPES[name]
     if name != "auto":

@@ -107,6 +107,11 @@ class Config:
         """The names of the flags that can change ``what``: weights, answers, content or nothing."""
         return {flag.name for flag in cls.flags() if flag.metadata.get("affects", cls.affects) == what}
 
+    def contents(self) -> dict[str, str | None]:
+        """Hashes of what flags name whose content decides the result, besides data sets, tasks and the base model; None
+        of what is not there."""
+        return {}
+
     def __post_init__(self):
         for flag in self.flags():
             value = getattr(self, flag.name)
@@ -180,6 +185,10 @@ def closest(word: str, known: list[str]) -> str:
     def alike(other: str) -> bool:
         return all(difflib.get_close_matches(part, other.split("_"), n=1) for part in word.split("_"))
 
+    plain = {each.casefold().replace("-", "_"): each for each in known}
+    word = word.casefold().replace("-", "_")
+    if word in plain:
+        return f" (did you mean {plain[word]!r}?)"
     for match in filter(alike, difflib.get_close_matches(word, known)):
         return f" (did you mean {match!r}?)"
     return f"; known are {', '.join(known)}" if len(known) <= _MOST_NAMED else ""

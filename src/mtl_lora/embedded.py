@@ -52,6 +52,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MTL_LORA_CACHE") or Path(base) / "mtl_lora")
 
 
+def name_of(folder: Path) -> str | None:
+    """The embedded model that is kept in a folder, which has another place on another machine; None for others."""
+    name = folder.name
+    return name if name in MODELS and folder == (cache_folder() / name).resolve() else None
+
+
 def model_folder(name: str) -> Path:
     """The folder of a model of ``MODELS``; made on first use, whole or not at all.
 

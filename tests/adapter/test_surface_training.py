@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference.layers import assert_near
 from reference.tiny import TASKS, adapted_llama, randomise, tokens
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 import mtl_lora
 from mtl_lora import AdapterConfig, UserError
@@ -52,6 +52,14 @@ def arguments(folder, **changes) -> dict:
     }
 
 
+def test_collator_keeps_names_and_says_what_it_lacks():
+    collator = mtl_lora.TaskCollator(default_data_collator)
+    batch = collator([{"labels": 1, "task_ids": "tides"}, {"labels": 0, "task_ids": "maps"}])
+    assert batch["labels"].tolist() == [1, 0] and batch["task_ids"] == ["tides", "maps"]
+    with pytest.raises(UserError, match="remove_unused_columns=False"):
+        collator([{"labels": 1}])
+
+
 @pytest.mark.parametrize("how", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 def test_transformers_trainer_learns_what_ones_own_loop_does(how, tmp_path):
     checkpointing = {"gradient_checkpointing": how is not None, "gradient_checkpointing_kwargs": how}
@@ -71,11 +79,6 @@ def test_sft_trainer_of_trl_learns_each_row_with_its_task(tiny_base, tmp_path, m
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    class WithTasks(DataCollatorForLanguageModeling):
-        def torch_call(self, examples):
-            names = [example.pop("task_ids") for example in examples]
-            return {**super().torch_call(examples), "task_ids": names}
-
     names = ["birds", "tides", "birds", "maps"]
 
     def adapted(target: str) -> torch.nn.Module:
@@ -93,7 +96,7 @@ def test_sft_trainer_of_trl_learns_each_row_with_its_task(tiny_base, tmp_path, m
             SFTConfig(**options),
             train_dataset=rows,
             processing_class=tokenizer,
-            data_collator=WithTasks(pad_token_id=0),
+            data_collator=mtl_lora.TaskCollator(DataCollatorForLanguageModeling(pad_token_id=0)),
         )
         trainer.train()
         return adapter_state(model)

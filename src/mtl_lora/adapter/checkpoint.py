@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mtl_lora import files, systems
+from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_sizes, parameter_shapes
@@ -195,8 +195,8 @@ def _base_of(model: nn.Module) -> Provenance:
     own = next((each.base_provenance() for each in model.modules() if hasattr(each, "base_provenance")), {})
     if not name:
         return Provenance(**own)
-    if Path(name).is_dir():  # a relative path would mean another folder elsewhere
-        name = str(Path(name).resolve())
+    if Path(name).is_dir():  # a relative path would mean another folder elsewhere, and any one that of a cache
+        name = embedded.name_of(Path(name).resolve()) or str(Path(name).resolve())
     if importlib.util.find_spec("transformers") is not None:
         from mtl_lora.base_model import BaseModel
 
@@ -238,6 +238,8 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
     this machine to compare), a changed byte, a missing or unexpected tensor, a wrong shape or dtype (each by name); a
     model that was passed is then left as it was.
     """
+    if isinstance(folder, nn.Module):
+        raise UserError("the model comes first: mtl_lora.load(base_model, folder)")
     source = base_model if folder is None else folder
     config = read_config(source)
     provenance = config.provenance_config

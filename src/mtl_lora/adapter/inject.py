@@ -268,7 +268,8 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     """Fold the adapter into plain linear layers for one task, in place, and return the model.
 
     Modules saved whole keep their trained values. Nothing else of the adapter is left: the model's methods, hooks and
-    attributes, and which weights require a gradient, are what they were before ``inject``. Raises ``UserError`` for a
+    attributes, and which weights require a gradient, are what they were before ``inject``. So it knows no tasks any
+    more, and models of transformers ignore ``task_ids`` that are still passed to them. Raises ``UserError`` for a
     task the adapter does not have, for a model without an adapter, and for one with a head per task, naming the
     function that merges it.
     """

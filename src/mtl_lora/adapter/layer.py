@@ -23,6 +23,7 @@ from torch import nn
 from mtl_lora import adapter
 from mtl_lora.adapter.config import SHARED_METHOD, AdapterConfig, Hyperparameters
 from mtl_lora.adapter.dropout import dropout
+from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 
 
@@ -414,7 +415,7 @@ def layer_class(method: str) -> type[AdapterLayer]:
     known = methods()
     by_name = {alias: layer for layer in known.values() for alias in layer.aliases} | known
     if not isinstance(method, str) or method not in by_name:
-        raise UserError(f"method must be one of {', '.join(known)}, not {method!r}")
+        raise UserError(f"method {method!r} is none{closest(str(method), [*known])}")
     return by_name[method]
 
 

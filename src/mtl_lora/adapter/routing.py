@@ -10,7 +10,7 @@ model that lays its activations out as (L, B, k) is not supported: with L equal 
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -178,6 +178,25 @@ def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
     return BoundRoute(torch.take_along_dim(by_token, keep, dim=1) if keep.dim() == 2 else by_token[:, keep])
 
 
+class TaskCollator:
+    """A collator that keeps the ``task_ids`` of examples (names or ids), which others drop or cannot read:
+    ``Trainer(..., data_collator=TaskCollator(DataCollatorForLanguageModeling(...)))``, TRL's too. The Trainer's
+    arguments must say ``remove_unused_columns=False``. collator: of all other fields of a list of examples.
+    """
+
+    def __init__(self, collator: Callable[[list[dict]], Mapping]):
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Mapping]) -> dict:
+        """The batch with ``task_ids``; raises ``UserError`` for an example without."""
+        lacking = [number for number, example in enumerate(examples) if "task_ids" not in example]
+        if lacking:
+            fields = ", ".join(examples[lacking[0]])
+            raise UserError(f"an example has no task_ids but {fields}; pass remove_unused_columns=False to the Trainer")
+        rest = [{key: value for key, value in example.items() if key != "task_ids"} for example in examples]
+        return {**self.collator(rest), "task_ids": [example["task_ids"] for example in examples]}
+
+
 # ---- what is in force ----
 
 
@@ -301,7 +320,9 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
             "gradient checkpointing of transformers"
         )
     raise UserError(
-        "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):`"
+        "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):` "
+        "(a Trainer drops the column unless remove_unused_columns=False, its collator unless it is a "
+        "mtl_lora.TaskCollator)"
     )
 
 

@@ -200,8 +200,8 @@ def prefixes_to_share(
         return {}, f"every row runs its whole prompt: {type(model).__name__} mixes tokens by convolutions too"
     own = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if mode == "auto" and any([dropout, *own, getattr(model.config, "attention_dropout", 0)]):
-        how = "--reuse_prefix always shares the prompt prefixes, with one dropout mask for the rows of a task"
-        return {}, f"every row runs its whole prompt, since dropout is on; {how}"
+        how = "faster without (--lora_dropout 0), or with --reuse_prefix always, whose rows share a dropout mask"
+        return {}, f"the common beginning of prompts is computed for every row anew, since dropout is on; {how}"
     prefixes = task_prefixes(rows)
     if not prefixes:
         return {}, "every row runs its whole prompt: the prompts of no task begin alike"

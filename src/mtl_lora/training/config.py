@@ -38,6 +38,8 @@ class TrainingConfig(Config):
     has_streams = False  # whether the system's models have an output for each task of one input
     made_by = ""  # the command that makes the data file, where the default's is missing
 
+    idle = dict.fromkeys(("task_rank", "task_scale", "shared_mode"), "is of MTLoRA, a method of --system dense")
+
     base_model: str = flag(
         "smollm2-135m",
         "name or folder of the base model",

@@ -107,9 +107,11 @@ class Run:
 
         Titles and columns of the tasks do not. None where an earlier version did not record it.
         """
+        tasks = cls.task_set.from_json(configuration.get("tasks"), "the run configuration")
         return {
             "the data file": configuration.get("data_sha256"),
-            "the tasks": cls.task_set.from_json(configuration.get("tasks"), "the run configuration").answers_sha256,
+            "the tasks": tasks.answers_sha256,
+            "the tasks' loss weights": {task.name: task.loss_weight for task in tasks},
             "the base model's files": configuration.get("base_fingerprint"),
             "the dtype that --dtype auto means": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
@@ -147,6 +149,9 @@ class Run:
             rows = self.rows(digest)
         self.check_rows(rows)
         self.train, held_out = split(rows, config.val_set_size, config.seed)
+        given = {flag.name for flag in config.flags() if getattr(config, flag.name) != flag.default}
+        if idle := sorted(given & self.unread):
+            notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         self.log(*notes)
         task_ids = self.columns(self.train)["task_id"]
         lengths, group_tasks = self.plan(structure)
@@ -158,7 +163,7 @@ class Run:
         untrained = [name for name, count in zip(self.tasks.names, counts, strict=True) if not count]
         if untrained:
             names = ", ".join(untrained)
-            self.log(f"no training examples of {names}: what is these tasks' own stays as it is drawn")
+            self.log(f"no training examples of {names}: the weights of these tasks alone stay as they were drawn")
         configuration = self.configuration(digest)
         if from_checkpoint:
             kind = type(config)
@@ -208,14 +213,19 @@ class Run:
         """The model on which the adapter is put, on the meta device."""
         return self.base.structure()
 
+    @property
+    def unread(self) -> set[str]:
+        """The hyperparameters of other methods."""
+        read = {flag.name for flag in layer_class(self.adapter.method).Hyperparameters.flags()}
+        return self.config.hyperparameters.keys() - read
+
     def configuration(self, digest: str) -> dict:
         """What ``run.json`` holds: the flags and what they stand for on this machine. digest: of the data file."""
         config, layer = self.config, layer_class(self.adapter.method)
-        read = {flag.name for flag in layer.Hyperparameters.flags()}
         return {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": config.to_json(),
-            "unused_settings": sorted(config.hyperparameters.keys() - read),  # hyperparameters of other methods
+            "unused_settings": sorted(self.unread),
             "tasks": self.tasks.to_json(),
             "data_sha256": digest,
             "base_fingerprint": self.base.fingerprint(),
