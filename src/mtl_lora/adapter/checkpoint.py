@@ -233,10 +233,10 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
     """``load(folder)``: the base model that a checkpoint names, with its adapter. ``load(base_model, folder)``: put the
     adapter on a model that is there, in place, and return it.
 
-    options: for ``load(folder)``, arguments of ``BaseModel.load``, such as ``dtype`` or ``device_map``, and
-    ``trust_remote_code``. Raises ``UserError`` for another base model than the checkpoint's (where both have files on
-    this machine to compare), a changed byte, a missing or unexpected tensor, a wrong shape or dtype (each by name); a
-    model that was passed is then left as it was.
+    options: for ``load(folder)``, arguments of ``BaseModel.load``, such as ``dtype`` (modules saved whole compute in
+    it, also after the model was cast to another) or ``device_map``, and ``trust_remote_code``. Raises ``UserError`` for
+    another base model than the checkpoint's (where both have files on this machine to compare), a changed byte, a
+    missing or unexpected tensor, a wrong shape or dtype (each by name); a model that was passed is then left as it was.
     """
     if isinstance(folder, nn.Module):
         raise UserError("the model comes first: mtl_lora.load(base_model, folder)")
