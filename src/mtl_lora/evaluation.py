@@ -513,7 +513,8 @@ def gather(evaluator: Evaluator, folder: str, asked: QuestionSets) -> dict[tuple
     predictions = Predictions(folder)
     lines = predictions.read()
     if other := [question for question in asked.questions if not question.answered_by(lines.get(question.key))]:
-        raise UserError(f"{folder} holds an answer to another question as {other[0].key}; pass --overwrite")
+        task, index = other[0].key
+        raise UserError(f"{folder} holds an answer to another question as {index} of {task}; pass --overwrite")
     own = {question.key: question.extract_again(lines[question.key]) for question in asked.questions}
     lines |= evaluator.complete(asked.questions, own)
     predictions.gather(lines, asked.sizes)
