@@ -11,7 +11,7 @@ import pytest
 from shared import PROJECT
 
 from mtl_lora import cli, commands
-from mtl_lora.config import REQUIRED, Config, flag
+from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import EXIT_CODE, UserError
 from mtl_lora.export.__main__ import COMMANDS as EXPORTS
 from mtl_lora.language.config import TRAIN_ABOUT as ABOUT
@@ -93,6 +93,20 @@ def test_flag_is_read_as_its_declared_type(arguments, field, value):
     read = getattr(config, field)
     assert read == value and type(read) is type(value)
     assert config == dataclasses.replace(TrainConfig(), **{field: value}), "no other field may change"
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "meant"),
+    [
+        ("nun_B", "num_B", "num_B"),
+        ("MTL-LoR", "MTL-LoRA", "MTL-LoRA"),
+        ("LORA", "lora", "lora"),
+        ("mtl-lora", "mtl_lora", "mtl_lora"),
+    ],
+)
+def test_slip_of_the_pen_is_told_whatever_the_case(word, known, meant):
+    assert closest(word, [known, "eval_steps", "alpha"]) == f" (did you mean {meant!r}?)"
+    assert closest("max_steps", ["eval_steps"]) == "; known are eval_steps"
 
 
 def test_flags_go_together_in_any_spelling():

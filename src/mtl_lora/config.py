@@ -182,13 +182,12 @@ def closest(word: str, known: list[str]) -> str:
     Each part of the word must be close to one of the other's: eval_steps is no slip of the pen for max_steps.
     """
 
+    plain = {each.casefold().replace("-", "_"): each for each in known}
+    word = word.casefold().replace("-", "_")
+
     def alike(other: str) -> bool:
         return all(difflib.get_close_matches(part, other.split("_"), n=1) for part in word.split("_"))
 
-    plain = {each.casefold().replace("-", "_"): each for each in known}
-    word = word.casefold().replace("-", "_")
-    if word in plain:
-        return f" (did you mean {plain[word]!r}?)"
-    for match in filter(alike, difflib.get_close_matches(word, known)):
-        return f" (did you mean {match!r}?)"
+    for match in filter(alike, difflib.get_close_matches(word, list(plain))):
+        return f" (did you mean {plain[match]!r}?)"
     return f"; known are {', '.join(known)}" if len(known) <= _MOST_NAMED else ""

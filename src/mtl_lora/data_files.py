@@ -142,7 +142,11 @@ def text_of(value: object, what: str) -> str:
 
 def refuse_slips(value: Mapping, field: str, where: str) -> None:
     """Raise ``UserError`` for a key that is ``field``, which may be absent, but for case and signs, such as textB."""
-    plain = [key for key in value if re.sub(r"[\W_]", "", key).lower() == field.replace("_", "")]
+    plain = [
+        key
+        for key in filter(lambda key: isinstance(key, str), value)
+        if re.sub(r"[\W_]", "", key).lower() == field.replace("_", "")
+    ]
     if plain and field not in value:
         raise UserError(f"{where} has the unknown field {plain[0]!r} (did you mean {field!r}?)")
 
@@ -152,15 +156,15 @@ def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
     label = value.get("label")
     if label is None:
         raise UserError(f"{where} has no field 'label'")
-    are_numbers = any(each.isdecimal() for each in labels)  # 1 among the labels 1, 2, 3 is not the second of them
-    if are_numbers and type(label) is int:
-        label = str(label)
-    if label in labels:
-        return label
+    # 1 among the labels 1, 2, 3 is not the second of them.
+    are_numbers = any(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", each) for each in labels)
+    if label in labels or (are_numbers and str(label) in labels):
+        return str(label)
     number = int(label[:9]) if isinstance(label, str) and label.isascii() and label.isdecimal() else label
     if not are_numbers and type(number) is int and 0 <= number < len(labels):
         return labels[number]
-    raise UserError(f"{where}: the label {label!r:.80} is none of {task}'s: {', '.join(labels)}")
+    why = " (numbers are labels here, not their places)" if are_numbers and type(number) is int else ""
+    raise UserError(f"{where}: the label {label!r:.80} is none of {task}'s: {', '.join(labels)}{why}")
 
 
 def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:

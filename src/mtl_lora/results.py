@@ -364,7 +364,9 @@ class TaskNames:
                 earlier, where = first.setdefault(name, (how, path))
                 if how != earlier:
                     about = f"{where} measures {name} by {earlier} and {path} by {how}"
-                    raise UserError(f"{about}, which do not stand side by side; leave one of them out")
+                    raise UserError(
+                        f"{about}, which have no place in one table; make one of them anew, or leave it out"
+                    )
 
     def to_json(self) -> dict:
         return self.value

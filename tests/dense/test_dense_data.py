@@ -253,9 +253,24 @@ def test_classes_in_another_order_than_the_folders_are_refused(tmp_path):
     assert len(DenseDataset(tmp_path, "train", TaskSet.from_json([things]))) == 2
     unnamed = {**things, "labels": [], "classes": 3}
     assert len(DenseDataset(tmp_path, "train", TaskSet.from_json([unnamed]))) == 2
-    for change in ({"labels": ["road", "sky", "car"]}, {"kind": "parts"}, {"labels": [], "classes": 4}):
-        with pytest.raises(UserError, match="of things"):
-            DenseDataset(tmp_path, "train", TaskSet.from_json([{**things, **change}]))
+    for change in ({"labels": ["Sky", "Road", "automobile"]}, {"kind": "parts"}):
+        assert len(DenseDataset(tmp_path, "train", TaskSet.from_json([{**things, **change}]))) == 2
+    depth = {"name": "things", "id": 0, "kind": "saliency"}
+    order = {**things, "labels": ["road", "sky", "car"]}
+    for task, words in ((order, "0 is 'sky' there"), (depth, "as semantic"), ({**unnamed, "classes": 4}, "with 3 ")):
+        with pytest.raises(UserError, match=words):
+            DenseDataset(tmp_path, "train", TaskSet.from_json([task]))
+
+
+def test_a_rare_second_class_beside_void_pixels_may_come_late(tmp_path):
+    make_folder(tmp_path, 20, tasks=[{**TASKS[0], "classes": 2}])
+    for index in range(20):
+        write_png(tmp_path / "things" / f"{index}.png", 255 * np.eye(8) if index < 19 else np.eye(8))
+    assert len(DenseDataset(tmp_path, "train", size=8)) == 19
+    for index in range(1, 20):  # no void pixel, and the map of an image that has none is void alone
+        write_png(tmp_path / "things" / f"{index}.png", np.eye(8) if index == 19 else np.zeros((8, 8)))
+    (tmp_path / "things" / "1.png").unlink()
+    assert len(DenseDataset(tmp_path, "train", size=8, missing_labels=True)) == 19
 
 
 def test_image_without_a_valid_pixel_of_a_task_is_masked(tmp_path):

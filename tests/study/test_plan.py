@@ -337,14 +337,12 @@ def test_images_of_one_table_are_of_one_split_and_one_size(tmp_path):
 def test_features_count_by_content_and_not_by_place(tmp_path):
     make_set(tmp_path / "data")
 
-    def jobs(name: str) -> list:
+    def jobs(name: str, evaluate: dict | None = None) -> list:
         train = {"base_model": "base", "data_path": str(tmp_path / "data" / "train.json")}
         train |= {"tasks_file": str(tmp_path / "data" / "tasks.json"), "features": [str(tmp_path / "data" / name)]}
         value = {"name": "small", "about": "A small study.", "system": "image_text", "seeds": [0], "train": train}
-        value |= {
-            "evaluate": {"data_dir": str(tmp_path / "data" / "test")},
-            "experiments": [{"name": "A", "train": {}}],
-        }
+        value["evaluate"] = evaluate or {"data_dir": str(tmp_path / "data" / "test")}
+        value["experiments"] = [{"name": "A", "train": {}}]
         return run_of(plan_of(tmp_path, value), "A").jobs
 
     (before,), key = jobs("features.h5"), "train: the features (fingerprint)"
@@ -354,3 +352,5 @@ def test_features_count_by_content_and_not_by_place(tmp_path):
     write_features(tmp_path / "data" / "other.h5", dim=5)
     assert [*jobs("other.h5")[0].changes(earlier)] == [key]
     assert jobs("gone.h5")[0].changes(earlier) == {}, "a report needs no features"
+    own = {"data_dir": str(tmp_path / "data" / "test"), "features": [str(tmp_path / "data" / "other.h5")]}
+    assert [*jobs("features.h5", own)[0].changes(earlier)] == ["evaluate: the features (fingerprint)"]

@@ -415,7 +415,7 @@ def layer_class(method: str) -> type[AdapterLayer]:
     known = methods()
     by_name = {alias: layer for layer in known.values() for alias in layer.aliases} | known
     if not isinstance(method, str) or method not in by_name:
-        raise UserError(f"method {method!r} is none{closest(str(method), [*known])}")
+        raise UserError(f"method {method!r} is unknown{closest(method if isinstance(method, str) else '', [*by_name])}")
     return by_name[method]
 
 

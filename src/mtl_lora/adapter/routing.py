@@ -181,7 +181,8 @@ def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
 class TaskCollator:
     """A collator that keeps the ``task_ids`` of examples (names or ids), which others drop or cannot read:
     ``Trainer(..., data_collator=TaskCollator(DataCollatorForLanguageModeling(...)))``, TRL's too. The Trainer's
-    arguments must say ``remove_unused_columns=False``. collator: of all other fields of a list of examples.
+    arguments must say ``remove_unused_columns=False``. Where accelerate splits batches over processes
+    (``dispatch_batches``, its default for streamed data), ids must be numbers. collator: of all other fields.
     """
 
     def __init__(self, collator: Callable[[list[dict]], Mapping]):
@@ -194,7 +195,8 @@ class TaskCollator:
             fields = ", ".join(examples[lacking[0]])
             raise UserError(f"an example has no task_ids but {fields}; pass remove_unused_columns=False to the Trainer")
         rest = [{key: value for key, value in example.items() if key != "task_ids"} for example in examples]
-        return {**self.collator(rest), "task_ids": [example["task_ids"] for example in examples]}
+        ids = [example["task_ids"] for example in examples]
+        return {**self.collator(rest), "task_ids": ids if isinstance(ids[0], str) else torch.as_tensor(ids)}
 
 
 # ---- what is in force ----

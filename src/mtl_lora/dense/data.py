@@ -87,17 +87,23 @@ class DenseDataset(Dataset):
     # ---- checks before anything begins, and what the files hold ----
 
     def _check_tasks(self) -> None:
-        """Raise ``UserError`` for a task of which the folder declares another kind or other classes."""
+        """Raise ``UserError`` for a task whose maps the folder declares to be something else."""
         declared = {task.name: task for task in self.layout.tasks}
         for task in self.tasks:
-            other = declared.get(task.name, task)
-            for what in ("kind", "classes", "labels"):
-                own, there = getattr(task, what), getattr(other, what)
-                if own != there and own and there:  # names of classes are not needed
-                    raise UserError(
-                        f"{self.layout.root} declares {what} {there} of {task.name}, and {own} is asked for: its maps "
-                        "would be read as something else; name other data, or other tasks"
-                    )
+            there = declared.get(task.name, task)
+            own, other = ([name.casefold() for name in each.labels] for each in (task, there))
+            kinds, where = {task.kind, there.kind}, f"{self.layout.root} declares {task.name}"
+            if len(kinds) > 1 and not (task.has_classes and there.has_classes):
+                raise UserError(f"{where} as {there.kind}, and {task.kind} is asked for; name other data or tasks")
+            if task.classes != there.classes:
+                raise UserError(
+                    f"{where} with {there.classes} classes, and {task.classes} are asked for; name other data"
+                )
+            # Other words may mean the same; the same words in another order do not.
+            if own != other and sorted(own) == sorted(other):
+                number = next(number for number, pair in enumerate(zip(own, other, strict=True)) if len({*pair}) > 1)
+                names = f"{number} is {there.labels[number]!r} there, and {task.labels[number]!r} is asked for"
+                raise UserError(f"{where} with its classes in another order: {names}; correct one of them")
 
     def _check_files(self) -> None:
         """Raise ``UserError`` unless the files of all images are there."""
@@ -118,14 +124,21 @@ class DenseDataset(Dataset):
             raise UserError(f"{self.layout.root} lacks {named}{more} of {self.split}{way_out}")
 
     def _probe(self) -> None:
-        """Read the maps of the first images, and of a task that has no label in these, of more until there is one.
+        """Read the maps of the first images, and of a task that has no label in these, or 0 and 255 alone where 1 could
+        be, of more until there is one.
 
         Raises ``UserError`` for a task without any, and where 255 seems to be written for 1, which would be no label.
         """
-        seen: dict[str, set] = {}
+        seen: dict[str, set] = {task.name: set() for task in self.tasks if (task.classes or task.outputs) <= 2}
+        seen = {name: values for name, values in seen.items() if self.tasks[name].kind not in ("normals", "depth")}
         unlabelled = {task.name: task for task in self.tasks}
         for number, id in enumerate(self.ids):
-            tasks = self.tasks if number < _PROBED else list(unlabelled.values())
+            unclear = [name for name, values in seen.items() if values == {0, IGNORE}]
+            tasks = (
+                self.tasks
+                if number < _PROBED
+                else [self.tasks[name] for name in {**unlabelled, **dict.fromkeys(unclear)}]
+            )
             if not tasks:
                 break
             image = read_image(self.layout.image(id))
@@ -133,8 +146,8 @@ class DenseDataset(Dataset):
                 label = self.label(task, id, (image.height, image.width))
                 if (label != _unlabelled(task)).any():
                     unlabelled.pop(task.name, None)
-                if task.kind in ("saliency", "edges") or task.classes == 2:
-                    seen.setdefault(task.name, set()).update(np.unique(label).tolist())
+                if task.name in seen and all(path.is_file() for path in self.layout.paths(task, id)):
+                    seen[task.name].update(np.unique(label).tolist())
         if unlabelled:
             raise UserError(
                 f"no image of {self.split} in {self.layout.root} has a pixel with a label of "
@@ -143,8 +156,8 @@ class DenseDataset(Dataset):
         for name, values in seen.items():
             if values == {0, IGNORE}:
                 raise UserError(
-                    f"the first maps of {name} in {self.layout.root} hold 0 and 255 alone, and 255 is a pixel without "
-                    "a label; write 1 for a pixel that belongs to it"
+                    f"all maps of {name} in {self.layout.root} hold 0 and 255 alone, and 255 is a pixel without a "
+                    "label; write 1 for a pixel that belongs to it"
                 )
 
     def sha256(self, task: Task) -> str:

@@ -1,6 +1,7 @@
 """The flags of train, evaluate and predict on images and texts, as validated dataclasses."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from mtl_lora import answer_config
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 MIXED, ROUND_ROBIN = "mixed", "round_robin"
 ANSWER = "answer"  # the protocol: open answers and captions are generated, labels are scored
 OWN, SHUFFLED = "own", "shuffled"  # the images that a question is shown; "" for none
+_FEATURES = "the features (fingerprint)"
 TOKENIZERS = ("auto", "ptb", "simple")  # of captions
 
 
@@ -144,7 +146,7 @@ class AnswerConfig(answer_config.AnswerConfig):
             TaskSet.load(self.tasks_file)
 
     def contents(self) -> dict[str, str | None]:
-        return _contents(self.features) if self.features else {}
+        return _contents(self.features) if self.features else {_FEATURES: "those of the training"}
 
     @property
     def images(self) -> str:
@@ -213,9 +215,14 @@ PREDICT_ABOUT = "Answer the examples of a file, images with questions or for cap
 
 def _contents(features: list[str]) -> dict[str, str | None]:
     """See ``Config.contents``."""
-    from mtl_lora.image_text.features import FeatureStore
+    return {_FEATURES: _fingerprint(tuple(features))}
 
+
+@functools.cache  # a study asks for every job
+def _fingerprint(features: tuple[str, ...]) -> str | None:
     try:
-        return {"the features (fingerprint)": FeatureStore(features).fingerprint}
-    except UserError:  # the command itself says what is wrong with them
-        return {"the features (fingerprint)": None}
+        from mtl_lora.image_text.features import FeatureStore
+
+        return FeatureStore(features).fingerprint
+    except (UserError, ModuleNotFoundError):  # the command that reads them says what is wrong
+        return None

@@ -174,7 +174,6 @@ class Study:
 
     grid: what was asked for. commit, versions, device: of the last evaluation; commits, devices: of all. data:
     ``train`` and ``test``. path: the file, or the folder of a single run, of which facts are the files' contents.
-    Raises ``UserError`` for runs that measure a task otherwise than others.
     """
 
     name: Text
@@ -195,9 +194,6 @@ class Study:
     search: Search | None = None
     path: Path = dataclasses.field(default=Path(), compare=False)
     facts: dict = dataclasses.field(default_factory=dict, compare=False)
-
-    def __post_init__(self):
-        TaskNames.require_one_measure((run.folder, run.tasks) for run in self.runs)
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":
@@ -331,6 +327,7 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     found = [load_run(path) for path in paths]
     studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
     TaskNames.require_one(single, "figures side by side need")
+    TaskNames.require_one_measure((run.folder, run.tasks) for study in single for run in study.runs)
     pairs = [(experiment, study.path) for study in single for experiment in study.experiments]
     names, experiments = [experiment.name for experiment, _ in pairs], []
     tasks = {task for experiment, _ in pairs for task in experiment.summary.tasks}

@@ -223,7 +223,7 @@ def _notes(
         if len(names) < len(columns):
             notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
     if unasked := [name for name in first.task_set.columns if name not in columns]:
-        notes.append(f"Not evaluated, and so not in the average: {', '.join(unasked)}.")
+        notes.append(f"Not evaluated: {', '.join(unasked)}.")
     for each in results:
         if missing := [name for name in columns if name not in each.tasks]:
             notes.append(f"No average for {each.name}, which has no score for {', '.join(missing)}.")

@@ -62,6 +62,7 @@ class StudyWriter:
             facts |= {"questions": plan.dev.records, "dev_data_sha256": plan.dev.sha256}
             search = model.Search(**facts, experiments=self._searches)
         evaluations = [each for run in runs for each in run.evaluations]
+        TaskNames.require_one_measure((each.path, each.tasks) for each in evaluations)
         study = Study(
             name=grid.name,
             about=grid.about,
