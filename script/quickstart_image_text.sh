@@ -10,7 +10,7 @@
 # git, pip and about 4 GB of disk. Everything it makes lies under output/quickstart_image_text/; features that were cut
 # off resume. OUTPUT, TRAIN_IMAGES (of each task), MAX_STEPS, LIMIT (questions of each task, 0: all) and
 # IMAGE_TEXT_SOURCE (a folder with the files of data/image_text/README.md, instead of a download) make it another run.
-# Of easy-VQA the questions on colors and shapes are taken (a text alone answers none of them; yes_no questions it does).
+# Of easy-VQA the questions on colors and shapes are taken (a text alone guesses at them; many yes_no questions it answers).
 # Measured, a folder with the sets at hand and the environment made: 15 minutes on two cores (14:54, avx512 without bf16);
 # the table is in docs/image_text.md.
 case "${1:-}" in
