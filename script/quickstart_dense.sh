@@ -5,10 +5,11 @@
 #
 #   bash script/quickstart_dense.sh
 #
-# Needs Python 3.11 or newer, bash, pip and about 3 GB of disk. Made for at most 15 minutes on 2 CPU cores without the
-# installation and the download; measured on one of them alone, beside other work: 22 minutes. Look at output/quickstart_dense/<run>/evaluation/sheet.png: the
-# image, its labels and the maps. Everything it makes lies under output/quickstart_dense/. OUTPUT, TRAIN_IMAGES,
-# TEST_IMAGES, MAX_STEPS and TASKS (of semseg, depth, normals, sal, edge) make it another run.
+# Needs Python 3.11 or newer, bash, pip and about 3 GB of disk. Eight minutes on 2 CPU cores with bf16 without the
+# installation and the download; 22 on one core without bf16, beside other work. Look at
+# output/quickstart_dense/<run>/evaluation/sheet.png: the image, its labels and the maps. Everything it makes lies under
+# output/quickstart_dense/. OUTPUT, TRAIN_IMAGES, TEST_IMAGES, MAX_STEPS and TASKS (of semseg, depth, normals, sal, edge)
+# make it another run.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 out="${OUTPUT:-${project}output/quickstart_dense}"
