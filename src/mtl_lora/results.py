@@ -149,6 +149,11 @@ class TaskResult:
     others: dict[str, "TaskResult"] = dataclasses.field(default_factory=dict)
     measured: dict[str, object] = dataclasses.field(default_factory=dict)
 
+    @property
+    def measure(self) -> str:
+        """What values have in common that stand side by side: the metric, and the tokenizer that cut captions."""
+        return ", tokenizer ".join(filter(None, [self.metric, self.measured.get("tokenizer")]))
+
     @classmethod
     def read_json(cls, reader: Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
         """From JSON; groups and other measures have the ``metric`` of their task unless they name another."""
@@ -360,10 +365,9 @@ class TaskNames:
         first: dict[str, tuple[str, object]] = {}
         for path, tasks in evaluations:
             for name, result in tasks.items():
-                how = ", tokenizer ".join(filter(None, [result.metric, result.measured.get("tokenizer")]))
-                earlier, where = first.setdefault(name, (how, path))
-                if how != earlier:
-                    about = f"{where} measures {name} by {earlier} and {path} by {how}"
+                earlier, where = first.setdefault(name, (result.measure, path))
+                if result.measure != earlier:
+                    about = f"{where} measures {name} by {earlier} and {path} by {result.measure}"
                     raise UserError(
                         f"{about}, which have no place in one table; make one of them anew, or leave it out"
                     )

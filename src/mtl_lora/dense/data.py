@@ -79,10 +79,12 @@ class DenseDataset(Dataset):
     def label(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
         """The map of a task of an image of this height and width, checked; one that may be missing and is has no label
         at any pixel."""
-        paths = self.layout.paths(task, id)
-        if self.missing_labels and not all(path.is_file() for path in paths):
+        if self.missing_labels and not self._is_there(task, id):
             return np.full((*shape, 3) if task.kind == "normals" else shape, _unlabelled(task), np.float32)
-        return checked(self.layout.read(task, id, shape), task, str(paths[0]), shape)
+        return checked(self.layout.read(task, id, shape), task, str(self.layout.paths(task, id)[0]), shape)
+
+    def _is_there(self, task: Task, id: str) -> bool:
+        return all(path.is_file() for path in self.layout.paths(task, id))
 
     # ---- checks before anything begins, and what the files hold ----
 
@@ -129,16 +131,12 @@ class DenseDataset(Dataset):
 
         Raises ``UserError`` for a task without any, and where 255 seems to be written for 1, which would be no label.
         """
-        seen: dict[str, set] = {task.name: set() for task in self.tasks if (task.classes or task.outputs) <= 2}
-        seen = {name: values for name, values in seen.items() if self.tasks[name].kind not in ("normals", "depth")}
+        binary = [task.name for task in self.tasks if _unlabelled(task) == IGNORE and (task.classes or 2) == 2]
+        seen: dict[str, set] = {name: set() for name in binary}
         unlabelled = {task.name: task for task in self.tasks}
         for number, id in enumerate(self.ids):
-            unclear = [name for name, values in seen.items() if values == {0, IGNORE}]
-            tasks = (
-                self.tasks
-                if number < _PROBED
-                else [self.tasks[name] for name in {**unlabelled, **dict.fromkeys(unclear)}]
-            )
+            unclear = {*unlabelled, *(name for name, values in seen.items() if values == {0, IGNORE})}
+            tasks = [task for task in self.tasks if number < _PROBED or task.name in unclear]
             if not tasks:
                 break
             image = read_image(self.layout.image(id))
@@ -146,7 +144,7 @@ class DenseDataset(Dataset):
                 label = self.label(task, id, (image.height, image.width))
                 if (label != _unlabelled(task)).any():
                     unlabelled.pop(task.name, None)
-                if task.name in seen and all(path.is_file() for path in self.layout.paths(task, id)):
+                if task.name in seen and self._is_there(task, id):
                     seen[task.name].update(np.unique(label).tolist())
         if unlabelled:
             raise UserError(

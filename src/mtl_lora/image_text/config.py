@@ -92,7 +92,7 @@ class TrainConfig(TrainingConfig):
         return TaskSet.load(self.tasks_file) if self.tasks_file else OPEN_SETS
 
     def contents(self) -> dict[str, str | None]:
-        return _contents(self.features)
+        return {_FEATURES: _fingerprint(tuple(self.features))}
 
     def visual_config(self, store: "FeatureStore") -> "VisualConfig":
         """The images that the model takes, by their features; raises ``UserError`` for a ``pool`` above their grid."""
@@ -146,7 +146,7 @@ class AnswerConfig(answer_config.AnswerConfig):
             TaskSet.load(self.tasks_file)
 
     def contents(self) -> dict[str, str | None]:
-        return _contents(self.features) if self.features else {_FEATURES: "those of the training"}
+        return {_FEATURES: _fingerprint(tuple(self.features)) if self.features else "those of the training"}
 
     @property
     def images(self) -> str:
@@ -211,11 +211,6 @@ class PredictConfig(PredictionFlags, AnswerConfig):
 TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, by a low-rank adapter."
 EVALUATE_ABOUT = "Score a trained model on the test sets of its tasks on images."
 PREDICT_ABOUT = "Answer the examples of a file, images with questions or for captions, with a trained model."
-
-
-def _contents(features: list[str]) -> dict[str, str | None]:
-    """See ``Config.contents``."""
-    return {_FEATURES: _fingerprint(tuple(features))}
 
 
 @functools.cache  # a study asks for every job
