@@ -9,7 +9,8 @@ set -euo pipefail
 called_from="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV="${VENV-.venv}"
+VENV="${VENV-$PWD/.venv}"
+case "$VENV" in "" | /*) ;; *) VENV="$called_from/$VENV" ;; esac
 if [ -n "$VENV" ]; then
     stamp="$VENV/.installed"
     wanted="$(cat requirements.txt pyproject.toml | cksum) $PWD"
@@ -28,8 +29,7 @@ if [ -n "$VENV" ]; then
         DS_BUILD_OPS=0 "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet -r requirements.txt
         printf '%s' "$wanted" > "$stamp"
     fi
-    export PATH="$PWD/$VENV/bin:$PATH"
-    case "$VENV" in /*) export PATH="$VENV/bin:$PATH" ;; esac
+    export PATH="$VENV/bin:$PATH"
 fi
 
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"

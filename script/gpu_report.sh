@@ -5,6 +5,5 @@
 #
 # VENV= (empty) uses the Python environment that is active, as a node without network needs it (docs/offline.md).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-cd "${project:-.}"
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-python benchmark/gpu_report.py "$@"
+export PYTHONPATH="${project:-$PWD/}src${PYTHONPATH:+:$PYTHONPATH}"
+python "${project}benchmark/gpu_report.py" "$@"

@@ -15,5 +15,5 @@
 #   IMAGE_SIZE, BATCH_SIZE (per device), LEARNING_RATE, EPOCHS, WORKERS   default 448, 32, 3.125e-5, 300, 8
 #   Others: script/recipe.sh. With N devices batch norm is synchronised; divide BATCH_SIZE by N to keep the global batch.
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
-usage_if $(($# < 1)) "R [flags of mtl-lora train --system dense]"
+[[ "${1:-}" =~ ^[0-9]+$ ]] || usage_if 1 "R [flags of mtl-lora train --system dense]"
 train_dense "swin_tiny_${METHOD:-mtlora}" "$1" $((4 * $1)) --adapter_name "${METHOD:-mtlora}" "${@:2}"

@@ -25,6 +25,7 @@ GROUND = {
     "errors",
     "estimates",
     "files",
+    "images",
     "memory",
     "metrics",
     "predictions",
@@ -62,6 +63,7 @@ PACKAGES = {
     "embedded": {"torch", "transformers", "safetensors"},
     "data_files": {"pyarrow"},
     "estimates": {"numpy", "scipy"},
+    "images": {"PIL"},
     "metrics": {"numpy"},
     "text_table": {"pandas", "jinja2"},
     "adapter": {"torch", "safetensors", "deepspeed"},  # the last only to gather weights that ZeRO-3 has partitioned
@@ -143,7 +145,7 @@ def test_nothing_reads_pickles_or_runs_code_of_model_repositories_unasked(path):
             "import mtl_lora, mtl_lora.cli, mtl_lora.language.config, mtl_lora.nlu.config",
             {"torch", "numpy", "safetensors", "transformers"},
         ),
-        ("import mtl_lora.study.__main__, mtl_lora.report.__main__", {"torch", "transformers", "datasets", "pandas"}),
+        ("import mtl_lora.study.runner, mtl_lora.report.__main__", {"torch", "transformers", "datasets", "pandas"}),
     ],
     ids=["command line", "report and study"],
 )

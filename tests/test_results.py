@@ -139,6 +139,19 @@ def test_a_task_of_two_metrics_has_their_mean_as_its_value_and_both_beside_it():
     assert TaskResult.read_json(Reader("x", 2), result.to_json(), "task") == result
 
 
+def test_groups_are_named_by_whatever_the_field_holds():
+    kinds = ["x", 1, ["y"], {"z": 0}, 0, None, ""]
+    lines = [line for kind in kinds for line in lines_of(["no"], ["no"], **({} if kind is None else {"kind": kind}))]
+    groups = measure("accuracy", lines, ("no", "yes")).groups
+    assert {name: group.n for name, group in groups.items()} == {"x": 1, "1": 1, "['y']": 1, "{'z': 0}": 1, "0": 1}
+
+
+def test_a_score_without_error_beyond_one_is_read():
+    record = with_place(with_place(SCHEMA_2, "average", ...), "tasks.qa", {"metric": "cider", "stderr": 0, "n": 3})
+    record["tasks"]["qa"]["value"] = 3.0
+    assert Results.from_json(record).tasks["qa"].stderr == 0
+
+
 def test_numbers_have_correlations_and_no_majority_class():
     result = measure("pearson_and_spearman", lines_of([0.0, 1.5, 5, 2], [-3.5, -1.0, 0.25, -2]))
     assert [*result.others] == ["pearson", "spearman"] and result.majority is None
@@ -163,7 +176,8 @@ def test_an_average_is_over_the_tasks_that_were_asked():
 
 
 def test_a_task_set_knows_order_titles_and_what_decides_an_answer():
-    tasks = [{"name": "a", "id": 1, "title": "A", "options": ["x", "y"], "pattern": ""}, {"name": "b", "id": 0}]
+    about_a = {"title": "A", "metric": "accuracy", "weight": 2.0}
+    tasks = [{"name": "a", "id": 1, **about_a, "options": ["x", "y"], "pattern": ""}, {"name": "b", "id": 0}]
     names = TaskNames.from_json({"tasks": tasks, "columns": ["a", "b"]})
     assert (names.names, names.columns) == (["b", "a"], ["a", "b"])
     assert (names.title("a"), names.title("b"), names.title("unknown")) == ("A", "b", "unknown")

@@ -127,3 +127,5 @@ class PredictionFlags(Config):
             raise UserError(f"the input {self.input} does not exist; pass --input FILE")
         if Path(self.output).is_dir():
             raise UserError(f"--output {self.output} is a folder; pass the path of a file")
+        if Path(self.output).resolve() == Path(self.input).resolve():
+            raise UserError(f"--output {self.output} is the input, which would be lost; pass another file")

@@ -156,6 +156,8 @@ class Config:
         for key in values:
             if key not in names:
                 raise UserError(f"{source} has the unknown key {key!r}{closest(key, list(names))}")
+            if both := [other for other in values if other != key and names.get(other) == names[key]]:
+                raise UserError(f"{source} has {key!r} and {both[0]!r}, which are one flag; leave one of them")
         return {names[key]: value for key, value in values.items()}
 
     @classmethod

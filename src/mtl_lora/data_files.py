@@ -90,6 +90,12 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
                     f"{path}, line {reader.line_num}: the row has {len(row)} cells and the header {len(header)}; cells "
                     f"are divided by {delimiter!r}, and one that holds it or a line break must be quoted"
                 )
+            if delimiter == "\t" and (merged := [cell for cell in row if "\t" in cell and "\n" in cell]):
+                # Texts in TSV often begin with a quotation mark that closes none.
+                raise UserError(
+                    f"{path}, line {reader.line_num}: the quoted cell {merged[0][:30]!r}... holds a tab and a line "
+                    "break, as if rows were merged; double the quotation marks of texts and quote them, or pass JSON"
+                )
             rows.append({name: cell for name, cell in zip(header, row, strict=True) if cell})
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num} is not CSV: {error}") from None

@@ -131,5 +131,9 @@ def check_environment() -> None:
         if not (value.isascii() and value.isdecimal()):
             os.environ.pop("LOCAL_RANK", None)
             raise UserError(f"the environment's {name} must be a whole number, not {value!r}; unset it")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank >= processes:
+        found = f"the environment's RANK is {rank} and its WORLD_SIZE {processes}"
+        raise UserError(f"{found}, and ranks count from 0; start with torchrun, or unset both")
+    if processes > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("the environment has WORLD_SIZE but no MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")

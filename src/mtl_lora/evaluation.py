@@ -115,6 +115,21 @@ class Evaluator(abc.ABC):
             if value and getattr(self.config, flag) is not None:
                 raise UserError(f"--{flag} cannot be combined with --checkpoint: {self.config.checkpoint} defines it")
 
+    def use_tasks(self, origin: Provenance, default: TaskSet) -> None:
+        """Take the checkpoint's tasks, or those of ``--tasks_file``, or the default; raises ``UserError`` unless they
+        are those that the adapter has weights for."""
+        config, kind = self.config, type(default)
+        if origin.task_set:
+            self.tasks = kind.from_json(origin.task_set, f"the task set of {config.checkpoint}")
+        else:
+            self.tasks = kind.load(config.tasks_file) if config.tasks_file else default
+        adapted = self.adapter.adapter_config.tasks if self.adapter else []
+        if adapted and adapted != self.tasks.names:
+            raise UserError(
+                f"{config.checkpoint} has weights for the tasks {', '.join(adapted)}, in this order, but the questions "
+                f"are of {', '.join(self.tasks.names)}; pass --tasks_file FILE that declares its tasks"
+            )
+
     def use_base(self, name: str | None, kind: str, origin: Provenance) -> None:
         """Take the base model ``name`` of a kind (of ``base_model.KINDS``).
 
@@ -393,7 +408,9 @@ class Predictor:
 
     def predict(self, examples: Sequence[Mapping | str], task: str | None = None, **how: object) -> list[dict]:
         """One result per example, in their order; a string is its ``field`` alone. task: of all that name none."""
-        values = [{self.field: example} if isinstance(example, str) else dict(example) for example in examples]
+        if isinstance(examples, str | Mapping):
+            raise UserError("predict takes a list of examples; put the one into brackets")
+        values = [{self.field: example} if isinstance(example, str) else example for example in examples]
         questions = self.evaluator.to_predict(values, "the examples", task, **how)
         if any(questions.values()):
             self.evaluator.load()

@@ -170,7 +170,8 @@ class TaskResult:
             reader.key(entries, name, kind, place)
             for name, kind in ((key, number), ("stderr", Error | None), ("n", Count))
         )
-        if stderr == 0 and isinstance(METRICS.get(metric), Mean):  # as earlier versions wrote it for none or all right
+        # As earlier versions wrote it for none or all right.
+        if stderr == 0 and ends == (0, 1) and isinstance(METRICS[metric], Mean):
             stderr = proportion_error(value, n)
         groups = reader.read(dict, entries.pop("groups", None) or {}, f"{place}.groups")
         others = {
@@ -219,8 +220,9 @@ def measure(
         return result
     groups, targets = {}, [line[METRICS[metric].target] for line in lines]
     for line in lines:
-        groups.setdefault(line.get("kind"), []).append(line)
-    found = {kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(filter(None, groups))}
+        if line.get("kind") not in (None, ""):  # a field of the user's, and so of any type
+            groups.setdefault(str(line["kind"]), []).append(line)
+    found = {kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(groups)}
     result = dataclasses.replace(result, groups=found)
     if METRICS[metric].needs == "numbers" or METRICS[metric].has_written_rows:
         return result
@@ -386,9 +388,11 @@ class TaskNames:
         return definition.get("labels") or definition.get("options") or []
 
     def definition(self, name: str) -> dict:
-        """What decides a task's examples and answers: all that its set says but name, id, title and empty values."""
+        """What decides a task's examples and answers: all that its set says but name, id, title, metric, the weight of
+        its loss, and empty values."""
         (task,) = (task for task in self.value["tasks"] if task["name"] == name)
-        return {key: entry for key, entry in task.items() if key not in ("name", "id", "title") and entry}
+        beside = ("name", "id", "title", "metric", "weight")
+        return {key: entry for key, entry in task.items() if key not in beside and entry}
 
 
 @dataclasses.dataclass(frozen=True)

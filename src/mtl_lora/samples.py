@@ -59,7 +59,7 @@ class Records:
         self._read = functools.cache(load)  # the training examples, once for all samples
 
     def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
-        return [source] if names is None else [source / name / "test.json" for name in names]
+        return [source] if names is None else [data_file(source / name, "test") for name in names]
 
     def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
         by_task: dict[str, list[Example]] = {name: [] for name in self.tasks.names}
@@ -68,7 +68,8 @@ class Records:
         if missing := [name for name in only if not by_task[name]]:
             raise UserError(f"{source} has no examples of {', '.join(missing)}")
         chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
-        path = folder / ("_".join(["train", *only]) + ".json") if only or most else source
+        # No name of a task holds a plus.
+        path = folder / f"train{'_' * bool(only)}{'+'.join(only)}.json" if only or most else source
         return _sample(path, {"train": (source, path, chosen)}, most)
 
     def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:

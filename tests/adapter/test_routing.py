@@ -616,6 +616,15 @@ def test_names_of_another_shape_raise(task_ids):
 # ---- where a route holds ----
 
 
+def test_a_block_that_is_entered_inside_itself_ends_with_the_outer_one():
+    block = route.use(["maps"])
+    with block:
+        with block:
+            pass
+        assert route.current() is block.outer
+    assert route.current() is None
+
+
 def test_inner_route_ends_with_its_block():
     with route.use(IDS):
         with route.use(OTHER_IDS):

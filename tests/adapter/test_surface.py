@@ -140,6 +140,29 @@ def test_a_disabled_adapter_is_the_base_bit_for_bit(method):
         assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("method", ["mtl_lora", "none"])
+def test_a_disabled_adapter_is_not_saved_as_if_it_were_there(method, tmp_path):
+    model = adapted_llama(method, modules_to_save=["norm"])
+    with mtl_lora.disabled(model), pytest.raises(UserError, match=r"off inside mtl_lora\.disabled"):
+        mtl_lora.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    mtl_lora.save(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_is_built_in_inference_mode_computes_the_same(method):
+    expected = logits(adapted_llama(method))
+    with torch.inference_mode():
+        assert torch.equal(adapted_llama(method)(input_ids=tokens(4), task_ids=TASKS).logits, expected)
+
+
+def test_an_offloaded_layer_is_refused_for_an_adapter_there_has_no_values():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(tiny_llama(torch.float32), execution_device="cpu")
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj .* offloaded"):
+        mtl_lora.inject(model, adapter_config())
+
+
 def test_the_mode_that_is_set_while_an_adapter_is_disabled_holds_afterwards():
     model = adapted_llama(dropout=0.5).train()
     with mtl_lora.disabled(model):
@@ -479,6 +502,11 @@ def test_a_checkpoint_names_its_base_and_is_loaded_alone(tiny_base, tmp_path, mo
     assert exported
 
 
+def test_a_model_without_the_folder_of_its_checkpoint_is_named():
+    with pytest.raises(UserError, match="folder of the checkpoint is missing"):
+        mtl_lora.load(tiny_llama())
+
+
 def test_a_whole_model_that_another_program_saved_with_its_adapter_is_refused(tiny_base, tmp_path):
     mtl_lora.inject(BaseModel(tiny_base).load("fp32"), adapter_config()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"saved with an adapter on it.*mtl_lora\.save"):
@@ -511,8 +539,8 @@ def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
     other.config._name_or_path = ""
     with pytest.warns(UserWarning, match="cannot be compared"):
         mtl_lora.load(other, tmp_path / "adapter")
-    # A model that was merged is another base too, and does not pass for the one it came from.
-    merged = mtl_lora.merge(model, "maps")
+    # A model that was merged is another base too, and does not pass for the one it came from, in a wrapper neither.
+    merged = mtl_lora.merge(nn.DataParallel(model), "maps").module
     mtl_lora.save(mtl_lora.inject(merged, adapter_config(target_modules=["q_proj"])), tmp_path / "second")
     assert read_config(tmp_path / "second").provenance_config.base_model is None
     with pytest.raises(UserError, match="names no base model"):

@@ -56,8 +56,15 @@ def test_collator_keeps_names_and_says_what_it_lacks():
     collator = mtl_lora.TaskCollator(default_data_collator)
     batch = collator([{"labels": 1, "task_ids": "tides"}, {"labels": 0, "task_ids": "maps"}])
     assert batch["labels"].tolist() == [1, 0] and batch["task_ids"] == ["tides", "maps"]
+    assert collator([{"task_ids": [["tides", "maps"], ["maps", "maps"]][row]} for row in (0, 1)])["task_ids"] == [
+        ["tides", "maps"],
+        ["maps", "maps"],
+    ]
     with pytest.raises(UserError, match="remove_unused_columns=False"):
         collator([{"labels": 1}])
+    for wrong in ([0], None, "maps"):  # beside an id of a row
+        with pytest.raises(UserError, match="task_ids must be"):
+            collator([{"task_ids": 0}, {"task_ids": wrong}])
 
 
 @pytest.mark.parametrize("how", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)

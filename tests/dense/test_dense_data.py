@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from dense_cases import TASKS, make_folder, make_nyud, make_pascal, write_npy, write_png, write_text
+from PIL import Image
 
 from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.layouts import NORMALS_CLASSES, Layout, thin
@@ -241,6 +242,28 @@ def test_file_that_is_wrong_is_named_before_anything_begins(tmp_path, spoil, wor
         DenseDataset(tmp_path, "train", size=8)
 
 
+def test_an_image_that_is_to_be_turned_is_refused_for_its_maps_may_lie_otherwise(tmp_path):
+    make_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = DenseDataset(tmp_path, "train", size=8).layout.image("1")
+    Image.open(path).copy().save(path, exif=exif)
+    with pytest.raises(UserError, match=f"{path.name} is to be turned"):
+        DenseDataset(tmp_path, "train", size=8)[0]
+
+
+def test_labels_of_several_files_may_be_missing_for_some_images(tmp_path):
+    make_pascal(tmp_path, train=2)
+    data = DenseDataset(tmp_path, "train")
+    normals = next(task for task in data.tasks if task.kind == "normals")
+    paths = data.layout.paths(normals, data.ids[1])
+    assert len(paths) > 1
+    for path in paths:
+        path.unlink()
+    data = DenseDataset(tmp_path, "train", missing_labels=True)
+    assert [(row["labels"]["normals"] == 255).all().item() for row in data] == [False, True]
+
+
 def test_task_that_a_layout_lacks_is_named(tmp_path):
     with pytest.raises(UserError, match=r"PASCAL_MT.*depth"):
         DenseDataset(make_pascal(tmp_path), "train", shipped("nyud"))
@@ -257,7 +280,9 @@ def test_classes_in_another_order_than_the_folders_are_refused(tmp_path):
         assert len(DenseDataset(tmp_path, "train", TaskSet.from_json([{**things, **change}]))) == 2
     depth = {"name": "things", "id": 0, "kind": "saliency"}
     order = {**things, "labels": ["road", "sky", "car"]}
-    for task, words in ((order, "0 is 'sky' there"), (depth, "as semantic"), ({**unnamed, "classes": 4}, "with 3 ")):
+    moved = {**things, "labels": ["tree", "sky", "car"]}
+    wrong = [(order, "0 is 'sky' there"), (moved, "1 is 'road' there"), (depth, "as semantic")]
+    for task, words in [*wrong, ({**unnamed, "classes": 4}, "with 3 ")]:
         with pytest.raises(UserError, match=words):
             DenseDataset(tmp_path, "train", TaskSet.from_json([task]))
 

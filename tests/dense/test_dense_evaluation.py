@@ -226,8 +226,19 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     with pytest.raises(SystemExit):
         cli.main(command)
     assert "--overwrite" in capsys.readouterr().err
-    with pytest.raises(UserError, match="8 bits"):
-        Predictor(trained).predict([Image.fromarray(np.full((9, 9), 4000, np.uint16))])
+    wide = Image.fromarray(np.full((9, 9), 4000, np.uint16))
+    wide.save(tmp_path / "in" / "z.png")
+    (tmp_path / "in" / "y.jpg").write_text("no image")
+    for check in ([], ["--check"]):  # all at once, before the first is answered
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--overwrite", *check])
+        said = capsys.readouterr().err
+        assert "y.jpg is not an image" in said and "z.png has more than 8 bits" in said
+    for image in (wide, tmp_path / "in" / "z.png"):
+        with pytest.raises(UserError, match="8 bits"):
+            Predictor(trained).predict([image])
+    with pytest.raises(UserError, match="a list of images"):
+        Predictor(trained).predict(inputs / "a.png")
 
 
 @pytest.mark.parametrize(

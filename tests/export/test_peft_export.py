@@ -399,6 +399,14 @@ def test_method_without_factors_is_refused(refused, checkpoints, name, words):
     assert "HydraLoRA has no factors, since its gate depends on the input" in sentence
 
 
+@pytest.mark.parametrize("label", ["dora", "multilora"])
+def test_layers_for_which_peft_has_no_place_in_one_file_are_refused(refused, bases, tmp_path, label):
+    targets = {"target_modules": ["q_proj", "v_proj"], "task_modules": ["q_proj"]}
+    checkpoint = save_adapter(bases["llama"], tmp_path / "checkpoint", label, **targets)
+    sentence = refused("peft", checkpoint=checkpoint)
+    assert "v_proj" in sentence and "q_proj" in sentence and "--as lora --rank R" in sentence
+
+
 def test_wrong_flags_are_one_sentence(refused):
     assert "--checkpoint is required" in refused("peft")
     assert "--taks (did you mean 'tasks'?)" in refused("peft", checkpoint="x", taks="maps")

@@ -173,6 +173,15 @@ def test_what_other_tools_write_is_read(load, name, content):
     assert load(content, name) == load(PAIR)
 
 
+def test_rows_of_tabs_that_a_quotation_mark_merges_are_refused(load):
+    table = b'instruction\toutput\ttask\n"A fine\tb\tboolq\nbad" film\tb\tboolq\n'
+    with pytest.raises(UserError, match=r"data\.tsv, line 3.*(tab and a line break|not CSV)"):
+        load(table, "data.tsv")
+    table = b'instruction\toutput\ttask\n"A fine\tb\tboolq\nbad"\tb\tboolq\n'
+    with pytest.raises(UserError, match=r"data\.tsv, line 3.*tab and a line break"):
+        load(table, "data.tsv")
+
+
 def test_a_test_set_has_any_format_but_only_one(tmp_path):
     assert data_file(tmp_path / "nowhere", "test") == tmp_path / "nowhere" / "test.json"
     (tmp_path / "test.md").write_text("")

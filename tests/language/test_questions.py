@@ -87,6 +87,12 @@ def test_a_line_answers_its_question_only_if_it_says_what_was_answered(change, a
     assert not question.answered_by(None)
 
 
+def test_a_scored_line_takes_the_group_that_its_question_has_now():
+    question = Question(COMMONSENSE["boolq"], Example("q", "", "", "true", 0, 0, {"kind": "new"}), [1], "sha")
+    before = question.line({"parsed": "false", "normalised": "true", "scores": {"true": -2.0, "false": -1.0}})
+    assert question.extract_again({**before, "kind": "old"}) == before and before["kind"] == "new"
+
+
 @few
 @given(st.lists(st.integers(), min_size=1, max_size=40), st.integers(1, 40))
 def test_a_batch_that_does_not_fit_in_memory_is_answered_in_parts_in_its_order(rows, fits):

@@ -65,6 +65,11 @@ LINES = {
     "no head of a task": ("evaluate --checkpoint=headless", ["headless", "classifier.1.weight"]),
     "head of another size": ("evaluate --checkpoint=narrow", ["narrow", "classifier.0.weight"]),
     "prediction of no task": ("predict --input=test/tone/unnamed.json", ["example 0", "'task_id'", "tone 0"]),
+    "pair without its second text": (
+        "predict --input=test/place/alone.json",
+        ["alone.json, example 1", "no 'text_b'", "place"],
+    ),
+    "second text of a single one": ("predict --input=test/tone/pair.json", ["example 0", "a 'text_b'", "tone"]),
     "prediction without a head": (
         "predict --checkpoint= --system=nlu --base_model=encoder --tasks_file=tasks.json",
         ["--checkpoint"],
@@ -89,6 +94,8 @@ def inputs(trained, encoder, glue, tmp_path_factory) -> Path:
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 60}
     write(folder / "t5" / "config.json", {"model_type": "t5", **sizes})
     write(folder / "test" / "tone" / "unnamed.json", [{"text": "bab"}])
+    write(folder / "test" / "tone" / "pair.json", [TONE | {"text_b": "bab"}])
+    write(folder / "test" / "place" / "alone.json", [PLACE, {"text": "bab", "sentence2": "bek", "task": "place"}])
     for name, content in {"empty": [], "wrong": [TONE | {"label": "angry"}]}.items():
         shutil.copytree(folder / "test", folder / name)
         write(folder / name / "tone" / "test.json", content)

@@ -1,6 +1,7 @@
 """Evaluation and prediction of encoders: whatever the batches, as scikit-learn, scipy and slow versions have it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,22 @@ def test_a_prediction_answers_as_the_evaluation_does(answered, trained, glue, tm
                     assert sum(found["probabilities"].values()) == pytest.approx(1)
                 else:
                     assert found["answer"] == pytest.approx(line["parsed"], abs=1e-4)
+
+
+def test_groups_of_a_test_set_that_were_changed_need_no_new_answers(trained, glue, tmp_path):
+    data, folder = shutil.copytree(glue / "test", tmp_path / "test"), tmp_path / "answers"
+    evaluated(folder, f"--checkpoint={trained}", f"--data_dir={data}")
+    examples = json.loads((data / "place" / "test.json").read_text())
+    (data / "place" / "test.json").write_text(json.dumps([{**example, "kind": "all"} for example in examples]))
+    flags = f"--checkpoint={trained}", f"--data_dir={data}"
+    assert {line["kind"] for line in evaluated(folder, *flags)["place"]} == {"all"}
+    assert results(folder)["tasks"]["place"]["groups"].keys() == {"all"}
+
+
+@pytest.mark.parametrize("examples", ["a fine day", {"text": "a fine day"}], ids=str)
+def test_examples_are_a_list(trained, examples):
+    with pytest.raises(UserError, match="a list of examples"):
+        Predictor(trained, dtype="fp32").predict(examples, task="tone")
 
 
 @torch.no_grad()

@@ -250,7 +250,11 @@ def test_folders_of_both_protocols_are_compared_by_one(tmp_path, capsys):
     rows = grid(run_command(capsys, "compare", *folders, "--mode", "score")[1])
     assert rows["First"][1:4] == ["50.0", "75.0", "+25.0"]
     assert grid(run_command(capsys, "compare", folders[0] / "generate", folders[1])[1])["First"][3] == "+0.0"
-    assert_mistakes(capsys, "compare", [([*folders], "A has generate and score"), ([*folders, "--mode", "x"], "score")])
+    assert_mistakes(capsys, "compare", [([*folders], "--mode"), ([*folders, "--mode", "x"], "score")])
+    twice = write_run(tmp_path / "a" / "evaluation", predictions_of(RIGHT_A), mode="score", settings__mode="score")
+    again = write_run(tmp_path / "twice", predictions_of(RIGHT_A), mode="score", settings__mode="score")
+    twice.rename(again / "evaluation")
+    assert_mistakes(capsys, "compare", [([again, folders[1], "--mode", "score"], str(again / "evaluation"))])
 
 
 def test_a_results_file_says_which_settings_must_agree(tmp_path):

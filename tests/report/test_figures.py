@@ -85,6 +85,16 @@ def test_two_studies_and_runs_have_different_names(write, tmp_path, capsys):
     assert out.splitlines() == [str(output / f"{name}.svg") for name in names]
 
 
+def test_studies_of_one_name_do_not_replace_each_others_figures(tmp_path, capsys):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    folders = [write_study(tmp_path / name, TASKS, {"lora": "LoRA"}, seeds=(0,)) for name in ("here", "there")]
+    code, out, _ = run_command(capsys, "figures", *folders, "--output", tmp_path / "figures", "--format", "svg")
+    assert code == 0 and len({*out.splitlines()}) == len(out.splitlines())
+    accuracy = sorted(line.rpartition("/")[2] for line in out.splitlines() if "accuracy" in line)
+    assert len(accuracy) == 2 and accuracy[0] != accuracy[1]
+
+
 def test_every_mistake_ends_in_one_sentence(write, tmp_path, random, capsys, monkeypatch):
     evaluation, lora = write(TUNED), tmp_path / "lora"
     lora.mkdir()

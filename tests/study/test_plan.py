@@ -15,8 +15,8 @@ from study_cases import ALONE, SEARCH, dev_set, finish, grid, job_of, plan_of, r
 from mtl_lora import cli, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
-from mtl_lora.language.examples import load_examples
-from mtl_lora.language.tasks import COMMONSENSE
+from mtl_lora.language.examples import DATA, load_examples
+from mtl_lora.language.tasks import COMMONSENSE, TaskSet
 from mtl_lora.study.config import SearchConfig, read_grid
 from mtl_lora.study.plan import Plan, jobs_of
 
@@ -45,6 +45,23 @@ def test_whole_sets_are_read_where_they_lie(tmp_path):
     assert (plan.training().path, plan.test.path) == (QUICKSTART / "train.json", QUICKSTART / "test")
     assert not plan.training().content and not plan.test.content
     assert plan.test.sha256["boolq"] == files.sha256(QUICKSTART / "test" / "boolq" / "test.json")
+
+
+def test_test_sets_may_be_of_any_format_that_is_read(tmp_path):
+    folder = shutil.copytree(QUICKSTART / "test", tmp_path / "test")
+    records = json.loads((folder / "boolq" / "test.json").read_text())
+    (folder / "boolq" / "test.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    (folder / "boolq" / "test.json").unlink()
+    plan = plan_of(tmp_path, with_flags("evaluate", data_dir=str(folder)) | {"test_records": 0})
+    assert plan.test.sha256["boolq"] == files.sha256(folder / "boolq" / "test.jsonl")
+
+
+def test_samples_of_other_tasks_have_other_files(tmp_path):
+    data = DATA(TaskSet.from_json([{"name": name, "id": id} for id, name in enumerate(("a_b", "a", "b"))]))
+    records = [{"instruction": "q", "output": "x", "task": name} for name in ("a_b", "a", "b")]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    samples = [data.training(tmp_path / "train.json", tmp_path, 0, only) for only in (("a_b",), ("a", "b"))]
+    assert len({sample.path for sample in samples}) == 2
 
 
 def test_missing_data_name_the_command_that_makes_them(tmp_path):

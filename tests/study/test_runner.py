@@ -152,6 +152,18 @@ def test_next_start_resumes_from_the_last_complete_checkpoint(job, script, check
     assert job.state.starts == {"train": 2}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_half_done_evaluation_begins_anew_where_it_is_to_be_overwritten(job, script, overwrite):
+    finish(job, RIGHT)
+    State(job.configuration, {"train": 1, "evaluate": 1}, {"train": 1.0}).save(job.folder)  # killed in its evaluation
+    (job.folder / "results.json").unlink()
+    script("import sys; sys.exit('error: wrong')")
+    with pytest.raises(JobFailed, match=r"evaluate .*wrong"):
+        list(execute_all(once(job), [{}], overwrite))
+    assert job.state.starts == {"train": 1, "evaluate": 2} and (job.folder / "mtl_lora.safetensors").is_file()
+    assert (job.folder / "predictions").exists() != overwrite
+
+
 def test_answers_of_weights_that_are_gone_go_before_they_are_trained_again(job, script):
     finish(job, RIGHT)
     State(job.configuration, {"train": 1, "evaluate": 1}, {"train": 1.0}).save(job.folder)  # killed in its evaluation
@@ -189,7 +201,7 @@ from mtl_lora import cli, files
 from mtl_lora.study import runner
 class Job:
     label, folder, is_finished = "job", "job", False
-def execute(job, slot):
+def execute(job, slot, overwrite):
     with open(sys.argv[1] + ".out", "ab") as output:
         command = ["python", "-c", "import time; print('here', flush=True); time.sleep(60)"]
         yield from runner.until_done(command, output, slot)
@@ -303,7 +315,7 @@ def test_after_a_failure_no_other_job_is_started(two_jobs, tmp_path, script):
 def done(monkeypatch):
     """What a job does, in place of its commands: it is written as finished, unless its label is in ``done.fails``."""
 
-    def execute(job, slot):
+    def execute(job, slot, overwrite):
         yield
         if job.label in execute.fails:
             raise JobFailed(f"{job.label}: train ended with exit code 1")

@@ -144,7 +144,8 @@ def few(tmp_path) -> dict[str, str]:
 
 
 def test_every_task_keeps_a_training_example_and_one_without_any_is_marked(train, few, tmp_path, capsys):
-    folder = train("few", **few, val_set_size=7, seed=3, max_steps=1, sampling_temperature=5.0, batch_size=2)
+    options = {"save_step": 1, "max_steps": 1, "sampling_temperature": 5.0, "batch_size": 2}
+    folder = train("few", **few, **options, val_set_size=7, seed=3)
     printed = capsys.readouterr().err
     assert "training examples: mood 6, sport 1, rain 0" in printed and "held out: mood 6, sport 1, rain 0" in printed
     assert "mood" not in printed.split("times that an epoch takes")[1].splitlines()[0]
@@ -154,7 +155,7 @@ def test_every_task_keeps_a_training_example_and_one_without_any_is_marked(train
     export_peft(folder, tmp_path / "peft")
     assert "no training examples of rain" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"val_set_size .* at most 12"):
-        train("few too", **few, val_set_size=13)
+        train("few too", **few, save_step=1, val_set_size=13)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +365,18 @@ def test_checking_stops_before_anything_is_written(train, tmp_path):
 def test_a_target_module_that_does_not_exist_is_refused_with_those_that_do(train):
     with pytest.raises(UserError, match=r"lora_target_modules.*'query'.*q_proj"):
         train("run", lora_target_modules=["query"])
+
+
+@pytest.mark.parametrize("targets", [["q_prj", ".*v_proj"], ["q_proj", ".*v_prj"], ["all-linear", "q_proj"]], ids=str)
+def test_each_of_several_targets_must_find_a_layer(train, targets):
+    with pytest.raises(UserError, match=r"q_prj|\.\*v_prj|all-linear alone"):
+        train("run", lora_target_modules=targets)
+
+
+def test_names_and_expressions_may_stand_together(train, tmp_path):
+    folder = train("run", lora_target_modules=["q_proj", r".*\.(up|down)_proj"], max_steps=1)
+    names = {name.split(".")[-2] for name in load_file(folder / "mtl_lora.safetensors")}
+    assert names == {"q_proj", "up_proj", "down_proj"}
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(train, tmp_path):

@@ -45,6 +45,7 @@ class Provenance(Config):
     system: str = "language"  # the package that trained it
     base_class: str | None = None  # the base model's class in transformers
     untrained_tasks: list[str] | None = None  # tasks that had no training examples; None: not recorded
+    pairs: dict | None = None  # of tasks whose examples were all pairs of texts, or all not: which
     chat_template: str | None = None  # the tokenizer's, where it was the prompt template
     model_settings: dict | None = None  # what the system's own modules on the base model are built from
 
@@ -91,6 +92,8 @@ def adapter_tensors(model: nn.Module) -> State:
     injection = injection_of(model)
     if injection is None:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
+    if getattr(injection, "off", False):  # a model pickled by an earlier version does not say
+        raise UserError("the adapter is off inside mtl_lora.disabled; save it outside that block")
     layers = adapter_layers(model).items()
     own = {f"{name}.{key}": value for name, layer in layers for key, value in layer.adapter_parameters().items()}
     return own | {slot.name: slot.get() for slot in injection.slots}
@@ -240,6 +243,8 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
     """
     if isinstance(folder, nn.Module):
         raise UserError("the model comes first: mtl_lora.load(base_model, folder)")
+    if folder is None and isinstance(base_model, nn.Module):
+        raise UserError("the folder of the checkpoint is missing: mtl_lora.load(base_model, folder)")
     source = base_model if folder is None else folder
     config = read_config(source)
     provenance = config.provenance_config

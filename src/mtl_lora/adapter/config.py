@@ -34,11 +34,12 @@ class AdapterConfig(Config):
     """What is put on which linear layers.
 
     rank r and alpha give the scale alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732). dropout: the
-    probability p on the trained path's input, 0 is off. target_modules: names or name endings of linear layers; or, as
-    one string, a regular expression that the whole name must match, or ``all-linear`` for every one but the output
-    head. tasks: names in id order. modules_to_save: modules that are trained and saved whole beside the adapter.
-    The method ``none`` trains these alone and ignores target_modules, dropout, rank and alpha. task_modules: names or
-    endings of the adapted layers in which tasks differ, the others are LoRA's, one pair for all tasks; empty: all.
+    probability p on the trained path's input, 0 is off. target_modules: names or name endings of linear layers, or
+    regular expressions that a whole name must match, each of which must find one; or, as one string, an expression, or
+    ``all-linear`` for every one but the output head. tasks: names in id order. modules_to_save: modules that are
+    trained and saved whole beside the adapter. The method ``none`` trains these alone and ignores target_modules,
+    dropout, rank and alpha. task_modules: names or endings of the adapted layers in which tasks differ, the others are
+    LoRA's, one pair for all tasks; empty: all.
     hyperparameters: what the method's class declares; given by name (``num_B=3``) and read so too (``config.num_B``).
 
     Raises ``UserError`` naming the setting for an unknown method or hyperparameter and for a value against its rule.
@@ -101,6 +102,8 @@ class AdapterConfig(Config):
         layer = _layer_class(self.method)
         found = bool(self.target_modules) or not layer.adapts
         self.require("target_modules", "at least one name of a linear layer", found)
+        alone = isinstance(self.target_modules, str) or "all-linear" not in self.target_modules
+        self.require("target_modules", "names and expressions, or all-linear alone", alone)
         rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
         self.require("tasks", rule, bool(self.tasks) or not layer.needs_task_ids)
         layer.check_config(self)

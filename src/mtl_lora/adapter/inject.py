@@ -33,6 +33,7 @@ class Injection:
     called: set[nn.Module] = dataclasses.field(default_factory=set)  # the layers called while it is looked at
     watchers: list = dataclasses.field(default_factory=list)  # hooks of the layers meanwhile
     handles: list = dataclasses.field(default_factory=list)  # hooks of the model
+    off: bool = False  # inside ``disabled``
 
 
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
@@ -137,6 +138,11 @@ def find_targets(
     for name, module in targets.items():
         if module in saved:
             raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
+        if module.weight.is_meta and hasattr(module, "_hf_hook"):
+            raise UserError(
+                f"the layer {name} cannot carry an adapter: accelerate has offloaded its weight, and an adapter there "
+                "would have no values; put the adapter on first, or load with a device_map that holds the layer"
+            )
         for owner in model.modules():
             if _bypasses(owner, name) and any(part is module for part in owner.modules()):
                 raise UserError(
@@ -159,10 +165,12 @@ def _matching(
     whole = isinstance(target_modules, str)
     found: set[nn.Module] = set()
     for target in [target_modules] if whole else target_modules:
-        try:
-            pattern = re.compile(target if whole else rf"(.*\.)?{re.escape(target)}")
-        except re.error as error:
-            raise UserError(f"the target expression {target!r} is not a regular expression: {error}") from None
+        pattern = re.compile(rf"(.*\.)?{re.escape(target)}")
+        if whole or not (re.fullmatch(r"[\w.]+", target) or any(pattern.fullmatch(name) for name, _ in linears)):
+            try:
+                pattern = re.compile(target)
+            except re.error as error:
+                raise UserError(f"the target expression {target!r} is not a regular expression: {error}") from None
         matching = {module for name, module in linears if pattern.fullmatch(name)}
         if not matching:
             if fused := [name for name in fused_experts(model) if pattern.fullmatch(name)]:
@@ -284,8 +292,9 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
         base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
-    if getattr(getattr(model, "config", None), "_name_or_path", ""):
-        model.config._name_or_path = ""  # another base now, which the next adapter must not record as the one before
+    if getattr(getattr(unwrap(model), "config", None), "_name_or_path", ""):
+        # Another base now, which the next adapter must not record as the one before.
+        unwrap(model).config._name_or_path = ""
     return model
 
 
@@ -331,9 +340,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     slots = injection.slots if injection else []
     replace_modules(model, layers)
     trained = [slot.put_original() for slot in slots]
+    if injection:
+        injection.off = True
     try:
         yield
     finally:
+        if injection:
+            injection.off = False
         for slot, tensor in zip(slots, trained, strict=True):
             slot.put(tensor)
         for layer, base in layers.items():

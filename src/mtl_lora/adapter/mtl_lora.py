@@ -1,6 +1,7 @@
 """MTL-LoRA (arXiv 2410.09437, equations 5 to 7): a task's own r x r transform and its own mixture of up-projections."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,11 @@ class MtlLoraLayer(AdapterLayer):
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):
-        num_B: int = flag(3, "number n of up-projections")
-        temperature: float = flag(0.1, "temperature tau of the mixture softmax(w_t / tau)")
-        lambda_shape: str = flag("full", "Lambda_t: full (r x r), diagonal, or identity (not trained)", before="full")
+        num_B: int = flag(3, "number n of up-projections", min=1)
+        temperature: float = flag(0.1, "temperature tau of the mixture softmax(w_t / tau)", above=0)
+        lambda_shape: str = flag(
+            "full", "Lambda_t: full (r x r), diagonal, or identity (not trained)", choices=LAMBDA_SHAPES, before="full"
+        )
         mixture: str = flag(
             "learned", "the mixture: learned, or uniform (not trained)", choices=MIXTURES, before="learned"
         )
@@ -52,11 +55,6 @@ class MtlLoraLayer(AdapterLayer):
             above=0,
             before=1.0,
         )
-
-        def validate(self) -> None:
-            self.require("num_B", "at least 1", self.num_B >= 1)
-            self.require("temperature", "greater than 0", self.temperature > 0)
-            self.require("lambda_shape", f"one of {', '.join(LAMBDA_SHAPES)}", self.lambda_shape in LAMBDA_SHAPES)
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
@@ -143,6 +141,11 @@ def _combined(weights: torch.Tensor, transforms: torch.Tensor) -> torch.Tensor:
     return (weights[..., None, None] * transforms[..., None, :, :]).flatten(-3, -2)
 
 
+def _versions(parameters: Sequence[torch.Tensor]) -> list[int | None]:
+    """How often each was changed in place; not counted for a model that was built in inference mode."""
+    return [None if parameter.is_inference() else parameter._version for parameter in parameters]
+
+
 class _Transforms(torch.autograd.Function):
     """Ids (G,), tau, the dtype of the result, M lora_w (T, n) and M lora_lambda to M P_t transposed, (G, r, n r).
 
@@ -155,7 +158,7 @@ class _Transforms(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Not saved by autograd, which would free them after the first of several backward passes.
         ctx.task_ids, ctx.temperature, ctx.parameters = task_ids, temperature, parameters
-        ctx.versions = [parameter._version for parameter in parameters]
+        ctx.versions = _versions(parameters)
         half = len(parameters) // 2
         weights, transforms = _picked(parameters[:half], parameters[half:], task_ids, temperature)
         return _combined(weights, transforms).to(dtype).transpose(-1, -2).unbind()
@@ -164,7 +167,7 @@ class _Transforms(torch.autograd.Function):
     def backward(ctx, *gradients):
         half, result = len(gradients), [None] * (2 * len(gradients))
         called = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        if [parameter._version for parameter in ctx.parameters] != ctx.versions:
+        if _versions(ctx.parameters) != ctx.versions:
             raise RuntimeError(
                 "a weight of the adapter was changed in place between a forward pass and its backward pass"
             )

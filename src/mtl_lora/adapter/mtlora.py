@@ -34,12 +34,9 @@ class MtloraLayer(AdapterLayer):
 
     @dataclasses.dataclass
     class Hyperparameters(Hyperparameters):
-        task_rank: int = flag(4, "rank of each task's own pair")
+        task_rank: int = flag(4, "rank of each task's own pair", min=1)
         task_scale: float = flag(4.0, "scale of each task's own pair, a constant", above=0)
         shared_mode: str = flag("matrix", f"how shared and task outputs meet: {', '.join(MODES)}", choices=MODES)
-
-        def validate(self) -> None:
-            self.require("task_rank", "at least 1", self.task_rank >= 1)
 
     @classmethod
     def check_config(cls, config: AdapterConfig) -> None:

@@ -195,8 +195,7 @@ class TaskCollator:
             fields = ", ".join(examples[lacking[0]])
             raise UserError(f"an example has no task_ids but {fields}; pass remove_unused_columns=False to the Trainer")
         rest = [{key: value for key, value in example.items() if key != "task_ids"} for example in examples]
-        ids = [example["task_ids"] for example in examples]
-        return {**self.collator(rest), "task_ids": ids if isinstance(ids[0], str) else torch.as_tensor(ids)}
+        return {**self.collator(rest), "task_ids": Route([example["task_ids"] for example in examples]).task_ids}
 
 
 # ---- what is in force ----
@@ -226,13 +225,14 @@ class _Held:
 
     def __init__(self, outer: Route | None, model: BoundRoute | None = None):
         self.outer, self.model = outer, model
+        self.before: list[tuple] = []  # of each time that it is entered, also inside itself
 
     def __enter__(self) -> None:
-        self.before = (_thread.routes.outer, _thread.routes.model, _thread.routes.backward)
+        self.before.append((_thread.routes.outer, _thread.routes.model, _thread.routes.backward))
         _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.outer, self.model, _backward_pass()
 
     def __exit__(self, *exception) -> None:
-        _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.before
+        _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.before.pop()
 
 
 def use(task_ids) -> _Held:

@@ -14,6 +14,7 @@ from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_t
 from mtl_lora.errors import UserError
 
 _MOST_NAMED = 10  # files that one error names
+_ORIENTATION = 0x0112  # an EXIF tag
 _PROBED = 16  # images whose maps are read before anything begins
 
 
@@ -101,24 +102,20 @@ class DenseDataset(Dataset):
                 raise UserError(
                     f"{where} with {there.classes} classes, and {task.classes} are asked for; name other data"
                 )
-            # Other words may mean the same; the same words in another order do not.
-            if own != other and sorted(own) == sorted(other):
-                number = next(number for number, pair in enumerate(zip(own, other, strict=True)) if len({*pair}) > 1)
+            # Other words may mean the same; the same word at another place does not.
+            moved = [number for number, name in enumerate(own) if name in other and other[number] != name]
+            if moved:
+                number = moved[0]
                 names = f"{number} is {there.labels[number]!r} there, and {task.labels[number]!r} is asked for"
                 raise UserError(f"{where} with its classes in another order: {names}; correct one of them")
 
     def _check_files(self) -> None:
         """Raise ``UserError`` unless the files of all images are there."""
         missing = [path for id in self.ids if not (path := self.layout.image(id)).is_file()]
-        of_task = {}
         for task in self.tasks:
-            paths = itertools.chain(*(self.layout.paths(task, id) for id in self.ids))
-            of_task[task.name] = [path for path in paths if not path.is_file()]
-        if self.missing_labels:
-            whole = [name for name, absent in of_task.items() if len(set(absent)) >= len(self.ids)]
-            missing += of_task[whole[0]] if whole else []
-        else:
-            missing += [path for absent in of_task.values() for path in absent]
+            if not (self.missing_labels and any(self._is_there(task, id) for id in self.ids)):
+                paths = itertools.chain(*(self.layout.paths(task, id) for id in self.ids))
+                missing += [path for path in paths if not path.is_file()]
         if missing := list(dict.fromkeys(missing)):
             named = ", ".join(str(path.relative_to(self.layout.root)) for path in missing[:_MOST_NAMED])
             more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
@@ -185,6 +182,8 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     image = image if isinstance(image, Image.Image) else read_image(Path(image))
     if image.mode[0] in "IF":  # whose values PIL would cut off at 255
         raise UserError(f"{name} has pixels of 16 or 32 bits (mode {image.mode}); convert it to 8 bits")
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # whose maps may be drawn upright
+        raise UserError(f"{name} is to be turned, as its EXIF data say; save it upright, where its maps lie on it")
     image, shape = image.convert("RGB"), (image.height, image.width)
     factor = min(shape) // size
     return np.array(image.reduce(factor) if factor > 1 else image), shape

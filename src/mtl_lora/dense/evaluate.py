@@ -19,17 +19,16 @@ from mtl_lora.answer_config import AUTO
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.dense.data import DenseDataset, pixels_of
-from mtl_lora.dense.layouts import read_image
 from mtl_lora.dense.metrics import counts, task_result
 from mtl_lora.dense.sheet import map_of, rows_of, write_map, write_sheet
 from mtl_lora.dense.tasks import Task, TaskSet
 from mtl_lora.dense.transforms import Warp, image_tensor
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import QuestionSets, claimed_folders, in_halves
+from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable
 
 IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # of the images that a folder is searched for
 
 
 @dataclasses.dataclass
@@ -191,6 +190,8 @@ class Predictor(evaluation.Predictor):
 
     def predict(self, images: Sequence[str | Path | Image.Image]) -> list[dict[str, np.ndarray]]:
         """The maps of each image at its own size, see ``sheet.map_of``."""
+        if isinstance(images, str | Path | Image.Image):
+            raise UserError("predict takes a list of images; put the one into brackets")
         return [maps for _, maps in self._predicted(images)]
 
     def _predicted(
@@ -200,8 +201,8 @@ class Predictor(evaluation.Predictor):
         evaluator = self.evaluator
         size = evaluator.image_size
         for image in images:
-            opened = image if isinstance(image, Image.Image) else read_image(Path(image))
-            pixels, shape = pixels_of(ImageOps.exif_transpose(opened), size)  # upright, as a viewer shows it
+            opened = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(Path(image))
+            pixels, shape = pixels_of(opened, size)
             shown = image_tensor(pixels, Warp(), size, shape)
             evaluator.load()
             outputs = evaluator.maps(shown[None])
@@ -210,7 +211,10 @@ class Predictor(evaluation.Predictor):
 
 def predict(config: PredictConfig) -> None:
     """Write the maps of every image of the input, and a sheet of them, into a folder that is there whole or not."""
-    paths = images_below(Path(config.input))
+    source = Path(config.input)
+    if source.is_file():
+        require_readable([source])
+    paths = list(find_images(source, "--input").values()) if source.is_dir() else [source]
     predictor = Predictor(config.checkpoint, **config.answer_flags)
     tasks = predictor.evaluator.tasks
     output = config.output, ["*.png", "*.npy"], config.overwrite, [config.input], True
@@ -235,15 +239,3 @@ def _small(found: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map at the size of a sheet's pictures, by its nearest pixels."""
     rows, columns = (np.arange(side) * whole // side for side, whole in zip(size, found.shape, strict=False))
     return found[rows[:, None], columns]
-
-
-def images_below(path: Path) -> list[Path]:
-    """An image file, or those in a folder; raises ``UserError`` for none, and for two of one name but the ending."""
-    found = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UserError(f"{path} holds no image ({', '.join(SUFFIXES)}); pass another --input")
-    names = [each.stem for each in found]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} holds several images {twice}, whose maps would have one name; rename them")
-    return found

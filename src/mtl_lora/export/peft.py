@@ -247,7 +247,11 @@ def _write_task(
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous()
         if factors.magnitude is not None:
             tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude.contiguous()
-        settings = {"r": factors.A.shape[0], "lora_alpha": alpha, "use_dora": factors.magnitude is not None}
+        own = {"r": factors.A.shape[0], "lora_alpha": alpha, "use_dora": factors.magnitude is not None}
+        if settings not in ({}, own):
+            found = f"{name} has {own} and {next(iter(layers))} {settings}, and PEFT's file has one for all layers"
+            raise UserError(f"{found}; export the closest plain LoRA, --as lora --rank R")
+        settings = own
     folder.mkdir()
     error = None if rank is None else math.sqrt(lost / whole) if whole else 0.0
     metadata = {"format": "pt"} | ({} if error is None else {"relative_error": f"{error:.6g}"})

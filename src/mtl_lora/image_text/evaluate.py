@@ -17,10 +17,10 @@ from mtl_lora.image_text.captions import caption_rows, tokenizer_here
 from mtl_lora.image_text.config import ANSWER, OWN, SHUFFLED, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.image_text.data import IGNORED, Collator, Encoder
 from mtl_lora.image_text.examples import Example, load_examples, parse_example
-from mtl_lora.image_text.extract import find_images
 from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import CAPTION, CHOICE, OPEN_SETS, Task, TaskSet
 from mtl_lora.image_text.train import answer_losses
+from mtl_lora.images import find_images
 from mtl_lora.metrics import METRICS, mean, same_text, text_f1
 from mtl_lora.results import Comparability, Results, TaskResult, measure
 
@@ -78,13 +78,10 @@ class Evaluator(evaluation.Evaluator):
 
     def __init__(self, config: AnswerConfig):
         config.check_files()
-        self.config, path = config, config.checkpoint
+        self.config = config
         origin = self.read_checkpoint()
         self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
-        if origin.task_set:
-            self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
-        else:
-            self.tasks = TaskSet.load(config.tasks_file) if config.tasks_file else OPEN_SETS
+        self.use_tasks(origin, OPEN_SETS)
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
         name = config.base_model or origin.base_model
         self.use_base(name, visual.KIND, origin)

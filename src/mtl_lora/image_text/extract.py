@@ -16,10 +16,8 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -31,12 +29,8 @@ from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.features import CONTENT, FEATURES, SETTINGS
+from mtl_lora.images import find_images, open_image
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_MOST_NAMED = 5  # broken images that an error lists
 _BICUBIC = 3  # of Pillow, which is imported where it is used
 
 
@@ -61,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(config: Extract) -> None:
     """Extract what is missing of the features, then write the file; raises ``UserError``."""
-    images, output = find_images(Path(config.images)), Path(config.output)
+    images, output = find_images(Path(config.images), "--images"), Path(config.output)
     with files.claimed(output):
         base = BaseModel(config.model, config.trust_remote_code, "vision")
         settings = {"model": base.lasting_name, "fingerprint": base.fingerprint(), "size": config.size}
@@ -84,53 +78,6 @@ def run(config: Extract) -> None:
 def _contents(images: dict[str, Path]) -> str:
     """A hash of ids and files."""
     return files.sha256_of(json.dumps([(image, files.sha256(path)) for image, path in images.items()]).encode())
-
-
-def find_images(folder: Path, passed_by: str = "--images") -> dict[str, Path]:
-    """The images below a folder by id, in order of their ids, each of which can be opened and is not too large.
-
-    Raises ``UserError`` that names the files that are at fault.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if not folder.is_dir():
-        raise UserError(f"{passed_by} {folder} is not a folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
-            if path.stem in found:
-                raise UserError(f"two images have the id {path.stem!r}, {found[path.stem]} and {path}; rename one")
-            found[path.stem] = path
-    if not found:
-        raise UserError(f"{passed_by} {folder} holds no image ({', '.join(ENDINGS)})")
-    broken = []
-    for path in found.values():
-        try:
-            bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-            with bombs, Image.open(path) as opened:  # reads the header alone
-                if opened.mode.startswith(("I", "F")):
-                    broken.append(f"{path} has more than 8 bits a channel")
-        except UnidentifiedImageError:
-            broken.append(f"{path} is not an image")
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            broken.append(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-        except Exception as error:  # a file is input, of which Pillow raises whatever it likes
-            broken.append(f"{path} cannot be read ({error})")
-    if broken:
-        more = f" and so on, {len(broken):,} in all" if len(broken) > _MOST_NAMED else ""
-        raise UserError(f"{'; '.join(broken[:_MOST_NAMED])}{more}; save them anew as 8-bit RGB, or take them away")
-    return dict(sorted(found.items()))
-
-
-def open_image(path: Path) -> "Image.Image":
-    """The image in RGB, turned as its EXIF data says; raises ``UserError``."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:
-        raise UserError(f"the image {path} is broken ({error}); save it anew, or take it away") from None
 
 
 def read_image(path: Path, size: int) -> torch.Tensor:

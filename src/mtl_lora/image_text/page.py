@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
-from mtl_lora.image_text.extract import open_image
+from mtl_lora.images import open_image
 from mtl_lora.tasks import TaskSet
 
 NAME = "pictures.html"  # in the folder of an evaluation

@@ -11,7 +11,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
-from mtl_lora.adapter import checkpoint
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import in_halves, plan_batches
 from mtl_lora.language import answering
@@ -20,7 +19,7 @@ from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import parse_example
 from mtl_lora.language.metrics import task_result
 from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, encode_questions
-from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
+from mtl_lora.language.tasks import COMMONSENSE, Task
 from mtl_lora.results import TaskResult, Trainable
 from mtl_lora.systems import BASE_KINDS
 
@@ -47,7 +46,7 @@ class Evaluator(evaluation.Evaluator):
         self.refuse_flags(known)
         self.template = origin.prompt_template or config.template or "alpaca"
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
-        self.tasks = self._tasks(origin)
+        self.use_tasks(origin, COMMONSENSE)
         self.use_base(name, BASE_KINDS["language"], origin)
         tokenizer = self.base_model.tokenizer()
         tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
@@ -55,20 +54,6 @@ class Evaluator(evaluation.Evaluator):
         self.prefixes: dict[int, list[int]] = {}
         self.caches: answering.PrefixCaches | None = None
         self.scorer: answering.OptionScorer | None = None
-
-    def _tasks(self, origin: checkpoint.Provenance) -> TaskSet:
-        config = self.config
-        if origin.task_set:
-            tasks = TaskSet.from_json(origin.task_set, f"the task set of {config.checkpoint}")
-        else:
-            tasks = load_tasks_file(config.tasks_file) if config.tasks_file else COMMONSENSE
-        adapted = self.adapter.adapter_config.tasks if self.adapter else []
-        if adapted and adapted != tasks.names:
-            raise UserError(
-                f"{config.checkpoint} has weights for the tasks {', '.join(adapted)}, in this order, but the questions "
-                f"are of {', '.join(tasks.names)}; pass --tasks_file FILE that declares its tasks"
-            )
-        return tasks
 
     def settings(self, protocol: str) -> dict:
         settings = super().settings(protocol) | {"template": self.template}

@@ -62,8 +62,10 @@ class Question:
         return isinstance(said, str) and (line.get("prompt_sha256"), line.get("answer")) == expected
 
     def extract_again(self, line: dict) -> dict:
-        """A line of this question with its answer extracted from its text by today's rules."""
-        return self.line(self.answer_in(line["text"])) if "text" in line else line
+        """A line of this question with its answer extracted from its text by today's rules, or as it was scored."""
+        if "text" in line:
+            return self.line(self.answer_in(line["text"]))
+        return self.line({key: line[key] for key in ("parsed", "normalised", "scores") if key in line})
 
 
 def encode_questions(

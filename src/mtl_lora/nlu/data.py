@@ -12,7 +12,7 @@ from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.rows import cached_rows, tokenizer_hash
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
-_VERSION = 1
+_VERSION = 2
 COLUMNS = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -21,6 +21,7 @@ COLUMNS = datasets.Features(
         "length": datasets.Value("int32"),
         "task_id": datasets.Value("int32"),
         "removed": datasets.Value("int32"),
+        "pair": datasets.Value("bool"),
     }
 )
 
@@ -86,6 +87,7 @@ def training_rows(
             "length": [len(row["input_ids"]) for row in rows],
             "task_id": [example.task_id for example in examples],
             "removed": [row["removed"] for row in rows],
+            "pair": [example.text_b is not None for example in examples],
         }
 
     return cached_rows(path, facts, COLUMNS, cache_dir, lambda: load_examples(path, tasks, task), encode, digest)

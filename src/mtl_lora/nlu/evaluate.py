@@ -1,6 +1,7 @@
 """``mtl-lora evaluate`` and ``predict`` of encoders: a trained head's answers, or the cosine of two texts."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,8 @@ class Question(ExampleQuestion):
         return known and (line.get("prompt_sha256"), line.get("answer")) == expected
 
     def extract_again(self, line: dict) -> dict:
-        """The line: a head's answer needs no rules."""
-        return line
+        """The line: a head's answer needs no rules, but the example may now be of another group."""
+        return self.line(line["parsed"], line.get("scores"))
 
 
 class Evaluator(evaluation.Evaluator):
@@ -53,22 +54,25 @@ class Evaluator(evaluation.Evaluator):
     comparability = Comparability(["mode", "base_fingerprint", "cutoff_len"])
 
     def __init__(self, config: AnswerConfig):
-        self.config, path = config, config.checkpoint
+        self.config = config
         origin = self.read_checkpoint()
         self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
-        if self.adapter:
-            self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
-            if self.adapter.adapter_config.tasks != self.tasks.names:
-                raise UserError(f"{path} has heads for other tasks than it names; train it again")
-        else:
-            self.tasks = TaskSet.load(config.tasks_file) if config.tasks_file else GLUE
+        self.use_tasks(origin, GLUE)
+        self.pairs = origin.pairs or {}
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
         self.use_base(config.base_model or origin.base_model, heads.KIND, origin)
         tokenizer = self.base_model.tokenizer()
         self.encoder, self.collator = Encoder(tokenizer, self.cutoff_len), Collator(tokenizer.pad_token_id)
 
-    def questions(self, examples: Sequence[Example]) -> list[Question]:
-        """Questions of examples."""
+    def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
+        """Questions of examples; raises ``UserError`` naming ``source`` and a pair where the training had none, or the
+        other way round: its score would look like any other."""
+        for example in examples:
+            task, is_pair = self.tasks[example.task_id].name, example.text_b is not None
+            if self.pairs.get(task, is_pair) != is_pair:
+                has, had = ("a", "none") if is_pair else ("no", "one")
+                found = f"{source}, example {example.index} has {has} 'text_b'"
+                raise UserError(f"{found}, and in training every example of {task} had {had}")
         rows = self.encoder.encode(examples)
         found = []
         for example, row in zip(examples, rows, strict=True):
@@ -125,7 +129,7 @@ class Evaluator(evaluation.Evaluator):
     def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
         if not self.adapter:
             raise UserError("a prediction needs a trained head; pass --checkpoint DIR")
-        return {CLASSIFY: self.questions(evaluation.inputs(parse_example, values, source, self.tasks, task))}
+        return {CLASSIFY: self.questions(evaluation.inputs(parse_example, values, source, self.tasks, task), source)}
 
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         return measure(task.metric_name, lines, task.labels)
@@ -147,7 +151,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
         evaluator.tasks,
         config.tasks or ([] if config.checkpoint else _with_cosine(evaluator.tasks)),
         load_examples,
-        lambda examples, path: evaluator.questions(examples),
+        evaluator.questions,
         config.limit,
         config.made_by if evaluator.tasks.names == GLUE.names else "",
     )

@@ -97,8 +97,8 @@ def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTr
     for name, drawn in heads.items():
         setattr(model, name, TaskHeads(drawn, tasks))
     model.config.num_labels = max(task.outputs for task in tasks)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = base.tokenizer().pad_token_id  # decoders find the last token by it
+    # With which batches are padded, whatever the configuration says: decoders find the last token by it.
+    model.config.pad_token_id = base.tokenizer().pad_token_id
     return model
 
 

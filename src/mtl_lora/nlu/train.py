@@ -44,4 +44,6 @@ class EncoderRun(Run):
         return Collator(self.tokenizer.pad_token_id), model.TaskLosses(self.tasks)
 
     def provenance(self) -> dict[str, object]:
-        return {"cutoff_len": self.config.cutoff_len}
+        rows = self.train.select_columns(["task_id", "pair"]).to_pandas().groupby("task_id")["pair"]
+        pairs = {self.tasks[int(id)].name: bool(both.all()) for id, both in rows if both.nunique() == 1}
+        return {"cutoff_len": self.config.cutoff_len, "pairs": pairs}

@@ -102,8 +102,9 @@ class CompareConfig(Rendered):
         sides = [Results.load_all(path) for path in self.runs]
         pairs = [(a, b) for a, b in itertools.product(*sides) if a.mode == b.mode == (self.mode or a.mode)]
         if len(pairs) > 1 or (self.mode and not pairs):
-            modes = [" and ".join(str(result.mode) for result in side) for side in sides]
-            raise UserError(f"--mode must name one protocol of both, not {self.mode}; A has {modes[0]}, B {modes[1]}")
+            modes = [" and ".join(f"{each.mode} ({each.path})" for each in side) for side in sides]
+            way_out = "name one by --mode, or the one file of a side"
+            raise UserError(f"A has {modes[0]}, B has {modes[1]}, and two of one protocol are compared; {way_out}")
         a, b = pairs[0] if pairs else (side[0] for side in sides)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
         report = compare(a, b, self.seed, self.resamples, self.tasks)

@@ -6,7 +6,6 @@ import math
 import re
 import statistics
 import textwrap
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,13 +66,10 @@ def _style():
 
 def draw(study: Study) -> list[Drawing]:
     """Everything that a study or a run has the numbers for, each under a name of its own."""
-    names, found = Counter(), []
     with _style():
-        for drawing in (each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)):
-            names[drawing.name] += 1
-            further = f"_{names[drawing.name]}" if names[drawing.name] > 1 else ""
-            found.append(dataclasses.replace(drawing, name=drawing.name + further))
-    return found
+        found = [each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)]
+    names = _numbered([drawing.name for drawing in found])
+    return [dataclasses.replace(drawing, name=name) for drawing, name in zip(found, names, strict=True)]
 
 
 def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -83,8 +79,9 @@ def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str
         raise UserError("several runs are drawn together; pass --output DIR for their figures")
     own = Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent
     folder, studies, contents = Path(output) if output else own / "figures", load_studies(runs), {}
-    for study in studies:
-        prefix = f"{_slug(study.name)}_" if len(studies) > 1 else ""
+    prefixes = _numbered([_slug(study.name) for study in studies])
+    for study, prefix in zip(studies, prefixes, strict=True):
+        prefix = f"{prefix}_" if len(studies) > 1 else ""
         for drawing in draw(study):
             contents |= {folder / f"{prefix}{drawing.name}.{style}": drawing.render(style) for style in formats}
     if not contents:
@@ -100,6 +97,12 @@ def look(index: int) -> dict:
     """Colour, marker and line of a study's index-th experiment: of seven, any one of the three tells it apart."""
     turned = (index + index // len(COLOURS)) % len(COLOURS)
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[turned], "linestyle": LINES[turned]}
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """The names, of which a repeated one gets ``_2`` and so on."""
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [f"{name}_{count}" if count > 1 else name for name, count in zip(names, counts, strict=True)]
 
 
 def _slug(text: str) -> str:

@@ -181,7 +181,9 @@ class Grid(Config):
         if experiment.train is not None:
             experiment.train = self._checked(experiment.train, "train")
         experiment.evaluate = self._checked(experiment.evaluate, "evaluate")
-        own = [*experiment.evaluate.get("tasks", []), *(experiment.only_tasks if experiment.alone else [])]
+        flags = {"checkpoint": "any", **self.evaluate, **experiment.evaluate}
+        named = self.flags_of("evaluate").from_json(flags, "evaluate").tasks if "tasks" in experiment.evaluate else []
+        own = [*named, *(experiment.only_tasks if experiment.alone else [])]
         for task in [*experiment.only_tasks, *scored, *own]:
             if self.tasks[task].name in own and scored and task not in scored:
                 raise UserError(f"{task} is to be scored, and the grid's evaluate has the tasks {scored} alone")

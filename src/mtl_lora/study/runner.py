@@ -128,7 +128,7 @@ class Runner:
         print(f"{self.plan.grid.name}: {total} jobs, {finished} of them finished, in {self.plan.folder}", flush=True)
         began, due = time.monotonic(), 0.0
         try:
-            with contextlib.closing(execute_all(self._known, slots)) as working:
+            with contextlib.closing(execute_all(self._known, slots, self.overwrite)) as working:
                 for done, (job, state) in enumerate(working, start=1):
                     facts = [f"{step} {timedelta(seconds=round(seconds))}" for step, seconds in state.seconds.items()]
                     if average := (results := Results.load(job.folder / artifacts.RESULTS)).average:
@@ -174,11 +174,14 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
 # ---- doing jobs ----
 
 
-def execute_all(known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict]) -> Iterator[tuple[PlannedJob, State]]:
+def execute_all(
+    known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict], overwrite: bool = False
+) -> Iterator[tuple[PlannedJob, State]]:
     """Do what is left of every job; yields each when it is done.
 
-    known: the jobs in order, asked again after each. slots: options of processes, one job at a time with each. The
-    first that fails, which raises ``JobFailed``, ends those that run beside it; so does closing this generator.
+    known: the jobs in order, asked again after each. slots: options of processes, one job at a time with each.
+    overwrite: a half-done evaluation begins anew, for its answers may be of another device's dtype. The first that
+    fails, which raises ``JobFailed``, ends those that run beside it; so does closing this generator.
     """
     free, working, waiting = deque(slots), {}, None
     try:
@@ -187,7 +190,7 @@ def execute_all(known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict]
                 waiting = deque(job for job in known() if not job.is_finished and job.folder not in working)
             while waiting and free:
                 job, slot = waiting.popleft(), free.popleft()
-                working[job.folder] = job, slot, execute(job, slot)
+                working[job.folder] = job, slot, execute(job, slot, overwrite)
             if not working:
                 return
             for job, slot, work in list(working.values()):
@@ -204,7 +207,7 @@ def execute_all(known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict]
             work.close()
 
 
-def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
+def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[None, None, State]:
     """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
     remove_leftovers(job.folder / STATE)
     for sample in job.data.values():
@@ -225,7 +228,7 @@ def execute(job: PlannedJob, slot: dict) -> Generator[None, None, State]:
         if step == "train" and started:
             resume = artifacts.checkpoints(job.folder)
             flags = {"resume_from_checkpoint": True} if resume else {"overwrite_output_dir": True}
-        if step == "train" or not started:
+        if step == "train" or overwrite or not started:
             # What an evaluation has left of other weights, or of another configuration beside a training that is kept.
             artifacts.remove_evaluation(job.folder)
         state = dataclasses.replace(state, starts={**state.starts, step: state.starts.get(step, 0) + 1})

@@ -190,6 +190,8 @@ class TrainingConfig(Config):
             raise UserError("--token_budget sorts all examples by length, so --length_pool has no effect; pass one")
         if self.token_budget and self.sampling_temperature != 1:
             raise UserError("--token_budget and --sampling_temperature cannot be combined; pass one")
+        if self.val_set_size and not self.save_step:
+            raise UserError("--val_set_size holds out examples for a loss at every save; pass --save_step too")
         tasks = self.task_set()
         if self.task is not None:
             tasks[self.task]  # an unknown name is an error of the flag, not of an example
@@ -220,13 +222,8 @@ class TrainingConfig(Config):
 
         values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
         flags = _ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
-        targets = self.lora_target_modules
-        is_name = {target: re.fullmatch(r"[\w.]+", target) is not None for target in targets}
-        if targets == ["all-linear"] or (len(targets) == 1 and not all(is_name.values())):
-            values["target_modules"] = targets[0]
-        elif not all(is_name.values()):  # names and expressions together are one expression
-            parts = (rf"(?:.*\.)?{re.escape(each)}" if is_name[each] else f"(?:{each})" for each in targets)
-            values["target_modules"] = "|".join(parts)
+        if len(targets := self.lora_target_modules) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+            values["target_modules"] = targets[0]  # all-linear, or an expression
         try:
             method = layer_class(self.adapter_name)
             if method.only_streams and not self.has_streams:

@@ -106,22 +106,19 @@ def make_sampler(
 class TaskLosses:
     """Weighted losses and weights by task since the last reading, kept on the device: no synchronisation."""
 
-    def __init__(self, tasks: int):
-        self.tasks = tasks
-        self.sums: torch.Tensor | None = None
+    def __init__(self, tasks: int, device: torch.device | str = "cpu"):
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # which Apple's GPUs lack
+        self.sums = torch.zeros(2, tasks, dtype=dtype, device=device)
 
     def add(self, losses: torch.Tensor, weights: torch.Tensor, task_ids: torch.Tensor) -> None:
         """Add losses (N,) with their weights (N,) to their tasks (N,)."""
-        if self.sums is None:
-            dtype = torch.float32 if losses.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-            self.sums = torch.zeros(2, self.tasks, dtype=dtype, device=losses.device)
         weights = weights.detach().to(self.sums.dtype)
         self.sums.index_add_(1, task_ids, torch.stack([losses.detach().to(self.sums.dtype) * weights, weights]))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums of weighted losses, sums of weights), each (T,), over all processes; starts from zero again."""
-        sums = torch.zeros(2, self.tasks, dtype=torch.float64) if self.sums is None else self.sums
-        self.sums = None
+        # Of a process that had no example too: NCCL sums on the device alone.
+        sums, self.sums = self.sums, torch.zeros_like(self.sums)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         return sums[0].cpu(), sums[1].cpu()
@@ -152,7 +149,7 @@ class MultiTaskTrainer(Trainer):
         **options,
     ):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
-        self.eval_lengths, self.task_losses = eval_lengths, TaskLosses(len(self.tasks))
+        self.eval_lengths = eval_lengths
         self.task_weights = None if task_weights is None else torch.tensor(task_weights, dtype=torch.float32)
         self._began: int | None = None  # the step after which this process trains; None where it trains none
         self.room: BinaryIO | None = None
@@ -163,6 +160,7 @@ class MultiTaskTrainer(Trainer):
             super().__init__(data_collator=collator, **options)
         finally:
             model._hf_peft_config_loaded = before
+        self.task_losses = TaskLosses(len(self.tasks), self.args.device)
         # compute_loss divides by the weights of the whole step; the Trainer must not divide by the micro-batches too.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -254,7 +252,7 @@ class MultiTaskTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss on held-out examples, over all and per task, exact for any split into batches."""
-        examples, losses = self.eval_dataset, TaskLosses(len(self.tasks))
+        examples, losses = self.eval_dataset, TaskLosses(len(self.tasks), self.args.device)
         lengths = np.zeros(len(examples)) if self.eval_lengths is None else self.eval_lengths
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
