@@ -31,8 +31,6 @@ from transformers.models.auto.modeling_auto import (
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file, logging
 
-from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import inject, trainable_parameters
 from mtl_lora.adapter.layer import is_quantised
 from mtl_lora.config import DTYPES
 from mtl_lora.embedded import MODELS, model_folder
@@ -300,10 +298,6 @@ class BaseModel:
                     if comparable and not torch.allclose(here.float(), there, rtol=0.02, atol=1e-3 * there.abs().max()):
                         return name
         return None
-
-    def count(self, adapter: AdapterConfig) -> tuple[int, int]:
-        """(trainable, all) parameters with an adapter on it, counted on the meta device."""
-        return trainable_parameters(inject(self.structure(), adapter))
 
     def check_fingerprint(self, expected: str | None, found: str | None, source: str | Path) -> None:
         """Raise ``UserError`` if both fingerprints are known and differ: ``source`` belongs to another base model."""

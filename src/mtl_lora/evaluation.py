@@ -191,6 +191,10 @@ class Evaluator(abc.ABC):
         self.check_unchanged()
         self.model = model.eval().to(device)
 
+    def structure(self) -> torch.nn.Module:
+        """What ``build`` returns, on the meta device: every module and shape, no memory."""
+        return self.base_model.structure()
+
     @abc.abstractmethod
     def build(self) -> torch.nn.Module:
         """The base model with its weights, on which a checkpoint's adapter is put."""
@@ -222,7 +226,9 @@ class Evaluator(abc.ABC):
 
     def trainable(self) -> Trainable | None:
         """The adapter's parameters, and all of the model's."""
-        return Trainable(*self.base_model.count(self.adapter.adapter_config)) if self.adapter else None
+        if not self.adapter:
+            return None
+        return Trainable(*mtl_lora.trainable_parameters(mtl_lora.inject(self.structure(), self.adapter.adapter_config)))
 
     def adapter_json(self) -> dict | None:
         """The adapter's own description."""

@@ -53,7 +53,9 @@ def test_a_quantised_base_is_trained_on_and_evaluated(train, whole, tmp_path, bi
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
 def test_a_base_is_loaded_in_4_bits_by_a_flag_for_training_evaluation_and_merging(train, whole, tmp_path, capsys):
     folder = train("run", base_model=whole, load_in_4bit=True)
-    trainable, total = BaseModel(whole).count(read_config(folder).adapter_config)
+    trainable, total = mtl_lora.trainable_parameters(
+        mtl_lora.inject(BaseModel(whole).structure(), read_config(folder).adapter_config)
+    )
     assert f"trainable parameters: {trainable:,} of {total:,} (" in capsys.readouterr().err
     evaluation = {"checkpoint": str(folder), "data_dir": str(QUICKSTART / "test"), "limit": 1, "dtype": "fp32"}
     for flags, expected in (({}, True), ({"load_in_4bit": False}, None)):

@@ -23,6 +23,7 @@ _WARMUP = 0.1  # of the least learning rate: where the warm-up begins
 class TrainConfig(TrainingConfig):
     """Everything that configures a training on maps of images."""
 
+    system = "dense"
     has_streams = True
     idle = dict.fromkeys(_OF_OTHERS, "is of other systems and does nothing for dense")
     made_by = "mtl-lora prepare scenes"
@@ -82,14 +83,6 @@ class TrainConfig(TrainingConfig):
             rates = {"min_lr_rate": self.min_lr_rate, "warmup_lr_rate": _WARMUP * self.min_lr_rate}
             options |= {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_scheduler_kwargs": rates}
         return options
-
-    def count(self) -> tuple[int, int]:
-        from mtl_lora.base_model import BaseModel
-        from mtl_lora.dense.model import KIND, count
-
-        base, tasks = BaseModel(self.base_model, self.trust_remote_code, KIND), self.task_set()
-        placing = {"downsampler": self.downsampler, "extras": self.train_extras}
-        return count(base, tasks, self.adapter_config(tasks), **placing)
 
 
 @dataclasses.dataclass(kw_only=True)

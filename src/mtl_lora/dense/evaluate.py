@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageOps
 
 from mtl_lora import evaluation, files
-from mtl_lora.adapter.inject import inject, trainable_parameters
 from mtl_lora.answer_config import AUTO
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
@@ -26,7 +25,7 @@ from mtl_lora.dense.transforms import Warp, image_tensor
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import QuestionSets, claimed_folders, in_halves
 from mtl_lora.images import find_images, open_image, require_readable
-from mtl_lora.results import Comparability, Results, TaskResult, Trainable
+from mtl_lora.results import Comparability, Results, TaskResult
 
 IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
 
@@ -99,6 +98,9 @@ class Evaluator(evaluation.Evaluator):
                 found.questions.append(Question(task, index, label, image, place))
         return found
 
+    def structure(self) -> torch.nn.Module:
+        return dense.structure(self.base_model, self.tasks)
+
     def build(self) -> torch.nn.Module:
         return dense.load(self.base_model, self.tasks, self.config.dtype)
 
@@ -140,10 +142,6 @@ class Evaluator(evaluation.Evaluator):
 
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         return task_result(task, lines, self.config.official)
-
-    def trainable(self) -> Trainable:
-        model = dense.structure(self.base_model, self.tasks)
-        return Trainable(*trainable_parameters(inject(model, self.adapter.adapter_config)))
 
     def write_sheet(self, path: Path) -> None:
         """A picture of the first images of the test set, their labels and their maps."""

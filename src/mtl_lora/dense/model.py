@@ -6,7 +6,6 @@ from transformers import PreTrainedModel
 
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import inject, trainable_parameters
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, enable_checkpointing
@@ -139,9 +138,3 @@ def placed(adapter: AdapterConfig, model: DenseModel, downsampler: bool = False,
 
 def _changed(adapter: AdapterConfig, **fields) -> AdapterConfig:
     return AdapterConfig.from_json(adapter.to_json() | fields)
-
-
-def count(base: BaseModel, tasks: TaskSet, adapter: AdapterConfig, **placing) -> tuple[int, int]:
-    """(trainable, all) parameters with adapter and decoders, counted on the meta device."""
-    model = structure(base, tasks)
-    return trainable_parameters(inject(model, placed(adapter, model, **placing)))

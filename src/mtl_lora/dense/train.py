@@ -1,5 +1,6 @@
 """Training on maps: every image has all tasks, each with a loss of its own mean, from one forward."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,11 +22,6 @@ _PER_PROCESS = (
 )
 
 
-def run(config: TrainConfig) -> None:
-    """Train as ``config`` says, see ``training.run.train``."""
-    train(DenseRun, config)
-
-
 class Collator:
     """Items of a data set to a batch: ``pixel_values`` (B, 3, S, S), the labels of each task stacked under its name,
     and ``loss_weight`` (T,). It passes the epoch on to the data set."""
@@ -43,7 +39,6 @@ class Collator:
 class DenseRun(Run):
     """The training of a backbone with decoders. Its rows are the images of a ``DenseDataset``."""
 
-    system = "dense"
     task_set = TaskSet
 
     def __init__(self, config: TrainConfig):
@@ -92,3 +87,7 @@ class DenseRun(Run):
 
     def provenance(self) -> dict[str, object]:
         return {}
+
+
+RUN = DenseRun
+run = functools.partial(train, RUN)  # as a configuration says

@@ -26,6 +26,7 @@ TOKENIZERS = ("auto", "ptb", "simple")  # of captions
 class TrainConfig(TrainingConfig):
     """Everything that configures a training run on images and texts."""
 
+    system = "image_text"
     made_by = "mtl-lora prepare image_text"
 
     base_model: str = flag("smollm2-135m", "name or folder of a causal language model or an encoder-decoder (BART, T5)")
@@ -99,14 +100,6 @@ class TrainConfig(TrainingConfig):
         from mtl_lora.image_text.model import VisualConfig
 
         return VisualConfig(store.dim, store.grid, self.pool, self.images, store.source)
-
-    def count(self) -> tuple[int, int]:
-        from mtl_lora.base_model import BaseModel
-        from mtl_lora.image_text.features import FeatureStore
-        from mtl_lora.image_text.model import KIND, count
-
-        base, images = BaseModel(self.base_model, self.trust_remote_code, KIND), FeatureStore(self.features)
-        return count(base, self.visual_config(images), self.adapter_config(self.task_set()))
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -174,6 +174,9 @@ class Evaluator(evaluation.Evaluator):
         answers = map(len, self.encoder.labels[task.id])
         return len(question.prompt_ids) + images + max(answers, default=task.generated_tokens)
 
+    def structure(self) -> PreTrainedModel:
+        return visual.structure(self.base_model, self.images)
+
     def build(self) -> PreTrainedModel:
         dtype = self.config.dtype, self.load_in_4bit
         model = visual.load(self.base_model, self.images, *dtype) if self.adapter else self.base_model.load(*dtype)
@@ -269,11 +272,6 @@ class Evaluator(evaluation.Evaluator):
             value, error = mean([float(all(each)) for each in groups.values()])
             others["consistency"] = TaskResult("accuracy", value, error, len(groups))
         return dataclasses.replace(result, others=result.others | others)
-
-    def trainable(self):
-        if not self.adapter:
-            return None
-        return evaluation.Trainable(*visual.count(self.base_model, self.images, self.adapter.adapter_config))
 
 
 def run(config: EvalConfig) -> dict[str, Results]:

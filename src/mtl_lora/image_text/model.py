@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets, inject, trainable_parameters
+from mtl_lora.adapter.inject import find_targets
 from mtl_lora.adapter.layer import gathered
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, accepts_argument, positions_of
@@ -284,9 +284,3 @@ def in_language_model(adapter: AdapterConfig, model: PreTrainedModel) -> Adapter
     adapter = AdapterConfig.from_json(adapter.to_json() | {"modules_to_save": saved})
     find_targets(model, adapter)
     return adapter
-
-
-def count(base: BaseModel, config: VisualConfig, adapter: AdapterConfig) -> tuple[int, int]:
-    """(trainable, all) parameters with an adapter and the visual embedding, counted on the meta device."""
-    model = structure(base, config)
-    return trainable_parameters(inject(model, in_language_model(adapter, model)))

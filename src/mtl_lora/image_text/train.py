@@ -26,15 +26,9 @@ from mtl_lora.training.sampler import RoundRobinSampler, StepSampler
 from mtl_lora.training.trainer import Batch
 
 
-def run(config: TrainConfig) -> None:
-    """Train as ``config`` says, see ``training.run.train``."""
-    train(ImageTextRun, config)
-
-
 class ImageTextRun(Run):
     """The training of a language model that is shown images."""
 
-    system = "image_text"
     task_set = TaskSet
     shortened_at = "the ends of their texts and answers"
 
@@ -105,6 +99,10 @@ class ImageTextRun(Run):
 
     def provenance(self) -> dict[str, object]:
         return {"cutoff_len": self.config.cutoff_len, "model_settings": self.images.to_json()}
+
+
+RUN = ImageTextRun
+run = functools.partial(train, RUN)  # as a configuration says
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

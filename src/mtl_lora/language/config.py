@@ -22,6 +22,7 @@ MODES = (*PROTOCOLS, "both")
 class TrainConfig(TrainingConfig):
     """Everything that configures a training run of a language model."""
 
+    system = "language"
     made_by = "mtl-lora prepare commonsense"
 
     base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")

@@ -1,5 +1,6 @@
 """Training of language models: their rows, their model, and losses with or without shared prompt prefixes."""
 
+import functools
 from collections.abc import Iterable
 
 import datasets
@@ -11,7 +12,6 @@ from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, ta
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import choose_attention
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
-from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.encode import CHAT
 from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
 from mtl_lora.language.tasks import TaskSet
@@ -20,15 +20,9 @@ from mtl_lora.training.rows import row_columns
 from mtl_lora.training.run import Run, train
 
 
-def run(config: TrainConfig) -> None:
-    """Train as ``config`` says, see ``training.run.train``."""
-    train(LanguageRun, config)
-
-
 class LanguageRun(Run):
     """The training of a causal language model."""
 
-    system = "language"
     task_set = TaskSet
     shortened_at = "the middle of their instructions"
 
@@ -81,6 +75,10 @@ class LanguageRun(Run):
             "chat_template": self.tokenizer.get_chat_template() if template == CHAT else None,
             "cutoff_len": self.config.cutoff_len,
         }
+
+
+RUN = LanguageRun
+run = functools.partial(train, RUN)  # as a configuration says
 
 
 def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:

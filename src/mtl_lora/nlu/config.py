@@ -17,6 +17,7 @@ CLASSIFY, COSINE = "classify", "cosine"
 class TrainConfig(TrainingConfig):
     """Everything that configures a training run of an encoder."""
 
+    system = "nlu"
     made_by = "mtl-lora prepare glue"
 
     base_model: str = flag("minilm-l6", "name or folder of any encoder of transformers; minilm-l6 is fetched")
@@ -33,13 +34,6 @@ class TrainConfig(TrainingConfig):
 
     def read_tasks(self) -> TaskSet:
         return TaskSet.load(self.tasks_file) if self.tasks_file else GLUE
-
-    def count(self) -> tuple[int, int]:
-        from mtl_lora.base_model import BaseModel
-        from mtl_lora.nlu.model import KIND, count
-
-        base, tasks = BaseModel(self.base_model, self.trust_remote_code, KIND), self.task_set()
-        return count(base, tasks, self.adapter_config(tasks))
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, Pred
 from mtl_lora.nlu.data import Collator, Encoder
 from mtl_lora.nlu.examples import Example, load_examples, parse_example
 from mtl_lora.nlu.tasks import GLUE, Task, TaskSet
-from mtl_lora.results import Comparability, Results, TaskResult, Trainable, measure
+from mtl_lora.results import Comparability, Results, TaskResult, measure
 
 TOKEN_BUDGET, GPU_TOKEN_BUDGET = 4096, 131072  # tokens of a batch with --batch_size auto
 
@@ -82,6 +82,9 @@ class Evaluator(evaluation.Evaluator):
         self.base_model.check_positions(longest, "a text; take a shorter --cutoff_len")
         return found
 
+    def structure(self) -> PreTrainedModel:
+        return heads.structure(self.base_model, self.tasks)
+
     def build(self) -> PreTrainedModel:
         return heads.load(self.base_model, self.tasks, self.config.dtype, self.load_in_4bit)
 
@@ -133,11 +136,6 @@ class Evaluator(evaluation.Evaluator):
 
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         return measure(task.metric_name, lines, task.labels)
-
-    def trainable(self) -> Trainable | None:
-        if not self.adapter:
-            return None
-        return Trainable(*heads.count(self.base_model, self.tasks, self.adapter.adapter_config))
 
 
 def run(config: EvalConfig) -> dict[str, Results]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets, inject, injection_of, merge, targets_for, trainable_parameters
+from mtl_lora.adapter.inject import find_targets, injection_of, merge, targets_for
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, at_least_float32
@@ -156,12 +156,6 @@ def _of_relative_positions(encoder: nn.Module) -> set[nn.Module]:
             named = owner.named_children()
             found |= {module for name, module in named if name in shared or name.startswith("pos_")}
     return found
-
-
-def count(base: BaseModel, tasks: TaskSet, adapter: AdapterConfig) -> tuple[int, int]:
-    """(trainable, all) parameters with an adapter and the heads, counted on the meta device."""
-    model = structure(base, tasks)
-    return trainable_parameters(inject(model, in_encoder(adapter, model)))
 
 
 # ---- a plain model of one task ----

@@ -1,25 +1,20 @@
 """Training of encoders: mixed batches of all tasks, an adapter in the encoder, a head per task."""
 
+import functools
+
 import datasets
 from transformers import PreTrainedModel
 
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.nlu import model
-from mtl_lora.nlu.config import TrainConfig
 from mtl_lora.nlu.data import Collator, training_rows
 from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.run import Run, train
 
 
-def run(config: TrainConfig) -> None:
-    """Train as ``config`` says, see ``training.run.train``."""
-    train(EncoderRun, config)
-
-
 class EncoderRun(Run):
     """The training of an encoder."""
 
-    system = "nlu"
     task_set = TaskSet
     shortened_at = "their ends"
 
@@ -47,3 +42,7 @@ class EncoderRun(Run):
         rows = self.train.select_columns(["task_id", "pair"]).to_pandas().groupby("task_id")["pair"]
         pairs = {self.tasks[int(id)].name: bool(both.all()) for id, both in rows if both.nunique() == 1}
         return {"cutoff_len": self.config.cutoff_len, "pairs": pairs}
+
+
+RUN = EncoderRun
+run = functools.partial(train, RUN)  # as a configuration says

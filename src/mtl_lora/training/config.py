@@ -11,6 +11,7 @@ from pathlib import Path
 from mtl_lora.adapter.config import AdapterConfig, hyperparameter_flags
 from mtl_lora.config import DTYPES, Config, Flag, flag
 from mtl_lora.errors import UserError
+from mtl_lora.systems import part
 from mtl_lora.tasks import TaskSet
 
 # The adapter's own words and the flags that users of the original and of LLM-Adapters know.
@@ -35,6 +36,7 @@ class TrainingConfig(Config):
     """
 
     affects = "weights"
+    system = ""  # the package that it belongs to
     has_streams = False  # whether the system's models have an output for each task of one input
     made_by = ""  # the command that makes the data file, where the default's is missing
 
@@ -241,6 +243,4 @@ class TrainingConfig(Config):
 
     def count(self) -> tuple[int, int]:
         """(trainable, all) parameters of the model that is trained, counted without its weights."""
-        from mtl_lora.base_model import BaseModel  # with torch, which flags need for nothing else
-
-        return BaseModel(self.base_model, self.trust_remote_code).count(self.adapter_config(self.task_set()))
+        return part(self.system, "train").RUN(self).count()  # with torch, which flags need for nothing else

@@ -36,7 +36,6 @@ class Run:
     Settled as the run goes: ``adapter`` (its configuration), ``arguments`` (the Trainer's), ``train`` (rows).
     """
 
-    system: str
     tasks: TaskSet
     adapter: AdapterConfig
     arguments: TrainingArguments
@@ -47,7 +46,7 @@ class Run:
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
-        self.base = BaseModel(config.base_model, config.trust_remote_code, BASE_KINDS[self.system])
+        self.base = BaseModel(config.base_model, config.trust_remote_code, BASE_KINDS[config.system])
 
     # ---- what a system says ----
 
@@ -193,7 +192,7 @@ class Run:
                 task_set=self.tasks.to_json(),
                 train_settings=config.to_json(),
                 commit=checkout_commit(),
-                system=self.system,
+                system=config.system,
                 untrained_tasks=untrained,
                 **self.provenance(),
             ),
@@ -212,6 +211,12 @@ class Run:
     def structure(self) -> PreTrainedModel:
         """The model on which the adapter is put, on the meta device."""
         return self.base.structure()
+
+    def count(self) -> tuple[int, int]:
+        """(trainable, all) parameters of the model, counted on the meta device."""
+        model = self.structure()
+        adapter, _ = self.place_adapter(self.config.adapter_config(self.tasks), model)
+        return mtl_lora.trainable_parameters(mtl_lora.inject(model, adapter))
 
     @property
     def unread(self) -> set[str]:
