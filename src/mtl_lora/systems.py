@@ -1,6 +1,6 @@
 """The systems: what is trained around the adapters. Each is a package of this one, with parts of the same names.
 
-``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig`` and what their help says; ``train``: ``run``;
+``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig`` and what their help says; ``train``: ``run``, ``RUN``;
 ``evaluate``: ``run``, ``predict``, ``Predictor``; ``examples``: ``DATA``, what a study takes samples of (see
 ``samples``). Named here, and imported where one is asked for: no part of the library knows them all.
 """
