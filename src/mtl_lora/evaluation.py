@@ -417,6 +417,7 @@ class Predictor:
         if isinstance(examples, str | Mapping):
             raise UserError("predict takes a list of examples; put the one into brackets")
         values = [{self.field: example} if isinstance(example, str) else example for example in examples]
+        values = [dict(value) if isinstance(value, Mapping) else value for value in values]
         questions = self.evaluator.to_predict(values, "the examples", task, **how)
         if any(questions.values()):
             self.evaluator.load()

@@ -15,15 +15,15 @@ _WIDE = ("I", "F")  # modes of more than 8 bits, which Pillow would cut off at 2
 _MOST_NAMED = 5  # broken images that an error lists
 
 
-def find_images(folder: Path, passed_by: str) -> dict[str, Path]:
-    """The images below a folder by id, in order of their ids, each of which can be opened and is not too large.
+def find_images(folder: Path, passed_by: str, deep: bool = True) -> dict[str, Path]:
+    """The images in a folder by id, in order of their ids, each of which can be opened and is not too large.
 
-    passed_by: the flag that errors name. Raises ``UserError`` that names the files that are at fault.
+    passed_by: the flag that errors name. deep: those in the folders below it too. Raises ``UserError`` that names the files that are at fault.
     """
     if not folder.is_dir():
         raise UserError(f"{passed_by} {folder} is not a folder")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
         if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
             if path.stem in found:
                 raise UserError(f"two images have the id {path.stem!r}, {found[path.stem]} and {path}; rename one")

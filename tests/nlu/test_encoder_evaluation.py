@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,15 @@ def test_groups_of_a_test_set_that_were_changed_need_no_new_answers(trained, glu
 def test_examples_are_a_list(trained, examples):
     with pytest.raises(UserError, match="a list of examples"):
         Predictor(trained, dtype="fp32").predict(examples, task="tone")
+
+
+def test_an_example_may_be_any_mapping(trained):
+    predictor = Predictor(trained, dtype="fp32")
+    rows = [{"text": "a fine day"}, types.MappingProxyType({"text": "a fine day"})]
+    one, other = predictor.predict(rows, task="tone")
+    assert one["scores"] == pytest.approx(other["scores"])
+    with pytest.raises(UserError, match="example 1 must be an object"):
+        predictor.predict([rows[0], 5], task="tone")
 
 
 @torch.no_grad()

@@ -212,7 +212,7 @@ def predict(config: PredictConfig) -> None:
     source = Path(config.input)
     if source.is_file():
         require_readable([source])
-    paths = list(find_images(source, "--input").values()) if source.is_dir() else [source]
+    paths = list(find_images(source, "--input", deep=False).values()) if source.is_dir() else [source]
     predictor = Predictor(config.checkpoint, **config.answer_flags)
     tasks = predictor.evaluator.tasks
     output = config.output, ["*.png", "*.npy"], config.overwrite, [config.input], True
