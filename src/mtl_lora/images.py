@@ -18,7 +18,8 @@ _MOST_NAMED = 5  # broken images that an error lists
 def find_images(folder: Path, passed_by: str, deep: bool = True) -> dict[str, Path]:
     """The images in a folder by id, in order of their ids, each of which can be opened and is not too large.
 
-    passed_by: the flag that errors name. deep: those in the folders below it too. Raises ``UserError`` that names the files that are at fault.
+    passed_by: the flag that errors name. deep: those in the folders below it too. Raises ``UserError`` that names the
+    files that are at fault.
     """
     if not folder.is_dir():
         raise UserError(f"{passed_by} {folder} is not a folder")
