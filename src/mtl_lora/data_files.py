@@ -77,24 +77,27 @@ def _json_values(path: Path) -> list:
 
 def _csv_rows(path: Path) -> list[dict[str, str]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    text = io.StringIO(files.read_utf8(path, "the data file"), newline="")
+    lines = list(io.StringIO(files.read_utf8(path, "the data file"), newline=""))
     csv.field_size_limit(sys.maxsize)  # a text may be longer than the 128 KiB that csv would take
-    rows, reader = [], csv.reader(text, delimiter=delimiter, strict=True)
+    rows, reader = [], csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(filter(None, reader), [])]
         if len(set(header)) < len(header):
             raise UserError(f"{path}: the header names a column twice ({', '.join(header)})")
+        ended = reader.line_num
         for row in filter(None, reader):
             if len(row) != len(header):
                 raise UserError(
                     f"{path}, line {reader.line_num}: the row has {len(row)} cells and the header {len(header)}; cells "
                     f"are divided by {delimiter!r}, and one that holds it or a line break must be quoted"
                 )
-            if delimiter == "\t" and (merged := [cell for cell in row if "\t" in cell and "\n" in cell]):
-                # Texts in TSV often begin with a quotation mark that closes none.
+            spanned = [line for line in lines[ended : reader.line_num] if line.strip()]
+            ended = reader.line_num
+            if delimiter == "\t" and len(spanned) > 1 and {line.count("\t") for line in spanned} == {len(header) - 1}:
+                # A text may begin with a quotation mark that closes none, which then takes whole rows into its cell.
                 raise UserError(
-                    f"{path}, line {reader.line_num}: the quoted cell {merged[0][:30]!r}... holds a tab and a line "
-                    "break, as if rows were merged; double the quotation marks of texts and quote them, or pass JSON"
+                    f"{path}, lines up to {ended} are {len(spanned)} rows, or one with a quoted line break; double the "
+                    "quotation marks of texts and quote them, or pass JSON"
                 )
             rows.append({name: cell for name, cell in zip(header, row, strict=True) if cell})
     except csv.Error as error:

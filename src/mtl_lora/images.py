@@ -1,7 +1,7 @@
 """Image files that a user names: found, checked before anything begins, and opened as a viewer shows them."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,25 +12,37 @@ if TYPE_CHECKING:
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _WIDE = ("I", "F")  # modes of more than 8 bits, which Pillow would cut off at 255
+_ORIENTATION = 0x0112  # an EXIF tag
 _MOST_NAMED = 5  # broken images that an error lists
 
 
-def find_images(folder: Path, passed_by: str, deep: bool = True) -> dict[str, Path]:
+def is_turned(path: Path) -> bool:
+    """Whether its EXIF data say that an image is to be turned or mirrored; False for one that cannot be opened."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            return opened.getexif().get(_ORIENTATION) in range(2, 9)
+    except Exception:  # said by whoever reads its pixels
+        return False
+
+
+def find_images(folder: Path, passed_by: str, deep: bool = True, endings: Sequence[str] = ENDINGS) -> dict[str, Path]:
     """The images in a folder by id, in order of their ids, each of which can be opened and is not too large.
 
-    passed_by: the flag that errors name. deep: those in the folders below it too. Raises ``UserError`` that names the
-    files that are at fault.
+    passed_by: the flag that errors name. deep: those in the folders below it too. endings: of their names. Raises
+    ``UserError`` that names the files that are at fault.
     """
     if not folder.is_dir():
         raise UserError(f"{passed_by} {folder} is not a folder")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
-        if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
+        if path.suffix.lower() in endings and not path.name.startswith("."):
             if path.stem in found:
                 raise UserError(f"two images have the id {path.stem!r}, {found[path.stem]} and {path}; rename one")
             found[path.stem] = path
     if not found:
-        raise UserError(f"{passed_by} {folder} holds no image ({', '.join(ENDINGS)})")
+        raise UserError(f"{passed_by} {folder} holds no image ({', '.join(endings)})")
     require_readable(found.values())
     return dict(sorted(found.items()))
 
@@ -54,7 +66,9 @@ def require_readable(paths: Iterable[Path]) -> None:
             broken.append(f"{path} cannot be read ({error})")
     if broken:
         more = f" and so on, {len(broken):,} in all" if len(broken) > _MOST_NAMED else ""
-        raise UserError(f"{'; '.join(broken[:_MOST_NAMED])}{more}; save them anew as 8-bit RGB, or take them away")
+        raise UserError(
+            f"{'; '.join(broken[:_MOST_NAMED])}{more}; save them anew as 8-bit RGB of fewer pixels, or take them away"
+        )
 
 
 def open_image(path: Path) -> "Image.Image":

@@ -143,8 +143,12 @@ def test_a_disabled_adapter_is_the_base_bit_for_bit(method):
 @pytest.mark.parametrize("method", ["mtl_lora", "none"])
 def test_a_disabled_adapter_is_not_saved_as_if_it_were_there(method, tmp_path):
     model = adapted_llama(method, modules_to_save=["norm"])
-    with mtl_lora.disabled(model), pytest.raises(UserError, match=r"off inside mtl_lora\.disabled"):
-        mtl_lora.save(model, tmp_path / "adapter")
+    with mtl_lora.disabled(model):
+        with mtl_lora.disabled(model):
+            pass
+        for refused in (lambda: mtl_lora.save(model, tmp_path / "adapter"), lambda: mtl_lora.unload(model)):
+            with pytest.raises(UserError, match=r"off inside mtl_lora\.disabled"):
+                refused()
     assert not (tmp_path / "adapter").exists()
     mtl_lora.save(model, tmp_path / "adapter")
 

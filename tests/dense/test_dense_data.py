@@ -245,11 +245,14 @@ def test_file_that_is_wrong_is_named_before_anything_begins(tmp_path, spoil, wor
 def test_an_image_that_is_to_be_turned_is_refused_for_its_maps_may_lie_otherwise(tmp_path):
     make_folder(tmp_path)
     exif = Image.Exif()
-    exif[0x0112] = 3
     path = DenseDataset(tmp_path, "train", size=8).layout.image("1")
-    Image.open(path).copy().save(path, exif=exif)
+    for orientation in (0, 1, 3):
+        exif[0x0112] = orientation
+        Image.open(path).copy().save(path, exif=exif)
+        if orientation < 2:
+            assert len(DenseDataset(tmp_path, "train", size=8)) == 2
     with pytest.raises(UserError, match=f"{path.name} is to be turned"):
-        DenseDataset(tmp_path, "train", size=8)[0]
+        DenseDataset(tmp_path, "train", size=8)
 
 
 def test_labels_of_several_files_may_be_missing_for_some_images(tmp_path):

@@ -405,6 +405,9 @@ def test_layers_for_which_peft_has_no_place_in_one_file_are_refused(refused, bas
     checkpoint = save_adapter(bases["llama"], tmp_path / "checkpoint", label, **targets)
     sentence = refused("peft", checkpoint=checkpoint)
     assert "v_proj" in sentence and "q_proj" in sentence and "--as lora --rank R" in sentence
+    (folder, *_) = export_peft(checkpoint, tmp_path / "peft", form="lora", rank=16)
+    model = PeftModel.from_pretrained(load_base(bases["llama"]), folder).eval()
+    assert difference(logits(model), logits(routed(bases["llama"], checkpoint), TASKS[0])) < TOLERANCE
 
 
 def test_wrong_flags_are_one_sentence(refused):

@@ -174,12 +174,11 @@ def test_what_other_tools_write_is_read(load, name, content):
 
 
 def test_rows_of_tabs_that_a_quotation_mark_merges_are_refused(load):
-    table = b'instruction\toutput\ttask\n"A fine\tb\tboolq\nbad" film\tb\tboolq\n'
-    with pytest.raises(UserError, match=r"data\.tsv, line 3.*(tab and a line break|not CSV)"):
-        load(table, "data.tsv")
-    table = b'instruction\toutput\ttask\n"A fine\tb\tboolq\nbad"\tb\tboolq\n'
-    with pytest.raises(UserError, match=r"data\.tsv, line 3.*tab and a line break"):
-        load(table, "data.tsv")
+    head = b"instruction\toutput\ttask\n"
+    with pytest.raises(UserError, match=r"data\.tsv, lines up to 4 are 2 rows"):
+        load(head + b'a\tThe answer is true\tboolq\n"A fine\tb\tboolq\nbad"\tb\tboolq\n', "data.tsv")
+    (one,) = load(head + b'\n"def f():\n\treturn"\tthe correct answer is true\tboolq\n', "data.tsv")
+    assert one.instruction == "def f():\n\treturn"
 
 
 def test_a_test_set_has_any_format_but_only_one(tmp_path):

@@ -121,7 +121,10 @@ def test_a_task_without_examples_keeps_its_head_and_the_checkpoint_says_so(train
     folder = train("run", data_path=str(tmp_path / "two.json"), weight_decay=0.0)
     assert "no training examples of place" in capsys.readouterr().err
     assert json.loads((folder / "mtl_lora_config.json").read_text())["provenance"]["untrained_tasks"] == ["place"]
+    provenance = json.loads((folder / "mtl_lora_config.json").read_text())["provenance"]
+    assert provenance["pairs"] == {"tone": False, "closeness": True}
     saved, config = weights(folder), TrainConfig(**settings("run"))
+    assert config.count() == mtl_lora.trainable_parameters(mtl_lora.load(folder, dtype="fp32"))
     set_seed(config.seed)
     drawn = encoders.load(BaseModel(config.base_model, kind="encoder"), config.read_tasks(), "fp32")
     own, other = drawn.classifier[2].weight, drawn.classifier[0].weight

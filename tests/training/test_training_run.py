@@ -80,9 +80,7 @@ def test_a_run_learns_and_leaves_adapter_log_and_analysis(train, tiny_base, caps
     assert analysis["adapter_sha256"] == config.weights_sha256
     assert len(analysis["layers"]) == 8
     # What is printed is what is counted on the meta device.
-    trainable, total = mtl_lora.trainable_parameters(
-        mtl_lora.inject(BaseModel(tiny_base).structure(), config.adapter_config)
-    )
+    trainable, total = TrainConfig(**config.provenance_config.train_settings).count()
     assert f"trainable parameters: {trainable:,} of {total:,} (" in capsys.readouterr().err
 
 

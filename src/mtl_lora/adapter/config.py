@@ -73,6 +73,8 @@ class AdapterConfig(Config):
         layer = _layer_class(method)
         self.method, self.rank, self.alpha, self.dropout = layer.method, rank, alpha, dropout
         self.target_modules, self.tasks = target_modules, tasks
+        if not isinstance(target_modules, str) and [*target_modules] == ["all-linear"]:
+            self.target_modules = "all-linear"
         if not layer.adapts:
             self.target_modules, self.dropout, task_modules = [], 0.0, ()
         self.use_rslora, self.modules_to_save, self.task_modules = use_rslora, modules_to_save, task_modules

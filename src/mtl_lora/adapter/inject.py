@@ -166,7 +166,8 @@ def _matching(
     found: set[nn.Module] = set()
     for target in [target_modules] if whole else target_modules:
         pattern = re.compile(rf"(.*\.)?{re.escape(target)}")
-        if whole or not (re.fullmatch(r"[\w.]+", target) or any(pattern.fullmatch(name) for name, _ in linears)):
+        is_name = re.fullmatch(r"[\w.]+", target) or any(pattern.fullmatch(name) for name, _ in linears)
+        if whole or not is_name:
             try:
                 pattern = re.compile(target)
             except re.error as error:
@@ -178,7 +179,7 @@ def _matching(
                     f"{target!r} names no linear layer but the fused weights of experts ({fused[0]}), which no adapter "
                     f"reaches; this model has {there}"
                 )
-            about = "'s whole name matches the expression" if whole else " is named"
+            about = " is named" if is_name and not whole else "'s whole name matches the expression"
             example = f", for example {linears[0][0]}" if linears else ""
             raise UserError(f"no linear layer{about} {target!r}; this model has {there}{example}")
         found |= matching
@@ -313,6 +314,8 @@ def _take_off(model: nn.Module, keep: bool) -> None:
     injection = injection_of(root)
     if injection is None:
         raise UserError("the model carries no adapter to merge or to unload")
+    if injection.off:
+        raise UserError("the adapter is off inside mtl_lora.disabled; merge or unload it outside that block")
     replace_modules(root, {layer: layer.base_layer for layer in adapter_layers(root).values()})
     for parameter in injection.trainable:
         parameter.requires_grad_(True)
@@ -340,13 +343,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
     slots = injection.slots if injection else []
     replace_modules(model, layers)
     trained = [slot.put_original() for slot in slots]
+    was_off = injection is not None and injection.off
     if injection:
         injection.off = True
     try:
         yield
     finally:
         if injection:
-            injection.off = False
+            injection.off = was_off
         for slot, tensor in zip(slots, trained, strict=True):
             slot.put(tensor)
         for layer, base in layers.items():

@@ -12,9 +12,9 @@ from mtl_lora.dense.layouts import Layout, layout_of, read_image
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
 from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
+from mtl_lora.images import is_turned
 
 _MOST_NAMED = 10  # files that one error names
-_ORIENTATION = 0x0112  # an EXIF tag
 _PROBED = 16  # images whose maps are read before anything begins
 
 
@@ -110,7 +110,7 @@ class DenseDataset(Dataset):
                 raise UserError(f"{where} with its classes in another order: {names}; correct one of them")
 
     def _check_files(self) -> None:
-        """Raise ``UserError`` unless the files of all images are there."""
+        """Raise ``UserError`` unless the files of all images are there, and for an image that is to be turned."""
         missing = [path for id in self.ids if not (path := self.layout.image(id)).is_file()]
         for task in self.tasks:
             if not (self.missing_labels and any(self._is_there(task, id) for id in self.ids)):
@@ -121,6 +121,9 @@ class DenseDataset(Dataset):
             more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
             way_out = "" if self.missing_labels else "; --missing_labels leaves out the tasks that an image lacks"
             raise UserError(f"{self.layout.root} lacks {named}{more} of {self.split}{way_out}")
+        if turned := next((path for id in self.ids if is_turned(path := self.layout.image(id))), None):
+            # A viewer, and with it whoever drew the maps, shows it otherwise than its pixels lie.
+            raise UserError(f"{turned} is to be turned, as its EXIF data say; save it as it is to be seen")
 
     def _probe(self) -> None:
         """Read the maps of the first images, and of a task that has no label in these, or 0 and 255 alone where 1 could
@@ -182,8 +185,6 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     image = image if isinstance(image, Image.Image) else read_image(Path(image))
     if image.mode[0] in "IF":  # whose values PIL would cut off at 255
         raise UserError(f"{name} has pixels of 16 or 32 bits (mode {image.mode}); convert it to 8 bits")
-    if image.getexif().get(_ORIENTATION, 1) != 1:  # whose maps may be drawn upright
-        raise UserError(f"{name} is to be turned, as its EXIF data say; save it upright, where its maps lie on it")
     image, shape = image.convert("RGB"), (image.height, image.width)
     factor = min(shape) // size
     return np.array(image.reduce(factor) if factor > 1 else image), shape

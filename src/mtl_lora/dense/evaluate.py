@@ -28,6 +28,7 @@ from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
 
 IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # of the images that a folder is searched for
 
 
 @dataclasses.dataclass
@@ -212,7 +213,7 @@ def predict(config: PredictConfig) -> None:
     source = Path(config.input)
     if source.is_file():
         require_readable([source])
-    paths = list(find_images(source, "--input", deep=False).values()) if source.is_dir() else [source]
+    paths = list(find_images(source, "--input", False, SUFFIXES).values()) if source.is_dir() else [source]
     predictor = Predictor(config.checkpoint, **config.answer_flags)
     tasks = predictor.evaluator.tasks
     output = config.output, ["*.png", "*.npy"], config.overwrite, [config.input], True

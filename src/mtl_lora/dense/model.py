@@ -1,5 +1,7 @@
 """The whole model of dense prediction: a backbone with streams, a decoder per task, and which of it trains."""
 
+import re
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -121,7 +123,7 @@ def placed(adapter: AdapterConfig, model: DenseModel, downsampler: bool = False,
     if method.needs_task_ids and not method.makes_streams:
         raise UserError(f"adapter_name {adapter.method} needs the task of each image, and here an image has all")
     targets = TARGETS if adapter.target_modules == "all-linear" else adapter.target_modules
-    if not isinstance(targets, list):
+    if not (isinstance(targets, list) and all(re.fullmatch(r"[\w.]+", target) for target in targets)):
         raise UserError("name the layers, not an expression")
     if downsampler:
         targets = [*targets, *({MERGING} - {*targets})]

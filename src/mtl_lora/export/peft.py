@@ -79,7 +79,7 @@ def export_peft(
     if head_tasks:
         shared["task_type"] = "SEQ_CLS"
         plain = base_model.structure()
-        if getattr(plain.config, "pad_token_id", None) is None:
+        if getattr(plain.config, "pad_token_id", None) != base.config.pad_token_id:
             pad_token_id = base.config.pad_token_id
     shared["target_modules"] = targets_for(layers, plain if head_tasks else base)
     said = config.provenance_config.untrained_note(names)
@@ -235,13 +235,18 @@ def _write_task(
     """
     tensors, settings = {f"{artifacts.PEFT_PREFIX}{name}": tensor for name, tensor in saved.items()}, {}
     lost = whole = 0.0
-    for name, layer in layers.items():
-        with torch.no_grad():
-            if rank is None:
-                factors = layer.factors(task)
-            else:
-                factors, squares, of = closest_lora(layer, task if layer.needs_task_ids else None, rank)
-                lost, whole = lost + squares, whole + of
+    with torch.no_grad():
+        if rank is None:
+            written = {name: layer.factors(task) for name, layer in layers.items()}
+        else:
+            found = [closest_lora(layer, task if layer.needs_task_ids else None, rank) for layer in layers.values()]
+            lost, whole = (sum(each) for each in list(zip(*found, strict=True))[1:])
+            # Filled up with zeros: PEFT's rank is one for all layers.
+            largest = max(len(pair.A) for pair, *_ in found)
+            pairs = [(pair, largest - len(pair.A)) for pair, *_ in found]
+            filled = (Factors(F.pad(p.A, (0, 0, 0, more)), F.pad(p.B, (0, more)), p.scale) for p, more in pairs)
+            written = dict(zip(layers, filled, strict=True))
+    for name, factors in written.items():
         alpha, B = alpha_and_up(factors)
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_B.weight"] = B.contiguous()
@@ -285,8 +290,7 @@ def closest_lora(layer: AdapterLayer, task: str | None, rank: int) -> tuple[Fact
             V = V.T
         whole = update.square().sum()
     rank = rank if factors.magnitude is not None else min(rank, len(factors.A))
-    # A layer narrower than that is filled up with zeros: PEFT's rank is one for all layers.
-    down, up = (F.pad(each[:, :rank], (0, rank - each[:, :rank].shape[1])) for each in (V, U * S))
+    down, up = V[:, :rank], (U * S)[:, :rank]
     pair = Factors(down.T.to(factors.A.dtype), up.to(factors.A.dtype), 1.0)
     return pair, max((whole - S[:rank].square().sum()).item(), 0.0), whole.item()
 

@@ -72,7 +72,8 @@ class Evaluator(evaluation.Evaluator):
             if self.pairs.get(task, is_pair) != is_pair:
                 has, had = ("a", "none") if is_pair else ("no", "one")
                 found = f"{source}, example {example.index} has {has} 'text_b'"
-                raise UserError(f"{found}, and in training every example of {task} had {had}")
+                way_out = "leave it out" if is_pair else 'add it, as "text_b": "" in JSON where it is empty'
+                raise UserError(f"{found}, and in training every example of {task} had {had}; {way_out}")
         rows = self.encoder.encode(examples)
         found = []
         for example, row in zip(examples, rows, strict=True):

@@ -193,7 +193,9 @@ class TrainingConfig(Config):
         if self.token_budget and self.sampling_temperature != 1:
             raise UserError("--token_budget and --sampling_temperature cannot be combined; pass one")
         if self.val_set_size and not self.save_step:
-            raise UserError("--val_set_size holds out examples for a loss at every save; pass --save_step too")
+            raise UserError(
+                "--val_set_size holds out examples for a loss at each save; pass --save_step N, which changes no weight"
+            )
         tasks = self.task_set()
         if self.task is not None:
             tasks[self.task]  # an unknown name is an error of the flag, not of an example
