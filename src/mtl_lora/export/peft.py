@@ -274,7 +274,7 @@ def closest_lora(layer: AdapterLayer, task: str | None, rank: int) -> tuple[Fact
     factors = layer.factors(task)
     if factors.magnitude is None:  # in rank space, exactly
         (up, R_up), (down, R_down) = (torch.linalg.qr(each.double()) for each in (factors.B, factors.A.T))
-        U, S, V = torch.linalg.svd(factors.scale * R_up @ R_down.T)
+        U, S, V = torch.linalg.svd(factors.scale * R_up @ R_down.T, full_matrices=False)
         U, V, whole = up @ U, down @ V.T, S.square().sum()
     else:
         weight = layer.base_layer.weight.double()
