@@ -33,9 +33,7 @@ class StudyConfig(Config):
     check: bool = flag(False, "check the grid and every job's flags, print the plan, then stop")
     report: bool = flag(False, "start nothing: write study.json and table.md of the finished runs")
     overwrite: bool = flag(
-        False,
-        "delete and repeat runs of another configuration, and half-done evaluations; a training whose evaluation alone "
-        "differs is kept",
+        False, "repeat runs of another configuration, keeping what training is the same, and half-done evaluations"
     )
     parallel: int = flag(1, "jobs side by side, each with its part of the CPU threads; they may share GPUs", min=1)
     collect: str | None = flag(None, "at the end, a folder for what can be shared: study.json, table.md and figures")
