@@ -129,7 +129,7 @@ def test_launches_are_as_one_process(subtests, settings_of, tmp_path, tiny_base,
         }
         for mode, name in RESUMED
     ]
-    broken = {"output_dir": str(tmp_path / "broken"), "max_steps": 1000, "save_step": 0, "broken": True}
+    broken = {"output_dir": str(tmp_path / "broken"), "max_steps": 1000, "save_step": 1000, "broken": True}
     broke = launch(ACCELERATE, [*again, settings_of("zero3", "mtl_lora") | broken], tmp_path / "second")
 
     with subtests.test("evaluated alike"):

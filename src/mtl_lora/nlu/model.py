@@ -97,8 +97,11 @@ def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTr
     for name, drawn in heads.items():
         setattr(model, name, TaskHeads(drawn, tasks))
     model.config.num_labels = max(task.outputs for task in tasks)
-    # With which batches are padded, whatever the configuration says: decoders find the last token by it.
-    model.config.pad_token_id = base.tokenizer().pad_token_id
+    try:  # with which batches are padded, whatever the configuration says: decoders find the last token by it
+        model.config.pad_token_id = base.tokenizer().pad_token_id
+    except UserError:  # a folder of weights alone, which some caller fills
+        if getattr(model.config, "pad_token_id", None) is None:
+            raise
     return model
 
 
