@@ -355,6 +355,19 @@ def test_sigterm_unwinds_and_exits_as_a_shell_says_it():
     assert stopped.value.code == 143 and unwound and signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_native_code_turns_into_an_error_of_its_own_ends_as_the_signal(number, code):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+    assert stopped.value.code == code and signal.getsignal(number) is before
+    with pytest.raises(ValueError, match="of its own"), user_errors_to_exit_code():
+        raise ValueError("of its own")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_inside_a_destructor_ends_the_command_too(capsys, number):
     class Dies:

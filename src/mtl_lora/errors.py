@@ -82,26 +82,37 @@ def _signals_unwind() -> Iterator[None]:
     Not SIGTERM under a launcher, whose processes may wait for each other outside Python, where no handler runs.
     """
     hook, main = sys.unraisablehook, threading.current_thread() is threading.main_thread()
-    before = None
+    before, stopped = {}, []
+
+    def stop(number: int, _) -> None:
+        stopped.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise stopped[-1]
 
     def again(ignored) -> None:
         # Python ignores an exception in a destructor, and so the signal that came there.
         number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(ignored.exc_type)
         if number is None:
             return hook(ignored)
-        timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
+        # Not at once: starting a thread takes a while on a busy machine, and in here it would be ignored again.
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), number))
         timer.daemon = True
         timer.start()
 
+    if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     if main and os.environ.get("WORLD_SIZE", "1") == "1":
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, stop)
     sys.unraisablehook = again
     try:
         yield
+    except Exception:
+        if stopped:  # native code that the signal came into raises an error of its own
+            raise stopped[0] from None
+        raise
     finally:
         sys.unraisablehook = hook
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
