@@ -6,9 +6,10 @@
 #   bash script/quickstart.sh
 #
 # Needs Python 3.11 or newer, bash, pip and about 3 GB of disk. 15 minutes on 2 CPU cores with bf16 (measured: 14:19)
-# and a few more for installation and downloads; a GPU is used if there is one. Everything it makes lies under output/quickstart/ (the
-# environment in .venv, the base model in the user's cache folder). A second run reuses environment, model and tokenised
-# data. OUTPUT, MAX_STEPS, BATCH_SIZE, TASKS (to score) and LIMIT (questions of each) make it another or a smaller run.
+# and a few more for installation and downloads; a GPU is used if there is one. Everything it makes lies under
+# output/quickstart/ (the environment in .venv, the base model in the user's cache folder). A second run reuses
+# environment, model and tokenised data. OUTPUT, MAX_STEPS, BATCH_SIZE, TASKS (to score) and LIMIT (questions of each)
+# make it another or a smaller run.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 out="${OUTPUT:-${project}output/quickstart}"

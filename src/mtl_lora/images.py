@@ -11,9 +11,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_WIDE = ("I", "F")  # modes of more than 8 bits, which Pillow would cut off at 255
 _ORIENTATION = 0x0112  # an EXIF tag
 _MOST_NAMED = 5  # broken images that an error lists
+
+
+def is_wide(image: "Image.Image") -> bool:
+    """Whether it has more than 8 bits a channel, which Pillow would cut off at 255."""
+    return image.mode.startswith(("I", "F"))
 
 
 def is_turned(path: Path) -> bool:
@@ -56,7 +60,7 @@ def require_readable(paths: Iterable[Path]) -> None:
         try:
             bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
             with bombs, Image.open(path) as opened:  # reads the header alone
-                if opened.mode.startswith(_WIDE):
+                if is_wide(opened):
                     broken.append(f"{path} has more than 8 bits a channel")
         except UnidentifiedImageError:
             broken.append(f"{path} is not an image")
@@ -77,7 +81,7 @@ def open_image(path: Path) -> "Image.Image":
 
     try:
         with Image.open(path) as opened:
-            if not opened.mode.startswith(_WIDE):
+            if not is_wide(opened):
                 return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:
         raise UserError(f"the image {path} is broken ({error}); save it anew, or take it away") from None

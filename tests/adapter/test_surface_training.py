@@ -56,10 +56,8 @@ def test_collator_keeps_names_and_says_what_it_lacks():
     collator = mtl_lora.TaskCollator(default_data_collator)
     batch = collator([{"labels": 1, "task_ids": "tides"}, {"labels": 0, "task_ids": "maps"}])
     assert batch["labels"].tolist() == [1, 0] and batch["task_ids"] == ["tides", "maps"]
-    assert collator([{"task_ids": [["tides", "maps"], ["maps", "maps"]][row]} for row in (0, 1)])["task_ids"] == [
-        ["tides", "maps"],
-        ["maps", "maps"],
-    ]
+    by_token = [["tides", "maps"], ["maps", "maps"]]
+    assert collator([{"task_ids": ids} for ids in by_token])["task_ids"] == by_token
     with pytest.raises(UserError, match="remove_unused_columns=False"):
         collator([{"labels": 1}])
     for wrong in ([0], None, "maps"):  # beside an id of a row

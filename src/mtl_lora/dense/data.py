@@ -12,7 +12,7 @@ from mtl_lora.dense.layouts import Layout, layout_of, read_image
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
 from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
-from mtl_lora.images import is_turned
+from mtl_lora.images import is_turned, is_wide
 
 _MOST_NAMED = 10  # files that one error names
 _PROBED = 16  # images whose maps are read before anything begins
@@ -183,7 +183,7 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     """
     name = image if isinstance(image, str | Path) else "an image"
     image = image if isinstance(image, Image.Image) else read_image(Path(image))
-    if image.mode[0] in "IF":  # whose values PIL would cut off at 255
+    if is_wide(image):
         raise UserError(f"{name} has pixels of 16 or 32 bits (mode {image.mode}); convert it to 8 bits")
     image, shape = image.convert("RGB"), (image.height, image.width)
     factor = min(shape) // size

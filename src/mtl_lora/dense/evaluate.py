@@ -210,10 +210,10 @@ class Predictor(evaluation.Predictor):
 
 def predict(config: PredictConfig) -> None:
     """Write the maps of every image of the input, and a sheet of them, into a folder that is there whole or not."""
-    source = Path(config.input)
-    if source.is_file():
-        require_readable([source])
-    paths = list(find_images(source, "--input", False, SUFFIXES).values()) if source.is_dir() else [source]
+    if (source := Path(config.input)).is_file():
+        require_readable(paths := [source])
+    else:
+        paths = list(find_images(source, "--input", False, SUFFIXES).values())
     predictor = Predictor(config.checkpoint, **config.answer_flags)
     tasks = predictor.evaluator.tasks
     output = config.output, ["*.png", "*.npy"], config.overwrite, [config.input], True

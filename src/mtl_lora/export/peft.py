@@ -239,13 +239,13 @@ def _write_task(
         if rank is None:
             written = {name: layer.factors(task) for name, layer in layers.items()}
         else:
-            found = [closest_lora(layer, task if layer.needs_task_ids else None, rank) for layer in layers.values()]
-            lost, whole = (sum(each) for each in list(zip(*found, strict=True))[1:])
-            # Filled up with zeros: PEFT's rank is one for all layers.
-            largest = max(len(pair.A) for pair, *_ in found)
-            pairs = [(pair, largest - len(pair.A)) for pair, *_ in found]
-            filled = (Factors(F.pad(p.A, (0, 0, 0, more)), F.pad(p.B, (0, more)), p.scale) for p, more in pairs)
-            written = dict(zip(layers, filled, strict=True))
+            closest = {
+                name: closest_lora(layer, task if layer.needs_task_ids else None, rank)
+                for name, layer in layers.items()
+            }
+            lost, whole = (sum(each[place] for each in closest.values()) for place in (1, 2))
+            largest = max(len(pair.A) for pair, _, _ in closest.values())
+            written = {name: _filled_up(pair, largest) for name, (pair, _, _) in closest.items()}
     for name, factors in written.items():
         alpha, B = alpha_and_up(factors)
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
@@ -265,6 +265,12 @@ def _write_task(
     settings["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     files.write_json(folder / artifacts.PEFT_CONFIG, {**_PLAIN_LORA, **shared, **settings})
     return settings, error
+
+
+def _filled_up(pair: Factors, rank: int) -> Factors:
+    """With zeros to this rank: PEFT's is one for all layers."""
+    more = rank - len(pair.A)
+    return Factors(F.pad(pair.A, (0, 0, 0, more)), F.pad(pair.B, (0, more)), pair.scale)
 
 
 @functools.lru_cache(maxsize=512)  # a method that is the same for every task is truncated once

@@ -79,9 +79,9 @@ def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str
         raise UserError("several runs are drawn together; pass --output DIR for their figures")
     own = Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent
     folder, studies, contents = Path(output) if output else own / "figures", load_studies(runs), {}
-    prefixes = _numbered([_slug(study.name) for study in studies])
-    for study, prefix in zip(studies, prefixes, strict=True):
-        prefix = f"{prefix}_" if len(studies) > 1 else ""
+    names = _numbered([_slug(study.name) for study in studies])
+    for study, name in zip(studies, names, strict=True):
+        prefix = f"{name}_" if len(studies) > 1 else ""
         for drawing in draw(study):
             contents |= {folder / f"{prefix}{drawing.name}.{style}": drawing.render(style) for style in formats}
     if not contents:
