@@ -95,13 +95,16 @@ def training_rows(
 
 class Collator:
     """Rows to a batch, padded on the right: input_ids, attention_mask and, where rows have them, token_type_ids (B, L),
-    task_ids (B,), loss_weight () = B; of training rows targets (B,), float64."""
+    task_ids (B,), loss_weight () = B; of training rows targets (B,), float64.
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    lengths: those that batches are padded to, ascending, none below an example's; none: each to its longest row."""
+
+    def __init__(self, pad_token_id: int, lengths: Sequence[int] = ()):
+        self.pad_token_id, self.lengths = pad_token_id, lengths
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
+        length = next((each for each in self.lengths if each >= length), length)
         batch = {"input_ids": torch.full((len(rows), length), self.pad_token_id)}
         batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
         types = [row.get("token_type_ids") or [] for row in rows]

@@ -11,6 +11,8 @@ from mtl_lora.nlu.data import Collator, training_rows
 from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.run import Run, train
 
+_STEP = 16  # tokens between the lengths of batches that are recorded as CUDA graphs
+
 
 class EncoderRun(Run):
     """The training of an encoder."""
@@ -35,8 +37,14 @@ class EncoderRun(Run):
     def load_base(self) -> PreTrainedModel:
         return model.load(self.base, self.tasks, self.config.dtype, self.config.load_in_4bit)
 
+    @property
+    def cuda_graphs(self) -> bool:
+        return self.config.cuda_graphs and self.arguments.device.type == "cuda" and self.arguments.world_size == 1
+
     def ends(self):
-        return Collator(self.tokenizer.pad_token_id), model.TaskLosses(self.tasks)
+        cutoff = self.config.cutoff_len
+        lengths = [*range(_STEP, cutoff, _STEP), cutoff] if self.cuda_graphs else []
+        return Collator(self.tokenizer.pad_token_id, lengths), model.TaskLosses(self.tasks)
 
     def provenance(self) -> dict[str, object]:
         rows = self.train.select_columns(["task_id", "pair"]).to_pandas().groupby("task_id")["pair"]

@@ -43,6 +43,7 @@ class Run:
     task_set: type[TaskSet]
     shortened_at: str = ""  # where an example that is longer than the cutoff loses tokens; empty: there is no cutoff
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
+    cuda_graphs = False  # likewise
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
@@ -200,6 +201,7 @@ class Run:
             eval_dataset=held_out,
             eval_lengths=row_columns(held_out)["length"] if held_out else None,
             task_weights=self.task_weights,
+            cuda_graphs=self.cuda_graphs,
         )
         trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
         trainer.save_model(config.output_dir)

@@ -5,6 +5,7 @@ saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this l
 """
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
+from mtl_lora.training.cuda_graphs import GraphedSteps
 from mtl_lora.training.distributed import deepspeed_file
 from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
 
@@ -118,7 +120,8 @@ class TaskLosses:
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sums of weighted losses, sums of weights), each (T,), over all processes; starts from zero again."""
         # Of a process that had no example too: NCCL sums on the device alone.
-        sums, self.sums = self.sums, torch.zeros_like(self.sums)
+        sums = self.sums.clone()
+        self.sums.zero_()  # in place, for a recorded step adds to this memory
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         return sums[0].cpu(), sums[1].cpu()
@@ -134,6 +137,7 @@ class MultiTaskTrainer(Trainer):
     provenance: what the system records in every checkpoint. eval_lengths: (examples,), by which ``eval_dataset`` is
     sorted into batches. task_weights: (T,), where each task has a mean of its own: the loss of a step is then the sum
     over tasks of this weight times the task's weighted losses over their weights, and ``loss_weight`` is (T,).
+    cuda_graphs: whether steps are recorded and replayed, see ``GraphedSteps``; of one process and one micro-batch a step.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class MultiTaskTrainer(Trainer):
         provenance: checkpoint.Provenance,
         eval_lengths: np.ndarray | None = None,
         task_weights: Sequence[float] | None = None,
+        cuda_graphs: bool = False,
         **options,
     ):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
@@ -161,6 +166,10 @@ class MultiTaskTrainer(Trainer):
         finally:
             model._hf_peft_config_loaded = before
         self.task_losses = TaskLosses(len(self.tasks), self.args.device)
+        self.graphed: GraphedSteps | None = None
+        if cuda_graphs:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.graphed = GraphedSteps(functools.partial(super().training_step, model), trained)
         # compute_loss divides by the weights of the whole step; the Trainer must not divide by the micro-batches too.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -195,6 +204,12 @@ class MultiTaskTrainer(Trainer):
         if self.args.world_size > 1:
             total = self.accelerator.gather(total[None]).sum(dim=0)
         return total.clamp(min=torch.finfo(total.dtype).tiny)  # a step without any weight has a loss of zero
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a micro-batch, recorded and replayed where that was asked for."""
+        if self.graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self.graphed(inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of this micro-batch's losses over the weights of the whole step.

@@ -1,0 +1,60 @@
+"""Steps that are recorded as CUDA graphs: the same training, and nothing where there is no GPU."""
+
+import pytest
+import torch
+from launches import curve, weights
+
+from mtl_lora.errors import UserError
+from mtl_lora.nlu.config import TrainConfig
+from mtl_lora.training import cuda_graphs
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+METHODS = ("mtl_lora", "lora", "dora", "multilora", "moelora", "hydralora", "none")
+
+
+@gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_replayed_steps_train_the_same_weights(method, dropout, train, encoder, still, monkeypatch):
+    base = encoder if dropout else still(encoder)
+    flags = {"base_model": base, "adapter_name": method, "lora_r": 8, "lora_dropout": dropout, "max_steps": 16}
+    flags |= {"val_set_size": 9, "save_step": 5, "dtype": "fp64"}
+    plain = train("plain", **flags)
+    replayed, replay = [], cuda_graphs._Recorded.replay
+    monkeypatch.setattr(cuda_graphs._Recorded, "replay", lambda *args: replayed.append(1) or replay(*args))
+    graphs = train("graphs", **flags, cuda_graphs=True)
+    assert len(replayed) >= 8
+    assert curve(graphs) == pytest.approx(curve(plain), rel=1e-9)
+    assert curve(graphs, "eval_loss") == pytest.approx(curve(plain, "eval_loss"), rel=1e-9)
+    expected, found = weights(plain), weights(graphs)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@gpu
+def test_a_training_of_recorded_steps_resumes(train, encoder):
+    flags = {"max_steps": 12, "save_step": 6, "dtype": "fp64", "cuda_graphs": True}
+    folder = train("run", **flags)
+    again = train("again", **flags, resume_from_checkpoint=str(folder / "checkpoint-6"))
+    assert curve(again) == pytest.approx(curve(folder)[6:], rel=1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_without_a_gpu_nothing_is_recorded_and_no_batch_is_longer(train):
+    one, other = weights(train("plain")), weights(train("graphs", cuda_graphs=True))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("deepspeed", "config/zero2.json"),
+        ("use_gradient_checkpointing", True),
+        ("load_in_4bit", True),
+        ("gradient_accumulation_steps", 2),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(settings, name, value):
+    with pytest.raises(UserError, match=f"cuda_graphs must be off with --{name}"):
+        TrainConfig(**settings("run", cuda_graphs=True, **{name: value}))
