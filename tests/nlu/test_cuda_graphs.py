@@ -3,13 +3,54 @@
 import pytest
 import torch
 from launches import curve, weights
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
+import mtl_lora
+from mtl_lora.adapter import routing
+from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
+from mtl_lora.nlu import model as encoders
 from mtl_lora.nlu.config import TrainConfig
 from mtl_lora.training import cuda_graphs
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 METHODS = ("mtl_lora", "lora", "dora", "multilora", "moelora", "hydralora", "none")
+
+
+class OnMeta(TorchDispatchMode):
+    """Counts operations and refuses those of a tensor of numbers: meta tensors have none, as those of a graph."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        tensors = [each for each in _pytree.tree_leaves((args, kwargs, found)) if isinstance(each, torch.Tensor)]
+        assert all(each.is_meta for each in tensors), f"{operation} moves between the device and the CPU"
+        self.count += 1
+        return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_neither_waits_for_the_device_nor_copies_to_it(method, settings, monkeypatch):
+    config = TrainConfig(**settings("run", adapter_name=method, lora_r=8, lora_dropout=0.1))
+    tasks = config.task_set()
+    model = encoders.structure(BaseModel(config.base_model, kind=encoders.KIND), tasks)
+    mtl_lora.inject(model, encoders.in_encoder(config.adapter_config(tasks), model)).train()
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as it is while a stream records
+    monkeypatch.setattr(routing.Route, "_resolved", lambda route, _: route.task_ids)  # checked on the device by CUDA
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
+    losses = encoders.TaskLosses(tasks)
+    losses.is_regression = losses.is_regression.to("meta")
+    ids = torch.zeros(6, 16, dtype=torch.long, device="meta")
+    batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
+    batch |= {"task_ids": ids[:, 0], "targets": ids[:, 0].double()}
+    with OnMeta() as counted:
+        found, _, _ = losses(model, batch)
+        found.sum().backward()
+    assert counted.count > 100
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
 @gpu
@@ -31,7 +72,7 @@ def test_replayed_steps_train_the_same_weights(method, dropout, train, encoder, 
     expected, found = weights(plain), weights(graphs)
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
 
 
 @gpu

@@ -1,12 +1,15 @@
 """Training steps as CUDA graphs: recorded once for each shape of batch, then replayed as one launch.
 
-A step of a small model takes a GPU as long as its thousands of kernels take to be queued one by one.
+A step of a small model takes a GPU as long as its thousands of kernels take to be queued one by one
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
+
+from mtl_lora.errors import UserError
 
 _MOST = 64  # graphs; batches of further shapes run as they are
 
@@ -16,7 +19,7 @@ class GraphedSteps:
 
     step: ``(batch, total) -> loss ()``, which adds to no gradient but sets those of the parameters, on the device
     alone: nothing in it may wait for the GPU or depend on the numbers of a batch in Python. parameters: all that get
-    gradients; they stay where they are in memory.
+    gradients; they stay where they are in memory. Raises ``UserError`` for a step that cannot be recorded.
     """
 
     def __init__(self, step: Callable[[Mapping, torch.Tensor], torch.Tensor], parameters: list[nn.Parameter]):
@@ -25,7 +28,7 @@ class GraphedSteps:
         self.recorded: dict[tuple, _Recorded | None] = {}  # None: met once
 
     def __call__(self, batch: Mapping[str, torch.Tensor], total: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch whose tensors may lie in pinned memory; gradients are set, so they must be None before."""
+        """The loss of a batch, which may lie in pinned memory; sets the gradients, which must be None before."""
         shape = tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items()))
         if shape not in self.recorded:
             if len(self.recorded) < _MOST:
@@ -50,8 +53,14 @@ class _Recorded:
         self.total = total.clone()
         # All graphs share their memory, for what one leaves is used up before the next is replayed. Other threads, such
         # as one that pins batches, may go on meanwhile.
-        with torch.cuda.graph(self.graph, steps.pool, steps.stream, capture_error_mode="thread_local"):
-            self.loss = steps.step(self.batch, self.total)
+        try:
+            with torch.cuda.graph(self.graph, steps.pool, steps.stream, capture_error_mode="thread_local"):
+                self.loss = steps.step(self.batch, self.total)
+        except RuntimeError as error:  # some operation of the model waits for the GPU, or its memory is full
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"the step cannot be recorded as a CUDA graph ({reason}); train without --cuda_graphs"
+            ) from error
         self.gradients = [parameter.grad for parameter in self.parameters]
 
     def replay(self, batch: Mapping[str, torch.Tensor], total: torch.Tensor) -> torch.Tensor:

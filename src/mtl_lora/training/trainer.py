@@ -137,7 +137,7 @@ class MultiTaskTrainer(Trainer):
     provenance: what the system records in every checkpoint. eval_lengths: (examples,), by which ``eval_dataset`` is
     sorted into batches. task_weights: (T,), where each task has a mean of its own: the loss of a step is then the sum
     over tasks of this weight times the task's weighted losses over their weights, and ``loss_weight`` is (T,).
-    cuda_graphs: whether steps are recorded and replayed, see ``GraphedSteps``; of one process and one micro-batch a step.
+    cuda_graphs: whether steps of one micro-batch in one process are recorded and replayed, see ``GraphedSteps``.
     """
 
     def __init__(
