@@ -1,5 +1,9 @@
 """Steps that are recorded as CUDA graphs: the same training, and nothing where there is no GPU."""
 
+import contextlib
+import json
+import shutil
+
 import pytest
 import torch
 from launches import curve, weights
@@ -13,6 +17,7 @@ from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.nlu import model as encoders
 from mtl_lora.nlu.config import TrainConfig
+from mtl_lora.nlu.train import EncoderRun
 from mtl_lora.training import cuda_graphs
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -84,8 +89,9 @@ def test_a_training_of_recorded_steps_resumes(train, encoder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
-def test_without_a_gpu_nothing_is_recorded_and_no_batch_is_longer(train):
+def test_without_a_gpu_nothing_is_recorded_and_no_batch_is_longer(train, capsys):
     one, other = weights(train("plain")), weights(train("graphs", cuda_graphs=True))
+    assert "--cuda_graphs has no effect here" in capsys.readouterr().err
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -95,9 +101,38 @@ def test_without_a_gpu_nothing_is_recorded_and_no_batch_is_longer(train):
         ("deepspeed", "config/zero2.json"),
         ("use_gradient_checkpointing", True),
         ("load_in_4bit", True),
+        ("token_budget", 512),
         ("gradient_accumulation_steps", 2),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(settings, name, value):
     with pytest.raises(UserError, match=f"cuda_graphs must be off with --{name}"):
         TrainConfig(**settings("run", cuda_graphs=True, **{name: value}))
+
+
+def test_an_encoder_that_leaves_out_layers_at_random_is_refused(settings, encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layerdrop": 0.1}))
+    run = EncoderRun(TrainConfig(**settings("run", base_model=str(folder), cuda_graphs=True)))
+    with pytest.raises(UserError, match=r"layerdrop.*no --cuda_graphs"):
+        run.structure()
+
+
+def test_what_stops_a_recording_is_said_by_its_first_error(monkeypatch):
+    @contextlib.contextmanager
+    def recording(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("the end of a recording that has failed")
+
+    def step(batch, total):
+        raise RuntimeError("this waits for the device\nand more")
+
+    names = {"graph": recording, "CUDAGraph": object, "Stream": object, "graph_pool_handle": object}
+    for name, stand_in in names.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    steps = cuda_graphs.GraphedSteps(step, [])
+    with pytest.raises(UserError, match=r"\(this waits for the device\); train without --cuda_graphs"):
+        cuda_graphs._Recorded(steps, {}, torch.zeros(()))

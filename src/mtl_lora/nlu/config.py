@@ -37,7 +37,7 @@ class TrainConfig(TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("deepspeed", "use_gradient_checkpointing", "load_in_4bit"):
+        for name in ("deepspeed", "use_gradient_checkpointing", "load_in_4bit", "token_budget"):
             self.require("cuda_graphs", f"off with --{name}", not (self.cuda_graphs and getattr(self, name)))
         one = self.gradient_accumulation_steps == 1
         self.require("cuda_graphs", "off with --gradient_accumulation_steps", one or not self.cuda_graphs)

@@ -18,8 +18,8 @@ class GraphedSteps:
     """Runs forward and backward of a batch: as they are at the first batch of a shape, from then on by its graph.
 
     step: ``(batch, total) -> loss ()``, which adds to no gradient but sets those of the parameters, on the device
-    alone: nothing in it may wait for the GPU or depend on the numbers of a batch in Python. parameters: all that get
-    gradients; they stay where they are in memory. Raises ``UserError`` for a step that cannot be recorded.
+    alone: nothing in it may wait for the GPU, or depend in Python on the numbers of a batch or on chance. parameters:
+    all that get gradients; they stay where they are in memory. Raises ``UserError`` for a step that cannot be recorded.
     """
 
     def __init__(self, step: Callable[[Mapping, torch.Tensor], torch.Tensor], parameters: list[nn.Parameter]):
@@ -51,13 +51,14 @@ class _Recorded:
         self.graph, self.parameters = torch.cuda.CUDAGraph(), steps.parameters
         self.batch = {name: value.to(total.device, copy=True) for name, value in batch.items()}
         self.total = total.clone()
-        # All graphs share their memory, for what one leaves is used up before the next is replayed. Other threads, such
-        # as one that pins batches, may go on meanwhile.
+        # All graphs share the memory of what they free; what they keep, gradients and loss, is used up before the next
+        # is replayed. Other threads, such as one that pins batches, may go on meanwhile.
         try:
             with torch.cuda.graph(self.graph, steps.pool, steps.stream, capture_error_mode="thread_local"):
                 self.loss = steps.step(self.batch, self.total)
         except RuntimeError as error:  # some operation of the model waits for the GPU, or its memory is full
-            reason = str(error).strip().partition("\n")[0]
+            # Ending a recording that has failed raises another error.
+            reason = str(error.__context__ or error).strip().partition("\n")[0]
             raise UserError(
                 f"the step cannot be recorded as a CUDA graph ({reason}); train without --cuda_graphs"
             ) from error
