@@ -7,34 +7,15 @@ import shutil
 import pytest
 import torch
 from launches import curve, weights
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
+from recorded_steps import METHODS, OnMeta, as_it_is, gpu, replays
+from shared import start
 
 import mtl_lora
-from mtl_lora.adapter import routing
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.nlu import model as encoders
 from mtl_lora.nlu.config import TrainConfig
-from mtl_lora.nlu.train import EncoderRun
 from mtl_lora.training import cuda_graphs
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-METHODS = ("mtl_lora", "lora", "dora", "multilora", "moelora", "hydralora", "none")
-
-
-class OnMeta(TorchDispatchMode):
-    """Counts operations and refuses those of a tensor of numbers: meta tensors have none, as those of a graph."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        found = operation(*args, **(kwargs or {}))
-        tensors = [each for each in _pytree.tree_leaves((args, kwargs, found)) if isinstance(each, torch.Tensor)]
-        assert all(each.is_meta for each in tensors), f"{operation} moves between the device and the CPU"
-        self.count += 1
-        return found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,15 +24,12 @@ def test_a_step_neither_waits_for_the_device_nor_copies_to_it(method, settings, 
     tasks = config.task_set()
     model = encoders.structure(BaseModel(config.base_model, kind=encoders.KIND), tasks)
     mtl_lora.inject(model, encoders.in_encoder(config.adapter_config(tasks), model)).train()
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as it is while a stream records
-    monkeypatch.setattr(routing.Route, "_resolved", lambda route, _: route.task_ids)  # checked on the device by CUDA
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no meta device
     losses = encoders.TaskLosses(tasks)
     losses.is_regression = losses.is_regression.to("meta")
     ids = torch.zeros(6, 16, dtype=torch.long, device="meta")
     batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
     batch |= {"task_ids": ids[:, 0], "targets": ids[:, 0].double()}
-    with OnMeta() as counted:
+    with OnMeta(monkeypatch) as counted:
         found, _, _ = losses(model, batch)
         found.sum().backward()
     assert counted.count > 100
@@ -65,11 +43,9 @@ def test_replayed_steps_train_the_same_weights(method, dropout, train, encoder, 
     base = encoder if dropout else still(encoder)
     flags = {"base_model": base, "adapter_name": method, "lora_r": 8, "lora_dropout": dropout, "max_steps": 16}
     flags |= {"val_set_size": 9, "save_step": 5, "dtype": "fp64"}
-    with monkeypatch.context() as as_it_is:  # of the same padded batches, whose dropout masks have their shape
-        as_it_is.setattr(cuda_graphs.GraphedSteps, "__call__", lambda self, batch, total: self.step(batch, total))
+    with as_it_is(monkeypatch):  # of the same padded batches, whose dropout masks have their shape
         plain = train("plain", **flags, cuda_graphs=True)
-    replayed, replay = [], cuda_graphs._Recorded.replay
-    monkeypatch.setattr(cuda_graphs._Recorded, "replay", lambda *args: replayed.append(1) or replay(*args))
+    replayed = replays(monkeypatch)
     graphs = train("graphs", **flags, cuda_graphs=True)
     assert len(replayed) >= 8
     assert curve(graphs) == pytest.approx(curve(plain), rel=1e-9)
@@ -114,9 +90,8 @@ def test_an_encoder_that_leaves_out_layers_at_random_is_refused(settings, encode
     folder = shutil.copytree(encoder, tmp_path / "encoder")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layerdrop": 0.1}))
-    run = EncoderRun(TrainConfig(**settings("run", base_model=str(folder), cuda_graphs=True)))
     with pytest.raises(UserError, match=r"layerdrop.*no --cuda_graphs"):
-        run.structure()
+        start("nlu", settings("run", base_model=str(folder), cuda_graphs=True))
 
 
 def test_what_stops_a_recording_is_said_by_its_first_error(monkeypatch):

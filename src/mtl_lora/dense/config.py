@@ -14,7 +14,15 @@ from mtl_lora.training.config import SCHEDULES, TrainingConfig
 if TYPE_CHECKING:
     from mtl_lora.dense.tasks import TaskSet
 
-_OF_OTHERS = ("task", "token_budget", "sampling_temperature", "val_set_size", "load_in_4bit", "deepspeed")
+_OF_OTHERS = (
+    "task",
+    "token_budget",
+    "sampling_temperature",
+    "val_set_size",
+    "load_in_4bit",
+    "deepspeed",
+    "cuda_graphs",
+)
 MAPS = "maps"  # the protocol: a map of every pixel
 _WARMUP = 0.1  # of the least learning rate: where the warm-up begins
 

@@ -27,6 +27,7 @@ class TrainConfig(TrainingConfig):
     """Everything that configures a training run on images and texts."""
 
     system = "image_text"
+    idle = TrainingConfig.idle | {"cuda_graphs": "is of other systems and does nothing for images and texts"}
     made_by = "mtl-lora prepare image_text"
 
     base_model: str = flag("smollm2-135m", "name or folder of a causal language model or an encoder-decoder (BART, T5)")

@@ -13,9 +13,11 @@ from mtl_lora import route
 from mtl_lora.adapter import routing
 from mtl_lora.base_model import at_least_float32
 from mtl_lora.language.prefix import Packer, forward_arguments, let_attention_share
+from mtl_lora.training.cuda_graphs import padded_length
 from mtl_lora.training.projection import logits_at, unwrapped
 
 IGNORED = -100  # the label that torch's cross entropy skips
+_SIZES = 16  # of supervised, at most, where batches are to have few shapes
 _PROBED = 512  # positions at most whose logits are compared, for at all of a long row they may not fit a GPU
 
 
@@ -29,14 +31,18 @@ class Collator:
     Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. supervised: what
     ``supervised_positions`` finds, here, because a GPU would make the training wait for N. loss_weight: N, float32.
     packed: what the packer, if there is one, makes of the rows.
+
+    lengths: those that batches are padded to, ascending, none below an example's; none: each to its longest row. With
+    them supervised, too, is filled up to one of few sizes, and the batch has weights (N,), of what fills it 0.
     """
 
     pad_token_id: int
     train_on_inputs: bool = False
     packer: Packer | None = None
+    lengths: Sequence[int] = ()
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
+        length = padded_length(max(len(row["input_ids"]) for row in rows), self.lengths)
         input_ids = torch.full((len(rows), length), self.pad_token_id)
         labels = torch.full_like(input_ids, IGNORED)
         for index, row in enumerate(rows):
@@ -49,8 +55,17 @@ class Collator:
         weight = torch.tensor(float(len(supervised)))
         batch = {"input_ids": input_ids, "labels": labels, "task_ids": task_ids}
         batch |= {"supervised": supervised, "loss_weight": weight}
+        if self.lengths:
+            batch |= _filled(supervised, -(-input_ids.numel() // _SIZES))
         packed = self.packer(rows, length, supervised) if self.packer else None
         return {**batch, "packed": packed} if packed else batch
+
+
+def _filled(supervised: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    """supervised (N,) filled up to a multiple of ``step`` by its first position, with the weights of all."""
+    lacking = -len(supervised) % step
+    weights = F.pad(torch.ones(len(supervised)), (0, lacking))
+    return {"supervised": torch.cat([supervised, supervised[:1].expand(lacking)]), "weights": weights}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,10 +94,11 @@ def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
 def token_losses(
     model: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross entropy of every supervised token, (N,), its weight, which is one, (N,), and its row's task id, (N,).
+    """Cross entropy of every supervised token, (N,), its weight, (N,), and its row's task id, (N,).
 
-    batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L), supervised (N,) and packed, the
-    same rows with shared prompt prefixes. As the collator makes it, nothing here waits for a GPU.
+    batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L), supervised (N,), weights (N,),
+    which are one without, and packed, the same rows with shared prompt prefixes. As the collator makes it, nothing here
+    waits for a GPU.
     """
     labels, task_ids = batch["labels"], batch["task_ids"]
     supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)
@@ -97,7 +113,7 @@ def token_losses(
         logits = logits_at(model, inputs, inputs["input_ids"].shape, positions, token_task_ids)
     targets = labels.flatten().index_select(0, supervised + 1)
     losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
-    return losses, torch.ones_like(losses), token_task_ids
+    return losses, batch["weights"] if "weights" in batch else torch.ones_like(losses), token_task_ids
 
 
 def sharing_probe(rows: Sequence[Mapping], packer: Packer) -> dict:

@@ -49,6 +49,8 @@ class TrainConfig(TrainingConfig):
     def validate(self) -> None:
         super().validate()
         template(self.template)
+        shares = self.reuse_prefix == "always"
+        self.require("cuda_graphs", "off with --reuse_prefix always", not (self.cuda_graphs and shares))
 
     def read_tasks(self) -> TaskSet:
         return load_tasks_file(self.tasks_file) if self.tasks_file else COMMONSENSE

@@ -37,7 +37,8 @@ class LanguageRun(Run):
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         config, columns = self.config, row_columns(self.train)
-        self.prefixes, note = prefixes_to_share(config.reuse_prefix, self.train, structure, self.adapter.dropout)
+        mode = "never" if self.cuda_graphs else config.reuse_prefix
+        self.prefixes, note = prefixes_to_share(mode, self.train, structure, self.adapter.dropout)
         self.log(note)
         lengths = columns["length"]
         if not config.token_budget:  # a budget is kept with whole prompts
@@ -58,7 +59,8 @@ class LanguageRun(Run):
             pair = longest_pair(columns["length"], columns["task_id"], self.prefixes)
             probe = sharing_probe([self.train[index] for index in pair], packer)
             losses = CheckedLosses(probe, dropout=config.reuse_prefix == "always")  # the base may have its own
-        return Collator(self.tokenizer.pad_token_id, config.train_on_inputs, packer), losses
+        lengths = self.recorded_lengths()
+        return Collator(self.tokenizer.pad_token_id, config.train_on_inputs, packer, lengths), losses
 
     def facts(self) -> dict[str, object]:
         return {"shared_prefixes": bool(self.prefixes)}

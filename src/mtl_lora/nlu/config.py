@@ -31,16 +31,6 @@ class TrainConfig(TrainingConfig):
         "linear layers to adapt: names or regular expressions of whole names as a,b; all-linear: the encoder's",
     )
     cutoff_len: int = flag(128, "most tokens of a text or pair; longer ones lose their end", min=4, group="the text")
-    cuda_graphs: bool = flag(
-        False, "on one GPU: record the step of each padded length and replay it, which a small encoder needs to be fast"
-    )
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("deepspeed", "use_gradient_checkpointing", "load_in_4bit", "token_budget"):
-            self.require("cuda_graphs", f"off with --{name}", not (self.cuda_graphs and getattr(self, name)))
-        one = self.gradient_accumulation_steps == 1
-        self.require("cuda_graphs", "off with --gradient_accumulation_steps", one or not self.cuda_graphs)
 
     def read_tasks(self) -> TaskSet:
         return TaskSet.load(self.tasks_file) if self.tasks_file else GLUE

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mtl_lora.nlu.examples import Example, load_examples
 from mtl_lora.nlu.tasks import TaskSet
+from mtl_lora.training.cuda_graphs import padded_length
 from mtl_lora.training.rows import cached_rows, tokenizer_hash
 
 # Raised when the way examples are encoded changes, so that caches of an older version are not read.
@@ -103,8 +104,7 @@ class Collator:
         self.pad_token_id, self.lengths = pad_token_id, lengths
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        length = next((each for each in self.lengths if each >= length), length)
+        length = padded_length(max(len(row["input_ids"]) for row in rows), self.lengths)
         batch = {"input_ids": torch.full((len(rows), length), self.pad_token_id)}
         batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
         types = [row.get("token_type_ids") or [] for row in rows]

@@ -6,13 +6,10 @@ import datasets
 from transformers import PreTrainedModel
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.errors import UserError
 from mtl_lora.nlu import model
 from mtl_lora.nlu.data import Collator, training_rows
 from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.run import Run, train
-
-_STEP = 16  # tokens between the lengths of batches that are recorded as CUDA graphs
 
 
 class EncoderRun(Run):
@@ -22,10 +19,7 @@ class EncoderRun(Run):
     shortened_at = "their ends"
 
     def structure(self) -> PreTrainedModel:
-        structure = model.structure(self.base, self.tasks)
-        if self.config.cuda_graphs and getattr(structure.config, "layerdrop", 0):
-            raise UserError(f"{self.config.base_model} leaves out layers at random (layerdrop): pass no --cuda_graphs")
-        return structure
+        return model.structure(self.base, self.tasks)
 
     def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
         return model.in_encoder(adapter, structure), []
@@ -41,16 +35,8 @@ class EncoderRun(Run):
     def load_base(self) -> PreTrainedModel:
         return model.load(self.base, self.tasks, self.config.dtype, self.config.load_in_4bit)
 
-    @property
-    def cuda_graphs(self) -> bool:
-        return self.config.cuda_graphs and self.arguments.device.type == "cuda" and self.arguments.world_size == 1
-
     def ends(self):
-        if self.config.cuda_graphs and not self.cuda_graphs:
-            self.log("--cuda_graphs has no effect here, for it needs a GPU and one process")
-        cutoff = self.config.cutoff_len
-        lengths = [*range(_STEP, cutoff, _STEP), cutoff] if self.cuda_graphs else []
-        return Collator(self.tokenizer.pad_token_id, lengths), model.TaskLosses(self.tasks)
+        return Collator(self.tokenizer.pad_token_id, self.recorded_lengths()), model.TaskLosses(self.tasks)
 
     def provenance(self) -> dict[str, object]:
         rows = self.train.select_columns(["task_id", "pair"]).to_pandas().groupby("task_id")["pair"]

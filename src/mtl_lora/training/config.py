@@ -116,6 +116,9 @@ class TrainingConfig(Config):
     )
     load_in_4bit: bool = flag(False, "load the base model in 4 bits, as QLoRA does; needs bitsandbytes")
     use_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    cuda_graphs: bool = flag(
+        False, "on one GPU: record the step of each padded length and replay it, which small steps need to be fast"
+    )
     deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none: off")
     resume_from_checkpoint: str | None = flag(
         None, "checkpoint folder to resume from; True: the last one in output_dir", affects="nothing"
@@ -196,6 +199,10 @@ class TrainingConfig(Config):
             raise UserError(
                 "--val_set_size holds out examples for a loss at each save; pass --save_step N, which changes no weight"
             )
+        for name in ("deepspeed", "use_gradient_checkpointing", "load_in_4bit", "token_budget"):
+            self.require("cuda_graphs", f"off with --{name}", not (self.cuda_graphs and getattr(self, name)))
+        one = self.gradient_accumulation_steps == 1
+        self.require("cuda_graphs", "off with --gradient_accumulation_steps", one or not self.cuda_graphs)
         tasks = self.task_set()
         if self.task is not None:
             tasks[self.task]  # an unknown name is an error of the flag, not of an example

@@ -4,7 +4,7 @@ A step of a small model takes a GPU as long as its thousands of kernels take to 
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,11 @@ from torch import nn
 from mtl_lora.errors import UserError
 
 _MOST = 64  # graphs; batches of further shapes run as they are
+
+
+def padded_length(length: int, lengths: Sequence[int]) -> int:
+    """The first of ``lengths``, which ascend, that holds ``length``; itself where there is none."""
+    return next((each for each in lengths if each >= length), length)
 
 
 class GraphedSteps:

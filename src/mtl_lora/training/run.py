@@ -29,6 +29,8 @@ from mtl_lora.training.sampler import StepSampler
 from mtl_lora.training.trainer import Batch, MultiTaskTrainer, make_sampler, training_arguments
 from mtl_lora.version import checkout_commit
 
+_STEP = 16  # tokens between the lengths of batches whose steps are recorded as CUDA graphs
+
 
 class Run:
     """One training; a system's subclass fills in what an example is, which model is built, and what its losses are.
@@ -43,7 +45,6 @@ class Run:
     task_set: type[TaskSet]
     shortened_at: str = ""  # where an example that is longer than the cutoff loses tokens; empty: there is no cutoff
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
-    cuda_graphs = False  # likewise
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
@@ -121,6 +122,19 @@ class Run:
         """What checkpoints say of the system's own inputs: fields of ``checkpoint.Provenance``."""
         raise NotImplementedError
 
+    # ---- steps that are recorded ----
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether steps are recorded as CUDA graphs, see ``MultiTaskTrainer``."""
+        return self.config.cuda_graphs and self.arguments.device.type == "cuda" and self.arguments.world_size == 1
+
+    def recorded_lengths(self) -> list[int]:
+        """The lengths that batches are padded to where steps are recorded, so that few differ; else none."""
+        if not self.cuda_graphs:
+            return []
+        return [*range(_STEP, self.config.cutoff_len, _STEP), self.config.cutoff_len]
+
     # ---- the course ----
 
     def log(self, *lines: str) -> None:
@@ -135,6 +149,8 @@ class Run:
         base.check_quantisation(training=True)
         # Before the arguments are made, for from then on ZeRO-3 partitions every new model.
         structure = self.structure()
+        if config.cuda_graphs and getattr(structure.config, "layerdrop", 0):
+            raise UserError(f"{config.base_model} leaves out layers at random (layerdrop); pass no --cuda_graphs")
         try:
             self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
         except UserError as error:
@@ -154,6 +170,8 @@ class Run:
             notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         self.log(*notes)
         task_ids = self.columns(self.train)["task_id"]
+        if config.cuda_graphs and not self.cuda_graphs:
+            self.log("--cuda_graphs has no effect here, for it needs a GPU and one process")
         lengths, group_tasks = self.plan(structure)
         sampler = self.sampler(lengths, task_ids, group_tasks)
         shortened = f"; {shortened_note(rows, self.limit(), self.shortened_at)}" if self.shortened_at else ""
