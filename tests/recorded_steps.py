@@ -1,9 +1,12 @@
 """Steps that are recorded as CUDA graphs: what their tests share."""
 
-import contextlib
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from launches import curve, weights
+from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
@@ -33,16 +36,37 @@ class OnMeta(TorchDispatchMode):
         return found
 
 
-@contextlib.contextmanager
-def as_it_is(monkeypatch: pytest.MonkeyPatch):
-    """A block in which steps that would be recorded run as they are."""
-    with monkeypatch.context() as changed:
-        changed.setattr(cuda_graphs.GraphedSteps, "__call__", lambda self, batch, total: self.step(batch, total))
-        yield
+def assert_stays_on_device(model: nn.Module, losses: Callable, batch: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where an operation of a step on the meta device reads from it or copies to it, or a weight has no gradient.
+
+    losses: as of ``MultiTaskTrainer``.
+    """
+    with OnMeta(monkeypatch) as counted:
+        found, ones, _ = losses(model, batch)
+        (found * ones).sum().backward()
+    assert counted.count > 100
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
-def replays(monkeypatch: pytest.MonkeyPatch) -> list:
-    """A list that gets an entry for every step that is replayed from now on."""
+def assert_replays_train_alike(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, replays: int, **flags
+) -> None:
+    """Fail where a training with at least so many replayed steps is not the one whose steps run as they are.
+
+    train: the fixture; flags: besides those that both trainings share. They have the same padded batches, whose dropout
+    masks have their shape.
+    """
+    flags |= {"lora_r": 8, "max_steps": 16, "val_set_size": 9, "save_step": 5, "dtype": "fp64", "cuda_graphs": True}
+    with monkeypatch.context() as as_it_is:
+        as_it_is.setattr(cuda_graphs.GraphedSteps, "__call__", lambda self, batch, total: self.step(batch, total))
+        plain = train("plain", **flags)
     replayed, replay = [], cuda_graphs._Recorded.replay
     monkeypatch.setattr(cuda_graphs._Recorded, "replay", lambda *args: replayed.append(1) or replay(*args))
-    return replayed
+    graphs = train("graphs", **flags)
+    assert len(replayed) >= replays
+    for key in ("loss", "eval_loss"):
+        assert curve(graphs, key) == pytest.approx(curve(plain, key), rel=1e-9), key
+    expected, found = weights(plain), weights(graphs)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")

@@ -3,9 +3,7 @@
 import random
 
 import pytest
-import torch
-from launches import curve, weights
-from recorded_steps import METHODS, OnMeta, as_it_is, gpu, replays
+from recorded_steps import METHODS, assert_replays_train_alike, assert_stays_on_device, gpu
 from reference.layers import assert_near
 from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_gradients
 
@@ -69,29 +67,15 @@ def test_a_step_neither_waits_for_the_device_nor_copies_to_it(method, settings, 
     model = mtl_lora.inject(structure, adapter).train()
     batch = Collator(0, lengths=LENGTHS)(make_rows(1, 21))
     batch = {name: value.to("meta") for name, value in batch.items()}
-    with OnMeta(monkeypatch) as counted:
-        losses, ones, _ = token_losses(model, batch)
-        (losses * ones).sum().backward()
-    assert counted.count > 100
-    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+    assert_stays_on_device(model, token_losses, batch, monkeypatch)
 
 
 @gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_replayed_steps_train_the_same_weights(method, train, monkeypatch):
     saved = ["lm_head"] if method == "none" else []
-    flags = {"adapter_name": method, "lora_r": 8, "lora_dropout": 0.1, "modules_to_save": saved, "max_steps": 16}
-    flags |= {"val_set_size": 9, "save_step": 5, "dtype": "fp64", "cuda_graphs": True}
-    with as_it_is(monkeypatch):
-        plain = train("plain", **flags)
-    replayed = replays(monkeypatch)
-    graphs = train("graphs", **flags)
-    assert len(replayed) >= 4
-    assert curve(graphs) == pytest.approx(curve(plain), rel=1e-9)
-    assert curve(graphs, "eval_loss") == pytest.approx(curve(plain, "eval_loss"), rel=1e-9)
-    expected, found = weights(plain), weights(graphs)
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
+    flags = {"adapter_name": method, "lora_dropout": 0.1, "modules_to_save": saved}
+    assert_replays_train_alike(train, monkeypatch, replays=4, **flags)
 
 
 def test_shared_prefixes_cannot_be_recorded(settings):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from launches import curve, weights
-from recorded_steps import METHODS, OnMeta, as_it_is, gpu, replays
+from recorded_steps import METHODS, assert_replays_train_alike, assert_stays_on_device, gpu
 from shared import start
 
 import mtl_lora
@@ -29,11 +29,7 @@ def test_a_step_neither_waits_for_the_device_nor_copies_to_it(method, settings, 
     ids = torch.zeros(6, 16, dtype=torch.long, device="meta")
     batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
     batch |= {"task_ids": ids[:, 0], "targets": ids[:, 0].double()}
-    with OnMeta(monkeypatch) as counted:
-        found, _, _ = losses(model, batch)
-        found.sum().backward()
-    assert counted.count > 100
-    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+    assert_stays_on_device(model, losses, batch, monkeypatch)
 
 
 @gpu
@@ -41,23 +37,12 @@ def test_a_step_neither_waits_for_the_device_nor_copies_to_it(method, settings, 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_replayed_steps_train_the_same_weights(method, dropout, train, encoder, still, monkeypatch):
     base = encoder if dropout else still(encoder)
-    flags = {"base_model": base, "adapter_name": method, "lora_r": 8, "lora_dropout": dropout, "max_steps": 16}
-    flags |= {"val_set_size": 9, "save_step": 5, "dtype": "fp64"}
-    with as_it_is(monkeypatch):  # of the same padded batches, whose dropout masks have their shape
-        plain = train("plain", **flags, cuda_graphs=True)
-    replayed = replays(monkeypatch)
-    graphs = train("graphs", **flags, cuda_graphs=True)
-    assert len(replayed) >= 8
-    assert curve(graphs) == pytest.approx(curve(plain), rel=1e-9)
-    assert curve(graphs, "eval_loss") == pytest.approx(curve(plain, "eval_loss"), rel=1e-9)
-    expected, found = weights(plain), weights(graphs)
-    assert expected.keys() == found.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
+    flags = {"base_model": base, "adapter_name": method, "lora_dropout": dropout}
+    assert_replays_train_alike(train, monkeypatch, replays=8, **flags)
 
 
 @gpu
-def test_a_training_of_recorded_steps_resumes(train, encoder):
+def test_a_training_of_recorded_steps_resumes(train):
     flags = {"max_steps": 12, "save_step": 6, "dtype": "fp64", "cuda_graphs": True}
     folder = train("run", **flags)
     again = train("again", **flags, resume_from_checkpoint=str(folder / "checkpoint-6"))
