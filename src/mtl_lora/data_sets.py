@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -71,6 +72,14 @@ def sampled(entries: Sequence[Entry], count: int) -> tuple[list[Entry], list[Ent
     for index, entry in enumerate(entries):
         parts[index not in chosen].append(entry)
     return parts
+
+
+def content(*texts: str) -> frozenset[str]:
+    """What makes two examples the same: letters and digits of their texts, in either order; empty if a text is.
+
+    STS-B holds pairs of MRPC, and film reviews are in SST and in SUBJ, with other spaces, quotation marks and capitals.
+    """
+    return frozenset(re.sub(r"[\W_]+", "", text.casefold()) or text for text in texts) if all(texts) else frozenset()
 
 
 def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: bytes, kept: Iterable[Path] = ()) -> str:

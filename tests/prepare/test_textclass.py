@@ -13,7 +13,7 @@ from textclass_cases import (
     MANIFEST,
     PARTS,
     TASKS,
-    assert_no_test_text_is_trained_on,
+    assert_sets_are_apart,
     make_source,
     obvious,
     written,
@@ -41,7 +41,7 @@ def test_raw_files_are_split_as_the_rules_say(run, world):
     run()
     sets = written(world.output)
     assert sets == obvious(world.source)
-    assert_no_test_text_is_trained_on(sets)
+    assert_sets_are_apart(sets)
     # the made-up files try what they are meant to try
     assert all(sets.values()) and {"one two", "caf\xe9 voil\xc3"} <= {
         text for rows in sets.values() for text, _ in rows
@@ -112,7 +112,10 @@ def prepared(world):
         for split in PARTS:
             rows = [{"text": f"{split} {task.name} {option}", "label": option} for option in task.options]
             if (task.name, split) == ("cr", "train"):
-                rows.append({"text": "test trec person", "label": "negative"})
+                rows.append({"text": "Test TREC: person ...", "label": "negative"})
+                rows.append({"text": "dev sst2 positive", "label": "positive"})
+            if (task.name, split) == ("subj", "dev"):
+                rows.append({"text": "test mpqa positive !", "label": "objective"})
             path = world.folder / "prepared" / task.name / f"{split}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(rows))
@@ -122,7 +125,7 @@ def prepared(world):
 def test_prepared_sets_become_records_without_texts_of_test_sets(run, world, prepared):
     run("--prepared", prepared, source=False)
     sets = written(world.output)
-    assert_no_test_text_is_trained_on(sets)
+    assert_sets_are_apart(sets)
     for (name, split), rows in sets.items():
         assert rows == [(f"{split} {name} {option}", option) for option in TASKS[name].options]
 
@@ -239,8 +242,8 @@ def test_real_sets_give_the_known_records(tmp_path, capsys):
     cli.main(["prepare", "textclass", "--prepared", str(source), "--output_dir", str(tmp_path)])
     assert "known set" not in capsys.readouterr().out
     sets = written(tmp_path)
-    assert_no_test_text_is_trained_on(sets)
+    assert_sets_are_apart(sets)
     for (name, split), rows in sets.items():
-        given = json.loads((source / name / f"{split}.json").read_text())
-        assert rows == [(row["text"], row["label"]) for row in given]
+        given = [(row["text"], row["label"]) for row in json.loads((source / name / f"{split}.json").read_text())]
+        assert rows == [pair for pair in given if pair in rows] and (split != "test" or rows == given)
         assert len(rows) == MANIFEST["tasks"][name]["records"][split]

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mtl_lora.config import Config, closest, flag
-from mtl_lora.data_sets import Examples, Manifest, Sets, existing, sampled, write_sets
+from mtl_lora.data_sets import Examples, Manifest, Sets, content, existing, sampled, write_sets
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.files import read_object, read_utf8
 from mtl_lora.nlu.tasks import Task
@@ -215,7 +215,8 @@ def separated(sets: Sets) -> tuple[Sets, list[str]]:
     """
     found = {}
     for name, parts in sets.items():
-        keyed = {part: [(content(example), example) for example in given] for part, given in parts.items()}
+        fields = ("text", "text_b")[: len(TEXTS[name])]
+        keyed = {part: [(content(*map(each.get, fields)), each) for each in given] for part, given in parts.items()}
         found[name] = {part: [pair for pair in pairs if pair[0]] for part, pairs in keyed.items()}
     tested = {key for parts in found.values() for key, _ in parts["test"]}
     for parts in found.values():
@@ -232,12 +233,3 @@ def separated(sets: Sets) -> tuple[Sets, list[str]]:
             dropped.append(f"{name} {lost:,}")
     notes = [f"dropped for texts that are in a dev or test set too, or empty: {', '.join(dropped)}"] if dropped else []
     return separate, notes
-
-
-def content(example: dict) -> frozenset[str]:
-    """What makes two examples the same: letters and digits of their texts, in either order; empty without a text.
-
-    STS-B holds pairs of MRPC with other spaces, quotation marks and capitals.
-    """
-    texts = [example[field] for field in ("text", "text_b") if field in example]
-    return frozenset(re.sub(r"[\W_]+", "", text.casefold()) or text for text in texts) if all(texts) else frozenset()

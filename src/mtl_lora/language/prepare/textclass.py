@@ -6,7 +6,8 @@
     mtl-lora prepare textclass --limit 800           at most 800 training examples a task
 
 Writes train.json (all tasks, in order of task id), tasks.json (the --tasks_file of training), dev/<task>/test.json and
-test/<task>/test.json (a --data_dir of evaluation). No text of any test set is in train.json or dev.
+test/<task>/test.json (a --data_dir of evaluation). No text of any test set is in train.json or dev, and none of any
+dev set in train.json, whatever its spaces, punctuation and capitals.
 Paths are relative to the current folder.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from mtl_lora.config import Config, flag
 from mtl_lora.data_files import read_values
-from mtl_lora.data_sets import SPLITS, Manifest, existing, shuffled, write_sets
+from mtl_lora.data_sets import SPLITS, Manifest, content, existing, shuffled, write_sets
 from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
 
@@ -68,23 +69,25 @@ def run(config: Prepare) -> None:
 
 
 def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> dict[str, dict[str, Pairs]]:
-    """Every task's splits; no text of any test set is in a train or dev set. Raises ``UserError``."""
+    """Every task's splits; no train set has the ``content`` of any dev or test set, and no dev set that of a test set.
+    Raises ``UserError``."""
     if config.prepared:
         existing(config.prepared)
     else:
         folder = manifest.get(config.source, config.download_dir, config.base_url)
-    sets, tested = {}, set()
+    sets = {}
     for task in tasks:
         if config.prepared:
             parts = {part: read_prepared(prepared_file(config, task, part), task) for part in SPLITS}
         else:
             parts = split({part: read_raw(folder / raw.path, task) for part, raw in manifest.files[task.name].items()})
         sets[task.name] = parts
-        tested |= {text for text, _ in parts["test"]}
-    return {
-        name: {part: [pair for pair in parts[part] if part == "test" or pair[0] not in tested] for part in SPLITS}
-        for name, parts in sets.items()
-    }
+    held = set()
+    for part in reversed(SPLITS):
+        for parts in sets.values():
+            parts[part] = [pair for pair in parts[part] if content(pair[0]) not in held]
+        held |= {content(text) for parts in sets.values() for text, _ in parts[part]}
+    return sets
 
 
 def read_raw(path: Path, task: Task) -> Pairs:
