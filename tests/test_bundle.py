@@ -285,3 +285,10 @@ def test_real_bundle_installs_the_project_and_its_packages(monkeypatch, tmp_path
     assert {"datasets", "dill", "fire", "gguf", "mtl_lora"} <= {path.name for path in (into / "site").iterdir()}
     assert not (into / "site" / "torch").exists() and (into / "project" / "script" / "quickstart.sh").is_file()
     assert (into / "BUNDLE_COMMIT").read_text().strip() == mtl_lora.version.checkout_commit()
+
+
+def test_the_commit_is_of_this_checkout_whatever_repository_the_environment_names(tmp_path, monkeypatch):
+    commit = mtl_lora.version.checkout_commit()
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert mtl_lora.version.checkout_commit() == commit

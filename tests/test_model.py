@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pathlib
 import shutil
 import subprocess
 
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from mtl_lora.base_model import BaseModel, choose_dtype, with_pad_token
+from mtl_lora.embedded import cache_folder
 from mtl_lora.errors import UserError
 
 
@@ -417,6 +419,15 @@ def test_fingerprint_does_not_depend_on_how_the_weights_are_cut_into_files(made,
     assert len({BaseModel(str(folder)).fingerprint() for folder in (base, tmp_path / "2KB", tmp_path / "6KB")}) == 1
 
 
+def test_one_file_goes_before_an_index_beside_it_as_it_does_for_transformers(made, base, tmp_path):
+    made.save_pretrained(tmp_path, max_shard_size="2KB")
+    shutil.copy(base / "model.safetensors", tmp_path)
+    assert [path.name for path in BaseModel(str(tmp_path)).weight_files()] == ["model.safetensors"]
+    for shard in tmp_path.glob("model-*"):  # as a second save_pretrained leaves the folder
+        shard.unlink()
+    assert BaseModel(str(tmp_path)).fingerprint() == BaseModel(str(base)).fingerprint()
+
+
 def test_fingerprint_is_of_the_weights_alone(base, tmp_path):
     before = BaseModel(str(base)).fingerprint()
     change_config(base, max_position_embeddings=64)
@@ -492,6 +503,16 @@ def test_converted_base_is_taken_from_the_cache_without_fetching(base, tmp_path,
     monkeypatch.setattr(subprocess, "run", refuse)
     assert BaseModel("smollm2-135m").path == str(tmp_path / "cache" / "smollm2-135m")
     assert BaseModel("smollm2-135m").fingerprint() == BaseModel(str(base)).fingerprint()
+
+
+def test_a_user_without_a_home_names_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path))
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    assert cache_folder() == tmp_path
 
 
 def test_base_that_cannot_be_fetched_is_one_sentence_and_leaves_nothing_but_a_lock(tmp_path, monkeypatch):

@@ -224,8 +224,9 @@ class BaseModel:
         """The model's safetensors files."""
         path = self.path
         with hub_errors(self.name, self.kind):
-            index = cached_path(path, INDEX_NAME)
-            names = set(json.loads(index.read_text())["weight_map"].values()) if index else [WEIGHTS_NAME]
+            names = {WEIGHTS_NAME}  # before an index beside it, as transformers does
+            if not cached_path(path, WEIGHTS_NAME) and (index := cached_path(path, INDEX_NAME)):
+                names = set(json.loads(index.read_text())["weight_map"].values())
             found = [cached_path(path, name) for name in sorted(names)]
             if not found or None in found:  # a gated model or no network has a reason of its own
                 cached_file(path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)

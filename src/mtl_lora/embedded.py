@@ -48,8 +48,9 @@ class Embedded:
 
 def cache_folder() -> Path:
     """Where converted models are kept: $MTL_LORA_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MTL_LORA_CACHE") or Path(base) / "mtl_lora")
+    if own := os.environ.get("MTL_LORA_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_lora"
 
 
 def name_of(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """The library version and the checkout's commit: every checkpoint and every results file names both."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def checkout_commit(*without: str) -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # Without what points git at another repository, as in a hook.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
     try:
         # An installed package lies in site-packages, so its parents[2] is the top of no checkout.

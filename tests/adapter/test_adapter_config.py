@@ -93,6 +93,7 @@ def refused(*facts, **settings):
         *(refused("dropout", "below 1", str(value), dropout=value) for value in (1, -0.05)),
         refused("dropout", "a number", dropout=math.nan),
         refused("use_rslora", "True or False", use_rslora=1),
+        refused("modules_to_save", "not empty", modules_to_save=["norm", ""]),
         *(refused("target_modules", "at least one name", target_modules=value) for value in ("", [])),
         refused("target_modules", "a list of strings", target_modules=["q_proj", 1]),
         *(refused("temperature", "greater than 0", str(value), temperature=value) for value in (0, -0.1)),

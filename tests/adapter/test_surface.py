@@ -1,10 +1,14 @@
 """What a model is while it carries an adapter, and after: copies, wrappers, the base beneath, modules saved whole."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
 import sys
+import threading
+import time
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -160,11 +164,51 @@ def test_a_model_that_is_built_in_inference_mode_computes_the_same(method):
         assert torch.equal(adapted_llama(method)(input_ids=tokens(4), task_ids=TASKS).logits, expected)
 
 
-def test_an_offloaded_layer_is_refused_for_an_adapter_there_has_no_values():
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({}, "the target model.layers.0.self_attn.q_proj"), ({"modules_to_save": ["norm"]}, "model.norm.weight")],
+)
+def test_what_accelerate_has_offloaded_gets_no_adapter_and_no_copy_for_neither_has_values(changes, name):
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(tiny_llama(torch.float32), execution_device="cpu")
-    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj .* offloaded"):
-        mtl_lora.inject(model, adapter_config())
+    with pytest.raises(UserError, match=rf"{name} is not in memory, for accelerate has offloaded it"):
+        mtl_lora.inject(model, adapter_config(**changes))
+
+
+def test_what_needs_values_is_refused_once_they_are_offloaded_and_the_model_stays(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = adapted_llama(modules_to_save=["norm"])
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+
+    def turn_off():
+        with mtl_lora.disabled(model):
+            pass
+
+    refused = [lambda: mtl_lora.merge(model, 0), lambda: mtl_lora.unload(model), lambda: mtl_lora.save(model, tmp_path)]
+    for needs_values in (*refused, turn_off):
+        with pytest.raises(UserError, match="is not in memory, for accelerate has offloaded it"):
+            needs_values()
+    assert torch.equal(logits(model), expected) and not any(tmp_path.iterdir())
+    model = accelerate.cpu_offload(adapted_llama("dora"), execution_device="cpu")
+    with pytest.raises(UserError, match="a weight whose norm DoRA needs is not in memory"):
+        logits(model)
+
+
+def test_a_weight_that_is_computed_from_others_takes_no_adapter_into_it():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.utils.parametrizations.weight_norm(model[0])
+    mtl_lora.inject(model, adapter_config(target_modules=["0"]))
+    with pytest.raises(UserError, match="the weight of 0 is computed from others"):
+        mtl_lora.merge(model, 0)
+    assert mtl_lora.adapter_layers(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_dict_of_the_whole_model_gives_the_same_model(method):
+    model, other = adapted_llama(method), mtl_lora.inject(tiny_llama(seed=5), adapter_config(method))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_the_mode_that_is_set_while_an_adapter_is_disabled_holds_afterwards():
@@ -202,15 +246,23 @@ def test_a_layer_that_is_never_called_is_named_by_the_first_forward_that_trains(
         with pytest.raises(UserError, match=r"the adapter layer qkv of 2 was not called .* allow_unused=True"):
             model(x, task_ids=[0, 1])
     assert not any(layer._forward_pre_hooks for layer in mtl_lora.adapter_layers(model).values())
+    with mtl_lora.disabled(model):  # in which no layer can be called
+        model(x, task_ids=[0, 1])
+    with pytest.raises(UserError, match="was not called"):
+        model(x, task_ids=[0, 1])
     model.calls = ("qkv", "out")
     model(x, task_ids=[0, 1])
     model.calls = ()  # looked at once
     model(x, task_ids=[0, 1])
 
 
-def test_layers_that_other_batches_reach_may_be_allowed():
+def test_layers_that_other_batches_reach_may_be_allowed(tmp_path):
     model = mtl_lora.inject(ReadsWeight(), adapter_config(target_modules=["qkv", "out"]), allow_unused=True)
     model(torch.randn(2, 8), task_ids=[0, 1])
+    mtl_lora.save(model, tmp_path)
+    mtl_lora.load(ReadsWeight(), tmp_path, allow_unused=True)(torch.randn(2, 8), task_ids=[0, 1])
+    with pytest.raises(UserError, match=r"dtype is of mtl_lora\.load\(folder\)"):
+        mtl_lora.load(ReadsWeight(), tmp_path, dtype="bf16")
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -438,6 +490,50 @@ def test_modules_that_cannot_be_saved_are_refused_and_nothing_changes(changes, m
     with pytest.raises(UserError, match=message):
         mtl_lora.inject(model, adapter_config(**changes))
     assert facts(model) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bias_that_is_saved_whole_keeps_the_dtype_of_the_base(method):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)).bfloat16()
+    x = torch.randn(2, 8).bfloat16()
+    expected = base(x)
+    model = mtl_lora.inject(base, adapter_config(method, target_modules=["0"], modules_to_save=["*.bias"]))
+    assert torch.equal(model(x, task_ids=[0, 1]), expected)
+
+
+class SlowHead(nn.Linear):
+    """Reads its weight late; lets the thread called "first" through first."""
+
+    def forward(self, x):
+        time.sleep(0.05 if threading.current_thread().name == "first" else 0.2)
+        return super().forward(x)
+
+
+def test_threads_that_share_modules_saved_whole_do_not_see_each_others_casts():
+    model = nn.Sequential(OrderedDict(body=nn.Linear(8, 8), head=SlowHead(8, 3))).bfloat16().eval()
+    mtl_lora.inject(model, adapter_config(target_modules=["body"], modules_to_save=["head"]))
+    x, found = torch.randn(2, 8).bfloat16(), []
+    expected = model(x, task_ids=[0, 1])
+
+    def answer(delay):
+        time.sleep(delay)
+        found.append(model(x, task_ids=[0, 1]))
+
+    threads = [
+        threading.Thread(target=answer, args=(delay,), name=name) for name, delay in (("first", 0), ("second", 0.02))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(each, expected) for each in found)
+
+
+@pytest.mark.parametrize("taking_off", [mtl_lora.unload, mtl_lora.merge, mtl_lora.disabled])
+def test_a_model_that_was_cast_after_injection_is_of_one_dtype_without_the_adapter(taking_off):
+    model = adapted_llama("lora", torch.float32, modules_to_save=["lm_head"]).to(torch.bfloat16)
+    with taking_off(model) if taking_off is mtl_lora.disabled else contextlib.nullcontext(taking_off(model)):
+        assert model(input_ids=tokens(2)).logits.dtype == torch.bfloat16
 
 
 def test_a_quantised_module_is_refused():

@@ -363,6 +363,7 @@ DAMAGED = {
 }
 ONLY_PEFT = {
     "task": (configuration("adapter", tasks=["a/../b", *TASKS[1:]]), "the task 'a/../b' cannot name a folder"),
+    "empty name": (configuration("adapter", tasks=["", *TASKS[1:]]), "the task '' cannot name a folder"),
     "results": (broken_results, "results.json: tasks.maps"),
 }
 

@@ -17,7 +17,7 @@ from torch import nn
 from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
-from mtl_lora.adapter.layer import is_partitioned, layer_sizes, parameter_shapes
+from mtl_lora.adapter.layer import is_partitioned, layer_sizes, parameter_shapes, require_in_memory
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
@@ -128,7 +128,7 @@ def save(
     provenance: defaults to what the adapter was loaded with, else to the name of the base model, and its fingerprint
     where its files are on this machine. state: ``adapter_state``, where it was gathered elsewhere (ZeRO-3). Weights
     that were cast to bf16 or fp16 are stored as float32. Warns of a trainable weight that is not saved. Raises
-    ``UserError`` for a value that is not finite.
+    ``UserError`` for a value that is not finite, and for an offloaded one.
     """
     folder, root = Path(folder), unwrap(model)
     held = {id(tensor) for tensor in adapter_tensors(model).values()}
@@ -177,8 +177,9 @@ def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:
 
 
 def _require_numbers(state: State, source: str) -> None:
-    """Raise ``UserError`` naming the first tensor with a value that is not finite."""
+    """Raise ``UserError`` naming the first tensor with a value that is not finite, or not in memory."""
     for name, tensor in state.items():
+        require_in_memory(f"{source}: {name}", tensor)
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"{source}: {name} holds values that are not finite; lower the learning rate, or take a checkpoint "
@@ -232,20 +233,25 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     return config
 
 
-def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, **options) -> nn.Module:
+def load(
+    base_model: nn.Module | str | Path, folder: str | Path | None = None, allow_unused: bool = False, **options
+) -> nn.Module:
     """``load(folder)``: the base model that a checkpoint names, with its adapter. ``load(base_model, folder)``: put the
     adapter on a model that is there, in place, and return it.
 
-    options: for ``load(folder)``, arguments of ``BaseModel.load``, such as ``dtype`` (modules saved whole compute in
-    it, also after the model was cast to another) or ``device_map``, and ``trust_remote_code``. Raises ``UserError`` for
-    another base model than the checkpoint's (where both have files on this machine to compare), a changed byte, a
-    missing or unexpected tensor, a wrong shape or dtype (each by name); a model that was passed is then left as it was.
+    allow_unused: as of ``inject``. options: for ``load(folder)`` alone, arguments of ``BaseModel.load``, such as
+    ``dtype`` (modules saved whole compute in it, also after the model was cast to another) or ``device_map``, and
+    ``trust_remote_code``. Raises ``UserError`` for another base model than the checkpoint's (where both have files on
+    this machine to compare), a changed byte, a missing or unexpected tensor, a wrong shape or dtype (each by name); a
+    model that was passed is then left as it was.
     """
     if isinstance(folder, nn.Module):
         raise UserError("the model comes first: mtl_lora.load(base_model, folder)")
     if folder is None and isinstance(base_model, nn.Module):
         raise UserError("the folder of the checkpoint is missing: mtl_lora.load(base_model, folder)")
     source = base_model if folder is None else folder
+    if folder is not None and options:
+        raise UserError(f"{next(iter(options))} is of mtl_lora.load(folder), which loads the base; here it is loaded")
     config = read_config(source)
     provenance = config.provenance_config
     expected = provenance.base_fingerprint
@@ -274,7 +280,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path | None = None, *
                 stacklevel=2,
             )
     state = read_weights(source, config)
-    model = inject(base_model, config.adapter_config)
+    model = inject(base_model, config.adapter_config, allow_unused)
     try:
         load_state(model, state, str(Path(source) / WEIGHTS_NAME))
     except UserError:
@@ -344,7 +350,8 @@ def load_state(model: nn.Module, state: State, source: str) -> None:
         # A float64 model takes float32 weights as they are; anything else would round.
         exact = own[name].is_floating_point() and tensor.dtype == torch.float32
         if not exact and tensor.dtype != own[name].dtype:
-            raise UserError(f"{problem} {name} has dtype {tensor.dtype}, not {own[name].dtype}")
+            way_out = "; load the base with dtype fp64" if tensor.dtype == torch.float64 else ""
+            raise UserError(f"{problem} {name} has dtype {tensor.dtype}, not {own[name].dtype}{way_out}")
     for name, tensor in state.items():
         own[name].copy_(tensor)
 

@@ -108,6 +108,7 @@ class AdapterConfig(Config):
         self.require("target_modules", "names and expressions, or all-linear alone", alone)
         rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
         self.require("tasks", rule, bool(self.tasks) or not layer.needs_task_ids)
+        self.require("modules_to_save", "names that are not empty", "" not in self.modules_to_save)
         layer.check_config(self)
 
     @property

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import Factors, positive
+from mtl_lora.adapter.layer import Factors, is_sharded, positive, require_in_memory
 from mtl_lora.adapter.lora import LoraLayer
 
 
@@ -33,11 +33,14 @@ class DoraLayer(LoraLayer):
         super().reset_parameters()
         self.register_buffer("base_squares", self.base_row_squares(), persistent=False)
         self.lora_magnitude.copy_(self.base_squares.sqrt())
+        self.register_load_state_dict_post_hook(_renew_squares)
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
         """||W + s B A|| per output row, (d,); ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T."""
         A, B, s = self.lora_A, self.lora_B, self.scale
+        if not A.is_meta:
+            require_in_memory("a weight whose norm DoRA needs", self.base_layer.weight)
         device = A.device.type
         # c is 1 but for small changes, which the bf16 products of an autocast region would round away.
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
@@ -51,10 +54,16 @@ class DoraLayer(LoraLayer):
         c = self.lora_magnitude / positive(self.norm())
         # Without dropout W x~ is the base's output, computed already; its bias is not scaled.
         plain = self.base_layer(dropped) if self.training and self.dropout else output
-        plain = plain if self.bias is None else plain - self.bias
+        plain = plain if self.bias is None else plain - self.bias.to(plain.dtype)
         change = F.linear(mixed, self.up().to(output.dtype)) * self.scale
         return output + (c - 1).to(output.dtype) * plain + c.to(output.dtype) * change
 
     def factors(self, task: str | int | None = None) -> Factors:
         """The pair and the magnitude m, the same for every task."""
         return dataclasses.replace(super().factors(task), magnitude=self.lora_magnitude)
+
+
+def _renew_squares(layer: DoraLayer, _) -> None:
+    """After a state dict was loaded, which may hold another base's weight."""
+    if not is_sharded(layer.base_layer.weight):
+        layer.base_squares = layer.base_row_squares()

@@ -14,8 +14,16 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import AdapterLayer, is_conv1d, is_linear, is_sharded, layer_class, task_index
-from mtl_lora.adapter.saved import Slot, find_slots, named_modules, train_slots, unwrap
+from mtl_lora.adapter.layer import (
+    AdapterLayer,
+    is_conv1d,
+    is_linear,
+    is_sharded,
+    layer_class,
+    require_in_memory,
+    task_index,
+)
+from mtl_lora.adapter.saved import Slot, find_slots, named_modules, require_slots, train_slots, unwrap
 from mtl_lora.errors import UserError
 
 
@@ -138,11 +146,8 @@ def find_targets(
     for name, module in targets.items():
         if module in saved:
             raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
-        if module.weight.is_meta and hasattr(module, "_hf_hook"):
-            raise UserError(
-                f"the layer {name} cannot carry an adapter: accelerate has offloaded its weight, and an adapter there "
-                "would have no values; put the adapter on first, or load with a device_map that holds the layer"
-            )
+        if hasattr(module, "_hf_hook"):  # an adapter there would have no values either
+            require_in_memory(f"the target {name}", module.weight)
         for owner in model.modules():
             if _bypasses(owner, name) and any(part is module for part in owner.modules()):
                 raise UserError(
@@ -279,8 +284,8 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     Modules saved whole keep their trained values. Nothing else of the adapter is left: the model's methods, hooks and
     attributes, and which weights require a gradient, are what they were before ``inject``. So it knows no tasks any
     more, and models of transformers ignore ``task_ids`` that are still passed to them. Raises ``UserError`` for a
-    task the adapter does not have, for a model without an adapter, and for one with a head per task, naming the
-    function that merges it.
+    task the adapter does not have, for a model without an adapter, for a base that is quantised, offloaded or computed
+    from other weights, and for a model with a head per task, naming the function that merges it.
     """
     # All before anything changes, for it may raise.
     if task is not None and injection_of(model):
@@ -288,7 +293,12 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     for name, module in named_modules(model):
         if instead := getattr(module, "merge_instead", None):
             raise UserError(f"{name} is of every task, and a merged model has one; use {instead}")
-    merged = {layer.base_layer: layer.merged_weight(task) for layer in adapter_layers(model).values()}
+    layers = adapter_layers(model)
+    for name, layer in layers.items():
+        if "weight" not in layer.base_layer._parameters:
+            raise UserError(f"the weight of {name} is computed from others, so it cannot take the adapter into it")
+        require_in_memory(f"the weight of {name}", layer.base_layer.weight)
+    merged = {layer.base_layer: layer.merged_weight(task) for layer in layers.values()}
     _take_off(model, keep=True)
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
@@ -316,6 +326,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
         raise UserError("the model carries no adapter to merge or to unload")
     if injection.off:
         raise UserError("the adapter is off inside mtl_lora.disabled; merge or unload it outside that block")
+    require_slots(injection.slots)
     replace_modules(root, {layer: layer.base_layer for layer in adapter_layers(root).values()})
     for parameter in injection.trainable:
         parameter.requires_grad_(True)
@@ -341,6 +352,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     layers = {layer: layer.base_layer for layer in adapter_layers(model).values()}
     injection = injection_of(model)
     slots = injection.slots if injection else []
+    require_slots(slots)
     replace_modules(model, layers)
     trained = [slot.put_original() for slot in slots]
     was_off = injection is not None and injection.off
@@ -375,7 +387,7 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
         route.prepared = _prepared(getattr(injection, "layers", ()), row_ids)
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
-        if injection.unchecked and not _is_compiled(model):
+        if injection.unchecked and not injection.off and not _is_compiled(model):
             _refuse_drifting_averages(model)
             injection.watchers = [
                 layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))

@@ -130,6 +130,15 @@ def is_sharded(weight: torch.Tensor) -> bool:
     return is_partitioned(weight) or hasattr(weight, "device_mesh") or hasattr(weight, "_fsdp_flattened")
 
 
+def require_in_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``UserError`` for a tensor without values here, whose module accelerate gives them as it runs."""
+    if tensor.is_meta:
+        raise UserError(
+            f"{name} is not in memory, for accelerate has offloaded it; do this before, or load with a device_map that "
+            "holds it"
+        )
+
+
 def gathered(weight: torch.Tensor) -> contextlib.AbstractContextManager:
     """A block in which a weight that ZeRO-3 has partitioned is gathered."""
     if not is_partitioned(weight):
@@ -318,7 +327,7 @@ class AdapterLayer(nn.Module):
             return F.linear(rows, self._base_weight())
         if not is_quantised(self.base_layer.weight):
             product = self.base_layer(rows)
-            return product if self.bias is None else product - self.bias
+            return product if self.bias is None else product - self.bias.to(product.dtype)
         # The bias is put aside, for (W x + b) - b loses what is small beside b. The mode is training, for in the other
         # bitsandbytes lays weights on a CPU out anew, in a form without gradients.
         bias, training = self.base_layer.bias, self.base_layer.training

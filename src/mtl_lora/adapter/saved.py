@@ -8,12 +8,13 @@ start the model's output is still the base's.
 import dataclasses
 import fnmatch
 import inspect
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from mtl_lora.adapter.layer import gathered, is_quantised
+from mtl_lora.adapter.layer import gathered, is_quantised, require_in_memory
 from mtl_lora.adapter.routing import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
@@ -78,10 +79,24 @@ class Slot:
     def put_original(self) -> torch.Tensor:
         """Have the model use the frozen original; returns what it used before."""
         trained = self.get()
-        if self.original.device != trained.device:  # the model was moved since
-            self.original.data = self.original.data.to(trained.device)
+        own = {self.original.dtype, _kept_dtype(self.original.dtype)} if self.is_weight else {self.original.dtype}
+        dtype = self.original.dtype if trained.dtype in own else trained.dtype
+        if (self.original.device, self.original.dtype) != (trained.device, dtype):  # the model was moved or cast since
+            self.original.data = self.original.data.to(trained.device, dtype)
         self.put(self.original)
         return trained
+
+
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the trained copy of a weight."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def require_slots(slots: list[Slot]) -> None:
+    """Raise ``UserError`` where what a slot uses was offloaded since: its original could not be put in its place."""
+    for slot in slots:
+        if not slot.original.is_meta:
+            require_in_memory(slot.name, slot.get())
 
 
 def whole_modules(model: nn.Module, entries: list[str]) -> dict[str, nn.Module]:
@@ -103,7 +118,7 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
     """The weights that ``modules_to_save`` means, with the buffers of whole modules; the model is not changed.
 
     An entry names modules, or weights where no module has that name. Raises ``UserError`` for one that names neither,
-    and for a quantised weight.
+    and for a weight that is quantised or offloaded.
     """
     modules = {"": model, **dict(named_modules(model))}
     slots: dict[int, Slot] = {}  # by identity: a weight that is tied has several places
@@ -128,6 +143,8 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
             slot = by_name[name]
             if slot.is_weight and is_quantised(slot.original):
                 raise UserError(f"modules_to_save: {name} is quantised and cannot be trained; load the base in bf16")
+            if any(hasattr(module, "_hf_hook") for module, _ in slot.places):
+                require_in_memory(f"modules_to_save: {name}", slot.original)
             chosen.setdefault(id(slot.original), name)
     return [dataclasses.replace(slot, name=chosen[key]) for key, slot in slots.items() if key in chosen]
 
@@ -139,7 +156,7 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
     for slot in slots:
         dtype = slot.original.dtype
         if slot.is_weight:
-            kept = dtype if dtype == torch.float64 else torch.float32
+            kept = _kept_dtype(dtype)
             with gathered(slot.original):
                 slot.put(nn.Parameter(slot.original.detach().to(kept, copy=True)))
             if kept != dtype:
@@ -152,6 +169,10 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
         own = [place for place in places if place[0] in below]
         if own:
             CastForward(module, own)
+
+
+# Held while cast weights stand in their places: another thread would find them, and then the float32 ones in between.
+_casting = threading.RLock()
 
 
 class CastForward(Override):
@@ -169,6 +190,12 @@ class CastForward(Override):
         return inspect.signature(self.original)
 
     def __call__(self, *arguments, **options):
+        if torch.compiler.is_compiling():  # which knows no locks
+            return self._cast_and_call(*arguments, **options)
+        with _casting:
+            return self._cast_and_call(*arguments, **options)
+
+    def _cast_and_call(self, *arguments, **options):
         # What is no parameter was cast already, by the forward of a module around this one.
         masters = [(*place, place[0]._parameters[place[1]]) for place in self.places]
         masters = [place for place in masters if isinstance(place[-1], nn.Parameter)]

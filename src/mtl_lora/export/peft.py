@@ -72,7 +72,8 @@ def export_peft(
     heads = encoder.task_heads(base) if head_tasks else {}
     adapter = adapter_without_base(checkpoint, config, base)
     if form == "lora" and config.adapter_config.method == "dora":
-        adapter = mtl_lora.load(load_base(base_model, config, "fp32"), checkpoint)
+        is_double = any(layer.parameter_dtype == torch.float64 for layer in adapter_layers(adapter).values())
+        adapter = mtl_lora.load(load_base(base_model, config, "fp64" if is_double else "fp32"), checkpoint)
     layers = adapter_layers(adapter)
     shared = {"base_model_name_or_path": base_model.name, "modules_to_save": saved_names}
     pad_token_id = None
@@ -156,7 +157,7 @@ def choose_tasks(known: list[str], chosen: list[str] | None) -> list[str]:
     names = list(dict.fromkeys(chosen or known or [FOR_ALL]))
     for name in names:
         check_task(known or [FOR_ALL], name)
-        if name in (".", "..") or Path(name).name != name:
+        if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
             raise UserError(f"the task {name!r} cannot name a folder; rename it in the checkpoint's tasks")
     return names
 

@@ -37,8 +37,9 @@ class LanguageRun(Run):
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         config, columns = self.config, row_columns(self.train)
-        mode = "never" if self.cuda_graphs else config.reuse_prefix
-        self.prefixes, note = prefixes_to_share(mode, self.train, structure, self.adapter.dropout)
+        self.prefixes, note = {}, "every row runs its whole prompt (--cuda_graphs)"
+        if not self.cuda_graphs:
+            self.prefixes, note = prefixes_to_share(config.reuse_prefix, self.train, structure, self.adapter.dropout)
         self.log(note)
         lengths = columns["length"]
         if not config.token_budget:  # a budget is kept with whole prompts
