@@ -40,9 +40,9 @@ RECORDS = {
     "null": (None, ["must be an object"]),
     "no instruction": (mood("instruction"), ["'instruction'"]),
     "no output": (mood("output"), ["'output'"]),
-    "instruction null": (mood(instruction=None), ["'instruction'", "a string", "None"]),
+    "instruction null": (mood(instruction=None), ["'instruction'"]),
     "instruction empty": (mood(instruction=" \n\t"), ["'instruction' is empty"]),
-    "output null": (mood(output=None), ["'output'", "a string"]),
+    "output null": (mood(output=None), ["'output'"]),
     "output a list": (mood(output=["a"]), ["'output'", "a string", "['a']"]),
     "output empty": (mood(output=" "), ["'output' is empty"]),
     "answer a number": (mood(answer=1), ["'answer'", "a string", "1"]),
@@ -56,7 +56,7 @@ RECORDS = {
     "task_id true": (mood("task", task_id=True), ["task_id True"]),
     "task_id a word": (mood("task", task_id="zero"), ["task_id 'zero'"]),
     "task_id a fraction": (mood("task", task_id=0.5), ["task_id 0.5"]),
-    "task_id null": (mood("task", task_id=None), ["task_id None"]),
+    "task_id null": (mood("task", task_id=None), ["'task_id'"]),
     "task_id endless": (mood("task", task_id="9" * 5000), ["task_id '999"]),
     "two tasks at once": (mood(task_id=1), ["different tasks", "free and mood"]),
     "no prefix": (mood(output="sad"), ["'the correct answer is'", '"answer_prefix": ""']),
@@ -472,6 +472,7 @@ def write_bad_inputs(place: Path) -> None:
             path.unlink()
         if content is not None:
             write(place / name / spoiled, content)
+    (place / "bad_index" / "model.safetensors").unlink()
     weights = (place / "base" / "model.safetensors").read_bytes()
     write(place / "other_base" / "model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):

@@ -169,6 +169,8 @@ def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
     are_numbers = any(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", each) for each in labels)
     if label in labels or (are_numbers and str(label) in labels):
         return str(label)
+    if isinstance(label, float) and label.is_integer() and not are_numbers:  # as tables write a column that has gaps
+        label = int(label)
     number = int(label[:9]) if isinstance(label, str) and label.isascii() and label.isdecimal() else label
     if not are_numbers and type(number) is int and 0 <= number < len(labels):
         return labels[number]

@@ -39,6 +39,7 @@ from mtl_lora.tasks import Task, TaskSet
 from mtl_lora.version import __version__, checkout_commit
 
 PARTS = "~part-*.jsonl"  # no task name begins with "~"
+ADAPTER_CONFIG = "adapter_config_sha256"  # in settings.json
 
 
 class Question(Protocol):
@@ -177,6 +178,14 @@ class Evaluator(abc.ABC):
             "tasks_sha256": self.tasks.answers_sha256,
             "dtype": str(choose_dtype(self.config.dtype)),
         } | ({"load_in_4bit": True} if self.load_in_4bit else {})
+
+    def recorded_settings(self, protocol: str) -> dict:
+        """What ``settings.json`` holds: ``settings``, and a hash of the adapter's own, which results show in full."""
+        own = self.adapter_json()
+        if own is None:
+            return self.settings(protocol)
+        own = json.dumps(own.get("adapter", own), sort_keys=True)  # of a checkpoint, of PEFT
+        return self.settings(protocol) | {ADAPTER_CONFIG: files.sha256_of(own.encode())}
 
     def load(self) -> None:
         """Build the model on this process's device, once."""
@@ -373,7 +382,7 @@ def evaluate(
     if not config.overwrite:
         way_out = "pass another --output_dir, or --overwrite to delete them"
         for protocol, folder in folders.items():
-            check_settings(folder, evaluator.settings(protocol), way_out)
+            check_settings(folder, evaluator.recorded_settings(protocol), way_out)
             check_results_stay(folder, questions[protocol], asked)
     if config.check:
         print(f"every setting is fine; {len(asked.questions):,} questions", file=sys.stderr)
@@ -386,7 +395,7 @@ def evaluate(
         if processes.rank == 0:
             (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
             for protocol, folder in folders.items():
-                begin(folder, evaluator.settings(protocol), config.overwrite)
+                begin(folder, evaluator.recorded_settings(protocol), config.overwrite)
         processes.barrier()
         for protocol, folder in folders.items():
             answer_all(evaluator, protocol, questions[protocol], folder, processes)
@@ -439,7 +448,7 @@ def predict(evaluator: Evaluator, protocol: str, **how: object) -> None:
     with files.unchanged(config.input) as digest:
         values = read_values(Path(config.input))
     questions = evaluator.to_predict(values, config.input, config.task, **how)
-    settings = evaluator.settings(protocol) | {"input_sha256": digest, "task": config.task}
+    settings = evaluator.recorded_settings(protocol) | {"input_sha256": digest, "task": config.task}
     with contextlib.nullcontext() if config.check else files.claimed(config.output):
         _predict(evaluator, questions, settings)
 
@@ -692,7 +701,9 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
         return
     if not path.exists():
         raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
-    earlier = {"protocol": 1, **files.read_object(path, "the settings of an earlier evaluation")}
+    # Earlier versions did not record the adapter's own settings.
+    missing = {"protocol": 1} | {key: settings[key] for key in (ADAPTER_CONFIG,) if key in settings}
+    earlier = missing | files.read_object(path, "the settings of an earlier evaluation")
     different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
     if different:
         raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")

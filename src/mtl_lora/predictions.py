@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import reprlib
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -122,7 +121,8 @@ def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]
                 line = json.loads(text)
                 right, index, said = bool(line["correct"]), line["index"], line.get("text") or line["parsed"]
                 if right not in seen:
-                    answer, said = (textwrap.shorten(each, 160) for each in (line["answer"], said))
+                    answer, said = (" ".join(each.split()) for each in (line["answer"], said))
+                    answer, said = (each if len(each) <= 160 else f"{each[:159]}…" for each in (answer, said))
                     seen.add(right)
                     yield name, index, right, answer, said
 

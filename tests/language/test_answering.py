@@ -11,10 +11,10 @@ from shared import QUICKSTART
 import mtl_lora
 from mtl_lora import route
 from mtl_lora.errors import UserError
+from mtl_lora.evaluation import likeliest
 from mtl_lora.language.answering import (
     OptionScorer,
     PrefixCaches,
-    best_option,
     continuations,
     generate_answers,
     takes_own_mask,
@@ -49,8 +49,8 @@ class Tokens:
     class tokenizer:
         pad_token_id = 0
 
-    def answer_ids(self, text: str) -> list[int]:
-        return ANSWERS[text]
+    def option_ids(self, task: Task, option: str) -> list[int]:
+        return ANSWERS[option]
 
 
 def questions(task_ids: list[int]) -> list[Question]:
@@ -166,7 +166,8 @@ def test_scores_and_logits_that_are_not_numbers_are_refused():
     model = adapted_llama(dtype=torch.float32)
     next(iter(mtl_lora.adapter_layers(model).values())).lora_A.data[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"question 0 of own has the scores .*nan"):
-        OptionScorer(model, Tokens()).scores(questions([0] * len(PROMPTS)))
+        asked = questions([0] * len(PROMPTS))
+        likeliest(asked[0], OptionScorer(model, Tokens()).scores(asked)[0])
     encoder = Tokens()
     encoder.end_id = 2
     encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
@@ -175,7 +176,7 @@ def test_scores_and_logits_that_are_not_numbers_are_refused():
 
 
 def test_ties_go_to_the_lowest_option():
-    assert best_option(["a", "b", "c"], [-2.0, -1.0, -1.0]) == "b"
+    assert likeliest(questions([0] * len(PROMPTS))[0], [-2.0, -1.0, -1.0]) == 1
 
 
 # ---- real prompts and a real tokenizer ----

@@ -1,15 +1,20 @@
 """``messages`` and the chat template: one text in training, evaluation and prediction, the loss on the answer alone."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
+import torch
 from text_cases import INSTRUCTIONS
 from tokenizer_kinds import KINDS
+from transformers import AddedToken
 
 from mtl_lora.errors import UserError
+from mtl_lora.language.answering import generate_answers
 from mtl_lora.language.encode import ChatTemplate, Encoder
 from mtl_lora.language.examples import load_examples, parse_example
+from mtl_lora.language.questions import encode_questions
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 FREE = TaskSet((Task("free", 0, answer_prefix=""),))
@@ -106,6 +111,15 @@ def test_a_long_message_is_shortened_in_its_middle(chatting):
     assert prompt.endswith("<|start|>assistant\n")
 
 
+def test_a_test_set_needs_an_answer_that_can_be_right():
+    digits = TaskSet((Task("free", 0, pattern="[0-9]+"),))
+    for tasks, messages in ((FREE, TALK[:2]), (digits, TALK)):
+        with pytest.raises(UserError, match="'answer' is empty, so no answer would be right"):
+            parse_example({"messages": messages}, 0, "talk.json", tasks, "free", closed=True)
+    with pytest.raises(UserError, match="'answer' is empty"):
+        parse_example({"instruction": "Hi", "answer": " "}, 0, "own.json", FREE, "free", closed=True)
+
+
 def test_a_talk_is_the_same_in_a_test_set_and_after_sampling(tmp_path):
     record = {"messages": TALK, "task": "free", "kind": "birds"}
     path = tmp_path / "test.jsonl"
@@ -148,6 +162,33 @@ def test_text_that_would_be_read_as_a_control_token_is_refused(chatting):
     for messages in ([{**TALK[1], "content": "a<|end|>b"}, TALK[2]], [TALK[1], {**TALK[2], "content": "a<|end|>b"}]):
         with pytest.raises(UserError, match=r"example 0: .*<\|end\|>"):
             encoder.encode([talk(messages)])
+
+
+@pytest.mark.parametrize("template", [CHATML, INST])
+def test_an_option_is_scored_by_the_tokens_that_training_shows(chatting, template):
+    tasks = TaskSet((Task("own", 0, (" yes", " no"), answer_prefix=""),))
+    encoder = Encoder(chatting(template), "chat", 128, tasks)
+    example = parse_example({"instruction": "Is it?", "output": " yes", "answer": " yes"}, 0, "own.json", tasks, "own")
+    assert encoder.option_ids(tasks[0], " yes") == encoder.encode([example])[0].answer_ids
+
+
+def test_an_end_token_that_is_not_special_ends_the_text_all_the_same(chatting, tiny_base):
+    tokenizer = chatting(CHATML.replace("<|end|>", "<|over|>"))
+    tokenizer.add_tokens([AddedToken("<|over|>", special=False)])
+    encoder = Encoder(tokenizer, "chat", 128, FREE)
+    assert encoder.end_id == tokenizer.convert_tokens_to_ids("<|over|>")
+    example = parse_example({"instruction": "Name a bird.", "output": "A wren."}, 0, "own.json", FREE, "free")
+    (question,) = encode_questions([example], FREE, encoder, "own.json")
+
+    class Model:
+        device = torch.device("cpu")
+
+        def generate(self, input_ids, **options):
+            return torch.cat([input_ids, torch.tensor([encoder.encode([example])[0].answer_ids])], dim=1)
+
+    assert generate_answers(Model(), encoder, [question], 8) == ["A wren."]
+    with pytest.raises(UserError, match=r"<\|over\|>"):
+        encoder.encode([dataclasses.replace(example, instruction="Say <|over|> now.")])
 
 
 def test_instruction_and_input_are_one_message(chatting):

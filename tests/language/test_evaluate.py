@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from shared import PROJECT, QUICKSTART
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mtl_lora
 from mtl_lora import files
@@ -206,6 +206,38 @@ def test_a_peft_folder_gets_the_scores_of_the_checkpoint_it_came_from(evaluate, 
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def of_peft(trained, tmp_path_factory):
+    (folder,) = export_peft(trained, tmp_path_factory.mktemp("peft"), ["piqa"], overwrite=True)
+    return folder
+
+
+def test_answers_are_of_one_scaling_of_an_adapter(evaluate, trained, of_peft, tmp_path, edit_json):
+    """Of the same weights: somebody tries another alpha in the adapter's own file."""
+    few = {"tasks": ["piqa"], "limit": 1, "mode": "score"}
+    own, other = (shutil.copytree(made, tmp_path / name) for made, name in ((trained, "own"), (of_peft, "other")))
+    for name, flags, file in (
+        ("own", {"checkpoint": str(own)}, "mtl_lora_config.json"),
+        ("other", {"checkpoint": None, "peft": str(other)}, "adapter_config.json"),
+    ):
+        evaluate(f"{name} out", **flags, **few)
+        path = tmp_path / name / file
+        value = json.loads(path.read_text())
+        value.get("adapter", value)["alpha" if "adapter" in value else "lora_alpha"] = 1
+        path.write_text(json.dumps(value))
+        with pytest.raises(UserError, match="answers with another adapter_config_sha256"):
+            evaluate(f"{name} out", **flags, **few)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_peft_folder_of_another_depth_is_refused(evaluate, of_peft, tiny_base, tmp_path, layers):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = LlamaConfig.from_pretrained(base, num_hidden_layers=layers)
+    LlamaForCausalLM(config).save_pretrained(base)
+    with pytest.raises(UserError, match=r"do not fit: model\.layers\..* is in one of them alone"):
+        evaluate("out", checkpoint=None, base_model=str(base), peft=str(of_peft), tasks=["piqa"], limit=1)
+
+
 @pytest.mark.parametrize("entry", ["model.norm", "lm_head"])
 def test_a_module_saved_whole_counts_once_among_all_parameters(evaluate, tiny_base, tmp_path, entry):
     from mtl_lora.export.peft import export_peft
@@ -294,11 +326,12 @@ def test_answers_of_another_adapter_setting_or_protocol_do_not_mix(evaluate, tin
     for flags, name in (
         ({"max_new_tokens": 9}, "max_new_tokens"),
         ({"max_new_tokens": 9, "check": True}, "max_new_tokens"),
-        ({"checkpoint": None, "base_model": tiny_base}, "adapter_sha256"),
+        ({"checkpoint": None, "base_model": tiny_base}, "adapter_config_sha256, adapter_sha256"),
     ):
         with pytest.raises(UserError, match=f"another {name}; pass another --output_dir"):
             evaluate("out", tasks=FEW, **flags)
-    edit_json(tmp_path / "out" / "settings.json", protocol=None)  # as version 0.1.0, whose protocol was the first
+    # As version 0.1.0, whose protocol was the first.
+    edit_json(tmp_path / "out" / "settings.json", protocol=None, adapter_config_sha256=None)
     evaluate("out", tasks=FEW, check=True)
     edit_json(tmp_path / "out" / "settings.json", protocol=0)
     with pytest.raises(UserError, match="another protocol"):

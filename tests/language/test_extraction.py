@@ -100,6 +100,22 @@ def test_options_with_signs_that_mean_something_in_a_pattern_are_found_as_they_a
     assert extract_answer(task, "the correct answer is x*y") == "x*y"
 
 
+@pytest.mark.parametrize("options", [("correct", "incorrect"), ("answer", "no answer")])
+def test_options_that_the_prefix_holds_are_not_read_out_of_it(options):
+    task = Task("own", 0, options)
+    assert task.extraction == 3
+    for text in ("", " unclear", " the correct answer is"):
+        assert extract_answer(task, f"the correct answer is{text}") == ""
+    for option in options:
+        assert extract_answer(task, f"the correct answer is the correct answer is {option}") == option
+        assert extract_answer(task, f"{option}, I think") == option
+
+
+@pytest.mark.parametrize("prefix", [" Answer: ", "Answer:\n", "\nAnswer: ", ""])
+def test_white_space_around_a_prefix_is_no_part_of_free_text(prefix):
+    assert extract_answer(Task("free", 0, answer_prefix=prefix), f"{prefix}42\nand more") == "42"
+
+
 def test_free_text_is_the_first_line_without_the_prefix():
     task = Task("free", 0)
     assert extract_answer(task, " the correct answer is a red kite\nand more") == "a red kite"

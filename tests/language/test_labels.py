@@ -79,9 +79,17 @@ def test_tables_hold_the_same_records(tmp_path):
     assert load_examples(tmp_path / "data.json", TASKS) == read(BY_HAND[:1])
 
 
+def test_gaps_of_a_table_are_no_fields(tmp_path):
+    """As pandas writes them: every record with all columns, whole numbers of a column with gaps as floats."""
+    empty = dict.fromkeys(["text", "text_b", "label", "task", "task_id", "instruction", "messages", "output", "answer"])
+    rows = [empty | record | ({"label": 0.0} if record["label"] == 0 else {}) for record in RECORDS]
+    assert read(rows) == read(RECORDS)
+
+
 @pytest.mark.parametrize(
     ("record", "facts"),
     [
+        ({"text": "x", "label": 0.5, "task": "mood"}, ["0.5", "bad, so so, good"]),
         ({"text": "x", "label": "fine", "task": "mood"}, ["'fine'", "bad, so so, good"]),
         ({"text": "x", "label": 3, "task": "mood"}, ["3", "bad, so so, good"]),
         ({"text": "x", "task": "mood"}, ["'label'"]),

@@ -28,6 +28,7 @@ RECORDS = [
     for task in COMMONSENSE.names
 ]
 RENAMED = TaskSet(tuple(Task(f"other-{task.name}", task.id, task.options) for task in COMMONSENSE))
+PATTERNED = TaskSet(tuple(Task(task.name, task.id, task.options, pattern=task.answer_pattern) for task in COMMONSENSE))
 
 
 @pytest.fixture
@@ -98,6 +99,7 @@ CHANGES = {
     "template": lambda tokenizers: {"template": "original"},
     "cutoff": lambda tokenizers: {"cutoff": CUTOFF + 1},
     "tasks": lambda tokenizers: {"tasks": RENAMED},
+    "a pattern": lambda tokenizers: {"tasks": PATTERNED},
     "tokenizer": lambda tokenizers: {"tokenizer": tokenizers["gpt2"]},
 }
 

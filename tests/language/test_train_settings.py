@@ -1,5 +1,6 @@
 """Settings of a training that cannot work are refused in one sentence before the base model is loaded."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -15,6 +16,8 @@ from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run as evaluate
+from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.questions import load_questions
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.train import in_language_model
 
@@ -45,8 +48,21 @@ def test_more_tokens_than_the_base_has_positions_are_refused_at_the_check(refuse
     base = shutil.copytree(tiny_base, tmp_path / "short")
     edit_json(base / "config.json", max_position_embeddings=64)
     assert "64 positions" in refused(base_model=str(base), check=True)
+    asked = {"base_model": str(base), "data_dir": str(QUICKSTART / "test"), "tasks": ["boolq"], "template": "plain"}
     with pytest.raises(UserError, match=r"64 positions.*--max_new_tokens"):
-        evaluate(EvalConfig(base_model=str(base), data_dir=str(QUICKSTART / "test"), check=True))
+        evaluate(EvalConfig(**asked, mode="generate", check=True))
+    longest = max(
+        len(question.prompt_ids) + len(encoder.option_ids(question.task, option))
+        for encoder in [Evaluator(EvalConfig(**asked)).encoder]
+        for question in load_questions(QUICKSTART / "test", COMMONSENSE, ["boolq"], encoder).questions
+        for option in question.options
+    )
+    for positions, fits in ((longest, True), (longest - 1, False)):
+        asked["base_model"] = str(shutil.copytree(base, tmp_path / str(positions)))
+        edit_json(tmp_path / str(positions) / "config.json", max_position_embeddings=positions)
+        wrong = pytest.raises(UserError, match=f"{positions} positions, fewer than the {longest} .* and an option")
+        with contextlib.nullcontext() if fits else wrong:
+            evaluate(EvalConfig(**asked, mode="score", check=True))
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,10 @@ def generate_answers(
         )
     if bool(seen.found):
         raise not_finite(f"the model gives logits for questions of {questions[0].task.name}")
-    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    answers = output[:, input_ids.shape[1] :]
+    # What ends an answer in a chat need not be a special token of the tokenizer.
+    answers = answers.masked_fill(answers == encoder.end_id, tokenizer.eos_token_id)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 # ---- the likeliest option ----
@@ -143,7 +146,7 @@ def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list
     task, options = question.task, question.options
     if not options:
         raise UserError(f"the task {task.name} is free text and has no options to score; use --mode generate")
-    answers = [encoder.answer_ids(task.answer_prefix + option) for option in options]
+    answers = [encoder.option_ids(task, option) for option in options]
     for index, answer in enumerate(answers):
         if answer in answers[:index]:
             raise UserError(
@@ -170,19 +173,14 @@ class OptionScorer:
     def scores(self, questions: Sequence[Question]) -> list[list[float]]:
         """The score of every option of every question: log-probabilities in nats, in the order of its options.
 
-        Where prompt prefixes are cached the questions must be of one task. Raises ``UserError`` for a score that is
-        not finite.
+        Where prompt prefixes are cached the questions must be of one task. They need not be finite.
         """
         parts = [continuations(question, self.encoder) for question in questions]
         contexts = [question.prompt_ids + shared for question, (shared, _) in zip(questions, parts, strict=True)]
         options, task_ids = [options for _, options in parts], [question.task.id for question in questions]
         if self.one_pass is None:
             self.one_pass = self._agree(contexts[0], options[0], task_ids[0])
-        found = self._sums(contexts, options, task_ids, self.one_pass)
-        for question, values in zip(questions, found, strict=True):
-            if not torch.tensor(values).isfinite().all():
-                raise not_finite(f"question {question.key[1]} of {question.task.name} has the scores {values}")
-        return found
+        return self._sums(contexts, options, task_ids, self.one_pass)
 
     def _agree(self, context: list[int], options: list[list[int]], task_id: int) -> bool:
         """Whether both ways give the same scores; a model may take a mask and do something else with it."""
@@ -303,11 +301,6 @@ def _log_probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor
     """Of tokens (...) under logits (..., V), taken in float32 at least, as float64."""
     logits = at_least_float32(logits)
     return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)).double()
-
-
-def best_option(options: Sequence[str], scores: Sequence[float]) -> str:
-    """The option with the highest score; of equals, the lowest."""
-    return options[max(range(len(scores)), key=lambda index: (scores[index], -index))]
 
 
 def per_token(question: Question, encoder: Encoder, scores: Sequence[float]) -> list[float]:

@@ -81,6 +81,7 @@ class ChatTemplate:
         self.answer(question, prompt + self.lead, answer)
         ids = tokenizer(self._ending, add_special_tokens=False)["input_ids"]
         self.end_id = next((each for each in ids if each in known), tokenizer.eos_token_id)
+        self._control.add(tokenizer.convert_ids_to_tokens(self.end_id))
 
     def _messages(self, record: Mapping) -> list[dict[str, str]]:
         text = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
@@ -194,7 +195,7 @@ class Encoder:
             special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
             self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self._answers: dict[str, list[int]] = {}
-        self._reserves = {task.id: self._reserve(task) for task in tasks}
+        self.reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def _special_prefix(self) -> list[int]:
@@ -216,7 +217,15 @@ class Encoder:
     def _reserve(self, task: Task) -> int:
         if not task.options:
             return FREE_TEXT_RESERVE
-        return max(len(self.answer_ids(task.answer_prefix + option)) for option in task.options)
+        return max(len(self.option_ids(task, option)) for option in task.options)
+
+    def option_ids(self, task: Task, option: str) -> list[int]:
+        """The ids of the answer that is one of a task's options, as training encodes it."""
+        text = task.answer_prefix + option
+        if isinstance(self.template, ChatTemplate):  # some strip it
+            question = {"instruction": "Is it?"}
+            text = self.template.answer(question, self.template.prompt(question), text)
+        return self.answer_ids(text)
 
     def answer_ids(self, text: str) -> list[int]:
         """The ids of an answer with the token at the end that ends it (EOS); each different answer is encoded once."""
@@ -246,7 +255,7 @@ class Encoder:
                     f"example {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "
                     f"{self.cutoff_len}; raise cutoff_len or shorten the output"
                 )
-            room = self.cutoff_len - max(len(answer), self._reserves[example.task_id]) - len(self.prefix)
+            room = self.cutoff_len - max(len(answer), self.reserves[example.task_id]) - len(self.prefix)
             try:
                 prompt = self.prefix + self._shorten(ids, parts, room)
             except UserError as error:

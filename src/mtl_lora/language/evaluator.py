@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import in_halves, plan_batches
+from mtl_lora.evaluation import in_halves, likeliest, plan_batches
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
@@ -67,10 +67,14 @@ class Evaluator(evaluation.Evaluator):
         """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
         for question in questions.get("score", ()):
             answering.continuations(question, self.encoder)
-        longest = max((len(question.prompt_ids) for question in itertools.chain(*questions.values())), default=0)
-        more = self.config.max_new_tokens if questions.get("generate") else 0
-        way_out = f"a prompt and --max_new_tokens {more}; lower it" if more else "a prompt; take a shorter --cutoff_len"
-        self.base_model.check_positions(longest + more, way_out)
+        more = self.config.max_new_tokens
+        written = (len(each.prompt_ids) + more for each in questions.get("generate", ()))
+        way_out = f"a prompt and --max_new_tokens {more}; lower it"
+        self.base_model.check_positions(max(written, default=0), way_out)
+        reserves = self.encoder.reserves
+        scored = (len(each.prompt_ids) + reserves[each.task.id] for each in questions.get("score", ()))
+        way_out = "a prompt and an option; take a shorter --cutoff_len"
+        self.base_model.check_positions(max(scored, default=0), way_out)
         prompts = collections.defaultdict(list)
         for question in itertools.chain(*questions.values()):
             prompts[question.task.id].append(question.prompt_ids)
@@ -105,7 +109,7 @@ class Evaluator(evaluation.Evaluator):
 
     def check_unchanged(self) -> None:
         super().check_unchanged()
-        if self.peft and files.sha256(self.peft.weights) != self.peft.weights_sha256:
+        if self.peft and not self.peft.is_unchanged():
             raise UserError(f"{self.config.peft} was replaced meanwhile; run the same command again")
 
     def load(self) -> None:
@@ -150,9 +154,9 @@ class Evaluator(evaluation.Evaluator):
         scores = self.scorer.scores(questions)
         answers = []
         for question, values in zip(questions, scores, strict=True):
-            best = answering.best_option(question.options, values)
-            normalised = answering.best_option(question.options, answering.per_token(question, self.encoder, values))
-            answers.append({"parsed": best, "normalised": normalised, "scores": values})
+            normalised = answering.per_token(question, self.encoder, values)
+            best, best_normalised = (question.options[likeliest(question, each)] for each in (values, normalised))
+            answers.append({"parsed": best, "normalised": best_normalised, "scores": values})
         return answers
 
     def _generate(self, questions: Sequence[Question]) -> list[dict]:
@@ -187,6 +191,11 @@ class PeftAdapter:
             )
         self.weights_sha256 = files.sha256(self.weights)
 
+    def is_unchanged(self) -> bool:
+        """Whether the folder holds what it held when this was read."""
+        again = PeftAdapter(self.folder)
+        return (again.weights_sha256, again.settings) == (self.weights_sha256, self.settings)
+
     def load(self, model: PreTrainedModel) -> PreTrainedModel:
         """``model`` with the adapter in its layers, by PEFT; raises ``UserError`` if they do not fit."""
         before = {name for name, _ in model.named_parameters()}
@@ -195,6 +204,11 @@ class PeftAdapter:
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"PEFT cannot load {self.folder} ({str(error).splitlines()[0]})") from None
         found = wrapped.get_base_model()
+        # PEFT leaves out what has no place in the model, and draws what the file lacks.
+        there = self._peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        there = {name.removeprefix(artifacts.PEFT_PREFIX) for name in there}
+        if other := sorted(there ^ _sizes(self.weights).keys()):
+            raise UserError(f"{self.folder} and this base model do not fit: {other[0]} is in one of them alone")
         if {name for name, _ in found.named_parameters()} == before:
             raise UserError(f"{self.folder} adapts no layer of this model")
         return found

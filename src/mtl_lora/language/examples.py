@@ -81,9 +81,9 @@ def parse_example(
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object with {', '.join(FIELDS)}, not {type(value).__name__}")
     extra = {key: entry for key, entry in value.items() if key not in (*FIELDS, "task", "messages")}
+    value = {key: entry for key, entry in value.items() if entry is not None}  # a null is no field
     told = "messages" in value
-    given = {key for key, entry in value.items() if entry is not None}
-    if "text" in given and given.isdisjoint({"output", "answer", "messages"}):
+    if "text" in value and value.keys().isdisjoint({"output", "answer", "messages"}):
         value = _from_text(value, where, tasks[task_id_of(value, where, tasks, task)], answered)
         extra = {key: entry for key, entry in extra.items() if key in value}
     if told:
@@ -110,6 +110,9 @@ def parse_example(
     texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
     if options and answered and texts["answer"] not in (options if closed else [*options, ""]):
         raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
+    if closed and not texts["answer"].strip():
+        way_out = "end with the assistant's answer" if told else "write one"
+        raise UserError(f"{where}: 'answer' is empty, so no answer would be right; {way_out}")
     if options and answered and not closed:
         _check_output(texts, tasks[task_id], options, where)
     return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if told else ())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mtl_lora import tasks
 from mtl_lora.errors import UserError
+from mtl_lora.language.metrics import whole_option
 from mtl_lora.metrics import metrics_for
 
 ANSWER_PREFIX = "the correct answer is "
@@ -83,7 +84,9 @@ class Task(tasks.Task):
     @property
     def extraction(self) -> int:
         """The version of the rules that find an answer in generated text; 1 for those that never change."""
-        return 2 if self.options and not self.is_matched_by_pattern else 1
+        if not self.options or self.is_matched_by_pattern:
+            return 1
+        return 3 if whole_option(self.options, self.answer_prefix) else 2  # 2 read options out of the prefix too
 
     @property
     def metric_name(self) -> str:

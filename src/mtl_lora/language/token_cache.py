@@ -43,8 +43,12 @@ def training_rows(
     an unwritable cache folder.
     """
     # The room that is kept for an answer depends on the options and what is written before them; the question is
-    # asked about texts.
-    shaping = [(task.name, task.options, task.answer_prefix, *filter(None, [task.question])) for task in tasks]
+    # asked about texts; a pattern finds the answer in the output, which is checked.
+    shaping = [
+        [task.name, task.options, task.answer_prefix, *filter(None, [task.question])]
+        + ([["pattern", task.pattern]] if task.pattern else [])
+        for task in tasks
+    ]
     facts = [_VERSION, cutoff_len, shaping, tokenizer_hash(tokenizer), repr(template(template_name))]
     encoder = Encoder(tokenizer, template_name, cutoff_len, tasks)
 
