@@ -54,7 +54,7 @@ def facts(folder: Path) -> dict:
 
 
 def assert_trained_alike(one: Path, other: Path) -> None:
-    for key in ("loss", "grad_norm", "eval_loss"):
+    for key in ("loss", "grad_norm", "eval_loss", "train_loss"):
         assert curve(one, key), key
         assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-5), key
     expected, found = weights(one), weights(other)

@@ -216,6 +216,11 @@ def test_help_groups_the_flags_in_one_style_and_without_marks():
         assert not re.search(r"``|[\w)] = |\b[01] is ", text), config_class
 
 
+@pytest.mark.parametrize("entries", [["a,b", "c"], ["a(b", "c"], ["x]", "{y"], ["\U0001f600,x", "é"], ["it's"]])
+def test_a_list_comes_back_from_the_way_it_is_spelled(entries):
+    assert parse("--lora_target_modules", cli.spelled(entries)).lora_target_modules == entries
+
+
 @pytest.mark.parametrize("name", [one.name for one in TrainConfig.flags()])
 def test_default_as_help_spells_it_can_be_passed(name):
     text = cli.help_text(TrainConfig.flags(), ABOUT)

@@ -1,6 +1,7 @@
 """Whole files or none, and one sentence for a file that cannot be read or written."""
 
 import errno
+import json
 import os
 import signal
 import stat
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -60,6 +62,12 @@ def test_text_is_written_as_it_is(tmp_path):
     assert (tmp_path / "a.txt").read_bytes() == "é ☃\r\n\nend".encode()
 
 
+def test_half_a_character_of_json_stays_as_it_was_spelled(tmp_path):
+    value = json.loads('{"note": "\\ud800 \\ud83d\\ude00 \\\\ud800"}')
+    files.write_text(tmp_path / "a.jsonl", files.json_lines([value]))
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8")) == value
+
+
 def test_written_file_has_the_usual_permissions(tmp_path):
     files.write_text(tmp_path / "a.txt", "text")
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o666 & ~files.UMASK
@@ -73,6 +81,19 @@ def test_threads_that_write_leave_the_umask_of_the_process_alone(tmp_path):
     after = os.umask(before)
     os.umask(after)
     assert after == before == files.UMASK
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="it is a folder or a device"), files.atomic_path(path):
+            pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and Path("/dev/null").is_char_device()
+
+
+def test_the_root_can_be_claimed_as_any_folder():
+    with files.claimed("/"):
+        pass
 
 
 def test_path_that_cannot_be_written_is_one_sentence(tmp_path):

@@ -13,6 +13,7 @@ TRAIN_LOG = "train_log.jsonl"
 ADAPTER_ANALYSIS = "adapter_analysis.json"
 ADAPTER_START = "adapter_start.safetensors"  # the tasks' own weights as the seed drew them
 RESUME_STATE = "trainer_state.json"
+TENSORBOARD = "tensorboard"  # folder of event files
 SAVING = ".saving"  # where a checkpoint lies until it is complete
 # an evaluation
 EVALUATION = "evaluation"  # inside the folder of a checkpoint

@@ -230,8 +230,8 @@ def spelled(value: object) -> str:
     """A flag's value as it is written on the command line; ``parse`` reads it back."""
     if isinstance(value, list):
         # What would be read as a list of other entries is quoted.
-        plain = not any(set(str(entry)) & set(",[]'\"") for entry in value)
-        return ",".join(map(str, value)) if plain else json.dumps(value)
+        plain = not any(set(str(entry)) & set(",[](){}'\"") for entry in value)
+        return ",".join(map(str, value)) if plain else json.dumps(value, ensure_ascii=False)
     return "none" if value is None else str(value)
 
 
@@ -287,7 +287,7 @@ def _convert(flag: Flag, text: str) -> object:
         if types.NoneType in options and text.lower() in _NONE:
             return None
         if str in options and int in options:
-            return int(text) if text.removeprefix("-").isdecimal() else text
+            return int(text) if text.removeprefix("-").isdecimal() and len(text) < 20 else text
         (expected,) = [option for option in options if option is not types.NoneType]
     try:
         if expected is bool:
@@ -297,7 +297,7 @@ def _convert(flag: Flag, text: str) -> object:
         if typing.get_origin(expected) is list:
             (element,) = typing.get_args(expected)
             return [element(entry) for entry in _list(text)]
-    except (ValueError, KeyError, SyntaxError):
+    except (ValueError, KeyError, SyntaxError, TypeError):
         raise UserError(f"--{flag.name} must be {type_name(flag.type)}, not {text!r}", flag.name) from None
     return text
 

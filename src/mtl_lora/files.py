@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
     """(descriptor of the lock, its file if that is to be removed, whether there are locks)."""
     problem, held = "it is removed again and again", True
     for _ in range(1000):
-        beside, descriptor = output.with_name(f".{output.name}.lock"), None
+        beside, descriptor = output.parent / f".{output.name}.lock", None  # "/" has no name
         try:
             if not os.path.ismount(output):
                 output.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +138,12 @@ def reserved(folder: str | Path, size: int) -> BinaryIO:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends well and is removed when it fails.
 
-    Raises ``UserError`` naming the folder when it cannot be written.
+    Raises ``UserError`` naming the folder when it cannot be written, and for a path that is a folder or a device.
     """
     path, temporary = Path(path), None
+    # A rename would put a file in the place of /dev/null, for everybody.
+    if (path.exists() and not path.is_file()) or path.absolute().parent == Path("/dev"):
+        raise UserError(f"{path} cannot be written, it is a folder or a device; pass the path of a file")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,8 +256,6 @@ def write_all(contents: dict[Path, bytes]) -> None:
             for path in contents:
                 stack.enter_context(claimed(path))
             for path, content in contents.items():
-                if path.is_dir():
-                    raise UserError(f"{path} cannot be written, it is a folder; pass the path of a file")
                 with stack.enter_context(atomic_path(path)).open("wb") as opened:
                     opened.write(content)
                     opened.flush()
@@ -287,7 +289,9 @@ def write_json(path: str | Path, value: object) -> None:
 
 def json_lines(values: Iterable[object]) -> str:
     """JSON lines, one for each value."""
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    texts = (json.dumps(value, ensure_ascii=False) for value in values)
+    # Half a character, which JSON can spell and UTF-8 cannot hold, stays spelled.
+    return "".join(re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n" for text in texts)
 
 
 def records_bytes(records: list[dict]) -> bytes:

@@ -80,7 +80,8 @@ WRONG = {
     "no answers": ({**RIGHT, "answer": None, "answers": []}, ["'answers'", "[]"]),
     "a score above 1": ({**RIGHT, "answer": None, "answers": {"box": 1.5}}, ["'box'", "1.5"]),
     "a score that is no number": ({**RIGHT, "answer": None, "answers": {"box": True}}, ["'box'", "True"]),
-    "one annotator": ({**RIGHT, "annotators": ["box"]}, ["'annotators'", "two"]),
+    "one annotator": ({**RIGHT, "annotators": ["box"]}, ["'annotators'", "at least 4"]),
+    "three annotators": ({**RIGHT, "annotators": ["box"] * 3}, ["'annotators'", "at least 4"]),
     "an unknown label": ({**RIGHT, "task": "nlvr", "answer": "yes"}, ["'yes'", "false, true"]),
     "two labels": ({**RIGHT, "task": "nlvr", "answer": None, "answers": ["true", "false"]}, ["one right answer"]),
     "an empty caption": ({"image": "p0", "answer": "", "task": "caption"}, ["'answer'", "empty"]),
@@ -101,7 +102,7 @@ def test_a_broken_example_is_named_with_its_file_and_field(case):
 def test_examples_keep_every_answer_and_come_back_from_their_records(tmp_path):
     values = [
         {"task": "vqa", "image": 7, "text": "a?", "answers": {"red": 0.3, "dark red": 1, "blue": 0}, "kind": "other"},
-        {"task": "vqa", "image": "p1", "text": "b?", "answers": {}, "annotators": ["x", "y"]},
+        {"task": "vqa", "image": "p1", "text": "b?", "answers": {}, "annotators": ["x", "y", "x", "x"]},
         {"task": "nlvr", "image": ["p1", "p2"], "text": "c", "answer": "true", "group": 4},
         {"task": "caption", "image": "p3", "answers": ["one", "two", "one"]},
     ]
@@ -114,7 +115,7 @@ def test_examples_keep_every_answer_and_come_back_from_their_records(tmp_path):
         (("p1", "p2"), {"true": 1.0}, "true"),
         (("p3",), {"one": 1.0, "two": 1.0}, "one"),
     ]
-    assert [each.annotators for each in found] == [(), ("x", "y"), (), ("one", "two", "one")]
+    assert [each.annotators for each in found] == [(), ("x", "y", "x", "x"), (), ("one", "two", "one")]
     path.write_text(json.dumps([each.record() for each in found]))
     again = load_examples(path, SET)
     assert again == found and [each.extra for each in again] == [{"kind": "other"}, {}, {"group": 4}, {}]

@@ -138,6 +138,13 @@ def test_twenty_losses_equal_those_of_a_plain_loop(kind, train, settings, still,
 # ---- resume, recipes ----
 
 
+def test_held_out_questions_keep_their_answers_from_epoch_to_epoch(train):
+    still = {"learning_rate": 1e-12, "lora_dropout": 0.0, "batch_size": 4, "warmup_ratio": 0.0}
+    folder = train("run", max_steps=9, save_step=3, val_set_size=6, **still)
+    found = curve(folder, "eval_loss")
+    assert len(found) == 3 and found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_a_run_with_dropout_and_drawn_answers_resumes_bit_for_bit_with_its_own_features(
     train, settings, pictures, tmp_path

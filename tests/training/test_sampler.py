@@ -368,3 +368,19 @@ def test_an_epoch_has_as_many_rows_as_the_data_in_the_proportions_of_the_tempera
         own = times[task_ids == task_id]
         assert own.max() - own.min() <= 2
         assert own.min() >= expected[task_id] // count - 1
+
+
+@pytest.mark.parametrize("steps", [1, 5, 11, 40])
+@pytest.mark.parametrize("options", [{}, {"token_budget": 60}, {"temperature": 3.0}], ids=str)
+def test_the_tasks_that_are_met_are_those_of_the_steps(options, steps):
+    generator = np.random.default_rng(5)
+    task_ids = np.concatenate([np.zeros(60, dtype=int), np.arange(1, 15)])
+    sampler = LengthGroupedBatchSampler(generator.integers(5, 20, len(task_ids)), task_ids, 3, 4, 2, **options)
+    met, epoch, left = set(), 0, steps
+    while left > 0:
+        sampler.set_epoch(epoch)
+        for step in sampler.steps()[:left]:
+            met |= {int(task_ids[index]) for index in step}
+        epoch, left = epoch + 1, left - sampler.steps_per_epoch
+    assert sampler.tasks_met(steps) == met and sampler.epoch == 0
+    assert steps > 1 or met != {*task_ids.tolist()}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
+from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.artifacts import checkpoints
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
@@ -236,6 +237,23 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(train):
         assert any(key.startswith("eval_loss/") for key in lines[0])
         found.append(lines[0]["eval_loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_resumed_run_saves_and_logs_as_its_own_flags_say(train):
+    folder = train("run", max_steps=4, save_step=2, logging_steps=2, val_set_size=2)
+    shutil.rmtree(folder / "checkpoint-4")
+    more = {"save_step": 1, "logging_steps": 1, "save_total_limit": 0, "resume_from_checkpoint": "True"}
+    train("run", max_steps=4, val_set_size=2, **more)
+    assert [path.name for path in sorted(folder.glob("checkpoint-*"))] == [f"checkpoint-{step}" for step in (2, 3, 4)]
+    for key in ("loss", "eval_loss"):
+        assert [line["step"] for line in log_lines(folder) if key in line] == [2, 3, 4]
+
+
+def test_a_task_that_no_step_takes_an_example_of_is_untrained(train, few, capsys):
+    folder = train("few", **few, max_steps=1, batch_size=1, save_step=0)
+    untrained = read_config(folder).provenance_config.untrained_tasks
+    assert len(untrained) == 2 and "rain" in untrained, "a step of one example is of one task"
+    assert f"no training examples of {', '.join(untrained)} in these steps" in capsys.readouterr().err
 
 
 @pytest.mark.slow

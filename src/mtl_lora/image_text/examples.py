@@ -83,8 +83,10 @@ def parse_example(
     annotators = value.get("annotators", []) if answered else []
     if answered and of_task.answer == CAPTION and isinstance(value.get("answers"), list) and len(value["answers"]) > 1:
         annotators = [each.strip() for each in value["answers"]]
-    if not isinstance(annotators, list) or len(annotators) == 1:
-        raise UserError(f"{where}: 'annotators' must be a list of at least two answers, not {annotators!r:.200}")
+    # An answer is wholly right where three others gave it too.
+    least = 2 if of_task.answer == CAPTION else 4
+    if not isinstance(annotators, list) or 0 < len(annotators) < least:
+        raise UserError(f"{where}: 'annotators' must be a list of at least {least} answers, not {annotators!r:.200}")
     for each in annotators:
         text_of(each, f"{where}: 'annotators'")
     extra = {key: entry for key, entry in value.items() if key not in FIELDS}

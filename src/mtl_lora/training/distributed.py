@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from mtl_lora import files
+from mtl_lora import artifacts, files
 from mtl_lora.base_model import choose_dtype, quiet_deepspeed
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.memory import keep_freed_memory
@@ -67,7 +67,7 @@ def prepare_process(config: TrainingConfig) -> None:
     if config.wandb_project:
         os.environ["WANDB_PROJECT"] = config.wandb_project
     if config.tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / artifacts.TENSORBOARD)
     # DeepSpeed calls collectives by names that torch is about to change, and would warn of it in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one progress bar, that of the first process

@@ -107,5 +107,6 @@ def begin_output(config: TrainingConfig, arguments: TrainingArguments, configura
             (output / name).unlink(missing_ok=True)
         for folder in artifacts.checkpoints(output) if fresh else ():
             artifacts.remove_checkpoint(folder)
-        shutil.rmtree(output / artifacts.SAVING, ignore_errors=True)
+        for folder in (artifacts.SAVING, *([artifacts.TENSORBOARD] if fresh else [])):
+            shutil.rmtree(output / folder, ignore_errors=True)
         files.write_json(output / artifacts.RUN_CONFIG, configuration)

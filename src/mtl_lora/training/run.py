@@ -1,5 +1,6 @@
 """The course of a training, the same for every system: check everything, encode, build the model, train, save."""
 
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -178,10 +179,17 @@ class Run:
         self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
         self.log(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
-        untrained = [name for name, count in zip(self.tasks.names, counts, strict=True) if not count]
+        trained = {int(task_id) for task_id in counts.nonzero()[0]}
+        if trained == {*task_ids.tolist()}:  # an image of many tasks is planned as of one
+            steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * sampler.steps_per_epoch)
+            trained = sampler.tasks_met(steps)
+        untrained = [task.name for task in self.tasks if task.id not in trained]
         if untrained:
+            where = " in these steps" if any(counts[self.tasks[name].id] for name in untrained) else ""
             names = ", ".join(untrained)
-            self.log(f"no training examples of {names}: the weights of these tasks alone stay as they were drawn")
+            self.log(
+                f"no training examples of {names}{where}: the weights of these tasks alone stay as they were drawn"
+            )
         configuration = self.configuration(digest)
         if from_checkpoint:
             kind = type(config)

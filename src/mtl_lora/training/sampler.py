@@ -191,6 +191,18 @@ class StepSampler(Sampler[list[int]]):
         """Choose the epoch whose plan the next iteration follows."""
         self.epoch = epoch
 
+    def tasks_met(self, steps: int) -> set[int]:
+        """The ids of the tasks of which the first ``steps`` steps of a training take an example."""
+        met, every = set(), set(self.task_ids.tolist())
+        for epoch in range(-(-steps // self.steps_per_epoch)):
+            self.set_epoch(epoch)
+            for step in self.steps()[: steps - epoch * self.steps_per_epoch]:
+                met |= set(self.task_ids[step].tolist())
+            if met == every:
+                break
+        self.set_epoch(0)
+        return met
+
     def require_steps(self) -> None:
         """Raise ``UserError`` where there are too few examples for a step."""
         if not self.steps_per_epoch:

@@ -109,8 +109,7 @@ class TaskLosses:
     """Weighted losses and weights by task since the last reading, kept on the device: no synchronisation."""
 
     def __init__(self, tasks: int, device: torch.device | str = "cpu"):
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # which Apple's GPUs lack
-        self.sums = torch.zeros(2, tasks, dtype=dtype, device=device)
+        self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=device)
 
     def add(self, losses: torch.Tensor, weights: torch.Tensor, task_ids: torch.Tensor) -> None:
         """Add losses (N,) with their weights (N,) to their tasks (N,)."""
@@ -247,8 +246,9 @@ class MultiTaskTrainer(Trainer):
         if "train_loss" in logs:
             if self._began in (None, self.state.global_step):
                 return  # a mean over no step
-            # Earlier versions divide the sum over this process's steps by those before a resumption too.
-            logs["train_loss"] = self._total_loss_scalar / (self.state.global_step - self._began)
+            # transformers divides by the steps before a resumption too; and what was not logged is this process's part.
+            total = torch.tensor([self._total_loss_scalar], dtype=torch.float64, device=self.args.device)
+            logs["train_loss"] = self.accelerator.gather(total).mean().item() / (self.state.global_step - self._began)
         for name, value in logs.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(
@@ -272,6 +272,9 @@ class MultiTaskTrainer(Trainer):
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         model.eval()
+        # Held-out examples keep the answers that are drawn for them, whatever the epoch.
+        set_epoch = getattr(self.data_collator, "set_epoch", lambda epoch: None)
+        set_epoch(0)
         # ZeRO-3 gathers parameters in every forward, so all processes take the same number of batches.
         for index in range(-(-len(examples) // (size * self.args.world_size))):
             chosen = order[index * size : (index + 1) * size]
@@ -280,6 +283,7 @@ class MultiTaskTrainer(Trainer):
             if len(chosen):
                 losses.add(*found)
         model.train()
+        set_epoch(self.sampler.epoch)
         sums, weights = losses.read()
         key = f"{metric_key_prefix}_loss"
         if self.task_weights is None:
@@ -385,6 +389,7 @@ class LogFile(TrainerCallback):
         self.path = Path(output_dir) / artifacts.TRAIN_LOG
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resumed state has the intervals of the flags before
         if state.is_world_process_zero:
             train_log.drop_after(self.path, state.global_step)
 
