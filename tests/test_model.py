@@ -246,6 +246,14 @@ def as_encoder(folder) -> BaseModel:
     return BaseModel(str(folder), kind="encoder")
 
 
+@pytest.mark.parametrize(("types", "kept"), [(1, False), (2, True)])
+def test_an_encoder_of_one_token_type_gets_none_from_its_tokenizer(types, kept, tmp_path):
+    RobertaConfig(vocab_size=64, type_vocab_size=types).save_pretrained(tmp_path)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    word_tokenizer(**PAD_RULE[0][0], model_input_names=names).save_pretrained(tmp_path)
+    assert ("token_type_ids" in as_encoder(tmp_path).tokenizer()("a", "a")) == kept
+
+
 def test_an_encoder_is_loaded_bit_for_bit_and_its_head_is_drawn_by_the_seed(encoder):
     made, folder = encoder
     heads = []

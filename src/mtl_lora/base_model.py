@@ -218,6 +218,8 @@ class BaseModel:
         """The tokenizer, with a pad token by the pad rule."""
         with hub_errors(self.name, self.kind):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        if self.kind == "encoder" and getattr(self.config(), "type_vocab_size", 2) < 2:  # RoBERTa knows one type alone
+            tokenizer.model_input_names = [each for each in tokenizer.model_input_names if each != "token_type_ids"]
         return with_pad_token(tokenizer)
 
     def weight_files(self) -> list[Path]:

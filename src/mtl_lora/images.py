@@ -1,10 +1,12 @@
 """Image files that a user names: found, checked before anything begins, and opened as a viewer shows them."""
 
+import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_lora.data_files import text_of
 from mtl_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,22 +33,32 @@ def is_turned(path: Path) -> bool:
         return False
 
 
-def find_images(folder: Path, passed_by: str, deep: bool = True, endings: Sequence[str] = ENDINGS) -> dict[str, Path]:
+def on_white(image: "Image.Image") -> "Image.Image":
+    """An image in RGB, what is transparent of it in front of white."""
+    from PIL import Image
+
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def find_images(folder: Path, passed_by: str, deep: bool = True) -> dict[str, Path]:
     """The images in a folder by id, in order of their ids, each of which can be opened and is not too large.
 
-    passed_by: the flag that errors name. deep: those in the folders below it too. endings: of their names. Raises
-    ``UserError`` that names the files that are at fault.
+    passed_by: the flag that errors name. deep: those in the folders below it too. Raises ``UserError``
+    that names the files that are at fault.
     """
     if not folder.is_dir():
         raise UserError(f"{passed_by} {folder} is not a folder")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*") if deep else folder.glob("*")):
-        if path.suffix.lower() in endings and not path.name.startswith("."):
+        if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
+            text_of(path.stem, f"the file name {os.fsencode(path.name)!r} in {folder}")
             if path.stem in found:
                 raise UserError(f"two images have the id {path.stem!r}, {found[path.stem]} and {path}; rename one")
             found[path.stem] = path
     if not found:
-        raise UserError(f"{passed_by} {folder} holds no image ({', '.join(endings)})")
+        raise UserError(f"{passed_by} {folder} holds no image ({', '.join(ENDINGS)})")
     require_readable(found.values())
     return dict(sorted(found.items()))
 
@@ -82,7 +94,7 @@ def open_image(path: Path) -> "Image.Image":
     try:
         with Image.open(path) as opened:
             if not is_wide(opened):
-                return ImageOps.exif_transpose(opened).convert("RGB")
+                return on_white(ImageOps.exif_transpose(opened))
     except Exception as error:
         raise UserError(f"the image {path} is broken ({error}); save it anew, or take it away") from None
     raise UserError(f"the image {path} has more than 8 bits a channel; save it anew as 8-bit RGB")

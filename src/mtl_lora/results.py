@@ -304,12 +304,16 @@ class Sample:
     source_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     path: Path = dataclasses.field(default=Path(), compare=False)
     content: dict[Path, bytes] = dataclasses.field(default_factory=dict, compare=False)
+    own: dict[Path, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def write(self) -> None:
         """Write the files that are not there, or hold something else."""
         for path, content in self.content.items():
             if not path.is_file() or path.read_bytes() != content:
                 files.write_all({path: content})
+        for path, digest in self.own.items():
+            if files.sha256(path) != digest:
+                raise UserError(f"{path} was changed while the study ran; run the same command again")
 
 
 @dataclasses.dataclass(frozen=True)

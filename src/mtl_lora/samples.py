@@ -69,7 +69,9 @@ class Records:
             raise UserError(f"{source} has no examples of {', '.join(missing)}")
         chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
         # No name of a task holds a plus.
-        path = folder / f"train{'_' * bool(only)}{'+'.join(only)}.json" if only or most else source
+        label = "+".join(only)
+        label = label if len(label) < 200 else files.sha256_of(label.encode())[:16]
+        path = folder / f"train{'_' * bool(only)}{label}.json" if only or most else source
         return _sample(path, {"train": (source, path, chosen)}, most)
 
     def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
@@ -91,7 +93,9 @@ def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example
         sample.records.update((task, len(examples)) for task, examples in kept.items())
         sample.of.update((task, len(examples)) for task, examples in by_task.items())
         sample.sha256[name] = sample.source_sha256[name] = files.sha256(source)
-        if target != source:
+        if target == source:
+            sample.own[source] = sample.sha256[name]
+        else:
             examples = [example for examples in kept.values() for example in examples]
             sample.content[target] = files.records_bytes([example.record() for example in examples])
             sample.sha256[name] = files.sha256_of(sample.content[target])

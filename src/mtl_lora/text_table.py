@@ -51,8 +51,8 @@ class TextTable:
         rows = [[" ".join(cell.split()).replace("−", "-") for cell in row] for row in self.rows]
         text = _frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
         text = text.translate({ord("<"): r"\textless{}", ord(">"): r"\textgreater{}", ord("|"): r"\textbar{}"})
-        # After the line break of the row above, either would be read as its argument.
-        return re.sub(r"(?<=\\\\\n)[\[*]", r"{\g<0>}", text)
+        # After the line break or the rule above, either would be read as its argument.
+        return re.sub(r"(?m)^[\[*]", r"{\g<0>}", text)
 
     def html(self) -> str:
         """A table element with the title as its caption."""

@@ -6,7 +6,7 @@ import torch
 from dense_cases import TASKS, make_folder, make_nyud, make_pascal, write_npy, write_png, write_text
 from PIL import Image
 
-from mtl_lora.dense.data import DenseDataset
+from mtl_lora.dense.data import DenseDataset, pixels_of
 from mtl_lora.dense.layouts import NORMALS_CLASSES, Layout, thin
 from mtl_lora.dense.tasks import Task, TaskSet, shipped
 from mtl_lora.dense.train import Collator
@@ -193,6 +193,11 @@ def test_every_missing_file_is_named(tmp_path):
         DenseDataset(tmp_path, "train", size=8, missing_labels=True)
 
 
+def save_archive(path) -> None:
+    with path.open("wb") as opened:
+        np.savez(opened, depth=np.ones((8, 8)))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -204,6 +209,14 @@ def test_every_missing_file_is_named(tmp_path):
         (lambda root: write_npy(root / "far" / "1.npy", np.full((8, 8), -1.0)), r"far/1\.npy .*-1"),
         (lambda root: write_npy(root / "far" / "1.npy", np.full((8, 8), np.nan)), r"far/1\.npy .*finite"),
         (lambda root: write_text(root / "far" / "1.npy", "x"), r"far/1\.npy cannot be read"),
+        (lambda root: save_archive(root / "far" / "1.npy"), r"far/1\.npy cannot be read .*archive"),
+        (lambda root: write_png(root / "images" / "1.jpg", np.ones((8, 8, 3))), r"1\.png and 1\.jpg are of one image"),
+        (
+            lambda root: [
+                write_npy(path, (np.load(path) + 1) / 2) for path in [root / "normal" / f"{i}.npy" for i in (1, 2)]
+            ],
+            r"normal/1\.npy holds normals of length 0\.",
+        ),
         (lambda root: write_npy(root / "normal" / "1.npy", np.full((8, 8, 3), 100)), r"normal/1\.npy .*length 173"),
         (
             lambda root: [write_png(root / "front" / f"{i}.png", 255 * (np.eye(8) > 0)) for i in (1, 2)],
@@ -253,6 +266,41 @@ def test_an_image_that_is_to_be_turned_is_refused_for_its_maps_may_lie_otherwise
             assert len(DenseDataset(tmp_path, "train", size=8)) == 2
     with pytest.raises(UserError, match=f"{path.name} is to be turned"):
         DenseDataset(tmp_path, "train", size=8)
+
+
+def test_pixels_without_a_label_are_those_that_the_documents_say(tmp_path):
+    make_folder(tmp_path)
+    for index in (1, 2):
+        far, normal = (np.load(tmp_path / task / f"{index}.npy") for task in ("far", "normal"))
+        far[0], normal[0] = 255, 255
+        write_npy(tmp_path / "far" / f"{index}.npy", far)
+        if index == 1:
+            write_npy(tmp_path / "normal" / "1.npy", normal)
+        else:
+            (tmp_path / "normal" / "2.npy").unlink()
+            values = np.round((normal + 1) * 127.5)
+            for row, value in enumerate((0, 255, 127)):
+                values[row] = value
+            write_png(tmp_path / "normal" / "2.png", values)
+        write_npy(tmp_path / "front" / f"{index}.npy", np.eye(8, dtype=bool))
+        (tmp_path / "front" / f"{index}.png").unlink()
+    first, second = DenseDataset(tmp_path, "train", size=8)
+    for row, blank in ((first, 1), (second, 3)):
+        unlabelled = (row["labels"]["normal"] == 255).all(dim=0)
+        assert unlabelled[:blank].all() and not unlabelled[blank:].any()
+        assert (row["labels"]["far"][0, 0] == 255).all() and not (row["labels"]["far"][0, 1:] == 255).any()
+        assert row["labels"]["front"].sum() == 8
+
+
+@pytest.mark.parametrize(("width", "size"), [(97, 8), (64, 8), (1345, 112)])
+def test_a_reduced_image_stays_on_its_labels(width, size):
+    """An edge at three quarters of the width stands there in what is left of the image."""
+    image = np.zeros((width, width, 3), np.uint8)
+    image[:, width * 3 // 4 :] = 255
+    pixels, shape = pixels_of(Image.fromarray(image), size)
+    assert shape == (width, width) and 2 * size > pixels.shape[1] >= size
+    dark = (255 - pixels[0, :, 0].astype(float)).sum() / 255
+    assert dark / pixels.shape[1] == pytest.approx((width * 3 // 4) / width, abs=0.004)
 
 
 def test_labels_of_several_files_may_be_missing_for_some_images(tmp_path):

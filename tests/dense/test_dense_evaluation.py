@@ -111,6 +111,24 @@ def test_evaluation_resumes_and_does_not_depend_on_the_batch(trained, folder, tm
 
 
 @pytest.mark.slow
+def test_maps_of_another_model_are_not_kept(trained, folder, tmp_path):
+    other = shutil.copytree(trained, tmp_path / "other")
+    evaluated(trained, folder, tmp_path / "out", save_maps=True)
+    evaluator = Predictor(other).evaluator
+    evaluator.load()
+    model = evaluator.model
+    before = np.load(tmp_path / "out" / "maps" / "far" / "0.npy")
+    with torch.no_grad():
+        for layer in mtl_lora.adapter_layers(model).values():
+            for weight in layer.adapter_parameters().values():
+                weight.add_(0.3)
+    mtl_lora.save(model, other)
+    evaluated(other, folder, tmp_path / "out", overwrite=True)
+    evaluated(other, folder, tmp_path / "out", save_maps=True)
+    assert not np.array_equal(np.load(tmp_path / "out" / "maps" / "far" / "0.npy"), before)
+
+
+@pytest.mark.slow
 def test_two_evaluations_compare_by_task_and_tables_say_the_units(trained, folder, tmp_path, capsys):
     evaluated(trained, folder, tmp_path / "a", name="first")
     evaluated(trained, folder, tmp_path / "b", name="second", dtype="fp64")
@@ -209,11 +227,13 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     draw = np.random.default_rng(0)
     for name, shape in (("a", (20, 30, 3)), ("b", (40, 17, 3))):
         Image.fromarray(draw.integers(0, 255, shape, dtype=np.uint8)).save(inputs / f"{name}.png")
+    Image.open(inputs / "a.png").save(inputs / "c.tif")
     command = ["predict", "--checkpoint", str(trained), "--input", str(inputs), "--output", str(tmp_path / "out")]
     cli.main(command)
     found = Predictor(trained).predict([inputs / "a.png", Image.open(inputs / "b.png")])
     assert found[0]["things"].shape == (20, 30) and found[1]["normal"].shape == (40, 17, 3)
     assert (np.array(Image.open(tmp_path / "out/things/a.png")) == found[0]["things"]).all()
+    assert (np.array(Image.open(tmp_path / "out/things/c.png")) == found[0]["things"]).all()
     assert np.allclose(np.load(tmp_path / "out/normal/b.npy"), found[1]["normal"], atol=1e-6)
     assert np.abs(np.array(Image.open(tmp_path / "out/front/a.png")) / 255 - found[0]["front"]).max() < 0.003
     turned, exif = Image.open(inputs / "a.png"), Image.Exif()
@@ -221,7 +241,7 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     turned.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     (upright,) = Predictor(trained).predict([tmp_path / "turned.png"])
     assert all(np.array_equal(upright[name], found[0][name]) for name in found[0])
-    assert Image.open(tmp_path / "out/sheet.png").size[1] == 2 * (SIZE + 16) + 4
+    assert Image.open(tmp_path / "out/sheet.png").size[1] == 3 * (SIZE + 16) + 4
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main(command)

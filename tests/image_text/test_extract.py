@@ -1,6 +1,7 @@
 """``mtl-lora features``: what is written, resumed and refused, with tiny random vision models of several families."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,11 @@ def test_image_of_any_mode_is_read_upright(tmp_path):
     assert torch.equal(extract.read_image(tmp_path / "turned.png", 20), expected)
     upright.convert("RGBA").save(tmp_path / "rgba.png")
     assert torch.equal(extract.read_image(tmp_path / "rgba.png", 20), expected)
+    drawn = Image.new("RGBA", (30, 30))  # black, and all of it transparent but for a square
+    drawn.paste((0, 0, 0, 255), (5, 5, 20, 20))
+    drawn.save(tmp_path / "drawn.png")
+    seen = extract.read_image(tmp_path / "drawn.png", 30)
+    assert (seen[:, :5] == 255).all() and (seen[:, 6:19, 6:19] == 0).all()
     upright.convert("L").save(tmp_path / "grey.png")
     grey = extract.read_image(tmp_path / "grey.png", 20)
     assert torch.equal(grey[0], grey[2]) and grey.float().std() > 10
@@ -212,6 +218,9 @@ def test_images_that_cannot_be_read_are_named(refused, images, tmp_path, monkeyp
     assert "is not a folder" in refused(folder=tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "holds no image" in refused(folder=tmp_path / "empty")
+    odd = picture(images / "ok.png", 0).rename(images / os.fsdecode(b"caf\xe9.png"))
+    assert "caf" in (sentence := refused()) and "the file name" in sentence
+    odd.unlink()
     (images / "text.png").write_text("no image")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
     for number, size in enumerate(((60, 30), (90, 90))):  # Pillow warns of the first and refuses the second

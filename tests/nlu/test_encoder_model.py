@@ -150,6 +150,12 @@ def test_an_encoder_decoder_is_refused(name, tmp_path):
         encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)
 
 
+def test_a_head_that_reads_the_last_position_is_refused_for_rows_are_padded_there(tmp_path):
+    transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=16).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads the last position"):
+        encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)
+
+
 def test_a_layer_that_sees_relative_positions_is_left_out_or_refused(tmp_path):
     base = base_of("DebertaV2", tmp_path)
     model = built(base, "mtl_lora")

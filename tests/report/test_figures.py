@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -242,6 +244,26 @@ def test_mixture_has_a_row_a_layer_and_the_weights_of_a_task_side_by_side(study,
     titles = [study.task_set.title(task) for task in found.tasks]
     assert [label.get_text() for label in panels["q_proj"].get_xticklabels()] == titles
     assert "seed 0" in drawings["mixture_mtl_lora"].title
+
+
+def test_weights_that_are_all_alike_are_no_mixture_to_draw(study, drawings, tmp_path):
+    folder = shutil.copytree(Path(study.path).parent, tmp_path / "study")
+    for path in folder.rglob("adapter_analysis.json"):
+        value = json.loads(path.read_text())
+        for key in ("mixture", "mixture_at_start"):
+            if value.get(key):
+                value[key] = {name: [[1.0] for _ in rows] for name, rows in value[key].items()}
+        path.write_text(json.dumps(value))
+    assert not [drawing.name for drawing in draw(Study.load(folder)) if drawing.name.startswith("mixture")]
+
+
+def test_names_stand_in_figures_as_they_are_and_apart(study, write, tmp_path, capsys):
+    long = [dataclasses.replace(each, name="a" * 60 + str(number)) for number, each in enumerate(study.experiments)]
+    (accuracy,) = (each for each in draw(dataclasses.replace(study, experiments=long)) if each.name == "accuracy")
+    labels = [label.get_text() for label in panels_of(accuracy)["CR"].get_yticklabels()]
+    assert len({*labels}) == len(long) and all(label.startswith("aaaa") for label in labels)
+    runs = [write({**TUNED, "name": name}, f"run{len(name)}") for name in (r"$\frac$ of r", "costs $5 and $6")]
+    assert run_command(capsys, "figures", *runs, "--output", tmp_path / "figures", "--format", "svg")[0] == 0
 
 
 def test_a_figure_whose_start_is_unknown_says_so(study, drawings, tmp_path):

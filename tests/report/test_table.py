@@ -28,6 +28,7 @@ from mtl_lora.metrics import percent, value_text
 from mtl_lora.report.load import Study
 from mtl_lora.report.table import PUBLISHED_FILE, details, published_rows, study_tables
 from mtl_lora.results import Results, Trainable, trainable_text
+from mtl_lora.text_table import TextTable
 
 EXPECTED = """\
 | Method         | Trainable parameters, M (%) |       First |     second |     Average |
@@ -182,6 +183,8 @@ def test_latex_is_booktabs_with_every_text_escaped(table_of):
     assert r"{[}50\%] a\_b \& c \textless{} d & – & 50.0 ± 3.0 & 25.0 ± 4.0 & 37.5 ± 2.5 \\" in text
     assert r"mtl\_lora & 16.85 (0.25 \%) &" in text
     assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == 2
+    first = TextTable("", ["a", "b"], [["[x] small", "1"]]).latex()
+    assert "\\midrule\n{[}x] small & 1" in first
 
 
 def test_html_shows_whatever_a_name_holds_as_text(table_of):

@@ -64,6 +64,28 @@ def test_samples_of_other_tasks_have_other_files(tmp_path):
     assert len({sample.path for sample in samples}) == 2
 
 
+def test_a_file_that_changes_while_a_study_runs_is_noticed_before_the_next_command(tmp_path):
+    data = DATA(TaskSet.from_json([{"name": "a", "id": 0}]))
+    text = json.dumps([{"instruction": "q", "output": "x", "task": "a"}])
+    (tmp_path / "train.json").write_text(text)
+    sample = data.training(tmp_path / "train.json", tmp_path, 0)
+    sample.write()
+    (tmp_path / "train.json").write_text(text + " ")
+    with pytest.raises(UserError, match=r"train\.json was changed while the study ran"):
+        sample.write()
+
+
+def test_samples_of_many_tasks_have_names_that_a_disk_takes(tmp_path):
+    names = [letter * 37 for letter in "abcdefgh"]
+    (tmp_path / "train.json").write_text(
+        json.dumps([{"instruction": "q", "output": "x", "task": name} for name in names])
+    )
+    data = DATA(TaskSet.from_json([{"name": name, "id": index} for index, name in enumerate(names)]))
+    sample = data.training(tmp_path / "train.json", tmp_path, 0, tuple(names))
+    sample.write()
+    assert sample.path.is_file()
+
+
 def test_missing_data_name_the_command_that_makes_them(tmp_path):
     with pytest.raises(UserError, match=r"none\.json .*`python prepare.py`"):
         plan_of(tmp_path, with_flags(data_path="none.json") | {"prepare": "python prepare.py"})

@@ -123,6 +123,17 @@ def test_tasks_trained_alone_are_one_run_and_give_the_transfer(tmp_path):
     assert "Transfer" in text
 
 
+def test_scores_of_tasks_without_training_are_marked_and_their_examples_not_listed(tmp_path):
+    part = {"name": "Part", "train": {"adapter_name": "lora"}, "only_tasks": ["boolq"]}
+    own = {**TWO, "experiments": [part], "baseline": "Part"}
+    study, text = study_of(tmp_path, {("Part", 0): {"boolq": "1100", "piqa": "1000"}}, **own)
+    assert by_name(study)["Part"].trained_on == ["boolq"]
+    (row,) = (line for line in text.splitlines() if line.startswith("| Part "))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert [cell.endswith("(untrained)") for cell in cells if "±" in cell][:2] == [False, True]
+    assert "Training examples: boolq 12 of 240." in text and "questions: boolq 4 of 60, piqa 4 of 60." in text
+
+
 def test_commits_and_devices_are_those_of_every_part(tmp_path, edit_json):
     plan = plan_of(tmp_path, grid(ALONE, **TWO))
     runs = finished(plan, RIGHT_ALONE)

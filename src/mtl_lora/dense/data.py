@@ -12,7 +12,7 @@ from mtl_lora.dense.layouts import Layout, layout_of, read_image
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
 from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
-from mtl_lora.images import is_turned, is_wide
+from mtl_lora.images import is_turned, is_wide, on_white
 
 _MOST_NAMED = 10  # files that one error names
 _PROBED = 16  # images whose maps are read before anything begins
@@ -185,9 +185,14 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     image = image if isinstance(image, Image.Image) else read_image(Path(image))
     if is_wide(image):
         raise UserError(f"{name} has pixels of 16 or 32 bits (mode {image.mode}); convert it to 8 bits")
-    image, shape = image.convert("RGB"), (image.height, image.width)
+    try:
+        image, shape = on_white(image), (image.height, image.width)
+    except OSError as error:
+        raise UserError(f"{name} is broken ({error})") from None
     factor = min(shape) // size
-    return np.array(image.reduce(factor) if factor > 1 else image), shape
+    # Not ``reduce``, whose last pixels stand for fewer of the image's where a side is no multiple of the factor.
+    small = [side // factor for side in image.size] if factor > 1 else image.size
+    return np.array(image.resize(small, Image.Resampling.BOX)), shape
 
 
 def _unlabelled(task: Task) -> int:
@@ -205,6 +210,7 @@ def checked(label: np.ndarray, task: Task, where: str, shape: tuple[int, int]) -
     if task.kind == "normals":
         return _checked_normals(label.astype(np.float32), where)
     if task.kind == "depth":
+        label = np.where(label == IGNORE, 0, label)
         if label.min() < 0 or label.max() >= IGNORE:
             raise UserError(
                 f"{where} holds depths from {label.min():g} to {label.max():g}; they must be from 0, which is no "
@@ -223,10 +229,12 @@ def checked(label: np.ndarray, task: Task, where: str, shape: tuple[int, int]) -
 
 def _checked_normals(normals: np.ndarray, where: str) -> np.ndarray:
     """Normals as unit vectors, zero vectors as they are."""
+    normals = np.where((normals == IGNORE).all(axis=2, keepdims=True), 0, normals)
     lengths = np.linalg.norm(normals, axis=2, keepdims=True)
     known = lengths[lengths > 0]
-    if len(known) and not 0.5 < np.median(known) < 1.5:
+    if len(known) and not 0.85 < np.median(known) < 1.25:  # (n + 1) / 2 has 0.6 to 0.83
         raise UserError(
-            f"{where} holds normals of length {np.median(known):g}; they must be unit vectors, or zero without a label"
+            f"{where} holds normals of length {np.median(known):g}; they must be unit vectors from -1 to 1, or zero "
+            "without a label"
         )
     return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)

@@ -28,7 +28,6 @@ from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
 
 IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # of the images that a folder is searched for
 
 
 @dataclasses.dataclass
@@ -50,13 +49,15 @@ class Question:
     def line(self, row: list[float]) -> dict:
         """The question's line in the predictions."""
         hashes = {"answer": self.answer, "prompt_sha256": self.prompt_sha256}
-        return {"task": self.task.name, "index": self.index, "counts": row} | hashes
+        saved = {"map": True} if self.place else {}
+        return {"task": self.task.name, "index": self.index, "counts": row} | hashes | saved
 
     def answered_by(self, line: Mapping | None) -> bool:
         """Whether a line is of this very image and label, and the map that is wanted is there."""
         known = line is not None and isinstance(line.get("counts"), list)
         same = known and (line.get("answer"), line.get("prompt_sha256")) == (self.answer, self.prompt_sha256)
-        return same and (self.place is None or self.place.is_file())
+        # A map that lies there without the line saying so is another evaluation's.
+        return same and (self.place is None or (line.get("map") is True and self.place.is_file()))
 
     def extract_again(self, line: dict) -> dict:
         """The line: sums need no rules."""
@@ -213,7 +214,7 @@ def predict(config: PredictConfig) -> None:
     if (source := Path(config.input)).is_file():
         require_readable(paths := [source])
     else:
-        paths = list(find_images(source, "--input", False, SUFFIXES).values())
+        paths = list(find_images(source, "--input", False).values())
     predictor = Predictor(config.checkpoint, **config.answer_flags)
     tasks = predictor.evaluator.tasks
     output = config.output, ["*.png", "*.npy"], config.overwrite, [config.input], True

@@ -36,6 +36,10 @@ def read_png(path: Path, channels: int = 1) -> np.ndarray:
     array = np.asarray(opened)
     if array.ndim != (2 if channels == 1 else 3) or (channels > 1 and array.shape[2] != channels):
         raise UserError(f"{path} is an image of mode {opened.mode}; its map needs {channels} channel(s)")
+    return _numbers(array)
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
@@ -43,9 +47,11 @@ def read_npy(path: Path) -> np.ndarray:
     """An array; one channel of a third axis is none."""
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of arrays")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a NumPy array ({error}); fetch or make it again") from None
-    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    return _numbers(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
@@ -139,8 +145,11 @@ class Folder(Layout):
 
     @staticmethod
     def _existing(folder: Path, id: str, suffixes: "Sequence[str]") -> Path:
-        found = [folder / f"{id}{suffix}" for suffix in suffixes]
-        return next(filter(Path.is_file, found), found[0])
+        named = [folder / f"{id}{suffix}" for suffix in suffixes]
+        found = [path for path in named if path.is_file()] or named[:1]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1].name} are of one image; delete one of them")
+        return found[0]
 
     def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
         (path,) = self.paths(task, id)
@@ -148,8 +157,12 @@ class Folder(Layout):
             return read_npy(path)
         if task.kind != "normals":
             return read_png(path)
-        normals = 2 * read_png(path, 3).astype(np.float32) / 255 - 1
-        return np.where(np.abs(normals).max(axis=2, keepdims=True) < 0.01, 0, normals)  # zero is no value of 8 bits
+        values = read_png(path, 3)
+        normals = 2 * values.astype(np.float32) / 255 - 1
+        blank = np.abs(normals).max(axis=2, keepdims=True) < 0.01
+        for value in (0, IGNORE):  # black and white, which are far from unit vectors
+            blank |= (values == value).all(axis=2, keepdims=True)
+        return np.where(blank, 0, normals)  # zero is no value of 8 bits
 
 
 # The classes of PASCAL-Context for which the distilled normals count: those that NYUv2, on which their network was

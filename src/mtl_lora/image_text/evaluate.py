@@ -186,7 +186,11 @@ class Evaluator(evaluation.Evaluator):
 
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
-        return plan_batches(questions, self.config.batch_size, budget, self._length)
+
+        def tokens(question: Question) -> int:  # of all rows that a choice's labels are scored in
+            return self._length(question) * max(len(self.encoder.labels[question.task.id]), 1)
+
+        return plan_batches(questions, self.config.batch_size, budget, tokens)
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:

@@ -103,7 +103,8 @@ class Source:
         folders = [f"{folder}/{FEATURES}" for folder in FEATURE_FOLDERS[task]]
         there = {path.stem for folder in folders for path in (self.folder / folder).glob("*.h5")}
         for example in (example for part in parts.values() for example in part):
-            for image in [example["image"]] if isinstance(example["image"], str) else example["image"]:
+            images = example["image"]
+            for image in map(str, images if isinstance(images, list) else [images]):
                 if image not in there:
                     there.add(image)
                     self.wrong(" or ".join(folders), f"{image}.h5 is missing")

@@ -63,6 +63,9 @@ def head_names(model: PreTrainedModel) -> list[str]:
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder; pass a --base_model that is an encoder alone")
+    if getattr(model.config, "summary_type", None) == "last":  # XLNet: whatever stands there, padding too
+        about = f"the head of {type(model).__name__} reads the last position, and rows are padded behind"
+        raise UserError(f"{about}; pass another --base_model")
     names = [
         name
         for name, module in model.named_children()

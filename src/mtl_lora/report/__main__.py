@@ -37,8 +37,6 @@ class Rendered(Config):
     def hand_out(self, report: Report, inputs: Sequence[Path]) -> None:
         """Print or write it; the notes go to stderr where the format has no place for them."""
         output = Path(self.output or "")
-        if self.output and output.is_dir():
-            raise UserError(f"--output {output} is a folder; name a file in it")
         if self.output and output.resolve() in {path.resolve() for path in inputs}:
             raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
         style = self.format or SUFFIXES.get(output.suffix.lower())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
-from mtl_lora.metrics import METRICS, difference_text, scale_of, title_of, units_text
+from mtl_lora.metrics import difference_text, scale_of, title_of, units_text
 from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
 from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL
 
@@ -174,7 +174,8 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
         f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over the "
         f"questions of a single run (thin), cut at a panel's edges; {line}each panel has its own scale."
     )
-    labels = [textwrap.shorten(experiment.name, 32, placeholder=" …") for experiment in study.experiments]
+    names = [experiment.name for experiment in study.experiments]
+    labels = [name if len(name) <= 40 else f"{name[:12]} … {name[-25:]}" for name in names]
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
     drawing, panels = _drawing(("accuracy", title, caption), len(tasks), size, margin, 4, 3, sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
@@ -206,7 +207,8 @@ def _transfer(study: Study) -> Iterator[Drawing]:
     """What training together does to each task: together minus alone, with intervals."""
     import numpy as np
 
-    if not study.transfer or not study.has_average:  # colours compare tasks, which units of their own forbid
+    # Colours compare tasks, which units of their own forbid.
+    if not study.transfer or not study.has_average or scale_of(study.metric(None)) != 100:
         return
     caption = (
         "Difference in percentage points, its 95 % interval below it, in bold where that leaves out 0. Red: worse "
@@ -219,9 +221,7 @@ def _transfer(study: Study) -> Iterator[Drawing]:
     for place in np.ndindex(texts.shape):
         row, task, metric = study.transfer[place[0]], tasks[place[1]], metrics[place[1]]
         if cell := row.tasks.get(task) if task else row.average:
-            # What is better is above 0, also of a metric that is an error.
-            sign = -1 if metric in METRICS and METRICS[metric].lower_is_better else 1
-            matrix[place] = sign * scale_of(metric) * cell.difference
+            matrix[place] = 100 * cell.difference
             texts[place] = difference_text(cell, metric).replace(" (", "\n").rstrip(")").replace("-", "−")
             bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
     size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
@@ -293,8 +293,8 @@ def _mixture(study: Study) -> Iterator[Drawing]:
                 if layer in (mixture or ()):
                     row = np.ravel(np.array(mixture[layer], dtype=float))
                     found.setdefault(layer.rpartition(".")[2], []).append(row)
-        if all(np.isnan(row).all() for rows in modules.values() for row in rows):
-            continue  # no mixture, or of a training that went to NaN
+        if all(np.isnan(row).all() or np.ptp(row) == 0 for rows in modules.values() for row in rows):
+            continue  # no mixture, one of equal or single weights everywhere, or of a training that went to NaN
         width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]
         parts, apart = width // len(labels), -(-len(labels) // 24)
         title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")

@@ -350,7 +350,9 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
         for task, metric in metrics.items():
             found = each.estimate(task) or Estimate(None)
             error = None if found.low is None else found.mean - found.low
-            rows[-1].append(value_text(found.mean, found.sd if study.has_seeds else error, metric))
+            text = value_text(found.mean, found.sd if study.has_seeds else error, metric)
+            known = task is None or each.trained_on is None or found.mean is None or task in each.trained_on
+            rows[-1].append(text if known else text + UNTRAINED)
         rows[-1] += [interval_text(each.summary.average, metrics[None])] if has_interval else []
     return TextTable(title, header, rows if majority else rows[1:])
 

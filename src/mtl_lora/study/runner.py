@@ -56,7 +56,7 @@ def run(config: StudyConfig) -> None:
     if folder.is_absolute() and folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())  # commands then read as one types them
     plan = Plan(grid, folder, with_fingerprint=not config.check and not config.report)
-    chosen = [grid.experiment(name) for name in config.only] or list(grid.experiments)
+    chosen = [grid.experiment(name) for name in dict.fromkeys(config.only)] or list(grid.experiments)
     runner = Runner(plan, chosen, config.overwrite or config.report)
     if config.check:
         print(*plan.describe(chosen, runner.trials), sep="\n")
@@ -210,8 +210,6 @@ def execute_all(
 def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[None, None, State]:
     """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
     remove_leftovers(job.folder / STATE)
-    for sample in job.data.values():
-        sample.write()
     state = job.state
     if state is None:
         if (job.folder / STATE).is_file():
@@ -224,6 +222,8 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
     for step in job.flags:
         if step in state.seconds and (job.folder / _MADE[step]).is_file():
             continue
+        for sample in job.data.values():
+            sample.write()
         flags, started = {}, step in state.starts
         if step == "train" and started:
             resume = artifacts.checkpoints(job.folder)

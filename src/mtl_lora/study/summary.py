@@ -237,8 +237,9 @@ def notes(study: Study, grid: Grid, mode: str | None, refused: Mapping[str, str]
             "value or the second has one that is not above 0."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
+    asked = {"train": {name for each in study.experiments for name in each.trained_on or ()}, "test": {*study.scored}}
     counts = {
-        part: [f"{name} {n:,} of {sample.of[name]:,}" for name, n in sample.records.items()]
+        part: [f"{name} {n:,} of {sample.of[name]:,}" for name, n in sample.records.items() if name in asked[part]]
         for part, sample in study.data.items()
     }
     lists = {
