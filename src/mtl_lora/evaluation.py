@@ -184,7 +184,8 @@ class Evaluator(abc.ABC):
         own = self.adapter_json()
         if own is None:
             return self.settings(protocol)
-        own = json.dumps(own.get("adapter", own), sort_keys=True)  # of a checkpoint, of PEFT
+        own = own.get("adapter", own)  # of a checkpoint, of PEFT
+        own = json.dumps({**own, "base_model_name_or_path": None}, sort_keys=True)  # known by its fingerprint
         return self.settings(protocol) | {ADAPTER_CONFIG: files.sha256_of(own.encode())}
 
     def load(self) -> None:

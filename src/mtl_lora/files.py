@@ -142,7 +142,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path, temporary = Path(path), None
     # A rename would put a file in the place of /dev/null, for everybody.
-    if (path.exists() and not path.is_file()) or path.absolute().parent == Path("/dev"):
+    if (os.path.exists(path) and not os.path.isfile(path)) or path.absolute().parent == Path("/dev"):
         raise UserError(f"{path} cannot be written, it is a folder or a device; pass the path of a file")
     try:
         try:

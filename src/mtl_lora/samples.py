@@ -70,7 +70,7 @@ class Records:
         chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
         # No name of a task holds a plus.
         label = "+".join(only)
-        label = label if len(label) < 200 else files.sha256_of(label.encode())[:16]
+        label = label if len(label) < 225 else files.sha256_of(label.encode())[:16]
         path = folder / f"train{'_' * bool(only)}{label}.json" if only or most else source
         return _sample(path, {"train": (source, path, chosen)}, most)
 

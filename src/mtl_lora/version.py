@@ -19,7 +19,8 @@ def checkout_commit(*without: str) -> str | None:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
         # Without what points git at another repository, as in a hook.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
+        environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
     try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 from safetensors.torch import load_file, save_file
 from shared import PROJECT, QUICKSTART
@@ -227,6 +228,15 @@ def test_answers_are_of_one_scaling_of_an_adapter(evaluate, trained, of_peft, tm
         path.write_text(json.dumps(value))
         with pytest.raises(UserError, match="answers with another adapter_config_sha256"):
             evaluate(f"{name} out", **flags, **few)
+
+
+def test_a_peft_folder_may_hold_embeddings_too(evaluate, tiny_base, tmp_path):
+    model, settings = LlamaForCausalLM.from_pretrained(tiny_base), {"r": 2, "target_modules": ["q_proj"]}
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    few = {"tasks": ["piqa"], "limit": 1, "mode": "score"}
+    assert evaluate("out", checkpoint=None, base_model=tiny_base, peft=str(tmp_path / "peft"), **few)["score"].tasks
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -111,15 +111,31 @@ def test_options_that_the_prefix_holds_are_not_read_out_of_it(options):
         assert extract_answer(task, f"{option}, I think") == option
 
 
-@pytest.mark.parametrize("prefix", [" Answer: ", "Answer:\n", "\nAnswer: ", ""])
-def test_white_space_around_a_prefix_is_no_part_of_free_text(prefix):
-    assert extract_answer(Task("free", 0, answer_prefix=prefix), f"{prefix}42\nand more") == "42"
+@pytest.mark.parametrize(
+    ("prefix", "options", "text", "answer"),
+    [
+        ("is ", ("Paris", "London"), "This is Paris", "Paris"),
+        ("A: ", ("NBA: finals", "other"), "A: NBA: finals", "NBA: finals"),
+        ("Label ", ("Label 1", "Label 2"), "Label Label 2", "Label 2"),
+        ("the correct answer is ", ("Yes", "No"), "the correct answer is yes. the correct answer is No", "No"),
+    ],
+)
+def test_prefixes_that_hold_no_option_are_taken_from_texts_as_before(prefix, options, text, answer):
+    assert extract_answer(Task("own", 0, options, answer_prefix=prefix), text) == answer
+
+
+@pytest.mark.parametrize(
+    ("prefix", "version"), [(" Answer: ", 2), ("Answer:\n", 2), ("\nAnswer: ", 2), ("Answer: ", 1), ("", 1)]
+)
+def test_white_space_around_a_prefix_is_no_part_of_free_text(prefix, version):
+    task = Task("free", 0, answer_prefix=prefix)
+    assert extract_answer(task, f"{prefix}42\nand more") == "42" and task.extraction == version
 
 
 def test_free_text_is_the_first_line_without_the_prefix():
     task = Task("free", 0)
     assert extract_answer(task, " the correct answer is a red kite\nand more") == "a red kite"
-    assert extract_answer(task, "\n") == ""
+    assert extract_answer(task, "\n") == extract_answer(task, "the correct answer is \nfoo") == ""
 
 
 @pytest.mark.parametrize(

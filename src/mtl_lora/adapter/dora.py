@@ -39,7 +39,7 @@ class DoraLayer(LoraLayer):
     def norm(self) -> torch.Tensor:
         """||W + s B A|| per output row, (d,); ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T."""
         A, B, s = self.lora_A, self.lora_B, self.scale
-        if not A.is_meta:
+        if self.in_place and not A.is_meta:
             require_in_memory("a weight whose norm DoRA needs", self.base_layer.weight)
         device = A.device.type
         # c is 1 but for small changes, which the bf16 products of an autocast region would round away.

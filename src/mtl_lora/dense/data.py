@@ -190,9 +190,9 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     except OSError as error:
         raise UserError(f"{name} is broken ({error})") from None
     factor = min(shape) // size
-    # Not ``reduce``, whose last pixels stand for fewer of the image's where a side is no multiple of the factor.
-    small = [side // factor for side in image.size] if factor > 1 else image.size
-    return np.array(image.resize(small, Image.Resampling.BOX)), shape
+    if factor > 1 and any(side % factor for side in shape):  # the last pixels of ``reduce`` would stand for fewer
+        image = image.resize([side // factor for side in image.size], Image.Resampling.BOX)
+    return np.array(image.reduce(factor) if factor > 1 and image.height == shape[0] else image), shape
 
 
 def _unlabelled(task: Task) -> int:

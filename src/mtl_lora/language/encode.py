@@ -195,6 +195,7 @@ class Encoder:
             special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
             self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self._answers: dict[str, list[int]] = {}
+        self._spoken: dict[str, str] = {}  # answers as a chat template writes them
         self.reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
@@ -222,10 +223,10 @@ class Encoder:
     def option_ids(self, task: Task, option: str) -> list[int]:
         """The ids of the answer that is one of a task's options, as training encodes it."""
         text = task.answer_prefix + option
-        if isinstance(self.template, ChatTemplate):  # some strip it
+        if isinstance(self.template, ChatTemplate) and text not in self._spoken:  # some strip it
             question = {"instruction": "Is it?"}
-            text = self.template.answer(question, self.template.prompt(question), text)
-        return self.answer_ids(text)
+            self._spoken[text] = self.template.answer(question, self.template.prompt(question), text)
+        return self.answer_ids(self._spoken.get(text, text))
 
     def answer_ids(self, text: str) -> list[int]:
         """The ids of an answer with the token at the end that ends it (EOS); each different answer is encoded once."""

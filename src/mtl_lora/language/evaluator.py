@@ -204,10 +204,13 @@ class PeftAdapter:
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"PEFT cannot load {self.folder} ({str(error).splitlines()[0]})") from None
         found = wrapped.get_base_model()
-        # PEFT leaves out what has no place in the model, and draws what the file lacks.
-        there = self._peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        there = {name.removeprefix(artifacts.PEFT_PREFIX) for name in there}
-        if other := sorted(there ^ _sizes(self.weights).keys()):
+        # PEFT leaves out what has no place in the model, and draws what the file lacks. A file may hold embeddings too.
+        needed = self._peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        needed, all_there = (
+            {name.removeprefix(artifacts.PEFT_PREFIX) for name in names} for names in (needed, wrapped.state_dict())
+        )
+        held = _sizes(self.weights).keys()
+        if other := sorted((needed - held) | (held - needed - all_there)):
             raise UserError(f"{self.folder} and this base model do not fit: {other[0]} is in one of them alone")
         if {name for name, _ in found.named_parameters()} == before:
             raise UserError(f"{self.folder} adapts no layer of this model")

@@ -81,11 +81,12 @@ def parse_example(
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object with {', '.join(FIELDS)}, not {type(value).__name__}")
     extra = {key: entry for key, entry in value.items() if key not in (*FIELDS, "task", "messages")}
+    empty = {key for key, entry in extra.items() if entry is None} - {"text", "text_b", "label"}
     value = {key: entry for key, entry in value.items() if entry is not None}  # a null is no field
     told = "messages" in value
     if "text" in value and value.keys().isdisjoint({"output", "answer", "messages"}):
         value = _from_text(value, where, tasks[task_id_of(value, where, tasks, task)], answered)
-        extra = {key: entry for key, entry in extra.items() if key in value}
+        extra = {key: entry for key, entry in extra.items() if key in value or key in empty}
     if told:
         value = _from_messages(value, where)
     needed = {"instruction": not value.get("input"), "input": False}

@@ -26,14 +26,20 @@ def extract_answer(task: "Task", text: str) -> str:
     text = text.strip()
     if task.options and not task.is_matched_by_pattern:
         prefix = task.answer_prefix.strip()
-        # Without the prefix itself, which may hold an option: "the correct answer is", of correct and incorrect.
-        before, *behind = re.split(re.escape(prefix), text, flags=re.IGNORECASE) if prefix else [text]
-        return next(filter(None, (whole_option(task.options, part) for part in [*behind, before])), "")
+        if task.extraction == 3:  # the prefix itself is no answer
+            before, *behind = re.split(re.escape(prefix), text, flags=re.IGNORECASE)
+            parts = [*behind, before]
+        else:
+            found = re.search(re.escape(prefix), text, re.IGNORECASE) if prefix else None
+            parts = [text[found.end() :], text] if found else [text]
+        return next(filter(None, (whole_option(task.options, part) for part in parts)), "")
     if task.answer_pattern:
         match = re.search(task.answer_pattern, text)
         return match.group(0) if match else ""
-    lines = text.removeprefix(task.answer_prefix.lstrip()).strip().splitlines()
-    return lines[0].strip() if lines else ""
+    if task.extraction == 2:  # a prefix that no first line begins with
+        text = text.removeprefix(task.answer_prefix.lstrip()).lstrip()
+    lines = text.splitlines()
+    return lines[0].removeprefix(task.answer_prefix).strip() if lines else ""
 
 
 def whole_option(options: tuple[str, ...], text: str) -> str:

@@ -83,10 +83,16 @@ class Task(tasks.Task):
 
     @property
     def extraction(self) -> int:
-        """The version of the rules that find an answer in generated text; 1 for those that never change."""
-        if not self.options or self.is_matched_by_pattern:
+        """The version of the rules that find an answer in generated text, each from the first that finds its answers.
+
+        1: a pattern's first match, or a first line. 2: options as whole words; a first line behind a prefix that begins
+        with white space or ends a line. 3: options that the prefix holds too, like correct in "the correct answer is".
+        """
+        if self.is_matched_by_pattern:
             return 1
-        return 3 if whole_option(self.options, self.answer_prefix) else 2  # 2 read options out of the prefix too
+        if self.options:
+            return 3 if whole_option(self.options, self.answer_prefix) else 2
+        return 2 if self.answer_prefix[:1].isspace() or "\n" in self.answer_prefix else 1
 
     @property
     def metric_name(self) -> str:
