@@ -192,7 +192,9 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     factor = min(shape) // size
     if factor > 1 and any(side % factor for side in shape):  # the last pixels of ``reduce`` would stand for fewer
         image = image.resize([side // factor for side in image.size], Image.Resampling.BOX)
-    return np.array(image.reduce(factor) if factor > 1 and image.height == shape[0] else image), shape
+    elif factor > 1:
+        image = image.reduce(factor)
+    return np.array(image), shape
 
 
 def _unlabelled(task: Task) -> int:

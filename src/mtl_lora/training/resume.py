@@ -107,6 +107,6 @@ def begin_output(config: TrainingConfig, arguments: TrainingArguments, configura
             (output / name).unlink(missing_ok=True)
         for folder in artifacts.checkpoints(output) if fresh else ():
             artifacts.remove_checkpoint(folder)
-        for folder in (artifacts.SAVING, *([artifacts.TENSORBOARD] if fresh else [])):
-            shutil.rmtree(output / folder, ignore_errors=True)
+        for name in (artifacts.SAVING, artifacts.TENSORBOARD) if fresh else (artifacts.SAVING,):
+            shutil.rmtree(output / name, ignore_errors=True)
         files.write_json(output / artifacts.RUN_CONFIG, configuration)

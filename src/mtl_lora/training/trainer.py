@@ -237,9 +237,13 @@ class MultiTaskTrainer(Trainer):
             return
         # Not by the loader, which is another one, without the epoch, where an epoch is resumed.
         self.sampler.set_epoch(epoch)
+        self._collate_as_in(epoch)
+        super()._run_epoch(*arguments, epoch=epoch, **options)
+
+    def _collate_as_in(self, epoch: int) -> None:
+        """Let a collator that draws anew in each epoch know which it is."""
         if hasattr(self.data_collator, "set_epoch"):
             self.data_collator.set_epoch(epoch)
-        super()._run_epoch(*arguments, epoch=epoch, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
@@ -272,9 +276,7 @@ class MultiTaskTrainer(Trainer):
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         model.eval()
-        # Held-out examples keep the answers that are drawn for them, whatever the epoch.
-        set_epoch = getattr(self.data_collator, "set_epoch", lambda epoch: None)
-        set_epoch(0)
+        self._collate_as_in(0)  # held-out examples keep the answers that are drawn for them
         # ZeRO-3 gathers parameters in every forward, so all processes take the same number of batches.
         for index in range(-(-len(examples) // (size * self.args.world_size))):
             chosen = order[index * size : (index + 1) * size]
@@ -283,7 +285,7 @@ class MultiTaskTrainer(Trainer):
             if len(chosen):
                 losses.add(*found)
         model.train()
-        set_epoch(self.sampler.epoch)
+        self._collate_as_in(self.sampler.epoch)
         sums, weights = losses.read()
         key = f"{metric_key_prefix}_loss"
         if self.task_weights is None:
