@@ -22,6 +22,8 @@ RESULTS = "results.json"
 EVAL_SETTINGS = "settings.json"
 PREDICTIONS = "predictions"
 AGREEMENT = "agreement.json"
+SHEET = "sheet.png"  # of maps
+PICTURES = "pictures.html"  # of pictures and answers
 # an adapter in PEFT's format
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -31,11 +33,13 @@ STUDY = "study.json"
 
 
 def remove_evaluation(folder: str | Path) -> None:
-    """Delete an evaluation's results, settings and predictions; nothing else, for a training may share its folder.
+    """Delete an evaluation's results, predictions, settings and what was drawn; nothing else, for a training may share
+    its folder.
 
     In an order in which a kill leaves no results without predictions, and no predictions without their settings.
     """
-    (Path(folder) / RESULTS).unlink(missing_ok=True)
+    for name in (RESULTS, SHEET, PICTURES):
+        (Path(folder) / name).unlink(missing_ok=True)
     shutil.rmtree(Path(folder) / PREDICTIONS, ignore_errors=True)
     (Path(folder) / EVAL_SETTINGS).unlink(missing_ok=True)
 

@@ -113,7 +113,7 @@ def test_evaluation_resumes_and_does_not_depend_on_the_batch(trained, folder, tm
 @pytest.mark.slow
 def test_maps_of_another_model_are_not_kept(trained, folder, tmp_path):
     other = shutil.copytree(trained, tmp_path / "other")
-    evaluated(trained, folder, tmp_path / "out", save_maps=True)
+    evaluated(trained, folder, tmp_path / "out", save_maps=True, sheet=1)
     evaluator = Predictor(other).evaluator
     evaluator.load()
     model = evaluator.model
@@ -124,6 +124,7 @@ def test_maps_of_another_model_are_not_kept(trained, folder, tmp_path):
                 weight.add_(0.3)
     mtl_lora.save(model, other)
     evaluated(other, folder, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "sheet.png").exists()
     evaluated(other, folder, tmp_path / "out", save_maps=True)
     assert not np.array_equal(np.load(tmp_path / "out" / "maps" / "far" / "0.npy"), before)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from mtl_lora import evaluation, files
+from mtl_lora import artifacts, evaluation, files
 from mtl_lora.answer_config import AUTO
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
@@ -169,7 +169,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
     with claimed_folders(config, config.protocols):
         found = evaluation.evaluate(evaluator, asked, questions, config.protocols)
         if found and config.sheet:
-            evaluator.write_sheet(Path(config.output_folder) / "sheet.png")
+            evaluator.write_sheet(Path(config.output_folder) / artifacts.SHEET)
     return found
 
 
@@ -231,7 +231,7 @@ def predict(config: PredictConfig) -> None:
                 small = {name: _small(found, size) for name, found in maps.items()}
                 rows += rows_of(shown, list(tasks), small)
         if rows:
-            write_sheet(rows, made / "sheet.png")
+            write_sheet(rows, made / artifacts.SHEET)
     print(f"maps of {len(paths):,} images in {config.output}")
 
 

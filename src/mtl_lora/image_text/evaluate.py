@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mtl_lora import evaluation, files, route
+from mtl_lora import artifacts, evaluation, files, route
 from mtl_lora.errors import UserError, within
 from mtl_lora.evaluation import ExampleQuestion, NotANumber, claimed_folders, in_halves, load_questions, plan_batches
 from mtl_lora.image_text import model as visual
@@ -303,7 +303,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
         results = evaluation.evaluate(evaluator, asked, questions, config.protocols)
         if results and shown:
             lines = evaluation.Predictions(Path(config.output_folder)).read()
-            page.write(Path(config.output_folder) / page.NAME, results[ANSWER].name, shown, lines, sources)
+            page.write(Path(config.output_folder) / artifacts.PICTURES, results[ANSWER].name, shown, lines, sources)
         return results
 
 

@@ -13,7 +13,6 @@ from mtl_lora.errors import UserError
 from mtl_lora.images import open_image
 from mtl_lora.tasks import TaskSet
 
-NAME = "pictures.html"  # in the folder of an evaluation
 _SIDE = 240  # most pixels of a picture
 _STYLE = """body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.2em; }
