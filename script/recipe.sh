@@ -18,7 +18,8 @@
 #   BATCH_SIZE    rows per device               default 8
 #   ACCUMULATION  micro-batches a step          default 1
 #   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
-#   EPOCHS, LEARNING_RATE, CUTOFF_LEN, SEED, DTYPE, DEEPSPEED, PORT   see below
+#   EPOCHS, LEARNING_RATE, WARMUP, DROPOUT, TARGETS, MAX_GRAD_NORM, CUTOFF_LEN, SEED, DTYPE, DEEPSPEED, PORT   see below
+#   NUM_B, TEMPERATURE, NUM_EXPERTS   of the methods that have them
 #   MODE          generate, score or both       default generate (evaluation)
 #   EVAL_BATCH_SIZE  questions per device       default auto (evaluation)
 
@@ -60,8 +61,8 @@ train() {  # train RECIPE R ALPHA ARGUMENT...
     train_any "$@" \
         --base_model "${BASE_MODEL:-meta-llama/Llama-2-7b-hf}" \
         --data_path "${DATA_PATH:-${project}commonsense_170k_taskid.json}" \
-        --lora_target_modules q_proj,k_proj,v_proj,o_proj --lora_dropout 0.05 \
-        --batch_size "${BATCH_SIZE:-8}" --learning_rate "${LEARNING_RATE:-3e-4}" --warmup_ratio 0.01 \
+        --lora_target_modules "${TARGETS:-q_proj,k_proj,v_proj,o_proj}" --lora_dropout "${DROPOUT:-0.05}" \
+        --batch_size "${BATCH_SIZE:-8}" --learning_rate "${LEARNING_RATE:-3e-4}" --warmup_ratio "${WARMUP:-0.01}" \
         --cutoff_len "${CUTOFF_LEN:-256}"
 }
 
@@ -70,16 +71,16 @@ train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
         --base_model "${BASE_MODEL:-minilm-l6}" \
         --data_path "${DATA_PATH:-${project}data/glue/train.json}" \
         --tasks_file "${TASKS_FILE:-${project}data/glue/tasks.json}" \
-        --lora_dropout 0 \
-        --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-1e-3}" --warmup_ratio 0.06 \
+        --lora_target_modules "${TARGETS:-all-linear}" --lora_dropout "${DROPOUT:-0}" \
+        --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-1e-3}" --warmup_ratio "${WARMUP:-0.06}" \
         --cutoff_len "${CUTOFF_LEN:-128}"
 }
 
 train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, without DeepSpeed, for the base is small
-    DEEPSPEED=none MAX_GRAD_NORM=5.0 EPOCHS="${EPOCHS:-300}" train_any "$@" --system dense \
+    DEEPSPEED=none MAX_GRAD_NORM="${MAX_GRAD_NORM:-5.0}" EPOCHS="${EPOCHS:-300}" train_any "$@" --system dense \
         --base_model "${BASE_MODEL:-microsoft/swin-tiny-patch4-window7-224}" \
         --data_path "${DATA_PATH:-${project}data/PASCAL_MT}" --image_size "${IMAGE_SIZE:-448}" \
-        --lora_dropout 0.05 --drop_path 0.2 \
+        --lora_dropout "${DROPOUT:-0.05}" --drop_path "${DROP_PATH:-0.2}" \
         --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-3.125e-5}" --workers "${WORKERS:-8}"
 }
 

@@ -5,5 +5,6 @@
 #
 # DATA_DIR: PASCAL_MT or NYUD_MT, default data/PASCAL_MT in the project's folder. `--official True` lists the values under
 # the original's names; Delta_m: `mtl-lora report table RESULTS --baselines SINGLE,...` (docs/dense.md).
+LAUNCHER="${LAUNCHER:-python}"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 DATA_DIR="${DATA_DIR:-${project}data/PASCAL_MT}" evaluate_any "$@"

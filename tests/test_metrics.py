@@ -46,6 +46,13 @@ LABELS = ("no", "yes")
         ("5", ".5", 0.0, False),
         ("C", "C++", 0.0, False),
         ("A", "A-", 0.0, False),
+        ("1e5", "1e-5", 0.0, False),
+        ("$5", "-$5", 0.0, False),
+        ("x-1", "x+1", 0.0, False),
+        ("x<5", "x>5", 0.0, False),
+        ("x2", "x^2", 0.0, False),
+        ("y = x", "y = -x", 0.5, False),
+        ("e-mail, x-ray - and", "email xray and", 1.0, True),
         ("vitamin", "vitamin A", 2 / 3, False),
         ("the", "A", 0.0, False),
         ("?", "!", 0.0, False),
@@ -239,6 +246,6 @@ def test_a_number_that_is_not_finite_has_no_rank(value):
 
 def test_a_task_can_have_the_metrics_that_fit_its_labels():
     assert metrics_for() == ["accuracy", "exact_match", "f1"]
-    assert metrics_for(("a", "b", "c")) == [*metrics_for(), "matthews"]
-    assert metrics_for(LABELS) == [*metrics_for(), "matthews", "binary_f1", "accuracy_and_f1"]
+    assert metrics_for(("a", "b", "c")) == ["accuracy", "exact_match", "matthews"]
+    assert metrics_for(LABELS) == ["accuracy", "exact_match", "matthews", "binary_f1", "accuracy_and_f1"]
     assert metrics_for(numbers=True) == ["pearson", "spearman", "pearson_and_spearman"]

@@ -32,6 +32,8 @@ MAPS = ("classes", "saliency", "edges", "angles", "depth")  # what a map may be,
 _KEPT = re.compile(
     r"(?<!\w)[-.]+(?=\d)"  # the sign or point before a number: -5, .5
     r"|(?<=\d)[.,:/^*-](?=\d)"  # the signs inside one: 1.5, 1/2, 12:30
+    r"|(?<=\de)[+-](?=\d)|(?<!\w)-(?=[$€£]\d|[^\W\d_]\b)"  # of an exponent, a sum of money, a letter: 1e-5, -$5, -x
+    r"|(?<=\b[^\W_])[-+*/^<>=](?=[^\W_]\b)"  # those between single ones: x+1, a<b
     r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # those behind a single letter: C++, F#, A-
     rf"|[^{re.escape(string.punctuation)}]"
 )
@@ -40,8 +42,9 @@ _KEPT = re.compile(
 def free_text_words(text: str) -> list[str]:
     """Lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers, with three exceptions.
 
-    Signs that belong to a number or to a single letter count (-1.5 is not 15, C++ is not C); ``a``, ``an`` and ``the``
-    count at the end, where they are no article (vitamin A); and text of punctuation alone is compared as it is.
+    Signs that belong to a number or to a single letter count (-1.5 is not 15, C++ is not C, x+1 is not x-1); ``a``,
+    ``an`` and ``the`` count at the end, where they are no article (vitamin A); and text of punctuation alone is
+    compared as it is.
     """
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower().replace("\N{MINUS SIGN}", "-"))
     words = "".join(_KEPT.findall(plain)).split()
@@ -141,9 +144,9 @@ def vqa_accuracy_official(text: str, target: Mapping[str, float] | Sequence[str]
 class Metric:
     """Called with n >= 1 predictions and their targets, and a task's labels: (value, standard error or None).
 
-    Values are shown times ``scale``: fractions in percent, others in their ``unit``. ``rows`` of predictions and
-    targets is what the metric needs of each question, ``value_of`` of rows the value, and ``difference`` what B has
-    more than A.
+    Values are shown times ``scale``: fractions in percent, others in their ``unit`` with ``digits`` decimals. ``rows``
+    of predictions and targets is what the metric needs of each question, ``value_of`` of rows the value, and
+    ``difference`` what B has more than A.
     title: of a table's column. needs: what a task must have, see ``metrics_for``. lowest, highest: values.
     lower_is_better: of errors. parts: names of the two metrics of which this is the mean. Of two labels the last is
     the positive class. target: of a prediction line, what is compared with. key: of a prediction line, what the metric
@@ -156,6 +159,7 @@ class Metric:
     highest: float = dataclasses.field(default=1, kw_only=True)
     scale: int = dataclasses.field(default=100, kw_only=True)
     unit: str = dataclasses.field(default="", kw_only=True)
+    digits: int = dataclasses.field(default=3, kw_only=True)
     lower_is_better: bool = dataclasses.field(default=False, kw_only=True)
     parts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     target: str = dataclasses.field(default="answer", kw_only=True)
@@ -456,7 +460,7 @@ _ERROR = {"scale": 1, "lower_is_better": True}
 METRICS: dict[str, Metric] = {
     "accuracy": Mean("Accuracy", "words", operator.eq, "correct"),
     "exact_match": Mean("Exact match", "words", same_text, "correct"),
-    "f1": Mean("F1", "words", text_f1, "f1"),
+    "f1": Mean("F1", "free text", text_f1, "f1"),
     "matthews": Statistic("Matthews", "labels", _classes, _matthews, lowest=-1),
     "binary_f1": Statistic("Binary F1", "two labels", _positive, _binary_f1),
     "accuracy_and_f1": Statistic(
@@ -490,14 +494,15 @@ METRICS: dict[str, Metric] = {
         "Depth RMSE", "depth", None, _root_of_squares, "counts", highest=math.inf, **_ERROR, unit="in the data's unit"
     ),
     "edge_loss": Statistic(
-        "Edge loss", "edges", None, _mean_of_sums, "counts", highest=math.inf, **_ERROR, unit="in nats"
+        "Edge loss", "edges", None, _mean_of_sums, "counts", highest=math.inf, **_ERROR, unit="in nats", digits=5
     ),
 }
 
 
 def metrics_for(labels: Sequence[str] = (), numbers: bool = False) -> list[str]:
     """Names of the metrics of a task with these labels, of one of free text (no labels), or of one of ``numbers``."""
-    having = {"words", *["labels"] * (len(labels) > 1), *["two labels"] * (len(labels) == 2)}
+    # Of labels the F1 of their words would pass for that of a class.
+    having = {"words", "labels" if labels else "free text", *["two labels"] * (len(labels) == 2)}
     return metrics_needing(*({"numbers"} if numbers else having))
 
 
@@ -523,11 +528,14 @@ def percent(fraction: float, signed: bool = False) -> str:
 
 
 def value_text(value: float | None, spread: float | None = None, metric: str = "accuracy", signed: bool = False) -> str:
-    """``71.2 ± 0.8``: a metric that is shown times 100, any other with three decimals; a dash for None."""
+    """``71.2 ± 0.8``: a metric that is shown times 100, any other with its ``digits``; a dash for None."""
     if value is None:
         return NOTHING
+    digits = METRICS[metric].digits if metric in METRICS else 3
     shown, error = (
-        percent(number or 0, sign) if scale_of(metric) == 100 else f"{number or 0:{'+' if sign else ''}.3f}"
+        percent(number or 0, sign)
+        if scale_of(metric) == 100
+        else f"{round(number or 0, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
         for number, sign in ((value, signed), (spread, False))
     )
     return shown if spread is None else f"{shown} ± {error}"

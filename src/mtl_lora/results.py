@@ -520,3 +520,17 @@ class Results:
         """Over the tasks with a result; None where their metrics have different units."""
         results = self.tasks.values()
         return average_of(results) if one_unit(result.metric for result in results) else None
+
+    @staticmethod
+    def differ_in_questions(evaluations: "Iterable[Results]", task: str) -> bool:
+        """Whether they have numbers of a task's questions, or test sets as far as those are known, that differ."""
+        having = [each for each in evaluations if task in each.tasks]
+        known = {each.data.get(task) for each in having} - {None}
+        return len(known) > 1 or len({each.tasks[task].n for each in having}) > 1
+
+    @staticmethod
+    def differ(evaluations: "Sequence[Results]") -> bool:
+        """Whether they differ in the questions of a task or in how these were answered."""
+        tasks = {task for each in evaluations for task in each.tasks}
+        of_questions = any(Results.differ_in_questions(evaluations, task) for task in tasks)
+        return of_questions or len({each.mode for each in evaluations}) > 1

@@ -70,6 +70,8 @@ def test_results_are_those_of_the_maps_that_are_saved(trained, folder, tmp_path)
     assert results.tasks["normal"].value == pytest.approx(angles.mean(), abs=1e-3)
     assert results.tasks["normal"].others["rmse_angle"].value == pytest.approx(np.sqrt((angles**2).mean()), abs=1e-3)
     assert results.tasks["normal"].measured["official"]["rmse"] == results.tasks["normal"].value
+    printed = EvalConfig(checkpoint=str(trained), official=True).closing_lines({"maps": results})
+    assert f"things as the original prints it: mIoU {100 * results.tasks['things'].value:.4f}" in printed
     assert (results.system, results.average) == ("dense", None)  # of degrees and percent there is no mean
     assert results.trainable.adapter > 0 and results.settings["image_size"] == SIZE
     assert Results.load(tmp_path).to_json() == results.to_json()

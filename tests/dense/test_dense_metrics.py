@@ -74,6 +74,8 @@ def test_angles_of_normals_are_a_mean_and_a_root_of_squares_over_all_pixels():
     assert result("normals", (given, label)).value == pytest.approx(0, abs=1e-5)
     tiny = torch.tensor([[[1e-9]], [[0.0]], [[-1.0]]]), label[:, :, :1]
     assert result("normals", tiny).value == pytest.approx(math.degrees(1e-9), rel=1e-3)
+    nowhere = torch.zeros(3, 1, 1), label[:, :, :1]
+    assert result("normals", nowhere).value == pytest.approx(90)
 
 
 def test_depth_and_edges_are_over_all_pixels_with_a_label():

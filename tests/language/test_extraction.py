@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtl_lora.language.examples import Example
 from mtl_lora.language.metrics import extract_answer, strict_answer, task_result
+from mtl_lora.language.questions import Question
 from mtl_lora.language.tasks import COMMONSENSE, Task
 
 few = settings(max_examples=30, deadline=None)
@@ -82,11 +84,20 @@ MOODS = ("negative", "very negative", "neutral")
         ((" yes", " no"), "yes", " yes"),
         ((" yes", " no"), "the correct answer is no", " no"),
         (("true", "false"), "untrue, so false", "false"),  # of BoolQ, where LLM-Adapters' pattern finds true
+        (("true", "false"), "False. It is not true that cats fly.", "false"),
+        (YES, "Yes, there is no difference.", "yes"),
+        (("happy", "sad"), "The correct answer is HAPPY, not sad.", "happy"),
+        (MOODS, "Very Negative", "very negative"),
+        (("May", "June"), "It may be June", "June"),
+        (("a", "b", "c"), "it is a cat, so b", "b"),
+        (("a", "b", "c"), "a) the cat", "a"),
     ],
 )
 def test_options_of_ones_own_tasks_are_found_as_whole_words_and_numbers_first_behind_the_prefix(options, text, answer):
     assert extract_answer(Task("own", 0, options), text) == answer
-    assert Task("own", 0, options).extraction == 2 and {task.extraction for task in COMMONSENSE} == {1}
+    changed = options != tuple(map(str.upper, options)) and options == tuple(map(str.lower, options))
+    assert Task("own", 0, options).extraction == (4 if changed else 2)
+    assert {task.extraction for task in COMMONSENSE} == {1}
 
 
 @pytest.mark.parametrize("text", ["yes", " yes.", "the correct answer is yes"])
@@ -103,7 +114,7 @@ def test_options_with_signs_that_mean_something_in_a_pattern_are_found_as_they_a
 @pytest.mark.parametrize("options", [("correct", "incorrect"), ("answer", "no answer")])
 def test_options_that_the_prefix_holds_are_not_read_out_of_it(options):
     task = Task("own", 0, options)
-    assert task.extraction == 3
+    assert task.extraction == 4
     for text in ("", " unclear", " the correct answer is"):
         assert extract_answer(task, f"the correct answer is{text}") == ""
     for option in options:
@@ -199,6 +210,17 @@ def test_a_result_has_the_other_measures_where_every_line_has_them():
     scored = task_result(OPTIONS, [line("a", "b", normalised="a"), line("b", "b", normalised="a")])
     assert scored.others["acc_norm"].value == 0.5
     assert task_result(OPTIONS, [line("a", "a")]).others == {}
+
+
+@pytest.mark.parametrize(("metric", "correct"), [("", 3), ("accuracy", 1)])
+def test_right_answers_of_free_text_are_those_that_its_metric_counts(metric, correct):
+    task, said = Task("free", 0, metric=metric), ["paris", "the dog", "London"]
+    lines = []
+    for answer, text in zip(["Paris", "dog", "London"], said, strict=True):
+        question = Question(task, Example("Which?", "", answer, answer, 0, 0), [], "")
+        lines.append(question.line(question.answer_in(text)))
+    result = task_result(task, lines)
+    assert (result.value, result.measured["correct"]) == (pytest.approx(correct / 3), correct)
 
 
 def test_a_task_names_the_metric_that_decides_its_result():

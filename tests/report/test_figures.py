@@ -14,8 +14,8 @@ from report_cases import TUNED, assert_mistakes, run_command
 from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, draw, look
-from mtl_lora.report.load import Study, Summary, Transfer, analysis_of, log_of
+from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, draw, look, write_figures
+from mtl_lora.report.load import Study, Summary, Transfer, analysis_of, load_studies, log_of
 
 OF_A_STUDY = ["accuracy", "transfer", "training_loss", "mixture_mtl_lora", "similarity_mtl_lora"]
 TASKS = {"cr": "CR", "sst5": "SST-5"}
@@ -85,6 +85,24 @@ def test_two_studies_and_runs_have_different_names(write, tmp_path, capsys):
     assert code == 0
     names = ["one_accuracy", "other_accuracy", "mtl_lora_accuracy"]
     assert out.splitlines() == [str(output / f"{name}.svg") for name in names]
+
+
+def test_figures_that_are_shared_are_without_those_of_adapters(study_folder, tmp_path):
+    found = write_figures([str(study_folder)], str(tmp_path / "figures"), ["png"], analyses=False)
+    assert [path.stem for path in found] == OF_A_STUDY[:3]
+
+
+def test_a_figure_of_runs_says_where_their_questions_differ(write):
+    same = [write(TUNED, "one"), write(TUNED, "other")]
+    fewer = write(TUNED, "fewer")
+    value = json.loads((fewer / "results.json").read_text())
+    for task in value["tasks"].values():
+        task["n"] += 1
+    (fewer / "results.json").write_text(json.dumps(value))
+    for folders, said in ((same, False), ([same[0], fewer], True)):
+        (study,) = load_studies(folders)
+        (drawing,) = draw(study)
+        assert ("The runs differ in their questions" in drawing.caption) == said
 
 
 def test_studies_of_one_name_do_not_replace_each_others_figures(tmp_path, capsys):

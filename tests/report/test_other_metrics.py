@@ -222,6 +222,14 @@ def test_delta_m_is_relative_to_single_task_results(tmp_path, capsys):
         "not on the same test data: normals"
         in run_command(capsys, "table", together, "--baselines", ",".join([*alone[:3], str(other)]))[1]
     )
+    fewer = write("fewer", [("normals", 17.97)], settings={"dtype": "float32"})
+    value = json.loads(fewer.read_text())
+    value["tasks"]["normals"]["n"] = 3  # the same test set, of which fewer were asked
+    fewer.write_text(json.dumps(value))
+    assert (
+        "not on the same test data: normals"
+        in run_command(capsys, "table", together, "--baselines", ",".join([*alone[:3], str(fewer)]))[1]
+    )
     mistakes = [(alone[:3], "no result of normals"), ([*alone, alone[0]], "semseg, as another of --baselines")]
     mistakes = [([together, "--baselines", ",".join(given)], fact) for given, fact in mistakes]
     assert_mistakes(capsys, "table", mistakes)

@@ -133,7 +133,10 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
             return []
         lines = []
         for task, result in found[MAPS].tasks.items():
-            values = ", ".join(f"{name} {value:.4f}" for name, value in result.measured["official"].items())
+            shares, official = ("mIoU", "maxF"), result.measured["official"]
+            values = ", ".join(
+                f"{name} {value * (100 if name in shares else 1):.4f}" for name, value in official.items()
+            )
             lines.append(f"{task} as the original prints it: {values or 'its loss alone'}")
         return [*lines, ""]
 

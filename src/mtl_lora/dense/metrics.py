@@ -1,7 +1,7 @@
 """What an evaluation keeps of a map: sums over the pixels of an image, from which every metric of its kind follows.
 
 The metrics themselves are in ``mtl_lora.metrics``: statistics of these rows, so that they resample over images. Edges
-have no more than their training loss, as in the original: F at the best threshold of a data set takes a matching of
+have no more than their training loss: F at the best threshold of a data set takes a matching of
 thinned edges that is not here.
 """
 
@@ -62,6 +62,7 @@ def _angles(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float
     angles = torch.rad2deg(
         torch.atan2(torch.linalg.cross(given, wanted, dim=0).norm(dim=0), (given * wanted).sum(dim=0))
     )
+    angles = torch.where(given.any(dim=0), angles, 90.0)  # of no direction, as by its cosine
     return [angles.sum().item(), (angles**2).sum().item(), float(known.sum())]
 
 

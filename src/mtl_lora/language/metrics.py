@@ -26,7 +26,7 @@ def extract_answer(task: "Task", text: str) -> str:
     text = text.strip()
     if task.options and not task.is_matched_by_pattern:
         prefix = task.answer_prefix.strip()
-        if task.extraction == 3:  # the prefix itself is no answer
+        if whole_option(task.options, prefix):  # which is no answer itself
             before, *behind = re.split(re.escape(prefix), text, flags=re.IGNORECASE)
             parts = [*behind, before]
         else:
@@ -43,12 +43,21 @@ def extract_answer(task: "Task", text: str) -> str:
 
 
 def whole_option(options: tuple[str, ...], text: str) -> str:
-    """The option that stands first in a text as it is written, or, if none does, in other case; ``""`` for none."""
-    for pattern in _whole_options(options):
+    """The option that stands first in a text; ``""`` for none.
+
+    Options of lower-case words stand there in any case, for "Yes, ..." is a yes; of others, such as May or A, first
+    those that are written as they are.
+    """
+    for pattern in _whole_options(options)[in_any_case(options) :]:
         if match := pattern.search(text):
             (index,) = (int(name[1:]) for name, value in match.groupdict().items() if value is not None)
             return options[index]
     return ""
+
+
+def in_any_case(options: tuple[str, ...]) -> bool:
+    """Whether the case of these options says nothing: all are in lower case, and none is a single character."""
+    return all(len(option.strip()) > 1 and option == option.lower() for option in options)
 
 
 # A character that makes a longer word of an option beside it: none of a script that puts no spaces between words.
@@ -71,7 +80,7 @@ def _whole_options(options: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
         if option[-1].isalnum():
             after += r"(?![-'’]\w|[+#])" + (r"(?![.,:/]\d)" if option[-1].isdigit() else "")
         written = rf"(?P<o{index}>{re.escape(option)})"
-        exact.append(before + written + after + (r"(?! (?!is\b)[a-z])" if option in ("A", "I") else ""))
+        exact.append(before + written + after + (r"(?! (?!is\b)[a-z])" if option in ("A", "I", "a") else ""))
         any_case.append(before + written + after + (r"(?=\s*(?:[).:]|$))" if letter else ""))
     return re.compile("|".join(exact)), re.compile("|".join(any_case), re.IGNORECASE)
 

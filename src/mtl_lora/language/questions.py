@@ -48,7 +48,8 @@ class Question:
         answer: of ``answer_in``; or of scoring: ``parsed``, ``normalised`` (the length-normalised choice), ``scores``.
         """
         target, parsed = self.example.answer, answer["parsed"]
-        correct = parsed == target if self.options else same_text(parsed, target)
+        as_written = self.options or self.task.metric_name == "accuracy"
+        correct = parsed == target if as_written else same_text(parsed, target)
         line = {"task": self.task.name, "index": self.example.index, "answer": target, "correct": correct}
         line |= {**answer, "prompt_sha256": self.prompt_sha256}
         if "kind" in self.example.extra:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtl_lora import tasks
 from mtl_lora.errors import UserError
-from mtl_lora.language.metrics import whole_option
+from mtl_lora.language.metrics import in_any_case, whole_option
 from mtl_lora.metrics import metrics_for
 
 ANSWER_PREFIX = "the correct answer is "
@@ -87,9 +87,13 @@ class Task(tasks.Task):
 
         1: a pattern's first match, or a first line. 2: options as whole words; a first line behind a prefix that begins
         with white space or ends a line. 3: options that the prefix holds too, like correct in "the correct answer is".
+        4: options of lower-case words, in any case; a, where it may be a word.
         """
         if self.is_matched_by_pattern:
             return 1
+        has_case = any(option != option.upper() for option in self.options)
+        if (has_case and in_any_case(self.options)) or "a" in self.options:
+            return 4
         if self.options:
             return 3 if whole_option(self.options, self.answer_prefix) else 2
         return 2 if self.answer_prefix[:1].isspace() or "\n" in self.answer_prefix else 1

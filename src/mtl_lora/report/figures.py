@@ -64,17 +64,18 @@ def _style():
     return matplotlib.style.context(["default", Path(__file__).with_suffix(".mplstyle")])
 
 
-def draw(study: Study) -> list[Drawing]:
-    """Everything that a study or a run has the numbers for, each under a name of its own."""
+def draw(study: Study, analyses: bool = True) -> list[Drawing]:
+    """Everything that a study or a run has the numbers for, each under a name of its own. analyses: of adapters too."""
     with _style():
-        found = [each for kind in (_accuracy, _transfer, _loss, _mixture, _similarity) for each in kind(study)]
+        kinds = [_accuracy, _transfer, _loss] + [_mixture, _similarity] * analyses
+        found = [each for kind in kinds for each in kind(study)]
     names = _numbered([drawing.name for drawing in found])
     return [dataclasses.replace(drawing, name=name) for drawing, name in zip(found, names, strict=True)]
 
 
-def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Draw everything the folders hold numbers for into ``output`` (default: ``figures`` in the one folder).
-    Raises ``UserError`` if there is nothing to draw, or several folders and no ``output``."""
+def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS, **kinds) -> list[Path]:
+    """Draw everything the folders hold numbers for into ``output`` (default: ``figures`` in the one folder). Raises
+    ``UserError`` if there is nothing to draw, or several folders and no ``output``. kinds: see ``draw``."""
     if output is None and len(runs) > 1:
         raise UserError("several runs are drawn together; pass --output DIR for their figures")
     own = Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent
@@ -82,7 +83,7 @@ def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str
     names = _numbered([_slug(study.name) for study in studies])
     for study, name in zip(studies, names, strict=True):
         prefix = f"{name}_" if len(studies) > 1 else ""
-        for drawing in draw(study):
+        for drawing in draw(study, **kinds):
             contents |= {folder / f"{prefix}{drawing.name}.{style}": drawing.render(style) for style in formats}
     if not contents:
         raise UserError(f"there is nothing to draw in {', '.join(map(str, runs))}")
@@ -172,8 +173,8 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     line = f"dashed line: {MAJORITY_LABEL}; " if study.majority else ""
     caption = (
         f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over the "
-        f"questions of a single run (thin), cut at a panel's edges; {line}each panel has its own scale."
-    )
+        f"questions of a single run (thin), cut at a panel's edges; {line}each panel has its own scale. "
+    ) + " ".join(study.notes if study.facts else ())
     names = [experiment.name for experiment in study.experiments]
     labels = [name if len(name) <= 40 else f"{name[:12]} … {name[-25:]}" for name in names]
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)

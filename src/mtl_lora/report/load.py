@@ -337,4 +337,6 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
         average = experiment.summary.average if tasks == {*experiment.summary.tasks} else None
         summary = dataclasses.replace(experiment.summary, average=average)
         experiments.append(dataclasses.replace(experiment, name=name, summary=summary))
-    return studies + [dataclasses.replace(study, experiments=experiments) for study in single[:1]]
+    results = [Results.load(run.results) for study in single for run in study.runs if run.results]
+    notes = ["The runs differ in their questions or in how these were answered."] * Results.differ(results)
+    return studies + [dataclasses.replace(study, experiments=experiments, notes=notes) for study in single[:1]]

@@ -142,8 +142,8 @@ def build_table(
     if groups:
         lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
-    records = [row.record(metrics, groups) for row in rows]
-    return Report(tables, records, _notes(results, baselines, rows, columns, groups))
+    notes = _notes(results, baselines, rows, columns, groups)
+    return Report(tables, [row.record(metrics, groups) for row in rows], notes)
 
 
 def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
@@ -202,14 +202,14 @@ def _notes(
     notes.append(f"{units_text(metrics)}± is one standard error.")
     if len(metrics) > 1 and one_unit(metrics):
         notes.append("Average: the plain mean over tasks of different metrics; a task of two counts by their mean.")
-    data = {name: {each.data.get(name) for each in evaluations} - {None} for name, evaluations in having.items()}
-    if differing := [name for name in counts if " or " in counts[name] or len(data[name]) > 1]:
+    if differing := [name for name in counts if Results.differ_in_questions(results, name)]:
         notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
-    protocol = {word: [(each.name, getattr(each, key)) for each in results] for word, key in _PROTOCOL.items()}
-    for key in dict.fromkeys(key for each in results for key in each.settings if key not in first.comparability.free):
+    everyone = [*results, *baselines]
+    protocol = {word: [(each.name, getattr(each, key)) for each in everyone] for word, key in _PROTOCOL.items()}
+    for key in dict.fromkeys(key for each in everyone for key in each.settings if key not in first.comparability.free):
         # Another base model has other files, which says nothing more.
-        if key != "mode" and (key != "base_fingerprint" or len({each.base_model for each in results}) == 1):
-            having_it = [each for each in results if key in each.settings]
+        if key != "mode" and (key != "base_fingerprint" or len({each.base_model for each in everyone}) == 1):
+            having_it = [each for each in everyone if key in each.settings]
             protocol[_SETTINGS.get(key, key)] = [(each.name, str(each.settings[key])) for each in having_it]
     for word, pairs in protocol.items():
         if len(values := {value for _, value in pairs}) > 1:
@@ -234,19 +234,19 @@ def _notes(
     if "published" in kinds:
         sources = " and ".join(dict.fromkeys(row.source for row in rows if row.source))
         notes.append(
-            f"Published rows are runs of others on the base model that each names, copied from {sources}, averages as "
-            "printed there; MTL-LoRA's own published row is not among them."
+            "Published rows are runs of others on the base model that each names, by generated text, on whole test "
+            f"sets, copied from {sources}, averages as printed there; MTL-LoRA's own published row is not among them."
         )
     if "difference" in kinds:
         notes.append(
-            f"The difference is {last.name} (the last results file) minus {first.name} (the first) in percentage "
-            "points; its standard error treats the questions of the two rows as independent."
+            f"The difference is {last.name} (the last results file) minus {first.name} (the first), of percents in "
+            "percentage points; its standard error treats the questions of the two rows as independent."
         )
     if baselines:
-        asked = {name: (each.name, each.data.get(name)) for each in baselines for name in each.tasks if name in columns}
-        if other := [name for name in columns if any(each.data.get(name) != asked[name][1] for each in results)]:
+        alone = {name: each for each in baselines for name in each.tasks if name in having}
+        if other := [name for name, each in alone.items() if Results.differ_in_questions([*results, each], name)]:
             notes.append(f"Single-task results are not on the same test data: {', '.join(other)}.")
-        names = ", ".join(f"{name} {model}" for name, (model, _) in asked.items())
+        names = ", ".join(f"{name} {each.name}" for name, each in alone.items())
         notes.append(
             f"{DELTA_M}: by how much a row is better than the single-task results, on average over tasks, relative to "
             f"each (arXiv 1904.08918): {names}."
@@ -265,23 +265,20 @@ def details(results: Results) -> TextTable:
         unparsed = {"unparsed": Row("", "", tasks, average).unparsed}
         found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, *facts, measured=unparsed)))
     for name, task in found:
-        untrained = UNTRAINED * bool(task.measured.get("untrained"))
-        row = {"Task": name, "Questions": f"{task.n:,}"}
-        row |= {title_of(task.metric): value_text(task.value, task.stderr, task.metric) + untrained}
+        own = value_text(task.value, task.stderr, task.metric) + UNTRAINED * bool(task.measured.get("untrained"))
+        row = {"Task": name, "Questions": f"{task.n:,}", title_of(task.metric): own}
         parts = {key: other for key, other in task.others.items() if other.metric != task.metric}
         row |= {title_of(key): value_text(other.value, other.stderr, other.metric) for key, other in parts.items()}
         measures |= dict.fromkeys(row)
         row["Majority class"] = value_text(task.majority, None, task.metric)
-        if "unparsed" in task.measured:
-            row["Unparsed"] = value_text(task.measured["unparsed"])
+        row["Unparsed"] = value_text(task.measured.get("unparsed"))
         for key, other in ((key, other) for key, other in task.others.items() if key not in parts):
             words = {"strict": "Strict", "acc_norm": "Length-normalised"}.get(key, key)
             row[words] = value_text(other.value, None, other.metric)
             row[f"{words} - {task.metric}"] = value_text(other.value - task.value, None, task.metric, signed=True)
             if key == "strict":
                 row[f"{words} unparsed"] = value_text(other.measured.get("unparsed"))
-        if "f1" in task.measured:
-            row["F1"] = value_text(task.measured["f1"])
+        row.setdefault("F1", value_text(task.measured.get("f1")))
         # The most frequent first; no answer is a dash.
         counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)

@@ -297,7 +297,7 @@ def collect(folder: Path, target: Path) -> None:
     files.write_json(target / artifacts.STUDY, json.loads(text))
     files.write_text(target / TABLE, render(Study.load(target)))
     try:
-        write_figures([str(folder)], str(target), ["png"])
+        write_figures([str(folder)], str(target), ["png"], analyses=False)
     except (UserError, ModuleNotFoundError) as error:
         print(f"no figures: {error}")
 
