@@ -333,11 +333,11 @@ def test_the_head_of_an_encoder_in_4_bits_is_left_whole(tmp_path):
 def test_a_changed_weight_is_found_in_an_encoder_whose_files_have_no_prefix(encoder):
     base = as_encoder(encoder[1])
     model = base.load("fp32")
-    assert base.changed_weight(model) is None
+    assert base.changed_weight(dict(model.named_parameters()), model.base_model_prefix) is None
     with torch.no_grad():
         for weight in model.base_model.parameters():
             weight.add_(1)
-    assert base.changed_weight(model)
+    assert base.changed_weight(dict(model.named_parameters()), model.base_model_prefix)
 
 
 # ---- dtype ----

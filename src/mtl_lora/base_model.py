@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -283,19 +284,18 @@ class BaseModel:
         except (UserError, OSError, ValueError):
             return None
 
-    def changed_weight(self, model: torch.nn.Module) -> str | None:
-        """The name of a weight of ``model`` that is not what the model's files on this machine hold, but for rounding.
+    def changed_weight(self, weights: Mapping[str, torch.Tensor], prefix: str = "") -> str | None:
+        """The name of one of a model's ``weights`` that is not what the files on this machine hold, but for rounding.
 
-        The first rows of a few matrices are compared; None if they agree, or if there is nothing to compare.
+        The first row of every matrix is compared; None if they agree, or if there is nothing to compare. prefix: the
+        model's ``base_model_prefix``.
         """
-        own = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2 and not weight.is_meta}
+        own = {name: weight for name, weight in weights.items() if weight.dim() == 2 and not weight.is_meta}
         # Files of an encoder alone have its names without the prefix.
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        own |= {name.removeprefix(prefix): weight for name, weight in own.items()}
+        own |= {name.removeprefix(f"{prefix}."): weight for name, weight in own.items()}
         for path in self._on_this_machine().weight_files():
             with safe_open(path, framework="pt") as opened:
-                names = [name for name in opened.keys() if name in own]  # noqa: SIM118 - not a mapping
-                for name in names[:: max(len(names) // 4, 1)]:
+                for name in [name for name in opened.keys() if name in own]:  # noqa: SIM118 - not a mapping
                     there, here = opened.get_slice(name)[:1].float(), own[name][:1].detach().cpu()
                     comparable = not is_quantised(own[name]) and here.shape == there.shape
                     if comparable and not torch.allclose(here.float(), there, rtol=0.02, atol=1e-3 * there.abs().max()):

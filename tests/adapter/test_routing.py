@@ -5,6 +5,7 @@ import threading
 import warnings
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -126,6 +127,38 @@ def test_ids_may_be_names_or_any_whole_numbers(door):
     given += [[[name] * 7 for name in names]]
     for task_ids in given:
         assert torch.equal(logits(model, input_ids, task_ids, door), expected), task_ids
+
+
+def test_ids_may_be_a_column_of_a_data_set():
+    model, tasks = adapted_llama(), [TASKS[2], TASKS[0]]
+    column = datasets.Dataset.from_dict({"task": tasks})["task"]
+    assert torch.equal(logits(model, tokens(2), column), logits(model, tokens(2), tasks))
+
+
+def test_gradients_of_each_row_by_a_transform_are_those_of_the_row_alone():
+    """torch.func's grad inside vmap, with dropout too, which then is torch's own."""
+    model = adapted_llama("mtl_lora")
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def loss(weights, row, task_id):
+        options = {"task_ids": task_id[None], "use_cache": False}
+        return torch.func.functional_call(model, weights, (row[None],), options).logits.square().sum()
+
+    detached = {name: weight.detach() for name, weight in trained.items()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(detached, tokens(4), IDS)
+    for index in range(4):
+        alone = torch.autograd.grad(loss(trained, tokens(4)[index], IDS[index]), list(trained.values()))
+        for name, expected in zip(trained, alone, strict=True):
+            torch.testing.assert_close(found[name][index], expected)
+
+
+def test_gradients_by_a_transform_take_dropout():
+    model = mtl_lora.inject(tiny_llama(torch.float32), adapter_config(dropout=0.3)).train()
+    trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    loss = lambda weights: torch.func.functional_call(  # noqa: E731
+        model, weights, (tokens(4),), {"task_ids": IDS, "use_cache": False}
+    ).logits.sum()
+    assert {*torch.func.grad(loss)(trained)} == {*trained}
 
 
 def test_argument_goes_before_the_block_and_ends_with_the_call():

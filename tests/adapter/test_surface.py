@@ -28,6 +28,7 @@ from reference.tiny import (
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import mtl_lora
 from mtl_lora import UserError, route
@@ -536,6 +537,23 @@ def test_a_model_that_was_cast_after_injection_is_of_one_dtype_without_the_adapt
         assert model(input_ids=tokens(2)).logits.dtype == torch.bfloat16
 
 
+def test_modules_saved_whole_compute_in_the_dtype_that_the_model_was_cast_to():
+    model = adapted_llama("lora", torch.bfloat16, modules_to_save=["lm_head"]).float()
+    expected = logits(model)
+    assert expected.dtype == torch.float32
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    assert {parameter.dtype for parameter in mtl_lora.merge(model, TASKS[0]).parameters()} == {torch.float32}
+    assert model(input_ids=tokens(2)).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("whole", ["lm_head", "embed_tokens"])
+def test_a_module_saved_whole_that_was_resized_is_not_saved_as_it_was(tmp_path, whole):
+    model = adapted_llama("lora", torch.float32, modules_to_save=[whole])
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    with pytest.raises(UserError, match=rf"{whole}\.weight .*before"):
+        mtl_lora.save(model, tmp_path / "adapter")
+
+
 def test_a_quantised_module_is_refused():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
@@ -602,13 +620,75 @@ def test_a_checkpoint_names_its_base_and_is_loaded_alone(tiny_base, tmp_path, mo
     assert exported
 
 
+def test_a_base_in_memory_that_its_files_do_not_hold_is_warned_of(tiny_base, tmp_path):
+    model = BaseModel(tiny_base).load("fp32")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.add_(1)
+    mtl_lora.inject(model, adapter_config(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.warns(UserWarning, match="q_proj.weight is not what the files of .* hold"):
+        mtl_lora.save(model, tmp_path)
+    model = mtl_lora.inject(BaseModel(tiny_base).load("bf16"), adapter_config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)  # which the checkpoint holds
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mtl_lora.save(model, tmp_path)
+
+
+def test_a_base_of_another_class_is_not_loaded_in_its_place(tiny_base, tmp_path):
+    config = adapter_config(target_modules=["q_proj"])
+    model = mtl_lora.inject(LlamaForSequenceClassification.from_pretrained(tiny_base, num_labels=2), config)
+    mtl_lora.save(model, tmp_path)
+    with pytest.raises(UserError, match=r"a LlamaForCausalLM, .* is of a LlamaForSequenceClassification: load that"):
+        mtl_lora.load(tmp_path)
+
+
+def test_a_name_is_no_base_model_to_put_an_adapter_on(tiny_base, tmp_path):
+    with pytest.raises(UserError, match=r"must be a model that is loaded, not .*; or mtl_lora\.load\(folder\)"):
+        mtl_lora.load(tiny_base, tmp_path)
+
+
+def test_what_the_caller_does_to_its_configuration_does_not_reach_the_model(tmp_path):
+    tasks = list(TASKS)
+    config = adapter_config(tasks=tasks)
+    model = randomise(mtl_lora.inject(tiny_llama(), config))
+    expected = logits(model)
+    config.alpha, config.rank = 64, 3
+    tasks.reverse()
+    mtl_lora.save(model, tmp_path)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(mtl_lora.load(tiny_llama(), tmp_path)), expected)
+
+
+def test_an_adapter_on_a_tied_head_is_known_to_transformers(tmp_path):
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    model = LlamaForCausalLM(config).float().eval()
+    ties = model._tied_weights_keys
+    mtl_lora.inject(model, adapter_config(target_modules=["q_proj", "lm_head"]))
+    randomise(model)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.warns(UserWarning, match=r"no plain model loads; save the adapter with mtl_lora\.save"):
+        model.save_pretrained(tmp_path / "whole")  # as transformers' Trainer does
+    merged = mtl_lora.merge(copy.deepcopy(model), TASKS[0])
+    assert merged.config.tie_word_embeddings is False and merged._tied_weights_keys == ties
+    expected = merged(input_ids=tokens(2)).logits
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loaded(input_ids=tokens(2)).logits, expected)
+    mtl_lora.unload(model)
+    assert "_tied_weights_keys" not in vars(model) and model.config.tie_word_embeddings
+
+
 def test_a_model_without_the_folder_of_its_checkpoint_is_named():
     with pytest.raises(UserError, match="folder of the checkpoint is missing"):
         mtl_lora.load(tiny_llama())
 
 
 def test_a_whole_model_that_another_program_saved_with_its_adapter_is_refused(tiny_base, tmp_path):
-    mtl_lora.inject(BaseModel(tiny_base).load("fp32"), adapter_config()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no plain model loads"):
+        mtl_lora.inject(BaseModel(tiny_base).load("fp32"), adapter_config()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"saved with an adapter on it.*mtl_lora\.save"):
         BaseModel(str(tmp_path)).load()
     with pytest.raises(UserError, match="not an MTL-LoRA checkpoint"):

@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,13 +19,16 @@ from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_sizes, parameter_shapes, require_in_memory
-from mtl_lora.adapter.saved import unwrap
+from mtl_lora.adapter.saved import require_slots, unwrap
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 from mtl_lora.version import __version__
+
+if TYPE_CHECKING:
+    from mtl_lora.base_model import BaseModel
 
 FORMAT = 2  # format 1 is read too: its "provenance" is called "origin", its hyperparameters are not nested
 
@@ -88,12 +92,18 @@ class CheckpointConfig(Config):
 
 def adapter_tensors(model: nn.Module) -> State:
     """Every tensor that a checkpoint holds, as the model uses it: those of layers by ``<module>.<parameter>``, those
-    of modules saved whole by their own names. Raises ``UserError`` without an adapter."""
+    of modules saved whole by their own names. Raises ``UserError`` without an adapter, and for a module saved whole
+    that was replaced or resized since."""
     injection = injection_of(model)
     if injection is None:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
     if getattr(injection, "off", False):  # a model pickled by an earlier version does not say
         raise UserError("the adapter is off inside mtl_lora.disabled; save it outside that block")
+    there = set(unwrap(model).modules())
+    require_slots(injection.slots)
+    for slot in injection.slots:
+        if not any(module in there for module, _ in slot.places):
+            raise UserError(f"the module of {slot.name} was replaced after inject; resize or replace it before")
     layers = adapter_layers(model).items()
     own = {f"{name}.{key}": value for name, layer in layers for key, value in layer.adapter_parameters().items()}
     return own | {slot.name: slot.get() for slot in injection.slots}
@@ -109,7 +119,7 @@ def adapter_state(model: nn.Module) -> State:
     if "FullyShardedDataParallel" in classes or any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
         raise UserError(
             "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use DeepSpeed's "
-            "ZeRO-3"
+            "ZeRO-3, or gather the tensors yourself and pass them as state"
         )
     partitioned = [tensor for tensor in tensors.values() if is_partitioned(tensor)]
     if not partitioned:
@@ -127,8 +137,9 @@ def save(
 
     provenance: defaults to what the adapter was loaded with, else to the name of the base model, and its fingerprint
     where its files are on this machine. state: ``adapter_state``, where it was gathered elsewhere (ZeRO-3). Weights
-    that were cast to bf16 or fp16 are stored as float32. Warns of a trainable weight that is not saved. Raises
-    ``UserError`` for a value that is not finite, and for an offloaded one.
+    that were cast to bf16 or fp16 are stored as float32. Warns of a trainable weight that is not saved, and, where no
+    provenance is passed, of base weights that are not those of the recorded files. Raises ``UserError`` for a value
+    that is not finite, and for an offloaded one.
     """
     folder, root = Path(folder), unwrap(model)
     held = {id(tensor) for tensor in adapter_tensors(model).values()}
@@ -136,8 +147,15 @@ def save(
         others = f" and {len(left) - 1} others" if len(left) > 1 else ""
         warnings.warn(f"{left[0]}{others} can be trained but is not saved; name it in modules_to_save", stacklevel=2)
     state = adapter_state(model) if state is None else state
-    provenance = provenance or getattr(root, "mtl_lora_provenance", None) or _base_of(root)
     _require_numbers(state, f"the adapter cannot be saved to {folder}")
+    if provenance is None:
+        provenance = getattr(root, "mtl_lora_provenance", None) or _base_of(root)
+        if name := _changed_weight(provenance, root):
+            warnings.warn(
+                f"this model's {name} is not what the files of {provenance.base_model!r} hold, which mtl_lora.load("
+                "folder) takes; put the adapter on the right base with mtl_lora.load(model, folder)",
+                stacklevel=2,
+            )
     # Both are whole before either takes its name, the weights first.
     with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / WEIGHTS_NAME) as weights:
         save_file({name: _stored(tensor) for name, tensor in state.items()}, weights)
@@ -205,13 +223,26 @@ def _base_of(model: nn.Module) -> Provenance:
         from mtl_lora.base_model import BaseModel
 
         fingerprint = BaseModel(name).local_fingerprint()
+    if getattr(model, "is_loaded_in_4bit", False):
+        own["train_settings"] = {"load_in_4bit": True}
     return Provenance(name, fingerprint, base_class=type(model).__name__, **own)
 
 
 def _changed_weight(base: Provenance, model: nn.Module) -> str | None:
+    """The name of a base weight that is not what the recorded files hold; None where nothing can be compared."""
+    # What was merged from 4 bits is other weights on purpose.
+    if not base.base_fingerprint or not base.base_model or base.load_in_4bit:
+        return None
     from mtl_lora.base_model import BaseModel
 
-    return BaseModel(base.base_model).changed_weight(unwrap(model))
+    injection, own = injection_of(model), {}
+    saved = {id(slot.get()): slot.original for slot in (injection.slots if injection else ())}
+    for name, weight in unwrap(model).named_parameters():
+        own[name.replace(".base_layer.", ".")] = saved.get(id(weight), weight)
+    try:
+        return BaseModel(base.base_model).changed_weight(own, getattr(unwrap(model), "base_model_prefix", ""))
+    except (UserError, OSError, ValueError):  # its files are not on this machine
+        return None
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -240,15 +271,16 @@ def load(
     adapter on a model that is there, in place, and return it.
 
     allow_unused: as of ``inject``. options: for ``load(folder)`` alone, arguments of ``BaseModel.load``, such as
-    ``dtype`` (modules saved whole compute in it, also after the model was cast to another) or ``device_map``, and
-    ``trust_remote_code``. Raises ``UserError`` for another base model than the checkpoint's (where both have files on
-    this machine to compare), a changed byte, a missing or unexpected tensor, a wrong shape or dtype (each by name); a
-    model that was passed is then left as it was.
+    ``dtype`` or ``device_map``, and ``trust_remote_code``. Raises ``UserError`` for another base model than the
+    checkpoint's (where both have files on this machine to compare), a changed byte, a missing or unexpected tensor, a
+    wrong shape or dtype (each by name); a model that was passed is then left as it was.
     """
     if isinstance(folder, nn.Module):
         raise UserError("the model comes first: mtl_lora.load(base_model, folder)")
     if folder is None and isinstance(base_model, nn.Module):
         raise UserError("the folder of the checkpoint is missing: mtl_lora.load(base_model, folder)")
+    if folder is not None and not isinstance(base_model, nn.Module):
+        raise UserError(f"the base model must be a model that is loaded, not {base_model!r}; or mtl_lora.load(folder)")
     source = base_model if folder is None else folder
     if folder is not None and options:
         raise UserError(f"{next(iter(options))} is of mtl_lora.load(folder), which loads the base; here it is loaded")
@@ -272,8 +304,7 @@ def load(
                 f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
                 f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
             )
-        # What was merged from 4 bits is other weights on purpose.
-        if found.base_fingerprint and not provenance.load_in_4bit and (name := _changed_weight(found, base_model)):
+        if not provenance.load_in_4bit and (name := _changed_weight(found, base_model)):
             warnings.warn(
                 f"{folder} was trained on the files of {found.base_model!r}, and this model's {name} is not what they "
                 "hold",
@@ -303,8 +334,20 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
     options = {"load_in_4bit": provenance.load_in_4bit, **options}
     if provenance.system == "language":
-        return base.load(**options)
+        return _as_it_was(base, provenance.base_class, folder, **options)
     return systems.part(provenance.system, "model").base_of(provenance, trust_remote_code, **options)
+
+
+def _as_it_was(base: "BaseModel", expected: str | None, folder: str | Path, **options) -> nn.Module:
+    """The language model, of the class on which the adapter was trained, where that is known."""
+    way_out = f"{folder} is of a {expected}: load that and pass it, mtl_lora.load(model, folder)"
+    try:
+        model = base.load(**options)
+    except UserError as error:
+        raise UserError(f"{error}; the adapter in {way_out}" if expected else str(error)) from None
+    if expected not in (None, type(model).__name__):
+        raise UserError(f"the base model loads as a {type(model).__name__}, and the adapter in {way_out}")
+    return model
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:

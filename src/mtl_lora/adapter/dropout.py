@@ -5,16 +5,18 @@ import math
 import torch
 import torch.nn.functional as F
 
+from mtl_lora.adapter.routing import is_traced
+
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """``x`` with each element set to 0 with probability ``p`` and the others divided by 1 - p; same shape and dtype.
 
     Every element is an independent Bernoulli draw from torch's global generator. On a CPU not the elements are drawn
     but the distances between those that are dropped, so the cost goes with p; elsewhere, and for a p above a half,
-    where that would cost more, and in compiled code, for which the number of draws would have to be known, this is
-    torch's own dropout. On one CPU thread a whole training step gains 11 % (benchmark/LOG.md).
+    where that would cost more, and in code that is compiled or transformed, for which the number of draws would have to
+    be known, this is torch's own dropout. On one CPU thread a whole training step gains 11 % (benchmark/LOG.md).
     """
-    if x.device.type != "cpu" or not 0 < p <= 0.5 or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or not 0 < p <= 0.5 or torch.compiler.is_compiling() or is_traced():
         return F.dropout(x, p, training=True)
     return _Dropped.apply(x, dropped_positions(x.numel(), p), 1 / (1 - p))
 

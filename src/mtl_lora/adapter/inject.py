@@ -1,6 +1,7 @@
 """Putting adapter layers on a model, finding them again, and taking them off: for a while, for good, or by merging."""
 
 import contextlib
+import copy
 import dataclasses
 import math
 import re
@@ -42,6 +43,7 @@ class Injection:
     watchers: list = dataclasses.field(default_factory=list)  # hooks of the layers meanwhile
     handles: list = dataclasses.field(default_factory=list)  # hooks of the model
     off: bool = False  # inside ``disabled``
+    ties: tuple | None = None  # the model's own ``_tied_weights_keys``, where their names were changed
 
 
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
@@ -55,7 +57,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     Raises ``UserError`` for a target that names no linear layer (naming those there are), for a layer that ids cannot
     reach, and for a model that already carries an adapter. A failed call leaves the model as it was.
     """
-    root = unwrap(model)
+    root, config = unwrap(model), copy.deepcopy(config)  # the caller may go on with its own
     if adapter_layers(root) or any(injection_of(module) for module in root.modules()):
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
@@ -91,7 +93,8 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         layer.train(root.training)
     replace_modules(root, layers)
     train_slots(root, slots, config.modules_to_save)
-    for override in (routing.Generate, routing.ExpandInputs):
+    _rename_ties(root, injection)
+    for override in (routing.Generate, routing.ExpandInputs, routing.SavePretrained):
         if callable(getattr(root, override.name, None)):
             override(root)
     injection.handles = [
@@ -99,6 +102,25 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         root.register_forward_hook(_after_forward, always_call=True),
     ]
     return model
+
+
+def _rename_ties(root: nn.Module, injection: Injection) -> None:
+    """Tell transformers, which ties and saves weights by their names, those that wrapped layers have now."""
+    ties = getattr(root, "_tied_weights_keys", None)
+    if not isinstance(ties, dict):
+        return
+    wrapped = {f"{name}.weight": f"{name}.base_layer.weight" for name, _ in _named_layers(root)}
+    renamed = {wrapped.get(name, name): wrapped.get(source, source) for name, source in ties.items()}
+    if renamed != ties:
+        injection.ties = ("_tied_weights_keys" in vars(root), ties)
+        root._tied_weights_keys = renamed
+
+
+def _restore_ties(root: nn.Module, injection: Injection) -> None:
+    if ties := getattr(injection, "ties", None):  # a model pickled by an earlier version has none
+        own, root._tied_weights_keys = ties
+        if not own:
+            del root._tied_weights_keys
 
 
 def _prepares(layer: type[AdapterLayer]) -> bool:
@@ -112,7 +134,11 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers of a model by module name, in the model's order; one that has several names by its first."""
-    return _first_names((name, module) for name, module in named_modules(model) if isinstance(module, AdapterLayer))
+    return _first_names(_named_layers(model))
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    return ((name, module) for name, module in named_modules(model) if isinstance(module, AdapterLayer))
 
 
 def find_targets(
@@ -303,9 +329,12 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
         base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
-    if getattr(getattr(unwrap(model), "config", None), "_name_or_path", ""):
+    config, head = getattr(unwrap(model), "config", None), output_head(unwrap(model))
+    if getattr(config, "_name_or_path", ""):
         # Another base now, which the next adapter must not record as the one before.
-        unwrap(model).config._name_or_path = ""
+        config._name_or_path = ""
+    if head is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = head.weight is unwrap(model).get_input_embeddings().weight
     return model
 
 
@@ -338,6 +367,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
         elif keep:
             slot.put(trained)
     routing.remove_overrides(root)
+    _restore_ties(root, injection)
     for handle in injection.handles:
         handle.remove()
     for name in ("mtl_lora_config", "mtl_lora_injection", "mtl_lora_provenance"):

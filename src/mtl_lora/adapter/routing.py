@@ -10,6 +10,7 @@ model that lays its activations out as (L, B, k) is not supported: with L equal 
 import dataclasses
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -62,7 +63,8 @@ class Route:
         self.blocks = blocks
         self._in_range_of = -1  # the number of tasks for which the ids were found to be in range
         if not isinstance(task_ids, torch.Tensor | str):
-            rows = first = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
+            rows = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
+            rows = first = list(rows) if isinstance(rows, Sequence) else rows  # also a column of datasets
             while isinstance(first, list | tuple) and first:
                 first = first[0]
             if isinstance(first, str):
@@ -106,7 +108,7 @@ class Route:
                 raise UserError(f"there is no task {error.args[0]!r}; {_listed(tasks)}") from None
             except (TypeError, ValueError):
                 raise UserError(f"{_RULE}, not {ids!r}") from None
-        if self._in_range_of == len(tasks) or not ids.numel():
+        if self._in_range_of == len(tasks) or not ids.numel() or is_traced():
             return ids
         rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
@@ -118,6 +120,12 @@ class Route:
                 raise UserError(f"task id {lowest if lowest < 0 else highest} is {rule}")
         self._in_range_of = len(tasks)
         return ids
+
+
+def is_traced() -> bool:
+    """Whether ``torch.export`` or a transform of ``torch.func`` runs the code, which then cannot read values."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # newer than the oldest torch
+    return exporting() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _listed(tasks: list[str]) -> str:
@@ -372,6 +380,20 @@ class Generate(Override):
             raise UserError('generate would continue behind padding; pad at the left: tokenizer.padding_side = "left"')
         with _Held(_thread.routes.outer if task_ids is None else Route(task_ids)):
             return self.original(*arguments, **options)
+
+
+class SavePretrained(Override):
+    """``save_pretrained`` with a warning: what it writes has the names of wrapped layers."""
+
+    name = "save_pretrained"
+
+    def __call__(self, *arguments, **options):
+        warnings.warn(
+            "save_pretrained writes the whole model under names that no plain model loads; save the adapter with "
+            "mtl_lora.save, or the model after mtl_lora.merge",
+            stacklevel=2,
+        )
+        return self.original(*arguments, **options)
 
 
 class ExpandInputs(Override):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mtl_lora.adapter.layer import gathered, is_quantised, require_in_memory
+from mtl_lora.adapter.layer import gathered, is_quantised, is_sharded, require_in_memory
 from mtl_lora.adapter.routing import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
@@ -60,6 +60,9 @@ class Slot:
     name: str
     places: list[tuple[nn.Module, str]]
     original: torch.Tensor
+    like: nn.Parameter | None = (
+        None  # a weight of the base with the original's dtype, which follows what the model is cast to
+    )
 
     @property
     def is_weight(self) -> bool:
@@ -81,6 +84,7 @@ class Slot:
         trained = self.get()
         own = {self.original.dtype, _kept_dtype(self.original.dtype)} if self.is_weight else {self.original.dtype}
         dtype = self.original.dtype if trained.dtype in own else trained.dtype
+        dtype = dtype if self.like is None else self.like.dtype
         if (self.original.device, self.original.dtype) != (trained.device, dtype):  # the model was moved or cast since
             self.original.data = self.original.data.to(trained.device, dtype)
         self.put(self.original)
@@ -93,10 +97,15 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def require_slots(slots: list[Slot]) -> None:
-    """Raise ``UserError`` where what a slot uses was offloaded since: its original could not be put in its place."""
+    """Raise ``UserError`` where what a slot uses was offloaded or resized since: its original could not be put in its
+    place."""
     for slot in slots:
+        own = slot.get()
         if not slot.original.is_meta:
-            require_in_memory(slot.name, slot.get())
+            require_in_memory(slot.name, own)
+        if own.shape != slot.original.shape and not (is_sharded(own) or is_sharded(slot.original)):
+            sizes = f"{list(slot.original.shape)}, and has {list(own.shape)} now"
+            raise UserError(f"{slot.name} had the shape {sizes}; resize a module that is saved whole before inject")
 
 
 def whole_modules(model: nn.Module, entries: list[str]) -> dict[str, nn.Module]:
@@ -152,10 +161,15 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
 @torch.no_grad()
 def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None:
     """Put a trainable float32 copy (float64 of float64) into each slot."""
-    places = []
+    places, like = [], {}
+    saved = {id(slot.original) for slot in slots}
+    for weight in model.parameters():
+        if weight.is_floating_point() and id(weight) not in saved:
+            like.setdefault(weight.dtype, weight)
     for slot in slots:
         dtype = slot.original.dtype
         if slot.is_weight:
+            slot.like = like.get(dtype)
             kept = _kept_dtype(dtype)
             with gathered(slot.original):
                 slot.put(nn.Parameter(slot.original.detach().to(kept, copy=True)))
@@ -168,7 +182,7 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
         below = set(module.modules())
         own = [place for place in places if place[0] in below]
         if own:
-            CastForward(module, own)
+            CastForward(module, own, like)
 
 
 # Held while cast weights stand in their places: another thread would find them, and then the float32 ones in between.
@@ -176,13 +190,18 @@ _casting = threading.RLock()
 
 
 class CastForward(Override):
-    """A forward with its float32 weights, (module, key, dtype), cast to the dtype that they have in the base."""
+    """A forward with its float32 weights, (module, key, dtype), cast to the dtype that they have in the base.
+
+    like: of each such dtype a weight of the base, whose dtype counts: a model may be cast after ``inject``.
+    """
 
     name = "forward"
 
-    def __init__(self, module: nn.Module, places: list[tuple[nn.Module, str, torch.dtype]]):
+    like: dict[torch.dtype, nn.Parameter] = {}  # noqa: RUF012 - of a model pickled by an earlier version
+
+    def __init__(self, module: nn.Module, places: list[tuple[nn.Module, str, torch.dtype]], like: dict):
         super().__init__(module)
-        self.places = places
+        self.places, self.like = places, like
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -201,7 +220,7 @@ class CastForward(Override):
         masters = [place for place in masters if isinstance(place[-1], nn.Parameter)]
         try:
             for module, key, dtype, master in masters:
-                module._parameters[key] = master.to(dtype)
+                module._parameters[key] = master.to(self.like[dtype].dtype if dtype in self.like else dtype)
             if self.before is not None:
                 return self.before(*arguments, **options)
             return type(self.module).forward(self.module, *arguments, **options)

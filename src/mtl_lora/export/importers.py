@@ -253,7 +253,7 @@ def _write_checkpoint(
         checkpoint.load_state(model, state, str(source))
     except UserError as error:
         raise UserError(f"{error}; pass the --base_model of {source}, which {base_model.name!r} is not") from None
-    adapter.target_modules = targets
+    model.mtl_lora_config.target_modules = targets
     fingerprint = base_model.local_fingerprint()
     provenance = checkpoint.Provenance(base_model.name, fingerprint, template, task_set=tasks.to_json())
     names = (artifacts.CHECKPOINT_CONFIG, artifacts.CHECKPOINT_WEIGHTS)

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import read_config, read_weights
-from mtl_lora.adapter.inject import output_head
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors, quiet_deepspeed
 from mtl_lora.errors import UserError, require_package
@@ -75,7 +74,7 @@ def export_merged(
     base = load_base(base_model, config, STORED if dtype == "auto" else dtype, in_4bit)
     # What was trained on 4 bits belongs to the weights that these stand for, not to those that they were made of.
     model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)
-    untie_changed_head(single_task(model, task) if heads else mtl_lora.merge(model, task))
+    _ = single_task(model, task) if heads else mtl_lora.merge(model, task)
     check_finite(model)
     with files.atomic_directory(output, written, overwrite, inputs) as folder:
         model.save_pretrained(folder)
@@ -83,13 +82,6 @@ def export_merged(
         if heads:
             files.write_text(folder / CARD_NAME, model_card(task, config, base_model.name, None, scores.get(task)))
     return Path(output)
-
-
-def untie_changed_head(model: nn.Module) -> None:
-    """Say in the configuration that head and embedding differ, where the adapter was on one of a tied pair."""
-    head, embedding = output_head(model), model.get_input_embeddings()
-    if head is not None and model.config.tie_word_embeddings and head.weight is not embedding.weight:
-        model.config.tie_word_embeddings = False
 
 
 def check_finite(model: nn.Module) -> None:

@@ -271,8 +271,8 @@ class MultiTaskTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss on held-out examples, over all and per task, exact for any split into batches."""
-        examples, losses = self.eval_dataset, TaskLosses(len(self.tasks), self.args.device)
-        lengths = np.zeros(len(examples)) if self.eval_lengths is None else self.eval_lengths
+        examples, losses = eval_dataset or self.eval_dataset, TaskLosses(len(self.tasks), self.args.device)
+        lengths = np.zeros(len(examples)) if eval_dataset or self.eval_lengths is None else self.eval_lengths
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         model.eval()
