@@ -6,7 +6,7 @@
 # Queries and values of BART-base; biases, layer norms and the visual embedding train whole. Every step is of one task;
 # a step of VQA has BATCH_SIZE examples, of GQA 100/60, of NLVR2 20/60 and of captions 50/60 of them. Needs the four sets
 # (data/vlbart) with CLIP features in the original's layout; fp32, one GPU. Time and score: not measured. Unlike the
-# original, weight decay spares norms, Lambda and the mixing weights, AdamW's epsilon is 1e-8, not 1e-6, and the 200
+# original, weight decay spares norms and Lambda, AdamW's epsilon is 1e-8, not 1e-6, and the 200
 # added words are not in the vocabulary. Other settings: script/recipe.sh.
 #
 #   BASE_MODEL     facebook/bart-base, or another BART, T5 or causal language model

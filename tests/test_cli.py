@@ -74,6 +74,7 @@ SPELLINGS = [
     (["--deepspeed="], "deepspeed", None),
     (["--lambda_num", "none"], "lambda_num", None),
     (["--lambda_num", "8"], "lambda_num", 8),
+    (["--num_B", "2"], "num_B", 2),
     (["--resume_from_checkpoint", "True"], "resume_from_checkpoint", "True"),
     # a string stays a string, whatever it looks like
     (["--output_dir", "2024"], "output_dir", "2024"),
@@ -150,6 +151,12 @@ def small(*arguments: str) -> Small:
 )
 def test_positional_arguments_switches_and_earlier_names(arguments, expected):
     assert small(*arguments) == Small(**{"output": "o", **expected})
+
+
+@pytest.mark.parametrize(("word", "value"), [([], True), (["none"], None), (["False"], False)])
+def test_a_switch_that_may_be_left_to_the_checkpoint_is_true_alone(word, value):
+    given = cli.parse(EvalConfig, ["--base_model", "b", "--load_in_4bit", *word, "--limit", "3"], ABOUT)
+    assert (given.load_in_4bit, given.limit) == (value, 3)
 
 
 def test_defaults_of_lists_are_not_shared_between_configurations():

@@ -108,6 +108,16 @@ def test_other_bytes_under_the_final_name_are_replaced(get, known):
     assert get(file=KNOWN[known]) == 1 and get.path.read_bytes() == BODY
 
 
+def test_other_bytes_stay_where_nothing_can_be_fetched(server, get):
+    get.path.parent.mkdir()
+    get.path.write_bytes(b"one's own")
+    server.replies = [reply(404, b"sorry")]
+    with pytest.raises(UserError):
+        get()
+    assert get.path.read_bytes() == b"one's own" and left_behind(get) == ["train.json"]
+    assert [path.name for path in get.path.parents[1].iterdir()] == ["task"]
+
+
 @pytest.mark.parametrize("known", KNOWN)
 @pytest.mark.parametrize("broken", [CUT, WRONG, reply(503, b"busy")], ids=["truncated", "wrong", "busy"])
 def test_broken_transfer_is_tried_again(server, get, broken, known):

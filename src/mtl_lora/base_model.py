@@ -36,10 +36,13 @@ from mtl_lora.adapter.layer import is_quantised
 from mtl_lora.config import DTYPES
 from mtl_lora.embedded import MODELS, model_folder
 from mtl_lora.errors import UserError
+from mtl_lora.files import read_object, sha256_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 STORED = "stored"  # the dtype in which a model's files hold its weights
-INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
+INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
+# Of a configuration, what changes nothing that is computed.
+_NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _SAMPLE_BYTES = 4096
 
 
@@ -262,6 +265,12 @@ class BaseModel:
                     tail = opened.read(min(_SAMPLE_BYTES, end - start))
                     entries[tensor] = (facts["dtype"], facts["shape"], hashlib.sha256(head + tail).hexdigest())
         return hashlib.sha256(json.dumps(sorted(entries.items())).encode()).hexdigest()
+
+    def config_sha256(self) -> str:
+        """A hash of ``config.json`` but for what changes nothing that is computed: weights do not say how they are
+        used."""
+        value = read_object(cached_path(self.path, CONFIG_NAME), "the model's configuration")
+        return sha256_of(json.dumps({key: value[key] for key in value.keys() - _NOT_COMPUTED}, sort_keys=True).encode())
 
     def check_unchanged(self, fingerprint: str) -> None:
         """Raise ``UserError`` if a folder's files have another fingerprint now: what was loaded may be of either."""

@@ -269,12 +269,13 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
 def _value_after(flag: Flag, waiting: list[str], beside_positional: bool) -> str:
     """The value of a flag without ``=``, taken from the arguments that follow; a switch alone is True."""
     following = waiting[0] if waiting and not waiting[0].startswith("--") else None
+    switch = bool in (flag.type, *typing.get_args(flag.type))
     # Beside positional arguments a switch takes nothing but True or False.
-    if flag.type is bool and beside_positional and following and following.lower() not in (*_TRUE, *_FALSE):
+    if switch and beside_positional and following and following.lower() not in (*_TRUE, *_FALSE):
         following = None
     if following is not None:
         return waiting.pop(0)
-    if flag.type is bool:
+    if switch:
         return "True"
     raise UserError(f"the flag --{flag.name} needs a value: {type_name(flag.type)}")
 

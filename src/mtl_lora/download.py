@@ -73,10 +73,14 @@ def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> N
             if not file.matches(output):
                 raise ValueError(f"other bytes than expected, git blob {git_blob_sha1(output)}")
 
-        store = pooch.Pooch(folder, "", registry={name: None}, urls={name: url}, retry_if_failed=ATTEMPTS - 1)
         try:
-            (folder / name).unlink(missing_ok=True)  # other bytes than expected
-            give_usual_permissions(store.fetch(name, downloader=transfer))
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            # Beside it, for a file of other bytes stays until its successor is there.
+            with tempfile.TemporaryDirectory(prefix=".fetch.", suffix=".partial", dir=folder) as place:
+                store = pooch.Pooch(place, "", registry={name: None}, urls={name: url}, retry_if_failed=ATTEMPTS - 1)
+                fetched = Path(store.fetch(name, downloader=transfer))
+                give_usual_permissions(fetched)
+                fetched.replace(folder / name)
         except (ValueError, RuntimeError, requests.RequestException) as error:
             reason = " ".join(str(error).split())
             raise UserError(

@@ -39,7 +39,7 @@ from mtl_lora.tasks import Task, TaskSet
 from mtl_lora.version import __version__, checkout_commit
 
 PARTS = "~part-*.jsonl"  # no task name begins with "~"
-ADAPTER_CONFIG = "adapter_config_sha256"  # in settings.json
+ADAPTER_CONFIG, BASE_CONFIG = "adapter_config_sha256", "base_config_sha256"  # in settings.json
 
 
 class Question(Protocol):
@@ -180,13 +180,13 @@ class Evaluator(abc.ABC):
         } | ({"load_in_4bit": True} if self.load_in_4bit else {})
 
     def recorded_settings(self, protocol: str) -> dict:
-        """What ``settings.json`` holds: ``settings``, and a hash of the adapter's own, which results show in full."""
-        own = self.adapter_json()
+        """What ``settings.json`` holds: ``settings``, and hashes of the configurations of base and adapter."""
+        own, recorded = self.adapter_json(), self.settings(protocol) | {BASE_CONFIG: self.base_model.config_sha256()}
         if own is None:
-            return self.settings(protocol)
+            return recorded
         own = own.get("adapter", own)  # of a checkpoint, of PEFT
         own = json.dumps({**own, "base_model_name_or_path": None}, sort_keys=True)  # known by its fingerprint
-        return self.settings(protocol) | {ADAPTER_CONFIG: files.sha256_of(own.encode())}
+        return recorded | {ADAPTER_CONFIG: files.sha256_of(own.encode())}
 
     def load(self) -> None:
         """Build the model on this process's device, once."""
@@ -702,8 +702,8 @@ def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
         return
     if not path.exists():
         raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
-    # Earlier versions did not record the adapter's own settings.
-    missing = {"protocol": 1} | {key: settings[key] for key in (ADAPTER_CONFIG,) if key in settings}
+    # Earlier versions did not record these.
+    missing = {"protocol": 1} | {key: settings[key] for key in (ADAPTER_CONFIG, BASE_CONFIG) if key in settings}
     earlier = missing | files.read_object(path, "the settings of an earlier evaluation")
     different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
     if different:

@@ -20,4 +20,6 @@ def keep_freed_memory(device: str = "cpu") -> bool:
     if device != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
+    # An older glibc takes no more than half of a heap, 32 MiB.
+    kept = mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) or mallopt(_M_MMAP_THRESHOLD, 2**25)
+    return bool(kept and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))

@@ -563,6 +563,11 @@ def difference_text(value: Estimate | Difference | None, metric: str = "accuracy
     return value_text(value and value.center, None, metric, signed=True) + interval
 
 
+def p_text(p: float) -> str:
+    """Four decimals, or ``<0.0001``."""
+    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
+
+
 def one_unit(metrics: Iterable[str]) -> bool:
     """Whether values of these metrics have a mean: all are in percent, or they are of one metric."""
     metrics = {*metrics}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import datasets
 import h5py
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from mtl_lora.image_text import model as visual
 from mtl_lora.image_text.config import EvalConfig, TrainConfig
 from mtl_lora.image_text.data import Encoder, training_rows
 from mtl_lora.image_text.model import VisualConfig
+from mtl_lora.image_text.train import ImageTextRun
 from mtl_lora.training.sampler import LengthGroupedBatchSampler, RoundRobinSampler
 
 STEPS = 20
@@ -109,6 +111,25 @@ def plain_losses(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tens
     return found, {
         name.replace(".base_layer", ""): each for name, each in model.named_parameters() if each.requires_grad
     }
+
+
+def test_rows_of_one_and_two_images_keep_to_the_token_budget():
+    """A batch is padded to its longest text and to its most pictures, whichever rows have them."""
+    generator = np.random.default_rng(0)
+    columns = {
+        "length": generator.integers(8, 60, 300),
+        "image_count": generator.integers(1, 3, 300),
+        "task_id": np.zeros(300, int),
+    }
+    columns = {name: values.tolist() for name, values in columns.items()}
+    run = ImageTextRun.__new__(ImageTextRun)
+    run.config, run.images = TrainConfig(token_budget=1024), VisualConfig(dim=4, grid=7, pool=7, images=2)
+    run.train = datasets.Dataset.from_dict(columns)
+    lengths, _ = run.plan(None)
+    sampler = LengthGroupedBatchSampler(lengths, np.zeros(300, int), 8, 0, token_budget=1024)
+    texts, pictures = np.array(columns["length"]), np.array(columns["image_count"])
+    sizes = [len(rows) * (texts[rows].max() + pictures[rows].max() * 49) for rows in sampler]
+    assert run.images.tokens == 49 and max(sizes) <= 1024 < 2 * max(sizes)
 
 
 @pytest.mark.slow(6)

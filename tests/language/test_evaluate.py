@@ -395,6 +395,19 @@ def test_tasks_with_another_answer_extraction_do_not_resume_earlier_answers(eval
         evaluate("out", tasks_file=tasks_file(tmp_path, {**MOODS, **change}, PAIRS), **flags)
 
 
+def test_a_base_that_computes_otherwise_does_not_resume_earlier_answers(evaluate, tiny_base, tmp_path, edit_json):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    flags = {"checkpoint": None, "base_model": str(base), "tasks": ["piqa"], "limit": 1}
+    evaluate("out", **flags)
+    edit_json(tmp_path / "out" / "settings.json", base_config_sha256=None)
+    evaluate("out", **flags)  # of an earlier version, which did not record it
+    edit_json(base / "config.json", rms_norm_eps=0.5)
+    evaluate("new", **flags)
+    edit_json(base / "config.json", rms_norm_eps=0.4)
+    with pytest.raises(UserError, match="another base_config_sha256"):
+        evaluate("new", **flags)
+
+
 # ---- resuming ----
 
 

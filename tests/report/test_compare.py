@@ -26,7 +26,8 @@ from report_cases import (
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import bootstrap_means, mcnemar_p
-from mtl_lora.report.compare import compare, p_text
+from mtl_lora.metrics import p_text
+from mtl_lora.report.compare import compare
 from mtl_lora.results import Results
 
 RIGHT_A = {"first": outcomes("1100"), "second": outcomes("10")}

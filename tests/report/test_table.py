@@ -213,7 +213,7 @@ def test_published_rows_stand_beside_ours_with_their_sources(table_of):
         assert source in table.notes[-1]
     labels = [row.name for row in published_rows()]
     assert len(set(labels)) == len(labels)
-    assert "LLaMA-7B LoRA r 32 (published, AGI-Edgerunners/LLM-Adapters)" in labels
+    assert "LLaMA-7B LoRA (published, AGI-Edgerunners/LLM-Adapters)" in labels
     # They never enter the difference.
     row = table_of(COMMONSENSE_RESULTS, COMMONSENSE_RESULTS, published=True, difference=True).records[-1]
     assert (row["kind"], row["average"]) == ("difference", 0)

@@ -44,6 +44,7 @@ BAD = [
     (grid({"train": {}}), ["experiment 3", "lacks", "'name'"]),
     (experiments(name="lora"), ["folder 'lora'"]),
     (experiments(name="!"), ["name", "'!'"]),
+    (experiments(name="None"), ["name", "'None'", "not none"]),
     (experiments(train={"data_path": "x"}), [OTHER, "data_path", "equal for all"]),
     (experiments(train={"depth": 4}), [OTHER, "train has the unknown key 'depth'"]),
     (experiments(evaluate={"mode": "generate"}), [OTHER, "mode", "equal for all"]),

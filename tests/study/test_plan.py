@@ -243,6 +243,13 @@ def test_flag_that_a_later_version_added_did_what_its_default_does(tmp_path):
     assert job_of(tmp_path, with_flags(use_rslora=True)).changes(earlier) == {key: (False, True)}
 
 
+def test_flag_that_an_earlier_version_did_not_keep_is_not_known(tmp_path):
+    job, key = job_of(tmp_path, with_flags(reuse_prefix="always")), "train.reuse_prefix"
+    earlier = {name: value for name, value in job.configuration.items() if name != key}
+    assert job.configuration[key] == "always" and job.changes(earlier) == {}
+    assert job.changes(job_of(tmp_path, grid()).configuration) == {key: ("auto", "always")}
+
+
 def test_data_count_by_content_and_not_by_place(tmp_path):
     (tmp_path / "moved").mkdir()
     first, moved = job_of(tmp_path, grid()), job_of(tmp_path / "moved", grid())

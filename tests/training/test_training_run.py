@@ -249,6 +249,15 @@ def test_a_resumed_run_saves_and_logs_as_its_own_flags_say(train):
         assert [line["step"] for line in log_lines(folder) if key in line] == [2, 3, 4]
 
 
+def test_a_run_that_resumes_from_an_earlier_checkpoint_gives_up_the_later_ones(train):
+    folder = train("run", max_steps=4, save_step=1, save_total_limit=0)
+    whole = weights(folder)
+    earlier = str(folder / "checkpoint-2")
+    train("run", max_steps=4, save_step=4, save_total_limit=0, resume_from_checkpoint=earlier)
+    assert [path.name for path in checkpoints(folder)] == [f"checkpoint-{step}" for step in (1, 2, 4)]
+    assert_equal(whole, weights(folder))
+
+
 def test_a_task_that_no_step_takes_an_example_of_is_untrained(train, few, capsys):
     folder = train("few", **few, max_steps=1, batch_size=1, save_step=0)
     untrained = read_config(folder).provenance_config.untrained_tasks
@@ -300,6 +309,12 @@ def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, 
     refused("the tasks")
     Path(data).write_text(Path(records_file).read_text().replace("a", "e", 1))
     refused("the data file", tasks_file=None)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"transformers_version": "5.0"}))
+    refused("the data file", tasks_file=None)
+    (base / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.5}))
+    refused("the base model's configuration", tasks_file=None)
+    (base / "config.json").write_text(json.dumps(settings))
     state = load_file(base / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
     refused("the base model's files")

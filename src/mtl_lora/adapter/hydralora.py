@@ -17,7 +17,8 @@ class HydraLoraLayer(AdapterLayer):
     lora_A: (r, k), shared. lora_gate: (n, k), G without bias; both drawn as torch draws a Linear, so that the gate
     tells the B_i apart from the first step on. lora_B: (d, n r), the matrix [B_1 ... B_n], starts at zero.
 
-    A x~ and G x~ come out of one product; the gate acts in rank space, and one product with [B_1 ... B_n] follows.
+    A x~ and G x~ come out of one product; the gate acts in rank space, and one product with [B_1 ... B_n] follows. The
+    paper has no dropout; its authors' code drops A's input and not the gate's.
     """
 
     method, title, paper = "hydralora", "HydraLoRA", "2404.19245"

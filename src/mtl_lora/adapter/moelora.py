@@ -19,7 +19,8 @@ class MoeLoraLayer(AdapterLayer):
 
     N experts of rank r / N share the rank r. lora_A: (r, k), the A_i stacked, drawn from N(0, 0.01^2). lora_B: (d, r),
     [B_1 ... B_N], starts at zero. lora_task_embedding: (T, E), e_t, drawn from N(0, 1). lora_gate: (N, E), G without
-    bias, as torch starts a Linear: with both zero the gate would stay as it is for ever.
+    bias, as torch starts a Linear: with both zero the gate would stay as it is for ever. Every layer has a gate and
+    embeddings of its own, as in the repository of MTL-LoRA; the paper's are one for all layers.
     """
 
     method, title, paper = "moelora", "MoELoRA", "2310.18339"

@@ -66,7 +66,11 @@ class ImageTextRun(Run):
         return columns["length"] + columns["image_count"] * self.images.tokens
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
-        return self._lengths(self.train), False
+        lengths = self._lengths(self.train)
+        if self.config.token_budget:  # a batch is padded to its most pictures and to its longest text, in whatever rows
+            columns = row_columns(self.train)
+            lengths = columns["length"] + columns["image_count"].max() * self.images.tokens
+        return lengths, False
 
     def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:
         config, arguments = self.config, self.arguments

@@ -43,7 +43,6 @@ class TrainConfig(TrainingConfig):
         "run the prompt prefix that a task's rows share once a micro-batch: always, never, or auto: without dropout, "
         "where the losses stay the same",
         choices=("auto", "always", "never"),
-        affects="nothing",  # what it came to is compared on resuming
     )
 
     def validate(self) -> None:

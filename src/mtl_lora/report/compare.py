@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, mcnemar_p
-from mtl_lora.metrics import METRICS, NOTHING, interval_text, scale_of, units_text, value_text
+from mtl_lora.metrics import METRICS, NOTHING, interval_text, p_text, scale_of, units_text, value_text
 from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report.table import AVERAGE
 from mtl_lora.results import Results
@@ -86,11 +86,6 @@ def _texts(change: dict | None, metric: str) -> list[str]:
     a, b, *difference = change.values() if change else [None] * 5
     found = [value_text(a, None, metric), value_text(b, None, metric), value_text(difference[0], None, metric, True)]
     return [*found, interval_text(Difference(*difference), metric, signed=True)]
-
-
-def p_text(p: float) -> str:
-    """Four decimals, or ``<0.0001``."""
-    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
 def _notes(a: Results, b: Results, rows: dict[str | None, dict], seed: int, resamples: int) -> list[str]:

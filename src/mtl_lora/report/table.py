@@ -234,8 +234,8 @@ def _notes(
     if "published" in kinds:
         sources = " and ".join(dict.fromkeys(row.source for row in rows if row.source))
         notes.append(
-            "Published rows are runs of others on the base model that each names, by generated text, on whole test "
-            f"sets, copied from {sources}, averages as printed there; MTL-LoRA's own published row is not among them."
+            "Published rows are runs of others on the base model that each names, with targets, schedules and beams of "
+            f"their own, on whole test sets, copied from {sources}; MTL-LoRA's own is not among them."
         )
     if "difference" in kinds:
         notes.append(

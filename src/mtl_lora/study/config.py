@@ -95,7 +95,7 @@ class ExperimentConfig(Config):
 
     def validate(self) -> None:
         self.slug = re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_.")  # the name as a folder
-        self.require("name", "a name with a letter or digit", bool(self.slug))
+        self.require("name", "a name with a letter or digit, not none", self.slug not in ("", "none", "null"))
         for key in ("only_tasks", "seeds"):
             self.require(key, "all different", not _repeated(getattr(self, key)))
         for key in ("only_tasks", "alone", "seeds"):

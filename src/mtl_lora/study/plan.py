@@ -17,6 +17,7 @@ from mtl_lora.systems import SYSTEMS, part
 STATE = "job.json"
 # A job's commands: what a flag must affect to be part of the job's configuration.
 _DECIDING = {"train": "weights", "evaluate": "answers"}
+_KEPT_LATE = {"train.reuse_prefix"}  # which earlier versions had and did not keep in job.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,8 @@ class PlannedJob:
         added = {
             f"{step}.{flag.name}": flag.default for step in self.flags for flag in self.grid.flags_of(step).flags()
         }
-        pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in sorted(earlier.keys() | now.keys())}
+        keys = sorted(earlier.keys() | now.keys() - _KEPT_LATE)
+        pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
         # What is not on this machine, or was not kept by an earlier version, is not known; but flags, which have a dot.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}
 

@@ -121,7 +121,7 @@ class TrainingConfig(Config):
     )
     deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none: off")
     resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder to resume from; True: the last one in output_dir", affects="nothing"
+        None, "checkpoint folder to resume from, which gives up later ones; True: the last", affects="nothing"
     )
     overwrite_output_dir: bool = flag(False, "delete a run that output_dir already holds", affects="nothing")
     wandb_project: str | None = flag(
@@ -134,7 +134,7 @@ class TrainingConfig(Config):
     )
 
     def __init__(self, **values):
-        values |= values.pop("hyperparameters", {})
+        values = values.pop("hyperparameters", {}) | values  # what dataclasses.replace changes goes over what it copies
         defaults = {each.name: each.default for each in self.flags()}
         if unknown := values.keys() - defaults.keys():
             raise TypeError(f"{type(self).__name__} has no flag {', '.join(sorted(unknown))}")

@@ -97,15 +97,22 @@ def check_same_run(
         raise UserError(f"{checkpoint} cannot be resumed: the run began with other settings ({'; '.join(changed)})")
 
 
-def begin_output(config: TrainingConfig, arguments: TrainingArguments, configuration: dict, fresh: bool) -> None:
-    """Make the output folder this run's: a fresh one deletes what is there of another; writes the run configuration."""
-    output = Path(config.output_dir)
+def begin_output(
+    config: TrainingConfig, arguments: TrainingArguments, configuration: dict, resumed: Path | None
+) -> None:
+    """Make the output folder this run's: a fresh one deletes what is there of another, one that is ``resumed`` from a
+    checkpoint the later ones, which it gives up; writes the run configuration."""
+    output, fresh = Path(config.output_dir), resumed is None
+    given_up = artifacts.checkpoints(output)
+    if not fresh:
+        here = [folder.resolve() for folder in given_up]
+        given_up = given_up[here.index(resumed.resolve()) + 1 :] if resumed.resolve() in here else []
     with arguments.main_process_first(local=False):
         if arguments.process_index:
             return
         for name in _OWN_FILES if fresh else ():
             (output / name).unlink(missing_ok=True)
-        for folder in artifacts.checkpoints(output) if fresh else ():
+        for folder in given_up:
             artifacts.remove_checkpoint(folder)
         for name in (artifacts.SAVING, artifacts.TENSORBOARD) if fresh else (artifacts.SAVING,):
             shutil.rmtree(output / name, ignore_errors=True)

@@ -115,6 +115,7 @@ class Run:
             "the tasks": tasks.answers_sha256,
             "the tasks' loss weights": {task.name: task.loss_weight for task in tasks},
             "the base model's files": configuration.get("base_fingerprint"),
+            "the base model's configuration": configuration.get("base_config"),
             "the dtype that --dtype auto means": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
         }
@@ -202,7 +203,7 @@ class Run:
         base.check_unchanged(configuration["base_fingerprint"])
         collator, losses = self.ends()
         # Every mistake was found before an older run is deleted.
-        resume.begin_output(config, self.arguments, configuration, fresh=from_checkpoint is None)
+        resume.begin_output(config, self.arguments, configuration, from_checkpoint)
         start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
         if self.arguments.process_index == 0 and not from_checkpoint:
             checkpoint.save_start(model, config.output_dir, start)
@@ -262,6 +263,7 @@ class Run:
             "tasks": self.tasks.to_json(),
             "data_sha256": digest,
             "base_fingerprint": self.base.fingerprint(),
+            "base_config": self.base.config_sha256(),
             "dtype": str(choose_dtype(config.dtype)),
             "no_decay": list(layer.no_decay) if config.weight_decay else [],
             "world_size": self.arguments.world_size,
