@@ -53,6 +53,7 @@ LABELS = ("no", "yes")
         ("x2", "x^2", 0.0, False),
         ("y = x", "y = -x", 0.5, False),
         ("e-mail, x-ray - and", "email xray and", 1.0, True),
+        ("vitamin B-6 in 3-D", "vitamin B6 in 3D", 1.0, True),
         ("vitamin", "vitamin A", 2 / 3, False),
         ("the", "A", 0.0, False),
         ("?", "!", 0.0, False),

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file, logging
 
-from mtl_lora.adapter.layer import is_quantised
+from mtl_lora.adapter.layer import is_quantised, is_sharded
 from mtl_lora.config import DTYPES
 from mtl_lora.embedded import MODELS, model_folder
 from mtl_lora.errors import UserError
@@ -299,15 +299,19 @@ class BaseModel:
         The first row of every matrix is compared; None if they agree, or if there is nothing to compare. prefix: the
         model's ``base_model_prefix``.
         """
-        own = {name: weight for name, weight in weights.items() if weight.dim() == 2 and not weight.is_meta}
+        own = {
+            name: weight
+            for name, weight in weights.items()
+            if weight.dim() == 2 and not (weight.is_meta or is_sharded(weight) or is_quantised(weight))
+        }
         # Files of an encoder alone have its names without the prefix.
         own |= {name.removeprefix(f"{prefix}."): weight for name, weight in own.items()}
         for path in self._on_this_machine().weight_files():
             with safe_open(path, framework="pt") as opened:
                 for name in [name for name in opened.keys() if name in own]:  # noqa: SIM118 - not a mapping
                     there, here = opened.get_slice(name)[:1].float(), own[name][:1].detach().cpu()
-                    comparable = not is_quantised(own[name]) and here.shape == there.shape
-                    if comparable and not torch.allclose(here.float(), there, rtol=0.02, atol=1e-3 * there.abs().max()):
+                    near = {"rtol": 0.02, "atol": 1e-3 * there.abs().max()}
+                    if here.shape == there.shape and not torch.allclose(here.float(), there, **near):
                         return name
         return None
 

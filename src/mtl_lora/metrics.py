@@ -33,7 +33,7 @@ _KEPT = re.compile(
     r"(?<!\w)[-.]+(?=\d)"  # the sign or point before a number: -5, .5
     r"|(?<=\d)[.,:/^*-](?=\d)"  # the signs inside one: 1.5, 1/2, 12:30
     r"|(?<=\de)[+-](?=\d)|(?<!\w)-(?=[$€£]\d|[^\W\d_]\b)"  # of an exponent, a sum of money, a letter: 1e-5, -$5, -x
-    r"|(?<=\b[^\W_])[-+*/^<>=](?=[^\W_]\b)"  # those between single ones: x+1, a<b
+    r"|(?<=\b[^\W_])[+*/^<>=](?=[^\W_]\b)"  # those between single ones: x+1, a<b
     r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # those behind a single letter: C++, F#, A-
     rf"|[^{re.escape(string.punctuation)}]"
 )
@@ -42,7 +42,7 @@ _KEPT = re.compile(
 def free_text_words(text: str) -> list[str]:
     """Lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers, with three exceptions.
 
-    Signs that belong to a number or to a single letter count (-1.5 is not 15, C++ is not C, x+1 is not x-1); ``a``,
+    Signs that belong to a number or to a single letter count (-1.5 is not 15, C++ is not C, x+1 is not x1); ``a``,
     ``an`` and ``the`` count at the end, where they are no article (vitamin A); and text of punctuation alone is
     compared as it is.
     """

@@ -643,6 +643,24 @@ def test_a_base_of_another_class_is_not_loaded_in_its_place(tiny_base, tmp_path)
         mtl_lora.load(tmp_path)
 
 
+class Mine(LlamaForCausalLM):
+    """One's own class of a model of transformers."""
+
+
+def test_a_base_of_a_class_of_ones_own_is_loaded_as_that_of_transformers(tiny_base, tmp_path):
+    model = mtl_lora.inject(Mine.from_pretrained(tiny_base, dtype="float32"), adapter_config(target_modules=["q_proj"]))
+    mtl_lora.save(randomise(model), tmp_path)
+    assert read_config(tmp_path).provenance_config.base_class == "LlamaForCausalLM"
+    assert torch.equal(logits(mtl_lora.load(tmp_path, dtype="fp32")), logits(model.eval()))
+
+
+def test_a_model_that_is_trained_whole_is_saved_by_transformers_as_it_is(tmp_path):
+    model = mtl_lora.inject(tiny_llama(), adapter_config("none", modules_to_save=["*"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+
+
 def test_a_name_is_no_base_model_to_put_an_adapter_on(tiny_base, tmp_path):
     with pytest.raises(UserError, match=r"must be a model that is loaded, not .*; or mtl_lora\.load\(folder\)"):
         mtl_lora.load(tiny_base, tmp_path)
@@ -677,6 +695,11 @@ def test_an_adapter_on_a_tied_head_is_known_to_transformers(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     loaded = type(model).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(loaded(input_ids=tokens(2)).logits, expected)
+    with mtl_lora.disabled(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.tie_weights()
+        model.save_pretrained(tmp_path / "base")
+    assert model._tied_weights_keys != ties
     mtl_lora.unload(model)
     assert "_tied_weights_keys" not in vars(model) and model.config.tie_word_embeddings
 

@@ -299,6 +299,8 @@ def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, 
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     del before["settings"]["sampling_temperature"]
     resume(save_step=1, logging_steps=3, data_path=str(shutil.copy(data, tmp_path / "copy.json")))
+    resume(reuse_prefix="never")  # which auto came to, beside dropout
+    refused("shared prompt prefixes", reuse_prefix="always")
     refused(r"sampling_temperature 1\.0 -> 2\.0", sampling_temperature=2.0)
     refused(r"learning_rate 0\.01 -> 0\.5; lora_r 8 -> 4", learning_rate=0.5, lora_r=4)
     no_decay = before.pop("no_decay")  # as in a run of a version that decayed everything

@@ -225,7 +225,9 @@ def _base_of(model: nn.Module) -> Provenance:
         fingerprint = BaseModel(name).local_fingerprint()
     if getattr(model, "is_loaded_in_4bit", False):
         own["train_settings"] = {"load_in_4bit": True}
-    return Provenance(name, fingerprint, base_class=type(model).__name__, **own)
+    # Of a user's or FSDP's subclass the class that transformers makes.
+    classes = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
+    return Provenance(name, fingerprint, base_class=next(classes, type(model)).__name__, **own)
 
 
 def _changed_weight(base: Provenance, model: nn.Module) -> str | None:
@@ -339,14 +341,18 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
 
 
 def _as_it_was(base: "BaseModel", expected: str | None, folder: str | Path, **options) -> nn.Module:
-    """The language model, of the class on which the adapter was trained, where that is known."""
-    way_out = f"{folder} is of a {expected}: load that and pass it, mtl_lora.load(model, folder)"
+    """The language model, of the class on which the adapter was trained, where transformers has it."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    known = expected is not None and hasattr(transformers, expected)
+    way_out = f"the adapter in {folder} is of a {expected}: load that and pass it, mtl_lora.load(model, folder)"
     try:
         model = base.load(**options)
     except UserError as error:
-        raise UserError(f"{error}; the adapter in {way_out}" if expected else str(error)) from None
-    if expected not in (None, type(model).__name__):
-        raise UserError(f"the base model loads as a {type(model).__name__}, and the adapter in {way_out}")
+        raise UserError(f"{error}; {way_out}" if known and expected not in CAUSAL.values() else str(error)) from None
+    if known and expected not in {cls.__name__ for cls in type(model).__mro__}:
+        raise UserError(f"the base model loads as a {type(model).__name__}, and {way_out}")
     return model
 
 

@@ -94,7 +94,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     replace_modules(root, layers)
     train_slots(root, slots, config.modules_to_save)
     _rename_ties(root, injection)
-    for override in (routing.Generate, routing.ExpandInputs, routing.SavePretrained):
+    for override in (routing.Generate, routing.ExpandInputs, *[routing.SavePretrained] * bool(layers)):
         if callable(getattr(root, override.name, None)):
             override(root)
     injection.handles = [
@@ -119,6 +119,7 @@ def _rename_ties(root: nn.Module, injection: Injection) -> None:
 def _restore_ties(root: nn.Module, injection: Injection) -> None:
     if ties := getattr(injection, "ties", None):  # a model pickled by an earlier version has none
         own, root._tied_weights_keys = ties
+        injection.ties = None
         if not own:
             del root._tied_weights_keys
 
@@ -388,6 +389,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     was_off = injection is not None and injection.off
     if injection:
         injection.off = True
+        _restore_ties(unwrap(model), injection)
     try:
         yield
     finally:
@@ -398,6 +400,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
         for layer, base in layers.items():
             layer.training = base.training  # the model may have changed its mode inside the block
         replace_modules(model, {base: layer for layer, base in layers.items()})
+        if layers and injection:
+            _rename_ties(unwrap(model), injection)
 
 
 # ---- the hooks of an injected model; they run outside the region that torch.compile compiles ----

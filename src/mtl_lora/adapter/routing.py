@@ -388,11 +388,12 @@ class SavePretrained(Override):
     name = "save_pretrained"
 
     def __call__(self, *arguments, **options):
-        warnings.warn(
-            "save_pretrained writes the whole model under names that no plain model loads; save the adapter with "
-            "mtl_lora.save, or the model after mtl_lora.merge",
-            stacklevel=2,
-        )
+        if not self.module.mtl_lora_injection.off:
+            warnings.warn(
+                "save_pretrained writes the whole model under names that no plain model loads; save the adapter with "
+                "mtl_lora.save, or the model after mtl_lora.merge",
+                stacklevel=2,
+            )
         return self.original(*arguments, **options)
 
 

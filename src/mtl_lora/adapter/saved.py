@@ -164,7 +164,7 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
     places, like = [], {}
     saved = {id(slot.original) for slot in slots}
     for weight in model.parameters():
-        if weight.is_floating_point() and id(weight) not in saved:
+        if weight.is_floating_point() and not weight.requires_grad and id(weight) not in saved:
             like.setdefault(weight.dtype, weight)
     for slot in slots:
         dtype = slot.original.dtype

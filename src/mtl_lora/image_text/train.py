@@ -70,6 +70,8 @@ class ImageTextRun(Run):
         if self.config.token_budget:  # a batch is padded to its most pictures and to its longest text, in whatever rows
             columns = row_columns(self.train)
             lengths = columns["length"] + columns["image_count"].max() * self.images.tokens
+            if (most := int(lengths.max())) > self.config.token_budget:
+                raise UserError(f"--token_budget must be at least {most}, the longest text with the most images")
         return lengths, False
 
     def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:

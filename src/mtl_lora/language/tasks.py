@@ -92,7 +92,7 @@ class Task(tasks.Task):
         if self.is_matched_by_pattern:
             return 1
         has_case = any(option != option.upper() for option in self.options)
-        if (has_case and in_any_case(self.options)) or "a" in self.options:
+        if (has_case and in_any_case(self.options)) or "a" in map(str.strip, self.options):
             return 4
         if self.options:
             return 3 if whole_option(self.options, self.answer_prefix) else 2

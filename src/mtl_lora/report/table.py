@@ -209,7 +209,8 @@ def _notes(
     for key in dict.fromkeys(key for each in everyone for key in each.settings if key not in first.comparability.free):
         # Another base model has other files, which says nothing more.
         if key != "mode" and (key != "base_fingerprint" or len({each.base_model for each in everyone}) == 1):
-            having_it = [each for each in everyone if key in each.settings]
+            asked = results if key == "tasks_sha256" else everyone  # a single-task model has a task set of its own
+            having_it = [each for each in asked if key in each.settings]
             protocol[_SETTINGS.get(key, key)] = [(each.name, str(each.settings[key])) for each in having_it]
     for word, pairs in protocol.items():
         if len(values := {value for _, value in pairs}) > 1:

@@ -83,7 +83,8 @@ def check_same_run(
     before = {flag.name: flag.default for flag in flags.flags()}
     before |= {names.get(name, name): value for name, value in settings.items()}
     now = configuration["settings"]
-    free = ({flag.name for flag in flags.flags()} - flags.names_affecting("weights")) | {*flags.idle}
+    # What --reuse_prefix came to is one of the facts.
+    free = ({flag.name for flag in flags.flags()} - flags.names_affecting("weights")) | {*flags.idle, "reuse_prefix"}
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - free)
