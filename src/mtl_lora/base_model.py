@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -216,6 +217,20 @@ class BaseModel:
             raise UserError(
                 f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {kind.way_out}"
             )
+        return model
+
+    def load_as(self, expected: str | None, source: str, **options) -> PreTrainedModel:
+        """``load``, where ``source`` is of a model of the class ``expected``; None, or a class that transformers does
+        not have, for any. Raises ``UserError`` where another one is loaded."""
+        known = expected is not None and hasattr(transformers, expected)
+        way_out = f"{source} is of a {expected}: load that and pass it, mtl_lora.load(model, folder)"
+        try:
+            model = self.load(**options)
+        except UserError as error:
+            other = known and expected not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+            raise UserError(f"{error}; {way_out}" if other else str(error)) from None
+        if known and expected not in {cls.__name__ for cls in type(model).__mro__}:
+            raise UserError(f"the base model loads as a {type(model).__name__}, and {way_out}")
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

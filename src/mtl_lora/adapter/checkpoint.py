@@ -8,7 +8,6 @@ import importlib.util
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -26,9 +25,6 @@ from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 from mtl_lora.version import __version__
-
-if TYPE_CHECKING:
-    from mtl_lora.base_model import BaseModel
 
 FORMAT = 2  # format 1 is read too: its "provenance" is called "origin", its hyperparameters are not nested
 
@@ -336,24 +332,8 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
     options = {"load_in_4bit": provenance.load_in_4bit, **options}
     if provenance.system == "language":
-        return _as_it_was(base, provenance.base_class, folder, **options)
+        return base.load_as(provenance.base_class, f"the adapter in {folder}", **options)
     return systems.part(provenance.system, "model").base_of(provenance, trust_remote_code, **options)
-
-
-def _as_it_was(base: "BaseModel", expected: str | None, folder: str | Path, **options) -> nn.Module:
-    """The language model, of the class on which the adapter was trained, where transformers has it."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    known = expected is not None and hasattr(transformers, expected)
-    way_out = f"the adapter in {folder} is of a {expected}: load that and pass it, mtl_lora.load(model, folder)"
-    try:
-        model = base.load(**options)
-    except UserError as error:
-        raise UserError(f"{error}; {way_out}" if known and expected not in CAUSAL.values() else str(error)) from None
-    if known and expected not in {cls.__name__ for cls in type(model).__mro__}:
-        raise UserError(f"the base model loads as a {type(model).__name__}, and {way_out}")
-    return model
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
