@@ -20,8 +20,8 @@ def flag(default, help: str, **metadata):
     ``answers`` (the default of a configuration is its ``affects``), ``content`` for a path whose content decides, or
     ``nothing``; ``min``, ``max``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list
     of the arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of
-    those behind it; ``before``, what was fixed while the field did not
-    exist: files without it take that.
+    those behind it; ``before``, what was fixed while the field did not exist: files without it take that;
+    ``by_outcome=True`` where not the flag but what it came to is compared with that of a run to resume.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):

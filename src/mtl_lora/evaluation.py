@@ -143,7 +143,7 @@ class Evaluator(abc.ABC):
         base.check_quantisation()
         self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
         require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
-        self.base_fingerprint = base.fingerprint()
+        self.base_fingerprint, self.base_config = base.fingerprint(), base.config_sha256()
         base.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
 
     @property
@@ -181,7 +181,7 @@ class Evaluator(abc.ABC):
 
     def recorded_settings(self, protocol: str) -> dict:
         """What ``settings.json`` holds: ``settings``, and hashes of the configurations of base and adapter."""
-        own, recorded = self.adapter_json(), self.settings(protocol) | {BASE_CONFIG: self.base_model.config_sha256()}
+        own, recorded = self.adapter_json(), self.settings(protocol) | {BASE_CONFIG: self.base_config}
         if own is None:
             return recorded
         own = own.get("adapter", own)  # of a checkpoint, of PEFT

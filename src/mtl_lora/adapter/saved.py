@@ -55,14 +55,15 @@ def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """A weight or buffer that is saved: its name, every (module, key) where it stands, and the frozen original."""
+    """A weight or buffer that is saved: its name, every (module, key) where it stands, and the frozen original.
+
+    like: a weight of the base with the original's dtype, which shows what the model was cast to since.
+    """
 
     name: str
     places: list[tuple[nn.Module, str]]
     original: torch.Tensor
-    like: nn.Parameter | None = (
-        None  # a weight of the base with the original's dtype, which follows what the model is cast to
-    )
+    like: nn.Parameter | None = None
 
     @property
     def is_weight(self) -> bool:
@@ -82,9 +83,11 @@ class Slot:
     def put_original(self) -> torch.Tensor:
         """Have the model use the frozen original; returns what it used before."""
         trained = self.get()
-        own = {self.original.dtype, _kept_dtype(self.original.dtype)} if self.is_weight else {self.original.dtype}
-        dtype = self.original.dtype if trained.dtype in own else trained.dtype
-        dtype = dtype if self.like is None else self.like.dtype
+        if self.like is not None:
+            dtype = self.like.dtype
+        else:
+            own = {self.original.dtype, _kept_dtype(self.original.dtype)} if self.is_weight else {self.original.dtype}
+            dtype = self.original.dtype if trained.dtype in own else trained.dtype
         if (self.original.device, self.original.dtype) != (trained.device, dtype):  # the model was moved or cast since
             self.original.data = self.original.data.to(trained.device, dtype)
         self.put(self.original)

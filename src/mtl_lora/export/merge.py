@@ -74,7 +74,10 @@ def export_merged(
     base = load_base(base_model, config, STORED if dtype == "auto" else dtype, in_4bit)
     # What was trained on 4 bits belongs to the weights that these stand for, not to those that they were made of.
     model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)
-    _ = single_task(model, task) if heads else mtl_lora.merge(model, task)
+    if heads:
+        single_task(model, task)
+    else:
+        mtl_lora.merge(model, task)
     check_finite(model)
     with files.atomic_directory(output, written, overwrite, inputs) as folder:
         model.save_pretrained(folder)

@@ -66,12 +66,13 @@ class ImageTextRun(Run):
         return columns["length"] + columns["image_count"] * self.images.tokens
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
-        lengths = self._lengths(self.train)
-        if self.config.token_budget:  # a batch is padded to its most pictures and to its longest text, in whatever rows
-            columns = row_columns(self.train)
-            lengths = columns["length"] + columns["image_count"].max() * self.images.tokens
-            if (most := int(lengths.max())) > self.config.token_budget:
-                raise UserError(f"--token_budget must be at least {most}, the longest text with the most images")
+        if not self.config.token_budget:
+            return self._lengths(self.train), False
+        # A batch is padded to its most pictures and to its longest text, in whatever rows.
+        columns = row_columns(self.train)
+        lengths = columns["length"] + columns["image_count"].max() * self.images.tokens
+        if (most := int(lengths.max())) > self.config.token_budget:
+            raise UserError(f"--token_budget must be at least {most}, the longest text with the most images")
         return lengths, False
 
     def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:

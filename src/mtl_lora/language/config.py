@@ -43,6 +43,7 @@ class TrainConfig(TrainingConfig):
         "run the prompt prefix that a task's rows share once a micro-batch: always, never, or auto: without dropout, "
         "where the losses stay the same",
         choices=("auto", "always", "never"),
+        by_outcome=True,
     )
 
     def validate(self) -> None:

@@ -83,8 +83,8 @@ def check_same_run(
     before = {flag.name: flag.default for flag in flags.flags()}
     before |= {names.get(name, name): value for name, value in settings.items()}
     now = configuration["settings"]
-    # What --reuse_prefix came to is one of the facts.
-    free = ({flag.name for flag in flags.flags()} - flags.names_affecting("weights")) | {*flags.idle, "reuse_prefix"}
+    free = ({flag.name for flag in flags.flags()} - flags.names_affecting("weights")) | {*flags.idle}
+    free |= {flag.name for flag in flags.flags() if flag.metadata.get("by_outcome")}
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - free)
