@@ -102,6 +102,10 @@ def init_deepspeed(config: TrainingConfig) -> None:
 def destroy_process_group() -> None:
     """Leave the process group, after the last training of this process: a group cannot be joined twice."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_backend() == "gloo":
+            # DDP and DeepSpeed keep the group, and so its threads, to the end of the process. One that then still holds
+            # a tensor of Python aborts it (exit code -6), after all is saved; meanwhile in a barrier it lets go of it.
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
