@@ -16,11 +16,13 @@ from baselines import one_at_a_time
 from measure import count, keep, markdown_table, parser, ratio, rounds, shown, spread
 
 from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.evaluation import load_questions
 from mtl_lora.language.answering import continuations
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.examples import load_examples
 from mtl_lora.language.metrics import extract_answer
-from mtl_lora.language.questions import TOKEN_BUDGET, Question, load_questions
+from mtl_lora.language.questions import Question
 
 
 def main() -> None:
@@ -70,7 +72,7 @@ def prepared(checkpoint: str | Path, data_dir: str | Path, dtype: str) -> tuple[
     """An evaluator with its model loaded, and the questions of all its tasks."""
     config = EvalConfig(checkpoint=str(checkpoint), mode="both", dtype=dtype, max_new_tokens=8)
     evaluator = Evaluator(config)
-    asked = load_questions(str(data_dir), evaluator.tasks, [], evaluator.encoder).questions
+    asked = load_questions(data_dir, evaluator.tasks, [], load_examples, evaluator.questions).questions
     evaluator.prepare(dict.fromkeys(config.protocols, asked))
     evaluator.load()
     return evaluator, asked
@@ -107,7 +109,7 @@ def floor(evaluator: Evaluator, questions: list[Question]) -> int:
         rest = len(question.prompt_ids) - len(evaluator.prefixes.get(question.task.id, ()))
         tokens += rest + len(shared) + sum(len(option) - 1 for option in own)
     length = max(tokens // len(questions), 1)
-    rows = max(TOKEN_BUDGET // length, 1)
+    rows = max(evaluator.token_budget // length, 1)
     for start in range(0, len(questions), rows):
         ids = torch.randint(evaluator.model.config.vocab_size, (min(rows, len(questions) - start), length))
         ids = ids.to(evaluator.model.device)

@@ -16,10 +16,10 @@ from mtl_lora import embedded
 from mtl_lora.adapter import checkpoint
 from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
-from mtl_lora.evaluation import plan_batches
+from mtl_lora.evaluation import load_questions, plan_batches
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.questions import load_questions
+from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
 
 SMOLLM2, MINILM, DINOV2 = "smollm2-135m", "minilm-l6", "dinov2-small"
@@ -170,11 +170,14 @@ def evaluator(tmp_path_factory) -> Evaluator:
 @pytest.mark.slow(15)
 @pytest.mark.parametrize("mode", ["generate", "score"])
 def test_questions_of_all_tasks_get_the_same_answers_alone_and_in_batches(evaluator, mode):
-    asked = load_questions(QUICKSTART / "test", evaluator.tasks, [], evaluator.encoder, limit=1).questions
+    data = QUICKSTART / "test", evaluator.tasks, []
+    asked = load_questions(*data, load_examples, evaluator.questions, limit=1).questions
     evaluator.prepare({mode: asked})
     by_size = []
     for size in (1, 16):
-        lines = [line for batch in plan_batches(asked, size, 0) for line in evaluator.answer(batch, mode)]
+        lines = [
+            line for batch in plan_batches(asked, size, 0, evaluator.tokens) for line in evaluator.answer(batch, mode)
+        ]
         by_size.append({(line["task"], line["index"]): line.get("text", line["parsed"]) for line in lines})
     assert len(by_size[0]) == 8 and by_size[0] == by_size[1]
     assert len(set(by_size[0].values())) > 3, "a model that always says the same would pass any comparison"

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors
 import torch
@@ -35,6 +35,7 @@ from mtl_lora.data_files import data_file, read_values
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import Comparability, Results, TaskNames, TaskResult, Trainable
+from mtl_lora.systems import BASE_KINDS
 from mtl_lora.tasks import Task, TaskSet
 from mtl_lora.version import __version__, checkout_commit
 
@@ -42,35 +43,28 @@ PARTS = "~part-*.jsonl"  # no task name begins with "~"
 ADAPTER_CONFIG, BASE_CONFIG = "adapter_config_sha256", "base_config_sha256"  # in settings.json
 
 
-class Question(Protocol):
-    """One example, ready for a model. key: the task's name and the example's index."""
-
-    task: Task
-    prompt_ids: list[int]
-
-    @property
-    def key(self) -> tuple[str, int]: ...
-
-    def answered_by(self, line: Mapping | None) -> bool:
-        """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
-
-    def extract_again(self, line: dict) -> dict:
-        """A line of this question, with its answer found by today's rules."""
-
-
 @dataclasses.dataclass
-class ExampleQuestion:
-    """A question of a system whose examples are records of a file. row: of the system's ``Encoder``."""
+class Question:
+    """One example, ready for a model. row: of the system's ``Encoder``, where the prompt alone is not enough."""
 
     task: Task
     example: Any  # of the system, with its ``index`` in the file
-    row: dict
+    prompt_ids: list[int]
     prompt_sha256: str
+    row: dict = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int]:
         """The task's name and the example's index: different for every question of an evaluation."""
         return self.task.name, self.example.index
+
+    def answered_by(self, line: Mapping | None) -> bool:
+        """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
+        raise NotImplementedError
+
+    def extract_again(self, line: dict) -> dict:
+        """A line of this question, with its answer found by today's rules."""
+        raise NotImplementedError
 
 
 class Evaluator(abc.ABC):
@@ -82,6 +76,7 @@ class Evaluator(abc.ABC):
     config: Config
     system: str
     version: int  # raised when a question gets another answer from the same model and settings
+    token_budget, gpu_token_budget = 2048, 65536  # tokens of a batch with --batch_size auto; larger ones are no faster
     base_model: BaseModel
     base_fingerprint: str
     load_in_4bit: bool
@@ -131,15 +126,15 @@ class Evaluator(abc.ABC):
                 f"are of {', '.join(self.tasks.names)}; pass --tasks_file FILE that declares its tasks"
             )
 
-    def use_base(self, name: str | None, kind: str, origin: Provenance) -> None:
-        """Take the base model ``name`` of a kind (of ``base_model.KINDS``).
+    def use_base(self, name: str | None, origin: Provenance) -> None:
+        """Take the base model ``name``, of the system's kind.
 
         Raises ``UserError`` for None, and for one that cannot be read here or is not the checkpoint's.
         """
         config = self.config
         if name is None:
             raise UserError(f"{config.checkpoint} does not name its base model; pass --base_model")
-        base = self.base_model = BaseModel(name, config.trust_remote_code, kind)
+        base = self.base_model = BaseModel(name, config.trust_remote_code, BASE_KINDS[self.system])
         base.check_quantisation()
         self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
         require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
@@ -209,9 +204,14 @@ class Evaluator(abc.ABC):
     def build(self) -> torch.nn.Module:
         """The base model with its weights, on which a checkpoint's adapter is put."""
 
-    @abc.abstractmethod
     def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
         """The batches in which questions are answered, whoever answers them and whenever."""
+        budget = self.gpu_token_budget if torch.cuda.is_available() else self.token_budget
+        return plan_batches(questions, self.config.batch_size, budget, self.tokens)
+
+    def tokens(self, question: Question) -> int:
+        """What a question takes of a batch's token budget."""
+        return len(question.prompt_ids)
 
     @abc.abstractmethod
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
@@ -295,15 +295,11 @@ def load_questions(
     return found
 
 
-def _prompt_length(question: Question) -> int:
-    return len(question.prompt_ids)
-
-
 def plan_batches(
     questions: Sequence[Question],
     batch_size: int | str,
     token_budget: int,
-    length: Callable[[Question], int] = _prompt_length,
+    length: Callable[[Question], int],
 ) -> list[list[Question]]:
     """Batches of at most ``batch_size`` questions, or with ``auto`` of at most ``token_budget`` tokens.
 

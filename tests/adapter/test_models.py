@@ -162,19 +162,8 @@ class WithoutHead(transformers.LlamaForCausalLM):
         raise NotImplementedError
 
 
-class Wrapper(nn.Module):
-    """Hands everything on, as DDP and DeepSpeed do."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *arguments, **options):
-        return self.module(*arguments, **options)
-
-
 @pytest.mark.parametrize("kind", [OwnHead, WithoutHead])
-@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["bare", "wrapped"])
 def test_model_whose_head_is_not_seen_projects_whole_rows_and_says_so_once(wrap, kind, capsys):
     projection._say_that_all_is_projected.cache_clear()
     model = randomise(mtl_lora.inject(tiny_llama(), adapter_config()))

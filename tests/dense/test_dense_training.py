@@ -129,7 +129,7 @@ def test_training_equals_a_plain_loop_however_a_step_is_split(train, still_norms
     split, _ = train("split", tasks=tasks, augmentation="pascal", batch_size=1, gradient_accumulation_steps=4)
     data = DenseDataset(config.data_path, "train", config.task_set(), 16, "pascal", config.seed)
     set_seed(config.seed)
-    model = dense.load(BaseModel(swin, kind=dense.KIND), data.tasks, "fp64")
+    model = dense.load(BaseModel(swin, kind="vision"), data.tasks, "fp64")
     mtl_lora.inject(model, dense.placed(config.adapter_config(data.tasks), model)).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)

@@ -22,7 +22,7 @@ from mtl_lora.base_model import BaseModel
 from mtl_lora.export.merge import export_merged
 from mtl_lora.export.peft import export_peft
 from mtl_lora.image_text import model as visual
-from mtl_lora.image_text.model import KIND, VisualConfig
+from mtl_lora.image_text.model import VisualConfig
 
 VOCABULARY, DIM, GRID, PAD = 40, 5, 3, 1
 IMAGES = VisualConfig(dim=DIM, grid=GRID, pool=2)
@@ -91,7 +91,7 @@ def base_folder(name: str, folder) -> BaseModel:
     torch.manual_seed(0)
     architecture, config = MODELS[name]
     architecture(config).double().save_pretrained(folder)
-    return BaseModel(str(folder), kind=KIND)
+    return BaseModel(str(folder), kind="text_generator")
 
 
 def built(base: BaseModel, name: str, method: str = "mtl_lora"):
@@ -275,7 +275,7 @@ BART_BASE.encoder_ffn_dim = BART_BASE.decoder_ffn_dim = 3072
 def bart_base(tmp_path, **adapter):
     """BART-base with the original's 36 images' cells of 2,048 numbers, an adapter on queries and values."""
     BART_BASE.save_pretrained(tmp_path)
-    model = visual.structure(BaseModel(str(tmp_path), kind=KIND), VisualConfig(dim=2048, grid=7, pool=6))
+    model = visual.structure(BaseModel(str(tmp_path), kind="text_generator"), VisualConfig(dim=2048, grid=7, pool=6))
     config = AdapterConfig(tasks=TASKS, target_modules=["q_proj", "v_proj"], dropout=0, **adapter)
     return mtl_lora.inject(model, visual.in_language_model(config, model))
 
@@ -325,7 +325,7 @@ def test_a_checkpoint_gives_the_same_outputs_and_the_frozen_rows_again(name, tmp
             command(tmp_path / "adapter", tmp_path / "out", task)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"3 x 3 cells of 5"):
-        mtl_lora.load(BaseModel(str(tmp_path / "base"), kind=KIND).load("fp64"), tmp_path / "adapter")
+        mtl_lora.load(BaseModel(str(tmp_path / "base"), kind="text_generator").load("fp64"), tmp_path / "adapter")
 
 
 @torch.no_grad()
@@ -344,7 +344,7 @@ def test_merged_unloaded_and_disabled_models_keep_a_visual_embedding(model, tmp_
     assert torch.equal(unloaded(**plain).logits, drawn)
     # Without images it is the language model that it was.
     text = {name: value for name, value in plain.items() if name not in ("features", "attention_mask")}
-    own = BaseModel(str(tmp_path), kind=KIND).load("fp64").eval()
+    own = BaseModel(str(tmp_path), kind="text_generator").load("fp64").eval()
     assert torch.equal(unloaded(**text).logits, own(**text).logits)
 
 

@@ -11,7 +11,7 @@ from shared import QUICKSTART
 import mtl_lora
 from mtl_lora import route
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import likeliest
+from mtl_lora.evaluation import likeliest, load_questions
 from mtl_lora.language.answering import (
     OptionScorer,
     PrefixCaches,
@@ -21,8 +21,8 @@ from mtl_lora.language.answering import (
 )
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.examples import Example
-from mtl_lora.language.questions import Question, load_questions
+from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.questions import Question
 from mtl_lora.language.tasks import Task
 
 # ---- scores on every architecture ----
@@ -192,7 +192,8 @@ def evaluator(trained):
 @pytest.fixture
 def asked(evaluator) -> list[Question]:
     """Two questions of each task; made for each test, which may change them."""
-    return load_questions(QUICKSTART / "test", evaluator.tasks, [], evaluator.encoder, limit=2).questions
+    data = QUICKSTART / "test", evaluator.tasks, []
+    return load_questions(*data, load_examples, evaluator.questions, limit=2).questions
 
 
 def own(question: Question, *options: str) -> Question:

@@ -18,6 +18,10 @@ few = settings(max_examples=30, deadline=None)
 SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60)), min_size=1, max_size=40)
 
 
+def prompt_length(question: Question) -> int:
+    return len(question.prompt_ids)
+
+
 def questions(sizes: list[tuple[int, int]]) -> list[Question]:
     return [
         Question(COMMONSENSE[task], Example("", "", "", "", task, index), list(range(length)), "")
@@ -29,7 +33,7 @@ def questions(sizes: list[tuple[int, int]]) -> list[Question]:
 @given(SIZES, st.one_of(st.integers(1, 9), st.just("auto")), st.integers(10, 200))
 def test_every_question_is_in_one_batch_of_its_task_the_longest_first(sizes, batch_size, budget):
     made = questions(sizes)
-    batches = plan_batches(made, batch_size, budget)
+    batches = plan_batches(made, batch_size, budget, prompt_length)
     assert sorted(question.key for batch in batches for question in batch) == sorted(one.key for one in made)
     for batch in batches:
         assert len({question.task.id for question in batch}) == 1
@@ -46,7 +50,10 @@ def test_every_question_is_in_one_batch_of_its_task_the_longest_first(sizes, bat
 def test_the_batches_do_not_depend_on_the_order_of_the_questions(sizes):
     made = questions(sizes)
     shuffled = random.Random(0).sample(made, len(made))
-    planned = [[[one.key for one in batch] for batch in plan_batches(given_, 4, 0)] for given_ in (made, shuffled)]
+    planned = [
+        [[one.key for one in batch] for batch in plan_batches(given_, 4, 0, prompt_length)]
+        for given_ in (made, shuffled)
+    ]
     assert sorted(planned[0]) == sorted(planned[1])
 
 

@@ -22,7 +22,7 @@ from mtl_lora.training import cuda_graphs
 def test_a_step_neither_waits_for_the_device_nor_copies_to_it(method, settings, monkeypatch):
     config = TrainConfig(**settings("run", adapter_name=method, lora_r=8, lora_dropout=0.1))
     tasks = config.task_set()
-    model = encoders.structure(BaseModel(config.base_model, kind=encoders.KIND), tasks)
+    model = encoders.structure(BaseModel(config.base_model, kind="encoder"), tasks)
     mtl_lora.inject(model, encoders.in_encoder(config.adapter_config(tasks), model)).train()
     losses = encoders.TaskLosses(tasks)
     losses.is_regression = losses.is_regression.to("meta")

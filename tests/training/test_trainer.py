@@ -14,7 +14,8 @@ from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.token_cache import COLUMNS
-from mtl_lora.training.trainer import MultiTaskTrainer, TaskLosses, make_sampler, training_arguments
+from mtl_lora.training.sampler import LengthGroupedBatchSampler
+from mtl_lora.training.trainer import MultiTaskTrainer, TaskLosses, training_arguments
 
 LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row
 PROMPTS = [4, 3, 5, 2, 5, 10, 1, 6]  # of which the prompt; the answers differ in length, as means over them would
@@ -89,6 +90,13 @@ def make_trainer(
         output_dir=str(tmp_path), batch_size=batch_size, gradient_accumulation_steps=accumulation, weight_decay=0.1
     )
     arguments = training_arguments(config)
+    sampler = LengthGroupedBatchSampler(
+        np.array(LENGTHS),
+        np.array(TASK_IDS),
+        config.batch_size,
+        config.seed,
+        accumulation=config.gradient_accumulation_steps,
+    )
     language = {
         "model": adapted_llama().train(),
         "losses": token_losses,
@@ -98,7 +106,7 @@ def make_trainer(
     }
     return MultiTaskTrainer(
         args=arguments,
-        sampler=make_sampler(config, arguments, np.array(LENGTHS), np.array(TASK_IDS)),
+        sampler=sampler,
         provenance=Provenance(),
         **(language | options),
     )

@@ -333,7 +333,7 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
     options = {"load_in_4bit": provenance.load_in_4bit, **options}
     if provenance.system == "language":
         return base.load_as(provenance.base_class, f"the adapter in {folder}", **options)
-    return systems.part(provenance.system, "model").base_of(provenance, trust_remote_code, **options)
+    return systems.part(provenance.system, "model").base_of(base, provenance, **options)
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:

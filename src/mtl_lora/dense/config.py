@@ -156,11 +156,6 @@ class PredictConfig(PredictionFlags, AnswerConfig):
         if not Path(self.input).exists():
             raise UserError(f"the input {self.input} does not exist; pass --input, an image or a folder of images")
 
-    @property
-    def answer_flags(self) -> dict[str, object]:
-        """The flags of ``AnswerConfig`` but the checkpoint."""
-        return {each.name: getattr(self, each.name) for each in AnswerConfig.flags() if each.name != "checkpoint"}
-
 
 # What the commands' help begins with.
 TRAIN_ABOUT = "Train one vision transformer on several maps of an image, with MTLoRA or another low-rank adapter."

@@ -76,7 +76,7 @@ class Evaluator(evaluation.Evaluator):
         self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
         self.cutoff_len = None
         self.image_size = config.image_size or (origin.train_settings or {}).get("image_size") or TrainConfig.image_size
-        self.use_base(config.base_model or origin.base_model, dense.KIND, origin)
+        self.use_base(config.base_model or origin.base_model, origin)
         dense.structure(self.base_model, self.tasks, self.image_size)
         self.data: DenseDataset | None = None
 
@@ -125,6 +125,19 @@ class Evaluator(evaluation.Evaluator):
             if not output.isfinite().all():
                 raise evaluation.not_finite(f"a map of {name} has values")
         return outputs
+
+    def predicted(
+        self, images: Sequence[str | Path | Image.Image]
+    ) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]:
+        """Of each image as the model is shown it (3, S, S), upright, and its maps at its own size."""
+        size = self.image_size
+        for image in images:
+            opened = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(Path(image))
+            pixels, shape = pixels_of(opened, size)
+            shown = image_tensor(pixels, Warp(), size, shape)
+            self.load()
+            outputs = self.maps(shown[None])
+            yield shown, {task.name: map_of(task, outputs[task.name][0], shape) for task in self.tasks}
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         return in_halves(self._answers, list(questions))
@@ -192,21 +205,7 @@ class Predictor(evaluation.Predictor):
         """The maps of each image at its own size, see ``sheet.map_of``."""
         if isinstance(images, str | Path | Image.Image):
             raise UserError("predict takes a list of images; put the one into brackets")
-        return [maps for _, maps in self._predicted(images)]
-
-    def _predicted(
-        self, images: Sequence[str | Path | Image.Image]
-    ) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]:
-        """Of each image as the model is shown it (3, S, S), upright, and its maps at its own size."""
-        evaluator = self.evaluator
-        size = evaluator.image_size
-        for image in images:
-            opened = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(Path(image))
-            pixels, shape = pixels_of(opened, size)
-            shown = image_tensor(pixels, Warp(), size, shape)
-            evaluator.load()
-            outputs = evaluator.maps(shown[None])
-            yield shown, {task.name: map_of(task, outputs[task.name][0], shape) for task in evaluator.tasks}
+        return [maps for _, maps in self.evaluator.predicted(images)]
 
 
 def predict(config: PredictConfig) -> None:
@@ -215,21 +214,20 @@ def predict(config: PredictConfig) -> None:
         require_readable(paths := [source])
     else:
         paths = list(find_images(source, "--input", False).values())
-    predictor = Predictor(config.checkpoint, **config.answer_flags)
-    tasks = predictor.evaluator.tasks
+    evaluator = Evaluator(config)
     output = config.output, ["*.png", "*.npy"], config.overwrite, [config.input], True
     if config.check:
         files.check_output(*output)
         print(f"every setting is fine; {len(paths):,} images")
         return
-    rows, size = [], (predictor.evaluator.image_size,) * 2
+    rows, size = [], (evaluator.image_size,) * 2
     with files.atomic_directory(*output) as made:
-        for path, (shown, maps) in zip(paths, predictor._predicted(paths), strict=True):
-            for task in tasks:
+        for path, (shown, maps) in zip(paths, evaluator.predicted(paths), strict=True):
+            for task in evaluator.tasks:
                 write_map(maps[task.name], task, made / task.name / f"{path.stem}{task.suffix}")
             if len(rows) < config.sheet:
                 small = {name: _small(found, size) for name, found in maps.items()}
-                rows += rows_of(shown, list(tasks), small)
+                rows += rows_of(shown, list(evaluator.tasks), small)
         if rows:
             write_sheet(rows, made / artifacts.SHEET)
     print(f"maps of {len(paths):,} images in {config.output}")

@@ -1,5 +1,6 @@
 """The whole model of dense prediction: a backbone with streams, a decoder per task, and which of it trains."""
 
+import dataclasses
 import re
 
 import torch
@@ -15,9 +16,6 @@ from mtl_lora.dense.backbones import MERGING, TARGETS, TASK_TARGETS, TRAINED, wi
 from mtl_lora.dense.decoders import Decoder
 from mtl_lora.dense.tasks import TaskSet
 from mtl_lora.errors import UserError
-from mtl_lora.systems import BASE_KINDS
-
-KIND = BASE_KINDS["dense"]
 
 
 class Decoders(nn.ModuleList):
@@ -88,10 +86,10 @@ def structure(base: BaseModel, tasks: TaskSet, image_size: int = 0) -> DenseMode
     return found
 
 
-def base_of(provenance: Provenance, trust_remote_code: bool = False, **options) -> DenseModel:
+def base_of(base: BaseModel, provenance: Provenance, **options) -> DenseModel:
     """The model on which a checkpoint's adapter is put; options: of ``load``."""
     tasks = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
-    return load(BaseModel(provenance.base_model, trust_remote_code, KIND), tasks, **options)
+    return load(base, tasks, **options)
 
 
 def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:
@@ -119,7 +117,7 @@ def placed(adapter: AdapterConfig, model: DenseModel, downsampler: bool = False,
     if downsampler and not merges:
         raise UserError(f"downsampler is the patch merging's, which {family} does not have; leave it out")
     if not method.adapts:
-        return _changed(adapter, modules_to_save=saved)
+        return dataclasses.replace(adapter, modules_to_save=saved)
     if method.needs_task_ids and not method.makes_streams:
         raise UserError(f"adapter_name {adapter.method} needs the task of each image, and here an image has all")
     targets = TARGETS if adapter.target_modules == "all-linear" else adapter.target_modules
@@ -135,8 +133,5 @@ def placed(adapter: AdapterConfig, model: DenseModel, downsampler: bool = False,
         tasks = [f"{block}.{name}" for block in model.backbone.last_blocks for name in TASK_TARGETS]
         if missing := {name.rpartition(".")[2] for name in TASK_TARGETS} - {*targets}:
             raise UserError(f"{', '.join(sorted(missing))} must be among them, or a task's stream would end there")
-    return _changed(adapter, target_modules=targets, task_modules=tasks, modules_to_save=list(dict.fromkeys(saved)))
-
-
-def _changed(adapter: AdapterConfig, **fields) -> AdapterConfig:
-    return AdapterConfig.from_json(adapter.to_json() | fields)
+    saved = list(dict.fromkeys(saved))
+    return dataclasses.replace(adapter, target_modules=targets, task_modules=tasks, modules_to_save=saved)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files, route
 from mtl_lora.errors import UserError, within
-from mtl_lora.evaluation import ExampleQuestion, NotANumber, claimed_folders, in_halves, load_questions, plan_batches
+from mtl_lora.evaluation import NotANumber, claimed_folders, in_halves, load_questions
 from mtl_lora.image_text import model as visual
 from mtl_lora.image_text import page
 from mtl_lora.image_text.captions import caption_rows, tokenizer_here
@@ -24,17 +24,11 @@ from mtl_lora.images import find_images
 from mtl_lora.metrics import METRICS, mean, same_text, text_f1
 from mtl_lora.results import Comparability, Results, TaskResult, measure
 
-TOKEN_BUDGET, GPU_TOKEN_BUDGET = 2048, 65536  # tokens of a batch with --batch_size auto, visual ones included
 SHUFFLE_SEED = 0  # of the images that stand in for others
 
 
-class Question(ExampleQuestion):
+class Question(evaluation.Question):
     """One example, ready for a model. row: of ``Encoder.encode``, with the images that are shown."""
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The token ids of the text."""
-        return self.row["prompt_ids"]
 
     @property
     def target(self) -> dict:
@@ -84,7 +78,7 @@ class Evaluator(evaluation.Evaluator):
         self.use_tasks(origin, OPEN_SETS)
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
         name = config.base_model or origin.base_model
-        self.use_base(name, visual.KIND, origin)
+        self.use_base(name, origin)
         self.encoder = Encoder(self.base_model.tokenizer(), self.base_model.config(), self.cutoff_len, self.tasks)
         if config.official and not self.encoder.is_encoder_decoder:
             raise UserError(f"--official compares labels in the decoder of a BART, which {name!r} is not; leave it out")
@@ -160,7 +154,7 @@ class Evaluator(evaluation.Evaluator):
             others = self.others.get(example.task_id)
             row["images"] = [others[image] for image in example.images] if others else row["images"]
             digest = files.sha256_of(str([row["prompt_ids"], row["images"]]).encode())
-            found.append(Question(self.tasks[example.task_id], example, row, digest))
+            found.append(Question(self.tasks[example.task_id], example, row["prompt_ids"], digest, row))
         if self.store:
             with within(source):
                 self.store.check(image for row in rows for image in row["images"])
@@ -184,13 +178,9 @@ class Evaluator(evaluation.Evaluator):
         model.generation_config = GenerationConfig()
         return model
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
-
-        def tokens(question: Question) -> int:  # of all rows that a choice's labels are scored in
-            return self._length(question) * max(len(self.encoder.labels[question.task.id]), 1)
-
-        return plan_batches(questions, self.config.batch_size, budget, tokens)
+    def tokens(self, question: Question) -> int:
+        """Of all rows that a choice's labels are scored in, visual ones included."""
+        return self._length(question) * max(len(self.encoder.labels[question.task.id]), 1)
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
@@ -337,5 +327,4 @@ class Predictor(evaluation.Predictor):
 
 def predict(config: PredictConfig) -> None:
     """Answer every example of the input file that has no answer yet, then write the output file whole."""
-    config.check_files()
     evaluation.predict(Evaluator(config), ANSWER)

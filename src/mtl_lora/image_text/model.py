@@ -30,9 +30,7 @@ from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, accepts_argument, positions_of
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
-from mtl_lora.systems import BASE_KINDS
 
-KIND = BASE_KINDS["image_text"]
 NAME = "visual_embedding"  # of the module in the model
 _SPREAD = 0.02  # of drawn weights, where a model's configuration does not say
 
@@ -249,9 +247,9 @@ def load(base: BaseModel, config: VisualConfig, dtype: str = "auto", load_in_4bi
     return with_images(base.load(dtype, load_in_4bit, **options), config)
 
 
-def base_of(provenance: Provenance, trust_remote_code: bool = False, **options) -> PreTrainedModel:
+def base_of(base: BaseModel, provenance: Provenance, **options) -> PreTrainedModel:
     """The model with a visual embedding on which a checkpoint's adapter is put; options: of ``load``."""
-    return load(BaseModel(provenance.base_model, trust_remote_code, KIND), visual_config(provenance), **options)
+    return load(base, visual_config(provenance), **options)
 
 
 def visual_config(provenance: Provenance) -> VisualConfig:
@@ -281,6 +279,6 @@ def in_language_model(adapter: AdapterConfig, model: PreTrainedModel) -> Adapter
     Raises ``UserError`` as ``find_targets`` does.
     """
     saved = list(dict.fromkeys([NAME, *adapter.modules_to_save]))
-    adapter = AdapterConfig.from_json(adapter.to_json() | {"modules_to_save": saved})
+    adapter = dataclasses.replace(adapter, modules_to_save=saved)
     find_targets(model, adapter)
     return adapter

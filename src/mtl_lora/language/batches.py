@@ -11,10 +11,11 @@ from torch import nn
 
 from mtl_lora import route
 from mtl_lora.adapter import routing
+from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import at_least_float32
 from mtl_lora.language.prefix import Packer, forward_arguments, let_attention_share
 from mtl_lora.training.cuda_graphs import padded_length
-from mtl_lora.training.projection import logits_at, unwrapped
+from mtl_lora.training.projection import logits_at
 
 IGNORED = -100  # the label that torch's cross entropy skips
 _SIZES = 16  # of supervised, at most, where batches are to have few shapes
@@ -150,9 +151,9 @@ class CheckedLosses:
         model.train(training and not self.dropout)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             expected = token_losses(model, _plain(probe))[0]
-            attention = let_attention_share(unwrapped(model))
+            attention = let_attention_share(unwrap(model))
             try:
-                if not _alike(token_losses(model, probe)[0], expected, _tolerance(unwrapped(model).dtype)):
+                if not _alike(token_losses(model, probe)[0], expected, _tolerance(unwrap(model).dtype)):
                     fault = "its losses would be others"
             except Exception as error:  # of any kind: a forward that does not know the layout
                 fault = str(error).partition("\n")[0]
@@ -162,9 +163,9 @@ class CheckedLosses:
             torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
         self.shares = not failed.item()
         if not self.shares:
-            unwrapped(model).set_attn_implementation(attention)
+            unwrap(model).set_attn_implementation(attention)
         if fault:
-            name = type(unwrapped(model)).__name__
+            name = type(unwrap(model)).__name__
             print(f"every row runs its whole prompt: {name} cannot share prompt prefixes ({fault})", file=sys.stderr)
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import Predictions, claimed_folders, evaluate
+from mtl_lora.evaluation import Predictions, claimed_folders, evaluate, load_questions
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, EvalConfig, PredictConfig
 from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.questions import load_questions
+from mtl_lora.language.examples import load_examples
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.results import Results
 
 
@@ -19,7 +20,9 @@ def run(config: EvalConfig) -> dict[str, Results]:
     says how often they agree. Empty with ``check``, and on every process but the first.
     """
     evaluator = Evaluator(config)
-    asked = load_questions(config.data_dir, evaluator.tasks, config.tasks, evaluator.encoder, config.limit)
+    made_by = config.made_by if evaluator.tasks.names == COMMONSENSE.names else ""
+    data = config.data_dir, evaluator.tasks, config.tasks
+    asked = load_questions(*data, load_examples, evaluator.questions, config.limit, made_by)
     questions = dict.fromkeys(config.protocols, asked.questions)
     if config.mode == "both":
         free_text = {question.task.name for question in asked.questions if not question.options}
@@ -80,5 +83,4 @@ class Predictor(evaluation.Predictor):
 
 def predict(config: PredictConfig) -> None:
     """Answer every example of the input file that has no answer yet, then write the output file whole."""
-    config.check_files()
     evaluation.predict(Evaluator(config), config.mode or "score, generate for free text", mode=config.mode)

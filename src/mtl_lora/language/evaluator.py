@@ -7,21 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import in_halves, likeliest, plan_batches
+from mtl_lora.evaluation import in_halves, likeliest
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.examples import parse_example
+from mtl_lora.language.examples import Example, parse_example
 from mtl_lora.language.metrics import task_result
-from mtl_lora.language.questions import GPU_TOKEN_BUDGET, TOKEN_BUDGET, Question, encode_questions
+from mtl_lora.language.questions import Question, encode_questions
 from mtl_lora.language.tasks import COMMONSENSE, Task
 from mtl_lora.results import TaskResult, Trainable
-from mtl_lora.systems import BASE_KINDS
 
 
 class Evaluator(evaluation.Evaluator):
@@ -47,7 +45,7 @@ class Evaluator(evaluation.Evaluator):
         self.template = origin.prompt_template or config.template or "alpaca"
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
         self.use_tasks(origin, COMMONSENSE)
-        self.use_base(name, BASE_KINDS["language"], origin)
+        self.use_base(name, origin)
         tokenizer = self.base_model.tokenizer()
         tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
         self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
@@ -82,12 +80,16 @@ class Evaluator(evaluation.Evaluator):
         if self.caches is not None:
             self.caches.use(self.prefixes)
 
+    def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
+        """Questions of examples; raises ``UserError`` naming ``source`` and the example."""
+        return encode_questions(examples, self.tasks, self.encoder, source)
+
     def to_predict(
         self, values: Sequence[object], source: str, task: str | None, mode: str | None = None
     ) -> dict[str, list[Question]]:
         examples = evaluation.inputs(parse_example, values, source, self.tasks, task)
         by_protocol: dict[str, list[Question]] = {}
-        for question in encode_questions(examples, self.tasks, self.encoder, source) if examples else ():
+        for question in self.questions(examples, source) if examples else ():
             by_protocol.setdefault(mode or ("score" if question.options else "generate"), []).append(question)
         self.prepare(by_protocol)
         return by_protocol
@@ -123,11 +125,6 @@ class Evaluator(evaluation.Evaluator):
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
         self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
-
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        """The batches in which questions are answered, whoever answers them and whenever."""
-        budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
-        return plan_batches(questions, self.config.batch_size, budget)
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         """The prediction lines of a batch of questions of one task, with the model loaded."""

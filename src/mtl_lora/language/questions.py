@@ -1,34 +1,19 @@
-"""Questions: examples with the prompt ids that training would give them, and the batches in which they are answered."""
+"""Questions: examples with the prompt ids that training would give them."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import evaluation, files
 from mtl_lora.errors import UserError
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.examples import Example, load_examples
+from mtl_lora.language.examples import Example
 from mtl_lora.language.metrics import extract_answer, strict_answer
-from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
+from mtl_lora.language.tasks import TaskSet
 from mtl_lora.metrics import same_text, text_f1
 
-TOKEN_BUDGET = 2048  # tokens of a batch with --batch_size auto on a CPU, where larger ones are no faster
-GPU_TOKEN_BUDGET = 65536
 
-
-@dataclasses.dataclass
-class Question:
+class Question(evaluation.Question):
     """One example, ready for a model."""
-
-    task: Task
-    example: Example
-    prompt_ids: list[int]
-    prompt_sha256: str
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """The task's name and the example's index: different for every question of an evaluation."""
-        return self.task.name, self.example.index
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -81,15 +66,3 @@ def encode_questions(
         Question(tasks[example.task_id], example, encoded.prompt_ids, files.sha256_of(str(encoded.prompt_ids).encode()))
         for example, encoded in zip(examples, prompts, strict=True)
     ]
-
-
-def load_questions(
-    data_dir: str | Path, tasks: TaskSet, chosen: Sequence[str], encoder: Encoder, limit: int = 0
-) -> evaluation.QuestionSets:
-    """The questions of the chosen tasks, as ``evaluation.load_questions``."""
-    made_by = "mtl-lora prepare commonsense" if tasks.names == COMMONSENSE.names else ""
-
-    def encode(examples: Sequence[Example], path: Path) -> list[Question]:
-        return encode_questions(examples, tasks, encoder, path)
-
-    return evaluation.load_questions(data_dir, tasks, chosen, load_examples, encode, limit, made_by)

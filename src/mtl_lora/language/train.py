@@ -1,5 +1,6 @@
 """Training of language models: their rows, their model, and losses with or without shared prompt prefixes."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 
@@ -100,7 +101,7 @@ def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tup
         towers = [name for name in weights if structure.get_submodule(name.rpartition(".")[0]) not in within]
     targets = find_targets(structure, adapter, within)
     if towers:
-        adapter = AdapterConfig.from_json(adapter.to_json() | {"target_modules": targets_for(targets, structure)})
+        adapter = dataclasses.replace(adapter, target_modules=targets_for(targets, structure))
         where = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in towers))
         notes.append(f"text does not reach {where} ({percentage(towers)}), which get no adapter")
     fused = [name for name in fused_experts(structure) if name not in towers]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mtl_lora import evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import ExampleQuestion, claimed_folders, in_halves, load_questions, plan_batches
+from mtl_lora.evaluation import claimed_folders, in_halves, load_questions
 from mtl_lora.nlu import model as heads
 from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.data import Collator, Encoder
@@ -17,16 +17,9 @@ from mtl_lora.nlu.examples import Example, load_examples, parse_example
 from mtl_lora.nlu.tasks import GLUE, Task, TaskSet
 from mtl_lora.results import Comparability, Results, TaskResult, measure
 
-TOKEN_BUDGET, GPU_TOKEN_BUDGET = 4096, 131072  # tokens of a batch with --batch_size auto
 
-
-class Question(ExampleQuestion):
-    """One example, ready for a model. row: of ``Encoder.encode``."""
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The token ids of the text or pair."""
-        return self.row["input_ids"]
+class Question(evaluation.Question):
+    """One example, ready for a model. prompt_ids: of its text or pair; row: of ``Encoder.encode``."""
 
     def line(self, parsed: str | float, scores: list[float] | None) -> dict:
         """The question's line in the predictions: its target as ``answer``, and what was answered."""
@@ -51,6 +44,7 @@ class Evaluator(evaluation.Evaluator):
     """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
 
     system, version = "nlu", 1
+    token_budget, gpu_token_budget = 4096, 131072
     comparability = Comparability(["mode", "base_fingerprint", "cutoff_len"])
 
     def __init__(self, config: AnswerConfig):
@@ -60,7 +54,7 @@ class Evaluator(evaluation.Evaluator):
         self.use_tasks(origin, GLUE)
         self.pairs = origin.pairs or {}
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
-        self.use_base(config.base_model or origin.base_model, heads.KIND, origin)
+        self.use_base(config.base_model or origin.base_model, origin)
         tokenizer = self.base_model.tokenizer()
         self.encoder, self.collator = Encoder(tokenizer, self.cutoff_len), Collator(tokenizer.pad_token_id)
 
@@ -78,7 +72,7 @@ class Evaluator(evaluation.Evaluator):
         found = []
         for example, row in zip(examples, rows, strict=True):
             digest = files.sha256_of(str([row["input_ids"], row.get("token_type_ids")]).encode())
-            found.append(Question(self.tasks[example.task_id], example, row, digest))
+            found.append(Question(self.tasks[example.task_id], example, row["input_ids"], digest, row))
         longest = max((len(row["input_ids"]) for row in rows), default=0)
         self.base_model.check_positions(longest, "a text; take a shorter --cutoff_len")
         return found
@@ -88,10 +82,6 @@ class Evaluator(evaluation.Evaluator):
 
     def build(self) -> PreTrainedModel:
         return heads.load(self.base_model, self.tasks, self.config.dtype, self.load_in_4bit)
-
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
-        budget = GPU_TOKEN_BUDGET if torch.cuda.is_available() else TOKEN_BUDGET
-        return plan_batches(questions, self.config.batch_size, budget)
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
@@ -191,5 +181,4 @@ class Predictor(evaluation.Predictor):
 
 def predict(config: PredictConfig) -> None:
     """Answer every example of the input file that has no answer yet, then write the output file whole."""
-    config.check_files()
     evaluation.predict(Evaluator(config), CLASSIFY)

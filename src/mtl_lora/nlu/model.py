@@ -6,6 +6,7 @@ linear one), with as many outputs as the task has labels, or one for a regressio
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -22,9 +23,6 @@ from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, at_least_float32
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
-from mtl_lora.systems import BASE_KINDS
-
-KIND = BASE_KINDS["nlu"]
 
 
 class TaskHeads(nn.ModuleList):
@@ -113,10 +111,10 @@ def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: boo
     return with_heads(base.load(dtype, load_in_4bit, num_labels=2, **options), base, tasks)
 
 
-def base_of(provenance: Provenance, trust_remote_code: bool = False, **options) -> PreTrainedModel:
+def base_of(base: BaseModel, provenance: Provenance, **options) -> PreTrainedModel:
     """The encoder with heads on which a checkpoint's adapter is put; options: of ``load``."""
     tasks = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
-    return load(BaseModel(provenance.base_model, trust_remote_code, KIND), tasks, **options)
+    return load(base, tasks, **options)
 
 
 def structure(base: BaseModel, tasks: TaskSet) -> PreTrainedModel:
@@ -132,7 +130,7 @@ def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
     Raises ``UserError`` as ``find_targets`` does, and for such a layer by name in a method that needs task ids.
     """
     saved = list(dict.fromkeys([*head_names(model), *adapter.modules_to_save]))
-    adapter = AdapterConfig.from_json(adapter.to_json() | {"modules_to_save": saved})
+    adapter = dataclasses.replace(adapter, modules_to_save=saved)
     positions = _of_relative_positions(model.base_model)
     if adapter.target_modules != "all-linear":
         for name, module in find_targets(model, adapter).items():
@@ -143,7 +141,7 @@ def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
                 )
         return adapter
     targets = find_targets(model, adapter, set(_within(model.base_model)) - positions)
-    return AdapterConfig.from_json(adapter.to_json() | {"target_modules": targets_for(targets, model)})
+    return dataclasses.replace(adapter, target_modules=targets_for(targets, model))
 
 
 def _within(encoder: nn.Module) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.inject import output_head
+from mtl_lora.adapter.saved import unwrap
 
 
 def logits_at(
@@ -27,7 +28,7 @@ def logits_at(
     count.) A model whose head is not found, or sees something else, projects every position.
     """
     selection = _Selection(tuple(shape), positions, task_ids)
-    head = output_head(unwrapped(model))
+    head = output_head(unwrap(model))
     handle = head.register_forward_pre_hook(selection) if head is not None else None
     try:
         logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
@@ -36,15 +37,8 @@ def logits_at(
             handle.remove()
     if selection.selected:
         return logits
-    _say_that_all_is_projected(type(unwrapped(model)))
+    _say_that_all_is_projected(type(unwrap(model)))
     return logits.index_select(0, positions)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP's or DeepSpeed's wrapper."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
 
 
 class _Selection:

@@ -26,8 +26,8 @@ from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.rows import counts_note, row_columns, shortened_note, split
-from mtl_lora.training.sampler import StepSampler
-from mtl_lora.training.trainer import Batch, MultiTaskTrainer, make_sampler, training_arguments
+from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
+from mtl_lora.training.trainer import Batch, MultiTaskTrainer, training_arguments
 from mtl_lora.version import checkout_commit
 
 _STEP = 16  # tokens between the lengths of batches whose steps are recorded as CUDA graphs
@@ -89,7 +89,20 @@ class Run:
 
     def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:
         """This process's micro-batches of ``train``; lengths and group_tasks: of ``plan``."""
-        return make_sampler(self.config, self.arguments, lengths, task_ids, group_tasks)
+        config, arguments = self.config, self.arguments
+        return LengthGroupedBatchSampler(
+            lengths,
+            task_ids,
+            config.batch_size,
+            config.seed,
+            accumulation=config.gradient_accumulation_steps,
+            world_size=arguments.world_size,
+            rank=arguments.process_index,
+            length_pool=config.length_pool,
+            token_budget=config.token_budget,
+            temperature=config.sampling_temperature,
+            group_tasks=group_tasks,
+        )
 
     def load_base(self) -> PreTrainedModel:
         """The model on which the adapter is put."""

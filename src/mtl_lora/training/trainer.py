@@ -29,7 +29,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.cuda_graphs import GraphedSteps
 from mtl_lora.training.distributed import deepspeed_file
-from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
+from mtl_lora.training.sampler import StepSampler
 
 # Besides the adapter a checkpoint holds the two moments of AdamW.
 _COPIES = 3
@@ -80,29 +80,6 @@ def _deepspeed_errors(name: str | None) -> Iterator[None]:
         if not name or isinstance(error, UserError):
             raise
         raise UserError(f"the DeepSpeed configuration {name} is refused: {' '.join(str(error).split())}") from None
-
-
-def make_sampler(
-    config: TrainingConfig,
-    arguments: TrainingArguments,
-    lengths: np.ndarray,
-    task_ids: np.ndarray,
-    group_tasks: bool = False,
-) -> LengthGroupedBatchSampler:
-    """This process's micro-batches of examples with these lengths and task ids, (N,); raises as the sampler does."""
-    return LengthGroupedBatchSampler(
-        lengths,
-        task_ids,
-        config.batch_size,
-        config.seed,
-        accumulation=config.gradient_accumulation_steps,
-        world_size=arguments.world_size,
-        rank=arguments.process_index,
-        length_pool=config.length_pool,
-        token_budget=config.token_budget,
-        temperature=config.sampling_temperature,
-        group_tasks=group_tasks,
-    )
 
 
 class TaskLosses:
