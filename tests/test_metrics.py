@@ -250,3 +250,18 @@ def test_a_task_can_have_the_metrics_that_fit_its_labels():
     assert metrics_for(("a", "b", "c")) == ["accuracy", "exact_match", "matthews"]
     assert metrics_for(LABELS) == ["accuracy", "exact_match", "matthews", "binary_f1", "accuracy_and_f1"]
     assert metrics_for(numbers=True) == ["pearson", "spearman", "pearson_and_spearman"]
+
+
+def test_a_difference_over_several_pairs_is_the_mean_of_theirs_in_every_resample():
+    metric, targets = METRICS["pearson"], questions("pearson", 40)[1]
+    runs = [metric.rows(questions("pearson", 40, noise=noise)[0], targets) for noise in (2.0, 1.5, 0.5, 0.2)]
+    pairs = [(runs[0], runs[2]), (runs[1], runs[3])]
+    difference, resampled = metric.difference(pairs, [0], 100)
+    values, drawn = zip(*(metric.difference([pair], [0], 100) for pair in pairs), strict=True)
+    assert difference == pytest.approx(statistics.fmean(values))
+    assert np.allclose(resampled, np.mean(drawn, axis=0)) and not np.allclose(drawn[0], drawn[1])
+
+
+def test_the_error_of_scores_that_are_mostly_none_or_all_is_no_smaller_than_their_own():
+    scores = [0.0, 1.0] * 20 + [0.5]  # which two zeros and two ones among them spread no more, but make more
+    assert mean(scores)[1] == pytest.approx(statistics.pstdev(scores) / math.sqrt(41))

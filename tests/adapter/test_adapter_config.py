@@ -193,3 +193,17 @@ def test_a_training_passes_on_what_its_method_reads(method):
     read = adapter.hyperparameters.to_json()
     assert all(read[name] == value for name, value in given.items() if name in read)
     assert read.keys() == {flag.name for flag in layer_class(method).Hyperparameters.flags()}
+
+
+def test_layers_that_tasks_share_have_the_adapters_own_settings():
+    own = {"dropout": 0.25, "tasks": ["a"], "use_rslora": True, "modules_to_save": ["norm"]}
+    config = AdapterConfig("mtlora", 4, 3.0, **own, task_modules=["fc2"])
+    shared = config.at("layers.0.fc1")
+    assert (shared.method, shared.rank, shared.scale, config.scale) == ("lora", 4, 1.5, 1.5)  # 3 / sqrt 4
+    assert {name: getattr(shared, name) for name in own} == own
+    assert config.at("layers.0.fc2") is config
+
+
+def test_defaults_of_mtlora_are_the_originals():
+    config = AdapterConfig("mtlora", tasks=["a"])
+    assert config.hyperparameters.to_json() == {"task_rank": 4, "task_scale": 4.0, "shared_mode": "matrix"}

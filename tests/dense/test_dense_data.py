@@ -10,7 +10,7 @@ from mtl_lora.dense.data import DenseDataset, pixels_of
 from mtl_lora.dense.layouts import NORMALS_CLASSES, Layout, thin
 from mtl_lora.dense.tasks import Task, TaskSet, shipped
 from mtl_lora.dense.train import Collator
-from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, label_tensor
+from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
 
 SEMANTIC, DEPTH, NORMALS = (
@@ -372,3 +372,9 @@ def test_digest_follows_the_images_and_the_labels_of_the_task(tmp_path):
     now = DenseDataset(tmp_path, "test", size=8)
     changed = {task.name for task in data.tasks if now.sha256(task) != before[task.name]}
     assert changed == {"things"}
+
+
+def test_every_colour_is_scaled_by_imagenets_mean_and_deviation():
+    found = image_tensor(np.full((4, 4, 3), 255, np.uint8), Warp(), 4)
+    expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert found[:, 1, 2].tolist() == pytest.approx(expected, rel=1e-5)

@@ -125,3 +125,8 @@ def test_delta_m_refuses_what_has_no_meaning():
 def test_metrics_of_different_units_have_no_mean():
     assert one_unit(["miou", "saliency_miou"]) and one_unit(["mean_angle"]) and one_unit(["own"])
     assert not one_unit(["miou", "mean_angle"]) and not one_unit(["depth_rmse", "mean_angle"])
+
+
+def test_a_class_that_is_predicted_and_nowhere_labelled_is_not_present():
+    found = result("semantic", (scores_of([[0, 2]]), torch.tensor([[0, 1]])))
+    assert found.value == pytest.approx(1 / 3) and found.others["miou_present"].value == pytest.approx(1 / 2)

@@ -342,3 +342,10 @@ def test_what_cannot_be_placed_is_named():
     of_old.encoder.layer[0].attention = torch.nn.Identity()
     with pytest.raises(UserError, match=r"transformers>=5\.18"):
         with_streams(of_old)
+
+
+def test_drop_path_grows_from_none_to_its_rate():
+    backbone = built("swin", "mtlora").backbone
+    backbone.set_drop_path(0.3)
+    rates = [module.drop_path.drop_prob for module in backbone.modules() if hasattr(module, "drop_path")]
+    assert rates == pytest.approx([0.06 * block for block in range(6)])  # of 1, 2, 1 and 2 blocks

@@ -442,3 +442,10 @@ def test_lm_evaluation_harness_loads_an_exported_folder(tiny_base, tmp_path):
         expected.append(sum(steps[len(ids) + i - 1, token].item() for i, token in enumerate(tail)))
     assert scores(peft=str(folder)) == pytest.approx(expected, rel=1e-4)
     assert scores() != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_plain_lora_of_a_conv1d_is_that_of_its_transposed_weight(bases, tmp_path):
+    """Of a square one, whose shape does not tell."""
+    checkpoint = save_adapter(bases["gpt2"], tmp_path / "checkpoint", "dora", target_modules=["attn.c_proj"])
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"], form="lora", rank=16)
+    assert peft_difference(bases["gpt2"], checkpoint, folder, "maps") < TOLERANCE

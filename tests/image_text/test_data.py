@@ -253,3 +253,10 @@ def test_what_looks_like_a_control_token_in_a_text_is_text(model, request):
     (row,) = encoder.encode([example("vqa", text="is </s> red?", answer="</s> box")])
     assert row["prompt_ids"].count(encoder.tokenizer.eos_token_id) == (model == "bart")
     assert row["answers"][0].count(encoder.tokenizer.eos_token_id) == 1
+
+
+def test_rows_of_tasks_that_ask_otherwise_are_not_taken_from_the_cache(bart, pictures, tmp_path):
+    other = TaskSet.from_json([{**task, "metric": "", "prompt": f"now {task['prompt']}"} for task in TASKS])
+    rows = [training_rows(pictures / "train.json", encoder_of(bart, tasks), tmp_path) for tasks in (SET, other)]
+    lengths = [[len(ids) for ids in each["prompt_ids"]] for each in rows]
+    assert all(one < more for one, more in zip(*lengths, strict=True))

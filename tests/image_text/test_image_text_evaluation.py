@@ -315,3 +315,11 @@ def test_a_page_shows_pictures_from_all_over_the_test_sets_with_what_is_right_an
         image.unlink()
     done = run(["evaluate", *flags])
     assert done.code == 2 and "--pictures" in done.err and not (folder / "pictures.html").exists()
+
+
+@pytest.mark.parametrize(("flag", "setting"), [("--official", "official"), ("--num_beams=2", "num_beams")])
+def test_answers_given_in_another_way_do_not_mix(flag, setting, trained, pictures, tmp_path):
+    data = [f"--checkpoint={trained['bart']}", f"--data_dir={pictures / 'test'}", "--tasks=nlvr", "--limit=1"]
+    evaluated(tmp_path, *data)
+    done = run(["evaluate", *data, "--dtype=fp32", f"--output_dir={tmp_path}", flag])
+    assert done.code == 2 and f"another {setting};" in done.sentence

@@ -17,6 +17,7 @@ from mtl_lora.language.answering import (
     PrefixCaches,
     continuations,
     generate_answers,
+    per_token,
     takes_own_mask,
 )
 from mtl_lora.language.config import EvalConfig
@@ -260,3 +261,10 @@ def test_scoring_free_text_is_refused(tmp_path, tiny_base):
     question = Question(made.tasks["free"], Example("a", "", "b", "b", 0, 0), [1], "")
     with pytest.raises(UserError, match=r"free is free text.*--mode generate"):
         made.prepare({"score": [question]})
+
+
+def test_length_normalised_scores_are_by_token_with_eos():
+    """Behind what the options share: y has four tokens of its own, z and u have two, and so have w and x."""
+    first, second, *_ = questions([0] * len(PROMPTS))
+    assert per_token(first, Tokens(), [-6.0, -3.0]) == [-3.0, -1.5]
+    assert per_token(second, Tokens(), [-6.0, -4.0, -3.0]) == [-1.5, -2.0, -1.5]

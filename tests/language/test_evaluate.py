@@ -597,3 +597,9 @@ def test_a_gated_base_model_is_said_to_be_gated(evaluate, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", gated)
     with pytest.raises(UserError, match=r"'org/gated' is gated.*log in"):
         evaluate("out", checkpoint=None, base_model="org/gated")
+
+
+def test_greedy_answers_are_not_taken_for_those_of_beams(evaluate):
+    evaluate("out", tasks=["boolq"], limit=1)
+    with pytest.raises(UserError, match="another num_beams; pass another --output_dir"):
+        evaluate("out", tasks=["boolq"], limit=1, num_beams=2)

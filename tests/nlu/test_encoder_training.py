@@ -15,7 +15,9 @@ from mtl_lora import AdapterConfig, adapter_layers
 from mtl_lora.base_model import BaseModel
 from mtl_lora.nlu import model as encoders
 from mtl_lora.nlu.config import TrainConfig
-from mtl_lora.nlu.data import training_rows
+from mtl_lora.nlu.data import Encoder, training_rows
+from mtl_lora.nlu.examples import Example
+from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
@@ -129,3 +131,26 @@ def test_a_task_without_examples_keeps_its_head_and_the_checkpoint_says_so(train
     drawn = encoders.load(BaseModel(config.base_model, kind="encoder"), config.read_tasks(), "fp32")
     own, other = drawn.classifier[2].weight, drawn.classifier[0].weight
     assert torch.equal(saved["classifier.2.weight"], own) and not torch.equal(saved["classifier.0.weight"], other)
+
+
+def test_rows_of_other_settings_are_not_taken_from_the_cache(encoder, glue, tmp_path):
+    def rows(cutoff_len: int = 32, **changes):
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        tasks = TaskSet.from_json([LABELLED[0] | changes, *LABELLED[1:]])
+        return training_rows(glue / "train.json", tokenizer, cutoff_len, tasks, tmp_path)
+
+    first, swapped = rows(), rows(labels=["glad", "sad"])
+    of_tone = np.array(first["task_id"]) == 0
+    one, other = (np.array(each["target"])[of_tone] for each in (first, swapped))
+    assert (one + other == 1).all() and {*one} == {0, 1}
+    assert max(rows(cutoff_len=8)["length"]) == 8 < max(first["length"])
+    assert len([*tmp_path.glob("*.arrow")]) == 3 and rows()[:] == first[:] and len([*tmp_path.glob("*.arrow")]) == 3
+
+
+def test_tokens_that_a_text_loses_are_counted_and_the_longer_of_two_loses_them(encoder):
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    texts = [("bab " * 9, None), ("bab", "bek " * 9), ("bek " * 9, "bab"), ("bab", None)]
+    rows = Encoder(tokenizer, 8).encode([Example(*pair, None, 0, index) for index, pair in enumerate(texts)])
+    assert [(len(row["input_ids"]), row["removed"]) for row in rows] == [(8, 3), (8, 5), (8, 5), (3, 0)]
+    (bab,) = tokenizer("bab", add_special_tokens=False)["input_ids"]
+    assert [row["input_ids"].count(bab) for row in rows] == [6, 1, 1, 1]

@@ -201,3 +201,10 @@ def test_a_folder_that_holds_nothing_says_what_it_could_hold(tmp_path):
         load_run(tmp_path)
     with pytest.raises(UserError, match="missing"):
         load_run(tmp_path / "missing")
+
+
+def test_averages_over_other_tasks_do_not_stand_side_by_side(write):
+    part = changed(BASE, tasks__second=..., data={"first": "aaaa"})
+    (study,) = load_studies([write(BASE, "a"), write(part, "b")])
+    assert [each.estimate(None) is not None for each in study.experiments] == [True, False]
+    assert [each.estimate("first").mean for each in study.experiments] == [0.5, 0.5]

@@ -1,5 +1,7 @@
 """The loss of a step on a mixed batch: that of all logits, whatever the system, and however the batch is split."""
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
-from mtl_lora.training.trainer import MultiTaskTrainer, TaskLosses, training_arguments
+from mtl_lora.training.trainer import MultiTaskTrainer, RankedDropout, TaskLosses, training_arguments
 
 LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row
 PROMPTS = [4, 3, 5, 2, 5, 10, 1, 6]  # of which the prompt; the answers differ in length, as means over them would
@@ -255,3 +257,21 @@ def test_trainer_counts_a_step_to_its_tasks(tmp_path):
         own = torch.tensor([each == task for each in tasks])
         assert counts[task] == own.sum()
         assert sums[task].item() == pytest.approx(losses[own].sum().item(), rel=1e-6)
+
+
+def test_the_validation_loss_is_the_mean_over_all_tokens(tmp_path):
+    found = make_trainer(tmp_path, batch_size=3, eval_dataset=encoded_rows()).evaluate()
+    losses, tasks = full_losses(adapted_llama(), batch_of())
+    assert found["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    for number, task in enumerate(TASKS):
+        own = torch.tensor([each == number for each in tasks])
+        assert found[f"eval_loss/{task}"] == pytest.approx(losses[own].mean().item(), rel=1e-6)
+
+
+def test_every_process_draws_dropout_masks_of_its_own():
+    draws = []
+    with torch.random.fork_rng(devices=[]):
+        for rank in (0, 1, 0):
+            RankedDropout().on_train_begin(SimpleNamespace(seed=7, process_index=rank), None, None)
+            draws.append(torch.rand(4).tolist())
+    assert draws[0] == draws[2] != draws[1]

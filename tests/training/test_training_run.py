@@ -440,3 +440,31 @@ def test_flags_that_cannot_be_combined_are_refused(flags, facts):
     with pytest.raises(UserError) as caught:
         TrainConfig(**flags)
     assert all(fact in str(caught.value) for fact in facts)
+
+
+def test_the_mean_loss_of_a_resumed_run_is_of_its_own_steps(train):
+    flags = {"max_steps": 4, "save_step": 3, "logging_steps": 1}
+    folder = train("run", **flags)
+    again = train("again", **flags, resume_from_checkpoint=str(folder / "checkpoint-3"))
+    for run_folder, steps in ((folder, 4), (again, 1)):
+        (mean,) = [line["train_loss"] for line in log_lines(run_folder) if "train_loss" in line]
+        assert mean == pytest.approx(sum(losses(run_folder)) / steps, rel=1e-3) and len(losses(run_folder)) == steps
+
+
+def test_a_part_of_an_epoch_trains_the_tasks_that_its_steps_take(train, few):
+    folder = train("half", **few, num_epochs=0.5, max_steps=-1, batch_size=1)
+    met = {key for line in log_lines(folder) for key in line if key.startswith("loss/")}
+    assert len(losses(folder)) == 7 and "loss/mood" in met
+    untrained = read_config(folder).provenance_config.untrained_tasks
+    assert untrained == [name for name in ("mood", "sport", "rain") if f"loss/{name}" not in met]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fact"),
+    [("world_size", 2, "the devices"), ("dtype", "torch.float16", "the dtype that --dtype auto means")],
+)
+def test_a_run_on_another_machine_that_would_go_on_otherwise_is_not_resumed(train, edit_json, key, value, fact):
+    folder = train("run", max_steps=1, save_step=1)
+    edit_json(folder / "run.json", **{key: value})
+    with pytest.raises(UserError, match=f"cannot be resumed.*{fact}"):
+        train("run", max_steps=1, save_step=1, resume_from_checkpoint="True")
