@@ -5,7 +5,8 @@
 #   bash script/llama2_7B_<method>_qkvo_eval.sh CHECKPOINT OUTPUT [flags of mtl-lora evaluate]
 #
 # Training needs commonsense_170k_taskid.json (data/commonsense/prepare.py), access to LLaMA-2-7B, and GPUs that hold
-# it in bf16 with 8 rows each. An evaluation needs the test sets (the same script); the checkpoint names base model,
+# it in bf16 with 8 rows each (of 24 GiB: BATCH_SIZE=4 ACCUMULATION=2, or --use_gradient_checkpointing True), and main
+# memory that holds it once for each process. An evaluation needs the test sets (the same script); the checkpoint names base model,
 # method, rank, prompt and tasks, and the GPUs share the questions. Time and score of the full runs: not measured.
 #
 #   BASE_MODEL    base model                    default meta-llama/Llama-2-7b-hf
@@ -45,6 +46,7 @@ launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the
     local threads
     count_processes
     if [ "$gpus" -eq 0 ]; then
+        echo "note: torch finds no GPU here; $NPROC processes on the CPU" >&2
         export DS_ACCELERATOR=cpu
         # Processes share the cores; without this each would start a thread for every one of them.
         threads=$(($(cores) / NPROC))

@@ -32,8 +32,9 @@ DEEP: list = []
 for _ in range(200):
     DEEP = [DEEP]
 ODD = [
-    *(None, True, False, 0, -1, 7, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"), 2**31, 2**70),
-    *("", " ", "0", "-1", "nan", "true", "none", "a", "a/b", "../a", "é☃", "a\ud800", "\0", "a\nb", "x" * 300, "%s{}"),
+    *(None, True, False, 0, -1, 7, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"), 2**31, 2**70, 10**400),
+    *("", " ", "0", "-1", "nan", "true", "none", "a", "a/b", "../a", "..", "é☃", "a\ud800", "\0", "a\nb"),
+    *("x" * 300, "%s{}"),
     *([], {}, [[]], [None], {"": None}, {"a": {"a": 1}}, ["a", 1], DEEP),
 ]
 SMALL = [value for value in ODD if not (isinstance(value, int | float) and abs(value) > 100)]

@@ -490,7 +490,7 @@ def write_bad_inputs(place: Path) -> None:
     write(place / "run" / "checkpoint-3" / "trainer_state.json", {})
     for name in ("other_settings", "broken_settings", "list_settings"):
         write(place / name / "predictions" / "boolq.jsonl", b"")
-    write(place / "other_settings" / "settings.json", {"mode": "generate"})
+    write(place / "other_settings" / "settings.json", {"mode": "generate", "base_fingerprint": "a"})
     write(place / "broken_settings" / "settings.json", b"{")
     write(place / "list_settings" / "settings.json", [])
     # test sets

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 
@@ -21,7 +20,7 @@ def flag(default, help: str, **metadata):
     ``nothing``; ``min``, ``max``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list
     of the arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of
     those behind it; ``before``, what was fixed while the field did not exist: files without it take that;
-    ``by_outcome=True`` where not the flag but what it came to is compared with that of a run to resume.
+    ``by_outcome=True`` where a run may be resumed with another value, for what the flag comes to is compared, or equal.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
@@ -38,7 +37,7 @@ def _matches(value: object, expected: object) -> bool:
         (element,) = typing.get_args(expected)
         return isinstance(value, list) and all(_matches(entry, element) for entry in value)
     if expected is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < 1e100  # beyond, not even a square is finite
     if expected is types.NoneType:
         return value is None
     return type(value) is expected or (isinstance(value, Config) and isinstance(value, expected))

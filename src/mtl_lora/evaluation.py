@@ -7,12 +7,12 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -209,6 +209,15 @@ class Evaluator(abc.ABC):
         budget = self.gpu_token_budget if torch.cuda.is_available() else self.token_budget
         return plan_batches(questions, self.config.batch_size, budget, self.tokens)
 
+    @functools.cached_property
+    def _most_rows(self) -> dict[str, int]:
+        return {}
+
+    def in_halves(self, answer: Callable[[list], list], questions: Sequence[Question]) -> list[dict]:
+        """``answer(questions)`` of one batch, in parts if a GPU's memory wants it; what did not fit is not tried again
+        with the further batches of a task, whose questions are no longer."""
+        return in_halves(answer, list(questions), self._most_rows, questions[0].task.name)
+
     def tokens(self, question: Question) -> int:
         """What a question takes of a batch's token budget."""
         return len(question.prompt_ids)
@@ -321,22 +330,26 @@ def plan_batches(
     return batches
 
 
-def in_halves(answer: Callable[[list], list], rows: list) -> list:
+def in_halves(answer: Callable[[list], list], rows: list, most: dict[str, int], key: str = "") -> list:
     """``answer(rows)``; rows that do not fit in a GPU's memory together are answered in halves.
+
+    most: by ``key`` how many rows are tried together since more did not fit; what is found is put there.
 
     Raises ``UserError`` where a single row does not fit.
     """
-    try:
-        return answer(rows)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            way_out = "take a larger GPU or --dtype bf16"
-            raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
-    # Outside the except block, for the error holds on to the tensors of the pass that failed.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if len(rows) <= most.get(key, len(rows)):
+        try:
+            return answer(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                way_out = "take a larger GPU or --dtype bf16"
+                raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
+        # Outside the except block, for the error holds on to the tensors of the pass that failed.
+        most[key] = len(rows) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     middle = len(rows) // 2
-    return in_halves(answer, rows[:middle]) + in_halves(answer, rows[middle:])
+    return in_halves(answer, rows[:middle], most, key) + in_halves(answer, rows[middle:], most, key)
 
 
 def not_finite(what: str) -> UserError:
@@ -478,7 +491,8 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
             results = [evaluator.result(question, lines[question.key]) for question in everything]
             files.write_text(output, files.json_lines(results))
             artifacts.remove_evaluation(partial)
-            shutil.rmtree(partial)
+            with contextlib.suppress(OSError):  # what another program put there stays
+                Path(partial).rmdir()
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
 
 
@@ -637,6 +651,8 @@ def answer_all(
     done = {question.key for question in questions if question.answered_by(found.get(question.key))}
     processes.barrier()  # nobody appends before everybody has read
     waiting = [batch for batch in evaluator.batches(questions) if any(one.key not in done for one in batch)]
+    if processes.rank == 0 and (done := len(questions) - sum(map(len, waiting))):
+        print(f"{done:,} answers in {folder} are kept; --overwrite True to give them anew", file=sys.stderr)
     own = waiting[processes.rank :: processes.count]
     if own:
         evaluator.load()
@@ -665,8 +681,10 @@ class Predictions:
             for text in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
                 try:
                     line = json.loads(text)
-                    found[line["task"], line["index"]] = line
-                except (ValueError, KeyError, TypeError):
+                    task, index = line["task"], line["index"]
+                    if files.NAME.fullmatch(task) and type(index) is int and index >= 0:  # it becomes a file's name
+                        found[task, index] = line
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
         return found
 
@@ -694,6 +712,8 @@ class Predictions:
 def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
     """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
     path = Path(folder) / artifacts.EVAL_SETTINGS
+    if path.exists() and "base_fingerprint" not in files.read_object(path, "the settings of an earlier evaluation"):
+        raise UserError(f"{path} is no evaluation's; pass another --output_dir")
     if not any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
         return
     if not path.exists():

@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 from mtl_lora.errors import UserError, disk_is_full
 
+NAME = re.compile(r"(?!\.+$)[\w.\-]+")  # of tasks and others that become names of files and folders
+
 # Read once: it can only be read by setting it, which is the whole process's and so would race between threads.
 UMASK = os.umask(0)
 os.umask(UMASK)

@@ -117,7 +117,8 @@ def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]
     for name in results.scored:
         path, seen = predictions_path(results, name), set()
         for text in files.read_lines(path) if path.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # a broken line is no example
+            # A broken line is no example.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 line = json.loads(text)
                 right, index, said = bool(line["correct"]), line["index"], line.get("text") or line["parsed"]
                 if right not in seen:

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import math
-import re
 import reprlib
 import sys
 import types
@@ -32,7 +31,7 @@ _SCHEMA_1_TITLES |= {"mtl_lora": "MTL-LoRA"}
 
 # What a value must be besides its type: in words, for errors, and as a test.
 Text = typing.Annotated[str, "a non-empty string", str.strip]
-Name = typing.Annotated[str, "letters, digits, '_', '-' or '.'", re.compile(r"[\w.\-]+").fullmatch]
+Name = typing.Annotated[str, "letters, digits, '_', '-' or '.', and not dots alone", files.NAME.fullmatch]
 Fraction = typing.Annotated[float, "a fraction from 0 to 1", lambda number: 0 <= number <= 1]
 Score = typing.Annotated[float, "a number from 0 to 10", lambda number: 0 <= number <= 10 + 1e-9]
 Correlation = typing.Annotated[float, "a number from -1 to 1", lambda number: -1 <= number <= 1]
@@ -42,7 +41,7 @@ Error = typing.Annotated[float, "a standard error from 0", lambda number: number
 Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
 Index = typing.Annotated[int, "a whole number from 0", lambda count: count >= 0]
 # Of what else is measured of a task, that which reports read.
-_MEASURED = {"predicted": dict[str, Index], "unparsed": Fraction, "correct": Index, "f1": Fraction}
+_MEASURED = {"predicted": dict[str, Index], "unparsed": Fraction, "correct": Index, "f1": Fraction, "tokenizer": str}
 _WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
 _MISSING = type("_Missing", (), {"__repr__": lambda self: "missing"})()  # the value of a key that is not there
 
@@ -74,8 +73,8 @@ class Reader:
         if dataclasses.is_dataclass(first):
             return first(**self.fields(first, value, place))
         known = type(value) is first or (first is object and value is not _MISSING)
-        if first is float:  # a whole number is one, a bool is not
-            known = type(value) in (int, float) and math.isfinite(value)
+        if first in (float, int):  # a whole number is a float too, a bool is not; larger ones overflow
+            known = type(value) in (first, int) and abs(value) < (2**63 if first is int else 1e100)
         words, holds = rest or (_WORDS.get(first, "an object"), lambda value: True)
         if not (known and holds(value)):
             raise self.wrong(place, value, words)
@@ -268,7 +267,7 @@ def average_of(results: Iterable[TaskResult]) -> Average:
     for name, group in (pair for result in results for pair in result.groups.items()):
         groups.setdefault(name, []).append(group)
     errors, count = [result.stderr for result in results], len(results)
-    error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / count
+    error = None if None in errors else math.hypot(*errors) / count
     mean = sum(result.value for result in results) / count
     return Average(mean, error, count, {name: average_of(parts) for name, parts in groups.items()})
 

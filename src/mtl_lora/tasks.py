@@ -5,7 +5,6 @@ A system's own ``Task`` adds what an example of it is and which answers it allow
 
 import dataclasses
 import json
-import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +31,8 @@ class Task:
     also_known: typing.ClassVar[tuple[str, ...]] = ()  # other names of fields that a tasks file may have
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.\-]+", self.name):
-            raise UserError(f"task name {self.name!r} must be letters, digits, '_', '-' or '.'")
+        if not isinstance(self.name, str) or not files.NAME.fullmatch(self.name):
+            raise UserError(f"task name {self.name!r} must be letters, digits, '_', '-' or '.', and not dots alone")
         if type(self.id) is not int or self.id < 0:
             raise UserError(f"task {self.name!r} has id {self.id!r}; ids are whole numbers from 0")
         for field in ("title", "metric"):

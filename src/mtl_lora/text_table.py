@@ -12,7 +12,11 @@ _MOST_COLUMNS = 24
 
 def markdown_text(text: str) -> str:
     """Text on one line, with the characters escaped that end a cell or start markup."""
-    return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
+
+
+def _no_formula(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and re.match(r"[=@]|[+-](?![\d. ])", value) else value
 
 
 def _frame(rows: Sequence, columns: Sequence[str] | None = None):
@@ -90,7 +94,9 @@ class Report:
 
     def csv(self) -> str:
         """The records, a key a column; None is empty."""
-        return _frame(self.records).to_csv(index=False, lineterminator="\n")
+        # A spreadsheet would run what begins like a formula; numbers with a sign are none.
+        records = [{key: _no_formula(value) for key, value in record.items()} for record in self.records]
+        return _frame(records).to_csv(index=False, lineterminator="\n")
 
     def json(self) -> str:
         """One object."""

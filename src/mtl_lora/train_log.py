@@ -46,6 +46,6 @@ def read_losses(path: Path) -> Losses:
             for key in entry:
                 if key == "loss" or key.startswith("loss/"):
                     losses.setdefault(key.removeprefix("loss").removeprefix("/"), {})[step] = float(entry[key])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f"{path}, line {number} is not a log line of a training; delete the line") from None
     return {task: dict(sorted(curve.items())) for task, curve in losses.items()}

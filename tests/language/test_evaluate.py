@@ -239,6 +239,14 @@ def test_a_peft_folder_may_hold_embeddings_too(evaluate, tiny_base, tmp_path):
     assert evaluate("out", checkpoint=None, base_model=tiny_base, peft=str(tmp_path / "peft"), **few)["score"].tasks
 
 
+def test_a_peft_folder_that_was_cut_off_is_refused(evaluate, of_peft, tiny_base, tmp_path):
+    folder = shutil.copytree(of_peft, tmp_path / "cut")
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"PEFT cannot load .*cut"):
+        evaluate("out", checkpoint=None, peft=str(folder), base_model=tiny_base, tasks=FEW)
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_peft_folder_of_another_depth_is_refused(evaluate, of_peft, tiny_base, tmp_path, layers):
     base = shutil.copytree(tiny_base, tmp_path / "base")
@@ -536,7 +544,32 @@ def test_line_torn_inside_a_character_is_left_out(tmp_path):
     assert list(Predictions(tmp_path).read()) == [("own", 0)]
 
 
+@pytest.mark.parametrize("line", [{"task": "../other"}, {"task": ".."}, {"index": "x"}, {"index": True}, {"task": 5}])
+def test_a_line_whose_task_is_no_files_name_is_none(tmp_path, line):
+    predictions = Predictions(tmp_path / "own")
+    predictions.append([{"task": "own", "index": 0, **line}])
+    predictions.own.write_text(predictions.own.read_text() + "[" * 100_000)
+    predictions.gather(predictions.read(), {"own": 1})
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_answers_that_are_kept_are_counted_aloud(evaluate, capsys):
+    evaluate("out", tasks=FEW)
+    assert "kept" not in capsys.readouterr().err
+    evaluate("out", tasks=FEW)
+    assert "8 answers in" in capsys.readouterr().err
+
+
 # ---- refusals ----
+
+
+def test_settings_of_another_program_are_not_replaced(evaluate, tmp_path):
+    path = tmp_path / "out" / "settings.json"
+    path.parent.mkdir()
+    path.write_text('{"editor.fontSize": 12}')
+    with pytest.raises(UserError, match=r"settings.json is no evaluation's"):
+        evaluate("out", tasks=FEW)
+    assert path.read_text() == '{"editor.fontSize": 12}'
 
 
 def broken_checkpoint(trained: str, folder: Path, change) -> str:
@@ -558,6 +591,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(evaluate, trained, tm
     folder = broken_checkpoint(trained, tmp_path / "broken", lambda state: state.pop(NAME))
     with pytest.raises(UserError, match=NAME):
         evaluate("out", checkpoint=folder, tasks=FEW)
+
+
+def test_a_configuration_of_other_sizes_takes_no_memory(evaluate, trained, tmp_path, edit_json):
+    folder = shutil.copytree(trained, tmp_path / "huge")
+    config = json.loads((folder / "mtl_lora_config.json").read_text())
+    edit_json(folder / "mtl_lora_config.json", adapter=config["adapter"] | {"rank": 10**9})
+    with pytest.raises(UserError, match=r"numbers, and its mtl_lora_config.json describes"):
+        evaluate("out", checkpoint=str(folder), tasks=FEW)
 
 
 def test_an_adapter_with_values_that_are_not_numbers_is_refused(evaluate, trained, tmp_path):

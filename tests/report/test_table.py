@@ -28,7 +28,7 @@ from mtl_lora.metrics import percent, value_text
 from mtl_lora.report.load import Study
 from mtl_lora.report.table import PUBLISHED_FILE, details, published_rows, study_tables
 from mtl_lora.results import Results, Trainable, trainable_text
-from mtl_lora.text_table import TextTable
+from mtl_lora.text_table import Report, TextTable
 
 EXPECTED = """\
 | Method         | Trainable parameters, M (%) |       First |     second |     Average |
@@ -355,3 +355,10 @@ def test_csv_carries_every_digit_and_markdown_rows_have_as_many_cells(table_of, 
 def test_a_name_cannot_break_a_markdown_table(table_of, name):
     lines = table_of(changed(BASE, name=name)).markdown().splitlines()
     assert {unescaped_pipes(line) for line in lines[:4]} == {6}
+
+
+def test_a_name_is_no_formula_and_no_command_to_a_terminal():
+    record = {"name": '=HYPERLINK("a")', "delta": "-0.5", "value": -0.5}
+    (row,) = csv.DictReader(io.StringIO(Report([], [record], []).csv()))
+    assert row == {"name": "'" + record["name"], "delta": "-0.5", "value": "-0.5"}
+    assert TextTable("", ["name"], [["a\x1b[2Jb\x07"]]).markdown().splitlines()[-1] == "| a [2Jb |"

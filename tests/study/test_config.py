@@ -29,6 +29,8 @@ BAD = [
     (grid(experiments=[]), ["experiments", "at least one"]),
     (with_flags(lora_rr=4), ["train", "'lora_rr'", "'lora_r'"]),
     (with_flags(lora_r="4"), ["train", "lora_r", "'4'"]),
+    (with_flags(trust_remote_code=True), ["train", "trust_remote_code", "set by the study"]),
+    (with_flags("evaluate", trust_remote_code=True), ["evaluate", "trust_remote_code", "set by the study"]),
     (with_flags(seed=4), ["train", "seed", "set by the study"]),
     (with_flags(tasks_file="none.json"), ["none.json"]),
     (with_flags("evaluate", limit=4), ["evaluate: limit", "test_records"]),
@@ -91,6 +93,14 @@ def test_search_leaves_alone_what_has_no_training_sets_the_flag_itself_or_opts_o
     read = read_grid(str(write_grid(tmp_path, grid(*more, search=SEARCH))))
     searched = {each.name: each.search for each in read.experiments}
     assert searched == {"Base": "", "LoRA": "LoRA", "MTL-LoRA": "", "Out": "", "As": "LoRA"}
+
+
+def test_code_that_comes_with_a_base_runs_where_the_user_asks_for_it_alone(tmp_path):
+    path = str(write_grid(tmp_path, grid()))
+    for trusted in (False, True):
+        read = read_grid(path, trusted)
+        for flags in (read.train, read.evaluate):
+            assert flags.get("trust_remote_code", False) is trusted
 
 
 def test_wrong_flags_of_a_study_are_refused():

@@ -322,6 +322,23 @@ def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, 
     refused("the base model's files")
 
 
+@pytest.mark.parametrize("name", ["run.json", "train_log.jsonl", "tensorboard/events"])
+def test_what_another_program_wrote_is_not_deleted(train, tmp_path, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]} of no training"):
+        train("run", max_steps=1)
+    assert path.read_text() == "{}"
+
+
+def test_a_run_without_memory_for_its_activations_resumes_with_gradient_checkpointing(train):
+    folder = train("run", max_steps=3, save_step=1)
+    before, middle = weights(folder), str(folder / "checkpoint-1")
+    train("run", max_steps=3, save_step=1, use_gradient_checkpointing=True, resume_from_checkpoint=middle)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(folder).items())
+
+
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_overwritten(train):
     folder = train("run", max_steps=1)
     with pytest.raises(UserError, match="already holds a run"):

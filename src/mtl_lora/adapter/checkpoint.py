@@ -5,6 +5,7 @@ PEFT's file names are left to what is exported for PEFT. Safetensors does not no
 
 import dataclasses
 import importlib.util
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
-from mtl_lora.adapter.layer import is_partitioned, layer_sizes, parameter_shapes, require_in_memory
+from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes, parameter_shapes, require_in_memory
 from mtl_lora.adapter.saved import require_slots, unwrap
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
@@ -309,6 +310,7 @@ def load(
                 stacklevel=2,
             )
     state = read_weights(source, config)
+    _check_size(config.adapter_config, state, str(Path(source) / WEIGHTS_NAME))
     model = inject(base_model, config.adapter_config, allow_unused)
     try:
         load_state(model, state, str(Path(source) / WEIGHTS_NAME))
@@ -360,6 +362,19 @@ def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:
     own = parameter_shapes(config, 1, 1)
     adapter = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in own}
     return adapter, {name: tensor for name, tensor in state.items() if name not in adapter}
+
+
+def _check_size(config: AdapterConfig, state: State, source: str) -> None:
+    """Raise ``UserError`` for a configuration of far larger layers than the weights are, before memory is taken for
+    them: ``load_state`` compares every shape, but with those of a model's layers."""
+    described = 0
+    for name, sizes in layer_sizes(config, state).items():
+        own = config.at(name)
+        described += sum(map(math.prod, layer_class(own.method).shapes(own, *sizes).values()))
+    if described > 10 * (held := sum(tensor.numel() for tensor in state.values())):
+        raise UserError(
+            f"{source} holds {held:,} numbers, and its {CONFIG_NAME} describes {described:,}; copy both again"
+        )
 
 
 @torch.no_grad()

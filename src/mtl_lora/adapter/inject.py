@@ -202,7 +202,7 @@ def _matching(
         if whole or not is_name:
             try:
                 pattern = re.compile(target)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise UserError(f"the target expression {target!r} is not a regular expression: {error}") from None
         matching = {module for name, module in linears if pattern.fullmatch(name)}
         if not matching:

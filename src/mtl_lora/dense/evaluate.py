@@ -23,11 +23,16 @@ from mtl_lora.dense.sheet import map_of, rows_of, write_map, write_sheet
 from mtl_lora.dense.tasks import Task, TaskSet
 from mtl_lora.dense.transforms import Warp, image_tensor
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import QuestionSets, claimed_folders, in_halves
+from mtl_lora.evaluation import QuestionSets, claimed_folders
 from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
 
 IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
+
+
+def _is_row(counts: object) -> bool:
+    """Whether a line's counts are numbers."""
+    return isinstance(counts, list) and all(type(each) in (int, float) and abs(each) < 1e100 for each in counts)
 
 
 @dataclasses.dataclass
@@ -54,7 +59,7 @@ class Question:
 
     def answered_by(self, line: Mapping | None) -> bool:
         """Whether a line is of this very image and label, and the map that is wanted is there."""
-        known = line is not None and isinstance(line.get("counts"), list)
+        known = line is not None and _is_row(line.get("counts"))
         same = known and (line.get("answer"), line.get("prompt_sha256")) == (self.answer, self.prompt_sha256)
         # A map that lies there without the line saying so is another evaluation's.
         return same and (self.place is None or (line.get("map") is True and self.place.is_file()))
@@ -76,6 +81,8 @@ class Evaluator(evaluation.Evaluator):
         self.tasks = TaskSet.from_json(origin.task_set, f"the task set of {path}")
         self.cutoff_len = None
         self.image_size = config.image_size or (origin.train_settings or {}).get("image_size") or TrainConfig.image_size
+        if type(self.image_size) is not int or self.image_size < 8:
+            raise UserError(f"{path}: the image_size of its training is {self.image_size!r}; pass --image_size")
         self.use_base(config.base_model or origin.base_model, origin)
         dense.structure(self.base_model, self.tasks, self.image_size)
         self.data: DenseDataset | None = None
@@ -140,7 +147,7 @@ class Evaluator(evaluation.Evaluator):
             yield shown, {task.name: map_of(task, outputs[task.name][0], shape) for task in self.tasks}
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        return in_halves(self._answers, list(questions))
+        return self.in_halves(self._answers, questions)
 
     def _answers(self, questions: list[Question]) -> list[dict]:
         items = {index: self.data[index] for index in dict.fromkeys(question.index for question in questions)}

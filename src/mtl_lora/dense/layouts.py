@@ -49,7 +49,7 @@ def read_npy(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive of arrays")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{path} cannot be read as a NumPy array ({error}); fetch or make it again") from None
     return _numbers(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files, route
 from mtl_lora.errors import UserError, within
-from mtl_lora.evaluation import NotANumber, claimed_folders, in_halves, load_questions
+from mtl_lora.evaluation import NotANumber, claimed_folders, load_questions
 from mtl_lora.image_text import model as visual
 from mtl_lora.image_text import page
 from mtl_lora.image_text.captions import caption_rows, tokenizer_here
@@ -95,6 +95,8 @@ class Evaluator(evaluation.Evaluator):
     def _store(self, trained: Mapping | None) -> FeatureStore:
         """The features, by default those of the training; raises ``UserError`` for others than the model takes."""
         paths = self.config.features or (trained or {}).get("features") or []
+        if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
+            raise UserError(f"{self.config.checkpoint}: the features of its training must be paths; pass --features")
         if not paths:
             raise UserError(f"{self.config.checkpoint} does not say where its features were; pass --features")
         store, wanted = FeatureStore(paths), self.images
@@ -179,13 +181,14 @@ class Evaluator(evaluation.Evaluator):
         return model
 
     def tokens(self, question: Question) -> int:
-        """Of all rows that a choice's labels are scored in, visual ones included."""
-        return self._length(question) * max(len(self.encoder.labels[question.task.id]), 1)
+        """Of all rows that a choice's labels are scored in, or a caption's beams; visual ones included."""
+        rows = self.config.num_beams if question.task.answer == CAPTION else len(self.encoder.labels[question.task.id])
+        return self._length(question) * max(rows, 1)
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         scored = questions[0].task.answer == CHOICE
-        return in_halves(self._scored if scored else self._generated, list(questions))
+        return self.in_halves(self._scored if scored else self._generated, questions)
 
     def _batch(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.model.device) for key, value in self.collator(rows).items()}

@@ -26,8 +26,8 @@ _PROBED = 512  # positions at most whose logits are compared, for at all of a lo
 class Collator:
     """Pads training examples on the right: input_ids, labels (B, L), task_ids (B,), supervised (N,), loss_weight ().
 
-    No attention_mask: a causal model's real tokens see no padding on their right, and transformers would have a
-    training wait for a GPU to say whether a mask hides anything.
+    No attention_mask: a causal model's real tokens see no padding on their right, and without one attention takes its
+    fastest, causal path.
 
     Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. supervised: what
     ``supervised_positions`` finds, here, because a GPU would make the training wait for N. loss_weight: N, float32.
@@ -99,7 +99,7 @@ def token_losses(
 
     batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L), supervised (N,), weights (N,),
     which are one without, and packed, the same rows with shared prompt prefixes. As the collator makes it, nothing here
-    waits for a GPU.
+    waits for a GPU; transformers' own forward does, once.
     """
     labels, task_ids = batch["labels"], batch["task_ids"]
     supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)

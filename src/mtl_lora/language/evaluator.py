@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import in_halves, likeliest
+from mtl_lora.evaluation import likeliest
 from mtl_lora.language import answering
 from mtl_lora.language.config import AnswerConfig
 from mtl_lora.language.encode import Encoder
@@ -126,9 +126,12 @@ class Evaluator(evaluation.Evaluator):
         self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
         self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
 
+    def tokens(self, question: Question) -> int:
+        return super().tokens(question) * self.config.num_beams
+
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         """The prediction lines of a batch of questions of one task, with the model loaded."""
-        answers = in_halves(self._score if protocol == "score" else self._generate, questions)
+        answers = self.in_halves(self._score if protocol == "score" else self._generate, questions)
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
@@ -198,7 +201,7 @@ class PeftAdapter:
         before = {name for name, _ in model.named_parameters()}
         try:
             wrapped = self._peft.PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
             raise UserError(f"PEFT cannot load {self.folder} ({str(error).splitlines()[0]})") from None
         found = wrapped.get_base_model()
         # PEFT leaves out what has no place in the model, and draws what the file lacks. A file may hold embeddings too.

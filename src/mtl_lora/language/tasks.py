@@ -45,7 +45,7 @@ class Task(tasks.Task):
         self.require_text("question")
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"task {self.name!r} has a pattern that is not a regular expression: {error}") from None
 
     @classmethod

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mtl_lora import evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import claimed_folders, in_halves, load_questions
+from mtl_lora.evaluation import claimed_folders, load_questions
 from mtl_lora.nlu import model as heads
 from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.data import Collator, Encoder
@@ -85,7 +85,7 @@ class Evaluator(evaluation.Evaluator):
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        return in_halves(self._cosines if protocol == COSINE else self._classified, list(questions))
+        return self.in_halves(self._cosines if protocol == COSINE else self._classified, questions)
 
     def _batch(self, rows: Sequence[dict], task_id: int) -> dict[str, torch.Tensor]:
         batch = self.collator([row | {"task_id": task_id} for row in rows])

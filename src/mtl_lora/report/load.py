@@ -140,7 +140,7 @@ class Experiment:
 class Candidate:
     """One value of the searched flag with its results on development data: the average, and by task."""
 
-    value: object
+    value: float
     dev: float
     tasks: dict[str, float] = dataclasses.field(default_factory=dict)
     commands: list[str] = dataclasses.field(default_factory=list)
@@ -294,6 +294,10 @@ def load_run(path: str | Path) -> Study:
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
     unused, settings = training.pop("unused_settings", []), training.get("settings", {})
+    if not (isinstance(unused, list) and isinstance(settings, dict)):
+        raise UserError(
+            f"{folder / artifacts.RUN_CONFIG} must have 'settings', an object, and 'unused_settings', a list"
+        )
     training |= {"settings": {key: value for key, value in settings.items() if key not in unused}}
     found = Results.load_all(folder, needed=False)
     facts = {f"evaluation {each.mode}" if len(found) > 1 else "evaluation": each.to_json() for each in found}

@@ -16,7 +16,7 @@ GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").gl
 # Flags of both commands: a grid gives them once, in its train.
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
 # Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
-_ALWAYS = ("output_dir", "check", "local_rank")
+_ALWAYS = ("output_dir", "check", "local_rank", "trust_remote_code")
 _OWN = {"train": {"seed", "resume_from_checkpoint", "overwrite_output_dir", *_ALWAYS}}
 _OWN["evaluate"] = {"checkpoint", "peft", "name", "limit", "split", "overwrite", *FROM_TRAIN, *_ALWAYS}
 _SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}  # trained at several sizes, scored at the grid's one
@@ -36,6 +36,7 @@ class StudyConfig(Config):
         False, "repeat runs of another configuration, keeping what training is the same, and half-done evaluations"
     )
     parallel: int = flag(1, "jobs side by side, each with its part of the CPU threads; they may share GPUs", min=1)
+    trust_remote_code: bool = flag(False, "let every job run code that comes with a base model; no grid can ask for it")
     collect: str | None = flag(None, "at the end, a folder for what can be shared: study.json, table.md and figures")
 
     def validate(self) -> None:
@@ -224,8 +225,8 @@ class Grid(Config):
         return flags
 
 
-def read_grid(name: str) -> Grid:
-    """Read and check a grid by its path, or by the name of one of the package's.
+def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
+    """Read and check a grid by its path, or by the name of one of the package's. trust_remote_code: of every job.
 
     Raises ``UserError`` naming the file, the experiment and the key that is wrong.
     """
@@ -236,6 +237,8 @@ def read_grid(name: str) -> Grid:
         path = GRIDS[name]
     grid = Grid.from_json(files.read_json(path, "the grid"), f"the grid {path}")
     grid.path = path
+    for flags in (grid.train, grid.evaluate) if trust_remote_code else ():
+        flags["trust_remote_code"] = True
     return grid
 
 

@@ -89,7 +89,7 @@ class PlannedJob:
         same_weights = all(key.startswith("evaluate") or key == "the test data (sha256)" for key in changes)
         if not (same_weights and "train" in self.flags and "train" in state.seconds):
             return None
-        return State(self.configuration, {"train": state.starts["train"]}, {"train": state.seconds["train"]})
+        return State(self.configuration, {"train": state.starts.get("train", 1)}, {"train": state.seconds["train"]})
 
     @property
     def is_finished(self) -> bool:

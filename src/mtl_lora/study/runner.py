@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(config: StudyConfig) -> None:
     """Check everything, then do what is not done yet; raises ``UserError`` and ``JobFailed``."""
-    grid = read_grid(config.grid)
+    grid = read_grid(config.grid, config.trust_remote_code)
     program = shlex.split(grid.launcher)[0]
     if program not in _MODULES and shutil.which(program) is None:
         raise UserError(f"the launcher {grid.launcher!r} of {grid.path} cannot be started: there is no {program}")

@@ -115,7 +115,9 @@ class TrainingConfig(Config):
         "auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
     )
     load_in_4bit: bool = flag(False, "load the base model in 4 bits, as QLoRA does; needs bitsandbytes")
-    use_gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass to save memory")
+    use_gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass to save memory", by_outcome=True
+    )
     cuda_graphs: bool = flag(
         False, "on one GPU: record the step of each padded length and replay it, which small steps need to be fast"
     )

@@ -1,5 +1,6 @@
 """The output folder of a run: its run configuration, and which checkpoint a run may resume from."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,11 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
                 f"{output} already holds a run; pass {resume}--overwrite_output_dir True to delete it, or another "
                 "--output_dir"
             )
+        if not config.overwrite_output_dir and (foreign := _of_others(output)):
+            raise UserError(
+                f"{output} holds {', '.join(foreign)} of no training; pass another --output_dir, or "
+                "--overwrite_output_dir True to delete it"
+            )
         return None
     if config.overwrite_output_dir:
         raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
@@ -52,6 +58,16 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
     if used and checkpoint.resolve().parent != output.resolve():
         raise UserError(f"{output} holds a run that {checkpoint} is not part of; pass an --output_dir that is empty")
     return checkpoint
+
+
+def _of_others(output: Path) -> list[str]:
+    """What a run would delete in its folder, where no run configuration says that a run wrote it."""
+    path = output / artifacts.RUN_CONFIG
+    with contextlib.suppress(UserError):
+        if path.is_file() and "settings" in files.read_object(path, "the run configuration"):
+            return []
+    names = (artifacts.RUN_CONFIG, artifacts.TRAIN_LOG, artifacts.TENSORBOARD)
+    return [name for name in names if (output / name).exists()]
 
 
 def check_same_run(

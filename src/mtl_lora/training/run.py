@@ -243,7 +243,13 @@ class Run:
             task_weights=self.task_weights,
             cuda_graphs=self.cuda_graphs,
         )
-        trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory does not hold a step; pass --use_gradient_checkpointing True (also on resuming), or "
+                "a smaller --batch_size with more --gradient_accumulation_steps"
+            ) from None
         trainer.save_model(config.output_dir)
         if self.arguments.process_index == 0:
             write_analysis(config.output_dir)

@@ -79,7 +79,8 @@ def _deepspeed_errors(name: str | None) -> Iterator[None]:
     except Exception as error:  # they look into it without checking what it holds
         if not name or isinstance(error, UserError):
             raise
-        raise UserError(f"the DeepSpeed configuration {name} is refused: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"the DeepSpeed configuration {name} does not work here: {reason}") from None
 
 
 class TaskLosses:
