@@ -195,6 +195,8 @@ class Evaluator(abc.ABC):
             mtl_lora.load(model, self.config.checkpoint)
         self.check_unchanged()
         self.model = model.eval().to(device)
+        for layer in mtl_lora.adapter_layers(self.model).values():
+            layer.keep_constants()
 
     def structure(self) -> torch.nn.Module:
         """What ``build`` returns, on the meta device: every module and shape, no memory."""

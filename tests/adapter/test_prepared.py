@@ -250,3 +250,16 @@ def test_nothing_is_prepared_beyond_a_bound_or_for_weights_that_are_elsewhere(al
     accelerate.cpu_offload(model, execution_device="cpu")
     for found, one in zip(model(X, task_ids=IDS), expected, strict=True):
         assert_near(found, one, 1e-12, "output")
+
+
+def test_norms_that_are_kept_change_no_answer_and_are_of_the_weights_they_were_kept_of():
+    model = adapted_llama("dora").eval()
+    before = model(tokens(3)).logits
+    for layer in mtl_lora.adapter_layers(model).values():
+        layer.keep_constants()
+        assert torch.equal(layer.kept_norm, layer.norm())
+    assert torch.equal(model(tokens(3)).logits, before)
+    with torch.no_grad():
+        for layer in mtl_lora.adapter_layers(model).values():
+            layer.lora_B.mul_(2)
+            assert not torch.equal(layer.kept_norm, layer.norm())

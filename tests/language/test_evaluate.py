@@ -385,6 +385,15 @@ def test_an_adapter_never_answers_for_tasks_that_are_not_its_own(evaluate, saved
         evaluate("out", checkpoint=saved(tasks))
 
 
+def test_an_evaluation_keeps_doras_norms(tiny_base, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    mtl_lora.inject(model, mtl_lora.AdapterConfig("dora", target_modules=["q_proj"]))
+    mtl_lora.save(model, str(tmp_path / "adapter"), Origin(base_model=tiny_base))
+    evaluator = Evaluator(EvalConfig(checkpoint=str(tmp_path / "adapter"), template="plain", cutoff_len=256))
+    evaluator.load()
+    assert all(layer.kept_norm is not None for layer in mtl_lora.adapter_layers(evaluator.model).values())
+
+
 def test_flags_give_what_an_adapter_does_not_define(evaluate, saved, tmp_path):
     tasks = tasks_file(tmp_path, MOODS, PAIRS)
     evaluate("out", checkpoint=saved(["boolq", "piqa"]), tasks_file=tasks, template="plain", cutoff_len=200)

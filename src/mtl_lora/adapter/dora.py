@@ -23,6 +23,7 @@ class DoraLayer(LoraLayer):
 
     method, title, paper = "dora", "DoRA", "2402.09353"
     no_decay = ("lora_magnitude",)  # starts at the norms of W
+    kept_norm: torch.Tensor | None = None
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
@@ -50,8 +51,11 @@ class DoraLayer(LoraLayer):
             own = ((B @ (A @ A.T)) * B).sum(dim=1)
         return (self.base_squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
 
+    def keep_constants(self) -> None:
+        self.kept_norm = self.norm()
+
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        c = self.lora_magnitude / positive(self.norm())
+        c = self.lora_magnitude / positive(self.norm() if self.kept_norm is None else self.kept_norm)
         # Without dropout W x~ is the base's output, computed already; its bias is not scaled.
         plain = self.base_layer(dropped) if self.training and self.dropout else output
         plain = plain if self.bias is None else plain - self.bias.to(plain.dtype)

@@ -243,6 +243,9 @@ class AdapterLayer(nn.Module):
         weight, hyperparameters = self.base_layer.weight, tuple(vars(self.hyperparameters).values())
         return type(self), getattr(self, self.parameter_names[0]).device, weight.dtype, hyperparameters
 
+    def keep_constants(self) -> None:
+        """Compute once what depends on weights alone, for a model whose weights change no more."""
+
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor | None:
         """The weights with which each task mixes the layer's parts, (M,) to (M, n); or None."""
 
