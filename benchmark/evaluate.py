@@ -93,7 +93,7 @@ def baseline(evaluator: Evaluator, questions: list[Question]) -> int:
 
 
 def ours(evaluator: Evaluator, questions: list[Question], protocol: str) -> int:
-    for batch in evaluator.batches(questions):
+    for batch in evaluator.batches(questions, protocol):
         evaluator.answer(batch, protocol)
     return len(questions)
 
@@ -122,7 +122,7 @@ def agreement(evaluator: Evaluator, questions: list[Question]) -> tuple[int, int
     same = [
         extract_answer(one.task, one_at_a_time.answer(evaluator.model, evaluator.encoder.tokenizer, one))
         == line["parsed"]
-        for batch in evaluator.batches(questions)
+        for batch in evaluator.batches(questions, "generate")
         for one, line in zip(batch, evaluator.answer(batch, "generate"), strict=True)
     ]
     return sum(same), len(same)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,11 +174,9 @@ def test_questions_of_all_tasks_get_the_same_answers_alone_and_in_batches(evalua
     data = QUICKSTART / "test", evaluator.tasks, []
     asked = load_questions(*data, load_examples, evaluator.questions, limit=1).questions
     evaluator.prepare({mode: asked})
-    by_size = []
+    by_size, length = [], partial(evaluator.tokens, protocol=mode)
     for size in (1, 16):
-        lines = [
-            line for batch in plan_batches(asked, size, 0, evaluator.tokens) for line in evaluator.answer(batch, mode)
-        ]
+        lines = [line for batch in plan_batches(asked, size, 0, length) for line in evaluator.answer(batch, mode)]
         by_size.append({(line["task"], line["index"]): line.get("text", line["parsed"]) for line in lines})
     assert len(by_size[0]) == 8 and by_size[0] == by_size[1]
     assert len(set(by_size[0].values())) > 3, "a model that always says the same would pass any comparison"

@@ -206,23 +206,25 @@ class Evaluator(abc.ABC):
     def build(self) -> torch.nn.Module:
         """The base model with its weights, on which a checkpoint's adapter is put."""
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+    def batches(self, questions: Sequence[Question], protocol: str) -> list[list[Question]]:
         """The batches in which questions are answered, whoever answers them and whenever."""
         budget = self.gpu_token_budget if torch.cuda.is_available() else self.token_budget
-        return plan_batches(questions, self.config.batch_size, budget, self.tokens)
+        length = functools.partial(self.tokens, protocol=protocol)
+        return plan_batches(questions, self.config.batch_size, budget, length)
+
+    def tokens(self, question: Question, protocol: str) -> int:
+        """What a question takes of a batch's token budget, and of a GPU's memory."""
+        return len(question.prompt_ids)
 
     @functools.cached_property
-    def _most_rows(self) -> dict[str, int]:
+    def _fitting(self) -> dict:
         return {}
 
-    def in_halves(self, answer: Callable[[list], list], questions: Sequence[Question]) -> list[dict]:
-        """``answer(questions)`` of one batch, in parts if a GPU's memory wants it; what did not fit is not tried again
-        with the further batches of a task, whose questions are no longer."""
-        return in_halves(answer, list(questions), self._most_rows, questions[0].task.name)
-
-    def tokens(self, question: Question) -> int:
-        """What a question takes of a batch's token budget."""
-        return len(question.prompt_ids)
+    def in_halves(self, answer: Callable[[list], list], questions: Sequence[Question], protocol: str) -> list[dict]:
+        """``answer(questions)`` of one batch, in parts if a GPU's memory wants it; as many tokens as did not fit are
+        not tried again with the task's other batches."""
+        key = questions[0].task.name, protocol
+        return in_halves(answer, list(questions), functools.partial(self.tokens, protocol=protocol), self._fitting, key)
 
     @abc.abstractmethod
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
@@ -332,14 +334,16 @@ def plan_batches(
     return batches
 
 
-def in_halves(answer: Callable[[list], list], rows: list, most: dict[str, int], key: str = "") -> list:
+def in_halves(
+    answer: Callable[[list], list], rows: list, tokens: Callable[[Any], int], fitting: dict, key: object = None
+) -> list:
     """``answer(rows)``; rows that do not fit in a GPU's memory together are answered in halves.
 
-    most: by ``key`` how many rows are tried together since more did not fit; what is found is put there.
-
-    Raises ``UserError`` where a single row does not fit.
+    tokens: of a row. fitting: by ``key``, how many tokens, with padding, are tried since more did not fit; what is
+    found is put there. Raises ``UserError`` where a single row does not fit.
     """
-    if len(rows) <= most.get(key, len(rows)):
+    size = len(rows) * max(map(tokens, rows))
+    if len(rows) == 1 or size <= fitting.get(key, size):
         try:
             return answer(rows)
         except torch.OutOfMemoryError:
@@ -347,11 +351,11 @@ def in_halves(answer: Callable[[list], list], rows: list, most: dict[str, int], 
                 way_out = "take a larger GPU or --dtype bf16"
                 raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
         # Outside the except block, for the error holds on to the tensors of the pass that failed.
-        most[key] = len(rows) // 2
+        fitting[key] = size // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     middle = len(rows) // 2
-    return in_halves(answer, rows[:middle], most, key) + in_halves(answer, rows[middle:], most, key)
+    return [line for part in (rows[:middle], rows[middle:]) for line in in_halves(answer, part, tokens, fitting, key)]
 
 
 def not_finite(what: str) -> UserError:
@@ -391,6 +395,8 @@ def evaluate(
     first.
     """
     config = evaluator.config
+    for folder in folders.values():
+        require_own_settings(folder)
     if not config.overwrite:
         way_out = "pass another --output_dir, or --overwrite to delete them"
         for protocol, folder in folders.items():
@@ -444,7 +450,7 @@ class Predictor:
             self.evaluator.load()
         answered = []
         for protocol, part in questions.items():
-            for batch in self.evaluator.batches(part):
+            for batch in self.evaluator.batches(part, protocol):
                 answered += zip(batch, self.evaluator.answer(batch, protocol), strict=True)
         answered.sort(key=lambda pair: pair[0].key[1])
         return [self.evaluator.result(*pair) for pair in answered]
@@ -470,8 +476,9 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
     config = evaluator.config
     output, partial = Path(config.output), Path(f"{config.output}.partial")
     files.require_writable(output.parent)
+    require_own_settings(partial)
     if not config.overwrite:
-        if output.exists() and not partial.exists():
+        if output.exists() and not (partial / artifacts.EVAL_SETTINGS).exists():
             raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")
         check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
     everything = [question for part in questions.values() for question in part]
@@ -652,7 +659,7 @@ def answer_all(
     found = predictions.read()
     done = {question.key for question in questions if question.answered_by(found.get(question.key))}
     processes.barrier()  # nobody appends before everybody has read
-    waiting = [batch for batch in evaluator.batches(questions) if any(one.key not in done for one in batch)]
+    waiting = [batch for batch in evaluator.batches(questions, protocol) if any(one.key not in done for one in batch)]
     if processes.rank == 0 and (done := len(questions) - sum(map(len, waiting))):
         print(f"{done:,} answers in {folder} are kept; --overwrite True to give them anew", file=sys.stderr)
     own = waiting[processes.rank :: processes.count]
@@ -711,11 +718,16 @@ class Predictions:
             part.unlink()
 
 
+def require_own_settings(folder: str | Path) -> None:
+    """Raise ``UserError`` for a folder with a ``settings.json`` of another program, which this one's would replace."""
+    path = Path(folder) / artifacts.EVAL_SETTINGS
+    if path.exists() and "base_fingerprint" not in files.read_object(path, "the settings of an earlier evaluation"):
+        raise UserError(f"{path} is no evaluation's; choose another output, or delete it")
+
+
 def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
     """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
     path = Path(folder) / artifacts.EVAL_SETTINGS
-    if path.exists() and "base_fingerprint" not in files.read_object(path, "the settings of an earlier evaluation"):
-        raise UserError(f"{path} is no evaluation's; pass another --output_dir")
     if not any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
         return
     if not path.exists():

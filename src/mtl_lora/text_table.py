@@ -16,7 +16,8 @@ def markdown_text(text: str) -> str:
 
 
 def _no_formula(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and re.match(r"[=@]|[+-](?![\d. ])", value) else value
+    formula = r"[=@\t\r]|[+-](?![\d.]+(?:[eE][+-]?\d+)?$)"  # a number with a sign is none
+    return f"'{value}" if isinstance(value, str) and re.match(formula, value) else value
 
 
 def _frame(rows: Sequence, columns: Sequence[str] | None = None):
@@ -94,7 +95,7 @@ class Report:
 
     def csv(self) -> str:
         """The records, a key a column; None is empty."""
-        # A spreadsheet would run what begins like a formula; numbers with a sign are none.
+        # A spreadsheet would run what begins like a formula.
         records = [{key: _no_formula(value) for key, value in record.items()} for record in self.records]
         return _frame(records).to_csv(index=False, lineterminator="\n")
 

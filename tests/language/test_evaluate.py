@@ -9,6 +9,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from shared import PROJECT, QUICKSTART
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -576,8 +577,9 @@ def test_settings_of_another_program_are_not_replaced(evaluate, tmp_path):
     path = tmp_path / "out" / "settings.json"
     path.parent.mkdir()
     path.write_text('{"editor.fontSize": 12}')
-    with pytest.raises(UserError, match=r"settings.json is no evaluation's"):
-        evaluate("out", tasks=FEW)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"settings.json is no evaluation's"):
+            evaluate("out", tasks=FEW, overwrite=overwrite)
     assert path.read_text() == '{"editor.fontSize": 12}'
 
 
@@ -606,6 +608,10 @@ def test_a_configuration_of_other_sizes_takes_no_memory(evaluate, trained, tmp_p
     folder = shutil.copytree(trained, tmp_path / "huge")
     config = json.loads((folder / "mtl_lora_config.json").read_text())
     edit_json(folder / "mtl_lora_config.json", adapter=config["adapter"] | {"rank": 10**9})
+    with pytest.raises(UserError, match=r"numbers, and its mtl_lora_config.json describes"):
+        evaluate("out", checkpoint=str(folder), tasks=FEW)
+    save_file({"other": torch.zeros(1)}, folder / "mtl_lora.safetensors")
+    edit_json(folder / "mtl_lora_config.json", weights_sha256=files.sha256(folder / "mtl_lora.safetensors"))
     with pytest.raises(UserError, match=r"numbers, and its mtl_lora_config.json describes"):
         evaluate("out", checkpoint=str(folder), tasks=FEW)
 

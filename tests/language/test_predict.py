@@ -108,6 +108,18 @@ def test_input_is_read_as_people_write_it(predict, tmp_path, content):
     assert [(one["index"], set(one["scores"])) for one in results] == [(0, {"true", "false"}), (1, {"true", "false"})]
 
 
+def test_what_lies_beside_the_answers_neither_goes_nor_lets_them_be_replaced(predict, tmp_path):
+    """A file that a file manager left in the folder of the answers before they were whole."""
+    other = tmp_path / "out.jsonl.partial" / ".DS_Store"
+    other.parent.mkdir()
+    other.write_text("mine")
+    predict([{"instruction": "a"}], task="boolq")
+    before = (tmp_path / "out.jsonl").read_text()
+    with pytest.raises(UserError, match=r"out.jsonl is there already"):
+        predict([{"instruction": "b"}], task="boolq")
+    assert (tmp_path / "out.jsonl").read_text() == before and other.read_text() == "mine"
+
+
 def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, tmp_path, monkeypatch):
     examples, answer, answered = questions("boolq"), Evaluator.answer, []
     complete = predict(examples, task="boolq", batch_size=2, output=str(tmp_path / "complete.jsonl"))

@@ -101,21 +101,36 @@ def test_a_scored_line_takes_the_group_that_its_question_has_now():
 
 
 @few
-@given(st.lists(st.integers(), min_size=1, max_size=40), st.integers(1, 40))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(9, 200))
 def test_a_batch_that_does_not_fit_in_memory_is_answered_in_parts_in_its_order(rows, fits):
-    answered, failed, most = [], [], {}
+    """A row is its tokens."""
+    answered, failed, fitting = [], [], {}
 
     def answer(part):
-        if len(part) > fits:
-            failed.append(len(part))
+        if len(part) * max(part) > fits:
+            failed.append(part)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        answered.append(len(part))
+        answered.append(part)
         return [row + 1 for row in part]
 
-    assert in_halves(answer, rows, most) == [row + 1 for row in rows]
-    assert max(answered) <= fits and sum(answered) == len(rows)
+    assert in_halves(answer, rows, int, fitting) == [row + 1 for row in rows]
+    assert [row for part in answered for row in part] == rows
     failed.clear()
-    assert in_halves(answer, rows, most) == [row + 1 for row in rows] and not failed
+    assert in_halves(answer, rows, int, fitting) == [row + 1 for row in rows] and not failed
+
+
+def test_shorter_questions_are_answered_in_larger_batches_though_longer_ones_did_not_fit():
+    parts, fitting = [], {}
+
+    def answer(part):
+        if sum(part) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        parts.append(len(part))
+        return part
+
+    for rows in ([40] * 4, [5] * 16):
+        in_halves(answer, rows, int, fitting)
+    assert parts == [2, 2, 16]
 
 
 def test_a_question_too_large_for_the_memory_is_said_in_one_sentence():
@@ -123,4 +138,4 @@ def test_a_question_too_large_for_the_memory_is_said_in_one_sentence():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match="does not hold a single question"):
-        in_halves(answer, [1, 2, 3], {})
+        in_halves(answer, [1, 2, 3], int, {})

@@ -358,7 +358,8 @@ def test_a_name_cannot_break_a_markdown_table(table_of, name):
 
 
 def test_a_name_is_no_formula_and_no_command_to_a_terminal():
-    record = {"name": '=HYPERLINK("a")', "delta": "-0.5", "value": -0.5}
-    (row,) = csv.DictReader(io.StringIO(Report([], [record], []).csv()))
-    assert row == {"name": "'" + record["name"], "delta": "-0.5", "value": "-0.5"}
+    names = ['=HYPERLINK("a")', "-2+3+cmd|'/C calc'!A0", "+1+A1", "\t=1", "@a"]
+    records = [{"name": name, "delta": "-0.5", "value": -0.5} for name in names]
+    rows = csv.DictReader(io.StringIO(Report([], records, []).csv()))
+    assert [*rows] == [{"name": "'" + name, "delta": "-0.5", "value": "-0.5"} for name in names]
     assert TextTable("", ["name"], [["a\x1b[2Jb\x07"]]).markdown().splitlines()[-1] == "| a [2Jb |"

@@ -329,6 +329,9 @@ def test_what_another_program_wrote_is_not_deleted(train, tmp_path, name):
     path.write_text("{}")
     with pytest.raises(UserError, match=f"holds {name.split('/')[0]} of no training"):
         train("run", max_steps=1)
+    elsewhere = str(train("elsewhere", max_steps=2, save_step=1) / "checkpoint-1")
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]} of no training"):
+        train("run", max_steps=2, save_step=1, resume_from_checkpoint=elsewhere)
     assert path.read_text() == "{}"
 
 

@@ -365,16 +365,16 @@ def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:
 
 
 def _check_size(config: AdapterConfig, state: State, source: str) -> None:
-    """Raise ``UserError`` for a configuration of far larger layers than the weights are, before memory is taken for
-    them: ``load_state`` compares every shape, but with those of a model's layers."""
-    described = 0
+    """Raise ``UserError`` for a configuration that describes far more weights than there are, before memory is taken
+    for them: ``load_state`` compares every name and shape, but with those of a model's layers."""
+    described = sum(map(math.prod, parameter_shapes(config, 1, 1).values()))  # of the smallest layer there can be
     for name, sizes in layer_sizes(config, state).items():
         own = config.at(name)
         described += sum(map(math.prod, layer_class(own.method).shapes(own, *sizes).values()))
-    if described > 10 * (held := sum(tensor.numel() for tensor in state.values())):
-        raise UserError(
-            f"{source} holds {held:,} numbers, and its {CONFIG_NAME} describes {described:,}; copy both again"
-        )
+    held = sum(tensor.numel() for tensor in state.values())
+    if described > 10 * max(held, 10**7):
+        found = f"{held:,} numbers, and its {CONFIG_NAME} describes more than {described:,}"
+        raise UserError(f"{source} holds {found}; copy both again")
 
 
 @torch.no_grad()

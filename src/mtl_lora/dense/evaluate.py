@@ -113,7 +113,7 @@ class Evaluator(evaluation.Evaluator):
     def build(self) -> torch.nn.Module:
         return dense.load(self.base_model, self.tasks, self.config.dtype)
 
-    def batches(self, questions: Sequence[Question]) -> list[list[Question]]:
+    def batches(self, questions: Sequence[Question], protocol: str) -> list[list[Question]]:
         """All maps of an image in one batch, for they come from one forward."""
         size = self.config.batch_size
         if size == AUTO:
@@ -123,6 +123,9 @@ class Evaluator(evaluation.Evaluator):
             images.setdefault(question.index, []).append(question)
         parts = list(images.values())
         return [list(itertools.chain(*parts[start : start + size])) for start in range(0, len(parts), size)]
+
+    def tokens(self, question: Question, protocol: str) -> int:
+        return 1  # all images have one size
 
     @torch.inference_mode()
     def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -147,7 +150,7 @@ class Evaluator(evaluation.Evaluator):
             yield shown, {task.name: map_of(task, outputs[task.name][0], shape) for task in self.tasks}
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        return self.in_halves(self._answers, questions)
+        return self.in_halves(self._answers, questions, protocol)
 
     def _answers(self, questions: list[Question]) -> list[dict]:
         items = {index: self.data[index] for index in dict.fromkeys(question.index for question in questions)}

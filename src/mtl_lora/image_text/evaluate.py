@@ -180,7 +180,7 @@ class Evaluator(evaluation.Evaluator):
         model.generation_config = GenerationConfig()
         return model
 
-    def tokens(self, question: Question) -> int:
+    def tokens(self, question: Question, protocol: str) -> int:
         """Of all rows that a choice's labels are scored in, or a caption's beams; visual ones included."""
         rows = self.config.num_beams if question.task.answer == CAPTION else len(self.encoder.labels[question.task.id])
         return self._length(question) * max(rows, 1)
@@ -188,7 +188,7 @@ class Evaluator(evaluation.Evaluator):
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         scored = questions[0].task.answer == CHOICE
-        return self.in_halves(self._scored if scored else self._generated, questions)
+        return self.in_halves(self._scored if scored else self._generated, questions, protocol)
 
     def _batch(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.model.device) for key, value in self.collator(rows).items()}

@@ -126,12 +126,12 @@ class Evaluator(evaluation.Evaluator):
         self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
         self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
 
-    def tokens(self, question: Question) -> int:
-        return super().tokens(question) * self.config.num_beams
+    def tokens(self, question: Question, protocol: str) -> int:
+        return len(question.prompt_ids) * (1 if protocol == "score" else self.config.num_beams)
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         """The prediction lines of a batch of questions of one task, with the model loaded."""
-        answers = self.in_halves(self._score if protocol == "score" else self._generate, questions)
+        answers = self.in_halves(self._score if protocol == "score" else self._generate, questions, protocol)
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:

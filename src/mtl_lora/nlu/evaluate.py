@@ -85,7 +85,7 @@ class Evaluator(evaluation.Evaluator):
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        return self.in_halves(self._cosines if protocol == COSINE else self._classified, questions)
+        return self.in_halves(self._cosines if protocol == COSINE else self._classified, questions, protocol)
 
     def _batch(self, rows: Sequence[dict], task_id: int) -> dict[str, torch.Tensor]:
         batch = self.collator([row | {"task_id": task_id} for row in rows])

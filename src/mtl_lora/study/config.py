@@ -16,7 +16,7 @@ GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").gl
 # Flags of both commands: a grid gives them once, in its train.
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
 # Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
-_ALWAYS = ("output_dir", "check", "local_rank", "trust_remote_code")
+_ALWAYS = ("output_dir", "check", "local_rank")
 _OWN = {"train": {"seed", "resume_from_checkpoint", "overwrite_output_dir", *_ALWAYS}}
 _OWN["evaluate"] = {"checkpoint", "peft", "name", "limit", "split", "overwrite", *FROM_TRAIN, *_ALWAYS}
 _SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}  # trained at several sizes, scored at the grid's one
@@ -217,6 +217,8 @@ class Grid(Config):
         """Flags of a command under today's names. for_all: those of all experiments."""
         flags = self.flags_of(step).named(flags, step)
         for key in flags:
+            if key == "trust_remote_code":
+                raise UserError(f"{step}: no grid lets code run that comes with a model; pass --trust_remote_code True")
             if key in _OWN[step]:
                 home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
                 raise UserError(f"{step}: {key} {home}; leave it out (see seeds, test_records)")

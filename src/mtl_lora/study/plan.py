@@ -53,7 +53,8 @@ class PlannedJob:
         added = {
             f"{step}.{flag.name}": flag.default for step in self.flags for flag in self.grid.flags_of(step).flags()
         }
-        keys = sorted(earlier.keys() | now.keys() - _KEPT_LATE)
+        free = {f"{step}.trust_remote_code" for step in self.flags}  # the base's fingerprint decides
+        keys = sorted((earlier.keys() | now.keys() - _KEPT_LATE) - free)
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
         # What is not on this machine, or was not kept by an earlier version, is not known; but flags, which have a dot.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}

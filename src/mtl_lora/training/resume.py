@@ -39,11 +39,8 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
                 f"{output} already holds a run; pass {resume}--overwrite_output_dir True to delete it, or another "
                 "--output_dir"
             )
-        if not config.overwrite_output_dir and (foreign := _of_others(output)):
-            raise UserError(
-                f"{output} holds {', '.join(foreign)} of no training; pass another --output_dir, or "
-                "--overwrite_output_dir True to delete it"
-            )
+        if not config.overwrite_output_dir:
+            _require_own(output, ", or --overwrite_output_dir True to delete it")
         return None
     if config.overwrite_output_dir:
         raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
@@ -57,17 +54,20 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
         raise UserError(f"{checkpoint} holds no resume state; pass a checkpoint-N folder of the run")
     if used and checkpoint.resolve().parent != output.resolve():
         raise UserError(f"{output} holds a run that {checkpoint} is not part of; pass an --output_dir that is empty")
+    _require_own(output)
     return checkpoint
 
 
-def _of_others(output: Path) -> list[str]:
-    """What a run would delete in its folder, where no run configuration says that a run wrote it."""
+def _require_own(output: Path, more: str = "") -> None:
+    """Raise ``UserError`` for what a run would replace in its folder, where no run configuration says that a run wrote
+    it. more: a second way out."""
     path = output / artifacts.RUN_CONFIG
     with contextlib.suppress(UserError):
         if path.is_file() and "settings" in files.read_object(path, "the run configuration"):
-            return []
+            return
     names = (artifacts.RUN_CONFIG, artifacts.TRAIN_LOG, artifacts.TENSORBOARD)
-    return [name for name in names if (output / name).exists()]
+    if foreign := [name for name in names if (output / name).exists()]:
+        raise UserError(f"{output} holds {', '.join(foreign)} of no training; pass another --output_dir{more}")
 
 
 def check_same_run(

@@ -246,10 +246,12 @@ class Run:
         try:
             trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
         except torch.OutOfMemoryError:
-            raise UserError(
-                "the GPU's memory does not hold a step; pass --use_gradient_checkpointing True (also on resuming), or "
-                "a smaller --batch_size with more --gradient_accumulation_steps"
-            ) from None
+            ways = ["a smaller --batch_size with more --gradient_accumulation_steps"]
+            if config.cuda_graphs:
+                ways = ["a smaller --batch_size"]
+            elif not config.use_gradient_checkpointing:
+                ways.insert(0, "--use_gradient_checkpointing True (also on resuming)")
+            raise UserError(f"the GPU's memory does not hold a step; pass {', or '.join(ways)}") from None
         trainer.save_model(config.output_dir)
         if self.arguments.process_index == 0:
             write_analysis(config.output_dir)
