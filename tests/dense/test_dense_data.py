@@ -7,8 +7,9 @@ from dense_cases import TASKS, make_folder, make_nyud, make_pascal, write_npy, w
 from PIL import Image
 
 from mtl_lora.dense.data import DenseDataset, pixels_of
-from mtl_lora.dense.layouts import NORMALS_CLASSES, Layout, thin
-from mtl_lora.dense.tasks import Task, TaskSet, shipped
+from mtl_lora.dense.layouts import GROUP_OF_PART, NORMALS_CLASSES, Layout, thin
+from mtl_lora.dense.sheet import picture_of
+from mtl_lora.dense.tasks import KINDS, Task, TaskSet, shipped
 from mtl_lora.dense.train import Collator
 from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
@@ -29,6 +30,8 @@ def test_shipped_tasks_have_the_outputs_weights_and_metrics_of_the_paper():
         "normals": (3, 10, "mean_angle"),
     }
     assert [(task.name, task.outputs) for task in shipped("nyud")] == [("semseg", 40), ("depth", 1), ("normals", 3)]
+    weights = {"semantic": 1, "parts": 2, "saliency": 5, "edges": 50, "normals": 10, "depth": 1}
+    assert {name: kind.weight for name, kind in KINDS.items()} == weights
     assert TaskSet.from_json(shipped("scenes").to_json()) == shipped("scenes")
     assert shipped("pascal").only(["normals", "sal"]).describe() == "sal 0, normals 1"
 
@@ -77,6 +80,15 @@ def test_normals_of_pascal_count_in_classes_that_nyu_has_too():
     assert {284, 440, 158, 427, 135} <= set(NORMALS_CLASSES)  # the last is the envelope, after the engine
     assert not {207, 360, 2, 187, 134} & set(NORMALS_CLASSES)
     assert len(NORMALS_CLASSES) == len(set(NORMALS_CLASSES))
+
+
+def test_parts_of_a_person_are_in_the_groups_that_their_names_say():
+    labels = shipped("pascal")["human_parts"].labels
+    groups = {"neck": "torso", "torso": "torso", "uarm": "upper arm", "larm": "lower arm", "hand": "lower arm"}
+    groups |= {"uleg": "upper leg", "lleg": "lower leg", "foot": "lower leg"}
+    named = {part: next((groups[end] for end in groups if part.endswith(end)), "head") for part in GROUP_OF_PART}
+    assert {part: labels[group] for part, group in GROUP_OF_PART.items()} == named
+    assert len(named) == 24 and list(named.values()).count("head") == 10
 
 
 def test_nyud_is_read_as_the_original_reads_it(tmp_path):
@@ -378,3 +390,22 @@ def test_every_colour_is_scaled_by_imagenets_mean_and_deviation():
     found = image_tensor(np.full((4, 4, 3), 255, np.uint8), Warp(), 4)
     expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert found[:, 1, 2].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_lies_outside_of_an_image_is_black():
+    found = image_tensor(np.full((8, 8, 3), 255, np.uint8), Warp(scale=0.5), 8)
+    black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+    assert found[:, 0, 0].tolist() == pytest.approx(black) == found[:, 4, 7].tolist()
+    assert found[0, 4, 4].item() == pytest.approx((1 - 0.485) / 0.229, rel=1e-5)
+
+
+def test_colours_say_what_a_map_holds_and_black_is_no_label():
+    towards_right_down = [[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [255.0, 255.0, 255.0]]
+    colours = [[127, 127, 255], [255, 127, 127], [127, 255, 127], [0, 0, 0]]
+    assert picture_of(NORMALS, np.array([towards_right_down])).tolist() == [colours]
+    near_far_none = np.array([[1.0, 3.0, 255.0]])
+    assert picture_of(DEPTH, near_far_none, (1.0, 3.0))[0, :, 0].tolist() == [255, 40, 0]
+    salient = Task("t", 0, kind="saliency")
+    assert picture_of(salient, np.array([[1.0, 0.0, 255.0]]))[0, :, 0].tolist() == [255, 40, 0]
+    classes = picture_of(SEMANTIC, np.array([[0, 1, 3, 255]]))[0].tolist()
+    assert classes[0] == [70, 70, 70] and classes[3] == [0, 0, 0] and len({*map(tuple, classes)}) == 4

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,16 @@ def test_card_says_what_the_outputs_mean(command, encoders, tmp_path, capsys):
     assert "from 1 to 5" in (Path(rank) / "README.md").read_text()
     export_merged(encoders("bert", "mtl_lora"), tmp_path / "merged", "place")
     assert "no training examples of place" in capsys.readouterr().err
+
+
+def test_card_names_the_token_that_pads_batches_where_the_base_has_another(command, encoders, edit_json, tmp_path):
+    checkpoint = encoders("llama", "lora", TaskSet((Task("tone", 0, labels=("sad", "glad")),)))
+    base = shutil.copytree(checkpoint.parent / "llama", tmp_path / "base")
+    padding = BaseModel(str(base), kind="encoder").tokenizer().pad_token_id
+    for own, named in ((padding, False), (None, True), (padding + 1, True)):  # a decoder's head reads the last token
+        edit_json(base / "config.json", pad_token_id=own)
+        (folder,) = command("peft", "--overwrite", checkpoint=checkpoint, base_model=base, output=tmp_path / "peft")
+        assert (f"    pad_token_id={padding},\n" in (Path(folder) / "README.md").read_text()) == named
 
 
 @pytest.mark.parametrize("name", ["peft", "merge"])

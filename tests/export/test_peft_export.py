@@ -22,7 +22,7 @@ from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
-from mtl_lora.export.model_card import model_card
+from mtl_lora.export.model_card import model_card, read_scores
 from mtl_lora.export.peft import export_peft
 from mtl_lora.results import Results, TaskNames, TaskResult
 
@@ -279,6 +279,21 @@ def test_results_count_if_they_are_of_the_same_weights(checkpoint, tmp_path, ref
     write_results(tmp_path / "named", checkpoint)
     for index, path in enumerate((tmp_path / "named", tmp_path / "named" / "results.json")):
         assert "62.5 %" in card(export_peft(checkpoint, tmp_path / str(index), ["maps"], results=path)[0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"),
+    [("f1", "F1 62.5 % ± 6.2"), ("matthews", "Matthews 62.5 ± 6.2"), ("mean_angle", "Mean angle 0.6 ± 0.1")],
+)
+def test_a_score_is_in_the_unit_of_its_metric(checkpoint, tmp_path, metric, shown):
+    config = read_config(checkpoint)
+    Results(
+        name="run",
+        tasks={"maps": TaskResult(metric, 0.625, 0.0625, 60)},
+        task_set=TaskNames.from_json(FOUR.to_json()),
+        adapter={"weights_sha256": config.weights_sha256},
+    ).save(tmp_path / "results.json")
+    assert read_scores(checkpoint, config, tmp_path / "results.json") == {"maps": f"{shown} (n = 60)"}
 
 
 # ---- the command ----

@@ -235,6 +235,11 @@ def test_weights_add_up_to_examples_and_those_of_captions_to_tokens_over_their_m
     assert batch["scores"][-1] == 0 and {1.0, 0.3} >= set(batch["scores"][:-1].tolist())
 
 
+def test_an_example_of_several_answers_counts_by_the_mean_of_their_lengths():
+    rows = {"task_id": [2, 2, 0], "answers": [[[5] * 2, [5] * 4], [[5] * 6], [[5] * 9]]}
+    assert mean_answer_tokens(rows, SET) == {2: (3 + 6) / 2}
+
+
 def test_rows_come_from_the_cache_unless_what_shapes_them_changes(bart, causal, pictures, tmp_path):
     path = pictures / "train.json"
     rows = training_rows(path, encoder_of(bart), tmp_path)

@@ -17,7 +17,10 @@ from transformers import AutoTokenizer, GenerationConfig
 import mtl_lora
 from mtl_lora.errors import UserError
 from mtl_lora.image_text import Predictor
+from mtl_lora.image_text.evaluate import Question
+from mtl_lora.image_text.examples import parse_example
 from mtl_lora.image_text.features import FeatureStore
+from mtl_lora.image_text.tasks import TaskSet
 from mtl_lora.metrics import vqa_accuracy
 from mtl_lora.results import Results
 
@@ -323,3 +326,23 @@ def test_answers_given_in_another_way_do_not_mix(flag, setting, trained, picture
     evaluated(tmp_path, *data)
     done = run(["evaluate", *data, "--dtype=fp32", f"--output_dir={tmp_path}", flag])
     assert done.code == 2 and f"another {setting};" in done.sentence
+
+
+def test_a_line_is_scored_by_what_its_metric_compares_with():
+    def line(said: str, metric: str = "", kind: int = 0, **record) -> dict:
+        tasks = TaskSet.from_json([TASKS[kind] | {"id": 0} | ({"metric": metric} if metric else {})])
+        example = parse_example({"image": "p0", **record}, 0, "FILE", tasks)
+        return Question(tasks[0], example, [], "hash").line(said)
+
+    people = ["box"] * 4 + ["ball"] * 6  # what they said goes before the scores that training knows
+    asked = {"text": "what is it?", "answers": {"dog": 0.3}}
+    found = line("Box.", **asked, annotators=people)
+    assert (found["answers"], found["score"]) == (people, 1.0)
+    assert line("dog", **asked)["score"] == 0.3
+    found = line("The red box!", "exact_match", text="what is it?", answer="red box")
+    assert (found["correct"], found["f1"]) == (True, 1.0)
+    found = line("true", kind=1, text="a box.", answer="true")
+    assert found["correct"] is True and "f1" not in found
+    twice = ["a box", "a ball", "a box"]  # which counts twice among the references
+    found = line("a box", kind=2, answers=twice)
+    assert found["answers"] == twice and "correct" not in found

@@ -147,6 +147,15 @@ def test_rows_of_other_settings_are_not_taken_from_the_cache(encoder, glue, tmp_
     assert len([*tmp_path.glob("*.arrow")]) == 3 and rows()[:] == first[:] and len([*tmp_path.glob("*.arrow")]) == 3
 
 
+def test_numbers_of_another_range_are_not_taken_from_the_cache(encoder, glue, tmp_path):
+    tokenizer, found = AutoTokenizer.from_pretrained(encoder), []
+    for high in (5, 9):
+        tasks = TaskSet.from_json([LABELLED[0], LABELLED[1] | {"regression": [1, high]}, LABELLED[2]])
+        rows = training_rows(glue / "train.json", tokenizer, 32, tasks, tmp_path)
+        found.append(np.array(rows["target"])[np.array(rows["task_id"]) == 1])
+    assert found[0].any() and np.allclose(found[0], 2 * found[1])
+
+
 def test_tokens_that_a_text_loses_are_counted_and_the_longer_of_two_loses_them(encoder):
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     texts = [("bab " * 9, None), ("bab", "bek " * 9), ("bek " * 9, "bab"), ("bab", None)]

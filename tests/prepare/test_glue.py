@@ -14,7 +14,7 @@ from shared import PROJECT, git_blob
 from mtl_lora import cli
 from mtl_lora.metrics import METRICS
 from mtl_lora.nlu.prepare import MANIFEST as MANIFEST_FILE
-from mtl_lora.nlu.prepare import TASKS_FILE, TEXTS
+from mtl_lora.nlu.prepare import TASKS_FILE, TEXTS, separated
 
 MANIFEST = json.loads(MANIFEST_FILE.read_text())
 TASKS = {task["name"]: task for task in json.loads(TASKS_FILE.read_text())["tasks"]}
@@ -131,6 +131,22 @@ def written(folder: Path, names=NAMES) -> dict[str, dict[str, list[tuple]]]:
     return sets
 
 
+def test_tasks_have_the_labels_and_the_metrics_of_glue():
+    """In the order of the hub's class numbers; of two labels the last is the positive class of F1."""
+    found = {name: (task["metric"], *task.get("labels", task.get("regression"))) for name, task in TASKS.items()}
+    assert found == {
+        "cola": ("matthews", "unacceptable", "acceptable"),
+        "sst2": ("accuracy", "negative", "positive"),
+        "mrpc": ("accuracy_and_f1", "not_equivalent", "equivalent"),
+        "stsb": ("pearson_and_spearman", 0, 5),
+        "qqp": ("accuracy_and_f1", "not_duplicate", "duplicate"),
+        "mnli": ("accuracy", "entailment", "neutral", "contradiction"),
+        "qnli": ("accuracy", "entailment", "not_entailment"),
+        "rte": ("accuracy", "entailment", "not_entailment"),
+        "wnli": ("accuracy", "not_entailment", "entailment"),
+    }
+
+
 # --- single files
 
 
@@ -169,6 +185,18 @@ def test_a_tenth_of_the_training_set_is_dev_where_there_is_none(run, world):
     assert texts["dev"] == [left[index][1:] for index in sorted(order[:2])]
     assert texts["train"] == [left[index][1:] for index in sorted(order[2:])]
     assert texts["test"] == [("p3", "q3"), ("q3", "p4")]
+
+
+def test_no_training_text_is_in_the_dev_set_of_another_task():
+    def rows(*texts: str) -> list[dict]:
+        return [{"text": text} for text in texts]
+
+    cola = {"train": rows("One.", "two", "three"), "dev": rows("four"), "test": rows("five")}
+    sst2 = {"train": rows("six", "FOUR !"), "dev": rows("one", "Five"), "test": rows("seven")}
+    found, notes = separated({"cola": cola, "sst2": sst2})
+    assert found["cola"] == {**cola, "train": rows("two", "three")}
+    assert found["sst2"] == {**sst2, "train": rows("six"), "dev": rows("one")}
+    assert notes == ["dropped for texts that are in a dev or test set too, or empty: cola 1, sst2 2"]
 
 
 def test_files_are_downloaded_and_the_tasks_file_goes_with_them(run, world, serve):

@@ -239,9 +239,12 @@ def test_loss_of_a_task_that_some_steps_lack_is_drawn_over_all_steps_of_its_seed
         runs.append(dataclasses.replace(experiment.runs[0], seed=seed, log=str(path), analysis=None))
     changed = dataclasses.replace(study, experiments=[dataclasses.replace(experiment, runs=runs)], transfer=[])
     (drawing,) = [drawing for drawing in draw(changed) if drawing.name == "training_loss"]
-    (line,) = panels_of(drawing)["CR"].lines
+    (line,), (band,) = panels_of(drawing)["CR"].lines, panels_of(drawing)["CR"].collections
     assert list(line.get_xdata()) == [10, 20, 30]
     assert list(line.get_ydata()) == [3.0, 2.0, 1.5]
+    corners = band.get_paths()[0].vertices
+    ends = [(min(here), max(here)) for here in (corners[corners[:, 0] == step, 1] for step in (10, 20, 30))]
+    assert ends == [(2.0, 4.0), (2.0, 2.0), (1.0, 2.0)]
 
 
 def test_mixture_has_a_row_a_layer_and_the_weights_of_a_task_side_by_side(study, drawings):

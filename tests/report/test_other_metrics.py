@@ -217,6 +217,9 @@ def test_delta_m_is_relative_to_single_task_results(tmp_path, capsys):
         io.StringIO(run_command(capsys, "table", together, "--baselines", ",".join(alone), "--format", "csv")[1])
     )
     assert float(record["delta_m"]) == pytest.approx(2.54185, abs=1e-5)
+    part = write("part", [pair for pair in values.items() if pair[0] != "sal"], task_set={"tasks": tasks})
+    rows = grid(run_command(capsys, "table", together, part, "--baselines", ",".join(alone))[1])
+    assert (rows["mtlora"][-1], rows["part"][-1]) == ("+2.54", "–")
     other = write("other", [("normals", 17.97)], data={"normals": "another"})
     assert (
         "not on the same test data: normals"

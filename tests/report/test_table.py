@@ -65,6 +65,7 @@ def test_markdown_table_is_the_expected_text_for_old_and_new_results(write, caps
         (percent(-1e-9, signed=True), "+0.0"),
         (value_text(2.5, 0.25, "rmse"), "2.500 ± 0.250"),
         (value_text(-2.5, None, "rmse", signed=True), "-2.500"),
+        (value_text(0.034567, 0.0012, "edge_loss"), "0.03457 ± 0.00120"),
     ],
 )
 def test_numbers_have_the_digits_and_signs_that_people_read(text, expected):
@@ -119,6 +120,7 @@ def test_unparsed_answers_have_a_column_where_there_are_any(table_of):
     assert rows["Method"][-2:] == ["Average", "Unparsed"]
     assert (rows["base"][-1], rows["silent"][-1], rows["majority class"][-1]) == ("75.0", "–", "–")
     assert (table.records[1]["unparsed"], table.records[2]["unparsed"]) == (0.75, None)
+    assert table_of(changed(BASE, tasks__first__unparsed=0.5)).records[1]["unparsed"] is None  # of one task alone
     assert "Unparsed" not in table_of(changed(BASE, tasks__first__unparsed=0, tasks__second__unparsed=0)).markdown()
 
 
@@ -176,6 +178,13 @@ def test_averages_by_group_follow_in_a_second_table_and_one_of_some_tasks_alone_
     assert rows["base"] == ["80.0 ± 2.1", "20.0 ± 2.8"]
     notes = table_of(changed(BASE, tasks__first__groups=GROUPS)).notes
     assert any("easy" in note and "first alone" in note for note in notes)
+
+
+def test_the_difference_is_of_the_groups_that_both_rows_have(table_of):
+    fewer = {"easy": {"value": 0.9, "stderr": 0.04, "n": 10}}
+    sides = (changed(BASE, tasks__first__groups=each, tasks__second__groups=each) for each in (GROUPS, fewer))
+    text = table_of(*sides, difference=True).markdown()
+    assert grid(text[text.index("| Average by group") :])["difference"] == ["+10.0 ± 3.5", "–"]
 
 
 def test_latex_is_booktabs_with_every_text_escaped(table_of):

@@ -17,6 +17,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import DATA, load_examples
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet
+from mtl_lora.samples import sampled
 from mtl_lora.study.config import SearchConfig, read_grid
 from mtl_lora.study.plan import Plan, jobs_of
 
@@ -38,6 +39,13 @@ def test_samples_have_equally_many_examples_of_every_task_and_name_their_files(t
         path = plan.test.path / task / "test.json"
         assert len(load_examples(path, COMMONSENSE, task, closed=True)) == 4 == plan.test.records[task]
         assert plan.test.sha256[task] == files.sha256(path)
+
+
+def test_a_sample_is_drawn_from_the_whole_file_and_a_larger_one_adds_to_it():
+    few, more = (sampled(range(1000), count, "boolq") for count in (20, 21))
+    assert len(few) == 20 and few == sorted(few) and {*few} < {*more} and min(few) < 250 and max(few) > 750
+    assert sampled(range(1000), 20, "piqa") != few == sampled(range(1000), 20, "boolq")
+    assert sampled("abc", 0, "boolq") == sampled("abc", 5, "boolq") == ["a", "b", "c"]
 
 
 def test_whole_sets_are_read_where_they_lie(tmp_path):
@@ -140,12 +148,13 @@ def test_alone_trains_every_task_on_its_own_examples_and_scores_it_alone(tmp_pat
 
 @pytest.mark.parametrize(("flag", "values"), [("learning_rate", [0.01, 0.001]), ("num_experts", [2, 4])])
 def test_search_trains_shortly_and_scores_on_the_development_set(tmp_path, flag, values):
-    search = {**SEARCH, "flag": flag, "values": values, "data_dir": dev_set(tmp_path)}
+    search = {**SEARCH, "flag": flag, "values": values, "seed": 7, "data_dir": dev_set(tmp_path)}
     plan = plan_of(tmp_path, grid(search=search))
     trials, best = plan.trials("LoRA")
     assert best is None
     configs = [parsed(trial.jobs[0].commands[0], TrainConfig) for trial in trials]
-    assert [(getattr(config, flag), config.max_steps) for config in configs] == [(value, 2) for value in values]
+    found = [(getattr(config, flag), config.max_steps, config.seed) for config in configs]
+    assert found == [(value, 2, 7) for value in values]
     assert parsed(trials[0].jobs[0].commands[1], EvalConfig).data_dir == str(tmp_path / "study" / "data" / "dev")
     config = parsed(run_of(plan, "LoRA", 0, trials[1].value).jobs[0].commands[0], TrainConfig)
     assert (getattr(config, flag), config.max_steps) == (values[1], 3)
@@ -353,6 +362,9 @@ def test_images_are_not_sampled_and_a_missing_list_of_them_is_named(tmp_path):
         dense_plan(tmp_path, train_records=2)
     with pytest.raises(UserError, match=r"search.*depth_rmse, miou.*learning_rate"):
         dense_plan(tmp_path, search={"values": [1e-3, 1e-4], "data_dir": "dev"})
+    errors = {"data_dir": str(tmp_path / "data"), "tasks": ["depth"]}  # of which the highest mean is the worst
+    with pytest.raises(UserError, match=r"search: depth_rmse .*learning_rate"):
+        dense_plan(tmp_path, evaluate=errors, search={"values": [1e-3, 1e-4], "data_dir": "dev"})
     (tmp_path / "data" / "test.txt").unlink()
     with pytest.raises(UserError, match=r"data/test\.txt"):
         dense_plan(tmp_path)

@@ -123,6 +123,19 @@ def test_tasks_trained_alone_are_one_run_and_give_the_transfer(tmp_path):
     assert "Transfer" in text
 
 
+def test_transfer_is_within_a_group_and_never_from_another(tmp_path):
+    other = {"name": "Elsewhere", "train": {"adapter_name": "lora"}, "group": "rank 8"}
+    right = {("LoRA", 0): RIGHT["LoRA", 0], ("Elsewhere", 0): RIGHT["LoRA", 1], ("Alone", 0): RIGHT_ALONE["Alone", 0]}
+    study, _ = study_of(tmp_path, right, ALONE, other)
+    assert [(row.experiment, row.alone) for row in study.transfer] == [("LoRA", "Alone")]
+
+
+def test_a_run_that_lacks_a_task_of_the_grid_has_no_average(tmp_path):
+    study, _ = study_of(tmp_path, {("Alone", 0): {"boolq": "1100"}}, {**ALONE, "only_tasks": ["boolq"]})
+    alone = by_name(study)["Alone"]
+    assert (alone.runs[0].tasks["boolq"].value, alone.runs[0].average, alone.summary.average) == (0.5, None, None)
+
+
 def test_scores_of_tasks_without_training_are_marked_and_their_examples_not_listed(tmp_path):
     part = {"name": "Part", "train": {"adapter_name": "lora"}, "only_tasks": ["boolq"]}
     own = {**TWO, "experiments": [part], "baseline": "Part"}
@@ -186,6 +199,22 @@ def test_best_value_of_a_search_wins_and_of_equals_the_smaller(tmp_path, right, 
     assert search.questions == {"boolq": 2, "piqa": 2} and len(outcome.candidates[0].commands) == 2
 
 
+@pytest.mark.parametrize(
+    ("right", "edge"),
+    [(("1111", "1000", "1000"), True), (("1000", "1111", "1000"), False), (("1000", "1000", "1111"), True)],
+)
+def test_a_search_whose_best_is_at_an_edge_is_a_note(tmp_path, right, edge):
+    search = {**SEARCH, "values": [0.001, 0.002, 0.004], "data_dir": dev_set(tmp_path)}
+    plan = plan_of(tmp_path, grid(**TWO, search=search))
+    for trial, answers in zip(plan.trials("LoRA")[0], right, strict=True):
+        finish(trial.jobs[0], {"boolq": answers, "piqa": "1100"})
+    writer = StudyWriter(plan)
+    writer.add_search("LoRA", *plan.trials("LoRA"))
+    writer.write(finished(plan, {("LoRA", 0): RIGHT["LoRA", 0]}))
+    found = [note for note in Study.load(tmp_path / "study").notes if note.startswith("The search chose the smallest")]
+    assert [note.endswith("for: LoRA.") for note in found] == [True] * edge
+
+
 # ---- one experiment against another, over seeds ----
 
 ANSWERS = {
@@ -236,6 +265,12 @@ def test_only_tasks_of_both_are_compared_and_only_on_the_same_questions(tmp_path
     assert against((one, other)) is None is against()
     with pytest.raises(UserError, match="question 4 of boolq"):
         against((runs["a0"], write_results(tmp_path / "other", {"boolq": "11001", "piqa": "10"}).path))
+
+
+def test_a_task_that_some_seeds_lack_is_not_compared_over_the_others(tmp_path, runs):
+    one = write_results(tmp_path / "one", {"boolq": "1111"}).path
+    found = against((runs["a0"], runs["b0"]), (runs["a1"], one))
+    assert list(found["tasks"]) == ["boolq"] and found["average"] is None
 
 
 # ---- collecting ----
