@@ -321,6 +321,21 @@ def test_positions_of_an_encoder_are_those_that_rows_can_use(encoder):
         model(torch.full((1, most + 1), 5))
 
 
+def test_a_model_in_4_bits_is_quantised_as_qlora_does(base, monkeypatch):
+    asked = {}
+
+    def capture(*arguments, **options):
+        asked.update(options)
+        raise OSError("enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", capture)
+    with pytest.raises(UserError, match="enough"):
+        BaseModel(str(base)).load("bf16", load_in_4bit=True)
+    found = asked["quantization_config"]
+    assert (found.load_in_4bit, found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert found.bnb_4bit_compute_dtype == torch.bfloat16
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
 def test_the_head_of_an_encoder_in_4_bits_is_left_whole(tmp_path):
     config = BertConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)

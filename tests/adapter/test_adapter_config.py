@@ -46,6 +46,11 @@ def test_every_method_declares_what_tables_and_cards_say_of_it():
     }
     assert {name for name, layer in methods().items() if not layer.has_factors} == {"hydralora", "mtlora"}
     assert {name for name, layer in methods().items() if layer.needs_task_ids} == {"moelora", "mtl_lora"}
+    assert {name: layer.no_decay for name, layer in methods().items() if layer.no_decay} == {
+        "dora": ("lora_magnitude",),
+        "mtlora": ("stream_norm_weight", "stream_norm_bias"),
+        "mtl_lora": ("lora_lambda",),
+    }
     assert layer_class("mlora") is layer_class("mtl_lora")
 
 
@@ -193,6 +198,15 @@ def test_a_training_passes_on_what_its_method_reads(method):
     read = adapter.hyperparameters.to_json()
     assert all(read[name] == value for name, value in given.items() if name in read)
     assert read.keys() == {flag.name for flag in layer_class(method).Hyperparameters.flags()}
+
+
+def test_a_training_passes_on_what_every_method_reads():
+    assert TrainConfig().adapter_config(COMMONSENSE) == AdapterConfig(tasks=COMMONSENSE.names)
+    given = {"lora_r": 4, "lora_alpha": 3.0, "lora_dropout": 0.25, "lora_target_modules": ["up_proj"]}
+    given |= {"use_rslora": True, "modules_to_save": ["norm"]}
+    expected = {name.removeprefix("lora_"): value for name, value in given.items()}
+    expected = AdapterConfig(tasks=COMMONSENSE.names, rank=expected.pop("r"), **expected)
+    assert TrainConfig(**given).adapter_config(COMMONSENSE) == expected
 
 
 def test_layers_that_tasks_share_have_the_adapters_own_settings():

@@ -8,7 +8,7 @@ from reference.tiny import METHODS, adapted_llama, adapter_config, tiny_llama, t
 from torch import nn
 
 import mtl_lora
-from mtl_lora import route
+from mtl_lora import AdapterConfig, route
 from mtl_lora.adapter.layer import layer_class
 
 
@@ -170,6 +170,22 @@ def test_weights_start_as_the_papers_say(method):
     assert layer.adapter_parameters().keys() == STARTS[method].keys()
     for name, weight in layer.adapter_parameters().items():
         assert STARTS[method][name](weight.detach()), name
+
+
+@pytest.mark.parametrize("mode", ["matrix", "matrixv2", "addition"])
+def test_mtlora_starts_with_pairs_as_loras(mode):
+    torch.manual_seed(6)
+    names = [f"task{index}" for index in range(TASKS)]
+    config = AdapterConfig("mtlora", RANK, tasks=names, task_rank=4, shared_mode=mode)
+    weights = layer_class("mtlora")(nn.Linear(INPUTS, OUTPUTS), config).adapter_parameters()
+    assert is_uniform(weights.pop("task_A").detach(), INPUTS) and is_zero(weights.pop("task_B"))
+    if mode == "addition":
+        norm = nn.LayerNorm(OUTPUTS)
+        assert torch.equal(weights.pop("stream_norm_weight"), norm.weight)
+        assert torch.equal(weights.pop("stream_norm_bias"), norm.bias)
+    else:
+        assert is_uniform(weights.pop("lora_A").detach(), INPUTS) and is_zero(weights.pop("lora_B"))
+    assert not weights
 
 
 @pytest.mark.parametrize("method", METHODS)

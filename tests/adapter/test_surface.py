@@ -122,6 +122,15 @@ def test_nothing_is_left_of_an_adapter_that_was_taken_off(taking_off, dtype):
             assert torch.equal(weight, base().state_dict()[name]), name
 
 
+def test_a_merged_model_is_not_the_base_that_it_was_loaded_from():
+    names = []
+    for taking_off in (mtl_lora.merge, mtl_lora.unload):
+        model = adapted_llama("lora")
+        model.config._name_or_path = "some/model"
+        names.append(taking_off(model).config._name_or_path)
+    assert names == ["", "some/model"]
+
+
 def test_there_must_be_an_adapter_to_take_off():
     for take_off in (mtl_lora.unload, mtl_lora.merge):
         with pytest.raises(UserError, match="carries no adapter"):

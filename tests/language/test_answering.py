@@ -1,6 +1,7 @@
 """Generation and scoring against slow references, on models whose every adapter weight matters."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,12 @@ def test_scores_in_the_dtypes_and_attentions_of_use(implementation, dtype, toler
     scorer, expected = OptionScorer(model, Tokens()), flat(slow(tiny_llama(torch.float64), asked))
     assert flat(scorer.scores(asked)) == pytest.approx(expected, abs=tolerance)
     assert scorer.one_pass
+
+
+def test_scores_of_a_model_in_16_bits_are_taken_in_float32():
+    scores = OptionScorer(tiny_llama(torch.bfloat16), Tokens()).scores(questions([0] * len(PROMPTS)))
+    of_one_token, _ = scores[2]
+    assert of_one_token != torch.tensor(of_one_token, dtype=torch.bfloat16).item()
 
 
 class Careless(type(tiny_llama())):
@@ -245,6 +252,7 @@ def test_generation_in_mixed_batches_is_greedy_decoding_of_each_question_alone(e
 def test_beams_in_a_mixed_batch_are_those_of_each_question_alone(evaluator, asked):
     together = generate_answers(evaluator.model, evaluator.encoder, asked[::3], 6, 3)
     assert together == [generate_answers(evaluator.model, evaluator.encoder, [one], 6, 3)[0] for one in asked[::3]]
+    assert together != generate_answers(evaluator.model, evaluator.encoder, asked[::3], 6), "greedy finds others"
 
 
 def test_another_task_id_gives_other_scores(evaluator, asked):
@@ -268,3 +276,10 @@ def test_length_normalised_scores_are_by_token_with_eos():
     first, second, *_ = questions([0] * len(PROMPTS))
     assert per_token(first, Tokens(), [-6.0, -3.0]) == [-3.0, -1.5]
     assert per_token(second, Tokens(), [-6.0, -4.0, -3.0]) == [-1.5, -2.0, -1.5]
+
+
+def test_the_answer_is_the_likeliest_option_whatever_its_length():
+    made, (_, asked, *_) = Evaluator.__new__(Evaluator), questions([0] * len(PROMPTS))
+    made.encoder, made.scorer = Tokens(), SimpleNamespace(scores=lambda asked: [[-6.0, -4.0, -3.5]])
+    (line,) = made.answer([asked], "score")
+    assert (line["parsed"], line["normalised"], line["scores"]) == ("u", "y", [-6.0, -4.0, -3.5])

@@ -12,7 +12,7 @@ from transformers import AddedToken
 
 from mtl_lora.errors import UserError
 from mtl_lora.language.answering import generate_answers
-from mtl_lora.language.encode import ChatTemplate, Encoder
+from mtl_lora.language.encode import FREE_TEXT_RESERVE, ChatTemplate, Encoder
 from mtl_lora.language.examples import load_examples, parse_example
 from mtl_lora.language.questions import encode_questions
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
@@ -109,6 +109,16 @@ def test_a_long_message_is_shortened_in_its_middle(chatting):
     prompt = tokenizer.decode(row.prompt_ids)
     assert row.removed > 0 and all(part in prompt for part in ("Be short.", "A wren.", "FIRST", "LAST<|end|>"))
     assert prompt.endswith("<|start|>assistant\n")
+
+
+def test_a_long_message_that_was_said_before_is_shortened_where_it_stands_last(chatting):
+    tokenizer, text = chatting(CHATML), "the old miller opened the gate, " * 10 + "did he?"
+    asked, said = {"role": "user", "content": text}, {"role": "assistant", "content": "He did."}
+    (whole,) = Encoder(tokenizer, "chat", 4096, FREE).encode([talk([asked, said, asked, said])])
+    cutoff = len(whole.prompt_ids) + FREE_TEXT_RESERVE - 20
+    (row,) = Encoder(tokenizer, "chat", cutoff, FREE).encode([talk([asked, said, asked, said])])
+    _, first, last = tokenizer.decode(row.prompt_ids).split("<|start|>user\n")
+    assert row.removed == 20 and first.startswith(text) and text not in last
 
 
 def test_a_test_set_needs_an_answer_that_can_be_right():

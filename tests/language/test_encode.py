@@ -97,6 +97,9 @@ ORIGINAL_WITH_INPUT = (
     "                "
 )
 
+PLAIN = "Task:\nName a bird.\nAny bird.\nAnswer:\n"
+PLAIN_WITH_INPUT = "Task:\nName a bird.\nAny bird.\nInput:\nIt sings.\nAnswer:\n"
+
 
 @pytest.mark.parametrize(
     "name, text, expected",
@@ -105,6 +108,8 @@ ORIGINAL_WITH_INPUT = (
         ("alpaca", "It sings.", ALPACA_WITH_INPUT),
         ("original", "", ORIGINAL),
         ("original", "It sings.", ORIGINAL_WITH_INPUT),
+        ("plain", "", PLAIN),
+        ("plain", "It sings.", PLAIN_WITH_INPUT),
     ],
 )
 def test_template_has_exactly_these_bytes(name, text, expected):
@@ -313,6 +318,12 @@ def test_free_text_answer_longer_than_its_reserve_still_fits_in_the_cutoff(token
     assert len(row.answer_ids) > FREE_TEXT_RESERVE
     assert len(row.prompt_ids + row.answer_ids) == 256
     assert spelled(tokenizer, row.answer_ids) == record.output
+
+
+def test_a_shortened_prompt_leaves_free_text_32_tokens_in_every_version(tokenizer):
+    encoder = Encoder(tokenizer, "alpaca", 256, TaskSet((Task("free", 0),)))
+    (row,) = encoder.encode([example("boolq", instruction=WORDS * 30)], with_answers=False)
+    assert len(row.prompt_ids) == 256 - 32
 
 
 def test_answer_that_alone_exceeds_the_cutoff_names_its_record(tokenizer):

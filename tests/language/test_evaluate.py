@@ -20,9 +20,10 @@ from mtl_lora.adapter.checkpoint import Origin
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions
 from mtl_lora.export.peft import export_peft
-from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.tasks import Task, TaskSet
 from mtl_lora.results import Results
 
 FEW = ["boolq", "ARC-Easy"]  # tasks of two and of four options, where eight show no more than two
@@ -137,6 +138,18 @@ def test_free_text_is_measured_by_the_metric_of_its_task(evaluate, tiny_base, tm
     assert (results["free"].metric, results["long"].metric) == ("exact_match", "f1")
     assert results["long"].value == results["long"].measured["f1"] and "f1" in results["free"].measured
     assert Results.load(tmp_path / "out").tasks == results
+
+
+def test_a_base_model_alone_is_asked_as_a_training_asks_by_default(tiny_base):
+    made = Evaluator(EvalConfig(base_model=tiny_base))
+    assert (made.template, made.cutoff_len) == (TrainConfig.template, TrainConfig.cutoff_len)
+
+
+def test_results_name_the_latest_rules_of_extraction_that_one_of_their_tasks_needs():
+    made = Evaluator.__new__(Evaluator)
+    made.tasks = TaskSet((Task("free", 0), Task("mood", 1, ("happy", "sad"))))
+    assert [task.extraction for task in made.tasks] == [1, 4]
+    assert made.results_settings("generate") == {"extraction": 4} and made.results_settings("score") == {}
 
 
 def test_both_protocols_score_what_has_options_and_generate_everything(evaluate, tiny_base, tmp_path):

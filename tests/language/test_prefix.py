@@ -1,5 +1,7 @@
 """Shared prompt prefixes in training: the losses and gradients of whole rows, or whole rows."""
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import mtl_lora
 from mtl_lora.adapter.checkpoint import adapter_state
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
+from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.prefix import (
     Packer,
     let_attention_share,
@@ -22,6 +25,7 @@ from mtl_lora.language.prefix import (
     task_prefixes,
 )
 from mtl_lora.language.token_cache import COLUMNS
+from mtl_lora.language.train import LanguageRun
 
 PREFIXES = {0: [5, 6, 7, 8, 9], 1: [5, 6, 7, 1, 2, 3, 4], 2: [5, 6, 7, 8, 9]}  # those of 0 and 2 are equal; 3 has none
 
@@ -174,6 +178,18 @@ def test_dropout_of_the_base_model_counts_as_dropout():
     gpt2 = next(one for one in ARCHITECTURES if one.name == "GPT2").build()
     assert not prefixes_to_share("auto", dataset(ROWS), gpt2, 0.0)[0]
     assert prefixes_to_share("always", dataset(ROWS), gpt2, 0.0)[0]
+    llama = adapted_llama()  # whose attention has a dropout that is no module
+    llama.config.attention_dropout = 0.1
+    assert not prefixes_to_share("auto", dataset(ROWS), llama, 0.0)[0]
+
+
+@pytest.mark.parametrize(("method", "owners"), [("mtl_lora", [0, 1, 2]), ("lora", [0, 1, 0])])
+def test_a_training_shares_a_prefix_across_tasks_only_where_the_adapter_has_no_task_ids(method, owners):
+    run = LanguageRun.__new__(LanguageRun)
+    run.config, run.adapter = TrainConfig(adapter_name=method), adapter_config(method)
+    run.prefixes, run.train, run.tokenizer = PREFIXES, dataset(ROWS), SimpleNamespace(pad_token_id=0)
+    collator, _ = run.ends()
+    assert [collator.packer.owner[task_id] for task_id in PREFIXES] == owners
 
 
 def hybrid() -> torch.nn.Module:

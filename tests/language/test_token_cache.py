@@ -19,7 +19,7 @@ from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training import rows
-from mtl_lora.training.rows import row_columns, shortened_note, tokenizer_hash
+from mtl_lora.training.rows import row_columns, shortened_note, split, tokenizer_hash
 
 CUTOFF = 128
 RECORDS = [
@@ -29,6 +29,12 @@ RECORDS = [
 ]
 RENAMED = TaskSet(tuple(Task(f"other-{task.name}", task.id, task.options) for task in COMMONSENSE))
 PATTERNED = TaskSet(tuple(Task(task.name, task.id, task.options, pattern=task.answer_pattern) for task in COMMONSENSE))
+
+
+def with_boolq(**changes) -> TaskSet:
+    """The eight tasks, the first of them changed."""
+    boolq, *others = COMMONSENSE
+    return TaskSet((dataclasses.replace(boolq, **changes), *others))
 
 
 @pytest.fixture
@@ -95,11 +101,21 @@ def test_another_name_with_the_same_bytes_reuses_the_cache(rows_of, tmp_path, no
     rows_of(path=tmp_path / "copy.json")
 
 
+def test_the_same_bytes_as_another_kind_of_file_are_read_anew(rows_of, tmp_path):
+    rows_of()
+    (tmp_path / "train.csv").write_bytes((tmp_path / "train.json").read_bytes())
+    with pytest.raises(UserError, match=r"train\.csv"):
+        rows_of(path=tmp_path / "train.csv")
+
+
 CHANGES = {
     "template": lambda tokenizers: {"template": "original"},
     "cutoff": lambda tokenizers: {"cutoff": CUTOFF + 1},
     "tasks": lambda tokenizers: {"tasks": RENAMED},
     "a pattern": lambda tokenizers: {"tasks": PATTERNED},
+    "options": lambda tokenizers: {"tasks": with_boolq(options=("true", "false", "nobody can know"))},
+    "what stands before an answer": lambda tokenizers: {"tasks": with_boolq(answer_prefix="answer is ")},
+    "a question": lambda tokenizers: {"tasks": with_boolq(question="Is it so?")},
     "tokenizer": lambda tokenizers: {"tokenizer": tokenizers["gpt2"]},
 }
 
@@ -278,3 +294,9 @@ def test_the_task_of_a_file_is_given_once(tokenizers, tmp_path):
     assert training_rows(*arguments, task="boolq")[0]["task_id"] == COMMONSENSE["boolq"].id
     with pytest.raises(UserError, match="example 0 has no field 'task_id'"):
         training_rows(*arguments)
+
+
+def test_the_seed_decides_which_examples_are_held_out(rows_of):
+    rows = rows_of()
+    first, again, other = ([*split(rows, 4, seed)[1]["input_ids"]] for seed in (1, 1, 2))
+    assert first == again != other

@@ -151,6 +151,16 @@ def test_training_arguments_keep_columns_the_model_does_not_know(tmp_path):
     assert sorted(batch["task_ids"].tolist()) == [0, 1]
 
 
+def test_the_trainer_gets_what_the_flags_say(tmp_path):
+    flags = {"learning_rate": 0.5, "weight_decay": 0.25, "max_grad_norm": 3.0, "lr_scheduler_type": "cosine"}
+    flags |= {"seed": 7, "max_steps": 9, "logging_steps": 4, "gradient_accumulation_steps": 2}
+    renamed = {"num_epochs": 1.5, "batch_size": 3, "save_step": 5, "save_total_limit": 2, "warmup_ratio": 0.25}
+    arguments = training_arguments(TrainConfig(output_dir=str(tmp_path), **flags, **renamed))
+    assert {name: getattr(arguments, name) for name in flags} == flags
+    assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (1.5, 3)
+    assert (arguments.save_steps, arguments.save_total_limit, arguments.get_warmup_steps(8)) == (5, 2, 2)
+
+
 class Regression(nn.Module):
     """A model of another system: numbers in, numbers out."""
 
@@ -266,6 +276,24 @@ def test_the_validation_loss_is_the_mean_over_all_tokens(tmp_path):
     for number, task in enumerate(TASKS):
         own = torch.tensor([each == number for each in tasks])
         assert found[f"eval_loss/{task}"] == pytest.approx(losses[own].mean().item(), rel=1e-6)
+
+
+def test_a_collator_that_draws_takes_one_epoch_for_held_out_examples_and_then_goes_on_in_its_own(tmp_path):
+    class Drawing(Collator):
+        epochs = ()
+
+        def set_epoch(self, epoch):
+            self.epochs += (epoch,)
+
+    trainer = make_trainer(tmp_path, collator=Drawing(0), eval_dataset=encoded_rows())
+    trainer.sampler.set_epoch(2)
+    trainer.evaluate()
+    assert trainer.data_collator.epochs == (0, 2)
+
+
+def test_losses_of_a_model_in_16_bits_are_taken_in_float32():
+    losses, _, _ = token_losses(adapted_llama(dtype=torch.bfloat16), batch_of())
+    assert losses.dtype == torch.float32
 
 
 def test_every_process_draws_dropout_masks_of_its_own():
