@@ -19,9 +19,6 @@ from mtl_lora.train_log import Losses, read_losses
 STUDY_SCHEMA = 2
 
 
-# ---- study.json ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """Estimates over the runs of an experiment: by task, and of the average if every task has a result."""
@@ -293,11 +290,9 @@ def load_run(path: str | Path) -> Study:
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
-    unused, settings = training.pop("unused_settings", []), training.get("settings", {})
-    if not (isinstance(unused, list) and isinstance(settings, dict)):
-        raise UserError(
-            f"{folder / artifacts.RUN_CONFIG} must have 'settings', an object, and 'unused_settings', a list"
-        )
+    reader = Reader(str(folder / artifacts.RUN_CONFIG))
+    unused = reader.read(list, training.pop("unused_settings", []), "unused_settings")
+    settings = reader.read(dict, training.get("settings", {}), "settings")
     training |= {"settings": {key: value for key, value in settings.items() if key not in unused}}
     found = Results.load_all(folder, needed=False)
     facts = {f"evaluation {each.mode}" if len(found) > 1 else "evaluation": each.to_json() for each in found}

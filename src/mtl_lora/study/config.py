@@ -16,9 +16,11 @@ GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").gl
 # Flags of both commands: a grid gives them once, in its train.
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
 # Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
-_ALWAYS = ("output_dir", "check", "local_rank")
+_ALWAYS = ("output_dir", "check", "local_rank", "trust_remote_code")
 _OWN = {"train": {"seed", "resume_from_checkpoint", "overwrite_output_dir", *_ALWAYS}}
 _OWN["evaluate"] = {"checkpoint", "peft", "name", "limit", "split", "overwrite", *FROM_TRAIN, *_ALWAYS}
+_WAYS_OUT = dict.fromkeys(FROM_TRAIN, "comes from the grid's train; leave it out")
+_WAYS_OUT |= {"trust_remote_code": "is no grid's to ask for; pass --trust_remote_code True to the study"}
 _SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}  # trained at several sizes, scored at the grid's one
 _SHARED["evaluate"] = {"data_dir", "mode", "max_new_tokens", "num_beams", "image_size"}
 
@@ -217,11 +219,9 @@ class Grid(Config):
         """Flags of a command under today's names. for_all: those of all experiments."""
         flags = self.flags_of(step).named(flags, step)
         for key in flags:
-            if key == "trust_remote_code":
-                raise UserError(f"{step}: no grid lets code run that comes with a model; pass --trust_remote_code True")
             if key in _OWN[step]:
-                home = "comes from the grid's train" if key in FROM_TRAIN else "is set by the study"
-                raise UserError(f"{step}: {key} {home}; leave it out (see seeds, test_records)")
+                by_study = "is set by the study; leave it out (see seeds, test_records)"
+                raise UserError(f"{step}: {key} {_WAYS_OUT.get(key, by_study)}")
             if key in _SHARED[step] and not for_all and not (step == "train" and key in self.evaluate):
                 raise UserError(f"{step}: {key} must be equal for all experiments; set it in the grid's own flags")
         return flags
@@ -232,11 +232,9 @@ def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
 
     Raises ``UserError`` naming the file, the experiment and the key that is wrong.
     """
-    path = Path(name)
-    if not path.is_file():
-        if name not in GRIDS:
-            raise UserError(f"there is no grid file {name}; grids that are found by name are {', '.join(GRIDS)}")
-        path = GRIDS[name]
+    path = Path(name) if Path(name).is_file() else GRIDS.get(name)
+    if not path:
+        raise UserError(f"there is no grid file {name}; grids that are found by name are {', '.join(GRIDS)}")
     grid = Grid.from_json(files.read_json(path, "the grid"), f"the grid {path}")
     grid.path = path
     for flags in (grid.train, grid.evaluate) if trust_remote_code else ():

@@ -50,9 +50,8 @@ class PlannedJob:
         """Where the configuration that a folder was made by differs: what was, what is, by key."""
         now = self.configuration
         # A flag that a later version added did then what its default does.
-        added = {
-            f"{step}.{flag.name}": flag.default for step in self.flags for flag in self.grid.flags_of(step).flags()
-        }
+        flags = {step: self.grid.flags_of(step).flags() for step in self.flags}
+        added = {f"{step}.{each.name}": each.default for step, known in flags.items() for each in known}
         free = {f"{step}.trust_remote_code" for step in self.flags}  # the base's fingerprint decides
         keys = sorted((earlier.keys() | now.keys() - _KEPT_LATE) - free)
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
