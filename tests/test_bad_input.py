@@ -135,6 +135,7 @@ TASK_FILES = {
     "regression": (tasks(regression=[0, 5]), ["task 0", "--system nlu"]),
     "question a number": (tasks(question=5), ["question 5"]),
     "name with a slash": (tasks(name="a/b"), ["'a/b'", "letters"]),
+    "name of dots": (tasks(name=".."), ["'..'", "letters", "dots"]),
     "name a number": (tasks(name=5), ["name 5"]),
     "name empty": (tasks(name=""), ["''", "letters"]),
     "name with a line end": (tasks(name="a\n"), [r"'a\n'", "letters"]),

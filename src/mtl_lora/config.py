@@ -37,8 +37,9 @@ def _matches(value: object, expected: object) -> bool:
         (element,) = typing.get_args(expected)
         return isinstance(value, list) and all(_matches(entry, element) for entry in value)
     if expected is float:
-        # Beyond, no tensor takes the one, and not even the square of the other is finite.
-        return type(value) in (int, float) and abs(value) < (2**63 if type(value) is int else 1e100)
+        return _matches(value, int) or (type(value) is float and abs(value) < 1e100)  # whose square is finite
+    if expected is int:
+        return type(value) is int and abs(value) < 2**63  # what a tensor takes
     if expected is types.NoneType:
         return value is None
     return type(value) is expected or (isinstance(value, Config) and isinstance(value, expected))
