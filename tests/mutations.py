@@ -320,6 +320,10 @@ def run_to_resume(draw: random.Random) -> str:
     write(Path("m/out/checkpoint-2/trainer_state.json"), {})
     settings = parse(TrainConfig, complete("train --output_dir=m/out --resume_from_checkpoint=True")[1:], "").to_json()
     tasks = TaskSet.from_json(good_inputs.TASKS).to_json()
+    path = Path("m/out/checkpoint-2/mtl_lora_config.json")
+    config = json.loads(path.read_text())
+    config["origin"] |= {"train_settings": settings, "task_set": tasks}  # else all would be of another run
+    write(path, config)
     write(Path("m/out/run.json"), changed({"settings": settings, "tasks": tasks, "world_size": 1}, draw))
     return "train --output_dir=m/out --resume_from_checkpoint=True"
 
