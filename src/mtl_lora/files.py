@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fnmatch
 import glob
 import hashlib
@@ -120,6 +121,8 @@ def reserved(folder: str | Path, size: int) -> BinaryIO:
         Path(folder).mkdir(parents=True, exist_ok=True)
         room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open for as long as it is needed
         try:
+            if shutil.disk_usage(folder).free < size:  # it would fill the disk before it fails, for all who write there
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(room.fileno(), 0, size)
             else:
