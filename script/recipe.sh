@@ -6,8 +6,9 @@
 #
 # Training needs commonsense_170k_taskid.json (data/commonsense/prepare.py), access to LLaMA-2-7B, and GPUs that hold
 # it in bf16 with 8 rows each (of 24 GiB: BATCH_SIZE=4 ACCUMULATION=2, or --use_gradient_checkpointing True), and main
-# memory that holds it once for each process. An evaluation needs the test sets (the same script); the checkpoint names base model,
-# method, rank, prompt and tasks, and the GPUs share the questions. Time and score of the full runs: not measured.
+# memory that holds it once for each process. An evaluation needs the test sets (the same script); the checkpoint names
+# base model, method, rank, prompt and tasks, and the GPUs share the questions. Time and score of the full runs: not
+# measured.
 #
 #   BASE_MODEL    base model                    default meta-llama/Llama-2-7b-hf
 #   DATA_PATH     training examples             default commonsense_170k_taskid.json in the project's folder

@@ -28,6 +28,12 @@ def flag(default, help: str, **metadata):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def is_number(value: object, whole: bool = False) -> bool:
+    """Whether a value of a file is a number that can be reckoned with: an int that a tensor takes or, unless it must be
+    ``whole``, a float whose square is finite. A bool is none."""
+    return (type(value) is int and abs(value) < 2**63) or (not whole and type(value) is float and abs(value) < 1e100)
+
+
 def _matches(value: object, expected: object) -> bool:
     """Whether ``value`` has the declared type; a bool is no number, an int is a valid float."""
     origin = typing.get_origin(expected)
@@ -36,10 +42,8 @@ def _matches(value: object, expected: object) -> bool:
     if origin is list:
         (element,) = typing.get_args(expected)
         return isinstance(value, list) and all(_matches(entry, element) for entry in value)
-    if expected is float:
-        return _matches(value, int) or (type(value) is float and abs(value) < 1e100)  # whose square is finite
-    if expected is int:
-        return type(value) is int and abs(value) < 2**63  # what a tensor takes
+    if expected in (float, int):
+        return is_number(value, whole=expected is int)
     if expected is types.NoneType:
         return value is None
     return type(value) is expected or (isinstance(value, Config) and isinstance(value, expected))

@@ -501,7 +501,7 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
             files.write_text(output, files.json_lines(results))
             artifacts.remove_evaluation(partial)
             with contextlib.suppress(OSError):  # what another program put there stays
-                Path(partial).rmdir()
+                partial.rmdir()
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
 
 
@@ -660,8 +660,8 @@ def answer_all(
     done = {question.key for question in questions if question.answered_by(found.get(question.key))}
     processes.barrier()  # nobody appends before everybody has read
     waiting = [batch for batch in evaluator.batches(questions, protocol) if any(one.key not in done for one in batch)]
-    if processes.rank == 0 and (done := len(questions) - sum(map(len, waiting))):
-        print(f"{done:,} answers in {folder} are kept; --overwrite True to give them anew", file=sys.stderr)
+    if processes.rank == 0 and (kept := len(questions) - sum(map(len, waiting))):
+        print(f"{kept:,} answers in {folder} are kept; --overwrite True to give them anew", file=sys.stderr)
     own = waiting[processes.rank :: processes.count]
     if own:
         evaluator.load()

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
+from mtl_lora.config import is_number
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
 from mtl_lora.metrics import METRICS, NOTHING, Mean, one_unit, title_of
@@ -73,8 +74,8 @@ class Reader:
         if dataclasses.is_dataclass(first):
             return first(**self.fields(first, value, place))
         known = type(value) is first or (first is object and value is not _MISSING)
-        if first in (float, int):  # a whole number is a float too, a bool is not; larger ones overflow
-            known = type(value) in (first, int) and abs(value) < (2**63 if first is int else 1e100)
+        if first in (float, int):
+            known = is_number(value, whole=first is int)
         words, holds = rest or (_WORDS.get(first, "an object"), lambda value: True)
         if not (known and holds(value)):
             raise self.wrong(place, value, words)

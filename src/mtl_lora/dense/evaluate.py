@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.answer_config import AUTO
+from mtl_lora.config import is_number
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.dense.data import DenseDataset, pixels_of
@@ -28,11 +29,6 @@ from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
 
 IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
-
-
-def _is_row(counts: object) -> bool:
-    """Whether a line's counts are numbers."""
-    return isinstance(counts, list) and all(type(each) in (int, float) and abs(each) < 1e100 for each in counts)
 
 
 @dataclasses.dataclass
@@ -59,7 +55,8 @@ class Question:
 
     def answered_by(self, line: Mapping | None) -> bool:
         """Whether a line is of this very image and label, and the map that is wanted is there."""
-        known = line is not None and _is_row(line.get("counts"))
+        counts = line and line.get("counts")
+        known = isinstance(counts, list) and all(map(is_number, counts))
         same = known and (line.get("answer"), line.get("prompt_sha256")) == (self.answer, self.prompt_sha256)
         # A map that lies there without the line saying so is another evaluation's.
         return same and (self.place is None or (line.get("map") is True and self.place.is_file()))
