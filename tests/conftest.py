@@ -14,9 +14,11 @@ import image_text_cases
 import nlu_cases
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 from shared import quickstart_records, save_llama, start, trained_bpe
 
 EOS = "<end>"
+settings.load_profile("ci")  # the same examples in every run; --hypothesis-profile default draws others
 gc.disable()  # the imports and tests that are collected stay to the end, so nothing looks for garbage among them
 
 

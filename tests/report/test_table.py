@@ -355,7 +355,8 @@ def test_csv_carries_every_digit_and_markdown_rows_have_as_many_cells(table_of, 
         assert read == (score["value"], score["stderr"], score["n"])
         assert float(lines[2][f"{task} accuracy"]) == 0
     assert float(lines[0]["average"]) == table.records[0]["average"]
-    assert lines[0]["name"] == " ".join(record["name"].split())
+    name = " ".join(record["name"].split())
+    assert lines[0]["name"] in (name, f"'{name}")  # what begins like a formula is quoted
     lines = table.markdown().split("\n")
     assert [unescaped_pipes(line) for line in lines[:5]] == [6] * 5 and lines[5] == ""
 
