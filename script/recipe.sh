@@ -20,7 +20,8 @@
 #   BATCH_SIZE    rows per device               default 8
 #   ACCUMULATION  micro-batches a step          default 1
 #   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
-#   EPOCHS, LEARNING_RATE, WARMUP, DROPOUT, TARGETS, MAX_GRAD_NORM, CUTOFF_LEN, SEED, DTYPE, DEEPSPEED, PORT   see below
+#   EPOCHS, LEARNING_RATE, WARMUP, DROPOUT, TARGETS, MAX_GRAD_NORM, SEED, DTYPE, PORT   see below
+#   CUTOFF_LEN, DEEPSPEED   see below; not of swin_tiny_mtlora.sh, which has no texts and runs without DeepSpeed
 #   NUM_B, TEMPERATURE, NUM_EXPERTS   of the methods that have them
 #   MODE          generate, score or both       default generate (evaluation)
 #   EVAL_BATCH_SIZE  questions per device       default auto (evaluation)
@@ -29,6 +30,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 LAUNCHER="${LAUNCHER:-torchrun}"
 DEEPSPEED="${DEEPSPEED-$([ "$LAUNCHER" = python ] || echo config/zero2.json)}"
+
+# Of a recipe that takes any METHOD; one of a single method gives its own.
+method_flags=(${NUM_B:+--num_B "$NUM_B"} ${TEMPERATURE:+--temperature "$TEMPERATURE"}
+    ${NUM_EXPERTS:+--num_experts "$NUM_EXPERTS"})
 
 usage_if() {  # usage_if CONDITION TEXT : the usage, and exit code 2, where the condition is not 0
     if [ "$1" -ne 0 ]; then echo "usage: bash $0 $2" >&2; exit 2; fi
@@ -70,7 +75,7 @@ train() {  # train RECIPE R ALPHA ARGUMENT...
 }
 
 train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
-    train_any "$@" --system nlu \
+    train_any "$@" --system nlu ${method_flags[@]+"${method_flags[@]}"} \
         --base_model "${BASE_MODEL:-minilm-l6}" \
         --data_path "${DATA_PATH:-${project}data/glue/train.json}" \
         --tasks_file "${TASKS_FILE:-${project}data/glue/tasks.json}" \
@@ -81,6 +86,7 @@ train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
 
 train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, without DeepSpeed, for the base is small
     DEEPSPEED=none MAX_GRAD_NORM="${MAX_GRAD_NORM:-5.0}" EPOCHS="${EPOCHS:-300}" train_any "$@" --system dense \
+        ${method_flags[@]+"${method_flags[@]}"} ${WARMUP:+--warmup_ratio "$WARMUP"} ${TARGETS:+--lora_target_modules "$TARGETS"} \
         --base_model "${BASE_MODEL:-microsoft/swin-tiny-patch4-window7-224}" \
         --data_path "${DATA_PATH:-${project}data/PASCAL_MT}" --image_size "${IMAGE_SIZE:-448}" \
         --lora_dropout "${DROPOUT:-0.05}" --drop_path "${DROP_PATH:-0.2}" \
@@ -100,7 +106,7 @@ train_vlbart() {  # train_vlbart RECIPE R ALPHA ARGUMENT... : b examples of a st
         --data_path "${DATA_PATH:-${project}data/vlbart/train.json}" \
         --tasks_file "${TASKS_FILE:-${project}data/vlbart/tasks.json}" \
         --features "${FEATURES:-$features}" --pool "${POOL:-6}" \
-        --lora_target_modules q_proj,v_proj \
+        --lora_target_modules "${TARGETS:-q_proj,v_proj}" ${CUTOFF_LEN:+--cutoff_len "$CUTOFF_LEN"} \
         --task_batches round_robin --batch_size $((b / parts)) \
         --task_batch_sizes "gqa=$((b * 100 / 60 / parts)),nlvr=$((b * 20 / 60 / parts)),caption=$((b * 50 / 60 / parts))" \
         --learning_rate "${LEARNING_RATE:-1e-3}" --weight_decay 0.01

@@ -18,5 +18,5 @@ LAUNCHER="${LAUNCHER:-python}"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 usage_if $(($# < 2)) "R ALPHA [flags of mtl-lora train --system image_text]"
 train_vlbart vlbart_mlora "$1" "$2" --adapter_name mtl_lora --num_B "${NUM_B:-2}" --temperature "${TEMPERATURE:-0.8}" \
-    --lora_dropout 0 --warmup_ratio "${WARMUP:-0.03}" \
+    --lora_dropout "${DROPOUT:-0}" --warmup_ratio "${WARMUP:-0.03}" \
     --modules_to_save "*.bias,*layer_norm.weight,*layernorm_embedding.weight" "${@:3}"

@@ -522,20 +522,25 @@ def scale_of(metric: str) -> int:
 
 
 def percent(fraction: float, signed: bool = False) -> str:
-    """Percent with one decimal; a difference carries its sign, and zero is never negative."""
-    rounded = round(100 * fraction, 1) + 0.0
-    return f"{rounded:+.1f}" if signed else f"{rounded:.1f}"
+    """Percent with one decimal, see ``_decimals``."""
+    return _decimals(100 * fraction, 1, signed)
+
+
+def _decimals(number: float, digits: int, signed: bool) -> str:
+    """A number with ``digits`` decimals. One that is ``signed``, a difference or a bound of one, keeps the sign that it
+    has before it is rounded (-0.0 and +0.0 lie on either side of no difference), and zero has none."""
+    if signed and round(number, 12):  # where sums cancel, less than that is left
+        return f"{number:+.{digits}f}"
+    return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
 def value_text(value: float | None, spread: float | None = None, metric: str = "accuracy", signed: bool = False) -> str:
-    """``71.2 ± 0.8``: a metric that is shown times 100, any other with its ``digits``; a dash for None."""
+    """``71.2 ± 0.8``: a metric that is shown times 100, any other with its digits; a dash for None."""
     if value is None:
         return NOTHING
-    digits = METRICS[metric].digits if metric in METRICS else 3
+    digits = METRICS[metric].digits if metric in METRICS else {"delta_m": 2}.get(metric, 3)
     shown, error = (
-        percent(number or 0, sign)
-        if scale_of(metric) == 100
-        else f"{round(number or 0, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+        percent(number or 0, sign) if scale_of(metric) == 100 else _decimals(number or 0, digits, sign)
         for number, sign in ((value, signed), (spread, False))
     )
     return shown if spread is None else f"{shown} ± {error}"

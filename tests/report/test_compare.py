@@ -250,7 +250,7 @@ def test_folders_of_both_protocols_are_compared_by_one(tmp_path, capsys):
     folders = tmp_path / "a", tmp_path / "b"
     rows = grid(run_command(capsys, "compare", *folders, "--mode", "score")[1])
     assert rows["First"][1:4] == ["50.0", "75.0", "+25.0"]
-    assert grid(run_command(capsys, "compare", folders[0] / "generate", folders[1])[1])["First"][3] == "+0.0"
+    assert grid(run_command(capsys, "compare", folders[0] / "generate", folders[1])[1])["First"][3] == "0.0"
     assert_mistakes(capsys, "compare", [([*folders], "--mode"), ([*folders, "--mode", "x"], "score")])
     twice = write_run(tmp_path / "a" / "evaluation", predictions_of(RIGHT_A), mode="score", settings__mode="score")
     again = write_run(tmp_path / "twice", predictions_of(RIGHT_A), mode="score", settings__mode="score")
@@ -398,7 +398,7 @@ EXPECTED = """\
 | Task    | Questions |    A |     B |  B - A | 95 % interval | Only A right | Only B right |      p |
 | ------- | --------: | ---: | ----: | -----: | ------------: | -----------: | -----------: | -----: |
 | First   |         6 |  0.0 | 100.0 | +100.0 |             – |            0 |            6 | 0.0312 |
-| second  |         2 | 50.0 |  50.0 |   +0.0 |             – |            0 |            0 | 1.0000 |
+| second  |         2 | 50.0 |  50.0 |    0.0 |             – |            0 |            0 | 1.0000 |
 | Average |         8 | 25.0 |  75.0 |  +50.0 |             – |            0 |            6 | 0.0312 |
 """
 

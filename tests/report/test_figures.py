@@ -329,7 +329,7 @@ def test_transfer_writes_difference_and_interval_bold_where_it_leaves_out_zero(s
     base = study.experiments[:1]
     _, drawing = draw(dataclasses.replace(study, transfer=[row], experiments=base))
     panel = drawing.figure.axes[0]
-    assert texts(panel) == ["+1.2\n+0.4 to +3.0", "−2.0\n−5.0 to +1.0", "+0.0", ""]
+    assert texts(panel) == ["+1.2\n+0.4 to +3.0", "−2.0\n−5.0 to +1.0", "−0.0", ""]
     assert [text.get_fontweight() for text in panel.texts] == ["bold", "normal", "normal", "normal"]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["rank 2: LoRA"]
     low, high = panel.collections[0].get_clim()

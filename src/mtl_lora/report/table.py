@@ -136,7 +136,7 @@ def build_table(
     if any(row.unparsed for row in rows):
         shown.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
     if baselines:
-        shown.append((DELTA_M, [NOTHING if row.delta_m is None else f"{row.delta_m:+.2f}" for row in rows]))
+        shown.append((DELTA_M, [value_text(row.delta_m, None, "delta_m", signed=True) for row in rows]))
     header, texts = zip(*shown, strict=True)
     tables = [TextTable("Results", [*header], [*map(list, zip(*texts, strict=True))])]
     if groups:
@@ -360,7 +360,5 @@ def _differences(study: Study, found: Differences) -> list[str]:
     averages = [found.average, *[found.over_seeds and found.over_seeds.average] * study.compared_over_seeds]
     texts = [difference_text(found.tasks.get(task), study.metric(task)) for task in study.scored]
     if not study.has_average:
-        gain = found.delta_m
-        interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain and gain.low is not None else ""
-        return [*texts, f"{gain.mean:+.1f}{interval}" if gain else NOTHING]
+        return [*texts, difference_text(found.delta_m, "delta_m")]
     return texts + [difference_text(average, study.metric(None)) for average in averages]
