@@ -311,8 +311,8 @@ class BaseModel:
     def changed_weight(self, weights: Mapping[str, torch.Tensor], prefix: str = "") -> str | None:
         """The name of one of a model's ``weights`` that is not what the files on this machine hold, but for rounding.
 
-        The first row of every matrix is compared; None if they agree, or if there is nothing to compare. prefix: the
-        model's ``base_model_prefix``.
+        The shape and the first row of every matrix are compared; None if they agree, or if there is nothing to compare.
+        prefix: the model's ``base_model_prefix``.
         """
         own = {
             name: weight
@@ -324,9 +324,11 @@ class BaseModel:
         for path in self._on_this_machine().weight_files():
             with safe_open(path, framework="pt") as opened:
                 for name in [name for name in opened.keys() if name in own]:  # noqa: SIM118 - not a mapping
+                    if opened.get_slice(name).get_shape() != list(own[name].shape):  # added tokens, for one
+                        return name
                     there, here = opened.get_slice(name)[:1].float(), own[name][:1].detach().cpu()
                     near = {"rtol": 0.02, "atol": 1e-3 * there.abs().max()}
-                    if here.shape == there.shape and not torch.allclose(here.float(), there, **near):
+                    if not torch.allclose(here.float(), there, **near):
                         return name
         return None
 

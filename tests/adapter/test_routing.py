@@ -7,6 +7,7 @@ from functools import partial
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 import transformers
@@ -124,7 +125,7 @@ def test_ids_may_be_names_or_any_whole_numbers(door):
     names = [TASKS[index] for index in OTHER_IDS]
     given = [OTHER_IDS.to(dtype) for dtype in (torch.int32, torch.int16, torch.uint8)]
     given += [OTHER_IDS.tolist(), tuple(OTHER_IDS.tolist()), OTHER_IDS.numpy(), names, tuple(names), np.array(names)]
-    given += [[[name] * 7 for name in names]]
+    given += [[[name] * 7 for name in names], pandas.Series([0, *OTHER_IDS.tolist()])[1:], pandas.Series(names)]
     for task_ids in given:
         assert torch.equal(logits(model, input_ids, task_ids, door), expected), task_ids
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from reference.layers import assert_near
 from reference.tiny import (
     METHODS,
     TASKS,
+    VOCABULARY,
     adapted_llama,
     adapter_config,
     adapter_gradients,
@@ -28,7 +30,15 @@ from reference.tiny import (
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 import mtl_lora
 from mtl_lora import UserError, route
@@ -590,11 +600,47 @@ def test_a_classifier_is_trained_beside_the_adapter(tmp_path):
 
 def test_a_trainable_weight_that_is_not_saved_is_warned_of(tmp_path):
     (bert,) = (each for each in OTHERS if each.name == "Bert")
-    with pytest.warns(UserWarning, match="'all-linear' puts an adapter on classifier, .* modules_to_save"):
-        model = mtl_lora.inject(bert.build(), adapter_config(target_modules="all-linear"))
+    model = mtl_lora.inject(bert.build(), adapter_config(target_modules="all-linear"))
     model.classifier.bias.requires_grad_(True)
     with pytest.warns(UserWarning, match="classifier.base_layer.bias can be trained but is not saved"):
         mtl_lora.save(model, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["query"], "all-linear"], ids=str)
+def test_a_frozen_head_that_no_file_holds_is_warned_of(tmp_path, targets):
+    (bert,) = (each for each in OTHERS if each.name == "Bert")
+    bert.build().bert.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="classifier.weight, classifier.bias: not as in the base model's files"):
+        mtl_lora.inject(BertForSequenceClassification.from_pretrained(tmp_path), adapter_config(target_modules=targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = BertForSequenceClassification.from_pretrained(tmp_path)
+        model = mtl_lora.inject(model, adapter_config(target_modules=["query"], modules_to_save=["classifier"]))
+        mtl_lora.unload(model).save_pretrained(tmp_path / "whole")
+        model = BertForSequenceClassification.from_pretrained(tmp_path / "whole")
+        mtl_lora.inject(model, adapter_config(target_modules=["query"]))
+        mtl_lora.inject(bert.build(), adapter_config(target_modules=["query"]))  # all of it is random
+
+
+def test_added_tokens_that_are_not_saved_are_warned_of(tmp_path):
+    def resized(**changes) -> nn.Module:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+        model.resize_token_embeddings(VOCABULARY + 3)
+        return randomise(mtl_lora.inject(model, adapter_config(**changes)))
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match=r"lm_head.weight: not as in .* added tokens"):
+        model = resized()
+    with pytest.warns(UserWarning, match=r"\.weight is not what the files .* added tokens .*modules_to_save"):
+        mtl_lora.save(model, tmp_path / "lost")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = resized(modules_to_save=["embed_tokens", "lm_head"])
+        mtl_lora.save(model, tmp_path / "kept")
+        again = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+        again.resize_token_embeddings(VOCABULARY + 3)
+        again = mtl_lora.load(again, tmp_path / "kept")
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -711,6 +757,84 @@ def test_an_adapter_on_a_tied_head_is_known_to_transformers(tmp_path):
     assert model._tied_weights_keys != ties
     mtl_lora.unload(model)
     assert "_tied_weights_keys" not in vars(model) and model.config.tie_word_embeddings
+
+
+def test_an_adapter_on_a_tied_bias_is_known_to_transformers(tmp_path):
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = mtl_lora.inject(BertForMaskedLM(config), adapter_config(target_modules=["query", "decoder"]))
+    model.tie_weights()
+    assert model.cls.predictions.decoder.base_layer.bias is model.cls.predictions.bias
+    with pytest.warns(UserWarning, match="no plain model loads"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["T5", "UMT5", "Bart"])
+def test_merging_the_tied_head_of_an_encoder_decoder_keeps_the_rest_of_it(tmp_path, name):
+    (found,) = (each for each in OTHERS if each.name == {"UMT5": "T5"}.get(name, name))
+    found = dataclasses.replace(found, name=name)
+    model, inputs = found.build(), found.inputs(2)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    body = "q_proj" if name == "Bart" else "q"
+    randomise(mtl_lora.inject(model, adapter_config(target_modules=[body, "lm_head"])))
+    expected = model(**inputs, task_ids=[TASKS[0]] * 2).logits
+    before = model.lm_head.base_layer.weight
+    merged = mtl_lora.merge(model, TASKS[0])
+    assert merged.lm_head.weight is not before and before is merged.get_input_embeddings().weight
+    torch.testing.assert_close(merged(**inputs).logits, expected)
+    merged.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
+    merged.tie_weights()  # as resizing does
+    torch.testing.assert_close(merged(**inputs).logits, expected)
+
+
+def test_a_merged_weight_that_its_dtype_cannot_hold_is_refused_and_nothing_changes():
+    model = adapted_llama("lora", torch.float16, alpha=1e7)
+    with pytest.raises(UserError, match=r"weight of model.layers.0.self_attn.q_proj is not finite in torch.float16"):
+        mtl_lora.merge(model)
+    assert mtl_lora.adapter_layers(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_on_a_frozen_layer_keeps_that_layers_output(method):
+    model, kept = adapted_llama(method), []
+    layer = model.model.layers[0].self_attn.q_proj
+    expected = adapter_gradients_of(model)
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: kept.append((inputs[0], output)))
+    logits(model)
+    torch.testing.assert_close(kept[0][1], F.linear(kept[0][0], layer.base_layer.weight), rtol=0, atol=0)
+    for module in model.modules():
+        module.register_full_backward_hook(lambda *_: None)
+    for name, gradient in adapter_gradients_of(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def adapter_gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    model(input_ids=tokens(len(TASKS)), task_ids=TASKS).logits.square().mean().backward()
+    return adapter_gradients(model)
+
+
+def test_a_forward_that_was_interrupted_leaves_a_model_that_pickles():
+    model = adapted_llama().train()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=tokens(1), task_ids=[TASKS[0]])
+    handle.remove()
+    model(input_ids=tokens(1), task_ids=[TASKS[0]])
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))  # noqa: S301 - made here
+
+
+def test_routers_of_experts_are_no_linear_layers():
+    config = PhimoeConfig(**tiny_llama().config.to_dict() | {"num_local_experts": 2, "num_experts_per_tok": 2})
+    model = PhimoeForCausalLM(config)
+    mtl_lora.inject(model, adapter_config("lora", target_modules="all-linear"), allow_unused=True)
+    assert not any("router" in name for name in mtl_lora.adapter_layers(model))
+    assert logits(model).isfinite().all()
 
 
 def test_a_model_without_the_folder_of_its_checkpoint_is_named():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference.layers import assert_near
 from reference.tiny import TASKS, adapted_llama, randomise, tokens
-from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoTokenizer, BatchEncoding, Trainer, TrainingArguments, default_data_collator
 
 import mtl_lora
 from mtl_lora import AdapterConfig, UserError
@@ -118,3 +118,12 @@ def test_sft_trainer_of_trl_learns_each_row_with_its_task(tiny_base, tmp_path, m
     # TRL multiplies by the weight of the output head without calling it.
     with pytest.raises(UserError, match="the adapter layer lm_head of 1 was not called"):
         trained(adapted("lm_head"), False)
+
+
+def test_a_collator_keeps_the_kind_of_its_batch():
+    def collated(examples):
+        return BatchEncoding({"input_ids": torch.tensor([each["input_ids"] for each in examples])})
+
+    examples = [{"input_ids": [1, 2], "task_ids": name} for name in TASKS[:2]]
+    batch = mtl_lora.TaskCollator(collated)(examples).to("cpu")
+    assert type(batch) is BatchEncoding and batch["task_ids"] == TASKS[:2]

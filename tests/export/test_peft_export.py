@@ -11,7 +11,8 @@ import torch
 from export_cases import FOUR, TARGETS, TOLERANCE, difference, load_base, logits, peft_difference, routed, save_adapter
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from reference.tiny import FACTORED, TASKS, adapted_llama
+from reference.architectures import OTHERS
+from reference.tiny import FACTORED, TASKS, adapted_llama, adapter_config, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shared import PROJECT
@@ -67,6 +68,29 @@ def test_peft_computes_what_the_routed_model_computes_for_every_task(bases, chec
     assert config["fan_in_fan_out"] == (kind == "gpt2")
     assert sorted(config["target_modules"]) == sorted(TARGETS[kind]), "short names, which match nothing else"
     assert config["base_model_name_or_path"] == bases[kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "whole"),
+    [("T5", "SEQ_2_SEQ_LM", []), ("Bert", None, []), ("Bert", "SEQ_CLS", ["classifier"])],
+    ids=str,
+)
+def test_an_adapter_that_was_put_on_another_model_in_python_is_of_the_kind_of_that_model(
+    tmp_path, capsys, name, kind, whole
+):
+    (found,) = (each for each in OTHERS if each.name == name)
+    model = found.build(torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    config = adapter_config(target_modules=list(found.attention), modules_to_save=whole)
+    randomise(mtl_lora.inject(model, config))
+    mtl_lora.save(model, tmp_path / "adapter")
+    inputs, task = found.inputs(2), TASKS[1]
+    expected = model(**inputs, task_ids=[task] * 2).logits
+    (folder,) = export_peft(tmp_path / "adapter", tmp_path / "peft", [task])
+    assert settings(folder)["task_type"] == kind and "vllm" not in capsys.readouterr().err
+    loaded = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), folder).eval()
+    assert difference(loaded(**inputs).logits, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("scale", [{"alpha": 0.5}, {"alpha": 7.3}, {"use_rslora": True}], ids=str)

@@ -19,7 +19,7 @@ from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes, parameter_shapes, require_in_memory
-from mtl_lora.adapter.saved import require_slots, unwrap
+from mtl_lora.adapter.saved import find_slots, require_slots, unwrap
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
@@ -147,10 +147,11 @@ def save(
     _require_numbers(state, f"the adapter cannot be saved to {folder}")
     if provenance is None:
         provenance = getattr(root, "mtl_lora_provenance", None) or _base_of(root)
-        if name := _changed_weight(provenance, root):
+        if name := _changed_weight(provenance, root, root.mtl_lora_config.modules_to_save):
             warnings.warn(
                 f"this model's {name} is not what the files of {provenance.base_model!r} hold, which mtl_lora.load("
-                "folder) takes; put the adapter on the right base with mtl_lora.load(model, folder)",
+                "folder) takes; put the adapter on the right base with mtl_lora.load(model, folder), and save added "
+                "tokens with the adapter: modules_to_save",
                 stacklevel=2,
             )
     # Both are whole before either takes its name, the weights first.
@@ -227,17 +228,19 @@ def _base_of(model: nn.Module) -> Provenance:
     return Provenance(name, fingerprint, base_class=next(classes, type(model)).__name__, **own)
 
 
-def _changed_weight(base: Provenance, model: nn.Module) -> str | None:
-    """The name of a base weight that is not what the recorded files hold; None where nothing can be compared."""
+def _changed_weight(base: Provenance, model: nn.Module, modules_to_save: list[str]) -> str | None:
+    """The name of a base weight, other than of the modules saved whole, that is not what the recorded files hold; None
+    where nothing can be compared."""
     # What was merged from 4 bits is other weights on purpose.
     if not base.base_fingerprint or not base.base_model or base.load_in_4bit:
         return None
     from mtl_lora.base_model import BaseModel
 
-    injection, own = injection_of(model), {}
-    saved = {id(slot.get()): slot.original for slot in (injection.slots if injection else ())}
-    for name, weight in unwrap(model).named_parameters():
-        own[name.replace(".base_layer.", ".")] = saved.get(id(weight), weight)
+    injection = injection_of(model)
+    slots = injection.slots if injection else find_slots(unwrap(model), modules_to_save)
+    saved = {id(slot.get()) for slot in slots}
+    named = unwrap(model).named_parameters()
+    own = {name.replace(".base_layer.", "."): weight for name, weight in named if id(weight) not in saved}
     try:
         return BaseModel(base.base_model).changed_weight(own, getattr(unwrap(model), "base_model_prefix", ""))
     except (UserError, OSError, ValueError):  # its files are not on this machine
@@ -303,7 +306,8 @@ def load(
                 f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
                 f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
             )
-        if not provenance.load_in_4bit and (name := _changed_weight(found, base_model)):
+        whole = config.adapter_config.modules_to_save
+        if not provenance.load_in_4bit and (name := _changed_weight(found, base_model, whole)):
             warnings.warn(
                 f"{folder} was trained on the files of {found.base_model!r}, and this model's {name} is not what they "
                 "hold",

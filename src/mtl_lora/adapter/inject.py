@@ -19,6 +19,7 @@ from mtl_lora.adapter.layer import (
     AdapterLayer,
     is_conv1d,
     is_linear,
+    is_quantised,
     is_sharded,
     layer_class,
     require_in_memory,
@@ -67,15 +68,12 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
             raise UserError(f"task_modules: none of the {len(targets)} adapted layers is named {entry!r}")
     own = {module: config.at(name) for name, module in targets.items()}
     layers = {module: layer_class(each.method)(module, each) for module, each in own.items()}
-    body = getattr(root, "base_model", root)  # of a model of transformers all but its head
-    if config.target_modules == "all-linear" and isinstance(body, nn.Module) and body is not root:
-        inside = set(body.modules())
-        if heads := [name for name, module in targets.items() if module not in inside]:
-            warnings.warn(
-                f"'all-linear' puts an adapter on {', '.join(heads)}, whose own weights are not saved: if they were "
-                "drawn anew, they are others when the adapter is loaded; name the head in modules_to_save",
-                stacklevel=2,
-            )
+    if drawn := _drawn_anew(root, slots):
+        warnings.warn(
+            f"{', '.join(drawn)}: not as in the base model's files (a new head, or added tokens), and neither trained "
+            "nor saved, so whoever loads the adapter has others; name the module in modules_to_save",
+            stacklevel=2,
+        )
     head = output_head(root)
     if head in layers:
         layers[head].is_head = True
@@ -104,12 +102,25 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     return model
 
 
+def _drawn_anew(root: nn.Module, slots: list[Slot]) -> list[str]:
+    """The names of weights that transformers has drawn, having found none in the files of a model or having resized
+    them, but for those of ``slots``."""
+    saved = {slot.original for slot in slots}
+    # It marks the others; a model that was not loaded has no marks, and what is quantised or sharded has other weights.
+    marks = {name: getattr(weight, "_is_hf_initialized", False) for name, weight in root.named_parameters()}
+    if not any(marks.values()):
+        return []
+    own = {name: weight for name, weight in root.named_parameters() if not marks[name] and weight not in saved}
+    return [name for name, weight in own.items() if not (is_quantised(weight) or is_sharded(weight))]
+
+
 def _rename_ties(root: nn.Module, injection: Injection) -> None:
     """Tell transformers, which ties and saves weights by their names, those that wrapped layers have now."""
     ties = getattr(root, "_tied_weights_keys", None)
     if not isinstance(ties, dict):
         return
-    wrapped = {f"{name}.weight": f"{name}.base_layer.weight" for name, _ in _named_layers(root)}
+    names = [f"{name}.{key}" for name, _ in _named_layers(root) for key in ("weight", "bias")]
+    wrapped = {name: f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}" for name in names}
     renamed = {wrapped.get(name, name): wrapped.get(source, source) for name, source in ties.items()}
     if renamed != ties:
         injection.ties = ("_tied_weights_keys" in vars(root), ties)
@@ -310,9 +321,10 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
 
     Modules saved whole keep their trained values. Nothing else of the adapter is left: the model's methods, hooks and
     attributes, and which weights require a gradient, are what they were before ``inject``. So it knows no tasks any
-    more, and models of transformers ignore ``task_ids`` that are still passed to them. Raises ``UserError`` for a
-    task the adapter does not have, for a model without an adapter, for a base that is quantised, offloaded or computed
-    from other weights, and for a model with a head per task, naming the function that merges it.
+    more: the forward of a model of transformers ignores ``task_ids`` that are still passed to it, and ``generate``
+    refuses them. Raises ``UserError`` for a task the adapter does not have, for a model without an adapter, for a base
+    that is quantised, offloaded or computed from other weights, for a sum that its dtype cannot hold, and for a model
+    with a head per task, naming the function that merges it.
     """
     # All before anything changes, for it may raise.
     if task is not None and injection_of(model):
@@ -326,6 +338,11 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
             raise UserError(f"the weight of {name} is computed from others, so it cannot take the adapter into it")
         require_in_memory(f"the weight of {name}", layer.base_layer.weight)
     merged = {layer.base_layer: layer.merged_weight(task) for layer in layers.values()}
+    for name, weight in zip(layers, merged.values(), strict=True):
+        if not weight.isfinite().all():
+            raise UserError(
+                f"the merged weight of {name} is not finite in {weight.dtype}; load the base in float32 (--dtype fp32)"
+            )
     _take_off(model, keep=True)
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
@@ -334,9 +351,20 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     if getattr(config, "_name_or_path", ""):
         # Another base now, which the next adapter must not record as the one before.
         config._name_or_path = ""
-    if head is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = head.weight is unwrap(model).get_input_embeddings().weight
+    tied = head is not None and getattr(config, "tie_word_embeddings", False)
+    if tied and head.weight is not unwrap(model).get_input_embeddings().weight:
+        _untie(unwrap(model), head)
     return model
+
+
+def _untie(root: nn.Module, head: nn.Module) -> None:
+    """Have a model keep its output head beside its embeddings, when it is resized or saved."""
+    if not getattr(root.config, "is_encoder_decoder", False):
+        root.config.tie_word_embeddings = False
+    elif isinstance(ties := getattr(root, "_tied_weights_keys", None), dict):
+        # There it ties the embeddings of both halves too, and some scale the head's input by it.
+        own = {f"{name}.{key}" for name, module in named_modules(root) if module is head for key in ("weight", "bias")}
+        root._tied_weights_keys = {name: source for name, source in ties.items() if name not in own}
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -423,6 +451,8 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not injection.off and not _is_compiled(model):
             _refuse_drifting_averages(model)
+            for watcher in injection.watchers:  # a forward that was interrupted has left them
+                watcher.remove()
             injection.watchers = [
                 layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))
                 for layer in adapter_layers(model).values()

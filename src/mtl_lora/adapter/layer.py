@@ -101,7 +101,14 @@ class JoinedLinear(nn.Module):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module can carry an adapter: nn.Linear and what derives from it (quantised layers), and the like."""
-    return isinstance(module, nn.Linear | JoinedLinear) or is_conv1d(module)
+    # Routers of experts return a tuple; grouped layers have a matrix for each part of their input.
+    is_other = "Router" in type(module).__name__ or hasattr(module, "n_groups")
+    return (isinstance(module, nn.Linear | JoinedLinear) and not is_other) or is_conv1d(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hook may keep a module's output, or makes a view of it for the backward pass."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -304,7 +311,7 @@ class AdapterLayer(nn.Module):
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Base output (N, d) and rank space (N, R) to the layer's output (N, d); ``dropped`` is dropout(x), (N, k)."""
         up = self.up().to(output.dtype).T
-        if self.in_place:
+        if self.in_place and not _has_hooks(self.base_layer):
             return output.addmm_(mixed, up, alpha=self.scale)
         return torch.addmm(output, mixed, up, alpha=self.scale)
 

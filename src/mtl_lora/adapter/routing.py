@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import nn
@@ -62,8 +62,9 @@ class Route:
     def __init__(self, task_ids, blocks: Blocks | None = None):
         self.blocks = blocks
         self._in_range_of = -1  # the number of tasks for which the ids were found to be in range
+        rows = task_ids
         if not isinstance(task_ids, torch.Tensor | str):
-            rows = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
+            rows = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids  # also a slice of a data frame
             rows = first = list(rows) if isinstance(rows, Sequence) else rows  # also a column of datasets
             while isinstance(first, list | tuple) and first:
                 first = first[0]
@@ -71,7 +72,7 @@ class Route:
                 self.task_ids: torch.Tensor | list = list(rows)
                 return
         try:
-            task_ids = torch.as_tensor(task_ids)
+            task_ids = torch.as_tensor(rows)
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"{_RULE}, not {task_ids!r}") from None
         dtype = task_ids.dtype
@@ -193,17 +194,19 @@ class TaskCollator:
     (``dispatch_batches``, its default for streamed data), ids must be numbers. collator: of all other fields.
     """
 
-    def __init__(self, collator: Callable[[list[dict]], Mapping]):
+    def __init__(self, collator: Callable[[list[dict]], MutableMapping]):
         self.collator = collator
 
-    def __call__(self, examples: Sequence[Mapping]) -> dict:
-        """The batch with ``task_ids``; raises ``UserError`` for an example without."""
+    def __call__(self, examples: Sequence[Mapping]) -> MutableMapping:
+        """The collator's batch with ``task_ids``; raises ``UserError`` for an example without."""
         lacking = [number for number, example in enumerate(examples) if "task_ids" not in example]
         if lacking:
             fields = ", ".join(examples[lacking[0]])
             raise UserError(f"an example has no task_ids but {fields}; pass remove_unused_columns=False to the Trainer")
         rest = [{key: value for key, value in example.items() if key != "task_ids"} for example in examples]
-        return {**self.collator(rest), "task_ids": Route([example["task_ids"] for example in examples]).task_ids}
+        batch = self.collator(rest)
+        batch["task_ids"] = Route([example["task_ids"] for example in examples]).task_ids
+        return batch
 
 
 # ---- what is in force ----

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 import mtl_lora
 from mtl_lora import artifacts, files
@@ -30,7 +35,7 @@ from mtl_lora.systems import BASE_KINDS, check
 CARD_NAME = "README.md"
 FILES = (artifacts.PEFT_CONFIG, artifacts.PEFT_WEIGHTS, CARD_NAME)
 FOR_ALL = "all"  # the folder of an adapter that was trained without tasks
-_PLAIN_LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "lora_dropout": 0.0}
+_PLAIN_LORA = {"peft_type": "LORA", "inference_mode": True, "lora_dropout": 0.0}
 _PLAIN_LORA |= {"bias": "none", "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 
@@ -76,6 +81,9 @@ def export_peft(
         adapter = mtl_lora.load(load_base(base_model, config, "fp64" if is_double else "fp32"), checkpoint)
     layers = adapter_layers(adapter)
     shared = {"base_model_name_or_path": base_model.name, "modules_to_save": saved_names}
+    kind = task_type(config.provenance_config.base_class)
+    # Of a classifier PEFT reads the head from the folder too.
+    shared["task_type"] = kind if saved_names or kind not in ("SEQ_CLS", "TOKEN_CLS") else None
     pad_token_id = None
     if head_tasks:
         shared["task_type"] = "SEQ_CLS"
@@ -94,7 +102,7 @@ def export_peft(
             said.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
     closest_lora.cache_clear()
     folders = [Path(output) / name for name in names]
-    if not head_tasks:
+    if shared["task_type"] == "CAUSAL_LM":
         said.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))
     print(*said, sep="\n", file=sys.stderr)
     return folders
@@ -116,13 +124,28 @@ def serving(base_model: BaseModel, folders: list[Path], rank: int, dora: bool, s
     return shlex.join([*words, *(f"{folder.name}={folder}" for folder in folders)])
 
 
+def task_type(base_class: str | None) -> str | None:
+    """What PEFT calls the task of a class of transformers: by it PEFT chooses its own class. CAUSAL_LM of one that is
+    not known, and of models of images and text that predict the next token; None where PEFT has no name."""
+    if base_class is None or not hasattr(transformers, base_class):
+        return "CAUSAL_LM"
+    if base_class in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "SEQ_2_SEQ_LM"
+    if base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or base_class.endswith("ForConditionalGeneration"):
+        return "CAUSAL_LM"
+    return {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}.get(
+        base_class[base_class.rfind("For") :]
+    )
+
+
 def recorded_base(checkpoint: str | Path) -> BaseModel:
     """The base model that a checkpoint records; raises ``UserError`` if it records none."""
     return base_for(checkpoint, read_config(checkpoint))
 
 
 def base_for(checkpoint: str | Path, config: CheckpointConfig, given: BaseModel | None = None) -> BaseModel:
-    """The base model that is given, else the recorded one, of the kind that the checkpoint's system trains.
+    """The base model that is given, else the recorded one, of the kind that the checkpoint's system trains, or of that
+    of its class, for an adapter that was put on a model in Python.
 
     Raises ``UserError`` for a system with modules of its own in the base model, of which no other program knows.
     """
@@ -135,7 +158,9 @@ def base_for(checkpoint: str | Path, config: CheckpointConfig, given: BaseModel 
         )
     if given is None and provenance.base_model is None:
         raise UserError(f"{checkpoint} does not record its base model; pass --base_model")
-    return dataclasses.replace(given or BaseModel(provenance.base_model), kind=BASE_KINDS[provenance.system])
+    kinds = {"SEQ_CLS": "encoder", "SEQ_2_SEQ_LM": "text_generator"}
+    kind = kinds.get(task_type(provenance.base_class), BASE_KINDS[provenance.system])
+    return dataclasses.replace(given or BaseModel(provenance.base_model), kind=kind)
 
 
 def tasks_of_heads(config: CheckpointConfig) -> TaskSet | None:
