@@ -11,7 +11,7 @@ from mtl_lora.dense.layouts import GROUP_OF_PART, NORMALS_CLASSES, Layout, thin
 from mtl_lora.dense.sheet import picture_of
 from mtl_lora.dense.tasks import KINDS, Task, TaskSet, shipped
 from mtl_lora.dense.train import Collator
-from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
+from mtl_lora.dense.transforms import AUGMENTATIONS, MEAN, STD, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
 
 SEMANTIC, DEPTH, NORMALS = (
@@ -112,6 +112,13 @@ def test_thinned_lines_are_those_of_scikit_image():
     assert found == thinned
 
 
+def test_a_thinned_ring_stays_around_its_hole():
+    """Beside the hole the smaller of Guo and Hall's two counts is 4, above the 3 of their second condition."""
+    ring = np.pad(np.ones((5, 5)), 1)
+    ring[3, 3] = 0
+    assert np.argwhere(thin(ring)).tolist() == [[2, 3], [3, 2], [3, 4], [4, 3]]
+
+
 def test_batch_says_how_much_of_each_task_is_labelled(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "far" / "1.npy").unlink()
@@ -187,6 +194,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     turned = [AUGMENTATIONS["pascal"].draw(0, 0, index) for index in range(60)]
     assert min(draw.angle for draw in turned) < -15 and max(draw.angle for draw in turned) <= 20
     assert min(draw.scale for draw in turned) >= 0.75 and 1.2 < max(draw.scale for draw in turned) <= 1.25
+    assert len({draw.scale for draw in turned}) == 60 and sum(draw.flip for draw in turned) in range(20, 41)
 
 
 # ---- what is wrong ----
@@ -384,12 +392,36 @@ def test_digest_follows_the_images_and_the_labels_of_the_task(tmp_path):
     now = DenseDataset(tmp_path, "test", size=8)
     changed = {task.name for task in data.tasks if now.sha256(task) != before[task.name]}
     assert changed == {"things"}
+    larger = DenseDataset(tmp_path, "test", size=16)
+    assert not {larger.sha256(task) for task in data.tasks} & {now.sha256(task) for task in data.tasks}
 
 
 def test_every_colour_is_scaled_by_imagenets_mean_and_deviation():
     found = image_tensor(np.full((4, 4, 3), 255, np.uint8), Warp(), 4)
     expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert found[:, 1, 2].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_image_is_enlarged_by_a_cubic_that_stays_within_its_colours():
+    image = np.random.default_rng(0).integers(0, 2, (6, 5, 3), np.uint8) * 255
+    found = image_tensor(image, Warp(), 12)
+    pixels = torch.from_numpy(image).float().permute(2, 0, 1)[None]
+    cubic = torch.nn.functional.interpolate(pixels, (12, 12), mode="bicubic", align_corners=False)[0]
+    assert cubic.min() < -20 and cubic.max() > 275
+    expected = (cubic.clamp(0, 255) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_normals_that_cancel_each_other_are_no_label():
+    normals = np.zeros((1, 2, 3), np.float32)
+    normals[0, :, 0] = 1, -1
+    found = label_tensor(normals, NORMALS, Warp(), 3)[:, 1]
+    assert found.T.tolist() == [[1, 0, 0], [255] * 3, [-1, 0, 0]]
+
+
+def test_an_image_is_reduced_by_its_shorter_side():
+    assert pixels_of(Image.new("RGB", (64, 8)), 8)[0].shape == (8, 64, 3)
+    assert pixels_of(Image.new("RGB", (64, 16)), 8)[0].shape == (8, 32, 3)
 
 
 def test_what_lies_outside_of_an_image_is_black():

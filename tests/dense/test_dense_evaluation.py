@@ -14,6 +14,8 @@ from mtl_lora import UserError, cli
 from mtl_lora.dense import Predictor
 from mtl_lora.dense import evaluate as evaluation
 from mtl_lora.dense.config import EvalConfig, TrainConfig
+from mtl_lora.dense.sheet import map_of
+from mtl_lora.dense.tasks import Task
 from mtl_lora.dense.train import Collator, run
 from mtl_lora.metrics import METRICS
 from mtl_lora.report.compare import compare
@@ -262,6 +264,16 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
             Predictor(trained).predict([image])
     with pytest.raises(UserError, match="a list of images"):
         Predictor(trained).predict(inputs / "a.png")
+
+
+def test_maps_are_saved_at_the_size_of_their_images(trained, folder, tmp_path):
+    evaluated(trained, folder, tmp_path, image_size=8, tasks=["things"], limit=1, save_maps=True)
+    assert Image.open(tmp_path / "maps/things/1.png").size == (SIZE, SIZE)
+
+
+def test_a_map_has_the_likeliest_class_whatever_the_sign_of_its_scores():
+    scores = torch.tensor([[[-1.0, -3.0, -9.0]], [[-2.0, -2.5, -8.0]], [[-4.0, -4.0, -7.0]]])
+    assert map_of(Task("t", 0, kind="parts", classes=3), scores).tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mtl_lora.adapter.layer import Streams, layer_class
 from mtl_lora.base_model import BaseModel, enable_checkpointing
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.backbones import with_streams
+from mtl_lora.dense.decoders import Decoder
 from mtl_lora.dense.tasks import Task, TaskSet, shipped
 
 TASKS = TaskSet(
@@ -349,3 +350,55 @@ def test_drop_path_grows_from_none_to_its_rate():
     backbone.set_drop_path(0.3)
     rates = [module.drop_path.drop_prob for module in backbone.modules() if hasattr(module, "drop_path")]
     assert rates == pytest.approx([0.06 * block for block in range(6)])  # of 1, 2, 1 and 2 blocks
+
+
+def test_attention_drops_in_training_alone():
+    for backbone in BACKBONES:
+        model, pixels = with_streams(plain_backbone(backbone)), images(backbone, 1)
+        still = model(pixels)[-1].shared
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.5
+        assert torch.equal(model(pixels)[-1].shared, still)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.train()
+        assert not torch.allclose(model(pixels)[-1].shared, still)
+
+
+class Dropped(torch.nn.Module):
+    """Stochastic depth that drops every path."""
+
+    def forward(self, x):
+        return 0 * x
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_block_whose_paths_are_dropped_gives_its_input(backbone):
+    model = built(backbone, "mtlora").backbone
+    x, more = torch.randn(1, 36, model.channels[0], dtype=torch.float64), []
+    if backbone == "swin":
+        x, more = x[..., : SWIN.embed_dim], [(6, 6)]
+    last = model.get_submodule(model.last_blocks[0])
+    last.drop_path = Dropped()
+    streams = last(x, *more)
+    assert torch.equal(streams.shared, x) and all(torch.equal(each, x) for each in streams.tasks)
+
+
+def test_windows_of_an_oblong_map_are_those_of_transformers():
+    """A map of which one side is a window alone is not shifted."""
+    plain, model = plain_backbone("swin"), with_streams(plain_backbone("swin"))
+    for grid in ((10, 4), (10, 3)):
+        x = torch.randn(1, grid[0] * grid[1], 16, dtype=torch.float64)
+        blocks = (each.encoder.layers[1].blocks[1] for each in (plain, model))
+        expected, found = (block(x, grid) for block in blocks)
+        torch.testing.assert_close(found.shared, expected[0])
+
+
+def test_averages_of_a_decoder_follow_each_batch_by_a_tenth():
+    decoder = Decoder([3, 4, 5, 6], 2).train()
+    maps = [torch.randn(2, channels, 4, 4) for channels in (3, 4, 5, 6)]
+    seen = []
+    decoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean(dim=(0, 2, 3))))
+    decoder(maps, (8, 8))
+    torch.testing.assert_close(decoder.norm.running_mean, 0.1 * seen[0])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dense_cases import make_folder, make_nyud, make_pascal, make_swin, write_png
 from safetensors.torch import load_file
 from torch import nn
-from transformers import set_seed
+from transformers import SwinConfig, SwinModel, TrainingArguments, set_seed
 
 import mtl_lora
 from mtl_lora import UserError, cli
@@ -19,7 +19,7 @@ from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
-from mtl_lora.dense.train import Collator, run
+from mtl_lora.dense.train import Collator, DenseRun, run
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 STEPS = 4
@@ -227,6 +227,28 @@ def test_epoch_reaches_the_augmentation(tmp_path):
     data = DenseDataset(make_folder(tmp_path, 4, 16), "train", size=16, augmentation="pascal", seed=3)
     Collator(data).set_epoch(2)
     assert torch.equal(data[1]["image"], data.item(1, 2)["image"])
+
+
+def test_defaults_are_those_of_the_original(swin, tmp_path):
+    """300 epochs with 20 of warm-up, from 5e-7 to 5e-4 and down to 5e-6; scale 4 (arXiv 2403.20320)."""
+    config = TrainConfig(base_model=swin, data_path=str(make_folder(tmp_path)), output_dir=str(tmp_path / "run"))
+    assert (config.weight_decay, config.max_grad_norm, config.lora_alpha / config.lora_r) == (0.05, 5, 4)
+    assert config.warmup_ratio == pytest.approx(20 / 300) and config.lr_scheduler_type == "cosine"
+    rates = config.trainer_options()["lr_scheduler_kwargs"]
+    assert rates == pytest.approx({"min_lr_rate": 5e-6 / 5e-4, "warmup_lr_rate": 5e-7 / 5e-4})
+    config.min_lr_rate = 0.2
+    assert config.trainer_options()["lr_scheduler_kwargs"] == pytest.approx({"min_lr_rate": 0.2, "warmup_lr_rate": 0.02})
+
+
+@pytest.mark.parametrize(("flag", "last"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_drop_path_is_the_flag_or_that_of_the_base_model(swin, tmp_path, flag, last):
+    base = tmp_path / "base"
+    SwinModel(SwinConfig.from_pretrained(swin, drop_path_rate=0.1)).save_pretrained(base)
+    settings = {"data_path": str(make_folder(tmp_path / "data")), "output_dir": str(tmp_path / "run"), "dtype": "fp32"}
+    training = DenseRun(TrainConfig(base_model=str(base), drop_path=flag, **settings))
+    training.arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True)
+    block = training.load_base().backbone.encoder.layers[3].blocks[-1]
+    assert block.drop_path.drop_prob == pytest.approx(last)
 
 
 @pytest.mark.parametrize(
