@@ -1,5 +1,7 @@
 """An imported adapter computes what it computes where it was trained; what a checkpoint cannot hold is one sentence."""
 
+import dataclasses
+import inspect
 import json
 import shutil
 
@@ -18,7 +20,8 @@ from mtl_lora import route
 from mtl_lora.adapter.checkpoint import adapter_state, read_config
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from mtl_lora.base_model import BaseModel
-from mtl_lora.export.importers import import_peft
+from mtl_lora.export.__main__ import ImportOriginal, ImportPeft
+from mtl_lora.export.importers import import_original, import_peft
 from mtl_lora.export.peft import export_peft
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet
 
@@ -209,6 +212,18 @@ def test_peft_weights_that_cannot_be_read_are_refused(refused, peft_folder, case
 )
 def test_wrong_flag_of_an_import_is_refused(refused, peft_folder, flags, message):
     assert message in refused("import-peft", peft=peft_folder, **flags)
+
+
+def test_flags_and_arguments_of_imports_have_the_same_defaults_which_are_the_papers():
+    found = {}
+    for command, function in ((ImportPeft, import_peft), (ImportOriginal, import_original)):
+        flags = {each.name: each.default for each in dataclasses.fields(command)}
+        given = {name: each.default for name, each in inspect.signature(function).parameters.items()}
+        shared = [name for name in flags.keys() & given.keys() if given[name] is not inspect.Parameter.empty]
+        assert {name: flags[name] for name in shared} == {name: given[name] for name in shared}
+        found[command] = {name: flags[name] for name in shared if name not in ("base_model", "overwrite")}
+    peft = {"method": "mtl_lora", "num_B": 3, "temperature": 0.1, "seed": 42, "template": "alpaca"}
+    assert found == {ImportPeft: peft, ImportOriginal: {"alpha": 16.0, "temperature": 0.1}}
 
 
 # ---- from the original repository ----

@@ -120,6 +120,7 @@ def test_peft_adapts_exactly_the_same_modules(bases, tmp_path, kind, targets):
     model, own = PeftModel.from_pretrained(load_base(bases[kind]), folder).eval(), routed(bases[kind], checkpoint)
     adapted = [name for name, module in model.base_model.model.named_modules() if isinstance(module, LoraLayer)]
     assert adapted == list(mtl_lora.adapter_layers(own))
+    assert settings(folder)["fan_in_fan_out"] == (kind == "gpt2")
     assert difference(logits(model), logits(own, TASKS[1])) < TOLERANCE
 
 
@@ -238,7 +239,9 @@ def test_the_line_that_serves_all_folders_in_vllm_or_the_reason_that_none_does(b
         *modules,
     ]
     assert "DoRA" in said(checkpoints("llama", "dora"), "dora", ["maps"])
-    assert "--max-lora-rank 16" in said(checkpoints("llama", "dora"), "as", ["maps"], form="lora", rank=9)
+    for rank, largest in ((8, 8), (9, 16)):
+        line = said(checkpoints("llama", "dora"), f"as {rank}", ["maps"], form="lora", rank=rank)
+        assert f"--max-lora-rank {largest} " in line
     whole = save_adapter(bases["llama"], tmp_path / "saved", "lora", modules_to_save=["model.norm"])
     assert "model.norm" in said(whole, "norm", ["maps"]) and "merge" in said(whole, "again", ["maps"])
     wide = save_adapter(bases["llama"], tmp_path / "wide", "lora", rank=513, target_modules=["q_proj"])
@@ -488,3 +491,10 @@ def test_a_plain_lora_of_a_conv1d_is_that_of_its_transposed_weight(bases, tmp_pa
     checkpoint = save_adapter(bases["gpt2"], tmp_path / "checkpoint", "dora", target_modules=["attn.c_proj"])
     (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"], form="lora", rank=16)
     assert peft_difference(bases["gpt2"], checkpoint, folder, "maps") < TOLERANCE
+
+
+def test_a_plain_lora_of_a_dora_in_float64_is_worked_out_in_it(bases, tmp_path):
+    mtl_lora.save(adapted_llama("dora", torch.float64), tmp_path / "checkpoint", Provenance(bases["llama"]))
+    (folder,) = export_peft(tmp_path / "checkpoint", tmp_path / "peft", ["maps"], form="lora", rank=2)
+    tensors = load_file(folder / "adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float64}
