@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ from transformers import (
 import mtl_lora
 from mtl_lora import UserError, route
 from mtl_lora.adapter.checkpoint import WEIGHTS_NAME, adapter_state, adapter_tensors, read_config
+from mtl_lora.adapter.inject import trainable_parameters
 from mtl_lora.base_model import BaseModel
 
 
@@ -108,7 +110,8 @@ def facts(model: nn.Module) -> dict:
 def test_nothing_is_left_of_an_adapter_that_was_taken_off(taking_off, dtype):
     def base():
         model = tiny_llama(dtype).train()
-        model.model.embed_tokens.requires_grad_(False)
+        for frozen in (model.model.embed_tokens, model.model.layers[1].post_attention_layernorm):
+            frozen.requires_grad_(False)
         model.gradient_checkpointing_enable()
         for hook in model._require_grads_hooks:  # transformers' own, a closure that does not pickle
             hook.remove()
@@ -229,6 +232,13 @@ def test_a_state_dict_of_the_whole_model_gives_the_same_model(method):
     model, other = adapted_llama(method), mtl_lora.inject(tiny_llama(seed=5), adapter_config(method))
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_is_in_the_mode_of_its_model(training):
+    model = mtl_lora.inject(tiny_llama().train(training), adapter_config(dropout=0.5))
+    assert {module.training for module in model.modules()} == {training}
+    assert torch.equal(logits(randomise(model)), logits(model)) != training
 
 
 def test_the_mode_that_is_set_while_an_adapter_is_disabled_holds_afterwards():
@@ -889,6 +899,14 @@ def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
 def test_trainable_parameters_are_printed_as_peft_prints_them(capsys):
     mtl_lora.print_trainable_parameters(adapted_llama("lora", target_modules=["q_proj"]))
     assert capsys.readouterr().out == "trainable params: 192 || all params: 5,296 || trainable%: 3.6254\n"
+
+
+def test_a_weight_that_is_partitioned_or_packed_counts_with_all_its_values():
+    model = nn.ModuleList([nn.Linear(2, 3, bias=False) for _ in range(2)])
+    model[0].weight.ds_numel = 50
+    model[1].weight.quant_state = SimpleNamespace(shape=(6, 7))
+    model[1].requires_grad_(False)
+    assert trainable_parameters(model) == (50, 92)
 
 
 @pytest.mark.slow
