@@ -48,6 +48,8 @@ def test_an_answer_is_normalised_by_the_official_rules(text, expected):
         ("red", ["red"] * 4 + ["blue"] * 6, 1.0, 1.0),
         ("T-shirt", ["t-shirt"] * 3 + ["shirt"] * 7, 0.9, 0.9),  # punctuation goes on both sides
         ("yes!", ["Yes!"] * 10, 1.0, 0.0),  # all the same: the official rule leaves the people's as they are
+        ("red", ["red."] * 10, 1.0, 0.0),
+        ("red", ["red."] * 9 + ["blue"], 1.0, 1.0),
         ("yes", ["yes!"] * 9 + ["no"], 1.0, 0.0),  # a space comes for the sign, and stays there
         ("two", ["two"] * 9 + ["2"], 1.0, 0.3),  # officially digits are for what is predicted alone
         ("the dog", ["the dog"] * 5 + ["dog"] * 5, 1.0, 1.0),
