@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
-from mtl_lora.metrics import ERROR_RESAMPLES, METRICS, mean, metrics_for, same_text, text_f1
+from mtl_lora.metrics import ERROR_RESAMPLES, METRICS, mean, metrics_for, same_text, text_f1, value_text
 
 few = settings(max_examples=30, deadline=None)
 LABELS = ("no", "yes")
@@ -32,6 +32,9 @@ LABELS = ("no", "yes")
         ("don't!", "dont", 1.0, True),
         ("U.S.", "US", 1.0, True),
         ("1,000", "1000", 1.0, True),
+        ("1,234,567", "1234567", 1.0, True),
+        ("1,5", "15", 0.0, False),
+        ("1,0000", "10000", 0.0, False),
         ("(5).", "5", 1.0, True),
         ("B)", "b", 1.0, True),
         # an empty answer is never right
@@ -265,3 +268,16 @@ def test_a_difference_over_several_pairs_is_the_mean_of_theirs_in_every_resample
 def test_the_error_of_scores_that_are_mostly_none_or_all_is_no_smaller_than_their_own():
     scores = [0.0, 1.0] * 20 + [0.5]  # which two zeros and two ones among them spread no more, but make more
     assert mean(scores)[1] == pytest.approx(statistics.pstdev(scores) / math.sqrt(41))
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [
+        ("edge_loss", "0.01235 ± 0.00200"),
+        ("mean_angle", "0.012 ± 0.002"),
+        ("f1", "1.2 ± 0.2"),
+        ("own", "0.012 ± 0.002"),
+    ],
+)
+def test_values_are_shown_with_the_digits_of_their_metric(metric, text):
+    assert value_text(0.0123456, 0.002, metric) == text

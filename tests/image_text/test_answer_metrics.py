@@ -25,6 +25,7 @@ needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is no
         ("on\tthe left", "on left"),
         ("a/b-c", "b c"),  # no space beside the signs, so spaces come for them; and a is an article
         ("yes-no, well -now", "yesno well now"),  # beside a space somewhere, so they go everywhere
+        ("left-\nright-hand", "left righthand"),  # a line break is a space to the rule
         ("1,000-2", "10002"),  # a number with a comma: all signs go
         ("u.s. 3.5 5.", "us 3.5 5"),
         ("Ten", "10"),
@@ -151,6 +152,11 @@ def test_bleu_is_that_of_the_scorer_and_of_a_hand():
     assert alone == pytest.approx((6 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
     short = metric.value_of(metric.written([[3, 2, 1, 1, 3, 2, 1, 1, 3, 6]]))
     assert short == pytest.approx(math.exp(1 - 6 / 3))
+    few = captions.caption_rows(["red dog runs"], [["red dog runs"]], "simple")[0]["bleu4"]  # of four words it has none
+    assert few == [3, 2, 1, 0, 3, 2, 1, 0, 3, 3]
+    scorer = BleuScorer("red dog runs", ["red dog runs"])
+    assert metric.value_of(metric.written([few])) == pytest.approx(scorer.compute_score(option="closest")[0][3])
+    assert metric.value_of(metric.written([few])) < 0.04
 
 
 @needs_scorers
