@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertModel
 
 import mtl_lora
 from mtl_lora import language
+from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.errors import UserError
 from mtl_lora.nlu import Predictor
 
@@ -150,6 +151,13 @@ def test_an_encoder_alone_answers_by_the_cosine_of_mean_pooled_embeddings(encode
         cosine = F.cosine_similarity(first, second, dim=0).item()
         assert line["parsed"] == pytest.approx(1 + 4 * cosine, abs=1e-5)
     assert results(tmp_path / "cosine")["method"] is None
+
+
+def test_a_text_is_cut_where_the_training_cut_it(trained):
+    assert read_config(trained).provenance_config.cutoff_len == 32
+    evaluator = Predictor(trained, dtype="fp32").evaluator
+    (question,) = evaluator.to_predict([{"text": "bab " * 50}], "input", "tone")["classify"]
+    assert (len(question.prompt_ids), question.row["removed"]) == (32, 20)
 
 
 def test_scores_that_are_not_finite_are_no_answer(trained):

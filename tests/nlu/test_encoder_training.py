@@ -1,7 +1,9 @@
 """Trainings of the tiny encoder: as a plain loop, resumed, and with a task that has no examples."""
 
 import json
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from mtl_lora.nlu.config import TrainConfig
 from mtl_lora.nlu.data import Encoder, training_rows
 from mtl_lora.nlu.examples import Example
 from mtl_lora.nlu.tasks import TaskSet
+from mtl_lora.nlu.train import EncoderRun
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
@@ -131,6 +134,13 @@ def test_a_task_without_examples_keeps_its_head_and_the_checkpoint_says_so(train
     drawn = encoders.load(BaseModel(config.base_model, kind="encoder"), config.read_tasks(), "fp32")
     own, other = drawn.classifier[2].weight, drawn.classifier[0].weight
     assert torch.equal(saved["classifier.2.weight"], own) and not torch.equal(saved["classifier.0.weight"], other)
+
+
+def test_a_task_of_texts_and_pairs_of_texts_is_neither():
+    tasks = TaskSet.from_json(LABELLED)
+    rows = datasets.Dataset.from_dict({"task_id": [0, 0, 1, 1, 2, 2], "pair": [False, True, True, True, False, False]})
+    run = SimpleNamespace(train=rows, tasks=tasks, config=SimpleNamespace(cutoff_len=32))
+    assert EncoderRun.provenance(run) == {"cutoff_len": 32, "pairs": {"closeness": True, "place": False}}
 
 
 def test_rows_of_other_settings_are_not_taken_from_the_cache(encoder, glue, tmp_path):
