@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,15 @@ def test_a_prediction_answers_as_the_evaluation_does(kind, answered, trained, pi
             assert list(each["scores"].values()) == pytest.approx(line["scores"], abs=1e-4)
             weights = [math.exp(score - max(line["scores"])) for score in line["scores"]]
             assert each["probabilities"]["true"] == pytest.approx(weights[1] / sum(weights), abs=1e-4)
+
+
+def test_a_text_is_cut_where_the_training_cut_it(trained, pictures, tmp_path):
+    path = Path(shutil.copytree(trained["bart"], tmp_path / "cut")) / "mtl_lora_config.json"
+    written = json.loads(path.read_text())
+    written["provenance"]["cutoff_len"] = 20
+    path.write_text(json.dumps(written))
+    evaluator = Predictor(path.parent, features=[str(pictures / "features.h5")]).evaluator
+    assert evaluator.encoder.cutoff_len == evaluator.settings("answer")["cutoff_len"] == 20
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -187,6 +187,12 @@ def test_a_tenth_of_the_training_set_is_dev_where_there_is_none(run, world):
     assert texts["test"] == [("p3", "q3"), ("q3", "p4")]
 
 
+def test_a_dev_set_that_is_sampled_has_two_thousand_examples_at_most():
+    rte = {"train": [{"text": f"a{n}", "text_b": "b"} for n in range(21_000)], "test": []}
+    found, _ = separated({"rte": rte})
+    assert {part: len(rows) for part, rows in found["rte"].items()} == {"train": 19_000, "dev": 2_000, "test": 0}
+
+
 def test_no_training_text_is_in_the_dev_set_of_another_task():
     def rows(*texts: str) -> list[dict]:
         return [{"text": text} for text in texts]
