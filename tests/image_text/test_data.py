@@ -183,6 +183,8 @@ def test_what_is_too_long_loses_the_end_of_its_text_and_of_its_answer_but_no_wor
     answer = encoder.tokenizer(text)["input_ids"]
     assert row["answers"] == [[*answer[:5], EOS]]
     assert row["removed"] == len(whole) - 12 + len(answer) - 6
+    (row,) = encoder_of(bart, tasks, cutoff_len=10).encode([example("mine", tasks=tasks, text=text, answer=text)])
+    assert row["prompt_ids"] == whole[: 10 - tail] + whole[-tail:]  # the lower of both limits
     narrow = TaskSet.from_json([{"name": "mine", "id": 0, "prompt": "on the left {text} is", "max_text": 8}])
     with pytest.raises(UserError, match="example 5: 8 tokens leave no room"):
         encoder_of(bart, narrow).encode([example("mine", 5, tasks=narrow, text=text, answer="a")])

@@ -366,3 +366,14 @@ def test_inputs_that_do_not_fit_are_one_sentence(tmp_path):
     model(**batch)
     with pytest.raises(UserError, match="pool"):
         VisualConfig(dim=DIM, grid=2, pool=3)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("llama", 0.01), ("t5", 0.01), ("bart", 1.0)])
+def test_visual_tokens_begin_as_large_as_what_they_stand_beside(name, expected):
+    """That is embedded words, or in BART what comes of its norm."""
+    architecture, config = MODELS[name]
+    model = architecture(config).double()
+    model.config.initializer_range = 0.01
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.01)
+    tokens = visual.with_images(model, IMAGES).visual_embedding(torch.randn(8, 1, GRID**2, DIM))
+    assert 1 / 3 < tokens.std().item() / expected < 3
