@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from transformers import AutoTokenizer, GenerationConfig
 import mtl_lora
 from mtl_lora.errors import UserError
 from mtl_lora.image_text import Predictor
-from mtl_lora.image_text.evaluate import Question
-from mtl_lora.image_text.examples import parse_example
+from mtl_lora.image_text.evaluate import Evaluator, Question
+from mtl_lora.image_text.examples import Example, parse_example
 from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import TaskSet
 from mtl_lora.metrics import vqa_accuracy
@@ -241,6 +242,20 @@ def test_a_prediction_answers_as_the_evaluation_does(kind, answered, trained, pi
             assert list(each["scores"].values()) == pytest.approx(line["scores"], abs=1e-4)
             weights = [math.exp(score - max(line["scores"])) for score in line["scores"]]
             assert each["probabilities"]["true"] == pytest.approx(weights[1] / sum(weights), abs=1e-4)
+
+
+def test_a_shuffled_image_is_another_one_and_none_of_its_neighbours():
+    """Whose ids may say that they are of one statement."""
+    ids = [f"{number:02}" for number in range(40)]
+    asked = [Example((image,), "", {}, 0, 0) for image in ids]
+    found = []
+    for examples in (asked, asked[::-1]):
+        evaluator = SimpleNamespace(others={}, tasks=None)
+        Evaluator.shuffle(evaluator, examples)
+        found.append(evaluator.others[0])
+    assert found[0] == found[1] and sorted(found[0].values()) == ids
+    away = [abs(int(image) - int(other)) for image, other in found[0].items()]
+    assert min(away) > 0 and sum(each == 1 for each in away) < 8
 
 
 def test_a_text_is_cut_where_the_training_cut_it(trained, pictures, tmp_path):
