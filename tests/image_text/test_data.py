@@ -99,6 +99,17 @@ def test_a_broken_example_is_named_with_its_file_and_field(case):
     assert all(each in str(raised.value) for each in ["FILE, example 3", *named])
 
 
+def test_the_originals_tasks_have_its_limits():
+    limits = {task.name: (task.id, task.max_text, task.generated_tokens, task.loss) for task in VLBART}
+    assert limits == {
+        "vqa": (0, 20, 10, "example"),
+        "gqa": (1, 20, 20, "example"),
+        "nlvr": (2, 0, 20, "example"),
+        "caption": (3, 40, 40, "token"),
+    }
+    assert VLBART["nlvr"].labels == ("false", "true")
+
+
 def test_examples_keep_every_answer_and_come_back_from_their_records(tmp_path):
     values = [
         {"task": "vqa", "image": 7, "text": "a?", "answers": {"red": 0.3, "dark red": 1, "blue": 0}, "kind": "other"},

@@ -13,6 +13,7 @@ from PIL import Image
 
 import mtl_lora
 from mtl_lora import cli
+from mtl_lora.base_model import BaseModel
 from mtl_lora.image_text import extract
 from mtl_lora.image_text.features import FeatureStore
 
@@ -110,6 +111,27 @@ def test_features_are_the_cells_of_the_models_last_hidden_state(images, vision, 
         assert torch.allclose(store[image], expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("says", "factor", "offset"),
+    [
+        ({}, [1 / 255 / each for each in STD], [mean / each for mean, each in zip(MEAN, STD, strict=True)]),
+        (
+            {"do_rescale": False},
+            [1 / each for each in STD],
+            [mean / each for mean, each in zip(MEAN, STD, strict=True)],
+        ),
+        ({"do_normalize": False}, [1 / 255], [0.0]),
+    ],
+    ids=["both", "no rescaling", "no normalisation"],
+)
+def test_colours_are_scaled_as_the_models_processor_says(vision, edit_json, tmp_path, says, factor, offset):
+    folder = shutil.copytree(vision("vit"), tmp_path / "model")
+    edit_json(folder / "preprocessor_config.json", **says)
+    grid = extract.GridFeatures(BaseModel(str(folder), kind="vision"), 28, torch.device("cpu"))
+    assert grid.factor.flatten().tolist() == pytest.approx(factor)
+    assert grid.offset.flatten().tolist() == pytest.approx(offset)
+
+
 def test_image_of_any_mode_is_read_upright(tmp_path):
     upright = Image.open(picture(tmp_path / "a.png", 0))
     turned = Image.Exif()
@@ -149,7 +171,7 @@ def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypat
     with pytest.raises(mtl_lora.UserError, match=r"out.h5.partial cannot be read"):
         FeatureStore([partial])
     with partial.open("ab") as opened:
-        opened.write(b"\1" * 100)  # a row that was cut off
+        opened.write(b"\1" * (4 * 4 * 16 + 100))  # of a batch that was cut off: a row and a part of one
     seen.clear()
     monkeypatch.setattr(extract, "read_image", lambda path, size: seen.append(path.stem) or read(path, size))
     features(images, output, model)

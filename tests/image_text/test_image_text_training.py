@@ -1,5 +1,6 @@
 """Trainings on images and texts: as a plain loop, resumed, by recipes, and with batches of one task."""
 
+import dataclasses
 import json
 import os
 import random
@@ -130,6 +131,12 @@ def test_rows_of_one_and_two_images_keep_to_the_token_budget():
     texts, pictures = np.array(columns["length"]), np.array(columns["image_count"])
     sizes = [len(rows) * (texts[rows].max() + pictures[rows].max() * 49) for rows in sampler]
     assert run.images.tokens == 49 and max(sizes) <= 1024 < 2 * max(sizes)
+    assert (run._lengths(run.train) == texts + 49 * pictures).all()  # of rows by themselves
+
+
+def test_defaults_are_those_of_the_original():
+    found = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
+    assert (found["learning_rate"], found["warmup_ratio"]) == (1e-3, 0.03)
 
 
 @pytest.mark.slow(6)
