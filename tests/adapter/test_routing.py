@@ -382,6 +382,14 @@ def test_a_whole_model_may_be_checkpointed_with_its_ids_as_an_argument(door):
     assert_same_gradients(adapter_gradients(model), gradients_of(training_llama(), tokens(4), IDS))
 
 
+def test_a_whole_model_that_is_recomputed_reads_no_other_batchs_block():
+    model = training_llama()
+    with route.use(IDS):
+        loss = checkpoint(model, tokens(4), use_reentrant=False, use_cache=False).logits.sum()
+    with route.use(OTHER_IDS), pytest.raises(UserError, match="recomputed in the backward pass without the task ids"):
+        loss.backward()
+
+
 # ---- torch.compile ----
 
 

@@ -685,6 +685,16 @@ def test_a_checkpoint_names_its_base_and_is_loaded_alone(tiny_base, tmp_path, mo
     assert exported
 
 
+def test_a_base_that_was_trained_in_4_bits_is_loaded_so(tiny_base, tmp_path, monkeypatch):
+    asked, quantised = [], {"load_in_4bit": True}
+    monkeypatch.setattr(BaseModel, "load_as", lambda base, *words, **options: asked.append(options) or tiny_llama())
+    for settings, flags in (({}, {}), (quantised, {}), (quantised, {"load_in_4bit": False})):
+        model = mtl_lora.inject(tiny_llama(), adapter_config())
+        mtl_lora.save(model, tmp_path, mtl_lora.Provenance(tiny_base, train_settings=settings))
+        mtl_lora.load(tmp_path, **flags)
+    assert [options["load_in_4bit"] for options in asked] == [False, True, False]
+
+
 def test_a_base_in_memory_that_its_files_do_not_hold_is_warned_of(tiny_base, tmp_path):
     model = BaseModel(tiny_base).load("fp32")
     with torch.no_grad():

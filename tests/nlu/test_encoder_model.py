@@ -164,3 +164,8 @@ def test_a_layer_that_sees_relative_positions_is_left_out_or_refused(tmp_path):
     with pytest.raises(mtl_lora.UserError, match=r"query_proj.*relative positions"):
         built(base, "mtl_lora", ["query_proj"])
     assert mtl_lora.adapter_layers(built(base, "lora", ["query_proj"]))
+
+
+def test_all_linear_is_the_encoder_without_its_pooler(tmp_path):
+    names = list(mtl_lora.adapter_layers(built(base_of("Bert", tmp_path), "lora")))
+    assert len(names) == 2 * 6 and all(name.startswith("bert.encoder.layer.") for name in names)
