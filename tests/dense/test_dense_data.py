@@ -7,6 +7,7 @@ from dense_cases import TASKS, make_folder, make_nyud, make_pascal, write_npy, w
 from PIL import Image
 
 from mtl_lora.dense.data import DenseDataset, pixels_of
+from mtl_lora.dense.examples import Images
 from mtl_lora.dense.layouts import GROUP_OF_PART, NORMALS_CLASSES, Layout, thin
 from mtl_lora.dense.sheet import picture_of
 from mtl_lora.dense.tasks import KINDS, Task, TaskSet, shipped
@@ -330,8 +331,10 @@ def test_labels_of_several_files_may_be_missing_for_some_images(tmp_path):
     normals = next(task for task in data.tasks if task.kind == "normals")
     paths = data.layout.paths(normals, data.ids[1])
     assert len(paths) > 1
-    for path in paths:
+    for path in paths[::-1]:
         path.unlink()
+        with pytest.raises(UserError, match=f"lacks .*{path.name}"):  # any of them
+            DenseDataset(tmp_path, "train", data.tasks.only(["normals"]))
     data = DenseDataset(tmp_path, "train", missing_labels=True)
     assert [(row["labels"]["normals"] == 255).all().item() for row in data] == [False, True]
 
@@ -441,3 +444,11 @@ def test_colours_say_what_a_map_holds_and_black_is_no_label():
     assert picture_of(salient, np.array([[1.0, 0.0, 255.0]]))[0, :, 0].tolist() == [255, 40, 0]
     classes = picture_of(SEMANTIC, np.array([[0, 1, 3, 255]]))[0].tolist()
     assert classes[0] == [70, 70, 70] and classes[3] == [0, 0, 0] and len({*map(tuple, classes)}) == 4
+
+
+def test_a_study_reads_the_list_of_the_split(tmp_path):
+    images = Images(TaskSet.from_json(TASKS))
+    assert images.files(make_folder(tmp_path)) == [tmp_path / "train.txt"]
+    assert images.files(tmp_path, ["things"]) == [tmp_path / "test.txt"]
+    assert images.training(tmp_path, tmp_path, 0).records == {name: 2 for name in ("things", "front", "far", "normal")}
+    assert images.questions(tmp_path, tmp_path, ["far"], 0).records == {"far": 1}

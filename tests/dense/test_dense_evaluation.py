@@ -271,6 +271,20 @@ def test_maps_are_saved_at_the_size_of_their_images(trained, folder, tmp_path):
     assert Image.open(tmp_path / "maps/things/1.png").size == (SIZE, SIZE)
 
 
+def test_the_split_and_what_may_be_missing_are_what_the_flags_say(trained, folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "far" / "2.npy").unlink()
+
+    def asked(**flags) -> dict[str, int]:
+        config = EvalConfig(checkpoint=str(trained), data_dir=str(data), output_dir=str(tmp_path / "out"), **flags)
+        return evaluation.Evaluator(config).ask().sizes
+
+    assert asked(split="train", tasks=["things"]) == {"things": 4} and asked(tasks=["things"]) == {"things": 3}
+    with pytest.raises(UserError, match=r"lacks far/2\.npy of test; --missing_labels"):
+        asked(tasks=["far"])
+    assert asked(tasks=["far"], missing_labels=True) == {"far": 3}
+
+
 def test_a_map_has_the_likeliest_class_whatever_the_sign_of_its_scores():
     scores = torch.tensor([[[-1.0, -3.0, -9.0]], [[-2.0, -2.5, -8.0]], [[-4.0, -4.0, -7.0]]])
     assert map_of(Task("t", 0, kind="parts", classes=3), scores).tolist() == [[0, 1, 2]]

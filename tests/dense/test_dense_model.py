@@ -327,6 +327,18 @@ def test_baselines_on_swin_tiny_train_what_they_say():
     assert trainable_parameters(swin_tiny("mtl_lora", 16, num_B=3))[0] == 4_676_666 + extra
 
 
+def test_a_vit_trains_its_patch_embedding_and_every_norm():
+    model = built("vit", "mtlora", random=False)
+    own = {
+        weight for layer in mtl_lora.adapter_layers(model).values() for weight in layer.adapter_parameters().values()
+    }
+    trained = {name: weight for name, weight in model.backbone.named_parameters() if weight.requires_grad}
+    whole = {name for name, weight in trained.items() if weight not in own}
+    patches = "embeddings.patch_embeddings.projection"
+    norms = [f"encoder.layer.{block}.norm{number}" for block in range(8) for number in (1, 2)]
+    assert whole == {f"{name}.{key}" for name in (patches, *norms) for key in ("weight", "bias")}
+
+
 def test_what_cannot_be_placed_is_named():
     model = dense.DenseModel(with_streams(plain_backbone("vit")), TASKS)
     for method, changes, plus, words in [

@@ -120,6 +120,9 @@ def test_salient_object_is_large_and_central():
     body[:, :3], body[3:6, 3:6] = 0, 1
     body[0, 0] = 2
     assert (salient(body) == (body == 1)).all()
+    body[:, :3] = 2  # against nine in the middle, whose weights are 7.9 to 7.0; of a wider Gaussian they would lose
+    assert gaussian[3:6].sum() ** 2 > gaussian[:3].sum() * gaussian.sum()
+    assert (salient(body) == (body == 1)).all()
     assert not salient(np.zeros((9, 9), int)).any()
 
 
