@@ -450,5 +450,5 @@ def test_a_study_reads_the_list_of_the_split(tmp_path):
     images = Images(TaskSet.from_json(TASKS))
     assert images.files(make_folder(tmp_path)) == [tmp_path / "train.txt"]
     assert images.files(tmp_path, ["things"]) == [tmp_path / "test.txt"]
-    assert images.training(tmp_path, tmp_path, 0).records == {name: 2 for name in ("things", "front", "far", "normal")}
+    assert images.training(tmp_path, tmp_path, 0).records == dict.fromkeys(("things", "front", "far", "normal"), 2)
     assert images.questions(tmp_path, tmp_path, ["far"], 0).records == {"far": 1}

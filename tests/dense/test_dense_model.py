@@ -414,3 +414,31 @@ def test_averages_of_a_decoder_follow_each_batch_by_a_tenth():
     decoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean(dim=(0, 2, 3))))
     decoder(maps, (8, 8))
     torch.testing.assert_close(decoder.norm.running_mean, 0.1 * seen[0])
+
+
+@torch.no_grad()
+def test_a_decoder_equals_one_that_is_written_out():
+    """Projections, the smaller maps enlarged behind the largest, a hidden layer, its norm, ReLU, the outputs."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = Decoder([3, 4, 5, 6], 2).double().eval()
+    for tensor in decoder.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.3)
+    norm = decoder.norm
+    norm.running_var.add_(1)
+    sizes = zip((3, 4, 5, 6), (8, 4, 2, 1), strict=True)
+    maps = [torch.randn(2, k, side, side, generator=generator, dtype=torch.float64) for k, side in sizes]
+
+    def linear(layer, x):
+        found = torch.einsum("dk,bkhw->bdhw", layer.weight[:, :, 0, 0], x)
+        return found if layer.bias is None else found + layer.bias[:, None, None]
+
+    def enlarged(x, side):
+        return torch.nn.functional.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+
+    joined = [enlarged(linear(layer, x), 8) for layer, x in zip(decoder.projections, maps, strict=True)]
+    hidden = linear(decoder.hidden, torch.cat(joined, dim=1))
+    spread = (norm.running_var + norm.eps).sqrt()
+    mean, spread, weight, bias = (each[:, None, None] for each in (norm.running_mean, spread, norm.weight, norm.bias))
+    hidden = ((hidden - mean) / spread * weight + bias).clamp(min=0)
+    torch.testing.assert_close(decoder(maps, (16, 16)), enlarged(linear(decoder.output, hidden), 16))

@@ -169,3 +169,7 @@ def test_a_layer_that_sees_relative_positions_is_left_out_or_refused(tmp_path):
 def test_all_linear_is_the_encoder_without_its_pooler(tmp_path):
     names = list(mtl_lora.adapter_layers(built(base_of("Bert", tmp_path), "lora")))
     assert len(names) == 2 * 6 and all(name.startswith("bert.encoder.layer.") for name in names)
+
+
+def test_a_task_without_a_metric_has_accuracy_or_pearsons_correlation():
+    assert [task.metric_name for task in TASKS] == ["accuracy", "pearson", "accuracy", "accuracy"]
