@@ -99,13 +99,17 @@ def test_a_broken_example_is_named_with_its_file_and_field(case):
     assert all(each in str(raised.value) for each in ["FILE, example 3", *named])
 
 
-def test_the_originals_tasks_have_its_limits():
-    limits = {task.name: (task.id, task.max_text, task.generated_tokens, task.loss) for task in VLBART}
-    assert limits == {
-        "vqa": (0, 20, 10, "example"),
-        "gqa": (1, 20, 20, "example"),
-        "nlvr": (2, 0, 20, "example"),
-        "caption": (3, 40, 40, "token"),
+def test_the_originals_tasks_are_as_it_has_them():
+    """But for GQA's prompt, which it begins with gpa."""
+    found = {
+        task.name: (task.id, task.prompt, task.max_text, task.generated_tokens, task.loss, task.metric_name)
+        for task in VLBART
+    }
+    assert found == {
+        "vqa": (0, "vqa: {text}", 20, 10, "example", "vqa_accuracy_official"),
+        "gqa": (1, "gqa: {text}", 20, 20, "example", "accuracy"),
+        "nlvr": (2, "nlvr: {text}", 0, 20, "example", "accuracy"),
+        "caption": (3, "caption: ", 40, 40, "token", "cider"),
     }
     assert VLBART["nlvr"].labels == ("false", "true")
 
