@@ -281,3 +281,10 @@ def test_the_error_of_scores_that_are_mostly_none_or_all_is_no_smaller_than_thei
 )
 def test_values_are_shown_with_the_digits_of_their_metric(metric, text):
     assert value_text(0.0123456, 0.002, metric) == text
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "mean_angle"])
+def test_a_zero_has_no_minus(metric):
+    shown = [value_text(value, None, metric, signed) for value in (-1e-5, 0.0, 1e-5) for signed in (False, True)]
+    zero = "0.0" if metric == "accuracy" else "0.000"
+    assert shown == [zero, f"+{zero}"] * 3

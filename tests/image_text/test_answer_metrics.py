@@ -159,6 +159,10 @@ def test_bleu_is_that_of_the_scorer_and_of_a_hand():
     assert metric.value_of(metric.written([few])) < 0.04
 
 
+def test_simple_tokens_are_lower_case_words_with_their_endings_apart():
+    assert captions.tokenized(["A  Dog's (RED) toy, isn't it?"], "simple") == ["a dog 's -lrb- red -rrb- toy is n't it"]
+
+
 @needs_scorers
 @needs_java
 @pytest.mark.slow(seconds=2)

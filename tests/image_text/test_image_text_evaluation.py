@@ -19,9 +19,11 @@ from transformers import AutoTokenizer, GenerationConfig
 import mtl_lora
 from mtl_lora.errors import UserError
 from mtl_lora.image_text import Predictor
+from mtl_lora.image_text.config import AnswerConfig
 from mtl_lora.image_text.evaluate import Evaluator, Question
 from mtl_lora.image_text.examples import Example, parse_example
 from mtl_lora.image_text.features import FeatureStore
+from mtl_lora.image_text.page import evenly
 from mtl_lora.image_text.tasks import TaskSet
 from mtl_lora.metrics import vqa_accuracy
 from mtl_lora.results import Results
@@ -242,6 +244,21 @@ def test_a_prediction_answers_as_the_evaluation_does(kind, answered, trained, pi
             assert list(each["scores"].values()) == pytest.approx(line["scores"], abs=1e-4)
             weights = [math.exp(score - max(line["scores"])) for score in line["scores"]]
             assert each["probabilities"]["true"] == pytest.approx(weights[1] / sum(weights), abs=1e-4)
+
+
+def test_a_model_generates_by_nothing_that_its_base_says(bart, pictures, tmp_path):
+    base = shutil.copytree(bart, tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0, "suppress_tokens": [5]}))
+    flags = {"tasks_file": str(pictures / "tasks.json"), "no_images": True, "dtype": "fp32"}
+    model = Evaluator(AnswerConfig(base_model=str(base), **flags)).build()
+    assert model.generation_config.to_diff_dict() == GenerationConfig().to_diff_dict()
+
+
+def test_a_page_has_questions_from_all_over():
+    tasks = TaskSet.from_json(TASKS)
+    asked = [SimpleNamespace(task=task, place=place) for task in tasks for place in range(10 + task.id)]
+    chosen = [(each.task.id, each.place) for each in evenly(tasks, asked, 7)]
+    assert chosen == [(0, 0), (0, 3), (0, 6), (1, 0), (1, 5), (2, 0), (2, 6)]
 
 
 def test_a_shuffled_image_is_another_one_and_none_of_its_neighbours():

@@ -10,6 +10,7 @@ import pytest
 from mtl_lora.image_text.examples import load_examples
 from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import VLBART, TaskSet
+from mtl_lora.image_text.vlbart import Source, read_gqa
 
 COCO = "COCO_{}2014_{:012d}"
 
@@ -206,3 +207,13 @@ def test_every_missing_or_malformed_file_is_named_at_once(refused, world):
         "nlvr/clip_features/data_clip_RN101_att: test1-7-0-img1.h5 is missing (the first of 2)",
     ):
         assert words in sentence
+
+
+def test_two_hundred_images_of_gqas_valid_are_its_dev_set(tmp_path):
+    sizes = {"train": 1, "valid": 2100, "testdev": 1}
+    for part, count in sizes.items():
+        path = tmp_path / "GQA" / f"{part}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([question(number, f"{part}{number}", {"a": 1.0}) for number in range(count)]))
+    found = {part: len(examples) for part, examples in read_gqa(Source(tmp_path)).items()}
+    assert found == {"train": 1901, "dev": 200, "test": 1}
