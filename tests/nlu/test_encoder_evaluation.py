@@ -153,12 +153,16 @@ def test_an_encoder_alone_answers_by_the_cosine_of_mean_pooled_embeddings(encode
     assert results(tmp_path / "cosine")["method"] is None
 
 
-def test_runs_that_cut_elsewhere_are_not_compared(answered, edit_json, tmp_path):
-    other = shutil.copytree(answered[0], tmp_path / "other")
-    assert run(["report", "compare", str(answered[0]), str(other)]).code == 0
-    edit_json(other / "results.json", settings=results(other)["settings"] | {"cutoff_len": 31})
-    done = run(["report", "compare", str(answered[0]), str(other)])
-    assert done.code == 2 and "cutoff_len" in done.sentence
+def test_runs_that_cut_elsewhere_or_nobody_knows_where_are_not_compared(answered, edit_json, tmp_path):
+    one, other = (shutil.copytree(answered[0], tmp_path / name) for name in ("one", "other"))
+    settings = results(one)["settings"]
+    unknown = {name: value for name, value in settings.items() if name != "cutoff_len"}
+    for own, others in ((settings, settings | {"cutoff_len": 31}), (unknown, unknown)):
+        assert run(["report", "compare", str(answered[0]), str(one)]).code == 0
+        edit_json(one / "results.json", settings=own)
+        edit_json(other / "results.json", settings=others)
+        done = run(["report", "compare", str(one), str(other)])
+        assert done.code == 2 and "cutoff_len" in done.sentence
 
 
 def test_a_text_is_cut_where_the_training_cut_it(trained):
