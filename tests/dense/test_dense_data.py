@@ -8,7 +8,7 @@ from PIL import Image
 
 from mtl_lora.dense.data import DenseDataset, pixels_of
 from mtl_lora.dense.examples import Images
-from mtl_lora.dense.layouts import GROUP_OF_PART, NORMALS_CLASSES, Layout, thin
+from mtl_lora.dense.layouts import GROUP_OF_PART, NORMALS_CLASSES, Layout, boundaries, thin
 from mtl_lora.dense.sheet import picture_of
 from mtl_lora.dense.tasks import KINDS, Task, TaskSet, shipped
 from mtl_lora.dense.train import Collator
@@ -75,6 +75,12 @@ def test_pascal_is_read_as_the_original_reads_it(tmp_path):
     edges = data.label(task["edge"], first, (4, 6))
     assert edges[:, 2].tolist() == [0, 1, 1, 1] and edges.sum() == 3  # of both sides of the change one is left
     assert [item["id"] for item in DenseDataset(tmp_path, "test", size=8)] == ["2008_000002"]
+    write_png(tmp_path / "semseg" / "VOC12" / f"{second}.png", np.full((4, 6), 7))  # is taken where both are there
+    assert (data.label(task["semseg"], second, (4, 6)) == 7).all()
+
+
+def test_boundaries_are_between_all_of_several_hundred_classes():
+    assert boundaries(np.repeat([[28, 28 + 256]], 3, axis=0)).any() and not boundaries(np.full((3, 2), 28)).any()
 
 
 def test_normals_of_pascal_count_in_classes_that_nyu_has_too():
@@ -420,6 +426,18 @@ def test_normals_that_cancel_each_other_are_no_label():
     normals[0, :, 0] = 1, -1
     found = label_tensor(normals, NORMALS, Warp(), 3)[:, 1]
     assert found.T.tolist() == [[1, 0, 0], [255] * 3, [-1, 0, 0]]
+
+
+def test_what_is_transparent_is_white():
+    assert (pixels_of(Image.new("RGBA", (8, 8)), 8)[0] == 255).all()
+
+
+def test_depth_is_no_picture(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "far" / "1.npy").unlink()
+    write_png(tmp_path / "far" / "1.png", np.ones((8, 8)))
+    with pytest.raises(UserError, match=r"lacks far/1\.npy"):
+        DenseDataset(tmp_path, "train", size=8)
 
 
 def test_an_image_is_reduced_by_its_shorter_side():

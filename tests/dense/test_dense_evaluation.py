@@ -244,8 +244,8 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     turned, exif = Image.open(inputs / "a.png"), Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter to the right
     turned.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    (upright,) = Predictor(trained).predict([tmp_path / "turned.png"])
-    assert all(np.array_equal(upright[name], found[0][name]) for name in found[0])
+    for upright in Predictor(trained).predict([tmp_path / "turned.png", Image.open(tmp_path / "turned.png")]):
+        assert all(np.array_equal(upright[name], found[0][name]) for name in found[0])
     assert Image.open(tmp_path / "out/sheet.png").size[1] == 3 * (SIZE + 16) + 4
     capsys.readouterr()
     with pytest.raises(SystemExit):
@@ -283,6 +283,14 @@ def test_the_split_and_what_may_be_missing_are_what_the_flags_say(trained, folde
     with pytest.raises(UserError, match=r"lacks far/2\.npy of test; --missing_labels"):
         asked(tasks=["far"])
     assert asked(tasks=["far"], missing_labels=True) == {"far": 3}
+
+
+def test_an_image_or_a_label_that_was_replaced_is_answered_again():
+    question = evaluation.Question(Task("t", 0, kind="depth"), 3, "label", "image")
+    line = question.line([1.5, 2.0])
+    assert question.answered_by(line) and not question.answered_by(None)
+    for changed in ({"answer": "other"}, {"prompt_sha256": "other"}, {"counts": [None]}, {"counts": None}):
+        assert not question.answered_by(line | changed)
 
 
 def test_a_map_has_the_likeliest_class_whatever_the_sign_of_its_scores():

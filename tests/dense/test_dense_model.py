@@ -442,3 +442,13 @@ def test_a_decoder_equals_one_that_is_written_out():
     mean, spread, weight, bias = (each[:, None, None] for each in (norm.running_mean, spread, norm.weight, norm.bias))
     hidden = ((hidden - mean) / spread * weight + bias).clamp(min=0)
     torch.testing.assert_close(decoder(maps, (16, 16)), enlarged(linear(decoder.output, hidden), 16))
+
+
+@torch.no_grad()
+def test_a_swin_takes_images_of_any_size():
+    outputs = built("swin", "lora")(torch.zeros(1, 3, 37, 42, dtype=torch.float64))
+    assert {name: tuple(each.shape) for name, each in outputs.items()} == {
+        "things": (1, 4, 37, 42),
+        "front": (1, 1, 37, 42),
+        "normal": (1, 3, 37, 42),
+    }
