@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -869,6 +870,18 @@ def test_a_whole_model_that_another_program_saved_with_its_adapter_is_refused(ti
         BaseModel(str(tmp_path)).load()
     with pytest.raises(UserError, match="not an MTL-LoRA checkpoint"):
         mtl_lora.load(tmp_path)
+
+
+def test_a_base_whose_files_were_replaced_is_not_loaded(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    model = BaseModel(str(base)).load("fp32")
+    mtl_lora.save(mtl_lora.inject(model, adapter_config(target_modules=["q_proj"])), tmp_path / "adapter")
+    with torch.no_grad():
+        other = BaseModel(tiny_base).load("fp32")
+        other.model.norm.weight.add_(1)
+    other.save_pretrained(base)
+    with pytest.raises(UserError, match="was trained on another base model than"):
+        mtl_lora.load(tmp_path / "adapter")
 
 
 def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
