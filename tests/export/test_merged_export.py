@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from export_cases import TARGETS, TOLERANCE, difference, load_base, logits, routed, save_adapter
-from reference.tiny import FACTORED, TASKS, tiny_llama
+from reference.tiny import FACTORED, TASKS, adapter_config, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtl_lora
+from mtl_lora import Provenance
 from mtl_lora.artifacts import CHECKPOINT_CONFIG
+from mtl_lora.export import merge
 from mtl_lora.export.merge import export_merged
 
 
@@ -84,6 +86,19 @@ def test_weight_that_its_dtype_cannot_hold_names_the_layer(refused, bases, tmp_p
     checkpoint = save_adapter(bases["llama"], tmp_path / "checkpoint", "lora", alpha=1e7)
     sentence = refused("merge", checkpoint=checkpoint, dtype="fp16")
     assert "the merged weight of model.layers.0.self_attn.q_proj is not finite in torch.float16" in sentence
+
+
+def test_what_was_trained_in_4_bits_is_merged_into_what_these_stand_for(bases, tmp_path, monkeypatch):
+    model, plain, packed = (load_base(bases["llama"]) for _ in range(3))
+    torch.nn.init.constant_(plain.model.norm.weight, 0.75)
+    packed.dequantize = lambda: plain
+    provenance = Provenance(bases["llama"], train_settings={"load_in_4bit": True})
+    mtl_lora.save(mtl_lora.inject(model, adapter_config("lora")), tmp_path / "run", provenance)
+    asked = []
+    monkeypatch.setattr(merge, "load_base", lambda *words: asked.append(words[-1]) or packed)
+    monkeypatch.setattr(merge, "require_package", lambda *words: None)
+    found = AutoModelForCausalLM.from_pretrained(export_merged(tmp_path / "run", tmp_path / "merged"))
+    assert asked == [True] and (found.model.norm.weight == 0.75).all()
 
 
 def test_task_is_optional_where_all_are_the_same(command, refused, checkpoints, tmp_path):
