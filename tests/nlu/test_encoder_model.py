@@ -3,12 +3,15 @@
 All in float64, with weights that are random everywhere.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from nlu_cases import SIZES
 from reference.tiny import METHODS, adapter_config, randomise
+from reference.tiny import TASKS as TASKS_OF_ADAPTER
 from transformers import AutoModelForSequenceClassification
 
 import mtl_lora
@@ -164,6 +167,14 @@ def test_a_layer_that_sees_relative_positions_is_left_out_or_refused(tmp_path):
     with pytest.raises(mtl_lora.UserError, match=r"query_proj.*relative positions"):
         built(base, "mtl_lora", ["query_proj"])
     assert mtl_lora.adapter_layers(built(base, "lora", ["query_proj"]))
+    # So it is where the adapter is put on a model in Python.
+    plain = transformers.DebertaV2ForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    config = adapter_config(target_modules=["key_proj"], modules_to_save=["classifier", "pooler"])
+    with pytest.raises(mtl_lora.UserError, match=r"key_proj.*relative positions"):
+        mtl_lora.inject(plain, config)
+    mtl_lora.inject(plain, dataclasses.replace(config, target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in mtl_lora.adapter_layers(plain)} == endings
+    plain(input_ids=torch.full((2, 5), 3), task_ids=TASKS_OF_ADAPTER[:2])
 
 
 def test_all_linear_is_the_encoder_without_its_pooler(tmp_path):

@@ -174,8 +174,9 @@ def find_targets(
             )
         return {}
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
+    without_task = of_relative_positions(model) if layer_class(config.method).needs_task_ids else set()
     if config.target_modules == "all-linear":
-        left_out = {*saved, output_head(model)}
+        left_out = {*saved, output_head(model), *without_task}
         targets = _first_names((name, module) for name, module in linears if module not in left_out)
         if not targets:
             raise UserError("'all-linear' finds no linear layer to adapt in this model")
@@ -192,6 +193,11 @@ def find_targets(
                     f"the layer {name} cannot carry an adapter: {type(owner).__name__} may use its weight without "
                     "calling the layer; name other target modules"
                 )
+        if module in without_task:
+            raise UserError(
+                f"the layer {name} projects relative positions too, which are of no row, so their task is unknown; "
+                "leave it out, or pass all-linear, which does"
+            )
         if layer_class(config.method).needs_task_ids and _is_expert(name):
             raise UserError(
                 f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of "
@@ -279,6 +285,17 @@ def _bypasses(owner: nn.Module, name: str) -> bool:
     """
     fused = "Mamba" in type(owner).__name__ and name.rpartition(".")[2] in ("x_proj", "dt_proj", "out_proj")
     return fused or isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+
+
+def of_relative_positions(model: nn.Module) -> set[nn.Module]:
+    """The layers that see DeBERTa's relative positions (arXiv 2006.03654), alone or besides the rows' tokens."""
+    found = set()
+    for owner in model.modules():
+        if getattr(owner, "relative_attention", False):
+            shared = ("query_proj", "key_proj") if getattr(owner, "share_att_key", False) else ()
+            named = owner.named_children()
+            found |= {module for name, module in named if name in shared or name.startswith("pos_")}
+    return found
 
 
 def _is_expert(name: str) -> bool:

@@ -17,8 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets, injection_of, merge, targets_for
-from mtl_lora.adapter.layer import layer_class
+from mtl_lora.adapter.inject import find_targets, injection_of, merge, of_relative_positions, targets_for
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, at_least_float32
 from mtl_lora.errors import UserError
@@ -127,20 +126,14 @@ def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
 
     ``all-linear`` leaves out the pooler, which belongs to the head though it lies in the encoder: it stays frozen; and,
     for all methods alike, what projects DeBERTa's relative positions too, which are of no row and so of no task.
-    Raises ``UserError`` as ``find_targets`` does, and for such a layer by name in a method that needs task ids.
+    Raises ``UserError`` as ``find_targets`` does.
     """
     saved = list(dict.fromkeys([*head_names(model), *adapter.modules_to_save]))
     adapter = dataclasses.replace(adapter, modules_to_save=saved)
-    positions = _of_relative_positions(model.base_model)
     if adapter.target_modules != "all-linear":
-        for name, module in find_targets(model, adapter).items():
-            if module in positions and layer_class(adapter.method).needs_task_ids:
-                raise UserError(
-                    f"the layer {name} projects relative positions too, which are of no row, so their task is unknown; "
-                    "leave it out, or pass all-linear, which does"
-                )
+        find_targets(model, adapter)
         return adapter
-    targets = find_targets(model, adapter, set(_within(model.base_model)) - positions)
+    targets = find_targets(model, adapter, set(_within(model.base_model)) - of_relative_positions(model.base_model))
     return dataclasses.replace(adapter, target_modules=targets_for(targets, model))
 
 
@@ -149,17 +142,6 @@ def _within(encoder: nn.Module) -> Iterator[nn.Module]:
     for name, module in encoder.named_modules():
         if "pooler" not in name.split("."):
             yield module
-
-
-def _of_relative_positions(encoder: nn.Module) -> set[nn.Module]:
-    """The layers that see DeBERTa's relative positions (arXiv 2006.03654), alone or besides the rows' tokens."""
-    found = set()
-    for owner in encoder.modules():
-        if getattr(owner, "relative_attention", False):
-            shared = ("query_proj", "key_proj") if getattr(owner, "share_att_key", False) else ()
-            named = owner.named_children()
-            found |= {module for name, module in named if name in shared or name.startswith("pos_")}
-    return found
 
 
 # ---- a plain model of one task ----
