@@ -53,6 +53,9 @@ LABELS = ("no", "yes")
         ("$5", "-$5", 0.0, False),
         ("x-1", "x+1", 0.0, False),
         ("x<5", "x>5", 0.0, False),
+        ("<5", ">5", 0.0, False),
+        ("<= .5", "< .5", 2 / 4, False),
+        ("The <5%", "<5", 1.0, True),
         ("x2", "x^2", 0.0, False),
         ("y = x", "y = -x", 0.5, False),
         ("e-mail, x-ray - and", "email xray and", 1.0, True),
@@ -283,8 +286,14 @@ def test_values_are_shown_with_the_digits_of_their_metric(metric, text):
     assert value_text(0.0123456, 0.002, metric) == text
 
 
+def test_an_exact_match_of_labels_is_that_label_and_no_other():
+    labels = ["<5", "5", "5%", "The 5"]
+    rows = METRICS["exact_match"].rows(labels, ["<5", "5%", "5%", "5"], labels)
+    assert rows == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "mean_angle"])
-def test_a_zero_has_no_minus(metric):
+def test_a_zero_has_no_sign_and_what_rounds_to_zero_has_that_of_a_difference_alone(metric):
     shown = [value_text(value, None, metric, signed) for value in (-1e-5, 0.0, 1e-5) for signed in (False, True)]
     zero = "0.0" if metric == "accuracy" else "0.000"
-    assert shown == [zero, f"+{zero}"] * 3
+    assert shown == [zero, f"-{zero}", zero, zero, zero, f"+{zero}"]

@@ -124,8 +124,10 @@ class PredictionFlags(Config):
     def check_files(self) -> None:
         super().check_files()
         if not Path(self.input).is_file():
-            raise UserError(f"the input {self.input} does not exist; pass --input FILE")
+            raise UserError(f"the input {self.input} is not a file; pass --input FILE")
         if Path(self.output).is_dir():
             raise UserError(f"--output {self.output} is a folder; pass the path of a file")
+        if Path(self.output).suffix.lower() in (".csv", ".tsv", ".parquet"):
+            raise UserError(f"--output {self.output} would hold JSON lines; name it .jsonl")
         if Path(self.output).resolve() == Path(self.input).resolve():
             raise UserError(f"--output {self.output} is the input, which would be lost; pass another file")

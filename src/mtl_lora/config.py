@@ -197,4 +197,4 @@ def closest(word: str, known: list[str]) -> str:
 
     for match in filter(alike, difflib.get_close_matches(word, list(plain))):
         return f" (did you mean {plain[match]!r}?)"
-    return f"; known are {', '.join(known)}" if len(known) <= _MOST_NAMED else ""
+    return f"; known are {', '.join(known)}" if 0 < len(known) <= _MOST_NAMED else ""

@@ -149,13 +149,14 @@ def text_of(value: object, what: str) -> str:
     return value
 
 
+_OTHER_NAMES = {"text_b": ("textpair", "text2", "sentence2")}
+
+
 def refuse_slips(value: Mapping, field: str, where: str) -> None:
-    """Raise ``UserError`` for a key that is ``field``, which may be absent, but for case and signs, such as textB."""
-    plain = [
-        key
-        for key in filter(lambda key: isinstance(key, str), value)
-        if re.sub(r"[\W_]", "", key).lower() == field.replace("_", "")
-    ]
+    """Raise ``UserError`` for a key that is ``field``, which may be absent, but for case and signs, such as textB, or
+    what others call it."""
+    names = {field.replace("_", ""), *_OTHER_NAMES.get(field, ())}
+    plain = [key for key in value if isinstance(key, str) and re.sub(r"[\W_]", "", key).lower() in names]
     if plain and field not in value:
         raise UserError(f"{where} has the unknown field {plain[0]!r} (did you mean {field!r}?)")
 

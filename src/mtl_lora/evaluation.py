@@ -592,7 +592,7 @@ def collect(evaluator: Evaluator, protocol: str, asked: QuestionSets, lines: Map
     settings = evaluator.settings(protocol) | {"limit": config.limit, "batch_size": config.batch_size}
     return Results(
         system=evaluator.system,
-        name=f"{name} ({protocol})" if len(config.protocols) > 1 else name,
+        name=name if config.protocols[protocol] == config.output_folder else f"{name} ({protocol})",
         method=evaluator.method,
         method_title=evaluator.method_title,
         base_model=evaluator.base_model.name,

@@ -31,6 +31,7 @@ MAPS = ("classes", "saliency", "edges", "angles", "depth")  # what a map may be,
 
 _KEPT = re.compile(
     r"(?<!\w)[-.]+(?=\d)"  # the sign or point before a number: -5, .5
+    r"|(?<!\w)[<>]=?(?=\s*[-.]?\d)"  # whether it is less or more: <5, >= 5
     r"|(?<=\d)[.,:/^*-](?=\d)"  # the signs inside one: 1.5, 1/2, 12:30
     r"|(?<=\de)[+-](?=\d)|(?<!\w)-(?=[$€£]\d|[^\W\d_]\b)"  # of an exponent, a sum of money, a letter: 1e-5, -$5, -x
     r"|(?<=\b[^\W_])[+*/^<>=](?=[^\W_]\b)"  # those between single ones: x+1, a<b
@@ -42,7 +43,7 @@ _KEPT = re.compile(
 def free_text_words(text: str) -> list[str]:
     """Lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers, with three exceptions.
 
-    Signs that belong to a number or to a single letter count (-1.5 is not 15, C++ is not C, x+1 is not x1); ``a``,
+    Signs that belong to a number or to a single letter count (-1.5 is not 15, <5 not >5, C++ not C, x+1 not x1); ``a``,
     ``an`` and ``the`` count at the end, where they are no article (vitamin A); and text of punctuation alone is
     compared as it is.
     """
@@ -192,7 +193,8 @@ class Mean(Metric):
 
     def rows(self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()) -> list[float]:
         """The score of each question."""
-        return [float(self.score(given, target)) for given, target in zip(predictions, targets, strict=True)]
+        score = operator.eq if labels and self.score is same_text else self.score  # labels are no free text
+        return [float(score(given, target)) for given, target in zip(predictions, targets, strict=True)]
 
     written: ClassVar = list
     value_of: ClassVar = staticmethod(statistics.fmean)

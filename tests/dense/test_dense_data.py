@@ -411,6 +411,14 @@ def test_every_colour_is_scaled_by_imagenets_mean_and_deviation():
     assert found[:, 1, 2].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_id_may_hold_a_space(tmp_path):
+    write_text(make_folder(tmp_path) / "train.txt", "1 a ", "", "2")
+    for folder in ("images", "things", "front", "far", "normal"):
+        (path,) = (tmp_path / folder).glob("1.*")
+        path.rename(path.with_stem("1 a"))
+    assert DenseDataset(tmp_path, "train", size=8).ids == ["1 a", "2"]
+
+
 def test_an_image_is_enlarged_by_a_cubic_that_stays_within_its_colours():
     image = np.random.default_rng(0).integers(0, 2, (6, 5, 3), np.uint8) * 255
     found = image_tensor(image, Warp(), 12)

@@ -25,6 +25,7 @@ from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
 from mtl_lora.export.model_card import model_card, read_scores
 from mtl_lora.export.peft import export_peft
+from mtl_lora.language.tasks import Task, TaskSet
 from mtl_lora.results import Results, TaskNames, TaskResult
 
 RANKS = {"lora": 3, "dora": 3, "multilora": 9, "moelora": 6, "mtl_lora": 3, "mtl_lora_diagonal": 3}
@@ -285,6 +286,21 @@ def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path):
     assert 'base_model: "meta-llama/Llama-2-7b-hf"' in named and "base = 'meta-llama/Llama-2-7b-hf'" in named
     embedded = model_card("maps", read_config(checkpoint), "minilm-l6", 3, None)
     assert MODELS["minilm-l6"].note in embedded and "BaseModel('minilm-l6').path" in embedded
+
+
+def test_a_card_says_how_answers_are_written_and_which_class_loads_the_base(checkpoint):
+    tasks = TaskSet((Task("mood", 0, options=("happy", "sad"), question="How is it?"), Task("free", 1)))
+
+    def written(task: str, base_class: str) -> str:
+        config = read_config(checkpoint)
+        config.provenance.update(task_set=tasks.to_json(), base_class=base_class)
+        return model_card(task, config, "own/base", 3, None)
+
+    mood, free = written("mood", "LlamaForCausalLM"), written("free", "T5ForConditionalGeneration")
+    assert "An answer is one of `'happy'`, `'sad'`. It stands behind `'the correct answer is '`." in mood
+    assert repr("How is it?\n\n{text}") in mood and "pipeline_tag: text-generation" in mood
+    assert "An answer is" not in free and "pipeline_tag" not in free and "AutoModelFor" not in free
+    assert "import T5ForConditionalGeneration, AutoTokenizer" in free
 
 
 def test_card_of_a_training_of_version_0_1_has_its_settings_and_its_result(monkeypatch, tmp_path):

@@ -105,6 +105,16 @@ def test_both_protocols_run_one_after_the_other_and_their_agreement_is_counted(w
     assert (agreement["all"], agreement["n"], len(agreement["tasks"])) == (sum(same) / 32, 32, 8)
 
 
+def test_one_protocol_after_both_goes_on_with_its_part_of_them(trained, tmp_path):
+    flags = {"checkpoint": str(shutil.copytree(trained, tmp_path / "run")), "tasks": ["boolq"], "output_dir": None}
+    run(EvalConfig(**arguments(tmp_path, **flags, mode="both")))
+    folder = tmp_path / "run" / "evaluation"
+    before, answers = Results.load(folder / "score"), lines(folder / "score")
+    again = run(EvalConfig(**arguments(tmp_path, **flags, mode="score")))["score"]
+    assert (again.name, again.tasks) == (before.name, before.tasks) and again.name.endswith(" (score)")
+    assert lines(folder / "score") == answers and not (folder / "results.json").exists()
+
+
 def test_agreement_is_of_the_questions_that_were_answered(whole, trained, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     fewer = arguments(tmp_path / "out", checkpoint=trained, mode="both", tasks=["piqa", "piqa"], limit=2)
@@ -138,6 +148,20 @@ def test_free_text_is_measured_by_the_metric_of_its_task(evaluate, tiny_base, tm
     assert (results["free"].metric, results["long"].metric) == ("exact_match", "f1")
     assert results["long"].value == results["long"].measured["f1"] and "f1" in results["free"].measured
     assert Results.load(tmp_path / "out").tasks == results
+
+
+def test_answers_that_are_longer_than_what_is_generated_are_said(evaluate, tiny_base, tmp_path, capsys):
+    tasks = [{"name": "long", "id": 0, "options": ["a word", "many " * 12 + "words"]}, {"name": "free", "id": 1}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    for task, answers in (("long", [tasks[0]["options"][number] for number in (0, 1, 1)]), ("free", ["b"])):
+        records = [{"instruction": "a", "answer": answer} for answer in answers]
+        data = write_test_set(tmp_path / "data", records, task)
+    flags = {"checkpoint": None, "base_model": tiny_base, "tasks_file": str(tmp_path / "tasks.json"), "data_dir": data}
+    evaluate("few", **flags, max_new_tokens=32, check=True)
+    assert "2 questions of long have an answer of more tokens than --max_new_tokens 32" in capsys.readouterr().err
+    evaluate("many", **flags, max_new_tokens=120, check=True)
+    evaluate("score", **flags, tasks=["long"], max_new_tokens=32, mode="score", check=True)
+    assert "more tokens" not in capsys.readouterr().err
 
 
 def test_a_base_model_alone_is_asked_as_a_training_asks_by_default(tiny_base):

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -89,6 +90,29 @@ def test_free_text_task_takes_any_answer(load):
     free = TaskSet((Task("free", 0),))
     (example,) = load([without(answer="a jar of honey", task_id=0)], tasks=free, closed=True)
     assert example.answer == "a jar of honey"
+
+
+@pytest.mark.parametrize(
+    ("answer", "changes", "read"),
+    [
+        ("red\nblue", {}, "'red', its first line"),
+        ("\nred", {"metric": "accuracy"}, "'red', its first line"),
+        (" red", {"metric": "accuracy"}, "'red', its first line"),
+        ("1,000", {"pattern": r"-?\d+"}, "'1', the task's pattern"),
+        ("red\nblue", {"metric": "f1"}, None),
+        (" red.", {}, None),
+        ("the correct answer is red", {}, "'red', its first line"),  # the words before it are the task's
+        ("42", {"pattern": r"(?<=#### )\d+"}, None),  # which stands behind what is not in the answer
+        ("42.0", {"pattern": r"-?[\d.]+"}, None),
+    ],
+)
+def test_an_answer_of_free_text_that_no_evaluation_could_read_is_refused(load, answer, changes, read):
+    record, free = without(answer=answer, task_id=0), TaskSet((Task("free", 0, **changes),))
+    if read is None:
+        assert load([record], tasks=free, closed=True)[0].answer == answer
+    else:
+        with pytest.raises(UserError, match=f"example 0: of the answer .* an evaluation would read {re.escape(read)}"):
+            load([record], tasks=free, closed=True)
 
 
 # ---- what is read ----

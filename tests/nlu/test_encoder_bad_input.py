@@ -33,6 +33,10 @@ EXAMPLES = {
         {"textB" if key == "text_b" else key: PLACE[key] for key in PLACE},
         ["'textB'", "did you mean 'text_b'"],
     ),
+    "second text by another name": (
+        {"text_pair" if key == "text_b" else key: PLACE[key] for key in PLACE},
+        ["'text_pair'", "did you mean 'text_b'"],
+    ),
     "second text a number": (PLACE | {"text_b": 5}, ["'text_b'", "a string"]),
     "second text empty": (PLACE | {"text_b": ""}, []),
     "very long": (PLACE | {"text": "bab " * 3000, "text_b": "bek " * 2000}, []),
@@ -67,7 +71,7 @@ LINES = {
     "prediction of no task": ("predict --input=test/tone/unnamed.json", ["example 0", "'task_id'", "tone 0"]),
     "pair without its second text": (
         "predict --input=test/place/alone.json",
-        ["alone.json, example 1", "no 'text_b'", "place"],
+        ["alone.json, example 1", "'sentence2'", "did you mean 'text_b'"],
     ),
     "second text of a single one": ("predict --input=test/tone/pair.json", ["example 0", "a 'text_b'", "tone"]),
     "prediction without a head": (

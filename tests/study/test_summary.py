@@ -144,6 +144,12 @@ def test_scores_of_tasks_without_training_are_marked_and_their_examples_not_list
     (row,) = (line for line in text.splitlines() if line.startswith("| Part "))
     cells = [cell.strip() for cell in row.split("|")]
     assert [cell.endswith("(untrained)") for cell in cells if "±" in cell][:2] == [False, True]
+    both = {"name": "Both", "train": {"adapter_name": "lora"}}
+    right = {(name, seed): {"boolq": "1100", "piqa": "1000"} for name in ("Both", "Part") for seed in (0, 1)}
+    (tmp_path / "both").mkdir()
+    text_of_both = study_of(tmp_path / "both", right, **{**own, "experiments": [both, part], "baseline": "Both"})[1]
+    (row,) = (line for line in text_of_both.splitlines() if line.startswith("| Part - Both "))
+    assert [cell.endswith("(untrained)") for cell in map(str.strip, row.split("|")[2:4])] == [False, True]
     assert "Training examples: boolq 12 of 240." in text and "questions: boolq 4 of 60, piqa 4 of 60." in text
 
 

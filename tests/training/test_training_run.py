@@ -479,6 +479,20 @@ def test_a_part_of_an_epoch_trains_the_tasks_that_its_steps_take(train, few):
     assert untrained == [name for name in ("mood", "sport", "rain") if f"loss/{name}" not in met]
 
 
+def test_a_run_whose_base_model_was_moved_is_resumed(train, tiny_base, tmp_path):
+    moved = shutil.copytree(tiny_base, tmp_path / "elsewhere")
+    folder = train("run", max_steps=1, save_step=1)
+    flags = {"max_steps": 2, "base_model": str(moved), "resume_from_checkpoint": "True"}
+    with pytest.raises(UserError, match=r"\(max_steps 1 -> 2\)"):
+        train("run", **flags, save_step=1)
+    flags["max_steps"] = 1
+    assert train("run", **flags, save_step=1) == folder
+    other = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(other | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match="the base model's configuration"):
+        train("run", **flags, save_step=1)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "fact"),
     [("world_size", 2, "the devices"), ("dtype", "torch.float16", "the dtype that --dtype auto means")],

@@ -113,7 +113,7 @@ class Layout:
         path = self.split_file(split)
         if not path.is_file():
             raise UserError(f"there is no {path} with the ids of the images of {split}, one a line")
-        found = files.read_utf8(path, "the list of ids").split()
+        found = [*filter(None, map(str.strip, files.read_utf8(path, "the list of ids").splitlines()))]
         if not found:
             raise UserError(f"{path} names no image")
         if outside := [id for id in found if id.startswith("/") or ".." in id.split("/")]:

@@ -6,6 +6,10 @@ import re
 from pathlib import Path
 
 import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from mtl_lora import artifacts
 from mtl_lora.adapter.checkpoint import CheckpointConfig
@@ -14,6 +18,8 @@ from mtl_lora.adapter.layer import layer_class
 from mtl_lora.embedded import MODELS
 from mtl_lora.errors import UserError
 from mtl_lora.language.encode import CHAT, template
+from mtl_lora.language.tasks import Task as LanguageTask
+from mtl_lora.language.tasks import TaskSet as LanguageTaskSet
 from mtl_lora.metrics import METRICS, scale_of, title_of
 from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.results import Results
@@ -24,6 +30,7 @@ NOT_MEASURED = "not measured"
 # Training flags without a row of their own: other rows state them, or they are a path of the machine that trained.
 _WITHOUT_ROW = {"base_model", "adapter_name", "lambda_num", "use_rslora", "template", "cutoff_len", "deepspeed"}
 _WITHOUT_ROW |= {"trust_remote_code"}
+_PIPELINES = {"AutoModelForSequenceClassification": "text-classification", "AutoModelForCausalLM": "text-generation"}
 
 
 def read_scores(checkpoint: str | Path, config: CheckpointConfig, results: str | Path | None) -> dict[str, str]:
@@ -48,6 +55,20 @@ def _score(results: Results, task: str) -> str:
     spread = "" if result.stderr is None else f" ± {scale * result.stderr:.1f}"
     protocol = f", protocol `{results.mode}`" if results.mode else ""
     return f"{title_of(result.metric)} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
+
+
+def task_type(base_class: str | None) -> str | None:
+    """What PEFT calls the task of a class of transformers: by it PEFT chooses its own class. CAUSAL_LM of one that is
+    not known, and of models of images and text that predict the next token; None where PEFT has no name."""
+    if base_class is None or not hasattr(transformers, base_class):
+        return "CAUSAL_LM"
+    if base_class in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "SEQ_2_SEQ_LM"
+    if base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or base_class.endswith("ForConditionalGeneration"):
+        return "CAUSAL_LM"
+    return {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}.get(
+        base_class[base_class.rfind("For") :]
+    )
 
 
 def hub_name(base_model: str) -> str | None:
@@ -76,11 +97,17 @@ def model_card(
     """
     adapter, provenance = config.adapter_config, config.provenance_config
     method = layer_class(adapter.method)
-    own = None
+    own, prompt = None, _prompt(provenance.prompt_template)
     if provenance.system == "nlu":
         own = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")[task]
+    elif provenance.task_set is not None:
+        asked = LanguageTaskSet.from_json(provenance.task_set, "the checkpoint's task set")
+        prompt += _answers(asked[task]) if task in asked.names else ""
     about_base = f"\nThe base model: {MODELS[base_model].note}\n" if base_model in MODELS else ""
+    auto = "AutoModelForCausalLM" if task_type(provenance.base_class) == "CAUSAL_LM" else provenance.base_class
+    auto = "AutoModelForSequenceClassification" if own else auto
     header = f"base_model: {json.dumps(base_model)}\n" if hub_name(base_model) else ""
+    header += f"pipeline_tag: {_PIPELINES[auto]}\n" if auto in _PIPELINES else ""
     if rank is None:
         title, library = "a plain model", "transformers"
         folded = "It is merged into the base model's weights"
@@ -95,7 +122,6 @@ def model_card(
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"""---
 {header}library_name: {library}
-pipeline_tag: {"text-classification" if own else "text-generation"}
 tags:
 - lora
 - mtl-lora
@@ -112,9 +138,9 @@ Result on {task}{measured}: {score or NOT_MEASURED}.
 ## Use
 
 ```python
-{_use(base_model, rank, own, pad_token_id)}
+{_use(base_model, rank, auto, own, pad_token_id)}
 ```
-{_prompt(provenance.prompt_template)}
+{prompt}
 ## Recipe
 
 | setting | value |
@@ -133,9 +159,8 @@ def _about_task(task: Task) -> str:
     return f"\n{outputs} Measured by: {title_of(task.metric_name)}.\n"
 
 
-def _use(base_model: str, rank: int | None, task: Task | None, pad_token_id: int | None) -> str:
-    """The code that loads a folder, to be copied."""
-    auto = "AutoModelForSequenceClassification" if task else "AutoModelForCausalLM"
+def _use(base_model: str, rank: int | None, auto: str, task: Task | None, pad_token_id: int | None) -> str:
+    """The code that loads a folder, to be copied; auto: the class of transformers that does."""
     if rank is None:
         return f"""from transformers import {auto}, AutoTokenizer
 
@@ -176,6 +201,16 @@ def _prompt(name: str | None) -> str:
     text = template(name).prompt({"instruction": "{instruction}"})
     about = f"It was trained on this prompt (template `{name}`), as a Python string; the answer follows it directly:"
     return f"\n{about}\n\n```python\n{text!r}\n```\n"
+
+
+def _answers(task: LanguageTask) -> str:
+    """How the answers are written that the adapter was trained on, of a task that declares that."""
+    parts = [f"An answer is one of {', '.join(f'`{option!r}`' for option in task.options)}."] if task.options else []
+    if task.options and task.answer_prefix:
+        parts.append(f"It stands behind `{task.answer_prefix!r}`.")
+    if task.question:
+        parts.append(f"The instruction of a text is `{task.instruction_of('{text}')!r}`.")
+    return f"\n{' '.join(parts)}\n" if parts else ""
 
 
 def _recipe(config: CheckpointConfig) -> str:

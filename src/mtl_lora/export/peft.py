@@ -10,14 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
 
 import mtl_lora
 from mtl_lora import artifacts, files
@@ -27,7 +22,7 @@ from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class
 from mtl_lora.adapter.saved import find_slots, whole_modules
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
-from mtl_lora.export.model_card import error_text, model_card, read_scores
+from mtl_lora.export.model_card import error_text, model_card, read_scores, task_type
 from mtl_lora.nlu import model as encoder
 from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.systems import BASE_KINDS, check
@@ -122,20 +117,6 @@ def serving(base_model: BaseModel, folders: list[Path], rank: int, dora: bool, s
     most = next(each for each in VLLM_RANKS if each >= rank)
     words = ["vllm", "serve", base_model.path, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules"]
     return shlex.join([*words, *(f"{folder.name}={folder}" for folder in folders)])
-
-
-def task_type(base_class: str | None) -> str | None:
-    """What PEFT calls the task of a class of transformers: by it PEFT chooses its own class. CAUSAL_LM of one that is
-    not known, and of models of images and text that predict the next token; None where PEFT has no name."""
-    if base_class is None or not hasattr(transformers, base_class):
-        return "CAUSAL_LM"
-    if base_class in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
-        return "SEQ_2_SEQ_LM"
-    if base_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or base_class.endswith("ForConditionalGeneration"):
-        return "CAUSAL_LM"
-    return {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}.get(
-        base_class[base_class.rfind("For") :]
-    )
 
 
 def recorded_base(checkpoint: str | Path) -> BaseModel:

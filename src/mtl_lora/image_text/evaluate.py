@@ -47,7 +47,7 @@ class Question(evaluation.Question):
         if METRICS[name].target == "answers":
             line["score"] = METRICS[name].score(parsed, target["answers"])
         elif self.task.answer != CAPTION:
-            same = same_text if name in ("exact_match", "f1") else str.__eq__
+            same = same_text if name in ("exact_match", "f1") and self.task.answer != CHOICE else str.__eq__
             line["correct"] = same(parsed, target["answer"])
             line |= {"f1": text_f1(parsed, target["answer"])} if same is same_text else {}
         extra = {key: self.example.extra[key] for key in ("kind", "group") if key in self.example.extra}

@@ -114,9 +114,11 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     @property
     def protocols(self) -> dict[str, str]:
-        """The protocols to run, each with its folder: with ``both`` a folder each inside the output folder."""
+        """The protocols to run, each with its folder: with ``both`` a folder each inside the output folder, which a
+        later command for one of them goes on with where no folder is named."""
+        inside = Path(self.output_folder, self.mode)
         if self.mode != "both":
-            return {self.mode: self.output_folder}
+            return {self.mode: str(inside) if not self.output_dir and inside.is_dir() else self.output_folder}
         return {protocol: f"{self.output_folder}/{protocol}" for protocol in PROTOCOLS}
 
     def closing_lines(self, found: Mapping) -> list[str]:

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class Evaluator(evaluation.Evaluator):
         written = (len(each.prompt_ids) + more for each in questions.get("generate", ()))
         way_out = f"a prompt and --max_new_tokens {more}; lower it"
         self.base_model.check_positions(max(written, default=0), way_out)
+        self._say_what_cannot_be_written(questions.get("generate", ()))
         reserves = self.encoder.reserves
         scored = (len(each.prompt_ids) + reserves[each.task.id] for each in questions.get("score", ()))
         way_out = "a prompt and an option; take a shorter --cutoff_len"
@@ -79,6 +81,21 @@ class Evaluator(evaluation.Evaluator):
         self.prefixes = {task_id: answering.shared_prefix(rows) for task_id, rows in prompts.items()}
         if self.caches is not None:
             self.caches.use(self.prefixes)
+
+    def _say_what_cannot_be_written(self, questions: Sequence[Question]) -> None:
+        """A note on stderr of each task with answers that are longer than what is generated."""
+        most, found = self.config.max_new_tokens, collections.Counter()
+        for each in questions:
+            prefix = each.task.answer_prefix if each.options else ""
+            answers = [each.example.answer] if each.example.answer else each.options
+            # The token that ends an answer need not be generated.
+            found[each.task.name] += any(len(self.encoder.answer_ids(prefix + text)) - 1 > most for text in answers)
+        for name, count in (+found).items():
+            print(
+                f"{count:,} questions of {name} have an answer of more tokens than --max_new_tokens {most}, which can "
+                "therefore not be written; raise it",
+                file=sys.stderr,
+            )
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
         """Questions of examples; raises ``UserError`` naming ``source`` and the example."""

@@ -9,6 +9,7 @@ from mtl_lora.data_files import label_of, read_examples, refuse_slips, task_id_o
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
+from mtl_lora.metrics import same_text
 from mtl_lora.samples import Records
 
 
@@ -84,7 +85,7 @@ def parse_example(
     empty = {key for key, entry in extra.items() if entry is None} - {"text", "text_b", "label"}
     value = {key: entry for key, entry in value.items() if entry is not None}  # a null is no field
     told = "messages" in value
-    if "text" in value and value.keys().isdisjoint({"output", "answer", "messages"}):
+    if "text" in value and value.keys().isdisjoint({"messages", *["output", "answer"] * answered}):
         value = _from_text(value, where, tasks[task_id_of(value, where, tasks, task)], answered)
         extra = {key: entry for key, entry in extra.items() if key in value or key in empty}
     if told:
@@ -114,6 +115,8 @@ def parse_example(
     if closed and not texts["answer"].strip():
         way_out = "end with the assistant's answer" if told else "write one"
         raise UserError(f"{where}: 'answer' is empty, so no answer would be right; {way_out}")
+    if closed and not options:
+        _check_free_text(texts["answer"], tasks[task_id], where)
     if options and answered and not closed:
         _check_output(texts, tasks[task_id], options, where)
     return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if told else ())
@@ -160,6 +163,18 @@ def _from_messages(value: dict, where: str) -> dict:
     if not turns or turns[-1]["role"] != "user":
         raise UserError(f"{where}: 'messages' must end with one of the user, or with the assistant's answer to it")
     return {**value, **output, "instruction": turns.pop()["content"], "context": turns}
+
+
+def _check_free_text(answer: str, task: Task, where: str) -> None:
+    """Raise ``UserError`` for an answer that an evaluation could not read from any text."""
+    found = extract_answer(task, answer)
+    same = {"accuracy": answer.__eq__, "exact_match": functools.partial(same_text, target=answer)}.get(task.metric_name)
+    if same and not same(found) and (found or not task.pattern):  # a pattern may ask for what stands around it
+        rule = "the task's pattern" if task.pattern else "its first line without spaces and the answer prefix,"
+        raise UserError(
+            f"{where}: of the answer {answer!r} an evaluation would read {found!r}, {rule} alone, so no text would be "
+            "right; write that"
+        )
 
 
 def _check_output(texts: dict[str, str], task: Task, options: Sequence[str], where: str) -> None:

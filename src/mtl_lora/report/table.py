@@ -316,10 +316,10 @@ def study_tables(study: Study) -> list[TextTable]:
         of = f", {group}" if len(groups) > 1 else ""
         tables.append(_experiments(study, experiments, titles, f"Results{of}"))
         compared = [(each.name, each.against) for each in experiments if each.against]
-        rows = [[f"{name} - {against.baseline}", *_differences(study, against)] for name, against in compared]
+        rows = [[f"{name} - {against.baseline}", *_differences(study, against, name)] for name, against in compared]
         tables += [TextTable(f"Differences from the baseline{of}", ["Difference", *changes], rows)] if rows else []
     if study.transfer:
-        rows = [[row.label, row.alone or NOTHING, *_differences(study, row)] for row in study.transfer]
+        rows = [[row.label, row.alone or NOTHING, *_differences(study, row, row.experiment)] for row in study.transfer]
         header = ["Trained together", "Trained alone", *changes]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
@@ -355,10 +355,12 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
     return TextTable(title, header, rows if majority else rows[1:])
 
 
-def _differences(study: Study, found: Differences) -> list[str]:
-    """By task and on average, over questions and behind it over seeds; or, without an average, Delta_m over seeds."""
+def _differences(study: Study, found: Differences, name: str) -> list[str]:
+    """Of an experiment by task and on average, over questions and then seeds; or, without an average, Delta_m."""
     averages = [found.average, *[found.over_seeds and found.over_seeds.average] * study.compared_over_seeds]
+    trained = next(each.trained_on for each in study.experiments if each.name == name) or study.scored
     texts = [difference_text(found.tasks.get(task), study.metric(task)) for task in study.scored]
+    texts = [text + UNTRAINED * (task not in trained) for task, text in zip(study.scored, texts, strict=True)]
     if not study.has_average:
         return [*texts, difference_text(found.delta_m, "delta_m")]
     return texts + [difference_text(average, study.metric(None)) for average in averages]

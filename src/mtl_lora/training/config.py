@@ -214,7 +214,7 @@ class TrainingConfig(Config):
         """Raise ``UserError`` if the data file is not there."""
         if not Path(self.data_path).is_file():
             made = f"make it with `{self.made_by}`, or " if self.made_by and not self.tasks_file else ""
-            raise UserError(f"the data file {self.data_path} does not exist; {made}pass --data_path FILE")
+            raise UserError(f"there is no data file {self.data_path}; {made}pass --data_path FILE")
 
     def task_set(self) -> TaskSet:
         """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""

@@ -101,6 +101,8 @@ def check_same_run(
     now = configuration["settings"]
     free = ({flag.name for flag in flags.flags()} - flags.names_affecting("weights")) | {*flags.idle}
     free |= {flag.name for flag in flags.flags() if flag.metadata.get("by_outcome")}
+    if earlier.get("base_fingerprint") == configuration.get("base_fingerprint") is not None:
+        free.add("base_model")  # the same, perhaps in another place
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - free)
