@@ -630,7 +630,8 @@ def test_a_frozen_head_that_no_file_holds_is_warned_of(tmp_path, targets):
         mtl_lora.unload(model).save_pretrained(tmp_path / "whole")
         model = BertForSequenceClassification.from_pretrained(tmp_path / "whole")
         mtl_lora.inject(model, adapter_config(target_modules=["query"]))
-        mtl_lora.inject(bert.build(), adapter_config(target_modules=["query"]))  # all of it is random
+        fresh = mtl_lora.inject(bert.build(), adapter_config(target_modules=["query"]))  # all of it is random
+        mtl_lora.inject(mtl_lora.merge(fresh, TASKS[0]), adapter_config(target_modules=["query"]))
 
 
 def test_added_tokens_that_are_not_saved_are_warned_of(tmp_path):
@@ -910,7 +911,9 @@ def test_another_base_than_the_checkpoints_is_refused(tiny_base, tmp_path):
         mtl_lora.load(other, tmp_path / "adapter")
     # A model that was merged is another base too, and does not pass for the one it came from, in a wrapper neither.
     merged = mtl_lora.merge(nn.DataParallel(model), "maps").module
-    mtl_lora.save(mtl_lora.inject(merged, adapter_config(target_modules=["q_proj"])), tmp_path / "second")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mtl_lora.save(mtl_lora.inject(merged, adapter_config(target_modules=["q_proj"])), tmp_path / "second")
     assert read_config(tmp_path / "second").provenance_config.base_model is None
     with pytest.raises(UserError, match="names no base model"):
         mtl_lora.load(tmp_path / "second")

@@ -363,7 +363,7 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     _take_off(model, keep=True)
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
-        base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+        base.weight = _in_place_of(base.weight, weight)
     config, head = getattr(unwrap(model), "config", None), output_head(unwrap(model))
     if getattr(config, "_name_or_path", ""):
         # Another base now, which the next adapter must not record as the one before.
@@ -372,6 +372,13 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     if tied and head.weight is not unwrap(model).get_input_embeddings().weight:
         _untie(unwrap(model), head)
     return model
+
+
+def _in_place_of(before: nn.Parameter, weight: torch.Tensor) -> nn.Parameter:
+    """A weight of a merged model, trained and marked (see ``_drawn_anew``) as the one before it."""
+    weight = nn.Parameter(weight, requires_grad=before.requires_grad)
+    weight._is_hf_initialized = getattr(before, "_is_hf_initialized", False)
+    return weight
 
 
 def _untie(root: nn.Module, head: nn.Module) -> None:
@@ -408,8 +415,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
     for slot in injection.slots:
         trained = slot.put_original()
         if keep and slot.is_weight:
-            trained = trained.detach().to(slot.original.dtype)
-            slot.put(nn.Parameter(trained, requires_grad=slot.original.requires_grad))
+            slot.put(_in_place_of(slot.original, trained.detach().to(slot.original.dtype)))
         elif keep:
             slot.put(trained)
     routing.remove_overrides(root)
