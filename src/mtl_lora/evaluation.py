@@ -147,10 +147,15 @@ class Evaluator(abc.ABC):
         return self.tasks.names
 
     def _note_untrained(self) -> None:
-        """Say on stderr, from the first process, which of the tasks the adapter had no examples of."""
-        if self.adapter and int(os.environ.get("RANK", "0")) == 0:
-            for note in self.adapter.provenance_config.untrained_note(self.asked_tasks):
-                print(note, file=sys.stderr)
+        """Say which of the tasks the adapter had no examples of."""
+        if self.adapter:
+            self.note(self.adapter.provenance_config.untrained_note(self.asked_tasks))
+
+    @staticmethod
+    def note(lines: Iterable[str]) -> None:
+        """Say something on stderr, from the first process."""
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(*(f"{line}\n" for line in lines), sep="", end="", file=sys.stderr)
 
     def check_unchanged(self) -> None:
         """Raise ``UserError`` if base model or checkpoint are no longer those whose hashes were read first, under which

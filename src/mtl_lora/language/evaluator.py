@@ -3,7 +3,6 @@
 import collections
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -83,19 +82,18 @@ class Evaluator(evaluation.Evaluator):
             self.caches.use(self.prefixes)
 
     def _say_what_cannot_be_written(self, questions: Sequence[Question]) -> None:
-        """A note on stderr of each task with answers that are longer than what is generated."""
+        """Note each task with answers that are longer than what is generated."""
         most, found = self.config.max_new_tokens, collections.Counter()
         for each in questions:
             prefix = each.task.answer_prefix if each.options else ""
             answers = [each.example.answer] if each.example.answer else each.options
             # The token that ends an answer need not be generated.
             found[each.task.name] += any(len(self.encoder.answer_ids(prefix + text)) - 1 > most for text in answers)
-        for name, count in (+found).items():
-            print(
-                f"{count:,} questions of {name} have an answer of more tokens than --max_new_tokens {most}, which can "
-                "therefore not be written; raise it",
-                file=sys.stderr,
-            )
+        self.note(
+            f"{count:,} questions of {name} have an answer of more tokens than --max_new_tokens {most}, which can "
+            "therefore not be written; raise it"
+            for name, count in (+found).items()
+        )
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
         """Questions of examples; raises ``UserError`` naming ``source`` and the example."""
