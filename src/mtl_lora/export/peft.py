@@ -206,10 +206,12 @@ def saved_modules(
         about = "PEFT saves whole modules with weights of their own; use the merge command"
         raise UserError(f"{refused[0]} of modules_to_save {entries} cannot be exported, since {about}")
     saved = split_state(config.adapter_config, read_weights(checkpoint, config))[1]
-    expected = {slot.name: slot.original.shape for slot in slots}
-    for name in [*expected, *saved]:
-        if name not in expected or name not in saved or saved[name].shape != expected[name]:
-            raise UserError(f"{checkpoint} does not fit the base model: {name} is missing in one or of another shape")
+    expected = {slot.name: list(slot.original.shape) for slot in slots}
+    found = {name: list(tensor.shape) for name, tensor in saved.items()}
+    for name in [*expected, *found]:
+        own, of_base = found.get(name, "missing"), expected.get(name, "missing")
+        if own != of_base:
+            raise UserError(f"{checkpoint} does not fit the base model: {name} is {own} in it and {of_base} there")
     return names, saved
 
 
