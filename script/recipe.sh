@@ -86,7 +86,8 @@ train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
 
 train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, without DeepSpeed, for the base is small
     DEEPSPEED=none MAX_GRAD_NORM="${MAX_GRAD_NORM:-5.0}" EPOCHS="${EPOCHS:-300}" train_any "$@" --system dense \
-        ${method_flags[@]+"${method_flags[@]}"} ${WARMUP:+--warmup_ratio "$WARMUP"} ${TARGETS:+--lora_target_modules "$TARGETS"} \
+        ${method_flags[@]+"${method_flags[@]}"} \
+        ${WARMUP:+--warmup_ratio "$WARMUP"} ${TARGETS:+--lora_target_modules "$TARGETS"} \
         --base_model "${BASE_MODEL:-microsoft/swin-tiny-patch4-window7-224}" \
         --data_path "${DATA_PATH:-${project}data/PASCAL_MT}" --image_size "${IMAGE_SIZE:-448}" \
         --lora_dropout "${DROPOUT:-0.05}" --drop_path "${DROP_PATH:-0.2}" \

@@ -540,7 +540,7 @@ def value_text(value: float | None, spread: float | None = None, metric: str = "
     """``71.2 ± 0.8``: a metric that is shown times 100, any other with its digits; a dash for None."""
     if value is None:
         return NOTHING
-    digits = METRICS[metric].digits if metric in METRICS else {"delta_m": 2}.get(metric, 3)
+    digits = METRICS[metric].digits if metric in METRICS else 2 if metric == "delta_m" else 3
     shown, error = (
         percent(number or 0, sign) if scale_of(metric) == 100 else _decimals(number or 0, digits, sign)
         for number, sign in ((value, signed), (spread, False))

@@ -19,7 +19,7 @@ from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes, parameter_shapes, require_in_memory
-from mtl_lora.adapter.saved import find_slots, require_slots, unwrap
+from mtl_lora.adapter.saved import Slot, find_slots, require_slots, unwrap
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
@@ -147,7 +147,7 @@ def save(
     _require_numbers(state, f"the adapter cannot be saved to {folder}")
     if provenance is None:
         provenance = getattr(root, "mtl_lora_provenance", None) or _base_of(root)
-        if name := _changed_weight(provenance, root, root.mtl_lora_config.modules_to_save):
+        if name := _changed_weight(provenance, root, injection_of(root).slots):
             warnings.warn(
                 f"this model's {name} is not what the files of {provenance.base_model!r} hold, which mtl_lora.load("
                 "folder) takes; put the adapter on the right base with mtl_lora.load(model, folder), and save added "
@@ -228,16 +228,14 @@ def _base_of(model: nn.Module) -> Provenance:
     return Provenance(name, fingerprint, base_class=next(classes, type(model)).__name__, **own)
 
 
-def _changed_weight(base: Provenance, model: nn.Module, modules_to_save: list[str]) -> str | None:
-    """The name of a base weight, other than of the modules saved whole, that is not what the recorded files hold; None
-    where nothing can be compared."""
+def _changed_weight(base: Provenance, model: nn.Module, slots: list[Slot]) -> str | None:
+    """The name of a base weight, other than those saved whole (``slots``), that is not what the recorded files hold;
+    None where nothing can be compared."""
     # What was merged from 4 bits is other weights on purpose.
     if not base.base_fingerprint or not base.base_model or base.load_in_4bit:
         return None
     from mtl_lora.base_model import BaseModel
 
-    injection = injection_of(model)
-    slots = injection.slots if injection else find_slots(unwrap(model), modules_to_save)
     saved = {id(slot.get()) for slot in slots}
     named = unwrap(model).named_parameters()
     own = {name.replace(".base_layer.", "."): weight for name, weight in named if id(weight) not in saved}
@@ -306,8 +304,8 @@ def load(
                 f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
                 f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
             )
-        whole = config.adapter_config.modules_to_save
-        if not provenance.load_in_4bit and (name := _changed_weight(found, base_model, whole)):
+        slots = find_slots(unwrap(base_model), config.adapter_config.modules_to_save)
+        if not provenance.load_in_4bit and (name := _changed_weight(found, base_model, slots)):
             warnings.warn(
                 f"{folder} was trained on the files of {found.base_model!r}, and this model's {name} is not what they "
                 "hold",

@@ -105,12 +105,12 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
 def _drawn_anew(root: nn.Module, slots: list[Slot]) -> list[str]:
     """The names of weights that transformers has drawn, having found none in the files of a model or having resized
     them, but for those of ``slots``."""
-    saved = {slot.original for slot in slots}
+    saved, named = {slot.original for slot in slots}, dict(root.named_parameters())
     # It marks the others; a model that was not loaded has no marks, and what is quantised or sharded has other weights.
-    marks = {name: getattr(weight, "_is_hf_initialized", False) for name, weight in root.named_parameters()}
-    if not any(marks.values()):
+    unmarked = {name: weight for name, weight in named.items() if not getattr(weight, "_is_hf_initialized", False)}
+    if len(unmarked) == len(named):
         return []
-    own = {name: weight for name, weight in root.named_parameters() if not marks[name] and weight not in saved}
+    own = {name: weight for name, weight in unmarked.items() if weight not in saved}
     return [name for name, weight in own.items() if not (is_quantised(weight) or is_sharded(weight))]
 
 
@@ -119,8 +119,8 @@ def _rename_ties(root: nn.Module, injection: Injection) -> None:
     ties = getattr(root, "_tied_weights_keys", None)
     if not isinstance(ties, dict):
         return
-    names = [f"{name}.{key}" for name, _ in _named_layers(root) for key in ("weight", "bias")]
-    wrapped = {name: f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}" for name in names}
+    names = [name for name, _ in _named_layers(root)]
+    wrapped = {f"{name}.{key}": f"{name}.base_layer.{key}" for name in names for key in ("weight", "bias")}
     renamed = {wrapped.get(name, name): wrapped.get(source, source) for name, source in ties.items()}
     if renamed != ties:
         injection.ties = ("_tied_weights_keys" in vars(root), ties)
@@ -356,10 +356,7 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
         require_in_memory(f"the weight of {name}", layer.base_layer.weight)
     merged = {layer.base_layer: layer.merged_weight(task) for layer in layers.values()}
     for name, weight in zip(layers, merged.values(), strict=True):
-        if not weight.isfinite().all():
-            raise UserError(
-                f"the merged weight of {name} is not finite in {weight.dtype}; load the base in float32 (--dtype fp32)"
-            )
+        require_finite(name, weight)
     _take_off(model, keep=True)
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
@@ -372,6 +369,14 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     if tied and head.weight is not unwrap(model).get_input_embeddings().weight:
         _untie(unwrap(model), head)
     return model
+
+
+def require_finite(name: str, weight: torch.Tensor) -> None:
+    """Raise ``UserError`` for a merged weight that is not finite, as fp16 ends at 65,504."""
+    if not weight.isfinite().all():
+        raise UserError(
+            f"the merged weight of {name} is not finite in {weight.dtype}; load the base in float32 (--dtype fp32)"
+        )
 
 
 def _in_place_of(before: nn.Parameter, weight: torch.Tensor) -> nn.Parameter:

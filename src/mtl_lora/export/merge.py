@@ -3,13 +3,12 @@
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
 from transformers import AutoTokenizer
 
 import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import read_config, read_weights
+from mtl_lora.adapter.inject import require_finite
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors, quiet_deepspeed
 from mtl_lora.errors import UserError, require_package
@@ -78,21 +77,14 @@ def export_merged(
         single_task(model, task)
     else:
         mtl_lora.merge(model, task)
-    check_finite(model)
+    for name, weight in model.named_parameters():  # those beside the adapter's layers too
+        require_finite(name.removesuffix(".weight"), weight)
     with files.atomic_directory(output, written, overwrite, inputs) as folder:
         model.save_pretrained(folder)
         _save_tokenizer(base_model, folder)
         if heads:
             files.write_text(folder / CARD_NAME, model_card(task, config, base_model.name, None, scores.get(task)))
     return Path(output)
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise ``UserError`` naming the first weight that is not finite, as fp16 ends at 65,504."""
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            name = name.removesuffix(".weight")
-            raise UserError(f"the merged weight of {name} is not finite in {weight.dtype}; pass --dtype fp32")
 
 
 def _save_tokenizer(base_model: BaseModel, folder: Path) -> None:

@@ -9,7 +9,7 @@ from mtl_lora.data_files import label_of, read_examples, refuse_slips, task_id_o
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
-from mtl_lora.metrics import same_text
+from mtl_lora.metrics import METRICS
 from mtl_lora.samples import Records
 
 
@@ -167,9 +167,10 @@ def _from_messages(value: dict, where: str) -> dict:
 
 def _check_free_text(answer: str, task: Task, where: str) -> None:
     """Raise ``UserError`` for an answer that an evaluation could not read from any text."""
-    found = extract_answer(task, answer)
-    same = {"accuracy": answer.__eq__, "exact_match": functools.partial(same_text, target=answer)}.get(task.metric_name)
-    if same and not same(found) and (found or not task.pattern):  # a pattern may ask for what stands around it
+    found, metric = extract_answer(task, answer), task.metric_name
+    if metric == "f1" or METRICS[metric].score(found, answer):  # a part of the words counts, or all do
+        return
+    if found or not task.pattern:  # a pattern may ask for what stands around it
         rule = "the task's pattern" if task.pattern else "its first line without spaces and the answer prefix,"
         raise UserError(
             f"{where}: of the answer {answer!r} an evaluation would read {found!r}, {rule} alone, so no text would be "
