@@ -74,13 +74,19 @@ train() {  # train RECIPE R ALPHA ARGUMENT...
         --cutoff_len "${CUTOFF_LEN:-256}"
 }
 
-train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT...
+train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT... : at the rate that the study of GLUE chose for the METHOD
+    local rate
+    case "${METHOD:-mtl_lora}" in
+        lora | dora | hydralora) rate=4e-4 ;;  # at MTL-LoRA's they learn little, or nothing
+        multilora) rate=1.6e-3 ;;
+        *) rate=8e-4 ;;  # of moelora half the chosen one, at which one seed of five learned nothing
+    esac
     train_any "$@" --system nlu ${method_flags[@]+"${method_flags[@]}"} \
         --base_model "${BASE_MODEL:-minilm-l6}" \
         --data_path "${DATA_PATH:-${project}data/glue/train.json}" \
         --tasks_file "${TASKS_FILE:-${project}data/glue/tasks.json}" \
         --lora_target_modules "${TARGETS:-all-linear}" --lora_dropout "${DROPOUT:-0}" \
-        --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-1e-3}" --warmup_ratio "${WARMUP:-0.06}" \
+        --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-$rate}" --warmup_ratio "${WARMUP:-0.06}" \
         --cutoff_len "${CUTOFF_LEN:-128}"
 }
 

@@ -1,5 +1,6 @@
 """The training recipes: every setting that they list reaches the training."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,3 +75,13 @@ def test_every_setting_of_a_recipe_reaches_its_training(recipe, more, tmp_path):
     if system == "image_text":  # a step has BATCH_SIZE examples of VQA, in ACCUMULATION parts
         expected["batch_size"] = "30"
     assert {flag: found.get(flag) for flag in expected} == expected
+
+
+def test_the_recipe_of_glue_takes_the_rate_that_the_study_chose(tmp_path):
+    study = json.loads((PROJECT / "docs" / "studies" / "glue" / "study.json").read_text())
+    chosen = {each["name"]: each["chosen"] for each in study["search"]["experiments"]}
+    names = {each["name"]: each["train"]["adapter_name"] for each in study["grid"]["experiments"] if each["train"]}
+    expected = {names[name]: rate for name, rate in chosen.items() if names[name] != "none"}
+    expected["moelora"] /= 2  # where it chose a rate at which one seed of five learned nothing
+    rates = {name: float(flags_of("glue_mlora.sh", tmp_path, METHOD=name)["learning_rate"]) for name in expected}
+    assert rates == expected and len(rates) == 6

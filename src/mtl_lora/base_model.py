@@ -34,6 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file, logging
 
 from mtl_lora.adapter.layer import is_quantised, is_sharded
+from mtl_lora.artifacts import PEFT_CONFIG, PEFT_WEIGHTS
 from mtl_lora.config import DTYPES
 from mtl_lora.embedded import MODELS, model_folder
 from mtl_lora.errors import UserError
@@ -204,6 +205,11 @@ class BaseModel:
                 **options,
             )
         self._check_kind(model.config)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise UserError(
+                f"the model {self.name!r} holds a PEFT adapter too, which transformers has put on it, so it is not the "
+                f"base model alone; move {PEFT_CONFIG} and {PEFT_WEIGHTS} to a folder of their own"
+            )
         # transformers draws what is missing at random, and a base model with random weights is not one.
         missing = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
         if kind.own_head and model.base_model is not model:
@@ -417,9 +423,9 @@ def accepts_argument(model_class: type[torch.nn.Module], argument: str) -> bool:
     return argument in inspect.signature(model_class.forward).parameters
 
 
-def last_logits(model: torch.nn.Module) -> dict[str, int]:
-    """The argument that has a model project its last position alone to the vocabulary, for one that has it."""
-    return {"logits_to_keep": 1} if accepts_argument(type(model), "logits_to_keep") else {}
+def last_logits(model: torch.nn.Module, count: int = 1) -> dict[str, int]:
+    """The argument that has a model project its last positions alone to the vocabulary, for one that has it."""
+    return {"logits_to_keep": count} if accepts_argument(type(model), "logits_to_keep") else {}
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ def text_of(value: object, what: str) -> str:
     return value
 
 
-_OTHER_NAMES = {"text_b": ("textpair", "text2", "sentence2")}
+_OTHER_NAMES = {"text_b": ("textpair", "text2", "sentenceb", "sentence2", "question2", "hypothesis")}
 
 
 def refuse_slips(value: Mapping, field: str, where: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.config import is_number
+from mtl_lora.embedded import MODELS
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
 from mtl_lora.metrics import METRICS, NOTHING, Mean, one_unit, title_of
@@ -153,6 +154,11 @@ class TaskResult:
     def measure(self) -> str:
         """What values have in common that stand side by side: the metric, and the tokenizer that cut captions."""
         return ", tokenizer ".join(filter(None, [self.metric, self.measured.get("tokenizer")]))
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the adapter had no examples of the task."""
+        return bool(self.measured.get("untrained"))
 
     @classmethod
     def read_json(cls, reader: Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
@@ -399,6 +405,9 @@ class TaskNames:
         return {key: entry for key, entry in task.items() if key not in beside and entry}
 
 
+_UNSAID = {"load_in_4bit": False}  # settings that are recorded where they are not this
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparability:
     """Which settings two evaluations must share to be compared: all but ``noted`` and ``free`` ones.
@@ -521,6 +530,21 @@ class Results:
         results = self.tasks.values()
         return average_of(results) if one_unit(result.metric for result in results) else None
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of its results must know of it."""
+        about = [f"{self.base_model}: {MODELS[self.base_model].note}"] if self.base_model in MODELS else []
+        known = {name: task for name, task in self.tasks.items() if None not in (task.majority, task.stderr)}
+        low = [name for name, task in known.items() if task.value <= task.majority + 2 * task.stderr]
+        words = f"{self.name} is not two standard errors above the majority class in {', '.join(low)}."
+        return [*about, *self.untrained_notes, *[words] * bool(low)]
+
+    @property
+    def untrained_notes(self) -> list[str]:
+        """A sentence that names the tasks without training examples, if there are any."""
+        names = ", ".join(name for name, task in self.tasks.items() if task.untrained)
+        return [f"{self.name} had no training examples of {names}."] if names else []
+
     @staticmethod
     def differ_in_questions(evaluations: "Iterable[Results]", task: str) -> bool:
         """Whether they have numbers of a task's questions, or test sets as far as those are known, that differ."""
@@ -529,8 +553,26 @@ class Results:
         return len(known) > 1 or len({each.tasks[task].n for each in having}) > 1
 
     @staticmethod
+    def differing_settings(evaluations: "Sequence[Results]", alone: "Sequence[Results]" = ()) -> dict[str, list]:
+        """By setting that answers depend on and in which evaluations that have it differ: (name, value) of each.
+
+        alone: of single tasks, which have a task set of their own.
+        """
+        everyone, found = [*evaluations, *alone], {}
+        free = {"mode", *(key for each in everyone[:1] for key in each.comparability.free)}
+        if len({each.base_model for each in everyone}) > 1:  # whose files differ too, which says nothing more
+            free.add("base_fingerprint")
+        for key in dict.fromkeys(key for each in everyone for key in each.settings if key not in free):
+            asked = evaluations if key == "tasks_sha256" else everyone
+            having = [each for each in asked if key in each.settings or key in _UNSAID]
+            pairs = [(each.name, str(each.settings.get(key, _UNSAID.get(key)))) for each in having]
+            found |= {key: pairs} if len({value for _, value in pairs}) > 1 else {}
+        return found
+
+    @staticmethod
     def differ(evaluations: "Sequence[Results]") -> bool:
         """Whether they differ in the questions of a task or in how these were answered."""
         tasks = {task for each in evaluations for task in each.tasks}
         of_questions = any(Results.differ_in_questions(evaluations, task) for task in tasks)
-        return of_questions or len({each.mode for each in evaluations}) > 1
+        of_answers = len({each.mode for each in evaluations}) > 1 or Results.differing_settings(evaluations)
+        return bool(of_questions or of_answers)

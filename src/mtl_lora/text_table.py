@@ -15,6 +15,12 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
 
 
+def told_apart(names: Sequence[str], more: Sequence[object]) -> list[str]:
+    """Names, of which those that are there twice say ``more``, if anything is known."""
+    pairs = zip(names, more, strict=True)
+    return [f"{name} ({words})" if names.count(name) > 1 and words else name for name, words in pairs]
+
+
 def _no_formula(value: object) -> object:
     formula = r"[=@\t\r]|[+-](?![\d.]+(?:[eE][+-]?\d+)?$)"  # a number with a sign is none
     return f"'{value}" if isinstance(value, str) and re.match(formula, value) else value

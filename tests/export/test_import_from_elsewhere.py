@@ -92,6 +92,15 @@ def test_imported_checkpoint_records_its_provenance(bases, command, peft_folder,
     assert (adapter.tasks, adapter.num_B, adapter.temperature) == (COMMONSENSE.names, 2, 0.5)
 
 
+def test_a_base_by_a_relative_path_is_recorded_as_it_is_found_from_elsewhere(bases, peft_folder, tmp_path, monkeypatch):
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    import_peft(peft_folder, "imported", FOUR, base_model=BaseModel("base"))
+    assert read_config("imported").provenance_config.base_model == str(base)
+    (folder,) = export_peft("imported", "exported", [TASKS[0]], base_model=BaseModel("base"))
+    assert json.loads((folder / PEFT_CONFIG).read_text())["base_model_name_or_path"] == str(base)
+
+
 def test_up_projections_start_equal_and_diverge_in_training(bases, peft_folder, tmp_path):
     model = mtl_lora.load(load_base(bases["llama"]), import_peft(peft_folder, tmp_path / "ours", FOUR))
     layer = next(iter(mtl_lora.adapter_layers(model).values()))

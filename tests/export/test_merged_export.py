@@ -7,7 +7,7 @@ import pytest
 import torch
 from export_cases import TARGETS, TOLERANCE, difference, load_base, logits, routed, save_adapter
 from reference.tiny import FACTORED, TASKS, adapter_config, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import mtl_lora
 from mtl_lora import Provenance
@@ -127,6 +127,15 @@ def test_quantised_base_is_refused(refused, bases, tmp_path, edit_json):
     edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     sentence = refused("merge", checkpoint=checkpoint, task="maps")
     assert "is quantised and cannot take the adapter into its weights" in sentence
+
+
+def test_what_transformers_does_not_write_is_one_sentence(refused, checkpoints, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("GenerationConfig is invalid:\n- temperature 0.9\nFix these issues.")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
+    sentence = refused("merge", checkpoint=checkpoints("llama", "lora"))
+    assert "is invalid: - temperature 0.9" in sentence and "generation_config.json" in sentence
 
 
 def test_another_base_is_refused_and_a_moved_one_is_not(command, refused, bases, checkpoints, tmp_path):

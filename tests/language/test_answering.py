@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference.architectures import ARCHITECTURES
+from reference.architectures import ARCHITECTURES, Architecture
 from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_config, randomise, tiny_llama
 from shared import QUICKSTART
 
@@ -108,6 +108,33 @@ def test_padded_batch_gives_every_option_its_log_probability(architecture, reuse
     assert flat(scorer.scores(asked)) == expected
 
 
+GROUPED = {"num_key_value_heads": 2}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
+# Layers with states of a row, windows that count columns, a forward that reads masks of two dimensions alone.
+OTHERWISE = [
+    Architecture("Lfm2", (), 0, {**GROUPED, "layer_types": ["conv", "full_attention"]}),
+    Architecture("Mamba", (), 0, {"state_size": 4}),
+    Architecture("FalconH1", (), 0, {**GROUPED, **MAMBA, "mamba_d_ssm": 16, "mamba_d_head": 4}),
+    Architecture("GraniteMoeHybrid", (), 0, GROUPED | MAMBA | {"layer_types": ["mamba", "attention"]}),
+    Architecture("GPTNeo", (), 0, {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    Architecture("Falcon", (), 0, {"alibi": True, "multi_query": False, "parallel_attn": False}),
+]
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["whole", "prefix reused"])
+@pytest.mark.parametrize("architecture", OTHERWISE, ids=str)
+def test_models_of_other_kinds_score_options_behind_their_own_context(architecture, reuse):
+    model, draws = architecture.build(torch.float32), torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data = torch.randn(weight.shape, generator=draws) * 0.3
+    asked = questions([1] * len(PROMPTS))
+    scorer = OptionScorer(model, Tokens(), PrefixCaches(model, {1: PREFIX}) if reuse else None)
+    for _ in range(2):
+        assert flat(scorer.scores(asked)) == pytest.approx(flat(slow(model, asked)), abs=1e-4)
+    assert scorer.one_pass is False
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.4)], ids=str)
 def test_scores_in_the_dtypes_and_attentions_of_use(implementation, dtype, tolerance):
@@ -178,9 +205,26 @@ def test_scores_and_logits_that_are_not_numbers_are_refused():
         likeliest(asked[0], OptionScorer(model, Tokens()).scores(asked)[0])
     encoder = Tokens()
     encoder.end_id = 2
-    encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
+    encoder.tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 2})
     with pytest.raises(UserError, match="questions of own, which are not finite"):
         generate_answers(model, encoder, questions([0] * len(PROMPTS)), 2)
+
+
+def test_what_is_written_ends_with_the_template_or_with_the_sequence():
+    model, encoder = adapted_llama(dtype=torch.float32), Tokens()
+
+    def written(end: int, eos: int) -> list[int]:
+        encoder.end_id = end
+        encoder.tokenizer = SimpleNamespace(
+            pad_token_id=0, eos_token_id=eos, batch_decode=lambda ids, **_: ids.tolist()
+        )
+        (tokens,) = generate_answers(model, encoder, questions([0] * len(PROMPTS))[:1], 6)
+        return tokens
+
+    unseen = VOCABULARY + 1
+    first, second, *_ = whole = written(unseen, unseen)
+    assert len(whole) == 6 and first != second
+    assert written(second, unseen) == [first, unseen] and written(unseen, second) == [first, second]
 
 
 def test_ties_go_to_the_lowest_option():

@@ -277,6 +277,13 @@ def test_a_peft_folder_may_hold_embeddings_too(evaluate, tiny_base, tmp_path):
     assert evaluate("out", checkpoint=None, base_model=tiny_base, peft=str(tmp_path / "peft"), **few)["score"].tasks
 
 
+def test_a_base_with_a_peft_adapter_in_its_folder_is_no_base_model_alone(evaluate, of_peft, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copytree(of_peft, base, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"holds a PEFT adapter too.*move adapter_config.json"):
+        evaluate("out", checkpoint=None, base_model=str(base), tasks=FEW)
+
+
 def test_a_peft_folder_that_was_cut_off_is_refused(evaluate, of_peft, tiny_base, tmp_path):
     folder = shutil.copytree(of_peft, tmp_path / "cut")
     path = folder / "adapter_model.safetensors"

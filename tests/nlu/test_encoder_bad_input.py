@@ -37,6 +37,10 @@ EXAMPLES = {
         {"text_pair" if key == "text_b" else key: PLACE[key] for key in PLACE},
         ["'text_pair'", "did you mean 'text_b'"],
     ),
+    "second text as MNLI calls it": (
+        {"hypothesis" if key == "text_b" else key: PLACE[key] for key in PLACE},
+        ["'hypothesis'", "did you mean 'text_b'"],
+    ),
     "second text a number": (PLACE | {"text_b": 5}, ["'text_b'", "a string"]),
     "second text empty": (PLACE | {"text_b": ""}, []),
     "very long": (PLACE | {"text": "bab " * 3000, "text_b": "bek " * 2000}, []),

@@ -321,6 +321,11 @@ def test_adapter_base_model_dtype_and_limit_may_differ_and_are_noted(compared):
     assert "A smollm2-135m, B other" in base and "A torch.bfloat16, B torch.float32" in dtype
 
 
+def test_tasks_without_training_examples_are_named(compared):
+    comparison = compared(predictions_of(RIGHT_A), predictions_of(RIGHT_B), tasks__second__untrained=True)
+    assert sum("had no training examples of second." in note for note in comparison.notes) == 1
+
+
 # ---- broken files ----
 
 

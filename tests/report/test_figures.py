@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from report_cases import TUNED, assert_mistakes, run_command
+from report_cases import TUNED, assert_mistakes, changed, run_command
 from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.estimates import Difference, Estimate
@@ -99,7 +99,8 @@ def test_a_figure_of_runs_says_where_their_questions_differ(write):
     for task in value["tasks"].values():
         task["n"] += 1
     (fewer / "results.json").write_text(json.dumps(value))
-    for folders, said in ((same, False), ([same[0], fewer], True)):
+    beams = [write(changed(TUNED, settings={"mode": "score", "num_beams": beams}), f"beams{beams}") for beams in (1, 4)]
+    for folders, said in ((same, False), ([same[0], fewer], True), (beams, True)):
         (study,) = load_studies(folders)
         (drawing,) = draw(study)
         assert ("The runs differ in their questions" in drawing.caption) == said
@@ -283,6 +284,12 @@ def test_names_stand_in_figures_as_they_are_and_apart(study, write, tmp_path, ca
     (accuracy,) = (each for each in draw(dataclasses.replace(study, experiments=long)) if each.name == "accuracy")
     labels = [label.get_text() for label in panels_of(accuracy)["CR"].get_yticklabels()]
     assert len({*labels}) == len(long) and all(label.startswith("aaaa") for label in labels)
+    for letter in "ab":
+        (tmp_path / f"run_{letter}").mkdir()
+    runs = [write(TUNED, f"run_{letter}/{'checkpoint' * 4}") for letter in "ab"]
+    (accuracy,) = draw(*load_studies(runs))
+    labels = [label.get_text() for label in next(iter(panels_of(accuracy).values())).get_yticklabels()]
+    assert all(f"run_{letter}" in label for letter, label in zip("ab", labels, strict=True))
     runs = [write({**TUNED, "name": name}, f"run{len(name)}") for name in (r"$\frac$ of r", "costs $5 and $6")]
     assert run_command(capsys, "figures", *runs, "--output", tmp_path / "figures", "--format", "svg")[0] == 0
 

@@ -95,6 +95,27 @@ def test_a_task_that_the_adapter_never_saw_has_no_plain_score(table_of):
     report = table_of(changed(BASE, tasks__second__untrained=True))
     assert grid(report.markdown())["base"][2] == "25.0 ± 4.0 (untrained)"
     assert "base had no training examples of second." in report.notes
+    without = {"tasks__second__untrained": True}
+    for pair in ((BASE, changed(TUNED, **without)), (changed(BASE, **without), TUNED)):
+        cells = grid(table_of(*pair, difference=True).markdown())["difference"]
+        assert cells[1:3] == ["+25.0 ± 4.2", "-5.0 ± 5.0 (untrained)"]
+
+
+def test_rows_of_one_name_and_protocol_have_their_folders(write, capsys):
+    paths = [write(TUNED, "seed0"), write(TUNED, "seed1")]
+    code, out, _ = run_command(capsys, "table", *paths)
+    assert code == 0 and {f"mtl_lora (score) ({path})" for path in paths} <= grid(out).keys()
+
+
+def test_a_note_names_the_tasks_that_are_not_above_the_majority_class_and_tells_of_the_base_model(table_of):
+    # Of first 60 and of second 30: 66.1 is within two standard errors of 3.
+    notes = table_of(changed(TUNED, tasks__first__value=0.661), TUNED).notes
+    assert [note for note in notes if "majority" in note] == [
+        "mtl_lora is not two standard errors above the majority class in second.",
+    ]
+    notes = table_of(changed(TUNED, tasks__first__value=0.65)).notes
+    assert "mtl_lora is not two standard errors above the majority class in first, second." in notes
+    assert sum("from 4 bits" in note or "4-bit GGUF" in note for note in notes) == 1
 
 
 def test_averages_are_over_the_tasks_that_were_asked_and_rows_of_one_name_have_their_protocols(table_of):
@@ -157,6 +178,7 @@ def test_the_majority_class_has_an_average_where_every_task_has_one(table_of):
         ({"base_model": "llama"}, ["base model", "smollm2-135m", "llama"]),
         ({"settings": {"dtype": "fp64"}}, ["dtype", "base fp32, mtl_lora fp64"]),
         ({"settings": {"num_beams": 4}}, []),  # the other does not say
+        ({"settings": {"load_in_4bit": True}}, ["load_in_4bit: base False, mtl_lora True"]),  # which is said if it is
         ({"settings": {"tasks_sha256": "b" * 64}}, [f"base {'a' * 12}, mtl_lora {'b' * 12}"]),
         ({"settings": {"base_fingerprint": "b" * 64}}, [f"base {'a' * 12}, mtl_lora {'b' * 12}"]),
         ({"settings": {"adapter_sha256": "b" * 64}}, []),
@@ -172,7 +194,7 @@ def test_notes_say_what_keeps_rows_from_being_compared(table_of, changes, facts)
     base = changed(BASE, settings={"dtype": "fp32", "template": "alpaca", "base_fingerprint": "a" * 64, **hashes})
     usual = set(table_of(base, TUNED).notes)
     new = [line for line in table_of(base, changed(TUNED, **changes)).notes if line not in usual]
-    new = [line for line in new if not line.startswith("Questions:")]
+    new = [line for line in new if not line.startswith("Questions:") and "standard errors above" not in line]
     assert len(new) == bool(facts) and all(fact in new[0] for fact in facts), new
 
 

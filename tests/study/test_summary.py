@@ -150,6 +150,7 @@ def test_scores_of_tasks_without_training_are_marked_and_their_examples_not_list
     text_of_both = study_of(tmp_path / "both", right, **{**own, "experiments": [both, part], "baseline": "Both"})[1]
     (row,) = (line for line in text_of_both.splitlines() if line.startswith("| Part - Both "))
     assert [cell.endswith("(untrained)") for cell in map(str.strip, row.split("|")[2:4])] == [False, True]
+    assert study.untrained_notes == ["Part had no training examples of piqa."]
     assert "Training examples: boolq 12 of 240." in text and "questions: boolq 4 of 60, piqa 4 of 60." in text
 
 
@@ -362,3 +363,29 @@ def test_an_evaluation_made_by_hand_in_a_jobs_folder_changes_nothing(tmp_path):
     finish(run.jobs[0], {"boolq": "1100", "piqa": "1110"})
     write_results(run.jobs[0].folder / "evaluation", {"boolq": "0000"})
     assert run.mean == pytest.approx(0.625)
+
+
+def test_an_evaluation_made_by_hand_takes_no_difference_away(tmp_path):
+    plan = plan_of(tmp_path, grid(**TWO))
+    runs = finished(plan, RIGHT)
+    write_results(run_of(plan, "LoRA").jobs[0].folder / "evaluation", {"boolq": "0000"})
+    StudyWriter(plan).write(runs)
+    assert by_name(Study.load(tmp_path / "study"))["MTL-LoRA"].against.average.difference == 0.25
+
+
+def test_a_difference_without_a_common_seed_is_named_and_seeds_are_counted_where_they_differ(tmp_path):
+    right = {key: RIGHT[key] for key in (("LoRA", 0), ("MTL-LoRA", 1))}
+    study, text = study_of(tmp_path, right)
+    assert by_name(study)["MTL-LoRA"].against is None
+    assert "Not compared: MTL-LoRA - LoRA (no seed or no task in common)." in text and "Seeds, of" not in text
+    (tmp_path / "more").mkdir()
+    _, text = study_of(tmp_path / "more", {key: RIGHT[key] for key in RIGHT if key != ("MTL-LoRA", 1)})
+    assert "Seeds, of a difference those that both have: LoRA 2, MTL-LoRA 1." in text and "Not compared" not in text
+
+
+def test_every_way_of_answering_is_said(tmp_path, edit_json):
+    plan = plan_of(tmp_path, grid(**TWO))
+    runs = finished(plan, RIGHT)
+    edit_json(runs[0].jobs[0].folder / "results.json", mode="cosine")
+    StudyWriter(plan).write(runs)
+    assert "Mode: cosine or score." in (tmp_path / "study" / "table.md").read_text()

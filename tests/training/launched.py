@@ -17,7 +17,7 @@ from pathlib import Path
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from mtl_lora import cli, systems
+from mtl_lora import base_model, cli, systems
 from mtl_lora.adapter.layer import AdapterLayer
 from mtl_lora.training.distributed import destroy_process_group, prepare_process
 
@@ -45,6 +45,7 @@ if JOB["evaluate"]:
 register_module_forward_hook(watch)
 gc.freeze()  # every training collects garbage, and that of the imports takes longer than a tiny training
 for settings in JOB["runs"]:
+    base_model._positions.cache_clear()  # or a run under ZeRO-3 would not look for itself
     calls, broken = 0, settings.pop("broken", False)
     system = settings.pop("system", "language")
     config = systems.part(system, "config").TrainConfig(**settings)

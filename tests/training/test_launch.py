@@ -12,6 +12,7 @@ from shared import PROJECT, free_port
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.train import run
+from mtl_lora.training.trainer import training_arguments
 
 
 def start(
@@ -111,6 +112,21 @@ def test_values_of_the_deepspeed_file_that_contradict_the_flags_are_refused(sett
     # One process does not know the batch of a launch.
     assert ("train_batch_size=999" in str(caught.value)) == (not check)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_sections_of_the_deepspeed_file_that_would_replace_flags_are_refused(settings, tmp_path, section):
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, section: {"type": "auto"}}))
+    with pytest.raises(UserError, match=f"own.json has a section '{section}', which would replace --l"):
+        run(TrainConfig(**{**settings, "deepspeed": str(tmp_path / "own.json"), "check": True}))
+
+
+def test_what_a_deepspeed_file_leaves_out_is_what_the_flags_say(settings, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 8}))
+    flags = {"deepspeed": str(tmp_path / "own.json"), "gradient_accumulation_steps": 2, "max_grad_norm": 0.25}
+    arguments = training_arguments(TrainConfig(**{**settings, **flags, "batch_size": 4}))
+    expected = {"gradient_clipping": 0.25, "gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 4}
+    assert expected.items() <= arguments.hf_deepspeed_config.config.items()
 
 
 def test_a_recipe_without_its_arguments_says_how_it_is_called():

@@ -309,6 +309,10 @@ def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, 
     tasks["tasks"][0]["options"].append("maybe")
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     refused("the tasks")
+    tokenizer = (base / "tokenizer.json").read_text()
+    (base / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer) | {"normalizer": {"type": "Lowercase"}}))
+    refused("the tokens of the examples", tasks_file=None)
+    (base / "tokenizer.json").write_text(tokenizer)
     Path(data).write_text(Path(records_file).read_text().replace("a", "e", 1))
     refused("the data file", tasks_file=None)
     settings = json.loads((base / "config.json").read_text())
@@ -320,6 +324,20 @@ def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, 
     state = load_file(base / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
     refused("the base model's files")
+
+
+def test_a_resume_state_that_is_not_whole_is_refused_and_later_checkpoints_stay(train, tmp_path):
+    folder = train("run", max_steps=3, save_step=1, save_total_limit=0)
+    first, whole = folder / "checkpoint-1", shutil.copytree(folder / "checkpoint-1", tmp_path / "whole")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "mtl_lora.safetensors"):
+        for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-100])):
+            damage(first / name)
+            for check in (True, False):
+                with pytest.raises(UserError, match=name):
+                    train("run", max_steps=3, save_step=1, resume_from_checkpoint=str(first), check=check)
+            assert [path.name for path in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+            shutil.copy(whole / name, first / name)
+    train("run", max_steps=3, save_step=1, resume_from_checkpoint=str(first))
 
 
 @pytest.mark.parametrize("name", ["run.json", "train_log.jsonl", "tensorboard/events"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mtl_lora.adapter.layer import gathered, is_quantised, is_sharded, require_in_memory
+from mtl_lora.adapter.layer import gathered, is_partitioned, is_quantised, is_sharded, require_in_memory
 from mtl_lora.adapter.routing import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
@@ -218,9 +218,11 @@ class CastForward(Override):
             return self._cast_and_call(*arguments, **options)
 
     def _cast_and_call(self, *arguments, **options):
-        # What is no parameter was cast already, by the forward of a module around this one.
         masters = [(*place, place[0]._parameters[place[1]]) for place in self.places]
+        # What is no parameter was cast already, by the forward of a module around this one. ZeRO-3 has the values of a
+        # module's own weights alone, in its own forward.
         masters = [place for place in masters if isinstance(place[-1], nn.Parameter)]
+        masters = [place for place in masters if place[0] is self.module or not is_partitioned(place[-1])]
         try:
             for module, key, dtype, master in masters:
                 module._parameters[key] = master.to(self.like[dtype].dtype if dtype in self.like else dtype)

@@ -255,7 +255,7 @@ def _write_checkpoint(
         raise UserError(f"{error}; pass the --base_model of {source}, which {base_model.name!r} is not") from None
     model.mtl_lora_config.target_modules = targets
     fingerprint = base_model.local_fingerprint()
-    provenance = checkpoint.Provenance(base_model.name, fingerprint, template, task_set=tasks.to_json())
+    provenance = checkpoint.Provenance(base_model.lasting_name, fingerprint, template, task_set=tasks.to_json())
     names = (artifacts.CHECKPOINT_CONFIG, artifacts.CHECKPOINT_WEIGHTS)
     with files.atomic_directory(output, names, overwrite, [source]) as folder:
         checkpoint.save(model, folder, provenance, state)

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+import transformers
 from transformers import AutoTokenizer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import mtl_lora
 from mtl_lora import files
@@ -80,7 +82,13 @@ def export_merged(
     for name, weight in model.named_parameters():  # those beside the adapter's layers too
         require_finite(name.removesuffix(".weight"), weight)
     with files.atomic_directory(output, written, overwrite, inputs) as folder:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except ValueError as error:
+            raise UserError(
+                f"transformers {transformers.__version__} does not write the merged model "
+                f"({' '.join(str(error).split())}); correct the base model's {GENERATION_CONFIG_NAME}"
+            ) from None
         _save_tokenizer(base_model, folder)
         if heads:
             files.write_text(folder / CARD_NAME, model_card(task, config, base_model.name, None, scores.get(task)))

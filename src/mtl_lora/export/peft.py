@@ -75,7 +75,7 @@ def export_peft(
         is_double = any(layer.parameter_dtype == torch.float64 for layer in adapter_layers(adapter).values())
         adapter = mtl_lora.load(load_base(base_model, config, "fp64" if is_double else "fp32"), checkpoint)
     layers = adapter_layers(adapter)
-    shared = {"base_model_name_or_path": base_model.name, "modules_to_save": saved_names}
+    shared = {"base_model_name_or_path": base_model.lasting_name, "modules_to_save": saved_names}
     kind = task_type(config.provenance_config.base_class)
     # Of a classifier PEFT reads the head from the folder too.
     shared["task_type"] = kind if saved_names or kind not in ("SEQ_CLS", "TOKEN_CLS") else None

@@ -16,6 +16,7 @@ mask keeps the options apart:
                                            each sees the context and itself, no other option
 
 A model that does not take such a mask runs them in a second pass, on the cache of the first repeated for each option.
+One with recurrences or convolutions, whose state is of a whole row, runs each option behind its whole context there.
 
 Either way the prompt prefix that all questions of a task share goes through the model once.
 """
@@ -56,12 +57,12 @@ class PrefixCaches:
     Under task routing they depend on the task from the second layer on, so a prefix belongs to one task.
 
     prefixes: tokens by task id. In a left-padded row the prefix stands before the padding, so it is reused only where
-    that changes nothing: the model takes positions, and its cache keeps every token (no sliding window).
+    that changes nothing: the model takes positions, no layer sees a window of columns, and its cache keeps every token.
     """
 
     def __init__(self, model: PreTrainedModel, prefixes: Mapping[int, Sequence[int]]):
         self.model = model
-        self.usable = accepts_argument(type(model), "position_ids")
+        self.usable = accepts_argument(type(model), "position_ids") and not has_local_layers(model)
         self.use(prefixes)
 
     def use(self, prefixes: Mapping[int, Sequence[int]]) -> None:
@@ -116,7 +117,7 @@ def generate_answers(
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=encoder.end_id,
+        eos_token_id=[*{encoder.end_id, tokenizer.eos_token_id}],
     )
     seen = NotANumber()
     with route.use(torch.tensor([question.task.id for question in questions])):
@@ -185,8 +186,14 @@ class OptionScorer:
     def _agree(self, context: list[int], options: list[list[int]], task_id: int) -> bool:
         """Whether both ways give the same scores; a model may take a mask and do something else with it."""
         contexts = [context, context + context[-1:]]  # of two lengths, so that there is padding to see
-        one, two = (torch.tensor(self._sums(contexts, [options] * 2, [task_id] * 2, way)) for way in (True, False))
-        tolerance = _TOLERANCE.get(self.model.dtype, 1e-4)
+        asked, tolerance = (contexts, [options] * 2, [task_id] * 2), _TOLERANCE.get(self.model.dtype, 1e-4)
+        two = torch.tensor(self._sums(*asked, one_pass=False))
+        try:
+            one = torch.tensor(self._sums(*asked, one_pass=True))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of any kind: a forward that takes positions but no mask of four dimensions
+            one = torch.full_like(two, torch.nan)
         if torch.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True):
             return True
         print(f"{type(self.model).__name__} scores options otherwise in one pass, so two are run", file=sys.stderr)
@@ -229,17 +236,22 @@ class OptionScorer:
             )
         if not fed.shape[1]:
             return output.logits[:, -1], None
-        cache, whole_mask = output.past_key_values, torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
-        cache.batch_select_indices(rows.to(device))
+        cache, whole_mask = output.get("past_key_values"), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
+        # A state of recurrences or convolutions cannot be taken for other rows, or fed several tokens.
+        if cache is None or any(hasattr(layer, "conv_states") for layer in cache.layers):
+            again, cached = torch.cat([input_ids[rows], fed], dim=1), {"use_cache": False}
+        else:
+            cache.batch_select_indices(rows.to(device))
+            again, cached = fed, {"use_cache": True, "past_key_values": cache}
         with route.use(task_ids[rows]):
             later = self.model(
-                input_ids=fed.to(device),
+                input_ids=again.to(device),
                 attention_mask=whole_mask.to(device),
-                **self._positions(positions_of(whole_mask)[:, mask.shape[1] :]),
-                past_key_values=cache,
-                use_cache=True,
+                **self._positions(positions_of(whole_mask)[:, -again.shape[1] :]),
+                **cached,
+                **last_logits(self.model, fed.shape[1]),
             )
-        return output.logits[:, -1], later.logits
+        return output.logits[:, -1], later.logits[:, -fed.shape[1] :]
 
     def _positions(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """position_ids for a model that takes them."""
@@ -275,11 +287,16 @@ class OptionScorer:
 
 def takes_own_mask(model: PreTrainedModel) -> bool:
     """Whether a model says that it takes positions and a mask of its caller's, and no layer forgets tokens."""
-    if model.config._attn_implementation not in _ATTENTION:
+    if model.config._attn_implementation not in _ATTENTION or has_local_layers(model):
         return False
     if not accepts_argument(type(model), "position_ids") or not accepts_argument(type(model), "logits_to_keep"):
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def has_local_layers(model: PreTrainedModel) -> bool:
+    """Whether layers see a window that counts columns, padding among them, though their cache keeps every token."""
+    return "local" in getattr(model.config, "attention_layers", ())  # GPT-Neo's name for them
 
 
 def _visible(mask: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:

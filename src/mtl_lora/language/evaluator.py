@@ -59,6 +59,8 @@ class Evaluator(evaluation.Evaluator):
             settings["adapter_sha256"] = self.peft.weights_sha256
         if protocol != "score":
             settings |= {"max_new_tokens": self.config.max_new_tokens, "num_beams": self.config.num_beams}
+            # Once what a chat's template ends an answer with was its only end.
+            settings["protocol"] += self.encoder.end_id != self.encoder.tokenizer.eos_token_id
         return settings
 
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:

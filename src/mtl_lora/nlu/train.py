@@ -19,6 +19,9 @@ class EncoderRun(Run):
     shortened_at = "their ends"
 
     def structure(self) -> PreTrainedModel:
+        # Of what is asked later: an evaluation cuts no shorter than the training did. Asked here, where ZeRO-3 does not
+        # yet partition the structure that it looks at.
+        self.base.check_positions(self.config.cutoff_len, f"--cutoff_len {self.config.cutoff_len}; lower it")
         return model.structure(self.base, self.tasks)
 
     def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
@@ -26,8 +29,6 @@ class EncoderRun(Run):
 
     def rows(self, digest: str) -> datasets.Dataset:
         config = self.config
-        # Of what is asked later: an evaluation cuts no shorter than the training did.
-        self.base.check_positions(config.cutoff_len, f"--cutoff_len {config.cutoff_len}; lower it")
         self.tokenizer = self.base.tokenizer()
         settings = self.tokenizer, config.cutoff_len, self.tasks, config.cache_dir, config.task
         return training_rows(config.data_path, *settings, digest)

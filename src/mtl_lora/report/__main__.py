@@ -105,8 +105,7 @@ class CompareConfig(Rendered):
             raise UserError(f"A has {modes[0]}, B has {modes[1]}, and two of one protocol are compared; {way_out}")
         a, b = pairs[0] if pairs else (side[0] for side in sides)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
-        report = compare(a, b, self.seed, self.resamples, self.tasks)
-        self.hand_out(report, [a.path, b.path, *predictions])
+        self.hand_out(compare(a, b, self.seed, self.resamples, self.tasks), [a.path, b.path, *predictions])
 
 
 @dataclasses.dataclass
@@ -138,10 +137,8 @@ class PageConfig(Config):
 
 
 def write_page(run: str, output: str | None = None) -> Path:
-    """Write the page of a study, a training or an evaluation; returns its path. Everything it shows is escaped.
-
-    Raises ``UserError`` for a folder that holds none of them.
-    """
+    """Write the page of a study, a training or an evaluation; returns its path. Everything it shows is escaped. Raises
+    ``UserError`` for a folder that holds none of them."""
     study = load_run(run)
     path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / PAGE
     if path.suffix.lower() not in (".html", ".htm"):
@@ -185,8 +182,7 @@ COMMANDS |= {"figures": FiguresConfig, "page": PageConfig}
 
 def main(arguments: Sequence[str]) -> None:
     """Run one command; raises ``UserError`` for a user's mistake."""
-    command = cli.parse_one_of("report", COMMANDS, arguments)
-    if command:
+    if command := cli.parse_one_of("report", COMMANDS, arguments):
         command.run()
 
 

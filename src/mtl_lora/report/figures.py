@@ -174,9 +174,10 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     caption = (
         f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over the "
         f"questions of a single run (thin), cut at a panel's edges; {line}each panel has its own scale. "
-    ) + " ".join(study.notes if study.facts else ())
+    ) + " ".join([*study.untrained_notes, *(study.notes if study.facts else ())])
     names = [experiment.name for experiment in study.experiments]
     labels = [name if len(name) <= 40 else f"{name[:12]} … {name[-25:]}" for name in names]
+    labels = labels if len({*labels}) == len({*names}) else names
     size, margin = (2.1, 0.75 + 0.22 * len(labels)), (0.4 + _width(labels), 0.6)
     drawing, panels = _drawing(("accuracy", title, caption), len(tasks), size, margin, 4, 3, sharey=True)
     for panel, task in zip(panels, tasks, strict=True):
@@ -213,7 +214,7 @@ def _transfer(study: Study) -> Iterator[Drawing]:
         return
     caption = (
         "Difference in percentage points, its 95 % interval below it, in bold where that leaves out 0. Red: worse "
-        "together; blue: better."
+        f"together; blue: better. {' '.join(study.untrained_notes)}"
     )
     labels, tasks = [row.label for row in study.transfer], [*study.scored, None]
     columns, metrics = [study.task_set.title(task) if task else AVERAGE for task in tasks], [*map(study.metric, tasks)]

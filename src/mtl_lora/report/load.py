@@ -14,6 +14,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
 from mtl_lora.metrics import one_unit
 from mtl_lora.results import Reader, Results, Sample, TaskNames, TaskResult, Text, Trainable, average_of, object_of
+from mtl_lora.text_table import told_apart
 from mtl_lora.train_log import Losses, read_losses
 
 STUDY_SCHEMA = 2
@@ -123,6 +124,13 @@ class Experiment:
     summary: Summary
     against: Differences | None = None
 
+    @property
+    def untrained(self) -> list[str]:
+        """Tasks with a result that it had no training examples of."""
+        known = self.trained_on or self.summary.tasks
+        marked = {name for run in self.runs for name, task in run.tasks.items() if task.untrained}
+        return [task for task in self.summary.tasks if task in marked or task not in known]
+
     def estimate(self, task: str | None) -> Estimate | None:
         """The summary's value of a task, or of the average (None); a single run's has its standard error."""
         found = self.summary.average if task is None else self.summary.tasks.get(task)
@@ -220,6 +228,12 @@ class Study:
         return [name for name in self.task_set.columns if any(name in e.summary.tasks for e in self.experiments)]
 
     @property
+    def untrained_notes(self) -> list[str]:
+        """A sentence on each experiment without training examples of some tasks."""
+        found = ((each.name, ", ".join(each.untrained)) for each in self.experiments)
+        return [f"{name} had no training examples of {tasks}." for name, tasks in found if tasks]
+
+    @property
     def has_seeds(self) -> bool:
         """Whether an experiment has more than one run."""
         return any(len(experiment.runs) > 1 for experiment in self.experiments)
@@ -277,10 +291,8 @@ def _file(study: Study, job: Job, key: str) -> Path:
 
 
 def load_run(path: str | Path) -> Study:
-    """A study; or the folder of one training, one evaluation or both, as a study of one experiment.
-
-    Raises ``UserError`` for a folder that holds nothing of a run.
-    """
+    """A study; or the folder of one training, one evaluation or both, as a study of one experiment. Raises
+    ``UserError`` for a folder that holds nothing of a run."""
     path = Path(path)
     if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
         return Study.load(path)
@@ -319,19 +331,16 @@ def load_run(path: str | Path) -> Study:
 
 
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
-    """The studies among ``paths``, and all single runs as one, whose experiments they are.
-
-    Raises ``UserError`` for a folder that holds nothing, and for single runs whose tasks differ.
-    """
+    """The studies among ``paths``, and all single runs as one, whose experiments they are. Raises ``UserError`` for a
+    folder that holds nothing, and for single runs whose tasks differ."""
     found = [load_run(path) for path in paths]
     studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
     TaskNames.require_one(single, "figures side by side need")
     TaskNames.require_one_measure((run.folder, run.tasks) for study in single for run in study.runs)
     pairs = [(experiment, study.path) for study in single for experiment in study.experiments]
-    names, experiments = [experiment.name for experiment, _ in pairs], []
+    names, experiments = told_apart([each.name for each, _ in pairs], [path for _, path in pairs]), []
     tasks = {task for experiment, _ in pairs for task in experiment.summary.tasks}
-    for experiment, path in pairs:
-        name = f"{experiment.name} ({path})" if names.count(experiment.name) > 1 else experiment.name
+    for name, (experiment, _) in zip(names, pairs, strict=True):
         # Averages over other tasks do not stand side by side.
         average = experiment.summary.average if tasks == {*experiment.summary.tasks} else None
         summary = dataclasses.replace(experiment.summary, average=average)

@@ -22,7 +22,7 @@ from mtl_lora.metrics import (
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
-from mtl_lora.text_table import Report, TextTable
+from mtl_lora.text_table import Report, TextTable, told_apart
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 MAJORITY_LABEL, AVERAGE = "majority class", "Average"
@@ -67,7 +67,7 @@ class Row:
         """A cell or an average of this row, as people read it."""
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
         text = value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
-        return text + UNTRAINED if getattr(value, "measured", {}).get("untrained") else text
+        return text + UNTRAINED * getattr(value, "untrained", False)
 
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
         """What the row is, then value, standard error and questions of each task. metrics: by task.
@@ -111,13 +111,13 @@ def build_table(
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
     columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
-    own, names = [], [result.name for result in results]
+    own, names = [], told_apart([each.name for each in results], [each.mode for each in results])
+    names = told_apart(names, [each.path and each.path.parent for each in results])
     gains = _delta_m(results, baselines, columns) if baselines else [None] * len(results)
-    for result, gain in zip(results, gains, strict=True):
+    for name, result, gain in zip(names, results, gains, strict=True):
         facts = {key: getattr(result, key) for key in ("method", "base_model", "mode", "trainable")}
-        mode = f" ({result.mode})" if names.count(result.name) > 1 and result.mode else ""
         average = result.average if {*columns} <= {*result.tasks} else None
-        own.append(Row(result.name + mode, "result", result.tasks, average, **facts, delta_m=gain))
+        own.append(Row(name, "result", result.tasks, average, **facts, delta_m=gain))
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
     rows, first = [*own, *others, *last], results[0]
@@ -171,7 +171,8 @@ def _difference_row(first: Row, last: Row) -> Row:
     def minus(a: TaskResult, b: TaskResult) -> TaskResult:
         stderr = None if None in (a.stderr, b.stderr) else math.hypot(a.stderr, b.stderr)
         groups = {name: minus(group, b.groups[name]) for name, group in a.groups.items() if name in b.groups}
-        return TaskResult(b.metric, b.value - a.value, stderr, None, groups=groups)
+        measured = {"untrained": a.untrained or b.untrained}
+        return TaskResult(b.metric, b.value - a.value, stderr, None, groups=groups, measured=measured)
 
     cells = {name: minus(cell, last.cells[name]) for name, cell in first.cells.items() if name in last.cells}
     average = average_of(cells.values()) if first.average and last.average else None
@@ -206,12 +207,8 @@ def _notes(
         notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
     everyone = [*results, *baselines]
     protocol = {word: [(each.name, getattr(each, key)) for each in everyone] for word, key in _PROTOCOL.items()}
-    for key in dict.fromkeys(key for each in everyone for key in each.settings if key not in first.comparability.free):
-        # Another base model has other files, which says nothing more.
-        if key != "mode" and (key != "base_fingerprint" or len({each.base_model for each in everyone}) == 1):
-            asked = results if key == "tasks_sha256" else everyone  # a single-task model has a task set of its own
-            having_it = [each for each in asked if key in each.settings]
-            protocol[_SETTINGS.get(key, key)] = [(each.name, str(each.settings[key])) for each in having_it]
+    differing = Results.differing_settings(results, baselines)
+    protocol |= {_SETTINGS.get(key, key): pairs for key, pairs in differing.items()}
     for word, pairs in protocol.items():
         if len(values := {value for _, value in pairs}) > 1:
             known = ((name, value or "unknown") for name, value in pairs)
@@ -228,8 +225,7 @@ def _notes(
     for each in results:
         if missing := [name for name in columns if name not in each.tasks]:
             notes.append(f"No average for {each.name}, which has no score for {', '.join(missing)}.")
-        if untrained := [name for name, task in each.tasks.items() if task.measured.get("untrained")]:
-            notes.append(f"{each.name} had no training examples of {', '.join(untrained)}.")
+        notes += each.notes
     if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
     if "published" in kinds:
@@ -252,7 +248,7 @@ def _notes(
             f"{DELTA_M}: by how much a row is better than the single-task results, on average over tasks, relative to "
             f"each (arXiv 1904.08918): {names}."
         )
-    return notes
+    return [*dict.fromkeys(notes)]
 
 
 def details(results: Results) -> TextTable:
@@ -266,7 +262,7 @@ def details(results: Results) -> TextTable:
         unparsed = {"unparsed": Row("", "", tasks, average).unparsed}
         found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, *facts, measured=unparsed)))
     for name, task in found:
-        own = value_text(task.value, task.stderr, task.metric) + UNTRAINED * bool(task.measured.get("untrained"))
+        own = value_text(task.value, task.stderr, task.metric) + UNTRAINED * task.untrained
         row = {"Task": name, "Questions": f"{task.n:,}", title_of(task.metric): own}
         parts = {key: other for key, other in task.others.items() if other.metric != task.metric}
         row |= {title_of(key): value_text(other.value, other.stderr, other.metric) for key, other in parts.items()}
@@ -349,8 +345,7 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
             found = each.estimate(task) or Estimate(None)
             error = None if found.low is None else found.mean - found.low
             text = value_text(found.mean, found.sd if study.has_seeds else error, metric)
-            known = task is None or each.trained_on is None or found.mean is None or task in each.trained_on
-            rows[-1].append(text if known else text + UNTRAINED)
+            rows[-1].append(text + UNTRAINED * (task in each.untrained))
         rows[-1] += [interval_text(each.summary.average, metrics[None])] if has_interval else []
     return TextTable(title, header, rows if majority else rows[1:])
 
@@ -358,9 +353,8 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
 def _differences(study: Study, found: Differences, name: str) -> list[str]:
     """Of an experiment by task and on average, over questions and then seeds; or, without an average, Delta_m."""
     averages = [found.average, *[found.over_seeds and found.over_seeds.average] * study.compared_over_seeds]
-    trained = next(each.trained_on for each in study.experiments if each.name == name) or study.scored
-    texts = [difference_text(found.tasks.get(task), study.metric(task)) for task in study.scored]
-    texts = [text + UNTRAINED * (task not in trained) for task, text in zip(study.scored, texts, strict=True)]
+    untrained = {task for each in study.experiments if each.name == name for task in each.untrained}
+    texts = [difference_text(found.tasks.get(t), study.metric(t)) + UNTRAINED * (t in untrained) for t in study.scored]
     if not study.has_average:
         return [*texts, difference_text(found.delta_m, "delta_m")]
     return texts + [difference_text(average, study.metric(None)) for average in averages]

@@ -229,9 +229,7 @@ class Grid(Config):
 
 def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
     """Read and check a grid by its path, or by the name of one of the package's. trust_remote_code: of every job.
-
-    Raises ``UserError`` naming the file, the experiment and the key that is wrong.
-    """
+    Raises ``UserError`` naming the file, the experiment and the key that is wrong."""
     path = Path(name) if Path(name).is_file() else GRIDS.get(name)
     if not path:
         raise UserError(f"there is no grid file {name}; grids that are found by name are {', '.join(GRIDS)}")

@@ -55,6 +55,7 @@ class StudyWriter:
     def write(self, runs: Sequence[PlannedRun]) -> None:
         """Both files of finished runs, at least one."""
         grid, plan, search, found = self.grid, self.plan, None, {}
+        self.refused.clear()
         for run in runs:
             found.setdefault(run.experiment.name, []).append(run)
         if self._searches:
@@ -78,7 +79,8 @@ class StudyWriter:
             transfer=self._transfer(found),
             search=search,
         )
-        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid, evaluations[-1].mode, self.refused)])
+        modes = " or ".join(dict.fromkeys(each.mode for each in evaluations if each.mode))
+        study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid, modes, self.refused)])
         files.write_json(plan.folder / artifacts.STUDY, study.to_json())
         files.write_text(plan.folder / TABLE, render(study))
 
@@ -158,14 +160,16 @@ class StudyWriter:
         """B minus A over the seeds that both have, see ``intervals``; None where they have no seed or task in common,
         or are not comparable."""
         # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
-        pairs = itertools.product(found.get(a, []), found.get(b, []))
-        pairs = [pair for pair in pairs if len({run.seed for run in pair} - {None}) < 2]
-        folders = (tuple(tuple(job.folder for job in run.jobs) for run in pair) for pair in pairs)
+        sides = found.get(a, []), found.get(b, [])
+        pairs = [pair for pair in itertools.product(*sides) if len({run.seed for run in pair} - {None}) < 2]
+        paths = (tuple(tuple(job.folder / artifacts.RESULTS for job in run.jobs) for run in pair) for pair in pairs)
         try:
-            found = self._compared(tuple(folders), tuple(self.grid.scored))
+            found = self._compared(tuple(paths), tuple(self.grid.scored))
         except UserError as error:
             self.refused[f"{b} - {a}"] = str(error)
             return None
+        if not found and all(sides):
+            self.refused[f"{b} - {a}"] = "no seed or no task in common"
         found = found and found | {"delta_m": delta_m_over(pairs, self.grid.scored)}
         if not found or len(pairs) < 2:
             return found
@@ -186,15 +190,12 @@ def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequenc
     return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values]) if above else None
 
 
-Folders = tuple[Path, ...]  # of a run's evaluations
+Paths = tuple[Path, ...]  # of the results of a run
 
 
-def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]) -> dict | None:
+def compared(pairs: tuple[tuple[Paths, Paths], ...], scored: tuple[str, ...]) -> dict | None:
     """B minus A on the same questions, the mean over ``pairs`` of runs of A and of B, see ``intervals``: by task that
-    all have results of, and on average.
-
-    Raises ``UserError`` where they are not comparable, see ``paired_answers``.
-    """
+    all have results of, and on average. Raises ``UserError`` where they are not comparable, see ``paired_answers``."""
     measured: dict[str, tuple[str, list]] = {}
     for a, b in pairs:
         of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
@@ -208,7 +209,7 @@ def compared(pairs: tuple[tuple[Folders, Folders], ...], scored: tuple[str, ...]
 # ---- table.md ----
 
 
-def notes(study: Study, grid: Grid, mode: str | None, refused: Mapping[str, str]) -> list[str]:
+def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> list[str]:
     """What was trained on and asked, what ± and the intervals are, and what is missing; refused: by difference, why."""
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
@@ -237,6 +238,7 @@ def notes(study: Study, grid: Grid, mode: str | None, refused: Mapping[str, str]
             "value or the second has one that is not above 0."
         )
     done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
+    seeds = {each.name: len(each.runs) for each in study.experiments if each.trained_on}
     asked = {"train": {name for each in study.experiments for name in each.trained_on or ()}, "test": {*study.scored}}
     counts = {
         part: [f"{name} {n:,} of {sample.of[name]:,}" for name, n in sample.records.items() if name in asked[part]]
@@ -246,6 +248,8 @@ def notes(study: Study, grid: Grid, mode: str | None, refused: Mapping[str, str]
         "Training examples": counts["train"],
         "Test questions": counts["test"],
         "Not compared": [f"{difference} ({reason})" for difference, reason in refused.items()],
+        "Seeds, of a difference those that both have": [f"{name} {n}" for name, n in seeds.items()]
+        * (len({*seeds.values()}) > 1),
         "Not all runs are finished": [
             f"{each.name} {done.get(each.name, 0)} of {len(each.seeds)}"
             for each in grid.experiments
@@ -278,9 +282,7 @@ def render(study: Study) -> str:
 
 def collect(folder: Path, target: Path) -> None:
     """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths.
-
-    Raises ``UserError`` if ``target`` is the study's own folder or holds another study, or more runs of this one.
-    """
+    Raises ``UserError`` if ``target`` is the study's own folder or holds another study, or more runs of this one."""
     study = Study.load(folder)
     if target.resolve() == folder.resolve():
         raise UserError(f"--collect {target} is the study's own folder; name another one")
@@ -293,8 +295,7 @@ def collect(folder: Path, target: Path) -> None:
         job |= dict.fromkeys(("results", "log", "analysis"))
     shown = {path: Path(path).name for path in re.findall(r'"(/[^"]*)"', json.dumps(study.grid, ensure_ascii=False))}
     shown |= {str(Path.cwd()): ".", str(folder.absolute()): f"output/study/{study.name}"}
-    text = without_paths(json.dumps(value, ensure_ascii=False), shown)
-    files.write_json(target / artifacts.STUDY, json.loads(text))
+    files.write_json(target / artifacts.STUDY, json.loads(without_paths(json.dumps(value, ensure_ascii=False), shown)))
     files.write_text(target / TABLE, render(Study.load(target)))
     try:
         write_figures([str(folder)], str(target), ["png"], analyses=False)

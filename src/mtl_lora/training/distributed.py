@@ -17,6 +17,14 @@ from mtl_lora.errors import UserError, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.training.config import TrainingConfig
 
+# Of a DeepSpeed configuration, what the flags say; DeepSpeed has defaults of its own.
+_BY_FLAGS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
 
 def check_launch(config: TrainingConfig) -> None:
     """Raise ``UserError`` for a launch that is not supported, or a package that a flag needs and that is not there."""
@@ -30,19 +38,31 @@ def check_launch(config: TrainingConfig) -> None:
     packages = {"wandb_project": "wandb", "tensorboard": "tensorboard", "deepspeed": "deepspeed"}
     for flag, package in (packages | {"load_in_4bit": "bitsandbytes"}).items():
         require_package(flag, package, getattr(config, flag))
-    if config.deepspeed:
-        settings = files.read_object(deepspeed_file(config.deepspeed), "the DeepSpeed configuration")
-        zero = settings.get("zero_optimization")
-        partitioned = isinstance(zero, dict) and zero.get("stage") == 3
-        if partitioned and (config.dtype == "fp64" or config.load_in_4bit):
-            what = "--load_in_4bit" if config.load_in_4bit else "--dtype fp64"
-            raise UserError(f"ZeRO-3 cannot train with {what}; leave it out, or use --deepspeed config/zero2.json")
+    partitioned = bool(config.deepspeed) and zero_stage(config.deepspeed) == 3
+    if partitioned and (config.dtype == "fp64" or config.load_in_4bit):
+        what = "--load_in_4bit" if config.load_in_4bit else "--dtype fp64"
+        raise UserError(f"ZeRO-3 cannot train with {what}; leave it out, or use --deepspeed config/zero2.json")
 
 
-def deepspeed_file(name: str) -> str:
-    """A DeepSpeed configuration's file: a path, or the package's own by name (``zero2``, ``config/zero2.json``)."""
+def deepspeed_settings(name: str) -> dict:
+    """A DeepSpeed configuration, of a file or the package's own by name (``zero2``, ``config/zero2.json``).
+
+    What a flag says and the file leaves out is the flag's; raises ``UserError`` for sections that would replace flags.
+    """
     own = Path(__file__).with_name("deepspeed") / f"{name.removeprefix('config/').removesuffix('.json')}.json"
-    return str(own) if not Path(name).exists() and own.is_file() else name
+    path = own if not Path(name).exists() and own.is_file() else name
+    settings = files.read_object(path, "the DeepSpeed configuration")
+    flags = {"scheduler": "--lr_scheduler_type and --warmup_ratio", "optimizer": "--learning_rate and --weight_decay"}
+    for section in flags.keys() & settings.keys():
+        raise UserError(f"{name} has a section {section!r}, which would replace {flags[section]}; take it out")
+    return dict.fromkeys(_BY_FLAGS, "auto") | settings
+
+
+def zero_stage(name: str) -> int:
+    """The stage of ZeRO in a DeepSpeed configuration, by file or name."""
+    zero = deepspeed_settings(name).get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    return stage if isinstance(stage, int) else 0
 
 
 def check_deepspeed_values(arguments: TrainingArguments, one_process: bool) -> None:

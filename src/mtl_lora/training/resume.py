@@ -2,15 +2,17 @@
 
 import contextlib
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from mtl_lora import artifacts, files
-from mtl_lora.adapter.checkpoint import read_config
+from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
+from mtl_lora.training.distributed import zero_stage
 
 _OWN_FILES = (
     artifacts.CHECKPOINT_CONFIG,
@@ -114,6 +116,25 @@ def check_same_run(
         changed.append("the devices")
     if changed:
         raise UserError(f"{checkpoint} cannot be resumed: the run began with other settings ({'; '.join(changed)})")
+
+
+def check_state(checkpoint: Path, deepspeed: str | None) -> None:
+    """Raise ``UserError`` unless the adapter and the resume state of a checkpoint, whose run configuration was read,
+    are there and whole: transformers and DeepSpeed begin anew with what is missing, and say nothing."""
+    read_weights(checkpoint, read_config(checkpoint))
+    earlier = files.read_object(checkpoint.parent / artifacts.RUN_CONFIG, "the run configuration")
+    processes = known if isinstance(known := earlier.get("world_size"), int) else 1
+    random = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    needed = [checkpoint / name for name in ("scheduler.pt", *random, *["optimizer.pt"] * (not deepspeed))]
+    if deepspeed:
+        latest, stage = checkpoint / "latest", zero_stage(deepspeed)
+        folder = checkpoint / latest.read_text(errors="replace").strip() if latest.is_file() else latest
+        for kind, count in {"model": processes if stage == 3 else 1, "optim": processes if stage else 0}.items():
+            found = sorted(folder.glob(f"*{kind}_states.pt"))
+            needed += found + [folder / f"*{kind}_states.pt"] * (len(found) < count)
+    if broken := [path for path in needed if not zipfile.is_zipfile(path)]:  # as torch.save writes files
+        names = ", ".join(str(path.relative_to(checkpoint)) for path in broken)
+        raise UserError(f"{checkpoint} lacks parts of its resume state, or they are damaged ({names}); take another")
 
 
 def begin_output(

@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from mtl_lora import files
@@ -105,6 +106,26 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
             if path.is_file():
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def rows_sha256(rows: datasets.Dataset) -> str:
+    """A hash of every value of encoded examples, in whatever parts a file holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(rows.column_names):
+        column = rows.data.column(name)
+        while pyarrow.types.is_list(column.type):
+            _add(digest, pyarrow.compute.list_value_length(column))
+            column = pyarrow.compute.list_flatten(column)
+        _add(digest, column)
+    return digest.hexdigest()
+
+
+def _add(digest, column: pyarrow.ChunkedArray) -> None:
+    for chunk in column.chunks:
+        if pyarrow.types.is_string(chunk.type):
+            digest.update("".join(f"{text}\0" for text in chunk.to_pylist()).encode())
+        else:
+            digest.update(chunk.to_numpy(zero_copy_only=False).tobytes())
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:

@@ -25,7 +25,7 @@ from mtl_lora.systems import BASE_KINDS
 from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
 from mtl_lora.training.config import TrainingConfig
-from mtl_lora.training.rows import counts_note, row_columns, shortened_note, split
+from mtl_lora.training.rows import counts_note, row_columns, rows_sha256, shortened_note, split
 from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
 from mtl_lora.training.trainer import Batch, MultiTaskTrainer, training_arguments
 from mtl_lora.version import checkout_commit
@@ -36,13 +36,15 @@ _STEP = 16  # tokens between the lengths of batches whose steps are recorded as 
 class Run:
     """One training; a system's subclass fills in what an example is, which model is built, and what its losses are.
 
-    Settled as the run goes: ``adapter`` (its configuration), ``arguments`` (the Trainer's), ``train`` (rows).
+    Settled as the run goes: ``adapter`` (its configuration), ``arguments`` (the Trainer's), ``train`` (rows),
+    ``encoded`` (a hash of all rows; None of images, which are read as they are used).
     """
 
     tasks: TaskSet
     adapter: AdapterConfig
     arguments: TrainingArguments
     train: datasets.Dataset
+    encoded: str | None
     task_set: type[TaskSet]
     shortened_at: str = ""  # where an example that is longer than the cutoff loses tokens; empty: there is no cutoff
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
@@ -129,6 +131,7 @@ class Run:
             "the tasks' loss weights": {task.name: task.loss_weight for task in tasks},
             "the base model's files": configuration.get("base_fingerprint"),
             "the base model's configuration": configuration.get("base_config"),
+            "the tokens of the examples, by another tokenizer or chat template": configuration.get("rows_sha256"),
             "the dtype that --dtype auto means": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
         }
@@ -179,6 +182,7 @@ class Run:
         with PartialState().local_main_process_first() if several else nullcontext():
             rows = self.rows(digest)
         self.check_rows(rows)
+        self.encoded = rows_sha256(rows) if isinstance(rows, datasets.Dataset) else None
         self.train, held_out = split(rows, config.val_set_size, config.seed)
         given = {flag.name for flag in config.flags() if getattr(config, flag.name) != flag.default}
         if idle := sorted(given & self.unread):
@@ -208,6 +212,7 @@ class Run:
         if from_checkpoint:
             kind = type(config)
             resume.check_same_run(from_checkpoint, configuration, kind, self.deciding_facts, devices=not config.check)
+            resume.check_state(from_checkpoint, config.deepspeed)
         if config.check:
             more = "" if several else "; a launch of N devices takes N such batches a step"
             self.log(f"every setting is fine{more}")
@@ -283,6 +288,7 @@ class Run:
             "unused_settings": sorted(self.unread),
             "tasks": self.tasks.to_json(),
             "data_sha256": digest,
+            "rows_sha256": self.encoded,
             "base_fingerprint": self.base.fingerprint(),
             "base_config": self.base.config_sha256(),
             "dtype": str(choose_dtype(config.dtype)),

@@ -28,7 +28,7 @@ from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.cuda_graphs import GraphedSteps
-from mtl_lora.training.distributed import deepspeed_file
+from mtl_lora.training.distributed import deepspeed_settings
 from mtl_lora.training.sampler import StepSampler
 
 # Besides the adapter a checkpoint holds the two moments of AdamW.
@@ -57,7 +57,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
             eval_strategy=saving if config.val_set_size else "no",
             eval_steps=max(config.save_step, 1),
             use_cpu=not torch.cuda.is_available(),
-            deepspeed=deepspeed_file(config.deepspeed) if config.deepspeed else None,
+            deepspeed=deepspeed_settings(config.deepspeed) if config.deepspeed else None,
             report_to=["wandb"] * bool(config.wandb_project) + ["tensorboard"] * config.tensorboard or "none",
             disable_tqdm=True,  # ``Progress`` shows one bar
             remove_unused_columns=False,
