@@ -530,14 +530,19 @@ class Results:
         results = self.tasks.values()
         return average_of(results) if one_unit(result.metric for result in results) else None
 
-    @property
-    def notes(self) -> list[str]:
-        """What a reader of its results must know of it."""
-        about = [f"{self.base_model}: {MODELS[self.base_model].note}"] if self.base_model in MODELS else []
-        known = {name: task for name, task in self.tasks.items() if None not in (task.majority, task.stderr)}
-        low = [name for name, task in known.items() if task.value <= task.majority + 2 * task.stderr]
-        words = f"{self.name} is not two standard errors above the majority class in {', '.join(low)}."
-        return [*about, *self.untrained_notes, *[words] * bool(low)]
+    @staticmethod
+    def notes(evaluations: "Sequence[Results]") -> list[str]:
+        """What a reader of their results must know: of embedded base models, and of results that say little."""
+        found = dict.fromkeys(each.base_model for each in evaluations if each.base_model in MODELS)
+        found = [f"{name}: {MODELS[name].note}" for name in found]
+        low: dict[tuple[str, ...], list[str]] = {}
+        for each in evaluations:
+            found += each.untrained_notes
+            known = {name: task for name, task in each.tasks.items() if None not in (task.majority, task.stderr)}
+            names = tuple(name for name, task in known.items() if task.value <= task.majority + 2 * task.stderr)
+            low.setdefault(names, []).append(each.name)
+        words = "Not two standard errors above the majority class in"
+        return found + [f"{words} {', '.join(tasks)}: {', '.join(rows)}." for tasks, rows in low.items() if tasks]
 
     @property
     def untrained_notes(self) -> list[str]:

@@ -15,10 +15,13 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
 
 
-def told_apart(names: Sequence[str], more: Sequence[object]) -> list[str]:
-    """Names, of which those that are there twice say ``more``, if anything is known."""
-    pairs = zip(names, more, strict=True)
-    return [f"{name} ({words})" if names.count(name) > 1 and words else name for name, words in pairs]
+def told_apart(names: Sequence[str], *facts: Sequence[object]) -> list[str]:
+    """Names, of which equal ones say a fact by which they differ, as far as it is known; those left equal the next."""
+    for each in facts:
+        pairs = [*zip(names, each, strict=True)]
+        differ = {name for name in names if len({fact for other, fact in pairs if other == name}) > 1}
+        names = [f"{name} ({fact})" if name in differ and fact else name for name, fact in pairs]
+    return [*names]
 
 
 def _no_formula(value: object) -> object:

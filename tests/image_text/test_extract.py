@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 import mtl_lora
 from mtl_lora import cli
 from mtl_lora.base_model import BaseModel
+from mtl_lora.errors import UserError
 from mtl_lora.image_text import extract
 from mtl_lora.image_text.features import FeatureStore
 
@@ -130,6 +132,13 @@ def test_colours_are_scaled_as_the_models_processor_says(vision, edit_json, tmp_
     grid = extract.GridFeatures(BaseModel(str(folder), kind="vision"), 28, torch.device("cpu"))
     assert grid.factor.flatten().tolist() == pytest.approx(factor)
     assert grid.offset.flatten().tolist() == pytest.approx(offset)
+
+
+def test_what_a_processor_does_besides_is_refused(vision, tmp_path, monkeypatch):
+    made = SimpleNamespace(do_rescale=False, do_normalize=False, do_flip_channel_order=True)
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda *arguments, **options: made)
+    with pytest.raises(UserError, match="do_flip_channel_order"):
+        extract.GridFeatures(BaseModel(vision("vit"), kind="vision"), 28, torch.device("cpu"))
 
 
 def test_image_of_any_mode_is_read_upright(tmp_path):

@@ -11,14 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference.tiny import TASKS, adapter_config, randomise
-from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    T5Config,
+)
 from transformers import T5ForConditionalGeneration as T5Model
 
 import mtl_lora
 from mtl_lora import AdapterConfig, UserError
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.adapter.inject import trainable_parameters
-from mtl_lora.base_model import BaseModel
+from mtl_lora.base_model import BaseModel, enable_checkpointing
 from mtl_lora.export.merge import export_merged
 from mtl_lora.export.peft import export_peft
 from mtl_lora.image_text import model as visual
@@ -28,6 +38,8 @@ VOCABULARY, DIM, GRID, PAD = 40, 5, 3, 1
 IMAGES = VisualConfig(dim=DIM, grid=GRID, pool=2)
 TOKENS = IMAGES.tokens
 SPECIAL = {"bos_token_id": 0, "pad_token_id": PAD, "eos_token_id": 2}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, **SPECIAL}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = {
     "bart": (
         BartForConditionalGeneration,
@@ -67,17 +79,7 @@ MODELS = {
     ),
     "llama": (
         LlamaForCausalLM,
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.4,
-            **SPECIAL,
-        ),
+        LlamaConfig(**SIZES, max_position_embeddings=64, initializer_range=0.4),
     ),
 }
 TARGETS = {"bart": ["q_proj", "v_proj"], "t5": ["q", "v"], "llama": ["q_proj", "v_proj"]}
@@ -328,6 +330,18 @@ def test_a_checkpoint_gives_the_same_outputs_and_the_frozen_rows_again(name, tmp
         mtl_lora.load(BaseModel(str(tmp_path / "base"), kind="text_generator").load("fp64"), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_that_is_recomputed_has_the_gradients_of_one_that_is_kept(name, tmp_path):
+    found = []
+    for again in (False, True):
+        model = built(base_folder(name, tmp_path), name).train()
+        if again:
+            enable_checkpointing(model)
+        torch.cat(answer_losses(model, rows())).sum().backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
 @torch.no_grad()
 def test_merged_unloaded_and_disabled_models_keep_a_visual_embedding(model, tmp_path):
     batch = inputs_of(model, rows())
@@ -368,10 +382,20 @@ def test_inputs_that_do_not_fit_are_one_sentence(tmp_path):
         VisualConfig(dim=DIM, grid=2, pool=3)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("llama", 0.01), ("t5", 0.01), ("bart", 1.0)])
+def test_an_encoder_decoder_of_another_family_is_refused():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": VOCABULARY}
+    with pytest.raises(UserError, match=r"joined to a pegasus.*bart, mbart"):
+        visual.with_images(PegasusForConditionalGeneration(PegasusConfig(**sizes, **heads)), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("llama", 0.01), ("t5", 0.01), ("bart", 1.0), ("gemma", 0.01 * 16**0.5)]
+)
 def test_visual_tokens_begin_as_large_as_what_they_stand_beside(name, expected):
     """That is embedded words, or in BART what comes of its norm."""
-    architecture, config = MODELS[name]
+    gemma = GemmaConfig(**SIZES, head_dim=8, max_position_embeddings=64)
+    architecture, config = (MODELS | {"gemma": (GemmaForCausalLM, gemma)})[name]
     model = architecture(config).double()
     model.config.initializer_range = 0.01
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.01)

@@ -19,6 +19,7 @@ from mtl_lora.language.answering import (
     continuations,
     generate_answers,
     per_token,
+    reads_padding,
     takes_own_mask,
 )
 from mtl_lora.language.config import EvalConfig
@@ -121,18 +122,61 @@ OTHERWISE = [
 ]
 
 
-@pytest.mark.parametrize("reuse", [False, True], ids=["whole", "prefix reused"])
-@pytest.mark.parametrize("architecture", OTHERWISE, ids=str)
-def test_models_of_other_kinds_score_options_behind_their_own_context(architecture, reuse):
+def drawn(architecture) -> torch.nn.Module:
+    """The model with weights so large that everything counts."""
     model, draws = architecture.build(torch.float32), torch.Generator().manual_seed(1)
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data = torch.randn(weight.shape, generator=draws) * 0.3
-    asked = questions([1] * len(PROMPTS))
+    return model
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["whole", "prefix reused"])
+@pytest.mark.parametrize("architecture", OTHERWISE, ids=str)
+def test_models_of_other_kinds_score_options_behind_their_own_context(architecture, reuse):
+    model, asked = drawn(architecture), questions([1] * len(PROMPTS))
     scorer = OptionScorer(model, Tokens(), PrefixCaches(model, {1: PREFIX}) if reuse else None)
     for _ in range(2):
         assert flat(scorer.scores(asked)) == pytest.approx(flat(slow(model, asked)), abs=1e-4)
     assert scorer.one_pass is False
+
+
+# What stands before a row changes their state, whatever the mask says.
+READING = [
+    Architecture("Rwkv", (), 0, {"attention_hidden_size": 16}),
+    Architecture(
+        "RecurrentGemma", (), 0, {**GROUPED, "lru_width": 16, "head_dim": 4, "block_types": ["recurrent", "attention"]}
+    ),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES + OTHERWISE + READING, ids=str)
+def test_a_model_that_reads_padding_is_found_out(architecture):
+    model = drawn(architecture)
+    assert reads_padding(model, PROMPTS[0], 0, 0) == (architecture in READING)
+    if architecture in READING:  # question by question it has no padding to read
+        asked = questions([1] * len(PROMPTS))
+        scorer = OptionScorer(model, Tokens(), PrefixCaches(model, {1: PREFIX}))
+        found = [scorer.scores([question])[0] for question in asked]
+        assert flat(found) == pytest.approx(flat(slow(model, asked)), abs=1e-4)
+
+
+def test_questions_to_such_a_model_are_answered_one_by_one(evaluator, asked, monkeypatch):
+    rows = []
+    handle = evaluator.model.register_forward_pre_hook(
+        lambda _, __, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+    expected = [evaluator.answer(asked, protocol) for protocol in ("score", "generate")]
+    assert max(rows) > 1
+    rows.clear()
+    monkeypatch.setattr(evaluator, "one_by_one", True)
+    monkeypatch.setattr(evaluator.scorer, "one_pass", True)
+    found = [evaluator.answer(asked, protocol) for protocol in ("score", "generate")]
+    handle.remove()
+    assert {*rows} == {1}
+    assert [[line["parsed"] for line in lines] for lines in found] == [
+        [line["parsed"] for line in lines] for lines in expected
+    ]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -101,20 +101,20 @@ def test_a_task_that_the_adapter_never_saw_has_no_plain_score(table_of):
         assert cells[1:3] == ["+25.0 ± 4.2", "-5.0 ± 5.0 (untrained)"]
 
 
-def test_rows_of_one_name_and_protocol_have_their_folders(write, capsys):
-    paths = [write(TUNED, "seed0"), write(TUNED, "seed1")]
+def test_rows_of_one_name_and_protocol_have_their_folders_in_notes_too(write, capsys):
+    paths = [write(TUNED, "seed0"), write(changed(TUNED, tasks__first__untrained=True), "seed1")]
     code, out, _ = run_command(capsys, "table", *paths)
-    assert code == 0 and {f"mtl_lora (score) ({path})" for path in paths} <= grid(out).keys()
+    assert code == 0 and {f"mtl_lora ({path})" for path in paths} <= grid(out).keys()
+    assert f"mtl_lora ({paths[1]}) had no training examples of first." in out
 
 
 def test_a_note_names_the_tasks_that_are_not_above_the_majority_class_and_tells_of_the_base_model(table_of):
     # Of first 60 and of second 30: 66.1 is within two standard errors of 3.
     notes = table_of(changed(TUNED, tasks__first__value=0.661), TUNED).notes
-    assert [note for note in notes if "majority" in note] == [
-        "mtl_lora is not two standard errors above the majority class in second.",
-    ]
+    (note,) = (note for note in notes if "majority" in note)
+    assert note.startswith("Not two standard errors above the majority class in second: mtl_lora (")
     notes = table_of(changed(TUNED, tasks__first__value=0.65)).notes
-    assert "mtl_lora is not two standard errors above the majority class in first, second." in notes
+    assert "Not two standard errors above the majority class in first, second: mtl_lora." in notes
     assert sum("from 4 bits" in note or "4-bit GGUF" in note for note in notes) == 1
 
 

@@ -377,10 +377,12 @@ def test_a_difference_without_a_common_seed_is_named_and_seeds_are_counted_where
     right = {key: RIGHT[key] for key in (("LoRA", 0), ("MTL-LoRA", 1))}
     study, text = study_of(tmp_path, right)
     assert by_name(study)["MTL-LoRA"].against is None
-    assert "Not compared: MTL-LoRA - LoRA (no seed or no task in common)." in text and "Seeds, of" not in text
+    assert "Not compared: MTL-LoRA - LoRA (no seed or no task in common)." in text and "Seeds (a" not in text
     (tmp_path / "more").mkdir()
     _, text = study_of(tmp_path / "more", {key: RIGHT[key] for key in RIGHT if key != ("MTL-LoRA", 1)})
-    assert "Seeds, of a difference those that both have: LoRA 2, MTL-LoRA 1." in text and "Not compared" not in text
+    assert (
+        "Seeds (a difference is over those that both have): LoRA 2, MTL-LoRA 1." in text and "Not compared" not in text
+    )
 
 
 def test_every_way_of_answering_is_said(tmp_path, edit_json):

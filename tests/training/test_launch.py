@@ -117,7 +117,7 @@ def test_values_of_the_deepspeed_file_that_contradict_the_flags_are_refused(sett
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
 def test_sections_of_the_deepspeed_file_that_would_replace_flags_are_refused(settings, tmp_path, section):
     (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, section: {"type": "auto"}}))
-    with pytest.raises(UserError, match=f"own.json has a section '{section}', which would replace --l"):
+    with pytest.raises(UserError, match=f"own.json has .* would replace flags, '{section}' .--l"):
         run(TrainConfig(**{**settings, "deepspeed": str(tmp_path / "own.json"), "check": True}))
 
 

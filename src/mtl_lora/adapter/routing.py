@@ -7,7 +7,9 @@ the model, so two threads or two forwards before one backward cannot mix. B is t
 model that lays its activations out as (L, B, k) is not supported: with L equal to B this cannot be noticed.
 """
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import threading
 import warnings
@@ -411,6 +413,11 @@ class ExpandInputs(Override):
         return self.original(expand_size, *arguments, **options)
 
 
+# What holds in a forward besides its routes, and must in a recomputation: called in the forward, each gives what makes
+# the block to enter again.
+recomputed: list[Callable[[], Callable[[], contextlib.AbstractContextManager]]] = []
+
+
 class Checkpointing(Override):
     """Checkpointing of transformers: a recomputation, in whatever thread, enters its forward's routes."""
 
@@ -425,8 +432,12 @@ class Checkpointing(Override):
             # Each block has a backward pass of its own, and the first would use up a graph that all have in common.
             model = dataclasses.replace(model, prepared={})
 
+        again = [functools.partial(_Held, outer, model), *(each() for each in recomputed)]
+
         def routed(*arguments, **options):
-            with _Held(outer, model):
+            with contextlib.ExitStack() as blocks:
+                for block in again:
+                    blocks.enter_context(block())
                 return run(*arguments, **options)
 
         if reentrant:

@@ -85,6 +85,8 @@ def export_merged(
         try:
             model.save_pretrained(folder)
         except ValueError as error:
+            if "eneration" not in str(error):
+                raise
             raise UserError(
                 f"transformers {transformers.__version__} does not write the merged model "
                 f"({' '.join(str(error).split())}); correct the base model's {GENERATION_CONFIG_NAME}"

@@ -105,6 +105,10 @@ class GridFeatures:
             processor = AutoImageProcessor.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
             scale = processor.rescale_factor if processor.do_rescale else 1.0
             mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+            # BGR; another division by the deviation; another zero.
+            names = ("do_flip_channel_order", "include_top", "rescale_offset")
+            if other := [name for name in names if getattr(processor, name, False)]:
+                raise UserError(f"the image processor of {base.name!r} has {other[0]}, which is not done here")
         # (scale * x - mean) / std
         self.factor = (scale / torch.tensor(std)).view(-1, 1, 1).to(device)
         self.offset = (torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1).to(device)

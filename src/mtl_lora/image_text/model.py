@@ -13,15 +13,18 @@ Shape legend: B rows, I images of a row, G cells of an image's grid, D numbers o
 L tokens of text, d the width of the language model.
 """
 
+import contextlib
 import dataclasses
 import functools
 import threading
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from mtl_lora.adapter import routing
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets
@@ -116,11 +119,22 @@ class VisualEmbedding(nn.Module):
 # ---- in a model ----
 
 
+# Encoder-decoders whose encoder adds learned positions before a norm of its own, or relative ones as a bias.
+_JOINED = ("bart", "mbart", "plbart", "t5", "mt5", "umt5", "switch_transformers")
+
+
 def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel:
     """Give a language model the visual embedding, drawn by torch's seed, in place, and return the model.
 
     On the meta device it has shapes alone. Where visual tokens are input embeddings they begin as large as those.
+    Raises ``UserError`` for an encoder-decoder of a family of which it is not known how visual tokens are joined to it.
     """
+    if text_first(model) and model.config.model_type not in _JOINED:
+        known = ", ".join(_JOINED)
+        raise UserError(
+            f"it is not known how images are joined to a {model.config.model_type}, whose positions or norms may take "
+            f"them for text; pass a causal language model, or an encoder-decoder of the kinds {known}"
+        )
     words = model.get_input_embeddings()
     with torch.device(model.device):
         visual = VisualEmbedding(config, words.embedding_dim).to(model.dtype)
@@ -130,7 +144,7 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
         spread = scale = next(filter(None, known), _SPREAD)
         if norm is None:
             with gathered(words.weight):
-                scale = words.weight.float().std().item()
+                scale = words.weight.float().std().item() * float(getattr(words, "embed_scale", 1.0))
         visual.reset_parameters(spread, 1.0 if norm is not None else scale, scale)
     setattr(model, NAME, visual)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -180,6 +194,19 @@ def joined(
 
 # The visual tokens of the forward that runs in this thread, for what stands in its encoder.
 _running = threading.local()
+
+
+@contextlib.contextmanager
+def _shown(visual: torch.Tensor | None) -> Iterator[None]:
+    before, _running.visual = getattr(_running, "visual", None), visual
+    try:
+        yield
+    finally:
+        _running.visual = before
+
+
+# A block that is recomputed knows no end of the text without them.
+routing.recomputed.append(lambda: functools.partial(_shown, getattr(_running, "visual", None)))
 
 
 @torch._disable_dynamo
@@ -232,11 +259,9 @@ class Generate:
         if features is None:
             options |= {} if attention_mask is None else {"attention_mask": attention_mask}
             return plain(input_ids, **options)
-        inputs, _running.visual = joined(self.model, input_ids, features, attention_mask)
-        try:
+        inputs, visual = joined(self.model, input_ids, features, attention_mask)
+        with _shown(visual):
             return plain(**inputs, **options)
-        finally:
-            _running.visual = None
 
 
 # ---- as a base model ----

@@ -79,7 +79,7 @@ class PrefixCaches:
         if task_id not in self._caches:
             ids = torch.tensor([prefix], device=self.model.device)
             with route.use(torch.tensor([task_id])):
-                found = self.model(input_ids=ids, use_cache=True, **last_logits(self.model)).past_key_values
+                found = self.model(input_ids=ids, use_cache=True, **last_logits(self.model)).get("past_key_values")
             self.usable = type(found) is DynamicCache and all(type(layer) is DynamicLayer for layer in found.layers)
             if not self.usable:
                 return None, 0
@@ -193,10 +193,10 @@ class OptionScorer:
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of any kind: a forward that takes positions but no mask of four dimensions
-            one = torch.full_like(two, torch.nan)
+            one = torch.full_like(two, torch.inf)
         if torch.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True):
             return True
-        print(f"{type(self.model).__name__} scores options otherwise in one pass, so two are run", file=sys.stderr)
+        print(f"{type(self.model).__name__} does not score options in one pass, so two are run", file=sys.stderr)
         return False
 
     def _sums(self, contexts: list, options: list[list[list[int]]], task_ids: list[int], one_pass: bool) -> list:
@@ -238,7 +238,7 @@ class OptionScorer:
             return output.logits[:, -1], None
         cache, whole_mask = output.get("past_key_values"), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
         # A state of recurrences or convolutions cannot be taken for other rows, or fed several tokens.
-        if cache is None or any(hasattr(layer, "conv_states") for layer in cache.layers):
+        if type(cache) is not DynamicCache or any(hasattr(layer, "conv_states") for layer in cache.layers):
             again, cached = torch.cat([input_ids[rows], fed], dim=1), {"use_cache": False}
         else:
             cache.batch_select_indices(rows.to(device))
@@ -297,6 +297,24 @@ def takes_own_mask(model: PreTrainedModel) -> bool:
 def has_local_layers(model: PreTrainedModel) -> bool:
     """Whether layers see a window that counts columns, padding among them, though their cache keeps every token."""
     return "local" in getattr(model.config, "attention_layers", ())  # GPT-Neo's name for them
+
+
+@torch.inference_mode()
+def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: int) -> bool:
+    """Whether a row of ``tokens`` gets other probabilities beside a longer one: some recurrent models read the padding
+    before a row as they read its text."""
+    logits = []
+    for rows in ([tokens], [tokens, tokens * 2]):
+        input_ids, mask = pad_left(rows, pad)
+        takes = {"position_ids": positions_of(mask)} if accepts_argument(type(model), "position_ids") else {}
+        arguments = {"input_ids": input_ids, "attention_mask": mask} | takes
+        with route.use(torch.tensor([task_id] * len(rows))):
+            arguments = {name: value.to(model.device) for name, value in arguments.items()}
+            logits.append(model(**arguments, **last_logits(model)).logits[0, -1])
+    alone, beside = (at_least_float32(each).log_softmax(dim=-1) for each in logits)
+    likely = alone.topk(min(10, len(alone))).indices
+    most = 0.2 if model.dtype in _TOLERANCE else 1e-2
+    return bool((alone - beside)[likely].abs().max() > most)
 
 
 def _visible(mask: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:

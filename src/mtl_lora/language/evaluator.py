@@ -30,6 +30,7 @@ class Evaluator(evaluation.Evaluator):
     """
 
     system, version = "language", 1
+    one_by_one = False  # for a model that reads padding
 
     def __init__(self, config: AnswerConfig):
         self.config = config
@@ -59,8 +60,6 @@ class Evaluator(evaluation.Evaluator):
             settings["adapter_sha256"] = self.peft.weights_sha256
         if protocol != "score":
             settings |= {"max_new_tokens": self.config.max_new_tokens, "num_beams": self.config.num_beams}
-            # Once what a chat's template ends an answer with was its only end.
-            settings["protocol"] += self.encoder.end_id != self.encoder.tokenizer.eos_token_id
         return settings
 
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
@@ -142,13 +141,22 @@ class Evaluator(evaluation.Evaluator):
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
         self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
+        tokenizer, task_id = self.encoder.tokenizer, next(iter(self.tasks)).id
+        probe = tokenizer("What is read first?")["input_ids"]
+        self.one_by_one = answering.reads_padding(self.model, probe, tokenizer.pad_token_id, task_id)
+        if self.one_by_one:
+            name = type(self.model).__name__
+            self.note([f"{name} reads the padding before shorter rows, so questions are answered one by one"])
 
     def tokens(self, question: Question, protocol: str) -> int:
         return len(question.prompt_ids) * (1 if protocol == "score" else self.config.num_beams)
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         """The prediction lines of a batch of questions of one task, with the model loaded."""
-        answers = self.in_halves(self._score if protocol == "score" else self._generate, questions, protocol)
+        way, parts = self._score if protocol == "score" else self._generate, [questions]
+        if self.one_by_one:
+            parts = [[question] for question in questions]
+        answers = [each for part in parts for each in self.in_halves(way, part, protocol)]
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:

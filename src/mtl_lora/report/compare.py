@@ -110,7 +110,7 @@ def _notes(a: Results, b: Results, rows: dict[str | None, dict], seed: int, resa
         f"Scores: {units_text(metrics).removesuffix('; ')}.": metrics != {"accuracy"},
         f"No F1 for {', '.join(no_f1)}, nor on average: not every prediction has one.": 0 < len(no_f1) < len(tasks),
         f"Left out: {', '.join(left_out)}.": left_out,
-        **dict.fromkeys([*a.untrained_notes, *b.untrained_notes], True),
+        **{f"{side}: {note}": True for side, each in (("A", a), ("B", b)) for note in each.untrained_notes},
         f"No interval for {', '.join(equal)}: all differences are equal, so resampling shows no spread.": equal,
     }
     return [note for note, holds in notes.items() if holds]

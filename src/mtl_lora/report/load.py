@@ -127,9 +127,8 @@ class Experiment:
     @property
     def untrained(self) -> list[str]:
         """Tasks with a result that it had no training examples of."""
-        known = self.trained_on or self.summary.tasks
         marked = {name for run in self.runs for name, task in run.tasks.items() if task.untrained}
-        return [task for task in self.summary.tasks if task in marked or task not in known]
+        return [task for task in self.summary.tasks if task in marked or task not in (self.trained_on or [task])]
 
     def estimate(self, task: str | None) -> Estimate | None:
         """The summary's value of a task, or of the average (None); a single run's has its standard error."""

@@ -111,13 +111,13 @@ def build_table(
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first and needs two, not 1")
     columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
-    own, names = [], told_apart([each.name for each in results], [each.mode for each in results])
-    names = told_apart(names, [each.path and each.path.parent for each in results])
+    names = told_apart(*zip(*((each.name, each.mode, each.path and each.path.parent) for each in results), strict=True))
+    results, own = [dataclasses.replace(each, name=name) for each, name in zip(results, names, strict=True)], []
     gains = _delta_m(results, baselines, columns) if baselines else [None] * len(results)
-    for name, result, gain in zip(names, results, gains, strict=True):
+    for result, gain in zip(results, gains, strict=True):
         facts = {key: getattr(result, key) for key in ("method", "base_model", "mode", "trainable")}
         average = result.average if {*columns} <= {*result.tasks} else None
-        own.append(Row(name, "result", result.tasks, average, **facts, delta_m=gain))
+        own.append(Row(result.name, "result", result.tasks, average, **facts, delta_m=gain))
     groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
     last = [_difference_row(own[0], own[-1])] if difference else []
     rows, first = [*own, *others, *last], results[0]
@@ -225,7 +225,7 @@ def _notes(
     for each in results:
         if missing := [name for name in columns if name not in each.tasks]:
             notes.append(f"No average for {each.name}, which has no score for {', '.join(missing)}.")
-        notes += each.notes
+    notes += Results.notes(results)
     if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
         notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
     if "published" in kinds:
@@ -353,7 +353,8 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
 def _differences(study: Study, found: Differences, name: str) -> list[str]:
     """Of an experiment by task and on average, over questions and then seeds; or, without an average, Delta_m."""
     averages = [found.average, *[found.over_seeds and found.over_seeds.average] * study.compared_over_seeds]
-    untrained = {task for each in study.experiments if each.name == name for task in each.untrained}
+    names = {name, found.baseline, getattr(found, "alone", "")}
+    untrained = {task for each in study.experiments if each.name in names for task in each.untrained}
     texts = [difference_text(found.tasks.get(t), study.metric(t)) + UNTRAINED * (t in untrained) for t in study.scored]
     if not study.has_average:
         return [*texts, difference_text(found.delta_m, "delta_m")]

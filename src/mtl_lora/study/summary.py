@@ -97,12 +97,12 @@ class StudyWriter:
         together = dataclasses.replace(planned.evaluations[0], tasks=planned.tasks)
         scored = [name for name in self.grid.tasks.columns if name in planned.tasks]
         # Parts of a task's questions and other measures stay in the run's own file.
-        rest = {"groups": {}, "others": {}, "measured": {}}
+        rest = {name: {"untrained": True} if planned.tasks[name].untrained else {} for name in scored}
         facts |= {
             "folder": self._relative(planned.folder),
             "seed": planned.seed,
             "commit": "; ".join(dict.fromkeys(each.commit for each in planned.evaluations if each.commit)) or None,
-            "tasks": {name: dataclasses.replace(planned.tasks[name], **rest) for name in scored},
+            "tasks": {n: dataclasses.replace(planned.tasks[n], groups={}, others={}, measured=rest[n]) for n in scored},
             "average": together.average.value if {*self.grid.scored} <= {*planned.tasks} and together.average else None,
         }
         return model.Run(**facts)
@@ -248,7 +248,7 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
         "Training examples": counts["train"],
         "Test questions": counts["test"],
         "Not compared": [f"{difference} ({reason})" for difference, reason in refused.items()],
-        "Seeds, of a difference those that both have": [f"{name} {n}" for name, n in seeds.items()]
+        "Seeds (a difference is over those that both have)": [f"{name} {n}" for name, n in seeds.items()]
         * (len({*seeds.values()}) > 1),
         "Not all runs are finished": [
             f"{each.name} {done.get(each.name, 0)} of {len(each.seeds)}"

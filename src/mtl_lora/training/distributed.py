@@ -53,8 +53,8 @@ def deepspeed_settings(name: str) -> dict:
     path = own if not Path(name).exists() and own.is_file() else name
     settings = files.read_object(path, "the DeepSpeed configuration")
     flags = {"scheduler": "--lr_scheduler_type and --warmup_ratio", "optimizer": "--learning_rate and --weight_decay"}
-    for section in flags.keys() & settings.keys():
-        raise UserError(f"{name} has a section {section!r}, which would replace {flags[section]}; take it out")
+    if found := [f"{section!r} ({flags[section]})" for section in flags if section in settings]:
+        raise UserError(f"{name} has sections that would replace flags, {' and '.join(found)}; take them out")
     return dict.fromkeys(_BY_FLAGS, "auto") | settings
 
 

@@ -132,9 +132,18 @@ def check_state(checkpoint: Path, deepspeed: str | None) -> None:
         for kind, count in {"model": processes if stage == 3 else 1, "optim": processes if stage else 0}.items():
             found = sorted(folder.glob(f"*{kind}_states.pt"))
             needed += found + [folder / f"*{kind}_states.pt"] * (len(found) < count)
-    if broken := [path for path in needed if not zipfile.is_zipfile(path)]:  # as torch.save writes files
+    if broken := [path for path in needed if not _is_whole(path)]:
         names = ", ".join(str(path.relative_to(checkpoint)) for path in broken)
         raise UserError(f"{checkpoint} lacks parts of its resume state, or they are damaged ({names}); take another")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and holds what ``torch.save`` wrote, which ``torch.load`` does not look at."""
+    try:
+        with zipfile.ZipFile(path) as opened:
+            return opened.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def begin_output(

@@ -131,7 +131,7 @@ class Run:
             "the tasks' loss weights": {task.name: task.loss_weight for task in tasks},
             "the base model's files": configuration.get("base_fingerprint"),
             "the base model's configuration": configuration.get("base_config"),
-            "the tokens of the examples, by another tokenizer or chat template": configuration.get("rows_sha256"),
+            "the examples' tokens, which tokenizer and chat template shape too": configuration.get("rows_sha256"),
             "the dtype that --dtype auto means": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
         }
