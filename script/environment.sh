@@ -21,7 +21,8 @@ if [ -n "$VENV" ]; then
             exit 2
         fi
         echo "making a virtual environment in $VENV" >&2
-        "$PYTHON" -m venv "$VENV"
+        # What is half made would be taken for whole the next time.
+        "$PYTHON" -m venv "$VENV" || { rm -f "$VENV/bin/python"; exit 2; }
     fi
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
         echo "installing requirements.txt into $VENV (some minutes the first time)" >&2

@@ -100,6 +100,12 @@ for requirement in map(Requirement, (work / "image.txt").read_text().split("\n")
         print(f"warning: the bundle counts on {requirement} in the image, which {has}", file=sys.stderr)
 sys.exit(subprocess.run([sys.executable, work / "site" / "bin" / "mtl-lora", "--version"]).returncode)
 CHECK
+# The recipes call python: this one, whatever the image calls its own.
+program="$("$python" -c 'import sys; print(sys.executable)')"
+for name in python python3; do
+    printf '#!/usr/bin/env bash\nexec %q "$@"\n' "$program" > "$work/site/bin/$name"
+    chmod +x "$work/site/bin/$name"
+done
 {
     printf 'export PYTHONPATH=%q${PYTHONPATH:+:$PYTHONPATH}\n' "$into/site"
     printf 'export PATH=%q:$PATH\n' "$into/site/bin"

@@ -92,10 +92,13 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
         except ModuleNotFoundError as error:
             if (error.name or "mtl_lora").startswith("mtl_lora"):
                 raise
-            extra = COMMANDS[name].extra
+            extra = _BRINGS.get((error.name or "").partition(".")[0], COMMANDS[name].extra)
             raise UserError(
                 f"mtl-lora {name} needs the package {error.name}; in a checkout of mtl-lora: pip install '.[{extra}]'"
             ) from None
+
+
+_BRINGS = {"PIL": "dense", "h5py": "image", "pooch": "data"}  # package, to the extra that has it, of several commands
 
 
 def prepare(arguments: Sequence[str], root: Path | None = None) -> None:

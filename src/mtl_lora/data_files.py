@@ -161,6 +161,13 @@ def refuse_slips(value: Mapping, field: str, where: str) -> None:
         raise UserError(f"{where} has the unknown field {plain[0]!r} (did you mean {field!r}?)")
 
 
+def whole_number(value: object) -> object:
+    """A number that a table writes as a text (CSV) or with a decimal place (a column with gaps); else the value."""
+    if isinstance(value, str) and re.fullmatch(r"(0|[1-9][0-9]{0,8})(\.0+)?", value):
+        return int(value.partition(".")[0])
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
     """The example's ``label``, one of a task's labels, also by its number (from 0) unless labels are numbers too."""
     label = value.get("label")
@@ -170,9 +177,9 @@ def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
     are_numbers = any(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", each) for each in labels)
     if label in labels or (are_numbers and str(label) in labels):
         return str(label)
-    if isinstance(label, float) and label.is_integer() and not are_numbers:  # as tables write a column that has gaps
-        label = int(label)
-    number = int(label[:9]) if isinstance(label, str) and label.isascii() and label.isdecimal() else label
+    if are_numbers and str(whole_number(label)) in labels:
+        return str(whole_number(label))
+    number = whole_number(label)
     if not are_numbers and type(number) is int and 0 <= number < len(labels):
         return labels[number]
     why = " (numbers are labels here, not their places)" if are_numbers and type(number) is int else ""
@@ -183,11 +190,7 @@ def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int
     """The example's task by ``task_id``, by ``task`` (a name) and by its file, which must agree."""
     found = []
     if "task_id" in value:
-        given = value["task_id"]
-        if isinstance(given, str) and given.isascii() and given.isdecimal():  # as in CSV
-            given = int(given[:9])
-        elif isinstance(given, float) and given.is_integer():  # as tables write a column that has gaps
-            given = int(given)
+        given = whole_number(value["task_id"])
         if type(given) is not int or not 0 <= given < len(tasks):
             raise UserError(f"{where}: task_id {value['task_id']!r:.50} is none of the tasks {tasks.describe()}")
         found.append(given)

@@ -14,9 +14,15 @@ PARTS = ("train", "dev", "test")
 FOLDER = PROJECT / "data" / "textclass"
 TASKS = load_tasks_file(FOLDER / "tasks.json")
 MANIFEST = json.loads(MANIFEST_FILE.read_text())
-# Texts that try the rules: white space, control characters that other readers take for line ends, latin-1, and the
-# marker that evaluation reads a record's options from.
+# Texts that try the rules: white space, control characters that other readers take for line ends, latin-1, UTF-8 (whose
+# second byte may be a space of latin-1's), and the marker that evaluation reads a record's options from.
 ODD = ["a  b\t c ", "one\x85two", "x\x1cy", "caf\xe9 \xa0 voil\xc3\xa0", "3 stars", "Answer format: yes/no", "cr\rlf\r"]
+ODD += ["voil\xc3\xa0 na\xc3\xafve"]
+
+
+def decoded(line: bytes) -> str:
+    """As UTF-8, or else as latin-1."""
+    return line.decode("latin-1") if "\ufffd" in line.decode("utf-8", "replace") else line.decode("utf-8")
 
 
 def made_up_line(chance: random.Random, labels: int) -> str:
@@ -72,7 +78,7 @@ def obvious(source: Path) -> dict[tuple[str, str], list[tuple[str, str]]]:
         rows = []
         for line in (source / MANIFEST["tasks"][task.name]["files"][part]["path"]).read_bytes().split(b"\n"):
             if line:
-                text = " ".join(line.decode("latin-1")[2:].split())
+                text = " ".join(decoded(line)[2:].split())
                 rows.append([text, task.options[int(line[:1])]])
         return rows
 

@@ -27,7 +27,7 @@ from mtl_lora.config import Config, closest, flag
 from mtl_lora.data_sets import SPLITS, Examples, Sizes, existing, sampled, write_sets
 from mtl_lora.download import RemoteFolder
 from mtl_lora.errors import UserError
-from mtl_lora.files import atomic_directory, read_json, read_lines, read_object
+from mtl_lora.files import atomic_directory, claimed, read_json, read_lines, read_object
 
 MANIFEST, TASKS_FILE = (Path(__file__).with_name(name) for name in ("open_sets.json", "open_tasks.json"))
 DEV_PART = 10  # one training image (NLVR: sentence) in 10 is of the dev set
@@ -78,11 +78,13 @@ def run(config: Prepare) -> None:
             sizes[name].pop("train", None)
     used = {example["image"] for parts in sets.values() for part in parts.values() for example in part}
     output = Path(config.output_dir)
-    with atomic_directory(output / "images", IMAGES, overwrite=True, inputs=[source]) as target:
-        for image in sorted(used):
-            shutil.copyfile(images[image], target / f"{image}{images[image].suffix}")
     lines = ",\n".join(f"    {json.dumps(task | {'id': number})}" for number, task in enumerate(tasks))
-    print(write_sets(output, sets, sizes, 0, f'{{\n  "tasks": [\n{lines}\n  ]\n}}\n'.encode()))
+    with claimed(output):
+        with atomic_directory(output / "images", IMAGES, overwrite=True, inputs=[source]) as target:
+            for image in sorted(used):
+                shutil.copyfile(images[image], target / f"{image}{images[image].suffix}")
+            (output / "train.json").unlink(missing_ok=True)  # which would name other images, were this killed
+        print(write_sets(output, sets, sizes, 0, f'{{\n  "tasks": [\n{lines}\n  ]\n}}\n'.encode()))
     print(f"{len(used):,} images in {output / 'images'}")
 
 

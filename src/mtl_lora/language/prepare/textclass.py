@@ -93,11 +93,15 @@ def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> dict[str, 
 def read_raw(path: Path, task: Task) -> Pairs:
     """The lines of a raw file, each a class number, a space and a text; raises ``UserError`` naming the line.
 
-    The bytes are latin-1, lines end at newlines alone, and a run of white space is one space.
+    A line is UTF-8 (SST) or else latin-1 (SUBJ, TREC), lines end at newlines alone, a run of white space is one space.
     """
     pairs = []
     # splitlines would also cut at the control characters that a few texts hold
-    for number, line in enumerate(path.read_bytes().decode("latin-1").removesuffix("\n").split("\n"), 1):
+    for number, raw in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            line = raw.decode("latin-1")
         match = re.fullmatch(r"(\d) (.*)", line, re.DOTALL)
         if not match or int(match[1]) >= len(task.options):
             last = len(task.options) - 1
