@@ -384,7 +384,8 @@ def test_csv_carries_every_digit_and_markdown_rows_have_as_many_cells(table_of, 
         assert float(lines[2][f"{task} accuracy"]) == 0
     assert float(lines[0]["average"]) == table.records[0]["average"]
     name = " ".join(record["name"].split())
-    assert lines[0]["name"] in (name, f"'{name}")  # what begins like a formula is quoted
+    # What begins like a formula is quoted; rows of one name have their folders behind it.
+    assert lines[0]["name"].startswith((name, f"'{name}"))
     lines = table.markdown().split("\n")
     assert [unescaped_pipes(line) for line in lines[:5]] == [6] * 5 and lines[5] == ""
 

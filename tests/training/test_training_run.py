@@ -311,7 +311,7 @@ def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, 
     refused("the tasks")
     tokenizer = (base / "tokenizer.json").read_text()
     (base / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer) | {"normalizer": {"type": "Lowercase"}}))
-    refused("the tokens of the examples", tasks_file=None)
+    refused("the examples' tokens", tasks_file=None)
     (base / "tokenizer.json").write_text(tokenizer)
     Path(data).write_text(Path(records_file).read_text().replace("a", "e", 1))
     refused("the data file", tasks_file=None)
