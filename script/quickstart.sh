@@ -15,17 +15,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 out="${OUTPUT:-${project}output/quickstart}"
 
 # Examples of all tasks in every batch (length_pool 1) and a rate that does not fall: for some 90 steps nothing seems to
-# happen, then the labels bind to the options. Each method has a rate at which it learns; at MTL-LoRA's LoRA does not.
-train() {  # train FOLDER RATE ARGUMENT...
+# happen, then the labels bind to the options. One rate for both, at which both learn; at 3e-3 LoRA does not. No search.
+train() {  # train FOLDER ARGUMENT...
     python -m mtl_lora train \
         --base_model smollm2-135m --data_path "${project}data/quickstart/train.json" \
         --output_dir "$out/$1" --cache_dir "$out/cache" --overwrite_output_dir --lora_dropout 0 \
         --batch_size "${BATCH_SIZE:-8}" --gradient_accumulation_steps 2 --max_steps "${MAX_STEPS:-120}" \
-        --learning_rate "$2" --warmup_ratio 0.05 --lr_scheduler_type constant_with_warmup --length_pool 1 \
-        --save_step 0 --seed 42 "${@:3}"
+        --learning_rate 1e-3 --warmup_ratio 0.05 --lr_scheduler_type constant_with_warmup --length_pool 1 \
+        --save_step 0 --seed 42 "${@:2}"
 }
-train checkpoint 3e-3 --adapter_name mtl_lora --lora_r 8 --lora_alpha 16 --num_B 3 --temperature 0.1
-train checkpoint_lora 1e-3 --adapter_name lora --lora_r 15 --lora_alpha 30
+train checkpoint --adapter_name mtl_lora --lora_r 8 --lora_alpha 16 --num_B 3 --temperature 0.1
+train checkpoint_lora --adapter_name lora --lora_r 15 --lora_alpha 30
 
 evaluate() {  # evaluate FOLDER ARGUMENT...
     python -m mtl_lora evaluate --data_dir "${project}data/quickstart/test" --output_dir "$out/$1" --overwrite \
