@@ -177,9 +177,9 @@ def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
     are_numbers = any(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", each) for each in labels)
     if label in labels or (are_numbers and str(label) in labels):
         return str(label)
-    if are_numbers and str(whole_number(label)) in labels:
-        return str(whole_number(label))
     number = whole_number(label)
+    if are_numbers and str(number) in labels:
+        return str(number)
     if not are_numbers and type(number) is int and 0 <= number < len(labels):
         return labels[number]
     why = " (numbers are labels here, not their places)" if are_numbers and type(number) is int else ""

@@ -229,7 +229,7 @@ class OptionScorer:
             output = self.model(
                 input_ids=input_ids[:, start:].to(device),
                 attention_mask=mask.to(device),
-                **self._positions(positions_of(mask)[:, start:]),
+                **_positions(self.model, positions_of(mask)[:, start:]),
                 past_key_values=cache,
                 use_cache=True,
                 **last_logits(self.model),
@@ -247,16 +247,11 @@ class OptionScorer:
             later = self.model(
                 input_ids=again.to(device),
                 attention_mask=whole_mask.to(device),
-                **self._positions(positions_of(whole_mask)[:, -again.shape[1] :]),
+                **_positions(self.model, positions_of(whole_mask)[:, -again.shape[1] :]),
                 **cached,
                 **last_logits(self.model, fed.shape[1]),
             )
         return output.logits[:, -1], later.logits[:, -fed.shape[1] :]
-
-    def _positions(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """position_ids for a model that takes them."""
-        takes = accepts_argument(type(self.model), "position_ids")
-        return {"position_ids": positions.to(self.model.device)} if takes else {}
 
     def _in_one_pass(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
         # The tokens of a row's options take the columns behind its context, one option after another.
@@ -285,6 +280,12 @@ class OptionScorer:
         return logits[:, 0], logits[rows[:, None], (columns + 1).clamp(max=max(used))]
 
 
+def _positions(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """position_ids for a model that takes them."""
+    takes = accepts_argument(type(model), "position_ids")
+    return {"position_ids": positions.to(model.device)} if takes else {}
+
+
 def takes_own_mask(model: PreTrainedModel) -> bool:
     """Whether a model says that it takes positions and a mask of its caller's, and no layer forgets tokens."""
     if model.config._attn_implementation not in _ATTENTION or has_local_layers(model):
@@ -306,11 +307,14 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
     logits = []
     for rows in ([tokens], [tokens, tokens * 2]):
         input_ids, mask = pad_left(rows, pad)
-        takes = {"position_ids": positions_of(mask)} if accepts_argument(type(model), "position_ids") else {}
-        arguments = {"input_ids": input_ids, "attention_mask": mask} | takes
         with route.use(torch.tensor([task_id] * len(rows))):
-            arguments = {name: value.to(model.device) for name, value in arguments.items()}
-            logits.append(model(**arguments, **last_logits(model)).logits[0, -1])
+            output = model(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                **_positions(model, positions_of(mask)),
+                **last_logits(model),
+            )
+        logits.append(output.logits[0, -1])
     alone, beside = (at_least_float32(each).log_softmax(dim=-1) for each in logits)
     likely = alone.topk(min(10, len(alone))).indices
     most = 0.2 if model.dtype in _TOLERANCE else 1e-2
