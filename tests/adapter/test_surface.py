@@ -195,7 +195,7 @@ def test_a_model_that_is_built_in_inference_mode_computes_the_same(method):
 def test_what_accelerate_has_offloaded_gets_no_adapter_and_no_copy_for_neither_has_values(changes, name):
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(tiny_llama(torch.float32), execution_device="cpu")
-    with pytest.raises(UserError, match=rf"{name} is not in memory, for accelerate has offloaded it"):
+    with pytest.raises(UserError, match=rf"{name} is not in memory, because accelerate has offloaded it"):
         mtl_lora.inject(model, adapter_config(**changes))
 
 
@@ -211,7 +211,7 @@ def test_what_needs_values_is_refused_once_they_are_offloaded_and_the_model_stay
 
     refused = [lambda: mtl_lora.merge(model, 0), lambda: mtl_lora.unload(model), lambda: mtl_lora.save(model, tmp_path)]
     for needs_values in (*refused, turn_off):
-        with pytest.raises(UserError, match="is not in memory, for accelerate has offloaded it"):
+        with pytest.raises(UserError, match="is not in memory, because accelerate has offloaded it"):
             needs_values()
     assert torch.equal(logits(model), expected) and not any(tmp_path.iterdir())
     model = accelerate.cpu_offload(adapted_llama("dora"), execution_device="cpu")
