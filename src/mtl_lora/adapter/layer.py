@@ -1,4 +1,4 @@
-"""The base class of all methods, ``AdapterLayer``: a layer that wraps a frozen linear layer; and the method registry.
+"""``AdapterLayer``, the base class of every method (a layer around a frozen linear layer), and the registry of methods.
 
 A method is one class in one file of this package. The class declares everything about the method (name, title, paper,
 hyperparameters, shapes of its weights), and the rest of the library reads it from there.
@@ -235,8 +235,10 @@ class AdapterLayer(nn.Module):
         return self.lora_B
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Apply the task or the gate in rank space: z, the output of ``down``, to (N, R); of x (..., k) only the shape
-        is used."""
+        """Apply the task's or the gate's part in rank space to z, the output of ``down``; returns (N, R).
+
+        x: the layer's input (..., k), for its shape only.
+        """
         return z
 
     @classmethod
@@ -261,8 +263,7 @@ class AdapterLayer(nn.Module):
         """Return the mixture weights of the layer's parts for each task id, (M,) to (M, n); None without a mixture."""
 
     def task_transforms(self, task_ids: torch.Tensor) -> torch.Tensor | None:
-        """Return the transform of rank space for each task id, (M,) to (M, r, r), initially the identity; None without
-        one."""
+        """Return the r x r transform of each task id, (M,) to (M, r, r), initially the identity; None without one."""
 
     def factors(self, task: str | int | None = None) -> Factors:
         """Return the low-rank update of this layer for ``task``, a name or an id; None if all tasks share one.
@@ -286,8 +287,10 @@ class AdapterLayer(nn.Module):
             )
 
     def streams(self, x: Streams) -> Streams:
-        """Map the shared input, and the task inputs if there are any, to the outputs; only a layer that makes streams
-        adds task outputs. Raises ``UserError`` if task inputs would be lost."""
+        """Map streams (..., k) to streams (..., d); only a layer with ``makes_streams`` has outputs for each task.
+
+        Raises ``UserError`` if task inputs would be lost.
+        """
         if x.tasks is not None:
             raise UserError(
                 f"a layer of {self.title} would drop the task-specific activations; make every layer in between "
@@ -317,8 +320,10 @@ class AdapterLayer(nn.Module):
         return Streams(shared.view(sizes), tasks.view(len(self.tasks), *sizes))
 
     def combine(self, output: torch.Tensor, dropped: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output (N, d) from the base's ``output`` (N, d), dropout(x) (N, k) and ``mix``'s result
-        (N, R)."""
+        """Return the layer's output, (N, d).
+
+        output: the base layer's, (N, d). dropped: dropout(x), (N, k). mixed: the result of ``mix``, (N, R).
+        """
         up = self.up().to(output.dtype).T
         if self.in_place and not _has_hooks(self.base_layer):
             return output.addmm_(mixed, up, alpha=self.scale)
