@@ -292,7 +292,7 @@ def test_layers_that_other_batches_reach_may_be_allowed(tmp_path):
     model(torch.randn(2, 8), task_ids=[0, 1])
     mtl_lora.save(model, tmp_path)
     mtl_lora.load(ReadsWeight(), tmp_path, allow_unused=True)(torch.randn(2, 8), task_ids=[0, 1])
-    with pytest.raises(UserError, match=r"dtype is of mtl_lora\.load\(folder\)"):
+    with pytest.raises(UserError, match=r"dtype is an option of mtl_lora\.load\(folder\)"):
         mtl_lora.load(ReadsWeight(), tmp_path, dtype="bf16")
 
 
@@ -739,7 +739,7 @@ def test_a_model_that_is_trained_whole_is_saved_by_transformers_as_it_is(tmp_pat
 
 
 def test_a_name_is_no_base_model_to_put_an_adapter_on(tiny_base, tmp_path):
-    with pytest.raises(UserError, match=r"must be a model that is loaded, not .*; or mtl_lora\.load\(folder\)"):
+    with pytest.raises(UserError, match=r"must be a loaded model, not .*; or call mtl_lora\.load\(folder\)"):
         mtl_lora.load(tiny_base, tmp_path)
 
 
