@@ -14,7 +14,7 @@ from mtl_lora.errors import UserError, within
 if typing.TYPE_CHECKING:
     from mtl_lora.adapter.layer import AdapterLayer
 
-# Files of format 1 hold these hyperparameters beside the other fields, and all of them whatever the method is.
+# Files of format 1 hold all of these hyperparameters, whatever the method, at the top level among the other fields.
 _FORMAT_1 = ("num_B", "temperature", "lambda_shape", "num_experts", "task_embedding_dim")
 
 SHARED_METHOD = "lora"  # the method of the layers that ``task_modules`` does not name, which all tasks share
@@ -22,9 +22,9 @@ SHARED_METHOD = "lora"  # the method of the layers that ``task_modules`` does no
 
 @dataclasses.dataclass
 class Hyperparameters(Config):
-    """A method's own settings beside rank, alpha and dropout: fields made with ``flag``, which declares their rules.
+    """The settings of one method in addition to rank, alpha and dropout, declared as fields with ``flag``.
 
-    A field added to a method later declares ``before=value``, the value that earlier files without the field stand for.
+    A field that is added later declares ``before=value``: the value to use for earlier files, which lack the field.
     """
 
 
@@ -39,7 +39,7 @@ class AdapterConfig(Config):
         must find a linear layer; or one string: an expression, or ``all-linear`` for every linear layer but the output
         head.
     tasks: the names of the tasks, in id order.
-    modules_to_save: modules that are trained and saved whole beside the adapter. The method ``none`` trains only these
+    modules_to_save: modules that are trained and saved whole with the adapter. The method ``none`` trains only these
         and ignores target_modules, dropout, rank and alpha.
     task_modules: names or name endings of the adapted layers in which tasks differ; the other adapted layers are LoRA
         layers, shared by all tasks. Empty: tasks differ in all.
@@ -154,7 +154,7 @@ class AdapterConfig(Config):
 
 
 def hyperparameter_flags() -> list[Flag]:
-    """Return the hyperparameters of all methods as flags, each once; its help says what it means for which methods.
+    """Return the hyperparameters of all methods as flags, each once; its help names the methods that use it.
 
     Raises ``TypeError`` if two methods declare the same name with different types or defaults.
     """

@@ -148,7 +148,7 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Return the adapter layers of a model by module name, in the model's order; a shared layer by its first name."""
+    """Return the adapter layers of a model by module name, in the model's order; each once, by its first name."""
     return _first_names(_named_layers(model))
 
 
@@ -291,7 +291,7 @@ def _bypasses(owner: nn.Module, name: str) -> bool:
 
 
 def of_relative_positions(model: nn.Module) -> set[nn.Module]:
-    """Return the layers that project DeBERTa's relative positions (arXiv 2006.03654), alone or besides tokens."""
+    """Return the layers that project DeBERTa's relative positions (arXiv 2006.03654), alone or together with tokens."""
     found = set()
     for owner in model.modules():
         if getattr(owner, "relative_attention", False):

@@ -118,7 +118,7 @@ class Route:
             return ids
         rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
-            # The message of this assertion is limited to 254 characters.
+            # Cut, because torch refuses a long message here.
             torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}"[:250])
         else:
             lowest, highest = int(ids.min()), int(ids.max())
@@ -256,7 +256,7 @@ class _RouteContext:
 
     def __init__(self, outer: Route | None, model: BoundRoute | None = None):
         self.outer, self.model = outer, model
-        self.before: list[tuple] = []  # the routes to restore, one entry per nested or repeated entering
+        self.before: list[tuple] = []  # the routes to restore, one entry for each time it is entered
 
     def __enter__(self) -> None:
         self.before.append((_thread.routes.outer, _thread.routes.model, _thread.routes.backward))

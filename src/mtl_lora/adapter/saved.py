@@ -1,4 +1,4 @@
-"""Modules that are trained and saved whole beside the adapter (``modules_to_save``): heads, norms, biases.
+"""Modules that are trained and saved whole with the adapter (``modules_to_save``): heads, norms, biases.
 
 Each weight is replaced in its module by a trainable float32 copy; the frozen original is kept for ``disabled`` and
 ``unload``. On a base in bf16 or fp16 a forward casts the copy to the original's dtype, so the model's output is at
