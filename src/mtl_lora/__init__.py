@@ -1,4 +1,4 @@
-"""MTL-LoRA (arXiv 2410.09437) and its rivals: low-rank adaptation of one language model to many tasks."""
+"""MTL-LoRA (arXiv 2410.09437) and related methods: low-rank adaptation of one model to many tasks."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mtl_lora.adapter.routing import TaskCollator
     from mtl_lora.errors import UserError
 
-# Where each public name lives. Loaded on first use, so that reading a command line or a results file, which need
-# no tensor, do not wait for torch.
-_HOMES = {
+# The module of each public name. Modules are imported on first use, so that code without tensors (parsing a command
+# line, reading a results file) does not wait for torch.
+_MODULES = {
     "AdapterConfig": "mtl_lora.adapter.config",
     "Origin": "mtl_lora.adapter.checkpoint",  # the earlier name of Provenance
     "Provenance": "mtl_lora.adapter.checkpoint",
@@ -61,10 +61,10 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mtl_lora' has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
-    return home if name == "route" else getattr(home, name)
+    module = importlib.import_module(_MODULES[name])
+    return module if name == "route" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The low door of task routing: ``with mtl_lora.route.use(task_ids):`` where ``task_ids=`` cannot be passed."""
+"""Task routing for code that cannot pass ``task_ids=`` to a model: ``with mtl_lora.route.use(task_ids):``."""
 
 from mtl_lora.adapter.routing import checkpoint_context, current, use
 

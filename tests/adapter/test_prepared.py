@@ -241,7 +241,7 @@ def test_nothing_is_prepared_beyond_a_bound_or_for_weights_that_are_elsewhere(al
     model = towers()
     expected = model(X, task_ids=IDS)
     assert not alone
-    monkeypatch.setattr("mtl_lora.adapter.mtl_lora._LARGEST", 10)
+    monkeypatch.setattr("mtl_lora.adapter.mtl_lora._MAX_PREPARED", 10)
     for found, one in zip(model(X, task_ids=IDS), expected, strict=True):
         assert_near(found, one, 1e-12, "output")
     assert len(alone) == 2

@@ -86,7 +86,7 @@ def test_dora_starts_at_the_norms_of_the_weight_beside_a_large_bias():
 def test_factors_are_there_and_merging_is_refused(method):
     layer = make_layer(method, quantised("4", source()))
     assert layer.factors("maps").delta().shape == (D, K)
-    with pytest.raises(UserError, match=r"^a quantised base cannot take the adapter into its weights; load it in bf16"):
+    with pytest.raises(UserError, match=r"^an adapter cannot be merged into a quantised base; load the base in bf16"):
         layer.merged_weight("maps")
 
 

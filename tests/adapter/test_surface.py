@@ -195,7 +195,7 @@ def test_a_model_that_is_built_in_inference_mode_computes_the_same(method):
 def test_what_accelerate_has_offloaded_gets_no_adapter_and_no_copy_for_neither_has_values(changes, name):
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(tiny_llama(torch.float32), execution_device="cpu")
-    with pytest.raises(UserError, match=rf"{name} is not in memory, for accelerate has offloaded it"):
+    with pytest.raises(UserError, match=rf"{name} is not in memory, because accelerate has offloaded it"):
         mtl_lora.inject(model, adapter_config(**changes))
 
 
@@ -211,7 +211,7 @@ def test_what_needs_values_is_refused_once_they_are_offloaded_and_the_model_stay
 
     refused = [lambda: mtl_lora.merge(model, 0), lambda: mtl_lora.unload(model), lambda: mtl_lora.save(model, tmp_path)]
     for needs_values in (*refused, turn_off):
-        with pytest.raises(UserError, match="is not in memory, for accelerate has offloaded it"):
+        with pytest.raises(UserError, match="is not in memory, because accelerate has offloaded it"):
             needs_values()
     assert torch.equal(logits(model), expected) and not any(tmp_path.iterdir())
     model = accelerate.cpu_offload(adapted_llama("dora"), execution_device="cpu")
@@ -292,7 +292,7 @@ def test_layers_that_other_batches_reach_may_be_allowed(tmp_path):
     model(torch.randn(2, 8), task_ids=[0, 1])
     mtl_lora.save(model, tmp_path)
     mtl_lora.load(ReadsWeight(), tmp_path, allow_unused=True)(torch.randn(2, 8), task_ids=[0, 1])
-    with pytest.raises(UserError, match=r"dtype is of mtl_lora\.load\(folder\)"):
+    with pytest.raises(UserError, match=r"dtype is an option of mtl_lora\.load\(folder\)"):
         mtl_lora.load(ReadsWeight(), tmp_path, dtype="bf16")
 
 
@@ -739,7 +739,7 @@ def test_a_model_that_is_trained_whole_is_saved_by_transformers_as_it_is(tmp_pat
 
 
 def test_a_name_is_no_base_model_to_put_an_adapter_on(tiny_base, tmp_path):
-    with pytest.raises(UserError, match=r"must be a model that is loaded, not .*; or mtl_lora\.load\(folder\)"):
+    with pytest.raises(UserError, match=r"must be a loaded model, not .*; or call mtl_lora\.load\(folder\)"):
         mtl_lora.load(tiny_base, tmp_path)
 
 

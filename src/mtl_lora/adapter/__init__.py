@@ -1,1 +1,1 @@
-"""Adapters for the linear layers of any model; torch and safetensors are all they need."""
+"""Adapters for the linear layers of any PyTorch model; they need only torch and safetensors."""

@@ -1,7 +1,7 @@
-"""What a trained adapter does differently for each task: mixture weights, and how alike two tasks' updates are.
+"""Analysis of how a trained adapter differs between tasks: mixture weights, and the similarity of the tasks' updates.
 
 ``python -m mtl_lora.adapter.analysis CHECKPOINT`` writes ``adapter_analysis.json``; training does so when it ends.
-Only the checkpoint's two files are read, never the base model.
+Only files of the checkpoint are read, never the base model.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _UNDEFINED = (
 
 @torch.no_grad()
 def analyse(checkpoint: str | Path) -> dict:
-    """The content of ``adapter_analysis.json``, see ``Analysis``; all sums are taken in float64.
+    """Return the content of ``adapter_analysis.json``, see ``Analysis``; everything is computed in float64.
 
     Raises ``UserError`` for a damaged checkpoint.
     """
@@ -86,8 +86,10 @@ def analyse(checkpoint: str | Path) -> dict:
 
 
 def in_depth_order(layers: dict[str, AdapterLayer], targets: list[str] | str) -> dict[str, AdapterLayer]:
-    """Layers from input to output, 2 before 10, and within a block as ``target_modules`` lists them: a checkpoint's
-    weights are sorted by name."""
+    """Return the layers from input to output, block 2 before block 10, and within a block as ``target_modules`` does.
+
+    Needed because a checkpoint lists its weights sorted by name.
+    """
     listed = {target: index for index, target in enumerate(targets)} if isinstance(targets, list) else {}
 
     def place(name: str) -> tuple:
@@ -99,9 +101,9 @@ def in_depth_order(layers: dict[str, AdapterLayer], targets: list[str] | str) ->
 
 
 def _update_products(layer: AdapterLayer) -> torch.Tensor:
-    """Inner products <B_s A_s, B_t A_t> = trace((B_s^T B_t) (A_t A_s^T)) of the tasks' updates, (T, T).
+    """Return the inner products <B_s A_s, B_t A_t> = trace((B_s^T B_t) (A_t A_s^T)) of the tasks' updates, (T, T).
 
-    In rank space: no (d, k) product is formed. The scale is left out, for it is the same for all tasks of a layer.
+    Computed in rank space: no (d, k) product is formed. The scale is left out because all tasks of a layer share it.
     """
     factors = [layer.factors(task) for task in layer.tasks]
     down = torch.cat([pair.A for pair in factors])
@@ -111,13 +113,13 @@ def _update_products(layer: AdapterLayer) -> torch.Tensor:
 
 
 def _cosines(inner: torch.Tensor) -> torch.Tensor:
-    """Inner products (T, T) to cosines; NaN where one of the two is zero."""
+    """Return the cosines, (T, T), from inner products (T, T); NaN where one of the two matrices is zero."""
     norms = inner.diagonal().sqrt()
     return (inner / (norms[:, None] * norms)).clamp(-1, 1)
 
 
 def _mean(similarities: list[torch.Tensor]) -> list[list[float | None]] | None:
-    """The mean over layers, entry by entry, of those that are defined; None where none is, or without layers."""
+    """Return the mean of each entry over the layers where it is defined, None if there is none; None without layers."""
     if not similarities:
         return None
     rows = torch.stack(similarities).nanmean(dim=0).tolist()
@@ -125,12 +127,12 @@ def _mean(similarities: list[torch.Tensor]) -> list[list[float | None]] | None:
 
 
 def write_analysis(checkpoint: str | Path, output: str | Path | None = None) -> Path:
-    """Analyse a checkpoint and write the file, by default into its folder; returns its path."""
+    """Analyse a checkpoint and write ``adapter_analysis.json``, by default into its folder; returns the file's path."""
     path = Path(output or Path(checkpoint) / artifacts.ADAPTER_ANALYSIS)
-    # Six decimals, and null for what is no number (the weights of a run that went to NaN): JSON has none.
+    # Six decimals, and null for NaN and infinity (the weights of a run that diverged), which JSON does not have.
     text = json.dumps(analyse(checkpoint))
     found = json.loads(text, parse_float=lambda digits: round(float(digits), 6), parse_constant=lambda _: None)
-    # An entry a line: indenting would give every number of every layer a line of its own.
+    # One entry per line: with indentation, every number of every layer would be on its own line.
     entries = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     files.write_text(path, "{\n" + ",\n".join(entries) + "\n}\n")
     return path
@@ -138,18 +140,18 @@ def write_analysis(checkpoint: str | Path, output: str | Path | None = None) -> 
 
 @dataclasses.dataclass
 class AnalysisConfig(Config):
-    """What ``python -m mtl_lora.adapter.analysis`` takes."""
+    """The arguments of ``python -m mtl_lora.adapter.analysis``."""
 
     checkpoint: list[str] = flag(REQUIRED, "adapter folder of a training run", positional=True)
-    output: str | None = flag(None, f"file to write; none: {artifacts.ADAPTER_ANALYSIS} in the checkpoint")
+    output: str | None = flag(None, f"file to write; none: {artifacts.ADAPTER_ANALYSIS} in the checkpoint's folder")
 
     def validate(self) -> None:
         if self.output and len(self.checkpoint) > 1:
-            raise UserError("--output names the file of one checkpoint; leave it out for several")
+            raise UserError("--output names one file, but several checkpoints are passed; leave it out")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Analyse checkpoints and name the files; a user's mistake ends in one sentence and exit code 2."""
+    """Analyse checkpoints and print the paths of the files; a ``UserError`` ends with one sentence and exit code 2."""
     about = f"Write {artifacts.ADAPTER_ANALYSIS}: mixture weights and similarity of tasks, without the base model."
     with user_errors_to_exit_code():
         config = cli.parse(AnalysisConfig, sys.argv[1:] if arguments is None else arguments, about)

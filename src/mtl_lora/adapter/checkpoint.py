@@ -1,6 +1,7 @@
-"""The adapter on disk: ``mtl_lora_config.json`` says what ``mtl_lora.safetensors`` is, with its sha256.
+"""Save and load an adapter: weights in ``mtl_lora.safetensors``, described by ``mtl_lora_config.json``.
 
-PEFT's file names are left to what is exported for PEFT. Safetensors does not notice a flipped bit, hence the hash.
+The configuration holds the sha256 of the weights, because safetensors does not detect a flipped bit. PEFT's file names
+are used only by exports for PEFT.
 """
 
 import dataclasses
@@ -27,41 +28,41 @@ from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 from mtl_lora.version import __version__
 
-FORMAT = 2  # format 1 is read too: its "provenance" is called "origin", its hyperparameters are not nested
+FORMAT = 2  # format 1 can be read too: it calls "provenance" "origin", and its hyperparameters are not nested
 
 State = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass
 class Provenance(Config):
-    """Where an adapter comes from, so that nothing about it needs to be said again: its base, prompt and tasks."""
+    """The provenance of an adapter: base model, prompt, tasks and settings, so that loading it needs no other input."""
 
     base_model: str | None = None  # name or folder
     base_fingerprint: str | None = None  # see BaseModel.fingerprint
     prompt_template: str | None = None  # a name in mtl_lora.language.encode
     cutoff_len: int | None = None  # in tokens
     task_set: dict | None = None  # TaskSet.to_json()
-    train_settings: dict | None = None  # the training's flags
-    commit: str | None = None  # the project's, if it was trained from a git checkout
-    system: str = "language"  # the package that trained it
+    train_settings: dict | None = None  # the flags of the training
+    commit: str | None = None  # of this project, if the adapter was trained from a git checkout
+    system: str = "language"  # the subpackage that trained it
     base_class: str | None = None  # the base model's class in transformers
-    untrained_tasks: list[str] | None = None  # tasks that had no training examples; None: not recorded
-    pairs: dict | None = None  # of tasks whose examples were all pairs of texts, or all not: which
-    chat_template: str | None = None  # the tokenizer's, where it was the prompt template
-    model_settings: dict | None = None  # what the system's own modules on the base model are built from
+    untrained_tasks: list[str] | None = None  # tasks without training examples; None: not recorded
+    pairs: dict | None = None  # by task, whether its examples are pairs of texts; without tasks that have both
+    chat_template: str | None = None  # the tokenizer's, if it was the prompt template
+    model_settings: dict | None = None  # the settings of the modules that the system puts on the base model
 
     @property
     def load_in_4bit(self) -> bool:
-        """Whether the base model was loaded in 4 bits for the training."""
+        """Whether the base model was loaded in 4 bits for training."""
         return bool((self.train_settings or {}).get("load_in_4bit"))
 
     def untrained_note(self, tasks: Iterable[str]) -> list[str]:
-        """A line on those of ``tasks`` that had no training examples, or none."""
+        """Return one line that names those of ``tasks`` without training examples; an empty list if all had some."""
         found = [task for task in tasks if task in (self.untrained_tasks or ())]
         return [f"note: the adapter had no training examples of {', '.join(found)}"] if found else []
 
 
-Origin = Provenance  # its earlier name
+Origin = Provenance  # the earlier name
 
 
 @dataclasses.dataclass
@@ -76,40 +77,42 @@ class CheckpointConfig(Config):
 
     @property
     def adapter_config(self) -> AdapterConfig:
-        """The adapter's configuration; checked when the file was read."""
+        """The configuration of the adapter, validated when the file was read."""
         return AdapterConfig.from_json(self.adapter)
 
     @property
     def provenance_config(self) -> Provenance:
-        """Base model, prompt and tasks; checked when the file was read."""
+        """The provenance of the adapter, validated when the file was read."""
         return Provenance.from_json(self.provenance)
 
-    origin_config = provenance_config  # its earlier name
+    origin_config = provenance_config  # the earlier name
 
 
 def adapter_tensors(model: nn.Module) -> State:
-    """Every tensor that a checkpoint holds, as the model uses it: those of layers by ``<module>.<parameter>``, those
-    of modules saved whole by their own names. Raises ``UserError`` without an adapter, and for a module saved whole
-    that was replaced or resized since."""
+    """Return the tensors that a checkpoint of ``model`` holds, as the model uses them, not copied.
+
+    Adapter parameters are named ``<module>.<parameter>``; tensors of modules saved whole keep their own names. Raises
+    ``UserError`` for a model without an adapter, and if a module saved whole was replaced or resized after ``inject``.
+    """
     injection = injection_of(model)
     if injection is None:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
-    if getattr(injection, "off", False):  # a model pickled by an earlier version does not say
+    if getattr(injection, "off", False):  # a model pickled by an earlier version lacks the attribute
         raise UserError("the adapter is off inside mtl_lora.disabled; save it outside that block")
     there = set(unwrap(model).modules())
     require_slots(injection.slots)
     for slot in injection.slots:
         if not any(module in there for module, _ in slot.places):
-            raise UserError(f"the module of {slot.name} was replaced after inject; resize or replace it before")
+            raise UserError(f"the module of {slot.name} was replaced after inject; resize or replace it before inject")
     layers = adapter_layers(model).items()
     own = {f"{name}.{key}": value for name, layer in layers for key, value in layer.adapter_parameters().items()}
     return own | {slot.name: slot.get() for slot in injection.slots}
 
 
 def adapter_state(model: nn.Module) -> State:
-    """``adapter_tensors`` without gradients; partitioned ones (ZeRO-3) are gathered, so all processes must call this.
+    """Return ``adapter_tensors`` detached; if ZeRO-3 has partitioned some, gathered copies on the CPU.
 
-    Raises ``UserError`` for a model that FSDP has sharded.
+    Under ZeRO-3 all processes must call this. Raises ``UserError`` for a model that FSDP has sharded.
     """
     tensors = adapter_tensors(model)
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
@@ -130,13 +133,17 @@ def adapter_state(model: nn.Module) -> State:
 def save(
     model: nn.Module, folder: str | Path, provenance: Provenance | None = None, state: State | None = None
 ) -> None:
-    """Write the adapter of ``model`` to ``folder``: both files or neither, and a half-written folder never loads.
+    """Save the adapter of ``model`` to ``folder``.
 
-    provenance: defaults to what the adapter was loaded with, else to the name of the base model, and its fingerprint
-    where its files are on this machine. state: ``adapter_state``, where it was gathered elsewhere (ZeRO-3). Weights
-    that were cast to bf16 or fp16 are stored as float32. Warns of a trainable weight that is not saved, and, where no
-    provenance is passed, of base weights that are not those of the recorded files. Raises ``UserError`` for a value
-    that is not finite, and for an offloaded one.
+    Both files are written or neither, and a half-written folder never loads. Adapter weights in bf16 or fp16 are stored
+    as float32.
+
+    provenance: by default the provenance that the adapter was loaded with, else the name of the base model, with its
+        fingerprint if its files are on this machine.
+    state: the result of ``adapter_state``, if the tensors were gathered elsewhere (ZeRO-3).
+
+    Warns of a trainable weight that is not saved and, without ``provenance``, of base weights that differ from the
+    recorded files. Raises ``UserError`` for a value that is not finite and for a weight that accelerate has offloaded.
     """
     folder, root = Path(folder), unwrap(model)
     held = {id(tensor) for tensor in adapter_tensors(model).values()}
@@ -150,11 +157,11 @@ def save(
         if name := _changed_weight(provenance, root, injection_of(root).slots):
             warnings.warn(
                 f"this model's {name} is not what the files of {provenance.base_model!r} hold, which mtl_lora.load("
-                "folder) takes; put the adapter on the right base with mtl_lora.load(model, folder), and save added "
+                "folder) uses; put the adapter on the right base with mtl_lora.load(model, folder), and save added "
                 "tokens with the adapter: modules_to_save",
                 stacklevel=2,
             )
-    # Both are whole before either takes its name, the weights first.
+    # Both files are complete before either gets its final name; the weights are renamed first.
     with files.atomic_path(folder / CONFIG_NAME) as config_file, files.atomic_path(folder / WEIGHTS_NAME) as weights:
         save_file({name: _stored(tensor) for name, tensor in state.items()}, weights)
         adapter, digest = root.mtl_lora_config.to_json(), files.sha256(weights)
@@ -163,8 +170,11 @@ def save(
 
 
 def save_start(model: nn.Module, folder: str | Path, state: State) -> None:
-    """Keep what makes tasks differ as it was drawn (of ``adapter_state``), which the analysis of the trained adapter
-    compares it with. Kept and not drawn again: that would take the base model, its device and torch's version."""
+    """Save the initial values of the parameters that make tasks differ, for the analysis of the trained adapter.
+
+    state: ``adapter_state`` before training. Saved rather than drawn again, because drawing them again would need the
+    base model and the same device and torch version.
+    """
     layers = adapter_layers(model).items()
     own = {key: state[key] for name, layer in layers for key in (f"{name}.{each}" for each in layer.task_parameters)}
     if own:
@@ -173,9 +183,9 @@ def save_start(model: nn.Module, folder: str | Path, state: State) -> None:
 
 
 def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:
-    """Put what ``save_start`` kept into layers of ``adapter_without_base``; False where a folder has none.
+    """Put the values that ``save_start`` saved into layers of ``adapter_without_base``; False if a folder has none.
 
-    Raises ``UserError`` for a file that is not of these layers.
+    Raises ``UserError`` for a file that does not fit these layers.
     """
     path = Path(folder) / START_NAME
     if not path.is_file():
@@ -186,7 +196,7 @@ def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
     if {name: tensor.shape for name, tensor in state.items()} != {n: getattr(*place).shape for n, place in own.items()}:
-        raise UserError(f"{path} is not the start of the adapter beside it; delete it")
+        raise UserError(f"{path} does not hold the initial values of the adapter beside it; delete it")
     for name, (layer, key) in own.items():
         setattr(layer, key, nn.Parameter(state[name].to(getattr(layer, key).dtype), requires_grad=False))
     return True
@@ -198,24 +208,24 @@ def _require_numbers(state: State, source: str) -> None:
         require_in_memory(f"{source}: {name}", tensor)
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{source}: {name} holds values that are not finite; lower the learning rate, or take a checkpoint "
-                "from before"
+                f"{source}: {name} holds values that are not finite; lower the learning rate, or use an earlier "
+                "checkpoint"
             )
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, in at least float32."""
+    """Return the tensor as it is stored: contiguous, on the CPU, bf16 and fp16 as float32."""
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     return (tensor.float() if half else tensor).cpu().contiguous()
 
 
 def _base_of(model: nn.Module) -> Provenance:
-    """What a model of transformers says of where it was loaded from."""
+    """Return the provenance that a model itself shows: the base it was loaded from and what its own modules record."""
     name, fingerprint = getattr(getattr(model, "config", None), "_name_or_path", ""), None
     own = next((each.base_provenance() for each in model.modules() if hasattr(each, "base_provenance")), {})
     if not name:
         return Provenance(**own)
-    if Path(name).is_dir():  # a relative path would mean another folder elsewhere, and any one that of a cache
+    if Path(name).is_dir():  # absolute, or by the model's name if it is an embedded one, whose folder is a cache
         name = embedded.name_of(Path(name).resolve()) or str(Path(name).resolve())
     if importlib.util.find_spec("transformers") is not None:
         from mtl_lora.base_model import BaseModel
@@ -223,15 +233,17 @@ def _base_of(model: nn.Module) -> Provenance:
         fingerprint = BaseModel(name).local_fingerprint()
     if getattr(model, "is_loaded_in_4bit", False):
         own["train_settings"] = {"load_in_4bit": True}
-    # Of a user's or FSDP's subclass the class that transformers makes.
+    # For a subclass, by the user or FSDP, the class in transformers that it derives from.
     classes = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
     return Provenance(name, fingerprint, base_class=next(classes, type(model)).__name__, **own)
 
 
 def _changed_weight(base: Provenance, model: nn.Module, slots: list[Slot]) -> str | None:
-    """The name of a base weight, other than those saved whole (``slots``), that is not what the recorded files hold;
-    None where nothing can be compared."""
-    # What was merged from 4 bits is other weights on purpose.
+    """Return the name of a base weight that differs from the recorded files, ignoring ``slots``, which are saved.
+
+    None if no weight differs or nothing can be compared.
+    """
+    # Weights dequantised from 4 bits differ from the files on purpose.
     if not base.base_fingerprint or not base.base_model or base.load_in_4bit:
         return None
     from mtl_lora.base_model import BaseModel
@@ -246,12 +258,12 @@ def _changed_weight(base: Provenance, model: nn.Module, slots: list[Slot]) -> st
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
-    """Read and check ``mtl_lora_config.json``; raises ``UserError`` naming the file and what is wrong."""
+    """Read and validate ``mtl_lora_config.json``; raises ``UserError`` naming the file and the problem."""
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder} is not an MTL-LoRA checkpoint: it has no {CONFIG_NAME}")
     value = files.read_json(path, "the checkpoint configuration")
-    # Asked first, for another format has other keys.
+    # The format first, because another format has other keys.
     found = value.get("format", FORMAT) if isinstance(value, dict) else FORMAT
     if found not in (1, FORMAT):
         raise UserError(f"{path} has format {found}, and this version reads formats 1 and {FORMAT}; update mtl-lora")
@@ -267,23 +279,31 @@ def read_config(folder: str | Path) -> CheckpointConfig:
 def load(
     base_model: nn.Module | str | Path, folder: str | Path | None = None, allow_unused: bool = False, **options
 ) -> nn.Module:
-    """``load(folder)``: the base model that a checkpoint names, with its adapter. ``load(base_model, folder)``: put the
-    adapter on a model that is there, in place, and return it.
+    """Return a model with the adapter of a checkpoint.
 
-    allow_unused: as of ``inject``. options: for ``load(folder)`` alone, arguments of ``BaseModel.load``, such as
-    ``dtype`` or ``device_map``, and ``trust_remote_code``. Raises ``UserError`` for another base model than the
-    checkpoint's (where both have files on this machine to compare), a changed byte, a missing or unexpected tensor, a
-    wrong shape or dtype (each by name); a model that was passed is then left as it was.
+    ``load(folder)`` loads the base model that the checkpoint names and puts the adapter on it. ``load(base_model,
+    folder)`` puts the adapter on a model that is already loaded, in place.
+
+    allow_unused: as for ``inject``.
+    options: only for ``load(folder)``: ``trust_remote_code`` and arguments of ``BaseModel.load`` such as ``dtype`` or
+        ``device_map``.
+
+    Raises ``UserError`` for a base model other than the checkpoint's (if the files of both are on this machine to
+    compare), for a changed byte, for a missing or unexpected tensor, and for a wrong shape or dtype, naming the tensor.
+    A model that was passed is then left as it was.
     """
     if isinstance(folder, nn.Module):
         raise UserError("the model comes first: mtl_lora.load(base_model, folder)")
     if folder is None and isinstance(base_model, nn.Module):
         raise UserError("the folder of the checkpoint is missing: mtl_lora.load(base_model, folder)")
     if folder is not None and not isinstance(base_model, nn.Module):
-        raise UserError(f"the base model must be a model that is loaded, not {base_model!r}; or mtl_lora.load(folder)")
+        raise UserError(f"the base model must be a loaded model, not {base_model!r}; or call mtl_lora.load(folder)")
     source = base_model if folder is None else folder
     if folder is not None and options:
-        raise UserError(f"{next(iter(options))} is of mtl_lora.load(folder), which loads the base; here it is loaded")
+        raise UserError(
+            f"{next(iter(options))} is an option of mtl_lora.load(folder), which loads the base model; leave it out, "
+            "because here the base model is loaded already"
+        )
     config = read_config(source)
     provenance = config.provenance_config
     expected = provenance.base_fingerprint
@@ -296,13 +316,13 @@ def load(
         if found.base_fingerprint is None:
             warnings.warn(
                 f"{folder} was trained on the base model {provenance.base_model!r}, with which this model cannot be "
-                "compared, for it was not loaded from files on this machine",
+                "compared, because it was not loaded from files on this machine",
                 stacklevel=2,
             )
         if found.base_fingerprint not in (None, expected):
             raise UserError(
                 f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
-                f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load its own, {provenance.base_model!r}"
+                f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load {provenance.base_model!r}"
             )
         slots = find_slots(unwrap(base_model), config.adapter_config.modules_to_save)
         if not provenance.load_in_4bit and (name := _changed_weight(found, base_model, slots)):
@@ -341,7 +361,10 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
 
 
 def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
-    """The tensors of a checkpoint on the CPU, after its sha256 was compared."""
+    """Return the tensors of a checkpoint, on the CPU.
+
+    Raises ``UserError`` if the file is missing or damaged (its sha256 differs), or holds values that are not finite.
+    """
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"the checkpoint {folder} has no {WEIGHTS_NAME}")
@@ -360,28 +383,30 @@ def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
 
 
 def split_state(config: AdapterConfig, state: State) -> tuple[State, State]:
-    """The tensors of a checkpoint: those of its adapter layers, and those of modules saved whole."""
+    """Split the tensors of a checkpoint into those of adapter layers and those of modules saved whole."""
     own = parameter_shapes(config, 1, 1)
     adapter = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] in own}
     return adapter, {name: tensor for name, tensor in state.items() if name not in adapter}
 
 
 def _check_size(config: AdapterConfig, state: State, source: str) -> None:
-    """Raise ``UserError`` for a configuration that describes far more weights than there are, before memory is taken
-    for them: ``load_state`` compares every name and shape, but with those of a model's layers."""
-    described = sum(map(math.prod, parameter_shapes(config, 1, 1).values()))  # of the smallest layer there can be
+    """Raise ``UserError`` if a configuration describes far more weights than the file holds.
+
+    Called before memory is allocated: ``load_state`` compares every name and shape, but with the layers of a model.
+    """
+    described = sum(map(math.prod, parameter_shapes(config, 1, 1).values()))  # of the smallest possible layer
     for name, sizes in layer_sizes(config, state).items():
         own = config.at(name)
         described += sum(map(math.prod, layer_class(own.method).shapes(own, *sizes).values()))
     held = sum(tensor.numel() for tensor in state.values())
     if described > 10 * max(held, 10**7):
-        found = f"{held:,} numbers, and its {CONFIG_NAME} describes more than {described:,}"
+        found = f"{held:,} numbers, but {CONFIG_NAME} describes more than {described:,}"
         raise UserError(f"{source} holds {found}; copy both again")
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, state: State, source: str) -> None:
-    """Copy tensors into the adapter of ``model``; names, shapes and dtypes must agree both ways."""
+    """Copy tensors into the adapter of ``model``; raises ``UserError`` unless names, shapes and dtypes agree."""
     own, problem = adapter_tensors(model), f"{source} does not fit this model:"
     parts = []
     for label, keys in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
@@ -393,7 +418,7 @@ def load_state(model: nn.Module, state: State, source: str) -> None:
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise UserError(f"{problem} {name} has shape {list(tensor.shape)}, not {list(own[name].shape)}")
-        # A float64 model takes float32 weights as they are; anything else would round.
+        # float32 weights are exact in a float64 model; any other conversion is refused, because it may round.
         exact = own[name].is_floating_point() and tensor.dtype == torch.float32
         if not exact and tensor.dtype != own[name].dtype:
             way_out = "; load the base with dtype fp64" if tensor.dtype == torch.float64 else ""
@@ -408,11 +433,13 @@ def load_state(model: nn.Module, state: State, source: str) -> None:
 def adapter_without_base(
     folder: str | Path, config: CheckpointConfig, base: nn.Module | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The checkpoint's adapter on a base that has no weights: every layer's ``factors`` can be asked for.
+    """Return the adapter of a checkpoint on a base without weights, for methods such as ``factors`` of its layers.
 
-    base: a structure on the meta device; None: layers of the sizes that the checkpoint's weights show, and no layers if
-    they show none. dtype: what the adapter's weights become; None: as they are stored. Modules saved whole are left
-    out. Raises ``UserError`` for a damaged checkpoint and for one that does not fit the base.
+    base: a model structure on the meta device; None: layers of the sizes that the checkpoint's weights show, or no
+        layers if they do not show them.
+    dtype: of the adapter weights; None: as stored.
+
+    Modules saved whole are left out. Raises ``UserError`` for a damaged checkpoint or one that does not fit the base.
     """
     adapter = config.adapter_config
     state, _ = split_state(adapter, read_weights(folder, config))
@@ -425,7 +452,7 @@ def adapter_without_base(
     if any(tensor.dtype == torch.float64 for tensor in state.values()):
         model.to(torch.float64)
     inject(model, adapter)
-    load_state(model, state, str(folder))  # on the meta device it compares names, shapes and dtypes, and copies nothing
+    load_state(model, state, str(folder))  # on the meta device this only compares names, shapes and dtypes
     for name, layer in adapter_layers(model).items():
         for key in layer.parameter_names:
             setattr(layer, key, nn.Parameter(state[f"{name}.{key}"], requires_grad=False))
@@ -433,7 +460,7 @@ def adapter_without_base(
 
 
 def stand_in(sizes: dict[str, tuple[int, int]]) -> nn.Module:
-    """A module tree on the meta device with a linear layer of each (k, d) under its dotted name, and nothing else."""
+    """Return a module tree on the meta device with only a linear layer of each size (k, d) under its dotted name."""
     root = nn.Module()
     for name, (in_features, out_features) in sizes.items():
         *path, last = name.split(".")

@@ -1,6 +1,6 @@
-"""The configuration of an adapter: a method, what it is put on, and the hyperparameters that its class declares.
+"""The configuration of an adapter: a method, the modules it is put on, and the hyperparameters its class declares.
 
-The classes (``mtl_lora.adapter.layer.methods``) need torch and are imported only when a configuration is made.
+The method classes (``mtl_lora.adapter.layer.methods``) need torch and are imported only when a configuration is made.
 """
 
 import dataclasses
@@ -14,35 +14,39 @@ from mtl_lora.errors import UserError, within
 if typing.TYPE_CHECKING:
     from mtl_lora.adapter.layer import AdapterLayer
 
-# Hyperparameters as files of format 1 hold them: flat, and those of every method whatever the method is.
+# Files of format 1 hold all of these hyperparameters, whatever the method, at the top level among the other fields.
 _FORMAT_1 = ("num_B", "temperature", "lambda_shape", "num_experts", "task_embedding_dim")
 
-
-SHARED_METHOD = "lora"  # of the layers that tasks share, where ``task_modules`` names those in which they differ
+SHARED_METHOD = "lora"  # the method of the layers that ``task_modules`` does not name, which all tasks share
 
 
 @dataclasses.dataclass
 class Hyperparameters(Config):
-    """A method's own values beside rank, alpha and dropout: fields made with ``flag``, which declares their rules.
+    """The settings of one method in addition to rank, alpha and dropout, declared as fields with ``flag``.
 
-    A field that a method gains later declares the value that was fixed until then, ``before=value``, for earlier files.
+    A field that is added later declares ``before=value``: the value to use for earlier files, which lack the field.
     """
 
 
 @dataclasses.dataclass
 class AdapterConfig(Config):
-    """What is put on which linear layers.
+    """Which method is put on which linear layers, with which hyperparameters.
 
-    rank r and alpha give the scale alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732). dropout: the
-    probability p on the trained path's input, 0 is off. target_modules: names or name endings of linear layers, or
-    regular expressions that a whole name must match, each of which must find one; or, as one string, an expression, or
-    ``all-linear`` for every one but the output head. tasks: names in id order. modules_to_save: modules that are
-    trained and saved whole beside the adapter. The method ``none`` trains these alone and ignores target_modules,
-    dropout, rank and alpha. task_modules: names or endings of the adapted layers in which tasks differ, the others are
-    LoRA's, one pair for all tasks; empty: all.
-    hyperparameters: what the method's class declares; given by name (``num_B=3``) and read so too (``config.num_B``).
+    method: its name, such as ``mtl_lora`` (arXiv 2410.09437) or ``lora``.
+    rank, alpha: r and alpha; the update is scaled by alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732).
+    dropout: probability of dropping an element of the low-rank path's input; 0 is off.
+    target_modules: a list of names, name endings or regular expressions that must match a whole name, each of which
+        must find a linear layer; or one string: an expression, or ``all-linear`` for every linear layer but the output
+        head.
+    tasks: the names of the tasks, in id order.
+    modules_to_save: modules that are trained and saved whole with the adapter. The method ``none`` trains only these
+        and ignores target_modules, dropout, rank and alpha.
+    task_modules: names or name endings of the adapted layers in which tasks differ; the other adapted layers are LoRA
+        layers, shared by all tasks. Empty: tasks differ in all.
+    hyperparameters: the settings that the method's class declares; passed by name (``num_B=3``) and read as attributes
+        (``config.num_B``).
 
-    Raises ``UserError`` naming the setting for an unknown method or hyperparameter and for a value against its rule.
+    Raises ``UserError`` for an unknown method or setting, and for a value that breaks a rule, naming the setting.
     """
 
     method: str
@@ -90,7 +94,7 @@ class AdapterConfig(Config):
         self.__post_init__()
 
     def __getattr__(self, name: str):
-        # Reached for names that are no attribute of the instance; a copy under construction has none at all.
+        # Called only for names that are not attributes; while copy or pickle builds an instance, it has none at all.
         own = self.__dict__.get("hyperparameters")
         if own is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -106,23 +110,26 @@ class AdapterConfig(Config):
         self.require("target_modules", "at least one name of a linear layer", found)
         alone = isinstance(self.target_modules, str) or "all-linear" not in self.target_modules
         self.require("target_modules", "names and expressions, or all-linear alone", alone)
-        rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights of each task"
+        rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights for each task"
         self.require("tasks", rule, bool(self.tasks) or not layer.needs_task_ids)
         self.require("modules_to_save", "names that are not empty", "" not in self.modules_to_save)
         layer.check_config(self)
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r) with use_rslora."""
+        """The factor on the low-rank update: alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @staticmethod
     def is_at(name: str, entries: Sequence[str]) -> bool:
-        """Whether one of the entries is a module's name or ending."""
+        """Whether one of the entries is the module name ``name`` or an ending of it."""
         return any(f".{name}".endswith(f".{entry}") for entry in entries)
 
     def at(self, name: str) -> "AdapterConfig":
-        """The configuration of the layer on a module of this name, see ``task_modules``."""
+        """Return the configuration of the adapter layer on the module ``name``: this one, or that of a shared layer.
+
+        See ``task_modules``.
+        """
         if not self.task_modules or self.is_at(name, self.task_modules):
             return self
         shared = (self.rank, self.alpha, self.dropout, self.target_modules, self.tasks, self.use_rslora)
@@ -130,9 +137,9 @@ class AdapterConfig(Config):
 
     @classmethod
     def from_json(cls, value: object, source: str = "the adapter configuration", complete: bool = True) -> typing.Self:
-        """Build from a JSON object, of this format or of format 1; errors name ``source`` and the key.
+        """Build a configuration from a JSON object of this format or of format 1; errors name ``source`` and the key.
 
-        Every field without a ``before`` must be there: a lost alpha that took its default would change every output.
+        Every field without a ``before`` must be present: if a lost alpha took its default, every output would change.
         """
         if not isinstance(value, dict) or "method" not in value:
             return super().from_json(value, source, complete)
@@ -147,14 +154,14 @@ class AdapterConfig(Config):
 
 
 def hyperparameter_flags() -> list[Flag]:
-    """The hyperparameters of all methods as flags, once each; the help says which methods read it, and as what.
+    """Return the hyperparameters of all methods as flags, each once; its help names the methods that use it.
 
-    Raises ``TypeError`` for two methods that give one name different types or defaults: a flag has one meaning.
+    Raises ``TypeError`` if two methods declare the same name with different types or defaults.
     """
     from mtl_lora.adapter.layer import methods
 
     flags: dict[str, Flag] = {}
-    titles: dict[str, dict[str, list[str]]] = {}  # by name and help
+    titles: dict[str, dict[str, list[str]]] = {}  # of the methods, by flag name and help text
     for layer in methods().values():
         for flag in layer.Hyperparameters.flags():
             first = flags.setdefault(flag.name, flag)

@@ -1,4 +1,4 @@
-"""Elementwise dropout that is cheap on a CPU, where torch draws a random number of its own for every element."""
+"""Elementwise dropout that is cheap on a CPU, where torch's own draws one random number per element."""
 
 import math
 
@@ -9,12 +9,12 @@ from mtl_lora.adapter.routing import is_traced
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """``x`` with each element set to 0 with probability ``p`` and the others divided by 1 - p; same shape and dtype.
+    """Return ``x`` with each element set to 0 with probability ``p`` and divided by 1 - p otherwise; same shape, dtype.
 
-    Every element is an independent Bernoulli draw from torch's global generator. On a CPU not the elements are drawn
-    but the distances between those that are dropped, so the cost goes with p; elsewhere, and for a p above a half,
-    where that would cost more, and in code that is compiled or transformed, for which the number of draws would have to
-    be known, this is torch's own dropout. On one CPU thread a whole training step gains 11 % (benchmark/LOG.md).
+    Elements are dropped independently, with torch's global generator. On a CPU the distances between dropped elements
+    are drawn instead of the elements, so the cost is proportional to p. torch's own dropout is used on other devices,
+    for p above 0.5, where drawing distances costs more, and in compiled or transformed code, which must know the number
+    of draws beforehand. On one CPU thread this makes a whole training step 11 % faster (benchmark/LOG.md).
     """
     if x.device.type != "cpu" or not 0 < p <= 0.5 or torch.compiler.is_compiling() or is_traced():
         return F.dropout(x, p, training=True)
@@ -22,16 +22,17 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def dropped_positions(count: int, p: float) -> torch.Tensor:
-    """Which of ``count`` elements are dropped, in ascending order, if each is with probability ``p``, 0 < p < 1.
+    """Draw which of ``count`` elements are dropped, each with probability ``p``, 0 < p < 1; indices in ascending order.
 
-    How many are kept before the next one is dropped is geometric: floor(log(u) / log(1 - p)) with u uniform in [0, 1).
+    The number of elements kept before the next dropped one is geometric: floor(log(u) / log(1 - p)), u uniform in
+    [0, 1).
     """
     expected = count * p
     draws = math.ceil(expected + 6 * math.sqrt(expected) + 6)  # nearly always enough
     found, last = [], -1
     while last < count:
         gaps = torch.rand(draws, dtype=torch.float64).log_().div_(math.log1p(-p)).floor_()
-        # A gap beyond the end (u = 0 gives an infinite one) says as much as any other beyond it.
+        # All gaps that reach beyond the end are equivalent, also the infinite one of u = 0.
         positions = gaps.clamp_(max=count).add_(1).cumsum(0).long().add_(last)
         found.append(positions)
         last = int(positions[-1])
@@ -40,7 +41,7 @@ def dropped_positions(count: int, p: float) -> torch.Tensor:
 
 
 class _Dropped(torch.autograd.Function):
-    """x * scale, but 0 at ``positions`` of the flattened x; backward alike. Only the positions are kept."""
+    """x * scale with zeros at ``positions`` of the flattened x; the backward pass keeps only the positions."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:

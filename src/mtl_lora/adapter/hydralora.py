@@ -14,11 +14,12 @@ from mtl_lora.config import flag
 class HydraLoraLayer(AdapterLayer):
     """y = W x + b + (alpha / r) sum_i softmax(G x~)_i B_i A x~, i = 1..n, with x~ = dropout(x); no task ids.
 
-    lora_A: (r, k), shared. lora_gate: (n, k), G without bias; both drawn as torch draws a Linear, so that the gate
-    tells the B_i apart from the first step on. lora_B: (d, n r), the matrix [B_1 ... B_n], starts at zero.
+    lora_A: (r, k), A, shared by all B_i. lora_gate: (n, k), G, without bias. Both start like the weight of a torch
+    Linear, so that the gate tells the B_i apart from the first step on. lora_B: (d, n r), the matrix [B_1 ... B_n],
+    starts at zero.
 
-    A x~ and G x~ come out of one product; the gate acts in rank space, and one product with [B_1 ... B_n] follows. The
-    paper has no dropout; its authors' code drops A's input and not the gate's.
+    One product gives A x~ and G x~; the gate acts in rank space, and one product with [B_1 ... B_n] follows. The paper
+    has no dropout; its authors' code applies dropout to the input of A but not to that of the gate.
     """
 
     method, title, paper = "hydralora", "HydraLoRA", "2404.19245"
@@ -39,11 +40,11 @@ class HydraLoraLayer(AdapterLayer):
         nn.init.zeros_(self.lora_B)
 
     def down(self) -> torch.Tensor:
-        """A above G, (r + n, k)."""
+        """Return A stacked on G, (r + n, k)."""
         return torch.cat([self.lora_A, self.lora_gate])
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """(N, r + n), A x~ beside G x~, to (N, n r)."""
-        # In the parameters' dtype: bf16 would round the gate's gradient, a difference of near numbers, away.
+        """Map A x~ and G x~, concatenated in z (N, r + n), to (N, n r)."""
+        # In the parameters' dtype: the gate's gradient is a difference of close numbers, which bf16 would round away.
         projected, logits = z.to(self.lora_gate.dtype).split([self.rank, z.shape[1] - self.rank], dim=1)
         return (F.softmax(logits, dim=1)[:, :, None] * projected[:, None]).flatten(1)

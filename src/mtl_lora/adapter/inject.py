@@ -1,4 +1,4 @@
-"""Putting adapter layers on a model, finding them again, and taking them off: for a while, for good, or by merging."""
+"""Put adapter layers on a model, find them, and disable, unload or merge them."""
 
 import contextlib
 import copy
@@ -31,34 +31,37 @@ from mtl_lora.errors import UserError
 
 @dataclasses.dataclass(eq=False)
 class Injection:
-    """What ``inject`` did to a model beside its layers: what must be undone, and what its hooks need."""
+    """The state that ``inject`` keeps on a model: what to undo later, and what the model's hooks need."""
 
-    trainable: list[nn.Parameter]  # weights that required a gradient before
-    slots: list[Slot]  # modules_to_save
-    checkpointed: list[nn.Module]  # modules that transformers may checkpoint
+    trainable: list[nn.Parameter]  # weights that required a gradient before ``inject``
+    slots: list[Slot]  # the weights and buffers of modules_to_save
+    checkpointed: list[nn.Module]  # modules for which transformers may turn on gradient checkpointing
     has_head: bool  # whether the output head carries an adapter
-    layers: list[AdapterLayer]  # those that may be prepared together: of a class that does so, and not the output head
-    allow_unused: bool  # whether a layer may be left out by a forward that trains
-    unchecked: bool = True  # whether no forward that trains has been looked at yet
-    called: set[nn.Module] = dataclasses.field(default_factory=set)  # the layers called while it is looked at
-    watchers: list = dataclasses.field(default_factory=list)  # hooks of the layers meanwhile
-    handles: list = dataclasses.field(default_factory=list)  # hooks of the model
-    off: bool = False  # inside ``disabled``
-    ties: tuple | None = None  # the model's own ``_tied_weights_keys``, where their names were changed
+    layers: list[AdapterLayer]  # layers that override ``prepare``, without the output head
+    allow_unused: bool  # whether a training forward may leave out adapter layers
+    unchecked: bool = True  # whether no training forward has been checked for unused layers yet
+    called: set[nn.Module] = dataclasses.field(default_factory=set)  # layers called in the forward that is checked
+    watchers: list = dataclasses.field(default_factory=list)  # handles of the layers' hooks during that forward
+    handles: list = dataclasses.field(default_factory=list)  # handles of the model's hooks
+    off: bool = False  # whether the model is inside ``disabled``
+    ties: tuple | None = None  # (was set on the instance, the original ``_tied_weights_keys``), if it was renamed
 
 
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
     """Wrap the targeted linear layers in place, freeze all other weights, and return the model.
 
-    The model's forward and ``generate`` then take ``task_ids`` (names, ids or a tensor, (B,) or (B, L)), and its
-    gradient checkpointing, however it is turned on, keeps them. A linear layer that stands under several names becomes
-    one adapter layer under all of them. The first forward that trains raises for an adapter layer that it never calls,
-    unless ``allow_unused``: then layers may be left out by some batches, or by all.
+    The model's forward and ``generate`` then take ``task_ids``: names, ids or a tensor, of shape (B,), one per row, or
+    (B, L), one per token. Gradient checkpointing keeps them, however it is turned on. A linear layer that has several
+    names in the model becomes one adapter layer under all of them.
 
-    Raises ``UserError`` for a target that names no linear layer (naming those there are), for a layer that ids cannot
-    reach, and for a model that already carries an adapter. A failed call leaves the model as it was.
+    allow_unused: whether a batch may leave out adapter layers. By default, the first forward in training mode raises
+    ``UserError`` for an adapter layer that it does not call.
+
+    Raises ``UserError`` for a target that matches no linear layer (listing the linear layers of the model), for a layer
+    that task ids cannot reach, and for a model that already carries an adapter. A failed call leaves the model as it
+    was.
     """
-    root, config = unwrap(model), copy.deepcopy(config)  # the caller may go on with its own
+    root, config = unwrap(model), copy.deepcopy(config)  # a copy, because the caller may change its own later
     if adapter_layers(root) or any(injection_of(module) for module in root.modules()):
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
@@ -68,10 +71,10 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
             raise UserError(f"task_modules: none of the {len(targets)} adapted layers is named {entry!r}")
     own = {module: config.at(name) for name, module in targets.items()}
     layers = {module: layer_class(each.method)(module, each) for module, each in own.items()}
-    if drawn := _drawn_anew(root, slots):
+    if not_loaded := _not_loaded(root, slots):
         warnings.warn(
-            f"{', '.join(drawn)}: not as in the base model's files (a new head, or added tokens), and neither trained "
-            "nor saved, so whoever loads the adapter has others; name the module in modules_to_save",
+            f"{', '.join(not_loaded)}: not as in the base model's files (a new head, or added tokens), and neither "
+            "trained nor saved, so whoever loads the adapter gets other values; name the module in modules_to_save",
             stacklevel=2,
         )
     head = output_head(root)
@@ -102,11 +105,11 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     return model
 
 
-def _drawn_anew(root: nn.Module, slots: list[Slot]) -> list[str]:
-    """The names of weights that transformers has drawn, having found none in the files of a model or having resized
-    them, but for those of ``slots``."""
+def _not_loaded(root: nn.Module, slots: list[Slot]) -> list[str]:
+    """Return the names of weights that transformers initialised or resized instead of loading, without ``slots``."""
     saved, named = {slot.original for slot in slots}, dict(root.named_parameters())
-    # It marks the others; a model that was not loaded has no marks, and what is quantised or sharded has other weights.
+    # transformers marks the weights that it loads. A model that was not loaded has no marks, and quantised or sharded
+    # weights lose theirs.
     unmarked = {name: weight for name, weight in named.items() if not getattr(weight, "_is_hf_initialized", False)}
     if len(unmarked) == len(named):
         return []
@@ -115,7 +118,7 @@ def _drawn_anew(root: nn.Module, slots: list[Slot]) -> list[str]:
 
 
 def _rename_ties(root: nn.Module, injection: Injection) -> None:
-    """Tell transformers, which ties and saves weights by their names, those that wrapped layers have now."""
+    """Rename the weights of wrapped layers in ``_tied_weights_keys``, by which transformers ties and saves weights."""
     ties = getattr(root, "_tied_weights_keys", None)
     if not isinstance(ties, dict):
         return
@@ -140,12 +143,12 @@ def _prepares(layer: type[AdapterLayer]) -> bool:
 
 
 def injection_of(model: nn.Module) -> Injection | None:
-    """What ``inject`` left on a model, also of a method without layers; None for a model that carries no adapter."""
+    """Return the state that ``inject`` keeps on a model; None for a model that carries no adapter."""
     return vars(unwrap(model)).get("mtl_lora_injection")
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The adapter layers of a model by module name, in the model's order; one that has several names by its first."""
+    """Return the adapter layers of a model by module name, in the model's order; each once, by its first name."""
     return _first_names(_named_layers(model))
 
 
@@ -156,12 +159,12 @@ def _named_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
 def find_targets(
     model: nn.Module, config: AdapterConfig, within: Container[nn.Module] | None = None
 ) -> dict[str, nn.Module]:
-    """The linear layers that a configuration's ``target_modules`` means, by name, in the model's order.
+    """Return the linear layers that a configuration's ``target_modules`` selects, by name, in the model's order.
 
-    within: the modules among which they are looked for; None for all.
-    Raises ``UserError`` for a name, ending or expression that no linear layer has, naming those there are; and for a
-    layer whose owner would bypass an adapter, that ids cannot reach, or that ``modules_to_save`` trains whole; for the
-    method ``none``, which has no targets, without ``modules_to_save``.
+    within: the modules to search; None for all.
+    Raises ``UserError`` for a name, ending or expression that matches no linear layer (listing those of the model); for
+    a layer whose owner would bypass an adapter, that task ids cannot reach, or that ``modules_to_save`` trains whole;
+    and for the method ``none``, which has no targets, without ``modules_to_save``.
     """
     linears = [(name, module) for name, module in named_modules(model) if is_linear(module)]
     linears = [(name, module) for name, module in linears if within is None or module in within]
@@ -169,8 +172,8 @@ def find_targets(
     if not layer_class(config.method).adapts:
         if not slots:
             raise UserError(
-                "modules_to_save must name at least one module for the method none, which trains nothing else; '*' is "
-                "every weight"
+                "modules_to_save must name at least one module for the method none, which trains nothing else; '*' "
+                "selects every weight"
             )
         return {}
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
@@ -185,7 +188,7 @@ def find_targets(
     for name, module in targets.items():
         if module in saved:
             raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
-        if hasattr(module, "_hf_hook"):  # an adapter there would have no values either
+        if hasattr(module, "_hf_hook"):  # of accelerate; the adapter of an offloaded layer would have no values either
             require_in_memory(f"the target {name}", module.weight)
         for owner in model.modules():
             if _bypasses(owner, name) and any(part is module for part in owner.modules()):
@@ -195,13 +198,13 @@ def find_targets(
                 )
         if module in without_task:
             raise UserError(
-                f"the layer {name} projects relative positions too, which are of no row, so their task is unknown; "
-                "leave it out, or pass all-linear, which does"
+                f"the layer {name} projects relative positions too, which belong to no row, so their task is unknown; "
+                "leave it out, or pass all-linear, which leaves it out"
             )
         if layer_class(config.method).needs_task_ids and _is_expert(name):
             raise UserError(
                 f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of "
-                "many rows in an order of its own, so their task is unknown; leave experts out of target_modules"
+                "many rows in another order, so their task is unknown; leave experts out of target_modules"
             )
     return targets
 
@@ -225,8 +228,8 @@ def _matching(
         if not matching:
             if fused := [name for name in fused_experts(model) if pattern.fullmatch(name)]:
                 raise UserError(
-                    f"{target!r} names no linear layer but the fused weights of experts ({fused[0]}), which no adapter "
-                    f"reaches; this model has {there}"
+                    f"{target!r} names no linear layer but the fused weights of experts ({fused[0]}), which cannot "
+                    f"carry an adapter; this model has {there}"
                 )
             about = " is named" if is_name and not whole else "'s whole name matches the expression"
             example = f", for example {linears[0][0]}" if linears else ""
@@ -236,9 +239,9 @@ def _matching(
 
 
 def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str:
-    """``target_modules`` that mean exactly the modules ``names``, here and in PEFT.
+    """Return ``target_modules`` that select exactly the modules ``names``, here and in PEFT.
 
-    Name endings if they match no other module of ``base``, else whole names, else an expression of whole names.
+    Name endings if they match no other module of ``base``, else whole names, else a regular expression of whole names.
     """
     names = list(names)
     if base is None:
@@ -253,17 +256,17 @@ def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of experts that are stacked in one parameter (E, d, k), which is no linear layer for an adapter."""
-    own = {name: weight for name, weight in model.named_parameters() if weight.dim() == 3 and len(weight) > 1}
+    """Return the weights (E, d, k) that stack E experts in one parameter, which cannot carry an adapter, by name."""
+    stacked = {name: weight for name, weight in model.named_parameters() if weight.dim() == 3 and len(weight) > 1}
     return {
-        n: w
-        for n, w in own.items()
-        if not isinstance(model.get_submodule(n.rpartition(".")[0]), nn.modules.conv._ConvNd)
+        name: weight
+        for name, weight in stacked.items()
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
     }
 
 
 def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
-    """By name, each module once, by the first of its names."""
+    """Return the modules by name, each once, under the first of its names."""
     by_module: dict[nn.Module, str] = {}
     for name, module in named:
         by_module.setdefault(module, name)
@@ -271,24 +274,24 @@ def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that projects to the vocabulary, adapted or not; None for a model without one."""
+    """Return the layer that projects to the vocabulary, adapted or not; None for a model without one."""
     try:
         return getattr(model, "get_output_embeddings", lambda: None)()
-    except NotImplementedError:  # a model of transformers without one
+    except NotImplementedError:  # raised by a transformers model without an output head
         return None
 
 
 def _bypasses(owner: nn.Module, name: str) -> bool:
-    """Whether a module may read the weight of the layer ``name`` in it instead of calling it, past any adapter.
+    """Whether a module may read the weight of the layer ``name`` in it instead of calling it, bypassing any adapter.
 
-    torch's own attention does so always and its encoder layer in evaluation; fused kernels of Mamba do so on GPUs.
+    torch's own attention always does, its encoder layer does in evaluation, and fused Mamba kernels do on GPUs.
     """
     fused = "Mamba" in type(owner).__name__ and name.rpartition(".")[2] in ("x_proj", "dt_proj", "out_proj")
     return fused or isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
 
 
 def of_relative_positions(model: nn.Module) -> set[nn.Module]:
-    """The layers that see DeBERTa's relative positions (arXiv 2006.03654), alone or besides the rows' tokens."""
+    """Return the layers that project DeBERTa's relative positions (arXiv 2006.03654), alone or together with tokens."""
     found = set()
     for owner in model.modules():
         if getattr(owner, "relative_attention", False):
@@ -303,7 +306,7 @@ def _is_expert(name: str) -> bool:
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, under every name that those have."""
+    """Replace modules of a model, under every name that they have. replacements: from old to new module."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements:
@@ -311,19 +314,19 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; one that two modules share counts once."""
+    """Return the numbers of trainable parameters and of all parameters; a shared parameter counts once."""
     sizes = [(_size(each), each.requires_grad) for each in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def _size(weight: torch.Tensor) -> int:
-    """The number of values of a weight that may be partitioned (ZeRO-3) or packed (bitsandbytes' 4 bits)."""
+    """Return the number of values of a weight, which may be partitioned (ZeRO-3) or packed (bitsandbytes, 4 bits)."""
     packed = getattr(weight, "quant_state", None)
     return math.prod(packed.shape) if packed is not None else getattr(weight, "ds_numel", weight.numel())
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the number of trainable parameters, of all, and their percentage, in PEFT's words."""
+    """Print the number of trainable parameters, of all parameters, and the percentage, in PEFT's format."""
     trainable, total = trainable_parameters(model)
     percentage = 100 * trainable / max(total, 1)
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percentage:.4f}")
@@ -334,25 +337,28 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
-    """Fold the adapter into plain linear layers for one task, in place, and return the model.
+    """Merge the adapter for one task into the base's linear layers, in place, and return the model.
 
-    Modules saved whole keep their trained values. Nothing else of the adapter is left: the model's methods, hooks and
-    attributes, and which weights require a gradient, are what they were before ``inject``. So it knows no tasks any
-    more: the forward of a model of transformers ignores ``task_ids`` that are still passed to it, and ``generate``
-    refuses them. Raises ``UserError`` for a task the adapter does not have, for a model without an adapter, for a base
-    that is quantised, offloaded or computed from other weights, for a sum that its dtype cannot hold, and for a model
-    with a head per task, naming the function that merges it.
+    task: a name or an id; None for a method whose layers are the same for every task.
+
+    Modules saved whole keep their trained values. Nothing else of the adapter remains: methods, hooks, attributes and
+    which weights require a gradient are as before ``inject``. The model no longer knows tasks: the forward of a
+    transformers model ignores ``task_ids``, and ``generate`` refuses them.
+
+    Raises ``UserError`` for an unknown task, for a model without an adapter, for a method without factors, for a base
+    weight that is quantised, offloaded or computed from other weights, for a merged weight that its dtype cannot hold,
+    and for a model with a head per task, naming what to use instead.
     """
-    # All before anything changes, for it may raise.
+    # Everything that may raise comes before anything is changed.
     if task is not None and injection_of(model):
         task_index(unwrap(model).mtl_lora_config.tasks, task)
     for name, module in named_modules(model):
         if instead := getattr(module, "merge_instead", None):
-            raise UserError(f"{name} is of every task, and a merged model has one; use {instead}")
+            raise UserError(f"{name} has a part for each task, and a merged model is for one task; use {instead}")
     layers = adapter_layers(model)
     for name, layer in layers.items():
         if "weight" not in layer.base_layer._parameters:
-            raise UserError(f"the weight of {name} is computed from others, so it cannot take the adapter into it")
+            raise UserError(f"the weight of {name} is computed from others, so no adapter can be merged into it")
         require_in_memory(f"the weight of {name}", layer.base_layer.weight)
     merged = {layer.base_layer: layer.merged_weight(task) for layer in layers.values()}
     for name, weight in zip(layers, merged.values(), strict=True):
@@ -363,7 +369,7 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
         base.weight = _in_place_of(base.weight, weight)
     config, head = getattr(unwrap(model), "config", None), output_head(unwrap(model))
     if getattr(config, "_name_or_path", ""):
-        # Another base now, which the next adapter must not record as the one before.
+        # The next adapter must not record the original base as its own.
         config._name_or_path = ""
     tied = head is not None and getattr(config, "tie_word_embeddings", False)
     if tied and head.weight is not unwrap(model).get_input_embeddings().weight:
@@ -372,7 +378,7 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
 
 
 def require_finite(name: str, weight: torch.Tensor) -> None:
-    """Raise ``UserError`` for a merged weight that is not finite, as fp16 ends at 65,504."""
+    """Raise ``UserError`` for a merged weight that is not finite, such as an fp16 weight beyond 65,504."""
     if not weight.isfinite().all():
         raise UserError(
             f"the merged weight of {name} is not finite in {weight.dtype}; load the base in float32 (--dtype fp32)"
@@ -380,24 +386,24 @@ def require_finite(name: str, weight: torch.Tensor) -> None:
 
 
 def _in_place_of(before: nn.Parameter, weight: torch.Tensor) -> nn.Parameter:
-    """A weight of a merged model, trained and marked (see ``_drawn_anew``) as the one before it."""
+    """Return ``weight`` as a parameter with ``before``'s requires_grad and mark of loaded weights (``_not_loaded``)."""
     weight = nn.Parameter(weight, requires_grad=before.requires_grad)
     weight._is_hf_initialized = getattr(before, "_is_hf_initialized", False)
     return weight
 
 
 def _untie(root: nn.Module, head: nn.Module) -> None:
-    """Have a model keep its output head beside its embeddings, when it is resized or saved."""
+    """Untie the output head from the embeddings, so that resizing or saving the model keeps both."""
     if not getattr(root.config, "is_encoder_decoder", False):
         root.config.tie_word_embeddings = False
     elif isinstance(ties := getattr(root, "_tied_weights_keys", None), dict):
-        # There it ties the embeddings of both halves too, and some scale the head's input by it.
+        # Here the setting also ties the embeddings of encoder and decoder, and in some models scales the head's input.
         own = {f"{name}.{key}" for name, module in named_modules(root) if module is head for key in ("weight", "bias")}
         root._tied_weights_keys = {name: source for name, source in ties.items() if name not in own}
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take the adapter off, in place, and return the model: the base model as it was before ``inject``.
+    """Remove the adapter in place and return the model, which is the base model as it was before ``inject``.
 
     Raises ``UserError`` for a model without an adapter.
     """
@@ -406,7 +412,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def _take_off(model: nn.Module, keep: bool) -> None:
-    """Undo everything that ``inject`` did; keep: modules saved whole keep their trained values."""
+    """Undo everything that ``inject`` did. keep: whether modules saved whole keep their trained values."""
     root = unwrap(model)
     injection = injection_of(root)
     if injection is None:
@@ -434,8 +440,10 @@ def _take_off(model: nn.Module, keep: bool) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """A block in which the model is the base model: its own layers stand in their places, and its output is the
-    base's bit for bit. ``task_ids`` are still taken, and not used."""
+    """A context manager inside which the model is its base model: its output is that of the base bit for bit.
+
+    ``task_ids`` may still be passed and have no effect.
+    """
     layers = {layer: layer.base_layer for layer in adapter_layers(model).values()}
     injection = injection_of(model)
     slots = injection.slots if injection else []
@@ -465,21 +473,21 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @torch._disable_dynamo
 def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[tuple, dict]:
-    """Take task_ids out of the call, put them in force, and prepare a forward that trains."""
+    """Take ``task_ids`` out of the call, set them as the current route, and set up the checks of a training forward."""
     injection = model.mtl_lora_injection
     task_ids = options.pop("task_ids", None)
     inputs = (options.get("input_ids"), options.get("inputs_embeds"), *arguments[:1])
     sample = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
     keep = options.get("logits_to_keep") if injection.has_head else None
     route = routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
-    if route is not None and (row_ids := route.row_ids) is not None:  # ids of every token would take memory for each
+    if route is not None and (row_ids := route.row_ids) is not None:  # one tensor per token would need too much memory
         # A model pickled by an earlier version has no such list.
         route.prepared = _prepared(getattr(injection, "layers", ()), row_ids)
     if model.training and torch.is_grad_enabled():
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not injection.off and not _is_compiled(model):
             _refuse_drifting_averages(model)
-            for watcher in injection.watchers:  # a forward that was interrupted has left them
+            for watcher in injection.watchers:  # left by an interrupted forward
                 watcher.remove()
             injection.watchers = [
                 layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))
@@ -490,12 +498,14 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
 
 
 def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
-    """What the layers' class prepares for the task ids (B,) of a forward, by layer; layers that are sharded do it
-    themselves, when their parameters are gathered."""
+    """Return what ``AdapterLayer.prepare`` computes for the task ids (M,) of the rows of a forward, by layer.
+
+    Sharded layers are left out: they compute it themselves while their parameters are gathered.
+    """
     groups: dict[tuple, list[AdapterLayer]] = {}
     for layer in layers:
         first = getattr(layer, layer.parameter_names[0])
-        if not is_sharded(first) and not first.is_meta:  # accelerate puts weights that it has offloaded on meta
+        if not is_sharded(first) and not first.is_meta:  # a weight that accelerate has offloaded is on meta
             groups.setdefault(layer.prepared_alike(), []).append(layer)
     return {
         layer: tensor
@@ -505,20 +515,20 @@ def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Mod
 
 
 def _refuse_drifting_averages(model: nn.Module) -> None:
-    """Raise ``UserError`` for a frozen batch norm in training mode: its running averages would change, unsaved."""
+    """Raise ``UserError`` for a frozen batch norm in training mode, whose running averages would change unsaved."""
     kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
     for name, module in named_modules(model):
         tracks = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         if tracks and module.training and module not in kept:
             raise UserError(
-                f"the batch norm {name} is frozen, and in training mode it changes its running averages, which a "
+                f"the batch norm {name} is frozen, but in training mode it changes its running averages, which a "
                 "checkpoint would not hold; name it in modules_to_save, or call eval() on it before each forward"
             )
 
 
 @torch._disable_dynamo
 def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
-    """End the route, and raise for a layer that the first forward that trains has not called."""
+    """End the route of the forward; raise ``UserError`` if the first training forward has not called a layer."""
     routing.leave_model()
     injection = model.mtl_lora_injection
     if not injection.watchers:
@@ -533,16 +543,18 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
     if unused and not injection.allow_unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
-            f"the adapter layer {unused[0]}{others} of {len(layers)} was not called in a forward that trains, so it "
-            "would stay as it was drawn; leave it out of target_modules, or, if other batches reach it, pass "
+            f"the adapter layer {unused[0]}{others} of {len(layers)} was not called in a training forward, so it would "
+            "keep its initial values; leave it out of target_modules, or, if other batches reach it, pass "
             "allow_unused=True to inject"
         )
     injection.unchecked = False
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` runs the forward or a part of it; hooks of layers would then be compiled with it, and
-    one module's graph may run for another, whose hooks are not called."""
+    """Whether ``torch.compile`` runs the forward or a part of it.
+
+    Hooks of layers would then be compiled too, and the graph of one module may run for another without its hooks.
+    """
     if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules()):
         return True
     frame, compilers = sys._getframe(), 0

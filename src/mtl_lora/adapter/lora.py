@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685, equation 3): one low-rank pair that all tasks share."""
+"""LoRA (arXiv 2106.09685, equation 3): one low-rank pair, shared by all tasks."""
 
 from torch import nn
 
@@ -7,7 +7,10 @@ from mtl_lora.adapter.layer import AdapterLayer, kaiming
 
 
 class LoraLayer(AdapterLayer):
-    """y = W x + b + (alpha / r) B A dropout(x), with A (r, k) and B (d, r); B starts at zero."""
+    """y = W x + b + (alpha / r) B A dropout(x).
+
+    lora_A: (r, k), A, starts like the weight of a torch Linear. lora_B: (d, r), B, starts at zero.
+    """
 
     method, title, paper = "lora", "LoRA", "2106.09685"
 

@@ -1,4 +1,4 @@
-"""MoELoRA (arXiv 2310.18339, equations 6 to 9): experts of small rank, mixed by a gate that reads the task."""
+"""MoELoRA (arXiv 2310.18339, equations 6 to 9): low-rank experts, mixed by a gate that depends on the task."""
 
 import dataclasses
 
@@ -11,16 +11,17 @@ from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
 from mtl_lora.config import flag
 
-_A_SPREAD = 0.01  # standard deviation of the A_i at the start
+_A_STD = 0.01  # standard deviation of the initial A_i
 
 
 class MoeLoraLayer(AdapterLayer):
     """y = W x + b + (alpha / r) sum_i g_ti B_i A_i dropout(x), i = 1..N, g_t = softmax(G e_t), t the row's task.
 
-    N experts of rank r / N share the rank r. lora_A: (r, k), the A_i stacked, drawn from N(0, 0.01^2). lora_B: (d, r),
-    [B_1 ... B_N], starts at zero. lora_task_embedding: (T, E), e_t, drawn from N(0, 1). lora_gate: (N, E), G without
-    bias, as torch starts a Linear: with both zero the gate would stay as it is for ever. Every layer has a gate and
-    embeddings of its own, as in the repository of MTL-LoRA; the paper's are one for all layers.
+    N experts of rank r / N share the rank r; here N is the number of experts and E the width of a task embedding.
+    lora_A: (r, k), the A_i stacked, drawn from N(0, 0.01^2). lora_B: (d, r), the matrix [B_1 ... B_N], starts at zero.
+    lora_task_embedding: (T, E), e_t, drawn from N(0, 1). lora_gate: (N, E), G, without bias, starts like the weight of
+    a torch Linear: if embeddings and gate both started at zero, neither would get a gradient. Every layer has its own
+    gate and embeddings, as in the repository of MTL-LoRA; in the paper, all layers share them.
     """
 
     method, title, paper = "moelora", "MoELoRA", "2310.18339"
@@ -49,26 +50,26 @@ class MoeLoraLayer(AdapterLayer):
         }
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.lora_A, std=_A_SPREAD)
+        nn.init.normal_(self.lora_A, std=_A_STD)
         nn.init.zeros_(self.lora_B)
         nn.init.normal_(self.lora_task_embedding)
         kaiming(self.lora_gate)
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
-        """g_t for each id: (M,) to (M, N)."""
+        """Return g_t for each task id, (M,) to (M, N)."""
         return F.softmax(F.linear(self.lora_task_embedding[task_ids], self.lora_gate), dim=-1)
 
     def gate(self, task_ids: torch.Tensor) -> torch.Tensor:
-        """g_t spread over the columns of its experts: (M,) to (M, r)."""
+        """Return g_t for each task id, each weight repeated for the r / N columns of its expert, (M,) to (M, r)."""
         return self.mixture(task_ids).repeat_interleave(self.rank // self.hyperparameters.num_experts, dim=-1)
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         blocks = routing.blocks_for(x, self)
-        # In the gate's own dtype: its gradient is a difference of sums over the tokens, in which bf16 would round away.
+        # In the gate's own dtype: its gradient is a difference of sums over the tokens, which bf16 would round away.
         gate = self.gate(blocks.ids)
         return blocks.map(torch.mul, z.to(gate.dtype), gate[:, None])
 
     def factors(self, task: str | int | None = None) -> Factors:
-        """A and B with the gate of one task folded in; raises ``UserError`` for a task that is not there."""
+        """Return A and B with the gate of one task folded into B; raises ``UserError`` for an unknown task."""
         index = torch.tensor([self.task_index(task)], device=self.lora_A.device)
         return Factors(self.lora_A, self.lora_B * self.gate(index), self.scale)

@@ -1,4 +1,4 @@
-"""MTL-LoRA (arXiv 2410.09437, equations 5 to 7): a task's own r x r transform and its own mixture of up-projections."""
+"""MTL-LoRA (arXiv 2410.09437, equations 5 to 7): each task has an r x r transform and a mixture of up-projections."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,21 +14,22 @@ from mtl_lora.config import flag
 
 LAMBDA_SHAPES = ("full", "diagonal", "identity")
 MIXTURES = ("learned", "uniform")
-_LARGEST = 2**24  # numbers that are prepared for all layers of a forward: 64 MB
+_MAX_PREPARED = 2**24  # most elements that ``prepare`` computes for all layers of a forward: 64 MB in float32
 
 
 class MtlLoraLayer(AdapterLayer):
     """y = W x + b + (alpha / r) sum_i softmax(w_t / tau)_i B_i Lambda_t A dropout(x), i = 1..n, t the row's task.
 
-    lora_A: (r, k), shared. lora_lambda: (T, r, r), Lambda_t, starts at the identity; with ``lambda_shape="diagonal"``
-    (T, r), its diagonal. lora_w: (T, n), mixture logits; drawn at random, for with equal weights every B_i would get
-    the same gradient and stay equal to its twins. lora_B: (d, n r), the matrix [B_1 ... B_n], starts at zero.
-    Without a part, for studies of what each does: ``lambda_shape="identity"`` keeps Lambda_t at its start, and
-    ``mixture="uniform"`` keeps w at zero, so that n acts as 1.
+    lora_A: (r, k), A, shared by all tasks, starts like the weight of a torch Linear. lora_lambda: (T, r, r), Lambda_t,
+    starts at the identity; only its diagonal, (T, r), unless ``lambda_shape`` is "full". lora_w: (T, n), mixture logits
+    w_t, start at random: with equal weights, all B_i would get the same gradient and stay equal. lora_B: (d, n r), the
+    matrix [B_1 ... B_n], shared by all tasks, starts at zero. For ablations, ``lambda_shape="identity"`` keeps Lambda_t
+    at the identity, and ``mixture="uniform"`` keeps w at zero, so that all B_i stay equal and n acts as 1.
 
-    Everything that differs between tasks fits in rank space: with P_t = [w_t1 Lambda_t; ...; w_tn Lambda_t] of shape
-    (n r, r), y += scale [B_1 ... B_n] (P_t (A x)). So the batch needs one product with A, one small product per row
-    picked by task id, and one with the shared B; no copy of A or B per row, no loop over tasks, no synchronisation.
+    Everything that differs between tasks is done in rank space. With P_t = [m_1 Lambda_t; ...; m_n Lambda_t] of shape
+    (n r, r) and m = softmax(w_t / tau), y += scale [B_1 ... B_n] (P_t (A x)). So a batch needs one product with A, one
+    small product per row with the P_t of its task, and one product with the shared B: no copy of A or B per row, no
+    loop over tasks, no synchronisation.
     """
 
     method, title, paper = "mtl_lora", "MTL-LoRA", "2410.09437"
@@ -51,7 +52,7 @@ class MtlLoraLayer(AdapterLayer):
         )
         mixture_start: float = flag(
             1.0,
-            "w starts at this times U(-1/sqrt n, 1/sqrt n); the paper's is 1, near 0 mixes evenly",
+            "factor on the initial w, drawn from U(-1/sqrt n, 1/sqrt n); the paper's is 1, near 0 mixes evenly",
             above=0,
             before=1.0,
         )
@@ -75,7 +76,7 @@ class MtlLoraLayer(AdapterLayer):
     def reset_parameters(self) -> None:
         own = self.hyperparameters
         kaiming(self.lora_A)
-        kaiming(self.lora_w)  # drawn where it is not learned too, so that what is drawn next is the same
+        kaiming(self.lora_w)  # always drawn, so that the draws of later layers do not depend on ``mixture``
         self.lora_w.mul_(own.mixture_start if own.mixture == "learned" else 0)
         self.lora_w.requires_grad_(own.mixture == "learned")
         self.lora_lambda.requires_grad_(own.lambda_shape != "identity")
@@ -83,25 +84,25 @@ class MtlLoraLayer(AdapterLayer):
         nn.init.zeros_(self.lora_B)
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
-        """softmax(w_t / tau) for each id: (M,) to (M, n)."""
+        """Return softmax(w_t / tau) for each task id, (M,) to (M, n)."""
         return F.softmax(self.lora_w[task_ids] / self.hyperparameters.temperature, dim=-1)
 
     def task_transforms(self, task_ids: torch.Tensor) -> torch.Tensor:
-        """Lambda_t for each id: (M,) to (M, r, r)."""
+        """Return Lambda_t for each task id, (M,) to (M, r, r)."""
         transforms = self.lora_lambda[task_ids]
         return torch.diag_embed(transforms) if self.diagonal else transforms
 
     def combined_transform(self, task_ids: torch.Tensor) -> torch.Tensor:
-        """P_t for each id: (M,) to (M, n r, r). Gathered before it is built, so the cost does not grow with T."""
+        """Return P_t for each task id, (M,) to (M, n r, r); the cost does not grow with T."""
         return _combined(self.mixture(task_ids), self.task_transforms(task_ids))
 
     @classmethod
     def prepare(cls, layers: list["MtlLoraLayer"], task_ids: torch.Tensor) -> list[torch.Tensor]:
-        """P_t transposed for each id, (G, r, n r), of every layer."""
+        """Return, for every layer, P_t transposed for each task id (G,), as one tensor (G, r, n r)."""
         first = layers[0]
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func transforms plain operations alone
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func cannot transform ``_Transforms``
             return []
-        if len(layers) * len(task_ids) * first.lora_B.shape[1] * first.rank > _LARGEST:
+        if len(layers) * len(task_ids) * first.lora_B.shape[1] * first.rank > _MAX_PREPARED:
             return []
         dtype = first.compute_dtype if first.base_layer.weight.is_floating_point() else first.parameter_dtype
         parameters = [layer.lora_w for layer in layers] + [layer.lora_lambda for layer in layers]
@@ -109,15 +110,17 @@ class MtlLoraLayer(AdapterLayer):
 
     def mix(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         blocks, transform = routing.blocks_for(x, self), routing.prepared_for(self)
-        # One that was prepared where no gradient was wanted is of no use where one is.
+        # A transform that was prepared without gradients cannot be used where gradients are required.
         if transform is None or (torch.is_grad_enabled() and not transform.requires_grad):
             transform = self.combined_transform(blocks.ids).transpose(1, 2)
         return blocks.map(torch.bmm, z, transform.to(z.dtype))
 
     def streams(self, x: Streams) -> Streams:
-        """The shared stream has Lambda = I and equal weights, y = W x + b + (alpha / r) mean_i B_i A x~; task t's is
+        """Map streams (..., k) to a shared output y (..., d) and one output y_t per task, (T, ..., d).
 
-        y_t = W x + b + (alpha / r) sum_i softmax(w_t / tau)_i B_i Lambda_t A z_t, where z_t is x~ or the task's input.
+        y = W x + b + (alpha / r) mean_i B_i A x~, that is, with Lambda = I and equal weights;
+        y_t = W x + b + (alpha / r) sum_i softmax(w_t / tau)_i B_i Lambda_t A z_t.
+        x~ = dropout(x). z_t is the task's own input without dropout, or x~ if the task has none yet.
         """
         output, dropped = self.base_and_dropped(x.shared)
         down, up = self.down().to(output.dtype), self.up().to(output.dtype)
@@ -131,32 +134,33 @@ class MtlLoraLayer(AdapterLayer):
         return self.as_streams(torch.addmm(output, shared, mean.T, alpha=self.scale), tasks, x)
 
     def factors(self, task: str | int | None = None) -> Factors:
-        """A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for a task that is not there."""
+        """Return A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for an unknown task."""
         index = torch.tensor([self.task_index(task)], device=self.lora_w.device)
         return Factors(self.lora_A, self.lora_B @ self.combined_transform(index)[0], self.scale)
 
 
 def _combined(weights: torch.Tensor, transforms: torch.Tensor) -> torch.Tensor:
-    """[w_1 Lambda; ...; w_n Lambda] of weights (..., n) and Lambda (..., r, r): (..., n r, r)."""
+    """Return [m_1 Lambda; ...; m_n Lambda], (..., n r, r), from weights m (..., n) and Lambda (..., r, r)."""
     return (weights[..., None, None] * transforms[..., None, :, :]).flatten(-3, -2)
 
 
 def _versions(parameters: Sequence[torch.Tensor]) -> list[int | None]:
-    """How often each was changed in place; not counted for a model that was built in inference mode."""
+    """Return how often each parameter was changed in place; None for one that was made in inference mode."""
     return [None if parameter.is_inference() else parameter._version for parameter in parameters]
 
 
 class _Transforms(torch.autograd.Function):
-    """Ids (G,), tau, the dtype of the result, M lora_w (T, n) and M lora_lambda to M P_t transposed, (G, r, n r).
+    """P_t transposed for each task id, as one tensor (G, r, n r) per layer, for M layers at once.
 
-    A function of its own because of the gradients: a layer that was not called has none, and parts of a model may be
-    differentiated one after the other, each once.
+    Takes task ids (G,), tau, the dtype of the result, the lora_w (T, n) of all M layers, then their lora_lambda. A
+    custom function because of the gradients: a layer that was not called gets none, and parts of a model may run their
+    backward passes one after the other.
     """
 
     @staticmethod
     def forward(ctx, task_ids, temperature, dtype, *parameters):
         ctx.set_materialize_grads(False)
-        # Not saved by autograd, which would free them after the first of several backward passes.
+        # Not with save_for_backward: autograd would free them after the first of several backward passes.
         ctx.task_ids, ctx.temperature, ctx.parameters = task_ids, temperature, parameters
         ctx.versions = _versions(parameters)
         half = len(parameters) // 2
@@ -176,10 +180,10 @@ class _Transforms(torch.autograd.Function):
             matrices = [ctx.parameters[half + index] for index in called]
             weights, transforms = _picked(logits, matrices, ctx.task_ids, ctx.temperature)
             found = torch.stack([gradients[index] for index in called]).to(weights.dtype)
-            # (layer, id, n, r, r), as P_t is [w_i Lambda] over i.
+            # (layer, id, n, r, r), because P_t stacks m_i Lambda over i.
             found = found.transpose(-1, -2).unflatten(-2, (weights.shape[-1], -1))
             by_weight = (found * transforms[:, :, None]).sum(dim=(-1, -2))
-            # torch's own operation, so that the sums are those of a layer alone, bit for bit.
+            # torch's own operation, so that the gradient equals that of a single layer bit for bit.
             by_logit = torch._softmax_backward_data(by_weight, weights, -1, weights.dtype) / ctx.temperature
             by_transform = (found * weights[..., None, None]).sum(dim=2)
             if matrices[0].dim() == 2:
@@ -194,7 +198,7 @@ class _Transforms(torch.autograd.Function):
 
 
 def _picked(logits, matrices, task_ids, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(w_t / tau) (M, G, n) and Lambda_t (M, G, r, r) of M layers for the ids (G,)."""
+    """Return softmax(w_t / tau), (M, G, n), and Lambda_t, (M, G, r, r), of M layers for the task ids (G,)."""
     weights = F.softmax(torch.stack(list(logits))[:, task_ids] / temperature, dim=-1)
     transforms = torch.stack(list(matrices))[:, task_ids]
     return weights, torch.diag_embed(transforms) if transforms.dim() == 3 else transforms

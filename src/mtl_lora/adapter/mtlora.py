@@ -1,4 +1,4 @@
-"""MTLoRA (arXiv 2403.20320): of one input an output for all tasks and one for each, all on one frozen product."""
+"""MTLoRA (arXiv 2403.20320): one output for all tasks and one per task from the same input and frozen product."""
 
 import dataclasses
 
@@ -15,15 +15,16 @@ MODES = ("matrix", "matrixv2", "addition")
 
 
 class MtloraLayer(AdapterLayer):
-    """y = W x + b + s B A x~ for all tasks, and y_t = W x + b + s_t B_t A_t z_t for task t; x~ is dropout(x).
+    """y = W x + b + s B A x~ for all tasks, and y_t = W x + b + s_t B_t A_t z_t for task t, with x~ = dropout(x).
 
-    z_t is the task's input as it is, or x~ where the task has none yet; W sees the shared input alone. lora_A (r, k)
-    and lora_B (d, r): the shared pair, s = alpha / r. task_A (T, q, k) and task_B (T, d, q): a pair of rank q for each
-    task, with a constant s_t. Every B starts at zero. By ``shared_mode``:
+    z_t is the task's own input without dropout, or x~ if the task has no input of its own yet; W is applied to the
+    shared input only. lora_A (r, k) and lora_B (d, r): the shared pair, s = alpha / r. task_A (T, q, k) and task_B
+    (T, d, q): one pair of rank q per task, with a constant s_t. Every A starts like the weight of a torch Linear, every
+    B at zero. ``shared_mode`` is one of:
       matrix    as above
-      matrixv2  y_t has the shared pair's term too
-      addition  there is no shared pair: y = W x + b + LayerNorm(sum_t y_t), which does not start as the base
-    Layers that are not task-specific are LoRA's (``AdapterConfig.task_modules``).
+      matrixv2  y_t also contains the term of the shared pair
+      addition  no shared pair: y = W x + b + LayerNorm(sum_t y_t), so the layer does not start as its base
+    Layers that are not task-specific (``AdapterConfig.task_modules``) are LoRA layers.
     """
 
     method, title, paper = "mtlora", "MTLoRA", "2403.20320"
@@ -41,7 +42,7 @@ class MtloraLayer(AdapterLayer):
     @classmethod
     def check_config(cls, config: AdapterConfig) -> None:
         if not config.tasks:
-            raise UserError(f"tasks must be the names of the tasks, since {cls.title} has weights of each")
+            raise UserError(f"tasks must be the names of the tasks, since {cls.title} has weights for each of them")
 
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
@@ -64,9 +65,9 @@ class MtloraLayer(AdapterLayer):
         nn.init.zeros_(self.task_B)
 
     def forward(self, x: Streams) -> Streams:
-        """Streams of (..., k) to those of (..., d)."""
+        """Map streams (..., k) to streams (..., d); raises ``UserError`` for a tensor."""
         if not isinstance(x, Streams):
-            raise UserError(f"a layer of {self.title} has several outputs, and this model reads one")
+            raise UserError(f"a layer of {self.title} has one output per task, but this model reads only one output")
         return self.streams(x)
 
     def streams(self, x: Streams) -> Streams:

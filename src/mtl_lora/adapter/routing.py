@@ -1,10 +1,10 @@
 """Task routing: which task each row (or token) of the running batch belongs to.
 
 ``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up, and the block
-``with route.use(task_ids):`` take names, ids or a tensor: (B,), one for each row, or (B, L), one for each token. Before
-a model runs, a hook resolves names, checks the range and puts the ids where the layers read them: per thread, never on
-the model, so two threads or two forwards before one backward cannot mix. B is the first axis of every layer's input; a
-model that lays its activations out as (L, B, k) is not supported: with L equal to B this cannot be noticed.
+``with route.use(task_ids):`` take names, ids or a tensor: (B,), one per row, or (B, L), one per token. Before a model
+runs, a hook resolves names, checks the range and stores the ids where the layers read them: per thread, never on the
+model, so that two threads, or two forwards before one backward, cannot mix them up. B must be the first axis of every
+layer's input. Models with activations (L, B, k) are not supported, and if L equals B this cannot be detected.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ _RULE = f"task_ids must be names or whole numbers of shape {_SHAPES}"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blocks:
-    """How ids (1, L) of tokens lie in blocks of equal rows, so that a layer reads one id a row: the first ``sizes[0]``
-    = (rows, length) tokens are the rows of a block, one after the other, and so on.
+    """Tokens grouped into blocks of rows of equal length, so that a layer needs one task id per row, not per token.
 
-    ids: (M,), of all rows of all blocks.
+    ids: the task id of each of the M rows of all blocks, (M,). sizes: (rows, length) of each block. The tokens of the
+    blocks follow each other, and in a block the tokens of its rows.
     """
 
     ids: torch.Tensor
@@ -37,16 +37,19 @@ class Blocks:
 
     @classmethod
     def of_equal_rows(cls, ids: torch.Tensor, tokens: int) -> "Blocks":
-        """Ids of any shape, each of as many of the tokens as any other."""
+        """Return one block for ids of any shape in which every id covers the same number of tokens."""
         ids = ids.reshape(-1)
         return cls(ids, ((len(ids), tokens // max(len(ids), 1)),))
 
     def split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Values of all rows, (M, ...), as those of each block's rows."""
+        """Split values of all rows, (M, ...), into one tensor (rows, ...) per block."""
         return values.split([rows for rows, _ in self.sizes])
 
     def map(self, function: Callable, z: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """``function`` of each block's (rows, length, R) tokens and its rows' values (rows, ...): (N, R) to (N, R')."""
+        """Apply ``function`` to the tokens (rows, length, R) and the row values (rows, ...) of each block.
+
+        z: (N, R), all tokens. values: (M, ...), of all rows. Returns (N, R').
+        """
         if len(self.sizes) == 1:
             return function(z.view(*self.sizes[0], z.shape[-1]), values).flatten(0, 1)
         tokens = [rows * length for rows, length in self.sizes]
@@ -55,10 +58,10 @@ class Blocks:
 
 
 class Route:
-    """The task ids of one batch: a tensor, or names as they were passed, until an adapter's tasks are known.
+    """The task ids of one batch: a tensor, or a list of names until an adapter's tasks are known.
 
-    blocks: of ids (1, L), how they lie in rows. Raises ``UserError`` for what is neither names nor whole numbers of
-    shape (B,) or (B, L).
+    blocks: how ids of shape (1, L) group into rows, or None. Raises ``UserError`` unless ``task_ids`` are names or
+    whole numbers of shape (B,) or (B, L).
     """
 
     def __init__(self, task_ids, blocks: Blocks | None = None):
@@ -66,8 +69,8 @@ class Route:
         self._in_range_of = -1  # the number of tasks for which the ids were found to be in range
         rows = task_ids
         if not isinstance(task_ids, torch.Tensor | str):
-            rows = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids  # also a slice of a data frame
-            rows = first = list(rows) if isinstance(rows, Sequence) else rows  # also a column of datasets
+            rows = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids  # an array or a pandas column
+            rows = first = list(rows) if isinstance(rows, Sequence) else rows  # a list, or a column of datasets
             while isinstance(first, list | tuple) and first:
                 first = first[0]
             if isinstance(first, str):
@@ -80,19 +83,19 @@ class Route:
         dtype = task_ids.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or task_ids.dim() not in (1, 2):
             raise UserError(f"{_RULE}, not {dtype} of shape {tuple(task_ids.shape)}")
-        # A copy, for the backward pass may come after the caller has filled its tensor with the next batch's ids.
+        # A copy, because the caller may overwrite its tensor with the next batch's ids before the backward pass.
         self.task_ids = task_ids.to(torch.long, copy=True)
 
     def repeated(self, repeats: int) -> "Route":
-        """The route of a batch in which every row stands ``repeats`` times (beam search)."""
+        """Return the route of a batch in which every row is repeated ``repeats`` times (beam search)."""
         if isinstance(self.task_ids, list):
             return Route([row for row in self.task_ids for _ in range(repeats)])
         return Route(self.task_ids.repeat_interleave(repeats, dim=0))
 
     def bind(self, tasks: list[str], like: torch.Tensor | None = None, keep=None) -> "BoundRoute":
-        """The ids for an adapter with these tasks; raises ``UserError`` for a name or an id that is not among them.
+        """Return the checked ids for an adapter with these tasks; raises ``UserError`` for an unknown name or id.
 
-        like: the model's input (B, L, ...), for its device and length. keep: the forward's ``logits_to_keep``.
+        like: the model's input (B, L, ...), for its device and length. keep: the ``logits_to_keep`` of the forward.
         """
         ids = self._resolved(tasks)
         if like is not None:
@@ -115,7 +118,7 @@ class Route:
             return ids
         rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
-            # Its text may have 254 characters at most, and the names of the tasks may have more.
+            # Cut, because torch refuses a long message here.
             torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}"[:250])
         else:
             lowest, highest = int(ids.min()), int(ids.max())
@@ -126,8 +129,8 @@ class Route:
 
 
 def is_traced() -> bool:
-    """Whether ``torch.export`` or a transform of ``torch.func`` runs the code, which then cannot read values."""
-    exporting = getattr(torch.compiler, "is_exporting", bool)  # newer than the oldest torch
+    """Whether ``torch.export`` or a ``torch.func`` transform runs the code, which then cannot read tensor values."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # the oldest supported torch lacks it
     return exporting() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -137,23 +140,26 @@ def _listed(tasks: list[str]) -> str:
 
 @dataclasses.dataclass(eq=False)
 class BoundRoute:
-    """Checked ids of a running forward, as its layers read them."""
+    """The checked task ids of a running forward, as its layers read them."""
 
     task_ids: torch.Tensor  # (B,) or (B, L)
-    length: int | None = None  # L of the model's input, where it is known: inputs of B L flattened rows then match too
-    kept: "BoundRoute | None" = None  # of the output head, where the forward projects only some positions
-    blocks: Blocks | None = None  # of ids (1, L)
-    prepared: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)  # of a layer, by ``prepare``
+    length: int | None = None  # L of the model's input, if known: then layer inputs flattened to (B L, k) match too
+    kept: "BoundRoute | None" = None  # the output head's route, if the forward projects only some positions
+    blocks: Blocks | None = None  # how ids of shape (1, L) group into rows
+    prepared: dict[nn.Module, torch.Tensor] = dataclasses.field(default_factory=dict)  # by layer, from ``prepare``
 
     @property
     def row_ids(self) -> torch.Tensor | None:
-        """An id for each row, (M,); None where every token has one of its own."""
+        """One id per row, (M,); None if there is one id per token."""
         if self.blocks is not None:
             return self.blocks.ids
         return self.task_ids if self.task_ids.dim() == 1 else None
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Ids on ``x``'s device for a layer input (B, ..., k) or (B L, k); raises ``UserError`` if they do not fit."""
+        """Return the ids on the device of ``x``, a layer's input (B, ..., k) or (B L, k).
+
+        Raises ``UserError`` if their shapes do not match.
+        """
         ids = self.task_ids
         if ids.device != x.device:
             ids = self.task_ids = moved(ids, x.device)
@@ -171,12 +177,15 @@ class BoundRoute:
 
 
 def moved(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Ids on a device, without waiting for it."""
+    """Return ids on a device, without waiting for the copy."""
     return ids.to(device, non_blocking=device.type == "cuda")
 
 
 def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
-    """The route of an output head that sees the positions ``keep`` alone (transformers' ``logits_to_keep``)."""
+    """Return the route of an output head that sees only the positions ``keep`` (transformers' ``logits_to_keep``).
+
+    None if the head can use the route of the model.
+    """
     selects_tokens = isinstance(keep, torch.Tensor) and keep.dim() == 2 and keep.dtype == torch.bool
     if length is None or (ids.dim() == 1 and not selects_tokens):
         return None
@@ -190,17 +199,20 @@ def _kept(ids: torch.Tensor, length: int | None, keep) -> BoundRoute | None:
 
 
 class TaskCollator:
-    """A collator that keeps the ``task_ids`` of examples (names or ids), which others drop or cannot read:
-    ``Trainer(..., data_collator=TaskCollator(DataCollatorForLanguageModeling(...)))``, TRL's too. The Trainer's
-    arguments must say ``remove_unused_columns=False``. Where accelerate splits batches over processes
-    (``dispatch_batches``, its default for streamed data), ids must be numbers. collator: of all other fields.
+    """A collator that keeps the ``task_ids`` of examples (names or ids), which other collators drop or cannot read.
+
+    For transformers and TRL: ``Trainer(..., data_collator=TaskCollator(DataCollatorForLanguageModeling(...)))``. The
+    Trainer's arguments must contain ``remove_unused_columns=False``. If accelerate splits batches across processes
+    (``dispatch_batches``, its default for streamed data), ids must be numbers.
+
+    collator: collates all other fields.
     """
 
     def __init__(self, collator: Callable[[list[dict]], MutableMapping]):
         self.collator = collator
 
     def __call__(self, examples: Sequence[Mapping]) -> MutableMapping:
-        """The collator's batch with ``task_ids``; raises ``UserError`` for an example without."""
+        """Return the inner collator's batch with ``task_ids``; raises ``UserError`` for an example without them."""
         lacking = [number for number, example in enumerate(examples) if "task_ids" not in example]
         if lacking:
             fields = ", ".join(examples[lacking[0]])
@@ -211,34 +223,40 @@ class TaskCollator:
         return batch
 
 
-# ---- what is in force ----
+# ---- the current routes of a thread ----
 
 
-class _InForce:
-    """What is in force in one thread."""
+class _Routes:
+    """The current routes of one thread."""
 
     outer: Route | None = None  # of ``use``
-    model: BoundRoute | None = None  # of the model that is running
+    model: BoundRoute | None = None  # of the running model
     backward: int = -1  # the backward pass in which ``outer`` was entered, -1 for none
 
 
 class _Thread(threading.local):
-    """This thread's routes. ``torch.compile`` cannot read context variables; and of a thread's own attributes, torch
-    2.11 takes the values for constants, so they stand one step further in."""
+    """Thread-local storage of the routes.
+
+    ``torch.compile`` cannot read context variables, and torch 2.11 treats attributes of thread-local storage as
+    constants; hence the routes are attributes of an object in it.
+    """
 
     def __init__(self):
-        self.routes = _InForce()
+        self.routes = _Routes()
 
 
 _thread = _Thread()
 
 
-class _Held:
-    """A block in which routes are in force; it may be entered again, for a graph that is kept is recomputed twice."""
+class _RouteContext:
+    """A context manager that makes routes current.
+
+    It may be entered several times, because a graph that is retained is recomputed in every backward pass.
+    """
 
     def __init__(self, outer: Route | None, model: BoundRoute | None = None):
         self.outer, self.model = outer, model
-        self.before: list[tuple] = []  # of each time that it is entered, also inside itself
+        self.before: list[tuple] = []  # the routes to restore, one entry for each time it is entered
 
     def __enter__(self) -> None:
         self.before.append((_thread.routes.outer, _thread.routes.model, _thread.routes.backward))
@@ -248,37 +266,41 @@ class _Held:
         _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.before.pop()
 
 
-def use(task_ids) -> _Held:
-    """Route the forwards inside the block: ``with mtl_lora.route.use(["boolq", "piqa"]):``.
+def use(task_ids) -> _RouteContext:
+    """Set the task ids of all forwards inside a block: ``with mtl_lora.route.use(["boolq", "piqa"]):``.
 
-    task_ids: names, or whole numbers in 0..T-1, of shape (B,) or (B, L). Names are resolved by the tasks of the model
-    that runs. Raises ``UserError`` for anything else.
+    task_ids: names, or whole numbers in 0..T-1, of shape (B,), one per row, or (B, L), one per token. Names are looked
+    up in the tasks of the model that runs. Raises ``UserError`` for anything else.
     """
-    return _Held(Route(task_ids))
+    return _RouteContext(Route(task_ids))
 
 
-def use_blocks(blocks: Blocks) -> _Held:
-    """Route forwards of one row whose tokens lie in blocks of rows."""
+def use_blocks(blocks: Blocks) -> _RouteContext:
+    """Set the task ids of all forwards inside a block, for a batch of one row of tokens, grouped by ``blocks``."""
     by_token = [
         ids[:, None].expand(size).reshape(-1) for ids, size in zip(blocks.split(blocks.ids), blocks.sizes, strict=True)
     ]
-    return _Held(Route(torch.cat(by_token)[None], blocks))
+    return _RouteContext(Route(torch.cat(by_token)[None], blocks))
 
 
 def current() -> Route | None:
-    """The route of the innermost ``use`` block, or None outside any."""
+    """Return the route of the innermost ``use`` block, or None outside of one."""
     return _thread.routes.outer
 
 
-def checkpoint_context() -> tuple[_Held, _Held]:
-    """``context_fn`` for one's own non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers."""
-    return _Held(_thread.routes.outer, _thread.routes.model), _Held(_thread.routes.outer, _thread.routes.model)
+def checkpoint_context() -> tuple[_RouteContext, _RouteContext]:
+    """Return the contexts that keep task ids when activations are recomputed.
+
+    Pass this function as ``context_fn`` to a non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers.
+    """
+    outer, model = _thread.routes.outer, _thread.routes.model
+    return _RouteContext(outer, model), _RouteContext(outer, model)
 
 
 def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> BoundRoute | None:
-    """Put the ids of a forward in force: those passed to it, or else those of the ``use`` block around it."""
+    """Make the ids passed to a forward current, or those of the ``use`` block around it; returns its checked route."""
     route = None if task_ids is None else Route(task_ids)
-    # A whole model that is recomputed must not read another batch's block.
+    # A model that is recomputed as a whole must not read the ``use`` block of another batch.
     if route is None and _thread.routes.backward == _backward_pass():
         route = _thread.routes.outer
     _thread.routes.model = route.bind(tasks, like, keep) if route is not None and tasks else None
@@ -286,19 +308,19 @@ def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> 
 
 
 def select_rows(task_ids: torch.Tensor) -> None:
-    """Have the output head of the running model read these ids, for it sees a selection of positions; any shape."""
+    """Set the task ids, of any shape, of the output head of the running model, which sees a selection of positions."""
     if _thread.routes.model is not None:
         _thread.routes.model.kept = BoundRoute(task_ids)
 
 
 def leave_model() -> None:
-    """The end of a forward, also of one that raised."""
+    """Drop the route of the model at the end of a forward, also of one that raised."""
     _thread.routes.model = None
 
 
 def prepared_for(layer) -> torch.Tensor | None:
-    """What the layer's class prepared for this forward; None where the layer has to compute it from the task ids."""
-    # In code that is compiled for one layer and used for others, nothing may be looked up by the layer.
+    """Return what ``prepare`` computed for a layer in this forward; None if the layer must compute it itself."""
+    # Compiled code may be reused for other layers, so it must not look up a tensor by layer.
     if torch.compiler.is_compiling():
         return None
     route = _thread.routes.model
@@ -306,12 +328,15 @@ def prepared_for(layer) -> torch.Tensor | None:
 
 
 def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
-    """The ids in force for the input ``x`` of an adapter layer; raises ``UserError`` without any, or if none fit."""
+    """Return the current task ids, (B,) or (B, L), for the input ``x`` of a layer.
+
+    Raises ``UserError`` if there are none or if their shape does not match ``x``.
+    """
     return _route_of(layer).ids_for(x)
 
 
 def blocks_for(x: torch.Tensor, layer) -> Blocks:
-    """As ``task_ids_for``, an id for each row of tokens where rows are what the batch consists of."""
+    """Return the current task ids for the input ``x`` of a layer as blocks of rows; raises as ``task_ids_for``."""
     route = _route_of(layer)
     ids = route.ids_for(x)
     return route.blocks or Blocks.of_equal_rows(ids, x.shape[:-1].numel())
@@ -325,7 +350,7 @@ def _route_of(layer) -> BoundRoute:
 
 
 def _outside_a_model(tasks: list[str]) -> BoundRoute:
-    """For a layer that runs outside the ``__call__`` of an injected model: alone, or in an encoder that is."""
+    """Return the route of a layer that is called outside the forward of its model: alone, or in a bare encoder."""
     if _thread.routes.outer is not None and _thread.routes.backward == _backward_pass():
         return _thread.routes.outer.bind(tasks)
     if _backward_pass() != -1:
@@ -342,15 +367,18 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
 
 
 def _backward_pass() -> int:
-    """Of this thread; -1 outside any."""
+    """Return the id of the backward pass that runs in this thread; -1 if none does."""
     return torch._C._current_graph_task_id()
 
 
-# ---- what stands on an injected model's modules ----
+# ---- methods of an injected model that are overridden ----
 
 
 class Override:
-    """Stands on a module in place of the method ``name``. No closure: an injected model pickles and is copied."""
+    """A callable set on a module in place of its method ``name``.
+
+    An object, not a closure, so that an injected model can be pickled and copied.
+    """
 
     name: str
 
@@ -360,12 +388,12 @@ class Override:
 
     @property
     def original(self) -> Callable:
-        """The method that the module has without this one."""
+        """The method that the module has without this override."""
         return self.before or inspect.getattr_static(type(self.module), self.name).__get__(self.module)
 
 
 def remove_overrides(model: nn.Module) -> None:
-    """Give all modules of a model their own methods back."""
+    """Restore the original methods of all modules of a model."""
     for module in model.modules():
         for override in [value for value in vars(module).values() if isinstance(value, Override)]:
             delattr(module, override.name)
@@ -374,7 +402,7 @@ def remove_overrides(model: nn.Module) -> None:
 
 
 class Generate(Override):
-    """``generate`` with task_ids, which hold for the whole call: an encoder is called outside the model's own."""
+    """``generate`` with ``task_ids``, which hold for the whole call, because it calls an encoder on its own."""
 
     name = "generate"
 
@@ -382,13 +410,13 @@ class Generate(Override):
         mask, config = options.get("attention_mask"), getattr(self.module, "config", None)
         is_decoder = isinstance(mask, torch.Tensor) and not getattr(config, "is_encoder_decoder", False)
         if is_decoder and mask.dim() == 2 and not mask[:, -1].all():
-            raise UserError('generate would continue behind padding; pad at the left: tokenizer.padding_side = "left"')
-        with _Held(_thread.routes.outer if task_ids is None else Route(task_ids)):
+            raise UserError('generate would continue after padding; pad on the left: tokenizer.padding_side = "left"')
+        with _RouteContext(_thread.routes.outer if task_ids is None else Route(task_ids)):
             return self.original(*arguments, **options)
 
 
 class SavePretrained(Override):
-    """``save_pretrained`` with a warning: what it writes has the names of wrapped layers."""
+    """``save_pretrained`` with a warning, because it writes weights under the names of wrapped layers."""
 
     name = "save_pretrained"
 
@@ -403,7 +431,7 @@ class SavePretrained(Override):
 
 
 class ExpandInputs(Override):
-    """The step of ``generate`` that repeats the rows of a batch. A route repeats here, never by a guess at sizes."""
+    """The step of ``generate`` that repeats the rows of a batch; it repeats the route as well."""
 
     name = "_expand_inputs_for_generation"
 
@@ -413,13 +441,13 @@ class ExpandInputs(Override):
         return self.original(expand_size, *arguments, **options)
 
 
-# What holds in a forward besides its routes, and must in a recomputation: called in the forward, each gives what makes
-# the block to enter again.
+# State of a forward, besides its routes, that a recomputation needs. Each entry is called in the forward and returns a
+# function that makes the context manager to enter in the recomputation.
 recomputed: list[Callable[[], Callable[[], contextlib.AbstractContextManager]]] = []
 
 
 class Checkpointing(Override):
-    """Checkpointing of transformers: a recomputation, in whatever thread, enters its forward's routes."""
+    """Gradient checkpointing of transformers that restores the forward's routes in a recomputation, in any thread."""
 
     name = "_gradient_checkpointing_func"
 
@@ -429,10 +457,10 @@ class Checkpointing(Override):
         outer, model = _thread.routes.outer, _thread.routes.model
         reentrant = getattr(self.before, "keywords", {}).get("use_reentrant", True)
         if reentrant and model is not None:
-            # Each block has a backward pass of its own, and the first would use up a graph that all have in common.
+            # Each checkpointed block runs its own backward pass, and the first would free a graph that all share.
             model = dataclasses.replace(model, prepared={})
 
-        again = [functools.partial(_Held, outer, model), *(each() for each in recomputed)]
+        again = [functools.partial(_RouteContext, outer, model), *(each() for each in recomputed)]
 
         def routed(*arguments, **options):
             with contextlib.ExitStack() as blocks:
@@ -446,7 +474,7 @@ class Checkpointing(Override):
 
 
 def follow_checkpointing(modules: list[nn.Module]) -> None:
-    """Have modules that transformers checkpoints keep the route; to be called before each forward that trains."""
+    """Make the gradient checkpointing of these modules keep the routes; called before each training forward."""
     for module in modules:
         function = vars(module).get(Checkpointing.name)
         if function is not None and type(function) is not Checkpointing:
@@ -454,7 +482,10 @@ def follow_checkpointing(modules: list[nn.Module]) -> None:
 
 
 def _with_gradient(arguments: tuple) -> tuple:
-    """Arguments of which one requires a gradient: without, the re-entrant form has none for the weights either."""
+    """Return arguments of which at least one requires a gradient.
+
+    Without one, re-entrant checkpointing computes no gradients for the weights either.
+    """
     tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
     if not torch.is_grad_enabled() or not tensors or any(value.requires_grad for value in tensors):
         return arguments

@@ -1,8 +1,8 @@
-"""Modules that are trained and saved whole beside the adapter: heads, norms, biases (``modules_to_save``).
+"""Modules that are trained and saved whole with the adapter (``modules_to_save``): heads, norms, biases.
 
-Each weight becomes a float32 copy in its own place, where whatever reads it finds it; the frozen original is kept for
-``disabled`` and ``unload``. On a base in bf16 or fp16 the copy is cast to the original's dtype as it is used, so at the
-start the model's output is still the base's.
+Each weight is replaced in its module by a trainable float32 copy; the frozen original is kept for ``disabled`` and
+``unload``. On a base in bf16 or fp16 a forward casts the copy to the original's dtype, so the model's output is at
+first still that of the base.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mtl_lora.adapter.routing import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 
-# Wrappers that stand between a module and its name, and the attribute under which they hold it.
+# Wrapper classes, and the attribute that holds the wrapped module; wrappers do not count in module names.
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
@@ -31,7 +31,7 @@ _WRAPPERS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DDP's or DeepSpeed's wrapper."""
+    """Return the model inside the wrappers of torch.compile, DDP, FSDP or DeepSpeed."""
     while attribute := _wrapper_attribute(model):
         model = getattr(model, attribute)
     return model
@@ -43,7 +43,7 @@ def _wrapper_attribute(module: nn.Module) -> str | None:
 
 
 def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``model`` under each name it has, without the names of wrappers in between."""
+    """Yield every module below ``model`` under each of its names; the names of wrappers are left out."""
     attribute = _wrapper_attribute(model)
     for name, child in model._modules.items():
         if child is not None:
@@ -55,9 +55,10 @@ def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """A weight or buffer that is saved: its name, every (module, key) where it stands, and the frozen original.
+    """A weight or buffer that is saved whole.
 
-    like: a weight of the base with the original's dtype, which shows what the model was cast to since.
+    name: its name in checkpoints. places: every (module, key) that holds it. original: the frozen tensor of the base.
+    like: another weight of the base with the original's dtype, from which a later cast of the model can be seen.
     """
 
     name: str
@@ -67,53 +68,55 @@ class Slot:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is trained; a buffer is only kept."""
+        """Whether it is a weight, which is trained, and not a buffer, which is only saved."""
         return isinstance(self.original, nn.Parameter)
 
     def get(self) -> torch.Tensor:
-        """The tensor that the model uses."""
+        """Return the tensor that the model uses."""
         module, key = self.places[0]
         return (module._parameters if self.is_weight else module._buffers)[key]
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Have the model use ``tensor``."""
+        """Make the model use ``tensor``."""
         for module, key in self.places:
             (module._parameters if self.is_weight else module._buffers)[key] = tensor
 
     def put_original(self) -> torch.Tensor:
-        """Have the model use the frozen original; returns what it used before."""
+        """Make the model use the frozen original; returns the tensor that it used before."""
         trained = self.get()
         if self.like is not None:
             dtype = self.like.dtype
         else:
-            own = {self.original.dtype, _kept_dtype(self.original.dtype)} if self.is_weight else {self.original.dtype}
+            own = {self.original.dtype, _copy_dtype(self.original.dtype)} if self.is_weight else {self.original.dtype}
             dtype = self.original.dtype if trained.dtype in own else trained.dtype
-        if (self.original.device, self.original.dtype) != (trained.device, dtype):  # the model was moved or cast since
+        if (self.original.device, self.original.dtype) != (trained.device, dtype):  # the model was moved or cast
             self.original.data = self.original.data.to(trained.device, dtype)
         self.put(self.original)
         return trained
 
 
-def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the trained copy of a weight."""
+def _copy_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the trained copy of a weight."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def require_slots(slots: list[Slot]) -> None:
-    """Raise ``UserError`` where what a slot uses was offloaded or resized since: its original could not be put in its
-    place."""
+    """Raise ``UserError`` if a tensor of ``slots`` was offloaded or resized, so that its original no longer fits."""
     for slot in slots:
         own = slot.get()
         if not slot.original.is_meta:
             require_in_memory(slot.name, own)
         if own.shape != slot.original.shape and not (is_sharded(own) or is_sharded(slot.original)):
-            sizes = f"{list(slot.original.shape)}, and has {list(own.shape)} now"
+            sizes = f"{list(slot.original.shape)} when the adapter was put on, and now has {list(own.shape)}"
             raise UserError(f"{slot.name} had the shape {sizes}; resize a module that is saved whole before inject")
 
 
 def whole_modules(model: nn.Module, entries: list[str]) -> dict[str, nn.Module]:
-    """The modules that entries of ``modules_to_save`` name (whole names, endings, or patterns as of a shell); the model
-    itself, whose name is empty, by ``*`` alone."""
+    """Return the modules that entries of ``modules_to_save`` select, by name.
+
+    An entry is a whole name, a name ending or a shell-style pattern. The model itself has the empty name, so only ``*``
+    selects it.
+    """
     named = {"": model, **dict(named_modules(model))}
     return {name: module for name, module in named.items() if any(_matches(name, entry) for entry in entries)}
 
@@ -127,13 +130,13 @@ def _matches(name: str, entry: str) -> bool:
 
 
 def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
-    """The weights that ``modules_to_save`` means, with the buffers of whole modules; the model is not changed.
+    """Return the weights, and the buffers of whole modules, that ``modules_to_save`` selects; the model is unchanged.
 
-    An entry names modules, or weights where no module has that name. Raises ``UserError`` for one that names neither,
-    and for a weight that is quantised or offloaded.
+    An entry names modules, or weights if no module has that name; a pattern may select both. Raises ``UserError`` for
+    an entry that names neither, and for a weight that is quantised or offloaded.
     """
     modules = {"": model, **dict(named_modules(model))}
-    slots: dict[int, Slot] = {}  # by identity: a weight that is tied has several places
+    slots: dict[int, Slot] = {}  # by identity, because a tied weight has several places
     by_name: dict[str, Slot] = {}
     for path, module in modules.items():
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
@@ -163,7 +166,7 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
 
 @torch.no_grad()
 def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None:
-    """Put a trainable float32 copy (float64 of float64) into each slot."""
+    """Put a trainable copy into each slot: float32, or float64 if the original is float64; a buffer is just copied."""
     places, like = [], {}
     saved = {id(slot.original) for slot in slots}
     for weight in model.parameters():
@@ -173,14 +176,15 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
         dtype = slot.original.dtype
         if slot.is_weight:
             slot.like = like.get(dtype)
-            kept = _kept_dtype(dtype)
+            kept = _copy_dtype(dtype)
             with gathered(slot.original):
                 slot.put(nn.Parameter(slot.original.detach().to(kept, copy=True)))
             if kept != dtype:
                 places += [(module, key, dtype) for module, key in slot.places]
         else:
             slot.put(slot.original.clone())
-    # At the owner, for a recomputation may begin there, and at the whole module, which may read its parts' weights.
+    # Casts happen in the module that owns the weight, because a recomputation may begin there, and in the whole module,
+    # which may read the weights of its parts.
     for module in {module for module, _, _ in places} | set(whole_modules(model, entries).values()):
         below = set(module.modules())
         own = [place for place in places if place[0] in below]
@@ -188,19 +192,20 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
             CastForward(module, own, like)
 
 
-# Held while cast weights stand in their places: another thread would find them, and then the float32 ones in between.
+# Held while a forward has cast weights in its modules: another thread would see them change during its own forward.
 _casting = threading.RLock()
 
 
 class CastForward(Override):
-    """A forward with its float32 weights, (module, key, dtype), cast to the dtype that they have in the base.
+    """A forward during which float32 weights are cast to the dtype that they have in the base.
 
-    like: of each such dtype a weight of the base, whose dtype counts: a model may be cast after ``inject``.
+    places: (module, key, dtype) of these weights. like: for each of these dtypes, a weight of the base that had it at
+    ``inject``; its present dtype is used, because a model may be cast later.
     """
 
     name = "forward"
 
-    like: dict[torch.dtype, nn.Parameter] = {}  # noqa: RUF012 - of a model pickled by an earlier version
+    like: dict[torch.dtype, nn.Parameter] = {}  # noqa: RUF012 - for a model pickled by an earlier version
 
     def __init__(self, module: nn.Module, places: list[tuple[nn.Module, str, torch.dtype]], like: dict):
         super().__init__(module)
@@ -208,19 +213,19 @@ class CastForward(Override):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The forward's own, for ``generate`` asks it what it takes."""
+        """The signature of the original forward, which ``generate`` inspects."""
         return inspect.signature(self.original)
 
     def __call__(self, *arguments, **options):
-        if torch.compiler.is_compiling():  # which knows no locks
+        if torch.compiler.is_compiling():  # compiled code cannot use locks
             return self._cast_and_call(*arguments, **options)
         with _casting:
             return self._cast_and_call(*arguments, **options)
 
     def _cast_and_call(self, *arguments, **options):
         masters = [(*place, place[0]._parameters[place[1]]) for place in self.places]
-        # What is no parameter was cast already, by the forward of a module around this one. ZeRO-3 has the values of a
-        # module's own weights alone, in its own forward.
+        # A tensor that is not a parameter was already cast by the forward of an enclosing module. In a forward, ZeRO-3
+        # gathers only the module's own weights.
         masters = [place for place in masters if isinstance(place[-1], nn.Parameter)]
         masters = [place for place in masters if place[0] is self.module or not is_partitioned(place[-1])]
         try:
