@@ -438,7 +438,7 @@ def test_modules_are_trained_and_saved_whole_beside_the_adapter(entry, dtype, tm
 
     optimiser = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
     if "buffers" not in entry:
-        with pytest.raises(UserError, match=r"the batch norm parts.body.1 is frozen"):
+        with pytest.raises(UserError, match=r"the BatchNorm1d parts.body.1 is frozen"):
             model.train()(x, task_ids=ids)
         trained_base = expected
         model.parts["body"][1].eval()
@@ -501,6 +501,14 @@ def test_tied_weights_stay_tied():
     assert [name for name in adapter_state(model) if "lora" not in name] == ["lm_head.weight"]
     mtl_lora.unload(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_frozen_instance_norm_with_running_averages_is_refused_in_training_mode():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Unflatten(1, (4, 2)), nn.InstanceNorm1d(4, track_running_stats=True))
+    model = mtl_lora.inject(base, adapter_config(target_modules=["0"], tasks=["one"]))
+    with pytest.raises(UserError, match="the InstanceNorm1d 2 is frozen"):
+        model.train()(torch.ones(3, 8), task_ids=[0] * 3)
+    model.eval()(torch.ones(3, 8), task_ids=[0] * 3)
 
 
 @pytest.mark.parametrize(

@@ -515,14 +515,14 @@ def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Mod
 
 
 def _refuse_drifting_averages(model: nn.Module) -> None:
-    """Raise ``UserError`` for a frozen batch norm in training mode, whose running averages would change unsaved."""
+    """Raise ``UserError`` for a frozen batch or instance norm whose running averages would change unsaved."""
     kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
     for name, module in named_modules(model):
-        tracks = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
         if tracks and module.training and module not in kept:
             raise UserError(
-                f"the batch norm {name} is frozen, but in training mode it changes its running averages, which a "
-                "checkpoint would not hold; name it in modules_to_save, or call eval() on it before each forward"
+                f"the {type(module).__name__} {name} is frozen, but in training mode it changes its running averages, "
+                "which a checkpoint would not hold; name it in modules_to_save, or call eval() on it before each forward"
             )
 
 

@@ -118,8 +118,8 @@ class Route:
             return ids
         rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
-            # Cut, because torch refuses a long message here.
-            torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), f"a task id is {rule}"[:250])
+            message = f"a task id is {rule}".encode()[:250].decode(errors="ignore")  # torch refuses 255 bytes and more
+            torch._assert_async(((ids >= 0) & (ids < len(tasks))).all(), message)
         else:
             lowest, highest = int(ids.min()), int(ids.max())
             if lowest < 0 or highest >= len(tasks):
