@@ -318,7 +318,7 @@ class Sample:
     own: dict[Path, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def write(self) -> None:
-        """Write the files of ``content`` that are missing or differ; raises ``UserError`` if a file of ``own`` changed."""
+        """Write missing or outdated files of ``content``; raises ``UserError`` if a file of ``own`` changed."""
         for path, content in self.content.items():
             if not path.is_file() or path.read_bytes() != content:
                 files.write_all({path: content})
