@@ -28,7 +28,7 @@ LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3))
 GREY = "#666666"
 MOST_WRITTEN = 12  # the most tasks for which numbers fit into the cells of a matrix
 _AT_START = "Start's mixtures: the trained updates, mixed with the random weights that the seed drew."
-_NO_START = "The random weights at the start were not kept, so how much of this was learned is unknown."
+_NO_START = "The random start was not kept, so how much of this was learned is unknown."
 _BAR = {"shrink": 0.7, "aspect": 30}  # the colour bar beside a matrix
 _SMOOTHED = 20  # the running mean of a loss spans 1/20 of the lines of its log
 
@@ -316,7 +316,7 @@ def _mixture(study: Study) -> Iterator[Drawing]:
         )
         if started:
             pair = [np.concatenate([np.ravel(rows) for rows in each.values()]) for each in (modules, started)]
-            caption += f"Correlation with the random weights at the start: {np.corrcoef(*pair)[0, 1]:.3f}."
+            caption += f"Correlation with the random start: {np.corrcoef(*pair)[0, 1]:.3f}."
         else:
             caption += _NO_START
         height = min(max(1.0, 0.085 * max(map(len, modules.values()))), 4) + 0.6 + 0.7 * _width(labels)
