@@ -101,12 +101,12 @@ class Evaluator(abc.ABC):
         self.adapter = read_config(path) if path else None
         if not self.adapter:
             return Provenance()
-        origin, layer = self.adapter.provenance_config, layer_class(self.adapter.adapter_config.method)
-        if origin.system != self.system:
-            about = f"{path} is a checkpoint of the system {origin.system}, not {self.system}"
+        provenance, layer = self.adapter.provenance_config, layer_class(self.adapter.adapter_config.method)
+        if provenance.system != self.system:
+            about = f"{path} is a checkpoint of the system {provenance.system}, not {self.system}"
             raise UserError(f"{about}; leave out --system, and the command takes the checkpoint's")
         self.method, self.method_title = layer.method, layer.title
-        return origin
+        return provenance
 
     def refuse_flags(self, defined: Mapping[str, object]) -> None:
         """Raise ``UserError`` for a passed flag that the checkpoint defines. defined: its values by flag, or None."""
@@ -114,14 +114,14 @@ class Evaluator(abc.ABC):
             if value and getattr(self.config, flag) is not None:
                 raise UserError(f"--{flag} cannot be combined with --checkpoint: {self.config.checkpoint} defines it")
 
-    def use_tasks(self, origin: Provenance, default: TaskSet) -> None:
+    def use_tasks(self, provenance: Provenance, default: TaskSet) -> None:
         """Set the tasks: the checkpoint's, else those of ``--tasks_file``, else the default.
 
         Raises ``UserError`` unless they are the tasks that the adapter has weights for.
         """
         config, kind = self.config, type(default)
-        if origin.task_set:
-            self.tasks = kind.from_json(origin.task_set, f"the task set of {config.checkpoint}")
+        if provenance.task_set:
+            self.tasks = kind.from_json(provenance.task_set, f"the task set of {config.checkpoint}")
         else:
             self.tasks = kind.load(config.tasks_file) if config.tasks_file else default
         adapted = self.adapter.adapter_config.tasks if self.adapter else []
@@ -131,7 +131,7 @@ class Evaluator(abc.ABC):
                 f"are of {', '.join(self.tasks.names)}; pass --tasks_file FILE that declares its tasks"
             )
 
-    def use_base(self, name: str | None, origin: Provenance) -> None:
+    def use_base(self, name: str | None, provenance: Provenance) -> None:
         """Set the base model ``name``, which must be of the system's kind.
 
         Raises ``UserError`` for None, for a model that cannot be read here, and for one that is not the checkpoint's.
@@ -141,20 +141,15 @@ class Evaluator(abc.ABC):
             raise UserError(f"{config.checkpoint} does not name its base model; pass --base_model")
         base = self.base_model = BaseModel(name, config.trust_remote_code, BASE_KINDS[self.system])
         base.check_quantisation()
-        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
+        self.load_in_4bit = provenance.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
         require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
         self.base_fingerprint, self.base_config = base.fingerprint(), base.config_sha256()
-        base.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
+        base.check_fingerprint(provenance.base_fingerprint, self.base_fingerprint, config.checkpoint)
 
     @property
     def asked_tasks(self) -> Iterable[str]:
         """Names of the tasks to answer, as far as they are known before the model is loaded."""
         return self.tasks.names
-
-    def _note_untrained(self) -> None:
-        """Note on stderr which of the tasks the adapter had no training examples of."""
-        if self.adapter:
-            self.note(self.adapter.provenance_config.untrained_note(self.asked_tasks))
 
     @staticmethod
     def note(lines: Iterable[str]) -> None:
@@ -198,7 +193,8 @@ class Evaluator(abc.ABC):
         """Build the model and move it to this process's device; does nothing if it is loaded already."""
         if self.model is not None:
             return
-        self._note_untrained()
+        if self.adapter:
+            self.note(self.adapter.provenance_config.untrained_note(self.asked_tasks))
         device = device_for_this_process()
         keep_freed_memory(device.type)
         model = self.build()

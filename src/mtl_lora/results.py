@@ -134,8 +134,8 @@ def object_of(value: object) -> dict:
 class TaskResult:
     """The result of one task: the value of ``metric`` over ``n`` examples and its standard error; see ``measure``.
 
-    The value of a metric in ``METRICS`` lies between its lowest and its highest, and is shown times its scale; of any
-    other metric it is a number from 0. majority: the value of always giving the majority class. groups: the same
+    The value of a metric in ``METRICS`` lies between its lowest and its highest, and is shown times its scale; another
+    metric may have any value. majority: the value of always giving the majority class. groups: the same
     metric over parts of the examples, by name. others: other measures of the same answers, by name (``strict``,
     ``acc_norm``; for a metric that is a mean, its parts, such as ``accuracy`` and ``binary_f1``). measured: further
     JSON values (``unparsed``, ``predicted``, ``correct``, ``f1``; ``untrained``: the adapter had no training examples
