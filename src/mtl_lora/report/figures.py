@@ -297,14 +297,14 @@ def _mixture(study: Study) -> Iterator[Drawing]:
     import numpy as np
 
     for experiment in study.experiments:
-        found = ((run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture)
-        run, analysis = next(found, (None, None))
-        modules, started = {}, {}
+        mixing = ((run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture)
+        run, analysis = next(mixing, (None, None))
+        modules, started = {}, {}  # by the module's name, a row of weights for each layer
         for layer in analysis.layers if run else ():
-            for found, mixture in ((modules, analysis.mixture), (started, analysis.mixture_at_start)):
+            for by_module, mixture in ((modules, analysis.mixture), (started, analysis.mixture_at_start)):
                 if layer in (mixture or ()):
                     row = np.ravel(np.array(mixture[layer], dtype=float))
-                    found.setdefault(layer.rpartition(".")[2], []).append(row)
+                    by_module.setdefault(layer.rpartition(".")[2], []).append(row)
         if all(np.isnan(row).all() or np.ptp(row) == 0 for rows in modules.values() for row in rows):
             continue  # no mixture, equal or single weights everywhere, or NaN after a training that diverged
         width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]
