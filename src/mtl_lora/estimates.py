@@ -1,6 +1,6 @@
-"""What samples say, and how surely: standard errors, intervals over seeds and over questions, exact tests.
+"""Statistics of samples: standard errors, intervals over seeds and over questions, exact tests.
 
-Standard library alone until an interval or a test is asked for, which takes numpy or scipy.
+Importing this needs the standard library only; numpy and scipy are imported by the intervals and tests that use them.
 """
 
 import collections
@@ -16,21 +16,25 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 LEVEL = f"{100 * CONFIDENCE:.0f} %"
 RESAMPLES, SEED = 10_000, 0  # of the bootstrap
-# Numbers drawn at a time: 2 MiB of counts, which a cache holds, however many resamples and questions there are.
+# Numbers drawn at a time: 2 MiB of counts, which fit in a cache for any number of resamples and questions.
 _DRAWN_AT_ONCE = 2**18
 
 
 def proportion_error(p: float, n: int) -> float:
-    """The standard error of a proportion p of n: the larger of sqrt(p (1 - p) / n), which is 0 where none or all are
-    right, and the same of p and n with two right and two wrong ones added (Agresti and Coull, The American Statistician
-    52, 1998)."""
+    """The standard error of a proportion p of n.
+
+    It is the larger of sqrt(p (1 - p) / n), which is 0 where none or all are right, and the same formula with two right
+    and two wrong ones added to p and n (Agresti and Coull, The American Statistician 52, 1998).
+    """
     added = (p * n + 2) / (n + 4)
     return math.sqrt(max(p * (1 - p) / n, added * (1 - added) / (n + 4)))
 
 
 class Interval:
-    """What has ends ``low`` and ``high``; one end alone, or equal ends, which would be certainty from a
-    sample, are no interval."""
+    """Base of values with an interval from ``low`` to ``high``.
+
+    Both ends become None if one is missing, or if they are equal, since a sample does not give certainty.
+    """
 
     def __post_init__(self):
         if None in (self.low, self.high) or self.high - self.low < 1e-9:
@@ -39,7 +43,7 @@ class Interval:
 
     @property
     def center(self) -> float:
-        """The value that the interval is of, a class's first field."""
+        """The value that the interval is about: the first field of the class."""
         return getattr(self, dataclasses.fields(self)[0].name)
 
 
@@ -47,8 +51,8 @@ class Interval:
 class Estimate(Interval):
     """A mean with its interval, where one is known.
 
-    Over seeds: ``sd`` is the standard deviation, ``low`` to ``high`` the 95 % t interval of the mean. Of a single
-    run: ``sd`` is None and the interval, where there is one, a standard error over the questions to each side.
+    Over seeds, ``sd`` is the standard deviation, and ``low`` to ``high`` is the 95 % t interval of the mean. For a
+    single run, ``sd`` is None, and the interval, if there is one, is the mean ± one standard error over the questions.
     """
 
     mean: float
@@ -58,11 +62,11 @@ class Estimate(Interval):
 
     @classmethod
     def over_seeds(cls, values: Sequence[float]) -> "Estimate":
-        """Mean, standard deviation (n - 1) and Student t interval of the mean; of a single value the mean alone."""
+        """Mean, standard deviation (n - 1) and Student t interval of the mean; for a single value only the mean."""
         mean = statistics.fmean(values)
         if len(values) < 2:
             return cls(mean)
-        from scipy.special import stdtrit  # the quantile of Student's distribution
+        from scipy.special import stdtrit  # the quantile function of Student's t distribution
 
         sd = statistics.stdev(values)
         half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / math.sqrt(len(values))
@@ -82,7 +86,7 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test (Psychometrika 12, 1947) from the counts of discordant pairs.
 
     min(1, 2 sum_{k <= min(b, c)} C(n, k) / 2^n) with b = ``only_a``, c = ``only_b``, n = b + c. It is 1 without
-    discordant pairs and never 0: the smallest float stands for all below it.
+    discordant pairs, and never 0: the smallest positive float replaces anything below it.
     """
     from scipy.special import bdtr
 
@@ -90,14 +94,14 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
 
 
 def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples: int) -> "numpy.ndarray":
-    """Means (resamples,) of as many ``differences`` as there are, drawn from them with replacement.
+    """Return the means (resamples,) of bootstrap resamples, each as large as ``differences``.
 
-    One difference a question, so a resample keeps the two answers to a question together.
+    Every question has one difference, so a resample keeps the two answers to a question together.
     """
     import numpy
 
-    # How often each distinct value comes up is multinomial: the same law as drawing question by question, in less
-    # time. Values stand in the order of the questions, so that negated differences give negated means.
+    # The number of times that each distinct value is drawn is multinomial: the same distribution as drawing question by
+    # question, but faster. Values are in the order of the questions, so that negated differences give negated means.
     counted = collections.Counter(differences)
     values = numpy.array(list(counted), dtype=numpy.float64)
     found = [drawn @ values for drawn in draws(list(counted.values()), seed, resamples)]
@@ -105,7 +109,10 @@ def bootstrap_means(differences: Sequence[float], seed: Sequence[int], resamples
 
 
 def draws(counts: Sequence[int], seed: Sequence[int], resamples: int) -> "Iterator[numpy.ndarray]":
-    """Parts of ``resamples`` rows: how often each of ``len(counts)`` kinds of question comes up in a resample."""
+    """Yield ``resamples`` rows in blocks; a row says how often each kind of question is drawn in a resample.
+
+    counts: the number of questions of each kind.
+    """
     import numpy
 
     generator, n = numpy.random.default_rng(seed), sum(counts)
@@ -115,7 +122,8 @@ def draws(counts: Sequence[int], seed: Sequence[int], resamples: int) -> "Iterat
 
 
 def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
-    """The middle ``CONFIDENCE`` of bootstrap means (Efron and Tibshirani, An Introduction to the Bootstrap, 1993)."""
+    """Return the percentile interval, the middle ``CONFIDENCE`` of bootstrap means (Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993)."""
     import numpy
 
     tail = (1 - CONFIDENCE) / 2
@@ -124,11 +132,12 @@ def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
 
 
 def intervals(differences: "dict[str, tuple[float, numpy.ndarray]]", scored: Sequence[str]) -> dict | None:
-    """Percentile intervals of differences by task, each with its values in as many resamples of the task's questions.
+    """Return differences with their percentile intervals: ``tasks`` by name, and their ``average``.
 
-    So a bootstrap over the questions within each task (stratified; every task weighs the same). Returns ``tasks`` and
-    ``average``, which is None unless all of ``scored``, at least one, are there; None without a task. Of a difference
-    that is the same in all resamples there is no interval: see ``Interval``.
+    differences: by task, the difference and its values in the resamples, whose number is the same for all tasks. The
+    questions are resampled within each task (a stratified bootstrap), and every task weighs the same. ``average`` is
+    None unless ``scored`` names at least one task and all of them are in ``differences``. Returns None without
+    differences. A difference that is the same in all resamples has no interval, see ``Interval``.
     """
     tasks = {name: Difference(found, *percentile_interval(drawn)) for name, (found, drawn) in differences.items()}
     if not scored or not {*scored} <= {*tasks}:

@@ -1,6 +1,7 @@
-"""From questions to ``results.json``, for any system: answers that survive a kill and are shared over processes.
+"""Evaluation and prediction for any system: answer questions, resume after a kill, write ``results.json``.
 
-An answer is one JSON line, appended as it is given, so that a killed run resumes. A system's ``Evaluator`` gives them.
+Each answer is appended as one JSON line as soon as it is given, so a killed run can resume. Several processes share
+the questions. A system's ``Evaluator`` provides the model and its answers.
 """
 
 import abc
@@ -45,52 +46,54 @@ ADAPTER_CONFIG, BASE_CONFIG = "adapter_config_sha256", "base_config_sha256"  # i
 
 @dataclasses.dataclass
 class Question:
-    """One example, ready for a model. row: of the system's ``Encoder``, where the prompt alone is not enough."""
+    """One example prepared for a model. row: the ``Encoder``'s output, where the prompt ids alone are not enough."""
 
     task: Task
-    example: Any  # of the system, with its ``index`` in the file
+    example: Any  # the system's own class; has ``index``, its position in the file
     prompt_ids: list[int]
     prompt_sha256: str
     row: dict = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int]:
-        """The task's name and the example's index: different for every question of an evaluation."""
+        """(task name, example index), which is unique within an evaluation."""
         return self.task.name, self.example.index
 
     def answered_by(self, line: Mapping | None) -> bool:
-        """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
+        """Return whether a prediction line, perhaps of an earlier test set, answers exactly this prompt and target."""
         raise NotImplementedError
 
     def extract_again(self, line: dict) -> dict:
-        """A line of this question, with its answer found by today's rules."""
+        """Return this question's prediction line with the answer extracted again by the current rules."""
         raise NotImplementedError
 
 
 class Evaluator(abc.ABC):
-    """A model, its inputs and its tasks; answers batches of questions for evaluate and predict.
+    """A model with its encoder and tasks, which answers batches of questions for ``evaluate`` and ``predict``.
 
-    adapter: the checkpoint's configuration, or None. method: the adapter's, and method_title that in tables, or None.
+    adapter: the checkpoint's configuration, or None. method: name of the adapter's method, or None; method_title: the
+    name that tables show.
     """
 
     config: Config
     system: str
-    version: int  # raised when a question gets another answer from the same model and settings
-    token_budget, gpu_token_budget = 2048, 65536  # tokens of a batch with --batch_size auto; larger ones are no faster
+    version: int  # increased when code changes give the same model and settings another answer
+    # Tokens per batch with --batch_size auto; larger batches are no faster.
+    token_budget, gpu_token_budget = 2048, 65536
     base_model: BaseModel
     base_fingerprint: str
     load_in_4bit: bool
     tasks: TaskSet
     cutoff_len: int
     adapter: CheckpointConfig | None
-    model: torch.nn.Module | None = None  # once it is loaded
+    model: torch.nn.Module | None = None  # None until it is loaded
     method: str | None = None
     method_title: str | None = None
-    variant: str = ""  # of an ablation, behind the name in tables
+    variant: str = ""  # of an ablation; appended to the name in tables
     comparability = Comparability()
 
     def read_checkpoint(self) -> Provenance:
-        """Take adapter and method from the flags' checkpoint, if there is one, and return what it says of its origin.
+        """Set adapter and method from ``--checkpoint``, if one is passed, and return the checkpoint's provenance.
 
         Raises ``UserError`` for a checkpoint of another system.
         """
@@ -98,25 +101,27 @@ class Evaluator(abc.ABC):
         self.adapter = read_config(path) if path else None
         if not self.adapter:
             return Provenance()
-        origin, layer = self.adapter.provenance_config, layer_class(self.adapter.adapter_config.method)
-        if origin.system != self.system:
-            about = f"{path} is of the system {origin.system}, not {self.system}"
-            raise UserError(f"{about}; a command finds it without --system")
+        provenance, layer = self.adapter.provenance_config, layer_class(self.adapter.adapter_config.method)
+        if provenance.system != self.system:
+            about = f"{path} is a checkpoint of the system {provenance.system}, not {self.system}"
+            raise UserError(f"{about}; leave out --system, and the command takes the checkpoint's")
         self.method, self.method_title = layer.method, layer.title
-        return origin
+        return provenance
 
     def refuse_flags(self, defined: Mapping[str, object]) -> None:
-        """Raise ``UserError`` for a flag whose value the checkpoint defines. defined: its values by flag."""
+        """Raise ``UserError`` for a passed flag that the checkpoint defines. defined: its values by flag, or None."""
         for flag, value in defined.items():
             if value and getattr(self.config, flag) is not None:
                 raise UserError(f"--{flag} cannot be combined with --checkpoint: {self.config.checkpoint} defines it")
 
-    def use_tasks(self, origin: Provenance, default: TaskSet) -> None:
-        """Take the checkpoint's tasks, or those of ``--tasks_file``, or the default; raises ``UserError`` unless they
-        are those that the adapter has weights for."""
+    def use_tasks(self, provenance: Provenance, default: TaskSet) -> None:
+        """Set the tasks: the checkpoint's, else those of ``--tasks_file``, else the default.
+
+        Raises ``UserError`` unless they are the tasks that the adapter has weights for.
+        """
         config, kind = self.config, type(default)
-        if origin.task_set:
-            self.tasks = kind.from_json(origin.task_set, f"the task set of {config.checkpoint}")
+        if provenance.task_set:
+            self.tasks = kind.from_json(provenance.task_set, f"the task set of {config.checkpoint}")
         else:
             self.tasks = kind.load(config.tasks_file) if config.tasks_file else default
         adapted = self.adapter.adapter_config.tasks if self.adapter else []
@@ -126,48 +131,43 @@ class Evaluator(abc.ABC):
                 f"are of {', '.join(self.tasks.names)}; pass --tasks_file FILE that declares its tasks"
             )
 
-    def use_base(self, name: str | None, origin: Provenance) -> None:
-        """Take the base model ``name``, of the system's kind.
+    def use_base(self, name: str | None, provenance: Provenance) -> None:
+        """Set the base model ``name``, which must be of the system's kind.
 
-        Raises ``UserError`` for None, and for one that cannot be read here or is not the checkpoint's.
+        Raises ``UserError`` for None, for a model that cannot be read here, and for one that is not the checkpoint's.
         """
         config = self.config
         if name is None:
             raise UserError(f"{config.checkpoint} does not name its base model; pass --base_model")
         base = self.base_model = BaseModel(name, config.trust_remote_code, BASE_KINDS[self.system])
         base.check_quantisation()
-        self.load_in_4bit = origin.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
+        self.load_in_4bit = provenance.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
         require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
         self.base_fingerprint, self.base_config = base.fingerprint(), base.config_sha256()
-        base.check_fingerprint(origin.base_fingerprint, self.base_fingerprint, config.checkpoint)
+        base.check_fingerprint(provenance.base_fingerprint, self.base_fingerprint, config.checkpoint)
 
     @property
     def asked_tasks(self) -> Iterable[str]:
-        """The names of the tasks that are to be answered, as far as they are known before the model is loaded."""
+        """Names of the tasks to answer, as far as they are known before the model is loaded."""
         return self.tasks.names
-
-    def _note_untrained(self) -> None:
-        """Say which of the tasks the adapter had no examples of."""
-        if self.adapter:
-            self.note(self.adapter.provenance_config.untrained_note(self.asked_tasks))
 
     @staticmethod
     def note(lines: Iterable[str]) -> None:
-        """Say something on stderr, from the first process."""
+        """Print lines on stderr, from the first process only."""
         if int(os.environ.get("RANK", "0")) == 0:
             print(*(f"{line}\n" for line in lines), sep="", end="", file=sys.stderr)
 
     def check_unchanged(self) -> None:
-        """Raise ``UserError`` if base model or checkpoint are no longer those whose hashes were read first, under which
-        an answer is recorded."""
+        """Raise ``UserError`` if the base model or the checkpoint changed after their hashes were read, since answers
+        are recorded under these hashes."""
         self.base_model.check_unchanged(self.base_fingerprint)
         if self.adapter and read_config(self.config.checkpoint) != self.adapter:
             raise UserError(f"{self.config.checkpoint} was replaced meanwhile; run the same command again")
 
     def settings(self, protocol: str) -> dict:
-        """Everything that an answer depends on; the batch size and the number of processes do not belong to it.
+        """Every setting that an answer depends on; the batch size and the number of processes are not among them.
 
-        protocol: how questions are answered, or a name for a mixture of ways.
+        protocol: how questions are answered, or a name for a mixture of protocols.
         """
         return {
             "mode": protocol,
@@ -180,19 +180,21 @@ class Evaluator(abc.ABC):
         } | ({"load_in_4bit": True} if self.load_in_4bit else {})
 
     def recorded_settings(self, protocol: str) -> dict:
-        """What ``settings.json`` holds: ``settings``, and hashes of the configurations of base and adapter."""
+        """The content of ``settings.json``: ``settings`` and the hashes of base model and adapter configuration."""
         own, recorded = self.adapter_json(), self.settings(protocol) | {BASE_CONFIG: self.base_config}
         if own is None:
             return recorded
-        own = own.get("adapter", own)  # of a checkpoint, of PEFT
-        own = json.dumps({**own, "base_model_name_or_path": None}, sort_keys=True)  # known by its fingerprint
+        own = own.get("adapter", own)  # a PEFT configuration has no key "adapter"
+        # The base model is identified by its fingerprint, not by its name.
+        own = json.dumps({**own, "base_model_name_or_path": None}, sort_keys=True)
         return recorded | {ADAPTER_CONFIG: files.sha256_of(own.encode())}
 
     def load(self) -> None:
-        """Build the model on this process's device, once."""
+        """Build the model and move it to this process's device; does nothing if it is loaded already."""
         if self.model is not None:
             return
-        self._note_untrained()
+        if self.adapter:
+            self.note(self.adapter.provenance_config.untrained_note(self.asked_tasks))
         device = device_for_this_process()
         keep_freed_memory(device.type)
         model = self.build()
@@ -204,21 +206,21 @@ class Evaluator(abc.ABC):
             layer.keep_constants()
 
     def structure(self) -> torch.nn.Module:
-        """What ``build`` returns, on the meta device: every module and shape, no memory."""
+        """The model that ``build`` returns, on the meta device: every module and shape, but no memory."""
         return self.base_model.structure()
 
     @abc.abstractmethod
     def build(self) -> torch.nn.Module:
-        """The base model with its weights, on which a checkpoint's adapter is put."""
+        """Return the base model with its weights, into which ``load`` injects the checkpoint's adapter."""
 
     def batches(self, questions: Sequence[Question], protocol: str) -> list[list[Question]]:
-        """The batches in which questions are answered, whoever answers them and whenever."""
+        """The batches in which questions are answered; they do not depend on the process or on resuming."""
         budget = self.gpu_token_budget if torch.cuda.is_available() else self.token_budget
         length = functools.partial(self.tokens, protocol=protocol)
         return plan_batches(questions, self.config.batch_size, budget, length)
 
     def tokens(self, question: Question, protocol: str) -> int:
-        """What a question takes of a batch's token budget, and of a GPU's memory."""
+        """The tokens that a question uses of a batch's budget; also the measure of its GPU memory."""
         return len(question.prompt_ids)
 
     @functools.cached_property
@@ -226,34 +228,38 @@ class Evaluator(abc.ABC):
         return {}
 
     def in_halves(self, answer: Callable[[list], list], questions: Sequence[Question], protocol: str) -> list[dict]:
-        """``answer(questions)`` of one batch, in parts if a GPU's memory wants it; as many tokens as did not fit are
-        not tried again with the task's other batches."""
+        """Return ``answer(questions)`` for one batch, split where it does not fit in the GPU's memory.
+
+        A number of tokens that did not fit is not tried again for other batches of the same task and protocol.
+        """
         key = questions[0].task.name, protocol
         return in_halves(answer, list(questions), functools.partial(self.tokens, protocol=protocol), self._fitting, key)
 
     @abc.abstractmethod
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        """The prediction lines of a batch of questions, with the model loaded."""
+        """Return the prediction lines of a batch of questions; the model must be loaded."""
 
     @abc.abstractmethod
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
-        """One task's result from its prediction lines, at least one."""
+        """Return one task's result from at least one prediction line."""
 
     def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
-        """The questions of JSON values by the protocol that answers them; raises ``UserError`` naming source and
-        example. task: of all that name none."""
+        """Return the questions for JSON examples, by the protocol that answers them.
+
+        task: the task of examples that name none. Raises ``UserError`` naming ``source`` and the example.
+        """
         raise NotImplementedError
 
     def result(self, question: Question, line: Mapping) -> dict:
-        """What is returned for an example to predict, from its prediction line."""
+        """Return the result of ``predict`` for one example, from its prediction line."""
         return result_of(question, line, question.task.labels)
 
     def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
-        """The lines of all questions with what each has only among the others of its task."""
+        """Return the lines of all questions, with the scores that depend on the other questions of a task added."""
         return dict(lines)
 
     def trainable(self) -> Trainable | None:
-        """The adapter's parameters, and all of the model's."""
+        """The number of adapter parameters and of all model parameters; None without an adapter."""
         if not self.adapter:
             return None
         return Trainable(*mtl_lora.trainable_parameters(mtl_lora.inject(self.structure(), self.adapter.adapter_config)))
@@ -263,7 +269,7 @@ class Evaluator(abc.ABC):
         return self.adapter.to_json() if self.adapter else None
 
     def results_settings(self, protocol: str) -> dict:
-        """What ``results.json`` says of the settings besides ``settings``."""
+        """Settings that ``results.json`` records in addition to ``settings``."""
         return {}
 
 
@@ -272,8 +278,8 @@ class Evaluator(abc.ABC):
 
 @dataclasses.dataclass
 class QuestionSets:
-    """The questions to answer; by task the sha256 of its test file, and the number of examples in it. source: of all,
-    the folder, by its whole path."""
+    """The questions to answer. source: absolute path of the folder with the test files; sha256: hash of each task's
+    test file; sizes: number of examples in each task's test file."""
 
     source: str
     questions: list = dataclasses.field(default_factory=list)
@@ -290,10 +296,10 @@ def load_questions(
     limit: int = 0,
     made_by: str = "",
 ) -> QuestionSets:
-    """``data_dir/<task>/test.json``, or .jsonl, .csv ..., of the chosen tasks, all if none is chosen.
+    """Read ``data_dir/<task>/test.json`` (or .jsonl, .csv ...) of the chosen tasks, or of all tasks if none is chosen.
 
-    load: ``(path, tasks, task name, closed=True) -> examples``; encode: ``(examples, path) -> questions``. limit: the
-    first n of each, 0 all. made_by: the command that makes the files, for errors.
+    load: ``(path, tasks, task name, closed=True) -> examples``; encode: ``(examples, path) -> questions``. limit: use
+    only the first n examples of each task; 0: all. made_by: the command that makes the files, for errors.
 
     Raises ``UserError`` for an unknown task, a missing file and a broken example.
     """
@@ -319,10 +325,11 @@ def plan_batches(
     token_budget: int,
     length: Callable[[Question], int],
 ) -> list[list[Question]]:
-    """Batches of at most ``batch_size`` questions, or with ``auto`` of at most ``token_budget`` tokens.
+    """Split questions into batches of at most ``batch_size`` questions, or with ``auto`` of ``token_budget`` tokens.
 
-    Each holds questions of one task, the longest first, so that they share a prompt prefix and little padding; a batch
-    has one question at least. The order of ``questions`` does not matter. length: of a question, in tokens.
+    A batch has questions of one task, sorted by length (longest first), so they share a prompt prefix and need little
+    padding. Every batch has at least one question. The order of ``questions`` does not matter. length: returns the
+    number of tokens of a question.
     """
     batches = []
     by_task: dict[int, list[Question]] = {}
@@ -342,10 +349,10 @@ def plan_batches(
 def in_halves(
     answer: Callable[[list], list], rows: list, tokens: Callable[[Any], int], fitting: dict, key: object = None
 ) -> list:
-    """``answer(rows)``; rows that do not fit in a GPU's memory together are answered in halves.
+    """Return ``answer(rows)``; if the rows do not fit in the GPU's memory together, answer them in halves.
 
-    tokens: of a row. fitting: by ``key``, how many tokens, with padding, are tried since more did not fit; what is
-    found is put there. Raises ``UserError`` where a single row does not fit.
+    tokens: returns the number of tokens of a row. fitting: by ``key``, the most tokens (with padding) to try at once;
+    updated after an out-of-memory error. Raises ``UserError`` where a single row does not fit.
     """
     size = len(rows) * max(map(tokens, rows))
     if len(rows) == 1 or size <= fitting.get(key, size):
@@ -353,9 +360,9 @@ def in_halves(
             return answer(rows)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
-                way_out = "take a larger GPU or --dtype bf16"
+                way_out = "use a larger GPU or --dtype bf16"
                 raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
-        # Outside the except block, for the error holds on to the tensors of the pass that failed.
+        # Outside the except block, because the error keeps the tensors of the failed forward pass alive.
         fitting[key] = size // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -364,22 +371,22 @@ def in_halves(
 
 
 def not_finite(what: str) -> UserError:
-    """The error of values that are not finite; what: which, as "question 3 has the scores ..."."""
+    """Return the error for values that are not finite; what: names them, such as "question 3 has the scores ..."."""
     return UserError(
-        f"{what}, which are not finite: the base model or the adapter holds values that are no numbers, or its dtype "
-        "is too small; see the training's log, or pass --dtype fp32"
+        f"{what}, which are not finite: the base model or the adapter contains NaN or infinite values, or the range of "
+        "its dtype is too small; see the training's log, or pass --dtype fp32"
     )
 
 
 def likeliest(question: Question, scores: Sequence[float]) -> int:
-    """The place of the highest score, of equal ones the first; raises ``UserError`` for scores that are not finite."""
+    """Return the index of the highest score, the first of equal ones; raises ``UserError`` unless all are finite."""
     if not all(map(math.isfinite, scores)):
         raise not_finite(f"question {question.key[1]} of {question.task.name} has the scores {list(scores)}")
     return max(range(len(scores)), key=scores.__getitem__)
 
 
 class NotANumber(LogitsProcessor):
-    """Remembers whether any logit was NaN, on its device, so that a GPU is not synchronised at every token."""
+    """Remembers whether any logit was NaN; the flag stays on the GPU, so that tokens need no synchronisation."""
 
     found: torch.Tensor | bool = False
 
@@ -388,16 +395,16 @@ class NotANumber(LogitsProcessor):
         return scores
 
 
-# ---- the course of an evaluation and of a prediction ----
+# ---- evaluate and predict ----
 
 
 def evaluate(
     evaluator: Evaluator, asked: QuestionSets, questions: Mapping[str, Sequence[Question]], folders: Mapping[str, str]
 ) -> dict[str, Results]:
-    """Answer every question that has no answer yet; writes and returns the results of each protocol.
+    """Answer every question that has no answer yet; write and return the results of each protocol.
 
-    questions and folders: by protocol; the folders are claimed. Empty with ``check``, and on every process but the
-    first.
+    questions, folders: by protocol; the caller has claimed the folders. Returns an empty dictionary with ``check`` and
+    on every process but the first.
     """
     config = evaluator.config
     for folder in folders.values():
@@ -413,8 +420,8 @@ def evaluate(
     results: dict[str, Results] = {}
     with Processes() as processes:
         if config.overwrite or not all(is_answered(folder, questions[each]) for each, folder in folders.items()):
-            evaluator.load()  # may fail, and so before anything is deleted or written
-        processes.barrier()  # the first changes the folders only when every other one has read them
+            evaluator.load()  # may fail, so it comes before anything is deleted or written
+        processes.barrier()  # the first process changes the folders only after all others have read them
         if processes.rank == 0:
             (Path(config.output_folder) / artifacts.AGREEMENT).unlink(missing_ok=True)
             for protocol, folder in folders.items():
@@ -431,9 +438,10 @@ def evaluate(
 
 
 class Predictor:
-    """Answers examples in Python; the model is loaded with the first of them.
+    """Answers examples from Python; the model is loaded with the first of them.
 
-    A system's own has its ``Evaluator`` and ``AnswerConfig``, and the ``field`` that a string among examples is.
+    A system's subclass names its ``Evaluator`` and ``AnswerConfig``, and the ``field`` that an example given as a
+    plain string stands for.
     """
 
     evaluator_class: type[Evaluator]
@@ -445,9 +453,10 @@ class Predictor:
         self.evaluator = self.evaluator_class(self.config_class(checkpoint=path, **flags))
 
     def predict(self, examples: Sequence[Mapping | str], task: str | None = None, **how: object) -> list[dict]:
-        """One result per example, in their order; a string is its ``field`` alone. task: of all that name none."""
+        """Return one result per example, in order. An example that is a string has only ``field``. task: the task of
+        examples that name none."""
         if isinstance(examples, str | Mapping):
-            raise UserError("predict takes a list of examples; put the one into brackets")
+            raise UserError("predict takes a list of examples, not a single one; pass [example]")
         values = [{self.field: example} if isinstance(example, str) else example for example in examples]
         values = [dict(value) if isinstance(value, Mapping) else value for value in values]
         questions = self.evaluator.to_predict(values, "the examples", task, **how)
@@ -462,10 +471,10 @@ class Predictor:
 
 
 def predict(evaluator: Evaluator, protocol: str, **how: object) -> None:
-    """Answer every example of the input that has no answer yet, then write the output file whole.
+    """Answer every example of the input that has no answer yet, then write the whole output file.
 
-    Until then the answers lie in ``<output>.partial``, from which the same command resumes. protocol: that of the
-    settings, a name for a mixture of several. how: of ``to_predict``.
+    Until then the answers are kept in ``<output>.partial``, from which the same command resumes. protocol: the one
+    recorded in the settings, which may name a mixture of protocols. how: passed to ``to_predict``.
     """
     config = evaluator.config
     with files.unchanged(config.input) as digest:
@@ -477,14 +486,14 @@ def predict(evaluator: Evaluator, protocol: str, **how: object) -> None:
 
 
 def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], settings: dict) -> None:
-    """``predict`` with the output file claimed. settings: everything that an answer depends on."""
+    """Run ``predict`` once the output file is claimed. settings: every setting that an answer depends on."""
     config = evaluator.config
     output, partial = Path(config.output), Path(f"{config.output}.partial")
     files.require_writable(output.parent)
     require_own_settings(partial)
     if not config.overwrite:
         if output.exists() and not (partial / artifacts.EVAL_SETTINGS).exists():
-            raise UserError(f"{output} is there already; pass another --output, or --overwrite to replace it")
+            raise UserError(f"{output} already exists; pass another --output, or --overwrite to replace it")
         check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
     everything = [question for part in questions.values() for question in part]
     if config.check:
@@ -492,8 +501,8 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
         return
     with Processes() as processes:
         if config.overwrite or not is_answered(partial, everything):
-            evaluator.load()  # may fail, and so before anything is deleted or written
-        processes.barrier()  # the first changes the folder only when every other one has read it
+            evaluator.load()  # may fail, so it comes before anything is deleted or written
+        processes.barrier()  # the first process changes the folder only after all others have read it
         if processes.rank == 0:
             begin(partial, settings, config.overwrite)
         processes.barrier()
@@ -505,22 +514,25 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
             results = [evaluator.result(question, lines[question.key]) for question in everything]
             files.write_text(output, files.json_lines(results))
             artifacts.remove_evaluation(partial)
-            with contextlib.suppress(OSError):  # what another program put there stays
+            with contextlib.suppress(OSError):  # the folder stays if another program put a file into it
                 partial.rmdir()
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
 
 
 def inputs(parse: Callable, values: Sequence[object], source: str, tasks: TaskSet, task: str | None) -> list:
-    """The examples to predict from their JSON values by a system's ``parse_example``; task: of all that name none."""
+    """Parse JSON values into examples to predict. parse: the system's ``parse_example``; task: the task of examples
+    that name none."""
     if task is not None:
-        tasks[task]  # an unknown name is an error of the flag, not of an example
+        tasks[task]  # report an unknown task as an error of the flag, not of an example
     return [parse(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
 
 
 def result_of(question: Question, line: Mapping, labels: Sequence[str], **shown: object) -> dict:
-    """What is returned for an example to predict, from its prediction line: ``index``, its place in the input, what
-    was ``shown``, its further fields but for those that are named as the result's own, ``task`` and ``answer``; of
-    labels ``scores`` and ``probabilities``, of an answer that was generated its whole ``text``.
+    """Return the result of ``predict`` for one example, from its prediction line.
+
+    Its keys are ``index`` (the example's position in the input), the fields ``shown``, the example's extra fields
+    unless they have the name of a key of the result, ``task`` and ``answer``. Scored labels add ``scores`` and
+    ``probabilities`` by label; a generated answer adds its whole ``text``.
     """
     example = question.example
     extra = {key: entry for key, entry in example.extra.items() if key not in ("index", "scores", "probabilities")}
@@ -534,7 +546,7 @@ def result_of(question: Question, line: Mapping, labels: Sequence[str], **shown:
 
 @contextlib.contextmanager
 def claimed_folders(config: Config, folders: Mapping[str, str]):
-    """A block in which the output folder and those of the protocols are this command's."""
+    """Claim the output folder and the folders of the protocols for this command while the block runs."""
     with contextlib.ExitStack() as stack:
         for folder in () if config.check else dict.fromkeys([config.output_folder, *folders.values()]):
             stack.enter_context(files.claimed(folder))
@@ -542,8 +554,10 @@ def claimed_folders(config: Config, folders: Mapping[str, str]):
 
 
 def check_results_stay(folder: str, questions: Sequence[Question], asked: QuestionSets) -> None:
-    """Raise ``UserError`` if the results in a folder count more questions than these of a test set, a task that is not
-    asked at all, or the test sets of another folder: those of a part, or of something else, would replace them.
+    """Raise ``UserError`` if the new results would replace results of more questions, more tasks or other test sets.
+
+    That is the case if the folder's results count more questions of the same test file, a task that is not asked now,
+    or test files from another folder whose content differs.
     """
     path = Path(folder) / artifacts.RESULTS
     if not path.is_file():
@@ -558,21 +572,21 @@ def check_results_stay(folder: str, questions: Sequence[Question], asked: Questi
     ]
     if lost:
         raise UserError(
-            f"{path} holds the results of {', '.join(lost)}, which those of fewer would replace; ask for these too "
-            f"(what was answered stays), or {way_out}"
+            f"{path} holds the results of {', '.join(lost)}, which results of fewer questions would replace; evaluate "
+            f"these too (existing answers are kept), or {way_out}"
         )
-    # Test files that were changed where they lie are answered again.
+    # Test files that changed in the same folder are answered again.
     if earlier.test_sets not in (None, asked.source) and not all(same.values()):
         raise UserError(f"{path} holds the results of {earlier.test_sets}, not of {asked.source}; {way_out}")
 
 
 def gather(evaluator: Evaluator, folder: str, asked: QuestionSets) -> dict[tuple[str, int], dict]:
-    """Every prediction line of a folder, those of the questions with their answers extracted by today's rules."""
+    """Return every prediction line of a folder; answers to the given questions are extracted by the current rules."""
     predictions = Predictions(folder)
     lines = predictions.read()
     if other := [question for question in asked.questions if not question.answered_by(lines.get(question.key))]:
         task, index = other[0].key
-        raise UserError(f"{folder} holds an answer to another question as {index} of {task}; pass --overwrite")
+        raise UserError(f"{folder} answers a different question as question {index} of {task}; pass --overwrite")
     own = {question.key: question.extract_again(lines[question.key]) for question in asked.questions}
     lines |= evaluator.complete(asked.questions, own)
     predictions.gather(lines, asked.sizes)
@@ -580,7 +594,7 @@ def gather(evaluator: Evaluator, folder: str, asked: QuestionSets) -> dict[tuple
 
 
 def collect(evaluator: Evaluator, protocol: str, asked: QuestionSets, lines: Mapping[tuple[str, int], dict]) -> Results:
-    """What was measured, and everything needed to trace and repeat it."""
+    """Return the results: what was measured, and everything needed to trace and repeat it."""
     config, adapter = evaluator.config, evaluator.adapter
     by_task: dict[str, list[Question]] = {}
     for question in asked.questions:
@@ -623,11 +637,11 @@ def collect(evaluator: Evaluator, protocol: str, asked: QuestionSets, lines: Map
     )
 
 
-# ---- answers on disk, from several processes, and after a run that was killed ----
+# ---- answers on disk, written by several processes, resumed after a kill ----
 
 
 class Processes:
-    """A block in which the processes of a distributed launch share the questions; or this one alone answers them."""
+    """Context manager for the processes of a distributed launch, or for a single process without a launch."""
 
     def __init__(self):
         self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -638,7 +652,7 @@ class Processes:
         return self
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         if self.count > 1:
             torch.distributed.barrier()
 
@@ -648,7 +662,7 @@ class Processes:
 
 
 def is_answered(folder: str | Path, questions: Sequence[Question]) -> bool:
-    """Whether every question has an answer in ``folder``."""
+    """Return whether every question has an answer in ``folder``."""
     found = Predictions(folder).read()
     return all(question.answered_by(found.get(question.key)) for question in questions)
 
@@ -656,17 +670,17 @@ def is_answered(folder: str | Path, questions: Sequence[Question]) -> bool:
 def answer_all(
     evaluator: Evaluator, protocol: str, questions: Sequence[Question], folder: str | Path, processes: Processes
 ) -> None:
-    """Append the prediction lines of the questions that have none in ``folder``, shared over the processes.
+    """Answer the questions without a prediction line in ``folder`` and append their lines; the processes share them.
 
-    A batch of which a line is missing is answered whole: its scores then do not depend on where a run was cut.
+    If one line of a batch is missing, the whole batch is answered, so scores do not depend on where a run was killed.
     """
     predictions = Predictions(folder, processes.rank)
     found = predictions.read()
     done = {question.key for question in questions if question.answered_by(found.get(question.key))}
-    processes.barrier()  # nobody appends before everybody has read
+    processes.barrier()  # no process appends before all have read
     waiting = [batch for batch in evaluator.batches(questions, protocol) if any(one.key not in done for one in batch)]
     if processes.rank == 0 and (kept := len(questions) - sum(map(len, waiting))):
-        print(f"{kept:,} answers in {folder} are kept; --overwrite True to give them anew", file=sys.stderr)
+        print(f"{kept:,} answers in {folder} are kept; pass --overwrite True to replace them", file=sys.stderr)
     own = waiting[processes.rank :: processes.count]
     if own:
         evaluator.load()
@@ -679,39 +693,39 @@ def answer_all(
 
 
 class Predictions:
-    """The prediction lines of one evaluation's folder; each process appends to a file of its own."""
+    """The prediction lines in an evaluation's folder; each process appends to its own file."""
 
     def __init__(self, folder: str | Path, rank: int = 0):
         self.folder = Path(folder) / artifacts.PREDICTIONS
         self.own = self.folder / f"~part-{rank}.jsonl"
 
     def read(self) -> dict[tuple[str, int], dict]:
-        """Every complete line by (task, index); a line that a kill tore is left out, and so is answered again."""
+        """Return every complete line by (task, index); a line cut off by a kill is skipped, so it is answered again."""
         found = {}
-        # Lines of a run in progress are newer than those gathered before it.
+        # Lines of a run in progress are newer than the gathered ones, so they are read last.
         parts = set(self.folder.glob(PARTS))
         gathered = sorted(set(self.folder.glob("*.jsonl")) - parts)
         for path in [*gathered, *sorted(parts)]:
-            for text in path.read_bytes().split(b"\n"):  # a torn line may end inside a character
+            for text in path.read_bytes().split(b"\n"):  # bytes: a cut line may end inside a character
                 try:
                     line = json.loads(text)
                     task, index = line["task"], line["index"]
-                    if files.NAME.fullmatch(task) and type(index) is int and index >= 0:  # it becomes a file's name
+                    if files.NAME.fullmatch(task) and type(index) is int and index >= 0:  # the task names a file
                         found[task, index] = line
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue
         return found
 
     def append(self, lines: list[dict]) -> None:
-        """Write lines to this process's file, behind a line break, for a kill may have torn the line before them."""
+        """Append lines to this process's file, after a line break, since a kill may have cut off the last line."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.own.open("a", encoding="utf-8") as opened:
             opened.write("\n" + files.json_lines(lines))
 
     def gather(self, lines: Mapping[tuple[str, int], dict], sizes: Mapping[str, int]) -> None:
-        """Write ``lines`` to one file per task, in the order of the questions, in place of every process's file.
+        """Write ``lines`` to one file per task, ordered by question index, and delete the files of the processes.
 
-        sizes: the number of examples by task; lines beyond it belong to an earlier, larger test set and are dropped.
+        sizes: number of examples by task; lines beyond it belong to an earlier, larger test set and are dropped.
         """
         by_task: dict[str, list[dict]] = {}
         for (task, index), line in sorted(lines.items()):
@@ -724,39 +738,36 @@ class Predictions:
 
 
 def require_own_settings(folder: str | Path) -> None:
-    """Raise ``UserError`` for a folder with a ``settings.json`` of another program, which this one's would replace."""
+    """Raise ``UserError`` if the folder has another program's ``settings.json``, which would be overwritten."""
     path = Path(folder) / artifacts.EVAL_SETTINGS
     if path.exists() and "base_fingerprint" not in files.read_object(path, "the settings of an earlier evaluation"):
-        raise UserError(f"{path} is no evaluation's; choose another output, or delete it")
+        raise UserError(f"{path} was not written by an evaluation; choose another output, or delete it")
 
 
 def check_settings(folder: str | Path, settings: dict, way_out: str) -> None:
-    """Raise ``UserError`` naming what differs if a folder holds answers that were given under other settings."""
+    """Raise ``UserError`` naming the settings that differ if a folder holds answers given under other settings."""
     path = Path(folder) / artifacts.EVAL_SETTINGS
     if not any((Path(folder) / artifacts.PREDICTIONS).glob("*.jsonl")):
         return
     if not path.exists():
         raise UserError(f"{folder} holds answers without their {path.name}; {way_out}")
-    # Earlier versions did not record these.
+    # Earlier versions did not record these keys.
     missing = {"protocol": 1} | {key: settings[key] for key in (ADAPTER_CONFIG, BASE_CONFIG) if key in settings}
     earlier = missing | files.read_object(path, "the settings of an earlier evaluation")
     different = sorted(key for key in earlier.keys() | settings.keys() if earlier.get(key) != settings.get(key))
     if different:
-        raise UserError(f"{folder} holds answers with another {', '.join(different)}; {way_out}")
+        raise UserError(f"{folder} holds answers given with another {', '.join(different)}; {way_out}")
 
 
 def begin(folder: str | Path, settings: dict, overwrite: bool) -> None:
-    """Make a folder, which was checked, that of answers under ``settings``.
-
-    overwrite: delete an evaluation that it holds.
-    """
+    """Prepare a folder, already checked, for answers under ``settings``. overwrite: delete the evaluation in it."""
     if overwrite:
         artifacts.remove_evaluation(folder)
     predictions = Predictions(folder)
-    for left in predictions.folder.glob(".*.partial"):  # half-written by one that was killed
+    for left in predictions.folder.glob(".*.partial"):  # temporary files of a killed evaluation
         left.unlink()
-    # What several processes left of an evaluation that was killed: it must not stand beside, or above, what this one's
-    # processes, which share the questions otherwise, append.
+    # Gather the files that the processes of a killed evaluation left: this launch may divide the questions in another
+    # way, and the order of the files decides which of two lines for a question counts.
     if any(predictions.folder.glob(PARTS)):
         predictions.gather(predictions.read(), {})
     files.write_json(Path(folder) / artifacts.EVAL_SETTINGS, settings)

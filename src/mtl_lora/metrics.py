@@ -1,8 +1,8 @@
-"""Metrics by name: pure functions of predictions and targets, with their standard errors. For any system.
+"""Metrics by name, for any system: pure functions of predictions and targets, with their standard errors.
 
-A metric is the mean of a score that each question has, or a statistic of all questions together (a correlation). Both
-resample: a standard error and the interval of a difference come from drawing questions with replacement.
-numpy is imported where something is resampled.
+A metric is either the mean of per-question scores or a statistic of all questions together, such as a correlation.
+Intervals of differences, and standard errors of statistics, come from resampling questions with replacement. numpy is
+imported only where it is needed.
 """
 
 import collections
@@ -22,30 +22,30 @@ from mtl_lora.estimates import SEED, Difference, Estimate, bootstrap_means, draw
 if TYPE_CHECKING:
     import numpy
 
-Answer = str | float  # a label or a free text; a number of a regression
-ERROR_RESAMPLES = 1000  # for a standard error
-NOTHING = "–"  # in a table, for no value
-MAPS = ("classes", "saliency", "edges", "angles", "depth")  # what a map may be, as a metric needs it
+Answer = str | float  # a label or free text; a number for regression
+ERROR_RESAMPLES = 1000  # resamples for a standard error
+NOTHING = "–"  # a table cell without a value
+MAPS = ("classes", "saliency", "edges", "angles", "depth")  # kinds of maps, as values of ``Metric.needs``
 
 # ---- free text ----
 
 _KEPT = re.compile(
-    r"(?<!\w)[-.]+(?=\d)"  # the sign or point before a number: -5, .5
-    r"|(?<!\w)[<>]=?(?=\s*[-.]?\d)"  # whether it is less or more: <5, >= 5
-    r"|(?<=\d)[.,:/^*-](?=\d)"  # the signs inside one: 1.5, 1/2, 12:30
-    r"|(?<=\de)[+-](?=\d)|(?<!\w)-(?=[$€£]\d|[^\W\d_]\b)"  # of an exponent, a sum of money, a letter: 1e-5, -$5, -x
-    r"|(?<=\b[^\W_])[+*/^<>=](?=[^\W_]\b)"  # those between single ones: x+1, a<b
-    r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # those behind a single letter: C++, F#, A-
+    r"(?<!\w)[-.]+(?=\d)"  # a sign or point before a number: -5, .5
+    r"|(?<!\w)[<>]=?(?=\s*[-.]?\d)"  # a comparison before a number: <5, >= 5
+    r"|(?<=\d)[.,:/^*-](?=\d)"  # signs inside a number: 1.5, 1/2, 12:30
+    r"|(?<=\de)[+-](?=\d)|(?<!\w)-(?=[$€£]\d|[^\W\d_]\b)"  # the sign of an exponent, amount or letter: 1e-5, -$5, -x
+    r"|(?<=\b[^\W_])[+*/^<>=](?=[^\W_]\b)"  # an operator between single characters: x+1, a<b
+    r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # signs after a single letter: C++, F#, A-
     rf"|[^{re.escape(string.punctuation)}]"
 )
 
 
 def free_text_words(text: str) -> list[str]:
-    """Lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers, with three exceptions.
+    """Return the lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers.
 
-    Signs that belong to a number or to a single letter count (-1.5 is not 15, <5 not >5, C++ not C, x+1 not x1); ``a``,
-    ``an`` and ``the`` count at the end, where they are no article (vitamin A); and text of punctuation alone is
-    compared as it is.
+    There are three exceptions. Signs that belong to a number or a single letter are kept (-1.5 is not 15, <5 not >5,
+    C++ not C, x+1 not x1). ``a``, ``an`` and ``the`` are kept as the last word, where they are not articles
+    (vitamin A). Text that is only punctuation is kept as it is.
     """
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower().replace("\N{MINUS SIGN}", "-"))
     words = "".join(_KEPT.findall(plain)).split()
@@ -54,20 +54,20 @@ def free_text_words(text: str) -> list[str]:
 
 
 def same_text(text: str, target: str) -> bool:
-    """Whether two free texts have the same words, see ``free_text_words``; an empty text equals nothing."""
+    """Return whether two free texts have the same words (``free_text_words``); an empty text never matches."""
     words = free_text_words(text)
     return bool(words) and words == free_text_words(target)
 
 
 def text_f1(text: str, target: str) -> float:
-    """2 P R / (P + R) of the words that two free texts share, each counted as often as it occurs in both (SQuAD)."""
+    """2 P R / (P + R) of the words that two free texts share; a word counts as often as both texts have it (SQuAD)."""
     given, wanted = free_text_words(text), free_text_words(target)
     if not given or not wanted:
         return 0.0
     return 2 * sum((collections.Counter(given) & collections.Counter(wanted)).values()) / (len(given) + len(wanted))
 
 
-# ---- answers to questions about pictures ----
+# ---- VQA: answers to questions about images ----
 
 _NUMBER_WORDS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 _DIGITS = {word: str(max(number - 1, 0)) for number, word in enumerate(_NUMBER_WORDS)}
@@ -80,7 +80,7 @@ _CONTRACTED = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-# Each is written for what lacks one of its apostrophes; and the official table takes the one of somebody'd away.
+# Spelling without one of its apostrophes -> contraction; the official table also turns somebody'd into somebodyd.
 _CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in _CONTRACTED.split()
@@ -91,33 +91,39 @@ _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def _without_punctuation(text: str) -> str:
-    """The official rule: a sign goes where any of its kind is beside a space or the text has a number with a comma,
-    else a space comes for it; and a full stop goes where no digit is behind it."""
+    """Apply the official rule for punctuation.
+
+    A sign is removed if one of its kind is next to a space, or if the text has a comma between digits; otherwise a
+    space replaces it. A full stop is removed unless a digit follows.
+    """
     found = text
     for sign in _VQA_PUNCTUATION:
-        goes = f"{sign} " in text or f" {sign}" in text or re.search(r"\d,\d", text)
-        found = found.replace(sign, "" if goes else " ")
+        removed = f"{sign} " in text or f" {sign}" in text or re.search(r"\d,\d", text)
+        found = found.replace(sign, "" if removed else " ")
     return re.sub(r"\.(?!\d)", "", found)
 
 
 def vqa_normalised(text: str) -> str:
-    """An answer as the official evaluation of VQA (1505.00468) writes one that is predicted: see
-    ``_without_punctuation``, then lower case, digits for none to ten, no articles, apostrophes in contractions."""
+    """Normalise an answer as the official evaluation of VQA (1505.00468) normalises predictions.
+
+    After ``_without_punctuation``: lower case, digits for none to ten, no articles, apostrophes in contractions.
+    """
     plain = _without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = [_DIGITS.get(word, word) for word in plain.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def _agreement(given: str, answers: Sequence[str]) -> float:
-    """The mean over people of min(1, how many of the others gave this answer / 3)."""
+    """The mean over people of min(1, k / 3), where k of the other people gave this answer."""
     same, n = answers.count(given), len(answers)
     return (same * min(1, (same - 1) / 3) + (n - same) * min(1, same / 3)) / n
 
 
 def vqa_accuracy(text: str, target: Mapping[str, float] | Sequence[str]) -> float:
-    """The soft accuracy of VQA. target: what people answered, or soft scores by answer, of which the highest counts.
+    """The soft accuracy of VQA. target: the answers that people gave, or soft scores by answer.
 
-    Both sides are normalised alike, see ``vqa_normalised``; what that leaves nothing of is compared as it is.
+    ``vqa_normalised`` is applied to both sides; a text that it leaves empty is compared in lower case instead. Of
+    several soft scores that match, the highest counts.
     """
 
     def plain(text: str) -> str:
@@ -130,8 +136,11 @@ def vqa_accuracy(text: str, target: Mapping[str, float] | Sequence[str]) -> floa
 
 
 def vqa_accuracy_official(text: str, target: Mapping[str, float] | Sequence[str]) -> float:
-    """The same with the asymmetries of the evaluation that VL-T5 and its successors use: people's answers lose their
-    punctuation alone, and only if they are not all the same; soft scores are of the text as it is."""
+    """The soft accuracy of VQA as the evaluation used by VL-T5 and its successors computes it.
+
+    It does not treat both sides alike: people's answers only lose punctuation, and only if they are not all the same;
+    soft scores are looked up by the unchanged prediction.
+    """
     if isinstance(target, Mapping):
         return target.get(text, 0.0)
     answers = [_without_punctuation(answer) for answer in target] if len({*target}) > 1 else list(target)
@@ -143,15 +152,16 @@ def vqa_accuracy_official(text: str, target: Mapping[str, float] | Sequence[str]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """Called with n >= 1 predictions and their targets, and a task's labels: (value, standard error or None).
+    """A metric: (n >= 1 predictions, their targets, the task's labels) -> (value, standard error or None).
 
-    Values are shown times ``scale``: fractions in percent, others in their ``unit`` with ``digits`` decimals. ``rows``
-    of predictions and targets is what the metric needs of each question, ``value_of`` of rows the value, and
-    ``difference`` what B has more than A.
-    title: of a table's column. needs: what a task must have, see ``metrics_for``. lowest, highest: values.
-    lower_is_better: of errors. parts: names of the two metrics of which this is the mean. Of two labels the last is
-    the positive class. target: of a prediction line, what is compared with. key: of a prediction line, what the metric
-    is computed from; of captions and maps the row itself, which takes what reports do not have.
+    ``rows(predictions, targets, labels)`` returns the per-question inputs of the metric, ``value_of(rows)`` its value,
+    and ``difference`` the value of B minus that of A. Tables show values times ``scale``: fractions in percent, others
+    in ``unit`` with ``digits`` decimals. Of two labels the last is the positive class.
+
+    title: column heading. needs: what a task must have, see ``metrics_for``. lowest, highest: range of values. parts:
+    names of the two metrics whose mean this is. target: key of a prediction line with the target. key: key of a
+    prediction line from which the metric is computed; for captions and maps it holds the row itself, because reports
+    lack what computing it needs.
     """
 
     title: str
@@ -167,17 +177,17 @@ class Metric:
 
     @property
     def has_written_rows(self) -> bool:
-        """Whether rows are written into the prediction lines."""
+        """Whether the prediction lines hold the rows."""
         return self.needs in ("references", *MAPS)
 
     def of_lines(self, lines: Sequence[Mapping], labels: Sequence[str] = (), key: str = "parsed") -> Sequence:
-        """The rows of prediction lines. key: of the answers."""
+        """Return the rows of prediction lines. key: the lines' key of the answers."""
         if self.has_written_rows:
             return self.written([line[self.key] for line in lines])
         return self.rows([line[key] for line in lines], [line[self.target] for line in lines], labels)
 
     def value(self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()) -> float:
-        """The value alone, which takes no resampling."""
+        """Return the value without a standard error, so without resampling."""
         return self.value_of(self.rows(predictions, targets, labels))
 
     def __call__(self, predictions, targets, labels=()) -> tuple[float, float | None]:
@@ -186,14 +196,14 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Mean(Metric):
-    """The mean of ``score(prediction, target)``, from 0 to 1. key: of a prediction line that holds the score."""
+    """The mean of ``score(prediction, target)``, from 0 to ``highest``. key: a prediction line's key of the score."""
 
-    score: Callable[[str, typing.Any], float] | None  # None where rows are written
+    score: Callable[[str, typing.Any], float] | None  # None where the prediction lines hold the rows
     key: str
 
     def rows(self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()) -> list[float]:
-        """The score of each question."""
-        score = operator.eq if labels and self.score is same_text else self.score  # labels are no free text
+        """Return the score of each question."""
+        score = operator.eq if labels and self.score is same_text else self.score  # labels are not free text
         return [float(score(given, target)) for given, target in zip(predictions, targets, strict=True)]
 
     written: ClassVar = list
@@ -203,14 +213,18 @@ class Mean(Metric):
     def difference(
         self, pairs: Sequence[tuple[list, list]], stream: Sequence[int], resamples: int
     ) -> "tuple[float, numpy.ndarray]":
-        """B minus A, the mean over ``pairs`` of the rows of A and of B; and the same of each resample (resamples,)."""
+        """Return B minus A, averaged over ``pairs`` of (rows of A, rows of B), and its values (resamples,)."""
         each = zip(*([y - x for x, y in zip(a, b, strict=True)] for a, b in pairs), strict=True)
         values = [statistics.fmean(of_question) for of_question in each]
         return statistics.fmean(values), bootstrap_means(values, stream, resamples)
 
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, standard error) of n values from 0 to 1; of zeros and ones ``estimates.proportion_error``."""
+    """Return (mean, standard error) of n values.
+
+    For zeros and ones the error is ``estimates.proportion_error``. For others it is the larger of the error of the
+    values and the error with 0, 0, 1, 1 added, for the same reason.
+    """
 
     def error(values: Sequence[float]) -> float:
         center = sum(values) / len(values)
@@ -224,32 +238,33 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Statistic(Metric):
-    """A function of all questions: ``of_counts(rows (n, c), counts (R, n)) -> (R,)`` with each question counted.
+    """A function of all questions: ``of_counts(rows (n, c), counts (R, n)) -> (R,)``.
 
-    The standard error is the standard deviation over ``ERROR_RESAMPLES`` bootstrap resamples (Efron and Tibshirani, An
-    Introduction to the Bootstrap, 1993), in which an undefined value (all predictions or all targets equal) is 0, as
-    scikit-learn has it for Matthews. None where all resamples agree, as for one question, a constant predictor or
-    a perfect one: they show no spread, which is no certainty.
+    ``counts`` says how often each question occurs in each of R resamples. The standard error is the standard deviation
+    over ``ERROR_RESAMPLES`` bootstrap resamples (Efron and Tibshirani, An Introduction to the Bootstrap, 1993), in
+    which an undefined value (all predictions or all targets equal) is 0, as in scikit-learn for Matthews. It is None
+    where all resamples agree, as for one question, a constant predictor or a perfect one: resampling then shows no
+    spread, but the value is not certain.
     """
 
     columns: (
         Callable[[Sequence[Answer], Sequence[Answer], Sequence[str]], Sequence] | None
-    )  # None where rows are written
+    )  # None where the prediction lines hold the rows
     of_counts: "Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray]"
     key: str = "parsed"
 
     def rows(
         self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()
     ) -> "numpy.ndarray":
-        """(n, c) numbers.
+        """Return the rows, (n, c) numbers.
 
-        Raises ``UserError`` without the labels that the metric needs, and for a number that is not finite, which would
-        have a rank like any other.
+        Raises ``UserError`` unless the task has the labels that the metric needs, and for a number that is not finite,
+        since it would be ranked like any other.
         """
         import numpy
 
         if len(predictions) != len(targets):
-            raise ValueError(f"{len(predictions)} predictions have {len(targets)} targets")
+            raise ValueError(f"there are {len(predictions)} predictions but {len(targets)} targets")
         if self.needs == "two labels" and len(labels) != 2:
             raise UserError(f"{self.title} needs two labels, the last of which is the positive class, not {labels}")
         rows = numpy.array(self.columns(predictions, targets, labels), dtype=numpy.float64).T
@@ -259,36 +274,36 @@ class Statistic(Metric):
         return rows
 
     def value_of(self, rows: "numpy.ndarray") -> float:
-        """The statistic of each question counted once."""
+        """Return the statistic with each question counted once."""
         import numpy
 
         return float(self.of_counts(rows, numpy.ones((1, len(rows))))[0])
 
     @staticmethod
     def written(values: Sequence) -> "numpy.ndarray":
-        """Rows (n, c) from prediction lines."""
+        """Return the rows (n, c) that prediction lines hold."""
         import numpy
 
         return numpy.array(values, dtype=numpy.float64)
 
     def estimate(self, rows: "numpy.ndarray") -> tuple[float, float | None]:
-        """Value and standard error of rows."""
+        """Return the value and its standard error."""
         error = float(self._resampled([rows], [SEED], ERROR_RESAMPLES)[0].std(ddof=1))
         return self.value_of(rows), error if error > 1e-9 else None
 
     def difference(
         self, pairs: "Sequence[tuple[numpy.ndarray, numpy.ndarray]]", stream: Sequence[int], resamples: int
     ) -> "tuple[float, numpy.ndarray]":
-        """As of a mean; every resample draws the same questions for all sides."""
+        """As ``Mean.difference``; every resample draws the same questions for all sides."""
         values = [self.value_of(b) - self.value_of(a) for a, b in pairs]
         found = self._resampled([side for pair in pairs for side in pair], stream, resamples)
         return statistics.fmean(values), (found[1::2] - found[::2]).mean(axis=0)
 
     def _resampled(self, sides: "Sequence[numpy.ndarray]", stream: Sequence[int], resamples: int) -> "numpy.ndarray":
-        """(sides, resamples): the statistic of each side, of the same questions in each resample."""
+        """Return the statistic of each side in each resample, (sides, resamples), on the same questions."""
         import numpy
 
-        # Questions that are alike on all sides are drawn together, in the order of their first.
+        # Questions with equal rows on all sides are drawn together, in the order of their first occurrence.
         _, first, counts = numpy.unique(numpy.hstack(sides), axis=0, return_index=True, return_counts=True)
         order = numpy.argsort(first)
         alike = [side[first[order]] for side in sides]
@@ -296,18 +311,21 @@ class Statistic(Metric):
         return numpy.concatenate(found, axis=1)
 
 
-# ---- statistics of rows (n, c) and counts (R, n) ----
+# ---- statistics: rows (n, c), counts (R, n) -> (R,) ----
 
 
 def _ratio(part: "numpy.ndarray", whole: "numpy.ndarray") -> "numpy.ndarray":
-    """part / whole, from -1 to 1 whatever the rounding; 0 where the whole is."""
+    """part / whole, clipped to -1..1 against rounding errors; 0 where the whole is 0."""
     import numpy
 
     return numpy.divide(part, whole, out=numpy.zeros(len(whole)), where=whole > 0).clip(-1, 1)
 
 
 def _matthews(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """Of any number of classes (Gorodkin, Computational Biology and Chemistry 28, 2004); columns: given, wanted."""
+    """Matthews correlation of any number of classes (Gorodkin, Computational Biology and Chemistry 28, 2004).
+
+    Columns: the class given, the class wanted.
+    """
     import numpy
 
     classes, n = numpy.unique(rows), counts.sum(axis=1)
@@ -318,12 +336,12 @@ def _matthews(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray"
 
 
 def _binary_f1(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """2 TP / (2 TP + FP + FN); columns: whether the positive class was given, was wanted."""
+    """2 TP / (2 TP + FP + FN). Columns: whether the positive class was given, whether it was wanted."""
     return _ratio(2 * counts @ (rows[:, 0] * rows[:, 1]), counts @ rows.sum(axis=1))
 
 
 def _accuracy_and_f1(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """Columns: right, and those of F1."""
+    """The mean of accuracy and F1. Columns: whether the answer is right, then the columns of ``_binary_f1``."""
     return (counts @ rows[:, 0] / counts.sum(axis=1) + _binary_f1(rows[:, 1:], counts)) / 2
 
 
@@ -333,7 +351,7 @@ def _pearson(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     largest = numpy.abs(rows).max(axis=0)
     rows = rows / numpy.where(largest > 0, largest, 1)
     apart = rows - numpy.median(rows, axis=0)
-    x, y = numpy.where(numpy.abs(apart) > 1e-13, apart, 0).T  # what varies by rounding alone is constant
+    x, y = numpy.where(numpy.abs(apart) > 1e-13, apart, 0).T  # a column that varies by rounding only is constant
     means = counts @ numpy.stack([x, y, x * x, y * y, x * y], axis=1) / counts.sum(axis=1, keepdims=True)
     x, y, xx, yy, xy = means.T
     spread = [numpy.where(s - m * m > 1e-13 * s, numpy.sqrt(numpy.abs(s - m * m)), 0) for m, s in ((x, xx), (y, yy))]
@@ -350,7 +368,7 @@ def _spearman(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray"
 
 
 def _ranks(values: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """Each question's rank within a resample (R, n), from the middle; equal values have the mean of their ranks."""
+    """Return each question's rank in each resample (R, n), relative to the middle rank; ties share their mean rank."""
     import numpy
 
     distinct, place = numpy.unique(values, return_inverse=True)
@@ -367,8 +385,10 @@ def _pearson_and_spearman(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "nu
 
 
 def _bleu4(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """Corpus BLEU (Papineni et al., ACL 2002) of up to four words, with the small numbers of coco-caption's scorer.
-    Columns: matches of one to four words, words of the prediction likewise, its length, that of the closest reference.
+    """Corpus BLEU-4 (Papineni et al., ACL 2002), with the smoothing constants of coco-caption's scorer.
+
+    Columns: matching n-grams for n = 1 to 4, n-grams of the prediction for n = 1 to 4, length of the prediction, length
+    of the closest reference.
     """
     import numpy
 
@@ -378,14 +398,14 @@ def _bleu4(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     return precision.prod(axis=1) ** 0.25 * numpy.exp(numpy.minimum(1 - 1 / ratio, 0))
 
 
-# ---- maps of images: rows (n, c) are sums over the pixels of an image ----
+# ---- statistics of maps: a row is sums over the pixels of an image ----
 
 
 def _miou(rows: "numpy.ndarray", counts: "numpy.ndarray", present: bool = False) -> "numpy.ndarray":
-    """The mean over classes of their intersection over union in all images together; 0 for a class that is nowhere.
+    """The mean over classes of the intersection over union in all images together; 0 for a class without any pixel.
 
-    Columns: pixels of each class that were found, those that were taken for it, those that were missed. present: over
-    the classes alone that have a pixel in these images.
+    Columns: by class, the pixels that are true positives, then false positives, then false negatives. present: average
+    only over the classes that some label in these images has.
     """
     import numpy
 
@@ -402,16 +422,16 @@ def _miou_present(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndar
 
 
 def _quotient(part: "numpy.ndarray", whole: "numpy.ndarray") -> "numpy.ndarray":
-    """part / whole; 0 where the whole is."""
+    """part / whole; 0 where the whole is 0."""
     import numpy
 
     return numpy.divide(part, whole, out=numpy.zeros(part.shape), where=whole > 0)
 
 
 def _by_threshold(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """(3, R, thresholds): the means over images of intersection over union, precision and recall at each threshold.
+    """Return the means over images of intersection over union, precision and recall, (3, R, thresholds).
 
-    Columns: these of each threshold, and whether the image has a label.
+    Columns: the three measures at each threshold, then whether the image has a label.
     """
     sums = counts @ rows
     means = _quotient(sums[:, :-1], sums[:, -1:] + 0 * sums[:, :-1])
@@ -428,13 +448,13 @@ def _max_f(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
 
 
 def _mean_of_sums(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """Columns: a sum over pixels first, their number last."""
+    """The mean over all pixels. Columns: the sum over an image's pixels first, the number of pixels last."""
     sums = counts @ rows
     return _quotient(sums[:, 0], sums[:, -1])
 
 
 def _root_of_squares(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """Columns: a sum of squares before the last, the number of pixels last."""
+    """The root mean square. Columns: the sum of squares last but one, the number of pixels last."""
     sums = counts @ rows
     return _quotient(sums[:, -2], sums[:, -1]) ** 0.5
 
@@ -456,7 +476,7 @@ def _numbers(predictions: Sequence[Answer], targets: Sequence[Answer], labels: S
     return predictions, targets
 
 
-# ---- the table ----
+# ---- the metrics by name ----
 
 _ERROR = {"scale": 1, "lower_is_better": True}
 METRICS: dict[str, Metric] = {
@@ -502,42 +522,45 @@ METRICS: dict[str, Metric] = {
 
 
 def metrics_for(labels: Sequence[str] = (), numbers: bool = False) -> list[str]:
-    """Names of the metrics of a task with these labels, of one of free text (no labels), or of one of ``numbers``."""
-    # Of labels the F1 of their words would pass for that of a class.
+    """Names of the metrics for a task with these labels, for free text (no labels), or for ``numbers`` (regression)."""
+    # Not F1 over words for labels: it would be taken for the F1 of a class.
     having = {"words", "labels" if labels else "free text", *["two labels"] * (len(labels) == 2)}
     return metrics_needing(*({"numbers"} if numbers else having))
 
 
 def metrics_needing(*needs: str) -> list[str]:
-    """Names of the metrics that need one of these things of a task."""
+    """Names of the metrics whose ``needs`` is one of these."""
     return [name for name, metric in METRICS.items() if metric.needs in needs]
 
 
 def title_of(metric: str) -> str:
-    """How tables name a metric; one of another's making by its own name."""
+    """The name of a metric in tables; a metric that is not in ``METRICS`` keeps its own name."""
     return METRICS[metric].title if metric in METRICS else metric
 
 
 def scale_of(metric: str) -> int:
-    """What a value of a metric is shown times."""
+    """The factor by which tables multiply a metric's values."""
     return METRICS[metric].scale if metric in METRICS else 1
 
 
 def percent(fraction: float, signed: bool = False) -> str:
-    """Percent with one decimal, see ``_decimals``."""
+    """A fraction in percent with one decimal, see ``_decimals``."""
     return _decimals(100 * fraction, 1, signed)
 
 
 def _decimals(number: float, digits: int, signed: bool) -> str:
-    """A number with ``digits`` decimals. One that is ``signed``, a difference or a bound of one, keeps the sign that it
-    has before it is rounded (-0.0 and +0.0 lie on either side of no difference), and zero has none."""
-    if signed and round(number, 12):  # where sums cancel, less than that is left
+    """A number with ``digits`` decimals.
+
+    A ``signed`` number, which is a difference or a bound of one, keeps the sign from before rounding: -0.0 and +0.0 are
+    on either side of zero. Zero itself has no sign.
+    """
+    if signed and round(number, 12):  # sums that cancel leave a smaller remainder than that
         return f"{number:+.{digits}f}"
     return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
 def value_text(value: float | None, spread: float | None = None, metric: str = "accuracy", signed: bool = False) -> str:
-    """``71.2 ± 0.8``: a metric that is shown times 100, any other with its digits; a dash for None."""
+    """``71.2 ± 0.8``, times 100 with one decimal, or unscaled with the metric's digits; a dash for None."""
     if value is None:
         return NOTHING
     digits = METRICS[metric].digits if metric in METRICS else 2 if metric == "delta_m" else 3
@@ -549,7 +572,7 @@ def value_text(value: float | None, spread: float | None = None, metric: str = "
 
 
 def units_text(metrics: Collection[str]) -> str:
-    """``Accuracy in percent; Matthews times 100; ``: what the numbers of a table of ``metrics`` are."""
+    """``Accuracy in percent; Matthews times 100; ``: the units in a table of ``metrics``."""
     found: dict[str, list[str]] = {}
     for metric in [each for name, each in METRICS.items() if name in metrics]:
         unit = metric.unit or ("times 100" if metric.lowest else "in percent")
@@ -571,26 +594,27 @@ def difference_text(value: Estimate | Difference | None, metric: str = "accuracy
 
 
 def p_text(p: float) -> str:
-    """Four decimals, or ``<0.0001``."""
+    """A p value with four decimals, or ``<0.0001``."""
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
 def one_unit(metrics: Iterable[str]) -> bool:
-    """Whether values of these metrics have a mean: all are in percent, or they are of one metric."""
+    """Return whether values of these metrics can be averaged: all are shown times 100, or there is only one metric."""
     metrics = {*metrics}
     return len(metrics) == 1 or all(scale_of(metric) == 100 for metric in metrics)
 
 
 def delta_m(values: Mapping[str, float], baselines: Mapping[str, float], metrics: Mapping[str, str]) -> float:
-    """Percent by which a model is better than the baselines of its tasks, on average: 100 / T sum_t s_t (M_t - S_t) /
-    S_t, with s_t = -1 where lower is better (Maninis et al., arXiv 1904.08918). All by task.
+    """Percent by which a model is better than its tasks' baselines, on average over tasks.
 
-    Raises ``ValueError`` for tasks that differ, an unknown metric, or a baseline that is not above 0.
+    100 / T sum_t s_t (M_t - S_t) / S_t, with s_t = -1 where lower is better (Maninis et al., arXiv 1904.08918). values
+    (M_t), baselines (S_t) and metrics are by task. Raises ``ValueError`` for tasks that differ, an unknown metric, or a
+    baseline that is not above 0.
     """
     if not values or values.keys() != baselines.keys() or not values.keys() <= metrics.keys():
         raise ValueError(f"tasks of values {[*values]}, baselines {[*baselines]} and metrics {[*metrics]} differ")
     if wrong := [task for task in values if metrics[task] not in METRICS or not baselines[task] > 0]:
-        raise ValueError(f"{wrong} have a metric that is not known or a baseline that is not above 0")
+        raise ValueError(f"{wrong} have an unknown metric or a baseline that is not above 0")
     signs = {task: -1 if METRICS[metrics[task]].lower_is_better else 1 for task in values}
     gains = [signs[task] * (value - baselines[task]) / baselines[task] for task, value in values.items()]
     return 100 * statistics.fmean(gains)

@@ -1,8 +1,8 @@
 """``results.json``: what an evaluation measured, and everything needed to trace, repeat and compare it.
 
 Evaluation writes it through these classes (schema 2); tables, comparisons, figures and studies read it through them.
-Schema 1, in which every metric was an accuracy, is read for ever. Nothing here knows a system or a benchmark. First
-the reader of all JSON files that are kept as dataclasses, a study's too.
+Schema 1, in which every metric was an accuracy, can still be read. Nothing here depends on a system or a benchmark.
+The module starts with ``Reader``, which reads every JSON file that is kept as dataclasses, including a study's.
 """
 
 import collections
@@ -24,14 +24,14 @@ from mtl_lora.estimates import proportion_error
 from mtl_lora.metrics import METRICS, NOTHING, Mean, one_unit, title_of
 
 SCHEMA = 2
-# A file may carry a rounded average, but not one that contradicts its own tasks in the digit that a table shows.
+# A file may hold a rounded average, but not one that contradicts its own tasks in a digit that tables show.
 AVERAGE_TOLERANCE = 0.001
 _SCHEMA_1_TITLES = {"lora": "LoRA", "dora": "DoRA", "multilora": "MultiLoRA", "moelora": "MoELoRA"}
 _SCHEMA_1_TITLES |= {"mtl_lora": "MTL-LoRA"}
 
 # ---- JSON files as dataclasses ----
 
-# What a value must be besides its type: in words, for errors, and as a test.
+# A type, then the rule that its values must satisfy: in words, for errors, and as a test.
 Text = typing.Annotated[str, "a non-empty string", str.strip]
 Name = typing.Annotated[str, "letters, digits, '_', '-' or '.', and not dots alone", files.NAME.fullmatch]
 Fraction = typing.Annotated[float, "a fraction from 0 to 1", lambda number: 0 <= number <= 1]
@@ -42,26 +42,26 @@ Amount = typing.Annotated[float, "a number from 0", lambda number: number >= 0]
 Error = typing.Annotated[float, "a standard error from 0", lambda number: number >= 0]
 Count = typing.Annotated[int, "a whole number from 1", lambda count: count >= 1]
 Index = typing.Annotated[int, "a whole number from 0", lambda count: count >= 0]
-# Of what else is measured of a task, that which reports read.
+# The keys of ``TaskResult.measured`` that reports read, with their types.
 _MEASURED = {"predicted": dict[str, Index], "unparsed": Fraction, "correct": Index, "f1": Fraction, "tokenizer": str}
 _WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
-_MISSING = type("_Missing", (), {"__repr__": lambda self: "missing"})()  # the value of a key that is not there
+_MISSING = type("_Missing", (), {"__repr__": lambda self: "missing"})()  # stands for a missing key
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Reads the values of one file. source: the file in errors; schema: of the file, for classes that ask for it.
+    """Reads the values of one file into dataclasses. source: names the file in errors; schema: the file's schema.
 
-    A field's type says what its key must hold. A field with a default may be missing or null; unknown keys are ignored,
-    so that a newer file can be read. A class with rules of its own defines ``read_json(reader, value, place)`` and
-    ``to_json()``, which take the place of its fields.
+    A field's type says what its key must hold. A key whose field has a default may be missing or null. Unknown keys are
+    ignored, so that a newer file can be read. A class with its own rules defines ``read_json(reader, value, place)``
+    and ``to_json()``, which are used instead of its fields.
     """
 
     source: str
     schema: int = 1
 
     def read(self, expected: object, value: object, place: str = "") -> typing.Any:
-        """``value`` as the type ``expected``; raises ``UserError`` naming the file, the key and what it must be."""
+        """Return ``value`` as the type ``expected``; raises ``UserError`` naming file, key and rule if it is not."""
         origin, (first, *rest) = typing.get_origin(expected), typing.get_args(expected) or (expected,)
         if origin in (types.UnionType, typing.Union):
             return None if value is None else self.read(first, value, place)
@@ -83,7 +83,7 @@ class Reader:
         return value
 
     def fields(self, cls: type, value: object, place: str = "") -> dict:
-        """The arguments of a dataclass from the keys of an object."""
+        """Return the arguments of the dataclass ``cls`` from the keys of an object."""
         entries = self.read(dict, value, place)
         return {
             name: self.key(entries, name, hint, place)
@@ -92,27 +92,27 @@ class Reader:
         }
 
     def key(self, entries: dict, key: str, expected: object, place: str = "") -> typing.Any:
-        """The value of a required key of the object at ``place``."""
+        """Return the value of a required key of the object at ``place``."""
         return self.read(expected, entries.get(key, _MISSING), f"{place}.{key}".lstrip("."))
 
     def wrong(self, place: str, value: object, rule: str) -> UserError:
-        """The error for a value that is not what it must be."""
+        """Return the error for a value that breaks ``rule``."""
         return UserError(f"{self.source}: {place or 'the file'} is {reprlib.repr(value)}; it must be {rule}")
 
 
 @functools.cache
 def _fields(cls: type) -> dict[str, tuple[object, bool]]:
-    """Names of the fields that are keys of the file, with their type and whether they are required."""
+    """The fields that are keys of the file: by name, the type and whether the key is required."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         field.name: (hints[field.name], field.default is field.default_factory is dataclasses.MISSING)
         for field in dataclasses.fields(cls)
-        if field.compare  # what two equal files may differ in is no key of them
+        if field.compare  # a field that equality ignores is not a key of the file
     }
 
 
 def to_json(value: object) -> typing.Any:
-    """A value of dataclasses as JSON holds it; ``Reader.read`` gives an equal value back."""
+    """Return a dataclass, or a container of dataclasses, as JSON; ``Reader.read`` gives an equal value back."""
     if hasattr(value, "to_json"):
         return value.to_json()
     if dataclasses.is_dataclass(value):
@@ -123,7 +123,7 @@ def to_json(value: object) -> typing.Any:
 
 
 def object_of(value: object) -> dict:
-    """The fields of a dataclass as the keys of an object."""
+    """Return the fields of a dataclass as the keys of a JSON object."""
     return {name: to_json(getattr(value, name)) for name in _fields(type(value))}
 
 
@@ -132,13 +132,14 @@ def object_of(value: object) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task's ``metric`` over ``n`` examples: its value and standard error; see ``measure``.
+    """The result of one task: the value of ``metric`` over ``n`` examples and its standard error; see ``measure``.
 
-    Of a metric in ``METRICS`` the value is one from its lowest to its highest, shown times its scale; of another, any.
-    majority: the value of always giving the majority class. groups: the same metric of parts of the examples.
-    others: other measures of the same answers, by name (``strict``, ``acc_norm``; ``accuracy`` and ``binary_f1`` of
-    their mean). measured: whatever else was, as JSON (``unparsed``, ``predicted``, ``correct``, ``f1``;
-    ``untrained``: the adapter had no examples of the task).
+    The value of a metric in ``METRICS`` lies between its lowest and its highest, and is shown times its scale; another
+    metric may have any value. majority: the value of always giving the majority class. groups: the same
+    metric over parts of the examples, by name. others: other measures of the same answers, by name (``strict``,
+    ``acc_norm``; for a metric that is a mean, its parts, such as ``accuracy`` and ``binary_f1``). measured: further
+    JSON values (``unparsed``, ``predicted``, ``correct``, ``f1``; ``untrained``: the adapter had no training examples
+    of the task).
     """
 
     metric: str
@@ -152,17 +153,17 @@ class TaskResult:
 
     @property
     def measure(self) -> str:
-        """What values have in common that stand side by side: the metric, and the tokenizer that cut captions."""
+        """What two results must share to be comparable: the metric, and for captions the tokenizer."""
         return ", tokenizer ".join(filter(None, [self.metric, self.measured.get("tokenizer")]))
 
     @property
     def untrained(self) -> bool:
-        """Whether the adapter had no examples of the task."""
+        """Whether the adapter had no training examples of the task."""
         return bool(self.measured.get("untrained"))
 
     @classmethod
     def read_json(cls, reader: Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
-        """From JSON; groups and other measures have the ``metric`` of their task unless they name another."""
+        """Read from JSON; groups and other measures have the ``metric`` of their task unless they name another."""
         entries, key = {"metric": metric, **reader.read(dict, value, place)}, "value"
         if reader.schema == 1:
             entries = {"acc_norm" if name == "normalised" else name: entry for name, entry in entries.items()}
@@ -176,14 +177,14 @@ class TaskResult:
             reader.key(entries, name, kind, place)
             for name, kind in ((key, number), ("stderr", Error | None), ("n", Count))
         )
-        # As earlier versions wrote it for none or all right.
+        # Earlier versions wrote 0 where no answer or every answer was right.
         if stderr == 0 and ends == (0, 1) and isinstance(METRICS[metric], Mean):
             stderr = proportion_error(value, n)
         groups = reader.read(dict, entries.pop("groups", None) or {}, f"{place}.groups")
         others = {
             name: cls.read_json(reader, entry, f"{place}.{name}", metric)
             for name, entry in entries.items()
-            # ``predicted`` counts answers, which may have any name.
+            # Not ``predicted``: its keys are answers, which may have any name.
             if name != "predicted" and isinstance(entry, dict) and {key, "stderr", "n"} <= entry.keys()
         }
         known = {"metric", key, "stderr", "n", "majority", *others}
@@ -201,7 +202,7 @@ class TaskResult:
         )
 
     def to_json(self, within: str | None = None) -> dict:
-        """A JSON object; ``within``: the metric of the task that this is a part or another measure of."""
+        """Return a JSON object. within: for a group or another measure, the metric of its task, not repeated."""
         value = {} if self.metric == within else {"metric": self.metric}
         value |= {"value": self.value, "stderr": self.stderr, "n": self.n}
         value |= {} if within and self.majority is None else {"majority": self.majority}
@@ -213,20 +214,21 @@ class TaskResult:
 def measure(
     metric: str, lines: Sequence[dict], labels: Sequence[str] = (), key: str = "parsed", **measured: object
 ) -> TaskResult:
-    """A task's result from at least one prediction line: what was ``parsed`` against ``answer``, texts or numbers.
+    """Return a task's result from at least one prediction line, by comparing its ``parsed`` with the metric's target.
 
-    With the two parts of a metric that is a mean of two as ``others``, ``groups`` by the ``kind`` of lines, the number
-    of ``correct`` ones where every line says it, and of texts the majority class of these lines and how often each
-    answer was given (``predicted``).
-    labels: of the task, where the metric needs them. key: of other answers than ``parsed``, of which only the metric
-    is taken. measured: whatever else is. Raises ``KeyError`` for a line without its keys.
+    The result has the two parts of a metric that is a mean of two as ``others``, ``groups`` by the ``kind`` of lines,
+    and the number of ``correct`` lines where every line has that key; for texts also the value of the majority class
+    and how often each answer was given (``predicted``).
+    labels: the task's labels, where the metric needs them. key: take the answers from this key instead of ``parsed``,
+    and compute the metric and its parts alone. measured: further values to record. Raises ``KeyError`` for a line
+    without the keys it needs.
     """
     result = _measured(metric, lines, labels, key, measured)
     if key != "parsed":
         return result
     groups, targets = {}, [line[METRICS[metric].target] for line in lines]
     for line in lines:
-        if line.get("kind") not in (None, ""):  # a field of the user's, and so of any type
+        if line.get("kind") not in (None, ""):  # comes from the user's data, so it may have any type
             groups.setdefault(str(line["kind"]), []).append(line)
     found = {kind: _measured(metric, groups[kind], labels, key, {}) for kind in sorted(groups)}
     result = dataclasses.replace(result, groups=found)
@@ -239,7 +241,7 @@ def measure(
 
 
 def _answers(targets: Sequence) -> collections.Counter:
-    """How often each answer is right: a target is one, or several, or soft scores by answer."""
+    """Count how often each answer is right. A target is one answer, several answers, or soft scores by answer."""
     counts = collections.Counter()
     for target in targets:
         counts.update([target] if isinstance(target, str) else target)
@@ -257,7 +259,7 @@ def _measured(metric: str, lines: Sequence[dict], labels: Sequence[str], key: st
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """The unweighted mean over ``tasks`` tasks and its standard error; groups: over the tasks that have the group."""
+    """The unweighted mean over ``tasks`` tasks and its standard error. groups: over the tasks that have the group."""
 
     value: float
     stderr: float | None
@@ -269,7 +271,7 @@ class Average:
 
 
 def average_of(results: Iterable[TaskResult]) -> Average:
-    """The plain mean of at least one result; its standard error is sqrt(sum of squared standard errors) / T."""
+    """Return the plain mean of at least one result; its standard error is sqrt(sum of squared standard errors) / T."""
     results, groups = list(results), {}
     for name, group in (pair for result in results for pair in result.groups.items()):
         groups.setdefault(name, []).append(group)
@@ -288,20 +290,23 @@ class Trainable:
 
 
 def trainable_text(trainable: Trainable | None, adapters: int = 1) -> str:
-    """``16.85 (0.25 %)``: millions of trainable parameters and their proportion of all; of each of ``adapters``."""
+    """``16.85 (0.25 %)``: millions of trainable parameters, and their proportion of all; if there are several
+    ``adapters``, their number and the size of each."""
     if trainable is None:
         return NOTHING
     numbers = trainable.adapter / 1e6, 100 * trainable.adapter / trainable.total
-    # Two decimals, more where a small number would have fewer than two digits left.
+    # At least two decimals, and as many as two significant digits need.
     millions, part = (f"{n:.{max(2, 1 - math.floor(math.log10(n))) if n else 2}f}" for n in numbers)
     return f"{adapters} x {millions} ({part} %)" if adapters > 1 else f"{millions} ({part} %)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The number of examples used of each task, ``of`` how many; sha256 of the files used and of their sources.
+    """The number of examples used of each task (``records``), ``of`` how many; sha256 of the files used and of their
+    sources.
 
-    path: as flags name it. content: the files to write before they can be read; none where the user's own are.
+    path: the file or folder to pass as a flag. content: files to write before the sample can be read, with their
+    content. own: the user's files that are read directly, with their sha256.
     """
 
     records: dict[str, int]
@@ -313,7 +318,7 @@ class Sample:
     own: dict[Path, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def write(self) -> None:
-        """Write the files that are not there, or hold something else."""
+        """Write missing or outdated files of ``content``; raises ``UserError`` if a file of ``own`` changed."""
         for path, content in self.content.items():
             if not path.is_file() or path.read_bytes() != content:
                 files.write_all({path: content})
@@ -333,7 +338,7 @@ class _Task:
 
 @dataclasses.dataclass(frozen=True)
 class TaskNames:
-    """What a report knows of a task set: names in id order, columns in table order, titles by name.
+    """The part of a task set that reports need: names in id order, columns in table order, titles by name.
 
     value: the whole set as its system writes it, ``{"tasks": [{"name", "id", "title", ...}], "columns": [...]}``.
     """
@@ -345,7 +350,7 @@ class TaskNames:
 
     @classmethod
     def from_json(cls, value: object, source: str = "the task set") -> "TaskNames":
-        """From a task set's JSON; raises ``UserError`` naming ``source`` and what is wrong."""
+        """Read a task set's JSON; raises ``UserError`` naming ``source`` and what is wrong."""
         return cls.read_json(Reader(source), value, "task_set")
 
     @classmethod
@@ -362,18 +367,20 @@ class TaskNames:
 
     @staticmethod
     def require_one(found: Sequence[typing.Any], what: str) -> None:
-        """Raise ``UserError`` for the first of what was found (each with a ``task_set`` and a ``path``) that has other
-        tasks than the first of all. what: needs one set of tasks."""
+        """Raise ``UserError`` unless all of ``found`` (each with a ``task_set`` and a ``path``) have the same tasks.
+
+        what: the subject of the error's last clause, "... one set of tasks", such as "one table needs".
+        """
         for other in found[1:]:
             if set(other.task_set.names) != set(found[0].task_set.names):
                 tasks, first = (", ".join(each.task_set.names) for each in (other, found[0]))
-                about = f"{other.path} is about the tasks {tasks} and {found[0].path} about {first}"
+                about = f"{other.path} has the tasks {tasks} and {found[0].path} has {first}"
                 raise UserError(f"{about}; {what} one set of tasks")
 
     @staticmethod
     def require_one_measure(evaluations: Iterable[tuple[object, Mapping[str, TaskResult]]]) -> None:
-        """Raise ``UserError`` where two evaluations (each its path, and results by task) measure a task otherwise: by
-        another metric, or captions cut into words by another tokenizer."""
+        """Raise ``UserError`` if two evaluations measure a task by different metrics, or captions with different
+        tokenizers. evaluations: (path, results by task) of each."""
         first: dict[str, tuple[str, object]] = {}
         for path, tasks in evaluations:
             for name, result in tasks.items():
@@ -381,55 +388,55 @@ class TaskNames:
                 if result.measure != earlier:
                     about = f"{where} measures {name} by {earlier} and {path} by {result.measure}"
                     raise UserError(
-                        f"{about}, which have no place in one table; make one of them anew, or leave it out"
+                        f"{about}, which cannot share one table; evaluate one of them again, or leave it out"
                     )
 
     def to_json(self) -> dict:
         return self.value
 
     def title(self, name: str, *metrics: str) -> str:
-        """A task's column heading, with those of its metrics that are not accuracy; an unknown name is its own."""
+        """A task's column heading: its title (its name if it has none), then its metrics other than accuracy."""
         words = ", ".join(title_of(metric) for metric in sorted({*metrics} - {"accuracy"}))
         return self.titles.get(name, name) + (f" ({words})" if words else "")
 
     def labels(self, name: str) -> list[str]:
-        """The labels or options of a task; none of free text and numbers."""
+        """The labels or options of a task; empty for free text and numbers."""
         definition = self.definition(name)
         return definition.get("labels") or definition.get("options") or []
 
     def definition(self, name: str) -> dict:
-        """What decides a task's examples and answers: all that its set says but name, id, title, metric, the weight of
-        its loss, and empty values."""
+        """The part of a task's definition that decides its examples and answers: everything but name, id, title,
+        metric, loss weight and empty values."""
         (task,) = (task for task in self.value["tasks"] if task["name"] == name)
         beside = ("name", "id", "title", "metric", "weight")
         return {key: entry for key, entry in task.items() if key not in beside and entry}
 
 
-_UNSAID = {"load_in_4bit": False}  # settings that are recorded where they are not this
+_UNSAID = {"load_in_4bit": False}  # settings that are recorded only if they have another value than this
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparability:
-    """Which settings two evaluations must share to be compared: all but ``noted`` and ``free`` ones.
+    """Which settings two evaluations must share to be compared: all except ``noted`` and ``free`` ones.
 
-    needed: those without which nothing can be compared. noted: they may differ, and reports say so. The defaults are
-    those of the language system, which wrote the files that do not say.
+    needed: must be recorded, or nothing can be compared. noted: may differ, and reports say so. free: may differ. The
+    defaults are the language system's, which wrote the files that lack these keys.
     """
 
     needed: list[str] = dataclasses.field(
         default_factory=lambda: ["mode", "base_fingerprint", "template", "cutoff_len"]
     )
     noted: list[str] = dataclasses.field(default_factory=lambda: ["base_fingerprint", "tasks_sha256", "dtype"])
-    # The limit decides which questions are asked, and those are compared one by one.
+    # The limit only decides which questions are asked, and questions are compared one by one.
     free: list[str] = dataclasses.field(default_factory=lambda: ["adapter_sha256", "batch_size", "limit"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """One evaluation: results by task name, and what tells whether two evaluations are comparable.
+    """One evaluation: results by task name, and the settings and hashes that decide what it can be compared with.
 
-    mode: the protocol. settings: everything that an answer depends on. data: sha256 of the test data by task.
-    test_sets: where they lay. adapter: the checkpoint's own description. path: the file it was read from.
+    mode: the protocol. settings: every setting that an answer depends on. data: sha256 of the test data by task.
+    test_sets: the folder of the test data. adapter: the checkpoint's own description. path: the file it was read from.
     """
 
     system: Text = "language"
@@ -454,7 +461,7 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
-        """Read a results file, or the one that a folder holds, see ``load_all``.
+        """Read a results file, or the one in a folder, see ``load_all``.
 
         Raises ``UserError`` naming the file and the key, and for a folder with the results of several protocols.
         """
@@ -466,10 +473,10 @@ class Results:
 
     @classmethod
     def load_all(cls, path: str | Path, needed: bool = True) -> list["Results"]:
-        """Read a results file, or those of a folder: its own, those of both protocols, or those of its evaluation.
+        """Read a results file, or all results of a folder: its own, each protocol's, and those of its evaluation.
 
-        Those of an earlier adapter of a checkpoint's folder are left out, with a line on stderr. Raises ``UserError``
-        naming the file and the key, and, unless not ``needed``, where there is no file.
+        In a checkpoint's folder, results of an earlier adapter are left out, with a line on stderr. Raises
+        ``UserError`` naming the file and the key, and if there is no file, unless ``needed`` is false.
         """
         path, inside = Path(path), Path(path) / artifacts.EVALUATION
         places = [folder / name for folder in (path, inside) for name in ("", *artifacts.PROTOCOLS)]
@@ -480,7 +487,7 @@ class Results:
             own = (None, adapter.get("weights_sha256"))
             for each in [each for each in found if each.settings.get("adapter_sha256") not in own]:
                 print(
-                    f"{each.path} is of an earlier adapter of {path} and left out; evaluate it again", file=sys.stderr
+                    f"{each.path} is left out: it is of an earlier adapter of {path}; evaluate again", file=sys.stderr
                 )
                 found.remove(each)
         if needed and not found:
@@ -490,7 +497,7 @@ class Results:
 
     @classmethod
     def from_json(cls, value: dict, source: str = "the results", path: Path | None = None) -> "Results":
-        """From a JSON object of schema 1 or 2; raises ``UserError`` naming ``source`` and the key."""
+        """Read a JSON object of schema 1 or 2; raises ``UserError`` naming ``source`` and the key."""
         schema = value.get("schema", 1)
         reader, key = Reader(source, schema), "accuracy" if schema == 1 else "value"
         if type(schema) is not int or schema not in (1, SCHEMA):
@@ -502,12 +509,12 @@ class Results:
             found = dataclasses.replace(found, method_title=titles, settings=rules | found.settings)
         unknown = [name for name in found.tasks if name not in found.task_set.names]
         if unknown or not found.tasks:
-            rule = f"of its task set: {', '.join(found.task_set.names)}"
+            rule = f"results of tasks in its task set: {', '.join(found.task_set.names)}"
             raise reader.wrong(".".join(["tasks", *unknown[:1]]), value["tasks"], rule)
         if value.get("average") is not None and (average := found.average) is not None:
             given = reader.key(reader.read(dict, value["average"], "average"), key, float, "average")
             if abs(given - average.value) > AVERAGE_TOLERANCE:
-                rule = f"{average.value:.4f}, the mean of its {average.tasks} tasks; evaluate again to write it anew"
+                rule = f"{average.value:.4f}, the mean of its {average.tasks} tasks; evaluate again"
                 raise reader.wrong(f"average.{key}", given, rule)
         return found
 
@@ -516,7 +523,7 @@ class Results:
         return {"schema": SCHEMA, **object_of(self), "average": to_json(self.average)}
 
     def save(self, path: str | Path) -> None:
-        """Write the file whole, or not at all."""
+        """Write the file atomically."""
         files.write_json(path, self.to_json())
 
     @property
@@ -526,13 +533,14 @@ class Results:
 
     @property
     def average(self) -> Average | None:
-        """Over the tasks with a result; None where their metrics have different units."""
+        """The average over the tasks with a result; None where their metrics have different units."""
         results = self.tasks.values()
         return average_of(results) if one_unit(result.metric for result in results) else None
 
     @staticmethod
     def notes(evaluations: "Sequence[Results]") -> list[str]:
-        """What a reader of their results must know: of embedded base models, and of results that say little."""
+        """Notes for readers of these results: on embedded base models, tasks without training examples, and values that
+        are hardly above the majority class."""
         found = dict.fromkeys(each.base_model for each in evaluations if each.base_model in MODELS)
         found = [f"{name}: {MODELS[name].note}" for name in found]
         low: dict[tuple[str, ...], list[str]] = {}
@@ -546,26 +554,27 @@ class Results:
 
     @property
     def untrained_notes(self) -> list[str]:
-        """A sentence that names the tasks without training examples, if there are any."""
+        """One sentence naming the tasks without training examples; empty if there are none."""
         names = ", ".join(name for name, task in self.tasks.items() if task.untrained)
         return [f"{self.name} had no training examples of {names}."] if names else []
 
     @staticmethod
     def differ_in_questions(evaluations: "Iterable[Results]", task: str) -> bool:
-        """Whether they have numbers of a task's questions, or test sets as far as those are known, that differ."""
+        """Whether the evaluations of a task differ in the number of questions or, as far as known, in the test set."""
         having = [each for each in evaluations if task in each.tasks]
         known = {each.data.get(task) for each in having} - {None}
         return len(known) > 1 or len({each.tasks[task].n for each in having}) > 1
 
     @staticmethod
     def differing_settings(evaluations: "Sequence[Results]", alone: "Sequence[Results]" = ()) -> dict[str, list]:
-        """By setting that answers depend on and in which evaluations that have it differ: (name, value) of each.
+        """Return the settings in which the evaluations differ: by setting, (name, value) of each that records it.
 
-        alone: of single tasks, which have a task set of their own.
+        Protocol and ``free`` settings are left out. alone: evaluations of single-task models; each has its own task
+        set, so ``tasks_sha256`` is not compared with theirs.
         """
         everyone, found = [*evaluations, *alone], {}
         free = {"mode", *(key for each in everyone[:1] for key in each.comparability.free)}
-        if len({each.base_model for each in everyone}) > 1:  # whose files differ too, which says nothing more
+        if len({each.base_model for each in everyone}) > 1:  # their files then differ anyway
             free.add("base_fingerprint")
         for key in dict.fromkeys(key for each in everyone for key in each.settings if key not in free):
             asked = evaluations if key == "tasks_sha256" else everyone
@@ -576,7 +585,7 @@ class Results:
 
     @staticmethod
     def differ(evaluations: "Sequence[Results]") -> bool:
-        """Whether they differ in the questions of a task or in how these were answered."""
+        """Whether the evaluations differ in the questions of a task or in how these were answered."""
         tasks = {task for each in evaluations for task in each.tasks}
         of_questions = any(Results.differ_in_questions(evaluations, task) for task in tasks)
         of_answers = len({each.mode for each in evaluations}) > 1 or Results.differing_settings(evaluations)

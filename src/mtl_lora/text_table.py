@@ -1,4 +1,4 @@
-"""Tables of plain text with notes, as Markdown, LaTeX, HTML, CSV or JSON; pandas is imported where it is needed."""
+"""Tables of plain text with notes, as Markdown, LaTeX, HTML, CSV or JSON; pandas is imported only where needed."""
 
 import dataclasses
 import html
@@ -11,12 +11,15 @@ _MOST_COLUMNS = 24
 
 
 def markdown_text(text: str) -> str:
-    """Text on one line, with the characters escaped that end a cell or start markup."""
+    """Return the text on one line, with characters escaped that would end a cell or start markup."""
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
 
 
 def told_apart(names: Sequence[str], *facts: Sequence[object]) -> list[str]:
-    """Names, of which equal ones say a fact by which they differ, as far as it is known; those left equal the next."""
+    """Return the names; equal ones get a known fact in which they differ appended, ``name (fact)``.
+
+    facts: sequences with a fact for each name, used in this order until the names differ.
+    """
     for each in facts:
         pairs = [*zip(names, each, strict=True)]
         differ = {name for name in names if len({fact for other, fact in pairs if other == name}) > 1}
@@ -25,13 +28,13 @@ def told_apart(names: Sequence[str], *facts: Sequence[object]) -> list[str]:
 
 
 def _no_formula(value: object) -> object:
-    formula = r"[=@\t\r]|[+-](?![\d.]+(?:[eE][+-]?\d+)?$)"  # a number with a sign is none
+    formula = r"[=@\t\r]|[+-](?![\d.]+(?:[eE][+-]?\d+)?$)"  # a number with a sign is not a formula
     return f"'{value}" if isinstance(value, str) and re.match(formula, value) else value
 
 
 def _frame(rows: Sequence, columns: Sequence[str] | None = None):
-    """A data frame of values as they are."""
-    import jinja2  # noqa: F401 - pandas writes LaTeX with it
+    """Return a data frame that keeps the values unchanged (dtype object)."""
+    import jinja2  # noqa: F401 - pandas needs it to write LaTeX
     import pandas
 
     return pandas.DataFrame(rows, columns=columns, dtype=object)
@@ -39,7 +42,7 @@ def _frame(rows: Sequence, columns: Sequence[str] | None = None):
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-    """A table of plain text, which is escaped where it is written; one of very many columns is turned on its side."""
+    """A table of plain text, escaped when it is written. A table of very many columns is transposed."""
 
     title: str
     header: list[str]
@@ -51,9 +54,12 @@ class TextTable:
             self.__dict__.update(header=header, rows=rows)
 
     def markdown(self) -> str:
-        """A padded pipe table without the title, its first column flush left. (pandas needs a package for it.)"""
+        """A padded pipe table without the title, with the first column left-aligned.
+
+        (pandas would need another package for it.)
+        """
         lines = [[markdown_text(cell) for cell in row] for row in (self.header, *self.rows)]
-        # A ruler needs a dash beside its colon to make a table of the lines.
+        # At least 2 wide, since Markdown requires a dash beside the colon in the delimiter row.
         widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
         padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
@@ -65,7 +71,7 @@ class TextTable:
         rows = [[" ".join(cell.split()).replace("−", "-") for cell in row] for row in self.rows]
         text = _frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
         text = text.translate({ord("<"): r"\textless{}", ord(">"): r"\textgreater{}", ord("|"): r"\textbar{}"})
-        # After the line break or the rule above, either would be read as its argument.
+        # At the start of a line, LaTeX would read either as an argument of the line break or rule before it.
         return re.sub(r"(?m)^[\[*]", r"{\g<0>}", text)
 
     def html(self) -> str:
@@ -76,9 +82,9 @@ class TextTable:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Tables of texts, the same numbers as records with every digit, and notes.
+    """Tables of texts, records of the same numbers with every digit, and notes.
 
-    value: the JSON object, where it is not the records and the notes.
+    value: the JSON object; None: an object of the records and the notes.
     """
 
     tables: list[TextTable]
@@ -87,28 +93,28 @@ class Report:
     value: dict | None = None
 
     def markdown(self) -> str:
-        """Pipe tables, and the notes as a list."""
+        """Pipe tables, then the notes as a list."""
         notes = "\n".join(f"- {markdown_text(note)}" for note in self.notes)
         return "\n\n".join([*(table.markdown() for table in self.tables), notes]) + "\n"
 
     def latex(self) -> str:
-        """Booktabs tables, the last one of the notes."""
+        """Booktabs tables; the last one holds the notes."""
         return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in self._with_notes())
 
     def html(self) -> str:
-        """Table elements, the last one of the notes."""
+        """Table elements; the last one holds the notes."""
         return "\n".join(table.html() for table in self._with_notes()) + "\n"
 
     def _with_notes(self) -> list[TextTable]:
         return [*self.tables, TextTable("", ["Notes"], [[note] for note in self.notes])]
 
     def csv(self) -> str:
-        """The records, a key a column; None is empty."""
-        # A spreadsheet would run what begins like a formula.
+        """The records, one column per key; None is empty."""
+        # A spreadsheet would execute a text that begins like a formula.
         records = [{key: _no_formula(value) for key, value in record.items()} for record in self.records]
         return _frame(records).to_csv(index=False, lineterminator="\n")
 
     def json(self) -> str:
-        """One object."""
+        """One JSON object."""
         value = self.value or {"rows": self.records, "notes": self.notes}
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

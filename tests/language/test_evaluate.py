@@ -264,7 +264,7 @@ def test_answers_are_of_one_scaling_of_an_adapter(evaluate, trained, of_peft, tm
         value = json.loads(path.read_text())
         value.get("adapter", value)["alpha" if "adapter" in value else "lora_alpha"] = 1
         path.write_text(json.dumps(value))
-        with pytest.raises(UserError, match="answers with another adapter_config_sha256"):
+        with pytest.raises(UserError, match="answers given with another adapter_config_sha256"):
             evaluate(f"{name} out", **flags, **few)
 
 
@@ -622,7 +622,7 @@ def test_settings_of_another_program_are_not_replaced(evaluate, tmp_path):
     path.parent.mkdir()
     path.write_text('{"editor.fontSize": 12}')
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"settings.json is no evaluation's"):
+        with pytest.raises(UserError, match=r"settings.json was not written by an evaluation"):
             evaluate("out", tasks=FEW, overwrite=overwrite)
     assert path.read_text() == '{"editor.fontSize": 12}'
 

@@ -115,7 +115,7 @@ def test_what_lies_beside_the_answers_neither_goes_nor_lets_them_be_replaced(pre
     other.write_text("mine")
     predict([{"instruction": "a"}], task="boolq")
     before = (tmp_path / "out.jsonl").read_text()
-    with pytest.raises(UserError, match=r"out.jsonl is there already"):
+    with pytest.raises(UserError, match=r"out.jsonl already exists"):
         predict([{"instruction": "b"}], task="boolq")
     assert (tmp_path / "out.jsonl").read_text() == before and other.read_text() == "mine"
 
@@ -135,7 +135,7 @@ def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, t
         with pytest.raises(KeyboardInterrupt):
             predict(examples, task="boolq", batch_size=2)
     assert not (tmp_path / "out.jsonl").exists()
-    with pytest.raises(UserError, match=r"out.jsonl.partial holds answers with another mode; .*--overwrite"):
+    with pytest.raises(UserError, match=r"out.jsonl.partial holds answers given with another mode; .*--overwrite"):
         predict(examples, task="boolq", batch_size=2, mode="generate")
     with pytest.raises(UserError, match="input_sha256"):
         predict(examples[:3], task="boolq", batch_size=2)
@@ -143,6 +143,6 @@ def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, t
     assert predict(examples, task="boolq", batch_size=2) == complete
     assert len(answered) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["complete.jsonl", "input.jsonl", "out.jsonl"]
-    with pytest.raises(UserError, match=r"out.jsonl is there already; .*--overwrite"):
+    with pytest.raises(UserError, match=r"out.jsonl already exists; .*--overwrite"):
         predict(examples, task="boolq")
     assert predict(examples[:1], task="boolq", overwrite=True)[0]["answer"] == complete[0]["answer"]

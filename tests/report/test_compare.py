@@ -237,8 +237,8 @@ def test_runs_are_compared_on_the_tasks_that_both_have_or_on_those_that_are_name
     assert "second" in rows and "First" not in rows
     nothing = write_run(tmp_path / "c", predictions_of(RIGHT_B), tasks__first=...)
     mistakes = [
-        ([a, b, "--tasks", "second"], "scores of first, and none of second"),
-        ([b, nothing], "no task"),
+        ([a, b, "--tasks", "second"], "scores of first, but not of second"),
+        ([b, nothing], "no scored task in common"),
     ]
     assert_mistakes(capsys, "compare", mistakes)
 

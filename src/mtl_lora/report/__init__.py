@@ -1,1 +1,1 @@
-"""Tables from results files: reads JSON alone and never loads a model."""
+"""Tables, figures and pages from results files: reads files only and never loads a model."""

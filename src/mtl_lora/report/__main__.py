@@ -1,4 +1,4 @@
-"""``mtl-lora report table | details | compare | figures | page``: each command a dataclass of its flags."""
+"""``mtl-lora report table | details | compare | figures | page``: each command is a dataclass of its flags."""
 
 import base64
 import dataclasses
@@ -21,7 +21,7 @@ from mtl_lora.report.table import build_table, details, examples, study_tables
 from mtl_lora.results import Results, object_of
 from mtl_lora.text_table import FORMATS, Report, markdown_text
 
-PAGE = "page.html"  # the template, and the default name of what is made from it
+PAGE = "page.html"  # the template, and the default name of the page made from it
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
 SUFFIXES |= dict.fromkeys(("", ".md", ".markdown", ".txt"), "markdown")
 _RESULTS = f"results: each a {artifacts.RESULTS}, or the folder of an evaluation or of a checkpoint that was evaluated"
@@ -29,19 +29,21 @@ _RESULTS = f"results: each a {artifacts.RESULTS}, or the folder of an evaluation
 
 @dataclasses.dataclass(kw_only=True)
 class Rendered(Config):
-    """A report as text: to print, or to write to a file."""
+    """Base of commands that print a report or write it to a file."""
 
-    format: str | None = flag(None, f"{', '.join(FORMATS)}; none: as the suffix of --output says", choices=FORMATS)
+    format: str | None = flag(None, f"{', '.join(FORMATS)}; none: by the suffix of --output", choices=FORMATS)
     output: str | None = flag(None, "write to this file; none: print")
 
     def hand_out(self, report: Report, inputs: Sequence[Path]) -> None:
-        """Print or write it; the notes go to stderr where the format has no place for them."""
+        """Print the report or write it to ``--output``; the notes go to stderr if the format has no place for them."""
         output = Path(self.output or "")
         if self.output and output.resolve() in {path.resolve() for path in inputs}:
-            raise UserError(f"--output {output} is one of the files to read and would be lost; name another file")
+            raise UserError(f"--output {output} is one of the input files and would be lost; name another file")
         style = self.format or SUFFIXES.get(output.suffix.lower())
         if style is None:
-            raise UserError(f"--output {output} has no format's suffix; pass --format, one of {', '.join(FORMATS)}")
+            raise UserError(
+                f"--output {output} has a suffix that names no format; pass --format, one of {', '.join(FORMATS)}"
+            )
         text = getattr(report, style)()
         if self.output:
             write_all({output: text.encode()})
@@ -54,12 +56,14 @@ class Rendered(Config):
 
 @dataclasses.dataclass(kw_only=True)
 class TableConfig(Rendered):
-    """Results by task and on average, one row an evaluation."""
+    """Results by task and on average, one row per evaluation."""
 
     results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
-    published: bool = flag(False, "add published figures (commonsense tasks only)")
-    difference: bool = flag(False, "add the last minus the first; its standard error treats questions as independent")
-    baselines: list[str] = flag([], "results of single-task models, as a,b, for a column Delta_m (dense prediction)")
+    published: bool = flag(False, "add rows of published results (commonsense tasks only)")
+    difference: bool = flag(
+        False, "add a row of the last minus the first; its standard error treats questions as independent"
+    )
+    baselines: list[str] = flag([], "results of single-task models, as a,b, to add a column Delta_m (dense prediction)")
 
     def run(self) -> None:
         results, baselines = _loaded(self.results), _loaded(self.baselines)
@@ -73,7 +77,7 @@ def _loaded(paths: Sequence[str]) -> list[Results]:
 
 @dataclasses.dataclass
 class DetailsConfig(Config):
-    """Each evaluation by itself: the majority class, unparsed answers, other measures, the answers given."""
+    """A table for each evaluation: the majority class, unparsed answers, other measures, the answers given."""
 
     results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
 
@@ -86,10 +90,10 @@ class DetailsConfig(Config):
 class CompareConfig(Rendered):
     """B minus A by task, on the same questions: paired bootstrap interval and McNemar's exact p."""
 
-    runs: list[str] = flag(REQUIRED, "runs: A and B, two evaluations' output folders", positional=True)
-    seed: int = flag(SEED, "of the bootstrap, from 0", min=0)
-    resamples: int = flag(RESAMPLES, "of the bootstrap, 100 to 1000000")
-    tasks: list[str] = flag([], "compare these alone, as a,b; empty: all that both runs have scores of")
+    runs: list[str] = flag(REQUIRED, "runs: A and B, the output folders of two evaluations", positional=True)
+    seed: int = flag(SEED, "seed of the bootstrap, from 0", min=0)
+    resamples: int = flag(RESAMPLES, "number of bootstrap resamples, 100 to 1000000")
+    tasks: list[str] = flag([], "compare only these tasks, as a,b; empty: all tasks that both runs have scores of")
     mode: str | None = flag(None, "protocol to compare, where both runs have several", choices=artifacts.PROTOCOLS)
 
     def validate(self) -> None:
@@ -101,8 +105,8 @@ class CompareConfig(Rendered):
         pairs = [(a, b) for a, b in itertools.product(*sides) if a.mode == b.mode == (self.mode or a.mode)]
         if len(pairs) > 1 or (self.mode and not pairs):
             modes = [" and ".join(f"{each.mode} ({each.path})" for each in side) for side in sides]
-            way_out = "name one by --mode, or the one file of a side"
-            raise UserError(f"A has {modes[0]}, B has {modes[1]}, and two of one protocol are compared; {way_out}")
+            way_out = "pass --mode, or the path of one results file for each"
+            raise UserError(f"A has {modes[0]}, B has {modes[1]}, but a comparison is of one protocol; {way_out}")
         a, b = pairs[0] if pairs else (side[0] for side in sides)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
         self.hand_out(compare(a, b, self.seed, self.resamples, self.tasks), [a.path, b.path, *predictions])
@@ -110,24 +114,24 @@ class CompareConfig(Rendered):
 
 @dataclasses.dataclass
 class FiguresConfig(Config):
-    """Figures of whatever the folders hold numbers for, single runs side by side; prints the paths written."""
+    """Every figure that the folders hold numbers for, with single runs side by side; prints the paths written."""
 
     runs: list[str] = flag(REQUIRED, "runs: folders of trainings, evaluations or studies", positional=True)
-    output: str | None = flag(None, "folder of the figures; none: figures in the one folder")
-    format: str = flag("svg,png", "svg, png, or both with a comma")
+    output: str | None = flag(None, "folder of the figures; none, for one run: its subfolder figures")
+    format: str = flag("svg,png", "svg, png, or both separated by a comma")
 
     def run(self) -> None:
         formats = list(dict.fromkeys(name.strip().lower() for name in self.format.split(",")))
-        self.require("format", "svg or png, or both with a comma", set(formats) <= set(figures.FORMATS))
+        self.require("format", "svg or png, or both separated by a comma", set(formats) <= set(figures.FORMATS))
         print("\n".join(map(str, figures.write_figures(self.runs, self.output, formats))))
 
 
 @dataclasses.dataclass
 class PageConfig(Config):
-    """One HTML file that needs nothing beside it: tables, figures, settings, commands and hashes."""
+    """One self-contained HTML file: tables, figures, settings, commands and hashes."""
 
     runs: list[str] = flag(REQUIRED, "run: the folder of one training, evaluation or study", positional=True)
-    output: str | None = flag(None, f"path of the .html file; none: {PAGE} in the folder")
+    output: str | None = flag(None, f"path of the .html file; none: {PAGE} in the run's folder")
 
     def validate(self) -> None:
         self.require("runs", "one folder", len(self.runs) == 1)
@@ -137,8 +141,10 @@ class PageConfig(Config):
 
 
 def write_page(run: str, output: str | None = None) -> Path:
-    """Write the page of a study, a training or an evaluation; returns its path. Everything it shows is escaped. Raises
-    ``UserError`` for a folder that holds none of them."""
+    """Write the page of a study, a training or an evaluation and return its path; all content is escaped.
+
+    Raises ``UserError`` for a folder that holds none of these.
+    """
     study = load_run(run)
     path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / PAGE
     if path.suffix.lower() not in (".html", ".htm"):
@@ -157,7 +163,7 @@ def write_page(run: str, output: str | None = None) -> Path:
 
 
 def _facts(study: Study) -> dict[str, dict]:
-    """By section: what the study was made from, then every run without its scores."""
+    """Facts by section: what the study was made from, then each run without its scores."""
     shown = ("name", "about", "notes", "experiments", "transfer", "search", "task_set")
     facts = {"study": {key: value for key, value in object_of(study).items() if key not in shown}}
     for experiment, run in ((each, run) for each in study.experiments for run in each.runs):
@@ -167,7 +173,7 @@ def _facts(study: Study) -> dict[str, dict]:
 
 
 def _in_words(value: object, name: str = "") -> dict[str, str]:
-    """Facts by name, of those that are known; a nested object's keys stand behind its own."""
+    """Return the known facts as text by name; a nested key follows the name of its object."""
     if isinstance(value, dict):
         return {key: text for part, entry in value.items() for key, text in _in_words(entry, f"{name} {part}").items()}
     if isinstance(value, list):
@@ -181,7 +187,7 @@ COMMANDS |= {"figures": FiguresConfig, "page": PageConfig}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one command; raises ``UserError`` for a user's mistake."""
+    """Run one report command; raises ``UserError`` for a user's mistake."""
     if command := cli.parse_one_of("report", COMMANDS, arguments):
         command.run()
 

@@ -1,4 +1,4 @@
-"""By how much two runs on the same questions differ: task by task, and on average."""
+"""Comparison of two runs on the same questions: their difference by task and on average."""
 
 import itertools
 import statistics
@@ -14,19 +14,20 @@ from mtl_lora.text_table import Report, TextTable
 
 
 def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES, tasks: Sequence[str] = ()) -> Report:
-    """B against A, from their predictions; intervals are of ``resamples`` seeded resamples. tasks: empty for all that
-    both scored; a note names the others.
+    """Compare B with A by their predictions; intervals come from ``resamples`` seeded bootstrap resamples.
 
-    The report's value has ``tasks`` in column order, and their ``average`` (None where they have no unit in common): n
-    questions, the ``metric`` (of the average None), ``value`` (of A and of B, ``difference`` B - A, its ``low`` and
-    ``high``), the numbers ``only_a`` and ``only_b`` of questions that one alone answered right and p (None of numbers),
-    and ``f1`` of free text or None.
-    Raises ``UserError`` saying what differs where the two are not comparable, and for broken predictions.
+    tasks: the tasks to compare; empty: all that both scored. A note names the tasks that are left out.
+    The report's value has ``tasks`` in column order and their ``average`` (None if they have no common unit). Each has:
+    ``n`` questions, the ``metric`` (None for the average), ``value`` (``a``, ``b``, the ``difference`` B - A, its
+    ``low`` and ``high``), the numbers ``only_a`` and ``only_b`` of questions that only one of them answered right with
+    McNemar's ``p`` (None where answers are not right or wrong), and ``f1`` of free text, like ``value``, or None.
+    Raises ``UserError`` naming the difference if the two are not comparable, and for broken predictions.
     """
     common = [name for name in a.scored if name in b.tasks]
     if (lacking := [name for name in tasks if name not in common]) or not common:
-        asked = f", and none of {', '.join(lacking)}" if lacking else ""
-        raise UserError(f"{a.path} and {b.path} both have scores of {', '.join(common) or 'no task'}{asked}")
+        shared = f"both have scores of {', '.join(common)}" if common else "have no scored task in common"
+        asked = f", but not of {', '.join(lacking)}" if common else ""
+        raise UserError(f"{a.path} and {b.path} {shared}{asked}")
     paired = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
     answers = {task: each.answers for task, each in paired.items()}
     metrics = {task: each.metric for task, each in paired.items()}
@@ -38,7 +39,7 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     }
     values, f1s = (_changes(found, list(answers), seed, resamples) for found in (measured, written))
     rows = {}
-    for task in values:  # None, the last: the average, whose counts pool the questions of all tasks
+    for task in values:  # the last key, None, is the average; its counts pool the questions of all tasks
         pairs = answers[task] if task else [*itertools.chain(*answers.values())]
         judged = [pair for pair in pairs if None not in (pair[0].correct, pair[1].correct)]
         only_a, only_b = (sum(pair[i].correct > pair[1 - i].correct for pair in judged) for i in (0, 1))
@@ -50,7 +51,7 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
     header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if f1s else []
     for task, row in rows.items():
-        metric = row["metric"] or next(iter(metrics.values()))  # an average is of one unit
+        metric = row["metric"] or next(iter(metrics.values()))  # there is an average only if all have one unit
         counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] else [NOTHING] * 3
         lines.append([a.task_set.title(task, metric) if task else AVERAGE, f"{row['n']:,}"])
         lines[-1] += [*_texts(row["value"], metric), *counts, *(_texts(row["f1"], "f1") if f1s else [])]
@@ -71,8 +72,11 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
 def _changes(
     measured: dict[str, tuple[str, Sequence]], tasks: Sequence[str], seed: int, resamples: int
 ) -> dict[str | None, dict]:
-    """By task, and of their average (None) where all ``tasks`` are measured: the value of A and of B, the difference
-    and its interval. measured: by task the metric and its rows of A and of B."""
+    """Return the values of A and B, their difference and its interval by task, and under None for the average.
+
+    There is an average only if all ``tasks`` are in ``measured``. measured: by task, the metric and its rows of A and
+    of B.
+    """
     pairs = {task: (metric, [rows]) for task, (metric, rows) in measured.items()}
     found = differences(pairs, tasks, seed, resamples) or {"tasks": {}, "average": None}
     values = {task: [METRICS[metric].value_of(side) for side in rows] for task, (metric, rows) in measured.items()}
@@ -89,11 +93,11 @@ def _texts(change: dict | None, metric: str) -> list[str]:
 
 
 def _notes(a: Results, b: Results, rows: dict[str | None, dict], seed: int, resamples: int) -> list[str]:
-    """What the numbers are, and what differs between the runs besides what is compared. rows: by task, and average."""
+    """Say what the numbers are, and what else differs between the runs. rows: by task, and under None the average."""
     tasks, title = {task: row for task, row in rows.items() if task}, a.task_set.title
     metrics, judged = {row["metric"] for row in tasks.values()}, any(row["p"] for row in rows.values())
-    points = ", of scores in another unit in that unit" * any(scale_of(metric) != 100 for metric in metrics)
-    pooled = ", every question that is right or wrong in p, which pools those of all tasks" * judged
+    points = ", or in the unit of the score where that is another" * any(scale_of(metric) != 100 for metric in metrics)
+    pooled = "; p pools the questions of all tasks that are right or wrong" * judged
     no_f1 = [name for name, row in tasks.items() if row["f1"] is None]
     left_out = [title(name) for name in {**a.tasks, **b.tasks} if name not in tasks]
     equal = [title(name) for name, row in tasks.items() if row["value"]["low"] is None]
@@ -103,7 +107,7 @@ def _notes(a: Results, b: Results, rows: dict[str | None, dict], seed: int, resa
         f"Interval: {LEVEL} percentile interval of a paired bootstrap, {resamples:,} resamples of the "
         f"questions within each task, seed {seed}.": True,
         "p: exact two-sided McNemar test of the questions that only A answers right against those that only B "
-        "does; not corrected for the number of tasks.": judged,
+        "answers right; not corrected for the number of tasks.": judged,
         f"Average: every task weighs the same in the scores{pooled}.": None in rows,
         f"The base models differ: A {a.base_model or 'unknown'}, B {b.base_model or 'unknown'}.": base_a != base_b,
         f"The dtypes differ: A {dtype_a}, B {dtype_b}.": dtype_a != dtype_b,

@@ -1,4 +1,4 @@
-"""Figures of studies and runs: whatever they hold numbers for. The same numbers give the same bytes."""
+"""Figures of studies and runs: everything they hold numbers for. The same numbers give the same bytes."""
 
 import dataclasses
 import io
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("svg", "png")
-# Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white.
+# Okabe and Ito's colours, distinct for any colour vision, without the yellow, which is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 GREY = "#666666"
-MOST_WRITTEN = 12  # tasks up to which numbers fit into the cells of a matrix
-_AT_START = "With the start's mixtures: what the seed's draw alone gives the trained updates."
-_NO_START = "The start, a random draw, was not kept, so how much of this was learned is unknown."
-_BAR = {"shrink": 0.7, "aspect": 30}  # of the colours beside a matrix
-_SMOOTHED = 20  # the running mean of a loss is over 1/20 of the lines of its log
+MOST_WRITTEN = 12  # the most tasks for which numbers fit into the cells of a matrix
+_AT_START = "Start's mixtures: the trained updates, mixed with the random weights that the seed drew."
+_NO_START = "The random start was not kept, so how much of this was learned is unknown."
+_BAR = {"shrink": 0.7, "aspect": 30}  # the colour bar beside a matrix
+_SMOOTHED = 20  # the running mean of a loss spans 1/20 of the lines of its log
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure. name: stem of its file. caption: what it shows, and what bars, bands and colours mean."""
+    """A figure. name: stem of its file name. caption: says what it shows and what bars, bands and colours mean."""
 
     name: str
     title: str
@@ -43,29 +43,30 @@ class Drawing:
     figure: "Figure"
 
     def render(self, style: str) -> bytes:
-        """The figure as ``svg`` or ``png``; nothing in it depends on the time or on the user's settings."""
+        """Return the figure as ``svg`` or ``png``; the bytes do not depend on the time or on the user's settings."""
         buffer = io.BytesIO()
         metadata = {"Date": None, "Creator": None, "Title": self.title} if style == "svg" else {"Software": None}
         with _style():
             self.figure.savefig(buffer, format=style, metadata=metadata)
         if style == "svg":
             return buffer.getvalue()
-        import PIL.Image  # matplotlib brings it
+        import PIL.Image  # a dependency of matplotlib
 
-        written = io.BytesIO()  # with at most 256 colours, which take half the bytes
+        written = io.BytesIO()  # at most 256 colours, which halves the size
         PIL.Image.open(buffer).convert("RGB").quantize(256).save(written, "png", optimize=True)
         return written.getvalue()
 
 
 def _style():
-    """The settings that figures are made and saved with, whatever the user's own are."""
+    """A context with the settings for drawing and saving figures, in place of the user's own."""
     import matplotlib.style
 
     return matplotlib.style.context(["default", Path(__file__).with_suffix(".mplstyle")])
 
 
 def draw(study: Study, analyses: bool = True) -> list[Drawing]:
-    """Everything that a study or a run has the numbers for, each under a name of its own. analyses: of adapters too."""
+    """Draw every figure that a study or a run has numbers for, each with a unique name. analyses: also those of
+    adapter analyses."""
     with _style():
         kinds = [_accuracy, _transfer, _loss] + [_mixture, _similarity] * analyses
         found = [each for kind in kinds for each in kind(study)]
@@ -74,10 +75,13 @@ def draw(study: Study, analyses: bool = True) -> list[Drawing]:
 
 
 def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS, **kinds) -> list[Path]:
-    """Draw everything the folders hold numbers for into ``output`` (default: ``figures`` in the one folder). Raises
-    ``UserError`` if there is nothing to draw, or several folders and no ``output``. kinds: see ``draw``."""
+    """Write every figure that the folders hold numbers for into ``output``, and return the paths.
+
+    output: None: ``figures`` in the folder, if it is only one. kinds: see ``draw``. Raises ``UserError`` if there is
+    nothing to draw, or for several folders without ``output``.
+    """
     if output is None and len(runs) > 1:
-        raise UserError("several runs are drawn together; pass --output DIR for their figures")
+        raise UserError("figures of several runs need a folder of their own; pass --output DIR")
     own = Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent
     folder, studies, contents = Path(output) if output else own / "figures", load_studies(runs), {}
     names = _numbered([_slug(study.name) for study in studies])
@@ -91,17 +95,17 @@ def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str
     return list(contents)
 
 
-# ---- what all figures share ----
+# ---- shared by all figures ----
 
 
 def look(index: int) -> dict:
-    """Colour, marker and line of a study's index-th experiment: of seven, any one of the three tells it apart."""
+    """Colour, marker and line style of a study's index-th experiment; among seven, each of the three is unique."""
     turned = (index + index // len(COLOURS)) % len(COLOURS)
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[turned], "linestyle": LINES[turned]}
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    """The names, of which a repeated one gets ``_2`` and so on."""
+    """Return the names, with ``_2`` and so on appended to repeated ones."""
     counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
     return [f"{name}_{count}" if count > 1 else name for name, count in zip(names, counts, strict=True)]
 
@@ -111,15 +115,18 @@ def _slug(text: str) -> str:
 
 
 def _width(labels: Collection[str]) -> float:
-    """Inches that the longest label takes."""
+    """Width in inches of the longest label."""
     return 0.075 * max(map(len, labels))
 
 
 def _drawing(
     words: tuple[str, str, str], count: int, panel: tuple[float, float], margin: tuple[float, float], *columns, **axes
 ) -> "tuple[Drawing, list[Axes]]":
-    """A grid of ``count`` panels (inches) with its title above and its caption below. words: name, title, caption.
-    columns: of those, the number that leaves the fewest places empty."""
+    """Return a drawing with a grid of ``count`` panels, its title above and its caption below, and the panels.
+
+    words: name, title, caption. panel: width and height of a panel in inches; margin: what the figure needs besides.
+    columns: candidates for the number of columns; the one that leaves the fewest empty places is used.
+    """
     from matplotlib.figure import Figure
 
     (_, title, caption), across = words, min(count, min(columns, key=lambda columns: -count % columns))
@@ -136,7 +143,7 @@ def _drawing(
 
 
 def _heat_map(panel: "Axes", matrix, rows: Sequence[str], columns: Sequence[str], limit: float, texts, bold=()):
-    """A matrix with NaN for no value, coloured from -limit to limit. texts: in its cells; bold: places of them."""
+    """Draw a matrix (NaN: no value) in colours from -limit to limit. texts: of the cells; bold: cells in bold."""
     import numpy as np
 
     panel.set_facecolor("#f4f4f4")
@@ -153,7 +160,7 @@ def _heat_map(panel: "Axes", matrix, rows: Sequence[str], columns: Sequence[str]
 
 
 def _name_columns(panel: "Axes", places: Sequence[float], names: Sequence[str]) -> None:
-    """Slanting names below the columns of a matrix, whose frame goes."""
+    """Write slanted names below the columns of a matrix, and remove its frame."""
     panel.set_xticks(places, names, rotation=40, ha="right", va="center", rotation_mode="anchor")
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
@@ -163,7 +170,7 @@ def _name_columns(panel: "Axes", places: Sequence[float], names: Sequence[str]) 
 
 
 def _accuracy(study: Study) -> Iterator[Drawing]:
-    """Every experiment, a panel a task: a point and its interval, and the majority class as a line."""
+    """Scores: a panel per task with a point and its interval per experiment, and the majority class as a line."""
     tasks: list[str | None] = list(study.scored)
     if not tasks:
         return
@@ -192,7 +199,7 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
         if task in study.majority:
             points.append(scale * study.majority[task])
             panel.axvline(points[-1], color="black", linestyle="--", linewidth=1)
-        # The interval of two seeds can be many times as wide as all that is compared.
+        # The interval over two seeds can be many times wider than all differences, so it does not set the limits.
         widths = [scale * (value.high - value.low) for _, value in values if value.low is not None]
         room = max(max(points) - min(points), statistics.median(widths or [0])) or math.inf
         panel.set_xlim(*(min(max(edge, min(points) - room), max(points) + room) for edge in panel.get_xlim()))
@@ -206,15 +213,15 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
 
 
 def _transfer(study: Study) -> Iterator[Drawing]:
-    """What training together does to each task: together minus alone, with intervals."""
+    """Transfer: each task trained together minus trained alone, with intervals."""
     import numpy as np
 
-    # Colours compare tasks, which units of their own forbid.
+    # Colours compare tasks, which needs one unit for all.
     if not study.transfer or not study.has_average or scale_of(study.metric(None)) != 100:
         return
     caption = (
-        "Difference in percentage points, its 95 % interval below it, in bold where that leaves out 0. Red: worse "
-        f"together; blue: better. {' '.join(study.untrained_notes)}"
+        "Difference in percentage points, with its 95 % interval below; bold where the interval leaves out 0. Red: "
+        f"worse together; blue: better. {' '.join(study.untrained_notes)}"
     )
     labels, tasks = [row.label for row in study.transfer], [*study.scored, None]
     columns, metrics = [study.task_set.title(task) if task else AVERAGE for task in tasks], [*map(study.metric, tasks)]
@@ -238,7 +245,7 @@ def _transfer(study: Study) -> Iterator[Drawing]:
 
 
 def _loss(study: Study) -> Iterator[Drawing]:
-    """Training loss by step, a panel a task and one over all: every experiment a line, its seeds as a band."""
+    """Training loss by step: a panel for each task and one for all tasks; an experiment is a line, its seeds a band."""
     import pandas
     from matplotlib.ticker import MaxNLocator
 
@@ -249,7 +256,7 @@ def _loss(study: Study) -> Iterator[Drawing]:
     for group, trained in groups.items():
         title = f"Training loss, {group}" if len(groups) > 1 else "Training loss"
         caption = (
-            f"Loss by training step, running mean over 1/{_SMOOTHED} of the log; over several seeds their mean, and a "
+            f"Loss by training step, running mean over 1/{_SMOOTHED} of the log; of several seeds the mean, and a "
             "band from the lowest to the highest."
         )
         having = {task for _, _, logs in trained for log in logs for task in log}
@@ -264,7 +271,7 @@ def _loss(study: Study) -> Iterator[Drawing]:
                 if not curves:
                     continue
                 curves = [each.rolling(max(1, len(each) // _SMOOTHED), min_periods=1).mean() for each in curves]
-                # A line of the log lacks a task that no row of its steps was of.
+                # A line of the log has no loss for a task without rows in its steps.
                 frame = pandas.concat(curves, axis=1).sort_index().interpolate("index", limit_direction="both")
                 low, high, style = frame.min(axis=1), frame.max(axis=1), look(index)
                 panel.fill_between(frame.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -272,7 +279,7 @@ def _loss(study: Study) -> Iterator[Drawing]:
                 (lines[label],) = panel.plot(frame.index, frame.mean(axis=1), **style, **marks)
             panel.set_title(study.task_set.title(task) if task else "All tasks", fontweight=None if task else "bold")
             panel.set_ylim(bottom=0)
-            # Few enough for any width: were there more once the layout is settled, the last could reach over the edge.
+            # Few ticks at any width: more could appear after the layout is set, and the last would cross the edge.
             panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
             panel.grid()
             panel.tick_params(labelbottom=True)
@@ -282,31 +289,34 @@ def _loss(study: Study) -> Iterator[Drawing]:
 
 
 def _mixture(study: Study) -> Iterator[Drawing]:
-    """With which weights each task mixes up-projections or experts, layer by layer, and how far they went from the
-    seed's draw, which alone makes tasks differ. Of an experiment's first run: each seed has another order of parts."""
+    """Mixture weights of each task over up-projections or experts by layer, and their change from the random start.
+
+    The change matters because the random start alone already makes tasks differ. Only an experiment's first run is
+    drawn, since the order of the up-projections or experts differs between seeds.
+    """
     import numpy as np
 
     for experiment in study.experiments:
-        found = ((run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture)
-        run, analysis = next(found, (None, None))
-        modules, started = {}, {}
+        mixing = ((run, each) for run in experiment.runs if (each := analysis_of(study, run)) and each.mixture)
+        run, analysis = next(mixing, (None, None))
+        modules, started = {}, {}  # by the module's name, a row of weights for each layer
         for layer in analysis.layers if run else ():
-            for found, mixture in ((modules, analysis.mixture), (started, analysis.mixture_at_start)):
+            for by_module, mixture in ((modules, analysis.mixture), (started, analysis.mixture_at_start)):
                 if layer in (mixture or ()):
                     row = np.ravel(np.array(mixture[layer], dtype=float))
-                    found.setdefault(layer.rpartition(".")[2], []).append(row)
+                    by_module.setdefault(layer.rpartition(".")[2], []).append(row)
         if all(np.isnan(row).all() or np.ptp(row) == 0 for rows in modules.values() for row in rows):
-            continue  # no mixture, one of equal or single weights everywhere, or of a training that went to NaN
+            continue  # no mixture, equal or single weights everywhere, or NaN after a training that diverged
         width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]
         parts, apart = width // len(labels), -(-len(labels) // 24)
         title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")
         caption = (
-            f"Each row a layer, from the first (above) to the last; within a task's columns its weights of the {parts} "
+            f"Each row is a layer, from the first (top) to the last. A task's columns are its weights of the {parts} "
             f"up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g}). "
         )
         if started:
             pair = [np.concatenate([np.ravel(rows) for rows in each.values()]) for each in (modules, started)]
-            caption += f"Correlation with the start, a random draw: {np.corrcoef(*pair)[0, 1]:.3f}."
+            caption += f"Correlation with the random start: {np.corrcoef(*pair)[0, 1]:.3f}."
         else:
             caption += _NO_START
         height = min(max(1.0, 0.085 * max(map(len, modules.values()))), 4) + 0.6 + 0.7 * _width(labels)
@@ -331,8 +341,10 @@ def _mixture(study: Study) -> Iterator[Drawing]:
 
 
 def _similarity(study: Study) -> Iterator[Drawing]:
-    """How alike the tasks are to an adapter: cosines of Lambda_t and of updates, and of these with the mixtures of the
-    start. A heat map a kind, the mean over seeds."""
+    """Similarity of tasks in an adapter: cosines of Lambda_t, of updates, and of updates with the start's mixtures.
+
+    One heat map for each kind, with means over seeds.
+    """
     import numpy as np
 
     for experiment in study.experiments:
@@ -346,7 +358,7 @@ def _similarity(study: Study) -> Iterator[Drawing]:
         caption = (
             f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where one of "
             f"the two is zero. {_AT_START if analyses[0].mixture_at_start else _NO_START}"
-            f"{'' if written else f' Numbers: up to {MOST_WRITTEN} tasks.'}"
+            f"{'' if written else f' Numbers are written for up to {MOST_WRITTEN} tasks.'}"
         )
         side = max(1.9, (0.42 if written else 0.2) * len(labels))
         size, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
@@ -356,7 +368,7 @@ def _similarity(study: Study) -> Iterator[Drawing]:
         for kind, panel in zip(found[0], panels, strict=True):
             seeds = np.array([of_seed[kind] for of_seed in found if kind in of_seed], dtype=float)
             matrix = np.ma.masked_invalid(seeds).mean(axis=0).filled(np.nan)
-            # A zero that rounding left has no sign.
+            # A value that rounds to zero is shown without a sign.
             texts = [[f"{round(v, 2) + 0.0:.2f}".replace("-", "−") for v in row] for row in matrix]
             mesh = _heat_map(panel, matrix, labels, labels, 1.0, texts if written else [[]])
             panel.set(title=kind, aspect="equal")

@@ -1,7 +1,7 @@
-"""What reports are made of: ``study.json``, folders of single runs, their training logs and adapter analyses.
+"""The input of reports: ``study.json``, folders of single runs, their training logs and adapter analyses.
 
-``mtl_lora.study`` writes ``study.json`` through these classes (schema 2), tables, figures and pages read it through
-them. Schema 1 is read for ever; the two differ in the results by task alone, of which schema 2 names the metric.
+``mtl_lora.study`` writes ``study.json`` through these classes (schema 2); tables, figures and pages read it through
+them. Schema 1 can still be read; it differs only in the results by task, whose metric it does not name.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ STUDY_SCHEMA = 2
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Estimates over the runs of an experiment: by task, and of the average if every task has a result."""
+    """Estimates over the runs of an experiment: by task, and for the average if every task has a result."""
 
     tasks: dict[str, Estimate]
     average: Estimate | None = None
 
     @classmethod
     def over_seeds(cls, values: dict[str, list[float]], averages: Sequence[float | None]) -> "Summary":
-        """Of each run's values by task, and of its average, if each has one."""
+        """Summarise the runs' values by task, and their averages if every run has one."""
         tasks = {task: Estimate.over_seeds(of_task) for task, of_task in values.items()}
         return cls(tasks, None if None in averages else Estimate.over_seeds(averages))
 
@@ -38,7 +38,7 @@ class Summary:
 class Differences:
     """An experiment minus its ``baseline``, by task and on average, with intervals over the questions.
 
-    over_seeds: the differences of the values, seed by seed; None of a single pair of runs. delta_m: see
+    over_seeds: the differences of the values, seed by seed; None for a single pair of runs. delta_m: see
     ``metrics.delta_m``, in percent, over the seeds; None where the tasks' values have an average.
     """
 
@@ -51,7 +51,7 @@ class Differences:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer(Differences):
-    """Tasks trained together (``experiment``) minus each trained ``alone``. method: the title of theirs."""
+    """Tasks trained together (``experiment``) minus each trained ``alone``. method: title of the method together."""
 
     group: Text
     method: str = ""
@@ -60,7 +60,7 @@ class Transfer(Differences):
 
     @property
     def label(self) -> str:
-        """The experiment, with its group where a grid names groups and the name does not say it."""
+        """The experiment's name, after its group if the grid names groups and the name does not contain it."""
         name = self.experiment or self.method
         return name if self.group in name or self.group == Experiment.group else f"{self.group}: {name}"
 
@@ -69,7 +69,8 @@ class Transfer(Differences):
 class Job:
     """One training with its evaluation: files (relative to the study's folder), commands, hashes.
 
-    seconds, starts: by step (``train``, ``evaluate``), None where there was none. steps: of the optimiser.
+    seconds: duration by step (``train``, ``evaluate``), None without one; starts: how often each step was started.
+    steps: number of optimiser steps.
     """
 
     folder: str = ""
@@ -89,7 +90,7 @@ class Job:
 class Run(Job):
     """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one.
 
-    parts: of tasks that were trained alone, a job a task; the run then has sums of theirs.
+    parts: for tasks that were trained alone, one job per task; the run itself then sums them up.
     """
 
     seed: int | None = None
@@ -106,14 +107,14 @@ class Run(Job):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Runs that differ in their seed alone. adapters: the number trained by each run, with ``alone`` one a task.
+    """Runs that differ only in their seed. adapters: how many each run trains; with ``alone`` one per task.
 
-    method: None for the base model. trained_on: tasks. against: this minus a baseline.
+    method: None for the base model. trained_on: names of tasks. against: this experiment minus its baseline.
     """
 
     name: Text
     method: Text | None = None
-    group: Text = "main"  # of a grid that names none
+    group: Text = "main"  # where the grid names no groups
     alone: bool = False
     trainable: Trainable | None = None
     adapters: int = 0
@@ -126,12 +127,12 @@ class Experiment:
 
     @property
     def untrained(self) -> list[str]:
-        """Tasks with a result that it had no training examples of."""
+        """Tasks that have a result but had no training examples."""
         marked = {name for run in self.runs for name, task in run.tasks.items() if task.untrained}
         return [task for task in self.summary.tasks if task in marked or task not in (self.trained_on or [task])]
 
     def estimate(self, task: str | None) -> Estimate | None:
-        """The summary's value of a task, or of the average (None); a single run's has its standard error."""
+        """The summary's value of a task, or of the average (None); for a single run ± its standard error."""
         found = self.summary.average if task is None else self.summary.tasks.get(task)
         if found and found.low is None and len(self.runs) == 1:
             having = [self.runs[0].tasks.get(name) for name in (self.summary.tasks if task is None else [task])]
@@ -152,7 +153,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class SearchOutcome:
-    """The candidates of the experiment ``name``, and the value that was chosen."""
+    """The candidates of the experiment ``name`` and the chosen value."""
 
     name: Text
     candidates: list[Candidate]
@@ -161,7 +162,8 @@ class SearchOutcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search for the value of ``flag`` by short trainings. train: their flags; questions: by development task."""
+    """A search for the value of ``flag`` by short trainings. train: their flags; questions: number of development
+    questions by task."""
 
     flag: Text
     data_dir: str | None = None
@@ -176,8 +178,9 @@ class Search:
 class Study:
     """``study.json``: experiments in table order and what they were made from.
 
-    grid: what was asked for. commit, versions, device: of the last evaluation; commits, devices: of all. data:
-    ``train`` and ``test``. path: the file, or the folder of a single run, of which facts are the files' contents.
+    grid: the configuration of the study. commit, versions, device: of the last evaluation; commits, devices: of all
+    evaluations. data: the samples ``train`` and ``test``. path: the file, or the folder of a single run. facts: the
+    contents of a single run's files; empty for a study.
     """
 
     name: Text
@@ -228,7 +231,7 @@ class Study:
 
     @property
     def untrained_notes(self) -> list[str]:
-        """A sentence on each experiment without training examples of some tasks."""
+        """A sentence for each experiment that had no training examples of some tasks."""
         found = ((each.name, ", ".join(each.untrained)) for each in self.experiments)
         return [f"{name} had no training examples of {tasks}." for name, tasks in found if tasks]
 
@@ -245,43 +248,43 @@ class Study:
 
     @property
     def has_average(self) -> bool:
-        """Whether the tasks' values have a mean, see ``one_unit``."""
+        """Whether the tasks' values can be averaged, see ``one_unit``."""
         return one_unit(self.metric(task) for task in self.scored)
 
     def metric(self, task: str | None) -> str:
-        """The metric of a task, or of the average (None), whose tasks have one unit; accuracy where none is known."""
+        """The metric of a task; for the average (None), whose tasks have one unit, that of any; accuracy if unknown."""
         results = [pair for run in self.runs for pair in run.tasks.items()]
         return next((result.metric for name, result in results if task in (name, None)), "accuracy")
 
     @property
     def majority(self) -> dict[str | None, float]:
-        """The majority class's value by task, from the first run that has one; None: their mean, if all have."""
+        """The majority class's value by task, from the first run that has one; under None their mean, if all do."""
         results = [(name, result.majority) for run in reversed(self.runs) for name, result in run.tasks.items()]
         found = {name: value for name, value in results if value is not None}
         known = [found[name] for name in self.scored if name in found]
         return found | ({None: sum(known) / len(known)} if known and len(known) == len(self.scored) else {})
 
 
-# ---- what a training leaves ----
+# ---- files of a training ----
 
 
 def log_of(study: Study, run: Run) -> Losses | None:
-    """The training log of a run; of tasks that were trained alone, that of all its parts."""
+    """The training log of a run; for tasks that were trained alone, the logs of all its parts together."""
     logs = [read_losses(_file(study, job, "log")) for job in run.jobs if job.log]
-    # The loss over all tasks is that of no part.
+    # Each part has only its own task, so together they have no loss over all tasks.
     several = {"": {}} if len(logs) > 1 else {}
     return {task: curve for log in logs for task, curve in log.items()} | several if logs else None
 
 
 def analysis_of(study: Study, run: Run) -> Analysis | None:
-    """The analysis of a run's adapter."""
+    """The analysis of a run's adapter, or None."""
     return Analysis.load(_file(study, run, "analysis")) if run.analysis else None
 
 
 def _file(study: Study, job: Job, key: str) -> Path:
     path = study.path.parent / getattr(job, key)
     if not path.is_file():
-        reason = f"{key} of the run {job.folder} names {getattr(job, key)}, which is not there"
+        reason = f"{key} of the run {job.folder} names {getattr(job, key)}, which does not exist"
         raise UserError(f"{study.path}: {reason}; collect the study again")
     return path
 
@@ -290,14 +293,16 @@ def _file(study: Study, job: Job, key: str) -> Path:
 
 
 def load_run(path: str | Path) -> Study:
-    """A study; or the folder of one training, one evaluation or both, as a study of one experiment. Raises
-    ``UserError`` for a folder that holds nothing of a run."""
+    """Load a study, or the folder of one training, evaluation or both as a study of a single run.
+
+    Raises ``UserError`` for a folder without the files of a run.
+    """
     path = Path(path)
     if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
         return Study.load(path)
     folder = path.parent if path.name == artifacts.RESULTS else path
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; pass that of a study, a training or an evaluation")
+        raise UserError(f"there is no folder {folder}; pass the folder of a study, a training or an evaluation")
     names = (artifacts.TRAIN_LOG, artifacts.ADAPTER_ANALYSIS, artifacts.RUN_CONFIG, artifacts.CHECKPOINT_CONFIG)
     log, analysis, *rest = ((folder / name).absolute() if (folder / name).is_file() else None for name in names)
     training, adapter = (files.read_object(file, "the configuration") if file else {} for file in rest)
@@ -311,27 +316,30 @@ def load_run(path: str | Path) -> Study:
     if not found:
         if not (log or analysis):
             raise UserError(f"{folder} holds none of {', '.join([artifacts.STUDY, artifacts.RESULTS, *names[:2]])}")
-        # Tasks are those that the training was configured with, else those that its analysis or log names.
+        # The tasks of the training's configuration, else those that its analysis or log names.
         adapts = Analysis.load(analysis) if analysis else None
         known = adapts.tasks if adapts else [*filter(None, read_losses(log))] or ["task"]
         listed = training.get("tasks") or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
         task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
         method = adapts and adapts.method
         found = [Results(name=folder.absolute().name, method=method, tasks={}, task_set=task_set)]
-    experiments, left = [], {"log": log and str(log), "analysis": analysis and str(analysis)}
+    experiments, of_training = [], {"log": log and str(log), "analysis": analysis and str(analysis)}
     for results in found:
-        run = Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **left)
+        run = Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **of_training)
+        of_training = {}  # with several protocols, the training's figures are shown only once
         average = results.average if results.tasks else None
         values = {task: [result.value] for task, result in results.tasks.items()}
-        summary, left = Summary.over_seeds(values, [average and average.value]), {}  # the training's are shown once
+        summary = Summary.over_seeds(values, [average and average.value])
         about = {key: getattr(results, key) for key in ("name", "method", "trainable")}
         experiments.append(Experiment(**about, runs=[run], summary=summary))
     return Study(name=found[0].name, task_set=found[0].task_set, experiments=experiments, path=folder, facts=facts)
 
 
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
-    """The studies among ``paths``, and all single runs as one, whose experiments they are. Raises ``UserError`` for a
-    folder that holds nothing, and for single runs whose tasks differ."""
+    """Load the studies among ``paths``; all single runs together become one study, each as an experiment.
+
+    Raises ``UserError`` for a folder without the files of a run, and for single runs with different tasks.
+    """
     found = [load_run(path) for path in paths]
     studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
     TaskNames.require_one(single, "figures side by side need")
@@ -340,7 +348,7 @@ def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     names, experiments = told_apart([each.name for each, _ in pairs], [path for _, path in pairs]), []
     tasks = {task for experiment, _ in pairs for task in experiment.summary.tasks}
     for name, (experiment, _) in zip(names, pairs, strict=True):
-        # Averages over other tasks do not stand side by side.
+        # Averages over different tasks are not comparable.
         average = experiment.summary.average if tasks == {*experiment.summary.tasks} else None
         summary = dataclasses.replace(experiment.summary, average=average)
         experiments.append(dataclasses.replace(experiment, name=name, summary=summary))

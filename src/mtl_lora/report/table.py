@@ -1,4 +1,4 @@
-"""Tables of results and of studies: numbers as people read them (percent, one decimal), or CSV with every digit."""
+"""Tables of results and of studies: numbers rounded for people (percent, one decimal), or CSV with every digit."""
 
 import dataclasses
 import json
@@ -30,8 +30,8 @@ OVER_QUESTIONS, OVER_SEEDS = f"{AVERAGE} (over questions)", f"{AVERAGE} (over se
 UNTRAINED = " (untrained)"
 TRAINABLE = "Trainable parameters, M (%)"
 DELTA_M = "Delta_m, %"
-_PROTOCOL = {"mode": "mode", "base model": "base_model"}  # what a note always says, to the field of the results
-# What a note calls settings whose name says too little.
+_PROTOCOL = {"mode": "mode", "base model": "base_model"}  # facts that a note always gives -> field of the results
+# Words in notes for settings whose name says too little.
 _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 
 
@@ -40,10 +40,10 @@ _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row: results by task name (a missing task has none) and their average, with its groups of questions.
+    """One row of a table: results by task name (``cells``, without the missing ones) and their average.
 
-    kind: ``result``, ``majority``, ``published`` or ``difference``. source: of published rows, where they were read.
-    delta_m: see ``metrics.delta_m``, of a result beside baselines.
+    kind: ``result``, ``majority``, ``published`` or ``difference``. source: where a published row was copied from.
+    delta_m: see ``metrics.delta_m``; only for results that are compared with baselines.
     """
 
     name: str
@@ -59,20 +59,21 @@ class Row:
 
     @property
     def unparsed(self) -> float | None:
-        """The mean proportion of generated texts without an answer, where every task counts them."""
+        """The mean proportion of generated texts without an answer; None unless every task has it."""
         found = [cell.measured.get("unparsed") for cell in self.cells.values()]
         return statistics.fmean(found) if found and all(isinstance(value, float | int) for value in found) else None
 
     def text(self, value: TaskResult | Average | None) -> str:
-        """A cell or an average of this row, as people read it."""
+        """A cell or an average of this row as text."""
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
         text = value_text(value and value.value, value and value.stderr, metric, self.kind == "difference")
         return text + UNTRAINED * getattr(value, "untrained", False)
 
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
-        """What the row is, then value, standard error and questions of each task. metrics: by task.
+        """Return the row as a CSV record: its description, then value, standard error and questions of each task.
 
-        A task's columns are two words (``boolq accuracy``), so that no task name collides with a column of the row.
+        metrics: by task. A task's columns have two words (``boolq accuracy``), so that a task's name cannot collide
+        with another column.
         """
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
@@ -88,28 +89,28 @@ class Row:
         return record
 
     def group(self, name: str) -> Average | None:
-        """The average over a group of questions."""
+        """The average of a group of questions."""
         return self.average.groups.get(name) if self.average else None
 
 
 def build_table(
     results: Sequence[Results], published: bool = False, difference: bool = False, baselines: Sequence[Results] = ()
 ) -> Report:
-    """Put results of one task set into one table: their value by task, then averages by group if there are any.
+    """Put results of one task set into a table of values by task, and any averages by group into a second one.
 
-    published: add the published figures of the commonsense tasks. difference: end with the last result minus the
-    first, whose standard error sqrt(a^2 + b^2) treats the questions of the two rows as independent. baselines: results
-    of single-task models, which together have every task once, for Delta_m of each row.
+    published: add rows of the published results of the commonsense tasks. difference: add a row of the last result
+    minus the first; its standard error sqrt(a^2 + b^2) treats the questions of the two rows as independent. baselines:
+    results of single-task models, which together have every task once, to compute Delta_m of each row.
     Raises ``UserError`` if the task sets differ, or if an addition does not fit the results.
     """
     task_set, others = results[0].task_set, published_rows() if published else []
     TaskNames.require_one(results, "one table needs")
     TaskNames.require_one_measure((each.path, each.tasks) for each in [*results, *baselines])
     if published and set(task_set.names) != set(others[0].cells):
-        names = f"{results[0].path} is about {', '.join(task_set.names)}"
-        raise UserError(f"--published has figures for the commonsense tasks alone, and {names}; leave the flag out")
+        names = f"{results[0].path} has the tasks {', '.join(task_set.names)}"
+        raise UserError(f"--published has results of the commonsense tasks only, and {names}; leave the flag out")
     if difference and len(results) < 2:
-        raise UserError("--difference is the last results file minus the first and needs two, not 1")
+        raise UserError("--difference is the last results file minus the first; pass at least two files, not 1")
     columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
     names = told_apart(*zip(*((each.name, each.mode, each.path and each.path.parent) for each in results), strict=True))
     results, own = [dataclasses.replace(each, name=name) for each, name in zip(results, names, strict=True)], []
@@ -132,7 +133,7 @@ def build_table(
     shown += [(task_set.title(name, m), [row.text(row.cells.get(name)) for row in rows]) for name, m in metrics.items()]
     if one_unit(metrics.values()):
         shown.append((AVERAGE, [row.text(row.average) for row in rows]))
-    # Wrong answers of another kind than a wrong choice: the gain of a training may be the format alone.
+    # An unparsed answer is wrong in form, not in choice, so a gain of training may come from the format alone.
     if any(row.unparsed for row in rows):
         shown.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
     if baselines:
@@ -147,18 +148,18 @@ def build_table(
 
 
 def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
-    """Delta_m of each result; None where it lacks a task. Raises ``UserError`` for baselines that do not fit."""
+    """Return Delta_m of each result, None where it lacks a task; raises ``UserError`` for baselines that do not fit."""
     alone, found = {}, []
     for each in baselines:
         if twice := [name for name in each.tasks if name in alone]:
             raise UserError(f"{each.path} has a result of {', '.join(twice)}, as another of --baselines; leave one out")
         alone |= each.tasks
     if lacking := [name for name in columns if name not in alone]:
-        raise UserError(f"--baselines have no result of {', '.join(lacking)}; add that of its single-task model")
+        raise UserError(f"--baselines have no result of {', '.join(lacking)}; add their single-task results")
     for result in results:
         tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
         if any(not alone[name].value > 0 for name in tasks):
-            raise UserError(f"Delta_m of {result.path} cannot be computed: --baselines have a value not above 0")
+            raise UserError(f"Delta_m of {result.path} needs baselines above 0; leave out --baselines")
         own, base = ({name: side[name].value for name in tasks} for side in (tasks, alone))
         metrics = {name: task.metric for name, task in tasks.items()}
         found.append(delta_m(own, base, metrics) if len(tasks) == len(columns) else None)
@@ -166,7 +167,7 @@ def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: 
 
 
 def _difference_row(first: Row, last: Row) -> Row:
-    """Last minus first where both have a value; standard errors add as those of independent samples."""
+    """Last minus first where both have a value; standard errors combine as for independent samples."""
 
     def minus(a: TaskResult, b: TaskResult) -> TaskResult:
         stderr = None if None in (a.stderr, b.stderr) else math.hypot(a.stderr, b.stderr)
@@ -180,7 +181,7 @@ def _difference_row(first: Row, last: Row) -> Row:
 
 
 def published_rows() -> list[Row]:
-    """The published figures that the package carries, as fractions, with averages as their sources print them."""
+    """The published results that come with the package, as fractions, with the averages that their sources print."""
     published, found = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8")), []
     for row in published["rows"]:
         scores = zip(published["tasks"], row["scores"], strict=True)
@@ -193,7 +194,7 @@ def published_rows() -> list[Row]:
 def _notes(
     results: Sequence[Results], baselines: Sequence[Results], rows: Sequence[Row], columns: list[str], groups: list[str]
 ) -> list[str]:
-    """What the numbers are, what keeps rows from being compared, and what a reader must know about single rows."""
+    """Say what the numbers are, what makes rows incomparable, and what a reader must know about single rows."""
     first, last, kinds = results[0], results[-1], {row.kind for row in rows}
     having = {name: found for name in columns if (found := [each for each in results if name in each.tasks])}
     found = {name: [each.tasks[name] for each in evaluations] for name, evaluations in having.items()}
@@ -202,7 +203,9 @@ def _notes(
     notes = [f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}."]
     notes.append(f"{units_text(metrics)}± is one standard error.")
     if len(metrics) > 1 and one_unit(metrics):
-        notes.append("Average: the plain mean over tasks of different metrics; a task of two counts by their mean.")
+        notes.append(
+            "Average: the plain mean over tasks with different metrics; a task with two metrics counts with their mean."
+        )
     if differing := [name for name in counts if Results.differ_in_questions(results, name)]:
         notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
     everyone = [*results, *baselines]
@@ -231,13 +234,14 @@ def _notes(
     if "published" in kinds:
         sources = " and ".join(dict.fromkeys(row.source for row in rows if row.source))
         notes.append(
-            "Published rows are runs of others on the base model that each names, with targets, schedules and beams of "
-            f"their own, on whole test sets, copied from {sources}; MTL-LoRA's own is not among them."
+            "Published rows are runs by others on the base model that each row names, with their own target modules, "
+            f"schedules and beams, on whole test sets, copied from {sources}; MTL-LoRA's published row is not included."
         )
     if "difference" in kinds:
         notes.append(
-            f"The difference is {last.name} (the last results file) minus {first.name} (the first), of percents in "
-            "percentage points; its standard error treats the questions of the two rows as independent."
+            f"The difference is {last.name} (the last results file) minus {first.name} (the first), in percentage "
+            "points where values are in percent; its standard error treats the questions of the two rows as "
+            "independent."
         )
     if baselines:
         alone = {name: each for each in baselines for name in each.tasks if name in having}
@@ -252,8 +256,10 @@ def _notes(
 
 
 def details(results: Results) -> TextTable:
-    """One evaluation, a line a task: its value, the majority class, other measures, the answers given; without what no
-    task has."""
+    """One evaluation with a line per task: its value, the majority class, other measures, the answers given.
+
+    Columns that are empty for every task are left out.
+    """
     tasks, last = results.tasks, "Answers given"
     rows, measures, found = [], {}, [(results.task_set.title(name), tasks[name]) for name in results.scored]
     if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:
@@ -276,7 +282,7 @@ def details(results: Results) -> TextTable:
             if key == "strict":
                 row[f"{words} unparsed"] = value_text(other.measured.get("unparsed"))
         row.setdefault("F1", value_text(task.measured.get("f1")))
-        # The most frequent first; no answer is a dash.
+        # The most frequent answer first; a dash stands for texts without an answer.
         counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
         shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
@@ -288,7 +294,7 @@ def details(results: Results) -> TextTable:
 
 
 def examples(results: Results) -> TextTable:
-    """The first right and the first wrong answer of each task, as they were given."""
+    """The first right and the first wrong answer of each task, in the model's words."""
     rows = [
         [results.task_set.title(task), str(index), "right" if right else "wrong", answer, said or NOTHING]
         for task, index, right, answer, said in first_answers(results)
@@ -300,7 +306,7 @@ def examples(results: Results) -> TextTable:
 
 
 def study_tables(study: Study) -> list[TextTable]:
-    """By group, the experiments by task and their differences from the baseline; transfer; the search."""
+    """The tables of a study: by group, scores and differences from the baseline; then transfer and the search."""
     tables, tasks = [], [study.task_set.title(task, study.metric(task)) for task in study.scored]
     titles = tasks + [AVERAGE] * study.has_average
     changes = [*tasks, OVER_QUESTIONS, OVER_SEEDS] if study.compared_over_seeds else titles
@@ -319,7 +325,7 @@ def study_tables(study: Study) -> list[TextTable]:
         header = ["Trained together", "Trained alone", *changes]
         tables.append(TextTable("Transfer: trained together minus each task trained alone", header, rows))
     if study.search:
-        # Those of some experiments were widened.
+        # All values that were tried: the search tries more of them for some experiments.
         values = sorted({candidate.value for each in study.search.experiments for candidate in each.candidates})
         rows = []
         for each in study.search.experiments:
@@ -331,7 +337,7 @@ def study_tables(study: Study) -> list[TextTable]:
 
 
 def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequence[str], title: str) -> TextTable:
-    """A row an experiment: mean ± standard deviation over seeds, or ± standard error where no experiment has seeds."""
+    """One row per experiment: mean ± standard deviation over seeds, or ± standard error if none has several seeds."""
     has_interval = study.has_seeds and study.has_average
     header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles] + ["95 % interval"] * has_interval
     metrics, majority = {task: study.metric(task) for task in study.scored}, study.majority
@@ -351,7 +357,7 @@ def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequen
 
 
 def _differences(study: Study, found: Differences, name: str) -> list[str]:
-    """Of an experiment by task and on average, over questions and then seeds; or, without an average, Delta_m."""
+    """The cells of a difference: by task, then the averages over questions and seeds; without average, Delta_m."""
     averages = [found.average, *[found.over_seeds and found.over_seeds.average] * study.compared_over_seeds]
     names = {name, found.baseline, getattr(found, "alone", "")}
     untrained = {task for each in study.experiments if each.name in names for task in each.untrained}
