@@ -276,8 +276,8 @@ def test_a_results_file_says_which_settings_must_agree(tmp_path):
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
-        ({"answer": "maybe"}, "another right answer"),
-        ({"prompt_sha256": "other"}, "another prompt"),
+        ({"answer": "maybe"}, "different right answers"),
+        ({"prompt_sha256": "other"}, "different prompts"),
         ({"index": 7}, "limit 0 and 0"),
     ],
 )
