@@ -98,7 +98,7 @@ def test_free_text_task_takes_any_answer(load):
         ("red\nblue", {}, "'red' (its first line"),
         ("\nred", {"metric": "accuracy"}, "'red' (its first line"),
         (" red", {"metric": "accuracy"}, "'red' (its first line"),
-        ("1,000", {"pattern": r"-?\d+"}, "'1', the task's pattern"),
+        ("1,000", {"pattern": r"-?\d+"}, "'1' (by the task's pattern"),
         ("red\nblue", {"metric": "f1"}, None),
         (" red.", {}, None),
         ("the correct answer is red", {}, "'red' (its first line"),  # the words before it are the task's
