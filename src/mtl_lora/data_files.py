@@ -19,8 +19,8 @@ from mtl_lora.tasks import TaskSet
 def read_values(path: Path) -> list:
     """The values of a JSON list, ``{"data": [...]}`` or JSON lines file, or the rows of a CSV, TSV or parquet file.
 
-    The file name's ending decides the format. A BOM and blank lines are skipped; an empty CSV cell or a parquet null
-    means that the row lacks this field.
+    A file that does not end in .csv, .tsv or .parquet is read as JSON. A BOM and blank lines are skipped; an empty CSV
+    cell or a parquet null means that the row lacks this field.
     """
     return READERS.get(path.suffix.lower(), _json_values)(path)
 
@@ -57,16 +57,14 @@ def _json_values(path: Path) -> list:
         if not lines and not ("Extra data" in str(error) and text.lstrip().startswith("{")):
             raise UserError(f"the data file {path} is not JSON: {error}") from None
     else:
-        if isinstance(value, dict):
-            value = value["data"] if isinstance(value.get("data"), list) else value
-            lines = (
-                lines or bool(value.keys() & {"instruction", "messages", "text"}) if isinstance(value, dict) else lines
-            )
-        if not isinstance(value, list) and lines:
+        if isinstance(value, dict) and isinstance(value.get("data"), list):
+            value = value["data"]
+        if isinstance(value, list):
+            return value
+        # JSON lines of a single example, perhaps in a file with another ending.
+        if lines or (isinstance(value, dict) and value.keys() & {"instruction", "messages", "text"}):
             return [value]
-        if not isinstance(value, list):
-            raise UserError(f"{path} must hold a JSON list of examples, not {type(value).__name__}")
-        return value
+        raise UserError(f"{path} must hold a JSON list of examples, not {type(value).__name__}")
     values = []
     for number, line in enumerate(text.split("\n"), 1):
         try:

@@ -119,7 +119,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
     def protocols(self) -> dict[str, str]:
         """The folder of each protocol to run.
 
-        ``both`` gives each protocol a folder inside the output folder. A later command with one of these modes and no
+        With ``both`` each protocol has a folder inside the output folder. A later command for one of them without
         --output_dir resumes in that folder.
         """
         inside = Path(self.output_folder, self.mode)

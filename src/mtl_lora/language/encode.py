@@ -122,8 +122,8 @@ class ChatTemplate:
         answer = whole.removeprefix(prompt).removesuffix(self._ending)
         if whole != prompt + answer + self._ending or answer.strip() != output.strip():
             raise UserError(
-                "the tokenizer's chat template begins the text of a training example differently from the prompt for "
-                "generation, so training and evaluation would differ; pass another --template"
+                "with the tokenizer's chat template the text of a training example does not begin exactly with the "
+                "prompt for generation, so training and evaluation would differ; pass another --template"
             )
         return answer
 
@@ -180,9 +180,9 @@ class Encoder:
     """Encodes prompts and answers for one tokenizer, template and cutoff.
 
     cutoff_len: the maximum number of tokens of prompt, answer and EOS together. The room kept for the answer depends
-    only on the task, so training and evaluation shorten a prompt alike; the exception is a free-text answer longer than
-    ``FREE_TEXT_RESERVE``, which must fit and takes more room in training. Raises ``UserError`` for an unsuitable
-    tokenizer.
+    only on the task, so training and evaluation shorten a prompt alike. The exception is training on an output longer
+    than that room, such as free text of more than ``FREE_TEXT_RESERVE`` tokens, because it must fit. Raises
+    ``UserError`` for an unsuitable tokenizer.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template_name: str, cutoff_len: int, tasks: TaskSet):
@@ -199,7 +199,7 @@ class Encoder:
             special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
             self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self._answers: dict[str, list[int]] = {}
-        self._spoken: dict[str, str] = {}  # answers as a chat template writes them
+        self._chat_texts: dict[str, str] = {}  # answers as a chat template writes them
         self.reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
@@ -228,10 +228,10 @@ class Encoder:
     def option_ids(self, task: Task, option: str) -> list[int]:
         """The ids of the answer that consists of one of a task's options, encoded as in training."""
         text = task.answer_prefix + option
-        if isinstance(self.template, ChatTemplate) and text not in self._spoken:  # which may strip it
+        if isinstance(self.template, ChatTemplate) and text not in self._chat_texts:  # which may strip it
             question = {"instruction": "Is it?"}
-            self._spoken[text] = self.template.answer(question, self.template.prompt(question), text)
-        return self.answer_ids(self._spoken.get(text, text))
+            self._chat_texts[text] = self.template.answer(question, self.template.prompt(question), text)
+        return self.answer_ids(self._chat_texts.get(text, text))
 
     def answer_ids(self, text: str) -> list[int]:
         """The ids of an answer, including the EOS token at its end; results are cached by text."""

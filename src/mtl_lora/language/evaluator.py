@@ -73,7 +73,7 @@ class Evaluator(evaluation.Evaluator):
         written = (len(each.prompt_ids) + more for each in questions.get("generate", ()))
         way_out = f"a prompt and --max_new_tokens {more}; lower it"
         self.base_model.check_positions(max(written, default=0), way_out)
-        self._say_what_cannot_be_written(questions.get("generate", ()))
+        self._note_long_answers(questions.get("generate", ()))
         reserves = self.encoder.reserves
         scored = (len(each.prompt_ids) + reserves[each.task.id] for each in questions.get("score", ()))
         way_out = "a prompt and an option; pass a smaller --cutoff_len"
@@ -85,7 +85,7 @@ class Evaluator(evaluation.Evaluator):
         if self.caches is not None:
             self.caches.use(self.prefixes)
 
-    def _say_what_cannot_be_written(self, questions: Sequence[Question]) -> None:
+    def _note_long_answers(self, questions: Sequence[Question]) -> None:
         """Note each task with questions whose answer has more tokens than are generated."""
         most, found = self.config.max_new_tokens, collections.Counter()
         for each in questions:
@@ -156,9 +156,8 @@ class Evaluator(evaluation.Evaluator):
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         """The prediction lines of a batch of questions of one task, with the model loaded."""
-        way, parts = self._score if protocol == "score" else self._generate, [questions]
-        if self.one_by_one:
-            parts = [[question] for question in questions]
+        way = self._score if protocol == "score" else self._generate
+        parts = [[question] for question in questions] if self.one_by_one else [questions]
         answers = [each for part in parts for each in self.in_halves(way, part, protocol)]
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 

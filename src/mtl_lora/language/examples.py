@@ -86,21 +86,21 @@ def parse_example(
     extra = {key: entry for key, entry in value.items() if key not in (*FIELDS, "task", "messages")}
     empty = {key for key, entry in extra.items() if entry is None} - {"text", "text_b", "label"}
     value = {key: entry for key, entry in value.items() if entry is not None}  # a null means that the field is absent
-    told = "messages" in value
+    has_messages = "messages" in value
     if "text" in value and value.keys().isdisjoint({"messages", *["output", "answer"] * answered}):
         value = _from_text(value, where, tasks[task_id_of(value, where, tasks, task)], answered)
         extra = {key: entry for key, entry in extra.items() if key in value or key in empty}
-    if told:
+    if has_messages:
         value = _from_messages(value, where)
     needed = {"instruction": not value.get("input"), "input": False}
     if answered:  # an evaluation needs the answer, training the output
-        needed |= {"output": not closed, "answer": closed and not told}
+        needed |= {"output": not closed, "answer": closed and not has_messages}
     texts = dict.fromkeys(FIELDS[:-1], "")
-    for field, must in needed.items():
-        if must and field not in value:
-            hint = " (the assistant's last message)" if told else ""
+    for field, required in needed.items():
+        if required and field not in value:
+            hint = " (the assistant's last message)" if has_messages else ""
             raise UserError(f"{where} has no field {field!r}{hint}")
-        if must or value.get(field) is not None:
+        if required or value.get(field) is not None:
             texts[field] = text_of(value[field], f"{where}: {field!r}")
     if not (texts["instruction"] + texts["input"]).strip():
         raise UserError(f"{where}: 'instruction' is empty")
@@ -108,20 +108,20 @@ def parse_example(
         raise UserError(f"{where}: 'output' is empty")
     task_id = task_id_of(value, where, tasks, task)
     options = tasks[task_id].options_of(texts["instruction"])
-    if closed and told and not texts["answer"]:
+    if closed and has_messages and not texts["answer"]:
         texts["answer"] = extract_answer(tasks[task_id], texts["output"])
     # An option may have white space around it, to fit behind the answer prefix; the answer may leave it out.
     texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
     if options and answered and texts["answer"] not in (options if closed else [*options, ""]):
         raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
     if closed and not texts["answer"].strip():
-        way_out = "end with the assistant's answer" if told else "write one"
+        way_out = "end with the assistant's answer" if has_messages else "write one"
         raise UserError(f"{where}: 'answer' is empty, so no prediction could be right; {way_out}")
     if closed and not options:
         _check_free_text(texts["answer"], tasks[task_id], where)
     if options and answered and not closed:
         _check_output(texts, tasks[task_id], options, where)
-    return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if told else ())
+    return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if has_messages else ())
 
 
 def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
