@@ -1,4 +1,4 @@
-"""The flags of evaluate and predict that every system has. A system's configuration adds its own."""
+"""The evaluate and predict flags that all systems share; each system's configuration adds its own."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,35 +17,35 @@ AUTO = "auto"
 
 @dataclasses.dataclass(kw_only=True)
 class AnswerConfig(Config):
-    """Which model answers, and how."""
+    """Which model answers the questions, and how it is run."""
 
     affects = "answers"
 
     checkpoint: str | None = flag(
-        None, "folder of a training; it names its base model and tasks", affects="content", group="who answers"
+        None, "checkpoint folder; it names its base model and tasks", affects="content", group="the model"
     )
     base_model: str | None = flag(
-        None, "base model alone; with --checkpoint: where its base model lies, if that has moved"
+        None, "base model to use alone; with --checkpoint: where its base model is now, if it has moved"
     )
     tasks_file: str | None = flag(
-        None, "JSON file that declares your own tasks, where no checkpoint does", affects="content"
+        None, "JSON file that declares your own tasks, if no checkpoint does", affects="content"
     )
-    cutoff_len: int | None = flag(None, "most tokens of an example, where no checkpoint has it", min=1)
+    cutoff_len: int | None = flag(None, "maximum number of tokens of an example, if no checkpoint sets it", min=1)
     dtype: str = flag(
         "auto",
-        "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 where the hardware multiplies it",
+        "base model dtype: bf16, fp16, fp32, fp64; auto: bf16 if the hardware multiplies it natively",
         choices=DTYPES,
-        group="how",
+        group="how it is run",
     )
     load_in_4bit: bool | None = flag(
-        None, "load the base model in 4 bits; none: as the checkpoint was trained; needs bitsandbytes"
+        None, "load the base model in 4 bits (needs bitsandbytes); none: as in the checkpoint's training"
     )
     batch_size: int | str = flag(
-        AUTO, "questions at a time on each device, or auto; in float32 results do not depend on it", affects="nothing"
+        AUTO, "questions per batch on each device, or auto; in float32 it does not change results", affects="nothing"
     )
-    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
+    trust_remote_code: bool = flag(False, "run the model code in the base model's repository")
     local_rank: int = flag(
-        -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
+        -1, "set by the deepspeed launcher and ignored; the environment variable LOCAL_RANK decides", affects="nothing"
     )
 
     def validate(self) -> None:
@@ -55,33 +55,36 @@ class AnswerConfig(Config):
         )
 
     def check_files(self) -> None:
-        """Raise ``UserError`` for a file or folder that is not there; needs no model library."""
+        """Raise ``UserError`` for a missing file or folder; imports no model library."""
         if self.checkpoint and not Path(self.checkpoint, CHECKPOINT_CONFIG).is_file():
             raise UserError(f"{self.checkpoint} is not an MTL-LoRA checkpoint: it has no {CHECKPOINT_CONFIG}")
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluationFlags(Config):
-    """What is asked, and where the results go; stands before a system's ``AnswerConfig`` among the bases."""
+    """Which questions are asked, and where the results go.
+
+    A system's evaluation configuration inherits from this class first and from its ``AnswerConfig`` second.
+    """
 
     data_dir: str = flag(
         "",
         "folder with <task>/test.json (or .jsonl, .csv, .parquet)",
         affects="content",
-        group="what is asked, and where the results go",
+        group="questions and results",
     )
     output_dir: str | None = flag(
         None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
     )
     name: str | None = flag(
-        None, "row label in tables; none: the method's title, or the base model's name", affects="nothing"
+        None, "row label in tables; none: the title of the method, or the name of the base model", affects="nothing"
     )
     tasks: list[str] = flag([], "tasks to evaluate, as a,b; empty: all")
     limit: int = flag(0, "evaluate only the first n questions of each task; 0: all", min=0)
     overwrite: bool = flag(False, "delete the results that output_dir already holds", affects="nothing")
     check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
 
-    made_by = ""  # the command that makes the default's test sets
+    made_by = ""  # the command that makes the test sets of the default tasks
 
     def check_files(self) -> None:
         super().check_files()
@@ -90,22 +93,22 @@ class EvaluationFlags(Config):
             raise UserError(f"there is no folder {self.data_dir} with test sets; {made}pass --data_dir DIR")
 
     def closing_lines(self, found: Mapping[str, "Results"]) -> list[str]:
-        """What the command prints below the tables of the results (by protocol)."""
+        """The lines that the command prints below the results tables. found: the results by protocol."""
         return []
 
     @property
     def knows_tasks(self) -> bool:
-        """Whether tasks were declared, which may not be those that the project can prepare."""
+        """Whether the flags declare the tasks; ``made_by`` may not prepare those."""
         return bool(self.tasks_file or self.checkpoint)
 
     @property
     def adapter(self) -> str | None:
-        """The folder of what is evaluated, beside whose weights the results go."""
+        """The folder of the evaluated adapter, in which the results go by default; None for a base model alone."""
         return self.checkpoint
 
     @property
     def output_folder(self) -> str:
-        """Where predictions and results go."""
+        """The folder for predictions and results."""
         if self.output_dir:
             return self.output_dir
         return f"{self.adapter}/{EVALUATION}" if self.adapter else f"output/{self.base_model.replace('/', '_')}"
@@ -113,12 +116,15 @@ class EvaluationFlags(Config):
 
 @dataclasses.dataclass(kw_only=True)
 class PredictionFlags(Config):
-    """What is answered, and where the answers go; stands before a system's ``AnswerConfig`` among the bases."""
+    """Which examples are answered, and where the answers go.
 
-    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet of examples", affects="content")
-    output: str = flag(REQUIRED, "file for one JSON line per example, in the order of the input", affects="nothing")
-    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
-    overwrite: bool = flag(False, "replace the output file, or an unfinished one", affects="nothing")
+    A system's prediction configuration inherits from this class first and from its ``AnswerConfig`` second.
+    """
+
+    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples", affects="content")
+    output: str = flag(REQUIRED, "file to write: one JSON line per example, in input order", affects="nothing")
+    task: str | None = flag(None, "the task of all examples; none: each example names its own in task or task_id")
+    overwrite: bool = flag(False, "replace the output file, finished or not", affects="nothing")
     check: bool = flag(False, "check every setting and the examples, then stop", affects="nothing")
 
     def check_files(self) -> None:
@@ -128,6 +134,6 @@ class PredictionFlags(Config):
         if Path(self.output).is_dir():
             raise UserError(f"--output {self.output} is a folder; pass the path of a file")
         if Path(self.output).suffix.lower() in (".csv", ".tsv", ".parquet"):
-            raise UserError(f"--output {self.output} would hold JSON lines; name it .jsonl")
+            raise UserError(f"--output {self.output} would contain JSON lines; name it .jsonl")
         if Path(self.output).resolve() == Path(self.input).resolve():
-            raise UserError(f"--output {self.output} is the input, which would be lost; pass another file")
+            raise UserError(f"--output {self.output} is the input file, which would be overwritten; pass another file")

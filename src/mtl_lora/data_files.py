@@ -1,6 +1,6 @@
-"""Files of examples, questions and inputs: JSON, JSON lines, CSV and parquet, read one way.
+"""Read files of examples, questions and inputs: JSON, JSON lines, CSV and parquet.
 
-Every reader of data goes through ``read_values``, so training data, test sets and inputs may have the same formats.
+All data is read with ``read_values``, so training data, test sets and prediction inputs support the same formats.
 """
 
 import csv
@@ -17,15 +17,16 @@ from mtl_lora.tasks import TaskSet
 
 
 def read_values(path: Path) -> list:
-    """The values of a JSON list, of ``{"data": [...]}`` or of JSON lines; by their ending, the rows of parquet and CSV.
+    """The values of a JSON list, ``{"data": [...]}`` or JSON lines file, or the rows of a CSV, TSV or parquet file.
 
-    A BOM and blank lines are skipped; an empty cell of CSV and a null of parquet are no field.
+    A file that does not end in .csv, .tsv or .parquet is read as JSON. A BOM and blank lines are skipped; an empty CSV
+    cell or a parquet null means that the row lacks this field.
     """
     return READERS.get(path.suffix.lower(), _json_values)(path)
 
 
 def read_examples(path: str | Path) -> list:
-    """``read_values`` of a file of examples; raises ``UserError`` for one that holds none."""
+    """Read a file of examples with ``read_values``; raises ``UserError`` for a file without examples."""
     values = read_values(Path(path))
     if not values:
         raise UserError(f"{path} holds no examples")
@@ -33,16 +34,16 @@ def read_examples(path: str | Path) -> list:
 
 
 def data_file(folder: str | Path, name: str) -> Path:
-    """``<name>.json`` in a folder, or the one file of this name that ends as another format that is read.
+    """The path of a folder's data file ``name``: ``<name>.json`` or, if absent, the file with another supported ending.
 
-    Where there is none it is the ``.json`` that is missing. Raises ``UserError`` where there are several.
+    Returns the path of the missing ``.json`` if there is none. Raises ``UserError`` if there are several.
     """
     path = Path(folder, f"{name}.json")
     if path.is_file() or not path.parent.is_dir():
         return path
     found = sorted(each for each in path.parent.iterdir() if each.stem == name and each.suffix.lower() in READERS)
     if len(found) > 1:
-        raise UserError(f"{folder} holds {' and '.join(each.name for each in found)}; leave one of them")
+        raise UserError(f"{folder} holds {' and '.join(each.name for each in found)}; keep only one of them")
     return found[0] if found else path
 
 
@@ -52,20 +53,18 @@ def _json_values(path: Path) -> list:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # JSON lines under another name begin with an object and have more behind it.
+        # JSON lines in a file with another ending: an object followed by more text.
         if not lines and not ("Extra data" in str(error) and text.lstrip().startswith("{")):
             raise UserError(f"the data file {path} is not JSON: {error}") from None
     else:
-        if isinstance(value, dict):
-            value = value["data"] if isinstance(value.get("data"), list) else value
-            lines = (
-                lines or bool(value.keys() & {"instruction", "messages", "text"}) if isinstance(value, dict) else lines
-            )
-        if not isinstance(value, list) and lines:
+        if isinstance(value, dict) and isinstance(value.get("data"), list):
+            value = value["data"]
+        if isinstance(value, list):
+            return value
+        # JSON lines of a single example, perhaps in a file with another ending.
+        if lines or (isinstance(value, dict) and value.keys() & {"instruction", "messages", "text"}):
             return [value]
-        if not isinstance(value, list):
-            raise UserError(f"{path} must hold a JSON list of examples, not {type(value).__name__}")
-        return value
+        raise UserError(f"{path} must hold a JSON list of examples, not {type(value).__name__}")
     values = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
@@ -78,7 +77,7 @@ def _json_values(path: Path) -> list:
 def _csv_rows(path: Path) -> list[dict[str, str]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     lines = list(io.StringIO(files.read_utf8(path, "the data file"), newline=""))
-    csv.field_size_limit(sys.maxsize)  # a text may be longer than the 128 KiB that csv would take
+    csv.field_size_limit(sys.maxsize)  # csv refuses cells above 128 KiB by default
     rows, reader = [], csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(filter(None, reader), [])]
@@ -89,15 +88,15 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
             if len(row) != len(header):
                 raise UserError(
                     f"{path}, line {reader.line_num}: the row has {len(row)} cells and the header {len(header)}; cells "
-                    f"are divided by {delimiter!r}, and one that holds it or a line break must be quoted"
+                    f"are separated by {delimiter!r}, and a cell that contains it or a line break must be quoted"
                 )
             spanned = [line for line in lines[ended : reader.line_num] if line.strip()]
             ended = reader.line_num
             if delimiter == "\t" and len(spanned) > 1 and {line.count("\t") for line in spanned} == {len(header) - 1}:
-                # A text may begin with a quotation mark that closes none, which then takes whole rows into its cell.
+                # A text that begins with an unpaired quotation mark would swallow the rows after it into one cell.
                 raise UserError(
-                    f"{path}, lines up to {ended} are {len(spanned)} rows, or one with a quoted line break; double the "
-                    "quotation marks of texts and quote them, or pass JSON"
+                    f"{path}, lines up to {ended} are either {len(spanned)} rows or one row with quoted line breaks; "
+                    "double the quotation marks inside texts and quote these texts, or pass JSON"
                 )
             rows.append({name: cell for name, cell in zip(header, row, strict=True) if cell})
     except csv.Error as error:
@@ -124,7 +123,7 @@ def _parquet_rows(path: Path) -> list[dict]:
 
 
 def _as_text(value: object) -> str:
-    """A cell for which JSON has no type: a date, or text that was written as bytes."""
+    """Convert a parquet cell that JSON has no type for, such as a date or text stored as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -139,13 +138,13 @@ READERS: dict[str, Callable[[Path], list]] = {
 
 
 def text_of(value: object, what: str) -> str:
-    """A value that must be a text that can be encoded; raises ``UserError`` naming ``what``."""
+    """Return ``value`` if it is a string that UTF-8 can encode; else raise ``UserError`` naming ``what``."""
     if not isinstance(value, str):
         raise UserError(f"{what} must be a string, not {value!r:.200}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a character, such as "\ud800"
-        raise UserError(f"{what} holds half a character (a lone surrogate), which no tokenizer reads") from None
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, such as "\ud800"
+        raise UserError(f"{what} holds half a character (a lone surrogate), which no tokenizer can encode") from None
     return value
 
 
@@ -153,8 +152,10 @@ _OTHER_NAMES = {"text_b": ("textpair", "text2", "sentenceb", "sentence2", "quest
 
 
 def refuse_slips(value: Mapping, field: str, where: str) -> None:
-    """Raise ``UserError`` for a key that is ``field``, which may be absent, but for case and signs, such as textB, or
-    what others call it."""
+    """Raise ``UserError`` for a misspelling of the optional key ``field``.
+
+    A misspelling differs in case or punctuation only (textB), or is another common name for the field.
+    """
     names = {field.replace("_", ""), *_OTHER_NAMES.get(field, ())}
     plain = [key for key in value if isinstance(key, str) and re.sub(r"[\W_]", "", key).lower() in names]
     if plain and field not in value:
@@ -162,18 +163,21 @@ def refuse_slips(value: Mapping, field: str, where: str) -> None:
 
 
 def whole_number(value: object) -> object:
-    """A number that a table writes as a text (CSV) or with a decimal place (a column with gaps); else the value."""
+    """The int in a table cell that holds it as text (CSV) or as a float (a column with gaps); else the value itself."""
     if isinstance(value, str) and re.fullmatch(r"(0|[1-9][0-9]{0,8})(\.0+)?", value):
         return int(value.partition(".")[0])
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
-    """The example's ``label``, one of a task's labels, also by its number (from 0) unless labels are numbers too."""
+    """The label of an example, which gives it by name or, unless the labels are numbers themselves, by index from 0.
+
+    Raises ``UserError`` if ``value`` has no ``label``, or one that the task does not have.
+    """
     label = value.get("label")
     if label is None:
         raise UserError(f"{where} has no field 'label'")
-    # 1 among the labels 1, 2, 3 is not the second of them.
+    # With the labels 1, 2, 3 the value 1 is the first label, not the index of the second.
     are_numbers = any(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", each) for each in labels)
     if label in labels or (are_numbers and str(label) in labels):
         return str(label)
@@ -182,21 +186,24 @@ def label_of(value: dict, labels: Sequence[str], where: str, task: str) -> str:
         return str(number)
     if not are_numbers and type(number) is int and 0 <= number < len(labels):
         return labels[number]
-    why = " (numbers are labels here, not their places)" if are_numbers and type(number) is int else ""
-    raise UserError(f"{where}: the label {label!r:.80} is none of {task}'s: {', '.join(labels)}{why}")
+    why = " (numbers are labels here, not indices)" if are_numbers and type(number) is int else ""
+    raise UserError(f"{where}: the label {label!r:.80} is not one of {task}'s labels: {', '.join(labels)}{why}")
 
 
 def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int:
-    """The example's task by ``task_id``, by ``task`` (a name) and by its file, which must agree."""
+    """The id of an example's task, from its ``task_id``, its ``task`` (a name), and the ``task`` of the whole file.
+
+    Raises ``UserError`` if they name no known task, or different ones.
+    """
     found = []
     if "task_id" in value:
         given = whole_number(value["task_id"])
         if type(given) is not int or not 0 <= given < len(tasks):
-            raise UserError(f"{where}: task_id {value['task_id']!r:.50} is none of the tasks {tasks.describe()}")
+            raise UserError(f"{where}: task_id {value['task_id']!r:.50} is not one of the tasks {tasks.describe()}")
         found.append(given)
     if "task" in value:
         if value["task"] not in tasks.names:
-            raise UserError(f"{where}: task {value['task']!r} is none of the tasks {tasks.describe()}")
+            raise UserError(f"{where}: task {value['task']!r} is not one of the tasks {tasks.describe()}")
         found.append(tasks[value["task"]].id)
     if task is not None:
         found.append(tasks[task].id)
@@ -204,10 +211,10 @@ def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int
         return 0
     if not found:
         raise UserError(
-            f"{where} has no field 'task_id' (or 'task', a name), and no --task says it; the tasks are "
+            f"{where} has no field 'task_id' (or 'task', a name), and --task is not passed; the tasks are "
             f"{tasks.describe()}"
         )
     if len(set(found)) > 1:
         names = " and ".join(tasks[task_id].name for task_id in found)
-        raise UserError(f"{where} belongs to different tasks at once: {names}")
+        raise UserError(f"{where} names different tasks: {names}")
     return found[0]

@@ -1,4 +1,4 @@
-"""The answers that a results file counts: predictions read from disk, and paired with those of another evaluation."""
+"""The predictions behind a results file: read from disk, and paired with the predictions of another evaluation."""
 
 import contextlib
 import dataclasses
@@ -16,10 +16,12 @@ from mtl_lora.results import Fraction, Index, Reader, Results, Score
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One answered question: the right answer, the one given (texts, or numbers of a regression), whether it is right.
+    """One answered question, read from a line of a predictions file.
 
-    f1: of free text. score: of soft scores. cider, bleu4: rows of a caption; counts: the row of a map, whose ``answer``
-    is a hash of the labels. place: ``FILE, line N``, for errors.
+    answer: the right answer. parsed: the given answer. Both are strings, or numbers in a regression. correct: whether
+    ``parsed`` is right. f1: token F1 of free text. score: the score under a soft metric. cider, bleu4: the metric's
+    inputs for one caption. counts: the metric's inputs for one map, whose ``answer`` is a hash of its labels.
+    place: ``FILE, line N``, for error messages.
     """
 
     task: str
@@ -38,9 +40,9 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """The answers of A and of B to each question of a task, in the order of their indices.
+    """The answers of evaluations A and B to every question of one task, in order of the question index.
 
-    rows: of A and of B, what the task's ``metric`` needs of each question, see ``Metric``.
+    rows: the per-question inputs of ``metric``, for A and for B; see ``Metric.rows``.
     """
 
     metric: str
@@ -49,20 +51,22 @@ class Paired:
 
 
 def predictions_path(results: Results, task: str) -> Path:
-    """Where the predictions of one task lie."""
+    """The path of the predictions of one task."""
     return results.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
 
 
 def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
-    """Predictions by index of the question, for every question of ``task`` that ``results`` counts.
+    """The predictions of ``task`` that ``results`` counts, by question index.
 
-    Raises ``UserError`` naming the file and line for a missing or unreadable file, a torn line, a record without its
-    keys, a question answered twice, and predictions that are not those that the results file counts.
+    Raises ``UserError`` naming the file and line for a missing or unreadable file, a torn line, a line that lacks a
+    key, a question answered twice, and predictions that do not add up to the value in the results file.
     """
     path, score, found = predictions_path(results, task), results.tasks[task], {}
     metric = METRICS.get(score.metric)
     if metric is None:
-        raise UserError(f"{results.path}: {task} is measured by {score.metric}; only {', '.join(METRICS)} compare")
+        raise UserError(
+            f"{results.path}: {task} has the metric {score.metric}, which is not one of {', '.join(METRICS)}"
+        )
     kind = float if metric.needs == "numbers" else str
     keys = {"correct": bool, "f1": Fraction, "parsed": kind, "score": Fraction, "cider": Score, "bleu4": list[float]}
     keys["counts"] = list[float]
@@ -71,7 +75,7 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
         reader = Reader(f"{path}, line {number}")
         try:
             record = reader.read(dict, json.loads(line))
-        except (ValueError, RecursionError):  # a UserError is one of the former
+        except (ValueError, RecursionError):  # a UserError is a ValueError
             raise reader.wrong("the line", line, "a whole JSON object; evaluate again with --overwrite") from None
         for key, expected in needed.items():
             reader.key(record, key, expected)
@@ -84,10 +88,10 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
         found[prediction.index] = prediction
     limit = results.settings.get("limit")
     if type(limit) is int and limit > 0:
-        # A folder keeps what an earlier evaluation with a larger limit answered; the results file does not count it.
+        # The folder may still hold answers of an earlier evaluation with a larger limit, which are not counted here.
         found = {index: prediction for index, prediction in found.items() if index < limit}
     value = metric.value_of(_rows(results, task, [*found.values()])) if found else 0.0
-    # As numbers of right answers, where that is what is counted: an earlier version may have rounded the proportion.
+    # Accuracies are compared as numbers of right answers, because earlier versions may have rounded the proportion.
     if len(found) != score.n or abs(value - score.value) > (0.5 / score.n if metric.key == "correct" else 1e-6):
         there, here = (
             f"{round(share * n):,} of {n:,} questions right"
@@ -100,7 +104,7 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
 
 
 def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Sequence:
-    """What the task's metric needs of each question, see ``Metric``: the scores that were written, or the answers."""
+    """The per-question inputs of the task's metric (see ``Metric.rows``), from the written scores or the answers."""
     metric = METRICS[results.tasks[task].metric]
     if metric.has_written_rows:
         return metric.written([getattr(each, metric.key) for each in predictions])
@@ -112,12 +116,15 @@ def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Seq
 
 
 def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]:
-    """Of each task whose predictions are there, the first right one and the first wrong: the task, the question's
-    index, whether it is right, the right answer, and what was said, cut short."""
+    """The first right and the first wrong prediction of each scored task that has a predictions file.
+
+    Yields (task, question index, whether it is right, the right answer, the text or answer given); both texts are cut
+    to 160 characters.
+    """
     for name in results.scored:
         path, seen = predictions_path(results, name), set()
         for text in files.read_lines(path) if path.is_file() else ():
-            # A broken line is no example.
+            # Skip a broken line: these predictions are only shown as examples.
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 line = json.loads(text)
                 right, index, said = bool(line["correct"]), line["index"], line.get("text") or line["parsed"]
@@ -129,12 +136,12 @@ def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]
 
 
 def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
-    """Raise ``UserError`` unless both scored ``tasks`` on the same data by one protocol."""
+    """Raise ``UserError`` unless A and B evaluated ``tasks`` on the same data with the same protocol."""
     for results in (a, b):
         needed = {f"settings.{key}": results.settings.get(key) for key in results.comparability.needed}
         needed |= {f"data.{name}": results.data.get(name) for name in tasks}
         for key in [key for key, value in needed.items() if value is None]:
-            raise UserError(f"{results.path}: {key} is missing, without which nothing can be compared; evaluate again")
+            raise UserError(f"{results.path}: {key} is missing, and a comparison needs it; evaluate again")
     may_differ = (*a.comparability.noted, *a.comparability.free)
     keys = [key for key in dict.fromkeys([*a.settings, *b.settings]) if key not in may_differ]
     if differing := [key for key in keys if a.settings.get(key) != b.settings.get(key)]:
@@ -142,7 +149,7 @@ def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
         raise _not_comparable(a, b, f"they differ in {', '.join(values)}")
     if redefined := [name for name in tasks if a.task_set.definition(name) != b.task_set.definition(name)]:
         raise _not_comparable(
-            a, b, f"they declare other options, labels, range, pattern or answer prefix of {', '.join(redefined)}"
+            a, b, f"they declare different options, labels, range, pattern or answer prefix for {', '.join(redefined)}"
         )
     if measured := [name for name in tasks if a.tasks[name].measure != b.tasks[name].measure]:
         measures = (f"{name} by {a.tasks[name].measure} and {b.tasks[name].measure}" for name in measured)
@@ -152,10 +159,10 @@ def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:
 
 
 def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Paired]:
-    """By task that both scored, the answers of A and of B.
+    """The paired answers of A and B, by task.
 
-    Raises ``UserError`` unless both can be compared and answered the same questions, asked in the same words. (Another
-    base model may have another tokenizer and so other prompt ids; only with one base must these agree.)
+    Raises ``UserError`` unless A and B are comparable and answered the same questions. With one base model the prompts
+    must be the same too; another base model may have another tokenizer, and so other prompt ids.
     """
     check_comparable(a, b, tasks)
     same_base = a.settings.get("base_fingerprint") == b.settings.get("base_fingerprint")
@@ -164,14 +171,14 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
         of_a, of_b = read_predictions(a, task), read_predictions(b, task)
         if alone := sorted(of_a.keys() ^ of_b.keys()):
             where = f"{(of_a | of_b)[alone[0]].place}; limit {_shown(a, 'limit')} and {_shown(b, 'limit')}"
-            raise _not_comparable(a, b, f"question {alone[0]} of {task} is in one of them alone ({where})")
+            raise _not_comparable(a, b, f"question {alone[0]} of {task} is only in one of them ({where})")
         answers = [(of_a[index], of_b[index]) for index in sorted(of_a)]
         for first, last in answers:
             same_prompt = first.prompt_sha256 == last.prompt_sha256 or not same_base
             if first.answer != last.answer or not same_prompt:
-                other = "prompt, with one base model," if first.answer == last.answer else "right answer"
+                differing = "prompts (with one base model)" if first.answer == last.answer else "right answers"
                 where = f"{first.place}; {last.place}"
-                raise _not_comparable(a, b, f"question {first.index} of {task} has another {other} in each ({where})")
+                raise _not_comparable(a, b, f"question {first.index} of {task} has different {differing} ({where})")
         rows = (_rows(run, task, side) for run, side in zip((a, b), zip(*answers, strict=True), strict=True))
         found[task] = Paired(a.tasks[task].metric, answers, tuple(rows))
     return found
@@ -180,9 +187,10 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
 def differences(
     measured: Mapping[str, tuple[str, Sequence]], scored: Sequence[str], seed: int, resamples: int
 ) -> dict | None:
-    """B minus A by task, and on average over ``scored`` where they have one unit, see ``intervals``.
+    """The difference B minus A with its interval, by task and, if all tasks have one unit, averaged over ``scored``.
 
-    measured: by task its metric and, of each pair of runs, the rows of A and of B; the mean over pairs is compared.
+    The result is that of ``estimates.intervals``. measured: for each task, its metric and one (rows of A, rows of B)
+    for each pair of runs; a task's difference is the mean over these pairs.
     """
     found = {
         task: METRICS[metric].difference(pairs, [seed, *task.encode()], resamples)

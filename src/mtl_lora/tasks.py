@@ -1,6 +1,6 @@
 """Tasks as data, for any system: names, ids and titles, in the order of the adapter's task weights.
 
-A system's own ``Task`` adds what an example of it is and which answers it allows.
+Each system's ``Task`` subclass adds fields, such as the answers that the task allows.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Task:
     """One task.
 
     name: key in files and flags. id: 0..T-1, the index of the task's adapter weights. title: column heading in tables.
-    metric: a name in a table of metrics; empty: the system's own choice.
+    metric: one of ``metrics``; empty: the system's default.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Task:
     title: str = dataclasses.field(default="", kw_only=True)
     metric: str = dataclasses.field(default="", kw_only=True)
 
-    metrics: typing.ClassVar[typing.Container[str]] = ()  # those that a task of the system may have
-    also_known: typing.ClassVar[tuple[str, ...]] = ()  # other names of fields that a tasks file may have
+    metrics: typing.ClassVar[typing.Container[str]] = ()  # the metrics that a task of the system may have
+    also_known: typing.ClassVar[tuple[str, ...]] = ()  # other field names that a tasks file may use
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not files.NAME.fullmatch(self.name):
-            raise UserError(f"task name {self.name!r} must be letters, digits, '_', '-' or '.', and not dots alone")
+            raise UserError(f"task name {self.name!r} must be letters, digits, '_', '-' or '.', and not only dots")
         if type(self.id) is not int or self.id < 0:
             raise UserError(f"task {self.name!r} has id {self.id!r}; ids are whole numbers from 0")
         for field in ("title", "metric"):
@@ -50,17 +50,20 @@ class Task:
             raise UserError(f"task {self.name!r} has {field} {getattr(self, field)!r}; it must be a string")
 
     def require_texts(self, field: str, least: str) -> None:
-        """Make a field a tuple; raises ``UserError`` unless it is a list of no or at least two different texts."""
+        """Store a field as a tuple; raises ``UserError`` unless it is empty or a list of two or more distinct strings.
+
+        least: the alternative to two strings, named in the error.
+        """
         values = getattr(self, field)
         if not isinstance(values, list | tuple) or not all(isinstance(each, str) and each.strip() for each in values):
-            raise UserError(f"task {self.name!r} has {field} {values!r}; {field} are a list of non-empty strings")
+            raise UserError(f"task {self.name!r} has {field} {values!r}; it must be a list of non-empty strings")
         object.__setattr__(self, field, tuple(values))
         if len({each.strip() for each in values}) != len(values) or len(values) == 1:
             raise UserError(f"task {self.name!r} needs at least two different {field}, or {least}")
 
     @classmethod
     def from_json(cls, entry: object, where: str) -> typing.Self:
-        """A task from its entry in a tasks file; raises ``UserError``, ``where`` naming file and entry."""
+        """Build a task from its entry in a tasks file; raises ``UserError`` naming ``where``, the file and entry."""
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(entry, dict) or not {"name", "id"} <= entry.keys():
             raise UserError(f"{where} must be an object with 'name' and 'id', not {entry!r}")
@@ -70,7 +73,7 @@ class Task:
         return cls(**entry)
 
     def to_json(self) -> dict:
-        """An entry that ``from_json`` reads back; a metric by default is not written."""
+        """The entry of a tasks file that ``from_json`` reads back; an empty ``metric`` is left out."""
         entry = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         return {key: value for key, value in entry.items() if key != "metric" or value}
 
@@ -81,12 +84,12 @@ class Task:
 
     @property
     def loss_weight(self) -> float:
-        """By which its loss is multiplied in training."""
+        """The factor by which the task's loss is multiplied in training."""
         return 1.0
 
     @property
     def extraction_key(self) -> tuple:
-        """What decides an example's answers; id, title, metric and loss weight do not."""
+        """Everything about the task that its answers depend on; not its id, title, metric or loss weight."""
         raise NotImplementedError
 
 
@@ -95,7 +98,7 @@ Own = typing.TypeVar("Own", bound=Task)
 
 @dataclasses.dataclass(frozen=True)
 class TaskSet(typing.Generic[Own]):
-    """Tasks in id order (ids 0..T-1 without gaps); ``columns`` names them in the order of a results table."""
+    """Tasks in id order (ids 0..T-1 without gaps); ``columns`` lists their names in the order of results tables."""
 
     tasks: tuple[Own, ...]
     columns: tuple[str, ...] = ()
@@ -123,7 +126,7 @@ class TaskSet(typing.Generic[Own]):
 
     @property
     def answers_sha256(self) -> str:
-        """A hash of every task's name and ``Task.extraction_key``, in id order."""
+        """The sha256 of every task's name and ``Task.extraction_key``, in id order."""
         return files.sha256_of(json.dumps([(task.name, *task.extraction_key) for task in self.tasks]).encode())
 
     def __iter__(self) -> Iterator[Own]:
@@ -133,7 +136,7 @@ class TaskSet(typing.Generic[Own]):
         return len(self.tasks)
 
     def __getitem__(self, key: str | int) -> Own:
-        """A task by name or id; raises ``UserError`` that lists the tasks there are."""
+        """Return a task by name or id; raises a ``UserError`` that lists the tasks if there is none."""
         if type(key) is int and 0 <= key < len(self.tasks):
             return self.tasks[key]
         for task in self.tasks:
@@ -142,22 +145,22 @@ class TaskSet(typing.Generic[Own]):
         raise UserError(f"there is no task {key!r}; the tasks are {self.describe()}")
 
     def describe(self) -> str:
-        """``boolq 0, piqa 1, ...``: for messages."""
+        """List names and ids for messages: ``boolq 0, piqa 1, ...``."""
         return ", ".join(f"{task.name} {task.id}" for task in self.tasks)
 
     def to_json(self) -> dict:
-        """A JSON value that ``from_json`` reads back to an equal set."""
+        """A JSON value from which ``from_json`` builds an equal set."""
         return {"tasks": [task.to_json() for task in self.tasks], "columns": list(self.columns)}
 
     @classmethod
     def from_json(cls, value: object, source: str = "the task set") -> typing.Self:
-        """Build a set from ``{"tasks": [{"name", "id", ...}], "columns": [...]}`` or from the bare list of tasks.
+        """Build a set from ``{"tasks": [{"name", "id", ...}], "columns": [...]}`` or from the list of tasks alone.
 
-        Raises ``UserError`` naming ``source`` and the entry that is wrong.
+        Raises ``UserError`` naming ``source`` and the invalid entry.
         """
         value = {"tasks": value} if isinstance(value, list) else value
         if not isinstance(value, dict) or not isinstance(value.get("tasks"), list) or set(value) - {"tasks", "columns"}:
-            raise UserError(f"{source} must be a JSON list of tasks, or an object with 'tasks' and 'columns' alone")
+            raise UserError(f"{source} must be a JSON list of tasks, or an object with only 'tasks' and 'columns'")
         columns = [] if value.get("columns") is None else value["columns"]
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
             raise UserError(f"{source}: the columns must be a list of task names, not {columns!r}")
@@ -167,5 +170,5 @@ class TaskSet(typing.Generic[Own]):
 
     @classmethod
     def load(cls, path: str | Path) -> typing.Self:
-        """Read a tasks file; raises ``UserError`` naming the file and what is wrong with it."""
+        """Read a tasks file; raises ``UserError`` naming the file and the fault."""
         return cls.from_json(files.read_json(path, "the tasks file"), f"the tasks file {path}")

@@ -124,7 +124,7 @@ def test_a_long_message_that_was_said_before_is_shortened_where_it_stands_last(c
 def test_a_test_set_needs_an_answer_that_can_be_right():
     digits = TaskSet((Task("free", 0, pattern="[0-9]+"),))
     for tasks, messages in ((FREE, TALK[:2]), (digits, TALK)):
-        with pytest.raises(UserError, match="'answer' is empty, so no answer would be right"):
+        with pytest.raises(UserError, match="'answer' is empty, so no prediction could be right"):
             parse_example({"messages": messages}, 0, "talk.json", tasks, "free", closed=True)
     with pytest.raises(UserError, match="'answer' is empty"):
         parse_example({"instruction": "Hi", "answer": " "}, 0, "own.json", FREE, "free", closed=True)

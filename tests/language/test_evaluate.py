@@ -158,7 +158,7 @@ def test_answers_that_are_longer_than_what_is_generated_are_said(evaluate, tiny_
         data = write_test_set(tmp_path / "data", records, task)
     flags = {"checkpoint": None, "base_model": tiny_base, "tasks_file": str(tmp_path / "tasks.json"), "data_dir": data}
     evaluate("few", **flags, max_new_tokens=32, check=True)
-    assert "2 questions of long have an answer of more tokens than --max_new_tokens 32" in capsys.readouterr().err
+    assert "2 questions of long have an answer with more tokens than --max_new_tokens 32" in capsys.readouterr().err
     evaluate("many", **flags, max_new_tokens=120, check=True)
     evaluate("score", **flags, tasks=["long"], max_new_tokens=32, mode="score", check=True)
     assert "more tokens" not in capsys.readouterr().err
@@ -297,7 +297,7 @@ def test_a_peft_folder_of_another_depth_is_refused(evaluate, of_peft, tiny_base,
     base = shutil.copytree(tiny_base, tmp_path / "base")
     config = LlamaConfig.from_pretrained(base, num_hidden_layers=layers)
     LlamaForCausalLM(config).save_pretrained(base)
-    with pytest.raises(UserError, match=r"do not fit: model\.layers\..* is in one of them alone"):
+    with pytest.raises(UserError, match=r"do not match: model\.layers\..* is only in one of them"):
         evaluate("out", checkpoint=None, base_model=str(base), peft=str(of_peft), tasks=["piqa"], limit=1)
 
 

@@ -59,7 +59,7 @@ def test_answer_may_leave_out_the_white_space_of_its_option(load):
 
 
 def test_record_that_contradicts_its_file_is_refused(load):
-    with pytest.raises(UserError, match="example 0 belongs to different tasks at once: social_i_qa and boolq"):
+    with pytest.raises(UserError, match="example 0 names different tasks: social_i_qa and boolq"):
         load([GOOD], task="boolq")
 
 
@@ -95,13 +95,13 @@ def test_free_text_task_takes_any_answer(load):
 @pytest.mark.parametrize(
     ("answer", "changes", "read"),
     [
-        ("red\nblue", {}, "'red', its first line"),
-        ("\nred", {"metric": "accuracy"}, "'red', its first line"),
-        (" red", {"metric": "accuracy"}, "'red', its first line"),
-        ("1,000", {"pattern": r"-?\d+"}, "'1', the task's pattern"),
+        ("red\nblue", {}, "'red' (its first line"),
+        ("\nred", {"metric": "accuracy"}, "'red' (its first line"),
+        (" red", {"metric": "accuracy"}, "'red' (its first line"),
+        ("1,000", {"pattern": r"-?\d+"}, "'1' (by the task's pattern"),
         ("red\nblue", {"metric": "f1"}, None),
         (" red.", {}, None),
-        ("the correct answer is red", {}, "'red', its first line"),  # the words before it are the task's
+        ("the correct answer is red", {}, "'red' (its first line"),  # the words before it are the task's
         ("42", {"pattern": r"(?<=#### )\d+"}, None),  # which stands behind what is not in the answer
         ("42.0", {"pattern": r"-?[\d.]+"}, None),
     ],
@@ -111,7 +111,7 @@ def test_an_answer_of_free_text_that_no_evaluation_could_read_is_refused(load, a
     if read is None:
         assert load([record], tasks=free, closed=True)[0].answer == answer
     else:
-        with pytest.raises(UserError, match=f"example 0: of the answer .* an evaluation would read {re.escape(read)}"):
+        with pytest.raises(UserError, match=f"example 0: .* an evaluation would extract only {re.escape(read)}"):
             load([record], tasks=free, closed=True)
 
 
@@ -199,7 +199,7 @@ def test_what_other_tools_write_is_read(load, name, content):
 
 def test_rows_of_tabs_that_a_quotation_mark_merges_are_refused(load):
     head = b"instruction\toutput\ttask\n"
-    with pytest.raises(UserError, match=r"data\.tsv, lines up to 4 are 2 rows"):
+    with pytest.raises(UserError, match=r"data\.tsv, lines up to 4 are either 2 rows"):
         load(head + b'a\tThe answer is true\tboolq\n"A fine\tb\tboolq\nbad"\tb\tboolq\n', "data.tsv")
     (one,) = load(head + b'\n"def f():\n\treturn"\tthe correct answer is true\tboolq\n', "data.tsv")
     assert one.instruction == "def f():\n\treturn"

@@ -111,7 +111,7 @@ def test_a_number_among_labels_that_are_numbers_is_that_label():
     found = [parse_example({"text": "x", "label": label}, 0, "file", tasks).answer for label in (1, "1", 3)]
     assert found == ["1", "1", "3"]
     for label in (0, "0", 4):
-        with pytest.raises(UserError, match="none of stars's: 1, 2, 3"):
+        with pytest.raises(UserError, match="not one of stars's labels: 1, 2, 3"):
             parse_example({"text": "x", "label": label}, 0, "file", tasks)
 
 

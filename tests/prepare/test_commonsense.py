@@ -215,7 +215,7 @@ def test_source_that_is_no_source_is_one_sentence(refused, world):
         (lambda value: value.pop("commit"), "'commit'"),
         (lambda value: value["merged"].update(records="17"), "whole number"),
         (lambda value: value["tasks"]["piqa"]["test"].update(size=3), "'size'"),
-        (lambda value: value["tasks"].update(piqa=[]), "laid out"),
+        (lambda value: value["tasks"].update(piqa=[]), "layout"),
     ],
 )
 def test_wrong_manifest_is_one_sentence(refused, world, change, message):

@@ -216,7 +216,7 @@ OTHER_OPTIONS["tasks"][0]["options"] = ["yes", "no"]
         ({"settings__mode": "score", "settings__num_beams": 4}, "mode ('generate' and 'score'), num_beams (1 and 4)"),
         ({"data__second": "other"}, "test data of second"),
         ({"data": {"first": "x", "second": "y"}}, "test data of first, second"),
-        ({"task_set": OTHER_OPTIONS}, "of first"),
+        ({"task_set": OTHER_OPTIONS}, "for first"),
     ],
 )
 def test_other_protocol_data_or_tasks_are_not_comparable(compared, tmp_path, places, fact):
@@ -276,8 +276,8 @@ def test_a_results_file_says_which_settings_must_agree(tmp_path):
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
-        ({"answer": "maybe"}, "another right answer"),
-        ({"prompt_sha256": "other"}, "another prompt"),
+        ({"answer": "maybe"}, "different right answers"),
+        ({"prompt_sha256": "other"}, "different prompts"),
         ({"index": 7}, "limit 0 and 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Causal language models that answer in words: the eight commonsense benchmarks and one's own tasks."""
+"""Causal language models that answer in words, on the eight commonsense benchmarks and on your own tasks."""
 
 from typing import TYPE_CHECKING
 

@@ -1,22 +1,23 @@
 """How a model answers a batch of questions: with generated text, or with the likeliest option.
 
-Generated: KV cache, left padding with a mask, stop at EOS. Scored: the summed log-probability of an option's tokens and
-EOS after the prompt.
+Generation uses a KV cache and left padding with a mask, and stops at EOS. The score of an option is the summed
+log-probability of its tokens and EOS after the prompt.
 
     prompt ... | the correct answer is  answer | 1  EOS
                |<------- shared ------------->|<continuation>
 
-The tokens that all options of a question share have the same probability for each of them, so they are context. EOS
-belongs to the continuation so that solution1 does not win over solution10 by being shorter.
+The tokens that all options of a question share add the same to every score, so they count as context. EOS belongs to
+the continuation so that solution1 does not win over solution10 by being shorter.
 
-A continuation's last token is predicted, never fed. The others run in the pass of the contexts, behind them, where a
-mask keeps the options apart:
+The last token of a continuation is only predicted, never fed to the model. The other tokens run in the same pass as the
+contexts, placed after them, and a mask keeps the options apart:
 
     prompt prefix | padding | context ... | 1 | 2 | 3 | 4 | padding
                                            each sees the context and itself, no other option
 
-A model that does not take such a mask runs them in a second pass, on the cache of the first repeated for each option.
-One with recurrences or convolutions, whose state is of a whole row, runs each option behind its whole context there.
+If a model does not support such a mask, these tokens run in a second pass, on the cache of the first pass repeated for
+each option. If the model has recurrences or convolutions, whose state covers a whole row and cannot be reused like
+that, the second pass runs each option after its whole context.
 
 Either way the prompt prefix that all questions of a task share goes through the model once.
 """
@@ -37,16 +38,16 @@ from mtl_lora.language.batches import pad_left
 from mtl_lora.language.encode import Encoder, common_prefix
 from mtl_lora.language.questions import Question
 
-_LEAST_PREFIX = 8  # tokens of a shared prompt prefix; below, the copies cost more than they save
-_ATTENTION = ("sdpa", "eager")  # implementations that take a mask of their caller's, (B, 1, Q, K)
-_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}  # of a score, relative; other dtypes 1e-4
+_LEAST_PREFIX = 8  # tokens; with a shorter shared prompt prefix, copying its cache costs more than it saves
+_ATTENTION = ("sdpa", "eager")  # implementations that accept the caller's mask, (B, 1, Q, K)
+_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01}  # relative tolerance of a score; 1e-4 for other dtypes
 
 
 # ---- shared prompt prefixes ----
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all prompts begin with, at least one short of the shortest; empty if they are few."""
+    """The common prefix of all prompts, leaving at least one token of each; empty if it is too short."""
     shared = common_prefix(prompts)[: min(map(len, prompts)) - 1]
     return shared if len(shared) >= _LEAST_PREFIX else []
 
@@ -54,10 +55,11 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
 class PrefixCaches:
     """Keys and values of each task's prompt prefix, computed when it is first needed.
 
-    Under task routing they depend on the task from the second layer on, so a prefix belongs to one task.
+    Under task routing they depend on the task from the second layer on, so each task has a prefix of its own.
 
-    prefixes: tokens by task id. In a left-padded row the prefix stands before the padding, so it is reused only where
-    that changes nothing: the model takes positions, no layer sees a window of columns, and its cache keeps every token.
+    prefixes: tokens by task id. In a left-padded row the prefix stands before the padding. It is reused only if this
+    position changes nothing: the model accepts position ids, no layer attends to a window of columns, and its cache
+    keeps every token.
     """
 
     def __init__(self, model: PreTrainedModel, prefixes: Mapping[int, Sequence[int]]):
@@ -66,13 +68,13 @@ class PrefixCaches:
         self.use(prefixes)
 
     def use(self, prefixes: Mapping[int, Sequence[int]]) -> None:
-        """Reuse these prefixes in place of those before."""
+        """Replace the prefixes and drop their caches."""
         self.prefixes = prefixes
         self._caches: dict[int, DynamicCache] = {}
 
     @torch.inference_mode()
     def start(self, task_id: int, rows: int) -> tuple[DynamicCache | None, int]:
-        """(a cache that holds the task's prefix in each of ``rows`` rows, its length); (None, 0) without one."""
+        """(a cache with the task's prefix in each of ``rows`` rows, the prefix length); (None, 0) if there is none."""
         prefix = self.prefixes.get(task_id)
         if not prefix or not self.usable:
             return None, 0
@@ -101,16 +103,15 @@ def generate_answers(
     num_beams: int = 1,
     caches: PrefixCaches | None = None,
 ) -> list[str]:
-    """The text generated after each prompt, without special tokens. Greedy, or beam search; never sampled.
+    """The text generated after each prompt, without special tokens. Greedy or beam search; never sampled.
 
-    caches: of prompt prefixes; the questions must then be of one task. Raises ``UserError`` for logits that are not
-    numbers.
+    caches: prompt prefix caches; with them all questions must belong to one task. Raises ``UserError`` for NaN logits.
     """
     tokenizer = encoder.tokenizer
     cache, start = caches.start(questions[0].task.id, len(questions) * num_beams) if caches else (None, 0)
     prompts = [question.prompt_ids for question in questions]
     input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id, start)
-    # A fresh configuration: the one a base model brings may ask for sampling.
+    # A fresh configuration, because the base model's own may turn on sampling.
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
@@ -131,7 +132,7 @@ def generate_answers(
     if bool(seen.found):
         raise not_finite(f"the model gives logits for questions of {questions[0].task.name}")
     answers = output[:, input_ids.shape[1] :]
-    # What ends an answer in a chat need not be a special token of the tokenizer.
+    # The token that ends a chat answer need not be one that ``skip_special_tokens`` removes, but EOS is.
     answers = answers.masked_fill(answers == encoder.end_id, tokenizer.eos_token_id)
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
@@ -140,7 +141,7 @@ def generate_answers(
 
 
 def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
-    """(tokens that all options share, the rest of each option's), cut from the answers as training encodes them.
+    """(the tokens that all options share, the remaining tokens of each option), encoded as in training.
 
     Raises ``UserError`` for free text and for two options that have the same tokens.
     """
@@ -154,7 +155,7 @@ def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list
                 f"the options {options[answers.index(answer)]!r} and {options[index]!r} of the task {task.name} are "
                 "the same tokens to this tokenizer, so no score can tell them apart; rename one of them"
             )
-    # Every answer ends in EOS, so no answer is the beginning of another and the shared part ends before any of them.
+    # Every answer ends in EOS, so no answer is a prefix of another, and no option is left without tokens.
     shared = len(common_prefix(answers))
     return answers[0][:shared], [answer[shared:] for answer in answers]
 
@@ -162,8 +163,8 @@ def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list
 class OptionScorer:
     """Scores the options of questions with one model.
 
-    one_pass: whether the model scores all options in one pass; None until the first question has shown whether it
-    gives them the scores of two.
+    one_pass: whether the model scores all options in one pass; None until the first question has been scored both ways
+    to see whether one pass gives the same scores as two.
     """
 
     def __init__(self, model: PreTrainedModel, encoder: Encoder, caches: PrefixCaches | None = None):
@@ -172,9 +173,9 @@ class OptionScorer:
 
     @torch.inference_mode()
     def scores(self, questions: Sequence[Question]) -> list[list[float]]:
-        """The score of every option of every question: log-probabilities in nats, in the order of its options.
+        """The log-probability in nats of every option of every question, in the order of its options.
 
-        Where prompt prefixes are cached the questions must be of one task. They need not be finite.
+        With prompt prefix caches all questions must belong to one task. The scores may be NaN or infinite.
         """
         parts = [continuations(question, self.encoder) for question in questions]
         contexts = [question.prompt_ids + shared for question, (shared, _) in zip(questions, parts, strict=True)]
@@ -184,23 +185,23 @@ class OptionScorer:
         return self._sums(contexts, options, task_ids, self.one_pass)
 
     def _agree(self, context: list[int], options: list[list[int]], task_id: int) -> bool:
-        """Whether both ways give the same scores; a model may take a mask and do something else with it."""
-        contexts = [context, context + context[-1:]]  # of two lengths, so that there is padding to see
+        """Whether one pass gives the same scores as two; a model may accept a mask and interpret it in another way."""
+        contexts = [context, context + context[-1:]]  # of two lengths, so that padding is tested too
         asked, tolerance = (contexts, [options] * 2, [task_id] * 2), _TOLERANCE.get(self.model.dtype, 1e-4)
         two = torch.tensor(self._sums(*asked, one_pass=False))
         try:
             one = torch.tensor(self._sums(*asked, one_pass=True))
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # of any kind: a forward that takes positions but no mask of four dimensions
+        except Exception:  # any error of a forward that does not support a 4D mask
             one = torch.full_like(two, torch.inf)
         if torch.allclose(one, two, rtol=tolerance, atol=tolerance, equal_nan=True):
             return True
-        print(f"{type(self.model).__name__} does not score options in one pass, so two are run", file=sys.stderr)
+        print(f"{type(self.model).__name__} cannot score options in one pass, so two are run", file=sys.stderr)
         return False
 
     def _sums(self, contexts: list, options: list[list[list[int]]], task_ids: list[int], one_pass: bool) -> list:
-        """Summed log-probability of each option of each row, in float64."""
+        """The summed log-probability of each option of each row, in float64."""
         pad, device = self.encoder.tokenizer.pad_token_id, self.model.device
         cache, start = self.caches.start(task_ids[0], len(contexts)) if self.caches else (None, 0)
         input_ids, mask = pad_left(contexts, pad, start)
@@ -219,9 +220,10 @@ class OptionScorer:
             sums += (_log_probability(later, wanted.to(device)) * real.to(device)).sum(dim=1)
         return [part.tolist() for part in torch.split(sums.cpu(), [len(part) for part in options])]
 
-    # Both ways: input_ids, mask (B, L); cache of the first ``start`` columns; rows (N,): of each option; fed, real
-    # (N, E): its tokens but the last, and which of them are padding. They return the logits after the contexts (B, V)
-    # and after each fed token (N, E, V).
+    # Arguments of both, for N options of B questions: input_ids, mask (B, L); cache of the first ``start`` columns;
+    # rows (N,): the question of each option; fed (N, E): the tokens of each option except its last, padded;
+    # real (N, E): which of them are not padding. Both return the logits after the contexts (B, V) and after each fed
+    # token (N, E, V).
 
     def _in_two_passes(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
         device = self.model.device
@@ -237,7 +239,7 @@ class OptionScorer:
         if not fed.shape[1]:
             return output.logits[:, -1], None
         cache, whole_mask = output.get("past_key_values"), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
-        # A state of recurrences or convolutions cannot be taken for other rows, or fed several tokens.
+        # A recurrent or convolutional state cannot be copied to other rows, or continued by several tokens at once.
         if type(cache) is not DynamicCache or any(hasattr(layer, "conv_states") for layer in cache.layers):
             again, cached = torch.cat([input_ids[rows], fed], dim=1), {"use_cache": False}
         else:
@@ -254,7 +256,7 @@ class OptionScorer:
         return output.logits[:, -1], later.logits[:, -fed.shape[1] :]
 
     def _in_one_pass(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
-        # The tokens of a row's options take the columns behind its context, one option after another.
+        # The tokens of a row's options take the columns after its context, one option after another.
         used, first = [0] * len(input_ids), []
         for row, count in zip(rows.tolist(), real.sum(dim=1).tolist(), strict=True):
             first.append(used[row])
@@ -281,13 +283,13 @@ class OptionScorer:
 
 
 def _positions(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """position_ids for a model that takes them."""
+    """The argument position_ids, if the model accepts it."""
     takes = accepts_argument(type(model), "position_ids")
     return {"position_ids": positions.to(model.device)} if takes else {}
 
 
 def takes_own_mask(model: PreTrainedModel) -> bool:
-    """Whether a model says that it takes positions and a mask of its caller's, and no layer forgets tokens."""
+    """Whether a model appears to accept position ids and the caller's own mask, and none of its layers drops tokens."""
     if model.config._attn_implementation not in _ATTENTION or has_local_layers(model):
         return False
     if not accepts_argument(type(model), "position_ids") or not accepts_argument(type(model), "logits_to_keep"):
@@ -296,14 +298,16 @@ def takes_own_mask(model: PreTrainedModel) -> bool:
 
 
 def has_local_layers(model: PreTrainedModel) -> bool:
-    """Whether layers see a window that counts columns, padding among them, though their cache keeps every token."""
-    return "local" in getattr(model.config, "attention_layers", ())  # GPT-Neo's name for them
+    """Whether layers attend to a window of columns that counts padding too, which their cache does not show."""
+    return "local" in getattr(model.config, "attention_layers", ())  # as GPT-Neo names them
 
 
 @torch.inference_mode()
 def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: int) -> bool:
-    """Whether a row of ``tokens`` gets other probabilities beside a longer one: some recurrent models read the padding
-    before a row as they read its text."""
+    """Whether the padding before a row of ``tokens`` changes its probabilities.
+
+    Some recurrent models process padding like text.
+    """
     logits = []
     for rows in ([tokens], [tokens, tokens * 2]):
         input_ids, mask = pad_left(rows, pad)
@@ -324,8 +328,8 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
 def _visible(mask: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
     """Which key each query sees, (B, L + E, L + E): earlier real tokens of the context and of its own option.
 
-    owners (B, E): the option of each column, -1 for padding. Every token sees itself, padding too: a softmax over no
-    key is NaN.
+    owners (B, E): the option of each column, -1 for padding. Every token sees itself, even padding, because a softmax
+    over no key is NaN.
     """
     length, width = mask.shape[1], owners.shape[1]
     owner = torch.cat([mask.long() - 2, owners], dim=1)  # context -1, its padding -2
@@ -337,12 +341,12 @@ def _visible(mask: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
 
 
 def _log_probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of tokens (...) under logits (..., V), taken in float32 at least, as float64."""
+    """Log-probabilities of tokens (...) under logits (..., V), computed in float32 or better, returned as float64."""
     logits = at_least_float32(logits)
     return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)).double()
 
 
 def per_token(question: Question, encoder: Encoder, scores: Sequence[float]) -> list[float]:
-    """Length-normalised scores: divided by the number of tokens they sum over, EOS included."""
+    """Length-normalised scores: each score divided by the number of tokens it sums over, EOS included."""
     _, options = continuations(question, encoder)
     return [score / len(option) for score, option in zip(scores, options, strict=True)]

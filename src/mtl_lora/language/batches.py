@@ -1,4 +1,4 @@
-"""The language model's own two ends of a training: examples to padded batches, and batches to token losses."""
+"""Padded batches of examples, and the token losses of a batch, for language models."""
 
 import dataclasses
 import sys
@@ -18,23 +18,24 @@ from mtl_lora.training.cuda_graphs import padded_length
 from mtl_lora.training.projection import logits_at
 
 IGNORED = -100  # the label that torch's cross entropy skips
-_SIZES = 16  # of supervised, at most, where batches are to have few shapes
-_PROBED = 512  # positions at most whose logits are compared, for at all of a long row they may not fit a GPU
+_SIZES = 16  # the most sizes that ``supervised`` may have if batches must have few shapes
+_PROBED = 512  # the most positions whose logits are compared; those of a whole long row may not fit on a GPU
 
 
 @dataclasses.dataclass
 class Collator:
     """Pads training examples on the right: input_ids, labels (B, L), task_ids (B,), supervised (N,), loss_weight ().
 
-    No attention_mask: a causal model's real tokens see no padding on their right, and without one attention takes its
-    fastest, causal path.
+    There is no attention_mask: in a causal model no real token sees the padding on its right, and without a mask
+    attention takes its fastest, causal path.
 
-    Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. supervised: what
-    ``supervised_positions`` finds, here, because a GPU would make the training wait for N. loss_weight: N, float32.
-    packed: what the packer, if there is one, makes of the rows.
+    Labels are ``IGNORED`` at padding and, unless ``train_on_inputs``, at the prompt. supervised: the result of
+    ``supervised_positions``, computed here because doing it on a GPU would make training wait for N. loss_weight: N,
+    float32. packed: the rows as packed by ``packer``, if there is one.
 
-    lengths: those that batches are padded to, ascending, none below an example's; none: each to its longest row. With
-    them supervised, too, is filled up to one of few sizes, and the batch has weights (N,), of what fills it 0.
+    lengths: the lengths to which batches are padded, in ascending order, the last one enough for every example; empty:
+    each batch is padded to its longest row. With lengths, supervised is also filled up to one of a few sizes, and the
+    batch has weights (N,), which are 0 for the added positions.
     """
 
     pad_token_id: int
@@ -63,16 +64,16 @@ class Collator:
 
 
 def _filled(supervised: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-    """supervised (N,) filled up to a multiple of ``step`` by its first position, with the weights of all."""
+    """supervised (N,) filled up to a multiple of ``step`` with its first position, and the weights: 0 where filled."""
     lacking = -len(supervised) % step
     weights = F.pad(torch.ones(len(supervised)), (0, lacking))
     return {"supervised": torch.cat([supervised, supervised[:1].expand(lacking)]), "weights": weights}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of different length to input_ids and attention_mask (B, L), padded on the left for generation.
+    """input_ids and attention_mask (B, L) of prompts, padded on the left for generation.
 
-    prefix: the number of tokens of a shared prompt prefix, which stay at the left edge with the padding behind them.
+    prefix: the number of tokens of a shared prompt prefix, which stay at the left edge, with the padding after them.
     """
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id)
@@ -87,19 +88,22 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) 
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
-    """The positions that predict a label, (N,), counted through the rows of (B, L): the token at j + 1 is predicted
-    at j, so the first token of a row has no position, and the last position of a row predicts nothing."""
+    """The positions (N,) in the flattened (B, L) at which a label is predicted.
+
+    The token at j + 1 is predicted at j, so no position predicts the first token of a row, and the last position of a
+    row predicts nothing.
+    """
     return (F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten() != IGNORED).nonzero().flatten()
 
 
 def token_losses(
     model: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross entropy of every supervised token, (N,), its weight, (N,), and its row's task id, (N,).
+    """The cross entropy (N,), the weight (N,) and the task id (N,) of every supervised token.
 
-    batch: input_ids, labels (B, L), task_ids (B,), and perhaps attention_mask (B, L), supervised (N,), weights (N,),
-    which are one without, and packed, the same rows with shared prompt prefixes. As the collator makes it, nothing here
-    waits for a GPU; transformers' own forward does, once.
+    batch: input_ids, labels (B, L), task_ids (B,), and optionally attention_mask (B, L), supervised (N,), weights (N,),
+    1 by default, and packed, the same rows with shared prompt prefixes. With a batch of the collator nothing here waits
+    for a GPU, except transformers' own forward, once.
     """
     labels, task_ids = batch["labels"], batch["task_ids"]
     supervised = batch["supervised"] if "supervised" in batch else supervised_positions(labels)
@@ -118,9 +122,9 @@ def token_losses(
 
 
 def sharing_probe(rows: Sequence[Mapping], packer: Packer) -> dict:
-    """A batch for ``CheckedLosses`` of rows that share a prefix, with losses at positions throughout.
+    """A batch for ``CheckedLosses``, made of rows that share a prefix, with losses at positions along whole rows.
 
-    Those of answers would not do: a layer that mixes neighbouring tokens may leave them nearly as they are.
+    Losses of answers alone would not be enough: a layer that mixes neighbouring tokens may hardly change them.
     """
     batch = Collator(packer.pad_token_id, True, packer)(rows)
     some = slice(None, None, -(-len(batch["supervised"]) // _PROBED))
@@ -129,11 +133,13 @@ def sharing_probe(rows: Sequence[Mapping], packer: Packer) -> dict:
 
 
 class CheckedLosses:
-    """``token_losses`` of a training with shared prompt prefixes. Before the first it compares those of a batch, probe,
-    with those of its rows as they are, and where a model gives others, all batches go the plain way, with a line.
+    """``token_losses`` for training with shared prompt prefixes, after a check that sharing does not change the losses.
 
-    probe: of ``sharing_probe``, the same in all processes and in a resumed run, so that all decide alike. dropout:
-    whether there is any, so that only models in evaluation can be compared.
+    The first call computes the losses of the batch ``probe`` with and without sharing. If they differ, all batches run
+    without sharing, and a line on stderr says so.
+
+    probe: the result of ``sharing_probe``, the same in all processes and in a resumed run, so that all decide alike.
+    dropout: whether there may be any; the model is then compared in evaluation mode.
     """
 
     def __init__(self, probe: Mapping, dropout: bool):
@@ -146,7 +152,7 @@ class CheckedLosses:
 
     @torch.no_grad()
     def _compare(self, model: nn.Module, probe: Mapping) -> None:
-        """Decide ``shares``; where a model cannot, its attention is the one before."""
+        """Set ``shares``; if the model cannot share prefixes, its attention implementation is restored."""
         training, device, fault = model.training, probe["labels"].device, None
         model.train(training and not self.dropout)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -154,8 +160,8 @@ class CheckedLosses:
             attention = let_attention_share(unwrap(model))
             try:
                 if not _alike(token_losses(model, probe)[0], expected, _tolerance(unwrap(model).dtype)):
-                    fault = "its losses would be others"
-            except Exception as error:  # of any kind: a forward that does not know the layout
+                    fault = "its losses would change"
+            except Exception as error:  # any error of a forward that does not support the layout
                 fault = str(error).partition("\n")[0]
         model.train(training)
         failed = torch.tensor(fault is not None, dtype=torch.int64, device=device)
@@ -170,16 +176,16 @@ class CheckedLosses:
 
 
 def _plain(batch: Mapping) -> dict:
-    """A batch without shared prompt prefixes."""
+    """The batch without shared prompt prefixes."""
     return {name: value for name, value in batch.items() if name != "packed"}
 
 
 def _alike(losses: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Whether no loss is off by more than the tolerance, relative to one more than it, and all by far less."""
+    """Whether the errors, relative to 1 + loss, are at most ``tolerance``, and in root mean square a fifth of it."""
     off = (losses - expected).abs() / (1 + expected)
-    return bool(off.max() <= tolerance and off.square().mean().sqrt() <= tolerance / 5)  # not, where any is NaN
+    return bool(off.max() <= tolerance and off.square().mean().sqrt() <= tolerance / 5)  # False if any is NaN
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """In 16 bits four times what rounding does to a model of 135 million weights."""
+    """The tolerance of ``_alike``: in 16 bits, four times the rounding error of a model with 135 million parameters."""
     return {torch.float64: 1e-5, torch.float32: 1e-3}.get(dtype, 0.25)

@@ -1,4 +1,4 @@
-"""The flags of train, evaluate and predict as validated dataclasses; names are the original's and LLM-Adapters'."""
+"""The flags of train, evaluate and predict as validated dataclasses, named as in the original and in LLM-Adapters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,28 +20,28 @@ MODES = (*PROTOCOLS, "both")
 
 @dataclasses.dataclass(init=False)
 class TrainConfig(TrainingConfig):
-    """Everything that configures a training run of a language model."""
+    """The configuration of a language model's training run."""
 
     system = "language"
     made_by = "mtl-lora prepare commonsense"
 
-    base_model: str = flag("smollm2-135m", "name or folder of any causal LM of transformers; smollm2-135m is fetched")
+    base_model: str = flag("smollm2-135m", "name or folder of any transformers causal LM; smollm2-135m is downloaded")
     data_path: str = flag(
         "commonsense_170k_taskid.json",
-        "JSON, JSON lines, CSV or parquet of examples with instruction, output and task_id (or task, a name)",
+        "JSON, JSON lines, CSV or parquet file of examples with instruction, output and task_id (or task, a name)",
     )
     tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: the eight commonsense tasks")
     cutoff_len: int = flag(
-        256, "most tokens of prompt, answer and EOS; longer instructions lose their middle", min=1, group="the text"
+        256, "maximum tokens of prompt, answer and EOS; longer instructions lose their middle", min=1, group="the text"
     )
     template: str = flag(
-        "alpaca", "prompt template: alpaca, original (LLM-Adapters' bytes), plain (short), chat (the tokenizer's)"
+        "alpaca", "prompt template: alpaca, original (exactly LLM-Adapters'), plain (short), chat (the tokenizer's)"
     )
-    train_on_inputs: bool = flag(False, "put loss on the prompt too")
+    train_on_inputs: bool = flag(False, "compute the loss on prompt tokens too")
     reuse_prefix: str = flag(
         "auto",
-        "run the prompt prefix that a task's rows share once a micro-batch: always, never, or auto: without dropout, "
-        "where the losses stay the same",
+        "compute the prompt prefix that a task's rows share once per micro-batch: always, never, or auto: only without "
+        "dropout, where the losses stay the same",
         choices=("auto", "always", "never"),
         by_outcome=True,
     )
@@ -58,25 +58,27 @@ class TrainConfig(TrainingConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class AnswerConfig(answer_config.AnswerConfig):
-    """The flags that evaluate and predict share: which model answers, in which prompt, and how."""
+    """The flags that evaluate and predict share: which model answers, with which prompt, and how it is run."""
 
     checkpoint: str | None = flag(
-        None, "adapter folder; it names its base model, prompt and tasks", group="who answers, in which prompt"
+        None, "adapter folder; it names its base model, prompt and tasks", group="the model and its prompt"
     )
     base_model: str | None = flag(
-        None, "base model alone; with --checkpoint or --peft: where its base model lies, if that has moved"
+        None, "base model to use alone; with --checkpoint or --peft: where its base model is now, if it has moved"
     )
-    cutoff_len: int | None = flag(None, "most tokens of prompt and answer, where no checkpoint has it; none: 256")
-    peft: str | None = flag(None, "PEFT LoRA folder, answered by the same protocol", group="of language models")
-    template: str | None = flag(None, "prompt template, where no checkpoint names it; none: alpaca")
+    cutoff_len: int | None = flag(None, "maximum tokens of prompt and answer, if no checkpoint sets it; none: 256")
+    peft: str | None = flag(
+        None, "folder of a PEFT LoRA adapter, instead of --checkpoint", group="language models only"
+    )
+    template: str | None = flag(None, "prompt template, if no checkpoint names one; none: alpaca")
     reuse_prefix: bool = flag(
         True,
-        "compute the prompt prefix that all prompts of a task share once",
+        "compute the prompt prefix that all prompts of a task share only once",
         affects="nothing",
         aliases=("share_opening",),
     )
-    max_new_tokens: int = flag(32, "most tokens generated for an answer", min=1)
-    num_beams: int = flag(1, "beams of generation; 1: greedy", min=1)
+    max_new_tokens: int = flag(32, "maximum tokens generated for an answer", min=1)
+    num_beams: int = flag(1, "beams of beam search; 1: greedy", min=1)
 
     def validate(self) -> None:
         super().validate()
@@ -85,7 +87,7 @@ class AnswerConfig(answer_config.AnswerConfig):
         if not self.checkpoint and not self.peft and not self.base_model:
             raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME for a base model alone")
         if self.checkpoint and self.peft:
-            raise UserError("--checkpoint and --peft are two adapters; pass one")
+            raise UserError("--checkpoint and --peft both name an adapter; pass only one")
 
     def check_files(self) -> None:
         super().check_files()
@@ -97,14 +99,15 @@ class AnswerConfig(answer_config.AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(EvaluationFlags, AnswerConfig):
-    """Everything that configures an evaluation."""
+    """The configuration of a language model's evaluation."""
 
     made_by = TrainConfig.made_by
 
     data_dir: str = flag("data/commonsense/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)")
     mode: str = flag(
         "generate",
-        "generate: the answer is found in generated text; score: the likeliest option; both: scores only options",
+        "generate: extract the answer from generated text; score: take the likeliest option; both: run both, but "
+        "score no free text",
         choices=MODES,
     )
 
@@ -114,8 +117,11 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     @property
     def protocols(self) -> dict[str, str]:
-        """The protocols to run, each with its folder: with ``both`` a folder each inside the output folder, which a
-        later command for one of them goes on with where no folder is named."""
+        """The folder of each protocol to run.
+
+        With ``both`` each protocol has a folder inside the output folder. A later command for one of them without
+        --output_dir resumes in that folder.
+        """
         inside = Path(self.output_folder, self.mode)
         if self.mode != "both":
             return {self.mode: str(inside) if not self.output_dir and inside.is_dir() else self.output_folder}
@@ -130,17 +136,18 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
-    """Everything that configures a prediction."""
+    """The configuration of a language model's predictions."""
 
-    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet of examples with instruction (and input)")
+    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples with instruction (and input)")
     mode: str | None = flag(
         None,
-        "score: the likeliest option; generate: generated text; none: score, and generate for free text",
+        "score: take the likeliest option; generate: extract the answer from generated text; none: score, but generate "
+        "for free text",
         choices=PROTOCOLS,
     )
 
 
-# What the commands' help begins with.
+# The introductions of the commands' help.
 OTHERS = f"\nThe other systems have flags of their own: --system {' or '.join([*SYSTEMS][1:])}, with --help."
 TRAIN_ABOUT = f"Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter.{OTHERS}"
 EVALUATE_ABOUT = f"Score a checkpoint, or a base model alone, on the test sets of its tasks.{OTHERS}"

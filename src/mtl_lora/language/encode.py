@@ -1,8 +1,8 @@
-"""Prompt templates, and text to token ids: one way for training and evaluation, so a prompt has the same ids in both.
+"""Prompt templates and tokenisation, shared by training and evaluation so that a prompt has the same ids in both.
 
-A template is recorded by name in every checkpoint. Prompt and answer are tokenised apart and joined: no token merges
-across the boundary, and exactly the answer and EOS carry loss. A prompt that is too long loses tokens from the middle
-of its instruction.
+Every checkpoint records the name of its template. Prompt and answer are tokenised separately and then joined, so no
+token spans the boundary, and exactly the answer and EOS carry loss. A prompt that is too long loses tokens from the
+middle of its instruction.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from mtl_lora.language.tasks import Task, TaskSet
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens kept free for a free-text answer; with options the longest one decides.
+# Tokens kept free for a free-text answer; with options, the longest option decides.
 FREE_TEXT_RESERVE = 32
-# Tokens that must remain of a shortened instruction. Its outermost tokens may hold white space of the template, merged
-# with its own, so with fewer than this the template would suffer.
+# The least number of tokens to which an instruction is shortened. Its outermost tokens may contain white space of the
+# template, so cutting more could damage the template.
 LEAST_INSTRUCTION = 8
 
 
@@ -29,7 +29,8 @@ LEAST_INSTRUCTION = 8
 class Template:
     """The text around an instruction; the answer follows ``closing`` directly.
 
-    opening: before the instruction. opening_with_input and input_marker: used when a record's ``input`` is not empty.
+    opening: the text before the instruction. If a record has a non-empty ``input``, ``opening_with_input`` replaces
+    ``opening``, and ``input_marker`` stands between the instruction and the input.
     """
 
     opening: str
@@ -38,31 +39,31 @@ class Template:
     closing: str
 
     def split(self, record: Mapping) -> tuple[str, str, str]:
-        """(opening, middle, closing) of a record's prompt; the middle is what may be shortened.
+        """(opening, middle, closing) of a record's prompt; only the middle may be shortened.
 
-        Raises ``UserError`` for messages before the user's last, for which it has no place.
+        Raises ``UserError`` for a record with messages before the user's last one, which the template cannot hold.
         """
         if record.get("context"):
-            raise UserError("it has messages before the user's last, for which only --template chat has a place")
+            raise UserError("it has messages before the user's last one, which only --template chat supports")
         if record.get("input"):
             return self.opening_with_input, record["instruction"] + self.input_marker + record["input"], self.closing
         return self.opening, record["instruction"], self.closing
 
     def prompt(self, record: Mapping) -> str:
-        """The whole prompt of a record with ``instruction`` and, perhaps, ``input``."""
+        """The complete prompt of a record with ``instruction`` and, optionally, ``input``."""
         return "".join(self.split(record))
 
 
-# Some chat templates write the date into the prompt; with this before them always the same, or it would change daily.
+# Put before a chat template, this fixes the date that some templates write into the prompt, which would change daily.
 _ONE_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, which decides the whole text of a conversation.
+    """The chat template of a tokenizer, which produces the whole text of a conversation.
 
-    source: the template. lead: what it puts between the prompt that it makes for generation and every answer, and so
-    belongs to the prompt. end_id: the control token that ends an answer. Raises ``UserError`` unless the prompt for
-    generation is exactly what the text of a training example begins with, and for text that holds a control token.
+    source: the template. lead: the text that it puts between the generation prompt and every answer; it is treated as
+    part of the prompt. end_id: the control token that ends an answer. Raises ``UserError`` unless the text of a
+    training example begins with exactly the generation prompt, and for text that contains a control token.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
@@ -77,7 +78,7 @@ class ChatTemplate:
         prompt = self.prompt(question)
         self.lead, found, self._ending = self._whole(question, answer).removeprefix(prompt).partition(answer)
         if not found:
-            raise UserError("the tokenizer's chat template leaves out what the assistant says; pass another --template")
+            raise UserError("the tokenizer's chat template leaves out the assistant's answer; pass another --template")
         self.answer(question, prompt + self.lead, answer)
         ids = tokenizer(self._ending, add_special_tokens=False)["input_ids"]
         self.end_id = next((each for each in ids if each in known), tokenizer.eos_token_id)
@@ -92,13 +93,15 @@ class ChatTemplate:
 
     def _refuse_control(self, text: str) -> None:
         if found := [token for token in self._control if token in text]:
-            raise UserError(f"its text holds the control token {min(found)!r}; take it out, --template chat writes it")
+            raise UserError(
+                f"its text contains the control token {min(found)!r}; remove it, as --template chat adds it"
+            )
 
     def _render(self, messages: list[dict[str, str]], prompt: bool) -> str:
         options = {"tokenize": False, "add_generation_prompt": prompt}
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=_ONE_DAY + self.source, **options)
-        except Exception as error:  # a template is a program of its own and raises what it likes
+        except Exception as error:  # a template is a program and may raise any error
             raise UserError(f"the tokenizer's chat template refuses its messages ({error})") from None
 
     def _whole(self, record: Mapping, output: str) -> str:
@@ -106,7 +109,7 @@ class ChatTemplate:
         return self._render([*self._messages(record), {"role": "assistant", "content": output}], prompt=False)
 
     def prompt(self, record: Mapping) -> str:
-        """The whole prompt of a record with ``instruction`` and, perhaps, ``input`` and ``context``."""
+        """The complete prompt of a record with ``instruction`` and, optionally, ``input`` and ``context``."""
         return self._render(self._messages(record), prompt=True) + self.lead
 
     def split(self, record: Mapping) -> tuple[str, str, str]:
@@ -114,13 +117,13 @@ class ChatTemplate:
         return self.prompt(record).rpartition(self._messages(record)[-1]["content"].strip())
 
     def answer(self, record: Mapping, prompt: str, output: str) -> str:
-        """The answer as the template writes it (some strip it), behind the prompt of the same record."""
+        """The text of the answer as the template writes it after the record's prompt; some templates strip it."""
         whole = self._whole(record, output)
         answer = whole.removeprefix(prompt).removesuffix(self._ending)
         if whole != prompt + answer + self._ending or answer.strip() != output.strip():
             raise UserError(
-                "the prompt that the tokenizer's chat template makes for generation is not exactly what the text with "
-                "the answer begins with, so training and evaluation would differ; pass another --template"
+                "with the tokenizer's chat template the text of a training example does not begin exactly with the "
+                "prompt for generation, so training and evaluation would differ; pass another --template"
             )
         return answer
 
@@ -131,7 +134,7 @@ _REQUEST = ". Write a response that appropriately completes the request."
 
 
 def _template(trailing: str, margin: str) -> Template:
-    """Alpaca's words; what differs is white space: ``trailing`` the sentences, ``margin`` of a section."""
+    """Alpaca's template with other white space: ``trailing`` after the sentences, ``margin`` before each line."""
     section = f"\n{margin}\n{margin}"
     opening = f"{trailing}\n\n{margin}### Instruction:\n{margin}"
     return Template(
@@ -143,12 +146,12 @@ def _template(trailing: str, margin: str) -> Template:
 
 
 TEMPLATES = {
-    # Stanford Alpaca's layout, with no white space that tokenizers would have to carry.
+    # Stanford Alpaca's layout, without superfluous white space, which would cost tokens.
     "alpaca": _template("", ""),
-    # The bytes with which LLM-Adapters and the original MTL-LoRA train: two spaces after the sentence, sections
-    # indented by 16 spaces, which also stand on the blank line between them.
+    # Byte for byte the prompt of LLM-Adapters and the original MTL-LoRA: two spaces after the sentence, and sections
+    # indented by 16 spaces, as are the blank lines between them.
     "original": _template("  ", " " * 16),
-    # For one's own tasks with short texts, of whose rows the others' words are a half.
+    # For your own tasks with short texts, where the words of the other templates would be half of each row.
     "plain": Template(
         opening="Task:\n", opening_with_input="Task:\n", input_marker="\nInput:\n", closing="\nAnswer:\n"
     ),
@@ -157,7 +160,7 @@ CHAT = "chat"
 
 
 def template(name: str) -> Template | type[ChatTemplate]:
-    """A template by name, for ``chat`` the class, which needs a tokenizer; ``UserError`` lists those there are."""
+    """A template by name, or the class ``ChatTemplate`` for ``chat``; raises ``UserError`` for an unknown name."""
     if name not in (*TEMPLATES, CHAT):
         raise UserError(f"unknown prompt template {name!r}{closest(name, [*TEMPLATES, CHAT])}")
     return TEMPLATES.get(name, ChatTemplate)
@@ -165,7 +168,7 @@ def template(name: str) -> Template | type[ChatTemplate]:
 
 @dataclasses.dataclass
 class Encoded:
-    """One example in token ids: ``prompt_ids + answer_ids``, and the number of prompt tokens that were cut."""
+    """One example as token ids, ``prompt_ids + answer_ids``; removed: the number of prompt tokens that were cut."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -176,9 +179,10 @@ class Encoded:
 class Encoder:
     """Encodes prompts and answers for one tokenizer, template and cutoff.
 
-    cutoff_len: tokens of prompt, answer and EOS together. The room kept for the answer depends on the task alone,
-    so that training and evaluation shorten a prompt alike; only a free-text answer longer than ``FREE_TEXT_RESERVE``
-    takes more of it, in training, where it must fit. Raises ``UserError`` for a tokenizer that cannot be used so.
+    cutoff_len: the maximum number of tokens of prompt, answer and EOS together. The room kept for the answer depends
+    only on the task, so training and evaluation shorten a prompt alike. The exception is training on an output longer
+    than that room, such as free text of more than ``FREE_TEXT_RESERVE`` tokens, because it must fit. Raises
+    ``UserError`` for an unsuitable tokenizer.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template_name: str, cutoff_len: int, tasks: TaskSet):
@@ -186,7 +190,7 @@ class Encoder:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
         self._control: set[int] = set()  # ids that no text may have
-        if template_name == CHAT:  # which writes BOS and the end of an answer itself, and refuses such texts
+        if template_name == CHAT:  # which adds BOS and the end of an answer itself, and refuses control tokens
             self.template = ChatTemplate(tokenizer)
             self.prefix, self.end_id = [], self.template.end_id
         else:
@@ -195,23 +199,24 @@ class Encoder:
             special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
             self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
         self._answers: dict[str, list[int]] = {}
-        self._spoken: dict[str, str] = {}  # answers as a chat template writes them
+        self._chat_texts: dict[str, str] = {}  # answers as a chat template writes them
         self.reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def _special_prefix(self) -> list[int]:
-        """The ids that the tokenizer puts before a text by itself (BOS), as a list that may be empty."""
+        """The ids that the tokenizer puts before a text by itself (BOS); may be empty."""
         bare, full = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return full[:start]
         raise UserError(
-            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text behind them "
+            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text after them "
             f"(ids {full} for 'a', {bare} without them), so a prompt cannot be cut; use another tokenizer"
         )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        # What looks like a control token is text, for EOS in an instruction would end it; a chat template writes them.
+        # A control token spelled out in a text is split as text, or EOS in an instruction would end it; a chat template
+        # writes real ones.
         plain = not isinstance(self.template, ChatTemplate)
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
@@ -221,24 +226,24 @@ class Encoder:
         return max(len(self.option_ids(task, option)) for option in task.options)
 
     def option_ids(self, task: Task, option: str) -> list[int]:
-        """The ids of the answer that is one of a task's options, as training encodes it."""
+        """The ids of the answer that consists of one of a task's options, encoded as in training."""
         text = task.answer_prefix + option
-        if isinstance(self.template, ChatTemplate) and text not in self._spoken:  # some strip it
+        if isinstance(self.template, ChatTemplate) and text not in self._chat_texts:  # which may strip it
             question = {"instruction": "Is it?"}
-            self._spoken[text] = self.template.answer(question, self.template.prompt(question), text)
-        return self.answer_ids(self._spoken.get(text, text))
+            self._chat_texts[text] = self.template.answer(question, self.template.prompt(question), text)
+        return self.answer_ids(self._chat_texts.get(text, text))
 
     def answer_ids(self, text: str) -> list[int]:
-        """The ids of an answer with the token at the end that ends it (EOS); each different answer is encoded once."""
+        """The ids of an answer, including the EOS token at its end; results are cached by text."""
         if text not in self._answers:
             self._answers[text] = [*self._ids([text])[0], self.end_id]
         return self._answers[text]
 
     def encode(self, examples: Sequence[Example], with_answers: bool = True) -> list[Encoded]:
-        """Encode examples; ``with_answers`` adds ``output`` and EOS (training).
+        """Encode the prompts of examples; ``with_answers`` adds ``output`` and EOS (training).
 
-        Raises ``UserError`` naming the example whose answer, alone or with the template, does not fit in the cutoff,
-        or whose text this tokenizer cannot but read as a control token.
+        Raises ``UserError`` naming an example whose answer, alone or with the template, does not fit in the cutoff, or
+        whose text this tokenizer always encodes as a control token.
         """
         texts = [self._texts(example, with_answers) for example in examples]
         prompts = self._ids(["".join(parts) for parts, _ in texts])
@@ -248,8 +253,8 @@ class Encoder:
             if found := self._control.intersection(ids) or self._control.intersection(answer[:-1]):
                 token = self.tokenizer.convert_ids_to_tokens(found.pop())
                 raise UserError(
-                    f"example {example.index} holds {token!r}, which this tokenizer takes for a control token; "
-                    "take it out"
+                    f"example {example.index} contains {token!r}, which this tokenizer encodes as a control token; "
+                    "remove it"
                 )
             if len(answer) > self.cutoff_len:
                 raise UserError(
@@ -265,7 +270,7 @@ class Encoder:
         return encoded
 
     def _texts(self, example: Example, with_answer: bool) -> tuple[tuple[str, str, str], str]:
-        """The parts of an example's prompt, and its answer."""
+        """The (opening, middle, closing) of an example's prompt, and its answer."""
         record = example.text()
         try:
             parts = self.template.split(record)
@@ -276,12 +281,12 @@ class Encoder:
         return parts, example.output
 
     def _shorten(self, ids: list[int], parts: tuple[str, str, str], room: int) -> list[int]:
-        """``ids`` with tokens cut from the middle of the instruction until they fit in ``room`` tokens."""
+        """Cut ``ids`` in the middle of the instruction to at most ``room`` tokens; ``UserError`` if too few remain."""
         if len(ids) <= room:
             return ids
         above, _, below = parts  # the template's own text around the instruction
         if (above, below) not in self._fixed:
-            # A neighbour on the other side keeps white space from being tokenised differently than in the prompt.
+            # With a letter next to it, white space at the boundary is tokenised as in the prompt.
             before, after = self._ids([above + "a", "a" + below])
             self._fixed[above, below] = before, after
         before, after = self._fixed[above, below]
@@ -297,6 +302,6 @@ class Encoder:
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens with which all rows begin."""
+    """The longest common prefix of all rows."""
     same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     return [column[0] for column in same]

@@ -1,4 +1,4 @@
-"""``mtl-lora evaluate`` and ``predict`` of language models: by generated text, by the likeliest option, or by both."""
+"""``mtl-lora evaluate`` and ``predict`` for language models: by generated text, by the likeliest option, or by both."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ from mtl_lora.results import Results
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet; writes and returns the results of each protocol.
+    """Answer every question that has no answer yet; writes the results and returns them by protocol.
 
-    With ``mode="both"`` each protocol has a folder, results and a name of its own, and ``agreement.json`` beside them
-    says how often they agree. Empty with ``check``, and on every process but the first.
+    With ``mode="both"`` each protocol has its own folder and results, and ``agreement.json`` beside them says how often
+    the protocols agree. Returns an empty dict with ``check``, and on every process but the first.
     """
     evaluator = Evaluator(config)
     made_by = config.made_by if evaluator.tasks.names == COMMONSENSE.names else ""
@@ -27,7 +27,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
     if config.mode == "both":
         free_text = {question.task.name for question in asked.questions if not question.options}
         questions["score"] = [each for each in asked.questions if each.task.name not in free_text]
-    # Of free text alone there is nothing to score.
+    # If all tasks are free text, there is nothing to score.
     folders = {protocol: folder for protocol, folder in config.protocols.items() if questions[protocol]}
     evaluator.prepare(questions)
     with claimed_folders(config, folders):
@@ -42,7 +42,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
 def agreement(
     asked: Iterable[tuple[str, int]], first: dict[tuple[str, int], dict], second: dict[tuple[str, int], dict]
 ) -> dict:
-    """How often two protocols give a question the same answer: a fraction by task and over all."""
+    """The fraction of the ``asked`` questions to which two protocols give the same answer, by task and over all."""
     by_task: dict[str, list[bool]] = {}
     for key in asked:
         by_task.setdefault(key[0], []).append(first[key]["parsed"] == second[key]["parsed"])
@@ -58,16 +58,16 @@ def agreement(
 
 
 class Predictor(evaluation.Predictor):
-    """Answers examples in Python; the model is loaded with the first of them.
+    """Answers examples from Python; the model is loaded at the first call of ``predict``.
 
         predictor = Predictor("output/run")
         predictor.predict([{"instruction": "Is the sky blue?"}], task="boolq")
         # [{"index": 0, "task": "boolq", "answer": "true", "scores": {...}, "probabilities": {...}}]
 
-    checkpoint: folder of an adapter, which names its base model, prompt and tasks. flags: any other flag of
+    checkpoint: adapter folder, which names its base model, prompt and tasks. flags: any other flag of
     ``mtl-lora predict`` (``base_model``, ``peft``, ``tasks_file``, ``dtype``, ``batch_size`` ...), by name. Raises
-    ``UserError`` as the command does. Of options a result has ``scores`` (log-probabilities in nats) and
-    ``probabilities`` (among them), where text was generated ``text``.
+    ``UserError`` as the command does. A result with scored options has their ``scores`` (log-probabilities in nats) and
+    ``probabilities`` (normalised over the options); a result with generated text has ``text``.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "instruction"
@@ -75,12 +75,15 @@ class Predictor(evaluation.Predictor):
     def predict(
         self, examples: Sequence[Mapping | str], task: str | None = None, mode: str | None = None
     ) -> list[dict]:
-        """As of every system. mode: ``score``, ``generate``, or None: score where there are options."""
+        """As ``evaluation.Predictor.predict``.
+
+        mode: ``score``, ``generate``, or None: score questions with options and generate for free text.
+        """
         if mode not in (None, *PROTOCOLS):
             raise UserError(f"mode must be one of {', '.join(PROTOCOLS)}, or None, not {mode!r}")
         return super().predict(examples, task, mode=mode)
 
 
 def predict(config: PredictConfig) -> None:
-    """Answer every example of the input file that has no answer yet, then write the output file whole."""
+    """Answer every example of the input file that has no answer yet, then write the complete output file."""
     evaluation.predict(Evaluator(config), config.mode or "score, generate for free text", mode=config.mode)

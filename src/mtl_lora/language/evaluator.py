@@ -1,4 +1,4 @@
-"""Evaluator: a language model, its prompt and its tasks; answers batches of questions for evaluate and predict."""
+"""The evaluator of language models, which answers batches of questions for evaluate and predict."""
 
 import collections
 import itertools
@@ -23,14 +23,17 @@ from mtl_lora.results import TaskResult, Trainable
 
 
 class Evaluator(evaluation.Evaluator):
-    """Who answers, in which prompt: settled before a model is loaded; raises ``UserError`` for whatever cannot be.
+    """A language model, its prompt template and its tasks.
 
-    adapter: the checkpoint's configuration; peft: the PEFT folder; both None for a base model alone. method: its name,
-    and method_title that in tables, or None. template, cutoff_len, tasks: the checkpoint's own, else the flags'.
+    All settings are checked before the model is loaded; raises ``UserError`` for invalid ones.
+
+    adapter: the checkpoint's configuration; peft: the PEFT adapter; both are None for a base model alone. method,
+    method_title: the adapter's method and its title in tables, or None. template, cutoff_len, tasks: the checkpoint's,
+    else those of the flags.
     """
 
     system, version = "language", 1
-    one_by_one = False  # for a model that reads padding
+    one_by_one = False  # True for a model whose answers padding changes
 
     def __init__(self, config: AnswerConfig):
         self.config = config
@@ -63,17 +66,17 @@ class Evaluator(evaluation.Evaluator):
         return settings
 
     def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
-        """Check the questions of each protocol, and find the prompt prefix that those of a task share."""
+        """Check the questions of each protocol, and find the prompt prefix that the questions of each task share."""
         for question in questions.get("score", ()):
             answering.continuations(question, self.encoder)
         more = self.config.max_new_tokens
         written = (len(each.prompt_ids) + more for each in questions.get("generate", ()))
         way_out = f"a prompt and --max_new_tokens {more}; lower it"
         self.base_model.check_positions(max(written, default=0), way_out)
-        self._say_what_cannot_be_written(questions.get("generate", ()))
+        self._note_long_answers(questions.get("generate", ()))
         reserves = self.encoder.reserves
         scored = (len(each.prompt_ids) + reserves[each.task.id] for each in questions.get("score", ()))
-        way_out = "a prompt and an option; take a shorter --cutoff_len"
+        way_out = "a prompt and an option; pass a smaller --cutoff_len"
         self.base_model.check_positions(max(scored, default=0), way_out)
         prompts = collections.defaultdict(list)
         for question in itertools.chain(*questions.values()):
@@ -82,22 +85,22 @@ class Evaluator(evaluation.Evaluator):
         if self.caches is not None:
             self.caches.use(self.prefixes)
 
-    def _say_what_cannot_be_written(self, questions: Sequence[Question]) -> None:
-        """Note each task with answers that are longer than what is generated."""
+    def _note_long_answers(self, questions: Sequence[Question]) -> None:
+        """Note each task with questions whose answer has more tokens than are generated."""
         most, found = self.config.max_new_tokens, collections.Counter()
         for each in questions:
             prefix = each.task.answer_prefix if each.options else ""
             answers = [each.example.answer] if each.example.answer else each.options
-            # The token that ends an answer need not be generated.
+            # An answer is complete even if there is no room left for the token that ends it.
             found[each.task.name] += any(len(self.encoder.answer_ids(prefix + text)) - 1 > most for text in answers)
         self.note(
-            f"{count:,} questions of {name} have an answer of more tokens than --max_new_tokens {most}, which can "
-            "therefore not be written; raise it"
+            f"{count:,} questions of {name} have an answer with more tokens than --max_new_tokens {most}, which "
+            "therefore cannot be generated in full; raise it"
             for name, count in (+found).items()
         )
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
-        """Questions of examples; raises ``UserError`` naming ``source`` and the example."""
+        """Encode examples as questions; raises ``UserError`` naming ``source`` and the example."""
         return encode_questions(examples, self.tasks, self.encoder, source)
 
     def to_predict(
@@ -121,14 +124,14 @@ class Evaluator(evaluation.Evaluator):
         model = self.base_model.load(self.config.dtype, self.load_in_4bit)
         if self.peft:
             model = self.peft.load(model)
-        # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
+        # generate reads every setting it is not given (a repetition penalty, tokens to suppress) from here.
         model.generation_config = GenerationConfig()
         return model
 
     def check_unchanged(self) -> None:
         super().check_unchanged()
         if self.peft and not self.peft.is_unchanged():
-            raise UserError(f"{self.config.peft} was replaced meanwhile; run the same command again")
+            raise UserError(f"{self.config.peft} was replaced while the model was loading; run the same command again")
 
     def load(self) -> None:
         if self.model is not None:
@@ -136,8 +139,8 @@ class Evaluator(evaluation.Evaluator):
         super().load()
         head = self.model.get_output_embeddings()
         if head is not None:
-            # generate and ``logits_to_keep=1`` cut the last position out of (B, L, k). A CPU multiplies such a view by
-            # the (k, V) matrix row by row, copying the matrix each time: a third of an evaluation of SmolLM2-135M.
+            # generate and ``logits_to_keep=1`` slice the last position out of (B, L, k). A CPU multiplies such a view
+            # by the (k, V) matrix row by row and copies the matrix each time: a third of an evaluation of SmolLM2-135M.
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
         self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
@@ -146,16 +149,15 @@ class Evaluator(evaluation.Evaluator):
         self.one_by_one = answering.reads_padding(self.model, probe, tokenizer.pad_token_id, task_id)
         if self.one_by_one:
             name = type(self.model).__name__
-            self.note([f"{name} reads the padding before shorter rows, so questions are answered one by one"])
+            self.note([f"{name} does not ignore the padding before shorter rows, so questions are answered one by one"])
 
     def tokens(self, question: Question, protocol: str) -> int:
         return len(question.prompt_ids) * (1 if protocol == "score" else self.config.num_beams)
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         """The prediction lines of a batch of questions of one task, with the model loaded."""
-        way, parts = self._score if protocol == "score" else self._generate, [questions]
-        if self.one_by_one:
-            parts = [[question] for question in questions]
+        way = self._score if protocol == "score" else self._generate
+        parts = [[question] for question in questions] if self.one_by_one else [questions]
         answers = [each for part in parts for each in self.in_halves(way, part, protocol)]
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
@@ -166,7 +168,7 @@ class Evaluator(evaluation.Evaluator):
         if not self.peft:
             return super().trainable()
         own, base = _sizes(self.peft.weights), _sizes(*self.base_model.weight_files())
-        # A module that is trained and saved whole takes the place of the base's.
+        # A module that is trained and saved in full replaces the base model's module of the same name.
         return Trainable(sum(own.values()), sum((base | own).values()))
 
     def adapter_json(self) -> dict | None:
@@ -194,7 +196,7 @@ class Evaluator(evaluation.Evaluator):
 
 
 class PeftAdapter:
-    """What a PEFT folder says of itself; raises ``UserError`` unless it is a LoRA in safetensors and peft is there."""
+    """A LoRA adapter in PEFT's format; raises ``UserError`` unless it is saved as safetensors and peft is installed."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.weights = Path(folder), Path(folder) / artifacts.PEFT_WEIGHTS
@@ -217,26 +219,27 @@ class PeftAdapter:
         self.weights_sha256 = files.sha256(self.weights)
 
     def is_unchanged(self) -> bool:
-        """Whether the folder holds what it held when this was read."""
+        """Whether the folder still holds the weights and settings that were read."""
         again = PeftAdapter(self.folder)
         return (again.weights_sha256, again.settings) == (self.weights_sha256, self.settings)
 
     def load(self, model: PreTrainedModel) -> PreTrainedModel:
-        """``model`` with the adapter in its layers, by PEFT; raises ``UserError`` if they do not fit."""
+        """Have PEFT load the adapter into the layers of ``model``; raises ``UserError`` if they do not match."""
         before = {name for name, _ in model.named_parameters()}
         try:
             wrapped = self._peft.PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
         except (ValueError, RuntimeError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
             raise UserError(f"PEFT cannot load {self.folder} ({str(error).splitlines()[0]})") from None
         found = wrapped.get_base_model()
-        # PEFT leaves out what has no place in the model, and draws what the file lacks. A file may hold embeddings too.
+        # PEFT ignores tensors that have no place in the model and initialises at random what the file lacks, so the
+        # names are compared here. The file may hold embeddings too.
         needed = self._peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         needed, all_there = (
             {name.removeprefix(artifacts.PEFT_PREFIX) for name in names} for names in (needed, wrapped.state_dict())
         )
         held = _sizes(self.weights).keys()
         if other := sorted((needed - held) | (held - needed - all_there)):
-            raise UserError(f"{self.folder} and this base model do not fit: {other[0]} is in one of them alone")
+            raise UserError(f"{self.folder} and this base model do not match: {other[0]} is only in one of them")
         if {name for name, _ in found.named_parameters()} == before:
             raise UserError(f"{self.folder} adapts no layer of this model")
         return found

@@ -1,4 +1,4 @@
-"""Examples from a file, validated: an error names the file, the example and the field in one sentence."""
+"""Read and validate examples; every error names the file, the example and the field in one sentence."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ from mtl_lora.samples import Records
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One example: the five fields with which LLM-Adapters' files are written, and its place in the file.
+    """One example: the four text fields of LLM-Adapters' files, the task id, and the index of the example in its file.
 
-    context: the messages before the user's last, of an example that was given as ``messages``. extra: any further
+    context: the messages before the user's last one, if the example was given as ``messages``. extra: any further
     fields, kept for reports (for example ``kind`` in the quick-start data).
     """
 
@@ -35,7 +35,7 @@ class Example:
         return {"instruction": self.instruction, "input": self.input, "context": self.context}
 
     def record(self) -> dict:
-        """A record that ``parse_example`` reads back."""
+        """The JSON object from which ``parse_example`` builds this example again."""
         fields = {key: getattr(self, key) for key in FIELDS}
         if self.context:
             turns = {"user": fields.pop("instruction") + fields.pop("input"), "assistant": fields.pop("output")}
@@ -49,11 +49,12 @@ ROLES = ("system", "user", "assistant")
 
 
 def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file, see ``data_files.read_values``; raises ``UserError`` naming file, example and field.
+    """Read a file of examples (see ``data_files.read_values``); raises ``UserError`` naming file, example and field.
 
-    An example has ``instruction`` and ``output``, or ``messages``, or, of a task with options, ``text`` and ``label``.
-    task: the name of the task when the file holds one task alone; else each example has ``task_id`` or ``task``,
-    unless there is only one task. closed: require an answer, one of its example's options, and no output (evaluation).
+    An example has ``instruction`` and ``output``, or ``messages``, or, for a task with options, ``text`` and ``label``.
+    task: the task of all examples; without it each example has ``task_id`` or ``task``, unless there is only one task.
+    closed: as for evaluation, require an answer, which must be one of the example's options if it has any, and no
+    output.
     """
     values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
@@ -62,7 +63,7 @@ def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, clo
 # ---- examples ----
 
 
-DATA = functools.partial(Records, load_examples)  # what a study takes samples of
+DATA = functools.partial(Records, load_examples)  # the data that studies sample from
 
 
 def parse_example(
@@ -74,31 +75,32 @@ def parse_example(
     closed: bool = False,
     answered: bool = True,
 ) -> Example:
-    """One example from its JSON value; arguments and errors as ``load_examples``, which names ``source``.
+    """Build one example from its JSON value; arguments and errors are those of ``load_examples``.
 
-    answered: False for an example to predict: ``output`` and ``answer`` are neither needed nor kept.
+    index, source: the place of the example, for errors. answered: False for an example to predict, whose ``output`` and
+    ``answer`` are neither needed nor kept.
     """
     where = f"{source}, example {index}"
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object with {', '.join(FIELDS)}, not {type(value).__name__}")
     extra = {key: entry for key, entry in value.items() if key not in (*FIELDS, "task", "messages")}
     empty = {key for key, entry in extra.items() if entry is None} - {"text", "text_b", "label"}
-    value = {key: entry for key, entry in value.items() if entry is not None}  # a null is no field
-    told = "messages" in value
+    value = {key: entry for key, entry in value.items() if entry is not None}  # a null means that the field is absent
+    has_messages = "messages" in value
     if "text" in value and value.keys().isdisjoint({"messages", *["output", "answer"] * answered}):
         value = _from_text(value, where, tasks[task_id_of(value, where, tasks, task)], answered)
         extra = {key: entry for key, entry in extra.items() if key in value or key in empty}
-    if told:
+    if has_messages:
         value = _from_messages(value, where)
     needed = {"instruction": not value.get("input"), "input": False}
-    if answered:  # only an evaluation compares answers, and it needs no output
-        needed |= {"output": not closed, "answer": closed and not told}
+    if answered:  # an evaluation needs the answer, training the output
+        needed |= {"output": not closed, "answer": closed and not has_messages}
     texts = dict.fromkeys(FIELDS[:-1], "")
-    for field, must in needed.items():
-        if must and field not in value:
-            hint = " (the assistant's last message)" if told else ""
+    for field, required in needed.items():
+        if required and field not in value:
+            hint = " (the assistant's last message)" if has_messages else ""
             raise UserError(f"{where} has no field {field!r}{hint}")
-        if must or value.get(field) is not None:
+        if required or value.get(field) is not None:
             texts[field] = text_of(value[field], f"{where}: {field!r}")
     if not (texts["instruction"] + texts["input"]).strip():
         raise UserError(f"{where}: 'instruction' is empty")
@@ -106,32 +108,32 @@ def parse_example(
         raise UserError(f"{where}: 'output' is empty")
     task_id = task_id_of(value, where, tasks, task)
     options = tasks[task_id].options_of(texts["instruction"])
-    if closed and told and not texts["answer"]:
+    if closed and has_messages and not texts["answer"]:
         texts["answer"] = extract_answer(tasks[task_id], texts["output"])
-    # White space around an option is how it stands behind the prefix, and need not be in the answer.
+    # An option may have white space around it, to fit behind the answer prefix; the answer may leave it out.
     texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
     if options and answered and texts["answer"] not in (options if closed else [*options, ""]):
         raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
     if closed and not texts["answer"].strip():
-        way_out = "end with the assistant's answer" if told else "write one"
-        raise UserError(f"{where}: 'answer' is empty, so no answer would be right; {way_out}")
+        way_out = "end with the assistant's answer" if has_messages else "write one"
+        raise UserError(f"{where}: 'answer' is empty, so no prediction could be right; {way_out}")
     if closed and not options:
         _check_free_text(texts["answer"], tasks[task_id], where)
     if options and answered and not closed:
         _check_output(texts, tasks[task_id], options, where)
-    return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if told else ())
+    return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if has_messages else ())
 
 
 def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
-    """A record of ``text``, perhaps ``text_b``, and ``label``, which an encoder reads too, as the fields of an example.
+    """Convert an example with ``text``, optional ``text_b``, and ``label`` (the encoders' format) to the usual fields.
 
-    One that has an instruction and no options to choose from stays as it is.
+    An example of a task without options that has an instruction is returned unchanged.
     """
     both = [key for key in ("instruction", "input") if value.get(key) is not None]
     if both and not task.options:
         return value
     if both:
-        raise UserError(f"{where} has 'text' and {both[0]!r}; leave one of them")
+        raise UserError(f"{where} has both 'text' and {both[0]!r}; keep only one of them")
     if not task.options:
         raise UserError(f"{where} has 'text', but the task {task.name} has no labels; write an 'instruction'")
     refuse_slips(value, "text_b", where)
@@ -146,10 +148,13 @@ def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
 
 
 def _from_messages(value: dict, where: str) -> dict:
-    """A record of ``messages`` as the fields of an example: the user's last message is the instruction, what the
-    assistant says to it the output, and what was said before the ``context``."""
+    """Convert an example with ``messages`` to the usual fields.
+
+    The user's last message becomes the instruction, the assistant's answer to it the output, and all earlier messages
+    the ``context``.
+    """
     if both := value.keys() & {"instruction", "input", "output"}:
-        raise UserError(f"{where} has 'messages' and {sorted(both)[0]!r}; leave one of them")
+        raise UserError(f"{where} has both 'messages' and {sorted(both)[0]!r}; keep only one of them")
     turns = value["messages"]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: 'messages' must be a list of {{role, content}}, not {turns!r:.200}")
@@ -161,27 +166,28 @@ def _from_messages(value: dict, where: str) -> dict:
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     output = {"output": turns.pop()["content"]} if turns[-1]["role"] == "assistant" else {}
     if not turns or turns[-1]["role"] != "user":
-        raise UserError(f"{where}: 'messages' must end with one of the user, or with the assistant's answer to it")
+        raise UserError(f"{where}: 'messages' must end with a user message, or with the assistant's answer to one")
     return {**value, **output, "instruction": turns.pop()["content"], "context": turns}
 
 
 def _check_free_text(answer: str, task: Task, where: str) -> None:
-    """Raise ``UserError`` for an answer that an evaluation could not read from any text."""
+    """Raise ``UserError`` for an answer that no generated text could match in an evaluation."""
     found, metric = extract_answer(task, answer), task.metric_name
-    if metric == "f1" or METRICS[metric].score(found, answer):  # a part of the words counts, or all do
+    # f1 gives partial credit; any other metric must accept what is extracted from the answer itself.
+    if metric == "f1" or METRICS[metric].score(found, answer):
         return
-    if found or not task.pattern:  # a pattern may ask for what stands around it
-        rule = "the task's pattern" if task.pattern else "its first line without spaces and the answer prefix,"
+    if found or not task.pattern:  # a pattern may need text around the answer
+        rule = "by the task's pattern" if task.pattern else "its first line without outer spaces and answer prefix"
         raise UserError(
-            f"{where}: of the answer {answer!r} an evaluation would read {found!r}, {rule} alone, so no text would be "
-            "right; write that"
+            f"{where}: from the answer {answer!r} an evaluation would extract only {found!r} ({rule}), so no "
+            "prediction could be right; shorten the answer to that"
         )
 
 
 def _check_output(texts: dict[str, str], task: Task, options: Sequence[str], where: str) -> None:
-    """Raise ``UserError`` where an evaluation would extract another answer from the output than the example's."""
+    """Raise ``UserError`` if an evaluation would not extract the example's answer from the output."""
     output, answer, prefix = texts["output"], texts["answer"], task.answer_prefix.strip()
-    if prefix not in output:  # scoring asks for the option behind it, which would never be trained
+    if prefix not in output:  # scoring puts options after the prefix, which training would never show
         raise UserError(
             f"{where}: the output {output!r} lacks the task's answer prefix {prefix!r}; write it before "
             'the answer, or declare "answer_prefix": "" in the tasks file'
@@ -190,6 +196,6 @@ def _check_output(texts: dict[str, str], task: Task, options: Sequence[str], whe
     if found not in options or (answer and found != answer):
         wanted = repr(answer) if answer else f"one of {'/'.join(options)}"
         raise UserError(
-            f"{where}: an evaluation would read the answer {found!r} from the output {output!r}, not "
-            f"{wanted}; let output and answer agree"
+            f"{where}: an evaluation would extract the answer {found!r} from the output {output!r}, not "
+            f"{wanted}; make output and answer agree"
         )

@@ -1,4 +1,4 @@
-"""From generated text to an answer, and from answers to a task's result: pure functions, tested without a model."""
+"""Answer extraction from generated text, and task results from answers: pure functions, tested without a model."""
 
 import dataclasses
 import functools
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def extract_answer(task: "Task", text: str) -> str:
-    """The answer in generated text, or ``""``.
+    """The answer in generated text, or ``""`` if there is none.
 
-    For a task with a pattern, and for the eight commonsense tasks, the pattern's first match, as LLM-Adapters extracts.
-    For options of one's own, the first that stands in the text as a whole word or number; behind the answer prefix,
-    where the text has one in front of an option. A free-text task without a pattern takes the first line, without the
-    answer prefix.
+    - A task with a pattern, or one of the eight commonsense tasks: the pattern's first match, as in LLM-Adapters.
+    - Any other task with options: the first option that occurs as a whole word or number, preferably after the answer
+      prefix.
+    - Free text without a pattern: the first line, without the answer prefix.
     """
     text = text.strip()
     if task.options and not task.is_matched_by_pattern:
         prefix = task.answer_prefix.strip()
-        if whole_option(task.options, prefix):  # which is no answer itself
+        if whole_option(task.options, prefix):  # an option inside the prefix is not an answer
             before, *behind = re.split(re.escape(prefix), text, flags=re.IGNORECASE)
             parts = [*behind, before]
         else:
@@ -36,17 +36,17 @@ def extract_answer(task: "Task", text: str) -> str:
     if task.answer_pattern:
         match = re.search(task.answer_pattern, text)
         return match.group(0) if match else ""
-    if task.extraction == 2:  # a prefix that no first line begins with
+    if task.extraction == 2:  # a prefix that the first line of a stripped text cannot begin with
         text = text.removeprefix(task.answer_prefix.lstrip()).lstrip()
     lines = text.splitlines()
     return lines[0].removeprefix(task.answer_prefix).strip() if lines else ""
 
 
 def whole_option(options: tuple[str, ...], text: str) -> str:
-    """The option that stands first in a text; ``""`` for none.
+    """The option that occurs first in a text; ``""`` for none.
 
-    Options of lower-case words stand there in any case, for "Yes, ..." is a yes; of others, such as May or A, first
-    those that are written as they are.
+    If all options are lower-case words, case is ignored, because "Yes, ..." means yes. Otherwise, as with May or A, an
+    option in exactly its own case is looked for first, and only then one in any case.
     """
     for pattern in _whole_options(options)[in_any_case(options) :]:
         if match := pattern.search(text):
@@ -56,19 +56,20 @@ def whole_option(options: tuple[str, ...], text: str) -> str:
 
 
 def in_any_case(options: tuple[str, ...]) -> bool:
-    """Whether the case of these options says nothing: all are in lower case, and none is a single character."""
+    """Whether these options are matched in any case: all are lower-case, and none is a single character."""
     return all(len(option.strip()) > 1 and option == option.lower() for option in options)
 
 
-# A character that makes a longer word of an option beside it: none of a script that puts no spaces between words.
+# A word character that, next to an option, makes it part of a longer word; scripts without spaces are excluded.
 _LETTER = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"
 
 
 @functools.cache
 def _whole_options(options: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
-    """Patterns of options as whole words or numbers, in their own case and in any; an option is a group by its index.
+    """Two patterns that match options as whole words or numbers: in exactly their case, and in any case.
 
-    A single letter may be a word of its own ("A dog", "I think", "it is a cat"): such a word is no option.
+    The group ``o<index>`` names the option. A single letter used as a word ("A dog", "I think", "it is a cat") is not
+    matched.
     """
     exact, any_case = [], []
     for index in sorted(range(len(options)), key=lambda index: -len(options[index].strip())):  # the longest first
@@ -86,10 +87,10 @@ def _whole_options(options: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
 
 
 def strict_answer(task: "Task", options: Sequence[str], text: str) -> str:
-    """The answer where the text is nothing but one of the question's options, else ``""``.
+    """The option that makes up the whole text, or ``""`` if the text is anything else.
 
-    The task's answer prefix before the option and a full stop behind it are allowed. Unlike ``extract_answer`` this
-    finds no option in ``answer12``, in a denial or in a list of all of them.
+    The task's answer prefix before the option and a full stop after it are allowed. Unlike ``extract_answer`` this
+    finds no option in ``answer12``, in a denial or in a list of all options.
     """
     given = text.strip().removeprefix(task.answer_prefix.strip()).strip()
     for option in options:
@@ -104,9 +105,12 @@ def strict_answer(task: "Task", options: Sequence[str], text: str) -> str:
 def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
     """One task's result from its prediction lines (see ``questions.Question.line``), at least one.
 
-    What ``results.measure`` gives, and: unparsed: the proportion of texts without an answer. strict (generated
-    options): the metric and ``unparsed`` if the whole text must be the answer. acc_norm (scores): of the
-    length-normalised choice. f1 (free text): mean token F1.
+    It holds the result of ``results.measure`` and these measures:
+
+    - unparsed: the proportion of texts from which no answer was extracted.
+    - strict (generated options): the metric and ``unparsed`` if the whole text must be the answer.
+    - acc_norm (scored options): the metric of the length-normalised choice.
+    - f1 (free text): the mean token F1.
     """
     others = {
         name: measure(task.metric_name, lines, task.options, key, unparsed=_proportion_empty(lines, key))

@@ -1,15 +1,15 @@
-"""The prompt prefix that a task's examples share runs once in a training step, with its gradient.
+"""Shared prompt prefixes in training: the prefix of a task's prompts runs once per micro-batch, with its gradient.
 
-A micro-batch becomes one row of tokens in two blocks, so that every layer but attention takes it as it is:
+A micro-batch becomes one row of tokens in two blocks, so that every layer but attention processes it unchanged:
 
     prefix 1 | padding | prefix 2 ...  (G, P), then  rest of row 1 | padding | rest of row 2 ...  (R, Q)
 
-Attention is the one place where tokens meet. There, the prefixes attend to themselves, and each row's rest to its
-own prefix and to itself. No cache is involved, and the model is called once, so gradient checkpointing, DDP and ZeRO
+Attention is the only place where tokens interact. There, each prefix attends to itself, and each row's rest attends to
+its own prefix and to itself. There is no cache, and the model is called once, so gradient checkpointing, DDP and ZeRO
 see an ordinary forward.
 
-Shape legend: G groups of rows with one prefix, P tokens of the longest prefix, R rows, Q tokens of the longest rest,
-T = G P + R Q tokens in all, N supervised tokens.
+Shape legend: G groups of rows with the same prefix, P tokens of the longest prefix, R rows, Q tokens of the longest
+rest, T = G P + R Q tokens in total, N supervised tokens.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtl_lora.adapter.routing import Blocks
 
-_LEAST = 4  # tokens of a prefix; fewer are not worth a block
-_IMPLEMENTATIONS = ("eager", "sdpa")  # which take a mask of their caller's
-_NAME = "shared_prefix_"  # before the implementation's: under this transformers knows ours
-Size = tuple[int, int]  # rows and tokens of each
+_LEAST = 4  # tokens; a shorter prefix is not worth a block
+_IMPLEMENTATIONS = ("eager", "sdpa")  # attention implementations that accept the caller's mask
+_NAME = "shared_prefix_"  # before an implementation's name: ours, as registered in transformers
+Size = tuple[int, int]  # (rows, tokens per row)
 
 
 def task_prefixes(rows: datasets.Dataset) -> dict[int, list[int]]:
-    """The tokens with which all prompts of a task begin, by task id; at least one token of each prompt is left over.
+    """The common prefix of all prompts of a task, by task id, leaving at least one token of each prompt.
 
-    rows: encoded examples, with input_ids, prompt_length and task_id. Tasks with a few such tokens alone are left out.
+    rows: encoded examples, with input_ids, prompt_length and task_id. Tasks whose prefix is too short are left out.
     """
     table = rows.with_format("arrow", columns=["input_ids", "prompt_length", "task_id"])[:]
     lists = table.column("input_ids").combine_chunks()
@@ -52,8 +52,11 @@ def task_prefixes(rows: datasets.Dataset) -> dict[int, list[int]]:
 
 
 def longest_pair(lengths: np.ndarray, task_ids: np.ndarray, prefixes: Mapping[int, Sequence[int]]) -> list[int]:
-    """Two examples of these lengths and task ids, (N,), that share a prefix, perhaps one twice: the longest that has
-    any, for some models treat distant tokens otherwise, behind the next of its task."""
+    """The indices of two examples that share a prefix, given the lengths and task ids of all, (N,).
+
+    The last is the longest example that has a prefix, because some models treat distant tokens differently; the first
+    is the next longest of its task, or the same example if there is no other.
+    """
     longest = max(np.flatnonzero(np.isin(task_ids, list(prefixes))), key=lengths.__getitem__)
     others = np.flatnonzero(task_ids == task_ids[longest])
     others = others[others != longest]
@@ -61,24 +64,25 @@ def longest_pair(lengths: np.ndarray, task_ids: np.ndarray, prefixes: Mapping[in
 
 
 class Packer:
-    """Makes the two blocks of a micro-batch.
+    """Packs a micro-batch into the two blocks.
 
-    prefixes: tokens by task id. by_task: whether a prefix belongs to one task, as it does where the adapter routes by
-    task; else rows of several tasks share an equal one.
+    prefixes: tokens by task id. by_task: True if the adapter routes by task, so that each task needs a prefix of its
+    own; otherwise tasks with equal prefixes share one.
     """
 
     def __init__(self, prefixes: Mapping[int, Sequence[int]], by_task: bool, pad_token_id: int):
         self.pad_token_id = pad_token_id
         self.prefixes = {task_id: np.asarray(prefix) for task_id, prefix in prefixes.items()}
-        self.owner = {task_id: task_id for task_id in prefixes}  # the task under which a prefix goes
+        self.owner = {task_id: task_id for task_id in prefixes}  # the task whose prefix is used
         for task_id, prefix in prefixes.items() if not by_task else ():
             self.owner[task_id] = next(other for other in prefixes if list(prefixes[other]) == list(prefix))
 
     def __call__(self, rows: Sequence[Mapping], length: int, supervised: torch.Tensor) -> dict | None:
-        """Rows, and the supervised positions (N,) in them as padded to a length, as two blocks.
+        """Pack rows; returns None if that does not save tokens over the padded rows.
 
-        input_ids, position_ids (1, T), task_ids (G + R,), supervised (N,), groups (R,): the prefix of each row,
-        prefix_lengths (G,), sizes. None where that would be no fewer tokens than the padded rows have.
+        length: the length to which the rows would be padded. supervised: positions (N,) in these padded rows. Returns
+        input_ids and position_ids (1, T), task_ids (G + R,), supervised (N,), groups (R,) with the index of each row's
+        prefix, prefix_lengths (G,) and sizes.
         """
         owners = [self._owner(row) for row in rows]
         found = list(dict.fromkeys(owners))
@@ -95,7 +99,7 @@ class Packer:
         for index, (row, start) in enumerate(zip(rows, before.tolist(), strict=True)):
             rest = torch.as_tensor(row["input_ids"])[start:]
             last[index, : len(rest)] = rest
-        # Padding takes the position of the last token before it, for a model may have no more.
+        # The padding of a rest repeats the row's last position, because the model may have no positions after it.
         positions = [torch.arange(P).expand(G, P), (before[:, None] + torch.arange(Q)).clamp(max=lengths[:, None] - 1)]
         row, column = supervised // length, supervised % length
         in_rest = G * P + row * Q + column - before[row]
@@ -112,7 +116,7 @@ class Packer:
         }
 
     def _owner(self, row: Mapping) -> int | None:
-        """The task under which the prefix goes that a row begins with; None for a row without one."""
+        """The task whose prefix a row begins with; None for a row without one."""
         prefix = self.prefixes.get(int(row["task_id"]))
         if prefix is None or row["prompt_length"] <= len(prefix):
             return None
@@ -122,7 +126,7 @@ class Packer:
 
 @dataclasses.dataclass(eq=False)
 class Layout:
-    """How attention finds the blocks in the one row of a micro-batch; the fields are the packer's."""
+    """Where the blocks lie in the one row of a packed micro-batch, for attention; the fields are ``Packer``'s."""
 
     groups: torch.Tensor
     prefix_lengths: torch.Tensor
@@ -130,15 +134,15 @@ class Layout:
     masks: dict = dataclasses.field(default_factory=dict)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Heads of all tokens, (1, H, T, D), as those of the prefixes (G, H, P, D) and of the rests (R, H, Q, D)."""
+        """Split the heads of all tokens (1, H, T, D) into those of prefixes (G, H, P, D) and of rests (R, H, Q, D)."""
         first, last = self.sizes
         parts = x[0].split([first[0] * first[1], last[0] * last[1]], dim=1)
         return parts[0].unflatten(1, first).transpose(0, 1), parts[1].unflatten(1, last).transpose(0, 1)
 
     def masks_for(self, like: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is added to scores: of prefixes (1, 1, P, P), of rests (R, 1, Q, P + Q).
+        """The additive attention masks of the prefixes (1, 1, P, P) and of the rests (R, 1, Q, P + Q).
 
-        window: the number of last positions, its own among them, that a token sees; None for all.
+        window: the number of most recent positions, its own included, that a token sees; None: all.
         """
         if (window, like.dtype) not in self.masks:
             (_, P), (R, Q) = self.sizes
@@ -157,22 +161,22 @@ class Layout:
 
 @functools.cache
 def _eager_attention(attention: type) -> Callable:
-    """That of the model whose attention this class is, or derives from."""
+    """The eager attention function of the model that defines this attention class or one of its bases."""
     modules = (sys.modules[parent.__module__] for parent in attention.__mro__)
     return next(module.eager_attention_forward for module in modules if hasattr(module, "eager_attention_forward"))
 
 
 def _attend(implementation: str, module, query, key, value, attention_mask, *arguments, prefix_layout=None, **options):
-    """An attention of transformers, which (1, H, T, D) of a packed micro-batch goes through in two calls."""
+    """A transformers attention, called twice for a packed micro-batch (1, H, T, D): for the prefixes and the rests."""
     attend = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if attend is None:  # each model has an eager one of its own
+    if attend is None:  # eager attention, which each model defines itself
         attend = _eager_attention(type(module))
     if prefix_layout is None:
         return attend(module, query, key, value, attention_mask, *arguments, **options)
     prefix_mask, rest_mask = prefix_layout.masks_for(query, options.get("sliding_window"))
     (query, rests), *of_prefixes = prefix_layout.split(query), prefix_layout.split(key), prefix_layout.split(value)
     prefixes = attend(module, query, *(heads for heads, _ in of_prefixes), prefix_mask, *arguments, **options)[0]
-    # Rows of one group read one prefix, whose gradient is the sum of theirs.
+    # The rows of a group read the same prefix, so its gradient is the sum over these rows.
     joined = [torch.cat([heads.index_select(0, prefix_layout.groups), own], dim=2) for heads, own in of_prefixes]
     rests = attend(module, rests, *joined, rest_mask, *arguments, **options)[0]
     return torch.cat([prefixes.flatten(0, 1), rests.flatten(0, 1)])[None], None
@@ -186,40 +190,40 @@ for _implementation in _IMPLEMENTATIONS:
 def prefixes_to_share(
     mode: str, rows: datasets.Dataset, model: PreTrainedModel, dropout: float
 ) -> tuple[dict[int, list[int]], str]:
-    """The prefixes that a training will share, by task id, perhaps none, and a line that says so and why.
+    """(the prefixes that a training run shares, by task id, possibly none; a log line that says which, or why none).
 
-    mode: always, never, or auto: where the losses stay as they are, that is, without any dropout, since rows that share
-    a prefix share its dropout mask. model: may be without weights. dropout: of the adapter.
+    mode: always, never, or auto: share only without any dropout, because rows that share a prefix would share its
+    dropout mask. model: may be without weights. dropout: the dropout of the adapter.
     """
     if mode == "never":
         return {}, "every row runs its whole prompt (--reuse_prefix never)"
     if not getattr(model, "_supports_attention_backend", False):
-        return {}, f"every row runs its whole prompt: {type(model).__name__} does not take another attention"
-    # Their few tokens may change losses by less than 16 bits round them, so comparing would not tell.
+        return {}, f"every row runs its whole prompt: {type(model).__name__} does not support another attention"
+    # A convolution mixes so few tokens that the change in losses may vanish in 16-bit rounding, unseen by the check.
     if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
         return {}, f"every row runs its whole prompt: {type(model).__name__} mixes tokens by convolutions too"
     own = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if mode == "auto" and any([dropout, *own, getattr(model.config, "attention_dropout", 0)]):
-        how = "faster without (--lora_dropout 0), or with --reuse_prefix always, whose rows share a dropout mask"
-        return {}, f"the common beginning of prompts is computed for every row anew, since dropout is on; {how}"
+        how = "--lora_dropout 0, or --reuse_prefix always, where rows share a dropout mask, is faster"
+        return {}, f"every row runs its whole prompt, because dropout is on; {how}"
     prefixes = task_prefixes(rows)
     if not prefixes:
-        return {}, "every row runs its whole prompt: the prompts of no task begin alike"
+        return {}, "every row runs its whole prompt: no task's prompts share a prefix"
     lengths = sorted(map(len, prefixes.values()))
     return prefixes, f"shared prompt prefixes: {len(prefixes)} of {lengths[0]} to {lengths[-1]} tokens run once a batch"
 
 
 def let_attention_share(model: PreTrainedModel) -> str:
-    """Have the attention of a model understand packed micro-batches too; returns the implementation before."""
+    """Make a model's attention support packed micro-batches too; returns the name of the previous implementation."""
     used = model.config._attn_implementation
     model.set_attn_implementation(_NAME + (used if used in _IMPLEMENTATIONS else "sdpa"))
     return used
 
 
 def forward_arguments(packed: Mapping) -> tuple[dict, Blocks]:
-    """The arguments of a model's forward over a packed micro-batch, and the blocks of its task ids."""
+    """(the arguments of a model's forward over a packed micro-batch, the blocks of its task ids)."""
     layout = Layout(packed["groups"], packed["prefix_lengths"], tuple(tuple(size) for size in packed["sizes"]))
-    # A mask of four dimensions is handed on as it is; transformers would make one of (T, T), and this is never read.
+    # Without a mask transformers would build one of (T, T). It passes a 4D mask on unchanged, and ours is never read.
     mask = torch.zeros(1, 1, 1, 1, device=packed["input_ids"].device)
     arguments = {name: packed[name] for name in ("input_ids", "position_ids")}
     return {**arguments, "attention_mask": mask, "prefix_layout": layout}, Blocks(packed["task_ids"], layout.sizes)

@@ -1,4 +1,4 @@
-"""Questions: examples with the prompt ids that training would give them."""
+"""Questions: examples with the same prompt ids that training would use."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from mtl_lora.metrics import same_text, text_f1
 
 
 class Question(evaluation.Question):
-    """One example, ready for a model."""
+    """One example prepared for a model."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -21,16 +21,17 @@ class Question(evaluation.Question):
         return self.task.options_of(self.example.instruction)
 
     def answer_in(self, text: str) -> dict:
-        """What is extracted from generated text, as a prediction line holds it."""
+        """The answer fields of a prediction line, extracted from generated text."""
         answer = {"parsed": extract_answer(self.task, text), "text": text}
         if self.options:
             return answer | {"strict": strict_answer(self.task, self.options, text)}
         return answer | {"f1": text_f1(answer["parsed"], self.example.answer)}
 
     def line(self, answer: Mapping) -> dict:
-        """The question's line in the predictions: its target as ``answer``, and what was answered.
+        """The question's prediction line: the target as ``answer``, whether it was met, and the given answer's fields.
 
-        answer: of ``answer_in``; or of scoring: ``parsed``, ``normalised`` (the length-normalised choice), ``scores``.
+        answer: the result of ``answer_in`` or, from scoring, ``parsed``, ``normalised`` (the length-normalised choice)
+        and ``scores``.
         """
         target, parsed = self.example.answer, answer["parsed"]
         as_written = self.options or self.task.metric_name == "accuracy"
@@ -42,13 +43,13 @@ class Question(evaluation.Question):
         return line
 
     def answered_by(self, line: Mapping | None) -> bool:
-        """Whether a line, perhaps of an earlier version of the test set, answers this very prompt and target."""
+        """Whether a line answers this exact prompt and target; it may come from an earlier version of the test set."""
         expected = self.prompt_sha256, self.example.answer
         said = line and line.get("text", line.get("parsed"))
         return isinstance(said, str) and (line.get("prompt_sha256"), line.get("answer")) == expected
 
     def extract_again(self, line: dict) -> dict:
-        """A line of this question with its answer extracted from its text by today's rules, or as it was scored."""
+        """A line of this question, with its answer extracted again by today's rules, or kept if it was scored."""
         if "text" in line:
             return self.line(self.answer_in(line["text"]))
         return self.line({key: line[key] for key in ("parsed", "normalised", "scores") if key in line})
@@ -57,7 +58,7 @@ class Question(evaluation.Question):
 def encode_questions(
     examples: Sequence[Example], tasks: TaskSet, encoder: Encoder, source: str | Path
 ) -> list[Question]:
-    """Questions of examples; raises ``UserError`` naming ``source`` and the example whose prompt cannot be made."""
+    """Encode examples as questions; raises ``UserError`` naming ``source`` and an example that cannot be encoded."""
     try:
         prompts = encoder.encode(examples, with_answers=False)
     except UserError as error:

@@ -1,6 +1,6 @@
-"""Tasks as data: the only place that knows task names, ids, options, answer patterns and metrics.
+"""Language tasks as data: the only place that defines their names, ids, options, answer patterns and metrics.
 
-The eight commonsense tasks are one table below; any other set is read from a JSON file with the same fields.
+The eight commonsense tasks are the table below; any other task set is read from a JSON file with the same fields.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ OPTIONS_MARKER = "Answer format: "
 
 @dataclasses.dataclass(frozen=True)
 class Task(tasks.Task):
-    """One task: what it is called, which answers it allows, and how an answer is found in generated text.
+    """One task: its name, the answers it allows, and how an answer is extracted from generated text.
 
-    options: every answer the task allows, in files ``labels`` too; empty for a free-text task.
-    pattern: regular expression whose first match in generated text is the answer; empty: the options as whole words
-        (for the commonsense tasks joined by ``|``, as LLM-Adapters does), or for a free-text task its first line.
+    options: every answer the task allows, also called ``labels`` in tasks files; empty for a free-text task.
+    pattern: regular expression whose first match in generated text is the answer. If empty, the first option that
+        occurs as a whole word is (for the commonsense tasks the first match of the options joined by ``|``, as in
+        LLM-Adapters), and for a free-text task the first line.
     answer_prefix: the words before the answer in every ``output``.
-    question: what is asked about the text of an example that has ``text`` and ``label``; empty: which option fits it.
-    metric: one of ``metrics_for`` the options; empty: accuracy of options, exact_match of free text. Of two options
+    question: the question asked about an example that has ``text`` and ``label``; empty: which label fits the text.
+    metric: one of ``metrics_for(options)``; empty: accuracy with options, exact_match for free text. With two options
         the last is the positive class.
     """
 
@@ -53,9 +54,9 @@ class Task(tasks.Task):
         if isinstance(entry, dict):
             entry = dict(entry)
             if entry.pop("regression", None) is not None:
-                raise UserError(f"{where} is a regression, which a language model does not answer; pass --system nlu")
+                raise UserError(f"{where} is a regression, which language models do not support; pass --system nlu")
             if {"labels", "options"} <= entry.keys():
-                raise UserError(f"{where} has both 'labels' and 'options', which mean the same; leave one of them")
+                raise UserError(f"{where} has both 'labels' and 'options', which mean the same; keep one of them")
             if "labels" in entry:
                 entry["options"] = entry.pop("labels")
         return super().from_json(entry, where)
@@ -65,29 +66,29 @@ class Task(tasks.Task):
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that it may have."""
+        """The metrics that the task may have."""
         return metrics_for(self.options)
 
     @property
     def answer_pattern(self) -> str:
         """The regular expression that finds an answer in generated text; empty for free text without a pattern."""
-        # The first alternative that fits is taken, so an option that begins another one stands behind it.
+        # The first alternative that matches is taken, so an option comes after the longer ones that begin with it.
         begins = {option: sum(other.startswith(option) for other in self.options) for option in self.options}
         return self.pattern or "|".join(re.escape(option) for option in sorted(self.options, key=begins.get))
 
     @property
     def is_matched_by_pattern(self) -> bool:
-        """Whether ``answer_pattern`` finds the answer: the task's own pattern, or that of a task of LLM-Adapters."""
+        """Whether ``answer_pattern`` extracts the answer: for a task with a pattern and for the commonsense tasks."""
         original = {(task.name, task.options) for task in COMMONSENSE}
         return bool(self.pattern) or (self.name, self.options) in original
 
     @property
     def extraction(self) -> int:
-        """The version of the rules that find an answer in generated text, each from the first that finds its answers.
+        """The first version of the answer extraction rules that extracts this task's answers as today's rules do.
 
-        1: a pattern's first match, or a first line. 2: options as whole words; a first line behind a prefix that begins
-        with white space or ends a line. 3: options that the prefix holds too, like correct in "the correct answer is".
-        4: options of lower-case words, in any case; a, where it may be a word.
+        1: a pattern's first match, or a first line. 2: options as whole words; a first line after a prefix that begins
+        with white space or contains a line break. 3: options that the prefix contains too, such as "correct" in "the
+        correct answer is". 4: lower-case options in any case; the option "a", which may also be the article.
         """
         if self.is_matched_by_pattern:
             return 1
@@ -105,20 +106,20 @@ class Task(tasks.Task):
 
     @property
     def extraction_key(self) -> tuple:
-        """What decides what is asked and which answer is extracted from a text; id, title and metric do not."""
+        """Everything that the prompt and the answer extraction depend on; not the id, title and metric."""
         return self.options, self.answer_pattern, self.answer_prefix, *filter(None, [self.question])
 
     def instruction_of(self, text: str, text_b: str | None = None) -> str:
-        """The instruction of an example of a text, or of a pair."""
+        """The instruction that asks the task's question about a text, or about a pair of texts."""
         listed = f"{', '.join(self.options[:-1])} or {self.options[-1]}"
         about = "this text" if text_b is None else "these two texts"
         question = self.question or f"Which label fits {about}: {listed}?"
         return "\n".join([question, "", text] if text_b is None else [question, "", text, text_b])
 
     def options_of(self, instruction: str) -> tuple[str, ...]:
-        """The options of one question: those its ``Answer format: a/b`` ending lists, else all of the task's.
+        """The options of one question: those listed in its ``Answer format: a/b`` ending, else all of the task's.
 
-        A few ARC questions have three or five options instead of four, so the question decides where it lists them.
+        A few ARC questions have three or five options instead of four, so the list in the question takes precedence.
         """
         _, marker, listed = instruction.rpartition(OPTIONS_MARKER)
         options = tuple(listed.strip().split("/")) if marker else ()
@@ -128,13 +129,13 @@ class Task(tasks.Task):
 
 
 class TaskSet(tasks.TaskSet[Task]):
-    """Tasks in id order (ids 0..T-1 without gaps); ``columns`` names them in the order of a results table."""
+    """Language tasks in id order (ids 0..T-1 without gaps); ``columns`` lists them in the order of results tables."""
 
     task_class = Task
 
 
 def load_tasks_file(path: str | Path) -> TaskSet:
-    """Read a task set from a JSON file; raises ``UserError`` naming the file and what is wrong with it."""
+    """Read a task set from a JSON file; raises ``UserError`` naming the file and the fault."""
     return TaskSet.load(path)
 
 
@@ -142,7 +143,7 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
     return tuple(f"{word}{number}" for number in range(1, count + 1))
 
 
-# Ids are those of the original's data; the patterns that follow from the options are LLM-Adapters'.
+# The ids are those in the data of the original MTL-LoRA; patterns, given or derived from options, are LLM-Adapters'.
 COMMONSENSE = TaskSet(
     tasks=(
         Task("boolq", 0, ("true", "false"), title="BoolQ"),

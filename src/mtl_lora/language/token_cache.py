@@ -1,4 +1,4 @@
-"""Encoded training examples on disk: tokenised once, keyed by everything that shapes them, then memory-mapped."""
+"""Encoded training examples on disk: tokenised once, keyed by everything they depend on, then memory-mapped."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from mtl_lora.language.examples import Example, load_examples
 from mtl_lora.language.tasks import TaskSet
 from mtl_lora.training.rows import cached_rows, tokenizer_hash
 
-# Raised when the way examples are encoded changes, so that caches of an older version are not read.
+# Incremented when the encoding of examples changes, so that caches of older versions are not read.
 _VERSION = 2
 COLUMNS = datasets.Features(
     {
@@ -35,15 +35,14 @@ def training_rows(
     task: str | None = None,
     digest: str | None = None,
 ) -> datasets.Dataset:
-    """The encoded examples of a data file, one a row, from the cache if they are there.
+    """The encoded examples of a data file, one per row, from the cache if it has them.
 
     Columns: input_ids (prompt, answer, EOS), prompt_length, length, task_id, removed (prompt tokens cut). task: as for
     ``load_examples``. digest: the file's sha256, if it is known.
-    Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for
-    an unwritable cache folder.
+    Raises ``UserError`` as ``load_examples`` and ``Encoder.encode`` do, and for an unwritable cache folder.
     """
-    # The room that is kept for an answer depends on the options and what is written before them; the question is
-    # asked about texts; a pattern finds the answer in the output, which is checked.
+    # The room kept for an answer depends on the options and the answer prefix; the question is part of the prompt of a
+    # ``text`` example; the pattern decides whether an output passes its check.
     shaping = [
         [task.name, task.options, task.answer_prefix, *filter(None, [task.question])]
         + ([["pattern", task.pattern]] if task.pattern else [])

@@ -1,4 +1,4 @@
-"""Training of language models: their rows, their model, and losses with or without shared prompt prefixes."""
+"""Training of language models: the encoded examples, the model, and losses with or without shared prompt prefixes."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from mtl_lora.training.run import Run, train
 
 
 class LanguageRun(Run):
-    """The training of a causal language model."""
+    """A training run of a causal language model."""
 
     task_set = TaskSet
     shortened_at = "the middle of their instructions"
@@ -43,7 +43,7 @@ class LanguageRun(Run):
             self.prefixes, note = prefixes_to_share(config.reuse_prefix, self.train, structure, self.adapter.dropout)
         self.log(note)
         lengths = columns["length"]
-        if not config.token_budget:  # a budget is kept with whole prompts
+        if not config.token_budget:  # a token budget counts whole prompts
             shared = np.array([len(self.prefixes.get(task.id, ())) for task in self.tasks])
             lengths = lengths - shared[columns["task_id"]]
         return lengths, bool(self.prefixes)
@@ -60,7 +60,7 @@ class LanguageRun(Run):
             packer, columns = Packer(self.prefixes, needs_ids, pad), row_columns(self.train)
             pair = longest_pair(columns["length"], columns["task_id"], self.prefixes)
             probe = sharing_probe([self.train[index] for index in pair], packer)
-            losses = CheckedLosses(probe, dropout=config.reuse_prefix == "always")  # the base may have its own
+            losses = CheckedLosses(probe, dropout=config.reuse_prefix == "always")  # perhaps the base model's own
         lengths = self.recorded_lengths()
         return Collator(self.tokenizer.pad_token_id, config.train_on_inputs, packer, lengths), losses
 
@@ -82,11 +82,11 @@ class LanguageRun(Run):
 
 
 RUN = LanguageRun
-run = functools.partial(train, RUN)  # as a configuration says
+run = functools.partial(train, RUN)
 
 
 def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
-    """The adapter without targets that text does not reach (towers for images or sound), and notes on what has none.
+    """(the adapter without targets that text does not reach, such as image or audio towers, notes on what gets none).
 
     Raises ``UserError`` as ``find_targets`` does.
     """

@@ -1,1 +1,1 @@
-"""The data sets that the project prepares for ``language``; the table of all sets is in ``mtl_lora.cli``."""
+"""Preparation of the language data sets; the table of all data sets is in ``mtl_lora.cli``."""

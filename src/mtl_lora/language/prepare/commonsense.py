@@ -1,12 +1,12 @@
-"""Build the commonsense training file and test sets: download them or take a folder, verify, tag with task ids, merge.
+"""Build the commonsense training file and test sets: download or read a folder, verify, tag with task ids, merge.
 
-    mtl-lora prepare commonsense                            download from LLM-Adapters, then write
-    mtl-lora prepare commonsense --source DIR               take DIR/<task>/{train,test}.json instead
-    mtl-lora prepare commonsense --merged commonsense_170k.json    tag that file, keeping its order
+    mtl-lora prepare commonsense                            download from LLM-Adapters
+    mtl-lora prepare commonsense --source DIR               read DIR/<task>/{train,test}.json instead
+    mtl-lora prepare commonsense --merged commonsense_170k.json    tag that file, in its own order
 
-The output is one JSON list, one example a line, in ASCII (other characters escaped), so that it reads the same under
-any locale: {instruction, input, output, answer, task_id}. An example's task is that of the file it came from. Examples
-stand in order of task id and then of their file, for training shuffles and a fixed order gives a fixed sha256.
+The output is a JSON list of {instruction, input, output, answer, task_id}, one example per line, in ASCII (other
+characters escaped), so that it reads the same under any locale. The task of an example is that of its source file.
+Examples are in order of task id and then in file order: training shuffles them, and a fixed order gives a fixed sha256.
 Test sets are copied byte for byte. Paths are relative to the current folder.
 """
 
@@ -25,18 +25,18 @@ from mtl_lora.language.tasks import COMMONSENSE, Task
 
 MANIFEST = Path(__file__).with_name("commonsense.json")
 SPLITS = ("train", "test")
-NAMED = 5  # the number of examples without a task that an error names; the others are counted
+NAMED = 5  # the number of examples without a task that an error lists; the others are only counted
 
 
 @dataclasses.dataclass
 class Prepare(Config):
     """Where the files come from, and where the data set goes."""
 
-    source: str | None = flag(None, "folder with <task>/{train,test}.json to take; none: download")
+    source: str | None = flag(None, "folder with <task>/{train,test}.json to read; none: download")
     output: str = flag("commonsense_170k_taskid.json", "training file to write", place=True)
     test_dir: str = flag("data/commonsense/test", "folder for <task>/test.json", place=True)
-    merged: str | None = flag(None, "commonsense_170k.json to tag by exact instruction; none: merge the files")
-    allow_partial: bool = flag(False, "write what an incomplete source has, instead of refusing it")
+    merged: str | None = flag(None, "commonsense_170k.json to tag by exact instruction; none: merge the task files")
+    allow_partial: bool = flag(False, "write what an incomplete or inexact source has, instead of refusing it")
     download_dir: str = flag("data/commonsense/source", "folder where downloads are kept", place=True)
     base_url: str | None = flag(None, "address of a mirror that holds the manifest's paths; none: GitHub")
     manifest: str = flag(str(MANIFEST), "JSON file with path, number of examples and hashes of each file")
@@ -48,18 +48,18 @@ class Prepare(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Expected(RemoteFile):
-    """A file of the repository and its number of examples."""
+    """A file of the repository, with its number of examples."""
 
     records: int
 
     def difference(self, records: int, blob: str) -> str:
-        """The number of examples and the bytes that were found, beside those expected."""
+        """Say how many examples and which git blob were found, and which were expected."""
         return f"{records:,} of {self.records:,} examples, git blob {blob} instead of {self.git_blob_sha1}"
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One file of the source as it was found; without a file ``blob`` and ``records`` are empty."""
+    """One file of the source as found; ``blob`` and ``records`` are empty if it is missing."""
 
     task: Task
     split: str
@@ -78,7 +78,7 @@ class SourceFile:
         return "partial" if len(self.records) < self.expected.records else "inexact"
 
     def describe(self) -> str:
-        """What was expected and found, for messages."""
+        """The state of the file for messages, with what was expected and found."""
         name, expected = f"{self.task.name}/{self.path.name}", self.expected
         if self.state == "missing":
             return f"{name} is missing ({expected.records:,} examples)"
@@ -122,20 +122,20 @@ def run(config: Prepare) -> None:
 
 
 def load_manifest(path: str | Path) -> tuple[str, Expected, dict[str, Expected]]:
-    """(address of the files, the merged file, each file by its place in the source); raises ``UserError``."""
+    """(address of the files, the merged file, each file by its path in the source); raises ``UserError``."""
     value = read_json(path, "the manifest")
     try:
         entries = {f"{task.name}/{split}": value["tasks"][task.name][split] for task in COMMONSENSE for split in SPLITS}
         files = {f"{name}.json": Expected.from_json(entry, name) for name, entry in entries.items()}
         return github_raw(value["repository"], value["commit"]), Expected.from_json(value["merged"], "merged"), files
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"the manifest {path} must be laid out as {MANIFEST}; missing or wrong: {error}") from None
+        raise UserError(f"the manifest {path} must have the layout of {MANIFEST}; missing or wrong: {error}") from None
 
 
 def read_source(folder: Path, files: dict[str, Expected]) -> list[SourceFile]:
     """Read every task's train and test file, in order of task id; raises ``UserError``.
 
-    Where train.json is absent, train_partial.json stands in for it: its state is then ``partial``.
+    If train.json is missing, train_partial.json is read in its place; its state is then ``partial``.
     """
     if not folder.is_dir():
         raise UserError(f"the source {folder} is not a folder; pass the one with <task>/train.json and test.json")
@@ -155,7 +155,7 @@ def read_source(folder: Path, files: dict[str, Expected]) -> list[SourceFile]:
 
 
 def tagged(value: object, index: int, path: Path, task: Task) -> dict:
-    """An example as training reads it, with its task's id; raises ``UserError`` naming the file and what is wrong."""
+    """Validate an example and add its task id; raises ``UserError`` naming the file and the fault."""
     example = parse_example(value, index, str(path), COMMONSENSE, task.name, closed=True)
     expected = task.answer_prefix + example.answer
     if example.output != expected:
@@ -164,10 +164,10 @@ def tagged(value: object, index: int, path: Path, task: Task) -> dict:
 
 
 def tag_by_lookup(path: Path, train: list[SourceFile]) -> tuple[list[dict], list[str]]:
-    """Tag a merged file's examples, each by the task whose training file holds the very same instruction.
+    """Tag each example of a merged file with the task whose training file has exactly the same instruction.
 
-    Returns the tagged examples and the names (index, first words) of those that no task or several tasks hold. Raises
-    ``UserError`` for a wrong example.
+    Returns the tagged examples, and the names (index, first words) of those found in no task or in several. Raises
+    ``UserError`` for an invalid example.
     """
     task_of: dict[str, Task | None] = {}
     for source in train:
@@ -185,20 +185,20 @@ def tag_by_lookup(path: Path, train: list[SourceFile]) -> tuple[list[dict], list
 
 
 def write(config: Prepare, sources: list[SourceFile], records: list[dict]) -> str:
-    """Write the test sets, then the training file; returns the latter's sha256. Raises ``UserError``."""
+    """Write the test sets and the training file; returns the sha256 of the training file. Raises ``UserError``."""
     output, test_dir = Path(config.output), Path(config.test_dir)
     found = [source for source in sources if source.split == "test" and source.state != "missing"]
     tests = {test_dir / source.task.name / "test.json": source.path.read_bytes() for source in found}
     taken = [*tests, *(source.path for source in sources), *([Path(config.merged)] if config.merged else [])]
     if output.resolve() in [path.resolve() for path in taken]:
-        raise UserError(f"--output {output} is a test set or a file it is made from; choose another name")
+        raise UserError(f"--output {output} is a test set or a source file; choose another name")
     content = records_bytes(records)
     write_all({output: content} | tests)
     return sha256_of(content)
 
 
 def table(sources: list[SourceFile], records: list[dict]) -> str:
-    """One row a task: training examples written and test questions, each with the state of the file behind it."""
+    """One row per task: training examples written and test questions, each with the state of its source file."""
     written = collections.Counter(record["task_id"] for record in records)
     rows = [f"{'task':<14}{'id':>3}{'train':>10}  {'state':<8}{'test':>9}  state"]
     for train, test in zip(sources[::2], sources[1::2], strict=True):

