@@ -62,7 +62,7 @@ def _json_values(path: Path) -> list:
         if isinstance(value, list):
             return value
         # JSON lines of a single example, perhaps in a file with another ending.
-        if lines or (isinstance(value, dict) and value.keys() & {"instruction", "messages", "text"}):
+        if lines or (isinstance(value, dict) and value.keys() & {"instruction", "input", "messages", "text", "image"}):
             return [value]
         raise UserError(f"{path} must hold a JSON list of examples, not {type(value).__name__}")
     values = []
@@ -164,7 +164,7 @@ def refuse_slips(value: Mapping, field: str, where: str) -> None:
 
 def whole_number(value: object) -> object:
     """The int in a table cell that holds it as text (CSV) or as a float (a column with gaps); else the value itself."""
-    if isinstance(value, str) and re.fullmatch(r"(0|[1-9][0-9]{0,8})(\.0+)?", value):
+    if isinstance(value, str) and re.fullmatch(r"(0|-?[1-9][0-9]{0,8})(\.0+)?", value):
         return int(value.partition(".")[0])
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

@@ -126,6 +126,13 @@ def test_records_are_read_as_they_stand_in_order(load):
     assert second.text() == {"instruction": " É\u2028☃ ", "input": "some text", "context": ()}
 
 
+@pytest.mark.parametrize("name", ["instruction", "input"])
+def test_a_json_file_may_hold_one_line_of_one_example(load, name):
+    record = {"task": "boolq", "output": GOOD["output"].replace("answer1", "true")} | {name: "Is it?"}
+    (one,) = load(json.dumps(record).encode())
+    assert getattr(one, name) == "Is it?"
+
+
 def test_json_lines_hold_the_same_records_as_a_list(load):
     records = [GOOD, without(instruction="a\u2028b", output="line\nthe correct answer is answer1"), without(task_id=6)]
     raw = b"\n".join(json.dumps(record, ensure_ascii=False).encode() for record in records)

@@ -14,7 +14,7 @@ from report_cases import TUNED, assert_mistakes, changed, run_command
 from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, draw, look, write_figures
+from mtl_lora.report.figures import COLOURS, FORMATS, LINES, MARKERS, _numbered, draw, look, write_figures
 from mtl_lora.report.load import Study, Summary, Transfer, analysis_of, load_studies, log_of
 
 OF_A_STUDY = ["accuracy", "transfer", "training_loss", "mixture_mtl_lora", "similarity_mtl_lora"]
@@ -104,6 +104,10 @@ def test_a_figure_of_runs_says_where_their_questions_differ(write):
         (study,) = load_studies(folders)
         (drawing,) = draw(study)
         assert ("The runs differ in their questions" in drawing.caption) == said
+
+
+def test_a_name_with_a_number_is_not_given_twice():
+    assert _numbered(["glue", "glue_2", "glue", "glue"]) == ["glue", "glue_2", "glue_3", "glue_4"]
 
 
 def test_studies_of_one_name_do_not_replace_each_others_figures(tmp_path, capsys):

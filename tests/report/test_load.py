@@ -190,6 +190,12 @@ def test_single_runs_stand_side_by_side_under_different_names(write):
     assert [experiment.estimate("first").mean for experiment in study.experiments] == [0.5, 0.6]
 
 
+def test_a_results_file_is_that_evaluation_alone(write, tmp_path):
+    write(BASE, "run"), write({**TUNED, "mode": "score"}, "run/evaluation")
+    assert [each.name for each in load_run(tmp_path / "run" / "results.json").experiments] == ["base"]
+    assert len(load_run(tmp_path / "run").experiments) == 2
+
+
 def test_runs_of_other_tasks_do_not_stand_side_by_side(write):
     other = changed(BASE, task_set={"tasks": [{"name": "first", "id": 0}]}, tasks__second=..., data={"first": "a"})
     with pytest.raises(UserError, match="first, second"):

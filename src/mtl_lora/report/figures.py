@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import math
 import re
 import statistics
@@ -106,8 +107,11 @@ def look(index: int) -> dict:
 
 def _numbered(names: Sequence[str]) -> list[str]:
     """Return the names, with ``_2`` and so on appended to repeated ones."""
-    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    return [f"{name}_{count}" if count > 1 else name for name, count in zip(names, counts, strict=True)]
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        found.append(next(each for each in itertools.chain([name], numbered) if each not in found))
+    return found
 
 
 def _slug(text: str) -> str:

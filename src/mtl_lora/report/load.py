@@ -310,7 +310,7 @@ def load_run(path: str | Path) -> Study:
     unused = reader.read(list, training.pop("unused_settings", []), "unused_settings")
     settings = reader.read(dict, training.get("settings", {}), "settings")
     training |= {"settings": {key: value for key, value in settings.items() if key not in unused}}
-    found = Results.load_all(folder, needed=False)
+    found = Results.load_all(path, needed=False)
     facts = {f"evaluation {each.mode}" if len(found) > 1 else "evaluation": each.to_json() for each in found}
     facts |= {"training": training, "adapter": adapter or (found[0].adapter if found else None)}
     if not found:
