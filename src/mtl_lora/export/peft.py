@@ -269,7 +269,7 @@ def _write_task(
         own = {"r": factors.A.shape[0], "lora_alpha": alpha, "use_dora": factors.magnitude is not None}
         if settings not in ({}, own):
             found = f"{name} has {own} and {next(iter(layers))} has {settings}"
-            raise UserError(f"PEFT stores one rank, alpha and use_dora for all layers, but {found}; pass --as lora --rank R")
+            raise UserError(f"PEFT stores one rank and scale for all layers, but {found}; pass --as lora --rank R")
         settings = own
     folder.mkdir()
     error = None if rank is None else math.sqrt(lost / whole) if whole else 0.0
