@@ -98,7 +98,7 @@ class BaseModel:
     trust_remote_code: whether the model's own code may run. kind: a key of ``KINDS``. An ``encoder`` is loaded as its
     sequence-classification class: the weights below ``base_model_prefix``, including BERT's pooler, must all be in the
     files; the head need not be. A decoder that has such a class is accepted too. A ``vision`` model is an image-only
-    model, or the vision tower of a model that has one (CLIP, SigLIP). Every method raises ``UserError`` with one
+    model, or the vision tower of a model that has one (CLIP, SigLIP). Methods raise ``UserError`` with one
     sentence for a model that is missing, gated or of another kind.
     """
 

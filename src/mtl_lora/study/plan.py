@@ -78,7 +78,7 @@ class PlannedJob:
 
     @property
     def state(self) -> "State | None":
-        """The saved state; None if the job was not started before, or was with another configuration.
+        """The saved state; None if the job was never started with this configuration.
 
         If only the evaluation's configuration differs, the state is that of a job whose training alone is done.
         """
