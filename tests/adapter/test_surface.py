@@ -724,7 +724,7 @@ def test_a_base_of_another_class_is_not_loaded_in_its_place(tiny_base, tmp_path)
     config = adapter_config(target_modules=["q_proj"])
     model = mtl_lora.inject(LlamaForSequenceClassification.from_pretrained(tiny_base, num_labels=2), config)
     mtl_lora.save(model, tmp_path)
-    with pytest.raises(UserError, match=r"a LlamaForCausalLM, .* is of a LlamaForSequenceClassification: load that"):
+    with pytest.raises(UserError, match=r"a LlamaForCausalLM, .* to a LlamaForSequenceClassification: load that"):
         mtl_lora.load(tmp_path)
 
 

@@ -353,7 +353,7 @@ def test_original_checkpoint_that_does_not_fit_names_the_tensor(refused_original
 
 def test_number_of_tasks_must_be_the_files(refused_original, original, tmp_path):
     sentence = refused_original(original, tasks_file=tasks_file(tmp_path, FOUR))
-    assert "has 8 tasks and not the 4 of tides, maps, birds, rivers; pass --tasks_file" in sentence
+    assert "has 8 tasks, not the 4 of tides, maps, birds, rivers; pass --tasks_file" in sentence
 
 
 class Trap:
@@ -368,7 +368,7 @@ class Trap:
 
 def test_code_in_an_original_checkpoint_is_never_run(refused_original, original, tmp_path):
     sentence = refused_original({**original, "trap": Trap(tmp_path / "ran")})
-    assert "adapter.bin cannot be read as a file of tensors alone" in sentence
+    assert "adapter.bin cannot be read as a file of tensors only" in sentence
     assert not (tmp_path / "ran").exists()
 
 

@@ -126,7 +126,7 @@ def test_quantised_base_is_refused(refused, bases, tmp_path, edit_json):
     checkpoint = save_adapter(str(base), tmp_path / "checkpoint", "mtl_lora")
     edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     sentence = refused("merge", checkpoint=checkpoint, task="maps")
-    assert "is quantised and cannot take the adapter into its weights" in sentence
+    assert "is quantised, so the adapter cannot be merged into its weights" in sentence
 
 
 def test_what_transformers_does_not_write_is_one_sentence(refused, checkpoints, monkeypatch):

@@ -297,7 +297,7 @@ def test_a_card_says_how_answers_are_written_and_which_class_loads_the_base(chec
         return model_card(task, config, "own/base", 3, None)
 
     mood, free = written("mood", "LlamaForCausalLM"), written("free", "T5ForConditionalGeneration")
-    assert "An answer is one of `'happy'`, `'sad'`. It stands behind `'the correct answer is '`." in mood
+    assert "An answer is one of `'happy'`, `'sad'`. It follows `'the correct answer is '`." in mood
     assert repr("How is it?\n\n{text}") in mood and "pipeline_tag: text-generation" in mood
     assert "An answer is" not in free and "pipeline_tag" not in free and "AutoModelFor" not in free
     assert "import T5ForConditionalGeneration, AutoTokenizer" in free
@@ -318,7 +318,7 @@ def test_results_count_if_they_are_of_the_same_weights(checkpoint, tmp_path, ref
     write_results(checkpoint / "evaluation", checkpoint, "0" * 64)
     assert "Result on maps: not measured." in card(export_peft(checkpoint, tmp_path / "own", ["maps"])[0])
     results = checkpoint / "evaluation" / "results.json"
-    assert "is not of this checkpoint's weights" in refused("peft", checkpoint=checkpoint, results=results)
+    assert "does not belong to this checkpoint's weights" in refused("peft", checkpoint=checkpoint, results=results)
     write_results(tmp_path / "named", checkpoint)
     for index, path in enumerate((tmp_path / "named", tmp_path / "named" / "results.json")):
         assert "62.5 %" in card(export_peft(checkpoint, tmp_path / str(index), ["maps"], results=path)[0])

@@ -280,7 +280,7 @@ def test_a_peft_folder_may_hold_embeddings_too(evaluate, tiny_base, tmp_path):
 def test_a_base_with_a_peft_adapter_in_its_folder_is_no_base_model_alone(evaluate, of_peft, tiny_base, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     shutil.copytree(of_peft, base, dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"holds a PEFT adapter too.*move adapter_config.json"):
+    with pytest.raises(UserError, match=r"holds a PEFT adapter.*move adapter_config.json"):
         evaluate("out", checkpoint=None, base_model=str(base), tasks=FEW)
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints for other programs and from them: PEFT LoRA per task, merged models, imports; see docs/export.md."""
+"""Export checkpoints to other programs (a PEFT LoRA per task, merged models) and import theirs; see docs/export.md."""

@@ -14,19 +14,20 @@ from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
 
 @dataclasses.dataclass(kw_only=True)
 class Command(Config):
-    """What every command has. home: ``module:function``, imported once the flags are checked, since it needs torch.
+    """The flags that every export command has, and how it runs.
 
-    The function's arguments are the flags, but for a ``BaseModel`` and a ``TaskSet`` in place of what names them.
+    home: ``module:function``, imported after the flags are checked, since it needs torch. The function takes the flags
+    as arguments, except that the base model and the tasks file are passed as a ``BaseModel`` and a ``TaskSet``.
     """
 
     home = ""
-    base_model: str | None = flag(None, "name or folder of the base model; none: the one that is recorded")
+    base_model: str | None = flag(None, "name or folder of the base model; none: the recorded one")
     output: str = flag(REQUIRED, "folder to write; it appears complete or not at all")
     overwrite: bool = flag(False, "replace an earlier output of this command; False: refuse a folder that is not empty")
-    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
+    trust_remote_code: bool = flag(False, "run model code from the base model's repository")
 
     def run(self) -> list[Path]:
-        """Do the work; returns the folders that were written. Raises ``UserError``."""
+        """Run the command and return the folders that it wrote. Raises ``UserError``."""
         from mtl_lora.base_model import BaseModel
 
         module, _, function = self.home.partition(":")
@@ -49,10 +50,10 @@ class ExportPeft(Command):
     home = "mtl_lora.export.peft:export_peft"
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
     tasks: list[str] = flag([], "tasks to export, as a,b; empty: all")
-    results: str | None = flag(None, "results.json for the card; none: the checkpoint's own, if it is of its weights")
+    results: str | None = flag(None, "results.json for the card; none: the checkpoint's own, if of the same weights")
     form: str = flag(
         "exact",
-        "exact: what equals the adapter; lora: a plain LoRA of --rank, the closest to its update, with the error said",
+        "exact: an adapter equal to the trained one; lora: the closest plain LoRA of --rank, with its error stated",
         choices=("exact", "lora"),
         aliases=("as",),
     )
@@ -60,7 +61,7 @@ class ExportPeft(Command):
 
     def validate(self) -> None:
         if (self.form == "lora") != (self.rank is not None):
-            raise UserError("--as lora and --rank R go together: the adapter as the closest plain LoRA of rank R")
+            raise UserError("--as lora and --rank R go together: they export the closest plain LoRA of rank R")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,7 +71,7 @@ class ExportMerged(Command):
     home = "mtl_lora.export.merge:export_merged"
     checkpoint: str = flag(REQUIRED, "adapter folder of a training run")
     task: str | None = flag(
-        None, "the task; lora, dora and multilora of a language model are the same for every task and need none"
+        None, "the task; not needed for lora, dora and multilora on a language model, which are the same for all tasks"
     )
     dtype: str = flag("auto", f"dtype of the weights: {', '.join(DTYPES)}; auto: the base model's own", choices=DTYPES)
 
@@ -86,7 +87,7 @@ class ImportPeft(Command):
     num_B: int = flag(3, "number n of MTL-LoRA's up-projections")
     temperature: float = flag(0.1, "temperature tau of MTL-LoRA's mixture softmax(w_t / tau)")
     seed: int = flag(42, "fixes MTL-LoRA's mixture logits w", min=0, max=2**32 - 1)
-    template: str = flag("alpaca", "prompt template that it was trained with: alpaca, original or plain")
+    template: str = flag("alpaca", "prompt template that the LoRA was trained with: alpaca, original or plain")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -94,18 +95,18 @@ class ImportOriginal(Command):
     """Write a checkpoint with the weights of the original MTL-LoRA repository's checkpoint file."""
 
     home = "mtl_lora.export.importers:import_original"
-    file: str = flag(REQUIRED, "its checkpoint file (.bin or .pt); nothing but tensors is unpickled")
-    base_model: str = flag(REQUIRED, "name or folder of its base model")
+    file: str = flag(REQUIRED, "the original's checkpoint file (.bin or .pt); only tensors are unpickled")
+    base_model: str = flag(REQUIRED, "name or folder of the base model it was trained on")
     tasks_file: str | None = flag(None, "JSON file of the tasks; none: the eight commonsense tasks")
-    alpha: float = flag(16.0, "its lora_alpha, the numerator of the scale alpha / r")
-    temperature: float = flag(0.1, "temperature tau of its mixture softmax(w_t / tau)")
+    alpha: float = flag(16.0, "lora_alpha of the training, the numerator of the scale alpha / r")
+    temperature: float = flag(0.1, "temperature tau of the mixture softmax(w_t / tau)")
 
 
 COMMANDS = {"peft": ExportPeft, "merge": ExportMerged, "import-peft": ImportPeft, "import-original": ImportOriginal}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and print the folders that it wrote; a user's mistake is one sentence and exit code 2."""
+    """Run one command and print the folders that it wrote; a user error is one sentence and exit code 2."""
     with user_errors_to_exit_code():
         command = cli.parse_one_of("export", COMMANDS, sys.argv[1:] if arguments is None else arguments)
         if command:

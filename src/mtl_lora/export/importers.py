@@ -1,4 +1,4 @@
-"""Checkpoints with the weights of other programs: a plain PEFT LoRA, and the original MTL-LoRA repository's file."""
+"""Import the weights of other programs as a checkpoint: a plain PEFT LoRA, or the original repository's MTL-LoRA."""
 
 import math
 import re
@@ -23,15 +23,15 @@ from mtl_lora.language.tasks import TaskSet
 # ---- from PEFT ----
 
 PEFT_PICKLE = "adapter_model.bin"
-# Options of PEFT that are read here, or that do not change what a saved adapter computes.
+# Options of PEFT that are read here or do not change what a saved adapter computes.
 _READ_OR_IDLE = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode", "auto_mapping", "peft_version"),
     *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     *("runtime_config", "ensure_weight_tying"),
 }
-# Options with the values that keep an adapter a plain LoRA; every other option must be off. The initialisations that
-# are missing here change the base model's weights too.
+# Options and the values with which an adapter is a plain LoRA; every other option must be off. The initialisations
+# that are not listed also change the base model's weights.
 _PLAIN = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
@@ -54,13 +54,13 @@ def import_peft(
     template: str = "alpaca",
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint that equals a PEFT LoRA for each of ``tasks``.
+    """Write a checkpoint that equals a PEFT LoRA for each of ``tasks``, and return its folder.
 
-    method: ``lora``, or ``mtl_lora``: every B_i is the LoRA's B (their mixture weights sum to 1), Lambda_t is the
-    identity, and w is drawn by ``seed``, so that the B_i diverge once training resumes. num_B, temperature: MTL-LoRA's.
-    base_model: None for the recorded one. template: name of the prompt template it was trained with. Raises
-    ``UserError`` for a pickle, an option beyond a plain LoRA, a tensor of another name or shape, and layers that the
-    base model does not have.
+    method: ``lora``, or ``mtl_lora``: every B_i is the LoRA's B (the mixture weights sum to 1), Lambda_t is the
+    identity, and w is drawn at random from ``seed``, so that the B_i diverge when training continues. num_B and
+    temperature: of MTL-LoRA only. base_model: None for the recorded one. template: name of the prompt template that the
+    LoRA was trained with. Raises ``UserError`` for a pickle, an option beyond a plain LoRA, a tensor with an unexpected
+    name or shape, and layers that the base model does not have.
     """
     encode.template(template)
     folder = Path(peft)
@@ -75,7 +75,7 @@ def import_peft(
 
 
 def recorded_base(peft: str | Path) -> BaseModel:
-    """The base model that a PEFT configuration records; raises ``UserError`` if it records none."""
+    """Return the base model that a PEFT configuration records; raises ``UserError`` if it records none."""
     name = _read_options(Path(peft)).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(f"{Path(peft) / artifacts.PEFT_CONFIG} does not record its base model; pass --base_model")
@@ -83,7 +83,7 @@ def recorded_base(peft: str | Path) -> BaseModel:
 
 
 def _read_options(folder: Path) -> dict:
-    """``adapter_config.json``, checked to describe a plain LoRA."""
+    """Read ``adapter_config.json`` and check that it describes a plain LoRA."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass the folder of a PEFT LoRA")
     path = folder / artifacts.PEFT_CONFIG
@@ -92,8 +92,8 @@ def _read_options(folder: Path) -> dict:
         raise UserError(f"{path} does not describe a LoRA: its peft_type must be LORA")
     if options.get("task_type") not in (None, *_PLAIN["task_type"]):
         raise UserError(
-            f"{path} has the task_type {options['task_type']!r:.99}, and only a LoRA of a causal language model can be "
-            "imported; train an encoder anew with mtl-lora train --system nlu"
+            f"{path} has the task_type {options['task_type']!r:.99}, but only a LoRA of a causal language model can be "
+            "imported; train an encoder here with mtl-lora train --system nlu"
         )
     for key, value in options.items():
         if value and key not in _READ_OR_IDLE and value not in _PLAIN.get(key, ()):
@@ -107,7 +107,7 @@ def _read_options(folder: Path) -> dict:
 
 
 def _read_pairs(folder: Path, r: int) -> State:
-    """``<module>.lora_A`` (r, k) and ``<module>.lora_B`` (d, r) in float32."""
+    """Read the tensors ``<module>.lora_A`` (r, k) and ``<module>.lora_B`` (d, r) in float32."""
     path = folder / artifacts.PEFT_WEIGHTS
     if not path.is_file():
         if (folder / PEFT_PICKLE).is_file():
@@ -123,7 +123,7 @@ def _read_pairs(folder: Path, r: int) -> State:
 
 
 def _mtl_lora_state(pairs: State, adapter: AdapterConfig, seed: int) -> State:
-    """The MTL-LoRA that equals the LoRA ``pairs`` for every task."""
+    """Return the weights of an MTL-LoRA that equals the LoRA ``pairs`` for every task."""
     state: State = {}
     T, r, n = len(adapter.tasks), adapter.rank, adapter.num_B
     with torch.random.fork_rng(devices=[]):
@@ -154,10 +154,10 @@ def import_original(
 ) -> Path:
     """Write a checkpoint with the weights of the original repository's MTL-LoRA (github.com/pUmpKin-Co/MTL-LoRA).
 
-    Rank, up-projections, tasks and the form of Lambda_t follow from the shapes: lora_A (1, r, k), lora_lambdas
-    (T, r, r) or their diagonals (T, r), lora_B (n, d, r), lora_B_w (T, n). No file of the original holds alpha and
-    temperature. The prompt template is recorded as ``original``. Raises ``UserError`` naming the tensor that does not
-    fit.
+    The rank, the numbers of up-projections and tasks, and the form of Lambda_t follow from the shapes: lora_A
+    (1, r, k), lora_lambdas (T, r, r) or their diagonals (T, r), lora_B (n, d, r), lora_B_w (T, n). The original's files
+    do not hold alpha and temperature, so they are passed. The prompt template is recorded as ``original``. Returns the
+    checkpoint's folder; raises ``UserError`` naming the tensor that does not fit.
     """
     path = Path(file)
     tensors = _read_tensors(path)
@@ -167,8 +167,8 @@ def import_original(
     sizes = _check_tensors(path, tensors, shapes)
     if len(tasks) != sizes["T"]:
         raise UserError(
-            f"{path} has {sizes['T']} tasks and not the {len(tasks)} of {', '.join(tasks.names)}; "
-            "pass --tasks_file with its tasks in id order"
+            f"{path} has {sizes['T']} tasks, not the {len(tasks)} of {', '.join(tasks.names)}; "
+            "pass --tasks_file with the file's tasks in id order"
         )
     state: State = {}
     for name in _modules(tensors):
@@ -181,25 +181,28 @@ def import_original(
 
 
 def _read_tensors(path: Path) -> State:
-    """The file's tensors in float32 by ``<module>.<weight>``, without the prefixes that wrappers add."""
+    """Read the file's tensors in float32, by ``<module>.<weight>`` without the prefixes that wrappers add."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; pass the checkpoint file of the original repository")
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises half a dozen kinds for bytes that are not tensors
+    except Exception as error:  # for bytes that are not tensors torch raises half a dozen kinds of errors
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be read as a file of tensors alone ({reason})") from None
+        raise UserError(f"{path} cannot be read as a file of tensors only ({reason})") from None
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds a {type(value).__name__}; it must hold tensors by name")
     about = "not a weight of the original's MTL-LoRA: lora_A, lora_lambdas, lora_B and lora_B_w of linear layers"
     return _renamed(path, value, _ORIGINAL_TENSOR, about)
 
 
-# ---- both ----
+# ---- shared by both imports ----
 
 
 def _renamed(path: Path, tensors: dict, pattern: re.Pattern, about: str) -> State:
-    """Tensors in float32 by the pattern's ``<module>.<weight>``; raises ``UserError`` for one that is ``about``."""
+    """Return the tensors in float32, named by the pattern's ``<module>.<weight>``.
+
+    Raises ``UserError`` for a tensor that does not match; ``about`` is what the message calls it.
+    """
     found: State = {}
     for name, tensor in tensors.items():
         match = pattern.fullmatch(str(name))
@@ -214,9 +217,10 @@ def _modules(tensors: State) -> list[str]:
 
 
 def _check_tensors(path: Path, tensors: State, shapes: dict[str, tuple[int | str, ...]]) -> dict[str, int]:
-    """Raise ``UserError`` naming a tensor of ``shapes`` that a module lacks or has in another shape.
+    """Raise ``UserError`` naming a tensor that a module lacks or has in another shape than ``shapes`` allows.
 
-    A letter in a shape stands for any size from 1, which all modules share but for k and d; returns these sizes.
+    A letter in a shape stands for any size from 1. The sizes r, T and n must be the same in all modules and are
+    returned; k and d may differ.
     """
     if not tensors:
         raise UserError(f"{path} holds no tensors")
@@ -243,16 +247,16 @@ def _write_checkpoint(
     source: Path,
     overwrite: bool,
 ) -> Path:
-    """Write ``state`` as a checkpoint whose targets are the layers in it; they must fit a base model that is known."""
+    """Write ``state`` as a checkpoint that targets the layers in it; they must fit the base model if that is known."""
     sizes, base = layer_sizes(adapter, state), structure_if_known(base_model)
     targets = targets_for(sizes, base)
     adapter.target_modules = list(sizes)
     try:
-        # On the meta device this compares names, shapes and dtypes, and copies nothing.
+        # On the meta device this only compares names, shapes and dtypes; nothing is copied.
         model = inject(base or stand_in(sizes), adapter)
         checkpoint.load_state(model, state, str(source))
     except UserError as error:
-        raise UserError(f"{error}; pass the --base_model of {source}, which {base_model.name!r} is not") from None
+        raise UserError(f"{error}; {base_model.name!r} is not the base model of {source}: pass --base_model") from None
     model.mtl_lora_config.target_modules = targets
     fingerprint = base_model.local_fingerprint()
     provenance = checkpoint.Provenance(base_model.lasting_name, fingerprint, template, task_set=tasks.to_json())

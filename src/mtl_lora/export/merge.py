@@ -1,4 +1,4 @@
-"""A plain model folder for one task: the adapter merged into the base model's weights, its tokenizer beside it."""
+"""Export a plain model folder for one task: the adapter merged into the base model's weights, and the tokenizer."""
 
 import sys
 from pathlib import Path
@@ -16,10 +16,10 @@ from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors, quie
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.export.model_card import model_card, read_scores
 from mtl_lora.export.peft import CARD_NAME, base_for, check_task, load_base, tasks_of_heads
-from mtl_lora.export.peft import recorded_base as recorded_base  # the command asks this module for it
+from mtl_lora.export.peft import recorded_base as recorded_base  # the command calls it on this module
 from mtl_lora.nlu.model import single_task
 
-# What transformers writes for a model and its tokenizer.
+# The files that transformers writes for a model and its tokenizer.
 FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "*.py"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
@@ -37,13 +37,14 @@ def export_merged(
     dtype: str = "auto",
     overwrite: bool = False,
 ) -> Path:
-    """Write the model that equals the adapter for ``task``, for ``AutoModelForCausalLM.from_pretrained``, or of an
-    encoder ``AutoModelForSequenceClassification``, with the task's head and a model card.
+    """Write a plain model that equals the base model with the adapter for ``task``, and return its folder.
 
-    task: may be None for a method that is the same for every task, on a language model. base_model: None for the
-    recorded one. dtype: ``auto`` is the base model's own, so that the files do not depend on the machine. Raises
-    ``UserError`` for a method without factors, an unknown task, a quantised base, another base, a damaged checkpoint,
-    an ``output`` in use, and a merged weight that its dtype cannot hold.
+    ``AutoModelForCausalLM.from_pretrained`` loads it; for an encoder ``AutoModelForSequenceClassification`` does, with
+    the task's head, and a model card lies beside it. task: may be None on a language model if the method is the same
+    for every task. base_model: None for the recorded one. dtype: ``auto`` is the base model's own, so that the files do
+    not depend on the machine. Raises ``UserError`` for a method without factors, an unknown task, a quantised base
+    model, a base model other than the one trained on, a damaged checkpoint, an ``output`` in use, and a merged weight
+    that its dtype cannot hold.
     """
     quiet_deepspeed()
     config = read_config(checkpoint)
@@ -51,8 +52,8 @@ def export_merged(
     method.require_factors()
     heads = tasks_of_heads(config)
     if task is None and (heads or method.needs_task_ids):
-        about = "a head of" if heads else "weights of"
-        raise UserError(f"{method.title} has {about} each task; pass --task, one of {', '.join(adapter.tasks)}")
+        own = "a head" if heads else "weights"
+        raise UserError(f"{method.title} has {own} for each task; pass --task, one of {', '.join(adapter.tasks)}")
     if task is not None:
         check_task(adapter.tasks, task)
     base_model = base_for(checkpoint, config, base_model)
@@ -64,7 +65,7 @@ def export_merged(
     read_weights(checkpoint, config)
     if getattr(base_model.config(), "quantization_config", None):
         raise UserError(
-            f"the base model {base_model.name!r} is quantised and cannot take the adapter into its weights; pass "
+            f"the base model {base_model.name!r} is quantised, so the adapter cannot be merged into its weights; pass "
             "--base_model with the model it was quantised from, or export with the peft command"
         )
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.fingerprint(), checkpoint)
@@ -73,13 +74,13 @@ def export_merged(
     for note in config.provenance_config.untrained_note([task]):
         print(note, file=sys.stderr)
     base = load_base(base_model, config, STORED if dtype == "auto" else dtype, in_4bit)
-    # What was trained on 4 bits belongs to the weights that these stand for, not to those that they were made of.
+    # An adapter trained on 4-bit weights fits their dequantised values, not the weights that they were quantised from.
     model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)
     if heads:
         single_task(model, task)
     else:
         mtl_lora.merge(model, task)
-    for name, weight in model.named_parameters():  # those beside the adapter's layers too
+    for name, weight in model.named_parameters():  # also those outside the adapter's layers
         require_finite(name.removesuffix(".weight"), weight)
     with files.atomic_directory(output, written, overwrite, inputs) as folder:
         try:
@@ -98,8 +99,8 @@ def export_merged(
 
 
 def _save_tokenizer(base_model: BaseModel, folder: Path) -> None:
-    """The base model's own tokenizer, unchanged: the pad rule is for programs that need to pad."""
-    # Without its files transformers invents an empty tokenizer for some architectures.
+    """Write the base model's own tokenizer, unchanged: the pad rule is for programs that need to pad."""
+    # Without tokenizer files transformers makes up an empty tokenizer for some architectures.
     if not any(cached_path(base_model.path, name) for name in TOKENIZER_FILES):
         print(f"note: no tokenizer was written, since the base model {base_model.name!r} has none", file=sys.stderr)
         return

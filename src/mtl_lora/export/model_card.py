@@ -27,23 +27,23 @@ from mtl_lora.systems import part
 from mtl_lora.version import __version__
 
 NOT_MEASURED = "not measured"
-# Training flags without a row of their own: other rows state them, or they are a path of the machine that trained.
+# Training flags without a row of their own: another row states them, or they are paths on the training machine.
 _WITHOUT_ROW = {"base_model", "adapter_name", "lambda_num", "use_rslora", "template", "cutoff_len", "deepspeed"}
 _WITHOUT_ROW |= {"trust_remote_code"}
 _PIPELINES = {"AutoModelForSequenceClassification": "text-classification", "AutoModelForCausalLM": "text-generation"}
 
 
 def read_scores(checkpoint: str | Path, config: CheckpointConfig, results: str | Path | None) -> dict[str, str]:
-    """A sentence with the result of each task, from a results file of exactly these weights; empty without one.
+    """Return each task's result in words, from a results file of exactly these weights; empty without such a file.
 
-    results: a results file or its folder; None: the evaluation in the checkpoint's folder, ignored where it is of
-    other weights. Raises ``UserError`` for a named file of other weights and for a file that is not a results file.
+    results: a results file or its folder; None: the evaluation in the checkpoint's folder, ignored if it is of other
+    weights. Raises ``UserError`` for a ``results`` of other weights and for a file that is not a results file.
     """
     path = Path(results) if results else Path(checkpoint) / artifacts.EVALUATION
     measured = Results.load_all(path, needed=results is not None)
     own = [each for each in measured if (each.adapter or {}).get("weights_sha256") == config.weights_sha256]
     if results and not own:
-        raise UserError(f"the results file {path} is not of this checkpoint's weights; evaluate {checkpoint} again")
+        raise UserError(f"the results file {path} does not belong to this checkpoint's weights; evaluate {checkpoint}")
     tasks = dict.fromkeys(task for each in own for task in each.tasks)
     return {task: "; ".join(_score(each, task) for each in own if task in each.tasks) for task in tasks}
 
@@ -58,8 +58,11 @@ def _score(results: Results, task: str) -> str:
 
 
 def task_type(base_class: str | None) -> str | None:
-    """What PEFT calls the task of a class of transformers: by it PEFT chooses its own class. CAUSAL_LM of one that is
-    not known, and of models of images and text that predict the next token; None where PEFT has no name."""
+    """Return PEFT's task type of a transformers class, by which PEFT chooses its own class.
+
+    An unknown class, and a model of images and text that predicts the next token, is a CAUSAL_LM; None if PEFT has no
+    name for the task.
+    """
     if base_class is None or not hasattr(transformers, base_class):
         return "CAUSAL_LM"
     if base_class in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
@@ -72,12 +75,12 @@ def task_type(base_class: str | None) -> str | None:
 
 
 def hub_name(base_model: str) -> str | None:
-    """The name if it is one on the hub: a folder's path means nothing elsewhere, and a card names no machine."""
+    """Return the name if it is a hub name, else None: a card must not contain a path, which means nothing elsewhere."""
     return base_model if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists() else None
 
 
 def error_text(error: float | None) -> str:
-    """What a truncated update lacks; empty for an exact one."""
+    """Return the relative error of a truncated update in words; empty for an exact one."""
     return "" if error is None else f", relative error of the update {error:.3g} (Frobenius norm, all layers)"
 
 
@@ -90,10 +93,11 @@ def model_card(
     error: float | None = None,
     pad_token_id: int | None = None,
 ) -> str:
-    """The README.md of one exported task, to be pushed to a hub as it is.
+    """Return the README.md of one exported task, which can be pushed to a hub unchanged.
 
-    rank: of the exported pair, or None for a merged model; score: see ``read_scores``; error: that of a truncated
-    update, None for an exact one; pad_token_id: what the base model's configuration lacks and batches need, or None.
+    rank: of the exported low-rank pair, or None for a merged model. score: see ``read_scores``. error: relative error
+    of a truncated update, None for an exact one. pad_token_id: the one that batches need and the base model's
+    configuration lacks, or None.
     """
     adapter, provenance = config.adapter_config, config.provenance_config
     method = layer_class(adapter.method)
@@ -110,14 +114,11 @@ def model_card(
     header += f"pipeline_tag: {_PIPELINES[auto]}\n" if auto in _PIPELINES else ""
     if rank is None:
         title, library = "a plain model", "transformers"
-        folded = "It is merged into the base model's weights"
+        form = "It is merged into the base model's weights"
     else:
         title, library = f"a PEFT adapter of rank {rank}{error_text(error)}", "peft"
-        equal = "low-rank pair that equals it" if error is None else "plain LoRA of this rank that is closest to it"
-        folded = (
-            f"It is folded into the {equal}, so that PEFT and every program that reads PEFT's format run it\n"
-            "without task ids"
-        )
+        pair = "a low-rank pair that equals it" if error is None else "the plain LoRA of this rank closest to it"
+        form = f"It is written as {pair}, so that PEFT and programs that read PEFT's format run it\nwithout task ids"
     measured = "" if error is None else " (of the adapter before it was truncated)"
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"""---
@@ -130,7 +131,7 @@ tags:
 # {task}: {method.title} as {title}
 
 One task of an adapter trained with {method.title}{paper}.
-{folded}. Written by mtl-lora {__version__} with
+{form}. Written by mtl-lora {__version__} with
 transformers {transformers.__version__} from the weights with sha256 `{config.weights_sha256}`.
 
 Result on {task}{measured}: {score or NOT_MEASURED}.
@@ -150,17 +151,17 @@ Result on {task}{measured}: {score or NOT_MEASURED}.
 
 
 def _about_task(task: Task) -> str:
-    """What an encoder's outputs mean, and by what they are measured."""
+    """Describe what an encoder's outputs mean, and its metric."""
     if task.is_regression:
         low, high = task.regression
-        outputs = f"A regression: the one logit is the number itself, in a range from {low:g} to {high:g}."
+        outputs = f"A regression: the only logit is the predicted number, in a range from {low:g} to {high:g}."
     else:
         outputs = f"Labels, in the order of the logits: {', '.join(f'{label!r}' for label in task.labels)}."
-    return f"\n{outputs} Measured by: {title_of(task.metric_name)}.\n"
+    return f"\n{outputs} Metric: {title_of(task.metric_name)}.\n"
 
 
 def _use(base_model: str, rank: int | None, auto: str, task: Task | None, pad_token_id: int | None) -> str:
-    """The code that loads a folder, to be copied; auto: the class of transformers that does."""
+    """Return the code that loads the folder, to be copied; auto: the transformers class that loads the model."""
     if rank is None:
         return f"""from transformers import {auto}, AutoTokenizer
 
@@ -173,13 +174,13 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")"""
     lines = [f'model = PeftModel.from_pretrained({auto}.from_pretrained(base), "this folder")']
     if task:
         facts = {"num_labels": task.outputs} | ({} if pad_token_id is None else {"pad_token_id": pad_token_id})
-        # PEFT's configuration has no place for these.
+        # PEFT's configuration cannot hold these.
         if task.is_regression:
             facts["problem_type"] = "regression"
         else:
             facts["id2label"] = dict(enumerate(task.labels))
             facts["label2id"] = {label: index for index, label in enumerate(task.labels)}
-        facts["ignore_mismatched_sizes"] = True  # the base model may bring a head of its own
+        facts["ignore_mismatched_sizes"] = True  # the base model may have a head of its own
         lines = [f"model = {auto}.from_pretrained(", "    base,"]
         lines += [f"    {name}={value!r}," for name, value in facts.items()]
         lines += [")", 'model = PeftModel.from_pretrained(model, "this folder")']
@@ -193,7 +194,7 @@ tokenizer = AutoTokenizer.from_pretrained(base)"""
 
 
 def _prompt(name: str | None) -> str:
-    """The prompt that the adapter was trained with, byte for byte."""
+    """Return the section with the prompt that the adapter was trained with, byte for byte."""
     if name is None:
         return ""
     if name == CHAT:
@@ -204,10 +205,10 @@ def _prompt(name: str | None) -> str:
 
 
 def _answers(task: LanguageTask) -> str:
-    """How the answers are written that the adapter was trained on, of a task that declares that."""
+    """Describe how the answers in the training data are written, if the task declares it; else empty."""
     parts = [f"An answer is one of {', '.join(f'`{option!r}`' for option in task.options)}."] if task.options else []
     if task.options and task.answer_prefix:
-        parts.append(f"It stands behind `{task.answer_prefix!r}`.")
+        parts.append(f"It follows `{task.answer_prefix!r}`.")
     if task.question:
         parts.append(f"The instruction of a text is `{task.instruction_of('{text}')!r}`.")
     return f"\n{' '.join(parts)}\n" if parts else ""

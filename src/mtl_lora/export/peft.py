@@ -1,4 +1,4 @@
-"""One PEFT LoRA folder per task: the result of ``layer.factors(task)`` under PEFT's names."""
+"""Export a checkpoint as one PEFT LoRA folder per task: the factors of every layer under PEFT's names."""
 
 import copy
 import dataclasses
@@ -44,21 +44,21 @@ def export_peft(
     rank: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write ``<output>/<task>/`` for each of ``tasks`` (None or empty: all); returns the folders.
+    """Write a PEFT LoRA to ``<output>/<task>/`` for each of ``tasks`` (None or empty: all), and return the folders.
 
-    Needs the checkpoint and the base model's configuration, no weights of the base. base_model: None for the recorded
-    one. A method that is the same for every task gets a folder per task too: prompt and result of a task then stand
-    beside its weights. form: ``exact``, or ``lora``: the plain LoRA of ``rank`` that is closest to the adapter's update
-    (which for DoRA needs the base's weights). What serves all folders in vLLM, or why it would not, is printed on
-    stderr. Of an encoder each folder holds the task's head too, which gives the numbers of a regression's range. Raises
-    ``UserError`` for a method without factors, modules saved whole that PEFT cannot hold, an unknown task, a damaged
-    checkpoint, another base model, and an ``output`` in use.
+    Needs the checkpoint and the base model's configuration, but not its weights. base_model: None for the recorded one.
+    form: ``exact``, or ``lora`` for the plain LoRA of ``rank`` that is closest to the adapter's update; for DoRA that
+    needs the base model's weights. A method that is the same for every task also gets a folder per task, so that the
+    task's prompt and result lie beside the weights. An encoder's folder holds the task's head too; that of a regression
+    outputs numbers in the task's range. Prints to stderr the command that serves all folders in vLLM, or why vLLM
+    cannot. Raises ``UserError`` for a method without factors, modules saved whole that PEFT cannot hold, an unknown
+    task, a damaged checkpoint, a base model other than the one trained on, and an ``output`` in use.
     """
     config = read_config(checkpoint)
     method = layer_class(config.adapter_config.method)
     method.require_factors()
     if not method.adapts:
-        raise UserError(f"{checkpoint} has no adapter that PEFT could hold; use the merge command")
+        raise UserError(f"{checkpoint} has no adapter to export to PEFT; use the merge command")
     names = choose_tasks(config.adapter_config.tasks, tasks)
     base_model = base_for(checkpoint, config, base_model)
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.local_fingerprint(), checkpoint)
@@ -68,7 +68,7 @@ def export_peft(
     base = encoder.structure(base_model, head_tasks) if head_tasks else structure_if_known(base_model)
     saved_names, saved = saved_modules(checkpoint, config, base)
     if form == "lora" and saved and not head_tasks:
-        raise UserError(f"{checkpoint} has modules saved whole, which no plain LoRA holds; use the merge command")
+        raise UserError(f"{checkpoint} has modules saved whole, which a plain LoRA cannot hold; use the merge command")
     heads = encoder.task_heads(base) if head_tasks else {}
     adapter = adapter_without_base(checkpoint, config, base)
     if form == "lora" and config.adapter_config.method == "dora":
@@ -77,7 +77,7 @@ def export_peft(
     layers = adapter_layers(adapter)
     shared = {"base_model_name_or_path": base_model.lasting_name, "modules_to_save": saved_names}
     kind = task_type(config.provenance_config.base_class)
-    # Of a classifier PEFT reads the head from the folder too.
+    # For a classifier's task type PEFT also reads the head from the folder, so it is named only if one is saved.
     shared["task_type"] = kind if saved_names or kind not in ("SEQ_CLS", "TOKEN_CLS") else None
     pad_token_id = None
     if head_tasks:
@@ -86,56 +86,57 @@ def export_peft(
         if getattr(plain.config, "pad_token_id", None) != base.config.pad_token_id:
             pad_token_id = base.config.pad_token_id
     shared["target_modules"] = targets_for(layers, plain if head_tasks else base)
-    said = config.provenance_config.untrained_note(names)
+    messages = config.provenance_config.untrained_note(names)
     with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder:
         for name in names:
             task = None if name == FOR_ALL and not config.adapter_config.tasks else name
-            whole = of_task(saved, heads, name) if head_tasks else saved
-            found, error = _write_task(folder / name, layers, task, whole, shared, rank)
+            modules = of_task(saved, heads, name) if head_tasks else saved
+            found, error = _write_task(folder / name, layers, task, modules, shared, rank)
             card = model_card(name, config, base_model.name, found["r"], scores.get(name), error, pad_token_id)
             files.write_text(folder / name / CARD_NAME, card)
-            said.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
+            messages.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
     closest_lora.cache_clear()
     folders = [Path(output) / name for name in names]
     if shared["task_type"] == "CAUSAL_LM":
-        said.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))
-    print(*said, sep="\n", file=sys.stderr)
+        messages.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))
+    print(*messages, sep="\n", file=sys.stderr)
     return folders
 
 
-_LARGE = 1024  # sides from which singular values are found by random projections, for all of them take hours
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.11 and later take as --max-lora-rank
+_LARGE = 1024  # above this side length singular values are found by random projections; computing all takes hours
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank in vLLM 0.11 and later
 
 
 def serving(base_model: BaseModel, folders: list[Path], rank: int, dora: bool, saved: list[str] | None) -> str:
-    """The command that serves the folders in vLLM, or why it would refuse them and what to do."""
+    """Return the command that serves the folders in vLLM, or a sentence on why vLLM refuses them and what to do."""
     reasons = ["DoRA"] * dora + [f"modules beside the LoRA ({', '.join(saved or [])})"] * bool(saved)
     reasons += [f"a rank above {VLLM_RANKS[-1]}"] * (rank > VLLM_RANKS[-1])
     if reasons:
         way_out = "use the merge command" if saved else "export with --as lora --rank R, or use the merge command"
-        return f"vLLM does not take {' and '.join(reasons)}: to serve this there, {way_out}"
+        return f"vLLM does not support {' and '.join(reasons)}: to serve this adapter there, {way_out}"
     most = next(each for each in VLLM_RANKS if each >= rank)
     words = ["vllm", "serve", base_model.path, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules"]
     return shlex.join([*words, *(f"{folder.name}={folder}" for folder in folders)])
 
 
 def recorded_base(checkpoint: str | Path) -> BaseModel:
-    """The base model that a checkpoint records; raises ``UserError`` if it records none."""
+    """Return the base model that a checkpoint records; raises ``UserError`` if it records none."""
     return base_for(checkpoint, read_config(checkpoint))
 
 
 def base_for(checkpoint: str | Path, config: CheckpointConfig, given: BaseModel | None = None) -> BaseModel:
-    """The base model that is given, else the recorded one, of the kind that the checkpoint's system trains, or of that
-    of its class, for an adapter that was put on a model in Python.
+    """Return the ``given`` base model, else the recorded one, with the kind that fits the checkpoint.
 
-    Raises ``UserError`` for a system with modules of its own in the base model, of which no other program knows.
+    The kind follows from the base model's recorded class if that is a classifier or an encoder-decoder, else from the
+    system that trained the checkpoint. Raises ``UserError`` for a system that adds modules of its own to the base
+    model, which other programs do not know.
     """
     provenance = config.provenance_config
     check(provenance.system)
     if provenance.model_settings is not None:
         raise UserError(
-            f"{checkpoint} is of the system {provenance.system}, whose model has modules that neither transformers nor "
-            "PEFT knows, so it cannot be exported; use the checkpoint itself, or mtl_lora.merge(model, task) in Python"
+            f"{checkpoint} is of the system {provenance.system}, whose model has modules unknown to transformers and "
+            "PEFT, so it cannot be exported; use the checkpoint itself, or mtl_lora.merge(model, task) in Python"
         )
     if given is None and provenance.base_model is None:
         raise UserError(f"{checkpoint} does not record its base model; pass --base_model")
@@ -145,7 +146,7 @@ def base_for(checkpoint: str | Path, config: CheckpointConfig, given: BaseModel 
 
 
 def tasks_of_heads(config: CheckpointConfig) -> TaskSet | None:
-    """The tasks of a checkpoint that has a head for each; None for a language model, whose output all share."""
+    """Return the tasks of a checkpoint with a head per task; None for a language model, whose output they share."""
     provenance = config.provenance_config
     if provenance.system != "nlu":
         return None
@@ -153,13 +154,13 @@ def tasks_of_heads(config: CheckpointConfig) -> TaskSet | None:
 
 
 def load_base(base_model: BaseModel, config: CheckpointConfig, dtype: str, in_4bit: bool = False) -> PreTrainedModel:
-    """The model with its weights on which a checkpoint's adapter is put; arguments as of ``BaseModel.load``."""
+    """Load the model that a checkpoint's adapter is put on, with its weights; arguments as for ``BaseModel.load``."""
     tasks = tasks_of_heads(config)
     return encoder.load(base_model, tasks, dtype, in_4bit) if tasks else base_model.load(dtype, in_4bit)
 
 
 def choose_tasks(known: list[str], chosen: list[str] | None) -> list[str]:
-    """The folder names to write; raises ``UserError`` for an unknown task and for one that cannot name a folder."""
+    """Return the names of the folders to write; raises ``UserError`` for an unknown task or an unusable folder name."""
     names = list(dict.fromkeys(chosen or known or [FOR_ALL]))
     for name in names:
         check_task(known or [FOR_ALL], name)
@@ -169,27 +170,28 @@ def choose_tasks(known: list[str], chosen: list[str] | None) -> list[str]:
 
 
 def check_task(known: list[str], name: str) -> None:
-    """Raise ``UserError`` that lists the tasks if ``name`` is not one of them."""
+    """Raise ``UserError``, listing the known tasks, if ``name`` is not one of them."""
     if name not in known:
         raise UserError(f"there is no task {name!r}; the adapter's tasks are {', '.join(known) or 'none'}")
 
 
 def structure_if_known(base_model: BaseModel) -> nn.Module | None:
-    """The base model on the meta device; None, with a note on stderr, if its configuration cannot be loaded."""
+    """Build the base model on the meta device; None, with a note on stderr, if its configuration cannot be loaded."""
     try:
         return base_model.structure()
     except UserError as error:
-        print(f"note: layer names are not compared with the base model's: {error}", file=sys.stderr)
+        print(f"note: layer names are not compared with the base model's, since {error}", file=sys.stderr)
         return None
 
 
 def saved_modules(
     checkpoint: str | Path, config: CheckpointConfig, base: nn.Module | None
 ) -> tuple[list[str] | None, dict[str, torch.Tensor]]:
-    """PEFT's ``modules_to_save``, and the weights of these modules by name.
+    """Return PEFT's ``modules_to_save`` (None: no modules) and the weights of these modules by name.
 
-    Raises ``UserError`` for what PEFT would save otherwise: a weight that is not of a whole module or that is tied, and
-    a module whose name is also the end of another's; and for a weight that is missing or of another shape.
+    Raises ``UserError`` for modules that PEFT would save differently: a weight that is tied or not part of a whole
+    module, and a module whose name also ends another module's name; and for a weight that is missing or of another
+    shape.
     """
     entries = config.adapter_config.modules_to_save
     if not entries:
@@ -203,20 +205,23 @@ def saved_modules(
     refused = [slot.name for slot in slots if len(slot.places) > 1 or not slot.name.startswith(inside)]
     refused += [name for name, _ in base.named_modules() if name.endswith(tuple(names)) and name not in names]
     if refused:
-        about = "PEFT saves whole modules with weights of their own; use the merge command"
-        raise UserError(f"{refused[0]} of modules_to_save {entries} cannot be exported, since {about}")
+        way_out = "PEFT saves only whole modules that share no weights; use the merge command"
+        raise UserError(f"{refused[0]} of modules_to_save {entries} cannot be exported, since {way_out}")
     saved = split_state(config.adapter_config, read_weights(checkpoint, config))[1]
     expected = {slot.name: list(slot.original.shape) for slot in slots}
     found = {name: list(tensor.shape) for name, tensor in saved.items()}
     for name in [*expected, *found]:
         own, of_base = found.get(name, "missing"), expected.get(name, "missing")
         if own != of_base:
-            raise UserError(f"{checkpoint} does not fit the base model: {name} is {own} in it and {of_base} there")
+            raise UserError(
+                f"{checkpoint} does not fit the base model: the shape of {name} is {own} in the checkpoint and "
+                f"{of_base} in the base model"
+            )
     return names, saved
 
 
 def of_task(saved: dict[str, torch.Tensor], heads: dict[str, encoder.TaskHeads], task: str) -> dict[str, torch.Tensor]:
-    """The weights of modules saved whole, with those of one task's head under the names that a plain model has."""
+    """Return the weights of the modules saved whole, with one task's head under the names of a plain model's head."""
     chosen = next(iter(heads.values())).task_set[task]
     own = {name: copy.deepcopy(module[chosen.id]) for name, module in heads.items()}
     for name, head in own.items():
@@ -237,10 +242,10 @@ def _write_task(
     shared: dict,
     rank: int | None,
 ) -> tuple[dict, float | None]:
-    """Write weights and configuration of one task; returns its part of the configuration, and the relative error.
+    """Write one task's weights and configuration; return the task's part of the configuration and the relative error.
 
-    saved: weights of modules saved whole. shared: the part of the configuration that all tasks share. rank: that of the
-    closest plain LoRA, or None for what equals the adapter; the error is then None.
+    saved: weights of the modules saved whole. shared: the part of the configuration that all tasks share. rank: of the
+    closest plain LoRA, or None to write factors equal to the adapter; the error is then None.
     """
     tensors, settings = {f"{artifacts.PEFT_PREFIX}{name}": tensor for name, tensor in saved.items()}, {}
     lost = whole = 0.0
@@ -254,7 +259,7 @@ def _write_task(
             }
             lost, whole = (sum(each[place] for each in closest.values()) for place in (1, 2))
             largest = max(len(pair.A) for pair, _, _ in closest.values())
-            written = {name: _filled_up(pair, largest) for name, (pair, _, _) in closest.items()}
+            written = {name: _padded(pair, largest) for name, (pair, _, _) in closest.items()}
     for name, factors in written.items():
         alpha, B = alpha_and_up(factors)
         tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_A.weight"] = factors.A.contiguous()
@@ -263,29 +268,32 @@ def _write_task(
             tensors[f"{artifacts.PEFT_PREFIX}{name}.lora_magnitude_vector"] = factors.magnitude.contiguous()
         own = {"r": factors.A.shape[0], "lora_alpha": alpha, "use_dora": factors.magnitude is not None}
         if settings not in ({}, own):
-            found = f"{name} has {own} and {next(iter(layers))} {settings}, and PEFT's file has one for all layers"
-            raise UserError(f"{found}; export the closest plain LoRA, --as lora --rank R")
+            found = f"{name} has {own} and {next(iter(layers))} has {settings}"
+            raise UserError(f"PEFT stores one rank and scale for all layers, but {found}; pass --as lora --rank R")
         settings = own
     folder.mkdir()
     error = None if rank is None else math.sqrt(lost / whole) if whole else 0.0
     metadata = {"format": "pt"} | ({} if error is None else {"relative_error": f"{error:.6g}"})
     save_file(tensors, folder / artifacts.PEFT_WEIGHTS, metadata=metadata)
-    # PEFT corrects fan_in_fan_out layer by layer in a model that has both kinds.
+    # In a model that has both kinds of layers, PEFT corrects fan_in_fan_out for each layer.
     settings["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     files.write_json(folder / artifacts.PEFT_CONFIG, {**_PLAIN_LORA, **shared, **settings})
     return settings, error
 
 
-def _filled_up(pair: Factors, rank: int) -> Factors:
-    """With zeros to this rank: PEFT's is one for all layers."""
+def _padded(pair: Factors, rank: int) -> Factors:
+    """Pad a pair with zeros to ``rank``, since PEFT has one rank for all layers."""
     more = rank - len(pair.A)
     return Factors(F.pad(pair.A, (0, 0, 0, more)), F.pad(pair.B, (0, more)), pair.scale)
 
 
-@functools.lru_cache(maxsize=512)  # a method that is the same for every task is truncated once
+@functools.lru_cache(maxsize=512)  # so that a method that is the same for every task is truncated only once
 def closest_lora(layer: AdapterLayer, task: str | None, rank: int) -> tuple[Factors, float, float]:
-    """The plain pair of at most ``rank`` whose update is closest to the layer's, by singular values (Eckart and Young,
-    Psychometrika 1, 1936); the squared Frobenius norms of what it lacks and of the whole update."""
+    """Return the plain pair of at most ``rank`` closest to the layer's update, and two squared Frobenius norms.
+
+    By singular values (Eckart and Young, Psychometrika 1, 1936). The norms are of the part of the update that the pair
+    lacks, and of the whole update.
+    """
     factors = layer.factors(task)
     if factors.magnitude is None:  # in rank space, exactly
         (up, R_up), (down, R_down) = (torch.linalg.qr(each.double()) for each in (factors.B, factors.A.T))
@@ -311,10 +319,10 @@ def closest_lora(layer: AdapterLayer, task: str | None, rank: int) -> tuple[Fact
 
 
 def alpha_and_up(factors: Factors) -> tuple[int, torch.Tensor]:
-    """(lora_alpha, B) with lora_alpha / R * B equal to the factors' scale * B.
+    """Return (lora_alpha, B) such that lora_alpha / R * B equals the factors' scale * B.
 
-    PEFT declares lora_alpha a whole number: a scale that no whole number gives (alpha 0.5, or rsLoRA) is multiplied
-    into B, and lora_alpha is R. DoRA's norm is that of W + scale B A, so it does not matter to it where the scale is.
+    PEFT declares lora_alpha an integer: a scale that no integer gives (alpha 0.5, or rsLoRA) is multiplied into B, and
+    lora_alpha is R. DoRA's norm is that of W + scale B A, so it does not depend on where the scale is applied.
     """
     rank = factors.A.shape[0]
     alpha = round(factors.scale * rank)

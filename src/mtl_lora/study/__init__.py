@@ -1,1 +1,1 @@
-"""Studies: several methods and seeds by one grid file, from training to the table with its intervals."""
+"""Studies: compare several methods over several seeds, as one grid file describes, from training to the table."""

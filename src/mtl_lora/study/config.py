@@ -1,4 +1,4 @@
-"""What a study is: its flags, and the grid file that describes its experiments, read and checked."""
+"""Configuration of a study: its flags, and the grid file that describes its experiments, read and checked."""
 
 import dataclasses
 import re
@@ -13,15 +13,17 @@ from mtl_lora.systems import SYSTEMS, part
 
 ABOUT = """Run every experiment of a grid file over its seeds, and write study.json and table.md."""
 GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").glob("*.json"))}
-# Flags of both commands: a grid gives them once, in its train.
+# Flags that both commands have: a grid sets them once, in its train.
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
-# Flags that the study sets itself or takes from elsewhere, and those that must be equal for all rows of one table.
+# Flags that a grid cannot set, because the study sets them itself or takes them from elsewhere, followed by the flags
+# that must be equal in all rows of one table.
 _ALWAYS = ("output_dir", "check", "local_rank", "trust_remote_code")
 _OWN = {"train": {"seed", "resume_from_checkpoint", "overwrite_output_dir", *_ALWAYS}}
 _OWN["evaluate"] = {"checkpoint", "peft", "name", "limit", "split", "overwrite", *FROM_TRAIN, *_ALWAYS}
 _WAYS_OUT = dict.fromkeys(FROM_TRAIN, "comes from the grid's train; leave it out")
-_WAYS_OUT |= {"trust_remote_code": "is no grid's to ask for; pass --trust_remote_code True to the study"}
-_SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}  # trained at several sizes, scored at the grid's one
+_WAYS_OUT |= {"trust_remote_code": "cannot be set in a grid; pass --trust_remote_code True to the study"}
+# A training may set image_size if the grid's evaluate does: trained at several sizes, scored at one.
+_SHARED = {"train": {"data_path", "image_size", *FROM_TRAIN}}
 _SHARED["evaluate"] = {"data_dir", "mode", "max_new_tokens", "num_beams", "image_size"}
 
 
@@ -31,15 +33,15 @@ class StudyConfig(Config):
 
     grid: str = flag(REQUIRED, f"JSON file that describes the experiments, or one of {', '.join(GRIDS)}")
     output_dir: str | None = flag(None, "folder for runs, study.json and table.md; none: output/study/<grid's name>")
-    only: list[str] = flag([], "run these experiments alone, as a,b; empty: all")
+    only: list[str] = flag([], "run only these experiments, as a,b; empty: all")
     check: bool = flag(False, "check the grid and every job's flags, print the plan, then stop")
     report: bool = flag(False, "start nothing: write study.json and table.md of the finished runs")
     overwrite: bool = flag(
-        False, "repeat runs of another configuration, keeping what training is the same, and half-done evaluations"
+        False, "repeat runs made with another configuration (unchanged trainings are kept) and half-done evaluations"
     )
-    parallel: int = flag(1, "jobs side by side, each with its part of the CPU threads; they may share GPUs", min=1)
-    trust_remote_code: bool = flag(False, "let every job run code that comes with a base model; no grid can ask for it")
-    collect: str | None = flag(None, "at the end, a folder for what can be shared: study.json, table.md and figures")
+    parallel: int = flag(1, "jobs to run at a time, each with its part of the CPU threads; they may share GPUs", min=1)
+    trust_remote_code: bool = flag(False, "let every job run code that comes with a base model; a grid cannot set this")
+    collect: str | None = flag(None, "folder to share: at the end study.json, table.md and figures are written there")
 
     def validate(self) -> None:
         if self.check and self.report:
@@ -48,11 +50,11 @@ class StudyConfig(Config):
 
 @dataclasses.dataclass
 class SearchConfig(Config):
-    """How one training flag's value is chosen for each experiment: short trainings, scored on a development set.
+    """How to choose one training flag's value for each experiment: by short trainings, scored on a development set.
 
-    flag, values: what is tried; widen: how often, where the smallest or the largest is best, one more is tried beyond
-    it. data_dir: the development set; records: most questions of each task, 0 all. train: flags of the short trainings.
-    seed: of every trial.
+    flag: the flag that is searched. values: the values to try. widen: how often another value is tried beyond the
+    smallest or largest one if that is the best. data_dir: the development set. records: at most this many questions of
+    each task; 0: all. train: flags of the short trainings. seed: of every trial.
     """
 
     values: list[float]
@@ -64,8 +66,10 @@ class SearchConfig(Config):
     widen: int = dataclasses.field(default=2, metadata={"min": 0})
 
     def beyond(self, values: list[float], best: float) -> float | None:
-        """The value beyond the edge at which the best lies, as far as the next one inside; None where it lies inside,
-        and beside zero."""
+        """Return the next value beyond the edge if ``best`` is the smallest or largest of ``values``, else None.
+
+        The ratio of the edge to its inner neighbour is repeated. None also if the edge or that neighbour is zero.
+        """
         *_, inside, edge = sorted(values, reverse=best == min(values))
         if best != edge or not inside or not edge:
             return None
@@ -78,12 +82,13 @@ class SearchConfig(Config):
 
 @dataclasses.dataclass
 class ExperimentConfig(Config):
-    """One row of the table: one configuration over all seeds; ``train`` null is the base model alone.
+    """One row of the table: one configuration over all seeds; with ``train`` null, the base model without training.
 
-    group: the table it belongs to. only_tasks: trained on these tasks' examples. alone: a training for every task by
-    itself, scored on that task. baseline, seeds: instead of the grid's. search: False keeps the flag as it is; a name
-    takes that experiment's choice. The grid completes it: ``baseline`` and ``search`` are then names of experiments
-    or empty, and ``seeds`` are those of its runs, [None] for the base model, in which nothing is random.
+    group: the table that it belongs to. only_tasks: train on these tasks' examples only. alone: train on every task
+    separately and score each training on its own task. baseline, seeds: replace the grid's. search: False leaves the
+    searched flag as it is; the name of another experiment takes the value chosen for that one. The grid completes it:
+    ``baseline`` and ``search`` are then names of experiments or empty, and ``seeds`` lists the seeds of its runs,
+    [None] for the base model, in which nothing is random.
     """
 
     name: str
@@ -103,20 +108,20 @@ class ExperimentConfig(Config):
             self.require(key, "all different", not _repeated(getattr(self, key)))
         for key in ("only_tasks", "alone", "seeds"):
             if self.train is None and getattr(self, key):
-                raise UserError(f"{key} needs a training, and train is null")
+                raise UserError(f"{key} needs a training, but train is null")
         if self.alone and "tasks" in self.evaluate:
             raise UserError("alone scores each training on its own task; leave out evaluate's tasks")
 
 
 @dataclasses.dataclass
 class Grid(Config):
-    """A whole study. ``train`` and ``evaluate`` are the flags that all experiments share.
+    """The description of a whole study; ``train`` and ``evaluate`` are the flags that all experiments share.
 
-    system: what is trained. notes: what a reader of the table must know. launcher: what starts the commands, such as
-    ``torchrun --nproc_per_node 8``. prepare: the command that makes the data, for errors. train_records,
-    test_records: most examples and questions of each task, a fixed sample for all experiments; 0 takes all.
-    Validated, it has ``SearchConfig`` and ``ExperimentConfig`` in place of objects, ``tasks``, the task set of all
-    experiments, and ``scored``, the names of the tasks that a whole average needs.
+    system: what is trained. notes: what a reader of the table must know. launcher: the program that starts the
+    commands, such as ``torchrun --nproc_per_node 8``. prepare: the command that makes the data, for error messages.
+    train_records, test_records: at most this many examples and questions of each task, the same sample for all
+    experiments; 0: all. Validation turns ``search`` and ``experiments`` into ``SearchConfig`` and ``ExperimentConfig``,
+    and adds ``tasks`` (the task set of all experiments) and ``scored`` (the names of the tasks in a complete average).
     """
 
     name: str
@@ -154,7 +159,7 @@ class Grid(Config):
         self.evaluate = {"data_dir": evaluate.data_dir, **flags}
         self.scored = evaluate.tasks or self.tasks.names
         if len(evaluate.protocols) > 1:
-            raise UserError("evaluate: mode is both, and a table has one; choose generate or score")
+            raise UserError("evaluate: mode is both, but a table shows one mode; choose generate or score")
         if self.search is not None:
             self.search = SearchConfig.from_json(self.search, "search")
             with within("search"):
@@ -162,25 +167,28 @@ class Grid(Config):
                 self.search.train = self._checked(self.search.train, "train")
             metrics = {self.tasks[name].metric_name for name in self.scored}
             if not one_unit(metrics) or any(METRICS[metric].lower_is_better for metric in metrics):
-                found = f"{', '.join(sorted(metrics))} of its tasks have no average by which one value is the best"
+                found = f"no average of the tasks' metrics ({', '.join(sorted(metrics))}) can be maximised"
                 raise UserError(f"search: {found}; leave out search, and set {self.search.flag} in train")
             if Path(self.search.data_dir).resolve() == Path(evaluate.data_dir).resolve():
-                raise UserError(f"search: data_dir is {evaluate.data_dir}, the test sets; choose by a development set")
+                raise UserError(f"search: data_dir is {evaluate.data_dir}, the test sets; pass a development set")
         self.experiments = [
             ExperimentConfig.from_json(value, f"experiment {value.get('name', index)!r}")
             for index, value in enumerate(self.experiments)
         ]
         slugs = [experiment.slug for experiment in self.experiments]
         groups = [experiment.group for experiment in self.experiments if experiment.alone]
-        for key, values in (("folder", slugs), ("group, and alone,", groups)):
+        for words, values in (("have the folder", slugs), ("with alone have the group", groups)):
             if repeated := _repeated(values):
-                raise UserError(f"two experiments have the {key} {repeated[0]!r}")
+                raise UserError(f"two experiments {words} {repeated[0]!r}; they must differ")
         for experiment in self.experiments:
             with within(f"experiment {experiment.name!r}"):
                 self._complete(experiment, evaluate.tasks)
 
     def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
-        """Check the flags and the names of tasks and experiments, and put the grid's where it has none itself."""
+        """Check an experiment's flags and the names in it, and fill in the grid's baseline, seeds and search.
+
+        scored: the tasks that the grid's evaluate lists; empty: all.
+        """
         if experiment.train is not None:
             experiment.train = self._checked(experiment.train, "train")
         experiment.evaluate = self._checked(experiment.evaluate, "evaluate")
@@ -189,7 +197,7 @@ class Grid(Config):
         own = [*named, *(experiment.only_tasks if experiment.alone else [])]
         for task in [*experiment.only_tasks, *scored, *own]:
             if self.tasks[task].name in own and scored and task not in scored:
-                raise UserError(f"{task} is to be scored, and the grid's evaluate has the tasks {scored} alone")
+                raise UserError(f"{task} must be scored, but the grid's evaluate lists only the tasks {scored}")
         baseline = experiment.baseline or self.baseline
         experiment.baseline = self.experiment(baseline).name if baseline and baseline != experiment.name else ""
         experiment.seeds = [None] if experiment.train is None else experiment.seeds or self.seeds
@@ -205,18 +213,18 @@ class Grid(Config):
             experiment.search = experiment.name if experiment.search and experiment.name in free else ""
 
     def experiment(self, name: str) -> ExperimentConfig:
-        """An experiment by name; raises ``UserError`` that lists the names."""
+        """Return an experiment by name; raises ``UserError`` that names the known ones."""
         named = {experiment.name: experiment for experiment in self.experiments}
         if name not in named:
             raise UserError(f"the grid {self.name} has no experiment {name!r}{closest(name, list(named))}")
         return named[name]
 
     def flags_of(self, step: str) -> type[Config]:
-        """The class of the flags of ``train`` or ``evaluate``."""
+        """Return the configuration class of ``train`` or ``evaluate`` in the grid's system."""
         return getattr(part(self.system, "config"), {"train": "TrainConfig", "evaluate": "EvalConfig"}[step])
 
     def _checked(self, flags: dict, step: str, for_all: bool = False) -> dict:
-        """Flags of a command under today's names. for_all: those of all experiments."""
+        """Check a command's flags and return them under today's names. for_all: whether all experiments share them."""
         flags = self.flags_of(step).named(flags, step)
         for key in flags:
             if key in _OWN[step]:
@@ -228,11 +236,14 @@ class Grid(Config):
 
 
 def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
-    """Read and check a grid by its path, or by the name of one of the package's. trust_remote_code: of every job.
-    Raises ``UserError`` naming the file, the experiment and the key that is wrong."""
+    """Read and check a grid, given by its path or by the name of a grid of the package.
+
+    trust_remote_code: whether every job may run a base model's own code. Raises ``UserError`` naming the file, the
+    experiment and the key that is wrong.
+    """
     path = Path(name) if Path(name).is_file() else GRIDS.get(name)
     if not path:
-        raise UserError(f"there is no grid file {name}; grids that are found by name are {', '.join(GRIDS)}")
+        raise UserError(f"there is no grid file {name}; the package has the grids {', '.join(GRIDS)}")
     grid = Grid.from_json(files.read_json(path, "the grid"), f"the grid {path}")
     grid.path = path
     for flags in (grid.train, grid.evaluate) if trust_remote_code else ():

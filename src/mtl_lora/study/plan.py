@@ -1,4 +1,4 @@
-"""From a grid to jobs: the samples of the data, and for every run the command lines and what decides their result."""
+"""Turn a grid into jobs: the samples of the data and, for every run, its command lines and what decides its result."""
 
 import dataclasses
 import functools
@@ -15,17 +15,17 @@ from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 from mtl_lora.systems import SYSTEMS, part
 
 STATE = "job.json"
-# A job's commands: what a flag must affect to be part of the job's configuration.
+# For each command of a job: what a flag must affect to be part of the job's configuration.
 _DECIDING = {"train": "weights", "evaluate": "answers"}
-_KEPT_LATE = {"train.reuse_prefix"}  # which earlier versions had and did not keep in job.json
+_KEPT_LATE = {"train.reuse_prefix"}  # earlier versions had these flags but did not keep them in job.json
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedJob:
-    """One training and its evaluation in one folder, or the evaluation of the base model alone.
+    """A job of a study: a training and its evaluation in one folder, or only an evaluation of the base model.
 
-    label: for progress lines. flags: of each command, ``train`` (not of the base model) and ``evaluate``. data: the
-    samples that are read, by name. facts: what else decides the result, such as the launcher.
+    label: names the job in progress lines. flags: by command, ``train`` (absent for the base model) and ``evaluate``.
+    data: the samples that are read, by name. facts: what else decides the result, such as the launcher.
     """
 
     grid: Grid
@@ -37,7 +37,7 @@ class PlannedJob:
 
     @functools.cached_property
     def configuration(self) -> dict[str, object]:
-        """What decides the result, flat: ``train.lora_r``, ..., data, tasks and base model by their hashes."""
+        """Everything that decides the result, flat: ``train.lora_r``, ..., and hashes of data, tasks and base model."""
         found = self.facts | {f"the {name} data (sha256)": sample.sha256 for name, sample in self.data.items()}
         for step, flags in self.flags.items():
             config = self.grid.flags_of(step)(**flags)
@@ -47,26 +47,27 @@ class PlannedJob:
         return found
 
     def changes(self, earlier: dict[str, object]) -> dict[str, tuple[object, object]]:
-        """Where the configuration that a folder was made by differs: what was, what is, by key."""
+        """Return the differences from the ``earlier`` configuration of a folder: key -> (earlier value, value now)."""
         now = self.configuration
-        # A flag that a later version added did then what its default does.
+        # Before a flag existed, commands did what its default does.
         flags = {step: self.grid.flags_of(step).flags() for step in self.flags}
         added = {f"{step}.{each.name}": each.default for step, known in flags.items() for each in known}
-        free = {f"{step}.trust_remote_code" for step in self.flags}  # the base's fingerprint decides
+        free = {f"{step}.trust_remote_code" for step in self.flags}  # the base model's fingerprint is compared instead
         keys = sorted((earlier.keys() | now.keys() - _KEPT_LATE) - free)
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
-        # What is not on this machine, or was not kept by an earlier version, is not known; but flags, which have a dot.
+        # Except for flags, whose keys have a dot, None means unknown: not on this machine, or not kept by an earlier
+        # version.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}
 
     @property
     def commands(self) -> list[str]:
-        """The command lines, as one would type them."""
+        """The command lines, as a user would type them."""
         return [shlex.join(self.command(step)) for step in self.flags]
 
     def command(self, step: str, launcher: str | None = None, **more) -> list[str]:
-        """The words of a command, with ``more`` flags; ``launcher``: instead of the study's."""
+        """Return the words of a command line, with ``more`` flags; ``launcher`` replaces the study's."""
         words = shlex.split(launcher or self.facts["launcher"])
-        # DeepSpeed's launcher has its own flag for a module, and would put --local_rank before the command's name.
+        # DeepSpeed's launcher has its own flag for a module, and puts --local_rank before the command's name.
         words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
         words += ["mtl_lora", step]
         if "checkpoint" not in self.flags[step] and self.grid.system != next(iter(SYSTEMS)):
@@ -77,9 +78,9 @@ class PlannedJob:
 
     @property
     def state(self) -> "State | None":
-        """What is known if it was started before; None if it was not, or by another configuration.
+        """The saved state; None if the job was never started with this configuration.
 
-        Where the evaluation alone is of another configuration, the state is that of a job that is trained.
+        If only the evaluation's configuration differs, the state is that of a job whose training alone is done.
         """
         if not (self.folder / STATE).is_file():
             return None
@@ -93,16 +94,16 @@ class PlannedJob:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the job is done."""
         state = self.state
         return state is not None and "evaluate" in state.seconds and (self.folder / artifacts.RESULTS).is_file()
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """``job.json``: a job's configuration, and of each command how often it was started.
+    """``job.json``: a job's configuration, and how often each of its commands was started.
 
-    seconds: of each command that is done; of its last start alone, where it was killed and started again.
+    seconds: the duration of each finished command; if it was killed and started again, of its last start only.
     """
 
     configuration: dict
@@ -111,18 +112,18 @@ class State:
 
     @classmethod
     def load(cls, folder: Path) -> "State":
-        """From a job's folder; raises ``UserError`` naming the file and the key for a broken one."""
+        """Read the state from a job's folder; raises ``UserError`` naming the file and the key if it is broken."""
         path = folder / STATE
         return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
 
     def save(self, folder: Path) -> None:
-        """Keep it in the job's folder."""
+        """Write the state to the job's folder."""
         files.write_json(folder / STATE, dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """An experiment with one seed: one job, or with ``alone`` one for every task. value: of the searched flag."""
+    """An experiment with one seed: one job or, with ``alone``, one job per task. value: of the searched flag."""
 
     experiment: ExperimentConfig
     seed: int | None
@@ -132,31 +133,32 @@ class PlannedRun:
 
     @property
     def commands(self) -> list[str]:
-        """Those of all jobs."""
+        """The command lines of all jobs."""
         return [command for job in self.jobs for command in job.commands]
 
     @functools.cached_property
     def evaluations(self) -> list[Results]:
-        """The results of each job, of a finished run."""
-        # By the file, for the folder may hold an evaluation that somebody made by hand beside it.
+        """The results of each job; the run must be finished."""
+        # Read the file, not the folder, which may also hold an evaluation made by hand.
         return [Results.load(job.folder / artifacts.RESULTS) for job in self.jobs]
 
     @property
     def mean(self) -> float:
-        """The mean over tasks."""
+        """The mean of the tasks' values."""
         return statistics.fmean(result.value for result in self.tasks.values())
 
     @property
     def tasks(self) -> dict[str, TaskResult]:
-        """The results of all jobs by task."""
+        """The results of all jobs, by task."""
         return {name: result for results in self.evaluations for name, result in results.tasks.items()}
 
 
 class Plan:
-    """Makes the runs of a study in a folder; raises ``UserError`` for missing or wrong data and for wrong flags.
+    """Plans the runs of a study in a folder; raises ``UserError`` for missing or wrong data and for wrong flags.
 
-    test and, for a search, dev: the questions, sampled into the folder; where nothing is sampled, the user's own files
-    are read. with_fingerprint: make the base model's weights, if they are on this machine, part of every configuration.
+    with_fingerprint: make the fingerprint of the base model's weights, if they are on this machine, part of every job's
+    configuration. The attributes test and, for a search, dev are the questions, sampled into the folder; if nothing is
+    sampled, the user's own files are read.
     """
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
@@ -184,18 +186,18 @@ class Plan:
         self._facts["the tasks' metrics"] = {task.name: task.metric_name for task in grid.tasks}
         self._facts["the tasks' loss weights"] = {task.name: task.loss_weight for task in grid.tasks}
         if with_fingerprint:
-            from mtl_lora.base_model import BaseModel  # with torch, which a study needs for nothing else
+            from mtl_lora.base_model import BaseModel  # imports torch, which a study needs for nothing else
 
             base = BaseModel(grid.train["base_model"], grid.train.get("trust_remote_code", False))
             self._facts["the base model (fingerprint)"] = base.local_fingerprint()
 
-    @functools.cache  # noqa: B019 - a study has one plan, as long as it runs
+    @functools.cache  # noqa: B019 - a study has one plan, which lives as long as the study runs
     def training(self, only: tuple[str, ...] = ()) -> Sample:
-        """The training examples, of all tasks or ``only`` of some."""
+        """Return the sample of training examples, of the tasks in ``only`` or of all."""
         return self._data.training(self._source, self.folder / "data", self.grid.train_records, only)
 
     def runs(self, experiment: ExperimentConfig, chosen: float | None = None) -> list[PlannedRun]:
-        """The runs of all seeds; ``chosen``: the value that the search gave its flag."""
+        """Return the runs of all seeds; ``chosen``: the value that the search chose for its flag."""
         flags, runs = {} if chosen is None else {self.grid.search.flag: chosen}, []
         for seed in experiment.seeds:
             folder, label = self.folder / "runs" / experiment.slug, experiment.name
@@ -205,8 +207,11 @@ class Plan:
         return runs
 
     def trials(self, name: str) -> tuple[list[PlannedRun], float | None]:
-        """The short trainings of the search for an experiment, one for each value, also of those beyond an edge at
-        which finished ones have their best; and the best value of all, None while any is not finished."""
+        """Return the search's short trainings for an experiment, and the best value, None while any is unfinished.
+
+        There is one training for each value. When all are finished and the best value is at an edge, one for a value
+        beyond that edge is added.
+        """
         search = self.grid.search
         runs = [self._trial(name, value) for value in search.values]
         while all(job.is_finished for job in jobs_of(runs)):
@@ -216,7 +221,7 @@ class Plan:
                 return runs, best
             try:
                 runs.append(self._trial(name, further))
-            except UserError:  # not a value of the flag
+            except UserError:  # the flag does not allow this value
                 return runs, best
         return runs, None
 
@@ -227,7 +232,7 @@ class Plan:
         return self._run(experiment, folder, f"{name} {search.flag} {value:g} (search)", flags, self.dev)
 
     def _run(self, experiment: ExperimentConfig, folder: Path, label: str, flags: dict, test: Sample) -> PlannedRun:
-        """flags: of the training, with its seed, over those of the experiment; test: the questions."""
+        """Plan one run. flags: training flags that override the experiment's, seed included. test: the questions."""
         grid, where, jobs = self.grid, f"the grid {self.grid.path}, experiment {experiment.name!r}", []
         for task in (experiment.only_tasks or grid.scored) if experiment.alone else [None]:
             place, steps, data = folder / task if task else folder, {}, {"test": test}
@@ -248,7 +253,7 @@ class Plan:
         return PlannedRun(experiment, flags["seed"], folder, jobs, grid.search and flags.get(grid.search.flag))
 
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
-        """The lines that ``--check`` prints: every experiment with its trainable parameters and command lines."""
+        """Yield the lines that ``--check`` prints: every experiment's trainable parameters and command lines."""
         yield f"{self.grid.name}: {self.grid.about}"
         jobs = {}
         for name, runs in trials.items():
@@ -268,5 +273,5 @@ class Plan:
 
 
 def jobs_of(runs: Iterable[PlannedRun]) -> list[PlannedJob]:
-    """The jobs of runs, in order."""
+    """Return the jobs of all runs, in order."""
     return [job for run in runs for job in run.jobs]

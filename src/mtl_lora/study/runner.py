@@ -1,4 +1,4 @@
-"""Doing a study: its jobs side by side, what is known of each on disk, progress, and resuming after a kill."""
+"""Run a study: its jobs in parallel, the state of each on disk, progress, and resuming after a kill."""
 
 import contextlib
 import dataclasses
@@ -24,18 +24,18 @@ from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_gri
 from mtl_lora.study.plan import STATE, Plan, PlannedJob, PlannedRun, State, jobs_of
 from mtl_lora.study.summary import StudyWriter, collect
 
-# Launchers that are modules of this very interpreter, whatever the path has under their names.
+# Launchers that are run as modules of this interpreter, whatever programs of these names are on the PATH.
 _MODULES = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
-# What a command leaves when it is done.
+# The file that a finished command leaves.
 _MADE = {"train": artifacts.CHECKPOINT_WEIGHTS, "evaluate": artifacts.RESULTS}
 
 
 class JobFailed(Exception):
-    """A command ended with an error: one line that says which, where its log is, and what it said last."""
+    """A command ended with an error: one line with the command, the place of its log, and the log's last message."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """``mtl-lora study``: ends with exit code 2 for a user's mistake, 1 for a job that failed."""
+    """Run ``mtl-lora study``: exit code 2 for a user error, 1 for a job that failed."""
     config = cli.parse(StudyConfig, arguments, ABOUT)
     try:
         with files_within_reach():
@@ -45,16 +45,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: StudyConfig) -> None:
-    """Check everything, then do what is not done yet; raises ``UserError`` and ``JobFailed``."""
+    """Check everything, then run the jobs that are not finished. Raises ``UserError`` and ``JobFailed``."""
     grid = read_grid(config.grid, config.trust_remote_code)
     program = shlex.split(grid.launcher)[0]
     if program not in _MODULES and shutil.which(program) is None:
         raise UserError(f"the launcher {grid.launcher!r} of {grid.path} cannot be started: there is no {program}")
     if config.parallel > 1 and grid.launcher != "python":
-        raise UserError(f"--parallel is for jobs of one process, and {grid.path} has the launcher {grid.launcher!r}")
+        raise UserError(f"--parallel needs the launcher python, but {grid.path} has {grid.launcher!r}; leave it out")
     folder = Path(config.output_dir or f"output/study/{grid.name}")
     if folder.is_absolute() and folder.is_relative_to(Path.cwd()):
-        folder = folder.relative_to(Path.cwd())  # commands then read as one types them
+        folder = folder.relative_to(Path.cwd())  # so that commands read as a user would type them
     plan = Plan(grid, folder, with_fingerprint=not config.check and not config.report)
     chosen = [grid.experiment(name) for name in dict.fromkeys(config.only)] or list(grid.experiments)
     runner = Runner(plan, chosen, config.overwrite or config.report)
@@ -63,7 +63,7 @@ def run(config: StudyConfig) -> None:
         return
     with claimed(folder) as lock:
         if not config.report:
-            # Commands inherit the lock: a training that outlives a killed study still holds it.
+            # Commands inherit the lock, so a training that outlives a killed study still holds it.
             runner.run([{"env": {**os.environ, **slot}, "pass_fds": lock} for slot in environments(config.parallel)])
         elif not runner.report():
             raise UserError(f"no run in {folder} is finished, so there is nothing to report")
@@ -73,16 +73,16 @@ def run(config: StudyConfig) -> None:
 
 
 class Runner:
-    """The jobs of the chosen experiments: the search first, then all of them with one seed after the other. What a
-    search has not yet decided does not keep the others waiting.
+    """Runs the jobs of the chosen experiments: the searches first, then all experiments, one seed after the other.
 
-    overwrite: folders of another configuration count as not started; without it, making this object raises
-    ``UserError`` for them, as far as searches are decided, before anything is started.
+    Experiments that need no search, or whose search is finished, do not wait for the others. overwrite: treat folders
+    of another configuration as not started; otherwise creating this object raises ``UserError`` for those whose
+    configuration is known, before anything is started.
     """
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
         self.plan, self.chosen, self.overwrite, self.writer = plan, chosen, overwrite, StudyWriter(plan)
-        # Of an experiment's name and its searched value: made once, for they are asked for after every job.
+        # By an experiment's name and its searched value; cached, since it is called after every job.
         self._runs_of = functools.cache(lambda name, value: plan.runs(plan.grid.experiment(name), value))
         self._known()
 
@@ -93,14 +93,14 @@ class Runner:
 
     @property
     def trials(self) -> dict[str, list[PlannedRun]]:
-        """The trials of each search that the chosen experiments need, as far as they are known."""
+        """The trials of each search that the chosen experiments need, as far as they are known yet."""
         return {each.search: self.plan.trials(each.search)[0] for each in self.chosen if each.search}
 
     def _searching(self) -> list[PlannedJob]:
         return self._checked([job for runs in self.trials.values() for job in jobs_of(runs)])
 
     def _runs(self, experiments: Iterable[ExperimentConfig]) -> list[PlannedRun]:
-        """The runs whose configuration is known: those that wait for no search."""
+        """Return the runs whose configuration is known, which are those that do not wait for a search."""
         found = []
         for each in experiments:
             if each.search and each.search not in self.writer.chosen:
@@ -112,18 +112,19 @@ class Runner:
         return found
 
     def _counts(self) -> tuple[int, int]:
-        """The number of jobs, trials beyond an edge as far as they are known, and of those that are finished."""
+        """Return the number of all jobs, including the search trials known so far, and of the finished ones."""
         total = sum(len(jobs_of(self._runs_of(each.name, None))) for each in self.chosen) + len(self._searching())
         return total, sum(job.is_finished for job in self._known())
 
     def _known(self) -> list[PlannedJob]:
-        """The jobs whose configuration is known, in order."""
+        """Return the jobs whose configuration is known, in the order in which to run them."""
         runs = self._runs(self.chosen)
-        runs.sort(key=lambda run: run.experiment.seeds.index(run.seed))  # stopped early, it still compares experiments
+        # Seed by seed, so that a study that is stopped early still compares all experiments.
+        runs.sort(key=lambda run: run.experiment.seeds.index(run.seed))
         return self._searching() + self._checked(jobs_of(runs))
 
     def run(self, slots: Sequence[dict]) -> None:
-        """Do every job that is not done; study.json and table.md are written anew as it goes, and at the end."""
+        """Run every job that is not finished; rewrite study.json and table.md along the way and at the end."""
         total, finished = self._counts()
         print(f"{self.plan.grid.name}: {total} jobs, {finished} of them finished, in {self.plan.folder}", flush=True)
         began, due = time.monotonic(), 0.0
@@ -139,7 +140,7 @@ class Runner:
                         seconds = (time.monotonic() - began) / done * (total - finished)
                         facts.append(f"about {timedelta(seconds=round(seconds))} left")
                     print(f"[{finished:>{len(str(total))}}/{total}] {job.label}: {', '.join(facts)}", flush=True)
-                    if (now := time.monotonic()) >= due:  # a report of many runs takes a while, and starts no job
+                    if (now := time.monotonic()) >= due:  # a long report delays the next job
                         self.report()
                         due = time.monotonic() + 20 * (time.monotonic() - now)
         except (JobFailed, UserError):
@@ -148,7 +149,10 @@ class Runner:
         self.report()
 
     def report(self) -> bool:
-        """Write study.json and table.md of all finished runs, also of experiments not chosen; whether there is any."""
+        """Write study.json and table.md of all finished runs, also of experiments that were not chosen.
+
+        Returns whether there is any finished run.
+        """
         runs = self._runs(self.plan.grid.experiments)
         if finished := [run for run in runs if all(job.is_finished for job in run.jobs)]:
             self.writer.write(finished)
@@ -156,8 +160,11 @@ class Runner:
 
 
 def check_folder(job: PlannedJob, overwrite: bool) -> None:
-    """Raise ``UserError`` for a folder of another configuration unless ``overwrite``, naming what differs, and for a
-    folder with anything else in any case."""
+    """Raise ``UserError`` if a job's folder cannot be used.
+
+    That is a folder of another configuration, naming the differences, unless ``overwrite``; and always a folder that
+    holds anything else.
+    """
     if (job.folder / STATE).is_file():
         if overwrite or not (changes := job.changes(State.load(job.folder).configuration)):
             return
@@ -165,23 +172,24 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
         changed = "; ".join(text if len(text) < 100 else key for key, text in texts.items())
         again = "evaluate it again and keep its training" if job.state else "repeat it"
         way_out = f"pass --overwrite to {again}, or another --output_dir"
-        raise UserError(f"{job.folder} was made by another configuration ({changed}); {way_out}")
-    # The job of a task trained alone lies inside the folder of its run, which is no job's itself.
+        raise UserError(f"{job.folder} was made with another configuration ({changed}); {way_out}")
+    # The job of a task trained alone lies in a folder inside its run's folder, which must not belong to a job itself.
     if held := [path for path in [job.folder.parent / STATE, *job.folder.glob("[!.]*")] if path.exists()]:
-        raise UserError(f"there is {min(held)}, which is not of this job; delete it, or pass another --output_dir")
+        raise UserError(f"{min(held)} does not belong to this job; delete it, or pass another --output_dir")
 
 
-# ---- doing jobs ----
+# ---- running jobs ----
 
 
 def execute_all(
     known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict], overwrite: bool = False
 ) -> Iterator[tuple[PlannedJob, State]]:
-    """Do what is left of every job; yields each when it is done.
+    """Run the remaining commands of every job; yield each job and its state when it is finished.
 
-    known: the jobs in order, asked again after each. slots: options of processes, one job at a time with each.
-    overwrite: a half-done evaluation begins anew, for its answers may be of another device's dtype. The first that
-    fails, which raises ``JobFailed``, ends those that run beside it; so does closing this generator.
+    known: returns the jobs in order; called again after each finished job. slots: keyword arguments of ``Popen``, each
+    used by one job at a time. overwrite: restart a half-done evaluation, since its answers may have been computed in
+    another device's dtype. The first job that fails raises ``JobFailed`` and ends the jobs running beside it; closing
+    this generator ends them too.
     """
     free, working, waiting = deque(slots), {}, None
     try:
@@ -208,12 +216,12 @@ def execute_all(
 
 
 def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[None, None, State]:
-    """Do what is left of a job, step by step while its commands run; raises ``JobFailed``."""
+    """Run the remaining commands of a job, yielding while they run; return its state. Raises ``JobFailed``."""
     remove_leftovers(job.folder / STATE)
     state = job.state
     if state is None:
         if (job.folder / STATE).is_file():
-            # From here on nothing of the other configuration counts, also where a kill leaves some of it.
+            # From here on nothing made with the other configuration counts, even if a kill leaves some of its files.
             State(State.load(job.folder).configuration).save(job.folder)
         for path in job.folder.glob("*"):
             if path.name != STATE:
@@ -229,7 +237,7 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
             resume = artifacts.checkpoints(job.folder)
             flags = {"resume_from_checkpoint": True} if resume else {"overwrite_output_dir": True}
         if step == "train" or overwrite or not started:
-            # What an evaluation has left of other weights, or of another configuration beside a training that is kept.
+            # Remove the remains of an evaluation of other weights, or of another configuration if the training is kept.
             artifacts.remove_evaluation(job.folder)
         state = dataclasses.replace(state, starts={**state.starts, step: state.starts.get(step, 0) + 1})
         state.save(job.folder)
@@ -242,10 +250,10 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
 
 
 def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[None]:
-    """Run one command of a job with its output in a log file; closing this ends it."""
+    """Run one command of a job with its output in a log file; closing this generator ends the command."""
     log, commands = job.folder / f"{step}.out", [job.command(step, **flags)]
     if job.facts["launcher"] != "python":
-        # A launcher hides the sentence of a user's mistake behind a traceback of its own.
+        # A launcher hides the message of a user error behind a traceback of its own, so check in one process first.
         commands.insert(0, job.command(step, "python", **flags, check=True))
     for command in commands:
         with log.open("ab") as output:
@@ -255,14 +263,16 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
         if code:
             lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
             lines = [line.strip() for line in lines if line.strip()][-60:]
-            # Launchers talk on after the error.
+            # Launchers print more after the error.
             (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
             raise JobFailed(f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last}")
 
 
 def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, None, int]:
-    """Run a command with its output in an open file, and yield while it runs; returns its exit code. Closing this ends
-    the command."""
+    """Run a command with its output in an open file, yielding while it runs; return its exit code.
+
+    Closing this generator ends the command.
+    """
     program, *words = command
     command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
@@ -276,9 +286,12 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
 
 
 def environments(parallel: int) -> list[dict[str, str]]:
-    """What each of ``parallel`` commands gets in its environment: its part of the CPU threads, and a GPU of those in
-    CUDA_VISIBLE_DEVICES, or of all that nvidia-smi finds. They are shared where they are fewer: a small model leaves a
-    GPU mostly idle. One at a time gets the machine as it is. A thread count that the user has set stays."""
+    """Return the environment variables for each of ``parallel`` commands: its part of the CPU threads, and one GPU.
+
+    The GPUs are those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi finds; if there are fewer than commands, they
+    are shared, since a small model leaves a GPU mostly idle. A single command gets the whole machine. A number of
+    threads that the user has set is kept.
+    """
     if parallel == 1:
         return [{}]
     gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -1,4 +1,4 @@
-"""What a study found: study.json and table.md of its finished runs, and the folder of them that can be shared."""
+"""Results of a study: study.json and table.md of its finished runs, and a folder with them that can be shared."""
 
 import dataclasses
 import functools
@@ -25,15 +25,15 @@ from mtl_lora.text_table import markdown_text
 from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
-Runs = dict[str, list[PlannedRun]]  # finished ones, by experiment
+Runs = dict[str, list[PlannedRun]]  # the finished runs, by experiment
 _STEPS = ("train", "evaluate")
 
 
 class StudyWriter:
     """Writes study.json and table.md as runs finish.
 
-    chosen: by experiment, the value that a finished search gave its flag. refused: why two cannot be compared, which
-    is a note of the table and never the end of a study.
+    chosen: by experiment, the value that a finished search chose for its flag. refused: by difference, why two
+    experiments cannot be compared; this becomes a note of the table and never ends a study.
     """
 
     def __init__(self, plan: Plan):
@@ -44,7 +44,7 @@ class StudyWriter:
         self._compared = functools.cache(compared)  # of finished runs, which do not change
 
     def add_search(self, name: str, trials: Sequence[PlannedRun], best: float) -> None:
-        """Keep the trials' development scores, means over tasks, and the best value."""
+        """Add a finished search: its trials' development scores (means over tasks) and the best value."""
         found = []
         for each in sorted(trials, key=lambda each: each.value):
             values = {task: result.value for task, result in each.tasks.items()}
@@ -53,7 +53,7 @@ class StudyWriter:
         self._searches.append(model.SearchOutcome(name, found, best))
 
     def write(self, runs: Sequence[PlannedRun]) -> None:
-        """Both files of finished runs, at least one."""
+        """Write both files for the finished runs, of which there must be at least one."""
         grid, plan, search, found = self.grid, self.plan, None, {}
         self.refused.clear()
         for run in runs:
@@ -85,7 +85,7 @@ class StudyWriter:
         files.write_text(plan.folder / TABLE, render(study))
 
     def _run(self, planned: PlannedRun) -> model.Run:
-        """A finished run; one of tasks trained alone has a part for each, and sums of theirs."""
+        """Return the record of a finished run; with tasks trained alone it has a part per task, and their sums."""
         jobs = [self._job(*entry) for entry in zip(planned.jobs, planned.evaluations, strict=True)]
         facts = dict(vars(jobs[0]))
         if planned.experiment.alone:
@@ -96,7 +96,7 @@ class StudyWriter:
             facts["steps"] = None if None in steps else sum(steps)
         together = dataclasses.replace(planned.evaluations[0], tasks=planned.tasks)
         scored = [name for name in self.grid.tasks.columns if name in planned.tasks]
-        # Parts of a task's questions and other measures stay in the run's own file.
+        # Groups of questions and further metrics stay in the run's own results file.
         rest = {name: {"untrained": True} if planned.tasks[name].untrained else {} for name in scored}
         facts |= {
             "folder": self._relative(planned.folder),
@@ -108,7 +108,7 @@ class StudyWriter:
         return model.Run(**facts)
 
     def _job(self, job: PlannedJob, results: Results) -> model.Job:
-        """What one training and its evaluation left."""
+        """Return the record of one training and its evaluation."""
         paths = {"log": job.folder / artifacts.TRAIN_LOG, "analysis": job.folder / artifacts.ADAPTER_ANALYSIS}
         paths = {key: path for key, path in paths.items() if path.is_file()} | {"results": results.path}
         adapter, state = results.adapter or {}, job.state
@@ -119,7 +119,7 @@ class StudyWriter:
             seconds={step: state.seconds.get(step) for step in _STEPS},
             starts={step: state.starts.get(step) for step in _STEPS},
             steps=last_step(paths["log"]) if "log" in paths else None,
-            # In checkpoints of format 1 the provenance has another name.
+            # In checkpoints of format 1 the provenance is called origin.
             train_commit=(adapter.get("provenance") or adapter.get("origin") or {}).get("commit"),
             train_data_sha256=job.data["train"].sha256["train"] if "train" in job.data else None,
             adapter_sha256=results.settings.get("adapter_sha256"),
@@ -145,7 +145,7 @@ class StudyWriter:
         return Experiment(**facts, runs=runs, summary=summary, against=against)
 
     def _transfer(self, found: Runs) -> list[model.Transfer]:
-        """Together minus alone: every trained experiment of a group against the one of single tasks."""
+        """Return together minus alone: each trained experiment of a group against the group's single-task trainings."""
         trained = [each for each in self.grid.experiments if each.name in found and each.train is not None]
         rows = []
         for alone, other in itertools.permutations(trained, 2):
@@ -157,9 +157,11 @@ class StudyWriter:
         return rows
 
     def _against(self, found: Runs, a: str, b: str) -> dict | None:
-        """B minus A over the seeds that both have, see ``intervals``; None where they have no seed or task in common,
-        or are not comparable."""
-        # Seed i goes with seed i; a run without a seed (the base model alone) with every run of the other.
+        """Return the differences B minus A over the seeds that both have, see ``predictions.differences``.
+
+        Returns None if A and B have no seed or no task in common, or are not comparable.
+        """
+        # Pair seed i with seed i, and a run without a seed (the base model) with every run of the other experiment.
         sides = found.get(a, []), found.get(b, [])
         pairs = [pair for pair in itertools.product(*sides) if len({run.seed for run in pair} - {None}) < 2]
         paths = (tuple(tuple(job.folder / artifacts.RESULTS for job in run.jobs) for run in pair) for pair in pairs)
@@ -180,8 +182,11 @@ class StudyWriter:
 
 
 def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequence[str]) -> Estimate | None:
-    """Delta_m of B against A over the pairs, where the units of the tasks differ, every run has all of them and A a
-    value above 0 of each, relative to which there is one."""
+    """Return Delta_m of B against A over ``pairs`` (A, B) of runs.
+
+    None if the tasks have one unit, a run lacks one of the ``scored`` tasks, or A has a value that is not above 0, to
+    which nothing can be relative.
+    """
     metrics = {name: result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored}
     if one_unit(metrics.values()) or not all({*scored} <= {*run.tasks} for pair in pairs for run in pair):
         return None
@@ -190,12 +195,15 @@ def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequenc
     return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values]) if above else None
 
 
-Paths = tuple[Path, ...]  # of the results of a run
+Paths = tuple[Path, ...]  # the results files of a run
 
 
 def compared(pairs: tuple[tuple[Paths, Paths], ...], scored: tuple[str, ...]) -> dict | None:
-    """B minus A on the same questions, the mean over ``pairs`` of runs of A and of B, see ``intervals``: by task that
-    all have results of, and on average. Raises ``UserError`` where they are not comparable, see ``paired_answers``."""
+    """Return B minus A on the same questions, as the mean over ``pairs`` of a run of A and a run of B.
+
+    For every task that all runs have results of, and on average, see ``differences``. Raises ``UserError`` if the runs
+    are not comparable, see ``paired_answers``.
+    """
     measured: dict[str, tuple[str, list]] = {}
     for a, b in pairs:
         of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
@@ -210,7 +218,10 @@ def compared(pairs: tuple[tuple[Paths, Paths], ...], scored: tuple[str, ...]) ->
 
 
 def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> list[str]:
-    """What was trained on and asked, what ± and the intervals are, and what is missing; refused: by difference, why."""
+    """Return the notes of the table: the data, the meaning of ± and of the intervals, and what is missing.
+
+    mode: how the questions were answered. refused: by difference, why it is not computed.
+    """
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
         spread = (
@@ -270,19 +281,21 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
 
 
 def render(study: Study) -> str:
-    """The text of table.md: the tables of a study, and its notes as a list."""
+    """Return the text of table.md: the tables of a study, and its notes as a list."""
     parts = [f"# {markdown_text(study.name)}", markdown_text(study.about)]
     for table in study_tables(study):
         parts += [f"## {markdown_text(table.title)}", table.markdown()]
     return "\n\n".join([*parts, "\n".join(f"- {markdown_text(note)}" for note in study.notes)]) + "\n"
 
 
-# ---- what can be shared ----
+# ---- sharing ----
 
 
 def collect(folder: Path, target: Path) -> None:
     """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths.
-    Raises ``UserError`` if ``target`` is the study's own folder or holds another study, or more runs of this one."""
+
+    Raises ``UserError`` if ``target`` is the study's own folder or holds another study, or more runs of this one.
+    """
     study = Study.load(folder)
     if target.resolve() == folder.resolve():
         raise UserError(f"--collect {target} is the study's own folder; name another one")
@@ -304,7 +317,10 @@ def collect(folder: Path, target: Path) -> None:
 
 
 def without_paths(text: str, shown: dict[str, str]) -> str:
-    """A text with every path of ``shown`` as it is shown, the longest first, where it is a path or begins one."""
+    """Return the text with every path in ``shown`` replaced by its value, wherever it is a path or begins one.
+
+    Longer paths are replaced first.
+    """
     for path in sorted(shown, key=len, reverse=True):
         if path != Path(path).anchor:  # every path begins with /
             text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-]|\.\w)", lambda _, path=path: shown[path], text)
