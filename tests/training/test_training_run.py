@@ -513,7 +513,7 @@ def test_a_run_whose_base_model_was_moved_is_resumed(train, tiny_base, tmp_path)
 
 @pytest.mark.parametrize(
     ("key", "value", "fact"),
-    [("world_size", 2, "the number of devices"), ("dtype", "torch.float16", "the dtype that --dtype auto means")],
+    [("world_size", 2, "the number of devices"), ("dtype", "torch.float16", "the dtype that --dtype auto selects")],
 )
 def test_a_run_on_another_machine_that_would_go_on_otherwise_is_not_resumed(train, edit_json, key, value, fact):
     folder = train("run", max_steps=1, save_step=1)
