@@ -200,7 +200,7 @@ class MultiTaskTrainer(Trainer):
         self.task_losses.add(losses, weights, task_ids)
         total = num_items_in_batch
         if self.task_weights is not None:
-            # Divide first: for a task without any weight in the step, dividing a loss by the tiny total would overflow.
+            # Divide the weights first: for a task without weight in the step, task_weights / total would overflow.
             weights, total = weights / total[task_ids] * self.task_weights.to(total.device)[task_ids], 1.0
         return (losses * weights).sum() / total * self.accelerator.num_processes
 
@@ -230,7 +230,8 @@ class MultiTaskTrainer(Trainer):
         if "train_loss" in logs:
             if self._began in (None, self.state.global_step):
                 return  # no step was taken, so there is no mean
-            # transformers also counts the steps before a resume, and sums only this process's losses.
+            # transformers also counts the steps before a resume, and the losses not yet logged are this process's
+            # alone.
             total = torch.tensor([self._total_loss_scalar], dtype=torch.float64, device=self.args.device)
             logs["train_loss"] = self.accelerator.gather(total).mean().item() / (self.state.global_step - self._began)
         for name, value in logs.items():
