@@ -94,7 +94,7 @@ def _signals_unwind() -> Iterator[None]:
         number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(ignored.exc_type)
         if number is None:
             return hook(ignored)
-        # Not at once, because within the destructor it would be ignored again; a thread also takes a while to start.
+        # Delayed: a signal within the destructor would be ignored again, and the thread takes a while to start.
         timer = threading.Timer(0.2, os.kill, (os.getpid(), number))
         timer.daemon = True
         timer.start()
