@@ -11,7 +11,7 @@ from torch import nn
 
 from mtl_lora.errors import UserError
 
-_MOST = 64  # graphs; batches of further shapes run eagerly
+_MOST_GRAPHS = 64  # batches of further shapes run eagerly
 
 
 def padded_length(length: int, lengths: Sequence[int]) -> int:
@@ -37,7 +37,7 @@ class GraphedSteps:
         """Return the loss of a batch, which may be in pinned memory; sets the gradients, which must be None before."""
         shape = tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items()))
         if shape not in self.recorded:
-            if len(self.recorded) < _MOST:
+            if len(self.recorded) < _MOST_GRAPHS:
                 self.recorded[shape] = None
             # Run on the stream of the recordings, so that they find whatever a first step sets up.
             self.stream.wait_stream(torch.cuda.current_stream())

@@ -42,7 +42,7 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
                 "--output_dir"
             )
         if not config.overwrite_output_dir:
-            _require_own(output, ", or --overwrite_output_dir True to delete it")
+            _refuse_foreign_files(output, ", or --overwrite_output_dir True to delete it")
         return None
     if config.overwrite_output_dir:
         raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass only one")
@@ -56,11 +56,11 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
         raise UserError(f"{checkpoint} holds no resume state; pass a checkpoint-N folder of the run")
     if used and checkpoint.resolve().parent != output.resolve():
         raise UserError(f"{output} holds a run that {checkpoint} does not belong to; pass an empty --output_dir")
-    _require_own(output)
+    _refuse_foreign_files(output)
     return checkpoint
 
 
-def _require_own(output: Path, more: str = "") -> None:
+def _refuse_foreign_files(output: Path, more: str = "") -> None:
     """Raise ``UserError`` if a run would replace files in its folder that no run configuration shows to be a run's.
 
     more: a second way out for the message.

@@ -43,9 +43,8 @@ def cached_rows(
     for errors of ``load`` and ``encode``, naming the file, and if the cache folder cannot be written.
     """
     digest = digest or files.sha256(path)
-    key = hashlib.sha256(json.dumps([facts[0], digest, Path(path).suffix.lower(), *facts[1:]]).encode()).hexdigest()[
-        :32
-    ]
+    identity = json.dumps([facts[0], digest, Path(path).suffix.lower(), *facts[1:]])
+    key = files.sha256_of(identity.encode())[:32]
     file = Path(cache_dir) / f"rows-{key}.arrow"
     rows = _read(file)
     if rows is None:

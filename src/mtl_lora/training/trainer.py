@@ -285,22 +285,22 @@ class MultiTaskTrainer(Trainer):
 
         Raises ``UserError`` for too little space, at the start or right after a checkpoint, so that no step is lost.
         """
-        self._take_room(checkpoints=self.args.save_strategy != "no")
+        self._reserve_room(checkpoints=self.args.save_strategy != "no")
         try:
             return super().train(*arguments, **options)
         except BaseException:
-            self._free_room()
+            self._release_room()
             raise
 
-    def _take_room(self, checkpoints: bool) -> None:
+    def _reserve_room(self, checkpoints: bool) -> None:
         """Reserve disk space for the final adapter, and for a checkpoint if there are more to come."""
-        self._free_room()
+        self._release_room()
         if self.args.should_save:
             weights = [weight for weight in self.model.parameters() if weight.requires_grad]
             size = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights)
             self.room = files.reserved(self.args.output_dir, size * (1 + _COPIES * checkpoints) + 2**20)
 
-    def _free_room(self) -> None:
+    def _release_room(self) -> None:
         if self.room:
             self.room.close()
             self.room = None
@@ -308,7 +308,7 @@ class MultiTaskTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter alone; all processes take part, the first one writes."""
         state = checkpoint.adapter_state(self.model)
-        self._free_room()
+        self._release_room()
         if self.args.should_save:
             checkpoint.save(self.model, output_dir or self.args.output_dir, self.provenance, state)
 
@@ -339,7 +339,7 @@ class MultiTaskTrainer(Trainer):
             kept = self.args.save_total_limit
             for folder in artifacts.checkpoints(self.args.output_dir)[: -kept or None] if kept else []:
                 artifacts.remove_checkpoint(folder)
-        self._take_room(checkpoints=self.state.global_step < self.state.max_steps)
+        self._reserve_room(checkpoints=self.state.global_step < self.state.max_steps)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
