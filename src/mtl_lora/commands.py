@@ -23,7 +23,7 @@ def _configuration(system: str, kind: str, about: str, arguments: Sequence[str])
         found = f"--{error.field} is a flag of --system {' and '.join(others)}, not of {system}"
         if take("checkpoint", list(arguments))[0] is not None:
             raise UserError(f"{found}, the system of the checkpoint; leave the flag out") from None
-        raise UserError(f"{found}; pass --system") from None
+        raise UserError(f"{found}; pass --system {' or '.join(others)}") from None
 
 
 def train(system: str, arguments: Sequence[str]) -> None:
