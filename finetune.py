@@ -7,5 +7,5 @@ import fire
 from mtl_lora.cli import main
 
 if __name__ == "__main__":
-    # fire starts the one parser of all commands, which refuses wrong flags before any work.
+    # fire calls the parser that all commands share, which rejects wrong flags before any work starts.
     fire.Fire(lambda: main(["train", *sys.argv[1:]]), command=[])

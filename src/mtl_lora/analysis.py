@@ -1,4 +1,4 @@
-"""``adapter_analysis.json``: what an adapter does for each task. Trainings write it, reports read it."""
+"""``adapter_analysis.json``: what an adapter does for each task. Training writes it and reports read it."""
 
 import dataclasses
 from pathlib import Path
@@ -9,20 +9,21 @@ from mtl_lora.results import Reader, Text, object_of
 
 SCHEMA, KIND = 1, "adapter_analysis"
 Matrix = list[list[float | None]]
-# Key of the file -> what is compared, in words.
+# Key in the file -> what is compared, in words.
 SIMILARITIES = {"lambda_similarity": "Λₜ", "lambda_minus_identity_similarity": "Λₜ − I"}
 SIMILARITIES |= {"update_similarity": "update s Bₜ Aₜ", "update_similarity_at_start": "update, start's mixtures"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """Of each layer with an adapter, the mixture weights of the tasks; over all layers, how alike the tasks are.
+    """The tasks' mixture weights in each adapted layer, and the similarity of the tasks over all layers.
 
-    mixture: by layer, the (T, n) weights with which tasks mix what the method calls ``mixture_parts``; None for a
-    method without. Similarities are (T, T) cosines under the Frobenius inner product, means over layers: of Lambda_t,
-    of Lambda_t - I, and of the updates scale * B_t A_t, these by adapted module too; None where the method is the same
-    for every task, and an entry where it is undefined. ``at_start``: the mixture as the seed drew it, and the updates
-    of the trained A and B with the tasks' own weights as they were drawn; None where the start was not kept.
+    mixture: by layer, the (T, n) weights with which the tasks mix the parts named by ``mixture_parts``; None for a
+    method without a mixture. Similarities are (T, T) cosines under the Frobenius inner product, averaged over layers:
+    of Lambda_t, of Lambda_t - I, and of the updates scale * B_t A_t, the last also by adapted module. A similarity is
+    None if it does not apply, as for a method that treats all tasks alike; an entry is None if it is undefined.
+    ``at_start``: the initial mixture, and the updates of the trained A and B with the initial values of each task's own
+    weights; None if the initial values were not kept.
     """
 
     method: Text
@@ -42,7 +43,7 @@ class Analysis:
 
     @classmethod
     def load(cls, path: Path) -> "Analysis":
-        """Read the file; raises ``UserError`` naming it and the key that is wrong."""
+        """Read the file; raises ``UserError`` that names it and the key that is wrong."""
         value, reader = files.read_object(path, "the adapter's analysis"), Reader(str(path))
         if value.get("kind") != KIND or value.get("schema") != SCHEMA:
             raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
@@ -55,15 +56,15 @@ class Analysis:
                     continue
                 width = len(matrix[0]) if matrix and key.startswith("mixture") else T
                 if [len(row) for row in matrix] != [width] * T:
-                    rule = f"{T} rows of equally many numbers, {T} for a similarity"
+                    rule = f"{T} rows of the same length, which is {T} for a similarity"
                     raise reader.wrong(f"{key}.{place}".rstrip("."), matrix, rule)
         return analysis
 
     def to_json(self) -> dict:
-        """The content of the file."""
+        """Return the content of the file."""
         return {"schema": SCHEMA, "kind": KIND, **object_of(self)}
 
     @property
     def similarities(self) -> dict[str, Matrix]:
-        """What is compared, in words, to its matrix."""
+        """The similarity matrices, by what they compare, in words."""
         return {words: matrix for key, words in SIMILARITIES.items() if (matrix := getattr(self, key))}

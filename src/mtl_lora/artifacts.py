@@ -1,4 +1,4 @@
-"""Every file name that one part of the package writes and another reads. Standard library alone."""
+"""All file names that one part of the package writes and another reads. Imports only the standard library."""
 
 import re
 import shutil
@@ -11,10 +11,10 @@ CHECKPOINT_WEIGHTS = "mtl_lora.safetensors"
 RUN_CONFIG = "run.json"
 TRAIN_LOG = "train_log.jsonl"
 ADAPTER_ANALYSIS = "adapter_analysis.json"
-ADAPTER_START = "adapter_start.safetensors"  # the tasks' own weights as the seed drew them
+ADAPTER_START = "adapter_start.safetensors"  # the initial values of the weights that each task has of its own
 RESUME_STATE = "trainer_state.json"
 TENSORBOARD = "tensorboard"  # folder of event files
-SAVING = ".saving"  # where a checkpoint lies until it is complete
+SAVING = ".saving"  # folder for a checkpoint until it is complete
 # an evaluation
 EVALUATION = "evaluation"  # inside the folder of a checkpoint
 PROTOCOLS = ("generate", "score")  # with --mode both, each in a folder of its own
@@ -22,21 +22,21 @@ RESULTS = "results.json"
 EVAL_SETTINGS = "settings.json"
 PREDICTIONS = "predictions"
 AGREEMENT = "agreement.json"
-SHEET = "sheet.png"  # of maps
-PICTURES = "pictures.html"  # of pictures and answers
+SHEET = "sheet.png"  # images with their maps
+PICTURES = "pictures.html"  # pictures with their answers
 # an adapter in PEFT's format
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # of the names of weights
+PEFT_PREFIX = "base_model.model."  # of the names of the weights
 # a study
 STUDY = "study.json"
 
 
 def remove_evaluation(folder: str | Path) -> None:
-    """Delete an evaluation's results, predictions, settings and what was drawn; nothing else, for a training may share
-    its folder.
+    """Delete an evaluation's results, predictions, settings and pictures, and nothing else: the folder may also hold a
+    training run.
 
-    In an order in which a kill leaves no results without predictions, and no predictions without their settings.
+    The order ensures that a kill leaves no results without predictions, and no predictions without settings.
     """
     for name in (RESULTS, SHEET, PICTURES):
         (Path(folder) / name).unlink(missing_ok=True)
@@ -45,13 +45,13 @@ def remove_evaluation(folder: str | Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a ``checkpoint-N``, of which a kill leaves nothing that counts as complete."""
+    """Delete a ``checkpoint-N``; after a kill, whatever is left of it does not count as complete."""
     (folder / RESUME_STATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete ``checkpoint-N`` folders of a training run, oldest first."""
+    """Return the complete ``checkpoint-N`` folders of a training run, oldest first."""
     found = []
     for folder in Path(output_dir).glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", folder.name)

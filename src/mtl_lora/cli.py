@@ -1,8 +1,8 @@
-"""One command line for all commands: ``mtl-lora train | evaluate | predict | export | report | study | features |
+"""The command line of all commands: ``mtl-lora train | evaluate | predict | export | report | study | features |
 prepare``.
 
 A command's flags are the fields of its configuration dataclass (see ``mtl_lora.config.flag``), written ``--name value``
-or ``--name=value``, and ``--name`` alone for True. Every argument is checked before any work starts.
+or ``--name=value``; ``--name`` alone means True. Every argument is checked before any work starts.
 """
 
 import ast
@@ -26,9 +26,10 @@ _HELP = ("--help", "-h")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: ``module:function`` of its arguments, imported when it is called, and its one-line help.
+    """A command: its function, as ``module:function``, which is imported only when it is called, and a one-line help.
 
-    extra: the optional dependencies of the package that it needs. of_system: the system's name is its first argument.
+    extra: the package's optional dependencies that the command needs. of_system: whether the function gets the system's
+    name as its first argument.
     """
 
     home: str
@@ -40,37 +41,42 @@ class Command:
 COMMANDS = {
     "train": Command(
         "mtl_lora.commands:train",
-        f"fine-tune a base model on many tasks; --system is one of {', '.join(SYSTEMS)}, by default the first",
+        f"fine-tune a base model on many tasks; --system: {', '.join(SYSTEMS)} (default: {next(iter(SYSTEMS))})",
         of_system=True,
     ),
     "evaluate": Command(
         "mtl_lora.commands:evaluate", "score a checkpoint or a base model on test sets", of_system=True
     ),
     "predict": Command("mtl_lora.commands:predict", "answer the examples of a file with a checkpoint", of_system=True),
-    "export": Command("mtl_lora.export.__main__:main", "PEFT LoRA per task, merged models, imports"),
-    "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures, page", "report"),
+    "export": Command("mtl_lora.export.__main__:main", "export to PEFT LoRA or merged models, or import an adapter"),
+    "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures and a page of results", "report"),
     "study": Command(
         "mtl_lora.study.runner:main", "train and evaluate a grid of experiments over seeds", "train,report"
     ),
     "features": Command(
-        "mtl_lora.image_text.extract:main", "grid features of images, for --system image_text", "train,image"
+        "mtl_lora.image_text.extract:main", "extract grid features of images, for --system image_text", "train,image"
     ),
     "prepare": Command("mtl_lora.cli:prepare", "download, verify and tag a data set", "data"),
 }
-# The data sets that can be prepared; a module has ``Prepare``, a configuration, and ``run(config)``.
+# The data sets that can be prepared; each module has a configuration ``Prepare`` and a function ``run(config)``.
 SETS = {
     "commonsense": Command("mtl_lora.language.prepare.commonsense", "the eight commonsense tasks of LLM-Adapters"),
     "textclass": Command("mtl_lora.language.prepare.textclass", "six small text-classification tasks"),
-    "glue": Command("mtl_lora.nlu.prepare", "eight tasks of GLUE; with --hub all nine"),
-    "image_text": Command("mtl_lora.image_text.prepare", "questions, statements and captions of pictures: open sets"),
+    "glue": Command("mtl_lora.nlu.prepare", "eight tasks of GLUE; all nine with --hub"),
+    "image_text": Command("mtl_lora.image_text.prepare", "questions, statements and captions of pictures (open sets)"),
     "vlbart": Command("mtl_lora.image_text.vlbart", "VQAv2, GQA, NLVR2 and COCO captions of VL-Adapter's data folder"),
-    "coco128": Command("mtl_lora.dense.coco128", "four maps of 100 + 100 photographs, from COCO's panoptic labels"),
-    "scenes": Command("mtl_lora.dense.scenes", "rendered scenes with five exact label maps; nothing is downloaded"),
+    "coco128": Command(
+        "mtl_lora.dense.coco128", "four maps of each of 100 + 100 photographs, from COCO's panoptic labels"
+    ),
+    "scenes": Command("mtl_lora.dense.scenes", "rendered scenes with five exact label maps; no download"),
 }
 
 
 def main(arguments: Sequence[str] | None = None, **options) -> None:
-    """Run one command; a user's mistake ends in one sentence and exit code 2. options: of the command's function."""
+    """Run one command; a user's mistake ends with a one-sentence error and exit code 2.
+
+    options: passed on to the command's function.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with user_errors_to_exit_code():
         if not arguments or arguments[0] in _HELP:
@@ -98,13 +104,13 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
             ) from None
 
 
-_BRINGS = {"PIL": "dense", "h5py": "image", "pooch": "data"}  # package, to the extra that has it, of several commands
+_BRINGS = {"PIL": "dense", "h5py": "image", "pooch": "data"}  # package -> the extra that brings it
 
 
 def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
-    """``mtl-lora prepare SET``, also written ``--set SET``.
+    """Run ``mtl-lora prepare SET``, which may also be written ``--set SET``.
 
-    root: the folder that the default places to write to are relative to; None: the current folder.
+    root: the folder to which the default output paths are relative; None: the current folder.
     """
     name, rest = take("set", list(arguments))
     if name is None and rest and not rest[0].startswith("-"):
@@ -113,7 +119,7 @@ def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
         print(_overview("prepare SET", SETS))
         return
     if name not in SETS:
-        none = f"no data set is named; known are {', '.join(SETS)}"
+        none = f"prepare needs the name of a data set; known are {', '.join(SETS)}"
         found = none if name is None else f"unknown data set {name!r}{closest(name, list(SETS))}"
         raise UserError(f"{found}; see mtl-lora prepare --help")
     module = importlib.import_module(SETS[name].home)
@@ -123,7 +129,8 @@ def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
 
 
 def parse_one_of(name: str, table: Mapping[str, type[Config]], arguments: Sequence[str]) -> Config | None:
-    """The configuration of the command below ``mtl-lora name`` that the arguments begin with; None after its help."""
+    """Return the configuration of the subcommand of ``mtl-lora name`` with which the arguments begin; None if they ask
+    for help, which is then printed."""
     chosen, *rest = arguments or _HELP
     if chosen in _HELP:
         print(_overview(f"{name} COMMAND", table))
@@ -134,7 +141,7 @@ def parse_one_of(name: str, table: Mapping[str, type[Config]], arguments: Sequen
 
 
 def _overview(what: str, table: Mapping[str, Command | type[Config]]) -> str:
-    """The help of a command that has commands below it."""
+    """Return the help text of a command that has subcommands."""
     width = max(map(len, table))
     usage = f"mtl-lora {what}"
     lines = [f"usage: {usage} [--flag value ...]", ""]
@@ -143,22 +150,22 @@ def _overview(what: str, table: Mapping[str, Command | type[Config]]) -> str:
 
 
 def _system(arguments: list[str]) -> tuple[str, list[str]]:
-    """The system that a command is for, by ``--system`` or by its checkpoint, and the other arguments."""
+    """Return the system that ``--system`` or the checkpoint names, and the other arguments."""
     if arguments and arguments[0] in SYSTEMS:
         raise UserError(f"unexpected argument {arguments[0]!r}; write --system {arguments[0]}")
     system, rest = take("system", arguments)
     checkpoint, _ = take("checkpoint", rest)
     trained = of_checkpoint(checkpoint) if checkpoint else None
-    if system is None:  # who reads a broken checkpoint says what is wrong with it
+    if system is None:  # a broken checkpoint is reported by the code that reads it
         return trained or next(iter(SYSTEMS)), rest
     check(system)
     if trained not in (None, system):
-        raise UserError(f"{checkpoint} is of the system {trained}; leave out --system {system}")
+        raise UserError(f"{checkpoint} belongs to the system {trained}; leave out --system {system}")
     return system, rest
 
 
 def take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of ``--name`` (None without it), and the other arguments."""
+    """Return the value of ``--name``, or None if it is not given, and the other arguments."""
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == f"--{name}":
@@ -168,7 +175,7 @@ def take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 class UnknownFlag(UserError):
-    """A flag that a command does not have; field: its name."""
+    """Raised for a flag that the command does not have; ``field`` is its name."""
 
 
 Parsed = typing.TypeVar("Parsed", bound=Config)
@@ -177,10 +184,11 @@ Parsed = typing.TypeVar("Parsed", bound=Config)
 def parse(
     config_class: type[Parsed], arguments: Sequence[str], about: str, defaults: Mapping[str, object] | None = None
 ) -> Parsed:
-    """The configuration that ``arguments`` (without the program's name) describe.
+    """Return the configuration that ``arguments`` (without the program's name) describe.
 
-    defaults: values that replace the dataclass's own defaults. Raises ``UserError`` for an unknown, stray, repeated,
-    missing or wrongly typed argument. ``--help`` prints every flag with its meaning, unit and default, and exits.
+    about: the first lines of the help text. defaults: values that replace the dataclass's defaults. Raises
+    ``UserError`` for an unknown, stray, repeated, missing or wrongly typed argument. ``--help`` prints every flag with
+    its meaning, unit and default, and exits.
     """
     values = dict(defaults or {})
     flags = {
@@ -212,13 +220,13 @@ def parse(
 
 
 def help_text(flags: Sequence[Flag], about: str, idle: Collection[str] = ()) -> str:
-    """Every flag but the idle with its type, its default as one would write it, its earlier names, and its meaning."""
+    """Return a help text with the type, default, aliases and meaning of every flag that is not idle."""
     lines = [about.strip(), ""]
     for flag in flags:
         if flag.metadata.get("positional"):
             lines += [f"  {flag.name.upper()} ...", f"      {flag.metadata['help']}", ""]
     if any(not flag.metadata.get("positional") for flag in flags):
-        lines += ["Flags, as --name value or --name=value:", ""]
+        lines += ["Flags, written --name value or --name=value:", ""]
     for flag in flags:
         if "group" in flag.metadata:
             lines += [*[""] * (lines[-1] != ""), f"{flag.metadata['group']}:"]
@@ -230,21 +238,21 @@ def help_text(flags: Sequence[Flag], about: str, idle: Collection[str] = ()) -> 
 
 
 def spelled(value: object) -> str:
-    """A flag's value as it is written on the command line; ``parse`` reads it back."""
+    """Return a flag's value as written on the command line; ``parse`` reads it back."""
     if isinstance(value, list):
-        # What would be read as a list of other entries is quoted.
+        # Entries that would be split or changed when read back are quoted.
         plain = not any(set(str(entry)) & set(",[](){}'\"") for entry in value)
         return ",".join(map(str, value)) if plain else json.dumps(value, ensure_ascii=False)
     return "none" if value is None else str(value)
 
 
 def _positional(flags: Mapping[str, Flag]) -> Flag | None:
-    """The flag that takes the arguments without a name, if the configuration has one."""
+    """Return the flag that takes the positional arguments, if the configuration has one."""
     return next((flag for flag in flags.values() if flag.metadata.get("positional")), None)
 
 
 def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str], list[str]]:
-    """Flag names to raw values, and the positional arguments."""
+    """Return the raw values by flag name, and the positional arguments."""
     aliases = {alias: flag.name for flag in flags.values() for alias in flag.metadata.get("aliases", ())}
     positional = _positional(flags)
     named = [name for name in flags if flags[name] is not positional]
@@ -270,10 +278,10 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
 
 
 def _value_after(flag: Flag, waiting: list[str], beside_positional: bool) -> str:
-    """The value of a flag without ``=``, taken from the arguments that follow; a switch alone is True."""
+    """Return the value of a flag written without ``=``, taken from the arguments after it; a switch alone is True."""
     following = waiting[0] if waiting and not waiting[0].startswith("--") else None
     switch = bool in (flag.type, *typing.get_args(flag.type))
-    # Beside positional arguments a switch takes nothing but True or False.
+    # Before positional arguments, a switch takes only True or False as its value.
     if switch and beside_positional and following and following.lower() not in (*_TRUE, *_FALSE):
         following = None
     if following is not None:
@@ -284,7 +292,7 @@ def _value_after(flag: Flag, waiting: list[str], beside_positional: bool) -> str
 
 
 def _convert(flag: Flag, text: str) -> object:
-    """A flag's text as its declared type; raises ``UserError`` with the type that is right."""
+    """Return a flag's text as its declared type; raises ``UserError`` that names the declared type."""
     expected = flag.type
     if typing.get_origin(expected) in (types.UnionType, typing.Union):
         options = typing.get_args(expected)
@@ -307,15 +315,15 @@ def _convert(flag: Flag, text: str) -> object:
 
 
 def _list(text: str) -> list[str]:
-    """``a,b`` or ``["a", "b"]`` as a list of strings."""
+    """Return ``a,b`` or ``["a", "b"]`` as a list of strings."""
     text = text.strip()
     quoted = '"' in text or "'" in text
-    # A regular expression such as [qv]_proj begins with a bracket too, but does not end with one.
+    # A regular expression such as [qv]_proj also begins with a bracket but does not end with one.
     if text.startswith("[") and (quoted or text.endswith("]")):
         if quoted:
             return [str(entry) for entry in ast.literal_eval(text)]
         text = text[1:-1]
-    # The commas inside (a,b), [a,b] and {1,2} belong to a regular expression.
+    # Commas inside (a,b), [a,b] and {1,2} belong to a regular expression.
     entries, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

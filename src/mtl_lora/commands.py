@@ -1,5 +1,5 @@
-"""train, evaluate and predict, the same for every system: flags are parsed, which needs no torch, before what does the
-work is imported."""
+"""The commands train, evaluate and predict for every system; flags are parsed, without torch, before anything else is
+imported."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ from mtl_lora.systems import SYSTEMS, part
 
 
 def _configuration(system: str, kind: str, about: str, arguments: Sequence[str]) -> Config:
-    """The arguments as the configuration ``kind`` of a system; a flag that only others have names them."""
+    """Return the arguments as the configuration ``kind`` of a system; an error about a flag that only other systems
+    have names those systems."""
     home = part(system, "config")
     try:
         return parse(getattr(home, kind), arguments, getattr(home, about))
@@ -19,14 +20,14 @@ def _configuration(system: str, kind: str, about: str, arguments: Sequence[str])
         of = {each: {flag.name for flag in getattr(part(each, "config"), kind).flags()} for each in SYSTEMS}
         if not (others := [each for each in SYSTEMS if error.field in of[each]]):
             raise
-        found = f"--{error.field} is a flag of --system {' and of '.join(others)}, and this command is of {system}"
+        found = f"--{error.field} is a flag of --system {' and '.join(others)}, not of {system}"
         if take("checkpoint", list(arguments))[0] is not None:
-            raise UserError(f"{found}, as its checkpoint; leave the flag out") from None
-        raise UserError(f"{found}; pass --system") from None
+            raise UserError(f"{found}, the system of the checkpoint; leave the flag out") from None
+        raise UserError(f"{found}; pass --system {' or '.join(others)}") from None
 
 
 def train(system: str, arguments: Sequence[str]) -> None:
-    """``mtl-lora train``, and ``finetune.py``."""
+    """Run ``mtl-lora train`` and ``finetune.py``."""
     config = _configuration(system, "TrainConfig", "TRAIN_ABOUT", arguments)
     config.check_files()
     run = part(system, "train").run
@@ -38,7 +39,7 @@ def train(system: str, arguments: Sequence[str]) -> None:
 
 
 def evaluate(system: str, arguments: Sequence[str]) -> None:
-    """``mtl-lora evaluate``, and ``commonsense_evaluate.py``; prints the results as tables at the end."""
+    """Run ``mtl-lora evaluate`` and ``commonsense_evaluate.py``; prints the results as tables at the end."""
     config = _configuration(system, "EvalConfig", "EVALUATE_ABOUT", arguments)
     config.check_files()
     found = part(system, "evaluate").run(config)
@@ -54,7 +55,7 @@ def evaluate(system: str, arguments: Sequence[str]) -> None:
 
 
 def predict(system: str, arguments: Sequence[str]) -> None:
-    """``mtl-lora predict``."""
+    """Run ``mtl-lora predict``."""
     config = _configuration(system, "PredictConfig", "PREDICT_ABOUT", arguments)
     config.check_files()
     part(system, "evaluate").predict(config)

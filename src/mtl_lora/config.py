@@ -1,4 +1,4 @@
-"""Configuration as flat dataclasses: typed, validated, and the same after a trip through JSON."""
+"""Configurations as flat dataclasses: typed, validated, and unchanged by a round trip through JSON."""
 
 import dataclasses
 import difflib
@@ -7,20 +7,24 @@ import typing
 
 from mtl_lora.errors import UserError, within
 
-_MOST_NAMED = 24  # names that an error lists
+_MOST_NAMED = 24  # an error lists the known names only if there are no more than this
 DTYPES = ("auto", "bf16", "fp16", "fp32", "fp64")
 REQUIRED = dataclasses.MISSING
 
 
 def flag(default, help: str, **metadata):
-    """A dataclass field with its one-line documentation (meaning, unit, off value).
+    """Return a dataclass field with its one-line help text (meaning, unit, off value).
 
-    default: ``REQUIRED`` for a flag without one. metadata: ``affects``, what the flag can change: ``weights`` or
-    ``answers`` (the default of a configuration is its ``affects``), ``content`` for a path whose content decides, or
-    ``nothing``; ``min``, ``max``, ``above`` and ``choices``, which values are allowed; ``positional=True`` for the list
-    of the arguments without a name; ``aliases``, earlier names; ``group``, the heading in the help of this flag and of
-    those behind it; ``before``, what was fixed while the field did not exist: files without it take that;
-    ``by_outcome=True`` where a run may be resumed with another value, for what the flag comes to is compared, or equal.
+    default: ``REQUIRED`` for a flag without a default. metadata:
+
+    - ``affects``: what the flag can change: ``weights``, ``answers``, ``nothing``, or ``content`` for a path of which
+      the content matters, not the name; by default the configuration's ``affects``
+    - ``min``, ``max``, ``above``, ``choices``: the allowed values
+    - ``positional=True``: the flag is the list of positional arguments
+    - ``aliases``: other names, such as earlier ones
+    - ``group``: a heading in the help text, above this flag and those that follow
+    - ``before``: the value for files that were written before the field existed
+    - ``by_outcome=True``: a run may be resumed with another value, because only the flag's effect is compared
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
@@ -29,13 +33,13 @@ def flag(default, help: str, **metadata):
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Whether a value of a file is a number that can be reckoned with: an int that a tensor takes or, unless it must be
-    ``whole``, a float whose square is finite. A bool is none."""
+    """Return whether a value from a file is a usable number: an int that fits in a tensor or, unless it must be
+    ``whole``, a float whose square is finite. A bool is not a number."""
     return (type(value) is int and abs(value) < 2**63) or (not whole and type(value) is float and abs(value) < 1e100)
 
 
 def _matches(value: object, expected: object) -> bool:
-    """Whether ``value`` has the declared type; a bool is no number, an int is a valid float."""
+    """Return whether ``value`` has the declared type; a bool is not a number, an int is a valid float."""
     origin = typing.get_origin(expected)
     if origin in (types.UnionType, typing.Union):
         return any(_matches(value, option) for option in typing.get_args(expected))
@@ -61,7 +65,7 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "strings", dict: "objec
 
 
 def type_name(expected: object) -> str:
-    """A declared type in words, for messages and help texts."""
+    """Return a declared type in words, for messages and help texts."""
     origin = typing.get_origin(expected)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_name(option) for option in typing.get_args(expected))
@@ -73,7 +77,7 @@ def type_name(expected: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One flag of a configuration: ``default`` is ``REQUIRED`` where there is none."""
+    """One flag of a configuration; ``default`` is ``REQUIRED`` for a flag without a default."""
 
     name: str
     type: object
@@ -89,13 +93,13 @@ class Flag:
 class Config:
     """Base of every configuration: types are checked on construction, ``validate`` adds the rules between fields."""
 
-    affects = "nothing"  # what a field changes that does not say so itself
-    idle = {}  # noqa: RUF012 - flags that do nothing here, with why: they are refused, and no help lists them
+    affects = "nothing"  # what a field can change if its metadata does not say
+    idle = {}  # noqa: RUF012 - flags without effect here, and why: they are refused and left out of the help
 
     @classmethod
     def flags(cls) -> list[Flag]:
-        """The fields that can be written as flags, with types and defaults, in order. One that is declared anew has the
-        earlier metadata where it gives none."""
+        """Return the fields that can be written as flags, with types and defaults, in order. A field that a subclass
+        declares again inherits the metadata that it does not give itself."""
         hints, found = typing.get_type_hints(cls), []
         metadata = {field.name: {"help": ""} for field in dataclasses.fields(cls)}
         for base in reversed(cls.__mro__):
@@ -109,12 +113,12 @@ class Config:
 
     @classmethod
     def names_affecting(cls, what: str) -> set[str]:
-        """The names of the flags that can change ``what``: weights, answers, content or nothing."""
+        """Return the names of the flags that affect ``what``: weights, answers, content or nothing."""
         return {flag.name for flag in cls.flags() if flag.metadata.get("affects", cls.affects) == what}
 
     def contents(self) -> dict[str, str | None]:
-        """Hashes of what flags name whose content decides the result, besides data sets, tasks and the base model; None
-        of what is not there."""
+        """Return hashes of the files named by flags whose content affects the result, except data sets, tasks and the
+        base model; None for a missing file."""
         return {}
 
     def __post_init__(self):
@@ -143,33 +147,34 @@ class Config:
             self.require(name, f"one of {', '.join(rules['choices'])}", value in rules["choices"])
 
     def validate(self) -> None:
-        """Raise ``UserError`` for values that do not fit; overridden by each configuration."""
+        """Raise ``UserError`` for values that do not fit together; overridden by each configuration."""
 
     def require(self, name: str, rule: str, holds: bool) -> None:
-        """Raise ``UserError`` naming field, rule and value unless ``holds``."""
+        """Raise ``UserError`` that names field, rule and value unless ``holds``."""
         if not holds:
             raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}", name)
 
     def to_json(self) -> dict:
-        """A JSON object that ``from_json`` reads back to an equal configuration."""
+        """Return a JSON object that ``from_json`` reads back as an equal configuration."""
         return dataclasses.asdict(self)
 
     @classmethod
     def named(cls, values: dict, source: str) -> dict:
-        """``values`` under the flags' names of today; an unknown one is an error that names ``source``."""
+        """Return ``values`` under the flags' current names; raises ``UserError`` naming ``source`` for an unknown
+        key."""
         names = {name: flag.name for flag in cls.flags() for name in (flag.name, *flag.metadata.get("aliases", ()))}
         for key in values:
             if key not in names:
                 raise UserError(f"{source} has the unknown key {key!r}{closest(key, list(names))}")
             if both := [other for other in values if other != key and names.get(other) == names[key]]:
-                raise UserError(f"{source} has {key!r} and {both[0]!r}, which are one flag; leave one of them")
+                raise UserError(f"{source} has {key!r} and {both[0]!r}, which are the same flag; remove one")
         return {names[key]: value for key, value in values.items()}
 
     @classmethod
     def from_json(cls, value: object, source: str = "the configuration", complete: bool = False) -> typing.Self:
-        """Build from a JSON object; an unknown key is an error that names it and ``source``.
+        """Build a configuration from a JSON object; raises ``UserError`` naming ``source`` and the key that is wrong.
 
-        complete: every field must be there, so that none silently takes its default; but for those with a ``before``.
+        complete: require every field except those with a ``before``, so that none silently takes its default.
         """
         if not isinstance(value, dict):
             raise UserError(f"{source} must be a JSON object, not {type(value).__name__}")
@@ -184,9 +189,9 @@ class Config:
 
 
 def closest(word: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)``, or the list of what is known, unless it is long.
+    """Return `` (did you mean 'x'?)`` for a typing error, or a list of the known words unless it is long.
 
-    Each part of the word must be close to one of the other's: eval_steps is no slip of the pen for max_steps.
+    Each part of the word must be close to a part of the known word: eval_steps is not a misspelled max_steps.
     """
 
     plain = {each.casefold().replace("-", "_"): each for each in known}

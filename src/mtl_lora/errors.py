@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how a command line turns it into a sentence and exit code 2."""
+"""The exception for a user's mistake, and how the command line turns it into one sentence and exit code 2."""
 
 import contextlib
 import errno
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Bad input: one sentence naming the file, record or flag, what was found and the way out.
+    """Bad input; the message is one sentence that names the file, example or flag, what was found and the way out.
 
-    field: the configuration's field that the sentence begins with, where it is about one.
+    field: the configuration field with which the message begins, if it is about one.
     """
 
     def __init__(self, message: str, field: str | None = None):
@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def within(place: str) -> Iterator[None]:
-    """Put a place, such as a file or a record, in front of the sentence of a ``UserError``."""
+    """Put a place, such as a file or an example, in front of the message of a ``UserError`` raised in the block."""
     try:
         yield
     except UserError as error:
@@ -32,29 +32,29 @@ def within(place: str) -> Iterator[None]:
 
 
 def require_package(flag: str, package: str, wanted: bool = True) -> None:
-    """Raise ``UserError`` if a flag that is set needs a package that is not there."""
+    """Raise ``UserError`` if a package that a flag needs is not installed. wanted: whether the flag is set."""
     if wanted and importlib.util.find_spec(package) is None:
         raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
 
 
 EXIT_CODE = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors (Rust) and torch (C++) report a full disk by words of their own; torch does not say why it cannot write.
+# safetensors (Rust) and torch (C++) have their own messages for a full disk; torch does not say why it cannot write.
 _FULL_WORDS = rf"\(os error ({'|'.join(map(str, _FULL))})\)|code: 28,|PytorchStreamWriter failed|unexpected pos \d"
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an exception says that a file could not be written for want of room."""
+    """Return whether an exception says that a file could not be written because the disk is full."""
     return getattr(error, "errno", None) in _FULL or re.search(_FULL_WORDS, str(error)) is not None
 
 
 @contextlib.contextmanager
 def user_errors_to_exit_code() -> Iterator[None]:
-    """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2; no traceback.
+    """Print a ``UserError`` as ``error: <sentence>`` on stderr and exit with code 2, without a traceback.
 
-    So ends a file that the system refuses and that nothing else explained. SIGINT exits with 130, SIGTERM with 143. A
-    reader of the output that has left, as ``head`` does, ends the command in silence. Under a launcher other processes
-    than the first say which they are: what stops them may be theirs alone.
+    An ``OSError`` that nothing else explained ends in the same way. SIGINT exits with 130, SIGTERM with 143. If the
+    reader of the output has left, as ``head`` does, the command ends silently. Under a launcher, processes other than
+    the first add their local rank, because an error may concern that process alone.
     """
     try:
         with _signals_unwind(), files_within_reach():
@@ -68,7 +68,7 @@ def user_errors_to_exit_code() -> Iterator[None]:
         print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {sentence}", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python would write again at its exit
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)
@@ -77,9 +77,10 @@ def user_errors_to_exit_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """A block in which SIGTERM ends the process as SIGINT does: temporary files are removed on the way out.
+    """A context in which SIGTERM, like SIGINT, ends the process by an exception, so temporary files are removed.
 
-    Not SIGTERM under a launcher, whose processes may wait for each other outside Python, where no handler runs.
+    SIGTERM is left alone under a launcher, whose processes may wait for each other outside Python, where no handler
+    runs.
     """
     hook, main = sys.unraisablehook, threading.current_thread() is threading.main_thread()
     before, stopped = {}, []
@@ -89,11 +90,11 @@ def _signals_unwind() -> Iterator[None]:
         raise stopped[-1]
 
     def again(ignored) -> None:
-        # Python ignores an exception in a destructor, and so the signal that came there.
+        # Python ignores exceptions in destructors, and with them a signal that arrives there; send the signal again.
         number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(ignored.exc_type)
         if number is None:
             return hook(ignored)
-        # Not at once: starting a thread takes a while on a busy machine, and in here it would be ignored again.
+        # Delayed: a signal within the destructor would be ignored again, and the thread takes a while to start.
         timer = threading.Timer(0.2, os.kill, (os.getpid(), number))
         timer.daemon = True
         timer.start()
@@ -106,7 +107,7 @@ def _signals_unwind() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if stopped:  # native code that the signal came into raises an error of its own
+        if stopped:  # native code that a signal interrupts raises its own error
             raise stopped[0] from None
         raise
     finally:
@@ -117,14 +118,14 @@ def _signals_unwind() -> Iterator[None]:
 
 @contextlib.contextmanager
 def files_within_reach():
-    """Turn a full disk, or another ``OSError`` such as a folder without permission, into a ``UserError``."""
+    """Turn a full disk, or another ``OSError`` such as a missing permission, into a ``UserError``."""
     try:
         yield
     except (BrokenPipeError, UserError):
         raise
     except UnicodeEncodeError as error:
         text = f"{error.object[:50]!a} cannot be written as {error.encoding}"
-        raise UserError(f"{text}; set PYTHONUTF8=1, or a locale with UTF-8") from None
+        raise UserError(f"{text}; set PYTHONUTF8=1 or a UTF-8 locale") from None
     except Exception as error:
         if disk_is_full(error):
             where = f" of {error.filename}" if getattr(error, "filename", None) else ""
@@ -136,15 +137,15 @@ def files_within_reach():
 
 
 def check_environment() -> None:
-    """Raise ``UserError`` for a launcher's variables that cannot be, before libraries trip over them."""
+    """Raise ``UserError`` for invalid environment variables of a launcher, before libraries fail on them."""
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdecimal()):
             os.environ.pop("LOCAL_RANK", None)
-            raise UserError(f"the environment's {name} must be a whole number, not {value!r}; unset it")
+            raise UserError(f"the environment variable {name} must be a whole number, not {value!r}; unset it")
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank >= processes:
-        found = f"the environment's RANK is {rank} and its WORLD_SIZE {processes}"
-        raise UserError(f"{found}, and ranks count from 0; start with torchrun, or unset both")
+        found = f"the environment has RANK={rank} and WORLD_SIZE={processes}"
+        raise UserError(f"RANK must be below WORLD_SIZE, but {found}; start with torchrun, or unset both")
     if processes > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("the environment has WORLD_SIZE but no MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")

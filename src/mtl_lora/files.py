@@ -1,4 +1,4 @@
-"""Whole files or none: written under a temporary name and renamed; claimed by one command at a time; hashed."""
+"""Files that appear complete or not at all, claims of outputs by one command at a time, reading, and hashes."""
 
 import contextlib
 import ctypes
@@ -19,26 +19,28 @@ from typing import BinaryIO
 
 from mtl_lora.errors import UserError, disk_is_full
 
-NAME = re.compile(r"(?!\.+$)[\w.\-]+")  # of tasks and others that become names of files and folders
+NAME = re.compile(r"(?!\.+$)[\w.\-]+")  # of tasks and other names that become file or folder names
 
-# Read once: it can only be read by setting it, which is the whole process's and so would race between threads.
+# Read once: reading it means setting it for the whole process, which would race between threads.
 UMASK = os.umask(0)
 os.umask(UMASK)
 
 
-_RANDOM = "[!.]" * 8  # what tempfile writes between a name and its suffix
+_RANDOM = "[!.]" * 8  # glob of the random part that tempfile puts between prefix and suffix
 
 
 @contextlib.contextmanager
 def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
     """Keep other commands out of an output, a folder or a file, until the block or the process ends.
 
-    The claim is a lock (flock) on ``.NAME.lock`` beside the output, which the system frees however the process ends;
-    on the output folder itself where the folder above cannot be written or is another file system. Where there are no
-    locks, a note on stderr says so. What a killed command left half-written beside the output is removed. Of a
-    distributed launch the first process claims. Yields the lock's descriptor, for processes that are to hold it too.
+    The claim is a lock (flock) on ``.NAME.lock`` beside the output, which the system releases however the process ends.
+    If the parent folder is not writable or is another file system, the output folder itself is locked. If locks are not
+    available, a note on stderr says so. Files that a killed command left half-written beside the output are
+    removed. In a distributed launch only the first process claims the output. Yields a list with the lock's descriptor,
+    for child processes that must hold it too.
 
-    wait: wait for the command that has it, in every process. Raises ``UserError`` if another command has it.
+    wait: wait for the command that holds the lock, in every process. Otherwise raises ``UserError`` if another command
+    holds it.
     """
     if os.environ.get("RANK", "0") != "0" and not wait:
         yield []
@@ -52,7 +54,7 @@ def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
         yield [descriptor]
     finally:
         if beside:
-            beside.unlink(missing_ok=True)  # before it is free, see ``_locked``
+            beside.unlink(missing_ok=True)  # while it is still locked, see ``_locked``
         os.close(descriptor)
         for folder in made:
             with contextlib.suppress(OSError):
@@ -60,15 +62,15 @@ def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
 
 
 def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
-    """(descriptor of the lock, its file if that is to be removed, whether there are locks)."""
-    problem, held = "it is removed again and again", True
+    """Return (descriptor of the lock, its file if that must be removed, whether locks are available)."""
+    problem, held = "its lock file is removed again and again", True
     for _ in range(1000):
-        beside, descriptor = output.parent / f".{output.name}.lock", None  # "/" has no name
+        beside, descriptor = output.parent / f".{output.name}.lock", None  # the name of "/" is empty
         try:
             if not os.path.ismount(output):
                 output.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError as error:  # removed by a command that had made it
+        except FileNotFoundError as error:  # another command removed the folder that it had made
             problem = error.strerror
             continue
         except OSError as error:
@@ -83,12 +85,13 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(
-                f"{output} is in use by another command; wait for it, end it, or choose another output"
+                f"{output} is in use by another command; wait for it to end, stop it, or choose another output"
             ) from None
         except (ImportError, OSError):
             held = False
-            print(f"note: no locks here, so start no second command on {output} before this ends", file=sys.stderr)
-        # Its owner may have removed the file between opening and locking: the lock is then on no name.
+            note = f"note: file locks are not available here; start no other command on {output} before this one ends"
+            print(note, file=sys.stderr)
+        # Its owner may have removed the file between our opening and locking it; such a lock protects nothing.
         with contextlib.suppress(FileNotFoundError):
             if beside is None or os.path.samestat(os.fstat(descriptor), beside.stat()):
                 return descriptor, beside, held
@@ -97,14 +100,14 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what a killed command left beside or in a claimed output; a folder that it had moved aside goes back."""
+    """Remove what a killed command left beside or in a claimed output; a folder that it moved aside is put back."""
     for path in output.parent.glob(f".{glob.escape(output.name)}.{_RANDOM}.old"):
         if output.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.replace(output)
     left = list(output.parent.glob(f".{glob.escape(output.name)}.{_RANDOM}.partial"))
-    # Inside, whoever writes a file without a claim of its own does so under this one.
+    # Files inside the output are written under this claim, unless they have a claim of their own.
     for path in output.glob(f".*.{_RANDOM}.partial"):
         name = path.name.rsplit(".", 2)[0]
         left += [] if path.with_name(f"{name}.lock").exists() else [path]
@@ -113,15 +116,15 @@ def remove_leftovers(output: Path) -> None:
 
 
 def reserved(folder: str | Path, size: int) -> BinaryIO:
-    """An open file without a name that takes ``size`` bytes of a folder's disk until it, or the process, ends.
+    """Return an open, nameless file that reserves ``size`` bytes of a folder's disk until it is closed.
 
-    Raises ``UserError`` where there is no such room.
+    Raises ``UserError`` if the disk has too little space.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open for as long as it is needed
+        room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller closes it
         try:
-            if shutil.disk_usage(folder).free < size:  # it would fill the disk before it fails, for all who write there
+            if shutil.disk_usage(folder).free < size:  # allocating would fill the disk for everybody before it fails
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(room.fileno(), 0, size)
@@ -133,22 +136,22 @@ def reserved(folder: str | Path, size: int) -> BinaryIO:
             raise
     except OSError as error:
         raise UserError(
-            f"the disk of {folder} lacks room for what is saved next, {size / 2**20:,.1f} MiB ({error.strerror}); free "
-            "some, or choose another output"
+            f"the disk of {folder} lacks room for the next save, {size / 2**20:,.1f} MiB ({error.strerror}); free some "
+            "space, or choose another output"
         ) from None
     return room
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends well and is removed when it fails.
+    """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block succeeds and removed if not.
 
-    Raises ``UserError`` naming the folder when it cannot be written, and for a path that is a folder or a device.
+    Raises ``UserError`` if the file cannot be written, and for a path that is a folder or a device.
     """
     path, temporary = Path(path), None
-    # A rename would put a file in the place of /dev/null, for everybody.
+    # A rename would replace a device such as /dev/null by a file, for everybody.
     if (os.path.exists(path) and not os.path.isfile(path)) or path.absolute().parent == Path("/dev"):
-        raise UserError(f"{path} cannot be written, it is a folder or a device; pass the path of a file")
+        raise UserError(f"{path} cannot be written because it is a folder or a device; pass the path of a file")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def give_usual_permissions(path: str | Path) -> None:
-    """Give a file, or a folder with all that it holds, the permissions of new ones; temporary ones are private."""
+    """Give a file, or a folder and everything in it, the usual permissions; temporary files and folders are private."""
     path = Path(path)
     for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):
         entry.chmod((0o777 if entry.is_dir() else 0o666) & ~UMASK)
@@ -182,11 +185,10 @@ def atomic_directory(
     inputs: Iterable[str | Path] = (),
     nested: bool = False,
 ) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that takes its place when the block ends well, and is removed if not.
+    """Yield a temporary folder that replaces ``output`` if the block succeeds, and is removed if not.
 
-    patterns: names of the files that such an output holds; nested: its subfolders hold them. inputs: what is read,
-    and so must not be replaced. Raises ``UserError`` if ``output`` is in use and may not be replaced, or cannot be
-    written.
+    patterns, overwrite, inputs, nested: as in ``check_output``. Raises ``UserError`` if another command uses
+    ``output``, if it may not be replaced, or if it cannot be written.
     """
     output, temporary = Path(output).resolve(), None
     with claimed(output):
@@ -197,10 +199,10 @@ def atomic_directory(
             give_usual_permissions(temporary)
             take_place(temporary, output)
         except Exception as error:
-            # safetensors reports a full disk by an exception class of its own, which its Rust module defines.
+            # safetensors reports a full disk by its own exception class, which its Rust module defines.
             if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError" and not disk_is_full(error):
                 raise
-            raise UserError(f"{output} cannot be written ({error}); nothing was kept of it") from None
+            raise UserError(f"{output} cannot be written ({error}); no part of it was kept") from None
         finally:
             if temporary:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -209,21 +211,25 @@ def atomic_directory(
 def check_output(
     output: str | Path, patterns: Sequence[str], overwrite: bool, inputs: Iterable[str | Path], nested: bool = False
 ) -> None:
-    """Raise ``UserError`` unless ``output`` is free, empty, or an earlier output that may be replaced."""
+    """Raise ``UserError`` unless ``output`` does not exist, is empty, or is an earlier output that may be replaced.
+
+    patterns: names of the files that such an output holds. overwrite: whether an earlier output may be replaced.
+    inputs: paths that the command reads, which must not be replaced. nested: whether the files lie in subfolders.
+    """
     output = Path(output).resolve()
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"{output} is a file; name a folder")
+        raise UserError(f"{output} is a file; pass a folder")
     entries = list(output.iterdir())
     if not entries:
         return
     read = [Path(path).resolve() for path in inputs]
     if any(path == output or output in path.parents for path in read):
-        raise UserError(f"{output} holds what is read and cannot be replaced by it; pass another --output")
+        raise UserError(f"{output} holds an input of this command and cannot be replaced; pass another --output")
     if not overwrite:
         raise UserError(f"{output} is not empty; pass --overwrite to replace it, or another --output")
-    # Anything else, such as a training run, was not made by this command and is not deleted by it.
+    # Other files, such as those of a training run, were not written by this command and must not be deleted by it.
     if nested:
         entries = [entry for part in entries for entry in (part.iterdir() if part.is_dir() else [part])]
     for entry in entries:
@@ -232,7 +238,7 @@ def check_output(
 
 
 def take_place(temporary: Path, output: Path) -> None:
-    """Move a folder to where another may lie, which is deleted; in one step where the system can (Linux)."""
+    """Move a folder to ``output``, replacing a folder there; in one step if the system supports it (Linux)."""
     if not output.exists():
         temporary.replace(output)
         return
@@ -253,7 +259,8 @@ def take_place(temporary: Path, output: Path) -> None:
 def write_all(contents: dict[Path, bytes]) -> None:
     """Claim all files, write them under temporary names, then rename them, the first one last; raises ``UserError``.
 
-    The first one is deleted before, for a kill between two renames must not leave it beside other files than its own.
+    The old first file is deleted before the renames, so that a kill between two renames cannot leave it beside new
+    files.
     """
     first, path = next(iter(contents)), None
     try:
@@ -268,11 +275,11 @@ def write_all(contents: dict[Path, bytes]) -> None:
             if len(contents) > 1:
                 first.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another path") from None
 
 
 def require_writable(folder: str | Path) -> None:
-    """Raise ``UserError`` if files cannot be written to ``folder``, which need not exist; makes nothing."""
+    """Raise ``UserError`` if files cannot be written to ``folder``, which need not exist; creates nothing."""
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
@@ -282,7 +289,7 @@ def require_writable(folder: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically (UTF-8, newlines as they are)."""
+    """Write a text file atomically (UTF-8, newlines unchanged)."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
 
@@ -293,29 +300,29 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def json_lines(values: Iterable[object]) -> str:
-    """JSON lines, one for each value."""
+    """Return the values as JSON lines, one for each value."""
     texts = (json.dumps(value, ensure_ascii=False) for value in values)
-    # Half a character, which JSON can spell and UTF-8 cannot hold, stays spelled.
+    # A lone surrogate, which JSON can escape but UTF-8 cannot encode, stays escaped.
     return "".join(re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n" for text in texts)
 
 
 def records_bytes(records: list[dict]) -> bytes:
-    """A JSON list, one record a line, in ASCII (other characters escaped): it reads the same under any locale."""
+    """Return a JSON list, one record per line, in ASCII (other characters escaped), so any locale reads it the same."""
     return b"[\n" + b",\n".join(json.dumps(record).encode() for record in records) + b"\n]\n"
 
 
-# How files begin that are not UTF-8 text, and what they are.
+# The first bytes of files that are not UTF-8 text -> what such a file is.
 _OTHER_FORMATS = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"\x1f\x8b": "compressed",
     b"PK\x03\x04": "a zip archive or a spreadsheet",
-    b"PAR1": "parquet, whose names end in .parquet",
+    b"PAR1": "parquet, whose file name must end in .parquet",
 }
 
 
 def read_utf8(path: str | Path, what: str) -> str:
-    """The text of a file, without a BOM; raises ``UserError`` that names ``what``, the path and what it is instead."""
+    """Return the text of a file, without a BOM; raises ``UserError`` that names ``what``, the path and the problem."""
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -335,7 +342,7 @@ def read_json(path: str | Path, what: str) -> typing.Any:
     text = read_utf8(path, what)
     try:
         value = json.loads(text)
-        if "\\u" in text:  # JSON can spell half of a character, which could not be printed or written again
+        if "\\u" in text:  # JSON can escape a lone surrogate, which could not be printed or written again
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{what} {path} holds text that is not Unicode: {error}") from None
@@ -345,7 +352,7 @@ def read_json(path: str | Path, what: str) -> typing.Any:
 
 
 def read_object(path: str | Path, what: str) -> dict:
-    """The JSON object in a file; errors as ``read_json``."""
+    """Return the JSON object in a file; raises ``UserError`` as ``read_json``, and for another JSON value."""
     value = read_json(path, what)
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} must be a JSON object, not {type(value).__name__}")
@@ -353,16 +360,16 @@ def read_object(path: str | Path, what: str) -> dict:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file; only a newline ends one, for JSON may hold the other line separators of Unicode."""
+    """Return the lines of a file; only a newline ends a line, because JSON may hold Unicode's other line separators."""
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); pass a whole output folder") from None
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); pass a complete output folder") from None
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def sha256(path: str | Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal; raises ``UserError`` if it cannot be read."""
+    """Return the sha256 of a file's bytes in hexadecimal; raises ``UserError`` if the file cannot be read."""
     try:
         with Path(path).open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -372,9 +379,10 @@ def sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def unchanged(path: str | Path, digest: str | None = None) -> Iterator[str]:
-    """The sha256 of a file that is read in the block; raises ``UserError`` if that, or ``digest``, is not its own then.
+    """Yield the sha256 of a file that is read in the block; raises ``UserError`` if the file changed meanwhile.
 
-    Another command may replace a file between its hash and its content, which would then stand for each other.
+    Another command may replace the file between hashing and reading, and the hash would then belong to other content.
+    digest: the sha256, if it is known already.
     """
     digest = digest or sha256(path)
     yield digest
@@ -383,5 +391,5 @@ def unchanged(path: str | Path, digest: str | None = None) -> Iterator[str]:
 
 
 def sha256_of(content: bytes | memoryview) -> str:
-    """The sha256 of bytes, in hexadecimal."""
+    """Return the sha256 of bytes in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

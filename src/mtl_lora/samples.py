@@ -1,4 +1,4 @@
-"""Fixed samples of training examples and questions, the same for every experiment of a study, of any system."""
+"""Fixed samples of training examples and questions, the same for all experiments of a study; for every system."""
 
 import functools
 import random
@@ -14,7 +14,7 @@ from mtl_lora.tasks import TaskSet
 
 
 class Example(Protocol):
-    """What a sample knows of a system's example; ``record`` is what the system reads it back from."""
+    """An example of any system; ``record`` returns the JSON object from which the system reads it back."""
 
     task_id: int
 
@@ -25,34 +25,36 @@ SAMPLE_SEED = 0
 
 
 class Data(Protocol):
-    """Where a study's examples and questions come from; a system says so by ``examples.DATA``, made of its task set."""
+    """The source of a study's examples and questions; a system's is ``examples.DATA``, called with its task set."""
 
     def __init__(self, tasks: TaskSet): ...
 
     def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
-        """What must be there of training examples or, with ``names``, of the questions of these tasks."""
+        """Return the files that must exist: the training examples or, with ``names``, the test files of these tasks."""
 
     def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
-        """``most`` (0: all) of the training examples of each task, of all tasks or ``only`` of some. Raises
-        ``UserError`` for a task of ``only`` that has none."""
+        """Return at most ``most`` (0: all) training examples of each task, of the tasks ``only`` (empty: all). Raises
+        ``UserError`` for a task of ``only`` without examples."""
 
     def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
-        """``most`` (0: all) of the questions of each task in ``names``."""
+        """Return at most ``most`` (0: all) questions of each task in ``names``."""
 
     def flags(self, sample: Sample, only: Collection[str]) -> dict[str, object]:
-        """Those of a training on the sample."""
+        """Return the flags of a training run on the sample."""
 
 
 def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
-    """``most`` examples (0: all) of one task in the file's order: the first of a shuffle, so a larger sample adds."""
+    """Return ``most`` examples (0: all) of one task in the file's order; a larger sample contains every smaller one."""
     order = list(range(len(examples)))
     random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
     return [examples[index] for index in sorted(order[: most or None])]
 
 
 class Records:
-    """Examples that are records of files, read by ``load``, a system's ``load_examples``. Where a sample is every
-    example, the file itself is read, else one in ``folder``. Errors and arguments as ``Data``."""
+    """A ``Data`` whose examples are records of files, read by ``load``, a system's ``load_examples``.
+
+    A sample of all examples is the source file itself; any other sample is a file in ``folder``.
+    """
 
     def __init__(self, load: Callable[..., Sequence[Example]], tasks: TaskSet):
         self.load, self.tasks = load, tasks
@@ -68,7 +70,7 @@ class Records:
         if missing := [name for name in only if not by_task[name]]:
             raise UserError(f"{source} has no examples of {', '.join(missing)}")
         chosen = {name: found for name, found in by_task.items() if found and name in (only or by_task)}
-        # No name of a task holds a plus.
+        # "+" separates the names, because no task name contains it.
         label = "+".join(only)
         label = label if len(label) < 225 else files.sha256_of(label.encode())[:16]
         path = folder / f"train{'_' * bool(only)}{label}.json" if only or most else source
@@ -86,7 +88,7 @@ class Records:
 
 
 def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Sample:
-    """sets: by name, the file to read, the one to write, and the examples by task."""
+    """Return the sample at ``path``. sets: name -> (file to read, file to write, examples by task)."""
     sample = Sample({}, {}, {}, {}, path)
     for name, (source, target, by_task) in sets.items():
         kept = {task: sampled(examples, most, task) for task, examples in by_task.items()}

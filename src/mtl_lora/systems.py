@@ -1,8 +1,8 @@
-"""The systems: what is trained around the adapters. Each is a package of this one, with parts of the same names.
+"""The systems: the kinds of base models and tasks with which adapters are trained. All are subpackages of one layout.
 
-``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig`` and what their help says; ``train``: ``run``, ``RUN``;
-``evaluate``: ``run``, ``predict``, ``Predictor``; ``examples``: ``DATA``, what a study takes samples of (see
-``samples``). Named here, and imported where one is asked for: no part of the library knows them all.
+``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig`` and the first lines of their help; ``train``: ``run``,
+``RUN``; ``evaluate``: ``run``, ``predict``, ``Predictor``; ``examples``: ``DATA``, from which a study takes samples
+(see ``samples``). The systems are named here and imported only when one is used; no module imports them all.
 """
 
 import importlib
@@ -19,19 +19,19 @@ SYSTEMS = {
     "image_text": "language models that are shown images: questions, statements and captions",
     "dense": "vision transformers with a decoder for each task: several maps of an image from one forward",
 }
-# Of their base models, a key of ``base_model.KINDS``.
+# The kind of each system's base models, a key of ``base_model.KINDS``.
 BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "image_text": "text_generator", "dense": "vision"}
 
 
 def part(system: str, name: str) -> types.ModuleType:
-    """The module ``name`` of a system; raises ``UserError`` for a system that does not exist."""
+    """Return the module ``name`` of a system; raises ``UserError`` for an unknown system."""
     check(system)
     return importlib.import_module(f"mtl_lora.{system}.{name}")
 
 
 def predictor_of(package: str) -> Callable[[str], type]:
-    """The ``__getattr__`` of a system's package: its ``Predictor`` is loaded on first use, so that the flags of the
-    package can be read without torch."""
+    """Return the ``__getattr__`` of a system's package, which imports its ``Predictor`` only on first use, so that the
+    package's flags can be read without torch."""
 
     def load(name: str) -> type:
         if name != "Predictor":
@@ -42,13 +42,14 @@ def predictor_of(package: str) -> Callable[[str], type]:
 
 
 def check(system: object) -> None:
-    """Raise ``UserError`` for a system that does not exist."""
+    """Raise ``UserError`` for an unknown system."""
     if system not in SYSTEMS:
         raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
 
 
 def of_checkpoint(folder: str | Path) -> str | None:
-    """The system that trained a checkpoint; None for a folder that is none, or whose configuration is broken.
+    """Return the system that trained a checkpoint, or None if the folder is not a checkpoint or its configuration is
+    broken.
 
     Raises ``UserError`` for a system that this version does not have.
     """
@@ -62,6 +63,6 @@ def of_checkpoint(folder: str | Path) -> str | None:
     if found not in SYSTEMS:
         raise UserError(
             f"{path} names the system {found!r}, which this version does not have (it has {', '.join(SYSTEMS)}); "
-            "install a newer one"
+            "install a newer version"
         )
     return found

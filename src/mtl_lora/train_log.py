@@ -1,4 +1,4 @@
-"""``train_log.jsonl``: a line for every logged step of a training, which trainings write and reports read."""
+"""``train_log.jsonl``: a line for every logged step of a training run. Training writes it and reports read it."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from mtl_lora import files
 from mtl_lora.errors import UserError
 
-Losses = dict[str, dict[int, float]]  # by task, "" for all of them, and by step, in order of steps
+Losses = dict[str, dict[int, float]]  # task ("" for all tasks together) -> step -> loss, in the order of the steps
 
 
 def append(path: Path, step: int, logs: dict) -> None:
-    """Add the line of a step: ``loss``, ``loss/<task>`` and whatever else was logged."""
+    """Append the line of a step: ``loss``, ``loss/<task>`` and whatever else was logged."""
     with path.open("a") as log:
         log.write(json.dumps({"step": step, **logs}) + "\n")
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Make the file, or drop the lines behind ``step`` from it; a line torn by a kill counts as after everything."""
+    """Drop the lines after ``step``, also a line that a kill left incomplete; creates the file if it does not exist."""
     lines = path.read_text().splitlines() if path.exists() else []
     files.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
@@ -29,15 +29,15 @@ def _step_of(line: str) -> float:
 
 
 def last_step(path: Path) -> int:
-    """The last step of a training that has ended; raises ``UserError`` naming the file for a log without any."""
+    """Return the last step of a completed training run; raises ``UserError`` naming the file if the log has none."""
     lines = files.read_lines(path)
     if not lines or (step := _step_of(lines[-1])) == float("inf"):
-        raise UserError(f"{path} does not end in a log line of a training; train again, or delete the run's folder")
+        raise UserError(f"{path} does not end with a log line of a training; train again, or delete the run's folder")
     return step
 
 
 def read_losses(path: Path) -> Losses:
-    """The losses of a training log; raises ``UserError`` naming file and line."""
+    """Return the losses in a training log; raises ``UserError`` naming file and line for an invalid line."""
     losses: Losses = {"": {}}
     for number, line in enumerate(files.read_lines(path), start=1):
         try:

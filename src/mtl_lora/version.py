@@ -1,4 +1,4 @@
-"""The library version and the checkout's commit: every checkpoint and every results file names both."""
+"""The library version and the checkout's commit, both recorded in every checkpoint and every results file."""
 
 import os
 import subprocess
@@ -8,23 +8,23 @@ __version__ = "0.2.0"
 
 
 def checkout_commit(*without: str) -> str | None:
-    """The project's commit where the package runs from its own git checkout; ``+changes`` if files differ from it.
+    """Return the commit of the git checkout from which the package runs, with ``+changes`` if files differ from it.
 
-    Where ``script/unbundle.sh`` installed the package, the commit that was bundled. None elsewhere, also for a package
-    that is installed inside another project's checkout. without: paths from the checkout's top whose differences do not
-    count.
+    For a package that ``script/unbundle.sh`` installed, this is the bundled commit. Otherwise None, also for a package
+    that is installed inside another project's checkout. without: paths, relative to the top of the checkout, whose
+    changes are ignored.
     """
     checkout = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
-        # Without what points git at another repository, as in a hook.
+        # Drop the variables that point git at another repository, as they do in a hook.
         elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
         environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
     try:
-        # An installed package lies in site-packages, so its parents[2] is the top of no checkout.
+        # An installed package lies in site-packages, so its parents[2] is not the top of a checkout.
         if (
             Path(git("rev-parse", "--show-toplevel")).resolve() != checkout
             or not (checkout / "pyproject.toml").is_file()
@@ -38,7 +38,7 @@ def checkout_commit(*without: str) -> str | None:
 
 
 def _bundled_commit(folder: Path) -> str | None:
-    """The commit in the file that a bundle carries beside its packages; None without one."""
+    """Return the commit in the file that a bundle puts beside its packages, or None without such a file."""
     try:
         return (folder / "BUNDLE_COMMIT").read_text().strip()
     except OSError:

@@ -149,4 +149,4 @@ def test_another_base_is_refused_and_a_moved_one_is_not(command, refused, bases,
 def test_base_that_is_read_is_never_replaced(refused, bases, tmp_path):
     base = shutil.copytree(bases["llama"], tmp_path / "base")
     checkpoint = save_adapter(str(base), tmp_path / "checkpoint", "mtl_lora")
-    assert "holds what is read" in refused("merge", "--overwrite", checkpoint=checkpoint, output=base, task="maps")
+    assert "holds an input" in refused("merge", "--overwrite", checkpoint=checkpoint, output=base, task="maps")

@@ -131,7 +131,7 @@ def test_a_broken_log_or_analysis_is_named_by_file_and_place(tmp_path, name, tex
 @pytest.mark.parametrize("text", ["", "[1]\n", '{"step": 1}\n{"st'])
 def test_a_log_without_a_last_step_is_named(tmp_path, text):
     (tmp_path / "train_log.jsonl").write_text(text)
-    with pytest.raises(UserError, match="does not end in a log line"):
+    with pytest.raises(UserError, match="does not end with a log line"):
         last_step(tmp_path / "train_log.jsonl")
 
 

@@ -39,7 +39,7 @@ BAD = [
     (with_flags("evaluate", overwrite=True), ["evaluate", "overwrite", "set by the study"]),
     (grid(baseline="Lora"), ["'Lora'", "did you mean 'LoRA'"]),
     (grid(baseline="Other"), ["'Other'", "Base, LoRA, MTL-LoRA"]),
-    (with_flags(rank=4, lora_r=4), ["train", "'rank'", "'lora_r'", "one flag"]),
+    (with_flags(rank=4, lora_r=4), ["train", "'rank'", "'lora_r'", "same flag"]),
     (experiments(evaluate={"tasks": None}), [OTHER, "tasks", "a list"]),
     (experiments(evaluate={"tasks": "boolq"}), [OTHER, "tasks", "a list"]),
     (experiments(kind="x"), [OTHER, "'kind'"]),

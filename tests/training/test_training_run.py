@@ -149,7 +149,7 @@ def test_every_task_keeps_a_training_example_and_one_without_any_is_marked(train
     folder = train("few", **few, **options, val_set_size=7, seed=3)
     printed = capsys.readouterr().err
     assert "training examples: mood 6, sport 1, rain 0" in printed and "held out: mood 6, sport 1, rain 0" in printed
-    assert "mood" not in printed.split("times that an epoch takes")[1].splitlines()[0]
+    assert "mood" not in printed.split("passes over a task's examples")[1].splitlines()[0]
     results = run(EvalConfig(checkpoint=str(folder), data_dir=str(tmp_path / "test"), tasks=["rain"], mode="score"))
     assert results["score"].tasks["rain"].measured["untrained"] is True
     assert "no training examples of rain" in capsys.readouterr().err
@@ -345,10 +345,10 @@ def test_what_another_program_wrote_is_not_deleted(train, tmp_path, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    with pytest.raises(UserError, match=f"holds {name.split('/')[0]} of no training"):
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no training wrote"):
         train("run", max_steps=1)
     elsewhere = str(train("elsewhere", max_steps=2, save_step=1) / "checkpoint-1")
-    with pytest.raises(UserError, match=f"holds {name.split('/')[0]} of no training"):
+    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no training wrote"):
         train("run", max_steps=2, save_step=1, resume_from_checkpoint=elsewhere)
     assert path.read_text() == "{}"
 
@@ -425,7 +425,7 @@ def test_resuming_another_run_leaves_the_folder_of_this_one(train, tmp_path):
     one = train("one", max_steps=1, save_step=1)
     other = shutil.copytree(one, tmp_path / "other")
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"other holds a run that .*one/checkpoint-1 is not part of"):
+    with pytest.raises(UserError, match=r"other holds a run that .*one/checkpoint-1 does not belong to"):
         train("other", max_steps=2, save_step=1, resume_from_checkpoint=str(one / "checkpoint-1"))
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
 
@@ -513,7 +513,7 @@ def test_a_run_whose_base_model_was_moved_is_resumed(train, tiny_base, tmp_path)
 
 @pytest.mark.parametrize(
     ("key", "value", "fact"),
-    [("world_size", 2, "the devices"), ("dtype", "torch.float16", "the dtype that --dtype auto means")],
+    [("world_size", 2, "the number of devices"), ("dtype", "torch.float16", "the dtype that --dtype auto selects")],
 )
 def test_a_run_on_another_machine_that_would_go_on_otherwise_is_not_resumed(train, edit_json, key, value, fact):
     folder = train("run", max_steps=1, save_step=1)

@@ -1,1 +1,1 @@
-"""transformers' Trainer with task ids, for any system: sampler, checkpoints, resume, distributed launches."""
+"""Training of any system with transformers' Trainer and task ids: sampling, checkpoints, resume, launches."""

@@ -1,6 +1,6 @@
-"""The flags of training that every system has: model, data, adapter, batches, schedule, run. A system adds its own.
+"""The training flags that all systems share: model, data, adapter, batches, schedule, run. A system adds its own.
 
-Names are those of the original and of LLM-Adapters.
+The flags are named as in the reference implementation and in LLM-Adapters.
 """
 
 import copy
@@ -14,7 +14,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.systems import part
 from mtl_lora.tasks import TaskSet
 
-# The adapter's own words and the flags that users of the original and of LLM-Adapters know.
+# Fields of ``AdapterConfig`` -> flags, which are named as in the reference implementation and in LLM-Adapters.
 _ADAPTER_FLAGS = {
     "method": "adapter_name",
     "rank": "lora_r",
@@ -29,49 +29,54 @@ SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
 @dataclasses.dataclass(init=False)
 class TrainingConfig(Config):
-    """What configures a training of any system. Raises ``UserError`` for a value that cannot be.
+    """The configuration of a training run, common to all systems. Raises ``UserError`` for an invalid value.
 
-    The hyperparameters of every registered method are flags too, read and passed by name (``config.num_B``,
-    ``TrainConfig(num_B=2)``); those that the chosen method does not read change nothing.
+    The hyperparameters of every registered method are flags too, passed and read by name (``TrainConfig(num_B=2)``,
+    ``config.num_B``); the chosen method ignores those of other methods.
     """
 
     affects = "weights"
-    system = ""  # the package that it belongs to
-    has_streams = False  # whether the system's models have an output for each task of one input
-    made_by = ""  # the command that makes the data file, where the default's is missing
+    system = ""  # the package that the configuration belongs to
+    has_streams = False  # whether the system's models return an output for each task from one input
+    made_by = ""  # the command that makes the default data file, named by the error if the file is missing
 
-    idle = dict.fromkeys(("task_rank", "task_scale", "shared_mode"), "is of MTLoRA, a method of --system dense")
+    idle = dict.fromkeys(("task_rank", "task_scale", "shared_mode"), "belongs to MTLoRA, a method of --system dense")
 
     base_model: str = flag(
         "smollm2-135m",
         "name or folder of the base model",
-        group="what is trained, on what",
+        group="the model and the data",
     )
     data_path: str = flag(
         "commonsense_170k_taskid.json",
-        "JSON, JSON lines, CSV or parquet of examples",
+        "training examples, a file in JSON, JSON lines, CSV or parquet",
         affects="content",
     )
     tasks_file: str | None = flag(None, "JSON file that declares your own tasks", affects="content")
-    task: str | None = flag(None, "task of all examples; none: each example names its own with task or task_id")
-    cache_dir: str = flag(".cache/rows", "folder for tokenised data", affects="nothing")
+    task: str | None = flag(None, "task of all examples; none: each example names its task in a field task or task_id")
+    cache_dir: str = flag(".cache/rows", "folder in which tokenised examples are cached", affects="nothing")
 
-    adapter_name: str = flag("mtl_lora", "method", aliases=("method",), group="the adapter")
+    adapter_name: str = flag("mtl_lora", "adapter method", aliases=("method",), group="the adapter")
     lora_r: int = flag(8, "rank r of the adapter", aliases=("rank",))
-    lora_alpha: float = flag(16.0, "numerator of the scale alpha / r", aliases=("alpha",))
+    lora_alpha: float = flag(16.0, "alpha; the adapter's update is scaled by alpha / r", aliases=("alpha",))
     lora_dropout: float = flag(0.05, "dropout probability on the adapter's input; 0: off", aliases=("dropout",))
     lora_target_modules: list[str] = flag(
         ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "linear layers to adapt: names or regular expressions of whole names as a,b; or all-linear",
+        "linear layers to adapt, as a,b: names, name endings, or regular expressions that match a whole name; "
+        "all-linear: all but the output head",
         aliases=("target_modules",),
     )
     modules_to_save: list[str] = flag(
-        [], "modules trained and saved whole beside the adapter: names, endings or patterns, as a,b; '*': every weight"
+        [],
+        "modules to train in full and save with the adapter, as a,b: names, name endings or shell patterns; "
+        "'*': the whole model; empty: none",
     )
-    hyperparameters: dict = dataclasses.field(default_factory=dict)  # of all methods; each is a flag of its own
+    hyperparameters: dict = dataclasses.field(default_factory=dict)  # those of all methods, each a flag of its own
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r) instead of alpha / r")
-    lambda_num: int | None = flag(None, "number of matrices Lambda_t; none: the number of tasks, as it must be")
-    trust_remote_code: bool = flag(False, "run model code that the base model's repository brings")
+    lambda_num: int | None = flag(
+        None, "number of matrices Lambda_t, which must equal the number of tasks; none: that number"
+    )
+    trust_remote_code: bool = flag(False, "run the model code in the base model's repository")
 
     output_dir: str = flag(
         "output/mtl_lora", "folder for the adapter, its checkpoints and logs", affects="nothing", group="output"
@@ -79,64 +84,78 @@ class TrainingConfig(Config):
 
     batch_size: int | str = flag(
         8,
-        "examples per device and micro-batch; the global batch is this x devices x gradient_accumulation_steps",
+        "examples per device and micro-batch; the global batch is batch_size x devices x gradient_accumulation_steps",
         min=1,
         group="batches and schedule",
     )
     token_budget: int = flag(
         0,
-        "most tokens per device and micro-batch, padding included (examples x longest example); replaces batch_size, "
-        "which then applies to validation alone; 0: off",
+        "maximum tokens per device and micro-batch, padding included (examples x longest example); replaces "
+        "batch_size, which then applies only to validation; 0: off",
         min=0,
     )
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimiser step", min=1)
     num_epochs: float = flag(3.0, "passes over the training examples", above=0)
     sampling_temperature: float = flag(
         1.0,
-        "a task's proportion of an epoch is that of its examples ^ (1 / this); 1: the data's own proportions",
+        "a task's proportion of an epoch is proportional to (its number of examples) ^ (1 / this value); "
+        "1: the proportions of the data",
         min=1,
     )
     max_steps: int = flag(-1, "optimiser steps; overrides num_epochs; -1: off")
     length_pool: int = flag(
-        128, "batches sorted by length together, against padding; 1: every batch is a mixture of all tasks", min=1
+        128,
+        "number of batches whose examples are sorted by length together, to reduce padding; 1: every batch mixes all "
+        "tasks",
+        min=1,
     )
-    lr_scheduler_type: str = flag("linear", f"after the warm-up: {', '.join(SCHEDULES)}", choices=SCHEDULES)
+    lr_scheduler_type: str = flag(
+        "linear", f"learning rate schedule after the warm-up: {', '.join(SCHEDULES)}", choices=SCHEDULES
+    )
     learning_rate: float = flag(3e-4, "peak learning rate of AdamW", above=0)
-    warmup_ratio: float = flag(0.01, "fraction of the steps with linear warm-up")
+    warmup_ratio: float = flag(0.01, "fraction of the steps used for the linear warm-up; 0: off")
     weight_decay: float = flag(0.0, "AdamW weight decay; 0: off", min=0)
-    max_grad_norm: float = flag(1.0, "gradient clipping norm; 0: off", min=0)
+    max_grad_norm: float = flag(1.0, "norm to which gradients are clipped; 0: off", min=0)
 
-    val_set_size: int = flag(0, "examples held out for a validation loss at every save; 0: off", min=0, group="the run")
-    save_step: int = flag(200, "steps between checkpoints; 0: only the final adapter", affects="nothing", min=0)
-    save_total_limit: int = flag(3, "checkpoints kept; 0: all", affects="nothing", min=0)
+    val_set_size: int = flag(0, "examples held out for a validation loss at each save; 0: none", min=0, group="the run")
+    save_step: int = flag(200, "steps between checkpoints; 0: save only the final adapter", affects="nothing", min=0)
+    save_total_limit: int = flag(3, "number of latest checkpoints to keep; 0: all", affects="nothing", min=0)
     logging_steps: int = flag(10, "steps between log lines", affects="nothing", min=1)
-    seed: int = flag(42, "fixes data order, initialisation and dropout", min=0, max=2**32 - 1)
+    seed: int = flag(42, "random seed for data order, initialisation and dropout", min=0, max=2**32 - 1)
     dtype: str = flag(
-        "auto", "base model dtype: bf16, fp32, fp64; auto: bf16 where the hardware multiplies it", choices=DTYPES
+        "auto",
+        "dtype of the base model: bf16, fp32, fp64; auto: bf16 where the hardware supports it natively, else fp32",
+        choices=DTYPES,
     )
     load_in_4bit: bool = flag(False, "load the base model in 4 bits, as QLoRA does; needs bitsandbytes")
     use_gradient_checkpointing: bool = flag(
         False, "recompute activations in the backward pass to save memory", by_outcome=True
     )
     cuda_graphs: bool = flag(
-        False, "on one GPU: record the step of each padded length and replay it, which small steps need to be fast"
+        False,
+        "on one GPU: record the training step of each padded length as a CUDA graph and replay it; speeds up small "
+        "steps",
     )
-    deepspeed: str | None = flag(None, "DeepSpeed configuration, such as config/zero2.json; none: off")
+    deepspeed: str | None = flag(None, "DeepSpeed configuration file, such as config/zero2.json; none: off")
     resume_from_checkpoint: str | None = flag(
-        None, "checkpoint folder to resume from, which gives up later ones; True: the last", affects="nothing"
+        None,
+        "checkpoint folder to resume from; later checkpoints of the run are deleted; True: the latest; none: off",
+        affects="nothing",
     )
-    overwrite_output_dir: bool = flag(False, "delete a run that output_dir already holds", affects="nothing")
+    overwrite_output_dir: bool = flag(False, "delete the run that output_dir already holds", affects="nothing")
     wandb_project: str | None = flag(
-        None, "log to this Weights & Biases project; WANDB_MODE=offline works", affects="nothing"
+        None, "Weights & Biases project to log to, also with WANDB_MODE=offline; none: off", affects="nothing"
     )
-    tensorboard: bool = flag(False, "log for TensorBoard below output_dir", affects="nothing")
+    tensorboard: bool = flag(False, "write TensorBoard logs to output_dir/tensorboard", affects="nothing")
     check: bool = flag(False, "check every setting and prepare the data, then stop", affects="nothing")
     local_rank: int = flag(
-        -1, "set by the deepspeed launcher; the environment's LOCAL_RANK is what counts", affects="nothing"
+        -1,
+        "passed by the deepspeed launcher and ignored; the environment variable LOCAL_RANK is used",
+        affects="nothing",
     )
 
     def __init__(self, **values):
-        values = values.pop("hyperparameters", {}) | values  # what dataclasses.replace changes goes over what it copies
+        values = values.pop("hyperparameters", {}) | values  # dataclasses.replace passes both; changed values win
         defaults = {each.name: each.default for each in self.flags()}
         if unknown := values.keys() - defaults.keys():
             raise TypeError(f"{type(self).__name__} has no flag {', '.join(sorted(unknown))}")
@@ -148,7 +167,7 @@ class TrainingConfig(Config):
         self.__post_init__()
 
     def __getattr__(self, name: str):
-        # Reached for names that are no attribute of the instance; a copy under construction has none at all.
+        # Called only for names that the instance lacks; an instance that is being copied has no attributes yet.
         try:
             return self.__dict__["hyperparameters"][name]
         except KeyError:
@@ -156,8 +175,8 @@ class TrainingConfig(Config):
 
     @classmethod
     def flags(cls) -> list[Flag]:
-        """The flags in the order of a help text: those of the methods for ``hyperparameters``, a system's own behind
-        the adapter's."""
+        """Return the flags in the order of the help text: the methods' flags in the place of ``hyperparameters``, and
+        the system's own flags after the adapter's."""
         from mtl_lora.adapter.layer import methods
 
         own = {field.name for field in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(TrainingConfig)}
@@ -174,32 +193,34 @@ class TrainingConfig(Config):
         found = []
         for each in order:
             if each.name == "adapter_name":
-                each = dataclasses.replace(each, metadata={**each.metadata, "help": f"method: {', '.join(names)}"})
+                about = f"adapter method: {', '.join(names)}"
+                each = dataclasses.replace(each, metadata={**each.metadata, "help": about})
             found += hyperparameter_flags() if each.name == "hyperparameters" else [each]
         return found
 
     def to_json(self) -> dict:
-        """A flat JSON object of every flag."""
+        """Return a flat JSON object of all flags."""
         return {each.name: copy.deepcopy(getattr(self, each.name)) for each in self.flags()}
 
     def validate(self) -> None:
         if isinstance(self.batch_size, str):
             raise UserError(
-                f"batch_size must be a whole number, not {self.batch_size!r}; to fill micro-batches by tokens pass "
+                f"batch_size must be a whole number, not {self.batch_size!r}; to size micro-batches in tokens, pass "
                 "--token_budget",
                 "batch_size",
             )
-        # Gradients of fp16 activations underflow without a scaled loss.
+        # Without loss scaling, the gradients of fp16 activations underflow.
         self.require("dtype", "bf16 or fp32 for training, or auto", self.dtype != "fp16")
         self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
-        self.require("max_steps", "at least 1, or -1 for num_epochs", self.max_steps >= 1 or self.max_steps == -1)
+        self.require("max_steps", "at least 1, or -1 to use num_epochs", self.max_steps >= 1 or self.max_steps == -1)
         if self.token_budget and self.length_pool != TrainingConfig.length_pool:
-            raise UserError("--token_budget sorts all examples by length, so --length_pool has no effect; pass one")
+            raise UserError("--token_budget sorts all examples by length, so --length_pool has no effect; leave it out")
         if self.token_budget and self.sampling_temperature != 1:
-            raise UserError("--token_budget and --sampling_temperature cannot be combined; pass one")
+            raise UserError("--token_budget and --sampling_temperature cannot be combined; pass only one")
         if self.val_set_size and not self.save_step:
             raise UserError(
-                "--val_set_size holds out examples for a loss at each save; pass --save_step N, which changes no weight"
+                "--val_set_size needs checkpoints, because the validation loss is computed at each save; pass "
+                "--save_step N, which does not affect the weights"
             )
         for name in ("deepspeed", "use_gradient_checkpointing", "load_in_4bit", "token_budget"):
             self.require("cuda_graphs", f"off with --{name}", not (self.cuda_graphs and getattr(self, name)))
@@ -207,17 +228,18 @@ class TrainingConfig(Config):
         self.require("cuda_graphs", "off with --gradient_accumulation_steps", one or not self.cuda_graphs)
         tasks = self.task_set()
         if self.task is not None:
-            tasks[self.task]  # an unknown name is an error of the flag, not of an example
+            tasks[self.task]  # report an unknown name as an error of the flag, not of an example
         self.adapter_config(tasks)
 
     def check_files(self) -> None:
-        """Raise ``UserError`` if the data file is not there."""
+        """Raise ``UserError`` if the data file does not exist."""
         if not Path(self.data_path).is_file():
             made = f"make it with `{self.made_by}`, or " if self.made_by and not self.tasks_file else ""
-            raise UserError(f"there is no data file {self.data_path}; {made}pass --data_path FILE")
+            raise UserError(f"the data file {self.data_path} does not exist; {made}pass --data_path FILE")
 
     def task_set(self) -> TaskSet:
-        """The tasks to train on; raises ``UserError`` for a bad tasks file or a contradicting ``lambda_num``."""
+        """Return the tasks to train on; raises ``UserError`` for an invalid tasks file or a ``lambda_num`` that is not
+        the number of tasks."""
         tasks = self.read_tasks()
         if self.lambda_num is not None and self.lambda_num != len(tasks):
             raise UserError(
@@ -226,21 +248,21 @@ class TrainingConfig(Config):
         return tasks
 
     def read_tasks(self) -> TaskSet:
-        """The tasks of ``tasks_file``, or those of the system without one."""
+        """Return the tasks that ``tasks_file`` declares or, without that file, the system's default tasks."""
         raise NotImplementedError
 
     def adapter_config(self, tasks: TaskSet) -> AdapterConfig:
-        """The adapter part of the settings; raises ``UserError`` that names the flag."""
+        """Return the adapter's configuration; raises ``UserError`` that names the flag."""
         from mtl_lora.adapter.layer import layer_class
 
         values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
         flags = _ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
         if len(targets := self.lora_target_modules) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-            values["target_modules"] = targets[0]  # all-linear, or an expression
+            values["target_modules"] = targets[0]  # all-linear, or a regular expression
         try:
             method = layer_class(self.adapter_name)
             if method.only_streams and not self.has_streams:
-                raise UserError(f"method {method.method} is for maps of images, of the system dense; name another")
+                raise UserError(f"method {method.method} is only for --system dense; choose another")
             declared = method.Hyperparameters.flags()
             read = {each.name: getattr(self, each.name) for each in declared}
             return AdapterConfig(**values, tasks=tasks.names, hyperparameters=read)
@@ -249,9 +271,9 @@ class TrainingConfig(Config):
             raise UserError(f"--{flags[field]} {rest}" if field in flags else str(error)) from None
 
     def trainer_options(self) -> dict[str, object]:
-        """What a system sets of transformers' ``TrainingArguments`` beside the flags that all have."""
+        """Return the system's own values for transformers' ``TrainingArguments``."""
         return {}
 
     def count(self) -> tuple[int, int]:
-        """(trainable, all) parameters of the model that is trained, counted without its weights."""
-        return part(self.system, "train").RUN(self).count()  # with torch, which flags need for nothing else
+        """Return the (trainable, total) number of parameters of the model, counted without loading its weights."""
+        return part(self.system, "train").RUN(self).count()  # imports torch, which the flags alone do not need

@@ -1,4 +1,4 @@
-"""Logits of the positions that carry loss alone: what a vocabulary costs is paid for these and no other."""
+"""Logits of only the positions that carry loss, so that no other position is projected to the vocabulary."""
 
 import functools
 import sys
@@ -20,12 +20,12 @@ def logits_at(
     positions: torch.Tensor,
     task_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """The logits (N, vocabulary) of ``positions`` (N,), counted through the rows of the last hidden states (B, L).
+    """Return the logits (N, vocabulary) at ``positions`` (N,), indices into the flattened (B, L) of the hidden states.
 
-    shape: (B, L). task_ids: (N,), of the positions, which an adapter on the output head needs. Only these positions go
-    through the head, in the model's own forward, so that wrappers such as DDP and DeepSpeed see an ordinary call.
-    (``logits_to_keep`` takes such positions from transformers 5.23 on alone, and as a mask, whose trues a GPU must
-    count.) A model whose head is not found, or sees something else, projects every position.
+    shape: (B, L). task_ids: (N,), the task of each position, which an adapter on the output head needs. Only these
+    positions go through the head, within the model's own forward, so wrappers such as DDP and DeepSpeed see an ordinary
+    call. (``logits_to_keep`` takes such positions only from transformers 5.23 on, and as a mask, whose true entries the
+    GPU has to count.) A model whose head is not found, or gets other inputs, projects every position.
     """
     selection = _Selection(tuple(shape), positions, task_ids)
     head = output_head(unwrap(model))
@@ -42,11 +42,11 @@ def logits_at(
 
 
 class _Selection:
-    """A hook before an output head: of hidden states (B, L, k) it hands on the ``positions`` alone, as (1, N, k)."""
+    """A pre-hook of an output head that reduces its hidden states (B, L, k) to the ``positions``, as (1, N, k)."""
 
     def __init__(self, shape: tuple[int, int], positions: torch.Tensor, task_ids: torch.Tensor):
         self.shape, self.positions, self.task_ids = shape, positions, task_ids
-        self.selected, self.thread = False, threading.get_ident()  # another thread's forward is none of ours
+        self.selected, self.thread = False, threading.get_ident()  # forwards of other threads are left alone
 
     def __call__(self, head: nn.Module, inputs: tuple) -> tuple | None:
         if (
@@ -63,9 +63,9 @@ class _Selection:
 
 @functools.cache
 def _say_that_all_is_projected(model_class: type[nn.Module]) -> None:
-    """A line on stderr, once for a class of models."""
+    """Print a line to stderr, once per model class."""
     print(
-        f"{model_class.__name__} has no output head that sees all hidden states: the vocabulary is projected at every "
-        "position, which takes more time and memory",
+        f"{model_class.__name__} has no output head that gets all hidden states, so every position is projected to the "
+        "vocabulary, which takes more time and memory",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""The output folder of a run: its run configuration, and which checkpoint a run may resume from."""
+"""The output folder of a training run: its run configuration, and which checkpoint the run may resume from."""
 
 import contextlib
 import shutil
@@ -25,14 +25,14 @@ _OWN_FILES = (
 
 
 def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means, None for a fresh run.
+    """Return the checkpoint that ``--resume_from_checkpoint`` selects, or None for a fresh run.
 
-    Raises ``UserError`` where there is none, or where the output folder holds another run.
+    Raises ``UserError`` if there is no such checkpoint, or if the output folder holds another run.
     """
     output, asked = Path(config.output_dir), config.resume_from_checkpoint or "false"
     files.require_writable(output)
     found = artifacts.checkpoints(output)
-    # A run that ended before it saved anything leaves nothing to keep.
+    # A run that ended before it saved anything left nothing worth keeping.
     used = bool(found) or (output / artifacts.CHECKPOINT_WEIGHTS).exists()
     if asked.lower() in ("false", "0", "no"):
         if used and not config.overwrite_output_dir:
@@ -42,10 +42,10 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
                 "--output_dir"
             )
         if not config.overwrite_output_dir:
-            _require_own(output, ", or --overwrite_output_dir True to delete it")
+            _refuse_foreign_files(output, ", or --overwrite_output_dir True to delete it")
         return None
     if config.overwrite_output_dir:
-        raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass one")
+        raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other; pass only one")
     if asked.lower() in ("true", "1", "yes"):
         if not found:
             way_out = "pass --overwrite_output_dir True" if used else "leave out --resume_from_checkpoint"
@@ -55,21 +55,24 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
     if not (checkpoint / artifacts.RESUME_STATE).is_file():
         raise UserError(f"{checkpoint} holds no resume state; pass a checkpoint-N folder of the run")
     if used and checkpoint.resolve().parent != output.resolve():
-        raise UserError(f"{output} holds a run that {checkpoint} is not part of; pass an --output_dir that is empty")
-    _require_own(output)
+        raise UserError(f"{output} holds a run that {checkpoint} does not belong to; pass an empty --output_dir")
+    _refuse_foreign_files(output)
     return checkpoint
 
 
-def _require_own(output: Path, more: str = "") -> None:
-    """Raise ``UserError`` for what a run would replace in its folder, where no run configuration says that a run wrote
-    it. more: a second way out."""
+def _refuse_foreign_files(output: Path, more: str = "") -> None:
+    """Raise ``UserError`` if a run would replace files in its folder that no run configuration shows to be a run's.
+
+    more: a second way out for the message.
+    """
     path = output / artifacts.RUN_CONFIG
     with contextlib.suppress(UserError):
         if path.is_file() and "settings" in files.read_object(path, "the run configuration"):
             return
     names = (artifacts.RUN_CONFIG, artifacts.TRAIN_LOG, artifacts.TENSORBOARD)
     if foreign := [name for name in names if (output / name).exists()]:
-        raise UserError(f"{output} holds {', '.join(foreign)} of no training; pass another --output_dir{more}")
+        listed = ", ".join(foreign)
+        raise UserError(f"{output} holds {listed}, which no training wrote; pass another --output_dir{more}")
 
 
 def check_same_run(
@@ -79,12 +82,13 @@ def check_same_run(
     facts: Callable[[dict], dict[str, object]],
     devices: bool = True,
 ) -> None:
-    """Raise ``UserError``, naming what differs, if the run of a checkpoint had other settings or data than this one.
+    """Raise ``UserError``, naming the differences, if a checkpoint's run had other settings or data than this run.
 
-    What the checkpoint itself records counts; the run configuration beside it has the rest.
-    configuration: this run's, of which ``settings`` are the flags and ``world_size`` the processes. facts: of a run
-    configuration, what decides the weights besides its flags, by the words of the message; None is not compared.
-    devices: whether the number of processes is compared; the single process of ``--check`` does not know it.
+    Values that the checkpoint itself records take precedence over the run configuration beside it.
+    configuration: the run configuration of this run, with the flags in ``settings`` and the number of processes in
+    ``world_size``. facts: returns what besides the flags decides the weights in a run configuration, keyed by its
+    wording in the message; None is not compared. devices: whether to compare the number of processes, which the single
+    process of ``--check`` does not know.
     """
     path = checkpoint.parent / artifacts.RUN_CONFIG
     if not path.is_file():
@@ -96,7 +100,7 @@ def check_same_run(
     known = {"tasks": own.task_set, "base_fingerprint": own.base_fingerprint}
     earlier |= {name: value for name, value in known.items() if value is not None}
     settings = earlier["settings"] | (own.train_settings or {})
-    # A flag that a later version added did then what its default does; one that it renamed has an alias.
+    # A flag that was added since then counts as its default; a renamed flag is found by its alias.
     names = {alias: flag.name for flag in flags.flags() for alias in flag.metadata.get("aliases", ())}
     before = {flag.name: flag.default for flag in flags.flags()}
     before |= {names.get(name, name): value for name, value in settings.items()}
@@ -104,7 +108,7 @@ def check_same_run(
     free = ({flag.name for flag in flags.flags()} - flags.names_affecting("weights")) | {*flags.idle}
     free |= {flag.name for flag in flags.flags() if flag.metadata.get("by_outcome")}
     if earlier.get("base_fingerprint") == configuration.get("base_fingerprint") is not None:
-        free.add("base_model")  # the same, perhaps in another place
+        free.add("base_model")  # the same model, perhaps at another path
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - free)
@@ -113,14 +117,14 @@ def check_same_run(
     facts_before, facts_now = facts(earlier), facts(configuration)
     changed += [what for what, value in facts_now.items() if facts_before[what] not in (None, value)]
     if devices and earlier.get("world_size") != configuration["world_size"]:
-        changed.append("the devices")
+        changed.append("the number of devices")
     if changed:
         raise UserError(f"{checkpoint} cannot be resumed: the run began with other settings ({'; '.join(changed)})")
 
 
 def check_state(checkpoint: Path, deepspeed: str | None) -> None:
-    """Raise ``UserError`` unless the adapter and the resume state of a checkpoint, whose run configuration was read,
-    are there and whole: transformers and DeepSpeed begin anew with what is missing, and say nothing."""
+    """Raise ``UserError`` unless a checkpoint's adapter and resume state are complete and undamaged, because
+    transformers and DeepSpeed silently start anew with missing parts. The run configuration must have been checked."""
     read_weights(checkpoint, read_config(checkpoint))
     earlier = files.read_object(checkpoint.parent / artifacts.RUN_CONFIG, "the run configuration")
     processes = known if isinstance(known := earlier.get("world_size"), int) else 1
@@ -134,11 +138,11 @@ def check_state(checkpoint: Path, deepspeed: str | None) -> None:
             needed += found + [folder / f"*{kind}_states.pt"] * (len(found) < count)
     if broken := [path for path in needed if not _is_whole(path)]:
         names = ", ".join(str(path.relative_to(checkpoint)) for path in broken)
-        raise UserError(f"{checkpoint} lacks parts of its resume state, or they are damaged ({names}); take another")
+        raise UserError(f"{checkpoint} has missing or damaged resume state ({names}); resume from another checkpoint")
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is there and holds what ``torch.save`` wrote, which ``torch.load`` does not look at."""
+    """Return whether a file exists and its checksums, which ``torch.load`` does not verify, are right."""
     try:
         with zipfile.ZipFile(path) as opened:
             return opened.testzip() is None
@@ -149,8 +153,11 @@ def _is_whole(path: Path) -> bool:
 def begin_output(
     config: TrainingConfig, arguments: TrainingArguments, configuration: dict, resumed: Path | None
 ) -> None:
-    """Make the output folder this run's: a fresh one deletes what is there of another, one that is ``resumed`` from a
-    checkpoint the later ones, which it gives up; writes the run configuration."""
+    """Prepare the output folder and write the run configuration.
+
+    A fresh run deletes the files of an earlier run; a run that is resumed from the checkpoint ``resumed`` deletes the
+    later checkpoints.
+    """
     output, fresh = Path(config.output_dir), resumed is None
     given_up = artifacts.checkpoints(output)
     if not fresh:

@@ -1,6 +1,7 @@
-"""Encoded training examples as rows of columns: cached on disk, split for validation, counted by task.
+"""Encoded training examples as rows of a dataset: cached on disk, split for validation, counted by task.
 
-A system's rows have at least ``length`` (tokens, by which batches are planned), ``task_id`` and ``removed`` (tokens).
+The rows of every system have at least the columns ``length`` (tokens, by which batches are planned), ``task_id`` and
+``removed`` (tokens that the cutoff removed).
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from mtl_lora.errors import UserError, within
 from mtl_lora.training.sampler import examples_per_task
 
 _CHUNK = 4096
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; one that was cut between its batches would read as whole
+# The end of an Arrow stream; a file that was cut off between two record batches lacks it, and would read as complete.
+_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def cached_rows(
@@ -34,21 +36,20 @@ def cached_rows(
     encode: Callable[[list], dict[str, list]],
     digest: str | None = None,
 ) -> datasets.Dataset:
-    """The encoded examples of a data file, one a row, tokenised once and then memory-mapped from the cache.
+    """Return the encoded examples of a data file, one a row, tokenised once and then memory-mapped from the cache.
 
-    facts: JSON of everything that shapes the rows besides the file's bytes and its ending. load: the examples of the
-    file; encode: examples to columns. digest: the file's sha256, if it is known. Raises ``UserError`` as these do, the
-    file named, and for an unwritable cache folder.
+    facts: everything besides the file's bytes and suffix that determines the rows, as JSON values. load: returns the
+    examples of the file. encode: turns examples into columns. digest: the file's sha256, if known. Raises ``UserError``
+    for errors of ``load`` and ``encode``, naming the file, and if the cache folder cannot be written.
     """
     digest = digest or files.sha256(path)
-    key = hashlib.sha256(json.dumps([facts[0], digest, Path(path).suffix.lower(), *facts[1:]]).encode()).hexdigest()[
-        :32
-    ]
+    identity = json.dumps([facts[0], digest, Path(path).suffix.lower(), *facts[1:]])
+    key = files.sha256_of(identity.encode())[:32]
     file = Path(cache_dir) / f"rows-{key}.arrow"
     rows = _read(file)
     if rows is None:
         if file.exists():
-            print(f"the cache {file} is damaged and made anew", file=sys.stderr)
+            print(f"the cache {file} is damaged and will be rebuilt", file=sys.stderr)
         with files.unchanged(path, digest):
             examples = load()
 
@@ -60,7 +61,7 @@ def cached_rows(
         options |= {"remove_columns": "index", "new_fingerprint": key}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # A second training on the same data waits for the rows of the first.
+            # A second training run on the same data waits for the rows of the first.
             with files.claimed(file, wait=True):
                 temporary = {"prefix": f".{file.name}.", "suffix": ".partial", "dir": file.parent}
                 with tempfile.TemporaryDirectory(**temporary) as folder:
@@ -71,7 +72,7 @@ def cached_rows(
                         made.replace(file)
         except OSError as error:
             raise UserError(
-                f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another"
+                f"the cache folder {cache_dir} cannot be written ({error.strerror}); pass another --cache_dir"
             ) from None
         rows = _read(file)
         if rows is None:
@@ -80,7 +81,7 @@ def cached_rows(
 
 
 def _read(file: Path) -> datasets.Dataset | None:
-    """The rows of a cache file; None for one that is not there or is cut off."""
+    """Return the rows of a cache file, or None if it does not exist or is cut off."""
     try:
         with file.open("rb") as opened:
             opened.seek(-len(_END), os.SEEK_END)
@@ -92,13 +93,13 @@ def _read(file: Path) -> datasets.Dataset | None:
 
 
 def row_columns(rows: datasets.Dataset) -> dict[str, np.ndarray]:
-    """The number columns of encoded examples as arrays (N,)."""
+    """Return the numeric columns of encoded examples as arrays (N,)."""
     numbers = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Value)]
     return rows.with_format("numpy", columns=numbers)[:]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything a tokenizer saves: vocabulary, merges, special tokens, settings."""
+    """Return a hash of everything a tokenizer saves: vocabulary, merges, special tokens, settings."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -109,7 +110,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def rows_sha256(rows: datasets.Dataset) -> str:
-    """A hash of every value of encoded examples, in whatever parts a file holds them."""
+    """Return a hash of all values of encoded examples, independent of the chunks in which a file holds them."""
     digest = hashlib.sha256()
     for name in sorted(rows.column_names):
         column = rows.data.column(name)
@@ -129,13 +130,16 @@ def _add(digest, column: pyarrow.ChunkedArray) -> None:
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """(training examples, held-out examples or None): ``held_out`` examples drawn by the seed, of no task the last."""
+    """Return (training examples, held-out examples or None); the seed draws ``held_out`` of them for validation.
+
+    Every task keeps at least one training example. Raises ``UserError`` if too many are to be held out for that.
+    """
     if not held_out:
         return rows, None
     if held_out >= len(rows):
         raise UserError(f"val_set_size must be below the number of examples, {len(rows)}, not {held_out}")
     order, ids = np.random.default_rng(seed).permutation(len(rows)), row_columns(rows)["task_id"]
-    # The last example of each task in the order stays; in the place of one that was drawn comes the next that may.
+    # The last example of each task in the drawn order stays in training; the next example is held out instead.
     last = np.zeros(len(rows), dtype=bool)
     last[[np.flatnonzero(ids[order] == task)[-1] for task in np.unique(ids)]] = True
     drawn = np.flatnonzero(~last)[:held_out]
@@ -149,19 +153,20 @@ def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Da
 
 
 def shortened_note(rows: datasets.Dataset, limit: str, where: str) -> str:
-    """One line on how many examples the limit (in words) shortened, and ``where`` in them."""
+    """Return a line that says how many examples the ``limit`` (in words) shortened, and ``where`` they lost tokens."""
     removed = row_columns(rows)["removed"]
     count = int((removed > 0).sum())
     if not count:
         return f"no example is longer than {limit}"
     return (
         f"{count:,} of {len(rows):,} examples are longer than {limit}: "
-        f"{int(removed.sum()):,} tokens were taken from {where}"
+        f"{int(removed.sum()):,} tokens were removed from {where}"
     )
 
 
 def counts_note(names: Sequence[str], counts: np.ndarray, held_out: np.ndarray | None, temperature: float) -> str:
-    """The training and held-out examples of each task (T,), and which tasks an epoch takes several times, in lines."""
+    """Return lines with the number of training and held-out examples of each task (T,), and with the tasks whose
+    examples an epoch repeats."""
 
     def listed(counts: np.ndarray) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
@@ -172,5 +177,5 @@ def counts_note(names: Sequence[str], counts: np.ndarray, held_out: np.ndarray |
     passes = examples_per_task(counts, temperature) / np.maximum(counts, 1)
     often = [f"{name} {times:.1f}" for name, times in zip(names, passes, strict=True) if times >= 2]
     if often:
-        lines.append(f"times that an epoch takes each example of a task, by --sampling_temperature: {', '.join(often)}")
+        lines.append(f"passes over a task's examples in an epoch, by --sampling_temperature: {', '.join(often)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The course of a training, the same for every system: check everything, encode, build the model, train, save."""
+"""A training run, the same for every system: check everything, encode the data, build the model, train, save."""
 
 import math
 import shlex
@@ -30,14 +30,14 @@ from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
 from mtl_lora.training.trainer import Batch, MultiTaskTrainer, training_arguments
 from mtl_lora.version import checkout_commit
 
-_STEP = 16  # tokens between the lengths of batches whose steps are recorded as CUDA graphs
+_STEP = 16  # tokens; with CUDA graphs, batches are padded to a multiple of this or to the cutoff
 
 
 class Run:
-    """One training; a system's subclass fills in what an example is, which model is built, and what its losses are.
+    """One training run; a system's subclass defines its examples, its model and its losses.
 
-    Settled as the run goes: ``adapter`` (its configuration), ``arguments`` (the Trainer's), ``train`` (rows),
-    ``encoded`` (a hash of all rows; None of images, which are read as they are used).
+    Set during the run: ``adapter`` (the adapter configuration), ``arguments`` (the Trainer's), ``train`` (the training
+    rows), ``encoded`` (a hash of all rows; None for images, which are read only when they are used).
     """
 
     tasks: TaskSet
@@ -46,51 +46,54 @@ class Run:
     train: datasets.Dataset
     encoded: str | None
     task_set: type[TaskSet]
-    shortened_at: str = ""  # where an example that is longer than the cutoff loses tokens; empty: there is no cutoff
+    shortened_at: str = ""  # where an example longer than the cutoff loses tokens; empty: the system has no cutoff
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
         self.base = BaseModel(config.base_model, config.trust_remote_code, BASE_KINDS[config.system])
 
-    # ---- what a system says ----
+    # ---- what a system defines ----
 
     def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
-        """The adapter for this model, and notes on it; raises ``UserError`` for targets that it does not have."""
+        """Return the adapter configuration for this model, and notes to print; raises ``UserError`` for target modules
+        that the model does not have."""
         raise NotImplementedError
 
     def rows(self, digest: str) -> datasets.Dataset:
-        """The encoded examples of the data file, of this sha256; raises ``UserError`` for data that cannot be."""
+        """Return the encoded examples of the data file, whose sha256 is ``digest``; raises ``UserError`` for invalid
+        data."""
         raise NotImplementedError
 
     def data_sha256(self) -> str:
-        """A hash of what ``--data_path`` holds."""
+        """Return a hash of the contents of ``--data_path``."""
         return files.sha256(self.config.data_path)
 
     def columns(self, rows: datasets.Dataset) -> dict[str, np.ndarray]:
-        """Numbers of the rows, each (N,): at least ``length`` and ``task_id``."""
+        """Return the numeric columns of the rows, each (N,): at least ``length`` and ``task_id``."""
         return row_columns(rows)
 
     def check_rows(self, rows: datasets.Dataset) -> None:
-        """Raise ``UserError`` for rows that the model has no place for."""
+        """Raise ``UserError`` for rows longer than the model allows."""
         longest = int(row_columns(rows)["length"].max())
         way_out = f"the longest example; lower --cutoff_len, which is {self.config.cutoff_len}"
         self.base.check_positions(longest, way_out)
 
     def limit(self) -> str:
-        """What shortens an example, in words."""
+        """Return the limit that shortens examples, in words."""
         return f"the cutoff of {self.config.cutoff_len} tokens"
 
     def task_counts(self, rows: datasets.Dataset) -> np.ndarray:
-        """The examples of each task, (T,)."""
+        """Return the number of examples of each task, (T,)."""
         return np.bincount(row_columns(rows)["task_id"], minlength=len(self.tasks))
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
-        """The lengths (N,) of ``train`` by which batches are planned, and whether a step is dealt out by task."""
+        """Return the lengths (N,) of ``train`` by which batches are planned, and whether the examples of a step are
+        distributed to its micro-batches by task."""
         return self.columns(self.train)["length"], False
 
     def sampler(self, lengths: np.ndarray, task_ids: np.ndarray, group_tasks: bool) -> StepSampler:
-        """This process's micro-batches of ``train``; lengths and group_tasks: of ``plan``."""
+        """Return the sampler of this process's micro-batches of ``train``; lengths, group_tasks: from ``plan``."""
         config, arguments = self.config, self.arguments
         return LengthGroupedBatchSampler(
             lengths,
@@ -107,22 +110,23 @@ class Run:
         )
 
     def load_base(self) -> PreTrainedModel:
-        """The model on which the adapter is put."""
+        """Return the model that gets the adapter."""
         return self.base.load(self.config.dtype, self.config.load_in_4bit)
 
     def ends(self) -> tuple[Callable, Callable[[torch.nn.Module, Batch], tuple]]:
-        """The collator and the losses, see ``MultiTaskTrainer``."""
+        """Return the collator and the losses, see ``MultiTaskTrainer``."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, object]:
-        """What the run configuration holds besides what every system has."""
+        """Return the system's own entries of the run configuration."""
         return {}
 
     @classmethod
     def deciding_facts(cls, configuration: dict) -> dict[str, object]:
-        """Of a run configuration, what decides the weights besides its flags, by the words of an error.
+        """Return what besides the flags decides the weights in a run configuration, keyed by its wording in an error.
 
-        Titles and columns of the tasks do not. None where an earlier version did not record it.
+        Titles and columns of the tasks are left out, as they do not matter. A value is None where an earlier version
+        did not record it.
         """
         tasks = cls.task_set.from_json(configuration.get("tasks"), "the run configuration")
         return {
@@ -131,16 +135,16 @@ class Run:
             "the tasks' loss weights": {task.name: task.loss_weight for task in tasks},
             "the base model's files": configuration.get("base_fingerprint"),
             "the base model's configuration": configuration.get("base_config"),
-            "the examples' tokens, which tokenizer and chat template shape too": configuration.get("rows_sha256"),
-            "the dtype that --dtype auto means": configuration.get("dtype"),
+            "the examples' tokens, which depend on tokenizer and chat template too": configuration.get("rows_sha256"),
+            "the dtype that --dtype auto selects": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
         }
 
     def provenance(self) -> dict[str, object]:
-        """What checkpoints say of the system's own inputs: fields of ``checkpoint.Provenance``."""
+        """Return the system's own fields of ``checkpoint.Provenance``, which checkpoints record."""
         raise NotImplementedError
 
-    # ---- steps that are recorded ----
+    # ---- CUDA graphs ----
 
     @property
     def cuda_graphs(self) -> bool:
@@ -148,27 +152,28 @@ class Run:
         return self.config.cuda_graphs and self.arguments.device.type == "cuda" and self.arguments.world_size == 1
 
     def recorded_lengths(self) -> list[int]:
-        """The lengths that batches are padded to where steps are recorded, so that few differ; else none."""
+        """Return the few lengths to which batches are padded if steps are recorded as CUDA graphs, else an empty
+        list."""
         if not self.cuda_graphs:
             return []
         return [*range(_STEP, self.config.cutoff_len, _STEP), self.config.cutoff_len]
 
-    # ---- the course ----
+    # ---- the run ----
 
     def log(self, *lines: str) -> None:
-        """Print lines on stderr, from the first process alone."""
+        """Print lines to stderr, from the first process only."""
         if self.arguments.process_index == 0:
             print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
 
     def run(self) -> None:
-        """Train, or with ``check`` stop before the model is loaded; the output folder is claimed."""
+        """Train, or with ``check`` stop before the model is loaded; the caller has claimed the output folder."""
         config, base = self.config, self.base
         from_checkpoint = resume.checkpoint_to_resume(config)
         base.check_quantisation(training=True)
-        # Before the arguments are made, for from then on ZeRO-3 partitions every new model.
+        # This precedes the Trainer's arguments, because ZeRO-3 partitions every model that is created after them.
         structure = self.structure()
         if config.cuda_graphs and getattr(structure.config, "layerdrop", 0):
-            raise UserError(f"{config.base_model} leaves out layers at random (layerdrop); pass no --cuda_graphs")
+            raise UserError(f"{config.base_model} skips layers at random (layerdrop); leave out --cuda_graphs")
         try:
             self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
         except UserError as error:
@@ -177,7 +182,7 @@ class Run:
         self.arguments = training_arguments(config)
         distributed.check_deepspeed_values(self.arguments, one_process=config.check)
         digest = self.data_sha256()
-        # One process of each node tokenises, the others read its cache.
+        # One process of each node tokenises; the others read its cache.
         several = self.arguments.world_size > 1
         with PartialState().local_main_process_first() if several else nullcontext():
             rows = self.rows(digest)
@@ -190,7 +195,7 @@ class Run:
         self.log(*notes)
         task_ids = self.columns(self.train)["task_id"]
         if config.cuda_graphs and not self.cuda_graphs:
-            self.log("--cuda_graphs has no effect here, for it needs a GPU and one process")
+            self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
         lengths, group_tasks = self.plan(structure)
         sampler = self.sampler(lengths, task_ids, group_tasks)
         shortened = f"; {shortened_note(rows, self.limit(), self.shortened_at)}" if self.shortened_at else ""
@@ -198,7 +203,7 @@ class Run:
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
         self.log(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
         trained = {int(task_id) for task_id in counts.nonzero()[0]}
-        if trained == {*task_ids.tolist()}:  # an image of many tasks is planned as of one
+        if trained == {*task_ids.tolist()}:  # not of images, which have several tasks under one id
             steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * sampler.steps_per_epoch)
             trained = sampler.tasks_met(steps)
         untrained = [task.name for task in self.tasks if task.id not in trained]
@@ -206,7 +211,7 @@ class Run:
             where = " in these steps" if any(counts[self.tasks[name].id] for name in untrained) else ""
             names = ", ".join(untrained)
             self.log(
-                f"no training examples of {names}{where}: the weights of these tasks alone stay as they were drawn"
+                f"no training examples of {names}{where}: weights that only these tasks use keep their initial values"
             )
         configuration = self.configuration(digest)
         if from_checkpoint:
@@ -214,15 +219,15 @@ class Run:
             resume.check_same_run(from_checkpoint, configuration, kind, self.deciding_facts, devices=not config.check)
             resume.check_state(from_checkpoint, config.deepspeed)
         if config.check:
-            more = "" if several else "; a launch of N devices takes N such batches a step"
+            more = "" if several else "; a launch on N devices uses N such batches in a step"
             self.log(f"every setting is fine{more}")
             return
         model = self.build()
         base.check_unchanged(configuration["base_fingerprint"])
         collator, losses = self.ends()
-        # Every mistake was found before an older run is deleted.
+        # An older run is deleted only now, after every check.
         resume.begin_output(config, self.arguments, configuration, from_checkpoint)
-        start = checkpoint.adapter_state(model)  # by all processes, for ZeRO-3 gathers it
+        start = checkpoint.adapter_state(model)  # in all processes, because ZeRO-3 gathers it
         if self.arguments.process_index == 0 and not from_checkpoint:
             checkpoint.save_start(model, config.output_dir, start)
         trainer = MultiTaskTrainer(
@@ -255,8 +260,8 @@ class Run:
             if config.cuda_graphs:
                 ways = ["a smaller --batch_size"]
             elif not config.use_gradient_checkpointing:
-                ways.insert(0, "--use_gradient_checkpointing True (also on resuming)")
-            raise UserError(f"the GPU's memory does not hold a step; pass {', or '.join(ways)}") from None
+                ways.insert(0, "--use_gradient_checkpointing True (allowed when resuming too)")
+            raise UserError(f"the GPU has too little memory for a step; pass {', or '.join(ways)}") from None
         trainer.save_model(config.output_dir)
         if self.arguments.process_index == 0:
             write_analysis(config.output_dir)
@@ -264,23 +269,26 @@ class Run:
         self.log(f"saved the adapter to {config.output_dir}")
 
     def structure(self) -> PreTrainedModel:
-        """The model on which the adapter is put, on the meta device."""
+        """Return the model that gets the adapter, on the meta device."""
         return self.base.structure()
 
     def count(self) -> tuple[int, int]:
-        """(trainable, all) parameters of the model, counted on the meta device."""
+        """Return the (trainable, total) number of parameters of the model, counted on the meta device."""
         model = self.structure()
         adapter, _ = self.place_adapter(self.config.adapter_config(self.tasks), model)
         return mtl_lora.trainable_parameters(mtl_lora.inject(model, adapter))
 
     @property
     def unread(self) -> set[str]:
-        """The hyperparameters of other methods."""
+        """The hyperparameters that the method does not read, as they belong to other methods."""
         read = {flag.name for flag in layer_class(self.adapter.method).Hyperparameters.flags()}
         return self.config.hyperparameters.keys() - read
 
     def configuration(self, digest: str) -> dict:
-        """What ``run.json`` holds: the flags and what they stand for on this machine. digest: of the data file."""
+        """Return the content of ``run.json``: the flags, and what they resolve to on this machine.
+
+        digest: the sha256 of the data file.
+        """
         config, layer = self.config, layer_class(self.adapter.method)
         return {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -298,7 +306,7 @@ class Run:
         }
 
     def build(self) -> PreTrainedModel:
-        """The base model with the adapter, as the seed draws it."""
+        """Return the base model with the adapter, initialised from the seed."""
         config = self.config
         distributed.init_deepspeed(config)
         set_seed(config.seed)
@@ -315,8 +323,8 @@ class Run:
 def train(run: type[Run], config: TrainingConfig) -> None:
     """Train as ``config`` says, or with ``check`` stop before the model is loaded.
 
-    Raises ``UserError`` for every mistake that can be found before training. The process is expected to be prepared
-    (``distributed.prepare_process``); one that ends here leaves its process group itself.
+    Raises ``UserError`` for every mistake that can be found before training. The caller must have prepared the process
+    (``distributed.prepare_process``), and leaves the process group afterwards.
     """
     one = run(config)
     distributed.check_launch(config)

@@ -1,8 +1,8 @@
-"""Batches of examples of similar length in which, over any short stretch of steps, each task keeps its proportion.
+"""Batches of examples of similar length in which each task keeps its proportion over any short stretch of steps.
 
-A plan is a pure function of (seed, epoch): every process computes it and takes its own examples, so nothing is sharded
-a second time, no example is repeated, and a resumed run sees the examples it would have seen. Two options: batches
-by padded tokens, or more equal proportions of the tasks, in which case examples of small tasks do come again.
+The plan of an epoch is a pure function of (seed, epoch): every process computes it and takes its own examples. So
+nothing is sharded a second time, no example is repeated, and a resumed run sees the same examples as an uninterrupted
+one. Two options: batches sized in padded tokens, and more equal task proportions, which repeat examples of small tasks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,19 +13,20 @@ from torch.utils.data import Sampler
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 
-# Over any WINDOW steps each task stays within two percentage points of its proportion: of the examples, or of the
-# tokens with a token budget.
+# Over any WINDOW steps, each task stays within two percentage points of its proportion of the examples or, with a token
+# budget, of the tokens.
 WINDOW = 50
-# Candidates for the next step in the greedy order (more did not keep the proportions any better), which aims a little
-# below the two percentage points that are promised.
+# The greedy order chooses the next step from this many candidates (more did not keep the proportions any better) and
+# aims slightly below the promised two percentage points.
 _CANDIDATES, _AIM = 512, 0.015
 
 
 def examples_per_task(counts: np.ndarray, temperature: float) -> np.ndarray:
-    """Examples of each task in an epoch, (T,), summing to the size of the data.
+    """Return the number of examples of each task in an epoch, (T,), which sum to the size of the data.
 
-    counts: (T,), the examples n_t of each task. Task t's proportion is that of n_t^(1 / temperature), rounded by the
-    largest remainder: 1 gives the data's own, a large temperature nearly equal ones (arXiv 1910.10683, section 3.5.2).
+    counts: (T,), the number of examples n_t of each task. Task t's proportion is proportional to n_t^(1 / temperature),
+    rounded by the largest remainder: temperature 1 gives the proportions of the data, a large temperature nearly equal
+    ones (arXiv 1910.10683, section 3.5.2).
     """
     weights = np.where(counts > 0, counts, 1) ** (1 / temperature) * (counts > 0)
     exact = counts.sum() * weights / weights.sum()
@@ -36,14 +37,14 @@ def examples_per_task(counts: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def sample_cyclically(examples: np.ndarray, count: int, seed: int, task_id: int, epoch: int) -> np.ndarray:
-    """The ``count`` examples of a task that an epoch takes, in order: sampling without replacement.
+    """Return the ``count`` examples of a task that an epoch uses, in order, sampled without replacement.
 
-    A task cycles through reshuffled passes that continue across epochs, so no example comes again before every other
-    example of its task has come as often.
+    A task cycles through reshuffled passes over its examples that continue across epochs, so no example is repeated
+    before every other example of the task has been used as often.
     """
     first = epoch * count // len(examples)
     last = ((epoch + 1) * count - 1) // len(examples)
-    # task_id + 1, because numpy takes (a, b) and (a, b, 0) for one seed, and (seed, epoch) is in use.
+    # task_id + 1, because numpy treats (a, b) and (a, b, 0) as the same seed, and (seed, epoch) is already used.
     generators = [np.random.default_rng([seed, number, task_id + 1]) for number in range(first, last + 1)]
     passes = [generator.permutation(examples) for generator in generators]
     start = epoch * count - first * len(examples)
@@ -53,9 +54,10 @@ def sample_cyclically(examples: np.ndarray, count: int, seed: int, task_id: int,
 def stratified_order(
     task_ids: np.ndarray, temperature: float, seed: int, epoch: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """The examples of an epoch in a random order in which those of each task are spread evenly.
+    """Return the examples of an epoch in a random order that spreads the examples of each task evenly.
 
-    With a temperature of 1 every example comes once, else each task as often as ``examples_per_task`` says.
+    With a temperature of 1 every example occurs once; otherwise ``examples_per_task`` gives each task's number of
+    examples.
     """
     ids, of_task = np.unique(task_ids, return_inverse=True)
     taken = examples_per_task(np.bincount(of_task), temperature)
@@ -72,11 +74,11 @@ def stratified_order(
 
 
 def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.ndarray, window: int) -> list[int]:
-    """An order of the steps (arrays of examples) in which every ``window`` of them hold each task's proportion.
+    """Return an order of the steps (arrays of examples) in which any ``window`` steps keep each task's proportion.
 
-    task_ids and weights: (examples,); an example counts as its weight, and steps should be of similar weight. Greedy:
-    of the next few hundred steps, the one that brings the running counts closest to the tasks' proportions, and that
-    above all does not let the last ``window`` steps stray.
+    task_ids and weights: (examples,); an example counts by its weight, and steps should have similar weights. The order
+    is greedy: among the next few hundred steps it takes the one that brings the running counts closest to the tasks'
+    proportions, and penalises most a step that lets the last ``window`` steps stray from them.
     """
     if not steps:
         return []
@@ -114,11 +116,12 @@ def plan_epoch(
     length_pool: int = TrainingConfig.length_pool,
     temperature: float = 1.0,
 ) -> list[np.ndarray]:
-    """Indices of the examples of each global batch of an epoch: each once, the last batch perhaps smaller.
+    """Return the indices of the examples of each global batch of an epoch; the last batch may be smaller.
 
-    lengths (tokens) and task_ids: (examples,). batch_size: examples of an optimiser step over all processes.
-    length_pool: batches sorted by length together; with 1, every batch holds each task's proportion. temperature:
-    other than 1, the epoch is as long, but holds as many of each task as ``examples_per_task`` says.
+    lengths (tokens) and task_ids: (examples,). batch_size: examples in an optimiser step over all processes.
+    length_pool: number of batches whose examples are sorted by length together; with 1, every batch keeps each task's
+    proportion. temperature: with 1, every example occurs once; otherwise the epoch has the same length, but
+    ``examples_per_task`` gives each task's number of examples.
     """
     generator = np.random.default_rng([seed, epoch])
     order = stratified_order(task_ids, temperature, seed, epoch, generator)
@@ -139,10 +142,10 @@ def plan_epoch(
 def plan_by_tokens(
     lengths: np.ndarray, task_ids: np.ndarray, token_budget: int, parts: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Indices of the examples of each global batch, as many as ``parts`` micro-batches of ``token_budget`` tokens hold.
+    """Return the indices of the examples of each global batch: ``parts`` micro-batches of ``token_budget`` tokens.
 
-    The examples of an epoch are sorted by length, those of one length at random, and cut into steps by ``step_sizes``,
-    so every epoch has the same number of steps, on which the Trainer relies. Fewer than ``parts`` are left out.
+    The examples of an epoch are sorted by length, ties in random order, and cut into steps by ``step_sizes``, so every
+    epoch has the same number of steps, on which the Trainer relies. Fewer than ``parts`` examples are left out.
     """
     generator = np.random.default_rng([seed, epoch])
     order = stratified_order(task_ids, 1.0, seed, epoch, generator)
@@ -155,11 +158,11 @@ def plan_by_tokens(
 
 
 def step_sizes(lengths: np.ndarray, token_budget: int, parts: int) -> list[int]:
-    """Examples of each step where examples of these lengths are taken from the longest to the shortest.
+    """Return the number of examples of each step when examples of these lengths are taken from longest to shortest.
 
-    A step that begins with an example of length L has ``parts`` micro-batches of floor(token_budget / L) examples, and
-    the last step what is left, if that is an example for each micro-batch. If others than the shortest examples are
-    left out, the sizes still keep to the budget: examples then move up, to places of examples at least as long.
+    A step that begins with an example of length L has ``parts`` micro-batches of floor(token_budget / L) examples. The
+    last step has the remaining examples, if there is at least one for each micro-batch. The sizes keep to the budget
+    whichever examples are left out, because the others then move up to places of examples that are at least as long.
     """
     lengths = np.sort(lengths)[::-1]
     sizes, start = [], 0
@@ -170,21 +173,22 @@ def step_sizes(lengths: np.ndarray, token_budget: int, parts: int) -> list[int]:
 
 
 class StepSampler(Sampler[list[int]]):
-    """The micro-batches of one process, ``accumulation`` of them a step.
+    """The micro-batches of one process, ``accumulation`` of them per optimiser step; a subclass plans the steps.
 
-    A step's examples are the same for any split of its micro-batches over steps of accumulation and processes, so one
-    process and many take the same steps. A subclass says which they are.
+    The examples of a step do not depend on how its micro-batches are split over accumulation steps and processes, so
+    one process and several take the same steps.
     """
 
     def __init__(self, task_ids: np.ndarray, seed: int, accumulation: int, world_size: int, rank: int):
         self.task_ids, self.seed, self.epoch = np.asarray(task_ids), seed, 0
         self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
-        self.parts = accumulation * world_size  # micro-batches of a step
+        self.parts = accumulation * world_size  # micro-batches per step
 
     steps_per_epoch: int
 
     def steps(self) -> list[np.ndarray]:
-        """The examples of each optimiser step of the epoch, over all processes; every epoch has as many steps."""
+        """Return the examples of each optimiser step of the epoch, over all processes; every epoch has the same number
+        of steps."""
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
@@ -192,7 +196,7 @@ class StepSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def tasks_met(self, steps: int) -> set[int]:
-        """The ids of the tasks of which the first ``steps`` steps of a training take an example."""
+        """Return the ids of the tasks with an example in the first ``steps`` steps of a training run."""
         met, every = set(), set(self.task_ids.tolist())
         for epoch in range(-(-steps // self.steps_per_epoch)):
             self.set_epoch(epoch)
@@ -204,7 +208,7 @@ class StepSampler(Sampler[list[int]]):
         return met
 
     def require_steps(self) -> None:
-        """Raise ``UserError`` where there are too few examples for a step."""
+        """Raise ``UserError`` if there are too few examples for a step."""
         if not self.steps_per_epoch:
             raise UserError(
                 f"{len(self.task_ids)} training examples are too few for a step of {self.accumulation} x "
@@ -225,14 +229,15 @@ class StepSampler(Sampler[list[int]]):
 class LengthGroupedBatchSampler(StepSampler):
     """Batches of examples of similar length from all tasks.
 
-    Each has at most ``batch_size`` examples or, with a ``token_budget``, at most that many tokens with its padding
-    (examples times the longest). A step's global batch, of ``batch_size * accumulation * world_size`` examples or of
-    ``accumulation * world_size`` token budgets, is the same for any split of that product, so one process and many
-    take the same steps. Its examples are sorted by length and dealt out in consecutive runs, so processes that work at
-    the same time have similar work; or, to ``group_tasks``, by task first, so a micro-batch has few. Where the last,
-    smaller batch cannot give every micro-batch an example, its examples are left out of that epoch.
+    A micro-batch has at most ``batch_size`` examples or, with a ``token_budget``, at most that many tokens including
+    padding (examples times the longest). The global batch of a step has ``batch_size * accumulation * world_size``
+    examples or ``accumulation * world_size`` token budgets. It is the same for any split of that product, so a single
+    process and several take the same steps. Its examples are sorted by length and distributed in consecutive runs, so
+    that processes working at the same time have similar work. With ``group_tasks`` they are sorted by task first, so
+    that a micro-batch has few tasks. If the last, smaller batch has too few examples for one in each micro-batch, it is
+    left out of the epoch.
 
-    Raises ``UserError`` where that would leave no step at all, and for an example longer than the token budget.
+    Raises ``UserError`` if that leaves no step at all, and for an example longer than the token budget.
     """
 
     def __init__(
@@ -252,7 +257,7 @@ class LengthGroupedBatchSampler(StepSampler):
         super().__init__(task_ids, seed, accumulation, world_size, rank)
         self.lengths, self.batch_size, self.group_tasks = np.asarray(lengths), batch_size, group_tasks
         self.length_pool, self.token_budget, self.temperature = length_pool, token_budget, temperature
-        self.global_batch_size = batch_size * self.parts  # examples of a step, without a token budget
+        self.global_batch_size = batch_size * self.parts  # examples per step if there is no token budget
         if token_budget and self.lengths.max(initial=0) > token_budget:
             raise UserError(
                 f"token_budget must be at least the longest example's {self.lengths.max()} tokens, not {token_budget}; "
@@ -276,20 +281,20 @@ class LengthGroupedBatchSampler(StepSampler):
         return steps[: self.steps_per_epoch]
 
     def __str__(self) -> str:
-        """One line on the global batch."""
+        """A line that describes the global batch."""
         one = f"{self.token_budget:,} tokens with padding" if self.token_budget else f"{self.batch_size} examples"
         size = f"about {len(self.lengths) / self.steps_per_epoch:.0f}" if self.token_budget else self.global_batch_size
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
-        steps = f"{self.steps_per_epoch:,} steps an epoch"
+        steps = f"{self.steps_per_epoch:,} steps per epoch"
         return f"global batch: {one} (per device) x {split}, {size} examples; {steps}"
 
 
 class RoundRobinSampler(StepSampler):
-    """Steps of one task each, tasks in proportion to their number of steps, as VL-Adapter samples (arXiv 2112.06825).
+    """Steps of one task each, tasks in proportion to their number of steps, as in VL-Adapter (arXiv 2112.06825).
 
-    batch_sizes: the examples of a micro-batch by task, in id order. Every example comes once an epoch, but for those of
-    a task's last, smaller step where it cannot give every micro-batch one. Raises ``UserError`` where a task that has
-    examples is left without a step.
+    batch_sizes: the number of examples in a micro-batch, by task in id order. Every example occurs once per epoch, but
+    a task's last, smaller step is left out if it has too few examples for one in each micro-batch. Raises ``UserError``
+    if a task that has examples is left without a step.
     """
 
     def __init__(
@@ -318,9 +323,9 @@ class RoundRobinSampler(StepSampler):
         return [step for step in steps if len(step) >= self.parts]
 
     def __str__(self) -> str:
-        """One line on the steps of each task."""
+        """A line that describes the steps of each task."""
         steps = zip(self.batch_sizes.items(), self.task_steps, strict=True)
         tasks = ", ".join(f"{name} {count:,} x {size}" for (name, size), count in steps)
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
-        steps = f"{self.steps_per_epoch:,} steps an epoch"
+        steps = f"{self.steps_per_epoch:,} steps per epoch"
         return f"steps of one task: {tasks} examples (per device) x {split}; {steps}"

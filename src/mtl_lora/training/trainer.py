@@ -1,7 +1,7 @@
 """transformers' Trainer for many tasks: weighted losses of any system, grouped batches, small checkpoints, logs.
 
-The Trainer takes an injected model for a full model and reserves adapter-only saving for PEFT, so loading and
-saving are overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
+The Trainer treats an injected model as a full model and saves adapters alone only for PEFT. Loading and saving are
+therefore overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from mtl_lora.training.cuda_graphs import GraphedSteps
 from mtl_lora.training.distributed import deepspeed_settings
 from mtl_lora.training.sampler import StepSampler
 
-# Besides the adapter a checkpoint holds the two moments of AdamW.
+# A checkpoint holds the adapter and the two moments of AdamW.
 _COPIES = 3
-# Flags that the Trainer knows under the same name.
+# Flags with the same name in the Trainer's arguments.
 _SAME_NAMES = ("output_dir", "gradient_accumulation_steps", "max_steps", "learning_rate", "weight_decay")
 _SAME_NAMES += ("max_grad_norm", "lr_scheduler_type", "logging_steps", "seed")
 Batch = Mapping[str, torch.Tensor]
 
 
 def training_arguments(config: TrainingConfig) -> TrainingArguments:
-    """The Trainer's arguments; making them joins the process group of a distributed launch."""
+    """Return the Trainer's arguments; making them joins the process group of a distributed launch."""
     saving = "steps" if config.save_step else "no"
     with _deepspeed_errors(config.deepspeed):
         arguments = TrainingArguments(
@@ -62,21 +62,21 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
             disable_tqdm=True,  # ``Progress`` shows one bar
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
-            # The base already has its dtype and adapter parameters stay float32, so nothing is left to autocast.
+            # No autocast: the base model already has its dtype, and adapter parameters stay float32.
             bf16=False,
             fp16=False,
         )
-    # Several GPUs without a launcher would mean DataParallel, whose threads the task route does not reach.
+    # With several GPUs and no launcher, the Trainer would use DataParallel, whose threads do not get the task ids.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 @contextlib.contextmanager
 def _deepspeed_errors(name: str | None) -> Iterator[None]:
-    """Turn what DeepSpeed and accelerate raise for a configuration that they cannot use into one sentence."""
+    """Turn any error that DeepSpeed or accelerate raises for an unusable configuration into a ``UserError``."""
     try:
         yield
-    except Exception as error:  # they look into it without checking what it holds
+    except Exception as error:  # they read the configuration without validating it
         if not name or isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())
@@ -84,7 +84,7 @@ def _deepspeed_errors(name: str | None) -> Iterator[None]:
 
 
 class TaskLosses:
-    """Weighted losses and weights by task since the last reading, kept on the device: no synchronisation."""
+    """Sums of weighted losses and of weights by task since the last ``read``, on the device: no synchronisation."""
 
     def __init__(self, tasks: int, device: torch.device | str = "cpu"):
         self.sums = torch.zeros(2, tasks, dtype=torch.float64, device=device)
@@ -95,10 +95,10 @@ class TaskLosses:
         self.sums.index_add_(1, task_ids, torch.stack([losses.detach().to(self.sums.dtype) * weights, weights]))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sums of weighted losses, sums of weights), each (T,), over all processes; starts from zero again."""
-        # Of a process that had no example too: NCCL sums on the device alone.
+        """Return (sums of weighted losses, sums of weights), each (T,), over all processes, and reset them to zero."""
+        # A process without examples takes part too, on its device, because NCCL only sums tensors on the device.
         sums = self.sums.clone()
-        self.sums.zero_()  # in place, for a recorded step adds to this memory
+        self.sums.zero_()  # in place, because a recorded step adds to this memory
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         return sums[0].cpu(), sums[1].cpu()
@@ -108,13 +108,13 @@ class MultiTaskTrainer(Trainer):
     """Trains an injected model of any system.
 
     losses: ``(model, batch) -> losses (N,), weights (N,), task ids (N,)``, where an entry is whatever the system counts
-    (a token, an example, a pixel). The loss of a step is the weighted sum over the sum of the weights of the whole
-    step: all its micro-batches in all processes. collator: examples to a batch, which holds besides what ``losses``
-    needs ``loss_weight``, a scalar: the sum of the weights that ``losses`` will give. tasks: names in id order.
-    provenance: what the system records in every checkpoint. eval_lengths: (examples,), by which ``eval_dataset`` is
-    sorted into batches. task_weights: (T,), where each task has a mean of its own: the loss of a step is then the sum
-    over tasks of this weight times the task's weighted losses over their weights, and ``loss_weight`` is (T,).
-    cuda_graphs: whether steps of one micro-batch in one process are recorded and replayed, see ``GraphedSteps``.
+    (a token, an example, a pixel). The loss of a step is the sum of the weighted losses divided by the sum of the
+    weights, over all micro-batches and processes of the step. collator: turns examples into a batch, which holds the
+    inputs of ``losses`` and the scalar ``loss_weight``, the sum of the weights that ``losses`` will return. tasks: task
+    names in id order. provenance: recorded in every checkpoint. eval_lengths: (examples,), by which ``eval_dataset`` is
+    sorted into batches. task_weights: (T,), for systems with a mean for each task: the loss of a step is then the sum
+    over tasks of the task's weight times its mean loss, and ``loss_weight`` is (T,). cuda_graphs: whether to record and
+    replay steps, which must have one micro-batch in one process, see ``GraphedSteps``.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class MultiTaskTrainer(Trainer):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
         self.eval_lengths = eval_lengths
         self.task_weights = None if task_weights is None else torch.tensor(task_weights, dtype=torch.float32)
-        self._began: int | None = None  # the step after which this process trains; None where it trains none
+        self._began: int | None = None  # the step after which this process began to train; None before that
         self.room: BinaryIO | None = None
-        # A base in 4 or 8 bits is refused unless it carries adapters, which are recognised by PEFT's mark alone.
+        # The Trainer refuses a base model in 4 or 8 bits unless it has adapters, which it recognises by PEFT's mark.
         model = options["model"]
         before, model._hf_peft_config_loaded = getattr(model, "_hf_peft_config_loaded", False), True
         try:
@@ -147,7 +147,7 @@ class MultiTaskTrainer(Trainer):
         if cuda_graphs:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.graphed = GraphedSteps(functools.partial(super().training_step, model), trained)
-        # compute_loss divides by the weights of the whole step; the Trainer must not divide by the micro-batches too.
+        # compute_loss divides by the weights of the whole step; the Trainer must not also divide by the micro-batches.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
@@ -155,80 +155,83 @@ class MultiTaskTrainer(Trainer):
             self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Each process's own micro-batches; not handed to accelerate, which would shard them a second time."""
+        """Return this process's micro-batches; not prepared by accelerate, which would shard them a second time."""
         options = {"collate_fn": self.data_collator, "pin_memory": self.args.device.type == "cuda"}
         options["num_workers"] = self.args.dataloader_num_workers
         return DataLoader(self.train_dataset, batch_sampler=self.sampler, **options)
 
     def get_batch_samples(self, *arguments, **options):
-        """As the Trainer's; an error of a process that reads is one sentence, without its traceback."""
+        """As the Trainer's; a ``UserError`` of a data loader process is raised again without that process's
+        traceback in its message."""
         try:
             return super().get_batch_samples(*arguments, **options)
         except UserError as error:
             raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """Besides norms and biases, weight decay spares what an adapter layer declares as ``no_decay``."""
+        """Return the names of the parameters with weight decay: not norms, biases and what a layer declares as
+        ``no_decay``."""
         names, spared = super().get_decay_parameter_names(model), set()
-        # Without weight decay the groups stay those in the optimiser states of earlier versions.
+        # Without weight decay, keep the parameter groups that optimiser states of earlier versions have.
         if self.args.weight_decay:
             spared = {f"{name}.{key}" for name, layer in adapter_layers(model).items() for key in layer.no_decay}
         return [name for name in names if name not in spared]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """The sum of the weights of a step, () or (T,) float32, over all its micro-batches and processes."""
+        """Return the sum of the weights of a step over all micro-batches and processes, () or (T,) float32."""
         total = sum((batch["loss_weight"] for batch in batch_samples), torch.zeros(())).to(device)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total[None]).sum(dim=0)
-        return total.clamp(min=torch.finfo(total.dtype).tiny)  # a step without any weight has a loss of zero
+        return total.clamp(min=torch.finfo(total.dtype).tiny)  # so that a step without any weight has loss zero
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of a micro-batch, recorded and replayed where that was asked for."""
+        """Run the forward and backward pass of a micro-batch, with ``cuda_graphs`` by recording and replaying it."""
         if self.graphed is None:
             return super().training_step(model, inputs, num_items_in_batch)
         return self.graphed(inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted sum of this micro-batch's losses over the weights of the whole step.
+        """Return the weighted sum of this micro-batch's losses divided by the weights of the whole step.
 
-        A mean per process or micro-batch would weigh an entry by how many others come with it; gradients are averaged
-        over processes afterwards, hence the factor.
+        With a mean per process or micro-batch, the weight of an entry would depend on the number of entries beside it.
+        The factor ``num_processes`` compensates for gradients being averaged over processes afterwards.
         """
         losses, weights, task_ids = self.losses(model, inputs)
         self.task_losses.add(losses, weights, task_ids)
         total = num_items_in_batch
         if self.task_weights is not None:
-            # In this order, for a task without any weight in the step: a number over next to nothing would overflow.
+            # Divide the weights first: for a task without weight in the step, task_weights / total would overflow.
             weights, total = weights / total[task_ids] * self.task_weights.to(total.device)[task_ids], 1.0
         return (losses * weights).sum() / total * self.accelerator.num_processes
 
     def floating_point_ops(self, inputs) -> int:
-        """Not counted: the Trainer's formula is for full fine-tuning."""
+        """Return 0: operations are not counted, because the Trainer's formula is for full fine-tuning."""
         return 0
 
     def _run_epoch(self, *arguments, epoch: int, **options) -> None:
         if self._began is None:
             self._began = self.state.global_step
-        # The Trainer asks only after a step whether it was the last one: a run resumed at its end would take one more.
+        # The Trainer checks only after a step whether it was the last; a run resumed at its end would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # Not by the loader, which is another one, without the epoch, where an epoch is resumed.
+        # Not left to the data loader: when an epoch is resumed, the Trainer uses another one that lacks the epoch.
         self.sampler.set_epoch(epoch)
         self._collate_as_in(epoch)
         super()._run_epoch(*arguments, epoch=epoch, **options)
 
     def _collate_as_in(self, epoch: int) -> None:
-        """Let a collator that draws anew in each epoch know which it is."""
+        """Tell the epoch to a collator that draws at random anew in each epoch."""
         if hasattr(self.data_collator, "set_epoch"):
             self.data_collator.set_epoch(epoch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
+        """Log, with the loss per task since the last log line; raises ``UserError`` for a value that is not finite."""
         if "train_loss" in logs:
             if self._began in (None, self.state.global_step):
-                return  # a mean over no step
-            # transformers divides by the steps before a resumption too; and what was not logged is this process's part.
+                return  # no step was taken, so there is no mean
+            # transformers also counts the steps before a resume, and the losses not yet logged are this process's
+            # alone.
             total = torch.tensor([self._total_loss_scalar], dtype=torch.float64, device=self.args.device)
             logs["train_loss"] = self.accelerator.gather(total).mean().item() / (self.state.global_step - self._began)
         for name, value in logs.items():
@@ -242,20 +245,20 @@ class MultiTaskTrainer(Trainer):
         super().log(logs, start_time)
 
     def _by_task(self, key: str, sums: torch.Tensor, weights: torch.Tensor) -> dict[str, float]:
-        """Mean loss of every task that has any weight, as ``key/task``."""
+        """Return the mean loss of every task that has any weight, as ``key/task``."""
         means = zip(self.tasks, sums.tolist(), weights.tolist(), strict=True)
         return {f"{key}/{task}": total / weight for task, total, weight in means if weight}
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Mean loss on held-out examples, over all and per task, exact for any split into batches."""
+        """Return the mean loss on held-out examples, over all and per task, exact for any split into batches."""
         examples, losses = eval_dataset or self.eval_dataset, TaskLosses(len(self.tasks), self.args.device)
         lengths = np.zeros(len(examples)) if eval_dataset or self.eval_lengths is None else self.eval_lengths
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         model.eval()
-        self._collate_as_in(0)  # held-out examples keep the answers that are drawn for them
-        # ZeRO-3 gathers parameters in every forward, so all processes take the same number of batches.
+        self._collate_as_in(0)  # held-out examples always get the answers drawn for epoch 0
+        # ZeRO-3 gathers parameters in every forward, so all processes must run the same number of batches.
         for index in range(-(-len(examples) // (size * self.args.world_size))):
             chosen = order[index * size : (index + 1) * size]
             batch = self.data_collator([examples[int(row)] for row in (chosen if len(chosen) else [0])])
@@ -278,34 +281,34 @@ class MultiTaskTrainer(Trainer):
     # ---- checkpoints ----
 
     def train(self, *arguments, **options):
-        """As the Trainer's, with the room on the disk for what is saved next taken before it begins.
+        """As the Trainer's, but reserves disk space for the next save before it starts.
 
-        Raises ``UserError`` where there is too little: then, or after a checkpoint, so that no step is lost.
+        Raises ``UserError`` for too little space, at the start or right after a checkpoint, so that no step is lost.
         """
-        self._take_room(checkpoints=self.args.save_strategy != "no")
+        self._reserve_room(checkpoints=self.args.save_strategy != "no")
         try:
             return super().train(*arguments, **options)
         except BaseException:
-            self._free_room()
+            self._release_room()
             raise
 
-    def _take_room(self, checkpoints: bool) -> None:
-        """Hold the room for the final adapter, and for a checkpoint if there are more to come."""
-        self._free_room()
+    def _reserve_room(self, checkpoints: bool) -> None:
+        """Reserve disk space for the final adapter, and for a checkpoint if there are more to come."""
+        self._release_room()
         if self.args.should_save:
             weights = [weight for weight in self.model.parameters() if weight.requires_grad]
             size = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights)
             self.room = files.reserved(self.args.output_dir, size * (1 + _COPIES * checkpoints) + 2**20)
 
-    def _free_room(self) -> None:
+    def _release_room(self) -> None:
         if self.room:
             self.room.close()
             self.room = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter alone; all processes take part, the first one writes."""
+        """Save the adapter alone; all processes take part, the first one writes."""
         state = checkpoint.adapter_state(self.model)
-        self._free_room()
+        self._release_room()
         if self.args.should_save:
             checkpoint.save(self.model, output_dir or self.args.output_dir, self.provenance, state)
 
@@ -314,7 +317,8 @@ class MultiTaskTrainer(Trainer):
         return os.path.join(self.args.output_dir, artifacts.SAVING) if saving else self.args.output_dir
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save beside the run and rename when complete: a run killed while saving resumes from the one before."""
+        """Save to a staging folder and rename it when complete, so a run killed while saving resumes from the previous
+        checkpoint."""
         staging = Path(self.args.output_dir) / artifacts.SAVING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -335,7 +339,7 @@ class MultiTaskTrainer(Trainer):
             kept = self.args.save_total_limit
             for folder in artifacts.checkpoints(self.args.output_dir)[: -kept or None] if kept else []:
                 artifacts.remove_checkpoint(folder)
-        self._take_room(checkpoints=self.state.global_step < self.state.max_steps)
+        self._reserve_room(checkpoints=self.state.global_step < self.state.max_steps)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -353,9 +357,9 @@ class MultiTaskTrainer(Trainer):
         if not (self.is_deepspeed_enabled and resume_from_checkpoint):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        # Non-strict, because the frozen base is not in the checkpoint; the adapter's own names are checked above.
+        # Not strict, because the checkpoint lacks the frozen base model; the adapter's names are checked above.
         found, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-        if found is None:  # DeepSpeed only warns, and would train from the start
+        if found is None:  # DeepSpeed only warns and would train from the start
             raise UserError(f"{resume_from_checkpoint} holds no resume state of DeepSpeed")
         scheduler = torch.load(os.path.join(resume_from_checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
@@ -363,13 +367,13 @@ class MultiTaskTrainer(Trainer):
 
 
 class LogFile(TrainerCallback):
-    """Appends every log line to ``train_log.jsonl``; a resumed run first drops lines after its checkpoint."""
+    """Appends every log line to ``train_log.jsonl``; a resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir) / artifacts.TRAIN_LOG
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)  # a resumed state has the intervals of the flags before
+        state.compute_steps(args, state.max_steps)  # a resumed state has the earlier run's logging and saving intervals
         if state.is_world_process_zero:
             train_log.drop_after(self.path, state.global_step)
 
@@ -379,9 +383,9 @@ class LogFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """What a person sees of a training: a bar with the latest loss on a terminal, else a line for every log line."""
+    """Shows progress: on a terminal a progress bar with the latest loss, otherwise a line for every log line."""
 
-    bar = tqdm(disable=True)  # an evaluation before any training logs too
+    bar = tqdm(disable=True)  # an evaluation before any training also logs
 
     def on_train_begin(self, args, state, control, **kwargs):
         shown, done = state.is_world_process_zero and sys.stderr.isatty(), state.global_step
@@ -405,7 +409,7 @@ class Progress(TrainerCallback):
 
 
 class RankedDropout(TrainerCallback):
-    """Gives each process its own dropout masks; parameters were drawn before, alike on all."""
+    """Gives each process its own dropout masks; the parameters were drawn before, the same in all processes."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         torch.manual_seed(args.seed + args.process_index)
