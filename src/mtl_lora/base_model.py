@@ -149,7 +149,8 @@ class BaseModel:
         settings = getattr(config, "quantization_config", None)
         if not settings:
             return
-        method = settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+        # Early versions of bitsandbytes wrote no method.
+        method = settings.get("quant_method", "bitsandbytes") if isinstance(settings, dict) else settings.quant_method
         about = f"the model {self.name!r} is quantised ({getattr(method, 'value', method)})"
         way_out = "pass the model that it was quantised from"
         with hub_errors(self.name, self.kind):

@@ -17,15 +17,16 @@ def append(path: Path, step: int, logs: dict) -> None:
 
 def drop_after(path: Path, step: int) -> None:
     """Drop the lines after ``step``, also a line that a kill left incomplete; creates the file if it does not exist."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     files.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = None
+    return step if type(step) is int else float("inf")
 
 
 def last_step(path: Path) -> int:

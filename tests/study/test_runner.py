@@ -1,6 +1,8 @@
 """Jobs of a study: what is skipped, resumed, repeated or refused; their commands, logs and failures."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -130,6 +132,9 @@ def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, scri
     assert all(fact in str(failure.value) for fact in facts) and "\n" not in str(failure.value)
     assert log.read_text().startswith(f"$ {job.commands[0]}\n")
     assert (job.state.starts, job.state.seconds) == ({"train": 1}, {})
+    script("import os; os.kill(os.getpid(), 9)")  # whose end is not the earlier one's
+    with pytest.raises(JobFailed, match=r"exit code -9; .* ends with: \$ "):
+        list(execute_all(once(job), [{}]))
 
 
 @pytest.mark.parametrize(
@@ -338,8 +343,18 @@ def test_a_study_that_fails_has_written_all_that_is_finished(tmp_path, done):
     done.fails = {"MTL-LoRA seed 2"}
     with pytest.raises(JobFailed, match="MTL-LoRA seed 2"):
         started(plan).run([{}])
-    found = {each.name: len(each.runs) for each in Study.load(plan.folder).experiments}
-    assert found == {"Base": 1, "LoRA": 3, "MTL-LoRA": 2}
+    study = Study.load(plan.folder)
+    assert {each.name: len(each.runs) for each in study.experiments} == {"Base": 1, "LoRA": 3, "MTL-LoRA": 2}
+
+
+@pytest.mark.slow
+def test_a_study_records_the_grid_that_it_was_started_with(tmp_path, done):
+    plan = plan_of(tmp_path, grid())
+    content = plan.grid.path.read_bytes()
+    plan.grid.path.write_text("{")  # half-saved by an editor meanwhile
+    started(plan).run([{}])
+    study = Study.load(plan.folder)
+    assert (study.grid, study.grid_sha256) == (json.loads(content), hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.slow

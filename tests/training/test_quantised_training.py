@@ -87,9 +87,10 @@ def test_a_base_that_others_quantised_is_named_and_refused_at_the_check(train, t
 
 
 @pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
-def test_a_quantised_base_without_bitsandbytes_is_refused_in_one_sentence(train, tiny_base, tmp_path, edit_json):
+@pytest.mark.parametrize("named", [{"quant_method": "bitsandbytes"}, {}], ids=["today", "early versions"])
+def test_a_quantised_base_without_bitsandbytes_is_refused_in_one_sentence(train, tiny_base, tmp_path, edit_json, named):
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    edit_json(base / "config.json", quantization_config={**named, "load_in_4bit": True})
     with pytest.raises(UserError, match="bitsandbytes") as caught:
         train("run", base_model=str(base))
     assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import functools
 import math
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ def export_peft(
             pad_token_id = base.config.pad_token_id
     shared["target_modules"] = targets_for(layers, plain if head_tasks else base)
     messages = config.provenance_config.untrained_note(names)
-    with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder:
+    with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder, ExitStack() as end:
+        end.callback(closest_lora.cache_clear)  # it holds the layers
         for name in names:
             task = None if name == FOR_ALL and not config.adapter_config.tasks else name
             modules = of_task(saved, heads, name) if head_tasks else saved
@@ -95,7 +97,6 @@ def export_peft(
             card = model_card(name, config, base_model.name, found["r"], scores.get(name), error, pad_token_id)
             files.write_text(folder / name / CARD_NAME, card)
             messages.append(f"{Path(output) / name}: rank {found['r']}{error_text(error)}")
-    closest_lora.cache_clear()
     folders = [Path(output) / name for name in names]
     if shared["task_type"] == "CAUSAL_LM":
         messages.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))

@@ -139,7 +139,8 @@ class Grid(Config):
     test_records: int = flag(0, "most questions of each task", min=0)
     search: dict | None = None
 
-    path = Path("grid.json")  # the file it was read from
+    # The file that it was read from, and what the file held then.
+    path, sha256, content = Path("grid.json"), "", {}
 
     def validate(self) -> None:
         self.require("name", "letters, digits, '_', '-' or '.'", bool(re.fullmatch(r"\w[\w.\-]*", self.name)))
@@ -244,8 +245,10 @@ def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
     path = Path(name) if Path(name).is_file() else GRIDS.get(name)
     if not path:
         raise UserError(f"there is no grid file {name}; the package has the grids {', '.join(GRIDS)}")
-    grid = Grid.from_json(files.read_json(path, "the grid"), f"the grid {path}")
-    grid.path = path
+    with files.unchanged(path) as digest:
+        content = files.read_json(path, "the grid")
+    grid = Grid.from_json(content, f"the grid {path}")
+    grid.path, grid.sha256, grid.content = path, digest, content
     for flags in (grid.train, grid.evaluate) if trust_remote_code else ():
         flags["trust_remote_code"] = True
     return grid

@@ -257,11 +257,13 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
         commands.insert(0, job.command(step, "python", **flags, check=True))
     for command in commands:
         with log.open("ab") as output:
+            start = output.tell()
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
             code = yield from until_done(command, output, slot)
         if code:
-            lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+            text = log.read_bytes()[start:].decode(errors="replace")
+            lines = text.replace("\r", "\n").split("\n")
             lines = [line.strip() for line in lines if line.strip()][-60:]
             # Launchers print more after the error.
             (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
