@@ -197,6 +197,7 @@ LINES = {
     "a word for a number or none": ("train --lambda_num=all", ["--lambda_num", "or none", "'all'"]),
     "flag without dashes": ("train lora_r=8", ["'lora_r=8'", "--name value"]),
     "flag without value": ("train --seed", ["--seed", "a whole number"]),
+    "system twice": ("train --system nlu --system=dense", ["--system", "twice"]),
     "flag twice": ("train --seed=1 --seed=2", ["--seed", "twice"]),
     "a word for a number": ("train --seed=eight", ["--seed", "'eight'"]),
     "a fraction for a whole number": ("train --max_steps=1.5", ["--max_steps", "'1.5'"]),

@@ -165,7 +165,12 @@ def _system(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Return the value of ``--name``, or None if it is not given, and the other arguments."""
+    """Return the value of ``--name``, or None if it is not given, and the other arguments.
+
+    Raises ``UserError`` for a flag that is given twice.
+    """
+    if sum(argument.partition("=")[0] == f"--{name}" for argument in arguments) > 1:
+        raise UserError(f"the flag --{name} is given twice")
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == f"--{name}":
