@@ -299,7 +299,7 @@ def test_hub_gives_all_nine_tasks_and_the_kinds_of_mnli(run, world, hub, no_cach
     assert collections.Counter(example["kind"] for example in mnli) == {"matched": 30, "mismatched": 30}
     assert {example["kind"] for example in mnli if "mismatched" in example["text"]} == {"mismatched"}
     assert "not verified" in printed and "qqp 1" in printed
-    assert "qnli/validation has 30 examples, GLUE's 5,463" in printed
+    assert "qnli/validation has 30 examples where GLUE has 5,463" in printed
 
 
 def test_hub_that_cannot_be_read_is_one_sentence(refused, world, hub, no_cache, tmp_path):
