@@ -202,7 +202,7 @@ def test_no_training_text_is_in_the_dev_set_of_another_task():
     found, notes = separated({"cola": cola, "sst2": sst2})
     assert found["cola"] == {**cola, "train": rows("two", "three")}
     assert found["sst2"] == {**sst2, "train": rows("six"), "dev": rows("one")}
-    assert notes == ["dropped for texts that are in a dev or test set too, or empty: cola 1, sst2 2"]
+    assert notes == ["dropped because their texts are empty or in a dev or test set: cola 1, sst2 2"]
 
 
 def test_files_are_downloaded_and_the_tasks_file_goes_with_them(run, world, serve):

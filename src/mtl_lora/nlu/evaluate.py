@@ -44,7 +44,7 @@ class Question(evaluation.Question):
 
 
 class Evaluator(evaluation.Evaluator):
-    """An encoder, its inputs and its tasks; raises ``UserError`` for invalid settings before a model is loaded."""
+    """An encoder and its tasks; raises ``UserError`` for bad settings before loading the model."""
 
     system, version = "nlu", 1
     token_budget, gpu_token_budget = 4096, 131072
