@@ -38,7 +38,7 @@ def example(task: str, index: int = 0, tasks: TaskSet = SET, **fields):
     ("entry", "named"),
     [
         ({"prompt": "vqa:"}, ["'vqa:'", "{text} once"]),
-        ({"answer": "caption", "prompt": "{text}"}, ["{text} not"]),
+        ({"answer": "caption", "prompt": "{text}"}, ["cannot contain {text}"]),
         ({"answer": "closed"}, ["'closed'", "open, choice, caption"]),
         ({"answer": "choice"}, ["labels"]),
         ({"labels": ["a", "b"]}, ["labels", "choice"]),

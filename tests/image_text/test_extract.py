@@ -189,7 +189,7 @@ def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypat
     first, second = FeatureStore([whole]), FeatureStore([output])
     assert all(torch.equal(first[image], second[image]) for image in "abde")
     features(images, output, model)
-    assert seen == ["e"] and "out.h5 holds the features of these 5 images" in capsys.readouterr().out
+    assert seen == ["e"] and "out.h5 already holds the features of these 5 images" in capsys.readouterr().out
     # The rest of a command with another size is not taken for this one's.
     shutil.copy(output, partial)
     features(images, output, model, overwrite=True, size=42)
