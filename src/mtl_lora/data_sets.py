@@ -28,7 +28,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path, names: Iterable[str], example: Path) -> typing.Self:
-        """Read a manifest's entries for the tasks ``names``; raises ``UserError``, which names the valid ``example``."""
+        """Read a manifest's entries for the tasks ``names``; raises ``UserError``, naming a valid ``example``."""
         value = read_json(path, "the manifest")
         try:
             entries = {name: value["tasks"][name] for name in names}
@@ -69,7 +69,7 @@ def shuffled(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def sampled(entries: Sequence[Entry], count: int) -> tuple[list[Entry], list[Entry]]:
-    """Return (``count`` sampled entries, the others), both in their original order; a larger sample contains a smaller."""
+    """Return (``count`` sampled entries, the others), both in their order; larger samples contain smaller ones."""
     chosen = set(shuffled(range(len(entries)))[:count])
     parts = [], []
     for index, entry in enumerate(entries):
