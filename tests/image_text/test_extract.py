@@ -291,7 +291,7 @@ def test_models_and_outputs_that_do_not_fit_are_refused(refused, images, vision,
     assert "other images" in refused()
     foreign = tmp_path / "notes.h5"
     foreign.write_text("mine")
-    assert "notes.h5 is no file of mtl-lora features" in refused(output=foreign, overwrite=True)
+    assert "notes.h5 was not written by mtl-lora features" in refused(output=foreign, overwrite=True)
     assert "cannot be written" in refused(output=output / "below.h5")
     with pytest.raises(SystemExit) as caught:
         cli.main(["features", "--images", str(images), "--output", str(output), "--sise", "28"])

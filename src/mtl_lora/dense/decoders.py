@@ -9,7 +9,7 @@ HIDDEN = 4 * sum(WIDTHS)
 
 
 class Decoder(nn.Module):
-    """Projects each map, resizes all to the size of the first, and applies a hidden layer with batch norm and an output.
+    """Projects each map, resizes all to the size of the first, and applies a hidden layer with batch norm and outputs.
 
     It computes in its own dtype, float32 or float64, whatever the backbone's dtype.
     """

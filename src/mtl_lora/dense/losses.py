@@ -66,8 +66,8 @@ def known_values(batch: dict, tasks: TaskSet) -> torch.Tensor:
 class TaskLosses:
     """Computes ``(model, batch) -> losses (T,), weights (T,), task ids (T,)``.
 
-    A task's loss is the mean over its labelled values in the batch, and its weight is the number of these values. Over a
-    step the loss is therefore the mean over all values of the step, however it is split into batches, except for
+    A task's loss is the mean over its labelled values in the batch, and its weight is the number of these values. Over
+    a step the loss is therefore the mean over all values of the step, however it is split into batches, except for
     saliency, whose pixel weights depend on the batch.
     """
 
