@@ -59,7 +59,7 @@ def head_names(model: PreTrainedModel) -> list[str]:
     classifies at the last end-of-sequence token and needs the same number of them in every row.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{type(model).__name__} is an encoder-decoder; pass a --base_model that is an encoder alone")
+        raise UserError(f"{type(model).__name__} is an encoder-decoder; pass a --base_model that is an encoder only")
     if getattr(model.config, "summary_type", None) == "last":  # XLNet: whatever is there, even padding
         about = f"the head of {type(model).__name__} reads the last position, where rows have padding"
         raise UserError(f"{about}; pass another --base_model")
