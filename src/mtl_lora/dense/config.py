@@ -61,7 +61,7 @@ class TrainConfig(TrainingConfig):
     )
 
     num_epochs: float = flag(20.0, "passes over the training images")
-    lr_scheduler_type: str = flag("cosine", f"after the warm-up: {', '.join(SCHEDULES)}")
+    lr_scheduler_type: str = flag("cosine", f"schedule after the warm-up: {', '.join(SCHEDULES)}")
     min_lr_rate: float = flag(0.01, "learning rate at the end of the cosine, as a fraction of its peak", min=0)
     warmup_ratio: float = flag(1 / 15, "fraction of the steps with linear warm-up")
     weight_decay: float = flag(0.05, "AdamW weight decay; 0: off")

@@ -94,7 +94,7 @@ class Source:
                 parse_example(example, index, name, VLBART, task, closed)
                 found.append(example)
             except (KeyError, TypeError, AttributeError, IndexError) as error:
-                self.wrong(name, f"item {index} lacks {error}, or it is of another type")
+                self.wrong(name, f"item {index} lacks {error}, or has a value of another type")
             except UserError as error:
                 self.wrong(name, str(error).removeprefix(f"{name}, "))
         return found
