@@ -1,4 +1,4 @@
-"""What the preparations of task sets share: their manifest, seeded samples, the files of a set, its table of counts."""
+"""Shared code of the ``prepare`` commands: manifests, seeded samples, writing data sets, and their table of counts."""
 
 import dataclasses
 import random
@@ -13,14 +13,14 @@ from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
 
 SPLITS = ("train", "dev", "test")
 Examples = list[dict]
-Sets = dict[str, dict[str, Examples]]  # by task name, in order of task id, and split
-Sizes = dict[str, dict[str, int]]  # the known number of examples by task name and split
+Sets = dict[str, dict[str, Examples]]  # task name, in order of task id -> split -> examples
+Sizes = dict[str, dict[str, int]]  # task name -> split -> known number of examples
 Entry = typing.TypeVar("Entry")
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The files of a task set in a public repository, by task name and what each holds, and the sizes of the set."""
+    """The files of a task set in a public repository, by task name and part, and the known sizes of the set."""
 
     url: str
     files: dict[str, dict[str, RemoteFile]]
@@ -28,7 +28,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path, names: Iterable[str], example: Path) -> typing.Self:
-        """Read what a manifest says of the tasks ``names``; raises ``UserError``. example: one that is right."""
+        """Read a manifest's entries for the tasks ``names``; raises ``UserError``, naming a valid ``example``."""
         value = read_json(path, "the manifest")
         try:
             entries = {name: value["tasks"][name] for name in names}
@@ -42,7 +42,10 @@ class Manifest:
             raise UserError(f"the manifest {path} must be laid out as {example}; missing or wrong: {error}") from None
 
     def get(self, source: str | None, download_dir: str, base_url: str | None) -> Path:
-        """The folder that holds all files with their known bytes: ``source``, or downloads; raises ``UserError``."""
+        """Return a folder with all files, verified: ``source``, or ``download_dir`` after downloading what is missing.
+
+        Raises ``UserError`` for files that are missing or have other bytes.
+        """
         raw_files = {raw.path: raw for parts in self.files.values() for raw in parts.values()}
         folder = existing(source) if source else Path(download_dir)
         if not source:
@@ -52,21 +55,21 @@ class Manifest:
 
 
 def existing(folder: str) -> Path:
-    """The folder; raises ``UserError`` if it is none."""
+    """Return ``folder`` as a path; raises ``UserError`` if it is not a folder."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder; pass the one that --help describes")
     return Path(folder)
 
 
 def shuffled(entries: Iterable[Entry]) -> list[Entry]:
-    """The same entries in the order that seed 0 gives."""
+    """Return the entries shuffled with seed 0."""
     entries = list(entries)
     random.Random(0).shuffle(entries)
     return entries
 
 
 def sampled(entries: Sequence[Entry], count: int) -> tuple[list[Entry], list[Entry]]:
-    """(``count`` entries, the others), both in order: the first of a shuffle, so that a larger count adds to them."""
+    """Return (``count`` sampled entries, the others), both in their order; larger samples contain smaller ones."""
     chosen = set(shuffled(range(len(entries)))[:count])
     parts = [], []
     for index, entry in enumerate(entries):
@@ -75,17 +78,19 @@ def sampled(entries: Sequence[Entry], count: int) -> tuple[list[Entry], list[Ent
 
 
 def content(*texts: str) -> frozenset[str]:
-    """What makes two examples the same: letters and digits of their texts, in either order; empty if a text is.
+    """Return a key that is equal for duplicate examples: their texts' letters and digits, in either order of the texts.
 
-    STS-B holds pairs of MRPC, and film reviews are in SST and in SUBJ, with other spaces, quotation marks and capitals.
+    The key is empty if a text is empty. Duplicates exist across data sets: STS-B has pairs of MRPC, and SST and SUBJ
+    share film reviews, with different spaces, quotation marks and capitals.
     """
     return frozenset(re.sub(r"[\W_]+", "", text.casefold()) or text for text in texts) if all(texts) else frozenset()
 
 
 def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: bytes, kept: Iterable[Path] = ()) -> str:
-    """Write train.json, tasks.json, dev/ and test/; returns the table of counts and the training file's sha256.
+    """Write train.json, tasks.json, dev/ and test/; return the table of counts and the training file's sha256 as text.
 
-    limit: most training examples of a task; 0: all. kept: files that must not be written over. Raises ``UserError``.
+    limit: maximum training examples per task; 0: all. kept: files that must not be overwritten. Raises ``UserError``
+    for an empty split, and for an output path among ``kept``.
     """
     empty = [f"{name}/{part}" for name, parts in sets.items() for part in SPLITS if not parts[part]]
     if empty:
@@ -98,7 +103,7 @@ def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: b
     contents = {path: records_bytes(records) for path, records in examples.items()}
     contents[folder / "tasks.json"] = tasks_file
     if {path.resolve() for path in kept} & {path.resolve() for path in contents}:
-        raise UserError(f"--output_dir {folder} would write over the files that are read; choose another folder")
+        raise UserError(f"--output_dir {folder} would overwrite the input files; pass another folder")
     write_all(contents)
     digest = sha256_of(contents[output])
     counts = table({name: {**parts, "train": train[name]} for name, parts in sets.items()})
@@ -112,7 +117,7 @@ def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: b
 
 
 def table(sets: Sets) -> list[str]:
-    """One row a task: the examples of each split."""
+    """Return the lines of a table with the number of examples in each split, one row per task."""
     rows = [f"{'task':<8}{'id':>3}{'train':>9}{'dev':>8}{'test':>8}"]
     for index, (name, parts) in enumerate(sets.items()):
         counts = [len(parts[part]) for part in SPLITS]

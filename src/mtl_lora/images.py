@@ -1,4 +1,4 @@
-"""Image files that a user names: found, checked before anything begins, and opened as a viewer shows them."""
+"""Find the user's image files, check them before any work starts, and open them as an image viewer shows them."""
 
 import os
 import warnings
@@ -18,23 +18,23 @@ _MOST_NAMED = 5  # broken images that an error lists
 
 
 def is_wide(image: "Image.Image") -> bool:
-    """Whether it has more than 8 bits a channel, which Pillow would cut off at 255."""
+    """Return whether an image has more than 8 bits per channel, which Pillow would clip at 255."""
     return image.mode.startswith(("I", "F"))
 
 
 def is_turned(path: Path) -> bool:
-    """Whether its EXIF data say that an image is to be turned or mirrored; False for one that cannot be opened."""
+    """Return whether an image's EXIF data ask for a rotation or reflection; False for a file that cannot be opened."""
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
             return opened.getexif().get(_ORIENTATION) in range(2, 9)
-    except Exception:  # said by whoever reads its pixels
+    except Exception:  # reported when the pixels are read
         return False
 
 
 def on_white(image: "Image.Image") -> "Image.Image":
-    """An image in RGB, what is transparent of it in front of white."""
+    """Return an image in RGB, with transparent parts on a white background."""
     from PIL import Image
 
     if image.has_transparency_data:
@@ -43,10 +43,10 @@ def on_white(image: "Image.Image") -> "Image.Image":
 
 
 def find_images(folder: Path, passed_by: str, deep: bool = True) -> dict[str, Path]:
-    """The images in a folder by id, in order of their ids, each of which can be opened and is not too large.
+    """Return the images in a folder by id (file name without extension), sorted by id.
 
-    passed_by: the flag that errors name. deep: those in the folders below it too. Raises ``UserError``
-    that names the files that are at fault.
+    passed_by: the flag that errors name. deep: also search subfolders. Raises ``UserError`` for a folder without
+    images, for two images with one id, and as ``require_readable`` does.
     """
     if not folder.is_dir():
         raise UserError(f"{passed_by} {folder} is not a folder")
@@ -64,7 +64,10 @@ def find_images(folder: Path, passed_by: str, deep: bool = True) -> dict[str, Pa
 
 
 def require_readable(paths: Iterable[Path]) -> None:
-    """Raise ``UserError`` naming the images that cannot be opened, by their headers, or are too large."""
+    """Raise ``UserError`` naming images that cannot be opened, have too many pixels or more than 8 bits per channel.
+
+    Only headers are read.
+    """
     from PIL import Image, UnidentifiedImageError
 
     broken = []
@@ -73,22 +76,22 @@ def require_readable(paths: Iterable[Path]) -> None:
             bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
             with bombs, Image.open(path) as opened:  # reads the header alone
                 if is_wide(opened):
-                    broken.append(f"{path} has more than 8 bits a channel")
+                    broken.append(f"{path} has more than 8 bits per channel")
         except UnidentifiedImageError:
             broken.append(f"{path} is not an image")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             broken.append(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-        except Exception as error:  # a file is input, of which Pillow raises whatever it likes
+        except Exception as error:  # Pillow may raise anything for a broken file
             broken.append(f"{path} cannot be read ({error})")
     if broken:
         more = f" and so on, {len(broken):,} in all" if len(broken) > _MOST_NAMED else ""
         raise UserError(
-            f"{'; '.join(broken[:_MOST_NAMED])}{more}; save them anew as 8-bit RGB of fewer pixels, or take them away"
+            f"{'; '.join(broken[:_MOST_NAMED])}{more}; save them again as 8-bit RGB with fewer pixels, or remove them"
         )
 
 
 def open_image(path: Path) -> "Image.Image":
-    """The image in RGB, turned as its EXIF data says; raises ``UserError``."""
+    """Return the image in RGB, rotated as its EXIF data say; raises ``UserError``."""
     from PIL import Image, ImageOps
 
     try:
@@ -96,5 +99,5 @@ def open_image(path: Path) -> "Image.Image":
             if not is_wide(opened):
                 return on_white(ImageOps.exif_transpose(opened))
     except Exception as error:
-        raise UserError(f"the image {path} is broken ({error}); save it anew, or take it away") from None
-    raise UserError(f"the image {path} has more than 8 bits a channel; save it anew as 8-bit RGB")
+        raise UserError(f"the image {path} is broken ({error}); save it again, or remove it") from None
+    raise UserError(f"the image {path} has more than 8 bits per channel; save it again as 8-bit RGB")

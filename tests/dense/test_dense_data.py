@@ -238,7 +238,10 @@ def save_archive(path) -> None:
         (lambda root: write_npy(root / "far" / "1.npy", np.full((8, 8), np.nan)), r"far/1\.npy .*finite"),
         (lambda root: write_text(root / "far" / "1.npy", "x"), r"far/1\.npy cannot be read"),
         (lambda root: save_archive(root / "far" / "1.npy"), r"far/1\.npy cannot be read .*archive"),
-        (lambda root: write_png(root / "images" / "1.jpg", np.ones((8, 8, 3))), r"1\.png and 1\.jpg are of one image"),
+        (
+            lambda root: write_png(root / "images" / "1.jpg", np.ones((8, 8, 3))),
+            r"1\.png and 1\.jpg are for the same image",
+        ),
         (
             lambda root: [
                 write_npy(path, (np.load(path) + 1) / 2) for path in [root / "normal" / f"{i}.npy" for i in (1, 2)]
@@ -292,7 +295,7 @@ def test_an_image_that_is_to_be_turned_is_refused_for_its_maps_may_lie_otherwise
         Image.open(path).copy().save(path, exif=exif)
         if orientation < 2:
             assert len(DenseDataset(tmp_path, "train", size=8)) == 2
-    with pytest.raises(UserError, match=f"{path.name} is to be turned"):
+    with pytest.raises(UserError, match=f"{path.name} has EXIF data"):
         DenseDataset(tmp_path, "train", size=8)
 
 

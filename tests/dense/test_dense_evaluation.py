@@ -304,7 +304,7 @@ def test_a_map_has_the_likeliest_class_whatever_the_sign_of_its_scores():
         ({"image_size": 4}, "image_size must be at least 8"),
         ({"tasks": ["flow"]}, "no task 'flow'"),
         ({"data_dir": "/nowhere"}, "/nowhere"),
-        ({"cutoff_len": 5}, "cutoff_len does nothing"),
+        ({"cutoff_len": 5}, "cutoff_len has no effect"),
         ({"split": "dev"}, "split must be one of"),
     ],
 )

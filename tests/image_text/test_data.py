@@ -38,7 +38,7 @@ def example(task: str, index: int = 0, tasks: TaskSet = SET, **fields):
     ("entry", "named"),
     [
         ({"prompt": "vqa:"}, ["'vqa:'", "{text} once"]),
-        ({"answer": "caption", "prompt": "{text}"}, ["{text} not"]),
+        ({"answer": "caption", "prompt": "{text}"}, ["cannot contain {text}"]),
         ({"answer": "closed"}, ["'closed'", "open, choice, caption"]),
         ({"answer": "choice"}, ["labels"]),
         ({"labels": ["a", "b"]}, ["labels", "choice"]),
@@ -134,7 +134,7 @@ def test_examples_keep_every_answer_and_come_back_from_their_records(tmp_path):
     path.write_text(json.dumps([each.record() for each in found]))
     again = load_examples(path, SET)
     assert again == found and [each.extra for each in again] == [{"kind": "other"}, {}, {"group": 4}, {}]
-    with pytest.raises(UserError, match=r"example 1 has no answer that is right"):
+    with pytest.raises(UserError, match=r"example 1 has no answer with a score above 0"):
         load_examples(path, SET, closed=True)
 
 

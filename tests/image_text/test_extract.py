@@ -189,7 +189,7 @@ def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypat
     first, second = FeatureStore([whole]), FeatureStore([output])
     assert all(torch.equal(first[image], second[image]) for image in "abde")
     features(images, output, model)
-    assert seen == ["e"] and "out.h5 holds the features of these 5 images" in capsys.readouterr().out
+    assert seen == ["e"] and "out.h5 already holds the features of these 5 images" in capsys.readouterr().out
     # The rest of a command with another size is not taken for this one's.
     shutil.copy(output, partial)
     features(images, output, model, overwrite=True, size=42)
@@ -291,7 +291,7 @@ def test_models_and_outputs_that_do_not_fit_are_refused(refused, images, vision,
     assert "other images" in refused()
     foreign = tmp_path / "notes.h5"
     foreign.write_text("mine")
-    assert "notes.h5 is no file of mtl-lora features" in refused(output=foreign, overwrite=True)
+    assert "notes.h5 was not written by mtl-lora features" in refused(output=foreign, overwrite=True)
     assert "cannot be written" in refused(output=output / "below.h5")
     with pytest.raises(SystemExit) as caught:
         cli.main(["features", "--images", str(images), "--output", str(output), "--sise", "28"])

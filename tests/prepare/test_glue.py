@@ -202,7 +202,7 @@ def test_no_training_text_is_in_the_dev_set_of_another_task():
     found, notes = separated({"cola": cola, "sst2": sst2})
     assert found["cola"] == {**cola, "train": rows("two", "three")}
     assert found["sst2"] == {**sst2, "train": rows("six"), "dev": rows("one")}
-    assert notes == ["dropped for texts that are in a dev or test set too, or empty: cola 1, sst2 2"]
+    assert notes == ["dropped because their texts are empty or in a dev or test set: cola 1, sst2 2"]
 
 
 def test_files_are_downloaded_and_the_tasks_file_goes_with_them(run, world, serve):
@@ -299,7 +299,7 @@ def test_hub_gives_all_nine_tasks_and_the_kinds_of_mnli(run, world, hub, no_cach
     assert collections.Counter(example["kind"] for example in mnli) == {"matched": 30, "mismatched": 30}
     assert {example["kind"] for example in mnli if "mismatched" in example["text"]} == {"mismatched"}
     assert "not verified" in printed and "qqp 1" in printed
-    assert "qnli/validation has 30 examples, GLUE's 5,463" in printed
+    assert "qnli/validation has 30 examples where GLUE has 5,463" in printed
 
 
 def test_hub_that_cannot_be_read_is_one_sentence(refused, world, hub, no_cache, tmp_path):

@@ -160,7 +160,7 @@ def test_prepared_sets_are_never_written_over(run, prepared, capsys):
     moved = prepared.rename(prepared.parent / "test")
     with pytest.raises(SystemExit):
         run("--prepared", moved, "--output_dir", moved.parent, source=False)
-    assert "would write over" in capsys.readouterr().err
+    assert "would overwrite" in capsys.readouterr().err
     assert (moved / "cr" / "test.json").read_bytes() == before
 
 

@@ -200,7 +200,8 @@ def test_every_missing_or_malformed_file_is_named_at_once(refused, world):
         "vqa/karpathy_test.json: the question 5 has no answers in vqa/v2_mscoco_val2014_annotations.json",
         "GQA/train.json: it must hold a JSON list",
         "valid.json is not JSON",
-        "GQA/testdev.json: example 0 has no answer that is right; leave the example out of a test set (the first of 2)",
+        "GQA/testdev.json: example 0 has no answer with a score above 0; remove the example from the test set "
+        "(the first of 2)",
         "nlvr/train.json: item 0 lacks 2",
         "COCO/dataset_coco.json: ",
         "image 0 must have filename, split and sentences",

@@ -1,4 +1,4 @@
-"""A system: one vision transformer for several dense maps of an image, with a decoder per task."""
+"""The system ``dense``: one vision transformer that predicts several maps of an image, with a decoder per task."""
 
 from typing import TYPE_CHECKING
 

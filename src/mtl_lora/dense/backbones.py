@@ -1,7 +1,7 @@
-"""Vision transformers with streams: one trunk, and at the end of each of four stages an output for each task.
+"""Vision transformers with streams: a shared trunk of four stages with a separate output per task at each stage's end.
 
-transformers' models are changed in place: they keep their modules and weights, and get forwards in which the last block
-of a stage may make streams. Swin has four stages; a plain ViT (DINOv2) is cut into four of equal depth.
+Models of transformers are changed in place: they keep their modules and weights, and get forwards in which the last
+block of a stage may split into streams. Swin has four stages; a plain ViT (DINOv2) is cut into four of equal depth.
 
 Shape legend: B batch, T tasks, N tokens, C channels, H and W of the image, h and w of a map.
 """
@@ -21,10 +21,10 @@ from mtl_lora.dense.decoders import resized
 from mtl_lora.errors import UserError
 
 STAGES = 4
-# The linear layers of a block that can carry an adapter, those of them in which tasks may differ, and patch merging's.
+# The linear layers of a block that can have an adapter, the ones that may differ by task, and that of patch merging.
 TARGETS, TASK_TARGETS = ["qkv", "o_proj", "fc1", "fc2"], ["attention.o_proj", "mlp.fc1", "mlp.fc2"]
 MERGING = "reduction"
-# What is trained whole beside the adapters: the patch embedding, the norms, and Swin's tables of relative positions.
+# Modules trained fully besides the adapters: the patch embedding, the norms, and Swin's tables of relative positions.
 TRAINED = {
     "swin": [
         "embeddings.patch_embeddings",
@@ -36,13 +36,13 @@ TRAINED = {
     ],
     "dinov2": ["embeddings.patch_embeddings", "norm1", "norm2"],
 }
-_VIT_SIZES = (4.0, 2.0, 1.0, 0.5)  # of a plain ViT's four maps, in patch grids
+_VIT_SIZES = (4.0, 2.0, 1.0, 0.5)  # sizes of a plain ViT's four maps, in multiples of its patch grid
 
 
 def with_streams(model: PreTrainedModel) -> PreTrainedModel:
     """Give a Swin or a DINOv2 the forward ``images (B, 3, H, W) -> four Streams of maps (B, C, h, w)``, in place.
 
-    Its last norm and its mask token take no part and are taken out. Raises ``UserError`` for another model.
+    The last norm and the mask token are unused and removed. Raises ``UserError`` for any other model.
     """
     if type(model) is swin.SwinModel and len(model.encoder.layers) == STAGES:
         for stage in model.encoder.layers:
@@ -57,11 +57,14 @@ def with_streams(model: PreTrainedModel) -> PreTrainedModel:
     elif type(model) is dinov2.Dinov2Model and not model.config.use_swiglu_ffn:
         depth, rest = divmod(len(model.encoder.layer), STAGES)
         if rest:
-            raise UserError(f"a ViT of {len(model.encoder.layer)} blocks has no {STAGES} stages of equal depth")
+            raise UserError(
+                f"a ViT must have a multiple of {STAGES} blocks to be cut into {STAGES} equal stages, not "
+                f"{len(model.encoder.layer)}; pass another --base_model"
+            )
         if not hasattr(model.encoder.layer[0].attention, "q_proj"):
             raise UserError(
-                f"the layers of a DINOv2 in transformers {transformers.__version__} have other names than in 5.18 and "
-                "later; install transformers>=5.18, or pass a --base_model that is a Swin"
+                f"transformers {transformers.__version__} names the layers of a DINOv2 differently; install "
+                "transformers>=5.18, or pass a --base_model that is a Swin"
             )
         for block in model.encoder.layer:
             block.__class__, block.attention.__class__ = VitBlock, VitAttention
@@ -72,15 +75,15 @@ def with_streams(model: PreTrainedModel) -> PreTrainedModel:
         model.last_blocks = [f"encoder.layer.{depth * (stage + 1) - 1}" for stage in range(STAGES)]
     else:
         raise UserError(
-            f"{type(model).__name__} of {model.config.model_type} has no streams here; pass a --base_model that is a "
-            f"Swin of {STAGES} stages or a DINOv2 (small, base or large)"
+            f"the base model must be a Swin with {STAGES} stages or a DINOv2 (small, base or large), not a "
+            f"{type(model).__name__} of {model.config.model_type}; pass another --base_model"
         )
     model.layernorm = nn.Identity()
     return model
 
 
 def _join(attention: nn.Module) -> None:
-    """Have an attention's query, key and value be one layer, for an adapter that all three share."""
+    """Join an attention's query, key and value into one layer, for one adapter that all three share."""
     names = ("q_proj", "k_proj", "v_proj")
     attention.qkv = JoinedLinear({name: getattr(attention, name) for name in names})
     for name in names:
@@ -88,16 +91,16 @@ def _join(attention: nn.Module) -> None:
 
 
 def through(layer: nn.Module, x: Streams) -> Streams:
-    """A linear layer or the adapter on it, of streams."""
+    """Apply a linear layer, or the adapter on it, to streams."""
     if isinstance(layer, AdapterLayer):
         return layer(x)
     if x.tasks is not None:
-        raise UserError("a linear layer without an adapter would lose what is the tasks' own; adapt every layer")
+        raise UserError("a linear layer without an adapter would drop the streams of the tasks; adapt every layer")
     return Streams(layer(x.shared))
 
 
 def _attend(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(M, N, C) to (M, N, C), before the output projection."""
+    """Return the attention output (M, N, C) of tokens (M, N, C), before the output projection."""
     heads = [part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1)]
     kind, eager = attention.config._attn_implementation, swin.eager_attention_forward
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
@@ -107,20 +110,20 @@ def _attend(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) ->
 
 
 def _fed_forward(mlp: nn.Module, x: Streams, norm: nn.Module, last: Callable) -> Streams:
-    """x and what the feed-forward layers make of it behind ``norm``, with ``last`` of that."""
+    """Return x + last(feed-forward(norm(x)))."""
     return x.plus(through(mlp.fc2, through(mlp.fc1, x.map(norm)).map(mlp.activation_fn)).map(last))
 
 
 class _Stages:
-    """What both backbones share. patch: of which an image's sides are multiples. channels: of the four maps.
-    last_blocks: the name of each stage's last block."""
+    """Attributes of both backbones. patch: an image's sides must be multiples of it. channels: C of each of the four
+    maps. last_blocks: the name of each stage's last block."""
 
     patch: int
     channels: list[int]
     last_blocks: list[str]
 
     def set_drop_path(self, rate: float) -> None:
-        """Stochastic depth (arXiv 1603.09382) that grows from none in the first block to ``rate`` in the last."""
+        """Set stochastic depth (arXiv 1603.09382), which grows from 0 in the first block to ``rate`` in the last."""
         blocks = [module for module in self.modules() if isinstance(module, SwinBlock | VitBlock)]
         for index, block in enumerate(blocks):
             block.drop_path = swin.SwinDropPath(rate * index / max(len(blocks) - 1, 1))
@@ -130,7 +133,7 @@ class _Stages:
 
 
 class SwinAttention(swin.SwinAttention):
-    """Of windows, with relative positions and the mask of shifted windows (W, N, N)."""
+    """Attention in windows, with relative positions and the mask of shifted windows (W, N, N)."""
 
     def forward(self, windows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         bias = self.relative_position_bias()
@@ -140,9 +143,9 @@ class SwinAttention(swin.SwinAttention):
 
 
 class SwinBlock(swin.SwinLayer):
-    """Attention in windows, then the feed-forward layers, each with stochastic depth (the original has it at both).
+    """Attention in windows, then feed-forward layers, both with stochastic depth as in the original.
 
-    A map that is smaller than a window is padded to one, and is not shifted.
+    The map is padded to a multiple of the window size; windows are not shifted if a side is no longer than a window.
     """
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> Streams:
@@ -165,7 +168,7 @@ class SwinBlock(swin.SwinLayer):
 
 
 class Swin(_Stages, swin.SwinModel):
-    """Four stages, each but the last followed by patch merging, which the tasks' streams pass too."""
+    """Four stages, each except the last followed by patch merging, which also applies to the streams of the tasks."""
 
     def forward(self, pixel_values: torch.Tensor) -> list[Streams]:
         (x, grid), found = self.embeddings(pixel_values), []
@@ -175,9 +178,9 @@ class Swin(_Stages, swin.SwinModel):
                 x = streams.shared
             if stage.downsample is not None:
                 merge, before = stage.downsample, grid
-                streams = streams.map(lambda each: merge(each, before))  # noqa: B023 - used at once
+                streams = streams.map(lambda each: merge(each, before))  # noqa: B023 - called immediately
                 x, grid = streams.shared, tuple(-(-side // 2) for side in grid)
-            found.append(streams.map(lambda each: _as_map(each, grid)))  # noqa: B023 - used at once
+            found.append(streams.map(lambda each: _as_map(each, grid)))  # noqa: B023 - called immediately
         return found
 
 
@@ -185,14 +188,14 @@ class Swin(_Stages, swin.SwinModel):
 
 
 class VitAttention(dinov2.Dinov2Attention):
-    """Of all tokens."""
+    """Attention over all tokens."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _attend(self, x, None)
 
 
 class VitBlock(dinov2.Dinov2Layer):
-    """Attention and feed-forward layers, each with its scale."""
+    """Attention, then feed-forward layers, each with its layer scale."""
 
     def forward(self, x: torch.Tensor) -> Streams:
         attended = through(self.attention.o_proj, Streams(self.attention(self.norm1(x))))
@@ -216,5 +219,5 @@ class Vit(_Stages, dinov2.Dinov2Model):
 
 
 def _as_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, N, C) to (B, C, h, w)."""
+    """Reshape (B, N, C) to (B, C, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid)

@@ -1,19 +1,19 @@
-"""Photographs with four label maps: the 100 + 100 images of COCO128 that have panoptic labels.
+"""Prepare photographs with four label maps: the 100 + 100 images of COCO128 that have panoptic labels.
 
-    mtl-lora prepare coco128                     fetched from GitHub by git, about 50 MB
-    mtl-lora prepare coco128 --source DIR        take DIR/coco, of the same bytes
+    mtl-lora prepare coco128                     fetch them from GitHub with git, about 50 MB
+    mtl-lora prepare coco128 --source DIR        use DIR/coco, which must have the same bytes
 
 Writes a folder of images/, supercategory/, person/, thing/, boundary/, train.txt, test.txt and tasks.json: a --data_dir
-of training and evaluation; train2017 is train, val2017 is test. All four come from COCO's panoptic labels (CC BY 4.0;
-the photographs have the licences of their owners on Flickr, and are for you to fetch, not to pass on):
+of training and evaluation; train2017 is train, val2017 is test. All four maps come from COCO's panoptic labels (CC BY
+4.0; the photographs have the licences of their owners on Flickr: fetch your own copy, do not redistribute them):
 
     supercategory    of COCO's 133 categories, 27 groups
     person           other, person
     thing            stuff, thing: what can be counted
     boundary         pixels whose right or lower neighbour has another panoptic id
 
-A pixel without a panoptic segment has no label in any map. 100 training images say how methods differ when there are
-few, and nothing of COCO's leaderboards.
+A pixel without a panoptic segment has no label in any map. With 100 training images the set shows how methods differ
+when there are few images; its results are not comparable with COCO's leaderboards.
 """
 
 import dataclasses
@@ -40,16 +40,16 @@ SPLITS = {"train": "train2017", "test": "val2017"}
 class Prepare(Config):
     """Where the files come from, and where the data set goes."""
 
-    source: str | None = flag(None, "folder that holds coco/images and coco/panoptic_segmentation; none: download")
-    output_dir: str = flag("data/coco128/prepared", "folder of the images and label maps", place=True)
+    source: str | None = flag(None, "folder with coco/images and coco/panoptic_segmentation; none: download")
+    output_dir: str = flag("data/coco128/prepared", "folder for the images and label maps", place=True)
     download_dir: str = flag("data/coco128/source", "folder where downloads are kept", place=True)
-    base_url: str = flag("https://github.com", "address below which the repository lies")
+    base_url: str = flag("https://github.com", "base URL of the repository")
     manifest: str = flag(str(MANIFEST), "JSON file with commit, paths and hash of the repository's files")
-    overwrite: bool = flag(False, "replace what an earlier command wrote there")
+    overwrite: bool = flag(False, "replace the output of an earlier command")
 
 
 def run(config: Prepare) -> None:
-    """Read everything, check everything, and only then write; raises ``UserError``."""
+    """Verify the source, then write the complete output folder or nothing; raises ``UserError``."""
     folder = RemoteFolder.from_json(read_object(config.manifest, "the manifest"), f"the manifest {config.manifest}")
     source = existing(config.source) if config.source else Path(config.download_dir)
     folder.check(source) if config.source else folder.fetch(source, config.base_url)
@@ -71,7 +71,7 @@ def _tasks() -> list[dict]:
 
 
 def write_split(root: Path, part: str, made: Path, groups: dict[str, int]) -> list[str]:
-    """Write the images and the maps of a part of COCO; returns the ids. groups: index by name of a super-category."""
+    """Write the images and maps of a part of COCO, and return their ids. groups: the index of each super-category."""
     annotations = root / "panoptic_segmentation" / "annotations"
     path = annotations / f"panoptic_{part}.json"
     value, ids = read_object(path, "the annotations"), []
@@ -93,8 +93,11 @@ def write_split(root: Path, part: str, made: Path, groups: dict[str, int]) -> li
 
 
 def maps(codes: np.ndarray, segments: dict[int, dict], groups: dict[str, int]) -> dict[str, np.ndarray]:
-    """The four maps (H, W) of an image. codes: (H, W, 3), the panoptic id as red + 256 green + 65,536 blue. segments:
-    by id its category, with ``id``, ``isthing`` and ``supercategory``."""
+    """Return the four maps (H, W) of an image by name.
+
+    codes: (H, W, 3), the panoptic id as red + 256 green + 65,536 blue. segments: the category of each panoptic id, with
+    ``id``, ``isthing`` and ``supercategory``. groups: the index of each super-category.
+    """
     panoptic = codes.astype(np.int64) @ np.array([1, 256, 65536])
     ids, place = np.unique(panoptic, return_inverse=True)
     place = place.reshape(panoptic.shape)

@@ -1,17 +1,17 @@
-"""A decoder per task: four maps of the backbone to one of the image's size (the head of HRNet, arXiv 1908.07919)."""
+"""A task's decoder: the backbone's four maps become one of the image's size (the head of HRNet, arXiv 1908.07919)."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-WIDTHS = (18, 36, 72, 144)  # of the four maps, behind their projections
+WIDTHS = (18, 36, 72, 144)  # channels of the four maps after their projections
 HIDDEN = 4 * sum(WIDTHS)
 
 
 class Decoder(nn.Module):
-    """A projection of each map, all at the size of the first, a hidden layer with batch norm, and the outputs.
+    """Projects each map, resizes all to the size of the first, and applies a hidden layer with batch norm and outputs.
 
-    It computes in its own dtype, float32 or float64, whatever the backbone's is.
+    It computes in its own dtype, float32 or float64, whatever the backbone's dtype.
     """
 
     def __init__(self, channels: list[int], outputs: int):
@@ -21,7 +21,7 @@ class Decoder(nn.Module):
         self.output = nn.Conv2d(HIDDEN, outputs, 1)
 
     def forward(self, maps: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        """Four maps (B, C, h, w) to (B, outputs, *size)."""
+        """Return the output (B, outputs, *size) of four maps (B, C, h, w)."""
         dtype = self.output.weight.dtype
         found = [project(each.to(dtype)) for project, each in zip(self.projections, maps, strict=True)]
         joined = torch.cat([found[0], *(resized(each, found[0].shape[-2:]) for each in found[1:])], dim=1)
@@ -29,5 +29,5 @@ class Decoder(nn.Module):
 
 
 def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Maps (B, C, h, w) at another size."""
+    """Return maps (B, C, h, w) resized bilinearly to ``size``."""
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -1,7 +1,7 @@
-"""``mtl-lora evaluate`` and ``predict`` of dense tasks: an image's maps from one forward, and what is kept of them.
+"""``mtl-lora evaluate`` and ``predict`` for dense tasks: one forward gives all maps of an image.
 
-Of each image and task an evaluation keeps a row of sums (see ``metrics``), by which it resumes; of maps nothing, unless
-they are asked for.
+For each image and task an evaluation stores a row of sums (see ``metrics``), from which it resumes. Maps are stored
+only with ``save_maps``.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ from mtl_lora.evaluation import QuestionSets, claimed_folders
 from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
 
-IMAGES, GPU_IMAGES = 4, 32  # of a batch with --batch_size auto
+IMAGES, GPU_IMAGES = 4, 32  # images per batch with --batch_size auto, without and with a GPU
 
 
 @dataclasses.dataclass
 class Question:
-    """One map of one image. answer and prompt_sha256: hashes of its label files and of the image. place: where the map
-    is to be saved, or None."""
+    """One map of one image. answer: hash of its label files. prompt_sha256: hash of the image file. place: where to
+    save the predicted map, or None."""
 
     task: Task
     index: int
@@ -44,30 +44,30 @@ class Question:
 
     @property
     def key(self) -> tuple[str, int]:
-        """The task's name and the image's index: different for every question of an evaluation."""
+        """The task's name and the image's index, unique within an evaluation."""
         return self.task.name, self.index
 
     def line(self, row: list[float]) -> dict:
-        """The question's line in the predictions."""
+        """Return the question's prediction line. row: of ``metrics.counts``."""
         hashes = {"answer": self.answer, "prompt_sha256": self.prompt_sha256}
         saved = {"map": True} if self.place else {}
         return {"task": self.task.name, "index": self.index, "counts": row} | hashes | saved
 
     def answered_by(self, line: Mapping | None) -> bool:
-        """Whether a line is of this very image and label, and the map that is wanted is there."""
+        """Return whether a line is for this image and label, and the map exists if it must be saved."""
         counts = line and line.get("counts")
-        known = isinstance(counts, list) and all(map(is_number, counts))
-        same = known and (line.get("answer"), line.get("prompt_sha256")) == (self.answer, self.prompt_sha256)
-        # A map that lies there without the line saying so is another evaluation's.
+        is_valid = isinstance(counts, list) and all(map(is_number, counts))
+        same = is_valid and (line.get("answer"), line.get("prompt_sha256")) == (self.answer, self.prompt_sha256)
+        # A map file that the line does not record belongs to another evaluation.
         return same and (self.place is None or (line.get("map") is True and self.place.is_file()))
 
     def extract_again(self, line: dict) -> dict:
-        """The line: sums need no rules."""
+        """Return the line unchanged: sums need no extraction."""
         return line
 
 
 class Evaluator(evaluation.Evaluator):
-    """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
+    """A trained model for maps and its tasks; raises ``UserError`` for bad settings before loading the model."""
 
     system, version = "dense", 1
     comparability = Comparability(["mode", "base_fingerprint", "image_size"])
@@ -90,7 +90,7 @@ class Evaluator(evaluation.Evaluator):
         return found
 
     def ask(self) -> QuestionSets:
-        """A question for each image and task of the test set, whose files are checked; raises ``UserError``."""
+        """Return a question for each image and task of the test set, after checking its files; raises ``UserError``."""
         config = self.config
         tasks = self.tasks.only(config.tasks)
         settings = {"size": self.image_size, "missing_labels": config.missing_labels}
@@ -111,7 +111,7 @@ class Evaluator(evaluation.Evaluator):
         return dense.load(self.base_model, self.tasks, self.config.dtype)
 
     def batches(self, questions: Sequence[Question], protocol: str) -> list[list[Question]]:
-        """All maps of an image in one batch, for they come from one forward."""
+        """Return batches of images, with all maps of an image in one batch, because one forward gives them all."""
         size = self.config.batch_size
         if size == AUTO:
             size = GPU_IMAGES if torch.cuda.is_available() else IMAGES
@@ -122,11 +122,14 @@ class Evaluator(evaluation.Evaluator):
         return [list(itertools.chain(*parts[start : start + size])) for start in range(0, len(parts), size)]
 
     def tokens(self, question: Question, protocol: str) -> int:
-        return 1  # all images have one size
+        return 1  # all images have the same size
 
     @torch.inference_mode()
     def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The decoders' outputs (B, channels, S, S) by task of images (B, 3, S, S); raises ``UserError``."""
+        """Return the decoders' outputs (B, channels, S, S) by task for images (B, 3, S, S).
+
+        Raises ``UserError`` if an output is not finite.
+        """
         outputs = self.model(images.to(next(self.model.parameters()).device))
         for name, output in outputs.items():
             if not output.isfinite().all():
@@ -136,7 +139,7 @@ class Evaluator(evaluation.Evaluator):
     def predicted(
         self, images: Sequence[str | Path | Image.Image]
     ) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]:
-        """Of each image as the model is shown it (3, S, S), upright, and its maps at its own size."""
+        """Yield each image as the model sees it (3, S, S), upright as its EXIF data say, and maps at its own size."""
         size = self.image_size
         for image in images:
             opened = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(Path(image))
@@ -166,7 +169,7 @@ class Evaluator(evaluation.Evaluator):
         return task_result(task, lines, self.config.official)
 
     def write_sheet(self, path: Path) -> None:
-        """A picture of the first images of the test set, their labels and their maps."""
+        """Write a picture of the first images of the test set with their labels and maps."""
         self.load()
         rows = []
         for index in range(min(self.config.sheet, len(self.data))):
@@ -179,9 +182,9 @@ class Evaluator(evaluation.Evaluator):
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet; writes and returns the results.
+    """Answer every question that has no answer yet, then write and return the results by protocol.
 
-    Empty with ``check``, and on every process but the first.
+    The returned dictionary is empty with ``check``, and on every process except the first.
     """
     evaluator = Evaluator(config)
     asked = evaluator.ask()
@@ -197,26 +200,26 @@ def run(config: EvalConfig) -> dict[str, Results]:
 
 
 class Predictor(evaluation.Predictor):
-    """Maps of images in Python; the model is loaded with the first of them.
+    """Predicts the maps of images in Python; the model is loaded on the first call.
 
         predictor = Predictor("output/mtlora")
         predictor.predict(["a.jpg"])        # [{"semseg": (H, W) class indices, "normals": (H, W, 3), ...}]
 
-    checkpoint: folder of a training. flags: any other flag of ``mtl-lora predict``, by name. Raises ``UserError`` as
-    the command does.
+    checkpoint: output folder of a training run. flags: any other flag of ``mtl-lora predict``, by name. Raises
+    ``UserError`` as the command does.
     """
 
     evaluator_class, config_class = Evaluator, AnswerConfig
 
     def predict(self, images: Sequence[str | Path | Image.Image]) -> list[dict[str, np.ndarray]]:
-        """The maps of each image at its own size, see ``sheet.map_of``."""
+        """Return the maps of each image by task, at the image's own size, see ``sheet.map_of``."""
         if isinstance(images, str | Path | Image.Image):
-            raise UserError("predict takes a list of images; put the one into brackets")
+            raise UserError("predict takes a list of images; put a single image into brackets")
         return [maps for _, maps in self.evaluator.predicted(images)]
 
 
 def predict(config: PredictConfig) -> None:
-    """Write the maps of every image of the input, and a sheet of them, into a folder that is there whole or not."""
+    """Write the maps of all input images, and a sheet of them, as a complete output folder or not at all."""
     if (source := Path(config.input)).is_file():
         require_readable(paths := [source])
     else:
@@ -241,6 +244,6 @@ def predict(config: PredictConfig) -> None:
 
 
 def _small(found: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map at the size of a sheet's pictures, by its nearest pixels."""
+    """Return a map resized to the sheet's picture size by nearest pixels."""
     rows, columns = (np.arange(side) * whole // side for side, whole in zip(size, found.shape, strict=False))
     return found[rows[:, None], columns]

@@ -1,4 +1,4 @@
-"""What a study of dense tasks is of: whole folders of images with their maps."""
+"""The data of a study of dense tasks: complete folders of images with their maps."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -13,12 +13,11 @@ from mtl_lora.results import Sample
 
 
 class Images:
-    """A folder is read where it lies, each split whole: how many images there are is for the folder to say. Arguments
-    and errors as ``samples.Data``."""
+    """Reads the complete splits of a folder in place, without sampling. Arguments and errors as ``samples.Data``."""
 
     def __init__(self, tasks: TaskSet):
         self.tasks = tasks
-        # All tasks of the training images, once for all samples: it reads images, and hashes every file.
+        # Cached because it reads images and hashes every file.
         self._training = functools.cache(lambda source: _folder(source, "train", tasks))
 
     def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
@@ -41,18 +40,18 @@ class Images:
 def _refuse_sampling(source: Path, most: int) -> None:
     if most:
         raise UserError(
-            f"images of dense tasks are not sampled; make a smaller {source}, and leave out train_records, "
+            f"images of dense tasks cannot be sampled; make a smaller {source}, and leave out train_records, "
             "test_records and the search's records"
         )
 
 
 def _folder(source: Path, split: str, tasks: TaskSet) -> DenseDataset:
-    # The commands themselves are strict about what an image may lack.
+    # The commands that a study runs check for missing labels themselves.
     return DenseDataset(source, split, tasks, missing_labels=True)
 
 
 def _sample(data: DenseDataset, source: Path, names: Collection[str] = ()) -> Sample:
-    """Of each task (none named: all) the images, and a hash of them and its maps."""
+    """Return per task the number of images, and a hash of the images and their maps. names: the tasks; empty: all."""
     tasks = [task for task in data.tasks if task.name in (names or data.tasks.names)]
     counts = {task.name: len(data) for task in tasks}
     hashes = {task.name: data.sha256(task) for task in tasks}

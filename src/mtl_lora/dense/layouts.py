@@ -1,7 +1,7 @@
 """Folders of images with label maps: this project's layout, PASCAL-Context (PASCAL_MT) and NYUv2 (NYUD_MT).
 
-A layout says where the files of an image lie and reads the map of a task: class indices or 0 and 1 with 255 for a pixel
-without a label, normals with zero vectors and depth with zeros there. ``data`` checks what is read.
+A layout knows the files of an image and reads the map of a task. A pixel without a label is 255 in maps of class
+indices and of 0 and 1, a zero vector in normals, and 0 in depth. ``data`` checks what is read.
 """
 
 from pathlib import Path
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file; raises ``UserError`` naming one that is broken."""
+    """Return the image in a file; raises ``UserError`` for a broken file."""
     try:
         with Image.open(path) as opened:
             opened.load()
             return opened
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); fetch or make it again") from None
+        raise UserError(f"{path} cannot be read as an image ({error}); download or create it again") from None
 
 
 def read_png(path: Path, channels: int = 1) -> np.ndarray:
-    """A map (H, W) or (H, W, 3) of whole numbers; of an image with a palette the indices."""
+    """Return a map (H, W) or (H, W, 3) of whole numbers; for an image with a palette the indices."""
     opened = read_image(path)
     array = np.asarray(opened)
     if array.ndim != (2 if channels == 1 else 3) or (channels > 1 and array.shape[2] != channels):
@@ -44,35 +44,38 @@ def _numbers(array: np.ndarray) -> np.ndarray:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """An array; one channel of a third axis is none."""
+    """Return an array; a third axis of length 1 is dropped."""
     try:
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive of arrays")
     except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise UserError(f"{path} cannot be read as a NumPy array ({error}); fetch or make it again") from None
+        raise UserError(f"{path} cannot be read as a NumPy array ({error}); download or create it again") from None
     return _numbers(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
-    """A variable of a MATLAB file (before version 7.3)."""
+    """Return a variable of a MATLAB file (older than version 7.3)."""
     import scipy.io
 
     try:
         return scipy.io.loadmat(path)[key]
     except KeyError:
-        raise UserError(f"{path} has no variable {key}; fetch it again") from None
-    except Exception as error:  # scipy raises errors of many kinds for a file that is broken
-        raise UserError(f"{path} cannot be read as a MATLAB file ({error}); fetch it again") from None
+        raise UserError(f"{path} has no variable {key}; download it again") from None
+    except Exception as error:  # scipy raises errors of many kinds for a broken file
+        raise UserError(f"{path} cannot be read as a MATLAB file ({error}); download it again") from None
 
 
 # ---- layouts ----
 
 
 class Layout:
-    """A folder. mark: what tells it from those of other layouts. images: the folder of the images. lists: that of the
-    ids, where ``test`` is the name of the test set's. augmentation: of its training images, a key of
-    ``AUGMENTATIONS``. task_set: all that it has, a name for ``shipped``."""
+    """A folder of images with label maps.
+
+    mark: a path that exists only in this layout. images: the folder of the images. lists: the folder of the lists of
+    ids. test: the list of the test set. augmentation: a key of ``AUGMENTATIONS``, for training images. task_set: a name
+    for ``shipped``, all tasks of the layout.
+    """
 
     name: str
     mark: str
@@ -90,44 +93,47 @@ class Layout:
         return shipped(self.task_set)
 
     def split_file(self, split: str) -> Path:
-        """The text file with the ids of a split, ``train`` or ``test``."""
+        """Return the text file with the ids of a split, ``train`` or ``test``."""
         return self.root / self.lists / f"{self.test if split == 'test' else split}.txt"
 
     def image(self, id: str) -> Path:
         return self.root / self.images / f"{id}.jpg"
 
     def paths(self, task: Task, id: str) -> "Sequence[Path]":
-        """The files from which the map of a task is read. Raises ``UserError`` for a task that the layout lacks."""
+        """Return the files from which a task's map is read; raises ``UserError`` for a task that the layout lacks."""
         raise NotImplementedError
 
     def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
-        """The map of a task, of an image of this height and width."""
+        """Return the map of a task. shape: the height and width of the image."""
         raise NotImplementedError
 
     def lacks(self, task: Task) -> UserError:
-        """The error for a task that the layout does not have."""
-        return UserError(f"{self.root} is laid out as {self.name}, which has no {task.kind} for task {task.name!r}")
+        """Return the error for a task that the layout does not have."""
+        return UserError(
+            f"{self.root} has the layout {self.name}, which has no {task.kind} map for task {task.name!r}; leave it out"
+        )
 
     def ids(self, split: str) -> list[str]:
-        """The ids of a split, in the order of its file; raises ``UserError``."""
+        """Return the ids of a split, in the order of its file; raises ``UserError``."""
         path = self.split_file(split)
         if not path.is_file():
-            raise UserError(f"there is no {path} with the ids of the images of {split}, one a line")
+            raise UserError(f"there is no {path}; it must list the ids of the images of {split}, one per line")
         found = [*filter(None, map(str.strip, files.read_utf8(path, "the list of ids").splitlines()))]
         if not found:
             raise UserError(f"{path} names no image")
         if outside := [id for id in found if id.startswith("/") or ".." in id.split("/")]:
-            raise UserError(f"{path} names {outside[0]}, which is not below the data set; ids are file names")
+            raise UserError(f"{path} names {outside[0]}, which is outside the data set; ids must be file names")
         if len(set(found)) < len(found):
             raise UserError(f"{path} names {next(id for id in found if found.count(id) > 1)} twice")
         return found
 
 
 class Folder(Layout):
-    """``images/<id>.png`` or .jpg, ``<task>/<id>.png`` or .npy, ``train.txt`` and ``test.txt``, ``tasks.json``.
+    """This project's layout: ``images/<id>.png`` or .jpg, ``<task>/<id>.png`` or .npy, ``train.txt``, ``test.txt`` and
+    ``tasks.json``.
 
-    Class indices and 0 and 1 as PNG, 255 for a pixel without a label; depth as .npy; normals as .npy, or as PNG v with
-    n = 2 v / 255 - 1.
+    Class indices, and maps of 0 and 1, are PNG or .npy with 255 for a pixel without a label. Depth is .npy. Normals are
+    .npy, or PNG with values v for n = 2 v / 255 - 1.
     """
 
     name, mark, augmentation = "a folder with tasks.json", "tasks.json", "flip"
@@ -148,7 +154,7 @@ class Folder(Layout):
         named = [folder / f"{id}{suffix}" for suffix in suffixes]
         found = [path for path in named if path.is_file()] or named[:1]
         if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1].name} are of one image; delete one of them")
+            raise UserError(f"{found[0]} and {found[1].name} are for the same image; delete one of them")
         return found[0]
 
     def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
@@ -162,11 +168,11 @@ class Folder(Layout):
         blank = np.abs(normals).max(axis=2, keepdims=True) < 0.01
         for value in (0, IGNORE):  # black and white, which are far from unit vectors
             blank |= (values == value).all(axis=2, keepdims=True)
-        return np.where(blank, 0, normals)  # zero is no value of 8 bits
+        return np.where(blank, 0, normals)  # 8-bit values cannot represent the zero vector exactly
 
 
-# The classes of PASCAL-Context for which the distilled normals count: those that NYUv2, on which their network was
-# trained, has too by name, and tv monitors.
+# The classes of PASCAL-Context for which the distilled normals count: the classes that NYUv2, on which their network
+# was trained, has under the same name, and tv monitors.
 _NORMALS_CLASSES = """
     3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65 66 68 69 72 73 78
     83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142 143 146 150 154 157 158 159 165 172 174 181
@@ -189,7 +195,7 @@ GROUP_OF_PART = {part: group for group, parts in PARTS.items() for part in parts
 
 
 class PascalMT(Layout):
-    """PASCAL-Context with five tasks, as the archive PASCAL_MT of ASTMT (arXiv 1904.08918) holds it."""
+    """PASCAL-Context with five tasks, in the layout of the archive PASCAL_MT of ASTMT (arXiv 1904.08918)."""
 
     name, augmentation, task_set = "PASCAL_MT", "pascal", "pascal"
     images, lists = "JPEGImages", "ImageSets/Context"
@@ -222,12 +228,14 @@ class PascalMT(Layout):
         normals, (context,) = 2 * read_png(path, 3).astype(np.float32) / 255 - 1, more
         classes = read_mat(context, "LabelMap")
         if classes.shape != normals.shape[:2]:
-            raise UserError(f"{path} is {normals.shape[:2]} high and wide, and {context} {classes.shape}")
+            raise UserError(
+                f"{path} is {normals.shape[:2]} high and wide, but {context} is {classes.shape}; download both again"
+            )
         return np.where(np.isin(classes, NORMALS_CLASSES)[..., None], normals, 0)
 
 
 def human_parts(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W): the group of each pixel's part, 0 for none; all 255 where no part of a person is annotated."""
+    """Return a map (H, W) of body part groups, 0 for none; all 255 if no part of a person is annotated."""
     found, annotation = np.zeros(shape, np.uint8), read_mat(path, "anno")
     try:
         # Fields by their order: of the annotation (name, objects), an object (class, number, mask, parts), a part
@@ -242,14 +250,14 @@ def human_parts(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def boundaries(labels: np.ndarray) -> np.ndarray:
-    """(H, W), 0 and 1: where the Laplacian of a label map is not zero, thinned."""
+    """Return a map (H, W) of 0 and 1: where the Laplacian of a label map is not zero, thinned."""
     import scipy.ndimage
 
     return thin(scipy.ndimage.laplace(labels.astype(np.int64), mode="mirror") != 0).astype(np.uint8)
 
 
 def changes(labels: np.ndarray) -> np.ndarray:
-    """(H, W), 0 and 1: pixels whose right or lower neighbour has another label."""
+    """Return a map (H, W) of 0 and 1: pixels whose right or lower neighbour has another label."""
     found = np.zeros(labels.shape, np.uint8)
     found[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     found[:-1] |= labels[:-1] != labels[1:]
@@ -257,13 +265,13 @@ def changes(labels: np.ndarray) -> np.ndarray:
 
 
 def thin(mask: np.ndarray) -> np.ndarray:
-    """A mask (H, W) reduced to lines one pixel wide (Guo and Hall, Communications of the ACM 32, 1989)."""
+    """Return a mask (H, W) thinned to lines one pixel wide (Guo and Hall, Communications of the ACM 32, 1989)."""
     mask, before = mask.astype(bool), None
     while before is None or (mask != before).any():
         before = mask
         for first in (0, 4):
             padded = np.pad(mask, 1)
-            # The eight neighbours x1 to x8: from the east against the clock, and again, so that x9 is x1.
+            # The eight neighbours x1 to x8 counter-clockwise from the east, twice, so that x9 is x1.
             steps = [(1, 2), (0, 2), (0, 1), (0, 0), (1, 0), (2, 0), (2, 1), (2, 2)]
             x = [padded[row : row + mask.shape[0], column : column + mask.shape[1]] for row, column in steps] * 2
             crossings = sum(~x[i] & (x[i + 1] | x[i + 2]) for i in (0, 2, 4, 6))
@@ -276,7 +284,7 @@ def thin(mask: np.ndarray) -> np.ndarray:
 
 
 class NyudMT(Layout):
-    """NYUv2 with four tasks, as the archive NYUD_MT of ASTMT holds it; 40 classes without a background."""
+    """NYUv2 with four tasks, in the layout of the archive NYUD_MT of ASTMT; 40 classes without a background."""
 
     name, augmentation, task_set = "NYUD_MT", "nyud", "nyud"
     images, lists = "images", "gt_sets"
@@ -296,11 +304,11 @@ class NyudMT(Layout):
 
 
 def layout_of(folder: str | Path) -> Layout:
-    """The layout of a folder, by the files that each has; raises ``UserError`` for a folder that has none of them."""
+    """Return the layout of a folder, recognised by its files; raises ``UserError`` for a folder of no known layout."""
     folder = Path(folder)
     kinds = (Folder, PascalMT, NyudMT)
     for kind in kinds:
         if (folder / kind.mark).exists():
             return kind(folder)
     marks = ", ".join(kind.mark for kind in kinds)
-    raise UserError(f"{folder} is no folder of images with label maps: it has none of {marks}; name one that has")
+    raise UserError(f"{folder} is not a folder of images with label maps: it has none of {marks}; pass one that has")

@@ -1,6 +1,6 @@
-"""What a map costs, by its kind: of each task the mean over the pixels that have a label (arXiv 2403.20320).
+"""The losses of maps by kind: for each task the mean over the labelled pixels (arXiv 2403.20320).
 
-``IGNORE`` marks a pixel without one, in maps of every kind.
+``IGNORE`` marks a pixel without a label in maps of every kind. Every function returns a sum over pixels.
 """
 
 from collections.abc import Callable
@@ -11,39 +11,40 @@ from torch import nn
 
 from mtl_lora.dense.tasks import IGNORE, TaskSet
 
-_EDGES = 0.95  # the weight of a pixel on an edge, of which there are few
+_EDGES = 0.95  # the weight of edge pixels, which are few
 
 
 def cross_entropy(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Of classes: output (B, C, H, W), label (B, H, W)."""
+    """Return the cross-entropy of class outputs (B, C, H, W) with labels (B, H, W), summed over pixels."""
     return F.cross_entropy(output, label, ignore_index=IGNORE, reduction="sum")
 
 
 def balanced_entropy(output: torch.Tensor, label: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
-    """Of labels 0 and 1 (B, 1, H, W), a positive one weighted by ``weight`` and a negative one by 1 - weight."""
+    """Return the binary cross-entropy summed over labels 0 and 1 (B, 1, H, W), weighted by 1 - weight and weight."""
     known, positive = label != IGNORE, (label == 1).to(output.dtype)
     entropy = F.binary_cross_entropy_with_logits(output, positive, reduction="none")
     return (entropy * (positive * weight + (1 - positive) * (1 - weight)) * known).sum()
 
 
 def saliency(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """The weight of a positive pixel is the proportion of negative ones in the batch."""
+    """Return ``balanced_entropy`` with the batch's proportion of negative pixels as the weight of positive ones."""
     known = (label != IGNORE).sum().clamp(min=1)
     return balanced_entropy(output, label, ((label == 0).sum() / known).to(output.dtype))
 
 
 def edges(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Return ``balanced_entropy`` with a fixed weight."""
     return balanced_entropy(output, label, _EDGES)
 
 
 def absolute(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """The sum of |output - label| where there is a label."""
+    """Return the sum of |output - label| over labelled values."""
     known = label != IGNORE
     return ((output - torch.where(known, label, 0)).abs() * known).sum()
 
 
 def normals(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Of the output as unit vectors (B, 3, H, W)."""
+    """Return ``absolute`` of the output (B, 3, H, W) normalised to unit vectors."""
     return absolute(F.normalize(output, dim=1), label)
 
 
@@ -58,14 +59,16 @@ SUMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def known_values(batch: dict, tasks: TaskSet) -> torch.Tensor:
-    """How many labelled values a batch has of each task (T,), three a pixel of normals: what losses are divided by."""
+    """Return the number of labelled values per task (T,), three per pixel for normals, by which losses are divided."""
     return torch.stack([(batch[task.name] != IGNORE).sum() for task in tasks]).float()
 
 
 class TaskLosses:
-    """``(model, batch) -> losses (T,), weights (T,), task ids (T,)``: of each task the mean over its labelled pixels in
-    the batch, weighted by how many these are. Thus the mean of a step is over all its pixels, however it is split; but
-    for saliency, whose weights are those of the batch.
+    """Computes ``(model, batch) -> losses (T,), weights (T,), task ids (T,)``.
+
+    A task's loss is the mean over its labelled values in the batch, and its weight is the number of these values. Over
+    a step the loss is therefore the mean over all values of the step, however it is split into batches, except for
+    saliency, whose pixel weights depend on the batch.
     """
 
     def __init__(self, tasks: TaskSet):

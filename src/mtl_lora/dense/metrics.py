@@ -1,8 +1,8 @@
-"""What an evaluation keeps of a map: sums over the pixels of an image, from which every metric of its kind follows.
+"""Reduce a predicted map to a row of sums over the image's pixels, from which every metric of its kind is computed.
 
-The metrics themselves are in ``mtl_lora.metrics``: statistics of these rows, so that they resample over images. Edges
-have no more than their training loss: F at the best threshold of a data set takes a matching of
-thinned edges that is not here.
+The metrics themselves are in ``mtl_lora.metrics``, as statistics of these rows, so that they can be resampled over
+images. Edges have only their training loss as a metric: F at the best threshold of a data set needs a matching of
+thinned edges, which is not implemented.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ from mtl_lora.errors import UserError
 from mtl_lora.metrics import METRICS
 from mtl_lora.results import TaskResult
 
-THRESHOLDS = [0.2 + 0.05 * step for step in range(15)]  # of saliency
+THRESHOLDS = [0.2 + 0.05 * step for step in range(15)]  # for saliency
 
 
 def counts(task: Task, output: torch.Tensor, label: torch.Tensor) -> list[float]:
-    """The row of one image. output: of the decoder (channels, H, W); label: of ``DenseDataset`` at the same size.
+    """Return the row of one image. output: the decoder's (channels, H, W). label: ``DenseDataset``'s at the same size.
 
-    Pixels without a label do not count; an image without any gives zeros.
+    Pixels without a label do not count; an image without any label gives zeros.
     """
     return _ROWS[task.metrics[0]](output.double(), label, task)
 
 
 def _classes(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
-    """Pixels of each class that were found, that were taken for it, that were missed: 3 C whole numbers."""
+    """Return the true positives, false positives and false negatives of each class in pixels: 3 C whole numbers."""
     known, n = label != IGNORE, task.classes
     pairs = torch.bincount(label[known] * n + output.argmax(dim=0)[known], minlength=n * n).reshape(n, n)
     found = pairs.diagonal()
@@ -37,43 +37,44 @@ def _classes(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[floa
 
 
 def _saliency(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
-    """Intersection over union, precision and recall at each threshold, then 1 for an image with a label, else zeros.
+    """Return intersection over union, precision and recall at each threshold, then 1; all zeros without any label.
 
-    Where neither the label nor the prediction has a pixel, the first is 1 and the others are 0, as in the original.
+    If neither label nor prediction has a positive pixel, intersection over union is 1 and the others are 0, as in the
+    original.
     """
     known = label[0] != IGNORE
     if not known.any():
         return [0.0] * (3 * len(THRESHOLDS) + 1)
-    wanted = label[0][known] == 1
-    taken = output[0][known].sigmoid() > torch.tensor(THRESHOLDS, device=output.device)[:, None]
-    both = (taken & wanted).sum(dim=1).double()
-    of_taken, of_wanted = taken.sum(dim=1), wanted.sum().expand(len(THRESHOLDS))
-    union = of_taken + of_wanted - both
+    target = label[0][known] == 1
+    predicted = output[0][known].sigmoid() > torch.tensor(THRESHOLDS, device=output.device)[:, None]
+    both = (predicted & target).sum(dim=1).double()
+    positives, targets = predicted.sum(dim=1), target.sum().expand(len(THRESHOLDS))
+    union = positives + targets - both
     overlap = torch.where(union > 0, both / union.clamp(min=1), 1.0)
-    precision, recall = both / of_taken.clamp(min=1), both / of_wanted.clamp(min=1)
+    precision, recall = both / positives.clamp(min=1), both / targets.clamp(min=1)
     return [*overlap.tolist(), *precision.tolist(), *recall.tolist(), 1.0]
 
 
 def _angles(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
-    """Sums of the angles in degrees and of their squares, and the number of pixels."""
+    """Return the sum of the angles in degrees, the sum of their squares, and the number of pixels."""
     known = label[0] != IGNORE
-    given, wanted = F.normalize(output[:, known], dim=0), label[:, known].double()
-    # Of a small angle the cosine has lost what the sine still has.
+    given, target = F.normalize(output[:, known], dim=0), label[:, known].double()
+    # With atan2 small angles are accurate, whose cosine alone would round to 1.
     angles = torch.rad2deg(
-        torch.atan2(torch.linalg.cross(given, wanted, dim=0).norm(dim=0), (given * wanted).sum(dim=0))
+        torch.atan2(torch.linalg.cross(given, target, dim=0).norm(dim=0), (given * target).sum(dim=0))
     )
-    angles = torch.where(given.any(dim=0), angles, 90.0)  # of no direction, as by its cosine
+    angles = torch.where(given.any(dim=0), angles, 90.0)  # a zero vector has cosine 0
     return [angles.sum().item(), (angles**2).sum().item(), float(known.sum())]
 
 
 def _depth(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
-    """The sum of squared errors, and the number of pixels."""
+    """Return the sum of squared errors, and the number of pixels."""
     known = label != IGNORE
     return [((output - label)[known] ** 2).sum().item(), float(known.sum())]
 
 
 def _edges(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]:
-    """The sum of the balanced cross entropy, and the number of pixels."""
+    """Return the summed balanced cross-entropy, and the number of pixels."""
     return [edges(output, label).item(), float((label != IGNORE).sum())]
 
 
@@ -84,21 +85,22 @@ _ROWS = {
     "mean_angle": _angles,
     "depth_rmse": _depth,
 }
-# The names under which the original prints values: its "rmse" of normals is the mean angle.
+# The names that the original prints for our metrics: its "rmse" of normals is the mean angle.
 _OFFICIAL = [("mIoU", "miou"), ("mIoU", "saliency_miou"), ("maxF", "max_f"), ("mean", "mean_angle")]
 _OFFICIAL += [("rmse", "mean_angle"), ("rmse", "depth_rmse")]
 
 
 def task_result(task: Task, lines: Sequence[Mapping], official: bool = False) -> TaskResult:
-    """A task's result from at least one prediction line with its ``counts``: its metric, the others of its kind, and
-    ``unlabelled``, the number of images without a label, which count for nothing. Raises ``UserError`` where all are.
+    """Return a task's result from one or more prediction lines with ``counts``: its metric, the other metrics of its
+    kind, and ``unlabelled``, the number of images without a label, which do not count.
 
-    official: with the values that the original (arXiv 2403.20320) prints, by its names for them.
+    official: also the values that the original (arXiv 2403.20320) prints, by its names. Raises ``UserError`` if no
+    image has a label.
     """
     rows = [line["counts"] for line in lines]
     unlabelled = sum(not (sum(row) if task.has_classes else row[-1]) for row in rows)
     if unlabelled == len(rows):
-        raise UserError(f"none of {len(rows)} images has a pixel with a label of {task.name}; leave it out of --tasks")
+        raise UserError(f"no pixel of the {len(rows)} images has a label of {task.name}; leave it out of --tasks")
     found = {}
     for name in dict.fromkeys([task.metric_name, *task.metrics]):
         metric = METRICS[name]
@@ -113,9 +115,10 @@ def task_result(task: Task, lines: Sequence[Mapping], official: bool = False) ->
 
 
 def class_iou(task: Task, rows: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """The intersection over union of each class, by its label or number; None for a class that is nowhere."""
-    found, taken, missed = torch.tensor(rows, dtype=torch.float64).sum(dim=0).reshape(3, -1)
-    union = found + taken + missed
+    """Return the intersection over union of each class by label or index; None for a class neither labelled nor
+    predicted."""
+    found, wrong, missed = torch.tensor(rows, dtype=torch.float64).sum(dim=0).reshape(3, -1)
+    union = found + wrong + missed
     names = task.labels or [str(index) for index in range(task.classes)]
     values = (found / union.clamp(min=1)).tolist()
-    return {name: value if whole else None for name, value, whole in zip(names, values, union.tolist(), strict=True)}
+    return {name: value if pixels else None for name, value, pixels in zip(names, values, union.tolist(), strict=True)}

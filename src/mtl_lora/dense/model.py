@@ -1,4 +1,4 @@
-"""The whole model of dense prediction: a backbone with streams, a decoder per task, and which of it trains."""
+"""The complete model of dense prediction: a backbone with streams and a decoder per task, and which parts train."""
 
 import dataclasses
 import re
@@ -28,14 +28,14 @@ class Decoders(nn.ModuleList):
         self.task_set = tasks
 
     def base_provenance(self) -> dict:
-        """What a checkpoint must say of the model that these decoders are on, beside its name."""
+        """Return what a checkpoint must record about a model with these decoders, besides the model's name."""
         return {"system": "dense", "task_set": self.task_set.to_json()}
 
 
 class DenseModel(nn.Module):
-    """Images (B, 3, H, W) to a map (B, outputs, H, W) of each task by its name.
+    """Predicts a map (B, outputs, H, W) per task name from images (B, 3, H, W).
 
-    A task's decoder reads the task's own stream where the backbone's adapter makes streams, else the shared one.
+    A task's decoder reads the task's own stream if the backbone's adapter makes streams, otherwise the shared one.
     """
 
     main_input_name = "pixel_values"
@@ -43,7 +43,7 @@ class DenseModel(nn.Module):
     def __init__(self, backbone: PreTrainedModel, tasks: TaskSet):
         super().__init__()
         self.backbone, self.config = backbone, backbone.config
-        # Of the activations; trained weights become float32 later.
+        # The dtype of the activations, kept because trained weights become float32 later.
         self.backbone_dtype = backbone.dtype
         dtype = torch.float64 if backbone.dtype == torch.float64 else torch.float32
         with backbone.device:
@@ -52,34 +52,38 @@ class DenseModel(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         size, patch = pixel_values.shape[-2:], self.backbone.patch
         if any(side % patch for side in size):
-            raise UserError(f"the sides of an image must be multiples of {patch} for this model, not {tuple(size)}")
+            raise UserError(
+                f"height and width of an image must be multiples of {patch} for this model, not {tuple(size)}"
+            )
         stages = self.backbone(pixel_values.to(self.backbone_dtype))
         found = {}
         for task, decoder in zip(self.decoders.task_set, self.decoders, strict=True):
             maps = [stage.shared if stage.tasks is None else stage.tasks[task.id] for stage in stages]
             found[task.name] = decoder(maps, size)
         if self.training and stages[-1].tasks is not None:
-            # The last shared stream goes to no decoder. What makes nothing else gets a gradient of zero, for which DDP
-            # would wait; of sums over no element, for the stream itself may have overflowed.
+            # No decoder reads the last shared stream, so weights that only produce it would get no gradient, and DDP
+            # would wait for one. Empty sums give them a zero gradient without using the stream, which may overflow.
             last = self.backbone.get_submodule(f"{self.backbone.last_blocks[-1]}.{TASK_TARGETS[-1]}")
             found[task.name] = found[task.name] + sum(weight[:0].sum() for weight in last.adapter_parameters().values())
         return found
 
     def activation_checkpointing_enable(self, options: dict | None = None) -> None:
-        """Have the backbone recompute its blocks in the backward pass."""
+        """Make the backbone recompute its blocks in the backward pass."""
         enable_checkpointing(self.backbone)
 
 
 def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: bool = False, **options) -> DenseModel:
-    """The backbone with its weights and fresh decoders."""
+    """Return the model with the backbone's weights and freshly initialised decoders."""
     if load_in_4bit:
         raise UserError("--load_in_4bit is for language models; leave it out")
     return DenseModel(with_streams(base.load(dtype, **options)), tasks)
 
 
 def structure(base: BaseModel, tasks: TaskSet, image_size: int = 0) -> DenseModel:
-    """The same on the meta device: every module and shape, no memory. Raises ``UserError`` for an ``image_size`` that
-    the model does not take."""
+    """Return what ``load`` returns, on the meta device: every module and shape, but no memory.
+
+    Raises ``UserError`` for an ``image_size`` that the model cannot take.
+    """
     found = DenseModel(with_streams(base.structure()), tasks)
     if image_size % found.backbone.patch:
         raise UserError(f"--image_size must be a multiple of {found.backbone.patch} for this model, not {image_size}")
@@ -87,42 +91,46 @@ def structure(base: BaseModel, tasks: TaskSet, image_size: int = 0) -> DenseMode
 
 
 def base_of(base: BaseModel, provenance: Provenance, **options) -> DenseModel:
-    """The model on which a checkpoint's adapter is put; options: of ``load``."""
+    """Return the model to which a checkpoint's adapter is added; options: as for ``load``."""
     tasks = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
     return load(base, tasks, **options)
 
 
 def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:
-    """Raise ``UserError`` for a model without the decoders of a checkpoint's tasks, before its adapter is put on."""
+    """Raise ``UserError`` for a model without decoders for a checkpoint's tasks, before its adapter is added."""
     tasks = TaskSet.from_json(provenance.task_set, f"the task set of {folder}")
     found = getattr(getattr(unwrap(model), "decoders", None), "task_set", None)
     if found is None or found.answers_sha256 != tasks.answers_sha256:
         raise UserError(
-            f"{folder} has a decoder for each of its tasks ({', '.join(tasks.names):.200}), which this "
-            f"{type(unwrap(model)).__name__} has no place for; load both with mtl_lora.load(folder)"
+            f"{folder} has a decoder for each of its tasks ({', '.join(tasks.names):.200}), and this "
+            f"{type(unwrap(model)).__name__} has no such decoders; load both with mtl_lora.load(folder)"
         )
 
 
 def placed(adapter: AdapterConfig, model: DenseModel, downsampler: bool = False, extras: bool = True) -> AdapterConfig:
-    """The adapter as MTLoRA places it (arXiv 2403.20320), for any method.
+    """Return the adapter placed as in MTLoRA (arXiv 2403.20320), for any method.
 
-    In every block on the fused query, key and value, the output projection and both feed-forward layers; of a method
-    that makes streams, the last three are the tasks' own in the last block of each stage. Trained whole: the decoders
-    and, with ``extras``, patch embedding, norms, relative positions and the reduction of patch merging. downsampler:
-    the reduction gets an adapter instead (MTLoRA+). The method ``none`` trains the decoders and what it names itself.
-    Raises ``UserError`` for a method that needs to know a row's task, and for targets that break a stream.
+    In every block the adapter is on the fused query, key and value, the output projection and both feed-forward layers.
+    If the method makes streams, the last three are task-specific in the last block of each stage. The decoders are
+    fully trained and, with ``extras``, so are patch embedding, norms, relative positions and the reduction of patch
+    merging. downsampler: the reduction gets an adapter instead (MTLoRA+). The method ``none`` trains the decoders and
+    its own ``modules_to_save``. Raises ``UserError`` for a method that needs the task of each row, and for targets that
+    interrupt a stream.
     """
     method, family, saved = layer_class(adapter.method), model.config.model_type, ["decoders", *adapter.modules_to_save]
     merges = any(name.endswith(f".{MERGING}") for name, _ in model.named_modules())
     if downsampler and not merges:
-        raise UserError(f"downsampler is the patch merging's, which {family} does not have; leave it out")
+        raise UserError(f"downsampler adapts patch merging, which {family} does not have; leave it out")
     if not method.adapts:
         return dataclasses.replace(adapter, modules_to_save=saved)
     if method.needs_task_ids and not method.makes_streams:
-        raise UserError(f"adapter_name {adapter.method} needs the task of each image, and here an image has all")
+        raise UserError(
+            f"adapter_name {adapter.method} needs one task per image, but here every image has all tasks; choose "
+            "another method"
+        )
     targets = TARGETS if adapter.target_modules == "all-linear" else adapter.target_modules
     if not (isinstance(targets, list) and all(re.fullmatch(r"[\w.]+", target) for target in targets)):
-        raise UserError("name the layers, not an expression")
+        raise UserError("pass names of layers, not a regular expression")
     if downsampler:
         targets = [*targets, *({MERGING} - {*targets})]
     if extras:

@@ -1,18 +1,18 @@
-"""Rendered scenes with exact labels: objects in a room, by a ray caster of this file. Nothing is downloaded.
+"""Render scenes of objects in a room, with exact labels, by the ray caster in this file. Nothing is downloaded.
 
     mtl-lora prepare scenes                                 500 training and 100 test images of 112 x 112 pixels
     mtl-lora prepare scenes --train 5000 --size 224 --seed 1
 
 Writes a folder of images/, semseg/, depth/, normals/, sal/, edge/, train.txt, test.txt and tasks.json: a --data_dir of
-training and evaluation. An image depends on its seed, split and number alone. Coordinates are the camera's: x right, y
-down, z forward; the room has its floor at the largest y. What the labels are:
+training and evaluation. An image depends only on its seed, split and number. Coordinates are the camera's: x right, y
+down, z forward; the room has its floor at the largest y. The labels are:
 
     semseg    floor, wall, ceiling, box, sphere, cylinder, cone
     depth     z of the surface, in metres
-    normals   the unit vector out of the surface, toward the side from which it is seen
-    sal       the object (no part of the room) with the most visible pixels, each weighted by a Gaussian about the
-              centre of the image: people look at what is large and in the middle
-    edge      pixels whose right or lower neighbour is of another surface: of another object, or of another face
+    normals   the outward unit normal of the surface, on the side that is seen
+    sal       the object (not the room) with the most visible pixels, each weighted by a Gaussian about the centre of
+              the image: people look at what is large and in the middle
+    edge      pixels whose right or lower neighbour is on another surface: another object, or another face
 """
 
 import dataclasses
@@ -30,30 +30,33 @@ from mtl_lora.files import atomic_directory
 
 SPLITS = ("train", "test")
 FLOOR, WALL, CEILING, BOX, SPHERE, CYLINDER, CONE = range(7)  # classes, in the order of scenes_tasks.json
-NEAR = 1e-3  # a ray that begins on a surface does not meet it again
-CENTRE = 0.25  # deviation of the Gaussian about the centre, in image sides
+NEAR = 1e-3  # minimum t of a hit, so that a ray that begins on a surface does not hit it again
+CENTRE = 0.25  # standard deviation of the Gaussian about the centre, in image sides
 
 
 @dataclasses.dataclass
 class Prepare(Config):
-    """How many scenes are rendered, and where they go."""
+    """How many scenes to render, and where they go."""
 
     train: int = flag(500, "training images", min=1)
     test: int = flag(100, "test images", min=1)
     size: int = flag(112, "height and width in pixels", min=8, max=4096)
-    seed: int = flag(0, "which scenes: another seed has other ones", min=0, max=2**32 - 1)
-    output_dir: str = flag("data/scenes/rendered", "folder of the images and label maps", place=True)
-    overwrite: bool = flag(False, "replace what an earlier command rendered there")
+    seed: int = flag(0, "random seed of the scenes", min=0, max=2**32 - 1)
+    output_dir: str = flag("data/scenes/rendered", "folder for the images and label maps", place=True)
+    overwrite: bool = flag(False, "replace the output of an earlier command")
 
 
-# ---- shapes: each in a frame of its own, with its centre at the origin and y down ----
+# ---- shapes: each in its own frame, with its centre at the origin and y down ----
 
 
 class Shape:
-    """A closed surface. ``hit``: the distances t (N,) at which rays origin + t direction enter it, inf where they do
-    not; ``surface``: of points (N, 3) on it the normals (N, 3) and the numbers of their faces (N,)."""
+    """A closed surface.
 
-    radius: float  # of a ball about the centre that holds it
+    ``hit`` returns the distances t (N,) at which rays origin + t direction enter it, inf for rays that miss it.
+    ``surface`` returns the normals (N, 3) and face numbers (N,) of points (N, 3) on it.
+    """
+
+    radius: float  # of a bounding sphere about the centre
 
     def __init__(self, size: np.ndarray, label: int):
         self.size, self.label = size, label
@@ -61,7 +64,7 @@ class Shape:
 
 
 class Box(Shape):
-    """size: half of its extent along x, y and z. inside: seen from within, as a room is."""
+    """A box. size: half its extent along x, y and z. inside: seen from within, like a room."""
 
     def __init__(self, size: np.ndarray, label: int = BOX, inside: bool = False):
         super().__init__(size, label)
@@ -86,7 +89,7 @@ class Box(Shape):
 
 
 class Sphere(Shape):
-    """size: its radius."""
+    """A sphere. size: its radius."""
 
     def hit(self, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
         a, b, c = _dot(direction, direction), _dot(origin, direction), _dot(origin, origin) - self.size**2
@@ -101,8 +104,8 @@ class Sphere(Shape):
 
 
 class Cone(Shape):
-    """Upright, with a flat bottom. size: (radius at the bottom, radius at the top, half of the height): a cylinder
-    where both are equal."""
+    """An upright cone with flat ends, or a cylinder if both radii are equal. size: (radius at the bottom, radius at the
+    top, half the height)."""
 
     @property
     def slope(self) -> float:
@@ -124,7 +127,7 @@ class Cone(Shape):
             root = np.sqrt(b * b - a * c)
             for t in ((-b - root) / a, (-b + root) / a):
                 y = origin[..., 1] + t * direction[..., 1]
-                # A cone goes on as its own mirror image beyond its tip, where the radius is negative.
+                # The equation also describes the cone's mirror image beyond the tip, where the radius is negative.
                 valid = (t > NEAR) & (np.abs(y) <= half) & (radius + growth * t >= 0)
                 found = np.where(valid & (t < found), t, found)
             for y, limit in ((half, bottom), (-half, top)):
@@ -147,25 +150,25 @@ class Cone(Shape):
 
 
 def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The products of vectors (N, k) or (k,)."""
+    """Return the dot products of vectors (N, k) or (k,)."""
     return np.einsum("...i,...i->...", first, second)
 
 
-# ---- textures: a colour of every point of a body ----
+# ---- textures: a colour for every point of a body ----
 
 
 @dataclasses.dataclass
 class Texture:
-    """Colours of points by a pattern in space. gloss: of the highlight, 0 to 1."""
+    """A pattern in space that gives points their colours. gloss: strength of the highlight, 0 to 1."""
 
     pattern: str
     colours: np.ndarray  # (2, 3), 0 to 1
-    waves: np.ndarray  # (3, 3): directions and frequencies
+    waves: np.ndarray  # (3, 3): one direction per row, its length the frequency
     shift: np.ndarray  # (3,)
     gloss: float
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        """(N, 3) colours of points (N, 3)."""
+        """Return the colours (N, 3) of points (N, 3)."""
         first, second = self.colours
         return first + self._mixture(points + self.shift)[:, None] * (second - first)
 
@@ -205,7 +208,7 @@ def _texture(draw: np.random.Generator, room: bool) -> Texture:
 
 @dataclasses.dataclass
 class Body:
-    """A shape in the world: ``rotation`` (3, 3) takes its own directions to the world's, ``centre`` (3,) is there."""
+    """A shape in the world. rotation: (3, 3), from the shape's frame to the world's. centre: (3,), in the world."""
 
     shape: Shape
     centre: np.ndarray
@@ -213,9 +216,9 @@ class Body:
     textures: dict[int, Texture]  # by class
 
     def hit(self, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
-        """Of rays of the world, see ``Shape``."""
+        """Return the distances of rays in the world, see ``Shape``."""
         away, length = self.centre - origin, _dot(direction, direction)
-        apart = _dot(away, away) - _dot(away, direction) ** 2 / length  # of the centre from the ray, squared
+        apart = _dot(away, away) - _dot(away, direction) ** 2 / length  # squared distance of the centre from the ray
         passing = np.flatnonzero(apart < self.shape.radius**2)
         found = np.full(len(direction), np.inf)
         own = -away[passing] if away.ndim == 2 else -away
@@ -225,8 +228,8 @@ class Body:
 
 @dataclasses.dataclass
 class World:
-    """Bodies (the room first), point lights (positions, colours) and the camera: ``axes`` (3, 3) takes its directions
-    to the world's, ``focal`` is in image sides."""
+    """Bodies (the room first), point lights (position, colour) and a camera at ``eye``. axes: (3, 3), from the camera's
+    frame to the world's. focal: focal length in image sides."""
 
     bodies: list[Body]
     lights: list[tuple[np.ndarray, np.ndarray]]
@@ -237,7 +240,7 @@ class World:
 
 
 def turn(axis: int, angle: float) -> np.ndarray:
-    """(3, 3): a rotation about an axis, in radians."""
+    """Return the rotation (3, 3) about an axis by an angle in radians."""
     found, (first, second) = np.eye(3), [other for other in range(3) if other != axis]
     found[[first, second], [first, second]] = math.cos(angle)
     found[first, second], found[second, first] = -math.sin(angle), math.sin(angle)
@@ -245,7 +248,7 @@ def turn(axis: int, angle: float) -> np.ndarray:
 
 
 def draw_world(draw: np.random.Generator) -> World:
-    """A room with three to nine objects on its floor, some upon others, as drawn."""
+    """Return a random room with up to nine objects on its floor, some on top of others."""
     half = np.array([draw.uniform(1.8, 4), draw.uniform(1.1, 1.7), draw.uniform(2.5, 4.5)])
     centre = np.array([draw.uniform(-0.6, 0.6), 0, half[2] - 0.6])
     textures = {label: _texture(draw, True) for label in (FLOOR, WALL, CEILING)}
@@ -280,7 +283,7 @@ def draw_world(draw: np.random.Generator) -> World:
 
 
 def _object(draw: np.random.Generator) -> tuple[Body, float, float]:
-    """(an object without a place, the radius of the floor that it covers, half of its height)."""
+    """Return (a random object without a position, the radius of the floor that it covers, half its height)."""
     kind = draw.integers(BOX, CONE + 1)
     radius, half = draw.uniform(0.2, 0.55), draw.uniform(0.2, 0.6)
     rotation, wide = turn(1, draw.uniform(0, math.pi)), radius
@@ -303,7 +306,7 @@ def _object(draw: np.random.Generator) -> tuple[Body, float, float]:
 
 @dataclasses.dataclass
 class Hits:
-    """What rays (N,) meet: distance, body, class, face, point and normal in the world, colour of the texture."""
+    """The hits of N rays: distance, body, point in the world, class, face, normal in the world, and texture colour."""
 
     t: np.ndarray
     body: np.ndarray
@@ -315,7 +318,7 @@ class Hits:
 
 
 def cast(world: World, directions: np.ndarray) -> Hits:
-    """The first surface of each ray (N, 3) from the eye. Rays that meet none, as there is a room, do not occur."""
+    """Return the first hit of each ray (N, 3) from the eye. Every ray hits something, because the room is closed."""
     distances = np.stack([body.hit(world.eye, directions) for body in world.bodies])
     nearest = distances.argmin(axis=0)
     t = distances[nearest, np.arange(len(directions))]
@@ -327,7 +330,7 @@ def cast(world: World, directions: np.ndarray) -> Hits:
         normals, face = body.shape.surface(own)
         hits.normals[of_body], hits.face[of_body] = normals @ body.rotation.T, face
         label = np.full(len(of_body), body.shape.label)
-        if index == 0:  # of the room's faces, 2 is the ceiling and 3 the floor, for y points down
+        if index == 0:  # the room: face 2 is the ceiling and 3 the floor, because y points down
             label = np.select([face == 2, face == 3], [CEILING, FLOOR], WALL)
         hits.label[of_body] = label
         for one, texture in body.textures.items():
@@ -336,7 +339,7 @@ def cast(world: World, directions: np.ndarray) -> Hits:
 
 
 def shade(world: World, hits: Hits, directions: np.ndarray) -> np.ndarray:
-    """(N, 3) colours, 0 to 1: ambient light, and of each lamp that is not hidden Lambert's and Blinn's terms."""
+    """Return the colours (N, 3), 0 to 1: ambient light, and the Lambert and Blinn terms of each visible light."""
     found = world.ambient * hits.colours
     gloss = np.array([max(each.gloss for each in body.textures.values()) for body in world.bodies])[hits.body]
     view = -directions / np.sqrt(_dot(directions, directions))[:, None]
@@ -359,7 +362,10 @@ def shade(world: World, hits: Hits, directions: np.ndarray) -> np.ndarray:
 
 
 def rays(world: World, size: int, x: float = 0.5, y: float = 0.5) -> np.ndarray:
-    """(size * size, 3): directions in the world through a point of each pixel, from its corner; the camera's z is 1."""
+    """Return the directions (size * size, 3), in the world, of rays through the point (x, y) of each pixel.
+
+    x, y: from the pixel's corner, 0 to 1. In the camera's frame the directions have z = 1.
+    """
     x, y = (((np.arange(size) + inside) / size - 0.5) / world.focal for inside in (x, y))
     x, y = np.meshgrid(x, y)
     return np.stack([x, y, np.ones_like(x)], axis=-1).reshape(-1, 3) @ world.axes.T
@@ -367,7 +373,7 @@ def rays(world: World, size: int, x: float = 0.5, y: float = 0.5) -> np.ndarray:
 
 @dataclasses.dataclass
 class Scene:
-    """An image (S, S, 3) of 0 to 255 and its maps (S, S), normals (S, S, 3)."""
+    """An image (S, S, 3) of 0 to 255 with its maps (S, S), and normals (S, S, 3)."""
 
     image: np.ndarray
     semseg: np.ndarray
@@ -378,9 +384,9 @@ class Scene:
 
 
 def render(world: World, size: int, draw: np.random.Generator) -> Scene:
-    """A scene as its camera sees it: colours of two rays a pixel with a little noise, labels of its centre.
+    """Return a world as its camera sees it: colours from two rays per pixel with some noise, labels from pixel centres.
 
-    A ray's direction has the camera's z of 1, so that its distance t is the depth.
+    A ray's direction has z = 1 in the camera's frame, so its distance t is the depth.
     """
     directions = rays(world, size)
     hits = cast(world, directions)
@@ -400,7 +406,7 @@ def render(world: World, size: int, draw: np.random.Generator) -> Scene:
 
 
 def salient(body: np.ndarray) -> np.ndarray:
-    """(S, S), 0 and 1: the object that the image is of. body: (S, S) the number of the body, 0 for the room."""
+    """Return a map (S, S), 1 on the salient object, else 0. body: (S, S), the body of each pixel, 0 for the room."""
     centres = (np.arange(len(body)) + 0.5) / len(body) - 0.5
     gaussian = np.exp(-(centres**2) / (2 * CENTRE**2))
     weights = np.bincount(body.ravel(), (gaussian[:, None] * gaussian).ravel())
@@ -409,7 +415,7 @@ def salient(body: np.ndarray) -> np.ndarray:
 
 
 def scene(seed: int, split: str, index: int, size: int) -> Scene:
-    """Number ``index`` of a split: the same whatever else is rendered."""
+    """Return scene ``index`` of a split, which is the same whatever else is rendered."""
     draw = np.random.default_rng([seed, SPLITS.index(split), index])
     return render(draw_world(draw), size, draw)
 
@@ -418,7 +424,7 @@ def scene(seed: int, split: str, index: int, size: int) -> Scene:
 
 
 def run(config: Prepare) -> None:
-    """Render the data set into a folder that is there whole or not at all; raises ``UserError``."""
+    """Render the data set as a complete folder or not at all; raises ``UserError``."""
     counts, names = {"train": config.train, "test": config.test}, [task.name for task in shipped("scenes")]
     patterns = ["*.png", "*.npy", "*.txt", "tasks.json"]
     with atomic_directory(config.output_dir, patterns, config.overwrite, nested=True) as folder:
@@ -436,7 +442,7 @@ def run(config: Prepare) -> None:
 
 
 def write(made: Scene, folder: Path, id: str) -> None:
-    """The files of one image."""
+    """Write the files of one image."""
     Image.fromarray(made.image).save(folder / "images" / f"{id}.png")
     for name in ("semseg", "sal", "edge"):
         Image.fromarray(getattr(made, name)).save(folder / name / f"{id}.png")

@@ -1,4 +1,4 @@
-"""Maps as files and as pictures: what a decoder's output says, in colours, beside the image and its labels."""
+"""Write predicted maps as files, and as coloured pictures beside the image and its labels."""
 
 import colorsys
 import io
@@ -15,20 +15,20 @@ from mtl_lora.dense.decoders import resized
 from mtl_lora.dense.tasks import IGNORE, Task
 from mtl_lora.dense.transforms import MEAN, STD
 
-Row = tuple[str, list[tuple[str, np.ndarray]]]  # a title, and the pictures with theirs
-_GAP, _TITLE = 4, 12  # pixels between pictures, and of a line of text
+Row = tuple[str, list[tuple[str, np.ndarray]]]  # the row's title, and its pictures, each with a title
+_GAP, _TITLE = 4, 12  # pixels between pictures, and the height of a line of text
 
 
 def map_of(task: Task, output: torch.Tensor, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """What an output (channels, S, S) says, at the height and width of ``shape``; None: as it is.
+    """Return the map that a decoder's output (channels, S, S) predicts. shape: its height and width; None: S and S.
 
-    Classes and parts: (H, W) class indices; saliency and edges: (H, W) probabilities; normals: (H, W, 3) unit vectors;
-    depth: (H, W).
+    The map is (H, W) class indices for semantic and parts, (H, W) probabilities for saliency and edges, (H, W, 3) unit
+    vectors for normals, and (H, W) for depth.
     """
     output = output.detach().float()
     shape = shape or output.shape[-2:]
     if task.has_classes:
-        # Class by class, for all of them at the size of a photograph would take gigabytes.
+        # One class at a time, because all classes at the size of a photograph would take gigabytes.
         best, found = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.uint8)
         for number, scores in enumerate(output.cpu()):
             scores = resized(scores[None, None], shape)[0, 0]
@@ -42,7 +42,7 @@ def map_of(task: Task, output: torch.Tensor, shape: tuple[int, int] | None = Non
 
 
 def write_map(found: np.ndarray, task: Task, path: Path) -> None:
-    """A PNG of class indices, or of probabilities times 255; .npy of normals and depth."""
+    """Write a map: class indices, or probabilities times 255, as PNG; normals and depth as .npy."""
     with files.atomic_path(path) as temporary, temporary.open("wb") as opened:
         if task.suffix == ".npy":
             np.save(opened, found.astype(np.float32))
@@ -52,8 +52,10 @@ def write_map(found: np.ndarray, task: Task, path: Path) -> None:
 
 
 def picture_of(task: Task, found: np.ndarray, depths: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
-    """(H, W, 3) colours of a map, or of a label of ``DenseDataset``; black without a label. depths: shown as white
-    and as black."""
+    """Return the colours (H, W, 3) of a map, or of a label of ``DenseDataset``, with black for pixels without a label.
+
+    depths: the smallest depth, shown as white, and the largest, shown as dark grey.
+    """
     if task.kind == "normals":
         known = (found != IGNORE).all(axis=-1, keepdims=True)
         return np.where(known, 127.5 + 127.5 * np.clip(found * [1, 1, -1], -1, 1), 0).astype(np.uint8)
@@ -65,14 +67,14 @@ def picture_of(task: Task, found: np.ndarray, depths: tuple[float, float] = (0.0
 
 
 def palette(classes: int) -> np.ndarray:
-    """(classes, 3) colours, the first dark grey, of hues that are far apart from one class to the next."""
+    """Return a colour per class (classes, 3): the first is dark grey, and successive classes have distant hues."""
     golden = 0.618034
     colours = [colorsys.hsv_to_rgb(index * golden % 1, 0.75, 0.95 - 0.35 * (index % 2)) for index in range(1, classes)]
     return np.array([(70, 70, 70), *(np.multiply(colour, 255) for colour in colours)]).astype(np.uint8)
 
 
 def image_of(image: torch.Tensor) -> np.ndarray:
-    """(S, S, 3) colours of an image (3, S, S) as the model is shown it."""
+    """Return the colours (S, S, 3) of an image (3, S, S) as the model sees it."""
     plain = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     return (255 * plain.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
@@ -83,7 +85,10 @@ def rows_of(
     found: Mapping[str, np.ndarray],
     labels: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Row]:
-    """A row of the image and its maps, below one of the labels where there are any; depth is shaded alike in both."""
+    """Return a row with the image and its maps, after a row with its labels if there are any.
+
+    Both rows use the same shades for depth.
+    """
     wanted = {}
     for task in tasks if labels else ():
         label = labels[task.name].numpy()
@@ -101,7 +106,7 @@ def rows_of(
 
 
 def write_sheet(rows: Sequence[Row], path: Path) -> None:
-    """All rows in one PNG, a column a task."""
+    """Write all rows to one PNG, with one column per task."""
     height, width = rows[0][1][0][1].shape[:2]
     columns = max(len(pictures) for _, pictures in rows)
     tall = height + _TITLE + _GAP

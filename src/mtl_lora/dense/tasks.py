@@ -1,4 +1,4 @@
-"""Tasks of dense prediction as data: what a task's map holds, its loss weight and its metric."""
+"""Declarations of dense prediction tasks: the kind of a task's map, its classes, loss weight and metric."""
 
 import dataclasses
 import typing
@@ -12,8 +12,8 @@ IGNORE = 255  # a pixel without a label, in maps of every kind
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What maps of one kind are. channels: of a decoder's output; 0: one for each class. weight: of its loss, as
-    MTLoRA (arXiv 2403.20320) has it. metrics: those that a task may have, the first by default."""
+    """Properties of one kind of map. channels: of the decoder's output; 0: one per class. weight: the loss weight in
+    MTLoRA (arXiv 2403.20320). metrics: the metrics that a task may have, the default first."""
 
     channels: int
     weight: float
@@ -32,11 +32,11 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Task(tasks.Task):
-    """One task: a map of the image.
+    """One task: predict a map of the image.
 
-    kind: a key of ``KINDS``. Maps are ``semantic`` and ``parts``: class indices from 0; ``saliency`` and ``edges``: 0
-    and 1; ``normals``: unit vectors (x right, y down); ``depth``: from 0, in the unit of the data. classes: the number
-    of classes, labels: their names, of a semantic or parts task. weight: of its loss in the sum over tasks.
+    kind: a key of ``KINDS``. Maps of ``semantic`` and ``parts`` hold class indices from 0, ``saliency`` and ``edges`` 0
+    and 1, ``normals`` unit vectors (x right, y down), and ``depth`` numbers from 0 in the unit of the data. classes and
+    labels: number and names of the classes of a semantic or parts task. weight: of the loss in the sum over tasks.
     """
 
     kind: str = dataclasses.field(default="", kw_only=True)
@@ -50,12 +50,12 @@ class Task(tasks.Task):
         self.require_texts("labels", "none")
         if self.labels and not self.classes:
             object.__setattr__(self, "classes", len(self.labels))
-        known = type(self.classes) is int and (2 <= self.classes < IGNORE if self.has_classes else self.classes == 0)
-        if not known or (self.labels and len(self.labels) != self.classes):
+        valid = type(self.classes) is int and (2 <= self.classes < IGNORE if self.has_classes else self.classes == 0)
+        if not valid or (self.labels and len(self.labels) != self.classes):
             rule = f"2 to {IGNORE - 1} classes, and as many labels or none" if self.has_classes else "no classes"
             raise UserError(
                 f"task {self.name!r} has {self.classes!r} classes and {len(self.labels)} labels; a task of kind "
-                f"{self.kind} has {rule}"
+                f"{self.kind} must have {rule}"
             )
         if self.weight is None:
             object.__setattr__(self, "weight", KINDS[self.kind].weight)
@@ -68,7 +68,7 @@ class Task(tasks.Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those that the task may have."""
+        """The metrics that the task may have."""
         return KINDS[self.kind].metrics
 
     @property
@@ -78,12 +78,12 @@ class Task(tasks.Task):
 
     @property
     def outputs(self) -> int:
-        """Channels of the task's decoder."""
+        """Number of output channels of the task's decoder."""
         return KINDS[self.kind].channels or self.classes
 
     @property
     def suffix(self) -> str:
-        """How the file of a predicted map ends."""
+        """The file name extension of a predicted map."""
         return ".npy" if self.kind in ("normals", "depth") else ".png"
 
     @property
@@ -106,12 +106,15 @@ class TaskSet(tasks.TaskSet[Task]):
     task_class = Task
 
     def only(self, names: typing.Sequence[str]) -> "TaskSet":
-        """The set of these tasks alone, in their order here, with ids from 0; all of none. Raises ``UserError``."""
+        """Return the set of the named tasks, in the order of this set with ids from 0; no names: all tasks.
+
+        Raises ``UserError`` for an unknown name.
+        """
         chosen = {self[name].name for name in names} or {*self.names}
         kept = [task for task in self if task.name in chosen]
         return TaskSet(tuple(dataclasses.replace(task, id=index) for index, task in enumerate(kept)))
 
 
 def shipped(name: str) -> TaskSet:
-    """The tasks of a set that the project knows: ``pascal``, ``nyud``, ``scenes`` or ``coco128``."""
+    """Return the tasks of a data set that the package declares: ``pascal``, ``nyud``, ``scenes`` or ``coco128``."""
     return TaskSet.load(Path(__file__).with_name(f"{name}_tasks.json"))

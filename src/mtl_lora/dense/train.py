@@ -1,4 +1,4 @@
-"""Training on maps: every image has all tasks, each with a loss of its own mean, from one forward."""
+"""Training on maps: one forward per image gives the maps of all tasks, each with its own loss."""
 
 import functools
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from mtl_lora.dense.tasks import TaskSet
 from mtl_lora.training.run import Run, train
 
 _PER_PROCESS = (
-    "batch norm without a GPU, and the balance of saliency's loss, are of the images of one process: two processes are "
-    "not one with twice the batch"
+    "batch norm without a GPU, and the balance of saliency's loss, use the images of one process only: two processes "
+    "are not equivalent to one with twice the batch"
 )
 
 
 class Collator:
-    """Items of a data set to a batch: ``pixel_values`` (B, 3, S, S), the labels of each task stacked under its name,
-    and ``loss_weight`` (T,). It passes the epoch on to the data set."""
+    """Collates items of a data set into a batch: ``pixel_values`` (B, 3, S, S), each task's stacked labels under its
+    name, and ``loss_weight`` (T,). ``set_epoch`` is that of the data set."""
 
     def __init__(self, data: DenseDataset):
         self.data, self.set_epoch = data, data.set_epoch
@@ -62,7 +62,7 @@ class DenseRun(Run):
         return self.data
 
     def columns(self, rows: DenseDataset) -> dict[str, np.ndarray]:
-        """Images are of one size and of all tasks, so a plan of batches knows no difference."""
+        """Return the same length and task for all images, which have one size and all tasks, to plan batches."""
         return {"length": np.ones(len(rows), np.int64), "task_id": np.zeros(len(rows), np.int64)}
 
     def check_rows(self, rows: DenseDataset) -> None:
@@ -90,4 +90,4 @@ class DenseRun(Run):
 
 
 RUN = DenseRun
-run = functools.partial(train, RUN)  # as a configuration says
+run = functools.partial(train, RUN)  # run(config) trains as a ``TrainConfig`` says

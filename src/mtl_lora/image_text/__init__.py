@@ -1,4 +1,5 @@
-"""A system: a language model that is shown images: questions and statements about them, and captions."""
+"""The system ``image_text``: a language model that also sees images, for questions and statements about them, and
+captions."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Captions against their references: what CIDEr and BLEU-4 need of each, by the scorers of pycocoevalcap."""
+"""Score captions against their references for CIDEr and BLEU-4, with the scorers of pycocoevalcap."""
 
 import re
 import shutil
@@ -11,15 +11,16 @@ from mtl_lora.errors import UserError
 
 PTB, SIMPLE = "ptb", "simple"
 _ENDINGS = r"n't|'(?:s|re|ve|ll|d|m)\b"
-_BRACKETS = str.maketrans({"(": " -lrb- ", ")": " -rrb- ", "’": "'"})  # coco-caption counts brackets, by these names
+_BRACKETS = str.maketrans({"(": " -lrb- ", ")": " -rrb- ", "’": "'"})  # to coco-caption brackets are tokens, so named
 _WORDS = re.compile(rf"-[lr]rb-|{_ENDINGS}|[^\W_]+?(?={_ENDINGS})|[^\W_]+(?:[-.,/&][^\W_]+)*|[&$%#@+*=<>]")
 
 
 def caption_rows(captions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str) -> list[dict]:
-    """Of each caption ``cider``, its CIDEr-D (1411.5726) from 0 to 10 among all of these references, and ``bleu4``,
-    the numbers that BLEU-4 is computed from; rows of the metrics of these names.
+    """Return for each caption the rows of the metrics ``cider`` and ``bleu4``.
 
-    tokenizer: one of ``tokenizer_here``. Raises ``UserError`` without the package pycocoevalcap.
+    cider: CIDEr-D (arXiv 1411.5726), 0 to 10, with document frequencies from all of these references. bleu4: the counts
+    from which BLEU-4 is computed. tokenizer: a result of ``tokenizer_here``. Raises ``UserError`` if the package
+    pycocoevalcap is not installed.
     """
     bleu_scorer, CiderScorer = _scorers()
     texts = tokenized([*captions, *(text for each in references for text in each)], tokenizer)
@@ -40,16 +41,17 @@ def _scorers() -> tuple:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
     except ImportError:
         raise UserError(
-            "captions are measured by the package pycocoevalcap; install it with `pip install pycocoevalcap`, or "
-            "leave their tasks out of --tasks"
+            "captions are scored with the package pycocoevalcap; install it with `pip install pycocoevalcap`, or "
+            "leave caption tasks out of --tasks"
         ) from None
     return bleu_scorer, CiderScorer
 
 
 def tokenizer_here(wanted: str) -> str:
-    """The tokenizer in effect: ``ptb`` where a Java runs it, else ``simple``.
+    """Return the tokenizer to use: ``ptb`` if Java can run it here, unless ``simple`` is wanted.
 
-    Raises ``UserError`` for ``ptb`` without it, and without the package pycocoevalcap.
+    wanted: ``ptb``, ``simple`` or ``auto``, which falls back to ``simple`` with a note on stderr. Raises ``UserError``
+    if ``ptb`` is wanted and cannot run, and if the package pycocoevalcap is not installed.
     """
     _scorers()
     if wanted == SIMPLE:
@@ -59,16 +61,16 @@ def tokenizer_here(wanted: str) -> str:
     except UserError as error:
         if wanted == PTB:
             raise
-        print(f"captions are tokenised in the simple way: {error}", file=sys.stderr)
+        print(f"captions are tokenised with the simple tokenizer: {error}", file=sys.stderr)
         return SIMPLE
     return PTB
 
 
 def tokenized(texts: Sequence[str], tokenizer: str) -> list[str]:
-    """Lower-case tokens with a space between them, without punctuation.
+    """Return each text as lower-case tokens separated by spaces, without punctuation.
 
-    ``ptb``: the Stanford PTBTokenizer that pycocoevalcap brings, as coco-caption uses it. ``simple``: words, with
-    hyphens and the points in numbers, endings such as n't and 's apart, and signs such as & and $.
+    ``ptb``: the Stanford PTBTokenizer that comes with pycocoevalcap, used as in coco-caption. ``simple``: tokens are
+    words, which keep inner hyphens and decimal points; endings such as n't and 's; and signs such as & and $.
     """
     lines = [" ".join(text.split()) for text in texts]
     if tokenizer == PTB:
@@ -77,12 +79,12 @@ def tokenized(texts: Sequence[str], tokenizer: str) -> list[str]:
 
 
 def _ptb(lines: Sequence[str]) -> list[str]:
-    """The tokens of lines. The package's own wrapper writes into its folder, and drops lines in silence."""
+    """Tokenise lines by calling the jar, as the package's wrapper writes into its own folder and may drop lines."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     java = shutil.which("java")
     if java is None:
-        raise UserError("the PTB tokenizer needs Java, which is not here; install one, or pass another tokenizer")
+        raise UserError("the PTB tokenizer needs Java, which is not installed; install it, or pass another tokenizer")
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = [java, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     command += ["-encoding", "UTF-8"]

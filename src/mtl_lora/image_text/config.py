@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 MIXED, ROUND_ROBIN = "mixed", "round_robin"
 ANSWER = "answer"  # the protocol: open answers and captions are generated, labels are scored
-OWN, SHUFFLED = "own", "shuffled"  # the images that a question is shown; "" for none
+OWN, SHUFFLED = "own", "shuffled"  # the images shown with a question; "": none
 _FEATURES = "the features (fingerprint)"
-TOKENIZERS = ("auto", "ptb", "simple")  # of captions
+TOKENIZERS = ("auto", "ptb", "simple")  # for scoring captions
 
 
 @dataclasses.dataclass(init=False)
@@ -27,39 +27,40 @@ class TrainConfig(TrainingConfig):
     """Everything that configures a training run on images and texts."""
 
     system = "image_text"
-    idle = TrainingConfig.idle | {"cuda_graphs": "is of other systems and does nothing for images and texts"}
+    idle = TrainingConfig.idle | {"cuda_graphs": "has no effect with --system image_text"}
     made_by = "mtl-lora prepare image_text"
 
     base_model: str = flag("smollm2-135m", "name or folder of a causal language model or an encoder-decoder (BART, T5)")
     data_path: str = flag(
         "data/image_text/train.json",
-        "JSON, JSON lines, CSV or parquet of examples with image (an id, or a list), text, answer or answers, and task",
+        "JSON, JSON lines, CSV or parquet file of examples with image (an id or a list of ids), text, answer or "
+        "answers, and task",
     )
     tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: easy-VQA, NLVR and Flickr8k")
     features: list[str] = flag(
         ["data/image_text/features.h5"],
-        "features of all images: HDF5 files of mtl-lora features, or folders of <image id>.h5, as a,b",
+        "features of all images: HDF5 files written by mtl-lora features, or folders of <image id>.h5, as a,b",
         affects="content",
     )
     pool: int | None = flag(
-        None, "cells along a side to which an image's grid is max-pooled (the original: 7 to 6); none: as it is", min=1
+        None, "max-pool each image's grid to this many cells per side (the original: 7 to 6); none: no pooling", min=1
     )
-    images: int = flag(2, "most images of an example", min=1)
+    images: int = flag(2, "maximum images per example", min=1)
     cutoff_len: int = flag(
         64,
-        "most tokens of a text and of an answer, where the task sets no lower limit; longer ones lose their end",
+        "maximum tokens of a prompt and of an answer, unless the task sets a lower limit; longer ones are truncated",
         min=8,
         group="texts and batches of tasks",
     )
 
     task_batches: str = flag(
         MIXED,
-        "mixed: every batch has examples of all tasks; round_robin: of one task, tasks in proportion to their "
-        "number of batches, as the original",
+        "mixed: every batch mixes examples of all tasks; round_robin: every batch has one task, tasks in proportion to "
+        "their number of batches, as in the original",
         choices=(MIXED, ROUND_ROBIN),
     )
     task_batch_sizes: list[str] = flag(
-        [], "with round_robin, in place of batch_size for some tasks: name=examples, as a,b"
+        [], "with round_robin, batch sizes for single tasks in place of batch_size: task=examples, as a,b"
     )
     batch_size: int | str = flag(
         16, "examples per device and micro-batch; the global batch is this x devices x gradient_accumulation_steps"
@@ -71,21 +72,21 @@ class TrainConfig(TrainingConfig):
         super().validate()
         self.batch_sizes(self.task_set())
         if self.task_batches == MIXED and self.task_batch_sizes:
-            raise UserError("--task_batch_sizes needs --task_batches round_robin, whose batches are of one task")
+            raise UserError("--task_batch_sizes needs --task_batches round_robin, where every batch has one task")
         if self.task_batches == ROUND_ROBIN:
             for name in ("token_budget", "sampling_temperature", "length_pool"):
                 if getattr(self, name) != getattr(TrainingConfig, name):
                     raise UserError(f"--{name} has no effect with --task_batches round_robin; leave it out")
 
     def batch_sizes(self, tasks: TaskSet) -> dict[str, int]:
-        """Examples of a one-task micro-batch by task; raises ``UserError`` for an entry that is none."""
+        """Return the micro-batch size of each task for batches of one task; raises ``UserError`` for a bad entry."""
         sizes, given = dict.fromkeys(tasks.names, self.batch_size), set()
         for entry in self.task_batch_sizes:
             name, _, number = entry.partition("=")
             if not number.isascii() or not number.isdecimal() or not int(number):
-                raise UserError(f"--task_batch_sizes must be task=examples as a,b, not {entry!r}")
+                raise UserError(f"--task_batch_sizes must be a list of task=examples, as a,b, not {entry!r}")
             if name in given:
-                raise UserError(f"--task_batch_sizes names {name!r} twice; leave one of them")
+                raise UserError(f"--task_batch_sizes names {name!r} twice; keep one of them")
             given.add(name)
             sizes[tasks[name].name] = int(number)
         return sizes
@@ -97,7 +98,7 @@ class TrainConfig(TrainingConfig):
         return {_FEATURES: _fingerprint(tuple(self.features))}
 
     def visual_config(self, store: "FeatureStore") -> "VisualConfig":
-        """The images that the model takes, by their features; raises ``UserError`` for a ``pool`` above their grid."""
+        """Return the shape of the model's image input; raises ``UserError`` if ``pool`` exceeds the features' grid."""
         from mtl_lora.image_text.model import VisualConfig
 
         return VisualConfig(store.dim, store.grid, self.pool, self.images, store.source)
@@ -109,25 +110,25 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     base_model: str | None = flag(
         None,
-        "with --checkpoint: where its base model lies, if that has moved; alone, with --no_images: a model that is not "
-        "trained",
+        "with --checkpoint: where its base model is, if it has moved; alone, with --no_images: a model without "
+        "fine-tuning",
     )
     features: list[str] = flag(
         [], "features of the images: HDF5 files or folders, as a,b; empty: those of the training", affects="content"
     )
     cutoff_len: int | None = flag(
-        None, "most tokens of a text, where no checkpoint has it and the task no lower limit; none: 64", min=8
+        None, "maximum tokens of a prompt, if no checkpoint sets it and no task a lower limit; none: 64", min=8
     )
-    num_beams: int = flag(1, "beams of the search for a caption; 1: greedy, as open answers always are", min=1)
+    num_beams: int = flag(1, "beams for generating captions; 1: greedy, which open answers always are", min=1)
     official: bool = flag(
-        False, "choose labels of an encoder-decoder as the original: by their first token alone, without its EOS"
+        False, "score the labels of an encoder-decoder as the original does: by their first token only, without EOS"
     )
-    no_images: bool = flag(False, "ablation: ask with the text alone")
+    no_images: bool = flag(False, "ablation: show the text only")
 
     def validate(self) -> None:
         super().validate()
         if not self.checkpoint and not self.base_model:
-            alone = "--system image_text --base_model NAME --no_images for a model that is not trained"
+            alone = "--system image_text --base_model NAME --no_images for a model without fine-tuning"
             raise UserError(f"pass --checkpoint DIR, or {alone}")
         if self.no_images and self.features:
             raise UserError("--no_images and --features cannot be combined; pass one")
@@ -135,7 +136,7 @@ class AnswerConfig(answer_config.AnswerConfig):
     def check_files(self) -> None:
         super().check_files()
         if not self.checkpoint and self.images:
-            raise UserError("a model that is not trained sees no images; pass --no_images, or --checkpoint DIR")
+            raise UserError("a base model without a checkpoint sees no images; pass --no_images, or --checkpoint DIR")
         if self.tasks_file:
             TaskSet.load(self.tasks_file)
 
@@ -144,11 +145,11 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     @property
     def images(self) -> str:
-        """Which images a question is shown."""
+        """Which images are shown with a question: ``OWN``, ``SHUFFLED``, or "" for none."""
         return "" if self.no_images else OWN
 
     def measures_captions(self, tasks: TaskSet) -> bool:
-        """Whether a caption is compared with others."""
+        """Return whether the command scores captions against references."""
         return False
 
 
@@ -159,19 +160,21 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
     made_by = TrainConfig.made_by
 
     data_dir: str = flag("data/image_text/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)")
-    shuffle_images: bool = flag(False, "ablation: show each question an image of another one of its task")
+    shuffle_images: bool = flag(False, "ablation: replace every image by another image of the same task")
     caption_tokenizer: str = flag(
         "auto",
-        "words of captions: ptb, as coco-caption, which needs Java; simple; auto: ptb where it runs",
+        "tokenizer for scoring captions: ptb, as in coco-caption (needs Java); simple; auto: ptb if it runs here",
         choices=TOKENIZERS,
     )
-    page: int = flag(0, "questions on a page of pictures and answers, pictures.html; 0: none", min=0, affects="nothing")
+    page: int = flag(
+        0, "questions to show in pictures.html with their pictures and answers; 0: no page", min=0, affects="nothing"
+    )
     pictures: str | None = flag(None, "folder of the pictures for --page", affects="nothing")
 
     def validate(self) -> None:
         super().validate()
         if bool(self.page) != bool(self.pictures):
-            raise UserError("--page N and --pictures DIR belong together; pass both")
+            raise UserError("--page N and --pictures DIR need each other; pass both")
         if self.no_images and self.shuffle_images:
             raise UserError("--no_images and --shuffle_images cannot be combined; pass one")
 
@@ -184,13 +187,13 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     @property
     def output_folder(self) -> str:
-        """Those of an ablation are beside the others, never among them."""
+        """Where predictions and results go; by default an ablation has its own folder beside the main results."""
         own = self.output_dir or self.images == OWN
         return super().output_folder + ("" if own else f"_{self.images or 'no'}_images")
 
     @property
     def protocols(self) -> dict[str, str]:
-        """How questions are answered, with the folder of the results."""
+        """The output folder of each protocol, that is each way of answering the questions."""
         return {ANSWER: self.output_folder}
 
 
@@ -198,20 +201,20 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet of examples with image and, of questions, text")
+    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples with image and, for questions, text")
 
 
-# What the commands' help begins with.
-TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, by a low-rank adapter."
-EVALUATE_ABOUT = "Score a trained model on the test sets of its tasks on images."
-PREDICT_ABOUT = "Answer the examples of a file, images with questions or for captions, with a trained model."
+# The first line of each command's help.
+TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, with a low-rank adapter."
+EVALUATE_ABOUT = "Score a trained model on the test sets of its image-text tasks."
+PREDICT_ABOUT = "Answer questions about images, or caption images, from a file of examples with a trained model."
 
 
-@functools.cache  # a study asks for every job
+@functools.cache  # a study calls it for every job
 def _fingerprint(features: tuple[str, ...]) -> str | None:
     try:
         from mtl_lora.image_text.features import FeatureStore
 
         return FeatureStore(features).fingerprint
-    except (UserError, ModuleNotFoundError):  # the command that reads them says what is wrong
+    except (UserError, ModuleNotFoundError):  # the command that reads the features reports the error
         return None

@@ -1,7 +1,7 @@
-"""From examples to rows and batches: prompts and answers in token ids, beside the features of their pictures.
+"""Turn examples into rows and batches: prompts and answers as token ids, with the features of their pictures.
 
-Prompt and answer are tokenised apart. An encoder-decoder reads the prompt and writes the answer; a causal language
-model reads pictures, prompt and answer as one sequence.
+Prompt and answer are tokenised separately. An encoder-decoder encodes the prompt and decodes the answer; a causal
+language model reads pictures, prompt and answer as one sequence.
 """
 
 import itertools
@@ -22,18 +22,18 @@ from mtl_lora.training.rows import cached_rows, tokenizer_hash
 if TYPE_CHECKING:
     from mtl_lora.image_text.features import FeatureStore
 
-# Raised when the way examples are encoded changes, so that caches of an older version are not read.
+# Increase it when the encoding of examples changes, so that caches of an older version are not read.
 _VERSION = 1
-IGNORED = -100  # the label of a token that carries no loss
-LEAST_TEXT = 4  # tokens that must remain of a text that is cut
+IGNORED = -100  # the label of a token without loss
+LEAST_TEXT = 4  # minimum tokens that must remain of a truncated text
 COLUMNS = datasets.Features(
     {
         "prompt_ids": datasets.Sequence(datasets.Value("int32")),
         "answers": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),  # each with EOS
-        "scores": datasets.Sequence(datasets.Value("float64")),  # of each answer
+        "scores": datasets.Sequence(datasets.Value("float64")),  # one per answer
         "images": datasets.Sequence(datasets.Value("string")),
         "image_count": datasets.Value("int32"),
-        "example": datasets.Value("int64"),  # its place in the file
+        "example": datasets.Value("int64"),  # its index in the file
         "length": datasets.Value("int32"),  # of the prompt and the longest answer, without visual tokens
         "task_id": datasets.Value("int32"),
         "removed": datasets.Value("int32"),
@@ -42,12 +42,13 @@ COLUMNS = datasets.Features(
 
 
 class Encoder:
-    """Prompts and answers to token ids, for one tokenizer, kind of model and task set.
+    """Encodes prompts and answers as token ids for one tokenizer, kind of model and task set.
 
-    cutoff_len: most tokens of a prompt and of an answer, where the task sets no lower limit; a longer text loses its
-    end, but never what the prompt says before or behind it, and so does an answer before its EOS. config: of the model.
-    before, behind: ids around every prompt; answer_start: with which a decoder's answers begin, none in a causal model.
-    Raises ``UserError`` for a tokenizer without EOS, and for labels that are too long or the same tokens.
+    cutoff_len: maximum tokens of a prompt and of an answer, unless the task sets a lower limit. In a longer prompt the
+    example's text is cut at its end, never the task's words around it; a longer answer is cut at its end but keeps its
+    EOS. config: the model's configuration. before, behind: ids around every prompt. answer_start: ids with which every
+    answer of an encoder-decoder begins; empty for a causal model. Raises ``UserError`` for a tokenizer without EOS, and
+    for labels that are too long or have the same tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, cutoff_len: int, tasks: TaskSet):
@@ -66,41 +67,45 @@ class Encoder:
         self.labels = {task.id: self._labels(task) for task in tasks}
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer puts before and behind a text by itself; behind a prompt that goes on, none."""
+        """Return the ids that the tokenizer adds before and after a text; none after it for a causal model, whose
+        prompt the answer continues."""
         (bare,), full = self._ids(["a"]), self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :] if self.is_encoder_decoder else []
         raise UserError(
-            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text behind them, so a "
+            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text next to them, so a "
             "prompt cannot be cut; use another tokenizer"
         )
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
-        if not (texts := list(texts)):  # of which a tokenizer raises
+        if not (texts := list(texts)):  # tokenizers raise for an empty list
             return []
-        # What looks like a control token is text, for EOS in a question would end it.
+        # Control tokens in a text are split into ordinary tokens: an EOS in a question would end it.
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _labels(self, task: Task) -> list[list[int]]:
-        """The ids of a choice's labels, each with EOS."""
+        """Return the ids of a choice's labels, each with EOS."""
         found = [self.answer_ids(label, task) for label in task.labels]
         most = self._most(task.max_answer)
         for label, ids in zip(task.labels, found, strict=True):
             if len(ids) > most:
-                raise UserError(f"the label {label!r} of {task.name} has {len(ids)} tokens, more than {most}; raise it")
+                raise UserError(
+                    f"the label {label!r} of {task.name} has {len(ids)} tokens, more than the limit of {most}; raise "
+                    "the task's max_answer, or --cutoff_len"
+                )
         for first, last in itertools.combinations(range(len(found)), 2):
             if found[first] == found[last]:
                 pair = f"{task.labels[first]!r} and {task.labels[last]!r} of the task {task.name}"
-                raise UserError(f"the labels {pair} are the same tokens to this tokenizer; rename one of them")
+                raise UserError(f"the labels {pair} are the same tokens for this tokenizer; rename one of them")
         return found
 
     def _most(self, limit: int) -> int:
-        """The tokens that a task's limit, 0 for none, leaves."""
+        """Return the lower of ``cutoff_len`` and a task's limit (0: none)."""
         return min(limit or self.cutoff_len, self.cutoff_len)
 
     def answer_ids(self, text: str, task: Task) -> list[int]:
-        """An answer with EOS; a decoder's begins as the tokenizer begins a text (a BART's with BOS)."""
+        """Return an answer's ids with EOS; in an encoder-decoder after ``answer_start`` (BOS for BART)."""
         if text and not self.is_encoder_decoder and not task.prompt[-1:].isspace():
             text = f" {text}"
         if text not in self._answers:
@@ -109,10 +114,11 @@ class Encoder:
         return self._answers[text]
 
     def encode(self, examples: Sequence[Example], answered: bool = True) -> list[dict]:
-        """Of each example ``prompt_ids``, ``images``, ``task_id``, ``removed`` (tokens that were cut) and, if they are
-        ``answered``, ``answers`` and ``scores``: without a right answer one, empty, of score 0.
+        """Return each example's ``prompt_ids``, ``images``, ``task_id``, ``removed`` (the number of tokens cut) and, if
+        ``answered``, its ``answers`` and ``scores``; an example without a right answer gets an empty one of score 0.
 
-        Raises ``UserError`` naming the example that a limit leaves no room for, and one that holds a control token.
+        Raises ``UserError`` naming an example whose prompt the limit leaves no room for, or that contains a control
+        token.
         """
         tasks = [self.tasks[example.task_id] for example in examples]
         parts = [task.parts(example.text) for task, example in zip(tasks, examples, strict=True)]
@@ -131,42 +137,42 @@ class Encoder:
             if found := self._control.intersection(used):
                 token = self.tokenizer.convert_ids_to_tokens(found.pop())
                 raise UserError(
-                    f"example {example.index} holds {token!r}, which this tokenizer takes for a control token; "
-                    "take it out"
+                    f"example {example.index} contains {token!r}, which is a control token for this tokenizer; "
+                    "remove it"
                 )
             rows.append(row | {"removed": removed})
         return rows
 
     def _shortened(self, ids: list[int], texts: tuple[str, str, str], task: Task, example: Example) -> list[int]:
-        """The ids of a prompt with tokens taken from the end of its text until they fit."""
+        """Return a prompt's ids, with tokens removed from the end of its text until they fit."""
         most = self._most(task.max_text)
         room = most - len(self.before) - len(self.behind)
         if len(ids) <= room:
             return ids
         before, _, behind = texts
-        # A neighbour keeps white space from being tokenised otherwise than in the prompt.
+        # The letter next to them makes white space at their edge tokenise as it does in the prompt.
         opening, closing = self._ids([f"{before}a", f"a{behind}"])
         head, tail = _alike(ids, opening), _alike(ids[::-1], closing[::-1]) if behind else 0
         if room - head - tail < LEAST_TEXT:
             raise UserError(
-                f"example {example.index}: {most} tokens leave no room for a text beside the {head + tail} of the "
+                f"example {example.index}: {most} tokens leave no room for a text besides the {head + tail} of the "
                 f"prompt of {task.name}; raise its max_text, or --cutoff_len"
             )
         return ids[: room - tail] + ids[len(ids) - tail :]
 
 
 def _alike(first: Sequence[int], last: Sequence[int]) -> int:
-    """The number of ids with which both begin."""
+    """Return the number of leading ids that both sequences share."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
 
 
 def training_rows(
     path: str | Path, encoder: Encoder, cache_dir: str | Path, task: str | None = None, digest: str | None = None
 ) -> datasets.Dataset:
-    """The encoded examples of a data file, one a row (``COLUMNS``), from the cache if they are there.
+    """Return the encoded examples of a data file, one per row (``COLUMNS``), from the cache if they are in it.
 
-    task: as for ``load_examples``. digest: the file's sha256, if it is known. Raises ``UserError`` as ``load_examples``
-    and ``Encoder.encode`` do, and for an unwritable cache folder.
+    task: as in ``load_examples``. digest: the file's sha256, if known. Raises ``UserError`` as ``load_examples`` and
+    ``Encoder.encode`` do, and if the cache folder cannot be written.
     """
     tasks = encoder.tasks
     shaping = [encoder.cutoff_len, encoder.is_encoder_decoder, tasks.answers_sha256]
@@ -185,7 +191,7 @@ def training_rows(
 
 
 def mean_answer_tokens(rows: datasets.Dataset, tasks: TaskSet) -> dict[int, float]:
-    """The mean number of tokens of the training answers, by id of the tasks whose loss is by token."""
+    """Return the mean number of tokens of a training answer by task id, for the tasks whose loss is by token."""
     sums = {task.id: [0, 0] for task in tasks if task.loss == BY_TOKEN}
     for task_id, answers in zip(rows["task_id"], rows["answers"], strict=True):
         if task_id in sums:
@@ -195,21 +201,23 @@ def mean_answer_tokens(rows: datasets.Dataset, tasks: TaskSet) -> dict[int, floa
 
 
 class Collator:
-    """Rows to a batch of B rows, L tokens, I pictures a row at most, V visual tokens of these.
+    """Collates rows into a batch: B rows, L tokens, at most I pictures per row with V visual tokens in all, G cells of
+    D numbers per picture.
 
-    input_ids (B, L); features (B, I, G, D), zero where a row has fewer pictures; attention_mask (B, L + V), in an
-    encoder-decoder the prompt's in front and the visual tokens' behind, in a causal model the other way round; task_ids
-    (B,). Of training rows also:
+    input_ids (B, L); features (B, I, G, D), zero where a row has fewer pictures; attention_mask (B, L + V), with the
+    prompt before the visual tokens in an encoder-decoder, and after them in a causal model; task_ids (B,). For training
+    rows also:
 
-    labels: ``IGNORED`` where there is no loss; in an encoder-decoder (B, L'), of the answers, with decoder_input_ids
-    (B, L'); in a causal model (B, L), the answers behind their prompts. weights (B,): of each token of a row. scores
-    (B,): by which a row's losses are multiplied. loss_weight (): the sum of the weights of all tokens.
+    labels: ``IGNORED`` for tokens without loss; in an encoder-decoder (B, L'), the answers, with decoder_input_ids
+    (B, L'); in a causal model (B, L), the answers after their prompts. weights (B,): the weight of each token of a row.
+    scores (B,): the factor of a row's losses. loss_weight (): the sum of the weights of all tokens.
 
-    All are padded on the right, but for a causal model's prompts without answers: on the left, for generation.
+    Padding is on the right, except for a causal model's prompts without answers: on the left, for generation.
 
-    store: None for texts alone, without features. visual_tokens: of a picture, after any pooling. mean_tokens: by which
-    a token's weight is divided in tasks whose loss is by token, see ``mean_answer_tokens``. Which of several answers is
-    learned depends on the seed, the epoch and the example's place in its file, and on nothing else.
+    store: None for texts without images. visual_tokens: per picture, after any pooling. mean_tokens: by id of the tasks
+    whose loss is by token, the n of a token's weight 1 / n, see ``mean_answer_tokens``; in other tasks n is the length
+    of the answer. If an example has several answers, the seed, the epoch and the example's index in its file alone
+    decide which one is learned.
     """
 
     def __init__(
@@ -225,11 +233,11 @@ class Collator:
         self.is_encoder_decoder, self.mean_tokens = encoder.is_encoder_decoder, dict(mean_tokens or {})
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose answers are drawn."""
+        """Set the epoch, which decides the answers that are drawn."""
         self.epoch = epoch
 
     def drawn(self, row: Mapping) -> int:
-        """Which of a row's answers is learned, in proportion to their scores."""
+        """Return the index of the answer that is learned, drawn in proportion to the scores of the row's answers."""
         if len(row["answers"]) == 1:
             return 0
         draw = random.Random(f"{self.seed} {self.epoch} {row['example']}")
@@ -270,7 +278,7 @@ class Collator:
         return batch | {"loss_weight": (batch["weights"] * torch.tensor(counts)).sum().float()}
 
     def _features(self, images: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, I, G, D), and which of their visual tokens are a picture's, (B, V)."""
+        """Return the features (B, I, G, D), and the mask (B, V) of visual tokens that belong to a picture."""
         found = {image: self.store[image] for image in {*itertools.chain(*images)}}
         features = torch.zeros(len(images), max(map(len, images)), *found[images[0][0]].shape)
         for row, ids in enumerate(images):
@@ -280,7 +288,7 @@ class Collator:
 
 
 def _padded(rows: Iterable[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
-    """Rows of numbers (B, the longest), padded with ``value``."""
+    """Return rows of numbers as a tensor (B, length of the longest), padded with ``value``."""
     rows = list(rows)
     padded = torch.full((len(rows), max(map(len, rows))), value)
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""``mtl-lora evaluate`` and ``predict`` on images and texts: answers and captions are generated, labels are scored."""
+"""``mtl-lora evaluate`` and ``predict`` for images and texts: answers and captions are generated, labels are scored."""
 
 import dataclasses
 import random
@@ -24,24 +24,24 @@ from mtl_lora.images import find_images
 from mtl_lora.metrics import METRICS, mean, same_text, text_f1
 from mtl_lora.results import Comparability, Results, TaskResult, measure
 
-SHUFFLE_SEED = 0  # of the images that stand in for others
+SHUFFLE_SEED = 0  # for --shuffle_images
 
 
 class Question(evaluation.Question):
-    """One example, ready for a model. row: of ``Encoder.encode``, with the images that are shown."""
+    """One example prepared for a model. row: its ``Encoder.encode`` row, with the images that are shown."""
 
     @property
     def target(self) -> dict:
-        """The keys of a line that say what is right: the first answer, and all where the metric takes them."""
+        """The keys of a prediction line with the target: the best answer, and all answers if the metric needs them."""
         example, target = self.example, {"answer": self.example.answer}
         if METRICS[self.task.metric_name].needs == "references":
-            return target | {"answers": list(example.annotators or example.answers)}  # two may say the same
+            return target | {"answers": list(example.annotators or example.answers)}  # annotators may repeat a caption
         if METRICS[self.task.metric_name].target == "answers":
             return target | {"answers": list(example.annotators) or example.answers}
         return target
 
     def line(self, parsed: str, **said: object) -> dict:
-        """The question's line in the predictions. said: ``text`` that was generated, or ``scores`` of labels."""
+        """Return the question's prediction line. said: the generated ``text``, or the ``scores`` of the labels."""
         name, target = self.task.metric_name, self.target
         line = {"task": self.task.name, "index": self.example.index, **target, "parsed": parsed}
         if METRICS[name].target == "answers":
@@ -54,18 +54,18 @@ class Question(evaluation.Question):
         return line | said | {"prompt_sha256": self.prompt_sha256} | extra
 
     def answered_by(self, line: Mapping | None) -> bool:
-        """Whether a line, perhaps of an earlier version of the test set, answers this very question and target."""
+        """Return whether a line, which may be from an earlier version of the test set, has this question and target."""
         expected = {**self.target, "prompt_sha256": self.prompt_sha256}
-        known = line is not None and isinstance(line.get("parsed"), str)
-        return known and {key: line.get(key) for key in expected} == expected
+        is_valid = line is not None and isinstance(line.get("parsed"), str)
+        return is_valid and {key: line.get(key) for key in expected} == expected
 
     def extract_again(self, line: dict) -> dict:
-        """The line with its scores by today's rules."""
+        """Return the line scored again by the current rules."""
         return self.line(line["parsed"], **{key: line[key] for key in ("text", "scores") if key in line})
 
 
 class Evaluator(evaluation.Evaluator):
-    """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
+    """A language model with images and its tasks; raises ``UserError`` for bad settings before loading the model."""
 
     system, version = "image_text", 1
     comparability = Comparability(["mode", "base_fingerprint", "cutoff_len", "images"])
@@ -81,45 +81,45 @@ class Evaluator(evaluation.Evaluator):
         self.use_base(name, origin)
         self.encoder = Encoder(self.base_model.tokenizer(), self.base_model.config(), self.cutoff_len, self.tasks)
         if config.official and not self.encoder.is_encoder_decoder:
-            raise UserError(f"--official compares labels in the decoder of a BART, which {name!r} is not; leave it out")
+            raise UserError(f"--official needs an encoder-decoder such as BART, which {name!r} is not; leave it out")
         if config.official:
             self._check_first_tokens()
         self.images = visual.visual_config(origin) if self.adapter else None
         self.store = self._store(origin.train_settings) if config.images else None
         tokens = self.images.tokens if self.images else 0
         self.collator = Collator(self.encoder, self.store, tokens)
-        self.others: dict[int, dict[str, str]] = {}  # by task id, the image that is shown in place of each
+        self.others: dict[int, dict[str, str]] = {}  # with --shuffle_images, the replacement of each image by task id
         self.variant = "" if config.images == OWN else f", {config.images or 'no'} images"
         self.tokenizer = tokenizer_here(config.caption_tokenizer) if config.measures_captions(self.tasks) else None
 
     def _store(self, trained: Mapping | None) -> FeatureStore:
-        """The features, by default those of the training; raises ``UserError`` for others than the model takes."""
+        """Return the features, by default those of the training; raises ``UserError`` if the model takes others."""
         paths = self.config.features or (trained or {}).get("features") or []
         if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
             raise UserError(f"{self.config.checkpoint}: the features of its training must be paths; pass --features")
         if not paths:
-            raise UserError(f"{self.config.checkpoint} does not say where its features were; pass --features")
+            raise UserError(f"{self.config.checkpoint} does not record the paths of its features; pass --features")
         store, wanted = FeatureStore(paths), self.images
         if (store.grid, store.dim) != (wanted.grid, wanted.dim):
             raise UserError(
-                f"the features in {', '.join(paths)} are {store.grid} x {store.grid} cells of {store.dim} numbers, and "
+                f"the features in {', '.join(paths)} are {store.grid} x {store.grid} cells of {store.dim} numbers, but "
                 f"{self.config.checkpoint} takes {wanted.grid} x {wanted.grid} of {wanted.dim}; pass --features"
             )
         if store.source and wanted.source and store.source != wanted.source:
             raise UserError(
-                f"the features in {', '.join(paths)} are of the vision model {store.source}, and "
+                f"the features in {', '.join(paths)} are from the vision model {store.source}, but "
                 f"{self.config.checkpoint} was trained on those of {wanted.source}; pass --features"
             )
         return store
 
     def _check_first_tokens(self) -> None:
-        """Raise ``UserError`` for labels that begin alike."""
+        """Raise ``UserError`` if two labels of a task have the same first token."""
         place = len(self.encoder.answer_start)
         for task in self.tasks:
             first = [ids[place] for ids in self.encoder.labels[task.id]]
             if len({*first}) < len(first):
                 raise UserError(
-                    f"--official compares first tokens, and labels of {task.name} begin alike; leave it out"
+                    f"--official compares first tokens, and two labels of {task.name} have the same one; leave it out"
                 )
 
     def settings(self, protocol: str) -> dict:
@@ -132,18 +132,19 @@ class Evaluator(evaluation.Evaluator):
         }
 
     def shuffle(self, examples: Iterable[Example]) -> None:
-        """Give each image of a task's examples, of all that its file holds, another one of them."""
+        """Choose a replacement for each image among the images of a task. examples: all in the task's file."""
         examples = list(examples)
         ids = sorted({image for example in examples for image in example.images})
         if len(ids) < 2:
             raise UserError(
-                f"the questions of {self.tasks[examples[0].task_id].name} have one image; none can stand in"
+                f"--shuffle_images needs two images of a task, and the questions of "
+                f"{self.tasks[examples[0].task_id].name} have one image; leave the task out of --tasks"
             )
         random.Random(SHUFFLE_SEED).shuffle(ids)
         self.others[examples[0].task_id] = dict(zip(ids, ids[1:] + ids[:1], strict=True))
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
-        """Questions of examples; raises ``UserError`` naming source and example, or the images without features."""
+        """Return the examples as questions; raises ``UserError`` naming the example, or the images without features."""
         try:
             rows = self.encoder.encode(examples, answered=False)
         except UserError as error:
@@ -151,7 +152,7 @@ class Evaluator(evaluation.Evaluator):
         found = []
         for example, row in zip(examples, rows, strict=True):
             if self.store and len(example.images) > self.images.images:
-                more = f"{len(example.images)} images, and the model takes {self.images.images} at most"
+                more = f"{len(example.images)} images, but the model takes {self.images.images} at most"
                 raise UserError(f"{source}, example {example.index} has {more}; train with --images")
             others = self.others.get(example.task_id)
             row["images"] = [others[image] for image in example.images] if others else row["images"]
@@ -161,11 +162,11 @@ class Evaluator(evaluation.Evaluator):
             with within(source):
                 self.store.check(image for row in rows for image in row["images"])
         longest = max(map(self._length, found), default=0)
-        self.base_model.check_positions(longest, "a question with its images and answer; take a shorter --cutoff_len")
+        self.base_model.check_positions(longest, "a question with its images and answer; pass a smaller --cutoff_len")
         return found
 
     def _length(self, question: Question) -> int:
-        """Tokens of a question, its images, and the longest answer that is scored or generated."""
+        """Return the number of tokens of a question, its images, and its longest answer, scored or generated."""
         task, images = question.task, len(question.row["images"]) * self.collator.visual_tokens
         answers = map(len, self.encoder.labels[task.id])
         return len(question.prompt_ids) + images + max(answers, default=task.generated_tokens)
@@ -176,12 +177,12 @@ class Evaluator(evaluation.Evaluator):
     def build(self) -> PreTrainedModel:
         dtype = self.config.dtype, self.load_in_4bit
         model = visual.load(self.base_model, self.images, *dtype) if self.adapter else self.base_model.load(*dtype)
-        # generate takes whatever it is not given (a repetition penalty, tokens to suppress) from here.
+        # ``generate`` takes every option that it is not given, such as a repetition penalty, from this configuration.
         model.generation_config = GenerationConfig()
         return model
 
     def tokens(self, question: Question, protocol: str) -> int:
-        """Of all rows that a choice's labels are scored in, or a caption's beams; visual ones included."""
+        """Return the tokens of all rows of a question, one per label or beam, visual tokens included."""
         rows = self.config.num_beams if question.task.answer == CAPTION else len(self.encoder.labels[question.task.id])
         return self._length(question) * max(rows, 1)
 
@@ -194,14 +195,15 @@ class Evaluator(evaluation.Evaluator):
         return {key: value.to(self.model.device) for key, value in self.collator(rows).items()}
 
     def _scored(self, questions: list[Question]) -> list[dict]:
-        """The likeliest label, by the log-probability of its tokens and EOS, officially of its first token alone."""
+        """Answer with the likeliest label, by the log-probability of its tokens with EOS, or with ``official`` of its
+        first token only."""
         task, labels = questions[0].task, self.encoder.labels[questions[0].task.id]
         rows = [question.row | {"answers": [ids], "scores": [1.0]} for question in questions for ids in labels]
         batch = self._batch(rows)
         losses, _, _ = answer_losses(self.model, batch)
         carries = batch["labels"] != IGNORED
         row, column = carries.nonzero().unbind(dim=1)
-        place = column - carries.int().argmax(dim=1)[row] - len(self.encoder.answer_start)  # BOS is said by all labels
+        place = column - carries.int().argmax(dim=1)[row] - len(self.encoder.answer_start)  # all labels begin with BOS
         counted = place == 0 if self.config.official else place >= 0
         sums = torch.zeros(len(rows), dtype=torch.float64, device=losses.device)
         sums.index_add_(0, row, torch.where(counted, -losses, 0).double())
@@ -211,13 +213,13 @@ class Evaluator(evaluation.Evaluator):
         return lines
 
     def _generated(self, questions: list[Question]) -> list[dict]:
-        """Greedy, or by beams; never sampled."""
+        """Answer with generated text, greedily or by beam search, never by sampling."""
         task, tokenizer, encoder = questions[0].task, self.encoder.tokenizer, self.encoder
         batch, seen, start = self._batch([question.row for question in questions]), NotANumber(), []
         if encoder.is_encoder_decoder:
             start = [encoder.decoder_start, *encoder.answer_start]
             batch["decoder_input_ids"] = torch.tensor([start] * len(questions), device=self.model.device)
-        # A fresh configuration: the one a base model brings may ask for sampling.
+        # A new configuration, because that of the base model may ask for sampling.
         settings = GenerationConfig(
             max_new_tokens=max(task.generated_tokens - len(encoder.answer_start), 1),
             num_beams=self.config.num_beams if task.answer == CAPTION else 1,
@@ -272,9 +274,9 @@ class Evaluator(evaluation.Evaluator):
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet; writes and returns the results.
+    """Answer every question that has no answer yet, then write and return the results by protocol.
 
-    Empty with ``check``, and on every process but the first.
+    The returned dictionary is empty with ``check``, and on every process except the first.
     """
     evaluator = Evaluator(config)
 
@@ -282,7 +284,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
         examples = load_examples(path, tasks, task, closed)
         _check_answers(examples, tasks[task], path)
         if config.images == SHUFFLED:
-            evaluator.shuffle(examples)  # all of the file's, for what is shown must not depend on --limit
+            evaluator.shuffle(examples)  # of the whole file, so that replacements do not depend on --limit
         return examples
 
     made_by = config.made_by if evaluator.tasks.names == OPEN_SETS.names else ""
@@ -301,13 +303,13 @@ def run(config: EvalConfig) -> dict[str, Results]:
 
 
 def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:
-    """Raise ``UserError`` for several right answers under a metric that compares with one."""
+    """Raise ``UserError`` for an example with several right answers if the task's metric compares with one."""
     if METRICS[task.metric_name].target == "answer" and task.answer != CAPTION:
         for example in examples:
             if len(example.answers) > 1:
                 raise UserError(
-                    f"{path}, example {example.index} has {len(example.answers)} right answers, and {task.metric_name} "
-                    f'compares with one; declare "metric": "vqa_accuracy" of {task.name} in the tasks file'
+                    f"{path}, example {example.index} has {len(example.answers)} right answers, but {task.metric_name} "
+                    f'compares with one; declare "metric": "vqa_accuracy" for {task.name} in the tasks file'
                 )
 
 
@@ -315,19 +317,19 @@ def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:
 
 
 class Predictor(evaluation.Predictor):
-    """Answers examples in Python; the model is loaded with the first of them.
+    """Answers examples in Python; the model is loaded on the first call.
 
         predictor = Predictor("output/pictures", features=["features.h5"])
         predictor.predict([{"image": "17", "text": "Is there a circle?"}], task="easy_vqa")
         # [{"index": 0, "image": "17", "task": "easy_vqa", "answer": "yes", "text": "yes"}]
 
-    checkpoint: folder of a training, which names its base model, tasks and features. flags: any other flag of
-    ``mtl-lora predict``, by name. Raises ``UserError`` as the command does.
+    checkpoint: output folder of a training run, which names its base model, tasks and features. flags: any other flag
+    of ``mtl-lora predict``, by name. Raises ``UserError`` as the command does.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "image"
 
 
 def predict(config: PredictConfig) -> None:
-    """Answer every example of the input file that has no answer yet, then write the output file whole."""
+    """Answer every example of the input file that has no answer yet, then write the complete output file."""
     evaluation.predict(Evaluator(config), ANSWER)

@@ -1,4 +1,4 @@
-"""Pictures with a question, a statement or a caption: validated; an error names file, example and field."""
+"""Read and validate examples: pictures with a question, a statement or a caption."""
 
 import dataclasses
 import functools
@@ -15,12 +15,13 @@ FIELDS = ("image", "text", "answer", "answers", "annotators", "task", "task_id")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One example, and its place in the file.
+    """One example of a data file.
 
-    images: ids of features, one or more. text: of the prompt; empty for a caption. answers: every right answer with its
-    soft score from 0 to 1, which a training weighs the answer by; of an example to predict none. annotators: what
-    people answered, where the file says it, and all references of a caption. extra: any further fields (``kind`` groups
-    results, ``group`` joins statements that count together for consistency).
+    images: one or more image ids. text: the question or statement; empty for a caption. answers: every right answer
+    with its soft score from 0 to 1, by which training weights the answer; empty for an example to predict. index: its
+    position in the file. annotators: the answers that people gave, if the file has them, or all references of a
+    caption. extra: any further fields (``kind`` groups results, ``group`` joins statements that count together for
+    consistency).
     """
 
     images: tuple[str, ...]
@@ -33,29 +34,29 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The answer of the highest score, of equals the first; empty where there is none."""
+        """The answer with the highest score, the first of several; empty if there is none."""
         return max(self.answers, key=self.answers.__getitem__, default="")
 
     def record(self) -> dict:
-        """A record that ``parse_example`` reads back."""
+        """Return the example as a JSON object that ``parse_example`` reads back."""
         fields = {"image": list(self.images), "text": self.text, "answers": self.answers, "task_id": self.task_id}
         fields |= {"annotators": list(self.annotators)} if self.annotators else {}
         return {key: value for key, value in fields.items() if value != ""} | self.extra
 
 
 def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file, see ``data_files.read_values``; raises ``UserError`` naming file, example and field.
+    """Read the examples of a file in any format of ``data_files.read_values``.
 
-    An example has ``image``, an id or a list of them; ``text`` unless it is a caption; and ``answer``, a text, or
-    ``answers``: soft scores by text, or a list of texts that are all right. task: the name of the task when the file
-    holds one task alone; else each example has ``task`` or ``task_id``, unless there is only one task.
-    closed: require an answer of a score above 0 (evaluation).
+    An example has ``image``, an id or a list of ids; ``text`` unless it is a caption; and ``answer``, a text, or
+    ``answers``, either soft scores by text or a list of texts that are all right. task: the task of all examples;
+    without it each example needs ``task`` or ``task_id``, unless there is only one task. closed: require an answer with
+    a score above 0 (evaluation). Raises ``UserError`` naming file, example and field.
     """
     values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
 
 
-DATA = functools.partial(Records, load_examples)  # what a study takes samples of
+DATA = functools.partial(Records, load_examples)  # where a study draws its samples
 
 
 def parse_example(
@@ -67,9 +68,10 @@ def parse_example(
     closed: bool = False,
     answered: bool = True,
 ) -> Example:
-    """One example from its JSON value; arguments and errors as ``load_examples``, which names ``source``.
+    """Return one example from its JSON value; arguments and errors are those of ``load_examples``.
 
-    answered: False for an example to predict: its answers are neither needed nor kept.
+    source: the file that errors name. answered: False for an example to predict, whose answers are not needed and not
+    kept.
     """
     where = f"{source}, example {index}"
     if not isinstance(value, dict):
@@ -79,11 +81,11 @@ def parse_example(
     of_task = tasks[task_id]
     answers = _answers(value, of_task, where) if answered else {}
     if closed and not any(answers.values()):
-        raise UserError(f"{where} has no answer that is right; leave the example out of a test set")
+        raise UserError(f"{where} has no answer with a score above 0; remove the example from the test set")
     annotators = value.get("annotators", []) if answered else []
     if answered and of_task.answer == CAPTION and isinstance(value.get("answers"), list) and len(value["answers"]) > 1:
         annotators = [each.strip() for each in value["answers"]]
-    # An answer is wholly right where three others gave it too.
+    # VQA accuracy leaves out one annotator at a time; an answer is fully right if three of the others gave it.
     least = 2 if of_task.answer == CAPTION else 4
     if not isinstance(annotators, list) or 0 < len(annotators) < least:
         raise UserError(f"{where}: 'annotators' must be a list of at least {least} answers, not {annotators!r:.200}")
@@ -95,7 +97,7 @@ def parse_example(
 
 
 def _images(value: dict, where: str) -> tuple[str, ...]:
-    """The ids of the pictures; a number, as tables write an id, is its digits."""
+    """Return the ids of the pictures; a whole number, as CSV and parquet may store an id, becomes its digits."""
     if "image" not in value:
         raise UserError(f"{where} has no field 'image'")
     given = value["image"]
@@ -108,16 +110,16 @@ def _images(value: dict, where: str) -> tuple[str, ...]:
 def _text(value: dict, task: Task, where: str) -> str:
     text = text_of(value.get("text", ""), f"{where}: 'text'")
     if task.answer == CAPTION and text:
-        raise UserError(f"{where} has 'text', for which the prompt of the caption {task.name} has no place")
+        raise UserError(f"{where} has 'text', but {task.name} is a caption task, whose prompt takes none; remove it")
     if task.answer != CAPTION and not text.strip():
         raise UserError(f"{where}: 'text' is empty" if "text" in value else f"{where} has no field 'text'")
     return text
 
 
 def _answers(value: dict, task: Task, where: str) -> dict[str, float]:
-    """The right answers by their soft scores, those of score 0 left out."""
+    """Return the soft score of every right answer, without answers of score 0."""
     if "answer" in value and "answers" in value:
-        raise UserError(f"{where} has 'answer' and 'answers'; leave one of them")
+        raise UserError(f"{where} has 'answer' and 'answers'; keep one of them")
     if "answer" not in value and "answers" not in value:
         raise UserError(f"{where} has no field 'answer' (or 'answers')")
     field, given = ("answer", value["answer"]) if "answer" in value else ("answers", value["answers"])
@@ -133,9 +135,11 @@ def _answers(value: dict, task: Task, where: str) -> dict[str, float]:
             f"{where}: 'answers' must be an object of soft scores by answer, or a list of answers, not {given!r:.200}"
         )
     if task.answer == CHOICE and (unknown := [each for each in answers if each not in task.labels]):
-        raise UserError(f"{where}: the answer {unknown[0]!r:.80} is none of {task.name}'s: {', '.join(task.labels)}")
+        raise UserError(
+            f"{where}: the answer {unknown[0]!r:.80} is not a label of {task.name}, which are {', '.join(task.labels)}"
+        )
     if task.answer == CHOICE and len(answers) != 1:
-        raise UserError(f"{where}: a choice has one right answer, not {len(answers)}")
+        raise UserError(f"{where}: a choice must have one right answer, not {len(answers)}")
     return answers
 
 
@@ -147,7 +151,6 @@ def _one(answer: object, what: str) -> str:
 
 
 def _score(score: object, answer: str, where: str) -> float:
-    known = type(score) in (int, float) and math.isfinite(score) and 0 <= score <= 1
-    if not known:
+    if not (type(score) in (int, float) and math.isfinite(score) and 0 <= score <= 1):
         raise UserError(f"{where}: the score of {answer!r:.80} is {score!r:.80}; it must be a number from 0 to 1")
     return float(score)

@@ -1,11 +1,11 @@
-"""The grid features of a folder of images by a vision model of transformers, in one HDF5 file.
+"""Extract grid features of a folder of images with a transformers vision model, and write them to one HDF5 file.
 
-    mtl-lora features --images DIR --output FILE.h5 --size 98             7 x 7 cells by the embedded dinov2-small
+    mtl-lora features --images DIR --output FILE.h5 --size 98             7 x 7 cells of the embedded dinov2-small
     mtl-lora features --images DIR --output FILE.h5 --model openai/clip-vit-base-patch32
 
 The features are the model's last hidden state at each cell of its grid, row by row, without class and register tokens.
-The file has a group for each image id, the image's file name without its ending, which holds the dataset "features" of
-shape (G, D) in float32. Until it is whole the work lies in FILE.h5.partial, from which the same command resumes.
+The file has a group for each image id (the image's file name without its extension) with the dataset "features" of
+shape (G, D) in float32. Unfinished work is kept in FILE.h5.partial, from which the same command resumes.
 """
 
 import concurrent.futures
@@ -31,21 +31,21 @@ from mtl_lora.errors import UserError
 from mtl_lora.image_text.features import CONTENT, FEATURES, SETTINGS
 from mtl_lora.images import find_images, open_image
 
-_BICUBIC = 3  # of Pillow, which is imported where it is used
+_BICUBIC = 3  # Pillow's constant; Pillow is imported only where it is used
 
 
 @dataclasses.dataclass
 class Extract(Config):
     """Which images, which model, and where the features go."""
 
-    images: str = flag(REQUIRED, "folder of images, with its subfolders; an id is a file name without its ending")
+    images: str = flag(REQUIRED, "folder of images, with its subfolders; an id is a file name without its extension")
     output: str = flag(REQUIRED, "HDF5 file to write")
     model: str = flag("dinov2-small", "vision model: embedded name, folder, or name on the Hugging Face hub")
-    size: int = flag(224, "pixels of a side, to which every image is resized (bicubic) without cropping", min=1)
-    batch_size: int = flag(32, "images at a time", min=1)
-    device: str = flag("auto", "torch device, as cuda:1 or cpu; auto: the GPU if there is one")
+    size: int = flag(224, "pixels per side to which every image is resized (bicubic), without cropping", min=1)
+    batch_size: int = flag(32, "images per batch", min=1)
+    device: str = flag("auto", "torch device, such as cuda:1 or cpu; auto: the GPU if there is one")
     overwrite: bool = flag(False, "replace features of another model, size or folder")
-    trust_remote_code: bool = flag(False, "run the model repository's own code")
+    trust_remote_code: bool = flag(False, "run code from the model's repository")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(config: Extract) -> None:
-    """Extract what is missing of the features, then write the file; raises ``UserError``."""
+    """Extract the features that are missing, then write the file; raises ``UserError``."""
     images, output = find_images(Path(config.images), "--images"), Path(config.output)
     with files.claimed(output):
         base = BaseModel(config.model, config.trust_remote_code, "vision")
         settings = {"model": base.lasting_name, "fingerprint": base.fingerprint(), "size": config.size}
         settings["images"] = _contents(images)
         if output.exists() and not _may_replace(output, settings, config.overwrite):
-            print(f"{output} holds the features of these {len(images):,} images")
+            print(f"{output} already holds the features of these {len(images):,} images")
             return
         device = device_for_this_process() if config.device == "auto" else _device(config.device)
         torch.backends.cudnn.allow_tf32 = False  # by default cuDNN rounds float32 convolutions to TF32
@@ -69,28 +69,28 @@ def run(config: Extract) -> None:
         partial = output.with_name(f"{output.name}.partial")
         rows = _extract(grid, images, partial, settings, config.batch_size)
         if _contents(images) != settings["images"]:
-            raise UserError(f"images in {config.images} were replaced while they were read; run the same command again")
+            raise UserError(f"images in {config.images} were replaced while they were read; run the command again")
         _write(output, images, rows, settings)
         partial.unlink()
     print(f"{output}: {len(images):,} images, {rows.shape[1]} cells of {rows.shape[2]} numbers")
 
 
 def _contents(images: dict[str, Path]) -> str:
-    """A hash of ids and files."""
+    """Return a hash of the image ids and file contents."""
     return files.sha256_of(json.dumps([(image, files.sha256(path)) for image, path in images.items()]).encode())
 
 
 def read_image(path: Path, size: int) -> torch.Tensor:
-    """The image as (3, size, size) in 0..255; raises ``UserError``."""
+    """Return the image as a tensor (3, size, size) in 0..255; raises ``UserError``."""
     resized = open_image(path).resize((size, size), _BICUBIC)
     return torch.from_numpy(numpy.array(resized)).permute(2, 0, 1)
 
 
 class GridFeatures:
-    """A vision model that gives the features of each cell of its grid: images (B, 3, size, size) -> (B, G, D).
+    """A vision model that returns the features of each cell of its grid: images (B, 3, size, size) -> (B, G, D).
 
-    Positions are interpolated to the size where the model can. Raises ``UserError`` for a model that cannot take
-    images of this size or whose cells are not those of a square grid.
+    Position embeddings are interpolated to the size if the model supports it. Raises ``UserError`` for a model that
+    cannot take images of this size or whose cells are not a square grid.
     """
 
     def __init__(self, base: BaseModel, size: int, device: torch.device):
@@ -105,10 +105,13 @@ class GridFeatures:
             processor = AutoImageProcessor.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
             scale = processor.rescale_factor if processor.do_rescale else 1.0
             mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
-            # BGR; another division by the deviation; another zero.
+            # They mean BGR channels, a second division by the standard deviation, and an offset after rescaling.
             names = ("do_flip_channel_order", "include_top", "rescale_offset")
             if other := [name for name in names if getattr(processor, name, False)]:
-                raise UserError(f"the image processor of {base.name!r} has {other[0]}, which is not done here")
+                raise UserError(
+                    f"the image processor of {base.name!r} has {other[0]}, which mtl-lora features does not support; "
+                    "pass another --model"
+                )
         # (scale * x - mean) / std
         self.factor = (scale / torch.tensor(std)).view(-1, 1, 1).to(device)
         self.offset = (torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1).to(device)
@@ -116,7 +119,7 @@ class GridFeatures:
             self.shape = tuple(self(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
         except UserError:
             raise
-        except Exception as error:  # a model's own code, which raises whatever it likes
+        except Exception as error:  # the model's own code may raise anything
             reason = " ".join(str(error).split())
             raise UserError(f"the model {base.name!r} cannot take images of {size} pixels ({reason:.200})") from None
 
@@ -127,12 +130,12 @@ class GridFeatures:
             self.patch = self.patch[0]
         if self.patch and self.size % self.patch and self.size != getattr(config, "image_size", None):
             raise UserError(
-                f"--size must be a multiple of {self.patch}, the patch of {self.base.name!r}, not {self.size}"
+                f"--size must be a multiple of {self.patch}, the patch size of {self.base.name!r}, not {self.size}"
             )
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """images: (B, 3, size, size) in 0..255; returns the features (B, G, D) in float32."""
+        """Return the features (B, G, D) in float32 of images (B, 3, size, size) in 0..255."""
         options = {}
         if accepts_argument(type(self.model), "interpolate_pos_encoding"):
             options["interpolate_pos_encoding"] = True
@@ -144,11 +147,11 @@ class GridFeatures:
         extra = hidden.shape[1] - cells
         if extra in (0, 1, 1 + getattr(self.model.config, "num_register_tokens", 0)):  # class and register tokens
             return hidden[:, extra:]
-        if extra < 0 and math.isqrt(hidden.shape[1]) ** 2 == hidden.shape[1]:  # merged patches, as Swin's
+        if extra < 0 and math.isqrt(hidden.shape[1]) ** 2 == hidden.shape[1]:  # merged patches, as in Swin
             return hidden
         raise UserError(
-            f"the model {self.base.name!r} gives {hidden.shape[1]} vectors of an image of {cells} patches, which is no "
-            "square grid with or without class and register tokens"
+            f"the model {self.base.name!r} returns {hidden.shape[1]} vectors for an image of {cells} patches, which is "
+            "not a square grid, with or without class and register tokens; pass another --model"
         )
 
 
@@ -162,14 +165,17 @@ def _device(name: str) -> torch.device:
 
 
 def _may_replace(output: Path, settings: dict, overwrite: bool) -> bool:
-    """Whether the file is to be written anew, False if it is what would be written; raises ``UserError``."""
+    """Return whether the file must be written, False if it already holds these features.
+
+    Raises ``UserError`` for a file that is not one of ours, or that holds other features without ``overwrite``.
+    """
     import h5py
 
     try:
         with h5py.File(output, "r") as opened:
             found = json.loads(opened.attrs[SETTINGS])
     except (OSError, RuntimeError, KeyError, ValueError):
-        raise UserError(f"{output} is no file of mtl-lora features; pass another --output") from None
+        raise UserError(f"{output} was not written by mtl-lora features; pass another --output") from None
     if found == settings:
         return False
     if not overwrite:
@@ -185,9 +191,9 @@ def _may_replace(output: Path, settings: dict, overwrite: bool) -> bool:
 def _extract(
     grid: GridFeatures, images: dict[str, Path], partial: Path, settings: dict, batch_size: int
 ) -> numpy.ndarray:
-    """The features of all images (N, G, D), extracted where ``partial`` lacks them.
+    """Return the features of all images (N, G, D), extracting those that are not yet in ``partial``.
 
-    That is a line of JSON, which says what it holds, and the features of the first images one after the other.
+    The partial file is a line of JSON that describes its content, followed by the features of the first images.
     """
     header = json.dumps({**settings, "shape": grid.shape}).encode() + b"\n"
     row = 4 * math.prod(grid.shape)
@@ -196,7 +202,7 @@ def _extract(
         with partial.open("r+b" if partial.exists() else "w+b") as opened:
             done = 0
             if opened.read(len(header)) == header:
-                # Whole batches alone, so that each is computed as in a run that was not interrupted.
+                # Keep complete batches only, so that every batch is computed as in an uninterrupted run.
                 done = (partial.stat().st_size - len(header)) // row // batch_size * batch_size
                 opened.truncate(len(header) + done * row)
                 opened.seek(0, os.SEEK_END)
@@ -220,17 +226,17 @@ def _extract(
                         )
                     opened.write(features.astype("<f4").tobytes())
                     opened.flush()
-                    os.fsync(opened.fileno())  # a power failure must not leave zeros for features
+                    os.fsync(opened.fileno())  # a power failure must not leave zeros in place of features
                     bar.update(len(batch))
     except OSError as error:
         raise UserError(
-            f"{partial} cannot be written ({error.strerror}); once it can, run the same command again"
+            f"{partial} cannot be written ({error.strerror}); fix that, then run the same command again"
         ) from None
     return numpy.memmap(partial, "<f4", "r", len(header), (len(paths), *grid.shape))
 
 
 def _write(output: Path, images: dict[str, Path], rows: numpy.ndarray, settings: dict) -> None:
-    """The HDF5 file, whole under its name or not there."""
+    """Write the HDF5 file atomically: it gets its name only when it is complete."""
     import h5py
 
     with files.atomic_path(output) as temporary:
@@ -244,5 +250,5 @@ def _write(output: Path, images: dict[str, Path], rows: numpy.ndarray, settings:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{output} cannot be written ({reason:.200}); free some space, then run the same command again, which "
-                "keeps what is done"
+                "resumes"
             ) from None

@@ -1,4 +1,4 @@
-"""The features of images, a vector for each cell of a grid: read from HDF5 files by image id."""
+"""Read the features of images, one vector per cell of a grid, from HDF5 files by image id."""
 
 import contextlib
 import functools
@@ -18,28 +18,29 @@ if TYPE_CHECKING:
     import h5py
 
 FEATURES = "features"  # the dataset in the group of an image id
-SETTINGS = "mtl_lora"  # the attribute of an HDF5 file of mtl-lora features that says what made it
-CONTENT = "features_sha256"  # that with a hash of all its features, which files of earlier versions lack
+# Attributes of the HDF5 files that ``mtl-lora features`` writes.
+SETTINGS = "mtl_lora"  # the vision model, the size and a hash of the images
+CONTENT = "features_sha256"  # a hash of all features in the file; files of earlier versions lack it
 _MOST_NAMED = 5  # problems that an error lists
 _SAMPLED = 64  # images whose features the fingerprint reads
 
 
 class FeatureStore:
-    """Image id -> features (G, D) in float32, G = grid * grid cells row by row, D = dim.
+    """Maps an image id to its features (G, D) in float32, with G = grid * grid cells row by row and D = dim.
 
     paths: HDF5 files with a group for each image id, and folders of ``<id>.h5``, the layout of VL-Adapter
-    (arXiv 2112.06825); in both the group holds the dataset "features". Files are opened by the process that reads.
-    Raises ``UserError`` for a path that is neither, an id that two paths hold, and features that are no square grid of
+    (arXiv 2112.06825); in both the group has the dataset "features". Each process opens the files that it reads. Raises
+    ``UserError`` for a path that is neither, an id that is in two paths, and features that are not a square grid of
     finite numbers.
     """
 
     def __init__(self, paths: Sequence[str | Path]):
-        self._home: dict[str, Path] = {}  # of each image id its HDF5 file
-        self._opened: dict[tuple[int, Path], h5py.File] = {}  # by process: a fork must not share the position in a file
+        self._home: dict[str, Path] = {}  # the HDF5 file of each image id
+        self._opened: dict[tuple[int, Path], h5py.File] = {}  # by process id, as forks must not share a file position
         for path in map(Path, paths):
             for image, home in _images(path):
                 if image in self._home:
-                    raise UserError(f"the image {image!r} is in {self._home[image]} and {home}; leave one of them")
+                    raise UserError(f"the image {image!r} is in {self._home[image]} and {home}; pass only one of them")
                 self._home[image] = home
         if not self._home:
             raise UserError(f"{', '.join(map(str, paths)) or 'no file'} holds no features")
@@ -65,7 +66,7 @@ class FeatureStore:
         return found
 
     def _dataset(self, image: str, read: Callable):
-        """What ``read`` makes of an image's dataset; the file of one image alone is closed again."""
+        """Return ``read(dataset)`` for an image; a file with a single image is closed again, others stay open."""
         import h5py
 
         if image not in self._home:
@@ -93,18 +94,18 @@ class FeatureStore:
 
     @property
     def grid(self) -> int:
-        """Cells along one side of the grid: G = grid * grid."""
+        """Number of cells per side of the grid: G = grid * grid."""
         return math.isqrt(self._shape[0])
 
     @property
     def dim(self) -> int:
-        """D, the numbers of a cell."""
+        """D, the number of values per cell."""
         return self._shape[1]
 
     def check(self, images: Iterable[str]) -> None:
-        """Raise ``UserError`` unless the features of every image are there, with one grid and one D for all.
+        """Raise ``UserError`` unless every image has features, all with the same grid and D.
 
-        It names the first images that are missing or differ, and their number.
+        The error names the first images whose features are missing or differ, and the number of such images.
         """
         wanted = list(dict.fromkeys(images))
         problems = [f"there are none of {image!r}" for image in wanted if image not in self]
@@ -117,15 +118,15 @@ class FeatureStore:
         if problems:
             more = f" and so on, {len(problems):,} in all" if len(problems) > _MOST_NAMED else ""
             raise UserError(
-                f"of {len(wanted):,} images the features of {len(problems):,} cannot be used: "
+                f"the features of {len(problems):,} of {len(wanted):,} images cannot be used: "
                 f"{'; '.join(problems[:_MOST_NAMED])}{more}; extract them with mtl-lora features, or correct --features"
             )
 
     @functools.cached_property
     def source(self) -> str | None:
-        """The vision model and size of images that made the features; None for files that do not say.
+        """The vision model and image size that made the features; None if the files do not record them.
 
-        Raises ``UserError`` for two files of different ones.
+        Raises ``UserError`` for two files with different models or sizes.
         """
         found = {}
         for path, text in self._said(SETTINGS):
@@ -140,8 +141,10 @@ class FeatureStore:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all image ids, of the features of 64 of them, and of what files say of all of theirs: images that
-        were replaced have another one, as another model's features have."""
+        """A hash of all image ids, the features of 64 images, and the feature hashes that the files record.
+
+        It changes if the features come from other images or another model.
+        """
         images = sorted(self)
         digest = hashlib.sha256("\0".join(images).encode())
         for image in images[:: -(-len(images) // _SAMPLED)]:
@@ -150,7 +153,7 @@ class FeatureStore:
         return digest.hexdigest()
 
     def _said(self, attribute: str) -> Iterator[tuple[Path, str]]:
-        """What the files of mtl-lora features say of themselves; others say nothing."""
+        """Yield each file that ``mtl-lora features`` wrote, with the text of an attribute; other files have none."""
         import h5py
 
         for path in dict.fromkeys(home for image, home in self._home.items() if home.stem != image):
@@ -161,7 +164,7 @@ class FeatureStore:
 
 
 def _images(path: Path) -> Iterator[tuple[str, Path]]:
-    """(image id, its HDF5 file) of all images of a file or folder; raises ``UserError``."""
+    """Yield (image id, its HDF5 file) for all images in a file or folder; raises ``UserError`` for unreadable files."""
     import h5py
 
     if path.is_dir():
@@ -175,14 +178,14 @@ def _images(path: Path) -> Iterator[tuple[str, Path]]:
     except (OSError, RuntimeError) as error:  # h5py reports a damaged file as either
         reason = "there is no such file" if not path.exists() else " ".join(str(error).split())
         raise UserError(
-            f"the features {path} cannot be read ({reason:.200}); pass an HDF5 file of mtl-lora features, or a folder "
-            "of <image id>.h5"
+            f"the features {path} cannot be read ({reason:.200}); pass an HDF5 file written by mtl-lora features, or a "
+            "folder of <image id>.h5"
         ) from None
     yield from ((image, path) for image in images)
 
 
 def _not_a_grid(shape: tuple[int, ...]) -> str:
-    """What is wrong with the shape of an image's features; empty for a square grid."""
+    """Return what is wrong with the shape of an image's features; empty for a square grid."""
     if len(shape) == 2 and shape[0] > 0 and shape[1] > 0 and math.isqrt(shape[0]) ** 2 == shape[0]:
         return ""
     return f"have the shape {tuple(shape)}; they must be (G, D) with G the cells of a square grid, such as 49"

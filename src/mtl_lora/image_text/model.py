@@ -1,16 +1,17 @@
-"""Images for a language model: grid features become visual tokens, which join the embedded text of each row.
+"""Images for a language model: grid features become visual tokens, which are concatenated with the embedded text.
 
-Where they join: in an encoder that normalises its embeddings (BART) behind that norm and before the dropout, as in
-VL-BART (arXiv 2102.02779), so that they bypass norm and positions; elsewhere as input embeddings, behind the text in an
-encoder-decoder, before it in a causal language model. A bias of relative positions (T5) is between tokens of text
-alone, as in VL-T5. ``model(...)`` and ``model.generate(...)`` take ``features`` beside ``input_ids``, and an
-``attention_mask`` of the joined length, in that order.
+In an encoder that normalises its embeddings (BART) the visual tokens are inserted after that norm and before the
+dropout, as in VL-BART (arXiv 2102.02779), so they bypass the norm and the positions. In other models they are input
+embeddings. They follow the text in an encoder-decoder and precede it in a causal language model. A relative position
+bias (T5) applies between text tokens only, as in VL-T5. ``model(...)`` and ``model.generate(...)`` take ``features``
+besides ``input_ids``, and an ``attention_mask`` of the joined length, in the same order as the tokens.
 
-An adapter trains the visual embedding whole. Without the adapter (``disabled``, ``unload``) it is as it was drawn, and
-``merge`` leaves it as it was trained. Neither transformers nor PEFT knows such a model, so none is exported.
+An adapter fully trains the visual embedding. Without the adapter (``disabled``, ``unload``) the visual embedding has
+its initial weights; ``merge`` keeps the trained ones. Neither transformers nor PEFT has such a model, so it cannot be
+exported.
 
-Shape legend: B rows, I images of a row, G cells of an image's grid, D numbers of a cell, N visual tokens of an image,
-L tokens of text, d the width of the language model.
+Shape legend: B rows, I images per row, G cells of an image's grid, D numbers per cell, N visual tokens per image,
+L text tokens, d the width of the language model.
 """
 
 import contextlib
@@ -34,16 +35,17 @@ from mtl_lora.base_model import BaseModel, accepts_argument, positions_of
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
 
-NAME = "visual_embedding"  # of the module in the model
-_SPREAD = 0.02  # of drawn weights, where a model's configuration does not say
+NAME = "visual_embedding"  # the module's name in the model
+_SPREAD = 0.02  # standard deviation of initial weights, if the model's configuration has none
 
 
 @dataclasses.dataclass(frozen=True)
 class VisualConfig(Config):
-    """The images that a model takes: D numbers (dim) for each of grid x grid cells, most of them a row has (images).
+    """The image input of a model.
 
-    pool: cells along a side after adaptive max pooling; None: the grid as it is. The original pools 7 to 6.
-    source: what made the features, see ``FeatureStore.source``; those of another may have the same shape.
+    dim: D, the numbers per cell. grid: cells per side of an image's grid. pool: cells per side after adaptive max
+    pooling; None: no pooling. The original pools 7 to 6. images: maximum images per row. source: the vision model and
+    size that made the features, see ``FeatureStore.source``, because another model's may have the same shape.
     """
 
     dim: int
@@ -56,21 +58,22 @@ class VisualConfig(Config):
         for name in ("dim", "grid", "images"):
             self.require(name, "at least 1", getattr(self, name) >= 1)
         self.require(
-            "pool", f"1 to {self.grid}, the side of the grid", self.pool is None or 1 <= self.pool <= self.grid
+            "pool", f"1 to {self.grid}, the grid's cells per side", self.pool is None or 1 <= self.pool <= self.grid
         )
 
     @property
     def tokens(self) -> int:
-        """Visual tokens of an image, N."""
+        """N, the number of visual tokens per image."""
         return (self.pool or self.grid) ** 2
 
 
 class VisualEmbedding(nn.Module):
-    """Grid features to visual tokens (arXiv 2102.02779): the sum of four terms for each cell of each image.
+    """Turns grid features into visual tokens (arXiv 2102.02779), the sum of four terms for each cell of each image.
 
-    LN(W f + b) of its features; LN(V p + c) of its box, which is zero for the cells of a grid, so one vector for all;
-    a vector for the place of the image in its row; and one for the place of the cell in its image, the only term that
-    tells cells apart: there the original uses rows of added words, random and frozen, hence a buffer.
+    The terms are LN(W f + b) of the cell's features f; LN(V p + c) of its box p, which is zero for grid cells and so
+    gives the same vector for all; a vector for the position of the image in its row; and a vector for the position of
+    the cell in its image. Only the last term depends on the cell's position. It is a buffer, because the original uses
+    embedding rows of added words for it, which are random and frozen.
     """
 
     object_order: torch.Tensor
@@ -85,7 +88,8 @@ class VisualEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, spread: float, scale: float, order: float) -> None:
-        """Draw all weights by torch's seed: N(0, spread^2), the norms' weights ``scale``, the buffer N(0, order^2)."""
+        """Initialise all weights with torch's global seed: N(0, spread^2), biases zero, the norms' weights ``scale``,
+        the buffer N(0, order^2)."""
         for module in (self.feature, self.box, self.image_order):
             nn.init.normal_(module.weight, std=spread)
         for module in (self.feature, self.box, self.feature_norm, self.box_norm):
@@ -95,15 +99,18 @@ class VisualEmbedding(nn.Module):
         nn.init.normal_(self.object_order, std=order)
 
     def base_provenance(self) -> dict:
-        """What a checkpoint must say of the model that this is in, beside its name."""
+        """Return what a checkpoint must record about a model with this module, besides the model's name."""
         return {"system": "image_text", "model_settings": self.config.to_json()}
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features (B, I, G, D) to (B, I N, d), image by image; raises ``UserError`` for another grid, D or more I."""
+        """Return the visual tokens (B, I N, d), image by image, of features (B, I, G, D).
+
+        Raises ``UserError`` for another G or D, and for more than the configured number of images.
+        """
         config, shape = self.config, tuple(features.shape)
         if len(shape) != 4 or shape[1] > config.images or shape[2:] != (config.grid**2, config.dim):
             raise UserError(
-                f"features must be of shape (batch, images, cells, numbers), here (B, at most {config.images}, "
+                f"features must have the shape (batch, images, cells, numbers), here (B, at most {config.images}, "
                 f"{config.grid**2}, {config.dim}), not {shape}"
             )
         features = features.to(self.object_order.dtype)
@@ -119,21 +126,22 @@ class VisualEmbedding(nn.Module):
 # ---- in a model ----
 
 
-# Encoder-decoders whose encoder adds learned positions before a norm of its own, or relative ones as a bias.
+# Encoder-decoders whose encoder adds learned positions before an embedding norm, or relative positions as a bias.
 _JOINED = ("bart", "mbart", "plbart", "t5", "mt5", "umt5", "switch_transformers")
 
 
 def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel:
-    """Give a language model the visual embedding, drawn by torch's seed, in place, and return the model.
+    """Add a visual embedding to a language model in place, and return the model.
 
-    On the meta device it has shapes alone. Where visual tokens are input embeddings they begin as large as those.
-    Raises ``UserError`` for an encoder-decoder of a family of which it is not known how visual tokens are joined to it.
+    Torch's global seed decides the initial weights. On the meta device the module has shapes only. If visual tokens are
+    input embeddings, their initial scale is that of the text embeddings. Raises ``UserError`` for an encoder-decoder of
+    an unsupported family.
     """
     if text_first(model) and model.config.model_type not in _JOINED:
         known = ", ".join(_JOINED)
         raise UserError(
-            f"it is not known how images are joined to a {model.config.model_type}, whose positions or norms may take "
-            f"them for text; pass a causal language model, or an encoder-decoder of the kinds {known}"
+            f"images cannot be joined to a {model.config.model_type}, whose positions or norms may treat visual tokens "
+            f"as text; pass a causal language model, or an encoder-decoder of the kinds {known}"
         )
     words = model.get_input_embeddings()
     with torch.device(model.device):
@@ -159,40 +167,41 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
 
 
 def _embedding_norm(model: PreTrainedModel) -> nn.Module | None:
-    """The norm through which an encoder sends its embedded text, visual tokens not; None for a model without one."""
+    """Return the norm that an encoder applies to its embedded text but not to visual tokens; None if it has none."""
     return getattr(model.get_encoder(), "layernorm_embedding", None) if text_first(model) else None
 
 
 def text_first(model: PreTrainedModel) -> bool:
-    """Whether visual tokens come behind the text."""
+    """Return whether visual tokens follow the text."""
     return model.config.is_encoder_decoder
 
 
 def joined(
     model: PreTrainedModel, input_ids: torch.Tensor | None, features: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(inputs_embeds (B, I N + L, d) and attention_mask of text and images, the visual tokens among them).
+    """Return a dict of inputs_embeds (B, I N + L, d) and attention_mask (B, I N + L) of text and images, and the visual
+    tokens (B, I N, d) among them.
 
-    Raises ``UserError`` for a mask (B, I N + L) of another shape, and for features of more or fewer rows.
+    Raises ``UserError`` for a mask of another shape, and if features and input_ids have different numbers of rows.
     """
     if input_ids is None:
-        raise UserError("features need the text beside them: call the model with input_ids=... and features=...")
+        raise UserError("features need a text: call the model with input_ids=... and features=...")
     visual = getattr(model, NAME)(features)
     text = model.get_input_embeddings()(input_ids)
     if len(text) != len(visual):
-        raise UserError(f"input_ids has {len(text)} rows, and features {len(visual)}; they must have as many")
+        raise UserError(f"input_ids has {len(text)} rows, and features {len(visual)}; the numbers must be equal")
     whole = torch.cat([text, visual] if text_first(model) else [visual, text], dim=1)
     if mask is None:
         mask = torch.ones(whole.shape[:2], dtype=torch.long, device=whole.device)
     if mask.shape != whole.shape[:2]:
         raise UserError(
-            f"attention_mask must be of shape {tuple(whole.shape[:2])}, of {text.shape[1]} tokens and "
+            f"attention_mask must have the shape {tuple(whole.shape[:2])}, for {text.shape[1]} tokens and "
             f"{visual.shape[1]} visual tokens, not {tuple(mask.shape)}"
         )
     return {"inputs_embeds": whole, "attention_mask": mask}, visual
 
 
-# The visual tokens of the forward that runs in this thread, for what stands in its encoder.
+# The visual tokens of the forward that runs in this thread, for the hooks inside its encoder.
 _running = threading.local()
 
 
@@ -205,50 +214,53 @@ def _shown(visual: torch.Tensor | None) -> Iterator[None]:
         _running.visual = before
 
 
-# A block that is recomputed knows no end of the text without them.
+# Recomputed blocks (gradient checkpointing) need the visual tokens too, to know where the text ends.
 routing.recomputed.append(lambda: functools.partial(_shown, getattr(_running, "visual", None)))
 
 
 @torch._disable_dynamo
 def _before_forward(model: PreTrainedModel, arguments: tuple, options: dict) -> tuple[tuple, dict]:
-    """Put features into the input embeddings of a forward; one without features is the language model's own."""
+    """Replace features and input_ids of a forward by input embeddings; a forward without features is unchanged."""
     features = options.pop("features", None)
     if features is None:
         return arguments, options
     if arguments:
-        raise UserError("beside features all inputs are passed by name: model(input_ids=..., features=...)")
+        raise UserError("with features all inputs must be passed by name: model(input_ids=..., features=...)")
     inputs, _running.visual = joined(model, options.pop("input_ids", None), features, options.get("attention_mask"))
     if not text_first(model) and accepts_argument(type(model), "position_ids"):
-        # Counted over what the mask leaves, so that a row's positions do not depend on the others of its batch.
+        # Positions count unmasked tokens only, so that a row's positions do not depend on the rest of its batch.
         options.setdefault("position_ids", positions_of(inputs["attention_mask"]))
     return arguments, options | inputs
 
 
 @torch._disable_dynamo
 def _after_forward(model: PreTrainedModel, arguments: tuple, output: object) -> None:
-    """The end of a forward, also of one that raised."""
+    """Forget the visual tokens at the end of a forward, even if it raised."""
     _running.visual = None
 
 
 @torch._disable_dynamo
 def _behind_norm(norm: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
-    """The text as the norm gives it, and behind it the visual tokens as they are."""
+    """Return the text as the norm returns it, followed by the visual tokens unchanged."""
     visual = getattr(_running, "visual", None)
     return output if visual is None else torch.cat([output[:, : -visual.shape[1]], visual], dim=1)
 
 
 @torch._disable_dynamo
 def _within_text(bias: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
-    """An encoder's bias (queries, keys, heads), zero from and to visual tokens: how far the text is from them would
-    depend on its padding."""
+    """Return an encoder's bias (queries, keys, heads) with zeros from and to visual tokens, as their distance to the
+    text would depend on its padding."""
     visual = getattr(_running, "visual", None)
     count = 0 if visual is None else visual.shape[1]
     return F.pad(output[: len(output) - count, : output.shape[1] - count], (0, 0, 0, count, 0, count))
 
 
 class Generate:
-    """Stands on a model in place of ``generate``, which then takes features. A causal language model gives the new
-    tokens alone, an encoder-decoder its start token and these. No closure: the model pickles and is copied."""
+    """Replaces a model's ``generate`` by one that takes features.
+
+    With features, a causal language model returns the new tokens only, an encoder-decoder its start token and the new
+    tokens. A class and not a closure, so that the model can be pickled and copied.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -268,38 +280,38 @@ class Generate:
 
 
 def load(base: BaseModel, config: VisualConfig, dtype: str = "auto", load_in_4bit: bool = False, **options):
-    """The language model with its weights and a fresh visual embedding."""
+    """Return the language model with its weights and a freshly initialised visual embedding."""
     return with_images(base.load(dtype, load_in_4bit, **options), config)
 
 
 def base_of(base: BaseModel, provenance: Provenance, **options) -> PreTrainedModel:
-    """The model with a visual embedding on which a checkpoint's adapter is put; options: of ``load``."""
+    """Return the model with a visual embedding to which a checkpoint's adapter is added; options: as for ``load``."""
     return load(base, visual_config(provenance), **options)
 
 
 def visual_config(provenance: Provenance) -> VisualConfig:
-    """The images that a checkpoint's model takes; raises ``UserError`` for a checkpoint that does not say so."""
+    """Return the image input of a checkpoint's model; raises ``UserError`` if the checkpoint does not record it."""
     return VisualConfig.from_json(provenance.model_settings, "the checkpoint's 'model_settings'", complete=True)
 
 
 def structure(base: BaseModel, config: VisualConfig) -> PreTrainedModel:
-    """The same on the meta device: every module and shape, no memory."""
+    """Return what ``load`` returns, on the meta device: every module and shape, but no memory."""
     return with_images(base.structure(), config)
 
 
 def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:
-    """Raise ``UserError`` for a model without a checkpoint's visual embedding, before its adapter is put on."""
+    """Raise ``UserError`` for a model without a checkpoint's visual embedding, before its adapter is added."""
     expected, found = visual_config(provenance), getattr(unwrap(model), NAME, None)
     if getattr(found, "config", None) != expected:
         raise UserError(
             f"{folder} has a visual embedding for images of {expected.grid} x {expected.grid} cells of {expected.dim} "
-            f"numbers, pooled to {expected.tokens}, which this {type(unwrap(model)).__name__} has no place for; load "
+            f"numbers, pooled to {expected.tokens}, and this {type(unwrap(model)).__name__} has no such module; load "
             "both with mtl_lora.load(folder)"
         )
 
 
 def in_language_model(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
-    """The adapter on layers of the language model, with the visual embedding among ``modules_to_save``.
+    """Return the adapter for layers of the language model, with the visual embedding among ``modules_to_save``.
 
     Raises ``UserError`` as ``find_targets`` does.
     """

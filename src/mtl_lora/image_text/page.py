@@ -1,5 +1,7 @@
-"""A page of pictures with what was asked, what is right and what the model said: one HTML file that needs nothing
-beside it. Whoever has the pictures makes it; their licences may not allow to pass it on."""
+"""Write a page of pictures with questions, right answers and model answers, as one self-contained HTML file.
+
+Users make it from their own copy of the pictures, whose licences may not allow sharing the page.
+"""
 
 import base64
 import collections
@@ -13,7 +15,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.images import open_image
 from mtl_lora.tasks import TaskSet
 
-_SIDE = 240  # most pixels of a picture
+_SIDE = 240  # maximum pixels per side of a picture
 _STYLE = """body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1.2em; }
 figure { margin: 0; padding: .8em; border: 1px solid #ccc; border-radius: 6px; overflow-wrap: anywhere; }
@@ -24,20 +26,20 @@ small { color: #666; } .right { color: #116329; } .wrong { color: #a40e26; }
 
 
 def evenly(tasks: TaskSet, questions: Sequence, count: int) -> list:
-    """``count`` questions, as many of each task, from all over its test set: chosen without a look at the answers."""
-    asked = {task.id: [each for each in questions if each.task.id == task.id] for task in tasks}
-    asked = {task_id: part for task_id, part in asked.items() if part}
+    """Return up to ``count`` questions, equally many per task, evenly spaced over its test set whatever the answers."""
+    by_task = {task.id: [each for each in questions if each.task.id == task.id] for task in tasks}
+    by_task = {task_id: part for task_id, part in by_task.items() if part}
     chosen = []
-    for place, part in enumerate(asked.values()):
-        share = min(count // len(asked) + (place < count % len(asked)), len(part))
+    for place, part in enumerate(by_task.values()):
+        share = min(count // len(by_task) + (place < count % len(by_task)), len(part))
         chosen += [part[index * len(part) // share] for index in range(share)]
     return chosen
 
 
 def sources(pictures: Mapping[str, Path], questions: Iterable, folder: str) -> dict[str, str]:
-    """Of each image that questions show, its picture as a data address.
+    """Return a data URL of the picture of each image that the questions show.
 
-    pictures: those of a folder by image id. Raises ``UserError`` for one that is not among them, or is broken.
+    pictures: the files of ``folder`` by image id. Raises ``UserError`` for a picture that is missing or broken.
     """
     shown = list(dict.fromkeys(image for question in questions for image in question.row["images"]))
     if missing := [image for image in shown if image not in pictures]:
@@ -46,7 +48,7 @@ def sources(pictures: Mapping[str, Path], questions: Iterable, folder: str) -> d
 
 
 def write(path: Path, title: str, questions: Sequence, lines: Mapping, sources: Mapping[str, str]) -> None:
-    """questions: those to show; lines: by key, their prediction lines; sources: of their images."""
+    """Write the page of ``questions``. lines: their prediction lines by key. sources: a result of ``sources``."""
     figures = "\n".join(_figure(question, lines[question.key], sources) for question in questions)
     title, note = html.escape(title), f"{len(questions):,} of the questions, from all over the test sets"
     head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n<style>{_STYLE}</style>'
@@ -59,7 +61,7 @@ def _figure(question, line: Mapping, sources: Mapping[str, str]) -> str:
     right = line.get("correct", line.get("score", 0) >= 0.5 if "score" in line else None)
     style = "" if right is None else ' class="right"' if right else ' class="wrong"'
     drawn = "".join(f'<img alt="" src="{sources[image]}">' for image in question.row["images"])
-    # Soft scores, or how many of ten people say so.
+    # Soft scores, or how many annotators gave each answer.
     counts = wanted if isinstance(wanted, Mapping) else dict(collections.Counter(wanted).most_common())
     wanted = "; ".join(text if count == 1 else f"{text} ({count:g})" for text, count in counts.items())
     score = f" ({line['score']:.2g})" if 0 < line.get("score", 0) < 1 else ""
@@ -69,7 +71,7 @@ def _figure(question, line: Mapping, sources: Mapping[str, str]) -> str:
 
 
 def _source(path: Path) -> str:
-    """A picture as a data address, made smaller where it is large."""
+    """Return a picture as a data URL, scaled down if it is large."""
     picture = open_image(path)
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()

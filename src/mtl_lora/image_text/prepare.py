@@ -1,18 +1,18 @@
-"""Build the open image-text tasks: fetch the pictures and questions, or take a folder; verify; write.
+"""Build the open image-text tasks from downloaded or local pictures and questions; verify them; write the data sets.
 
-    mtl-lora prepare image_text                                     easy-VQA and NLVR, fetched from GitHub by git
-    mtl-lora prepare image_text --tasks easy_vqa,nlvr,flickr8k      and captions of photographs, for research only
-    mtl-lora prepare image_text --source DIR                        take DIR/easy_vqa/data, DIR/nlvr/nlvr, DIR/flickr8k
-    mtl-lora prepare image_text --limit 800                         at most 800 training images a task
+    mtl-lora prepare image_text                                     easy-VQA and NLVR, fetched from GitHub with git
+    mtl-lora prepare image_text --tasks easy_vqa,nlvr,flickr8k      also captions of photographs, for research only
+    mtl-lora prepare image_text --source DIR                        use DIR/easy_vqa/data, DIR/nlvr/nlvr, DIR/flickr8k
+    mtl-lora prepare image_text --limit 800                         at most 800 training images per task
 
 Writes images/, train.json (all tasks, in order of task id), tasks.json (the --tasks_file of training),
-dev/<task>/test.json and test/<task>/test.json (a --data_dir of evaluation): lists of {"task", "image", "text",
-"answer"}, captions with "answers" for a test. An image's id is its file name without the ending; mtl-lora features
-makes features of images/. Paths are relative to the current folder.
+dev/<task>/test.json and test/<task>/test.json (each a --data_dir of evaluation): lists of {"task", "image", "text",
+"answer"}; captions have no "text", and in dev and test sets a list "answers". An image's id is its file name without
+the extension; mtl-lora features extracts the features of images/. Paths are relative to the current folder.
 
-NLVR is trained on its sets hidden and dev without the sentences of its test set, which is not the official protocol.
+NLVR is trained on its hidden and dev sets without the sentences of its test set, which is not the official protocol.
 flickr8k is 991 of the 8,000 pictures. Git fetches single folders of a pinned commit and checks each file against the
-commit's id; one hash a folder (see ``RemoteFolder``) then says the same of a download and of --source.
+commit's id; one hash per folder (see ``RemoteFolder``) then verifies a download and --source alike.
 """
 
 import dataclasses
@@ -30,29 +30,29 @@ from mtl_lora.errors import UserError
 from mtl_lora.files import atomic_directory, claimed, read_json, read_lines, read_object
 
 MANIFEST, TASKS_FILE = (Path(__file__).with_name(name) for name in ("open_sets.json", "open_tasks.json"))
-DEV_PART = 10  # one training image (NLVR: sentence) in 10 is of the dev set
+DEV_PART = 10  # one training image (NLVR: sentence) in 10 goes to the dev set
 KINDS = ("yes_no", "color", "shape")
 COLORS = {"black", "gray", "red", "blue", "green", "yellow", "teal", "brown"}
 Images = dict[str, Path]  # image id -> file
-Parts = dict[str, Examples]  # by split
+Parts = dict[str, Examples]  # split -> examples
 
 
 @dataclasses.dataclass
 class Prepare(Config):
-    """Which tasks, where their files come from, and where the data set goes."""
+    """Which tasks to build, where their files come from, and where the data sets go."""
 
-    tasks: list[str] = flag(["easy_vqa", "nlvr"], "of easy_vqa, nlvr and flickr8k, as a,b; ids are in that order")
-    source: str | None = flag(None, "folder that holds easy_vqa/data, nlvr/nlvr and flickr8k; none: download")
+    tasks: list[str] = flag(["easy_vqa", "nlvr"], "tasks among easy_vqa, nlvr and flickr8k, as a,b; ids in that order")
+    source: str | None = flag(None, "folder with easy_vqa/data, nlvr/nlvr and flickr8k; none: download")
     output_dir: str = flag("data/image_text", "folder for images/, train.json, tasks.json, dev/ and test/", place=True)
-    limit: int = flag(0, "most training images of each task, with all their examples; 0: all", min=0)
-    kinds: list[str] = flag([], f"easy_vqa's questions of these kinds, of {', '.join(KINDS)}, as a,b; empty: all")
+    limit: int = flag(0, "maximum training images per task, with all their examples; 0: all", min=0)
+    kinds: list[str] = flag([], f"kinds of easy_vqa questions, among {', '.join(KINDS)}, as a,b; empty: all")
     download_dir: str = flag("data/image_text/source", "folder where downloads are kept", place=True)
-    base_url: str = flag("https://github.com", "address below which the repositories lie")
-    manifest: str = flag(str(MANIFEST), "JSON file with commit, paths and hash of each repository, and sizes")
+    base_url: str = flag("https://github.com", "base URL of the repositories")
+    manifest: str = flag(str(MANIFEST), "JSON file with commit, paths and hash of each repository, and set sizes")
 
 
 def run(config: Prepare) -> None:
-    """Read everything, check everything, and only then write; raises ``UserError``."""
+    """Read and check everything before writing anything; raises ``UserError``."""
     tasks = json.loads(TASKS_FILE.read_text())["tasks"]
     known = [task["name"] for task in tasks]
     if unknown := [name for name in config.tasks if name not in known]:
@@ -83,13 +83,13 @@ def run(config: Prepare) -> None:
         with atomic_directory(output / "images", IMAGES, overwrite=True, inputs=[source]) as target:
             for image in sorted(used):
                 shutil.copyfile(images[image], target / f"{image}{images[image].suffix}")
-            (output / "train.json").unlink(missing_ok=True)  # which would name other images, were this killed
+            (output / "train.json").unlink(missing_ok=True)  # an old one must not stay beside new images after a kill
         print(write_sets(output, sets, sizes, 0, f'{{\n  "tasks": [\n{lines}\n  ]\n}}\n'.encode()))
     print(f"{len(used):,} images in {output / 'images'}")
 
 
 def read_manifest(path: str, names: list[str]) -> tuple[list[RemoteFolder], Sizes]:
-    """(the folders of these tasks, the known number of examples by task and split); raises ``UserError``."""
+    """Return the folders of these tasks, and the known number of examples by task and split; raises ``UserError``."""
     value = read_object(path, "the manifest")
     try:
         entries = [entry for name in names for entry in value[name]["folders"]]
@@ -100,13 +100,13 @@ def read_manifest(path: str, names: list[str]) -> tuple[list[RemoteFolder], Size
 
 
 def limited(examples: Examples, count: int) -> Examples:
-    """The examples of ``count`` of the images, or pairs of images, in their order."""
+    """Return the examples of ``count`` sampled images, or pairs of images, in the order of the examples."""
     images = set(sampled(list(dict.fromkeys(str(example["image"]) for example in examples)), count)[0])
     return [example for example in examples if str(example["image"]) in images]
 
 
 def divided(examples: Examples, key: Callable[[dict], str]) -> tuple[Examples, Examples]:
-    """(dev, train): a tenth of the keys with all their examples, and the others."""
+    """Return (dev, train): dev has all examples of a tenth of the keys, train has the others."""
     keys = list(dict.fromkeys(map(key, examples)))
     chosen = set(sampled(keys, len(keys) // DEV_PART)[0])
     parts = [], []
@@ -119,7 +119,7 @@ def divided(examples: Examples, key: Callable[[dict], str]) -> tuple[Examples, E
 
 
 def read_easy_vqa(folder: Path) -> tuple[Parts, Images]:
-    """Questions on drawn shapes; the dev set has a tenth of the training images with all their questions."""
+    """Return questions about drawn shapes; dev has a tenth of the training images with all their questions."""
     found, images = {}, {}
     for part in ("train", "test"):
         path = folder / "easy_vqa" / "data" / part / "questions.json"
@@ -140,10 +140,10 @@ def read_easy_vqa(folder: Path) -> tuple[Parts, Images]:
 
 
 def read_nlvr(folder: Path) -> tuple[Parts, Images]:
-    """True and false statements on three boxes of shapes.
+    """Return true and false statements about three boxes of shapes.
 
-    Each has pictures with the boxes in several orders: a training set has two of them, as one example each, dev and
-    test the first. Statements of one sentence share its number as "group", by which consistency counts.
+    Each statement has pictures with the boxes in several orders: two of them are training examples, dev and test sets
+    have the first only. Statements with the same sentence share its number as "group", for consistency.
     """
     found, images = {}, {}
     for part in ("hidden", "dev", "test"):
@@ -166,7 +166,7 @@ def read_nlvr(folder: Path) -> tuple[Parts, Images]:
 
 
 def _statement(line: str, where: str) -> tuple[str, str, str]:
-    """(sentence, identifier, label) of a line of JSON; raises ``UserError``."""
+    """Return (sentence, identifier, label) of a line of JSON; raises ``UserError``."""
     try:
         value = json.loads(line)
         text, identifier, label = (value[name] for name in ("sentence", "identifier", "label"))
@@ -174,16 +174,16 @@ def _statement(line: str, where: str) -> tuple[str, str, str]:
             return " ".join(text.split()), identifier, label
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f'{where} must have a sentence, an identifier as 12-0 and the label "true" or "false"')
+    raise UserError(f'{where} must have a sentence, an identifier such as 12-0 and the label "true" or "false"')
 
 
 def sentence(example: dict) -> str:
-    """What makes two statements the same sentence: letters and digits, without capitals."""
+    """Return the statement's letters and digits in lower case, which are equal for equal sentences."""
     return re.sub(r"[\W_]+", "", example["text"].casefold())
 
 
 def first_order(examples: Iterable[dict]) -> Examples:
-    """The examples whose picture has the boxes in the first order."""
+    """Return the examples whose picture has the boxes in the first order."""
     return [example for example in examples if example["image"].endswith("-0")]
 
 
@@ -191,7 +191,7 @@ def first_order(examples: Iterable[dict]) -> Examples:
 
 
 def read_flickr8k(folder: Path) -> tuple[Parts, Images]:
-    """Captions of photographs in Karpathy's split: an example for each caption to train, one with all to test."""
+    """Return captions of photographs in Karpathy's split: one example per caption in train, per picture elsewhere."""
     path = folder / "flickr8k" / "dataset_flickr8k.zip"
     images = {file.stem: file for file in (folder / "flickr8k" / "data" / "images").glob("*.jpg")}
     found: Parts = {"train": [], "dev": [], "test": []}
@@ -206,9 +206,9 @@ def read_flickr8k(folder: Path) -> tuple[Parts, Images]:
 
 
 def karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """(file name without its ending, split, captions) of each picture in a JSON file of Karpathy's, or a zip of one.
+    """Yield (file name without extension, split, captions) of each picture in one of Karpathy's JSON files, or its zip.
 
-    Raises ``UserError`` naming the entry that is malformed.
+    Raises ``UserError`` naming a malformed entry.
     """
     if path.suffix == ".zip":
         try:
@@ -228,10 +228,10 @@ def karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
         except (KeyError, TypeError, AttributeError):
             wrong = True
         if wrong:
-            raise UserError(f"{path}, image {index} must have filename, split and sentences that have a raw text each")
+            raise UserError(f"{path}, image {index} must have filename, split and sentences, each with a raw text")
         yield image, split, captions
 
 
-# What pictures of these sets are called: others in their folder are somebody's own.
+# The file names of these sets' pictures; any other file in images/ is the user's and must not be deleted.
 IMAGES = ("easy_vqa_*.png", "train-*.png", "dev-*.png", "hidden-*.png", "test-*.png", "[0-9]*_*.jpg")
 READERS = {"easy_vqa": read_easy_vqa, "nlvr": read_nlvr, "flickr8k": read_flickr8k}

@@ -1,4 +1,4 @@
-"""Tasks on pictures as data: what is asked about a picture, and which kind of answer is wanted."""
+"""Declarations of image-text tasks: the prompt for a picture, and the kind of answer."""
 
 import dataclasses
 import json
@@ -8,12 +8,12 @@ from mtl_lora import tasks
 from mtl_lora.errors import UserError
 from mtl_lora.metrics import metrics_for, metrics_needing
 
-# Kinds of answers: any text; one of the task's labels; a description, which is not asked for in words of the example.
+# Kinds of answers: any text; one of the task's labels; a description, for which the example has no question.
 OPEN, CHOICE, CAPTION = "open", "choice", "caption"
 ANSWERS = (OPEN, CHOICE, CAPTION)
-# What a token of an answer weighs: an example weighs one, whatever its length; or all tokens weigh the same.
+# The loss weights: every example has the same weight, whatever its length; or every token has the same weight.
 BY_EXAMPLE, BY_TOKEN = "example", "token"
-GENERATED = 20  # tokens of an answer that is generated, where a task says nothing
+GENERATED = 20  # maximum tokens of a generated answer, unless the task sets max_answer
 _TEXT = "{text}"
 
 
@@ -21,10 +21,11 @@ _TEXT = "{text}"
 class Task(tasks.Task):
     """One task on pictures.
 
-    prompt: the model's text, in which ``{text}`` stands for the example's; a caption's has none. answer: ``open``,
-    ``choice`` (one of two or more ``labels``) or ``caption``. loss: ``example`` or ``token`` (the default of captions).
-    max_text and max_answer: most tokens of a prompt and of an answer, with the special ones that the tokenizer puts
-    around them; 0: the cutoff alone. metric: empty: accuracy of choices, exact_match, CIDEr of captions.
+    prompt: the model's prompt, in which ``{text}`` stands for the example's text; the prompt of a caption has no
+    ``{text}``. answer: ``open``, ``choice`` (one of two or more ``labels``) or ``caption``. loss: ``example``, or
+    ``token`` (the default for captions). max_text, max_answer: maximum tokens of a prompt and of an answer, including
+    the tokenizer's special tokens; 0: the cutoff alone. metric: empty: accuracy for choices, exact_match for open
+    answers, CIDEr for captions.
     """
 
     prompt: str = _TEXT
@@ -43,21 +44,21 @@ class Task(tasks.Task):
         if bool(self.labels) != (self.answer == CHOICE):
             raise UserError(f'task {self.name!r} needs "labels": [...] if its "answer" is "{CHOICE}", and only then')
         self.require_text("prompt")
-        wanted = 0 if self.answer == CAPTION else 1
-        if self.prompt.count(_TEXT) != wanted or not self.prompt.strip():
-            times = "once" if wanted else "not, for a caption has no text"
-            raise UserError(f"task {self.name!r} has the prompt {self.prompt!r}; it must hold {_TEXT} {times}")
+        expected = 0 if self.answer == CAPTION else 1
+        if self.prompt.count(_TEXT) != expected or not self.prompt.strip():
+            rule = f"must contain {_TEXT} once" if expected else f"cannot contain {_TEXT} or be empty for a caption"
+            raise UserError(f"task {self.name!r} has the prompt {self.prompt!r}; it {rule}")
         for field in ("max_text", "max_answer"):
             value = getattr(self, field)
             if type(value) is not int or (value and value < 4):
-                raise UserError(f"task {self.name!r} has {field} {value!r}; it must be a number of tokens from 4, or 0")
+                raise UserError(f"task {self.name!r} has {field} {value!r}; it must be 0 or at least 4 tokens")
         if not self.loss:
             object.__setattr__(self, "loss", BY_TOKEN if self.answer == CAPTION else BY_EXAMPLE)
         super().__post_init__()
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that it may have."""
+        """The metrics that the task may have."""
         if self.answer == CAPTION:
             return metrics_needing("references")
         return metrics_for(self.labels) + (metrics_needing("answers") if self.answer == OPEN else [])
@@ -69,7 +70,7 @@ class Task(tasks.Task):
 
     @property
     def generated_tokens(self) -> int:
-        """Most tokens of an answer that is generated."""
+        """Maximum tokens of a generated answer."""
         return self.max_answer or GENERATED
 
     @property
@@ -77,7 +78,7 @@ class Task(tasks.Task):
         return self.prompt, self.answer, self.labels, self.loss, self.max_text, self.max_answer
 
     def parts(self, text: str) -> tuple[str, str, str]:
-        """(what stands before the text, the text, what stands behind it) of a prompt."""
+        """Return a prompt as (words before the text, the text, words after it)."""
         before, _, behind = self.prompt.partition(_TEXT)
         return before, text, behind
 
@@ -92,5 +93,5 @@ def _shipped(name: str) -> TaskSet:
     return TaskSet.from_json(json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")), name)
 
 
-VLBART = _shipped("vlbart_tasks.json")  # the original's four
+VLBART = _shipped("vlbart_tasks.json")  # the four tasks of the original
 OPEN_SETS = _shipped("open_tasks.json")  # easy-VQA, NLVR and the Flickr8k subset

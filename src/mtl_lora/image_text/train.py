@@ -1,4 +1,4 @@
-"""Training on images and texts: batches of all tasks or of one, visual tokens in a language model, an adapter on it."""
+"""Training of a language model with visual tokens and an adapter, on batches of all tasks or of one task each."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ from mtl_lora.training.trainer import Batch
 
 
 class ImageTextRun(Run):
-    """The training of a language model that is shown images."""
+    """The training of a language model that also sees images."""
 
     task_set = TaskSet
     shortened_at = "the ends of their texts and answers"
@@ -61,14 +61,14 @@ class ImageTextRun(Run):
         return f"the limits of its task or {super().limit()}"
 
     def _lengths(self, rows: datasets.Dataset) -> np.ndarray:
-        """Tokens of each example and of its images, (N,)."""
+        """Return the number of tokens of each example with its images, (N,)."""
         columns = row_columns(rows)
         return columns["length"] + columns["image_count"] * self.images.tokens
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         if not self.config.token_budget:
             return self._lengths(self.train), False
-        # A batch is padded to its most pictures and to its longest text, in whatever rows.
+        # Texts and pictures of a batch are padded separately, so plan with the largest number of pictures of any row.
         columns = row_columns(self.train)
         lengths = columns["length"] + columns["image_count"].max() * self.images.tokens
         if (most := int(lengths.max())) > self.config.token_budget:
@@ -93,7 +93,7 @@ class ImageTextRun(Run):
 
     @functools.cached_property
     def mean_tokens(self) -> dict[int, float]:
-        """The mean tokens of an answer of each task whose loss is by token, kept, for all training answers are read."""
+        """``mean_answer_tokens`` of the training rows, cached because it reads all answers."""
         return mean_answer_tokens(self.train, self.tasks)
 
     def facts(self) -> dict[str, object]:
@@ -109,13 +109,14 @@ class ImageTextRun(Run):
 
 
 RUN = ImageTextRun
-run = functools.partial(train, RUN)  # as a configuration says
+run = functools.partial(train, RUN)  # run(config) trains as a ``TrainConfig`` says
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of every token of the answers times the answer's soft score, its weight, and its row's task: (N,).
+    """Return the losses, weights and task ids (N,) of the N answer tokens of a batch.
 
-    batch: of ``Collator``, with answers; without features the model reads texts alone.
+    A loss is the token's cross-entropy times the soft score of its answer. batch: of ``Collator``, with answers;
+    without features the model reads texts only.
     """
     labels, mask = batch["labels"], batch["attention_mask"]
     supervised = (labels.flatten() != IGNORED).nonzero()[:, 0]
@@ -123,7 +124,7 @@ def answer_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.T
     names = ["input_ids", "attention_mask", "features"]
     if "decoder_input_ids" in batch:
         names, shape, positions = [*names, "decoder_input_ids"], labels.shape, supervised
-    else:  # the token at place j, behind all visual tokens, is predicted one position before it
+    else:  # text token j, which follows all visual tokens, is predicted one position before it
         shape, visual = mask.shape, mask.shape[1] - labels.shape[1]
         positions = row * shape[1] + visual + place - 1
     task_ids = batch["task_ids"]

@@ -1,9 +1,9 @@
-"""Make examples of the data folder of VL-Adapter and of MTL-LoRA's image-text code: VQAv2, GQA, NLVR2, COCO captions.
+"""Make examples from the data folder of VL-Adapter and MTL-LoRA's image-text code: VQAv2, GQA, NLVR2, COCO captions.
 
     mtl-lora prepare vlbart --source datasets                       all four tasks
     mtl-lora prepare vlbart --source datasets --tasks vqa,nlvr      some of them
 
-Reads below the source
+Reads these files of the source folder
 
     vqa/karpathy_{train,val,test}.json, vqa/v2_mscoco_val2014_annotations.json
     GQA/{train,valid,testdev}.json
@@ -12,10 +12,10 @@ Reads below the source
 
 and checks that each of their images has its <image id>.h5 in {COCO,VG,GQA,nlvr}/clip_features/data_clip_RN101_att, the
 --features of training, which checks their shapes. Writes train.json (all tasks, in order of task id), tasks.json (the
---tasks_file of training), dev/<task>/test.json and test/<task>/test.json (a --data_dir of evaluation).
+--tasks_file of training), dev/<task>/test.json and test/<task>/test.json (each a --data_dir of evaluation).
 
-GQA is tested on testdev and trained on train and valid, as the original, but for the 200 images of valid that are its
-dev set here; the original watches testdev while it trains. Paths are relative to the current folder.
+As in the original, GQA is tested on testdev and trained on train and valid, except for 200 images of valid that are the
+dev set here; the original evaluates on testdev during training. Paths are relative to the current folder.
 """
 
 import collections
@@ -34,41 +34,42 @@ from mtl_lora.image_text.tasks import VLBART
 
 FEATURES = "clip_features/data_clip_RN101_att"
 FEATURE_FOLDERS = {"vqa": ["COCO"], "gqa": ["VG", "GQA"], "nlvr": ["nlvr"], "caption": ["COCO"]}
-GQA_DEV_IMAGES = 200  # of valid, or a tenth if that is less
+GQA_DEV_IMAGES = 200  # images of valid in the dev set, or a tenth of them if that is fewer
 
 
 @dataclasses.dataclass
 class Prepare(Config):
-    """Where the original's folder is, which of its tasks are taken, and where the data set goes."""
+    """Where the original's folder is, which of its tasks to build, and where the data sets go."""
 
-    source: str = flag(REQUIRED, "the folder datasets/ of the original, which has vqa, GQA, nlvr and COCO")
-    tasks: list[str] = flag(VLBART.names, "of vqa, gqa, nlvr and caption, as a,b; ids are in that order")
+    source: str = flag(REQUIRED, "the folder datasets/ of the original, with vqa, GQA, nlvr and COCO")
+    tasks: list[str] = flag(VLBART.names, "tasks among vqa, gqa, nlvr and caption, as a,b; ids are in that order")
     output_dir: str = flag("data/vlbart", "folder for train.json, tasks.json, dev/ and test/", place=True)
-    limit: int = flag(0, "most training images (nlvr: pairs) of each task, with all their examples; 0: all", min=0)
+    limit: int = flag(0, "maximum training images (nlvr: pairs) per task, with all their examples; 0: all", min=0)
 
 
 class Source:
-    """The files below a folder, and what is wrong with them: by file or folder the first problem and their number."""
+    """The files in a folder, and for each file or folder with problems the first problem and the number of problems."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.problems: dict[str, list] = {}
 
     def wrong(self, name: str, what: str) -> None:
-        """Note a problem of a file."""
+        """Record a problem with a file."""
         self.problems.setdefault(name, [what, 0])[1] += 1
 
     def check(self) -> None:
-        """Raise ``UserError`` that names every file that is missing or malformed."""
+        """Raise ``UserError`` naming every file that is missing or malformed, if there is one."""
         named = [
             f"{name}: {what}" + (f" (the first of {count:,})" if count > 1 else "")
             for name, (what, count) in self.problems.items()
         ]
         if named:
-            raise UserError(f"{self.folder} lacks what is needed: {'; '.join(named)}")
+            raise UserError(f"{self.folder} has missing or malformed files: {'; '.join(named)}")
 
     def items(self, name: str, key: str | None = None) -> list:
-        """The JSON list in a file, or below ``key`` in its object; a file that is none is noted, and empty."""
+        """Return the JSON list in a file, or under ``key`` in its object; if there is none, record a problem and return
+        an empty list."""
         try:
             value = read_json(self.folder / name, "the file")
             value = value[key] if key else value
@@ -76,15 +77,15 @@ class Source:
                 return value
             self.wrong(name, "it must hold a JSON list of questions")
         except (KeyError, TypeError):
-            self.wrong(name, f"it must be a JSON object with {key}")
+            self.wrong(name, f"it must be a JSON object with the key {key}")
         except UserError as error:
             self.wrong(name, str(error) if (self.folder / name).is_file() else "it is missing")
         return []
 
     def read(self, name: str, task: str, closed: bool, convert: Callable[[dict], dict]) -> Examples:
-        """What ``convert`` makes of each item of a file; one that gives no example of the task is noted.
+        """Return ``convert(item)`` for each item of a file; an item that gives no valid example is recorded.
 
-        closed: for a test set, whose every question has a right answer.
+        closed: True for dev and test sets, where every question needs a right answer.
         """
         found = []
         for index, item in enumerate(self.items(name)):
@@ -93,13 +94,13 @@ class Source:
                 parse_example(example, index, name, VLBART, task, closed)
                 found.append(example)
             except (KeyError, TypeError, AttributeError, IndexError) as error:
-                self.wrong(name, f"item {index} lacks {error}, or it is of another type")
+                self.wrong(name, f"item {index} lacks {error}, or has a value of another type")
             except UserError as error:
                 self.wrong(name, str(error).removeprefix(f"{name}, "))
         return found
 
     def check_features(self, task: str, parts: dict[str, Examples]) -> None:
-        """Note the images that have no features."""
+        """Record the images that have no features."""
         folders = [f"{folder}/{FEATURES}" for folder in FEATURE_FOLDERS[task]]
         there = {path.stem for folder in folders for path in (self.folder / folder).glob("*.h5")}
         for example in (example for part in parts.values() for example in part):
@@ -111,7 +112,7 @@ class Source:
 
 
 def run(config: Prepare) -> None:
-    """Read everything, check everything, and only then write; raises ``UserError``."""
+    """Read and check everything before writing anything; raises ``UserError``."""
     if unknown := [name for name in config.tasks if name not in VLBART.names]:
         raise UserError(f"--tasks names {unknown[0]!r}{closest(unknown[0], VLBART.names)}")
     source, sets = Source(existing(config.source)), {}
@@ -130,7 +131,7 @@ def run(config: Prepare) -> None:
 
 
 def read_vqa(source: Source) -> dict[str, Examples]:
-    """Questions with soft scores; of dev and test, which are of COCO's val2014, with the ten annotators' answers."""
+    """Return questions with soft scores; dev and test, from COCO's val2014, also have the answers of ten annotators."""
     annotators = {}
     name = "vqa/v2_mscoco_val2014_annotations.json"
     for index, entry in enumerate(source.items(name, "annotations")):
@@ -148,7 +149,7 @@ def read_vqa(source: Source) -> dict[str, Examples]:
         if str(item["question_id"]) not in annotators:
             raise UserError(f"the question {item['question_id']} has no answers in {name}")
         answers = annotators[str(item["question_id"])]
-        # Scores of the annotators where no answer is among those that training knows.
+        # ``label`` is empty if no answer is in the training vocabulary; then the annotators' answers give the scores.
         scores = {
             answer: min(1.0, count / 3) for answer, count in collections.Counter(answers).items() if answer.strip()
         }
@@ -162,7 +163,7 @@ def read_vqa(source: Source) -> dict[str, Examples]:
 
 
 def read_gqa(source: Source) -> dict[str, Examples]:
-    """Questions with one answer; dev: those of some images of valid."""
+    """Return questions with one answer; dev has the questions about some images of valid."""
 
     def question(item: dict) -> dict:
         return {"image": item["img_id"], "text": item["sent"], "answers": item["label"]}
@@ -177,7 +178,8 @@ def read_gqa(source: Source) -> dict[str, Examples]:
 
 
 def read_nlvr(source: Source) -> dict[str, Examples]:
-    """Statements on two photographs; those that differ in the pair alone, the third field, share a group."""
+    """Return statements about two photographs; those that differ only in the pair, the third field of their identifier,
+    share a group."""
 
     def statement(item: dict) -> dict:
         fields = item["identifier"].split("-")
@@ -190,7 +192,7 @@ def read_nlvr(source: Source) -> dict[str, Examples]:
 
 
 def read_captions(source: Source) -> dict[str, Examples]:
-    """Captions in Karpathy's split, restval with train: an example for each to train, one with all to test."""
+    """Return captions in Karpathy's split, restval in train: one example per caption in train, per image elsewhere."""
     name, found = "COCO/dataset_coco.json", {"train": [], "dev": [], "test": []}
     try:
         for image, split, captions in karpathy(source.folder / name):

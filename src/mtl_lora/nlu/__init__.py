@@ -1,4 +1,4 @@
-"""A system: one encoder for many classification and regression tasks, with a head per task."""
+"""The system ``nlu``: one encoder for many classification and regression tasks, with a head per task."""
 
 from typing import TYPE_CHECKING
 

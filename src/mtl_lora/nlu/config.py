@@ -9,7 +9,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import GLUE, TaskSet
 from mtl_lora.training.config import TrainingConfig
 
-# What answers: a trained head, or without a checkpoint the cosine of the two texts' mean-pooled embeddings.
+# The protocols: a trained head answers or, without a checkpoint, the cosine of the two texts' mean-pooled embeddings.
 CLASSIFY, COSINE = "classify", "cosine"
 
 
@@ -20,17 +20,18 @@ class TrainConfig(TrainingConfig):
     system = "nlu"
     made_by = "mtl-lora prepare glue"
 
-    base_model: str = flag("minilm-l6", "name or folder of any encoder of transformers; minilm-l6 is fetched")
+    base_model: str = flag("minilm-l6", "name or folder of any transformers encoder; minilm-l6 is downloaded")
     data_path: str = flag(
         "data/glue/train.json",
-        "JSON, JSON lines, CSV or parquet of examples with text, text_b of a pair, label and task (a name) or task_id",
+        "JSON, JSON lines, CSV or parquet file of examples with text, text_b (for pairs), label, and task (a name) or "
+        "task_id",
     )
-    tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: eight of GLUE, without WNLI")
+    tasks_file: str | None = flag(None, "JSON file that declares your own tasks; none: the GLUE tasks except WNLI")
     lora_target_modules: list[str] = flag(
         ["all-linear"],
-        "linear layers to adapt: names or regular expressions of whole names as a,b; all-linear: the encoder's",
+        "linear layers to adapt: names, or regular expressions for whole names, as a,b; all-linear: the encoder's",
     )
-    cutoff_len: int = flag(128, "most tokens of a text or pair; longer ones lose their end", min=4, group="the text")
+    cutoff_len: int = flag(128, "maximum tokens of a text or pair; longer ones are truncated", min=4, group="the text")
 
     def read_tasks(self) -> TaskSet:
         return TaskSet.load(self.tasks_file) if self.tasks_file else GLUE
@@ -42,15 +43,15 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     base_model: str | None = flag(
         None,
-        "with --checkpoint: where its base model lies, if that has moved; alone: an encoder that is not trained, which "
-        "answers regressions of pairs by the cosine of its mean-pooled embeddings",
+        "with --checkpoint: where its base model is, if it has moved; alone: an encoder without fine-tuning, which "
+        "answers regression tasks on pairs with the cosine of its mean-pooled embeddings",
     )
-    cutoff_len: int | None = flag(None, "most tokens of a text or pair, where no checkpoint has it; none: 128", min=4)
+    cutoff_len: int | None = flag(None, "maximum tokens of a text or pair, if no checkpoint sets it; none: 128", min=4)
 
     def validate(self) -> None:
         super().validate()
         if not self.checkpoint and not self.base_model:
-            raise UserError("pass --checkpoint DIR, or --base_model NAME for an encoder that is not trained")
+            raise UserError("pass --checkpoint DIR, or --base_model NAME for an encoder without fine-tuning")
 
     def check_files(self) -> None:
         super().check_files()
@@ -68,7 +69,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
     @property
     def protocols(self) -> dict[str, str]:
-        """How questions are answered, with the folder of the results."""
+        """The output folder of each protocol, that is each way of answering the questions."""
         return {CLASSIFY if self.checkpoint else COSINE: self.output_folder}
 
 
@@ -76,10 +77,10 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet of examples with text (and text_b)")
+    input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples with text (and text_b)")
 
 
-# What the commands' help begins with.
-TRAIN_ABOUT = "Fine-tune an encoder on many tasks, a head for each, with MTL-LoRA or another low-rank adapter."
+# The first line of each command's help.
+TRAIN_ABOUT = "Fine-tune an encoder with a head per task on many tasks, with MTL-LoRA or another low-rank adapter."
 EVALUATE_ABOUT = "Score a trained encoder on the test sets of its tasks."
-PREDICT_ABOUT = "Answer the examples of a file with a trained encoder."
+PREDICT_ABOUT = "Answer the examples in a file with a trained encoder."

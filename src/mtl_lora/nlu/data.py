@@ -1,4 +1,4 @@
-"""From examples to rows and batches: texts and pairs as the encoder's tokenizer joins them."""
+"""Turn examples into rows and batches; the encoder's own tokenizer joins the two texts of a pair."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.cuda_graphs import padded_length
 from mtl_lora.training.rows import cached_rows, tokenizer_hash
 
-# Raised when the way examples are encoded changes, so that caches of an older version are not read.
+# Increase it when the encoding of examples changes, so that caches of an older version are not read.
 _VERSION = 2
 COLUMNS = datasets.Features(
     {
         "input_ids": datasets.Sequence(datasets.Value("int32")),
-        "token_type_ids": datasets.Sequence(datasets.Value("int8")),  # empty for a model without them
+        "token_type_ids": datasets.Sequence(datasets.Value("int8")),  # empty if the model takes none
         "target": datasets.Value("float64"),
         "length": datasets.Value("int32"),
         "task_id": datasets.Value("int32"),
@@ -28,26 +28,26 @@ COLUMNS = datasets.Features(
 
 
 class Encoder:
-    """Texts to token ids, with the special tokens of the model; the longer text of a pair is cut first."""
+    """Encodes texts and pairs as token ids with the model's special tokens; the longer text of a pair is cut first."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cutoff_len: int):
         self.tokenizer, self.cutoff_len = tokenizer, cutoff_len
         self.has_types = "token_type_ids" in tokenizer.model_input_names
 
     def encode(self, examples: Sequence[Example]) -> list[dict]:
-        """Of each example ``input_ids``, ``token_type_ids`` where the model has them, and ``removed``: tokens cut."""
+        """Return each example's ``input_ids``, ``token_type_ids`` if the model takes them, and ``removed``, the number
+        of tokens cut."""
         rows: list[dict] = [{}] * len(examples)
-        alone = [index for index, example in enumerate(examples) if example.text_b is None]
+        single = [index for index, example in enumerate(examples) if example.text_b is None]
         pairs = [index for index, example in enumerate(examples) if example.text_b is not None]
-        for indices in filter(None, (alone, pairs)):
+        for indices in filter(None, (single, pairs)):
             texts = [[examples[index].text for index in indices]]
             if indices is pairs:
                 texts.append([examples[index].text_b for index in indices])
             options = {"return_attention_mask": False, "return_token_type_ids": self.has_types, "verbose": False}
             whole = self.tokenizer(*texts, **options)
-            longer = [len(ids) > self.cutoff_len for ids in whole["input_ids"]]
             cut = whole
-            if any(longer):
+            if any(len(ids) > self.cutoff_len for ids in whole["input_ids"]):
                 cut = self.tokenizer(*texts, truncation="longest_first", max_length=self.cutoff_len, **options)
             for place, index in enumerate(indices):
                 removed = len(whole["input_ids"][place]) - len(cut["input_ids"][place])
@@ -56,7 +56,7 @@ class Encoder:
 
 
 def target_of(example: Example, tasks: TaskSet) -> float:
-    """What a head learns: the class number, or the number scaled to 0 to 1."""
+    """Return the training target of a head: the class index, or for a regression the label scaled to 0 to 1."""
     task = tasks[example.task_id]
     return task.scaled(example.label) if task.is_regression else float(task.labels.index(example.label))
 
@@ -70,10 +70,10 @@ def training_rows(
     task: str | None = None,
     digest: str | None = None,
 ) -> datasets.Dataset:
-    """The encoded examples of a data file, one a row (``COLUMNS``), from the cache if they are there.
+    """Return the encoded examples of a data file, one per row (``COLUMNS``), from the cache if they are in it.
 
-    task: as for ``load_examples``. digest: the file's sha256, if it is known. Raises ``UserError`` as ``load_examples``
-    does, and for an unwritable cache folder.
+    task: as in ``load_examples``. digest: the file's sha256, if known. Raises ``UserError`` as ``load_examples`` does,
+    and if the cache folder cannot be written.
     """
     encoder = Encoder(tokenizer, cutoff_len)
     shaping = [(task.name, task.labels, task.regression) for task in tasks]
@@ -95,10 +95,12 @@ def training_rows(
 
 
 class Collator:
-    """Rows to a batch, padded on the right: input_ids, attention_mask and, where rows have them, token_type_ids (B, L),
-    task_ids (B,), loss_weight () = B; of training rows targets (B,), float64.
+    """Collates rows into a batch, padded on the right: input_ids, attention_mask and, if the rows have them,
+    token_type_ids, each (B, L); task_ids (B,); loss_weight () = B; and for training rows targets (B,) in float64.
 
-    lengths: those that batches are padded to, ascending, none below an example's; none: each to its longest row."""
+    lengths: in ascending order; a batch is padded to the first of them that its longest row fits into, or to that row's
+    own length if none is long enough.
+    """
 
     def __init__(self, pad_token_id: int, lengths: Sequence[int] = ()):
         self.pad_token_id, self.lengths = pad_token_id, lengths

@@ -1,4 +1,4 @@
-"""``mtl-lora evaluate`` and ``predict`` of encoders: a trained head's answers, or the cosine of two texts."""
+"""``mtl-lora evaluate`` and ``predict`` for encoders: a trained head answers, or the cosine of two embeddings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +19,13 @@ from mtl_lora.results import Comparability, Results, TaskResult, measure
 
 
 class Question(evaluation.Question):
-    """One example, ready for a model. prompt_ids: of its text or pair; row: of ``Encoder.encode``."""
+    """One example prepared for a model. prompt_ids: token ids of its text or pair. row: its ``Encoder.encode`` row."""
 
     def line(self, parsed: str | float, scores: list[float] | None) -> dict:
-        """The question's line in the predictions: its target as ``answer``, and what was answered."""
+        """Return the question's prediction line: the label as ``answer`` and the model's answer as ``parsed``.
+
+        scores: the logits of the labels; None for a regression.
+        """
         line = {"task": self.task.name, "index": self.example.index, "answer": self.example.label, "parsed": parsed}
         if scores is not None:
             line |= {"correct": parsed == self.example.label, "scores": scores}
@@ -30,18 +33,18 @@ class Question(evaluation.Question):
         return line | ({"kind": self.example.extra["kind"]} if "kind" in self.example.extra else {})
 
     def answered_by(self, line: Mapping | None) -> bool:
-        """Whether a line, perhaps of an earlier version of the test set, answers this very text and target."""
+        """Return whether a line, which may be from an earlier version of the test set, has this text and this label."""
         expected = self.prompt_sha256, self.example.label
-        known = line is not None and isinstance(line.get("parsed"), float if self.task.is_regression else str)
-        return known and (line.get("prompt_sha256"), line.get("answer")) == expected
+        is_valid = line is not None and isinstance(line.get("parsed"), float if self.task.is_regression else str)
+        return is_valid and (line.get("prompt_sha256"), line.get("answer")) == expected
 
     def extract_again(self, line: dict) -> dict:
-        """The line: a head's answer needs no rules, but the example may now be of another group."""
+        """Return the line anew: a head's answer needs no extraction, but the example's ``kind`` may have changed."""
         return self.line(line["parsed"], line.get("scores"))
 
 
 class Evaluator(evaluation.Evaluator):
-    """Who answers: settled before a model is loaded; raises ``UserError`` for whatever cannot be."""
+    """An encoder and its tasks; raises ``UserError`` for bad settings before loading the model."""
 
     system, version = "nlu", 1
     token_budget, gpu_token_budget = 4096, 131072
@@ -59,22 +62,25 @@ class Evaluator(evaluation.Evaluator):
         self.encoder, self.collator = Encoder(tokenizer, self.cutoff_len), Collator(tokenizer.pad_token_id)
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
-        """Questions of examples; raises ``UserError`` naming ``source`` and a pair where the training had none, or the
-        other way round: its score would look like any other."""
+        """Return the examples as questions.
+
+        Raises ``UserError`` naming ``source`` for a pair of a task that was trained on single texts alone, or the
+        reverse: nothing in the score would reveal the mismatch.
+        """
         for example in examples:
             task, is_pair = self.tasks[example.task_id].name, example.text_b is not None
             if self.pairs.get(task, is_pair) != is_pair:
-                has, had = ("a", "none") if is_pair else ("no", "one")
+                has, trained = ("a", "no") if is_pair else ("no", "every")
                 found = f"{source}, example {example.index} has {has} 'text_b'"
-                way_out = "leave it out" if is_pair else 'add it, as "text_b": "" in JSON where it is empty'
-                raise UserError(f"{found}, and in training every example of {task} had {had}; {way_out}")
+                way_out = "leave it out" if is_pair else 'add it, as "text_b": "" in JSON if it is empty'
+                raise UserError(f"{found}, but {trained} training example of {task} had one; {way_out}")
         rows = self.encoder.encode(examples)
         found = []
         for example, row in zip(examples, rows, strict=True):
             digest = files.sha256_of(str([row["input_ids"], row.get("token_type_ids")]).encode())
             found.append(Question(self.tasks[example.task_id], example, row["input_ids"], digest, row))
         longest = max((len(row["input_ids"]) for row in rows), default=0)
-        self.base_model.check_positions(longest, "a text; take a shorter --cutoff_len")
+        self.base_model.check_positions(longest, "a text; pass a smaller --cutoff_len")
         return found
 
     def structure(self) -> PreTrainedModel:
@@ -105,7 +111,7 @@ class Evaluator(evaluation.Evaluator):
         return lines
 
     def _cosines(self, questions: list[Question]) -> list[dict]:
-        """The cosine of the mean-pooled embeddings of the two texts (Reimers and Gurevych, arXiv 1908.10084)."""
+        """Answer with the cosine of the texts' mean-pooled embeddings (Reimers and Gurevych, arXiv 1908.10084)."""
         sides = []
         for field in ("text", "text_b"):
             texts = [Example(getattr(question.example, field), None, None, 0, 0) for question in questions]
@@ -130,9 +136,9 @@ class Evaluator(evaluation.Evaluator):
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet; writes and returns the results.
+    """Answer every question that has no answer yet, then write and return the results by protocol.
 
-    Empty with ``check``, and on every process but the first.
+    The returned dictionary is empty with ``check``, and on every process except the first.
     """
     evaluator = Evaluator(config)
     asked = load_questions(
@@ -147,8 +153,8 @@ def run(config: EvalConfig) -> dict[str, Results]:
     for question in asked.questions if not config.checkpoint else ():
         if not question.task.is_regression or question.example.text_b is None:
             raise UserError(
-                f"the base model {evaluator.base_model.name!r} alone answers regressions of pairs, which "
-                f"{question.task.name} is not; leave it out of --tasks, or pass --checkpoint"
+                f"without a checkpoint, the base model {evaluator.base_model.name!r} answers only regression tasks on "
+                f"pairs, and {question.task.name} is not one; leave it out of --tasks, or pass --checkpoint"
             )
     questions = dict.fromkeys(config.protocols, asked.questions)
     with claimed_folders(config, config.protocols):
@@ -158,7 +164,10 @@ def run(config: EvalConfig) -> dict[str, Results]:
 def _with_cosine(tasks: TaskSet) -> list[str]:
     names = [task.name for task in tasks if task.is_regression]
     if not names:
-        raise UserError("a base model alone answers regressions of pairs, and there is no such task; pass --checkpoint")
+        raise UserError(
+            "without a checkpoint, a base model answers only regression tasks on pairs, and no task is one; pass "
+            "--checkpoint"
+        )
     return names
 
 
@@ -166,19 +175,19 @@ def _with_cosine(tasks: TaskSet) -> list[str]:
 
 
 class Predictor(evaluation.Predictor):
-    """Answers examples in Python; the model is loaded with the first of them.
+    """Answers examples in Python; the model is loaded on the first call.
 
         predictor = Predictor("output/glue")
         predictor.predict([{"text": "A fine film."}], task="sst2")
         # [{"index": 0, "task": "sst2", "answer": "positive", "scores": {...}, "probabilities": {...}}]
 
-    checkpoint: folder of a training, which names its base model and tasks. flags: any other flag of ``mtl-lora
-    predict``, by name. Raises ``UserError`` as the command does.
+    checkpoint: output folder of a training run, which names its base model and tasks. flags: any other flag of
+    ``mtl-lora predict``, by name. Raises ``UserError`` as the command does.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "text"
 
 
 def predict(config: PredictConfig) -> None:
-    """Answer every example of the input file that has no answer yet, then write the output file whole."""
+    """Answer every example of the input file that has no answer yet, then write the complete output file."""
     evaluation.predict(Evaluator(config), CLASSIFY)

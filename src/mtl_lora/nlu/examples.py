@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with a label or a number: validated; an error names file, example and field."""
+"""Read and validate examples: a text or a pair of texts with a label or a number."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ FIELDS = ("text", "text_b", "label", "task", "task_id")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One example, and its place in the file.
+    """One example of a data file.
 
-    text_b: the second text of a pair, or None. label: one of the task's labels, or a number of its range; None for an
-    example to predict. extra: any further fields (``kind`` groups results).
+    text_b: the second text of a pair, or None. label: one of the task's labels, or a number in its range; None for an
+    example to predict. index: its position in the file. extra: any further fields (``kind`` groups results).
     """
 
     text: str
@@ -29,30 +29,32 @@ class Example:
     extra: dict = dataclasses.field(default_factory=dict, compare=False)
 
     def record(self) -> dict:
-        """A record that ``parse_example`` reads back."""
+        """Return the example as a JSON object that ``parse_example`` reads back."""
         fields = {"text": self.text, "text_b": self.text_b, "label": self.label, "task_id": self.task_id}
         return {key: value for key, value in fields.items() if value is not None} | self.extra
 
 
 def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file, see ``data_files.read_values``; raises ``UserError`` naming file, example and field.
+    """Read the examples of a file in any format of ``data_files.read_values``.
 
-    task: the name of the task when the file holds one task alone; else each example has ``task`` or ``task_id``,
-    unless there is only one task. closed: as of every system; labels are always needed here.
+    task: the task of all examples; without it each example needs ``task`` or ``task_id``, unless there is only one
+    task. closed: no effect here, where every example needs a label; other systems read it. Raises ``UserError`` naming
+    file, example and field.
     """
     values = read_examples(path)
     return [parse_example(value, index, str(path), tasks, task) for index, value in enumerate(values)]
 
 
-DATA = functools.partial(Records, load_examples)  # what a study takes samples of
+DATA = functools.partial(Records, load_examples)  # where a study draws its samples
 
 
 def parse_example(
     value: object, index: int, source: str, tasks: TaskSet, task: str | None = None, answered: bool = True
 ) -> Example:
-    """One example from its JSON value; arguments and errors as ``load_examples``, which names ``source``.
+    """Return one example from its JSON value; arguments and errors are those of ``load_examples``.
 
-    answered: False for an example to predict: its label is neither needed nor kept.
+    source: the file that errors name. answered: False for an example to predict, whose label is not needed and not
+    kept.
     """
     where = f"{source}, example {index}"
     if not isinstance(value, dict):
@@ -73,7 +75,7 @@ def parse_example(
 
 
 def _label(value: dict, task: Task, where: str) -> str | float:
-    """The example's label: one of the task's, also by its number; or a number of its range."""
+    """Return the example's label: one of the task's labels, given by name or index, or a number in the task's range."""
     label = value.get("label")
     if label is None or not task.is_regression:
         return label_of(value, task.labels, where, task.name)
@@ -84,6 +86,6 @@ def _label(value: dict, task: Task, where: str) -> str | float:
         number = math.nan
     if not low <= number <= high:
         raise UserError(
-            f"{where}: the label {label!r:.80} is no number from {low:g} to {high:g}, the range of {task.name}"
+            f"{where}: the label {label!r:.80} must be a number from {low:g} to {high:g}, the range of {task.name}"
         )
     return number

@@ -1,8 +1,8 @@
-"""An encoder with a head per task: rows of different tasks in one forward, each through its own head.
+"""An encoder with a head per task: one forward takes rows of different tasks, each through the head of its task.
 
-A head is what the model's own ``ForSequenceClassification`` class puts behind the encoder, that is everything outside
-its ``base_model_prefix`` (BERT: one linear layer, behind the encoder's frozen pooler; RoBERTa: a dense layer and a
-linear one), with as many outputs as the task has labels, or one for a regression.
+A head is what the model's own ``ForSequenceClassification`` class adds to the encoder, that is every module outside
+its ``base_model_prefix`` (BERT: one linear layer after the encoder's frozen pooler; RoBERTa: a dense layer and a linear
+layer). It has one output per label of the task, or a single output for a regression.
 """
 
 import copy
@@ -25,14 +25,14 @@ from mtl_lora.nlu.tasks import Task, TaskSet
 
 
 class TaskHeads(nn.ModuleList):
-    """One module per task in the place of one: each row's output is that of its task's module.
+    """Replaces one module of a head by one module per task; each row gets the output of its task's module.
 
-    forward: inputs (B, ...) to outputs (B, ..., C), C of the task that has most; a task with fewer has minus infinity
-    behind its own, which no softmax sees. Every module runs on every row, for they are small: a task that is absent
-    gets a gradient of zero, and nothing waits for a GPU to say which rows are whose.
+    forward: inputs (B, ...) to outputs (B, ..., C), where C is the largest number of outputs of any task. The outputs
+    that a task lacks are minus infinity, so softmax ignores them. Every module runs on every row, because they are
+    small: a task without rows gets a zero gradient, and the GPU need not be asked which rows belong to which task.
     """
 
-    is_head = False  # for the route: it sees every row of the batch
+    is_head = False  # read by ``routing``: this module sees every row of the batch
     merge_instead = "mtl_lora.nlu.model.single_task(model, task)"
 
     def __init__(self, heads: list[nn.Module], tasks: TaskSet):
@@ -40,7 +40,7 @@ class TaskHeads(nn.ModuleList):
         self.tasks, self.task_set = tasks.names, tasks
 
     def base_provenance(self) -> dict:
-        """What a checkpoint must say of the model that these heads are on, beside its name."""
+        """Return what a checkpoint must record about a model with these heads, besides the model's name."""
         return {"system": "nlu", "task_set": self.task_set.to_json()}
 
     def forward(self, x: torch.Tensor, *arguments, **options) -> torch.Tensor:
@@ -53,15 +53,15 @@ class TaskHeads(nn.ModuleList):
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
-    """The names of the modules with weights that lie behind the encoder.
+    """Return the names of the model's modules with weights that follow the encoder.
 
-    Raises ``UserError`` where there are none, and for an encoder-decoder, which reads each row up to its last
-    end-of-sequence token and wants as many of them in every row.
+    Raises ``UserError`` if there are none, for a head that reads the last position, and for an encoder-decoder, which
+    classifies at the last end-of-sequence token and needs the same number of them in every row.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{type(model).__name__} is an encoder-decoder; pass a --base_model that is an encoder alone")
-    if getattr(model.config, "summary_type", None) == "last":  # XLNet: whatever stands there, padding too
-        about = f"the head of {type(model).__name__} reads the last position, and rows are padded behind"
+        raise UserError(f"{type(model).__name__} is an encoder-decoder; pass a --base_model that is an encoder only")
+    if getattr(model.config, "summary_type", None) == "last":  # XLNet: whatever is there, even padding
+        about = f"the head of {type(model).__name__} reads the last position, where rows have padding"
         raise UserError(f"{about}; pass another --base_model")
     names = [
         name
@@ -69,64 +69,64 @@ def head_names(model: PreTrainedModel) -> list[str]:
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
     if not names or model.base_model is model:
-        raise UserError(f"{type(model).__name__} has no head of its own behind an encoder; pass another --base_model")
+        raise UserError(f"{type(model).__name__} has no separate head after an encoder; pass another --base_model")
     return names
 
 
 def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTrainedModel:
-    """Put a head per task, drawn anew by torch's seed, behind the encoder of ``model``, in place; returns the model.
+    """Replace the head of ``model`` by a freshly initialised head per task, in place, and return the model.
 
-    On the meta device the heads have shapes alone.
+    Torch's global seed decides the initial weights. On the meta device the heads have shapes only.
     """
     device, dtype = model.device, model.dtype
     heads = {name: [] for name in head_names(model)}
-    twins: dict[int, PreTrainedModel] = {}  # by the number of outputs, for the heads' shapes
+    shapes: dict[int, PreTrainedModel] = {}  # a model on the meta device by number of outputs
     for outputs in {task.outputs for task in tasks}:
         config = copy.deepcopy(model.config)
         config.num_labels = outputs
         with torch.device("meta"):
-            twins[outputs] = type(model)(config)  # not through transformers' classes, which partition under ZeRO-3
+            shapes[outputs] = type(model)(config)  # from_config would partition the model under ZeRO-3
     for task in tasks:
-        for name, drawn in heads.items():
-            head = copy.deepcopy(getattr(twins[task.outputs], name))
+        for name, modules in heads.items():
+            head = copy.deepcopy(getattr(shapes[task.outputs], name))
             if device.type != "meta":
                 head = head.to_empty(device=device)
                 for module in head.modules():
                     model._init_weights(module)
-            drawn.append(head.to(dtype))
-    for name, drawn in heads.items():
-        setattr(model, name, TaskHeads(drawn, tasks))
+            modules.append(head.to(dtype))
+    for name, modules in heads.items():
+        setattr(model, name, TaskHeads(modules, tasks))
     model.config.num_labels = max(task.outputs for task in tasks)
-    try:  # with which batches are padded, whatever the configuration says: decoders find the last token by it
+    try:  # decoders find a row's last token by the id that pads batches, which may differ from their configuration's
         model.config.pad_token_id = base.tokenizer().pad_token_id
-    except UserError:  # a folder of weights alone, which some caller fills
+    except UserError:  # the folder has weights but no tokenizer
         if getattr(model.config, "pad_token_id", None) is None:
             raise
     return model
 
 
 def load(base: BaseModel, tasks: TaskSet, dtype: str = "auto", load_in_4bit: bool = False, **options):
-    """The encoder with its weights and a fresh head per task."""
+    """Return the encoder with its weights and a freshly initialised head per task."""
     return with_heads(base.load(dtype, load_in_4bit, num_labels=2, **options), base, tasks)
 
 
 def base_of(base: BaseModel, provenance: Provenance, **options) -> PreTrainedModel:
-    """The encoder with heads on which a checkpoint's adapter is put; options: of ``load``."""
+    """Return the encoder with heads to which a checkpoint's adapter is added; options: as for ``load``."""
     tasks = TaskSet.from_json(provenance.task_set, "the checkpoint's task set")
     return load(base, tasks, **options)
 
 
 def structure(base: BaseModel, tasks: TaskSet) -> PreTrainedModel:
-    """The same on the meta device: every module and shape, no memory."""
+    """Return what ``load`` returns, on the meta device: every module and shape, but no memory."""
     return with_heads(base.structure(num_labels=2), base, tasks)
 
 
 def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
-    """The adapter on layers of the encoder, with the heads among ``modules_to_save``.
+    """Return the adapter configured for layers of the encoder, with the heads among ``modules_to_save``.
 
-    ``all-linear`` leaves out the pooler, which belongs to the head though it lies in the encoder: it stays frozen; and,
-    for all methods alike, what projects DeBERTa's relative positions too, which are of no row and so of no task.
-    Raises ``UserError`` as ``find_targets`` does.
+    ``all-linear`` leaves out the pooler, which belongs to the head although it is part of the encoder, and so stays
+    frozen. For every method it also leaves out the layers that project DeBERTa's relative positions, which belong to no
+    row and so to no task. Raises ``UserError`` as ``find_targets`` does.
     """
     saved = list(dict.fromkeys([*head_names(model), *adapter.modules_to_save]))
     adapter = dataclasses.replace(adapter, modules_to_save=saved)
@@ -138,39 +138,39 @@ def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
 
 
 def _within(encoder: nn.Module) -> Iterator[nn.Module]:
-    """The modules of an encoder but its pooler."""
+    """Iterate over the modules of an encoder except its pooler."""
     for name, module in encoder.named_modules():
         if "pooler" not in name.split("."):
             yield module
 
 
-# ---- a plain model of one task ----
+# ---- a plain model for one task ----
 
 
 def task_heads(model: nn.Module) -> dict[str, TaskHeads]:
-    """The heads of a model by the name of what they stand for."""
+    """Return the heads of a model by the name of the module that they replace."""
     return {name: module for name, module in unwrap(model).named_children() if isinstance(module, TaskHeads)}
 
 
 def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:
-    """Raise ``UserError`` for a model without the heads of a checkpoint's tasks, before its adapter is put on."""
+    """Raise ``UserError`` for a model without heads for a checkpoint's tasks, before its adapter is added."""
     tasks = TaskSet.from_json(provenance.task_set, f"the task set of {folder}")
     heads = task_heads(model).values()
     if not heads or any(head.task_set.answers_sha256 != tasks.answers_sha256 for head in heads):
         raise UserError(
-            f"{folder} has a head for each of its tasks ({', '.join(tasks.names):.200}), which this "
-            f"{type(unwrap(model)).__name__} has no place for; load both with mtl_lora.load(folder), or write a plain "
-            "model of one task with `mtl-lora export merge`"
+            f"{folder} has a head for each of its tasks ({', '.join(tasks.names):.200}), and this "
+            f"{type(unwrap(model)).__name__} has no such heads; load both with mtl_lora.load(folder), or write a plain "
+            "model for one task with `mtl-lora export merge`"
         )
 
 
 @torch.no_grad()
 def single_task(model: PreTrainedModel, task: str | int) -> PreTrainedModel:
-    """Turn an encoder with a head per task into the plain one of a task, in place, and return the model.
+    """Turn an encoder with a head per task into a plain classifier for one task, in place, and return the model.
 
-    The adapter, if the model carries one, is merged; the task's head stands where the heads stood, and the
-    configuration says its labels. The one logit of a regression is the number itself, not scaled to 0 to 1. Raises
-    ``UserError`` as ``mtl_lora.merge`` and ``unscale`` do, and for a model without heads; it is then left as it was.
+    The adapter, if the model has one, is merged, the task's head replaces the heads of all tasks, and the configuration
+    gets the task's labels. The logit of a regression is then in the task's range, not scaled to 0 to 1. Raises
+    ``UserError`` as ``mtl_lora.merge`` and ``unscale`` do, and for a model without heads; the model is then unchanged.
     """
     root, heads = unwrap(model), task_heads(model)
     if not heads:
@@ -179,7 +179,7 @@ def single_task(model: PreTrainedModel, task: str | int) -> PreTrainedModel:
     own = {name: module[chosen.id] for name, module in heads.items()}
     before = {weight: dict(weight._parameters) for head in own.values() for weight in head.modules()}
     try:
-        unscale(list(own.values()), chosen)  # before it is rounded to the base model's dtype
+        unscale(list(own.values()), chosen)  # before ``merge`` rounds to the base model's dtype
         for name, head in own.items():
             setattr(root, name, head)
         if injection_of(root):
@@ -197,7 +197,7 @@ def single_task(model: PreTrainedModel, task: str | int) -> PreTrainedModel:
 
 
 def describe(config: PreTrainedConfig, task: Task) -> None:
-    """Say a task's labels in transformers' configuration, or that it is a regression."""
+    """Write a task's labels, or that it is a regression, into the transformers configuration."""
     config.num_labels = task.outputs
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
     if task.labels:
@@ -206,20 +206,20 @@ def describe(config: PreTrainedConfig, task: Task) -> None:
 
 
 def unscale(heads: list[nn.Module], task: Task) -> None:
-    """Have the last linear layer of a regression's head give numbers of the task's range, in place of 0 to 1.
+    """Rescale the last linear layer of a regression head so that its output is in the task's range, not in 0 to 1.
 
-    heads: the modules of the head, in the model's order; those of a classification stay as they are. Raises
-    ``UserError`` where that layer cannot be found, or has no bias for a range that does not begin with 0.
+    heads: the modules of the head in the model's order; the head of a classification task is left unchanged. Raises
+    ``UserError`` if there is no such layer, or if it has no bias and the range does not begin at 0.
     """
     if not task.is_regression:
         return
     low, high = task.regression
     linear = [module for head in heads for module in head.modules() if isinstance(module, nn.Linear)][-1:]
     if not linear or linear[0].out_features != 1 or (low and linear[0].bias is None):
-        lacks = "with a bias " if linear and linear[0].out_features == 1 else ""
+        lacks = "and a bias " if linear and linear[0].out_features == 1 else ""
         raise UserError(
-            f"the head of {task.name} does not end in a linear layer {lacks}of one output, into which its range "
-            f"[{low:g}, {high:g}] could go; use the checkpoint itself"
+            f"the head of {task.name} must end in a linear layer with one output {lacks}to be rescaled to its range "
+            f"[{low:g}, {high:g}]; use the checkpoint itself"
         )
     for name, weight in linear[0].named_parameters():
         value = weight.detach() * (high - low) + (low if name == "bias" else 0)
@@ -230,9 +230,9 @@ def unscale(heads: list[nn.Module], task: Task) -> None:
 
 
 class TaskLosses:
-    """``(model, batch) -> losses (N,), weights (N,), task ids (N,)`` of N rows, each of weight one.
+    """Computes ``(model, batch) -> losses (N,), weights (N,), task ids (N,)`` for N rows, each of weight one.
 
-    Cross-entropy over the task's own labels, or the squared error of a target that is scaled to 0 to 1.
+    The loss is the cross-entropy over the task's own labels, or the squared error of a target scaled to 0 to 1.
     """
 
     def __init__(self, tasks: TaskSet):
@@ -245,7 +245,7 @@ class TaskLosses:
         logits = model(**{name: batch[name] for name in names if name in batch}, task_ids=task_ids).logits
         logits = at_least_float32(logits)
         numbers = self.is_regression[task_ids]
-        # Of a regression there is one output, whose cross-entropy with class 0 is zero, and so is its gradient.
+        # A regression has one output, whose cross-entropy with class 0 is zero, and so is the gradient.
         classes = torch.where(numbers, 0, targets).long()
         entropy = F.cross_entropy(logits, classes, reduction="none")
         squares = (logits[:, 0] - targets.to(logits.dtype)) ** 2

@@ -1,15 +1,15 @@
-"""Build the GLUE tasks: download their files, take a folder, or take all from the Hugging Face hub; verify; write.
+"""Build the GLUE tasks from downloaded files, a local folder or the Hugging Face hub; verify them; write the data sets.
 
-    mtl-lora prepare glue                        download single files of a public repository, then write
-    mtl-lora prepare glue --source DIR           take DIR/data/glue_pretrain/CoLA/train.json and so on instead
-    mtl-lora prepare glue --hub                  take the whole of nyu-mll/glue, with WNLI (needs the package datasets)
-    mtl-lora prepare glue --hub --source DIR     take a copy of that repository
-    mtl-lora prepare glue --limit 800            at most 800 training examples a task
+    mtl-lora prepare glue                        download single files of a public repository
+    mtl-lora prepare glue --source DIR           use DIR/data/glue_pretrain/CoLA/train.json and so on instead
+    mtl-lora prepare glue --hub                  use all of nyu-mll/glue, with WNLI (needs the package datasets)
+    mtl-lora prepare glue --hub --source DIR     use a local copy of that repository
+    mtl-lora prepare glue --limit 800            at most 800 training examples per task
 
 Writes train.json (all tasks, in order of task id), tasks.json (the --tasks_file of training), dev/<task>/test.json and
-test/<task>/test.json (a --data_dir of evaluation): lists of {"text", "text_b" of a pair, "label", "task"}. The test
-sets are GLUE's dev sets; those of QQP and MNLI are samples of its training sets, but with --hub. Paths are relative to
-the current folder.
+test/<task>/test.json (each a --data_dir of evaluation): lists of {"text", "text_b" (for pairs), "label", "task"}. The
+test sets are GLUE's dev sets, except that without --hub those of QQP and MNLI are samples of GLUE's training sets.
+Paths are relative to the current folder.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from mtl_lora.nlu.tasks import Task
 MANIFEST = Path(__file__).with_name("glue.json")
 TASKS_FILE = Path(__file__).with_name("glue_tasks.json")
 HUB = "nyu-mll/glue"
-DEV_PART, MOST_DEV = 10, 2000  # a dev set that is taken from the training set: one example in 10, at most 2,000
-# The columns that hold a task's texts in the hub's tables; "label" holds its label.
+DEV_PART, MOST_DEV = 10, 2000  # a missing dev set is sampled from the training set: one example in 10, at most 2,000
+# The columns with a task's texts in the hub's tables; the column "label" has the label.
 TEXTS = {
     "cola": ["sentence"],
     "sst2": ["sentence"],
@@ -40,39 +40,42 @@ TEXTS = {
     "rte": ["sentence1", "sentence2"],
     "wnli": ["sentence1", "sentence2"],
 }
-# What the TSV files call these columns instead. CoLA's has no line of names.
+# Other names that the TSV files use for these columns. CoLA's file has no header.
 RENAMED = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label", "score": "label"}
 COLA_COLUMNS = "source\tlabel\tmark\tsentence"
-# The hub's splits that are test sets, and the kind of their examples; the labels of its own test sets are not public.
+# The hub's splits that become test sets, with the ``kind`` of their examples: GLUE's test labels are not public.
 TESTS = {"validation": None}
 MNLI_TESTS = {"validation_matched": "matched", "validation_mismatched": "mismatched"}
 SAMPLES = """\
 not comparable with published figures: qqp and mnli, whose train, dev and test sets are samples of GLUE's training sets
 trained on samples, tested on GLUE's dev sets: sst2 (whole sentences) and qnli"""
-Row = tuple[str, list, object]  # where it stands, its texts, its label
+Row = tuple[str, list, object]  # its place for errors, its texts, its label
 
 
 @dataclasses.dataclass
 class Prepare(Config):
-    """Where the files come from, and where the data set goes."""
+    """Where the raw files come from, and where the data sets go."""
 
-    source: str | None = flag(None, "folder with the raw files to take, as data/glue_pretrain/CoLA/train.json")
-    hub: bool = flag(False, f"take all tasks whole, with WNLI: {HUB} of the Hugging Face hub, or its copy in --source")
+    source: str | None = flag(None, "folder with the raw files, such as data/glue_pretrain/CoLA/train.json")
+    hub: bool = flag(False, f"use complete tasks, also WNLI, from {HUB} on the Hugging Face hub or a copy in --source")
     tasks: list[str] = flag([], "only these tasks, as a,b, with ids in GLUE's order; empty: all")
     output_dir: str = flag("data/glue", "folder for train.json, tasks.json, dev/ and test/", place=True)
-    limit: int = flag(0, "most training examples of each task; 0: all")
+    limit: int = flag(0, "maximum training examples per task; 0: all")
     download_dir: str = flag("data/glue/source", "folder where downloads are kept", place=True)
-    base_url: str | None = flag(None, "address of a mirror that holds the manifest's paths; none: GitHub")
+    base_url: str | None = flag(None, "URL of a mirror that has the manifest's paths; none: GitHub")
     manifest: str = flag(str(MANIFEST), "JSON file with path and hashes of each raw file, and the size of each split")
 
     def validate(self) -> None:
         if self.base_url and (self.source or self.hub):
-            raise UserError("--base_url downloads single files, --source takes a folder and --hub the hub; pass one")
-        self.require("limit", "at least 0, which takes all", self.limit >= 0)
+            raise UserError("--base_url cannot be combined with --source or --hub; pass one of them")
+        self.require("limit", "at least 0 (0: all)", self.limit >= 0)
 
 
 def parse(task: Task, value: object, where: str) -> str | float:
-    """A raw label, in words or as its class number, or a score in any spelling; raises ``UserError``."""
+    """Return a raw label, given by name or class index, or a raw score, given as a number or text.
+
+    Raises ``UserError`` for an unknown label and for a score outside the task's range.
+    """
     text = str(value)
     if task.labels:
         label = task.labels[int(text)] if text in map(str, range(len(task.labels))) else text
@@ -81,12 +84,12 @@ def parse(task: Task, value: object, where: str) -> str | float:
         raise UserError(f"{where} has the label {text!r:.60}, none of {', '.join(task.labels)}")
     low, high = task.regression
     if re.fullmatch(r"\d+(\.\d+)?", text) and low <= float(text) <= high:
-        return round(float(text), 3)  # the hub's float32 has made 3.799999952316284 of 3.8
+        return round(float(text), 3)  # the hub stores float32, in which 3.8 reads 3.799999952316284
     raise UserError(f"{where} has the score {text!r:.60}; it must be a number from {low:g} to {high:g}")
 
 
 def run(config: Prepare) -> None:
-    """Read everything, check everything, and only then write; raises ``UserError``."""
+    """Read and check everything before writing anything; raises ``UserError``."""
     tasks = [task for task in json.loads(TASKS_FILE.read_text())["tasks"] if config.hub or task["name"] != "wnli"]
     known = [task["name"] for task in tasks]
     if unknown := [name for name in config.tasks if name not in known]:
@@ -100,9 +103,9 @@ def run(config: Prepare) -> None:
     else:
         manifest = Manifest.load(config.manifest, declared, MANIFEST)
         if lacking := [name for name, parts in manifest.files.items() if not {"train", "test"} <= set(parts)]:
-            raise UserError(f"the manifest {config.manifest} has no train or no test file of {lacking[0]}")
+            raise UserError(f"the manifest {config.manifest} must have a train and a test file of {lacking[0]}")
         sets = read_files(manifest.get(config.source, config.download_dir, config.base_url), declared, manifest)
-        # Fewer tasks have fewer test sets, whose texts are left out of training: their sizes are others.
+        # Training examples that are in any test set are dropped, so the known sizes hold only for all tasks together.
         notes, sizes = [SAMPLES], {name: {} if config.tasks else manifest.sizes[name] for name in declared}
     sets, dropped = separated(sets)
     tasks_file = '{\n  "tasks": [\n' + ",\n".join(f"    {json.dumps(task)}" for task in tasks) + "\n  ]\n}\n"
@@ -111,7 +114,7 @@ def run(config: Prepare) -> None:
 
 
 def read_files(folder: Path, tasks: dict[str, Task], manifest: Manifest) -> Sets:
-    """The splits that the raw files hold; raises ``UserError``."""
+    """Return the splits in the raw files; raises ``UserError``."""
     sets = {}
     for name, task in tasks.items():
         sets[name] = {}
@@ -123,7 +126,7 @@ def read_files(folder: Path, tasks: dict[str, Task], manifest: Manifest) -> Sets
 
 
 def read_numbered(path: Path) -> Iterator[Row]:
-    """The rows of ``{"0": {"text_a", "text_b" or null, "label"}, ...}``; raises ``UserError``."""
+    """Yield the rows of ``{"0": {"text_a", "text_b" or null, "label"}, ...}``; raises ``UserError``."""
     for number, value in read_object(path, "the file").items():
         where = f"{path}, example {number}"
         if not isinstance(value, dict) or not {"text_a", "label"} <= set(value):
@@ -133,7 +136,7 @@ def read_numbered(path: Path) -> Iterator[Row]:
 
 
 def read_tsv(path: Path, name: str) -> Iterator[Row]:
-    """The rows of a table whose values tabs part; a quotation mark is a character. Raises ``UserError``."""
+    """Yield the rows of a TSV file, where quotation marks have no special meaning; raises ``UserError``."""
     lines = read_utf8(path, "the file").removesuffix("\n").split("\n")
     if name == "cola":
         lines.insert(0, COLA_COLUMNS)
@@ -148,13 +151,13 @@ def read_tsv(path: Path, name: str) -> Iterator[Row]:
 
 
 def require_columns(columns: Iterable[str], name: str, where: str) -> None:
-    """Raise ``UserError`` that names a column of the task that a table lacks."""
+    """Raise ``UserError`` naming a column that the task needs and the table lacks."""
     if missing := [column for column in (*TEXTS[name], "label") if column not in columns]:
         raise UserError(f"{where} has no column {missing[0]}; it has {', '.join(columns):.200}")
 
 
 def read_hub(config: Prepare, tasks: dict[str, Task]) -> tuple[Sets, list[str]]:
-    """(training and test sets of the hub's repository, what is to be known of them); raises ``UserError``."""
+    """Return the training and test sets of the hub's repository, and notes to print; raises ``UserError``."""
     require_package("hub", "datasets")
     import datasets
 
@@ -162,7 +165,7 @@ def read_hub(config: Prepare, tasks: dict[str, Task]) -> tuple[Sets, list[str]]:
     repository = str(existing(config.source)) if config.source else HUB
     revision = None if config.source else known["revision"]
     sets = {}
-    notes = [f"from {repository}, {f'revision {revision}' if revision else 'whose bytes are not verified'}"]
+    notes = [f"from {repository}, {f'revision {revision}' if revision else 'which is not verified'}"]
     for name, task in tasks.items():
         try:
             tables = datasets.load_dataset(repository, name, revision=revision)
@@ -183,19 +186,22 @@ def read_hub(config: Prepare, tasks: dict[str, Task]) -> tuple[Sets, list[str]]:
             if tuple(words) != task.labels:
                 raise UserError(f"{where} has the labels {', '.join(words)} instead of {', '.join(task.labels)}")
             sets[name][part] += examples(table_rows(table, name, where), task, kind)
-            if len(table) != known["records"][name][split]:
-                notes.append(f"{name}/{split} has {len(table):,} examples, GLUE's {known['records'][name][split]:,}")
+            if len(table) != (expected := known["records"][name][split]):
+                notes.append(f"{name}/{split} has {len(table):,} examples where GLUE has {expected:,}")
     return sets, notes
 
 
 def table_rows(table: Iterable[dict], name: str, where: str) -> Iterator[Row]:
-    """The rows of one of the hub's tables."""
+    """Yield the rows of one of the hub's tables."""
     for index, row in enumerate(table):
         yield f"{where}, example {index}", [row[column] for column in TEXTS[name]], row["label"]
 
 
 def examples(rows: Iterable[Row], task: Task, kind: str | None = None) -> Examples:
-    """The rows as training and evaluation read them; a run of white space is one space. Raises ``UserError``."""
+    """Return the rows as examples for training and evaluation, each run of white space as one space.
+
+    Raises ``UserError`` for a wrong number of texts, an unknown label and a score outside the range.
+    """
     found = []
     for where, texts, label in rows:
         if len(texts) != len(TEXTS[task.name]) or not all(isinstance(text, str) for text in texts):
@@ -208,10 +214,11 @@ def examples(rows: Iterable[Row], task: Task, kind: str | None = None) -> Exampl
 
 
 def separated(sets: Sets) -> tuple[Sets, list[str]]:
-    """The sets, each with a dev set and without what other splits hold, and a note of how much that was.
+    """Return the sets, each with a dev set and without overlap between splits, and a note of what was dropped.
 
-    No training example has the ``content`` of one of any task's dev or test set, and no dev example that of a test
-    set. A dev set that is missing is sampled from what is then left of the training set. Examples that lack a text go.
+    No training example has the ``content`` of an example in any task's dev or test set, and no dev example has that of
+    a test example. A missing dev set is sampled from the rest of the training set. Examples with an empty text are
+    dropped too.
     """
     found = {}
     for name, parts in sets.items():
@@ -224,12 +231,12 @@ def separated(sets: Sets) -> tuple[Sets, list[str]]:
             parts[part] = [pair for pair in parts[part] if pair[0] not in tested]
         if "dev" not in parts:
             parts["dev"], parts["train"] = sampled(parts["train"], min(len(parts["train"]) // DEV_PART, MOST_DEV))
-    chosen_on = {key for parts in found.values() for key, _ in parts["dev"]}
+    in_dev = {key for parts in found.values() for key, _ in parts["dev"]}
     separate, dropped = {}, []
     for name, parts in found.items():
-        parts["train"] = [pair for pair in parts["train"] if pair[0] not in chosen_on]
+        parts["train"] = [pair for pair in parts["train"] if pair[0] not in in_dev]
         separate[name] = {part: [example for _, example in pairs] for part, pairs in parts.items()}
         if lost := sum(map(len, sets[name].values())) - sum(map(len, separate[name].values())):
             dropped.append(f"{name} {lost:,}")
-    notes = [f"dropped for texts that are in a dev or test set too, or empty: {', '.join(dropped)}"] if dropped else []
+    notes = [f"dropped because their texts are empty or in a dev or test set: {', '.join(dropped)}"] if dropped else []
     return separate, notes

@@ -1,4 +1,4 @@
-"""Tasks of an encoder as data: which labels a task has, or the range of its numbers."""
+"""Declarations of encoder tasks: the labels of a classification, or the range of a regression."""
 
 import dataclasses
 import json
@@ -9,16 +9,16 @@ from mtl_lora import tasks
 from mtl_lora.errors import UserError
 from mtl_lora.metrics import metrics_for
 
-# What a tasks file may say to the other system that reads it.
+# Fields of a tasks file that only the system ``language`` reads, so that both systems can share a file.
 _OF_LANGUAGE = ("question", "pattern", "answer_prefix")
 
 
 @dataclasses.dataclass(frozen=True)
 class Task(tasks.Task):
-    """One task: a classification by ``labels``, in the order of the head's outputs, or a regression to a range.
+    """One task: a classification into ``labels``, in the order of the head's outputs, or a regression to a range.
 
-    regression: (low, high), the least and the largest target. metric: a name in ``metrics.METRICS``; empty: accuracy
-    of labels, Pearson's correlation of numbers.
+    regression: (low, high), the smallest and the largest target. metric: a name in ``metrics.METRICS``; empty: accuracy
+    for a classification, Pearson correlation for a regression.
     """
 
     labels: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Task(tasks.Task):
         numbers = isinstance(ends, list | tuple) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
         if not numbers or not ends[0] < ends[1] or abs(ends[0]) + abs(ends[1]) == float("inf"):
             raise UserError(
-                f"task {self.name!r} has regression {ends!r}; it must be [low, high], a number and a larger one"
+                f"task {self.name!r} has regression {ends!r}; it must be [low, high], two numbers with low < high"
             )
         object.__setattr__(self, "regression", (float(ends[0]), float(ends[1])))
 
@@ -61,7 +61,7 @@ class Task(tasks.Task):
 
     @property
     def outputs(self) -> int:
-        """Outputs of the task's head: one for each label, or one number."""
+        """Number of outputs of the task's head: one per label, or one for a regression."""
         return len(self.labels) or 1
 
     @property
@@ -74,12 +74,12 @@ class Task(tasks.Task):
         return self.labels, self.regression
 
     def scaled(self, value: float) -> float:
-        """A number of the task's range as the head learns it, 0 to 1."""
+        """Return a number in the task's range scaled to 0 to 1, as the head learns it."""
         low, high = self.regression
         return (value - low) / (high - low)
 
     def unscaled(self, output: float) -> float:
-        """What a head's output, about 0 to 1, means in the task's range."""
+        """Return a head's output, about 0 to 1, as a number in the task's range; the inverse of ``scaled``."""
         low, high = self.regression
         return low + (high - low) * output
 
@@ -90,6 +90,6 @@ class TaskSet(tasks.TaskSet[Task]):
     task_class = Task
 
 
-# Eight of GLUE's nine tasks (arXiv 1804.07461), with its metrics; WNLI is declared by the preparation that has it.
+# Eight of the nine GLUE tasks (arXiv 1804.07461) with GLUE's metrics; only ``prepare glue --hub`` declares WNLI.
 _GLUE = json.loads(Path(__file__).with_name("glue_tasks.json").read_text(encoding="utf-8"))["tasks"]
 GLUE = TaskSet.from_json([task for task in _GLUE if task["name"] != "wnli"], "GLUE's tasks")

@@ -1,4 +1,4 @@
-"""Training of encoders: mixed batches of all tasks, an adapter in the encoder, a head per task."""
+"""Training of encoders with an adapter in the encoder and a head per task, on batches that mix all tasks."""
 
 import functools
 
@@ -19,8 +19,8 @@ class EncoderRun(Run):
     shortened_at = "their ends"
 
     def structure(self) -> PreTrainedModel:
-        # Of what is asked later: an evaluation cuts no shorter than the training did. Asked here, where ZeRO-3 does not
-        # yet partition the structure that it looks at.
+        # An evaluation uses this cutoff too, so the model must have that many positions even if training rows are
+        # shorter. Checked here, before ZeRO-3 partitions the structure that the check inspects.
         self.base.check_positions(self.config.cutoff_len, f"--cutoff_len {self.config.cutoff_len}; lower it")
         return model.structure(self.base, self.tasks)
 
@@ -46,4 +46,4 @@ class EncoderRun(Run):
 
 
 RUN = EncoderRun
-run = functools.partial(train, RUN)  # as a configuration says
+run = functools.partial(train, RUN)  # run(config) trains as a ``TrainConfig`` says
