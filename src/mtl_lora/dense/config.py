@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _NOT_FOR_DENSE = (
     "task",
+    "cache_dir",
     "token_budget",
     "sampling_temperature",
     "val_set_size",
@@ -43,7 +44,7 @@ class TrainConfig(TrainingConfig):
         "data/scenes/rendered", "folder of images and maps: this project's layout, PASCAL_MT or NYUD_MT"
     )
     tasks_file: str | None = flag(None, "JSON file that declares the tasks; none: the folder's own")
-    tasks: list[str] = flag([], "tasks to train, as a,b (one: a single-task model); empty: all")
+    tasks: list[str] = flag([], "tasks to train, as a,b (one: a single-task model); empty: all", group="the images")
     image_size: int = flag(448, "height and width of the model's images, in pixels", min=8)
     augmentation: str = flag("auto", "augmentation of training images: none, flip, pascal or nyud; auto: the layout's")
     missing_labels: bool = flag(False, "allow images without the map of a task, which then add nothing to its loss")
@@ -54,7 +55,11 @@ class TrainConfig(TrainingConfig):
     lora_target_modules: list[str] = flag(
         ["all-linear"], "layers of each block to adapt, among qkv,o_proj,fc1,fc2; all-linear: all four"
     )
-    downsampler: bool = flag(False, "add an adapter to patch merging's reduction, otherwise fully trained (MTLoRA+)")
+    downsampler: bool = flag(
+        False,
+        "add an adapter to patch merging's reduction, otherwise fully trained (MTLoRA+)",
+        group="the vision transformer",
+    )
     train_extras: bool = flag(True, "with an adapter, also fully train patch embedding, norms and relative positions")
     drop_path: float | None = flag(
         None, "stochastic depth of the last block, smaller in earlier ones; none: the base model's"
@@ -62,7 +67,9 @@ class TrainConfig(TrainingConfig):
 
     num_epochs: float = flag(20.0, "passes over the training images")
     lr_scheduler_type: str = flag("cosine", f"schedule after the warm-up: {', '.join(SCHEDULES)}")
-    min_lr_rate: float = flag(0.01, "learning rate at the end of the cosine, as a fraction of its peak", min=0)
+    min_lr_rate: float = flag(
+        0.01, "learning rate at the end of the cosine, as a fraction of its peak", min=0, group="schedule and workers"
+    )
     warmup_ratio: float = flag(1 / 15, "fraction of the steps with linear warm-up")
     weight_decay: float = flag(0.05, "AdamW weight decay; 0: off")
     max_grad_norm: float = flag(5.0, "gradient clipping norm; 0: off")

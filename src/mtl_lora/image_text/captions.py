@@ -1,5 +1,6 @@
 """Score captions against their references for CIDEr and BLEU-4, with the scorers of pycocoevalcap."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -61,7 +62,8 @@ def tokenizer_here(wanted: str) -> str:
     except UserError as error:
         if wanted == PTB:
             raise
-        print(f"captions are tokenised with the simple tokenizer: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"captions are tokenised with the simple tokenizer: {error}", file=sys.stderr)
         return SIMPLE
     return PTB
 

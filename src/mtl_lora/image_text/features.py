@@ -36,6 +36,7 @@ class FeatureStore:
 
     def __init__(self, paths: Sequence[str | Path]):
         self._home: dict[str, Path] = {}  # the HDF5 file of each image id
+        self._files = [path for path in map(Path, paths) if not path.is_dir()]
         self._opened: dict[tuple[int, Path], h5py.File] = {}  # by process id, as forks must not share a file position
         for path in map(Path, paths):
             for image, home in _images(path):
@@ -156,7 +157,7 @@ class FeatureStore:
         """Yield each file that ``mtl-lora features`` wrote, with the text of an attribute; other files have none."""
         import h5py
 
-        for path in dict.fromkeys(home for image, home in self._home.items() if home.stem != image):
+        for path in self._files:
             with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "r") as opened:
                 text = opened.attrs.get(attribute)
                 if isinstance(text, str):

@@ -182,10 +182,11 @@ def read_nlvr(source: Source) -> dict[str, Examples]:
     share a group."""
 
     def statement(item: dict) -> dict:
-        fields = item["identifier"].split("-")
-        answer = {0: "false", 1: "true"}[item["label"]]
-        group = "-".join([*fields[:2], fields[3]])
-        return {"image": [item["img0"], item["img1"]], "text": item["sent"], "answer": answer, "group": group}
+        fields, answers = item["identifier"].split("-"), {0: "false", 1: "true"}
+        if item["label"] not in answers:
+            raise UserError(f"the label of {item['identifier']} must be 0 or 1, not {item['label']!r}")
+        images, group = [item["img0"], item["img1"]], "-".join([*fields[:2], fields[3]])
+        return {"image": images, "text": item["sent"], "answer": answers[item["label"]], "group": group}
 
     files = {"train": "train", "dev": "valid", "test": "test"}
     return {part: source.read(f"nlvr/{file}.json", "nlvr", part != "train", statement) for part, file in files.items()}
