@@ -82,12 +82,12 @@ def text(peak: float, utilisation: float) -> str:
         [
             f"Bytes sent by each GPU in a step, {TRAINED:,} trainable float32 parameters:",
             sent,
-            f"8 rows a GPU, so the step grows with the GPUs. Assumed: {peak:g} TFLOP/s a GPU at "
-            f"{100 * utilisation:g} % utilisation. By link: communication in ms (efficiency):",
+            f"8 rows a GPU, so more GPUs mean more rows a step. Assumed: {peak:g} TFLOP/s a GPU at "
+            f"{100 * utilisation:g} % utilisation. For each link: communication in ms (efficiency):",
             table(dict.fromkeys(GPUS, 8), flops),
             "The same 64 rows a step for any number of GPUs:",
             table({gpus: 64 / gpus for gpus in GPUS}, flops),
-            "Bandwidth of the slowest link that efficiencies of 90 and 50 % need, for many GPUs, latency aside:",
+            "Bandwidth that the slowest link needs for efficiencies of 90 and 50 %, for many GPUs, without latency:",
             needed,
         ]
     )
