@@ -1,10 +1,10 @@
-"""Forward and backward of one adapter layer: every method's, against other forms of it and the frozen layer alone.
+"""Speed of forward and backward of one adapter layer: every method, other forms of MTL-LoRA, and the frozen layer.
 
     python benchmark/adapter_layer.py
 
-Layers, all around the same frozen linear layer without bias, k = d, 8 tasks, r 8, same input and gradient:
-  frozen      a reference, no bound: forward, and backward to the input
-  peft        PEFT's LoRA layer (peft.tuners.lora.Linear), dropout alike
+All layers wrap the same frozen linear layer without bias (k = d, 8 tasks, r 8) and get the same input and gradient:
+  frozen      a reference, not a bound: forward, and backward to the input
+  peft        PEFT's LoRA layer (peft.tuners.lora.Linear) with the same dropout
   lora, dora, multilora, moelora, mtl_lora   ours
   gathering   MTL-LoRA with copies of A, Lambda and B for every row (baselines/gathering.py)
   looping     MTL-LoRA as a loop over the tasks of the batch (baselines/looping.py)
@@ -35,9 +35,9 @@ TASKS = [f"task{number}" for number in range(8)]
 def main() -> None:
     flags = parser(__doc__)
     flags.add_flag("shapes", "rows x tokens x width", type=shapes, default="8x128x576,8x128x2048,8x256x4096")
-    flags.add_flag("dropout", "probabilities", type=fractions, default="0,0.05")
+    flags.add_flag("dropout", "dropout probabilities", type=fractions, default="0,0.05")
     flags.add_flag("dtype", "of the frozen weight and the input; auto: bf16 where the hardware has it", default="auto")
-    flags.add_flag("repeats", "passes of a layer in one turn", type=count, default=5)
+    flags.add_flag("repeats", "passes of a layer per turn", type=count, default=5)
     flags.add_flag("rounds", "turns of every layer", type=count, default=30)
     flags.add_argument("--forward", action="store_true", help="the forward pass alone, without gradients")
     arguments = flags.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def shapes(text: str) -> list[list[int]]:
-    """``8x128x576,...`` as [[8, 128, 576], ...]; the type of a flag."""
+    """Parse ``8x128x576,...`` into [[8, 128, 576], ...]; the type of a flag."""
     rows = [[int(size) for size in part.split("x")] for part in text.split(",")]
     if any(len(row) != 3 for row in rows):
         raise ValueError
@@ -71,7 +71,7 @@ def shapes(text: str) -> list[list[int]]:
 def measure_shape(
     shape: list[int], dropout: float, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> tuple[str, dict]:
-    """The table of one input shape, and the same as a record."""
+    """Return the table of one input shape, and the same numbers as a record."""
     passes, present = layer_passes(shape, dropout, dtype, arguments.forward)
     pieces = {name: [partial(repeated, one, arguments.repeats)] for name, one in passes.items()}
     rates = turns(pieces, arguments.rounds)
@@ -91,7 +91,7 @@ def measure_shape(
 
 
 def shown_interval(value: dict) -> str:
-    """``median (low to high)`` of a ratio, with the interval of the median."""
+    """Return ``median (low to high)`` of a ratio, where low and high are the interval of the median."""
     low, high = value["interval"]
     return shown({"median": value["median"], "low": low, "high": high})
 
@@ -99,7 +99,7 @@ def shown_interval(value: dict) -> str:
 def layer_passes(
     shape: list[int], dropout: float, dtype: torch.dtype, forward_only: bool = False
 ) -> tuple[dict[str, Callable[[], int]], int]:
-    """By layer a function that does one pass and returns its tokens; and how many tasks the batch holds."""
+    """Return, by layer, a function that runs one pass and returns its tokens; and the number of tasks in the batch."""
     batch, length, width = shape
     torch.manual_seed(0)
     device = device_for_this_process()
@@ -118,12 +118,12 @@ def layer_passes(
 
 
 def peft_layer(base: nn.Linear, dropout: float) -> nn.Module:
-    """PEFT's layer around a linear layer, as its users get it: made by ``get_peft_model``."""
+    """Wrap a linear layer in PEFT's layer, as ``get_peft_model`` does for its users."""
     return with_peft(nn.Sequential(base), dropout, ["0"]).base_model.model[0]
 
 
 def both_passes(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor, task_ids: torch.Tensor) -> int:
-    """x, gradient (B, L, k): forward, and backward to the input and the adapter's weights."""
+    """Run forward, and backward to the input and the adapter's weights; x and gradient are (B, L, k). Return B L."""
     with route.use(task_ids):
         output = layer(x)
     output.backward(gradient)
@@ -134,14 +134,14 @@ def both_passes(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor, task_
 
 @torch.no_grad()
 def forward_pass(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor, task_ids: torch.Tensor) -> int:
-    """x (B, L, k): the forward pass alone."""
+    """Run the forward pass alone; x is (B, L, k). Return B L."""
     with route.use(task_ids):
         layer(x)
     return x.shape[0] * x.shape[1]
 
 
 def repeated(work: Callable[[], int], times: int) -> int:
-    """Several passes, and their tokens together."""
+    """Run several passes and return their tokens in total."""
     return sum(work() for _ in range(times))
 
 

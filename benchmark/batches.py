@@ -1,4 +1,4 @@
-"""The records that training benchmarks run on, in batches drawn at random, as others do, and sorted by length."""
+"""The examples of the training benchmarks, in random batches, as others train, and in ours, sorted by length."""
 
 import datasets
 import numpy as np
@@ -17,19 +17,19 @@ from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 
 def add_data(parser: Parser, records: int) -> None:
-    """The flags that say which model trains on which records."""
-    parser.add_flag("data_path", "training records of the eight tasks", default="data/quickstart/train.json")
+    """Add the flags that choose the model and its training examples."""
+    parser.add_flag("data_path", "training examples of the eight tasks", default="data/quickstart/train.json")
     parser.add_flag("base_model", "name or folder of a causal language model", default="smollm2-135m")
-    parser.add_flag("records", "drawn in all, as many of each task", type=count, default=records)
-    parser.add_flag("of", "records whose batches are planned, of which --records are taken; none: those", type=count)
+    parser.add_flag("records", "number of examples, drawn equally from all tasks", type=count, default=records)
+    parser.add_flag("of", "examples to plan batches for, of which --records are taken; none: --records", type=count)
     parser.add_flag("batch_size", "rows of a training step", type=count, default=8)
     parser.add_flag("dtype", "of the base model: bf16, fp32; auto: bf16 where the hardware has it", default="auto")
 
 
 def encoded_rows(data_path: str, records: int, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """``records`` training rows, as many of every task as of any other, drawn by a fixed seed.
+    """Return ``records`` encoded training rows, equally many of each task, drawn with a fixed seed.
 
-    Raises ``UserError`` where a task has too few, or ``records`` cannot be shared out evenly.
+    Raises ``UserError`` if a task has too few examples, or if ``records`` cannot be divided equally.
     """
     each, rest = divmod(records, len(COMMONSENSE))
     if rest or not each:
@@ -50,10 +50,11 @@ def encoded_rows(data_path: str, records: int, tokenizer: PreTrainedTokenizerBas
 def make_batches(
     rows: list[dict], batch_size: int, pad_token_id: int, device: torch.device, records: int | None = None
 ) -> dict[str, list[dict]]:
-    """The same rows in ``random`` batches, in ours ``sorted`` by length, and those with ``shared`` prompt prefixes.
+    """Return the same rows in three plans: ``random``, ``sorted`` by length (ours), and ``shared`` prompt prefixes.
 
-    records: the rows that are taken, in the first batches of a plan of all rows, for few rows cannot be sorted into
-    batches of one length; then ``sorted`` has the batches of ``shared``. Raises ``UserError`` for a rest.
+    records: take only this many rows, in the first batches of a plan of all rows, because few rows alone cannot be
+    sorted into batches of equal lengths; ``sorted`` then has the batches of ``shared``. Raises ``UserError`` if a batch
+    would not be full.
     """
     records = records or len(rows)
     for flag, number in (("records", records), ("of", len(rows))):
@@ -79,12 +80,12 @@ def make_batches(
             batch["lengths"] = torch.tensor([lengths[index] for index in indices])
     for batch in made["random"]:
         positions = torch.arange(batch["input_ids"].shape[1])
-        batch["attention_mask"] = (positions < batch["lengths"][:, None]).long()  # as others train
+        batch["attention_mask"] = (positions < batch["lengths"][:, None]).long()  # others pass a padding mask
     return {name: [send_to_device(batch, device) for batch in batches] for name, batches in made.items()}
 
 
 def spread_tasks(batches: list[dict], tasks: int) -> list[dict]:
-    """The same rows with task ids spread evenly over 0 to ``tasks`` - 1 and dealt out by a fixed seed."""
+    """Return the same rows with task ids spread evenly over 0 to ``tasks`` - 1, assigned with a fixed seed."""
     sizes = [len(batch["task_ids"]) for batch in batches]
     ids = np.random.default_rng(0).permutation(np.arange(sum(sizes)) * tasks // sum(sizes))
     parts = torch.from_numpy(ids).split(sizes)
@@ -94,8 +95,8 @@ def spread_tasks(batches: list[dict], tasks: int) -> list[dict]:
 
 
 def tokens_that_run(plans: dict[str, list[dict]]) -> dict[str, int]:
-    """Tokens with padding that go through the model by each plan; and the ``least`` that must, in the batches of
-    ``shared``: no padding, and every prefix once a batch."""
+    """Return, by plan, the tokens with padding that go through the model; and ``least``, the tokens that must run in
+    the batches of ``shared``: no padding, and every prefix once per batch."""
     run = {name: sum(batch.get("packed", batch)["input_ids"].numel() for batch in made) for name, made in plans.items()}
     least = 0
     for batch in plans["shared"]:

@@ -1,8 +1,8 @@
-"""How far the metrics of captions depend on what cuts them into words: the first reference against the others, by both.
+"""How far caption metrics depend on the tokenizer: one reference caption against the others, with both tokenizers.
 
     python benchmark/caption_tokenizers.py dataset_flickr8k.zip --split test
 
-FILE: Karpathy's JSON, or a zip file that holds it. Needs pycocoevalcap and Java. Prints CIDEr and BLEU-4 times 100.
+FILE is Karpathy's JSON, or a zip file with it. Needs pycocoevalcap and Java. Prints CIDEr and BLEU-4 times 100.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("file", type=Path)
     flags.add_argument("--split", help="train, val or test; none: all")
-    flags.add_argument("--reference", type=int, default=0, help="which of the captions is scored, from 0")
+    flags.add_argument("--reference", type=int, default=0, help="index of the caption to score, from 0")
     given = flags.parse_args()
     content = given.file.read_bytes()
     if zipfile.is_zipfile(given.file):

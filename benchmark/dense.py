@@ -1,14 +1,14 @@
-"""One forward and backward for the maps of T tasks, against T models of a task each: time and memory, in one process.
+"""Time and memory of one forward and backward for the maps of T tasks, against T models with one task each.
 
     python benchmark/dense.py --tasks 1,2,4,8
 
-The one model is a Swin-T with MTLoRA, whose trunk runs once; a model of one task is the same Swin-T with LoRA of that
-rank. Every task has a decoder of 21 classes in both. Weights are random, for they change neither figure. A line also
-without decoders: what the streams cost, which end where the decoders begin.
+Both sides run in one process. The one model is a Swin-T with MTLoRA, whose trunk runs once; a model of one task is the
+same Swin-T with LoRA of the shared rank. In both, every task has a decoder of 21 classes. The weights are random,
+because they change neither figure. A second line leaves out the decoders: it shows the cost of the streams, which end
+there.
 
-Memory is the most bytes of tensors there are at any time of a forward and its backward, gradients among them, and with
-it all weights. Separate models are trained one after the other, so theirs is that of one, and their time is all of
-them.
+Memory is the peak of all tensor bytes during a forward and its backward, including gradients and all weights. Separate
+models are trained one after the other, so their memory is that of one model and their time the sum over all models.
 """
 
 import sys
@@ -30,11 +30,11 @@ from mtl_lora.errors import user_errors_to_exit_code
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_flag("tasks", "numbers of tasks, as a,b", type=counts, default=[1, 2, 4, 8])
+    flags.add_flag("tasks", "numbers of tasks to measure, as a,b", type=counts, default=[1, 2, 4, 8])
     flags.add_flag("config", "folder with the config.json of another Swin; none: Swin-T", default="none")
-    flags.add_flag("rank", "rank that the tasks share; each task's own is 4", type=count, default=16)
+    flags.add_flag("rank", "rank of the part that tasks share; each task's own rank is 4", type=count, default=16)
     flags.add_flag("image_size", "height and width of the images, in pixels", type=count, default=224)
-    flags.add_flag("batch_size", "images", type=count, default=2)
+    flags.add_flag("batch_size", "images per step", type=count, default=2)
     flags.add_flag("rounds", "rounds of each side, in turns", type=count, default=5)
     arguments = flags.parse_args()
     lines, records = [], []
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measured(sides: dict[str, list[nn.Module]], decoders: bool, arguments) -> dict:
-    """Images a second and the most bytes of both sides; and the ratio of the first."""
+    """Return images a second and peak bytes of both sides, and the ratio of their speeds."""
     size, device = arguments.image_size, device_for_this_process()
     pixels = torch.randn(arguments.batch_size, 3, size, size, device=device)
 
@@ -89,7 +89,7 @@ def measured(sides: dict[str, list[nn.Module]], decoders: bool, arguments) -> di
 
 
 def built(method: str, names: list[str], arguments) -> nn.Module:
-    """A Swin-T with an adapter and decoders of 21 classes."""
+    """Build a Swin-T with an adapter and a decoder of 21 classes per task."""
     tasks = TaskSet(tuple(Task(name, index, kind="semantic", classes=21) for index, name in enumerate(names)))
     torch.manual_seed(0)
     config = SwinConfig() if arguments.config == "none" else SwinConfig.from_pretrained(arguments.config)
@@ -99,7 +99,7 @@ def built(method: str, names: list[str], arguments) -> nn.Module:
 
 
 def forward(model: nn.Module, pixels: torch.Tensor, decoders: bool) -> torch.Tensor:
-    """A sum of all that the decoders, or the backbone for them, give."""
+    """Return the sum of all outputs of the decoders, or of the backbone without them."""
     if decoders:
         return sum(output.sum() for output in model(pixels).values())
     stages = model.backbone(pixels)

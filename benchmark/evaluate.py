@@ -1,11 +1,10 @@
-"""How many questions a second: our two protocols against one question at a time without a cache.
+"""Questions a second of our two protocols, against one question at a time without a cache.
 
     python benchmark/evaluate.py --checkpoint output/quickstart/checkpoint --data_dir data/commonsense/test
 
-The floor of ``score`` is a side too: what it takes to run the tokens that must run, whatever the code around them.
-
-A tuned checkpoint, questions of all its tasks, one process: both sides use the same model object, dtype and threads and
-take turns. The baseline is baselines/one_at_a_time.py.
+The checkpoint is a trained one, and the questions are of all its tasks. All sides run in one process and take turns,
+with the same model object, dtype and threads. The baseline is baselines/one_at_a_time.py. The floor of ``score`` is a
+side as well: the time of the tokens that must run, without any other work.
 """
 
 import random
@@ -29,7 +28,7 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_flag("checkpoint", "folder of a trained adapter", required=True)
     flags.add_flag("data_dir", "folder with <task>/test.json", default="data/commonsense/test")
-    flags.add_flag("questions", "of each task for our side (the baseline: an eighth)", type=count, default=64)
+    flags.add_flag("questions", "questions per task for our side (the baseline gets an eighth)", type=count, default=64)
     flags.add_flag("rounds", "turns of every side", type=count, default=5)
     flags.add_flag("dtype", "of the base model", default="auto")
     arguments = flags.parse_args()
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def prepared(checkpoint: str | Path, data_dir: str | Path, dtype: str) -> tuple[Evaluator, list[Question]]:
-    """An evaluator with its model loaded, and the questions of all its tasks."""
+    """Return an evaluator with its model loaded, and the questions of all its tasks."""
     config = EvalConfig(checkpoint=str(checkpoint), mode="both", dtype=dtype, max_new_tokens=8)
     evaluator = Evaluator(config)
     asked = load_questions(data_dir, evaluator.tasks, [], load_examples, evaluator.questions).questions
@@ -79,7 +78,7 @@ def prepared(checkpoint: str | Path, data_dir: str | Path, dtype: str) -> tuple[
 
 
 def sample(questions: list[Question], count: int) -> list[Question]:
-    """``count`` questions of each task, drawn by a fixed seed."""
+    """Return ``count`` questions of each task, drawn with a fixed seed."""
     by_task: dict[str, list] = {}
     for question in questions:
         by_task.setdefault(question.task.name, []).append(question)
@@ -100,8 +99,11 @@ def ours(evaluator: Evaluator, questions: list[Question], protocol: str) -> int:
 
 @torch.inference_mode()
 def floor(evaluator: Evaluator, questions: list[Question]) -> int:
-    """The tokens that scoring must run (each task's prefix once, the rest of each prompt, what its options share, and
-    the options but their last tokens), as equal rows without padding or cache, of which one position is projected."""
+    """Run the tokens that scoring must run, as rows of equal length without padding or cache, projecting one position.
+
+    These are each task's prefix once, the rest of each prompt, the tokens that its options share, and the options
+    without their last tokens.
+    """
     tasks = {question.task.id for question in questions}
     tokens = sum(len(evaluator.prefixes.get(task, ())) for task in tasks)
     for question in questions:
@@ -118,7 +120,7 @@ def floor(evaluator: Evaluator, questions: list[Question]) -> int:
 
 
 def agreement(evaluator: Evaluator, questions: list[Question]) -> tuple[int, int]:
-    """On how many of the questions the answers found in generated text are the baseline's."""
+    """Return (same, all): the number of questions whose extracted answer is the baseline's, and of all questions."""
     same = [
         extract_answer(one.task, one_at_a_time.answer(evaluator.model, evaluator.encoder.tokenizer, one))
         == line["parsed"]

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes: bytes of tensors, exact to the byte, and what the process grows by."""
+"""Measures the memory of a piece of work: tensor bytes, exact to the byte, and the growth of the process."""
 
 import gc
 import json
@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce itself on stderr at each use
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print a line on stderr at each use
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def tensor_bytes(work: Callable[[], object]) -> tuple[int, int]:
-    """(held, peak) bytes of tensors above those there were before ``work``.
+    """Return (held, peak): bytes of tensors above those that existed before ``work``.
 
-    held: what is still there when ``work`` ends, its result included, so of a forward pass what the backward pass
-    needs. Every allocation counts, temporary ones too: torch's own counters on a GPU, its profiler's on a CPU.
+    held: what exists when ``work`` ends, including its result; for a forward pass what the backward pass needs. Every
+    allocation counts, also temporary ones: from torch's own counters on a GPU, from its profiler on a CPU.
     """
     collecting = gc.isenabled()
-    gc.disable()  # what is freed while ``work`` runs shall be its own
+    gc.disable()  # so that only memory of ``work`` itself is freed while it runs
     try:
         return _on_gpu(work) if torch.cuda.is_available() else _on_cpu(work)
     finally:
@@ -57,10 +57,10 @@ def _on_cpu(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def process_growth(work: Callable[[], object]) -> int | None:
-    """The most bytes that the process has at any time during ``work`` above those before.
+    """Return the peak bytes of the process during ``work`` above those before.
 
-    The system's count of resident memory; on a GPU what torch has reserved there. None where neither can be read:
-    a system without /proc, or one that does not let the high-water mark be set back.
+    Counts resident memory; on a GPU what torch has reserved. None where neither can be read: on a system without /proc,
+    or one on which the high-water mark cannot be reset.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -71,7 +71,7 @@ def process_growth(work: Callable[[], object]) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved() - before
     try:
-        _CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
+        _CLEAR.write_text("5")  # resets the high-water mark to what is resident now
     except OSError:
         return None
     before = _resident("VmRSS")
@@ -80,11 +80,11 @@ def process_growth(work: Callable[[], object]) -> int | None:
 
 
 def _resident(name: str) -> int:
-    """A line of the process's status, in bytes."""
+    """Return a value of the process's status, in bytes."""
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 def megabytes(count: float | None) -> str:
-    """Bytes as 10^6 bytes, for a table."""
+    """Format bytes in units of 10^6 bytes, for a table."""
     return "–" if count is None else f"{count / 1e6:,.1f}"

@@ -1,12 +1,14 @@
-"""A training step of LLaMA-2-7B's shape on a GPU: tokens a second, and the share of what the card can multiply.
+"""A training step of LLaMA-2-7B's shape on a GPU: tokens a second, and the share of the card's matrix peak.
 
     python benchmark/gpu_step.py
 
-Random weights in bf16 (nothing is downloaded), one batch of rows of the same length, the last few tokens of each
-supervised; all sides share the frozen weights and take turns step by step. The share counts useful work alone, the
-same for every side: 4 x (weights of the frozen linear layers) x tokens FLOPs, for forward and backward to the input
-without weight gradients; attention's scores (below 1 % at this length), the output head, adapters and recomputation
-are left out. It is divided by the rate of one big matrix product on the same card.
+The weights are random, in bf16 (nothing is downloaded). There is one batch of rows of equal length, with the last few
+tokens of each row supervised. All sides share the frozen weights and take turns step by step.
+
+The share counts only useful work, the same for every side: 4 x (weights of the frozen linear layers) x tokens FLOPs,
+for forward and for backward to the input without weight gradients. Attention scores (below 1 % at this length), the
+output head, adapters and recomputation are left out. The share is the rate of this work divided by the rate of one big
+matrix product on the same card.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ ANSWER = 6  # supervised tokens of a row, as in the commonsense data
 
 @dataclasses.dataclass
 class Sizes:
-    """Of a LLaMA with random weights; by default LLaMA-2-7B's."""
+    """Sizes of a LLaMA with random weights; by default LLaMA-2-7B's."""
 
     layers: int = 32
     width: int = 4096
@@ -45,7 +47,7 @@ class Sizes:
 
 @dataclasses.dataclass
 class Measured:
-    """Of one side: rows a second of each round, peak bytes of a step, and what made a step wait for the GPU, if any."""
+    """One side's rows a second in each round, peak bytes of a step, and what made a step wait for the GPU (or None)."""
 
     rates: list[float]
     peak: int
@@ -56,15 +58,19 @@ def main() -> None:
     flags = parser(__doc__)
     add_sides(flags, "frozen,lora,mtl_lora,gathering,looping,peft_layer,peft,original")
     flags.add_flag("device", "cuda; cpu only to try the script out", choices=["cuda", "cpu"], default="cuda")
-    flags.add_flag("layers", "of the model", type=count, default=32)
-    flags.add_flag("width", "hidden size; feed-forward layers are 11008/4096 times as wide", type=count, default=4096)
-    flags.add_flag("heads", "of attention", type=count, default=32)
+    flags.add_flag("layers", "layers of the model", type=count, default=32)
+    flags.add_flag(
+        "width", "hidden size; the width of feed-forward layers is 11008/4096 times that", type=count, default=4096
+    )
+    flags.add_flag("heads", "attention heads", type=count, default=32)
     flags.add_flag("vocabulary", "number of tokens", type=count, default=32000)
     flags.add_flag("batch_size", "rows of a step", type=count, default=8)
     flags.add_flag("length", "tokens of a row", type=count, default=128)
     flags.add_flag("dtype", "of the frozen weights", default="bf16")
-    flags.add_flag("matrix", "width of the square matrices whose product is the peak", type=count, default=8192)
-    flags.add_flag("steps", "of every side in a round, without waiting for the GPU between them", type=count, default=5)
+    flags.add_flag("matrix", "width of the square matrices whose product gives the peak", type=count, default=8192)
+    flags.add_flag(
+        "steps", "steps of every side per round, without waiting for the GPU between them", type=count, default=5
+    )
     flags.add_flag("rounds", "passes over all sides", type=count, default=10)
     arguments = flags.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -90,7 +96,7 @@ def main() -> None:
 
 
 def compare_sides(base: nn.Module, names: list[str], batch: dict, steps: int, rounds: int) -> dict[str, Measured]:
-    """Every side for ``steps`` steps of one batch, without waiting between them; the sides take turns by rounds."""
+    """Run every side for ``steps`` steps of one batch without waiting between them; the sides take turns in rounds."""
     sides = {name: pipeline(name, base) for name in names}
     plans = {"random": [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])}], "sorted": [batch]}
     batches = {name: side.batches(plans)[0] for name, side in sides.items()}
@@ -102,12 +108,12 @@ def compare_sides(base: nn.Module, names: list[str], batch: dict, steps: int, ro
 
 
 def several(side: Pipeline, batch: dict, times: int) -> int:
-    """Steps of a side without waiting for the GPU between them; returns their rows."""
+    """Run steps of a side without waiting for the GPU between them, and return their rows."""
     return sum(side.step(batch) for _ in range(times))
 
 
 def what_waits(side: Pipeline, batch: dict) -> str | None:
-    """What makes a step wait for the GPU; None where nothing does, or where there is no GPU."""
+    """Return what makes a step wait for the GPU; None if nothing does, or if there is no GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
@@ -123,7 +129,7 @@ def what_waits(side: Pipeline, batch: dict) -> str | None:
 
 
 def side_table(measured: dict[str, Measured], length: int, weights: int, matrix_flops: float) -> tuple[str, dict]:
-    """The sides and their ratios as Markdown, and the same as a record."""
+    """Return the sides and their ratios as Markdown, and the same numbers as a record."""
     ratios = compared({name: side.rates for name, side in measured.items()})
     lines, results = [], {}
     for name, side in measured.items():
@@ -143,7 +149,7 @@ def side_table(measured: dict[str, Measured], length: int, weights: int, matrix_
 
 
 def random_llama(sizes: Sizes, device: torch.device) -> LlamaForCausalLM:
-    """A LLaMA of the asked-for sizes, its weights drawn where they will stay."""
+    """Return a LLaMA of these sizes with random weights, created on ``device``."""
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.width,
@@ -164,7 +170,7 @@ def random_llama(sizes: Sizes, device: torch.device) -> LlamaForCausalLM:
 
 
 def random_batch(rows: int, length: int, vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Rows of random tokens without padding, with the last ``ANSWER`` of each supervised and tasks drawn at random."""
+    """Return random rows without padding, the last ``ANSWER`` tokens of each supervised, with random task ids."""
     input_ids = torch.randint(vocabulary, (rows, length), device=device)
     labels = input_ids.clone()
     labels[:, :-ANSWER] = IGNORED
@@ -174,14 +180,14 @@ def random_batch(rows: int, length: int, vocabulary: int, device: torch.device) 
 
 
 def linear_weights(model: LlamaForCausalLM) -> int:
-    """Weights of the linear layers that every token goes through: all but the output head."""
+    """Return the number of weights in linear layers that every token goes through: all except the output head."""
     head = model.get_output_embeddings()
     layers = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
     return sum(layer.weight.numel() for layer in layers)
 
 
 def matrix_peak(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of a product of two square matrices: the best of 10 times 10 products."""
+    """Return the FLOPs a second of a product of two square matrices: the best of 10 runs of 10 products."""
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""The steps of gpu_report.py, each one function: an order and a writer in, a table and its numbers out."""
+"""The steps of gpu_report.py, one function each: it takes an order and a writer, and writes a table and its numbers."""
 
 import dataclasses
 import json
@@ -22,14 +22,14 @@ from mtl_lora.errors import UserError
 
 SIDES = ["frozen", "lora", "mtl_lora", "lora_compiled", "mtl_lora_compiled", "mtl_lora_512_tasks", "peft", "original"]
 METHODS = ("mtl_lora", "lora")
-RATE = "2e-3"  # the learning rate of both
+RATE = "2e-3"  # the learning rate of both methods
 LENGTHS = (105, 256)  # the mean of the commonsense examples, and the paper's cutoff
 Writer = Callable[[str, dict], None]
 
 
 @dataclasses.dataclass
 class Order:
-    """What every step is given: where to write, the data folder, the base model, when to end, and tiny sizes or not."""
+    """Settings of a step: where to write, the data folder, the base model, when to end, whether sizes are tiny."""
 
     out: Path
     data: Path
@@ -58,7 +58,7 @@ class Order:
 
 
 def step(order: Order, write: Writer) -> None:
-    """Tokens a second, share of the card's peak and memory of every side; the peaks of the card itself."""
+    """Measure tokens a second, share of the card's peak and memory of every side, and the peaks of the card itself."""
     sizes, device = order.sizes, order.device
     peak = matrix_peak(256 if order.dry else 8192, sizes.torch_dtype, device)
     record = {"matrix_flops": peak, "bytes_a_second": memory_bandwidth(2**20 if order.dry else 2**32, device)}
@@ -78,7 +78,7 @@ def step(order: Order, write: Writer) -> None:
 
 
 def memory_bandwidth(size: int, device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy within the device's memory: the best of 10."""
+    """Return bytes a second, read and written, of a copy within the device's memory: the best of 10."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), 0.0
     for _ in range(10):
@@ -90,7 +90,7 @@ def memory_bandwidth(size: int, device: torch.device) -> float:
 
 # ---- 2: where its time goes ----
 
-_KINDS = {  # by what a kernel's name contains; the first that fits
+_KINDS = {  # a kernel's kind is the first whose parts its name contains
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "gemv", "splitk", "sm90_", "mm"),
     "dropout": ("dropout",),
@@ -102,7 +102,7 @@ _KINDS = {  # by what a kernel's name contains; the first that fits
 
 
 def profile(order: Order, write: Writer) -> None:
-    """Milliseconds of kernels by kind in a step of the frozen model, LoRA and MTL-LoRA; a block compiled."""
+    """Measure milliseconds of kernels by kind in a step of the frozen model, LoRA and MTL-LoRA; compile a block."""
     sizes, device, record, lines = order.sizes, order.device, {}, []
     base = random_llama(sizes, device)
     text = ""
@@ -132,7 +132,7 @@ def profile(order: Order, write: Writer) -> None:
 
 
 def profiled(side, batch: dict) -> dict:
-    """Wall time and kernels of one step, by kind and by name, in ms."""
+    """Return wall time and kernels of one step, by kind and by name, in ms."""
     (batch,) = side.batches({"sorted": [batch]})
     for _ in range(3):
         side.step(batch)
@@ -161,13 +161,13 @@ def profiled(side, batch: dict) -> dict:
 
 
 def kind_of(kernel: str) -> str:
-    """The kind of a kernel, by its name."""
+    """Return the kind of a kernel from its name."""
     low = kernel.lower()
     return next((kind for kind, parts in _KINDS.items() if any(part in low for part in parts)), "other")
 
 
 def compiled_block(order: Order) -> dict:
-    """The ratios of a model of one block, compiled and not, frozen and with MTL-LoRA."""
+    """Return the speed ratios of a model of one block: compiled or eager, frozen or with MTL-LoRA."""
     sizes = dataclasses.replace(order.sizes, layers=1)
     base = random_llama(sizes, order.device)
     batch, sides = random_batch(8, order.lengths[-1], sizes.vocabulary, order.device), {}
@@ -185,7 +185,7 @@ def compiled_block(order: Order) -> dict:
 
 
 def train(order: Order, write: Writer) -> None:
-    """Both methods on all examples for as many steps as the time allows, and the eight test sets."""
+    """Train both methods on all examples for as many steps as the time allows, and score the eight test sets."""
     steps, record = 2, {}
     if not order.dry:
         probe, started = 40, time.time()
@@ -193,7 +193,7 @@ def train(order: Order, write: Writer) -> None:
         log = log_lines(order.out / "probe")
         rate = next(line["train_steps_per_second"] for line in log if "train_steps_per_second" in line)
         record["start_up_s"] = time.time() - started - probe / rate
-        # The first steps of a process are slow, so the rate is a low estimate; scoring takes some 45 s a method.
+        # The first steps of a process are slow, so the rate is a low estimate; scoring takes about 45 s per method.
         seconds = (order.until - time.time()) / 2 - record["start_up_s"] - 45
         steps = max(50, int(seconds * rate))
     record |= {"steps": steps, "examples_a_step": order.batch_size}
@@ -222,7 +222,7 @@ def train(order: Order, write: Writer) -> None:
 
 
 def train_command(method: str, order: Order, *more, folder: str | None = None) -> list[str]:
-    """The command that trains a method into a ``folder`` of its name; every other setting is the same for all."""
+    """Return the command that trains a method into ``folder`` (default: its name); all other settings are the same."""
     settings = {
         "base_model": order.base_model,
         "data_path": training_file(order.data),
@@ -240,27 +240,27 @@ def train_command(method: str, order: Order, *more, folder: str | None = None) -
 
 
 def module(*arguments) -> list[str]:
-    """The command ``mtl-lora`` of this interpreter."""
+    """Return an ``mtl-lora`` command for this interpreter."""
     return [sys.executable, "-m", "mtl_lora", *map(str, arguments)]
 
 
 def run(command: list[str]) -> str:
-    """What a command printed; raises ``UserError`` with its last line if it fails."""
+    """Run a command and return what it printed; raises ``UserError`` with its last line if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     print("$", " ".join(command), done.stdout[-2000:], done.stderr[-4000:], sep="\n", flush=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise UserError(f"`{' '.join(command[1:5])} ...` failed: {last}")
     return done.stdout.strip()
 
 
 def log_lines(folder: Path) -> list[dict]:
-    """The lines of a training's log."""
+    """Return the lines of a training's log."""
     return [json.loads(line) for line in files.read_lines(folder / artifacts.TRAIN_LOG)]
 
 
 def training_file(data: Path) -> Path:
-    """The training examples in a data folder; raises ``UserError`` without any."""
+    """Return the file of training examples in a data folder; raises ``UserError`` if there is none."""
     for name in ("commonsense_170k_taskid.json", "train.json"):
         if (data / name).is_file():
             return data / name
@@ -268,7 +268,7 @@ def training_file(data: Path) -> Path:
 
 
 def test_folder(data: Path) -> Path:
-    """The folder of the test sets in a data folder."""
+    """Return the folder of the test sets in a data folder."""
     return data / "test" if (data / "test").is_dir() else data / "data/commonsense/test"
 
 
@@ -276,7 +276,7 @@ def test_folder(data: Path) -> Path:
 
 
 def evaluate(order: Order, write: Writer) -> None:
-    """Questions a second by batch size, of both protocols, against one question at a time without a cache."""
+    """Measure questions a second by batch size, for both protocols, against one question at a time without a cache."""
     evaluator, asked = answers.prepared(order.out / "mtl_lora", test_folder(order.data), "auto")
     many, few = answers.sample(asked, 1 if order.dry else 256), answers.sample(asked, 1)
     sides = {"one at a time, no cache": partial(answers.baseline, evaluator, few)}
@@ -286,7 +286,7 @@ def evaluate(order: Order, write: Writer) -> None:
     first, rates, lines = next(iter(sides)), {}, []
     for name, side in sides.items():
         if name != first:
-            side()  # what is set up once for these shapes is not measured
+            side()  # one-time set-up for these shapes is not measured
         start = clock()
         rates[name] = side() / (clock() - start)
         lines.append([name, f"{rates[name]:.1f}", f"{rates[name] / rates[first]:.1f}"])
@@ -296,6 +296,6 @@ def evaluate(order: Order, write: Writer) -> None:
 
 
 def answers_in(evaluator, questions: list, protocol: str, size: int | str) -> int:
-    """Answer questions in batches of a size."""
+    """Answer the questions in batches of ``size``."""
     evaluator.config.batch_size = size
     return answers.ours(evaluator, questions, protocol)

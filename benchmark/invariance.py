@@ -1,9 +1,10 @@
-"""Do predictions depend on how a run is carried out? Batch sizes, reused prompt prefixes, processes, float32 and bf16.
+"""Whether predictions depend on batch size, reused prompt prefixes, processes, or the dtype (float32, bf16).
 
     python benchmark/invariance.py --checkpoint output/quickstart/checkpoint --data_dir data/commonsense/test
 
 Each variant is a run of commonsense_evaluate.py in a folder of its own; predictions are compared line by line. In
-float32 every flip is listed with its margin: for ``score``, how far the first variant's two best options are apart.
+float32 every changed answer is listed with its margin: for ``score``, the distance of the first variant's two best
+options.
 """
 
 import os
@@ -31,7 +32,7 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_flag("checkpoint", "folder of a trained adapter", required=True)
     flags.add_flag("data_dir", "folder with <task>/test.json", default="data/commonsense/test")
-    flags.add_flag("limit", "questions of each task in float32, from the first", type=count, default=63)
+    flags.add_flag("limit", "first questions of each task, in float32", type=count, default=63)
     flags.add_flag("bf16_limit", "questions of each task in bf16", type=count, default=125)
     arguments = flags.parse_args()
     lines, flips = [], []
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: int, flags: list[str]) -> dict:
-    """Predictions of one run, by (task, index)."""
+    """Run one evaluation and return its predictions by (task, index)."""
     output = Path(folder) / f"{mode} {dtype} {name}"
     launcher = [sys.executable]
     threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
@@ -79,12 +80,12 @@ def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: in
         stdout=subprocess.DEVNULL,
     )
     if done.returncode:
-        raise UserError(f"the evaluation {name!r} failed; what it says stands above")
+        raise UserError(f"the evaluation {name!r} failed; see its output above")
     return Predictions(output).read()
 
 
 def margin(record: dict) -> str:
-    """How far the two best options are apart, in nats; for generated text the text itself."""
+    """Return the distance of the two best options, in nats; for generated text the text itself."""
     if "scores" not in record:
         return repr(record["text"])
     best, second = sorted(record["scores"], reverse=True)[:2]
@@ -92,7 +93,7 @@ def margin(record: dict) -> str:
 
 
 def apart(first: dict, second: dict) -> str:
-    """The largest difference of two runs' option scores, in nats."""
+    """Return the largest difference of two runs' option scores, in nats."""
     if any("scores" not in record for record in first.values()):
         return ""
     pairs = (zip(first[key]["scores"], second[key]["scores"], strict=True) for key in first)

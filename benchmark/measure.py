@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved rounds, median and spread, ratios, flags, and where results are kept."""
+"""Shared by all benchmarks: interleaved rounds, median and spread, ratios, flags, and where results are kept."""
 
 import argparse
 import gc
@@ -25,59 +25,59 @@ _RESAMPLES = 10_000
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The script's own text as it is written, and every flag with its default."""
+    """Shows the script's docstring as written, and every flag with its default."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line of a benchmark: a wrong flag is one sentence and exit code 2, without the usage text."""
+    """The command line of a benchmark: a wrong flag gives one sentence and exit code 2, without the usage text."""
 
     def error(self, message: str):
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(EXIT_CODE)
 
     def add_flag(self, name: str, text: str, **options) -> None:
-        """Add ``--name``, which may be written with ``_`` or ``-`` between its words; ``text`` is its help."""
+        """Add ``--name`` with the help ``text``; its words may be joined with ``_`` or ``-``."""
         self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=text, **options)
 
 
 def parser(about: str) -> Parser:
-    """A command line with ``--results``; ``about`` is the script's docstring."""
+    """Return a command line with ``--results``; ``about`` is the script's docstring."""
     made = Parser(description=about, formatter_class=_Help)
     made.add_flag(
         "results",
-        "folder that gets the table and the JSON line, from the project's; none: they are only printed",
+        "folder for the table and the JSON line, relative to the project; none: only print them",
         default="benchmark/results",
     )
     return made
 
 
 def count(text: str) -> int:
-    """A whole number from 1; the type of a flag."""
+    """Parse a whole number from 1; the type of a flag."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"it must be a whole number from 1, not {text!r}")
     return int(text)
 
 
 def counts(text: str) -> list[int]:
-    """``2,8`` as [2, 8]; the type of a flag."""
+    """Parse ``2,8`` into [2, 8]; the type of a flag."""
     return [count(part) for part in text.split(",")]
 
 
 def fractions(text: str) -> list[float]:
-    """``0,0.05`` as [0.0, 0.05]; the type of a flag."""
+    """Parse ``0,0.05`` into [0.0, 0.05]; the type of a flag."""
     return [float(part) for part in text.split(",")]
 
 
 def turns(sides: dict[str, Sequence[Callable[[], float]]], times: int) -> dict[str, list[float]]:
-    """Rates (work per second) of each side over ``times`` rounds; one round before is not kept.
+    """Return the rates (work per second) of each side in ``times`` rounds, after one warm-up round.
 
-    A side is a list of pieces of work, as many as every other side has; a piece returns how much it did, in units that
-    all sides share. A round takes all sides through all their pieces, and they take turns piece by piece: a machine
-    whose speed drifts is as slow for one as for the other.
+    A side is a list of pieces of work; all sides have the same number of pieces. A piece returns the amount of work it
+    did, in units that all sides share. In a round the sides take turns piece by piece, so a machine whose speed drifts
+    slows all sides alike.
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
     gc.collect()
-    gc.freeze()  # models and data built before need not be looked through again at every piece
+    gc.freeze()  # the collector then skips the models and data that exist before the pieces run
     try:
         for number in range(times + 1):
             done, seconds = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0)
@@ -97,44 +97,45 @@ def turns(sides: dict[str, Sequence[Callable[[], float]]], times: int) -> dict[s
 
 
 def rounds(sides: dict[str, Callable[[], float]], times: int) -> dict[str, list[float]]:
-    """``turns`` of sides that are one piece of work each."""
+    """Return ``turns`` of sides that have one piece of work each."""
     return turns({name: [side] for name, side in sides.items()}, times)
 
 
 def clock() -> float:
-    """Seconds, read when the GPU, if there is one, has done all it was given."""
+    """Return the time in seconds, after the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def spread(values: list[float]) -> dict:
-    """Median, smallest and largest of a list of rates."""
+    """Return the median, smallest and largest of a list of rates."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def interval(values: list[float]) -> list[float]:
-    """A 95 % interval of the median: percentile bootstrap over the rounds, by a fixed seed.
+    """Return the 95 % interval of the median: percentile bootstrap over the rounds, with a fixed seed.
 
-    With few rounds it is too narrow, for it never leaves their smallest and largest.
+    With few rounds it is too narrow, because it never goes beyond the smallest and largest round.
     """
     drawn = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values)))
     return np.quantile(np.median(drawn, axis=1), [0.025, 0.975]).tolist()
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict:
-    """ours / theirs, round by round: what was measured under the same load is divided."""
+    """Return ours / theirs, round by round, so that both were measured under the same load."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {**spread(ratios), "interval": interval(ratios)}
 
 
 def compared(rates: dict[str, list[float]]) -> dict[str, dict[str, dict]]:
-    """Of each side the ratio to each side: ``compared(rates)[ours][theirs]``."""
+    """Return the ratio of each side to each side: ``compared(rates)[ours][theirs]``."""
     return {ours: {theirs: ratio(rates[ours], rates[theirs]) for theirs in rates} for ours in rates}
 
 
 def ratio_table(ratios: dict[str, dict[str, dict]]) -> str:
-    """A line for each pair of sides, the later over the earlier: median, interval, smallest to largest round."""
+    """Return a table with a line for each pair of sides, the later over the earlier: median, interval, smallest to
+    largest round."""
     names = list(ratios)
     lines = [
         [f"{ours} / {theirs}", *shown_ratio(ratios[ours][theirs])]
@@ -145,21 +146,21 @@ def ratio_table(ratios: dict[str, dict[str, dict]]) -> str:
 
 
 def shown_ratio(value: dict) -> list[str]:
-    """Median, interval, smallest to largest."""
+    """Format a ratio: median, interval, smallest to largest."""
     low, high = value["interval"]
     return [f"{value['median']:.3f}", f"{low:.3f} to {high:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"]
 
 
 def shown(value: dict, digits: int = 2) -> str:
-    """``median (low to high)``."""
+    """Format ``median (low to high)``."""
     return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
 
 
 def facts() -> dict:
-    """Where and by what a result was made."""
+    """Return the command, versions and device that produced a result."""
     return {
         "command": shlex.join(["python", *(os.path.relpath(sys.argv[0]), *sys.argv[1:])]),
-        "commit": checkout_commit("benchmark/results"),  # earlier results change nothing that is measured
+        "commit": checkout_commit("benchmark/results"),  # a change in earlier results does not affect measurements
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: version(name) for name in ("transformers", "peft")},
@@ -169,12 +170,12 @@ def facts() -> dict:
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
+    """Return a Markdown table, with the first column aligned left and the others right."""
     return TextTable("", header, lines).markdown()
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -182,7 +183,7 @@ def version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name, as Linux gives it, and how many cores are ours."""
+    """Return the processor's name (from /proc/cpuinfo on Linux) and the number of cores of this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

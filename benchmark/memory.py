@@ -1,12 +1,12 @@
-"""Peak memory of a training step, by method, against LoRA and the frozen base: each side in a process of its own.
+"""Peak memory of a training step by method, against LoRA and the frozen base; each side runs in its own process.
 
     python benchmark/memory.py --data_path commonsense_170k_taskid.json
 
-One batch, the same rows for all: the longest of the records, for they set the peak of an epoch. Counted is everything
-above the loaded base model: adapter, gradients, AdamW's state, activations.
+All sides run the same batch, the longest examples, which determine the peak of an epoch. Everything above the loaded
+base model is counted: adapter, gradients, AdamW's state, activations.
   held     tensors that the forward pass leaves for the backward pass
   tensors  the peak of all tensors in a step, from torch's allocator: exact, the same in every repeat
-  process  what the process grows by over building the adapter and two steps (resident memory; on a GPU: reserved)
+  process  the growth of the process while it builds the adapter and runs two steps (resident; on a GPU: reserved)
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main() -> None:
     add_data(flags, records=256)
     add_sides(flags, "frozen,lora,dora,multilora,moelora,mtl_lora,gathering,looping,peft_layer,peft,original")
     flags.add_flag("repeats", "processes of each side, in turns", type=count, default=3)
-    flags.add_flag("alone", "measure one side in this process and print a JSON line; what the others are started with")
+    flags.add_flag(
+        "alone", "measure one side in this process and print a JSON line; the script starts its sides with it"
+    )
     arguments = flags.parse_args()
     if arguments.alone:
         print(json.dumps(measure_alone(arguments)))
@@ -49,7 +51,7 @@ def main() -> None:
 
 
 def measure_in_own_process(name: str, arguments: argparse.Namespace) -> dict:
-    """What ``measure_alone`` finds in a fresh process."""
+    """Run ``measure_alone`` in a fresh process and return its result."""
     given = [f"--{flag}={getattr(arguments, flag)}" for flag in ("data_path", "base_model", "records", "batch_size")]
     command = [sys.executable, __file__, f"--alone={name}", f"--dtype={arguments.dtype}", *given]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -59,18 +61,18 @@ def measure_in_own_process(name: str, arguments: argparse.Namespace) -> dict:
 
 
 def measure_alone(arguments: argparse.Namespace) -> dict:
-    """Bytes that one side needs above the base model, and its number of trainable parameters."""
+    """Return the bytes that one side needs above the base model, and its number of trainable parameters."""
     tokenizer, device = BaseModel(arguments.base_model).tokenizer(), device_for_this_process()
     rows = encoded_rows(arguments.data_path, arguments.records, tokenizer)
     longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-arguments.batch_size :]
     batch = send_to_device(Collator(tokenizer.pad_token_id)(longest), device)
     base = BaseModel(arguments.base_model).load(arguments.dtype).to(device)
     for weight in base.parameters():
-        weight.sum()  # a weight that is mapped from its file becomes resident when it is read first
+        weight.sum()  # a memory-mapped weight becomes resident when it is first read
     side = None
 
     def two_steps() -> None:
-        """The second is the first that finds the optimiser's state in place."""
+        """Run two steps; only the second has the optimiser's state from its start."""
         nonlocal side
         side = pipeline(arguments.alone, base, with_optimiser=True)
         (one,) = side.batches({"random": [batch], "sorted": [batch]})
@@ -93,7 +95,7 @@ def measure_alone(arguments: argparse.Namespace) -> dict:
 
 
 def kept_bytes(side: Pipeline) -> int:
-    """Trained weights and what the optimiser keeps of them: what is there between two steps, above the base."""
+    """Return the bytes of trainable parameters and optimiser state: what exists between two steps, above the base."""
     weights = [parameter for parameter in side.model.parameters() if parameter.requires_grad]
     states = side.optimiser.state.values() if side.optimiser else ()
     kept = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
@@ -101,7 +103,7 @@ def kept_bytes(side: Pipeline) -> int:
 
 
 def report(found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
-    """The table: megabytes by side, and how many times those of LoRA and of the frozen base."""
+    """Print and keep the table: megabytes by side, and their ratios to LoRA and to the frozen base."""
     results, lines = {}, []
     references = [name for name in ("lora", "frozen") if name in found]
     for name, repeats in found.items():

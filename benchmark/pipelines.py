@@ -32,13 +32,13 @@ SIDES = {
         (name for name, layer in methods().items() if not layer.only_streams),
         "ours: rows of similar length, logits for answers only",
     ),
-    "gathering": "as mtl_lora, but its layers in the gathering form (baselines/gathering.py)",
-    "looping": "as mtl_lora, but its layers loop over the tasks (baselines/looping.py)",
+    "gathering": "as mtl_lora, but with layers in the gathering form (baselines/gathering.py)",
+    "looping": "as mtl_lora, but with layers that loop over the tasks (baselines/looping.py)",
     "peft_layer": "as lora, but with PEFT's layers",
-    "frozen": "a reference, no bound: no adapter; forward, and backward to the embeddings, on our batches and logits",
-    "mtl_lora_N_tasks": "as mtl_lora, with N tasks, over all of which the ids of the same rows are spread",
-    "NAME_shared": "as the side NAME, the prompt prefix that a task's rows share run once a batch",
-    "NAME_compiled": "as the side NAME, its blocks compiled one by one, but for the first",
+    "frozen": "a reference, not a bound: no adapter; forward and backward to the embeddings, on our batches and logits",
+    "mtl_lora_N_tasks": "as mtl_lora with N tasks; the same rows have ids spread over all N tasks",
+    "NAME_shared": "as NAME, but a prompt prefix that a task's rows share runs once per batch",
+    "NAME_compiled": "as NAME, with every block but the first compiled one by one",
 }
 _BASELINE_LAYERS = {
     "original": gathering.GatheringLayer,
@@ -50,7 +50,7 @@ _ANY_TASKS = re.compile(r"mtl_lora_([1-9]\d*)_tasks")
 
 @dataclasses.dataclass
 class Pipeline:
-    """A model, which batches it takes (``make_batches``), its loss of a batch, and perhaps an optimiser."""
+    """A model, the plan of its batches (see ``make_batches``), its loss function, and an optimiser or None."""
 
     model: nn.Module
     plan: str
@@ -59,12 +59,12 @@ class Pipeline:
     tasks: int | None = None
 
     def forward(self, batch: dict) -> torch.Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         gathering.GatheringLayer.task_ids = looping.LoopingLayer.task_ids = batch["task_ids"]
         return self.loss(self.model, batch)
 
     def step(self, batch: dict) -> int:
-        """One training step; returns the number of rows."""
+        """Run one training step and return its number of rows."""
         self.forward(batch).backward()
         if self.optimiser:
             self.optimiser.step()
@@ -72,18 +72,18 @@ class Pipeline:
         return len(batch["task_ids"])
 
     def batches(self, plans: dict[str, list[dict]]) -> list[dict]:
-        """This pipeline's batches of ``plans`` (see ``make_batches``)."""
+        """Return this pipeline's batches from ``plans`` (see ``make_batches``)."""
         return spread_tasks(plans[self.plan], self.tasks) if self.tasks else plans[self.plan]
 
 
 def add_sides(parser: Parser, default: str) -> None:
-    """The flag ``--sides``, and a list of what it may name below the help."""
+    """Add the flag ``--sides``, and list the sides below the help."""
     parser.add_flag("sides", "pipelines to compare, in the order of the table", type=side_names, default=default)
     parser.epilog = "\n".join(["sides:", *(f"  {name:18}{text}" for name, text in SIDES.items())])
 
 
 def side_names(text: str) -> list[str]:
-    """``a,b`` as a list of pipelines; the type of a flag."""
+    """Parse ``a,b`` into a list of pipelines; the type of a flag."""
     names = [name for name in text.split(",") if name]
     for name in names:
         plain = name.removesuffix("_compiled").removesuffix("_shared")
@@ -93,10 +93,10 @@ def side_names(text: str) -> list[str]:
 
 
 def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> Pipeline:
-    """One of ``SIDES`` (``mtl_lora_64_tasks``: with 64 for N) on a base model, whose modules are left as they are."""
+    """Build one of ``SIDES`` (``mtl_lora_64_tasks`` sets N to 64) on a base model, whose modules do not change."""
     if name.endswith("_compiled"):
         side = pipeline(name.removesuffix("_compiled"), base, with_optimiser)
-        # All but the first, whose input needs no gradient: one graph serves the others.
+        # Not the first, whose input needs no gradient: one graph then serves all others.
         for block in side.model.model.layers[1:]:
             block.compile(backend="eager" if base.device.type == "cpu" else "inductor")
         return side
@@ -110,16 +110,18 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
     whole = name in ("original", "peft")
     if name in ("peft", "peft_layer"):
         model = with_peft(model, DROPOUT, TARGETS, None if name == "peft_layer" else "CAUSAL_LM")
-        model = model if whole else model.get_base_model()  # whose forward says that it takes logits_to_keep
+        model = model if whole else model.get_base_model()  # its forward has the argument logits_to_keep
     elif name == "frozen":
         model.enable_input_require_grads()
     else:
         names = [f"task{number}" for number in range(tasks)] if tasks else COMMONSENSE.names
         config = adapter_config(name if name in methods() else "mtl_lora", DROPOUT, names)
-        mtl_lora.inject(model, config, allow_unused=name in _BASELINE_LAYERS)  # those call the layer's parts instead
+        mtl_lora.inject(
+            model, config, allow_unused=name in _BASELINE_LAYERS
+        )  # the other forms call the layer's parts instead
         if name in _BASELINE_LAYERS:
             replace_layers(model, _BASELINE_LAYERS[name])
-            model.mtl_lora_injection.layers = []  # they do on their own what ours have prepared for all together
+            model.mtl_lora_injection.layers = []  # these layers compute alone what ours prepare together
     if name == "original":
         enable_checkpointing(model)
     if not whole and model.device.type == "cpu":
@@ -131,21 +133,21 @@ def pipeline(name: str, base: PreTrainedModel, with_optimiser: bool = False) -> 
 
 
 def twin(base: nn.Module) -> nn.Module:
-    """A copy of a model's modules around the same weights, which are frozen."""
+    """Return a copy of a model's modules that shares its weights, and freeze them."""
     base.requires_grad_(False)
     shared = [*base.parameters(), *base.buffers()]
     return copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
 
 
 def adapter_config(method: str, dropout: float, tasks: list[str]) -> mtl_lora.AdapterConfig:
-    """The paper's sizes of a method."""
+    """Return a configuration with the paper's sizes."""
     return mtl_lora.AdapterConfig(
         method=method, rank=RANK, alpha=ALPHA, dropout=dropout, tasks=tasks, target_modules=TARGETS
     )
 
 
 def with_peft(model: nn.Module, dropout: float, targets: list[str], task_type: str | None = None) -> nn.Module:
-    """PEFT's LoRA of the same rank, scale and dropout on a model."""
+    """Put PEFT's LoRA of the same rank, scale and dropout on a model."""
     from peft import LoraConfig, get_peft_model
 
     settings = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": dropout, "target_modules": targets}
@@ -153,14 +155,14 @@ def with_peft(model: nn.Module, dropout: float, targets: list[str], task_type: s
 
 
 def replace_layers(model: nn.Module, form: type[nn.Module]) -> None:
-    """Every ``MtlLoraLayer`` of a model inside another form of it."""
+    """Replace every ``MtlLoraLayer`` of a model with another form that wraps it."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MtlLoraLayer)}
     for name, layer in layers.items():
         model.set_submodule(name, form(layer))
 
 
 def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The loss as a model computes it from labels: logits for every token."""
+    """Return the loss that the model computes from labels, with logits for every token."""
     with route.use(batch["task_ids"]):
         return model(
             input_ids=batch["input_ids"],
@@ -171,5 +173,5 @@ def whole_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def answer_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The loss as our training computes it: logits for the answers."""
+    """Return the loss that our training computes, with logits for the answers only."""
     return token_losses(model, batch)[0].mean()

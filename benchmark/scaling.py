@@ -1,10 +1,10 @@
-"""Samples a second of the real training by processes and threads, at the same global batch: how well it scales.
+"""How well the real training scales: samples a second by processes and threads, at the same global batch.
 
     python benchmark/scaling.py --data_path commonsense_170k_taskid.json
 
-Every launch is a training of finetune.py's own path (`mtl_lora.language.train`: Trainer, DDP over gloo or NCCL,
-gradients, clipping, AdamW) in fresh processes; launches take turns. Timed are the optimiser steps after the first. The
-efficiency is the speed-up over the first launch divided by how many times its cores (on GPUs: cards) are used.
+Every launch is a training with the code that finetune.py uses (`mtl_lora.language.train`: Trainer, DDP over gloo or
+NCCL, gradients, clipping, AdamW) in fresh processes; launches take turns. The optimiser steps after the first are
+timed. The efficiency is the speed-up over the first launch, divided by the ratio of cores used (on GPUs: cards).
 """
 
 import argparse
@@ -29,15 +29,15 @@ from mtl_lora.training.sampler import plan_epoch
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_flag("launches", "processes x threads of each; the first is the measure", default="1x1,1x2,2x1")
-    flags.add_flag("data_path", "training records", default="data/quickstart/train.json")
+    flags.add_flag("launches", "processes x threads of each launch; the first is the reference", default="1x1,1x2,2x1")
+    flags.add_flag("data_path", "training examples", default="data/quickstart/train.json")
     flags.add_flag("base_model", "name or folder of a causal language model", default="smollm2-135m")
     flags.add_flag("adapter_name", "method, as of finetune.py", default="mtl_lora")
-    flags.add_flag("batch_size", "rows of an optimiser step over all processes", type=count, default=8)
+    flags.add_flag("batch_size", "rows per optimiser step, over all processes", type=count, default=8)
     flags.add_flag("dtype", "of the base model", default="auto")
     flags.add_flag("deepspeed", "configuration, such as config/zero2.json; empty: DDP", default="")
     flags.add_flag("cache_dir", "folder for tokenised data", default=".cache/rows")
-    flags.add_flag("steps", "timed optimiser steps of a launch; one more runs before them", type=count, default=12)
+    flags.add_flag("steps", "timed optimiser steps of a launch, after one that is not timed", type=count, default=12)
     flags.add_flag("rounds", "times that each launch runs", type=count, default=3)
     flags.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = flags.parse_args()
@@ -55,17 +55,17 @@ def main() -> None:
 
 
 def parse_launch(text: str, batch_size: int) -> tuple[int, int]:
-    """``2x1`` as (2 processes, 1 thread each); raises ``UserError`` where the batch cannot be shared out evenly."""
+    """Parse ``2x1`` into (2 processes, 1 thread each); raises ``UserError`` if the batch cannot be divided equally."""
     processes, _, threads = text.partition("x")
     if not (processes.isdecimal() and threads.isdecimal() and int(processes) and int(threads)):
-        raise UserError(f"--launches lists processes x threads, as 1x1,2x1, not {text!r}")
+        raise UserError(f"--launches must list processes x threads, such as 1x1,2x1, not {text!r}")
     if batch_size % int(processes):
-        raise UserError(f"--batch_size {batch_size} cannot be shared out over {processes} processes")
+        raise UserError(f"--batch_size {batch_size} cannot be divided by {processes} processes")
     return int(processes), int(threads)
 
 
 def launch(processes: int, threads: int, arguments: argparse.Namespace) -> dict:
-    """Train in fresh processes; what the first of them found."""
+    """Train in fresh processes and return what the first of them measured."""
     names = ("data_path", "base_model", "adapter_name", "dtype", "cache_dir")
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.json"
@@ -91,7 +91,7 @@ def launch(processes: int, threads: int, arguments: argparse.Namespace) -> dict:
 
 
 def work(job: Path) -> None:
-    """One process of a launch: train, and let the first process write what it found beside the job."""
+    """Train as one process of a launch; the first process writes its measurements beside the job file."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from mtl_lora.language.config import TrainConfig
@@ -127,7 +127,7 @@ def work(job: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has had: on a GPU of the card, otherwise resident."""
+    """Return the peak memory of this process: on a GPU that of the card, otherwise resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -135,7 +135,7 @@ def peak_bytes() -> int:
 
 
 def report(launches: dict[str, tuple[int, int]], found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
-    """The table: rates, and speed-up and efficiency against the first launch."""
+    """Print and keep the table: rates, and speed-up and efficiency relative to the first launch."""
     ratios = compared({name: [one["samples/s"] for one in runs] for name, runs in found.items()})
     units = {name: sizes[0] * (1 if torch.cuda.is_available() else sizes[1]) for name, sizes in launches.items()}
     first, lines, results = next(iter(launches)), [], {}

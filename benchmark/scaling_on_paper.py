@@ -1,19 +1,19 @@
-"""What 8 to 64 GPUs would take for LLaMA-2-7B, computed and not measured: communication and computing of a step.
+"""Communication and computing time of a step of LLaMA-2-7B on 8 to 64 GPUs: computed, not measured.
 
     python benchmark/scaling_on_paper.py
 
-Only adapter weights travel; every GPU holds the frozen base. With N GPUs, P trainable float32 parameters, a ring:
+Only adapter weights travel; every GPU holds the frozen base. For N GPUs in a ring and P trainable float32 parameters:
   reduce-scatter of the gradients   (N - 1) / N x 4 P bytes sent by each GPU
   all-gather of the weights         (N - 1) / N x 4 P bytes
   ZeRO-2                            both: 2 (N - 1) / N x 4 P
   DeepSpeed 0.19 as configured      all-reduces the gradients (`use_multi_rank_bucket_allreduce`, its default) and
-                                    all-gathers the weights: 3 (N - 1) / N x 4 P. The times below are of this.
-A ring passes each link once, so the slowest link decides, also where eight GPUs share one network card:
+                                    all-gathers the weights: 3 (N - 1) / N x 4 P. The times below assume this.
+A ring passes each link once, so the slowest link decides, even if eight GPUs share one network card:
   communication = 3 (N - 1) / N x 4 P / bandwidth + 3 (N - 1) x latency
-Computing, without weight gradients of frozen layers (2 W t forward, 2 W t backward to the input; W weights, t tokens):
+Computing, without weight gradients of frozen layers (W weights, t tokens; 2 W t forward, 2 W t backward to the input):
   compute = 4 x W x t / (peak x utilisation)
 Nothing overlaps (`overlap_comm` is off in config/zero2.json), so efficiency = compute / (compute + communication).
-Left out: attention's scores, the adapter itself, waiting for the slowest GPU, loading of data.
+Left out: attention scores, the adapter itself, waiting for the slowest GPU, and loading data.
 """
 
 import argparse
@@ -36,22 +36,23 @@ LINKS = {
 
 
 def sent_bytes(gpus: int, passes: int) -> float:
-    """Bytes that each GPU sends in a step; passes: 2 for ZeRO-2, 3 for an all-reduce and an all-gather."""
+    """Return the bytes that each GPU sends in a step; passes: 2 for ZeRO-2, 3 for an all-reduce and an all-gather."""
     return passes * (gpus - 1) / gpus * 4 * TRAINED
 
 
 def communication(gpus: int, bandwidth: float, latency: float) -> float:
-    """Seconds of a step in which the GPUs exchange gradients and weights."""
+    """Return the seconds of a step in which the GPUs exchange gradients and weights."""
     return sent_bytes(gpus, 3) / bandwidth + 3 * (gpus - 1) * latency
 
 
 def compute(rows: float, flops: float) -> float:
-    """Seconds of forward and backward of that many rows on one GPU that does ``flops`` a second."""
+    """Return the seconds of forward and backward of ``rows`` rows on one GPU with ``flops`` FLOPs a second."""
     return 4 * WEIGHTS * rows * TOKENS_A_ROW / flops
 
 
 def table(rows_of: dict[int, float], flops: float) -> str:
-    """A line for each number of GPUs (with its rows a GPU): computing, and by link communication and efficiency."""
+    """Return a table with a line for each number of GPUs, given its rows a GPU: computing time, and for each link
+    communication time and efficiency."""
     lines = []
     for gpus, rows in rows_of.items():
         seconds, line = compute(rows, flops), [str(gpus), f"{rows:g}", f"{rows * gpus:g}"]
@@ -64,7 +65,7 @@ def table(rows_of: dict[int, float], flops: float) -> str:
 
 
 def text(peak: float, utilisation: float) -> str:
-    """Everything that is printed; peak in TFLOP/s."""
+    """Return everything that is printed; peak in TFLOP/s."""
     flops, most = peak * 1e12 * utilisation, 3 * 4 * TRAINED
     sent = markdown_table(
         ["GPUs", "reduce-scatter + all-gather, MB", "all-reduce + all-gather, MB"],
@@ -82,12 +83,12 @@ def text(peak: float, utilisation: float) -> str:
         [
             f"Bytes sent by each GPU in a step, {TRAINED:,} trainable float32 parameters:",
             sent,
-            f"8 rows a GPU, so the step grows with the GPUs. Assumed: {peak:g} TFLOP/s a GPU at "
-            f"{100 * utilisation:g} % utilisation. By link: communication in ms (efficiency):",
+            f"8 rows a GPU, so more GPUs mean more rows a step. Assumed: {peak:g} TFLOP/s a GPU at "
+            f"{100 * utilisation:g} % utilisation. For each link: communication in ms (efficiency):",
             table(dict.fromkeys(GPUS, 8), flops),
             "The same 64 rows a step for any number of GPUs:",
             table({gpus: 64 / gpus for gpus in GPUS}, flops),
-            "Bandwidth of the slowest link that efficiencies of 90 and 50 % need, for many GPUs, latency aside:",
+            "Bandwidth that the slowest link needs for efficiencies of 90 and 50 %, for many GPUs, without latency:",
             needed,
         ]
     )
@@ -96,7 +97,7 @@ def text(peak: float, utilisation: float) -> str:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_flag("peak", "TFLOP/s of a GPU in bf16 (312: an A100)", type=float, default=312)
-    parser.add_flag("utilisation", "share of the peak that training reaches; an assumption", type=float, default=0.4)
+    parser.add_flag("utilisation", "assumed proportion of the peak that training reaches", type=float, default=0.4)
     arguments = parser.parse_args()
     print(text(arguments.peak, arguments.utilisation))
 

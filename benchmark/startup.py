@@ -1,10 +1,10 @@
-"""How long a training run takes to its first step's data: records read, validated and tokenised, or from the cache.
+"""Seconds until a training run has its data: examples read, validated and tokenised, or read from the cache.
 
     python benchmark/startup.py --data_path commonsense_170k_taskid.json
 
-Sides, each from a fresh cache folder and from a filled one:
-  rows     ``training_rows`` in this process, where everything is imported and the tokenizer loaded
-  process  ``finetune.py --check True`` as a user starts it, from the start of Python to its end: imports, settings,
+Sides, each with a fresh cache folder and with a filled one:
+  rows     ``training_rows`` in this process, with everything imported and the tokenizer loaded
+  process  ``finetune.py --check True`` as a user runs it, from the start of Python to its end: imports, settings,
            the base model's configuration, the rows, the plan of the batches
 """
 
@@ -29,9 +29,9 @@ CUTOFF = 256
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_flag("data_path", "training records", default="commonsense_170k_taskid.json")
-    flags.add_flag("base_model", "whose tokenizer", default="smollm2-135m")
-    flags.add_flag("records", "only the first n (default: all)", type=count)
+    flags.add_flag("data_path", "training examples", default="commonsense_170k_taskid.json")
+    flags.add_flag("base_model", "base model whose tokenizer is used", default="smollm2-135m")
+    flags.add_flag("records", "use only the first n examples; none: all", type=count)
     flags.add_flag("rounds", "times that each side is timed", type=count, default=3)
     arguments = flags.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def first_records(data_path: str, count: int, folder: Path) -> Path:
-    """A data file of the first ``count`` examples."""
+    """Write the first ``count`` examples to a data file and return its path."""
     records = json.loads(Path(data_path).read_text(encoding="utf-8"))
     path = folder / "records.json"
     path.write_text(json.dumps(records[:count]), encoding="utf-8")
@@ -82,12 +82,12 @@ def first_records(data_path: str, count: int, folder: Path) -> Path:
 
 
 def rows_of(data_path: Path, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> datasets.Dataset:
-    """The encoded rows, as training has them."""
+    """Return the encoded rows, as training has them."""
     return training_rows(data_path, tokenizer, "alpaca", CUTOFF, COMMONSENSE, cache_dir)
 
 
 def check(data_path: Path, base_model: str, cache_dir: Path) -> None:
-    """Everything that a training run does before it loads the base model's weights."""
+    """Do everything that a training run does before it loads the base model's weights."""
     flags = {"base_model": base_model, "data_path": data_path, "cache_dir": cache_dir, "cutoff_len": CUTOFF}
     flags |= {"output_dir": cache_dir / "run", "check": True}
     command = [sys.executable, str(PROJECT / "finetune.py"), *(f"--{name}={value}" for name, value in flags.items())]

@@ -1,10 +1,10 @@
-"""Samples a second of whole training pipelines on the same records: forward, backward and, if asked for, optimiser.
+"""Samples a second of whole training pipelines on the same examples: forward, backward and, optionally, optimiser.
 
     python benchmark/train_step.py --data_path commonsense_170k_taskid.json
     python benchmark/train_step.py --data_path commonsense_170k_taskid.json --sides lora --tasks 2,8,64,512
 
-All sides run in one process with the same base weights, dtype, threads and records, and take turns batch by batch.
---tasks asks whether the cost grows with the number of tasks.
+All sides run in one process with the same base weights, dtype, threads and examples, and take turns batch by batch.
+--tasks shows whether the cost grows with the number of tasks.
 """
 
 from functools import partial
@@ -25,10 +25,12 @@ def main() -> None:
     flags = parser(__doc__)
     add_data(flags, records=128)
     add_sides(flags, "frozen,original,peft,lora,mtl_lora")
-    flags.add_flag("tasks", "further sides: MTL-LoRA with n tasks each, as 2,8,64,512", type=counts)
-    flags.add_flag("rounds", "passes of every side over all records", type=count, default=8)
-    flags.add_argument("--optimiser", action="store_true", help="AdamW on the trainable parameters after every batch")
-    flags.add_argument("--memory", action="store_true", help="also the peak of a step on the longest batch")
+    flags.add_flag("tasks", "further sides: MTL-LoRA with n tasks each, such as 2,8,64,512", type=counts)
+    flags.add_flag("rounds", "passes of every side over all examples", type=count, default=8)
+    flags.add_argument(
+        "--optimiser", action="store_true", help="also run AdamW on the trainable parameters after every batch"
+    )
+    flags.add_argument("--memory", action="store_true", help="also measure the peak of a step on the longest batch")
     arguments = flags.parse_args()
     arguments.sides += [f"mtl_lora_{tasks}_tasks" for tasks in arguments.tasks or ()]
     tokenizer, device = BaseModel(arguments.base_model).tokenizer(), device_for_this_process()
@@ -76,12 +78,12 @@ def main() -> None:
 
 
 def work(side: Pipeline, plans: dict[str, list[dict]]) -> list[partial]:
-    """A pass of a pipeline over all records, batch by batch."""
+    """Return a pass of a pipeline over all examples, batch by batch."""
     return [partial(side.step, batch) for batch in side.batches(plans)]
 
 
 def peak(side: Pipeline, plans: dict[str, list[dict]]) -> int:
-    """The most bytes of tensors in a step on a pipeline's longest batch, above what is there between steps."""
+    """Return the peak of tensor bytes in a step on a pipeline's longest batch, above what exists between steps."""
     longest = max(side.batches(plans), key=lambda batch: batch.get("packed", batch)["input_ids"].numel())
     return tensor_bytes(lambda: side.step(longest))[1]
 

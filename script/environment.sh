@@ -1,9 +1,9 @@
-# Sourced by the other scripts: a virtual environment with the pinned packages, and the settings every run shares. Paths
-# that a user names are those of the folder the script is called from; "$project" goes before the project's own files.
-# Needs Python 3.11 or newer, bash and pip; nothing is installed outside the project.
+# Sourced by the other scripts: sets up a virtual environment with the pinned packages, and the settings that all runs
+# share. Paths that a user passes are relative to the folder from which the script is called; paths of the project's own
+# files begin with "$project". Needs Python 3.11 or newer, bash and pip. Nothing is installed outside the project.
 #
-#   PYTHON=python3.12 bash script/...   another interpreter for the environment
-#   VENV=/path bash script/...          another place for it; VENV= (empty) uses the environment that is active
+#   PYTHON=python3.12 bash script/...   the interpreter that creates the environment
+#   VENV=/path bash script/...          another folder for it; VENV= (empty) uses the active environment
 
 set -euo pipefail
 called_from="$PWD"
@@ -20,13 +20,13 @@ if [ -n "$VENV" ]; then
             echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python" >&2
             exit 2
         fi
-        echo "making a virtual environment in $VENV" >&2
-        # What is half made would be taken for whole the next time.
+        echo "creating a virtual environment in $VENV" >&2
+        # A half-made environment would be taken for a complete one the next time.
         "$PYTHON" -m venv "$VENV" || { rm -f "$VENV/bin/python"; exit 2; }
     fi
     if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-        echo "installing requirements.txt into $VENV (some minutes the first time)" >&2
-        # DeepSpeed compiles its optional kernels when they are first used, not here.
+        echo "installing requirements.txt into $VENV (takes some minutes the first time)" >&2
+        # DeepSpeed then compiles its optional kernels when they are first used, not here.
         DS_BUILD_OPS=0 "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet -r requirements.txt
         printf '%s' "$wanted" > "$stamp"
     fi
@@ -35,7 +35,7 @@ fi
 
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
 
-cores() {  # cores : the CPU cores that this process may use
+cores() {  # cores : print the number of CPU cores that this process may use
     python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())'
 }
 

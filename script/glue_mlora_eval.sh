@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores a checkpoint of script/glue_mlora.sh on GLUE's dev sets, which are the test sets here.
+# Evaluates a checkpoint of script/glue_mlora.sh on data/glue/test (mostly GLUE's dev sets: data/glue/README.md).
 #
 #   bash script/glue_mlora_eval.sh CHECKPOINT OUTPUT [flags of mtl-lora evaluate]
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# HydraLoRA (arXiv 2404.19245): 3 up-projections, a gate on each token; it cannot be merged or exported for PEFT.
-# On q/k/v/o of LLaMA-2-7B, with the data, prompt, cutoff and schedule of every row. Needs: see script/recipe.sh.
+# HydraLoRA (arXiv 2404.19245) on q/k/v/o of LLaMA-2-7B, trained on the commonsense data. 3 up-projections and a gate
+# per token; the adapter cannot be merged or exported to PEFT. Data, prompt, cutoff and schedule are the same in all
+# llama2_7B recipes. Needs, settings, time, score: script/recipe.sh.
 #
 #   bash script/llama2_7B_hydralora_qkvo.sh R ALPHA [flags of mtl-lora train]
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# LoRA (arXiv 2106.09685).
-# On q/k/v/o of LLaMA-2-7B, with the data, prompt, cutoff and schedule of every row. Needs: see script/recipe.sh.
+# LoRA (arXiv 2106.09685) on q/k/v/o of LLaMA-2-7B, trained on the commonsense data. Data, prompt, cutoff and schedule
+# are the same in all llama2_7B recipes. Needs, settings, time, score: script/recipe.sh.
 #
 #   bash script/llama2_7B_lora_qkvo.sh R ALPHA [flags of mtl-lora train]
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

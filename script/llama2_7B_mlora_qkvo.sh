@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# MTL-LoRA, the paper's setting with 8 16 (arXiv 2410.09437): n 3, tau 0.1, 3 epochs of the 170k set.
-# On q/k/v/o of LLaMA-2-7B, with the data, prompt, cutoff and schedule of every row. Needs: see script/recipe.sh.
+# MTL-LoRA (arXiv 2410.09437) on q/k/v/o of LLaMA-2-7B, trained on the commonsense data. With R 8 and ALPHA 16 this is
+# the paper's setting: n 3, tau 0.1, 3 epochs of the 170k set. Data, prompt, cutoff and schedule are the same in all
+# llama2_7B recipes. Needs, settings, time, score: script/recipe.sh.
 #
 #   bash script/llama2_7B_mlora_qkvo.sh R ALPHA [flags of mtl-lora train]
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# MoELoRA (arXiv 2310.18339): 8 experts, task embedding 64; R must be a multiple of the experts.
-# On q/k/v/o of LLaMA-2-7B, with the data, prompt, cutoff and schedule of every row. Needs: see script/recipe.sh.
+# MoELoRA (arXiv 2310.18339) on q/k/v/o of LLaMA-2-7B, trained on the commonsense data. 8 experts and a task embedding
+# of 64; R must be a multiple of the number of experts. Data, prompt, cutoff and schedule are the same in all llama2_7B
+# recipes. Needs, settings, time, score: script/recipe.sh.
 #
 #   bash script/llama2_7B_moelora_qkvo.sh R ALPHA [flags of mtl-lora train]
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

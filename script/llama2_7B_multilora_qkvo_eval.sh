@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Scores a checkpoint of script/llama2_7B_multilora_qkvo.sh; script/recipe.sh says what it needs.
+# Evaluates a checkpoint of script/llama2_7B_multilora_qkvo.sh on the commonsense test sets. Needs and settings:
+# script/recipe.sh.
 #
 #   bash script/llama2_7B_multilora_qkvo_eval.sh CHECKPOINT OUTPUT [flags of mtl-lora evaluate]
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# From nothing to a table of questions and statements on pictures: makes the environment, fetches DINOv2-S, SmolLM2-135M
-# and the sets easy-VQA and NLVR, extracts features of a part of the pictures, trains LoRA and, with as many weights,
-# MTL-LoRA, and scores them on questions of the test sets, beside the majority class. Look at
-# output/quickstart_image_text/mtl_lora/evaluation/pictures.html: twelve pictures, what is right and what the model said.
+# From nothing to a table of questions and statements about images: creates the environment, downloads DINOv2-S,
+# SmolLM2-135M and the sets easy-VQA and NLVR, extracts features of some of the images, trains LoRA, and MTL-LoRA with
+# about as many trainable parameters, and evaluates them and the majority class on questions of the test sets.
 #
 #   bash script/quickstart_image_text.sh [--captions]
 #
 # --captions adds captions of 1,000 photographs (Flickr8k, for research only; CIDEr). Needs Python 3.11 or newer, bash,
-# git, pip and about 4 GB of disk. Everything it makes lies under output/quickstart_image_text/; features that were cut
-# off resume. OUTPUT, TRAIN_IMAGES (of each task), MAX_STEPS, LIMIT (questions of each task, 0: all) and
-# IMAGE_TEXT_SOURCE (a folder with the files of data/image_text/README.md, instead of a download) make it another run.
-# Of easy-VQA the questions on colors and shapes are taken (a text alone guesses at them; many yes_no questions it answers).
-# Measured, a folder with the sets at hand and the environment made: 15 minutes on two cores (14:54, avx512 without bf16);
-# the table is in docs/image_text.md.
+# git, pip and about 4 GB of disk. Takes 15 minutes on two cores (measured: 14:54, avx512 without bf16) once the sets
+# are in a folder and the environment exists. docs/image_text.md has the table to expect. From easy-VQA only the
+# questions about colors and shapes are used: a text alone can only guess their answers, but answers many yes_no questions.
+#
+# Everything it writes is under output/quickstart_image_text/; mtl_lora/evaluation/pictures.html shows twelve images
+# with the right answer and the model's. An interrupted extraction of features resumes. OUTPUT, TRAIN_IMAGES (per task),
+# MAX_STEPS, LIMIT (questions per task, 0: all) and IMAGE_TEXT_SOURCE (a folder with the files of
+# data/image_text/README.md, instead of a download) change the run.
 case "${1:-}" in
     "") tasks=easy_vqa,nlvr ;;
     --captions) tasks=easy_vqa,nlvr,flickr8k ;;
@@ -24,12 +25,12 @@ out="${OUTPUT:-${project}output/quickstart_image_text}"
 data="$out/data"
 python -m mtl_lora prepare image_text --tasks "$tasks" --kinds color,shape --limit "${TRAIN_IMAGES:-600}" --output_dir "$data" \
     --download_dir "${project}data/image_text/source" ${IMAGE_TEXT_SOURCE:+--source "$IMAGE_TEXT_SOURCE"}
-# 98 pixels are 7 x 7 patches of 14. The command does nothing where the features of these pictures are there.
+# 98 pixels are 7 x 7 patches of 14. The command does nothing if the features of these images exist.
 python -m mtl_lora features --model dinov2-small --images "$data/images" --output "$data/features.h5" --size 98 \
     --overwrite
 
-# 2 x 2 visual tokens in place of 7 x 7, for the time of a step.
-run() {  # run FOLDER NAME ARGUMENT... : a training and its evaluation
+# 2 x 2 visual tokens instead of 7 x 7 make a step faster.
+run() {  # run FOLDER NAME ARGUMENT... : train and evaluate
     python -m mtl_lora train --system image_text \
         --base_model smollm2-135m --data_path "$data/train.json" --tasks_file "$data/tasks.json" \
         --features "$data/features.h5" --output_dir "$out/$1" --cache_dir "$out/cache" --overwrite_output_dir \
@@ -41,7 +42,7 @@ run() {  # run FOLDER NAME ARGUMENT... : a training and its evaluation
 run lora "LoRA" --adapter_name lora --lora_r 13 --lora_alpha 26
 run mtl_lora "MTL-LoRA" --adapter_name mtl_lora --lora_r 7 --lora_alpha 14 --num_B 3 --temperature 0.1
 
-# Does it look? The same questions with the images of others.
+# Does the model use the image? Ask the same questions with the images of other questions.
 python -m mtl_lora evaluate --checkpoint "$out/mtl_lora" --data_dir "$data/test" --limit "${LIMIT:-200}" --overwrite \
     --shuffle_images --name "MTL-LoRA" > /dev/null
 

@@ -1,13 +1,13 @@
-# Sourced by the recipes: how a run is launched. One setting here serves every row of the table, so that rows differ
-# by their method alone.
+# Sourced by the recipes: launches their runs. All recipes of a table take their settings from here, so its rows differ
+# only in the method.
 #
 #   bash script/llama2_7B_<method>_qkvo.sh R ALPHA [flags of mtl-lora train]
 #   bash script/llama2_7B_<method>_qkvo_eval.sh CHECKPOINT OUTPUT [flags of mtl-lora evaluate]
 #
-# Training needs commonsense_170k_taskid.json (data/commonsense/prepare.py), access to LLaMA-2-7B, and GPUs that hold
-# it in bf16 with 8 rows each (of 24 GiB: BATCH_SIZE=4 ACCUMULATION=2, or --use_gradient_checkpointing True), and main
-# memory that holds it once for each process. An evaluation needs the test sets (the same script); the checkpoint names
-# base model, method, rank, prompt and tasks, and the GPUs share the questions. Time and score of the full runs: not
+# Training needs commonsense_170k_taskid.json (data/commonsense/prepare.py), access to LLaMA-2-7B, GPUs that hold it in
+# bf16 with 8 rows each (on 24 GiB: BATCH_SIZE=4 ACCUMULATION=2, or --use_gradient_checkpointing True), and main memory
+# that holds it once per process. Evaluation needs the test sets (from the same script); the checkpoint names the base
+# model, method, rank, prompt and tasks, and the GPUs share the questions. Time and score of the full runs: not
 # measured.
 #
 #   BASE_MODEL    base model                    default meta-llama/Llama-2-7b-hf
@@ -15,14 +15,14 @@
 #   OUTPUT_PATH   adapter and logs              default output/<recipe>_r<R>
 #   CACHE_PATH    tokenised data                default .cache/rows
 #   DATA_DIR      test sets                     default data/commonsense/test in the project's folder
-#   NPROC         processes                     default the GPUs of this machine; without one, 2 CPU processes
+#   NPROC         processes                     default the number of GPUs; without a GPU, 2 CPU processes
 #   LAUNCHER      torchrun, deepspeed, python   default torchrun; python is one process without DeepSpeed
 #   BATCH_SIZE    rows per device               default 8
-#   ACCUMULATION  micro-batches a step          default 1
+#   ACCUMULATION  micro-batches per step        default 1
 #   MAX_STEPS     optimiser steps               default -1: EPOCHS passes
 #   EPOCHS, LEARNING_RATE, WARMUP, DROPOUT, TARGETS, MAX_GRAD_NORM, SEED, DTYPE, PORT   see below
-#   CUTOFF_LEN, DEEPSPEED   see below; not of swin_tiny_mtlora.sh, which has no texts and runs without DeepSpeed
-#   NUM_B, TEMPERATURE, NUM_EXPERTS   of the methods that have them
+#   CUTOFF_LEN, DEEPSPEED   see below; not for swin_tiny_mtlora.sh, which has no texts and runs without DeepSpeed
+#   NUM_B, TEMPERATURE, NUM_EXPERTS   for the methods that have them
 #   MODE          generate, score or both       default generate (evaluation)
 #   EVAL_BATCH_SIZE  questions per device       default auto (evaluation)
 
@@ -31,11 +31,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 LAUNCHER="${LAUNCHER:-torchrun}"
 DEEPSPEED="${DEEPSPEED-$([ "$LAUNCHER" = python ] || echo config/zero2.json)}"
 
-# Of a recipe that takes any METHOD; one of a single method gives its own.
+# For recipes that take any METHOD; recipes of one method pass these flags themselves.
 method_flags=(${NUM_B:+--num_B "$NUM_B"} ${TEMPERATURE:+--temperature "$TEMPERATURE"}
     ${NUM_EXPERTS:+--num_experts "$NUM_EXPERTS"})
 
-usage_if() {  # usage_if CONDITION TEXT : the usage, and exit code 2, where the condition is not 0
+usage_if() {  # usage_if CONDITION TEXT : if the condition is not 0, print the usage and exit with code 2
     if [ "$1" -ne 0 ]; then echo "usage: bash $0 $2" >&2; exit 2; fi
 }
 
@@ -45,16 +45,16 @@ count_processes() {  # sets gpus and NPROC
     NPROC="${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 2)}"
 }
 
-launch() {  # launch SCRIPT ARGUMENT... : first a check in one process, then the run in NPROC processes
+launch() {  # launch SCRIPT ARGUMENT... : check the arguments in one process, then run in NPROC processes
     if [ "$LAUNCHER" = python ]; then python "$@"; return; fi
-    # A launcher hides the exit code of a user's mistake behind a traceback of its own.
+    # A launcher would hide the error and exit code of a user's mistake behind its own traceback.
     python "$@" --check True
     local threads
     count_processes
     if [ "$gpus" -eq 0 ]; then
-        echo "note: torch finds no GPU here; $NPROC processes on the CPU" >&2
+        echo "note: torch finds no GPU; running $NPROC processes on the CPU" >&2
         export DS_ACCELERATOR=cpu
-        # Processes share the cores; without this each would start a thread for every one of them.
+        # The processes share the cores; without this, each would start one thread per core.
         threads=$(($(cores) / NPROC))
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
     fi
@@ -74,12 +74,12 @@ train() {  # train RECIPE R ALPHA ARGUMENT...
         --cutoff_len "${CUTOFF_LEN:-256}"
 }
 
-train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT... : at the rate that the study of GLUE chose for the METHOD
+train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT... : with the rate that the GLUE study chose for the METHOD
     local rate
     case "${METHOD:-mtl_lora}" in
-        lora | dora | hydralora) rate=4e-4 ;;  # at MTL-LoRA's they learn little, or nothing
+        lora | dora | hydralora) rate=4e-4 ;;  # at MTL-LoRA's rate they learn little or nothing
         multilora) rate=1.6e-3 ;;
-        *) rate=8e-4 ;;  # of moelora half the chosen one, at which one seed of five learned nothing
+        *) rate=8e-4 ;;  # for moelora half the chosen rate, at which one seed of five learned nothing
     esac
     train_any "$@" --system nlu ${method_flags[@]+"${method_flags[@]}"} \
         --base_model "${BASE_MODEL:-minilm-l6}" \
@@ -90,7 +90,7 @@ train_glue() {  # train_glue RECIPE R ALPHA ARGUMENT... : at the rate that the s
         --cutoff_len "${CUTOFF_LEN:-128}"
 }
 
-train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, without DeepSpeed, for the base is small
+train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : without DeepSpeed, because the base model is small
     DEEPSPEED=none MAX_GRAD_NORM="${MAX_GRAD_NORM:-5.0}" EPOCHS="${EPOCHS:-300}" train_any "$@" --system dense \
         ${method_flags[@]+"${method_flags[@]}"} \
         ${WARMUP:+--warmup_ratio "$WARMUP"} ${TARGETS:+--lora_target_modules "$TARGETS"} \
@@ -100,7 +100,7 @@ train_dense() {  # train_dense RECIPE R ALPHA ARGUMENT... : on a GPU or a few, w
         --batch_size "${BATCH_SIZE:-32}" --learning_rate "${LEARNING_RATE:-3.125e-5}" --workers "${WORKERS:-8}"
 }
 
-train_vlbart() {  # train_vlbart RECIPE R ALPHA ARGUMENT... : b examples of a step of VQA, other tasks in proportion
+train_vlbart() {  # train_vlbart RECIPE R ALPHA ARGUMENT... : a step of VQA has b examples, other tasks in proportion
     local b="${BATCH_SIZE:-512}" parts features="" folder
     count_processes
     parts=$((${ACCUMULATION:-1} * NPROC))
@@ -119,7 +119,7 @@ train_vlbart() {  # train_vlbart RECIPE R ALPHA ARGUMENT... : b examples of a st
         --learning_rate "${LEARNING_RATE:-1e-3}" --weight_decay 0.01
 }
 
-train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe shares
+train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with the settings that all recipes share
     local recipe="$1" rank="$2" alpha="$3"
     launch "${project}finetune.py" "${@:4}" \
         --output_dir "${OUTPUT_PATH:-output/${recipe}_r${rank}}" \
@@ -131,7 +131,7 @@ train_any() {  # train_any RECIPE R ALPHA ARGUMENT... : with what every recipe s
         --deepspeed "$DEEPSPEED"
 }
 
-evaluate_any() {  # evaluate_any CHECKPOINT OUTPUT ARGUMENT... : of any system, on the test sets of DATA_DIR
+evaluate_any() {  # evaluate_any CHECKPOINT OUTPUT ARGUMENT... : any system, on the test sets in DATA_DIR
     usage_if $(($# < 2)) "CHECKPOINT OUTPUT [flags of mtl-lora evaluate]"
     local checkpoint="$1" output="$2"
     shift 2

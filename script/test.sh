@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Lint and tests in parallel workers. Makes or reuses the environment.
+# Runs the linter, then the tests in parallel workers. Creates or reuses the environment.
 #
-#   bash script/test.sh                      everything, with a small real run of the quick start among it
-#   bash script/test.sh fast                 the edit loop: without the tests that are marked slow
-#   bash script/test.sh [fast] ARGUMENT...   the arguments go to pytest: tests/adapter, -k merge, -x
+#   bash script/test.sh                      everything, including a small real run of the quick start
+#   bash script/test.sh fast                 without the tests marked slow, for the edit loop
+#   bash script/test.sh [fast] ARGUMENT...   passes the arguments to pytest: tests/adapter, -k merge, -x
 #
 #   WORKERS   processes, one thread each   default: the CPU cores, at most 8
 #
-# Tests that need the real data find it through COMMONSENSE_DATA (a folder that holds llm_adapters/, textclass/ and glue/)
-# and are skipped, with that reason, where it is not set.
+# Tests that need the real data look for it in COMMONSENSE_DATA, a folder that holds llm_adapters/, textclass/ and
+# glue/. If it is not set they are skipped, and say so.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "${project:-.}"
 
@@ -19,7 +19,7 @@ if [ "${1:-}" = fast ]; then
 fi
 ruff check .
 ruff format --check .
-# A test is small: threads of its own would only take the cores from the other workers.
+# A test is small; more threads per worker would only take cores from the other workers.
 export OMP_NUM_THREADS=1
 workers="$(cores)"
 workers="${WORKERS:-$((workers < 8 ? workers : 8))}"

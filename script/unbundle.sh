@@ -1,44 +1,44 @@
 #!/usr/bin/env bash
-# Unpacks what script/bundle.sh wrote, on a machine without network: bash, coreutils and python3 are all it needs, so it
-# can be copied alone. Call it as often as parts arrive in DIR; each call keeps them in INTO/parts, and the one that
-# finds all of them checks their sums, unpacks and installs into INTO, and prints the lines that set up a shell.
+# Unpacks what script/bundle.sh wrote, on a machine without network. It needs only bash, coreutils and python3, so it
+# can be copied alone. Call it whenever parts have arrived in DIR: each call keeps them in INTO/parts, and the call that
+# finds all parts checks their sums, unpacks and installs into INTO, and prints the lines that set up a shell.
 #
 #   bash unbundle.sh DIR INTO
 #
 #   PYTHON   the image's interpreter   default: python3
 #
-# Exit code 0: installed; 3: parts are missing, which are named; 2: one sentence says what is wrong, such as a part that
-# arrived with other bytes. Killed, it is run again. INTO/environment.sh holds the lines that it prints.
+# Exit code 0: installed; 3: parts are missing, and their names are printed; 2: an error in one sentence, such as a part
+# with wrong bytes. After a kill, run it again. INTO/environment.sh holds the lines that it prints.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }
 sum() { sha256sum < "$1" | cut -d ' ' -f 1; }
-keep() {  # keep FROM TO : whole under its name, or not there
-    { cp "$1" "$2.partial" && mv "$2.partial" "$2"; } || fail "$2 cannot be written; see whether its disk is full"
+keep() {  # keep FROM TO : copy; the file appears under its name complete or not at all
+    { cp "$1" "$2.partial" && mv "$2.partial" "$2"; } || fail "$2 cannot be written; check whether its disk is full"
 }
 
 if [ $# -ne 2 ]; then echo "usage: bash $0 DIR INTO" >&2; exit 2; fi
-[ -d "$1" ] || fail "$1 is not a folder; name the one with part-01, part-02 and so on"
-mkdir -p "$2/parts" || fail "$2 cannot be written; name another folder"
+[ -d "$1" ] || fail "$1 is not a folder; pass the folder with part-01, part-02 and so on"
+mkdir -p "$2/parts" || fail "$2 cannot be written; pass another folder"
 dir="$(cd "$1" && pwd)" into="$(cd "$2" && pwd)"
 parts="$into/parts" work="$into/.unpacking" python="${PYTHON:-python3}"
 content=(BUNDLE_COMMIT model project site)
-command -v "$python" > /dev/null || fail "there is no $python; name an interpreter with PYTHON=/path/to/python3"
+command -v "$python" > /dev/null || fail "$python was not found; name an interpreter with PYTHON=/path/to/python3"
 
-# The archive's line is the last: without it the list is not whole.
+# The archive's line is the last one: without it the list is incomplete.
 archive_sum() { sed -n '$s/^\([0-9a-f]\{64\}\)  bundle\.tar$/\1/p' "$1"; }
 if [ -f "$dir/SHA256SUMS" ]; then
     sent="$(archive_sum "$dir/SHA256SUMS")"
-    [ -n "$sent" ] || fail "$dir/SHA256SUMS is cut off or was converted on the way (line ends); send it again as it is"
+    [ -n "$sent" ] || fail "$dir/SHA256SUMS is cut off or was changed on the way (line ends); send it again unchanged"
     if [ -f "$into/UNPACKED" ] && [ "$(cat "$into/UNPACKED")" != "$sent" ]; then
-        fail "$into holds another bundle; name another folder"
+        fail "$into holds another bundle; pass another folder"
     fi
     cmp -s "$dir/SHA256SUMS" "$parts/SHA256SUMS" || keep "$dir/SHA256SUMS" "$parts/SHA256SUMS"
 fi
 if [ -f "$into/UNPACKED" ]; then cat "$into/environment.sh"; exit 0; fi
-if [ ! -e "$work" ]; then  # else they are what an interrupted call left
+if [ ! -e "$work" ]; then  # otherwise an interrupted call left these
     for name in "${content[@]}"; do
-        [ ! -e "$into/$name" ] || fail "$into/$name is there already and is not replaced; name another folder"
+        [ ! -e "$into/$name" ] || fail "$into/$name already exists and is not replaced; pass another folder"
     done
 fi
 
@@ -57,7 +57,7 @@ while read -r expected name; do
     if [ ! -f "$dir/$name" ]; then
         if [ -f "$parts/$name" ]; then corrupt+=("$name"); else missing+=("$name"); fi
     elif [ ! -r "$dir/$name" ]; then
-        fail "$dir/$name cannot be read; see whose file it is"
+        fail "$dir/$name cannot be read; check its owner and permissions"
     elif [ "$(sum "$dir/$name")" != "$expected" ]; then
         corrupt+=("$name")
     else
@@ -65,7 +65,7 @@ while read -r expected name; do
     fi
 done < "$parts/SHA256SUMS"
 if [ ${#missing[@]} -gt 0 ]; then echo "missing: ${missing[*]} (of ${#names[@]} parts)"; fi
-if [ ${#corrupt[@]} -gt 0 ]; then fail "other bytes than SHA256SUMS says in ${corrupt[*]}; send what is named again"; fi
+if [ ${#corrupt[@]} -gt 0 ]; then fail "SHA256SUMS does not match ${corrupt[*]}; send these parts again"; fi
 if [ ${#missing[@]} -gt 0 ]; then exit 3; fi
 
 for name in "${content[@]}"; do rm -rf "${into:?}/$name"; done
@@ -73,13 +73,15 @@ rm -rf "$work"
 mkdir "$work"
 cat "${names[@]}" > "$work/bundle.tar"
 expected="$(archive_sum "$parts/SHA256SUMS")"
-[ "$(sum "$work/bundle.tar")" = "$expected" ] || fail "the joined parts are not the archive; send SHA256SUMS again"
+[ "$(sum "$work/bundle.tar")" = "$expected" ] || fail "the joined parts do not give the archive; send SHA256SUMS again"
 for archive in bundle.tar project.tar.xz; do
     "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-        "$work/$archive" "$work" || fail "$archive cannot be unpacked; Python needs lzma, and $into space on its disk"
+        "$work/$archive" "$work" ||
+        fail "$archive cannot be unpacked; Python must have lzma, and the disk of $into must have space"
     rm "$work/$archive"
 done
-# The carried pip, for an image may have none; isolated, so that no setting of the image sends it to the network.
+# Use the pip in the bundle, because an image may have none; isolated, so that no setting of the image makes it use the
+# network.
 "$python" "$work/pip.whl/pip" --isolated --disable-pip-version-check install --quiet --no-index --no-deps \
     --no-warn-script-location --root-user-action ignore --target "$work/site" "$work"/wheels/*.whl ||
     fail "the wheels cannot be installed with $("$python" --version); bundle again with this version in --have FILE"
@@ -100,7 +102,7 @@ for requirement in map(Requirement, (work / "image.txt").read_text().split("\n")
         print(f"warning: the bundle counts on {requirement} in the image, which {has}", file=sys.stderr)
 sys.exit(subprocess.run([sys.executable, work / "site" / "bin" / "mtl-lora", "--version"]).returncode)
 CHECK
-# The recipes call python: this one, whatever the image calls its own.
+# The recipes call python; make that this interpreter, whatever the image's own python is.
 program="$("$python" -c 'import sys; print(sys.executable)')"
 for name in python python3; do
     printf '#!/usr/bin/env bash\nexec %q "$@"\n' "$program" > "$work/site/bin/$name"
@@ -111,7 +113,7 @@ done
     printf 'export PATH=%q:$PATH\n' "$into/site/bin"
     printf 'export MTL_LORA_WHEELS=%q MTL_LORA_CACHE=%q\n' "$into/model" "$into/cache"
     printf 'export VENV=  # the recipes use this environment instead of making one\n'
-    printf 'cd %q  # the recipes, and the data at the places where they look for them\n' "$into/project"
+    printf 'cd %q  # the recipes, and the data where the recipes look for them\n' "$into/project"
 } > "$into/environment.sh"
 for name in "${content[@]}"; do mv "$work/$name" "$into/$name"; done
 echo "$expected" > "$work/UNPACKED"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Scores a checkpoint of script/vlbart_*.sh: VQAv2, GQA (testdev), NLVR2 (test-P), COCO captions (Karpathy's test split).
-# Labels are chosen as the original does.
+# Evaluates a checkpoint of script/vlbart_*.sh on VQAv2, GQA (testdev), NLVR2 (test-P) and COCO captions (Karpathy's
+# test split). Labels are chosen as in the original.
 #
 #   bash script/vlbart_eval.sh CHECKPOINT OUTPUT [flags of mtl-lora evaluate]
 #
-#   BEAMS          beams for captions   default 1, as the code of MTL-LoRA; VL-Adapter's and DoRA's rows have 5: a CIDEr
-#                  is compared with one of the same number alone
-#   OFFICIAL       labels as the original chooses them   default True; False for a causal language model, which has none
+#   BEAMS          beams for captions   default 1, as in MTL-LoRA's code; VL-Adapter's and DoRA's rows use 5. Compare a
+#                  CIDEr only with one of the same number of beams
+#   OFFICIAL       choose labels as the original does   default True; False for a causal language model, which has none
 #   DATA_DIR       test sets            default data/vlbart/test
-#   FEATURES       default those of the training, where they lay then
+#   FEATURES       image features       default the paths of the training
 LAUNCHER="${LAUNCHER:-python}" DTYPE="${DTYPE:-fp32}"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 usage_if $(($# < 2)) "CHECKPOINT OUTPUT [flags of mtl-lora evaluate]"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# LoRA on VL-BART with 128 32, as VL-Adapter trains it (arXiv 2112.06825): 5.93 % of the weights.
-# Biases and the visual embedding train whole, layer norms do not; batches of 500, warm-up 0.1, dropout 0.1. Published with
-# captions of 5 beams (BEAMS=5 of the evaluation). Needs and settings: see script/vlbart_mlora.sh.
+# LoRA on VL-BART; VL-Adapter (arXiv 2112.06825) uses R 128 and ALPHA 32 and trains 5.93 % of the weights. Biases and
+# the visual embedding are trained in full, layer norms are not; batches of 500, warm-up 0.1, dropout 0.1. The published
+# captions use 5 beams (BEAMS=5 for the evaluation). Needs, settings, time and score: script/vlbart_mlora.sh.
 #
 #   bash script/vlbart_lora.sh R ALPHA [flags of mtl-lora train --system image_text]
 LAUNCHER="${LAUNCHER:-python}" BATCH_SIZE="${BATCH_SIZE:-500}"

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# MTL-LoRA on VL-BART with 64 16: n 2, tau 0.8, 20 epochs of VQAv2, GQA, NLVR2 and COCO captions (arXiv 2410.09437).
+# MTL-LoRA on VL-BART: 20 epochs of VQAv2, GQA, NLVR2 and COCO captions, with n 2 and tau 0.8 (arXiv 2410.09437). The
+# paper's setting is R 64 and ALPHA 16.
 #
 #   bash script/vlbart_mlora.sh R ALPHA [flags of mtl-lora train --system image_text]
 #
-# Queries and values of BART-base; biases, layer norms and the visual embedding train whole. Every step is of one task;
-# a step of VQA has BATCH_SIZE examples, of GQA 100/60, of NLVR2 20/60 and of captions 50/60 of them. Needs the four sets
-# (data/vlbart) with CLIP features in the original's layout; fp32, one GPU. Time and score: not measured. Unlike the
-# original, weight decay spares norms and Lambda, AdamW's epsilon is 1e-8, not 1e-6, and the 200
-# added words are not in the vocabulary. Other settings: script/recipe.sh.
+# Adapts the queries and values of BART-base; biases, layer norms and the visual embedding are trained in full. Each
+# step has examples of one task: BATCH_SIZE for VQA, 100/60 of that for GQA, 20/60 for NLVR2 and 50/60 for captions.
+# Needs the four sets (data/vlbart) with CLIP features in the original's layout; runs in fp32 on one GPU. Time and
+# score: not measured. Three things differ from the original: weight decay spares norms and Lambda, AdamW's epsilon is
+# 1e-8 instead of 1e-6, and the 200 added words are not in the vocabulary. Other settings: script/recipe.sh.
 #
 #   BASE_MODEL     facebook/bart-base, or another BART, T5 or causal language model
-#   DATASETS       folder with COCO, VG, GQA and nlvr      default datasets; FEATURES names features themselves
+#   DATASETS       folder with COCO, VG, GQA and nlvr      default datasets; FEATURES names the features directly
 #   DATA_PATH, TASKS_FILE   examples and tasks             default data/vlbart/{train,tasks}.json
-#   BATCH_SIZE     examples of a step of VQA               default 512; divided by ACCUMULATION and NPROC
-#   LAUNCHER       python, torchrun                        default python: one process
+#   BATCH_SIZE     examples in a step of VQA               default 512; divided by ACCUMULATION and NPROC
+#   LAUNCHER       python or torchrun                      default python: one process
 LAUNCHER="${LAUNCHER:-python}"
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 usage_if $(($# < 2)) "R ALPHA [flags of mtl-lora train --system image_text]"

@@ -181,8 +181,8 @@ def other_bundle(sent: Path, into: Path) -> None:
 @pytest.mark.parametrize(
     ("arrange", "sentence"),
     [
-        (cut_sums, "SHA256SUMS is cut off or was converted"),
-        (own_project, "project is there already and is not replaced"),
+        (cut_sums, "SHA256SUMS is cut off or was changed"),
+        (own_project, "project already exists and is not replaced"),
         (other_bundle, "holds another bundle"),
     ],
 )

@@ -1,4 +1,4 @@
-"""MTL-LoRA as it is written down first, frozen: every row of a batch gets copies of A, Lambda and its own mixed B."""
+"""The direct form of MTL-LoRA, as a frozen baseline: every row gets copies of A, Lambda and its own mixed B."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from mtl_lora.adapter.mtl_lora import MtlLoraLayer
 
 
 class GatheringLayer(nn.Module):
-    """The same function as ``MtlLoraLayer``, whose weights it borrows; task_ids (B,) are set before each forward."""
+    """Computes what ``MtlLoraLayer`` computes, with that layer's weights; set task_ids (B,) before each forward."""
 
     task_ids: torch.Tensor
 
@@ -17,7 +17,7 @@ class GatheringLayer(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, L, k) to (B, L, d)."""
+        """Return the output (B, L, d) of x (B, L, k)."""
         layer, ids = self.layer, GatheringLayer.task_ids
         A = layer.lora_A.to(x.dtype).expand(len(ids), -1, -1).contiguous()
         lambdas = layer.lora_lambda.to(x.dtype)[ids]

@@ -1,4 +1,4 @@
-"""MTL-LoRA as a loop over the tasks of a batch, frozen: each task's rows are picked out and go through its own LoRA."""
+"""MTL-LoRA as a loop over the tasks of a batch, as a frozen baseline: each task's rows go through its own LoRA."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from mtl_lora.adapter.mtl_lora import MtlLoraLayer
 
 
 class LoopingLayer(nn.Module):
-    """The same function as ``MtlLoraLayer``, whose weights it borrows; task_ids (B,) are set before each forward."""
+    """Computes what ``MtlLoraLayer`` computes, with that layer's weights; set task_ids (B,) before each forward."""
 
     task_ids: torch.Tensor
 
@@ -17,7 +17,7 @@ class LoopingLayer(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, L, k) to (B, L, d)."""
+        """Return the output (B, L, d) of x (B, L, k)."""
         layer, ids = self.layer, LoopingLayer.task_ids
         A, up = layer.lora_A.to(x.dtype), layer.lora_B.view(layer.out_features, layer.hyperparameters.num_B, layer.rank)
         dropped, output = F.dropout(x, layer.dropout, layer.training), layer.base_layer(x)
@@ -26,6 +26,6 @@ class LoopingLayer(nn.Module):
             weights = F.softmax(layer.lora_w[task] / layer.hyperparameters.temperature, dim=-1)
             B = torch.einsum("n,dnr->dr", weights, up).to(x.dtype)
             z = F.linear(F.linear(dropped[rows], A), layer.lora_lambda[task].to(x.dtype))
-            # Added in place: its backward hands the output's gradient on without a copy for each task.
+            # Added in place: the backward passes the output's gradient on without a copy per task.
             output.index_add_(0, rows, F.linear(z, B), alpha=layer.scale)
         return output

@@ -1,8 +1,8 @@
-"""The evaluation that ours is measured against, frozen: one question at a time, the whole text again for every token.
+"""The evaluation baseline, frozen: one question at a time, recomputing the whole text for every token.
 
-This is how evaluation scripts of this family ask: no KV cache, batch size 1, greedy, up to 8 new tokens, ended by EOS.
-Nothing in it is slowed down on purpose: same model, dtype and threads, no gradients, only the last position projected
-to the vocabulary.
+Evaluation scripts of this family work this way: no KV cache, batch size 1, greedy, up to 8 new tokens, ended by EOS.
+Nothing in it is slowed down on purpose: same model, dtype and threads, no gradients, and only the last position is
+projected to the vocabulary.
 """
 
 import torch
@@ -13,7 +13,7 @@ from mtl_lora.language.questions import Question
 
 @torch.inference_mode()
 def answer(model, tokenizer, question: Question, max_new_tokens: int = 8) -> str:
-    """The text generated after a prompt."""
+    """Return the text generated after a prompt."""
     ids = list(question.prompt_ids)
     for _ in range(max_new_tokens):
         with route.use(torch.tensor([question.task.id])):
