@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import PROJECT, count, keep, markdown_table, parser
+from measure import PROJECT, count, cpu_cores, keep, markdown_table, parser
 
 from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.evaluation import Predictions
@@ -66,7 +66,7 @@ def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: in
     """Run one evaluation and return its predictions by (task, index)."""
     output = Path(folder) / f"{mode} {dtype} {name}"
     launcher = [sys.executable]
-    threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    threads = os.environ.get("OMP_NUM_THREADS", str(cpu_cores()))
     if "two processes" in name:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
         threads = str(max(int(threads) // 2, 1))

@@ -8,6 +8,7 @@ timed. The efficiency is the speed-up over the first launch, divided by the rati
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -119,8 +120,9 @@ def work(job: Path) -> None:
     facts = row_columns(
         training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
     )
-    plan = plan_epoch(facts["length"], facts["task_id"], config.batch_size * processes, config.seed, 0)
-    timed = [row for rows in plan[1 : config.max_steps] for row in rows]
+    settings = facts["length"], facts["task_id"], config.batch_size * processes, config.seed
+    steps = (rows for epoch in itertools.count() for rows in plan_epoch(*settings, epoch))
+    timed = [row for rows in itertools.islice(steps, 1, config.max_steps) for row in rows]
     seconds = times[-1] - times[0]
     found = {"samples/s": len(timed) / seconds, "tokens/s": float(facts["length"][timed].sum()) / seconds}
     job.with_suffix(".found").write_text(json.dumps({**found, "peak_bytes": peak_bytes()}))
