@@ -14,12 +14,18 @@ from reference.tiny import TASKS, adapter_config, randomise
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
 )
 from transformers import T5ForConditionalGeneration as T5Model
@@ -81,8 +87,20 @@ MODELS = {
         LlamaForCausalLM,
         LlamaConfig(**SIZES, max_position_embeddings=64, initializer_range=0.4),
     ),
+    "mamba": (  # whose state passes over padding
+        MambaForCausalLM,
+        MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            state_size=4,
+            num_hidden_layers=2,
+            initializer_range=0.4,
+            **SPECIAL,
+        ),
+    ),
 }
 TARGETS = {"bart": ["q_proj", "v_proj"], "t5": ["q", "v"], "llama": ["q_proj", "v_proj"]}
+TARGETS |= {"mamba": ["in_proj"]}
 CASES = [(name, method) for name in MODELS for method in ("mtl_lora", "lora")]
 # Of each row the task, the tokens of its text and of its answer, and its images.
 ROWS = [(0, 5, 2, 1), (3, 2, 4, 2), (1, 7, 1, 1), (0, 3, 3, 2), (2, 1, 2, 1)]
@@ -387,6 +405,14 @@ def test_an_encoder_decoder_of_another_family_is_refused():
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": VOCABULARY}
     with pytest.raises(UserError, match=r"joined to a pegasus.*bart, mbart"):
         visual.with_images(PegasusForConditionalGeneration(PegasusConfig(**sizes, **heads)), IMAGES)
+
+
+def test_a_causal_model_that_cannot_be_shown_images_is_refused():
+    mixer = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_d_ssm": 32}
+    models = [FalconH1ForCausalLM(FalconH1Config(**SIZES, **mixer)), RwkvForCausalLM(RwkvConfig(hidden_size=16))]
+    for model in models:
+        with pytest.raises(UserError, match=f"a {model.config.model_type} cannot be shown images"):
+            visual.with_images(model, IMAGES)
 
 
 @pytest.mark.parametrize(

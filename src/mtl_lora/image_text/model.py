@@ -17,6 +17,7 @@ L text tokens, d the width of the language model.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
 
@@ -128,6 +129,7 @@ class VisualEmbedding(nn.Module):
 
 # Encoder-decoders whose encoder adds learned positions before an embedding norm, or relative positions as a bias.
 _JOINED = ("bart", "mbart", "plbart", "t5", "mt5", "umt5", "switch_transformers")
+_READS_PADDING = ("rwkv", "recurrent_gemma")  # an answer would depend on the other rows of its batch
 
 
 def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel:
@@ -135,13 +137,19 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
 
     Torch's global seed decides the initial weights. On the meta device the module has shapes only. If visual tokens are
     input embeddings, their initial scale is that of the text embeddings. Raises ``UserError`` for an encoder-decoder of
-    an unsupported family.
+    an unsupported family, and for a causal model that reads padding or generates from text alone.
     """
     if text_first(model) and model.config.model_type not in _JOINED:
         known = ", ".join(_JOINED)
         raise UserError(
             f"images cannot be joined to a {model.config.model_type}, whose positions or norms may treat visual tokens "
             f"as text; pass a causal language model, or an encoder-decoder of the kinds {known}"
+        )
+    arguments = inspect.signature(model.prepare_inputs_for_generation).parameters
+    if model.config.model_type in _READS_PADDING or (not text_first(model) and "inputs_embeds" not in arguments):
+        raise UserError(
+            f"a {model.config.model_type} cannot be shown images, because it reads padding or generates from token ids "
+            "alone; pass another causal language model"
         )
     words = model.get_input_embeddings()
     with torch.device(model.device):
@@ -198,7 +206,21 @@ def joined(
             f"attention_mask must have the shape {tuple(whole.shape[:2])}, for {text.shape[1]} tokens and "
             f"{visual.shape[1]} visual tokens, not {tuple(mask.shape)}"
         )
+    if not text_first(model):
+        order = _without_gaps(mask)
+        whole, mask = whole.gather(1, order[..., None].expand_as(whole)), mask.gather(1, order)
     return {"inputs_embeds": whole, "attention_mask": mask}, visual
+
+
+def _without_gaps(mask: torch.Tensor) -> torch.Tensor:
+    """Return the order (B, L) of the places of a mask (B, L) that moves padding between tokens to the front of its row.
+
+    A recurrent layer would forget the images on its way through a gap, the more the longer it is, and a bias by
+    distance would count it; so answers would depend on the other rows of a batch.
+    """
+    kept = mask.bool()
+    is_behind = kept.flip(1).cumsum(1).flip(1) == 0
+    return torch.where(is_behind, 2, kept.int()).argsort(dim=1, stable=True)
 
 
 # The visual tokens of the forward that runs in this thread, for the hooks inside its encoder.
