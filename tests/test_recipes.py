@@ -77,6 +77,14 @@ def test_every_setting_of_a_recipe_reaches_its_training(recipe, more, tmp_path):
     assert {flag: found.get(flag) for flag in expected} == expected
 
 
+def test_the_recipe_of_swin_has_the_originals_settings(tmp_path):
+    expected = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "drop_path": 0.2, "max_grad_norm": 5}
+    expected |= {"image_size": 448, "batch_size": 32, "learning_rate": 5e-4 * 32 / 512, "num_epochs": 300}
+    found = flags_of("swin_tiny_mtlora.sh", tmp_path)
+    assert {name: float(found[name]) for name in expected} == expected
+    assert (found["adapter_name"], found["base_model"]) == ("mtlora", "microsoft/swin-tiny-patch4-window7-224")
+
+
 def test_the_recipe_of_glue_takes_the_rate_that_the_study_chose(tmp_path):
     study = json.loads((PROJECT / "docs" / "studies" / "glue" / "study.json").read_text())
     chosen = {each["name"]: each["chosen"] for each in study["search"]["experiments"]}

@@ -75,6 +75,7 @@ def test_pascal_is_read_as_the_original_reads_it(tmp_path):
     edges = data.label(task["edge"], first, (4, 6))
     assert edges[:, 2].tolist() == [0, 1, 1, 1] and edges.sum() == 3  # of both sides of the change one is left
     assert [item["id"] for item in DenseDataset(tmp_path, "test", size=8)] == ["2008_000002"]
+    assert DenseDataset(tmp_path, "train", augmentation="auto").augmentation is AUGMENTATIONS["pascal"]
     write_png(tmp_path / "semseg" / "VOC12" / f"{second}.png", np.full((4, 6), 7))  # is taken where both are there
     assert (data.label(task["semseg"], second, (4, 6)) == 7).all()
 
@@ -86,7 +87,7 @@ def test_boundaries_are_between_all_of_several_hundred_classes():
 def test_normals_of_pascal_count_in_classes_that_nyu_has_too():
     assert {284, 440, 158, 427, 135} <= set(NORMALS_CLASSES)  # the last is the envelope, after the engine
     assert not {207, 360, 2, 187, 134} & set(NORMALS_CLASSES)
-    assert len(NORMALS_CLASSES) == len(set(NORMALS_CLASSES))
+    assert len(NORMALS_CLASSES) == len(set(NORMALS_CLASSES)) == 170 and sum(NORMALS_CLASSES) == 37556
 
 
 def test_parts_of_a_person_are_in_the_groups_that_their_names_say():
@@ -100,6 +101,7 @@ def test_parts_of_a_person_are_in_the_groups_that_their_names_say():
 
 def test_nyud_is_read_as_the_original_reads_it(tmp_path):
     data = DenseDataset(make_nyud(tmp_path), "train", size=8)
+    assert DenseDataset(tmp_path, "train", augmentation="auto").augmentation is AUGMENTATIONS["nyud"]
     item = data[0]
     labels = item["labels"]
     assert labels["semseg"][::2, 0].tolist() == [255, 0, 39, 6]

@@ -233,6 +233,7 @@ def test_defaults_are_those_of_the_original(swin, tmp_path):
     """300 epochs with 20 of warm-up, from 5e-7 to 5e-4 and down to 5e-6; scale 4 (arXiv 2403.20320)."""
     config = TrainConfig(base_model=swin, data_path=str(make_folder(tmp_path)), output_dir=str(tmp_path / "run"))
     assert (config.weight_decay, config.max_grad_norm, config.lora_alpha / config.lora_r) == (0.05, 5, 4)
+    assert (config.learning_rate, config.image_size) == (5e-4 * 32 / 512, 448)
     assert config.warmup_ratio == pytest.approx(20 / 300) and config.lr_scheduler_type == "cosine"
     for least in (5e-6 / 5e-4, 0.2):
         rates = config.trainer_options()["lr_scheduler_kwargs"]

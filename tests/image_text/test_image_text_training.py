@@ -204,15 +204,21 @@ def called_with(tmp_path, script: str, *arguments: str, **environment: str) -> l
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+WITH_NORMS = {"modules_to_save": ["*.bias", "*layer_norm.weight", "*layernorm_embedding.weight"]}
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ("vlbart_mlora.sh", {"num_B": 2, "temperature": 0.8, "batch_size": 512, "warmup_ratio": 0.03}),
+        (
+            "vlbart_mlora.sh",
+            {"num_B": 2, "temperature": 0.8, "batch_size": 512, "warmup_ratio": 0.03, "lora_dropout": 0, **WITH_NORMS},
+        ),
         (
             "vlbart_lora.sh",
             {"lora_dropout": 0.1, "batch_size": 500, "warmup_ratio": 0.1, "modules_to_save": ["*.bias"]},
         ),
-        ("vlbart_dora.sh", {"lora_dropout": 0, "batch_size": 300, "warmup_ratio": 0.1}),
+        ("vlbart_dora.sh", {"lora_dropout": 0, "batch_size": 300, "warmup_ratio": 0.1, **WITH_NORMS}),
     ],
 )
 def test_a_recipe_has_the_originals_settings(script, expected, tmp_path):
@@ -224,7 +230,13 @@ def test_a_recipe_has_the_originals_settings(script, expected, tmp_path):
     place = flags.index("--system")
     config = parse(TrainConfig, flags[:place] + flags[place + 2 :], "")
     common = {"lora_r": 64, "lora_alpha": 16, "num_epochs": 20, "max_grad_norm": 5, "weight_decay": 0.01, "seed": 9595}
-    common |= {"learning_rate": 1e-3, "pool": 6, "lora_target_modules": ["q_proj", "v_proj"], "deepspeed": None}
+    common |= {
+        "dtype": "fp32",
+        "learning_rate": 1e-3,
+        "pool": 6,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "deepspeed": None,
+    }
     expected = common | expected
     assert {name: getattr(config, name) for name in expected} == expected
     b = config.batch_size
@@ -236,16 +248,12 @@ def test_a_recipe_has_the_originals_settings(script, expected, tmp_path):
     assert "gqa=100,nlvr=20,caption=50" in halves and "60" in halves
 
 
-def test_the_evaluation_of_a_recipe_has_beams_as_a_setting(tmp_path):
-    _, *flags = called_with(tmp_path, "vlbart_eval.sh", "run", "out", "--limit", "3", BEAMS="5")
+@pytest.mark.parametrize(("environment", "beams"), [({}, 1), ({"BEAMS": "5"}, 5)])
+def test_the_evaluation_of_a_recipe_has_beams_as_a_setting(environment, beams, tmp_path):
+    _, *flags = called_with(tmp_path, "vlbart_eval.sh", "run", "out", "--limit", "3", **environment)
     config = parse(EvalConfig, flags, "")
-    assert (config.checkpoint, config.output_dir, config.num_beams, config.official, config.limit) == (
-        "run",
-        "out",
-        5,
-        True,
-        3,
-    )
+    expected = {"checkpoint": "run", "output_dir": "out", "num_beams": beams, "official": True, "limit": 3}
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 # ---- batches of one task ----
@@ -274,5 +282,6 @@ def test_a_step_of_one_task_takes_each_example_once_an_epoch():
     halves = [RoundRobinSampler(ids, half, seed=7, world_size=2, rank=rank) for rank in (0, 1)]
     together = [a + b for a, b in zip(*halves, strict=True)]
     assert [sorted(step) for step in whole if len(step) > 1] == [sorted(step) for step in together]
-    with pytest.raises(UserError, match=r"26 training examples.* 5 x 1 "):
+    assert "left out" not in str(whole) and "; 2 of 26 examples left out" in str(halves[0])
+    with pytest.raises(UserError, match=r"^4 training examples of b are too few.* 5 x 1 "):
         RoundRobinSampler(ids, sizes, seed=7, accumulation=5)

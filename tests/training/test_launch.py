@@ -12,6 +12,7 @@ from shared import PROJECT, free_port
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.train import run
+from mtl_lora.training.distributed import deepspeed_sha256
 from mtl_lora.training.trainer import training_arguments
 
 
@@ -114,11 +115,20 @@ def test_values_of_the_deepspeed_file_that_contradict_the_flags_are_refused(sett
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+@pytest.mark.parametrize("section", ["optimizer", "scheduler", "torch_autocast", "amp"])
 def test_sections_of_the_deepspeed_file_that_would_replace_flags_are_refused(settings, tmp_path, section):
     (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, section: {"type": "auto"}}))
-    with pytest.raises(UserError, match=f"own.json has .* would replace flags, '{section}' .--l"):
+    with pytest.raises(UserError, match=f"own.json has .* would replace flags, '{section}' .--"):
         run(TrainConfig(**{**settings, "deepspeed": str(tmp_path / "own.json"), "check": True}))
+
+
+def test_a_deepspeed_configuration_is_known_by_its_content(tmp_path):
+    own, content = tmp_path / "own.json", (PROJECT / "config" / "zero2.json").read_text()
+    own.write_text(content)
+    known = {deepspeed_sha256(name) for name in ("zero2", "config/zero2.json", str(own))}
+    assert len(known) == 1 and deepspeed_sha256(None) is None
+    own.write_text(json.dumps(json.loads(content) | {"steps_per_print": 7}))
+    assert deepspeed_sha256(str(own)) not in {*known, deepspeed_sha256("zero3")}
 
 
 def test_what_a_deepspeed_file_leaves_out_is_what_the_flags_say(settings, tmp_path):

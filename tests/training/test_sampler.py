@@ -109,6 +109,8 @@ def test_every_row_comes_once_an_epoch_to_one_process(rows, batch_size, accumula
         return
     steps = steps_of(rows, accumulation, world_size, epoch, batch_size=batch_size)
     assert len(steps) == -(-(rows - left_out) // whole)
+    line = str(LengthGroupedBatchSampler(*made_rows(rows), batch_size, 3, accumulation, world_size))
+    assert (f"{left_out} of {rows} examples left out" in line) == bool(left_out)
     assert all(1 <= len(micro_batch) <= batch_size for step in steps for micro_batch in step)
     seen = list(itertools.chain.from_iterable(rows_of(steps)))
     assert len(seen) == len(set(seen)) == rows - left_out

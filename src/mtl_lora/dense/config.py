@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _NOT_FOR_DENSE = (
     "task",
-    "cache_dir",
     "token_budget",
     "sampling_temperature",
     "val_set_size",
@@ -66,6 +65,10 @@ class TrainConfig(TrainingConfig):
     )
 
     num_epochs: float = flag(20.0, "passes over the training images")
+    learning_rate: float = flag(
+        3.125e-5,
+        "peak learning rate of AdamW, by default the original's for a global batch of 32; short runs need more",
+    )
     lr_scheduler_type: str = flag("cosine", f"schedule after the warm-up: {', '.join(SCHEDULES)}")
     min_lr_rate: float = flag(
         0.01, "learning rate at the end of the cosine, as a fraction of its peak", min=0, group="schedule and workers"

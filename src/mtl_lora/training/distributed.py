@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -55,9 +56,15 @@ def deepspeed_settings(name: str) -> dict:
     path = own if not Path(name).exists() and own.is_file() else name
     settings = files.read_object(path, "the DeepSpeed configuration")
     flags = {"scheduler": "--lr_scheduler_type and --warmup_ratio", "optimizer": "--learning_rate and --weight_decay"}
+    flags |= {"torch_autocast": "--dtype", "amp": "--dtype"}
     if found := [f"{section!r} ({flags[section]})" for section in flags if section in settings]:
         raise UserError(f"{name} has sections that would replace flags, {' and '.join(found)}; remove them")
     return dict.fromkeys(_BY_FLAGS, "auto") | settings
+
+
+def deepspeed_sha256(name: str | None) -> str | None:
+    """Return the sha256 of a DeepSpeed configuration, given by file or name; None without one."""
+    return files.sha256_of(json.dumps(deepspeed_settings(name), sort_keys=True).encode()) if name else None
 
 
 def zero_stage(name: str) -> int:

@@ -109,6 +109,8 @@ def check_same_run(
     free |= {flag.name for flag in flags.flags() if flag.metadata.get("by_outcome")}
     if earlier.get("base_fingerprint") == configuration.get("base_fingerprint") is not None:
         free.add("base_model")  # the same model, perhaps at another path
+    if earlier.get("deepspeed_sha256") == configuration["deepspeed_sha256"] is not None:
+        free.add("deepspeed")  # the same settings, perhaps in another file
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - free)

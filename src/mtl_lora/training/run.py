@@ -138,6 +138,7 @@ class Run:
             "the examples' tokens, which depend on tokenizer and chat template too": configuration.get("rows_sha256"),
             "the dtype that --dtype auto selects": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
+            "the DeepSpeed configuration": configuration.get("deepspeed_sha256"),
         }
 
     def provenance(self) -> dict[str, object]:
@@ -302,6 +303,7 @@ class Run:
             "dtype": str(choose_dtype(config.dtype)),
             "no_decay": list(layer.no_decay) if config.weight_decay else [],
             "world_size": self.arguments.world_size,
+            "deepspeed_sha256": distributed.deepspeed_sha256(config.deepspeed),
             **self.facts(),
         }
 

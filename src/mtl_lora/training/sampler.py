@@ -13,8 +13,8 @@ from torch.utils.data import Sampler
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 
-# Over any WINDOW steps, each task stays within two percentage points of its proportion of the examples or, with a token
-# budget, of the tokens.
+# Over any WINDOW steps of an epoch, each task stays within about two percentage points of its proportion of the
+# examples or, with a token budget, of the tokens.
 WINDOW = 50
 # The greedy order chooses the next step from this many candidates (more did not keep the proportions any better) and
 # aims slightly below the promised two percentage points.
@@ -207,14 +207,20 @@ class StepSampler(Sampler[list[int]]):
         self.set_epoch(0)
         return met
 
-    def require_steps(self) -> None:
-        """Raise ``UserError`` if there are too few examples for a step."""
+    def require_steps(self, count: int | None = None, of_task: str = "") -> None:
+        """Raise ``UserError`` if there are too few examples for a step; by default ``count`` is all of them."""
         if not self.steps_per_epoch:
+            count = len(self.task_ids) if count is None else count
             raise UserError(
-                f"{len(self.task_ids)} training examples are too few for a step of {self.accumulation} x "
+                f"{count} training examples{of_task} are too few for a step of {self.accumulation} x "
                 f"{self.world_size} micro-batches (gradient_accumulation_steps x devices); lower "
                 "gradient_accumulation_steps or add examples"
             )
+
+    def _left_out(self, count: int) -> str:
+        """Return the end of the line that describes the batches, with the number of examples that an epoch omits."""
+        omitted = f"; {count} of {len(self.task_ids):,} examples left out, too few for every micro-batch of a last step"
+        return f"; {self.steps_per_epoch:,} steps per epoch" + (omitted if count else "")
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation
@@ -285,8 +291,11 @@ class LengthGroupedBatchSampler(StepSampler):
         one = f"{self.token_budget:,} tokens with padding" if self.token_budget else f"{self.batch_size} examples"
         size = f"about {len(self.lengths) / self.steps_per_epoch:.0f}" if self.token_budget else self.global_batch_size
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
-        steps = f"{self.steps_per_epoch:,} steps per epoch"
-        return f"global batch: {one} (per device) x {split}, {size} examples; {steps}"
+        rest = len(self.lengths) % self.global_batch_size
+        if self.token_budget:
+            rest = len(self.lengths) - sum(step_sizes(self.lengths, self.token_budget, self.parts))
+        end = self._left_out(rest if rest < self.parts else 0)
+        return f"global batch: {one} (per device) x {split}, {size} examples{end}"
 
 
 class RoundRobinSampler(StepSampler):
@@ -311,7 +320,12 @@ class RoundRobinSampler(StepSampler):
         counts = np.bincount(self.task_ids, minlength=len(batch_sizes))
         wholes = [divmod(int(n), size * self.parts) for n, size in zip(counts, batch_sizes.values(), strict=True)]
         self.task_steps = [full + (rest >= self.parts) for full, rest in wholes]
-        self.steps_per_epoch = sum(self.task_steps) if all(self.task_steps[task] for task in counts.nonzero()[0]) else 0
+        self.rests = [rest for _, rest in wholes]
+        self.steps_per_epoch = sum(self.task_steps)
+        for name, count, steps in zip(batch_sizes, counts, self.task_steps, strict=True):
+            if count and not steps:
+                self.steps_per_epoch = 0
+                self.require_steps(int(count), f" of {name}")
         self.require_steps()
 
     def steps(self) -> list[np.ndarray]:
@@ -327,5 +341,5 @@ class RoundRobinSampler(StepSampler):
         steps = zip(self.batch_sizes.items(), self.task_steps, strict=True)
         tasks = ", ".join(f"{name} {count:,} x {size}" for (name, size), count in steps)
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
-        steps = f"{self.steps_per_epoch:,} steps per epoch"
-        return f"steps of one task: {tasks} examples (per device) x {split}; {steps}"
+        end = self._left_out(sum(rest for rest in self.rests if rest < self.parts))
+        return f"steps of one task: {tasks} examples (per device) x {split}{end}"

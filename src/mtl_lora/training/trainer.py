@@ -31,8 +31,9 @@ from mtl_lora.training.cuda_graphs import GraphedSteps
 from mtl_lora.training.distributed import deepspeed_settings
 from mtl_lora.training.sampler import StepSampler
 
-# A checkpoint holds the adapter and the two moments of AdamW.
-_COPIES = 3
+# Copies of the trained weights in a checkpoint: the adapter and the two moments of AdamW, and with DeepSpeed up to two
+# more (its own state of the model, and ZeRO's master weights).
+_COPIES, _COPIES_OF_DEEPSPEED = 3, 5
 # Flags with the same name in the Trainer's arguments.
 _SAME_NAMES = ("output_dir", "gradient_accumulation_steps", "max_steps", "learning_rate", "weight_decay")
 _SAME_NAMES += ("max_grad_norm", "lr_scheduler_type", "logging_steps", "seed")
@@ -234,6 +235,8 @@ class MultiTaskTrainer(Trainer):
             # alone.
             total = torch.tensor([self._total_loss_scalar], dtype=torch.float64, device=self.args.device)
             logs["train_loss"] = self.accelerator.gather(total).mean().item() / (self.state.global_step - self._began)
+            # The first assumes batch_size examples per micro-batch; the second is always 0.
+            logs = {key: value for key, value in logs.items() if key not in ("train_samples_per_second", "total_flos")}
         for name, value in logs.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(
@@ -298,7 +301,8 @@ class MultiTaskTrainer(Trainer):
         if self.args.should_save:
             weights = [weight for weight in self.model.parameters() if weight.requires_grad]
             size = sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights)
-            self.room = files.reserved(self.args.output_dir, size * (1 + _COPIES * checkpoints) + 2**20)
+            copies = _COPIES_OF_DEEPSPEED if self.is_deepspeed_enabled else _COPIES
+            self.room = files.reserved(self.args.output_dir, size * (1 + copies * checkpoints) + 2**20)
 
     def _release_room(self) -> None:
         if self.room:
