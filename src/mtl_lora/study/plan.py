@@ -78,10 +78,8 @@ class PlannedJob:
 
     @property
     def state(self) -> "State | None":
-        """The saved state; None if the job was never started with this configuration.
-
-        If only the evaluation's configuration differs, the state is that of a job whose training alone is done.
-        """
+        """The saved state; that of a finished training alone if only the evaluation's configuration differs, and None
+        if the job was never started with this configuration."""
         if not (self.folder / STATE).is_file():
             return None
         state = State.load(self.folder)
@@ -101,10 +99,8 @@ class PlannedJob:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """``job.json``: a job's configuration, and how often each of its commands was started.
-
-    seconds: the duration of each finished command; if it was killed and started again, of its last start only.
-    """
+    """``job.json``: a job's configuration, how often each of its commands was started, and for each finished command
+    the duration of its last start in seconds."""
 
     configuration: dict
     starts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -207,11 +203,8 @@ class Plan:
         return runs
 
     def trials(self, name: str) -> tuple[list[PlannedRun], float | None]:
-        """Return the search's short trainings for an experiment, and the best value, None while any is unfinished.
-
-        There is one training for each value. When all are finished and the best value is at an edge, one for a value
-        beyond that edge is added.
-        """
+        """Return the search's short trainings for an experiment, one for each value, and the best value, None while
+        any is unfinished. When all are finished and the best is at an edge, one beyond that edge is added."""
         search = self.grid.search
         runs = [self._trial(name, value) for value in search.values]
         while all(job.is_finished for job in jobs_of(runs)):
