@@ -5,14 +5,14 @@ them. Schema 1 can still be read; it differs only in the results by task, whose 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import one_unit
+from mtl_lora.metrics import delta_m, one_unit
 from mtl_lora.results import Reader, Results, Sample, TaskNames, TaskResult, Text, Trainable, average_of, object_of
 from mtl_lora.text_table import told_apart
 from mtl_lora.train_log import Losses, read_losses
@@ -32,6 +32,15 @@ class Summary:
         """Summarise the runs' values by task, and their averages if every run has one."""
         tasks = {task: Estimate.over_seeds(of_task) for task, of_task in values.items()}
         return cls(tasks, None if None in averages else Estimate.over_seeds(averages))
+
+
+def gain_over(alone: Mapping[str, TaskResult], tasks: Mapping[str, TaskResult], names: Sequence[str]) -> float | None:
+    """Return ``metrics.delta_m`` of ``tasks`` against ``alone`` over the tasks ``names``; None if one of these lacks a
+    result, or has a result alone that is not above 0, to which nothing can be relative."""
+    if not {*names} <= tasks.keys() & alone.keys() or not all(alone[name].value > 0 for name in names):
+        return None
+    values, baselines = ({name: side[name].value for name in names} for side in (tasks, alone))
+    return delta_m(values, baselines, {name: tasks[name].metric for name in names})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +97,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Job):
-    """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one.
-
-    parts: for tasks that were trained alone, one job per task; the run itself then sums them up.
-    """
+    """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one; parts:
+    one job per task for tasks that were trained alone, which the run itself sums up."""
 
     seed: int | None = None
     commit: str | None = None
@@ -107,10 +114,8 @@ class Run(Job):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Runs that differ only in their seed. adapters: how many each run trains; with ``alone`` one per task.
-
-    method: None for the base model. trained_on: names of tasks. against: this experiment minus its baseline.
-    """
+    """Runs that differ only in their seed. method: None for the base model; adapters: how many each run trains, with
+    ``alone`` one per task; trained_on: names of tasks; against: this experiment minus its baseline."""
 
     name: Text
     method: Text | None = None
@@ -293,10 +298,8 @@ def _file(study: Study, job: Job, key: str) -> Path:
 
 
 def load_run(path: str | Path) -> Study:
-    """Load a study, or the folder of one training, evaluation or both as a study of a single run.
-
-    Raises ``UserError`` for a folder without the files of a run.
-    """
+    """Load a study, or the folder of one training, evaluation or both as a study of a single run; raises ``UserError``
+    for a folder without the files of a run."""
     path = Path(path)
     if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
         return Study.load(path)

@@ -9,18 +9,9 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Estimate
-from mtl_lora.metrics import (
-    NOTHING,
-    delta_m,
-    difference_text,
-    interval_text,
-    one_unit,
-    title_of,
-    units_text,
-    value_text,
-)
+from mtl_lora.metrics import NOTHING, difference_text, interval_text, one_unit, title_of, units_text, value_text
 from mtl_lora.predictions import first_answers
-from mtl_lora.report.load import Differences, Experiment, Study
+from mtl_lora.report.load import Differences, Experiment, Study, gain_over
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
 from mtl_lora.text_table import Report, TextTable, told_apart
 
@@ -149,7 +140,7 @@ def build_table(
 
 def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
     """Return Delta_m of each result, None where it lacks a task; raises ``UserError`` for baselines that do not fit."""
-    alone, found = {}, []
+    alone = {}
     for each in baselines:
         if twice := [name for name in each.tasks if name in alone]:
             raise UserError(f"{each.path} has a result of {', '.join(twice)}, as another of --baselines; leave one out")
@@ -157,13 +148,9 @@ def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: 
     if lacking := [name for name in columns if name not in alone]:
         raise UserError(f"--baselines have no result of {', '.join(lacking)}; add their single-task results")
     for result in results:
-        tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
-        if any(not alone[name].value > 0 for name in tasks):
+        if not all(alone[name].value > 0 for name in columns if name in result.tasks):
             raise UserError(f"Delta_m of {result.path} needs baselines above 0; leave out --baselines")
-        own, base = ({name: side[name].value for name in tasks} for side in (tasks, alone))
-        metrics = {name: task.metric for name, task in tasks.items()}
-        found.append(delta_m(own, base, metrics) if len(tasks) == len(columns) else None)
-    return found
+    return [gain_over(alone, result.tasks, columns) for result in results]
 
 
 def _difference_row(first: Row, last: Row) -> Row:

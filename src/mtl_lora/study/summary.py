@@ -12,11 +12,11 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate
-from mtl_lora.metrics import delta_m, one_unit, units_text
+from mtl_lora.metrics import one_unit, units_text
 from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.load import Experiment, Study, Summary
+from mtl_lora.report.load import Experiment, Study, Summary, gain_over
 from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
@@ -157,10 +157,8 @@ class StudyWriter:
         return rows
 
     def _against(self, found: Runs, a: str, b: str) -> dict | None:
-        """Return the differences B minus A over the seeds that both have, see ``predictions.differences``.
-
-        Returns None if A and B have no seed or no task in common, or are not comparable.
-        """
+        """Return the differences B minus A over the seeds that both have, see ``predictions.differences``; None if
+        they have no seed or no task in common, or are not comparable."""
         # Pair seed i with seed i, and a run without a seed (the base model) with every run of the other experiment.
         sides = found.get(a, []), found.get(b, [])
         pairs = [pair for pair in itertools.product(*sides) if len({run.seed for run in pair} - {None}) < 2]
@@ -182,17 +180,12 @@ class StudyWriter:
 
 
 def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequence[str]) -> Estimate | None:
-    """Return Delta_m of B against A over ``pairs`` (A, B) of runs.
-
-    None if the tasks have one unit, a run lacks one of the ``scored`` tasks, or A has a value that is not above 0, to
-    which nothing can be relative.
-    """
-    metrics = {name: result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored}
-    if one_unit(metrics.values()) or not all({*scored} <= {*run.tasks} for pair in pairs for run in pair):
+    """Return Delta_m of B against A over ``pairs`` (A, B) of runs; None if the ``scored`` tasks have one unit, or if
+    ``gain_over`` is None for a pair."""
+    if one_unit(result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored):
         return None
-    values = [[{name: run.tasks[name].value for name in scored} for run in pair] for pair in pairs]
-    above = all(value > 0 for a, _ in values for value in a.values())
-    return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values]) if above else None
+    gains = [gain_over(a.tasks, b.tasks, scored) for a, b in pairs]
+    return None if None in gains else Estimate.over_seeds(gains)
 
 
 Paths = tuple[Path, ...]  # the results files of a run
@@ -224,31 +217,25 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
     """
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
-        spread = (
-            "mean ± standard deviation over seeds; a row without ± is a single run. "
-            f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
-        )
+        spread = "mean ± standard deviation over seeds; a row without ± is a single run. "
+        spread += f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
     units = units_text({study.metric(task) for task in study.scored})
-    found = [f"Base model: {study.base_model}.{f' Mode: {mode}.' * bool(mode)} {units}{spread}."]
     has_differences = study.transfer or any(experiment.against for experiment in study.experiments)
-    if has_differences:
-        found.append(
-            "Differences: question by question, seed i against seed i (the base model against every seed); "
-            f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
-            "They say how far other questions could move a difference, not other seeds; none where all are equal."
-        )
-    if study.compared_over_seeds:
-        found.append(
-            f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
-            f"interval: how far other seeds could move it, on the same questions. {OVER_QUESTIONS}: as of the tasks."
-        )
-    if has_differences and not study.has_average:
-        found.append(
-            f"{DELTA_M}: by how much the first is better than the second, on average over the tasks, relative to each "
-            f"(arXiv 1904.08918); the mean over seeds with its {LEVEL} Student t interval, none where a task lacks a "
-            "value or the second has one that is not above 0."
-        )
-    done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
+    texts = {
+        f"Base model: {study.base_model}.{f' Mode: {mode}.' * bool(mode)} {units}{spread}.": True,
+        "Differences: question by question, seed i against seed i (the base model against every seed); "
+        f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. They "
+        "say how far other questions could move a difference, not other seeds; "
+        "none where all are equal.": has_differences,
+        f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
+        "interval: how far other seeds could move it, on the same questions. "
+        f"{OVER_QUESTIONS}: as of the tasks.": study.compared_over_seeds,
+        f"{DELTA_M}: by how much the first is better than the second, on average over the tasks, relative to each "
+        f"(arXiv 1904.08918); the mean over seeds with its {LEVEL} Student t interval, none where a task lacks a "
+        "value or the second has one that is not above 0.": has_differences and not study.has_average,
+    }
+    done = {each.name: len(each.runs) for each in study.experiments}
+    planned = [(each.name, done.get(each.name, 0), len(each.seeds)) for each in grid.experiments]
     seeds = {each.name: len(each.runs) for each in study.experiments if each.trained_on}
     asked = {"train": {name for each in study.experiments for name in each.trained_on or ()}, "test": {*study.scored}}
     counts = {
@@ -261,15 +248,11 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
         "Not compared": [f"{difference} ({reason})" for difference, reason in refused.items()],
         "Seeds (a difference is over those that both have)": [f"{name} {n}" for name, n in seeds.items()]
         * (len({*seeds.values()}) > 1),
-        "Not all runs are finished": [
-            f"{each.name} {done.get(each.name, 0)} of {len(each.seeds)}"
-            for each in grid.experiments
-            if done.get(each.name, 0) < len(each.seeds)
-        ],
+        "Not all runs are finished": [f"{name} {n} of {whole}" for name, n, whole in planned if n < whole],
         "The search chose the smallest or the largest value that it tried, so others may be better, for": [
             each.name
             for each in (study.search.experiments if study.search else ())
-            if each.chosen in (min(values := [one.value for one in each.candidates]), max(values))
+            if each.chosen in (each.candidates[0].value, each.candidates[-1].value)
         ],
         "Runs were evaluated at different commits": study.commits if len(study.commits) > 1 else [],
         "Trainings of earlier commits were kept": sorted(
@@ -277,6 +260,7 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
         ),
         "Runs were evaluated on different devices": study.devices if len(study.devices) > 1 else [],
     }
+    found = [text for text, holds in texts.items() if holds]
     return found + [f"{text}: {', '.join(map(str, entries))}." for text, entries in lists.items() if entries]
 
 
@@ -317,10 +301,8 @@ def collect(folder: Path, target: Path) -> None:
 
 
 def without_paths(text: str, shown: dict[str, str]) -> str:
-    """Return the text with every path in ``shown`` replaced by its value, wherever it is a path or begins one.
-
-    Longer paths are replaced first.
-    """
+    """Return the text with every path in ``shown``, longer ones first, replaced by its value, wherever it is a path or
+    begins one."""
     for path in sorted(shown, key=len, reverse=True):
         if path != Path(path).anchor:  # every path begins with /
             text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-]|\.\w)", lambda _, path=path: shown[path], text)
