@@ -81,7 +81,6 @@ class SearchConfig(Config):
 class ExperimentConfig(Config):
     """One row of the table: one configuration over all seeds; with ``train`` null, the base model without training.
 
-    search: False leaves the searched flag as it is; the name of another experiment takes the value chosen for that one.
     The grid completes it: ``baseline`` and ``search`` are then names of experiments or empty, and ``seeds`` lists the
     seeds of its runs, [None] for the base model, in which nothing is random.
     """
@@ -93,7 +92,7 @@ class ExperimentConfig(Config):
     baseline: str = flag("", "replaces the grid's")
     only_tasks: list[str] = flag([], "train on these tasks' examples only")
     alone: bool = flag(False, "train on every task separately and score each training on its own task")
-    search: bool | str = True
+    search: bool | str = flag(True, "False: keep the searched flag as it is; an experiment's name: its chosen value")
     seeds: list[int] = flag([], "replace the grid's")
 
     def validate(self) -> None:
@@ -178,10 +177,8 @@ class Grid(Config):
                 self._complete(experiment, evaluate.tasks)
 
     def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
-        """Check an experiment's flags and the names in it, and fill in the grid's baseline, seeds and search.
-
-        scored: the tasks that the grid's evaluate lists; empty: all.
-        """
+        """Check an experiment's flags and the names in it, and fill in the grid's baseline, seeds and search. scored:
+        the tasks that the grid's evaluate lists; empty: all."""
         if experiment.train is not None:
             experiment.train = self._checked(experiment.train, "train")
         experiment.evaluate = self._checked(experiment.evaluate, "evaluate")
@@ -198,10 +195,8 @@ class Grid(Config):
         free = {each.name for each in self.experiments if flag and each.train is not None and flag not in each.train}
         if isinstance(name := experiment.search, str):
             if not {name, experiment.name} <= free or self.experiment(name).search not in (True, name):
-                raise UserError(
-                    f"search names {name!r}, for which nothing is searched, or train sets the searched flag itself; "
-                    "leave out search, or the flag"
-                )
+                found = f"search names {name!r}, for which nothing is searched, or train sets the searched flag itself"
+                raise UserError(f"{found}; leave out search, or the flag")
         else:
             experiment.search = experiment.name if experiment.search and experiment.name in free else ""
 
@@ -229,11 +224,8 @@ class Grid(Config):
 
 
 def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
-    """Read and check a grid, given by its path or by the name of a grid of the package.
-
-    trust_remote_code: whether every job may run a base model's own code. Raises ``UserError`` naming the file, the
-    experiment and the key that is wrong.
-    """
+    """Read and check a grid, given by its path or by the name of a grid of the package; raises ``UserError`` naming the
+    file, experiment and key that is wrong. trust_remote_code: whether every job may run a base model's own code."""
     path = Path(name) if Path(name).is_file() else GRIDS.get(name)
     if not path:
         raise UserError(f"there is no grid file {name}; the package has the grids {', '.join(GRIDS)}")

@@ -55,8 +55,7 @@ class PlannedJob:
         free = {f"{step}.trust_remote_code" for step in self.flags}  # the base model's fingerprint is compared instead
         keys = sorted((earlier.keys() | now.keys() - _KEPT_LATE) - free)
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
-        # Except for flags, whose keys have a dot, None means unknown: not on this machine, or not kept by an earlier
-        # version.
+        # Except for flags, whose keys have a dot, None means unknown: not on this machine, or not kept at that time.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}
 
     @property
@@ -153,8 +152,7 @@ class Plan:
     """Plans the runs of a study in a folder; raises ``UserError`` for missing or wrong data and for wrong flags.
 
     with_fingerprint: make the fingerprint of the base model's weights, if they are on this machine, part of every job's
-    configuration. The attributes test and, for a search, dev are the questions, sampled into the folder; if nothing is
-    sampled, the user's own files are read.
+    configuration. test and, for a search, dev: the questions, sampled into the folder, or else the user's own files.
     """
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):

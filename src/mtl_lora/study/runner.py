@@ -75,8 +75,7 @@ class Runner:
     """Runs the jobs of the chosen experiments: the searches first, then all experiments, one seed after the other.
 
     Experiments that need no search, or whose search is finished, do not wait for the others. overwrite: treat folders
-    of another configuration as not started; otherwise creating this object raises ``UserError`` for those whose
-    configuration is known, before anything is started.
+    of another configuration as not started; otherwise the constructor raises ``UserError`` for those that are known.
     """
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
@@ -168,18 +167,14 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
         raise UserError(f"{min(held)} does not belong to this job; delete it, or pass another --output_dir")
 
 
-# ---- running jobs ----
-
-
 def execute_all(
     known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict], overwrite: bool = False
 ) -> Iterator[tuple[PlannedJob, State]]:
     """Run the remaining commands of every job; yield each job and its state when it is finished.
 
     known: returns the jobs in order; called again after each finished job. slots: keyword arguments of ``Popen``, each
-    used by one job at a time. overwrite: restart a half-done evaluation, since its answers may have been computed in
-    another device's dtype. The first job that fails raises ``JobFailed`` and ends the jobs running beside it; closing
-    this generator ends them too.
+    used by one job at a time. overwrite: restart a half-done evaluation, whose answers may be in another device's
+    dtype. The first job that fails raises ``JobFailed``; this, or closing the generator, ends the jobs beside it.
     """
     free, working, waiting = deque(slots), {}, None
     try:
@@ -224,8 +219,7 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
             sample.write()
         flags, started = {}, step in state.starts
         if step == "train" and started:
-            resume = artifacts.checkpoints(job.folder)
-            flags = {"resume_from_checkpoint": True} if resume else {"overwrite_output_dir": True}
+            flags = {"resume_from_checkpoint" if artifacts.checkpoints(job.folder) else "overwrite_output_dir": True}
         if step == "train" or overwrite or not started:
             # Remove the remains of an evaluation of other weights, or of another configuration if the training is kept.
             artifacts.remove_evaluation(job.folder)
@@ -276,9 +270,8 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
 def environments(parallel: int) -> list[dict[str, str]]:
     """Return the environment variables for each of ``parallel`` commands: its part of the CPU threads, and one GPU.
 
-    The GPUs are those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi finds; if there are fewer than commands, they
-    are shared, since a small model leaves a GPU mostly idle. A single command gets the whole machine. A number of
-    threads that the user has set is kept.
+    The GPUs are those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi finds; fewer than commands are shared, since a
+    small model leaves a GPU mostly idle. A single command gets the whole machine. The user's own threads are kept.
     """
     if parallel == 1:
         return [{}]

@@ -16,7 +16,6 @@ from mtl_lora.metrics import one_unit, units_text
 from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.load import Experiment, Study, Summary, gain_over
 from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
@@ -26,14 +25,14 @@ from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
 Runs = dict[str, list[PlannedRun]]  # the finished runs, by experiment
+Paths = tuple[Path, ...]  # the results files of a run
 _STEPS = ("train", "evaluate")
 
 
 class StudyWriter:
     """Writes study.json and table.md as runs finish.
 
-    chosen: by experiment, the value that a finished search chose for its flag. refused: by difference, why two
-    experiments cannot be compared; this becomes a note of the table and never ends a study.
+    chosen: by experiment, the value that its search chose. refused: by difference, why there is none, for the notes.
     """
 
     def __init__(self, plan: Plan):
@@ -64,7 +63,7 @@ class StudyWriter:
             search = model.Search(**facts, experiments=self._searches)
         evaluations = [each for run in runs for each in run.evaluations]
         TaskNames.require_one_measure((each.path, each.tasks) for each in evaluations)
-        study = Study(
+        study = model.Study(
             name=grid.name,
             about=grid.about,
             base_model=grid.train["base_model"],
@@ -128,7 +127,7 @@ class StudyWriter:
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.plan.folder).as_posix()
 
-    def _experiment(self, experiment: ExperimentConfig, found: Runs) -> Experiment:
+    def _experiment(self, experiment: ExperimentConfig, found: Runs) -> model.Experiment:
         first, runs = found[experiment.name][0], list(map(self._run, found[experiment.name]))
         facts = {key: getattr(experiment, key) for key in ("name", "group", "alone")}
         if experiment.train is not None:
@@ -141,8 +140,8 @@ class StudyWriter:
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
         against = compared and model.Differences(baseline=experiment.baseline, **compared)
         values = {name: [run.tasks[name].value for run in runs] for name in runs[0].tasks}
-        summary = Summary.over_seeds(values, [run.average for run in runs])
-        return Experiment(**facts, runs=runs, summary=summary, against=against)
+        summary = model.Summary.over_seeds(values, [run.average for run in runs])
+        return model.Experiment(**facts, runs=runs, summary=summary, against=against)
 
     def _transfer(self, found: Runs) -> list[model.Transfer]:
         """Return together minus alone: each trained experiment of a group against the group's single-task trainings."""
@@ -176,7 +175,7 @@ class StudyWriter:
         values = {name: [b.tasks[name].value - a.tasks[name].value for a, b in pairs] for name in found["tasks"]}
         of_seeds = zip(*(values[name] for name in self.grid.scored), strict=True) if found["average"] else [[None]]
         averages = [None if None in of_seed else statistics.fmean(of_seed) for of_seed in of_seeds]
-        return found | {"over_seeds": Summary.over_seeds(values, averages)}
+        return found | {"over_seeds": model.Summary.over_seeds(values, averages)}
 
 
 def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequence[str]) -> Estimate | None:
@@ -184,19 +183,13 @@ def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequenc
     ``gain_over`` is None for a pair."""
     if one_unit(result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored):
         return None
-    gains = [gain_over(a.tasks, b.tasks, scored) for a, b in pairs]
+    gains = [model.gain_over(a.tasks, b.tasks, scored) for a, b in pairs]
     return None if None in gains else Estimate.over_seeds(gains)
 
 
-Paths = tuple[Path, ...]  # the results files of a run
-
-
 def compared(pairs: tuple[tuple[Paths, Paths], ...], scored: tuple[str, ...]) -> dict | None:
-    """Return B minus A on the same questions, as the mean over ``pairs`` of a run of A and a run of B.
-
-    For every task that all runs have results of, and on average, see ``differences``. Raises ``UserError`` if the runs
-    are not comparable, see ``paired_answers``.
-    """
+    """Return B minus A on the same questions, as the mean over ``pairs`` of a run of A and a run of B, for the tasks of
+    all runs and on average, see ``differences``; raises ``UserError`` if the runs are not comparable."""
     measured: dict[str, tuple[str, list]] = {}
     for a, b in pairs:
         of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
@@ -207,14 +200,9 @@ def compared(pairs: tuple[tuple[Paths, Paths], ...], scored: tuple[str, ...]) ->
     return differences(everywhere, scored, SEED, RESAMPLES)
 
 
-# ---- table.md ----
-
-
-def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> list[str]:
-    """Return the notes of the table: the data, the meaning of ± and of the intervals, and what is missing.
-
-    mode: how the questions were answered. refused: by difference, why it is not computed.
-    """
+def notes(study: model.Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> list[str]:
+    """Return the notes of the table: the data, the meaning of ± and of the intervals, and what is missing. mode: how
+    the questions were answered. refused: by difference, why it is not computed."""
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
         spread = "mean ± standard deviation over seeds; a row without ± is a single run. "
@@ -238,6 +226,9 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
     planned = [(each.name, done.get(each.name, 0), len(each.seeds)) for each in grid.experiments]
     seeds = {each.name: len(each.runs) for each in study.experiments if each.trained_on}
     asked = {"train": {name for each in study.experiments for name in each.trained_on or ()}, "test": {*study.scored}}
+    searches = study.search.experiments if study.search else ()
+    at_edge = [each.name for each in searches if each.chosen in (each.candidates[0].value, each.candidates[-1].value)]
+    earlier = {job.train_commit for run in study.runs for job in run.jobs} - {*study.commits, None}
     counts = {
         part: [f"{name} {n:,} of {sample.of[name]:,}" for name, n in sample.records.items() if name in asked[part]]
         for part, sample in study.data.items()
@@ -249,22 +240,16 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
         "Seeds (a difference is over those that both have)": [f"{name} {n}" for name, n in seeds.items()]
         * (len({*seeds.values()}) > 1),
         "Not all runs are finished": [f"{name} {n} of {whole}" for name, n, whole in planned if n < whole],
-        "The search chose the smallest or the largest value that it tried, so others may be better, for": [
-            each.name
-            for each in (study.search.experiments if study.search else ())
-            if each.chosen in (each.candidates[0].value, each.candidates[-1].value)
-        ],
+        "The search chose the smallest or the largest value that it tried, so others may be better, for": at_edge,
         "Runs were evaluated at different commits": study.commits if len(study.commits) > 1 else [],
-        "Trainings of earlier commits were kept": sorted(
-            {job.train_commit for run in study.runs for job in run.jobs} - {*study.commits, None}
-        ),
+        "Trainings of earlier commits were kept": sorted(earlier),
         "Runs were evaluated on different devices": study.devices if len(study.devices) > 1 else [],
     }
     found = [text for text, holds in texts.items() if holds]
     return found + [f"{text}: {', '.join(map(str, entries))}." for text, entries in lists.items() if entries]
 
 
-def render(study: Study) -> str:
+def render(study: model.Study) -> str:
     """Return the text of table.md: the tables of a study, and its notes as a list."""
     parts = [f"# {markdown_text(study.name)}", markdown_text(study.about)]
     for table in study_tables(study):
@@ -272,18 +257,13 @@ def render(study: Study) -> str:
     return "\n\n".join([*parts, "\n".join(f"- {markdown_text(note)}" for note in study.notes)]) + "\n"
 
 
-# ---- sharing ----
-
-
 def collect(folder: Path, target: Path) -> None:
-    """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths.
-
-    Raises ``UserError`` if ``target`` is the study's own folder or holds another study, or more runs of this one.
-    """
-    study = Study.load(folder)
+    """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths;
+    raises ``UserError`` if ``target`` is that folder, or holds another study or more runs of this one."""
+    study = model.Study.load(folder)
     if target.resolve() == folder.resolve():
         raise UserError(f"--collect {target} is the study's own folder; name another one")
-    other = Study.load(target) if (target / artifacts.STUDY).is_file() else study
+    other = model.Study.load(target) if (target / artifacts.STUDY).is_file() else study
     if other.name != study.name or len(other.runs) > len(study.runs):
         raise UserError(f"--collect {target} holds {len(other.runs)} runs of {other.name!r}; name another folder")
     value = study.to_json()
@@ -293,7 +273,7 @@ def collect(folder: Path, target: Path) -> None:
     shown = {path: Path(path).name for path in re.findall(r'"(/[^"]*)"', json.dumps(study.grid, ensure_ascii=False))}
     shown |= {str(Path.cwd()): ".", str(folder.absolute()): f"output/study/{study.name}"}
     files.write_json(target / artifacts.STUDY, json.loads(without_paths(json.dumps(value, ensure_ascii=False), shown)))
-    files.write_text(target / TABLE, render(Study.load(target)))
+    files.write_text(target / TABLE, render(model.Study.load(target)))
     try:
         write_figures([str(folder)], str(target), ["png"], analyses=False)
     except (UserError, ModuleNotFoundError) as error:
