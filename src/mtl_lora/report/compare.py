@@ -65,13 +65,10 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     return Report([TextTable("", header, lines)], records, notes, value)
 
 
-def _changes(
-    measured: dict[str, tuple[str, Sequence]], tasks: Sequence[str], seed: int, resamples: int
-) -> dict[str | None, dict]:
+def _changes(measured: dict[str, tuple], tasks: Sequence[str], seed: int, resamples: int) -> dict[str | None, dict]:
     """Return the values of A and B, their difference and its interval by task, and under None for the average.
 
-    There is an average only if all ``tasks`` are in ``measured``. measured: by task, the metric and its rows of A and
-    of B.
+    measured: by task, the metric and its rows of A and of B. There is an average only if it has all ``tasks``.
     """
     pairs = {task: (metric, [rows]) for task, (metric, rows) in measured.items()}
     found = differences(pairs, tasks, seed, resamples) or {"tasks": {}, "average": None}

@@ -1,7 +1,6 @@
 """The input of reports: ``study.json``, folders of single runs, their training logs and adapter analyses.
 
-``mtl_lora.study`` writes ``study.json`` through these classes (schema 2); tables, figures and pages read it through
-them. Schema 1 can still be read; it differs only in the results by task, whose metric it does not name.
+``mtl_lora.study`` writes ``study.json`` through these classes. Schema 1, which names no metrics, can still be read.
 """
 
 import dataclasses
@@ -78,8 +77,7 @@ class Transfer(Differences):
 class Job:
     """One training with its evaluation: files (relative to the study's folder), commands, hashes.
 
-    seconds: duration by step (``train``, ``evaluate``), None without one; starts: how often each step was started.
-    steps: number of optimiser steps.
+    seconds, starts: duration and number of starts by step (``train``, ``evaluate``). steps: number of optimiser steps.
     """
 
     folder: str = ""
@@ -167,8 +165,7 @@ class SearchOutcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search for the value of ``flag`` by short trainings. train: their flags; questions: number of development
-    questions by task."""
+    """A search for the value of ``flag`` by short trainings with the flags ``train``; questions: how many, by task."""
 
     flag: Text
     data_dir: str | None = None
@@ -183,9 +180,8 @@ class Search:
 class Study:
     """``study.json``: experiments in table order and what they were made from.
 
-    grid: the configuration of the study. commit, versions, device: of the last evaluation; commits, devices: of all
-    evaluations. data: the samples ``train`` and ``test``. path: the file, or the folder of a single run. facts: the
-    contents of a single run's files; empty for a study.
+    grid: its configuration. commit, versions, device: of the last evaluation; commits, devices: of all. data: the
+    samples ``train`` and ``test``. path: the file, or a single run's folder. facts: what a single run's files hold.
     """
 
     name: Text
@@ -270,9 +266,6 @@ class Study:
         return found | ({None: sum(known) / len(known)} if known and len(known) == len(self.scored) else {})
 
 
-# ---- files of a training ----
-
-
 def log_of(study: Study, run: Run) -> Losses | None:
     """The training log of a run; for tasks that were trained alone, the logs of all its parts together."""
     logs = [read_losses(_file(study, job, "log")) for job in run.jobs if job.log]
@@ -292,9 +285,6 @@ def _file(study: Study, job: Job, key: str) -> Path:
         reason = f"{key} of the run {job.folder} names {getattr(job, key)}, which does not exist"
         raise UserError(f"{study.path}: {reason}; collect the study again")
     return path
-
-
-# ---- folders of runs ----
 
 
 def load_run(path: str | Path) -> Study:
@@ -324,8 +314,7 @@ def load_run(path: str | Path) -> Study:
         known = adapts.tasks if adapts else [*filter(None, read_losses(log))] or ["task"]
         listed = training.get("tasks") or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
         task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
-        method = adapts and adapts.method
-        found = [Results(name=folder.absolute().name, method=method, tasks={}, task_set=task_set)]
+        found = [Results(name=folder.absolute().name, method=adapts and adapts.method, tasks={}, task_set=task_set)]
     experiments, of_training = [], {"log": log and str(log), "analysis": analysis and str(analysis)}
     for results in found:
         run = Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **of_training)
@@ -339,10 +328,8 @@ def load_run(path: str | Path) -> Study:
 
 
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
-    """Load the studies among ``paths``; all single runs together become one study, each as an experiment.
-
-    Raises ``UserError`` for a folder without the files of a run, and for single runs with different tasks.
-    """
+    """Load the studies among ``paths``; all single runs together become one study, each as an experiment. Raises
+    ``UserError`` for a folder without the files of a run, and for single runs with different tasks."""
     found = [load_run(path) for path in paths]
     studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
     TaskNames.require_one(single, "figures side by side need")

@@ -26,9 +26,6 @@ _PROTOCOL = {"mode": "mode", "base model": "base_model"}  # facts that a note al
 _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 
 
-# ---- results side by side ----
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One row of a table: results by task name (``cells``, without the missing ones) and their average.
@@ -63,8 +60,7 @@ class Row:
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
         """Return the row as a CSV record: its description, then value, standard error and questions of each task.
 
-        metrics: by task. A task's columns have two words (``boolq accuracy``), so that a task's name cannot collide
-        with another column.
+        metrics: by task. A task's columns have two words (``boolq accuracy``), so that none collides with another.
         """
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
@@ -73,15 +69,12 @@ class Row:
         record |= {} if self.delta_m is None else {"delta_m": self.delta_m}
         values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
         values |= {("average", "average_stderr"): self.average}
-        values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
+        means = self.average.groups if self.average else {}
+        values |= {(f"average of {name}", f"average of {name} stderr"): means.get(name) for name in groups}
         for keys, value in values.items():
             numbers = (getattr(value, field, None) for field in ("value", "stderr", "n"))
             record |= dict(zip(keys, numbers, strict=False))
         return record
-
-    def group(self, name: str) -> Average | None:
-        """The average of a group of questions."""
-        return self.average.groups.get(name) if self.average else None
 
 
 def build_table(
@@ -132,7 +125,8 @@ def build_table(
     header, texts = zip(*shown, strict=True)
     tables = [TextTable("Results", [*header], [*map(list, zip(*texts, strict=True))])]
     if groups:
-        lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
+        averages = [(row, row.average.groups if row.average else {}) for row in (*own, *last)]
+        lines = [[row.name, *(row.text(found.get(group)) for group in groups)] for row, found in averages]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
     notes = _notes(results, baselines, rows, columns, groups)
     return Report(tables, [row.record(metrics, groups) for row in rows], notes)
@@ -243,10 +237,8 @@ def _notes(
 
 
 def details(results: Results) -> TextTable:
-    """One evaluation with a line per task: its value, the majority class, other measures, the answers given.
-
-    Columns that are empty for every task are left out.
-    """
+    """One evaluation with a line per task: its value, the majority class, other measures, the answers given; without
+    columns that are empty for every task."""
     tasks, last = results.tasks, "Answers given"
     rows, measures, found = [], {}, [(results.task_set.title(name), tasks[name]) for name in results.scored]
     if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:
