@@ -41,9 +41,8 @@ class Rendered(Config):
             raise UserError(f"--output {output} is one of the input files and would be lost; name another file")
         style = self.format or SUFFIXES.get(output.suffix.lower())
         if style is None:
-            raise UserError(
-                f"--output {output} has a suffix that names no format; pass --format, one of {', '.join(FORMATS)}"
-            )
+            way_out = f"pass --format, one of {', '.join(FORMATS)}"
+            raise UserError(f"--output {output} has a suffix that names no format; {way_out}")
         text = getattr(report, style)()
         if self.output:
             write_all({output: text.encode()})
@@ -141,10 +140,8 @@ class PageConfig(Config):
 
 
 def write_page(run: str, output: str | None = None) -> Path:
-    """Write the page of a study, a training or an evaluation and return its path; all content is escaped.
-
-    Raises ``UserError`` for a folder that holds none of these.
-    """
+    """Write the page of a study, a training or an evaluation, with all content escaped, and return its path; raises
+    ``UserError`` for a folder that holds none of these."""
     study = load_run(run)
     path = Path(output) if output else (Path(run) if Path(run).is_dir() else Path(run).parent) / PAGE
     if path.suffix.lower() not in (".html", ".htm"):

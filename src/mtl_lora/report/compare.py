@@ -30,35 +30,31 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
         raise UserError(f"{a.path} and {b.path} {shared}{asked}")
     paired = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
     answers = {task: each.answers for task, each in paired.items()}
-    metrics = {task: each.metric for task, each in paired.items()}
     measured = {task: (each.metric, each.rows) for task, each in paired.items()}
     written = {
         task: ("f1", [[each.f1 for each in side] for side in zip(*pairs, strict=True)])
         for task, pairs in answers.items()
-        if metrics[task] != "f1" and all(each.f1 is not None for pair in pairs for each in pair)
+        if paired[task].metric != "f1" and all(each.f1 is not None for pair in pairs for each in pair)
     }
     values, f1s = (_changes(found, list(answers), seed, resamples) for found in (measured, written))
-    rows = {}
-    for task in values:  # the last key, None, is the average; its counts pool the questions of all tasks
+    rows, lines, records = {}, [], []
+    for task, value in values.items():  # the last key, None, is the average; its counts pool the questions of all tasks
         pairs = answers[task] if task else [*itertools.chain(*answers.values())]
         judged = [pair for pair in pairs if None not in (pair[0].correct, pair[1].correct)]
         only_a, only_b = (sum(pair[i].correct > pair[1 - i].correct for pair in judged) for i in (0, 1))
         counts = {"only_a": only_a, "only_b": only_b, "p": mcnemar_p(only_a, only_b)}
-        rows[task] = {"n": len(pairs), "metric": metrics.get(task), "value": values[task]}
-        rows[task] |= (counts if judged else dict.fromkeys(counts)) | {"f1": f1s.get(task)}
-
-    interval, lines, records = f"{LEVEL} interval", [], []
-    header = ["Task", "Questions", "A", "B", "B - A", interval, "Only A right", "Only B right", "p"]
-    header += ["F1 A", "F1 B", "F1 B - A", f"F1 {interval}"] if f1s else []
-    for task, row in rows.items():
-        metric = row["metric"] or next(iter(metrics.values()))  # there is an average only if all have one unit
-        counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] else [NOTHING] * 3
-        lines.append([a.task_set.title(task, metric) if task else AVERAGE, f"{row['n']:,}"])
-        lines[-1] += [*_texts(row["value"], metric), *counts, *(_texts(row["f1"], "f1") if f1s else [])]
+        rows[task] = row = {"n": len(pairs), "metric": paired[task].metric if task else None, "value": value}
+        row |= (counts if judged else dict.fromkeys(counts)) | {"f1": f1s.get(task)}
+        metric = row["metric"] or a.tasks[next(iter(paired))].metric  # there is an average only if all have one unit
+        shown = [f"{only_a:,}", f"{only_b:,}", p_text(row["p"])] if judged else [NOTHING] * 3
+        lines.append([a.task_set.title(task, metric) if task else AVERAGE, f"{len(pairs):,}"])
+        lines[-1] += [*_texts(value, metric), *shown, *(_texts(row["f1"], "f1") if f1s else [])]
         records.append({"task": task} | {key: row[key] for key in ("n", "metric", "only_a", "only_b", "p")})
         for key in ("value", "f1"):
-            changes = row[key] or dict.fromkeys(row["value"])
+            changes = row[key] or dict.fromkeys(value)
             records[-1] |= {f"{key} {part}": number for part, number in changes.items()}
+    header = ["Task", "Questions", "A", "B", "B - A", f"{LEVEL} interval", "Only A right", "Only B right", "p"]
+    header += ["F1 A", "F1 B", "F1 B - A", f"F1 {LEVEL} interval"] if f1s else []
     notes = _notes(a, b, rows, seed, resamples)
     value = {
         side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
@@ -69,13 +65,10 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     return Report([TextTable("", header, lines)], records, notes, value)
 
 
-def _changes(
-    measured: dict[str, tuple[str, Sequence]], tasks: Sequence[str], seed: int, resamples: int
-) -> dict[str | None, dict]:
+def _changes(measured: dict[str, tuple], tasks: Sequence[str], seed: int, resamples: int) -> dict[str | None, dict]:
     """Return the values of A and B, their difference and its interval by task, and under None for the average.
 
-    There is an average only if all ``tasks`` are in ``measured``. measured: by task, the metric and its rows of A and
-    of B.
+    measured: by task, the metric and its rows of A and of B. There is an average only if it has all ``tasks``.
     """
     pairs = {task: (metric, [rows]) for task, (metric, rows) in measured.items()}
     found = differences(pairs, tasks, seed, resamples) or {"tasks": {}, "average": None}

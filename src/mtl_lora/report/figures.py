@@ -66,8 +66,7 @@ def _style():
 
 
 def draw(study: Study, analyses: bool = True) -> list[Drawing]:
-    """Draw every figure that a study or a run has numbers for, each with a unique name. analyses: also those of
-    adapter analyses."""
+    """Draw every figure that a study or a run has numbers for, with unique names. analyses: with those of adapters."""
     with _style():
         kinds = [_accuracy, _transfer, _loss] + [_mixture, _similarity] * analyses
         found = [each for kind in kinds for each in kind(study)]
@@ -76,11 +75,8 @@ def draw(study: Study, analyses: bool = True) -> list[Drawing]:
 
 
 def write_figures(runs: Sequence[str], output: str | None, formats: Sequence[str] = FORMATS, **kinds) -> list[Path]:
-    """Write every figure that the folders hold numbers for into ``output``, and return the paths.
-
-    output: None: ``figures`` in the folder, if it is only one. kinds: see ``draw``. Raises ``UserError`` if there is
-    nothing to draw, or for several folders without ``output``.
-    """
+    """Write every figure that ``draw`` makes of the folders into ``output`` (None: the folder's ``figures``); return
+    the paths; raises ``UserError`` if there is nothing to draw, and for several folders without ``output``."""
     if output is None and len(runs) > 1:
         raise UserError("figures of several runs need a folder of their own; pass --output DIR")
     own = Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent
@@ -182,10 +178,9 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
     metrics = {study.metric(task) for task in tasks if task}
     title = title_of(*metrics) if len(metrics) == 1 else "Results"
     line = f"dashed line: {MAJORITY_LABEL}; " if study.majority else ""
-    caption = (
-        f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over the "
-        f"questions of a single run (thin), cut at a panel's edges; {line}each panel has its own scale. "
-    ) + " ".join([*study.untrained_notes, *(study.notes if study.facts else ())])
+    caption = f"{units_text(metrics)}bars: 95 % t interval of the mean over seeds (thick), or one standard error over "
+    caption += f"the questions of a single run (thin), cut at a panel's edges; {line}each panel has its own scale. "
+    caption += " ".join([*study.untrained_notes, *(study.notes if study.facts else ())])
     names = [experiment.name for experiment in study.experiments]
     labels = [name if len(name) <= 40 else f"{name[:12]} … {name[-25:]}" for name in names]
     labels = labels if len({*labels}) == len({*names}) else names
@@ -223,10 +218,8 @@ def _transfer(study: Study) -> Iterator[Drawing]:
     # Colours compare tasks, which needs one unit for all.
     if not study.transfer or not study.has_average or scale_of(study.metric(None)) != 100:
         return
-    caption = (
-        "Difference in percentage points, with its 95 % interval below; bold where the interval leaves out 0. Red: "
-        f"worse together; blue: better. {' '.join(study.untrained_notes)}"
-    )
+    caption = "Difference in percentage points, with its 95 % interval below; bold where the interval leaves out 0. "
+    caption += f"Red: worse together; blue: better. {' '.join(study.untrained_notes)}"
     labels, tasks = [row.label for row in study.transfer], [*study.scored, None]
     columns, metrics = [study.task_set.title(task) if task else AVERAGE for task in tasks], [*map(study.metric, tasks)]
     texts = np.full((len(labels), len(tasks)), "", dtype=object)
@@ -259,10 +252,8 @@ def _loss(study: Study) -> Iterator[Drawing]:
             groups.setdefault(experiment.group, []).append((index, experiment.name, logs))
     for group, trained in groups.items():
         title = f"Training loss, {group}" if len(groups) > 1 else "Training loss"
-        caption = (
-            f"Loss by training step, running mean over 1/{_SMOOTHED} of the log; of several seeds the mean, and a "
-            "band from the lowest to the highest."
-        )
+        caption = f"Loss by training step, running mean over 1/{_SMOOTHED} of the log; of several seeds the mean, "
+        caption += "and a band from the lowest to the highest."
         having = {task for _, _, logs in trained for log in logs for task in log}
         tasks = [task for task in study.task_set.columns if task in having]
         tasks += [""] if len(tasks) != 1 else []
@@ -314,10 +305,8 @@ def _mixture(study: Study) -> Iterator[Drawing]:
         width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]
         parts, apart = width // len(labels), -(-len(labels) // 24)
         title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")
-        caption = (
-            f"Each row is a layer, from the first (top) to the last. A task's columns are its weights of the {parts} "
-            f"up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g}). "
-        )
+        caption = "Each row is a layer, from the first (top) to the last. A task's columns are its weights of the "
+        caption += f"{parts} up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g}). "
         if started:
             pair = [np.concatenate([np.ravel(rows) for rows in each.values()]) for each in (modules, started)]
             caption += f"Correlation with the random start: {np.corrcoef(*pair)[0, 1]:.3f}."
@@ -345,10 +334,8 @@ def _mixture(study: Study) -> Iterator[Drawing]:
 
 
 def _similarity(study: Study) -> Iterator[Drawing]:
-    """Similarity of tasks in an adapter: cosines of Lambda_t, of updates, and of updates with the start's mixtures.
-
-    One heat map for each kind, with means over seeds.
-    """
+    """Similarity of tasks in an adapter: heat maps of the cosines, mean over seeds, of Lambda_t, of updates, and of
+    updates with the start's mixtures."""
     import numpy as np
 
     for experiment in study.experiments:
@@ -356,18 +343,15 @@ def _similarity(study: Study) -> Iterator[Drawing]:
         found = [each.similarities for each in analyses]
         if not any(found):
             continue
-        title = f"Similarity of tasks, {experiment.name}"
         labels = [study.task_set.title(task) for task in analyses[0].tasks]
         written = len(labels) <= MOST_WRITTEN
-        caption = (
-            f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where one of "
-            f"the two is zero. {_AT_START if analyses[0].mixture_at_start else _NO_START}"
-            f"{'' if written else f' Numbers are written for up to {MOST_WRITTEN} tasks.'}"
-        )
+        caption = f"Cosine under the Frobenius inner product, mean over layers and seeds ({len(found)}); empty where "
+        caption += f"one of the two is zero. {_AT_START if analyses[0].mixture_at_start else _NO_START}"
+        caption += "" if written else f" Numbers are written for up to {MOST_WRITTEN} tasks."
         side = max(1.9, (0.42 if written else 0.2) * len(labels))
         size, margin = (side + 0.15, side + 0.35), (_width(labels) + 1.1, 0.7 * _width(labels) + 0.7)
         shared = {"layout": "compressed", "sharex": True, "sharey": True}
-        words = f"similarity_{_slug(experiment.name)}", title, caption
+        words = f"similarity_{_slug(experiment.name)}", f"Similarity of tasks, {experiment.name}", caption
         drawing, panels = _drawing(words, len(found[0]), size, margin, 2, **shared)
         for kind, panel in zip(found[0], panels, strict=True):
             seeds = np.array([of_seed[kind] for of_seed in found if kind in of_seed], dtype=float)

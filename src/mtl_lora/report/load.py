@@ -1,18 +1,17 @@
 """The input of reports: ``study.json``, folders of single runs, their training logs and adapter analyses.
 
-``mtl_lora.study`` writes ``study.json`` through these classes (schema 2); tables, figures and pages read it through
-them. Schema 1 can still be read; it differs only in the results by task, whose metric it does not name.
+``mtl_lora.study`` writes ``study.json`` through these classes. Schema 1, which names no metrics, can still be read.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import one_unit
+from mtl_lora.metrics import delta_m, one_unit
 from mtl_lora.results import Reader, Results, Sample, TaskNames, TaskResult, Text, Trainable, average_of, object_of
 from mtl_lora.text_table import told_apart
 from mtl_lora.train_log import Losses, read_losses
@@ -32,6 +31,15 @@ class Summary:
         """Summarise the runs' values by task, and their averages if every run has one."""
         tasks = {task: Estimate.over_seeds(of_task) for task, of_task in values.items()}
         return cls(tasks, None if None in averages else Estimate.over_seeds(averages))
+
+
+def gain_over(alone: Mapping[str, TaskResult], tasks: Mapping[str, TaskResult], names: Sequence[str]) -> float | None:
+    """Return ``metrics.delta_m`` of ``tasks`` against ``alone`` over the tasks ``names``; None if one of these lacks a
+    result, or has a result alone that is not above 0, to which nothing can be relative."""
+    if not {*names} <= tasks.keys() & alone.keys() or not all(alone[name].value > 0 for name in names):
+        return None
+    values, baselines = ({name: side[name].value for name in names} for side in (tasks, alone))
+    return delta_m(values, baselines, {name: tasks[name].metric for name in names})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +77,7 @@ class Transfer(Differences):
 class Job:
     """One training with its evaluation: files (relative to the study's folder), commands, hashes.
 
-    seconds: duration by step (``train``, ``evaluate``), None without one; starts: how often each step was started.
-    steps: number of optimiser steps.
+    seconds, starts: duration and number of starts by step (``train``, ``evaluate``). steps: number of optimiser steps.
     """
 
     folder: str = ""
@@ -88,10 +95,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Job):
-    """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one.
-
-    parts: for tasks that were trained alone, one job per task; the run itself then sums them up.
-    """
+    """An experiment with one seed. tasks: results by task; average: their mean, None unless every task has one; parts:
+    one job per task for tasks that were trained alone, which the run itself sums up."""
 
     seed: int | None = None
     commit: str | None = None
@@ -107,10 +112,8 @@ class Run(Job):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Runs that differ only in their seed. adapters: how many each run trains; with ``alone`` one per task.
-
-    method: None for the base model. trained_on: names of tasks. against: this experiment minus its baseline.
-    """
+    """Runs that differ only in their seed. method: None for the base model; adapters: how many each run trains, with
+    ``alone`` one per task; trained_on: names of tasks; against: this experiment minus its baseline."""
 
     name: Text
     method: Text | None = None
@@ -162,8 +165,7 @@ class SearchOutcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search for the value of ``flag`` by short trainings. train: their flags; questions: number of development
-    questions by task."""
+    """A search for the value of ``flag`` by short trainings with the flags ``train``; questions: how many, by task."""
 
     flag: Text
     data_dir: str | None = None
@@ -178,9 +180,8 @@ class Search:
 class Study:
     """``study.json``: experiments in table order and what they were made from.
 
-    grid: the configuration of the study. commit, versions, device: of the last evaluation; commits, devices: of all
-    evaluations. data: the samples ``train`` and ``test``. path: the file, or the folder of a single run. facts: the
-    contents of a single run's files; empty for a study.
+    grid: its configuration. commit, versions, device: of the last evaluation; commits, devices: of all. data: the
+    samples ``train`` and ``test``. path: the file, or a single run's folder. facts: what a single run's files hold.
     """
 
     name: Text
@@ -265,9 +266,6 @@ class Study:
         return found | ({None: sum(known) / len(known)} if known and len(known) == len(self.scored) else {})
 
 
-# ---- files of a training ----
-
-
 def log_of(study: Study, run: Run) -> Losses | None:
     """The training log of a run; for tasks that were trained alone, the logs of all its parts together."""
     logs = [read_losses(_file(study, job, "log")) for job in run.jobs if job.log]
@@ -289,14 +287,9 @@ def _file(study: Study, job: Job, key: str) -> Path:
     return path
 
 
-# ---- folders of runs ----
-
-
 def load_run(path: str | Path) -> Study:
-    """Load a study, or the folder of one training, evaluation or both as a study of a single run.
-
-    Raises ``UserError`` for a folder without the files of a run.
-    """
+    """Load a study, or the folder of one training, evaluation or both as a study of a single run; raises ``UserError``
+    for a folder without the files of a run."""
     path = Path(path)
     if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
         return Study.load(path)
@@ -321,8 +314,7 @@ def load_run(path: str | Path) -> Study:
         known = adapts.tasks if adapts else [*filter(None, read_losses(log))] or ["task"]
         listed = training.get("tasks") or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
         task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
-        method = adapts and adapts.method
-        found = [Results(name=folder.absolute().name, method=method, tasks={}, task_set=task_set)]
+        found = [Results(name=folder.absolute().name, method=adapts and adapts.method, tasks={}, task_set=task_set)]
     experiments, of_training = [], {"log": log and str(log), "analysis": analysis and str(analysis)}
     for results in found:
         run = Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **of_training)
@@ -336,10 +328,8 @@ def load_run(path: str | Path) -> Study:
 
 
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
-    """Load the studies among ``paths``; all single runs together become one study, each as an experiment.
-
-    Raises ``UserError`` for a folder without the files of a run, and for single runs with different tasks.
-    """
+    """Load the studies among ``paths``; all single runs together become one study, each as an experiment. Raises
+    ``UserError`` for a folder without the files of a run, and for single runs with different tasks."""
     found = [load_run(path) for path in paths]
     studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
     TaskNames.require_one(single, "figures side by side need")

@@ -9,18 +9,9 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Estimate
-from mtl_lora.metrics import (
-    NOTHING,
-    delta_m,
-    difference_text,
-    interval_text,
-    one_unit,
-    title_of,
-    units_text,
-    value_text,
-)
+from mtl_lora.metrics import NOTHING, difference_text, interval_text, one_unit, title_of, units_text, value_text
 from mtl_lora.predictions import first_answers
-from mtl_lora.report.load import Differences, Experiment, Study
+from mtl_lora.report.load import Differences, Experiment, Study, gain_over
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
 from mtl_lora.text_table import Report, TextTable, told_apart
 
@@ -33,9 +24,6 @@ DELTA_M = "Delta_m, %"
 _PROTOCOL = {"mode": "mode", "base model": "base_model"}  # facts that a note always gives -> field of the results
 # Words in notes for settings whose name says too little.
 _SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
-
-
-# ---- results side by side ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +60,7 @@ class Row:
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
         """Return the row as a CSV record: its description, then value, standard error and questions of each task.
 
-        metrics: by task. A task's columns have two words (``boolq accuracy``), so that a task's name cannot collide
-        with another column.
+        metrics: by task. A task's columns have two words (``boolq accuracy``), so that none collides with another.
         """
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
@@ -82,15 +69,12 @@ class Row:
         record |= {} if self.delta_m is None else {"delta_m": self.delta_m}
         values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
         values |= {("average", "average_stderr"): self.average}
-        values |= {(f"average of {name}", f"average of {name} stderr"): self.group(name) for name in groups}
+        means = self.average.groups if self.average else {}
+        values |= {(f"average of {name}", f"average of {name} stderr"): means.get(name) for name in groups}
         for keys, value in values.items():
             numbers = (getattr(value, field, None) for field in ("value", "stderr", "n"))
             record |= dict(zip(keys, numbers, strict=False))
         return record
-
-    def group(self, name: str) -> Average | None:
-        """The average of a group of questions."""
-        return self.average.groups.get(name) if self.average else None
 
 
 def build_table(
@@ -141,7 +125,8 @@ def build_table(
     header, texts = zip(*shown, strict=True)
     tables = [TextTable("Results", [*header], [*map(list, zip(*texts, strict=True))])]
     if groups:
-        lines = [[row.name, *(row.text(row.group(group)) for group in groups)] for row in (*own, *last)]
+        averages = [(row, row.average.groups if row.average else {}) for row in (*own, *last)]
+        lines = [[row.name, *(row.text(found.get(group)) for group in groups)] for row, found in averages]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
     notes = _notes(results, baselines, rows, columns, groups)
     return Report(tables, [row.record(metrics, groups) for row in rows], notes)
@@ -149,7 +134,7 @@ def build_table(
 
 def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
     """Return Delta_m of each result, None where it lacks a task; raises ``UserError`` for baselines that do not fit."""
-    alone, found = {}, []
+    alone = {}
     for each in baselines:
         if twice := [name for name in each.tasks if name in alone]:
             raise UserError(f"{each.path} has a result of {', '.join(twice)}, as another of --baselines; leave one out")
@@ -157,13 +142,9 @@ def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: 
     if lacking := [name for name in columns if name not in alone]:
         raise UserError(f"--baselines have no result of {', '.join(lacking)}; add their single-task results")
     for result in results:
-        tasks = {name: result.tasks[name] for name in columns if name in result.tasks}
-        if any(not alone[name].value > 0 for name in tasks):
+        if not all(alone[name].value > 0 for name in columns if name in result.tasks):
             raise UserError(f"Delta_m of {result.path} needs baselines above 0; leave out --baselines")
-        own, base = ({name: side[name].value for name in tasks} for side in (tasks, alone))
-        metrics = {name: task.metric for name, task in tasks.items()}
-        found.append(delta_m(own, base, metrics) if len(tasks) == len(columns) else None)
-    return found
+    return [gain_over(alone, result.tasks, columns) for result in results]
 
 
 def _difference_row(first: Row, last: Row) -> Row:
@@ -256,10 +237,8 @@ def _notes(
 
 
 def details(results: Results) -> TextTable:
-    """One evaluation with a line per task: its value, the majority class, other measures, the answers given.
-
-    Columns that are empty for every task are left out.
-    """
+    """One evaluation with a line per task: its value, the majority class, other measures, the answers given; without
+    columns that are empty for every task."""
     tasks, last = results.tasks, "Answers given"
     rows, measures, found = [], {}, [(results.task_set.title(name), tasks[name]) for name in results.scored]
     if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:

@@ -11,7 +11,6 @@ from mtl_lora.errors import UserError, within
 from mtl_lora.metrics import METRICS, one_unit
 from mtl_lora.systems import SYSTEMS, part
 
-ABOUT = """Run every experiment of a grid file over its seeds, and write study.json and table.md."""
 GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").glob("*.json"))}
 # Flags that both commands have: a grid sets them once, in its train.
 FROM_TRAIN = ("base_model", "tasks_file", "template", "cutoff_len")
@@ -29,7 +28,7 @@ _SHARED["evaluate"] = {"data_dir", "mode", "max_new_tokens", "num_beams", "image
 
 @dataclasses.dataclass
 class StudyConfig(Config):
-    """The flags of ``mtl-lora study``."""
+    """Run every experiment of a grid file over its seeds, and write study.json and table.md."""
 
     grid: str = flag(REQUIRED, f"JSON file that describes the experiments, or one of {', '.join(GRIDS)}")
     output_dir: str | None = flag(None, "folder for runs, study.json and table.md; none: output/study/<grid's name>")
@@ -50,11 +49,11 @@ class StudyConfig(Config):
 
 @dataclasses.dataclass
 class SearchConfig(Config):
-    """How to choose one training flag's value for each experiment: by short trainings, scored on a development set.
+    """How to choose the value of one training ``flag`` for each experiment: by short trainings on each of ``values``,
+    scored on at most ``records`` (0: all) questions of each task of the development set ``data_dir``.
 
-    flag: the flag that is searched. values: the values to try. widen: how often another value is tried beyond the
-    smallest or largest one if that is the best. data_dir: the development set. records: at most this many questions of
-    each task; 0: all. train: flags of the short trainings. seed: of every trial.
+    widen: how often another value is tried beyond the smallest or largest one if that is the best. train: flags of the
+    short trainings. seed: of every one of them.
     """
 
     values: list[float]
@@ -66,10 +65,8 @@ class SearchConfig(Config):
     widen: int = dataclasses.field(default=2, metadata={"min": 0})
 
     def beyond(self, values: list[float], best: float) -> float | None:
-        """Return the next value beyond the edge if ``best`` is the smallest or largest of ``values``, else None.
-
-        The ratio of the edge to its inner neighbour is repeated. None also if the edge or that neighbour is zero.
-        """
+        """Return the next value beyond the edge, at the ratio of the edge to its inner neighbour, if ``best`` is the
+        smallest or largest of ``values``; None if it is not, or if the edge or that neighbour is zero."""
         *_, inside, edge = sorted(values, reverse=best == min(values))
         if best != edge or not inside or not edge:
             return None
@@ -84,22 +81,19 @@ class SearchConfig(Config):
 class ExperimentConfig(Config):
     """One row of the table: one configuration over all seeds; with ``train`` null, the base model without training.
 
-    group: the table that it belongs to. only_tasks: train on these tasks' examples only. alone: train on every task
-    separately and score each training on its own task. baseline, seeds: replace the grid's. search: False leaves the
-    searched flag as it is; the name of another experiment takes the value chosen for that one. The grid completes it:
-    ``baseline`` and ``search`` are then names of experiments or empty, and ``seeds`` lists the seeds of its runs,
-    [None] for the base model, in which nothing is random.
+    The grid completes it: ``baseline`` and ``search`` are then names of experiments or empty, and ``seeds`` lists the
+    seeds of its runs, [None] for the base model, in which nothing is random.
     """
 
     name: str
     train: dict | None
     evaluate: dict = dataclasses.field(default_factory=dict)
-    group: str = "main"
-    baseline: str = ""
-    only_tasks: list[str] = dataclasses.field(default_factory=list)
-    alone: bool = False
-    search: bool | str = True
-    seeds: list[int] = dataclasses.field(default_factory=list)
+    group: str = flag("main", "the table that it belongs to")
+    baseline: str = flag("", "replaces the grid's")
+    only_tasks: list[str] = flag([], "train on these tasks' examples only")
+    alone: bool = flag(False, "train on every task separately and score each training on its own task")
+    search: bool | str = flag(True, "False: keep the searched flag as it is; an experiment's name: its chosen value")
+    seeds: list[int] = flag([], "replace the grid's")
 
     def validate(self) -> None:
         self.slug = re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_.")  # the name as a folder
@@ -117,11 +111,8 @@ class ExperimentConfig(Config):
 class Grid(Config):
     """The description of a whole study; ``train`` and ``evaluate`` are the flags that all experiments share.
 
-    system: what is trained. notes: what a reader of the table must know. launcher: the program that starts the
-    commands, such as ``torchrun --nproc_per_node 8``. prepare: the command that makes the data, for error messages.
-    train_records, test_records: at most this many examples and questions of each task, the same sample for all
-    experiments; 0: all. Validation turns ``search`` and ``experiments`` into ``SearchConfig`` and ``ExperimentConfig``,
-    and adds ``tasks`` (the task set of all experiments) and ``scored`` (the names of the tasks in a complete average).
+    Validation turns ``search`` and ``experiments`` into ``SearchConfig`` and ``ExperimentConfig``, and adds ``tasks``
+    (the task set of all experiments) and ``scored`` (the names of the tasks in a complete average).
     """
 
     name: str
@@ -131,12 +122,12 @@ class Grid(Config):
     evaluate: dict
     experiments: list[dict]
     system: str = flag(next(iter(SYSTEMS)), "what is trained", choices=SYSTEMS)
-    notes: list[str] = dataclasses.field(default_factory=list)
-    launcher: str = "python"
-    prepare: str = ""
+    notes: list[str] = flag([], "what a reader of the table must know")
+    launcher: str = flag("python", "program that starts the commands, such as torchrun --nproc_per_node 8")
+    prepare: str = flag("", "command that makes the data, for error messages")
     baseline: str = ""
-    train_records: int = flag(0, "most training examples of each task", min=0)
-    test_records: int = flag(0, "most questions of each task", min=0)
+    train_records: int = flag(0, "most training examples of each task, the same for all experiments; 0: all", min=0)
+    test_records: int = flag(0, "most questions of each task, the same for all experiments; 0: all", min=0)
     search: dict | None = None
 
     # The file that it was read from, and what the file held then.
@@ -186,10 +177,8 @@ class Grid(Config):
                 self._complete(experiment, evaluate.tasks)
 
     def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
-        """Check an experiment's flags and the names in it, and fill in the grid's baseline, seeds and search.
-
-        scored: the tasks that the grid's evaluate lists; empty: all.
-        """
+        """Check an experiment's flags and the names in it, and fill in the grid's baseline, seeds and search. scored:
+        the tasks that the grid's evaluate lists; empty: all."""
         if experiment.train is not None:
             experiment.train = self._checked(experiment.train, "train")
         experiment.evaluate = self._checked(experiment.evaluate, "evaluate")
@@ -206,10 +195,8 @@ class Grid(Config):
         free = {each.name for each in self.experiments if flag and each.train is not None and flag not in each.train}
         if isinstance(name := experiment.search, str):
             if not {name, experiment.name} <= free or self.experiment(name).search not in (True, name):
-                raise UserError(
-                    f"search names {name!r}, for which nothing is searched, or train sets the searched flag itself; "
-                    "leave out search, or the flag"
-                )
+                found = f"search names {name!r}, for which nothing is searched, or train sets the searched flag itself"
+                raise UserError(f"{found}; leave out search, or the flag")
         else:
             experiment.search = experiment.name if experiment.search and experiment.name in free else ""
 
@@ -237,11 +224,8 @@ class Grid(Config):
 
 
 def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
-    """Read and check a grid, given by its path or by the name of a grid of the package.
-
-    trust_remote_code: whether every job may run a base model's own code. Raises ``UserError`` naming the file, the
-    experiment and the key that is wrong.
-    """
+    """Read and check a grid, given by its path or by the name of a grid of the package; raises ``UserError`` naming the
+    file, experiment and key that is wrong. trust_remote_code: whether every job may run a base model's own code."""
     path = Path(name) if Path(name).is_file() else GRIDS.get(name)
     if not path:
         raise UserError(f"there is no grid file {name}; the package has the grids {', '.join(GRIDS)}")

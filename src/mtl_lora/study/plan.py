@@ -55,8 +55,7 @@ class PlannedJob:
         free = {f"{step}.trust_remote_code" for step in self.flags}  # the base model's fingerprint is compared instead
         keys = sorted((earlier.keys() | now.keys() - _KEPT_LATE) - free)
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
-        # Except for flags, whose keys have a dot, None means unknown: not on this machine, or not kept by an earlier
-        # version.
+        # Except for flags, whose keys have a dot, None means unknown: not on this machine, or not kept at that time.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}
 
     @property
@@ -78,10 +77,8 @@ class PlannedJob:
 
     @property
     def state(self) -> "State | None":
-        """The saved state; None if the job was never started with this configuration.
-
-        If only the evaluation's configuration differs, the state is that of a job whose training alone is done.
-        """
+        """The saved state; that of a finished training alone if only the evaluation's configuration differs, and None
+        if the job was never started with this configuration."""
         if not (self.folder / STATE).is_file():
             return None
         state = State.load(self.folder)
@@ -101,10 +98,8 @@ class PlannedJob:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """``job.json``: a job's configuration, and how often each of its commands was started.
-
-    seconds: the duration of each finished command; if it was killed and started again, of its last start only.
-    """
+    """``job.json``: a job's configuration, how often each of its commands was started, and for each finished command
+    the duration of its last start in seconds."""
 
     configuration: dict
     starts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -157,8 +152,7 @@ class Plan:
     """Plans the runs of a study in a folder; raises ``UserError`` for missing or wrong data and for wrong flags.
 
     with_fingerprint: make the fingerprint of the base model's weights, if they are on this machine, part of every job's
-    configuration. The attributes test and, for a search, dev are the questions, sampled into the folder; if nothing is
-    sampled, the user's own files are read.
+    configuration. test and, for a search, dev: the questions, sampled into the folder, or else the user's own files.
     """
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
@@ -207,11 +201,8 @@ class Plan:
         return runs
 
     def trials(self, name: str) -> tuple[list[PlannedRun], float | None]:
-        """Return the search's short trainings for an experiment, and the best value, None while any is unfinished.
-
-        There is one training for each value. When all are finished and the best value is at an edge, one for a value
-        beyond that edge is added.
-        """
+        """Return the search's short trainings for an experiment, one for each value, and the best value, None while
+        any is unfinished. When all are finished and the best is at an edge, one beyond that edge is added."""
         search = self.grid.search
         runs = [self._trial(name, value) for value in search.values]
         while all(job.is_finished for job in jobs_of(runs)):

@@ -1,8 +1,8 @@
 """Run a study: its jobs in parallel, the state of each on disk, progress, and resuming after a kill."""
 
 import contextlib
-import dataclasses
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -20,14 +20,13 @@ from mtl_lora.errors import UserError, files_within_reach
 from mtl_lora.files import claimed, remove_leftovers
 from mtl_lora.metrics import value_text
 from mtl_lora.results import Results
-from mtl_lora.study.config import ABOUT, ExperimentConfig, StudyConfig, read_grid
+from mtl_lora.study.config import ExperimentConfig, StudyConfig, read_grid
 from mtl_lora.study.plan import STATE, Plan, PlannedJob, PlannedRun, State, jobs_of
 from mtl_lora.study.summary import StudyWriter, collect
 
 # Launchers that are run as modules of this interpreter, whatever programs of these names are on the PATH.
 _MODULES = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
-# The file that a finished command leaves.
-_MADE = {"train": artifacts.CHECKPOINT_WEIGHTS, "evaluate": artifacts.RESULTS}
+_MADE = {"train": artifacts.CHECKPOINT_WEIGHTS, "evaluate": artifacts.RESULTS}  # what a finished command leaves
 
 
 class JobFailed(Exception):
@@ -36,7 +35,7 @@ class JobFailed(Exception):
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``mtl-lora study``: exit code 2 for a user error, 1 for a job that failed."""
-    config = cli.parse(StudyConfig, arguments, ABOUT)
+    config = cli.parse(StudyConfig, arguments, StudyConfig.__doc__)
     try:
         with files_within_reach():
             run(config)
@@ -53,7 +52,7 @@ def run(config: StudyConfig) -> None:
     if config.parallel > 1 and grid.launcher != "python":
         raise UserError(f"--parallel needs the launcher python, but {grid.path} has {grid.launcher!r}; leave it out")
     folder = Path(config.output_dir or f"output/study/{grid.name}")
-    if folder.is_absolute() and folder.is_relative_to(Path.cwd()):
+    if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())  # so that commands read as a user would type them
     plan = Plan(grid, folder, with_fingerprint=not config.check and not config.report)
     chosen = [grid.experiment(name) for name in dict.fromkeys(config.only)] or list(grid.experiments)
@@ -76,8 +75,7 @@ class Runner:
     """Runs the jobs of the chosen experiments: the searches first, then all experiments, one seed after the other.
 
     Experiments that need no search, or whose search is finished, do not wait for the others. overwrite: treat folders
-    of another configuration as not started; otherwise creating this object raises ``UserError`` for those whose
-    configuration is known, before anything is started.
+    of another configuration as not started; otherwise the constructor raises ``UserError`` for those that are known.
     """
 
     def __init__(self, plan: Plan, chosen: Sequence[ExperimentConfig], overwrite: bool):
@@ -86,18 +84,10 @@ class Runner:
         self._runs_of = functools.cache(lambda name, value: plan.runs(plan.grid.experiment(name), value))
         self._known()
 
-    def _checked(self, jobs: list[PlannedJob]) -> list[PlannedJob]:
-        for job in jobs:
-            check_folder(job, self.overwrite)
-        return jobs
-
     @property
     def trials(self) -> dict[str, list[PlannedRun]]:
         """The trials of each search that the chosen experiments need, as far as they are known yet."""
         return {each.search: self.plan.trials(each.search)[0] for each in self.chosen if each.search}
-
-    def _searching(self) -> list[PlannedJob]:
-        return self._checked([job for runs in self.trials.values() for job in jobs_of(runs)])
 
     def _runs(self, experiments: Iterable[ExperimentConfig]) -> list[PlannedRun]:
         """Return the runs whose configuration is known, which are those that do not wait for a search."""
@@ -113,15 +103,19 @@ class Runner:
 
     def _counts(self) -> tuple[int, int]:
         """Return the number of all jobs, including the search trials known so far, and of the finished ones."""
-        total = sum(len(jobs_of(self._runs_of(each.name, None))) for each in self.chosen) + len(self._searching())
+        runs = [self._runs_of(each.name, None) for each in self.chosen]
+        total = len(jobs_of(itertools.chain(*self.trials.values(), *runs)))
         return total, sum(job.is_finished for job in self._known())
 
     def _known(self) -> list[PlannedJob]:
-        """Return the jobs whose configuration is known, in the order in which to run them."""
+        """Return the jobs whose configuration is known, in the order in which to run them; checks their folders."""
         runs = self._runs(self.chosen)
         # Seed by seed, so that a study that is stopped early still compares all experiments.
         runs.sort(key=lambda run: run.experiment.seeds.index(run.seed))
-        return self._searching() + self._checked(jobs_of(runs))
+        jobs = jobs_of(itertools.chain(*self.trials.values(), runs))
+        for job in jobs:
+            check_folder(job, self.overwrite)
+        return jobs
 
     def run(self, slots: Sequence[dict]) -> None:
         """Run every job that is not finished; rewrite study.json and table.md along the way and at the end."""
@@ -149,10 +143,8 @@ class Runner:
         self.report()
 
     def report(self) -> bool:
-        """Write study.json and table.md of all finished runs, also of experiments that were not chosen.
-
-        Returns whether there is any finished run.
-        """
+        """Write study.json and table.md of all finished runs, also of experiments that were not chosen, and return
+        whether there are any."""
         runs = self._runs(self.plan.grid.experiments)
         if finished := [run for run in runs if all(job.is_finished for job in run.jobs)]:
             self.writer.write(finished)
@@ -160,11 +152,8 @@ class Runner:
 
 
 def check_folder(job: PlannedJob, overwrite: bool) -> None:
-    """Raise ``UserError`` if a job's folder cannot be used.
-
-    That is a folder of another configuration, naming the differences, unless ``overwrite``; and always a folder that
-    holds anything else.
-    """
+    """Raise ``UserError`` if a job's folder was made with another configuration, naming the differences, unless
+    ``overwrite``; and always if it holds anything else."""
     if (job.folder / STATE).is_file():
         if overwrite or not (changes := job.changes(State.load(job.folder).configuration)):
             return
@@ -178,18 +167,14 @@ def check_folder(job: PlannedJob, overwrite: bool) -> None:
         raise UserError(f"{min(held)} does not belong to this job; delete it, or pass another --output_dir")
 
 
-# ---- running jobs ----
-
-
 def execute_all(
     known: Callable[[], Iterable[PlannedJob]], slots: Sequence[dict], overwrite: bool = False
 ) -> Iterator[tuple[PlannedJob, State]]:
     """Run the remaining commands of every job; yield each job and its state when it is finished.
 
     known: returns the jobs in order; called again after each finished job. slots: keyword arguments of ``Popen``, each
-    used by one job at a time. overwrite: restart a half-done evaluation, since its answers may have been computed in
-    another device's dtype. The first job that fails raises ``JobFailed`` and ends the jobs running beside it; closing
-    this generator ends them too.
+    used by one job at a time. overwrite: restart a half-done evaluation, whose answers may be in another device's
+    dtype. The first job that fails raises ``JobFailed``; this, or closing the generator, ends the jobs beside it.
     """
     free, working, waiting = deque(slots), {}, None
     try:
@@ -234,17 +219,15 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
             sample.write()
         flags, started = {}, step in state.starts
         if step == "train" and started:
-            resume = artifacts.checkpoints(job.folder)
-            flags = {"resume_from_checkpoint": True} if resume else {"overwrite_output_dir": True}
+            flags = {"resume_from_checkpoint" if artifacts.checkpoints(job.folder) else "overwrite_output_dir": True}
         if step == "train" or overwrite or not started:
             # Remove the remains of an evaluation of other weights, or of another configuration if the training is kept.
             artifacts.remove_evaluation(job.folder)
-        state = dataclasses.replace(state, starts={**state.starts, step: state.starts.get(step, 0) + 1})
+        state.starts[step] = state.starts.get(step, 0) + 1
         state.save(job.folder)
         began = time.monotonic()
         yield from _command(job, step, flags, slot)
-        seconds = round(time.monotonic() - began, 3)
-        state = dataclasses.replace(state, seconds={**state.seconds, step: seconds})
+        state.seconds[step] = round(time.monotonic() - began, 3)
         state.save(job.folder)
     return state
 
@@ -263,18 +246,15 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
             code = yield from until_done(command, output, slot)
         if code:
             text = log.read_bytes()[start:].decode(errors="replace")
-            lines = text.replace("\r", "\n").split("\n")
-            lines = [line.strip() for line in lines if line.strip()][-60:]
+            lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()][-60:]
             # Launchers print more after the error.
             (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
             raise JobFailed(f"{job.label}: {step} ended with exit code {code}; {log} ends with: {last}")
 
 
 def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, None, int]:
-    """Run a command with its output in an open file, yielding while it runs; return its exit code.
-
-    Closing this generator ends the command.
-    """
+    """Run a command with its output in an open file, yielding while it runs; return its exit code. Closing this
+    generator ends the command."""
     program, *words = command
     command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
@@ -290,9 +270,8 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
 def environments(parallel: int) -> list[dict[str, str]]:
     """Return the environment variables for each of ``parallel`` commands: its part of the CPU threads, and one GPU.
 
-    The GPUs are those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi finds; if there are fewer than commands, they
-    are shared, since a small model leaves a GPU mostly idle. A single command gets the whole machine. A number of
-    threads that the user has set is kept.
+    The GPUs are those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi finds; fewer than commands are shared, since a
+    small model leaves a GPU mostly idle. A single command gets the whole machine. The user's own threads are kept.
     """
     if parallel == 1:
         return [{}]

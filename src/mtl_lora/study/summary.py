@@ -12,11 +12,10 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import LEVEL, RESAMPLES, SEED, Estimate
-from mtl_lora.metrics import delta_m, one_unit, units_text
+from mtl_lora.metrics import one_unit, units_text
 from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.load import Experiment, Study, Summary
 from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_tables
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.study.config import ExperimentConfig, Grid
@@ -26,14 +25,14 @@ from mtl_lora.train_log import last_step
 
 TABLE = "table.md"
 Runs = dict[str, list[PlannedRun]]  # the finished runs, by experiment
+Paths = tuple[Path, ...]  # the results files of a run
 _STEPS = ("train", "evaluate")
 
 
 class StudyWriter:
     """Writes study.json and table.md as runs finish.
 
-    chosen: by experiment, the value that a finished search chose for its flag. refused: by difference, why two
-    experiments cannot be compared; this becomes a note of the table and never ends a study.
+    chosen: by experiment, the value that its search chose. refused: by difference, why there is none, for the notes.
     """
 
     def __init__(self, plan: Plan):
@@ -64,7 +63,7 @@ class StudyWriter:
             search = model.Search(**facts, experiments=self._searches)
         evaluations = [each for run in runs for each in run.evaluations]
         TaskNames.require_one_measure((each.path, each.tasks) for each in evaluations)
-        study = Study(
+        study = model.Study(
             name=grid.name,
             about=grid.about,
             base_model=grid.train["base_model"],
@@ -128,7 +127,7 @@ class StudyWriter:
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.plan.folder).as_posix()
 
-    def _experiment(self, experiment: ExperimentConfig, found: Runs) -> Experiment:
+    def _experiment(self, experiment: ExperimentConfig, found: Runs) -> model.Experiment:
         first, runs = found[experiment.name][0], list(map(self._run, found[experiment.name]))
         facts = {key: getattr(experiment, key) for key in ("name", "group", "alone")}
         if experiment.train is not None:
@@ -141,8 +140,8 @@ class StudyWriter:
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
         against = compared and model.Differences(baseline=experiment.baseline, **compared)
         values = {name: [run.tasks[name].value for run in runs] for name in runs[0].tasks}
-        summary = Summary.over_seeds(values, [run.average for run in runs])
-        return Experiment(**facts, runs=runs, summary=summary, against=against)
+        summary = model.Summary.over_seeds(values, [run.average for run in runs])
+        return model.Experiment(**facts, runs=runs, summary=summary, against=against)
 
     def _transfer(self, found: Runs) -> list[model.Transfer]:
         """Return together minus alone: each trained experiment of a group against the group's single-task trainings."""
@@ -157,10 +156,8 @@ class StudyWriter:
         return rows
 
     def _against(self, found: Runs, a: str, b: str) -> dict | None:
-        """Return the differences B minus A over the seeds that both have, see ``predictions.differences``.
-
-        Returns None if A and B have no seed or no task in common, or are not comparable.
-        """
+        """Return the differences B minus A over the seeds that both have, see ``predictions.differences``; None if
+        they have no seed or no task in common, or are not comparable."""
         # Pair seed i with seed i, and a run without a seed (the base model) with every run of the other experiment.
         sides = found.get(a, []), found.get(b, [])
         pairs = [pair for pair in itertools.product(*sides) if len({run.seed for run in pair} - {None}) < 2]
@@ -178,32 +175,21 @@ class StudyWriter:
         values = {name: [b.tasks[name].value - a.tasks[name].value for a, b in pairs] for name in found["tasks"]}
         of_seeds = zip(*(values[name] for name in self.grid.scored), strict=True) if found["average"] else [[None]]
         averages = [None if None in of_seed else statistics.fmean(of_seed) for of_seed in of_seeds]
-        return found | {"over_seeds": Summary.over_seeds(values, averages)}
+        return found | {"over_seeds": model.Summary.over_seeds(values, averages)}
 
 
 def delta_m_over(pairs: Sequence[tuple[PlannedRun, PlannedRun]], scored: Sequence[str]) -> Estimate | None:
-    """Return Delta_m of B against A over ``pairs`` (A, B) of runs.
-
-    None if the tasks have one unit, a run lacks one of the ``scored`` tasks, or A has a value that is not above 0, to
-    which nothing can be relative.
-    """
-    metrics = {name: result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored}
-    if one_unit(metrics.values()) or not all({*scored} <= {*run.tasks} for pair in pairs for run in pair):
+    """Return Delta_m of B against A over ``pairs`` (A, B) of runs; None if the ``scored`` tasks have one unit, or if
+    ``gain_over`` is None for a pair."""
+    if one_unit(result.metric for run in pairs[0] for name, result in run.tasks.items() if name in scored):
         return None
-    values = [[{name: run.tasks[name].value for name in scored} for run in pair] for pair in pairs]
-    above = all(value > 0 for a, _ in values for value in a.values())
-    return Estimate.over_seeds([delta_m(b, a, metrics) for a, b in values]) if above else None
-
-
-Paths = tuple[Path, ...]  # the results files of a run
+    gains = [model.gain_over(a.tasks, b.tasks, scored) for a, b in pairs]
+    return None if None in gains else Estimate.over_seeds(gains)
 
 
 def compared(pairs: tuple[tuple[Paths, Paths], ...], scored: tuple[str, ...]) -> dict | None:
-    """Return B minus A on the same questions, as the mean over ``pairs`` of a run of A and a run of B.
-
-    For every task that all runs have results of, and on average, see ``differences``. Raises ``UserError`` if the runs
-    are not comparable, see ``paired_answers``.
-    """
+    """Return B minus A on the same questions, as the mean over ``pairs`` of a run of A and a run of B, for the tasks of
+    all runs and on average, see ``differences``; raises ``UserError`` if the runs are not comparable."""
     measured: dict[str, tuple[str, list]] = {}
     for a, b in pairs:
         of_a, of_b = ({name: each for each in map(Results.load, paths) for name in each.tasks} for paths in (a, b))
@@ -214,43 +200,35 @@ def compared(pairs: tuple[tuple[Paths, Paths], ...], scored: tuple[str, ...]) ->
     return differences(everywhere, scored, SEED, RESAMPLES)
 
 
-# ---- table.md ----
-
-
-def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> list[str]:
-    """Return the notes of the table: the data, the meaning of ± and of the intervals, and what is missing.
-
-    mode: how the questions were answered. refused: by difference, why it is not computed.
-    """
+def notes(study: model.Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> list[str]:
+    """Return the notes of the table: the data, the meaning of ± and of the intervals, and what is missing. mode: how
+    the questions were answered. refused: by difference, why it is not computed."""
     spread = "one seed; ± is one standard error over the questions"
     if study.has_seeds:
-        spread = (
-            "mean ± standard deviation over seeds; a row without ± is a single run. "
-            f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
-        )
+        spread = "mean ± standard deviation over seeds; a row without ± is a single run. "
+        spread += f"Interval: {LEVEL} Student t interval of the mean over seeds, on the same questions"
     units = units_text({study.metric(task) for task in study.scored})
-    found = [f"Base model: {study.base_model}.{f' Mode: {mode}.' * bool(mode)} {units}{spread}."]
     has_differences = study.transfer or any(experiment.against for experiment in study.experiments)
-    if has_differences:
-        found.append(
-            "Differences: question by question, seed i against seed i (the base model against every seed); "
-            f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. "
-            "They say how far other questions could move a difference, not other seeds; none where all are equal."
-        )
-    if study.compared_over_seeds:
-        found.append(
-            f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
-            f"interval: how far other seeds could move it, on the same questions. {OVER_QUESTIONS}: as of the tasks."
-        )
-    if has_differences and not study.has_average:
-        found.append(
-            f"{DELTA_M}: by how much the first is better than the second, on average over the tasks, relative to each "
-            f"(arXiv 1904.08918); the mean over seeds with its {LEVEL} Student t interval, none where a task lacks a "
-            "value or the second has one that is not above 0."
-        )
-    done = {experiment.name: len(experiment.runs) for experiment in study.experiments}
+    texts = {
+        f"Base model: {study.base_model}.{f' Mode: {mode}.' * bool(mode)} {units}{spread}.": True,
+        "Differences: question by question, seed i against seed i (the base model against every seed); "
+        f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. They "
+        "say how far other questions could move a difference, not other seeds; "
+        "none where all are equal.": has_differences,
+        f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
+        "interval: how far other seeds could move it, on the same questions. "
+        f"{OVER_QUESTIONS}: as of the tasks.": study.compared_over_seeds,
+        f"{DELTA_M}: by how much the first is better than the second, on average over the tasks, relative to each "
+        f"(arXiv 1904.08918); the mean over seeds with its {LEVEL} Student t interval, none where a task lacks a "
+        "value or the second has one that is not above 0.": has_differences and not study.has_average,
+    }
+    done = {each.name: len(each.runs) for each in study.experiments}
+    planned = [(each.name, done.get(each.name, 0), len(each.seeds)) for each in grid.experiments]
     seeds = {each.name: len(each.runs) for each in study.experiments if each.trained_on}
     asked = {"train": {name for each in study.experiments for name in each.trained_on or ()}, "test": {*study.scored}}
+    searches = study.search.experiments if study.search else ()
+    at_edge = [each.name for each in searches if each.chosen in (each.candidates[0].value, each.candidates[-1].value)]
+    earlier = {job.train_commit for run in study.runs for job in run.jobs} - {*study.commits, None}
     counts = {
         part: [f"{name} {n:,} of {sample.of[name]:,}" for name, n in sample.records.items() if name in asked[part]]
         for part, sample in study.data.items()
@@ -261,26 +239,17 @@ def notes(study: Study, grid: Grid, mode: str, refused: Mapping[str, str]) -> li
         "Not compared": [f"{difference} ({reason})" for difference, reason in refused.items()],
         "Seeds (a difference is over those that both have)": [f"{name} {n}" for name, n in seeds.items()]
         * (len({*seeds.values()}) > 1),
-        "Not all runs are finished": [
-            f"{each.name} {done.get(each.name, 0)} of {len(each.seeds)}"
-            for each in grid.experiments
-            if done.get(each.name, 0) < len(each.seeds)
-        ],
-        "The search chose the smallest or the largest value that it tried, so others may be better, for": [
-            each.name
-            for each in (study.search.experiments if study.search else ())
-            if each.chosen in (min(values := [one.value for one in each.candidates]), max(values))
-        ],
+        "Not all runs are finished": [f"{name} {n} of {whole}" for name, n, whole in planned if n < whole],
+        "The search chose the smallest or the largest value that it tried, so others may be better, for": at_edge,
         "Runs were evaluated at different commits": study.commits if len(study.commits) > 1 else [],
-        "Trainings of earlier commits were kept": sorted(
-            {job.train_commit for run in study.runs for job in run.jobs} - {*study.commits, None}
-        ),
+        "Trainings of earlier commits were kept": sorted(earlier),
         "Runs were evaluated on different devices": study.devices if len(study.devices) > 1 else [],
     }
+    found = [text for text, holds in texts.items() if holds]
     return found + [f"{text}: {', '.join(map(str, entries))}." for text, entries in lists.items() if entries]
 
 
-def render(study: Study) -> str:
+def render(study: model.Study) -> str:
     """Return the text of table.md: the tables of a study, and its notes as a list."""
     parts = [f"# {markdown_text(study.name)}", markdown_text(study.about)]
     for table in study_tables(study):
@@ -288,18 +257,13 @@ def render(study: Study) -> str:
     return "\n\n".join([*parts, "\n".join(f"- {markdown_text(note)}" for note in study.notes)]) + "\n"
 
 
-# ---- sharing ----
-
-
 def collect(folder: Path, target: Path) -> None:
-    """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths.
-
-    Raises ``UserError`` if ``target`` is the study's own folder or holds another study, or more runs of this one.
-    """
-    study = Study.load(folder)
+    """Write study.json, table.md and figures of the study in ``folder`` to ``target``, without this machine's paths;
+    raises ``UserError`` if ``target`` is that folder, or holds another study or more runs of this one."""
+    study = model.Study.load(folder)
     if target.resolve() == folder.resolve():
         raise UserError(f"--collect {target} is the study's own folder; name another one")
-    other = Study.load(target) if (target / artifacts.STUDY).is_file() else study
+    other = model.Study.load(target) if (target / artifacts.STUDY).is_file() else study
     if other.name != study.name or len(other.runs) > len(study.runs):
         raise UserError(f"--collect {target} holds {len(other.runs)} runs of {other.name!r}; name another folder")
     value = study.to_json()
@@ -309,7 +273,7 @@ def collect(folder: Path, target: Path) -> None:
     shown = {path: Path(path).name for path in re.findall(r'"(/[^"]*)"', json.dumps(study.grid, ensure_ascii=False))}
     shown |= {str(Path.cwd()): ".", str(folder.absolute()): f"output/study/{study.name}"}
     files.write_json(target / artifacts.STUDY, json.loads(without_paths(json.dumps(value, ensure_ascii=False), shown)))
-    files.write_text(target / TABLE, render(Study.load(target)))
+    files.write_text(target / TABLE, render(model.Study.load(target)))
     try:
         write_figures([str(folder)], str(target), ["png"], analyses=False)
     except (UserError, ModuleNotFoundError) as error:
@@ -317,10 +281,8 @@ def collect(folder: Path, target: Path) -> None:
 
 
 def without_paths(text: str, shown: dict[str, str]) -> str:
-    """Return the text with every path in ``shown`` replaced by its value, wherever it is a path or begins one.
-
-    Longer paths are replaced first.
-    """
+    """Return the text with every path in ``shown``, longer ones first, replaced by its value, wherever it is a path or
+    begins one."""
     for path in sorted(shown, key=len, reverse=True):
         if path != Path(path).anchor:  # every path begins with /
             text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-]|\.\w)", lambda _, path=path: shown[path], text)
