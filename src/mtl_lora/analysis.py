@@ -48,7 +48,9 @@ class Analysis:
         if value.get("kind") != KIND or value.get("schema") != SCHEMA:
             raise UserError(f"{path} is not an analysis of schema 1; write it with python -m mtl_lora.adapter.analysis")
         analysis = reader.read(cls, value)
-        T = len(analysis.tasks)
+        T, started = len(analysis.tasks), analysis.mixture_at_start
+        if started is not None and started.keys() != (analysis.mixture or {}).keys():
+            raise reader.wrong("mixture_at_start", [*started], "the layers of mixture")
         for key in ("mixture", "mixture_at_start", "update_similarity_by_module", *SIMILARITIES):
             found = getattr(analysis, key)
             for place, matrix in (found if isinstance(found, dict) else {"": found}).items():

@@ -31,11 +31,13 @@ MAPS = ("classes", "saliency", "edges", "angles", "depth")  # kinds of maps, as 
 
 _KEPT = re.compile(
     r"(?<!\w)[-.]+(?=\d)"  # a sign or point before a number: -5, .5
-    r"|(?<!\w)[<>]=?(?=\s*[-.]?\d)"  # a comparison before a number: <5, >= 5
+    r"|[<>]=?(?=\s*[-.]?\d)"  # a comparison before a number: <5, >= 5, x<10
     r"|(?<=\d)[.,:/^*-](?=\d)"  # signs inside a number: 1.5, 1/2, 12:30
     r"|(?<=\de)[+-](?=\d)|(?<!\w)-(?=[$€£]\d|[^\W\d_]\b)"  # the sign of an exponent, amount or letter: 1e-5, -$5, -x
-    r"|(?<=\b[^\W_])[+*/^<>=](?=[^\W_]\b)"  # an operator between single characters: x+1, a<b
+    r"|(?<!\w)-(?=[√∞]|(?:inf|infinity|pi|sqrt)\b)"  # a sign before a number that is a word: -pi
+    r"|(?<=\b[^\W_])(?:[<>]=|[+*/^<>=])(?=[^\W_]\b)"  # an operator between single characters: x+1, a<b, a>=b
     r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # signs after a single letter: C++, F#, A-
+    r"|(?<=\b[^\W\d_]{2})\+(?!\w)|(?<=[^\W\d_]\d)[+-](?!\w)"  # the charge of an ion: Na+, Ca2+, Ca2-
     rf"|[^{re.escape(string.punctuation)}]"
 )
 

@@ -8,7 +8,7 @@ from synthetic_study import analysis, log_text, write_study
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Estimate
-from mtl_lora.report.load import Study, analysis_of, load_run, load_studies, log_of
+from mtl_lora.report.load import Study, Transfer, analysis_of, load_run, load_studies, log_of
 from mtl_lora.train_log import last_step
 
 TASKS = {"first": "First", "second": "Second <&>"}
@@ -143,6 +143,7 @@ def test_a_log_without_a_last_step_is_named(tmp_path, text):
         ("mixture", {"layer": [[0.5, 0.5]]}),
         ("mixture", {"layer": [[0.5, 0.5], [1.0]]}),
         ("update_similarity_by_module", {"q_proj": 3}),
+        ("mixture_at_start", {"layer": [[0.5, 0.5], [0.5, 0.5]]}),
     ],
 )
 def test_an_analysis_with_matrices_of_another_size_is_refused(tmp_path, random, key, wrong):
@@ -150,6 +151,12 @@ def test_an_analysis_with_matrices_of_another_size_is_refused(tmp_path, random, 
     (tmp_path / "adapter_analysis.json").write_text(json.dumps({**value, key: wrong}))
     with pytest.raises(UserError, match=key):
         load_run(tmp_path)
+
+
+def test_the_group_of_an_experiment_is_named_unless_its_name_holds_it():
+    names = ("LoRA rank 1", "LoRA rank 16")
+    labels = [Transfer(method=name, group="rank 1", alone="LoRA alone", tasks={}).label for name in names]
+    assert labels == ["LoRA rank 1", "rank 1: LoRA rank 16"]
 
 
 def test_a_file_that_the_study_names_must_be_there(study_file):

@@ -85,9 +85,8 @@ class TrainConfig(TrainingConfig):
 
     def check_files(self) -> None:
         if not Path(self.data_path).is_dir():
-            raise UserError(
-                f"the folder {self.data_path} does not exist; make it with `{self.made_by}`, or pass --data_path DIR"
-            )
+            made = f"make it with `{self.made_by}`, or " if self.data_path == type(self).data_path else ""
+            raise UserError(f"the folder {self.data_path} does not exist; {made}pass --data_path DIR")
 
     def read_tasks(self) -> "TaskSet":
         from mtl_lora.dense.layouts import layout_of

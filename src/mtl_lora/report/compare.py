@@ -91,7 +91,7 @@ def _notes(a: Results, b: Results, rows: dict[str | None, dict], seed: int, resa
     metrics, judged = {row["metric"] for row in tasks.values()}, any(row["p"] for row in rows.values())
     points = ", or in the unit of the score where that is another" * any(scale_of(metric) != 100 for metric in metrics)
     pooled = "; p pools the questions of all tasks that are right or wrong" * judged
-    no_f1 = [name for name, row in tasks.items() if row["f1"] is None]
+    no_f1 = [name for name, row in tasks.items() if row["f1"] is None and row["metric"] != "f1"]
     left_out = [title(name) for name in {**a.tasks, **b.tasks} if name not in tasks]
     equal = [title(name) for name, row in tasks.items() if row["value"]["low"] is None]
     (base_a, dtype_a), (base_b, dtype_b) = (map(run.settings.get, ("base_fingerprint", "dtype")) for run in (a, b))

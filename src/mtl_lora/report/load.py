@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -70,7 +71,8 @@ class Transfer(Differences):
     def label(self) -> str:
         """The experiment's name, after its group if the grid names groups and the name does not contain it."""
         name = self.experiment or self.method
-        return name if self.group in name or self.group == Experiment.group else f"{self.group}: {name}"
+        is_named = self.group == Experiment.group or re.search(rf"(?<!\w){re.escape(self.group)}(?!\w)", name)
+        return name if is_named else f"{self.group}: {name}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
