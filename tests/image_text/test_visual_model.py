@@ -38,6 +38,8 @@ from mtl_lora.base_model import BaseModel, enable_checkpointing
 from mtl_lora.export.merge import export_merged
 from mtl_lora.export.peft import export_peft
 from mtl_lora.image_text import model as visual
+from mtl_lora.image_text import train
+from mtl_lora.image_text.data import IGNORED
 from mtl_lora.image_text.model import VisualConfig
 
 VOCABULARY, DIM, GRID, PAD = 40, 5, 3, 1
@@ -184,6 +186,17 @@ def gradients(model) -> dict[str, torch.Tensor]:
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def test_losses_of_a_model_in_16_bits_are_taken_in_float32(tmp_path):
+    model = built(base_folder("llama", tmp_path), "llama").bfloat16()
+    batch = inputs_of(model, rows())
+    labels = [torch.cat([torch.full_like(row["text"], IGNORED), row["answer"]]) for row in rows()]
+    batch |= {"labels": padded(labels, IGNORED), "scores": torch.ones(len(ROWS)), "weights": torch.ones(len(ROWS))}
+    batch["task_ids"] = torch.tensor([row["task"] for row in rows()])
+    losses, _, _ = train.answer_losses(model, batch)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, torch.cat(answer_losses(model.float(), rows())), rtol=0.1, atol=0.1)
 
 
 def test_a_mixed_batch_equals_one_row_at_a_time(model):

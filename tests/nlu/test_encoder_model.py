@@ -102,6 +102,12 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def test_losses_of_an_encoder_in_16_bits_are_taken_in_float32(tmp_path):
+    model = built(base_of("Bert", tmp_path), "mtl_lora").bfloat16()
+    losses, _, _ = encoder.TaskLosses(TASKS)(model, Collator(0)(rows(has_types=True)))
+    assert losses.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name, label", CASES)
 @pytest.mark.slow
 def test_a_mixed_batch_equals_one_task_at_a_time(name, label, tmp_path):
