@@ -121,7 +121,8 @@ def work(job: Path) -> None:
         training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
     )
     settings = facts["length"], facts["task_id"], config.batch_size * processes, config.seed
-    steps = (rows for epoch in itertools.count() for rows in plan_epoch(*settings, epoch))
+    plans = (plan_epoch(*settings, epoch) for epoch in itertools.count())
+    steps = (rows for plan in plans for rows in plan if len(rows) >= processes)  # training leaves out smaller ones
     timed = [row for rows in itertools.islice(steps, 1, config.max_steps) for row in rows]
     seconds = times[-1] - times[0]
     found = {"samples/s": len(timed) / seconds, "tokens/s": float(facts["length"][timed].sum()) / seconds}

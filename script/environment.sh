@@ -12,6 +12,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV-$PWD/.venv}"
 case "$VENV" in "" | /*) ;; *) VENV="$called_from/$VENV" ;; esac
 if [ -n "$VENV" ]; then
+    if [ -L "$VENV" ]; then  # installing would change the environment of another project
+        echo "error: $VENV is a link to another environment; activate that and set VENV= to use it, or remove the link" >&2
+        exit 2
+    fi
     stamp="$VENV/.installed"
     wanted="$(cat requirements.txt pyproject.toml | cksum) $PWD"
     if [ ! -x "$VENV/bin/python" ]; then

@@ -37,7 +37,7 @@ _KEPT = re.compile(
     r"|(?<!\w)-(?=[√∞]|(?:inf|infinity|pi|sqrt)\b)"  # a sign before a number that is a word: -pi
     r"|(?<=\b[^\W_])(?:[<>]=|[+*/^<>=])(?=[^\W_]\b)"  # an operator between single characters: x+1, a<b, a>=b
     r"|(?<=\b[^\W\d_])[+#-]+(?!\w)"  # signs after a single letter: C++, F#, A-
-    r"|(?<=\b[^\W\d_]{2})\+(?!\w)|(?<=[^\W\d_]\d)[+-](?!\w)"  # the charge of an ion: Na+, Ca2+, Ca2-
+    r"|(?:(?<=\b[^\W\d_]{2})|(?<=[^\W\d_]\d))\+(?!\w)"  # the charge of an ion: Na+, Ca2+
     rf"|[^{re.escape(string.punctuation)}]"
 )
 
@@ -45,9 +45,9 @@ _KEPT = re.compile(
 def free_text_words(text: str) -> list[str]:
     """Return the lower-case words without punctuation and articles, as SQuAD (1606.05250) compares answers.
 
-    There are three exceptions. Signs that belong to a number or a single letter are kept (-1.5 is not 15, <5 not >5,
-    C++ not C, x+1 not x1). ``a``, ``an`` and ``the`` are kept as the last word, where they are not articles
-    (vitamin A). Text that is only punctuation is kept as it is.
+    There are three exceptions. Signs that belong to a number, a single letter or an ion are kept (-1.5 is not 15, -pi
+    not pi, x<5 not x>5, C++ not C, x+1 not x1, Ca2+ not Ca2). ``a``, ``an`` and ``the`` are kept as the last word,
+    where they are not articles (vitamin A). Text that is only punctuation is kept as it is.
     """
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower().replace("\N{MINUS SIGN}", "-"))
     words = "".join(_KEPT.findall(plain)).split()

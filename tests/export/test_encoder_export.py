@@ -196,7 +196,7 @@ def test_card_names_the_token_that_pads_batches_where_the_base_has_another(comma
 def test_range_that_no_head_can_hold_is_one_sentence(command, refused, encoders, tmp_path, name):
     words = {"task": "rank"} if name == "merge" else {"tasks": "rank"}
     sentence = refused(name, checkpoint=encoders("llama", "mtl_lora"), **words)
-    assert "rank does not end in a linear layer with a bias" in sentence and "[1, 5]" in sentence
+    assert "the head of rank must end in a linear layer with one output and a bias" in sentence and "[1, 5]" in sentence
     from_zero = TaskSet((Task("rank", 0, regression=(0.0, 5.0)),))
     checkpoint = encoders("llama", "lora", from_zero)
     command("merge", checkpoint=checkpoint, task="rank", output=tmp_path / "merged")

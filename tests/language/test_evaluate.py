@@ -172,8 +172,8 @@ def test_a_base_model_alone_is_asked_as_a_training_asks_by_default(tiny_base):
 def test_results_name_the_latest_rules_of_extraction_that_one_of_their_tasks_needs():
     made = Evaluator.__new__(Evaluator)
     made.tasks = TaskSet((Task("free", 0), Task("mood", 1, ("happy", "sad"))))
-    assert [task.extraction for task in made.tasks] == [1, 4]
-    assert made.results_settings("generate") == {"extraction": 4} and made.results_settings("score") == {}
+    assert [task.extraction for task in made.tasks] == [5, 4]
+    assert made.results_settings("generate") == {"extraction": 5} and made.results_settings("score") == {}
 
 
 def test_both_protocols_score_what_has_options_and_generate_everything(evaluate, tiny_base, tmp_path):
@@ -652,11 +652,11 @@ def test_a_configuration_of_other_sizes_takes_no_memory(evaluate, trained, tmp_p
     folder = shutil.copytree(trained, tmp_path / "huge")
     config = json.loads((folder / "mtl_lora_config.json").read_text())
     edit_json(folder / "mtl_lora_config.json", adapter=config["adapter"] | {"rank": 10**9})
-    with pytest.raises(UserError, match=r"numbers, and its mtl_lora_config.json describes"):
+    with pytest.raises(UserError, match=r"numbers, but mtl_lora_config.json describes"):
         evaluate("out", checkpoint=str(folder), tasks=FEW)
     save_file({"other": torch.zeros(1)}, folder / "mtl_lora.safetensors")
     edit_json(folder / "mtl_lora_config.json", weights_sha256=files.sha256(folder / "mtl_lora.safetensors"))
-    with pytest.raises(UserError, match=r"numbers, and its mtl_lora_config.json describes"):
+    with pytest.raises(UserError, match=r"numbers, but mtl_lora_config.json describes"):
         evaluate("out", checkpoint=str(folder), tasks=FEW)
 
 

@@ -126,6 +126,16 @@ def test_records_are_read_as_they_stand_in_order(load):
     assert second.text() == {"instruction": " É\u2028☃ ", "input": "some text", "context": ()}
 
 
+def test_an_answer_without_an_output_is_written_behind_the_answer_prefix(load):
+    (one,) = load([{"instruction": "Is it?", "answer": "true", "task": "boolq"}])
+    assert (one.output, one.answer) == ("the correct answer is true", "true")
+    free = TaskSet((Task("free", 0, answer_prefix="A: "),))
+    (one,) = load([{"instruction": "Which?", "answer": "red", "task": "free"}], tasks=free)
+    assert one.output == "A: red"
+    with pytest.raises(UserError, match="the answer 'maybe' is not one of its options"):
+        load([{"instruction": "Is it?", "answer": "maybe", "task": "boolq"}])
+
+
 @pytest.mark.parametrize("name", ["instruction", "input"])
 def test_a_json_file_may_hold_one_line_of_one_example(load, name):
     record = {"task": "boolq", "output": GOOD["output"].replace("answer1", "true")} | {name: "Is it?"}
@@ -145,9 +155,10 @@ def test_fields_that_are_not_needed_may_be_left_out_or_null(load):
     # answers are compared, and outputs trained on
     assert load([without("answer")])[0].answer == load([without(answer=None)])[0].answer == ""
     assert load([without("output")], closed=True)[0].output == ""
-    for field, closed in (("answer", True), ("output", False)):
-        with pytest.raises(UserError, match=f"example 0 has no field '{field}'"):
-            load([without(field)], closed=closed)
+    with pytest.raises(UserError, match="example 0 has no field 'answer'"):
+        load([without("answer")], closed=True)
+    with pytest.raises(UserError, match="example 0 has no field 'output'"):
+        load([without("output", "answer")])
     (example,) = load([without(instruction="", input="Is it?")])
     assert example.text() == {"instruction": "", "input": "Is it?", "context": ()}
 

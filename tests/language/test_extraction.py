@@ -139,8 +139,9 @@ def test_prefixes_that_hold_no_option_are_taken_from_texts_as_before(prefix, opt
     ("prefix", "version"), [(" Answer: ", 2), ("Answer:\n", 2), ("\nAnswer: ", 2), ("Answer: ", 1), ("", 1)]
 )
 def test_white_space_around_a_prefix_is_no_part_of_free_text(prefix, version):
-    task = Task("free", 0, answer_prefix=prefix)
+    task = Task("free", 0, answer_prefix=prefix, metric="accuracy")
     assert extract_answer(task, f"{prefix}42\nand more") == "42" and task.extraction == version
+    assert Task("free", 0, answer_prefix=prefix).extraction == 5  # compared as free text
 
 
 def test_free_text_is_the_first_line_without_the_prefix():

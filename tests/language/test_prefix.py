@@ -256,7 +256,7 @@ def test_a_model_whose_losses_would_be_others_gets_whole_rows_and_a_line(build, 
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.config._attn_implementation == attention
     assert_alike(whole, shared, 0)
-    assert capsys.readouterr().err.count("cannot share prompt prefixes") == 1
+    assert capsys.readouterr().err.count("cannot share them") == 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

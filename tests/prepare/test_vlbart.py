@@ -202,7 +202,7 @@ def test_every_missing_or_malformed_file_is_named_at_once(refused, world):
         "valid.json is not JSON",
         "GQA/testdev.json: example 0 has no answer with a score above 0; remove the example from the test set "
         "(the first of 2)",
-        "nlvr/train.json: the label of ",
+        "must be 0 or 1, not 2",
         "COCO/dataset_coco.json: ",
         "image 0 must have filename, split and sentences",
         "nlvr/clip_features/data_clip_RN101_att: test1-7-0-img1.h5 is missing (the first of 2)",

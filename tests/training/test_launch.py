@@ -115,10 +115,13 @@ def test_values_of_the_deepspeed_file_that_contradict_the_flags_are_refused(sett
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("section", ["optimizer", "scheduler", "torch_autocast", "amp"])
-def test_sections_of_the_deepspeed_file_that_would_replace_flags_are_refused(settings, tmp_path, section):
+@pytest.mark.parametrize(
+    ("section", "flag"),
+    [("optimizer", "learning_rate"), ("scheduler", "lr_sch"), ("torch_autocast", "dtype"), ("amp", "dtype")],
+)
+def test_sections_of_the_deepspeed_file_that_would_replace_flags_are_refused(settings, tmp_path, section, flag):
     (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, section: {"type": "auto"}}))
-    with pytest.raises(UserError, match=f"own.json has .* would replace flags, '{section}' .--"):
+    with pytest.raises(UserError, match=f"own.json has .* would replace flags, '{section}' .--{flag}"):
         run(TrainConfig(**{**settings, "deepspeed": str(tmp_path / "own.json"), "check": True}))
 
 

@@ -522,7 +522,7 @@ def _refuse_drifting_averages(model: nn.Module) -> None:
         if tracks and module.training and module not in kept:
             raise UserError(
                 f"the {type(module).__name__} {name} is frozen, but in training mode it changes its running averages, "
-                "which a checkpoint would not hold; name it in modules_to_save, or call eval() before each forward"
+                "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
             )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _NOT_FOR_DENSE = (
     "task",
+    "cache_dir",
     "token_budget",
     "sampling_temperature",
     "val_set_size",

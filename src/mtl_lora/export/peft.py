@@ -117,7 +117,7 @@ def serving(base_model: BaseModel, folders: list[Path], rank: int, dora: bool, s
         return f"vLLM does not support {' and '.join(reasons)}: to serve this adapter there, {way_out}"
     most = next(each for each in VLLM_RANKS if each >= rank)
     words = ["vllm", "serve", base_model.path, "--enable-lora", "--max-lora-rank", str(most), "--lora-modules"]
-    return shlex.join([*words, *(f"{folder.name}={folder}" for folder in folders)])
+    return "to serve all folders in vLLM:\n" + shlex.join([*words, *(f"{folder.name}={folder}" for folder in folders)])
 
 
 def recorded_base(checkpoint: str | Path) -> BaseModel:

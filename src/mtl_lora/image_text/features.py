@@ -109,7 +109,7 @@ class FeatureStore:
         The error names the first images whose features are missing or differ, and the number of such images.
         """
         wanted = list(dict.fromkeys(images))
-        problems = [f"there are none of {image!r}" for image in wanted if image not in self]
+        problems = [f"{image!r} has none" for image in wanted if image not in self]
         for image in filter(self.__contains__, wanted):
             shape = self._dataset(image, lambda dataset: dataset.shape)
             if problem := _not_a_grid(shape):

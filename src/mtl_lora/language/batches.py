@@ -172,7 +172,7 @@ class CheckedLosses:
             unwrap(model).set_attn_implementation(attention)
         if fault:
             name = type(unwrap(model)).__name__
-            print(f"every row runs its whole prompt: {name} cannot share prompt prefixes ({fault})", file=sys.stderr)
+            print(f"prompt prefixes are not shared: {name} cannot share them ({fault})", file=sys.stderr)
 
 
 def _plain(batch: Mapping) -> dict:

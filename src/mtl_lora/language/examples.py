@@ -92,6 +92,9 @@ def parse_example(
         extra = {key: entry for key, entry in extra.items() if key in value or key in empty}
     if has_messages:
         value = _from_messages(value, where)
+    elif answered and not closed and "output" not in value and "answer" in value:
+        prefix = tasks[task_id_of(value, where, tasks, task)].answer_prefix
+        value["output"] = prefix + text_of(value["answer"], f"{where}: 'answer'")
     needed = {"instruction": not value.get("input"), "input": False}
     if answered:  # an evaluation needs the answer, training the output
         needed |= {"output": not closed, "answer": closed and not has_messages}

@@ -36,7 +36,7 @@ def extract_answer(task: "Task", text: str) -> str:
     if task.answer_pattern:
         match = re.search(task.answer_pattern, text)
         return match.group(0) if match else ""
-    if task.extraction == 2:  # a prefix that the first line of a stripped text cannot begin with
+    if task.has_white_prefix:
         text = text.removeprefix(task.answer_prefix.lstrip()).lstrip()
     lines = text.splitlines()
     return lines[0].removeprefix(task.answer_prefix).strip() if lines else ""

@@ -196,19 +196,19 @@ def prefixes_to_share(
     dropout mask. model: may be without weights. dropout: the dropout of the adapter.
     """
     if mode == "never":
-        return {}, "every row runs its whole prompt (--reuse_prefix never)"
+        return {}, "prompt prefixes are not shared (--reuse_prefix never)"
     if not getattr(model, "_supports_attention_backend", False):
-        return {}, f"every row runs its whole prompt: {type(model).__name__} does not support another attention"
+        return {}, f"prompt prefixes are not shared: {type(model).__name__} does not support another attention"
     # A convolution mixes so few tokens that the change in losses may vanish in 16-bit rounding, unseen by the check.
     if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
-        return {}, f"every row runs its whole prompt: {type(model).__name__} mixes tokens by convolutions too"
+        return {}, f"prompt prefixes are not shared: {type(model).__name__} mixes tokens by convolutions too"
     own = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if mode == "auto" and any([dropout, *own, getattr(model.config, "attention_dropout", 0)]):
-        how = "--lora_dropout 0, or --reuse_prefix always, where rows share a dropout mask, is faster"
-        return {}, f"every row runs its whole prompt, because dropout is on; {how}"
+        how = "--lora_dropout 0 is faster, and so is --reuse_prefix always, with one dropout mask for all rows"
+        return {}, f"prompt prefixes are not shared, because dropout is on ({how})"
     prefixes = task_prefixes(rows)
     if not prefixes:
-        return {}, "every row runs its whole prompt: no task's prompts share a prefix"
+        return {}, "prompt prefixes are not shared: no task's prompts have one"
     lengths = sorted(map(len, prefixes.values()))
     return prefixes, f"shared prompt prefixes: {len(prefixes)} of {lengths[0]} to {lengths[-1]} tokens run once a batch"
 

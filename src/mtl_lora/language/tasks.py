@@ -88,8 +88,11 @@ class Task(tasks.Task):
 
         1: a pattern's first match, or a first line. 2: options as whole words; a first line after a prefix that begins
         with white space or contains a line break. 3: options that the prefix contains too, such as "correct" in "the
-        correct answer is". 4: lower-case options in any case; the option "a", which may also be the article.
+        correct answer is". 4: lower-case options in any case; the option "a", which may also be the article. 5: free
+        text compared with more of its signs, see ``metrics.free_text_words``.
         """
+        if not self.options and self.metric_name in ("exact_match", "f1"):
+            return 5
         if self.is_matched_by_pattern:
             return 1
         has_case = any(option != option.upper() for option in self.options)
@@ -97,7 +100,12 @@ class Task(tasks.Task):
             return 4
         if self.options:
             return 3 if whole_option(self.options, self.answer_prefix) else 2
-        return 2 if self.answer_prefix[:1].isspace() or "\n" in self.answer_prefix else 1
+        return 2 if self.has_white_prefix else 1
+
+    @property
+    def has_white_prefix(self) -> bool:
+        """Whether the first line of a stripped text cannot begin with the answer prefix."""
+        return self.answer_prefix[:1].isspace() or "\n" in self.answer_prefix
 
     @property
     def metric_name(self) -> str:

@@ -38,7 +38,7 @@ class LanguageRun(Run):
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         config, columns = self.config, row_columns(self.train)
-        self.prefixes, note = {}, "every row runs its whole prompt (--cuda_graphs)"
+        self.prefixes, note = {}, "prompt prefixes are not shared (--cuda_graphs)"
         if not self.cuda_graphs:
             self.prefixes, note = prefixes_to_share(config.reuse_prefix, self.train, structure, self.adapter.dropout)
         self.log(note)

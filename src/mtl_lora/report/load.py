@@ -36,7 +36,7 @@ class Summary:
 
 def gain_over(alone: Mapping[str, TaskResult], tasks: Mapping[str, TaskResult], names: Sequence[str]) -> float | None:
     """Return ``metrics.delta_m`` of ``tasks`` against ``alone`` over the tasks ``names``; None if one of these lacks a
-    result, or has a result alone that is not above 0, to which nothing can be relative."""
+    result, or if its result in ``alone`` is not above 0."""
     if not {*names} <= tasks.keys() & alone.keys() or not all(alone[name].value > 0 for name in names):
         return None
     values, baselines = ({name: side[name].value for name in names} for side in (tasks, alone))

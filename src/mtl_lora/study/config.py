@@ -130,7 +130,7 @@ class Grid(Config):
     test_records: int = flag(0, "most questions of each task, the same for all experiments; 0: all", min=0)
     search: dict | None = None
 
-    # The file that it was read from, and what the file held then.
+    # The file, and its sha256 and content when it was read.
     path, sha256, content = Path("grid.json"), "", {}
 
     def validate(self) -> None:

@@ -138,7 +138,6 @@ class Run:
             "the examples' tokens, which depend on tokenizer and chat template too": configuration.get("rows_sha256"),
             "the dtype that --dtype auto selects": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
-            "the DeepSpeed configuration": configuration.get("deepspeed_sha256"),
         }
 
     def provenance(self) -> dict[str, object]:
