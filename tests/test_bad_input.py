@@ -309,6 +309,7 @@ LINES = {
     # PEFT folders
     "no PEFT folder": ("evaluate ~checkpoint --peft=nowhere", ["nowhere/adapter_config.json"]),
     "PEFT of another kind": ("evaluate ~checkpoint --peft=ia3", ["'IA3'", "LORA"]),
+    "PEFT of activated LoRA": ("evaluate ~checkpoint --peft=alora", ["alora", "activated LoRA"]),
     "PEFT a list": ("evaluate ~checkpoint --peft=list_peft", ["list_peft/adapter_config.json"]),
     "PEFT without weights": ("evaluate ~checkpoint --peft=peft_alone", ["adapter_model.safetensors"]),
     "PEFT without base": ("evaluate ~checkpoint --peft=peft_baseless", ["--base_model"]),
@@ -505,6 +506,7 @@ def write_bad_inputs(place: Path) -> None:
     peft = json.loads((place / "peft" / "adapter_config.json").read_text())
     for name, value, weighs in (
         ("ia3", {**peft, "peft_type": "IA3"}, True),
+        ("alora", {**peft, "alora_invocation_tokens": [3]}, True),
         ("list_peft", [], True),
         ("peft_alone", peft, False),
         ("pickled", peft, False),

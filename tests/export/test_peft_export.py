@@ -11,14 +11,15 @@ import torch
 from export_cases import FOUR, TARGETS, TOLERANCE, difference, load_base, logits, peft_difference, routed, save_adapter
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from reference.architectures import OTHERS
+from reference.architectures import OTHERS, Architecture
 from reference.tiny import FACTORED, TASKS, adapted_llama, adapter_config, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shared import PROJECT
+from transformers import AutoModelForCausalLM
 
 import mtl_lora
-from mtl_lora import Provenance
+from mtl_lora import Provenance, UserError
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from mtl_lora.base_model import BaseModel
@@ -220,6 +221,20 @@ def test_a_smaller_plain_lora_is_the_closest_and_says_what_it_lacks(
         lost, whole = lost + S[2:].square().sum().item(), whole + S.square().sum().item()
     error = f"relative error of the update {(lost / whole) ** 0.5:.3g}"
     assert error in card(folder) and f"{folder}: rank 2, {error}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("targets", "exported"), [(["q_proj"], True), (["q_proj", "gate_proj"], False)])
+def test_what_peft_would_move_to_fused_experts_is_refused(tmp_path, targets, exported):
+    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    architecture = Architecture("Qwen3Moe", (), 0, {"num_key_value_heads": 2, "head_dim": 4, **experts})
+    architecture.build(torch.float32).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    mtl_lora.save(mtl_lora.inject(model, adapter_config(target_modules=targets)), tmp_path / "adapter")
+    if exported:
+        assert export_peft(tmp_path / "adapter", tmp_path / "peft", [TASKS[0]])
+    else:
+        with pytest.raises(UserError, match=r"gate_proj for the base model's fused experts.*merge"):
+            export_peft(tmp_path / "adapter", tmp_path / "peft", [TASKS[0]])
 
 
 def test_the_line_that_serves_all_folders_in_vllm_or_the_reason_that_none_does(bases, checkpoints, tmp_path, capsys):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, adapter_without_base, read_config, read_weights, split_state
-from mtl_lora.adapter.inject import adapter_layers, targets_for
+from mtl_lora.adapter.inject import adapter_layers, fused_experts, targets_for
 from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class, positive
 from mtl_lora.adapter.saved import find_slots, whole_modules
 from mtl_lora.base_model import BaseModel
@@ -71,11 +71,18 @@ def export_peft(
     if form == "lora" and saved and not head_tasks:
         raise UserError(f"{checkpoint} has modules saved whole, which a plain LoRA cannot hold; use the merge command")
     heads = encoder.task_heads(base) if head_tasks else {}
+    has_experts = base is not None and fused_experts(base)  # before the adapter, which may have stacks of its own
     adapter = adapter_without_base(checkpoint, config, base)
     if form == "lora" and config.adapter_config.method == "dora":
         is_double = any(layer.parameter_dtype == torch.float64 for layer in adapter_layers(adapter).values())
         adapter = mtl_lora.load(load_base(base_model, config, "fp64" if is_double else "fp32"), checkpoint)
     layers = adapter_layers(adapter)
+    lost = sorted({name.rpartition(".")[2] for name in layers} & _OF_EXPERTS)
+    if lost and has_experts:
+        about = (
+            f"PEFT would take {', '.join(lost)} for the base model's fused experts and drop this part of the adapter"
+        )
+        raise UserError(f"{about}; use the merge command")
     shared = {"base_model_name_or_path": base_model.lasting_name, "modules_to_save": saved_names}
     kind = task_type(config.provenance_config.base_class)
     # For a classifier's task type PEFT also reads the head from the folder, so it is named only if one is saved.
@@ -104,6 +111,8 @@ def export_peft(
     return folders
 
 
+# Names that PEFT moves to the experts' weights if a base model stacks these in one parameter.
+_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 _LARGE = 1024  # above this side length singular values are found by random projections; computing all takes hours
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank in vLLM 0.11 and later
 

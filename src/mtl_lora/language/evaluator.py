@@ -152,7 +152,10 @@ class Evaluator(evaluation.Evaluator):
             self.note([f"{name} does not ignore the padding before shorter rows, so questions are answered one by one"])
 
     def tokens(self, question: Question, protocol: str) -> int:
-        return len(question.prompt_ids) * (1 if protocol == "score" else self.config.num_beams)
+        prompt = len(question.prompt_ids)
+        if protocol != "score":
+            return prompt * self.config.num_beams
+        return max(prompt, sum(len(self.encoder.option_ids(question.task, option)) for option in question.options))
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         """The prediction lines of a batch of questions of one task, with the model loaded."""
@@ -204,6 +207,10 @@ class PeftAdapter:
         kind = self.settings.get("peft_type")
         if kind != "LORA":
             raise UserError(f"{self.folder / artifacts.PEFT_CONFIG} has peft_type {kind!r}; only LORA can be evaluated")
+        if self.settings.get("alora_invocation_tokens"):
+            raise UserError(
+                f"{self.folder} is an activated LoRA, which this evaluation would not activate; merge it first"
+            )
         if not self.weights.is_file():
             raise UserError(f"{self.folder} has no {self.weights.name}; other formats, such as .bin, are not read")
         try:
