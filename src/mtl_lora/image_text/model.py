@@ -86,6 +86,7 @@ class VisualEmbedding(nn.Module):
         self.box, self.box_norm = nn.Linear(5, width), nn.LayerNorm(width)  # x1, x2, y1, y2, area
         self.image_order = nn.Embedding(config.images, width)
         self.register_buffer("object_order", torch.empty(config.tokens, width))
+        self.closes_gaps = False  # whether ``joined`` moves padding from between images and text, see ``reads_gaps``
 
     @torch.no_grad()
     def reset_parameters(self, spread: float, scale: float, order: float) -> None:
@@ -162,6 +163,7 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
             with gathered(words.weight):
                 scale = words.weight.float().std().item() * float(getattr(words, "embed_scale", 1.0))
         visual.reset_parameters(spread, 1.0 if norm is not None else scale, scale)
+    visual.closes_gaps = reads_gaps(model)
     setattr(model, NAME, visual)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, always_call=True)
@@ -206,18 +208,28 @@ def joined(
             f"attention_mask must have the shape {tuple(whole.shape[:2])}, for {text.shape[1]} tokens and "
             f"{visual.shape[1]} visual tokens, not {tuple(mask.shape)}"
         )
-    if not text_first(model):
+    if getattr(model, NAME).closes_gaps:
         order = _without_gaps(mask)
         whole, mask = whole.gather(1, order[..., None].expand_as(whole)), mask.gather(1, order)
     return {"inputs_embeds": whole, "attention_mask": mask}, visual
 
 
-def _without_gaps(mask: torch.Tensor) -> torch.Tensor:
-    """Return the order (B, L) of the places of a mask (B, L) that moves padding between tokens to the front of its row.
+def reads_gaps(model: PreTrainedModel) -> bool:
+    """Return whether padding between images and text would change a model's outputs.
 
-    A recurrent layer would forget the images on its way through a gap, the more the longer it is, and a bias by
-    distance would count it; so answers would depend on the other rows of a batch.
+    A recurrent layer forgets on its way through a gap, the more the longer it is, and positions that are not passed
+    count it, so answers would depend on the other rows of a batch. Encoder-decoders have no gaps to close.
     """
+    kinds = {*(getattr(model.config, "layer_types", None) or ())}
+    has_states = any(isinstance(module, nn.Conv1d) for module in model.modules()) or any(
+        not kind.endswith("_attention") or kind == "linear_attention" for kind in kinds
+    )
+    return not text_first(model) and (has_states or not accepts_argument(type(model), "position_ids"))
+
+
+def _without_gaps(mask: torch.Tensor) -> torch.Tensor:
+    """Return the order (B, L) of the places of a mask (B, L) that moves padding between tokens to the front of its
+    row."""
     kept = mask.bool()
     is_behind = kept.flip(1).cumsum(1).flip(1) == 0
     return torch.where(is_behind, 2, kept.int()).argsort(dim=1, stable=True)
