@@ -107,17 +107,10 @@ class Forked:
             os.kill(self.pid, signal.SIGTERM)
 
 
-def until_fork_done(command: list[str], output, slot: dict):
-    """In place of ``runner.until_done``: a fork of the study, which has its locks as any child."""
+def start_forked(command: list[str], output, slot: dict) -> Forked:
+    """In place of ``runner.start``: a fork of the study, which has its locks as any child."""
     words = command[command.index("mtl_lora") + 1 :]
-    process = Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
-    try:
-        while process.poll() is None:
-            yield
-        return process.returncode
-    finally:
-        process.terminate()
-        process.wait()
+    return Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
 
 
 PREFIX = "stress."  # of the working folder
@@ -563,7 +556,7 @@ def main() -> int:
     done, began = {line["trial"] for line in lines}, time.monotonic()
     gc.collect()
     gc.freeze()
-    runner.until_done = until_fork_done
+    runner.start = start_forked
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as work:
         stress = Stress(Path(work).resolve(), flags.seed)
         for kind, number in trials:

@@ -240,12 +240,12 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
         commands.insert(0, job.command(step, "python", **flags, check=True))
     for command in commands:
         with log.open("ab") as output:
-            start = output.tell()
+            offset = output.tell()
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
             code = yield from until_done(command, output, slot)
         if code:
-            text = log.read_bytes()[start:].decode(errors="replace")
+            text = log.read_bytes()[offset:].decode(errors="replace")
             lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()][-60:]
             # Launchers print more after the error.
             (*_, last) = [line for line in lines if line.startswith("error: ")] or lines
@@ -255,9 +255,7 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
 def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, None, int]:
     """Run a command with its output in an open file, yielding while it runs; return its exit code. Closing this
     generator ends the command."""
-    program, *words = command
-    command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
+    process = start(command, output, slot)
     try:
         while process.poll() is None:
             yield
@@ -265,6 +263,13 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
     finally:
         process.terminate()
         process.wait()
+
+
+def start(command: Sequence[str], output, slot: dict) -> subprocess.Popen:
+    """Start a command with its output in an open file."""
+    program, *words = command
+    command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
 
 
 def environments(parallel: int) -> list[dict[str, str]]:

@@ -185,6 +185,7 @@ class StepSampler(Sampler[list[int]]):
         self.parts = accumulation * world_size  # micro-batches per step
 
     steps_per_epoch: int
+    left_out: int  # examples that an epoch omits
 
     def steps(self) -> list[np.ndarray]:
         """Return the examples of each optimiser step of the epoch, over all processes; every epoch has the same number
@@ -217,8 +218,9 @@ class StepSampler(Sampler[list[int]]):
                 "gradient_accumulation_steps or add examples"
             )
 
-    def _left_out(self, count: int) -> str:
-        """Return the end of the line that describes the batches, with the number of examples that an epoch omits."""
+    def _end_of_line(self) -> str:
+        """Return the end of the line that describes the batches."""
+        count = self.left_out
         omitted = f"; {count} of {len(self.task_ids):,} examples left out, too few for every micro-batch of a last step"
         return f"; {self.steps_per_epoch:,} steps per epoch" + (omitted if count else "")
 
@@ -270,10 +272,12 @@ class LengthGroupedBatchSampler(StepSampler):
                 "raise it, or lower cutoff_len"
             )
         if token_budget:
-            self.steps_per_epoch = len(step_sizes(self.lengths, token_budget, self.parts))
+            sizes = step_sizes(self.lengths, token_budget, self.parts)
+            self.steps_per_epoch, rest = len(sizes), len(self.lengths) - sum(sizes)
         else:
             full, rest = divmod(len(self.lengths), self.global_batch_size)
             self.steps_per_epoch = full + (rest >= self.parts)
+        self.left_out = rest if rest < self.parts else 0
         self.require_steps()
 
     def steps(self) -> list[np.ndarray]:
@@ -291,11 +295,7 @@ class LengthGroupedBatchSampler(StepSampler):
         one = f"{self.token_budget:,} tokens with padding" if self.token_budget else f"{self.batch_size} examples"
         size = f"about {len(self.lengths) / self.steps_per_epoch:.0f}" if self.token_budget else self.global_batch_size
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
-        rest = len(self.lengths) % self.global_batch_size
-        if self.token_budget:
-            rest = len(self.lengths) - sum(step_sizes(self.lengths, self.token_budget, self.parts))
-        end = self._left_out(rest if rest < self.parts else 0)
-        return f"global batch: {one} (per device) x {split}, {size} examples{end}"
+        return f"global batch: {one} (per device) x {split}, {size} examples{self._end_of_line()}"
 
 
 class RoundRobinSampler(StepSampler):
@@ -320,7 +320,7 @@ class RoundRobinSampler(StepSampler):
         counts = np.bincount(self.task_ids, minlength=len(batch_sizes))
         wholes = [divmod(int(n), size * self.parts) for n, size in zip(counts, batch_sizes.values(), strict=True)]
         self.task_steps = [full + (rest >= self.parts) for full, rest in wholes]
-        self.rests = [rest for _, rest in wholes]
+        self.left_out = sum(rest for _, rest in wholes if rest < self.parts)
         self.steps_per_epoch = sum(self.task_steps)
         for name, count, steps in zip(batch_sizes, counts, self.task_steps, strict=True):
             if count and not steps:
@@ -341,5 +341,4 @@ class RoundRobinSampler(StepSampler):
         steps = zip(self.batch_sizes.items(), self.task_steps, strict=True)
         tasks = ", ".join(f"{name} {count:,} x {size}" for (name, size), count in steps)
         split = f"{self.world_size} (devices) x {self.accumulation} (accumulation steps)"
-        end = self._left_out(sum(rest for rest in self.rests if rest < self.parts))
-        return f"steps of one task: {tasks} examples (per device) x {split}{end}"
+        return f"steps of one task: {tasks} examples (per device) x {split}{self._end_of_line()}"
