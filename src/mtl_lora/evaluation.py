@@ -28,6 +28,7 @@ from transformers import LogitsProcessor
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, Provenance, read_config
+from mtl_lora.adapter.inject import CallWatch
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.answer_config import AUTO
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
@@ -204,6 +205,24 @@ class Evaluator(abc.ABC):
         self.model = model.eval().to(device)
         for layer in mtl_lora.adapter_layers(self.model).values():
             layer.keep_constants()
+        self._watch_first_forward()
+
+    def _watch_first_forward(self) -> None:
+        """Note adapter layers that the first forward does not call, such as those that a fused kernel bypasses."""
+        watch = CallWatch(self.model)
+
+        def end(*_) -> None:
+            first.remove()
+            if unused := watch.end():
+                more = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+                self.note(
+                    [
+                        f"the adapter layer {unused[0]}{more} of {len(watch.layers)} has no effect here, because this "
+                        "model does not call it, so the answers are not those of the whole adapter"
+                    ]
+                )
+
+        first = self.model.register_forward_hook(end)
 
     def structure(self) -> torch.nn.Module:
         """The model that ``build`` returns, on the meta device: every module and shape, but no memory."""

@@ -12,6 +12,7 @@ from mtl_lora.errors import UserError, within
 from mtl_lora.estimates import intervals
 from mtl_lora.metrics import METRICS, Mean, one_unit, title_of
 from mtl_lora.results import Fraction, Index, Reader, Results, Score
+from mtl_lora.text_table import shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,7 @@ def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]
                 line = json.loads(text)
                 right, index, said = bool(line["correct"]), line["index"], line.get("text") or line["parsed"]
                 if right not in seen:
-                    answer, said = (" ".join(each.split()) for each in (line["answer"], said))
-                    answer, said = (each if len(each) <= 160 else f"{each[:159]}…" for each in (answer, said))
+                    answer, said = (shortened(each, 160) for each in (line["answer"], said))
                     seen.add(right)
                     yield name, index, right, answer, said
 

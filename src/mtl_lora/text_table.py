@@ -15,6 +15,12 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
 
 
+def shortened(text: str, most: int) -> str:
+    """Return the text on one line, cut to at most ``most`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def told_apart(names: Sequence[str], *facts: Sequence[object]) -> list[str]:
     """Return the names; equal ones get a known fact in which they differ appended, ``name (fact)``.
 

@@ -277,7 +277,25 @@ def test_layer_whose_weight_is_read_past_an_adapter_is_refused(build, target):
     assert not adapter_layers(model)
 
 
-def test_projection_that_mamba_calls_can_be_adapted():
+@pytest.mark.parametrize("target_modules", [["in_proj"], "all-linear"])
+def test_projection_that_mamba_calls_can_be_adapted(target_modules):
     model = transformers.MambaForCausalLM(MAMBA)
-    mtl_lora.inject(model, adapter_config(target_modules=["in_proj"]))
-    assert adapter_layers(model)
+    mtl_lora.inject(model, adapter_config(target_modules=target_modules))
+    assert [*adapter_layers(model)] == ["backbone.layers.0.mixer.in_proj"]
+
+
+@pytest.mark.parametrize("name", ["Bamba", "FalconH1", "Jamba", "NemotronH"])
+def test_all_linear_adapts_what_a_hybrid_with_mamba_layers_calls(name):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_ssm": 32}
+    sizes |= {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1, "attn_layer_indices": [1], "num_experts": 1}
+    sizes |= {"attn_layer_period": 2, "attn_layer_offset": 1}
+    sizes |= {"layers_block_type": ["mamba", "attention"]} if name == "NemotronH" else {}
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    found = {
+        name.rpartition(".")[2]
+        for name in adapter_layers(mtl_lora.inject(model, adapter_config(target_modules="all-linear")))
+    }
+    assert {"in_proj", "q_proj"} <= found and found.isdisjoint({"out_proj", "x_proj", "dt_proj"})

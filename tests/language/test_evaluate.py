@@ -67,6 +67,21 @@ def quickstart_test(task: str) -> list[dict]:
     return json.loads((QUICKSTART / "test" / task / "test.json").read_text())
 
 
+def test_layers_that_the_model_does_not_call_are_named(evaluate, monkeypatch, capsys):
+    build = Evaluator.build
+
+    def one_layer_less(self):
+        model = build(self)
+        model.config.num_hidden_layers -= 1  # of the layers, LLaMA's forward runs as many
+        return model
+
+    evaluate("whole", tasks=["boolq"])
+    assert "has no effect" not in capsys.readouterr().err
+    monkeypatch.setattr(Evaluator, "build", one_layer_less)
+    evaluate("less", tasks=["boolq"])
+    assert "adapter layer model.layers.1.self_attn.q_proj and 3 others of 8 has no effect" in capsys.readouterr().err
+
+
 # ---- what is written ----
 
 

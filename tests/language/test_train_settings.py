@@ -107,6 +107,13 @@ def test_fused_experts_are_named_with_their_proportion_of_the_weights():
         in_language_model(AdapterConfig(target_modules=["q_proj", "down_proj"], tasks=["a"]), model)
 
 
+def test_layers_that_all_linear_leaves_out_are_named():
+    fields = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "attn_layer_indices": [1]}
+    model = structure_of(transformers.BambaConfig(**SIZES, **fields))
+    _, (note,) = in_language_model(AdapterConfig(target_modules="all-linear", tasks=["a"]), model)
+    assert note == "all-linear leaves out out_proj, which cannot carry an adapter here"
+
+
 def test_names_and_expressions_together_are_one_expression():
     targets = TrainConfig(lora_target_modules=["o_proj", r".*\.0\..*\.(q|v)_proj"]).adapter_config(COMMONSENSE)
     layers = mtl_lora.adapter_layers(mtl_lora.inject(structure_of(transformers.LlamaConfig(**SIZES)), targets))

@@ -36,8 +36,8 @@ class AdapterConfig(Config):
     rank, alpha: r and alpha; the update is scaled by alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732).
     dropout: probability of dropping an element of the low-rank path's input; 0 is off.
     target_modules: a list of names, name endings or regular expressions that must match a whole name, each of which
-        must find a linear layer; or one string: an expression, or ``all-linear`` for every linear layer but the output
-        head.
+        must find a linear layer; or one string: an expression, or ``all-linear`` for every linear layer that can carry
+        an adapter of the method, except the output head.
     tasks: the names of the tasks, in id order.
     modules_to_save: modules that are trained and saved whole with the adapter. The method ``none`` trains only these
         and ignores target_modules, dropout, rank and alpha.

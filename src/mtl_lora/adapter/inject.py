@@ -40,11 +40,28 @@ class Injection:
     layers: list[AdapterLayer]  # layers that override ``prepare``, without the output head
     allow_unused: bool  # whether a training forward may leave out adapter layers
     unchecked: bool = True  # whether no training forward has been checked for unused layers yet
-    called: set[nn.Module] = dataclasses.field(default_factory=set)  # layers called in the forward that is checked
-    watchers: list = dataclasses.field(default_factory=list)  # handles of the layers' hooks during that forward
+    watch: "CallWatch | None" = None  # of the forward that is being checked
     handles: list = dataclasses.field(default_factory=list)  # handles of the model's hooks
     off: bool = False  # whether the model is inside ``disabled``
     ties: tuple | None = None  # (was set on the instance, the original ``_tied_weights_keys``), if it was renamed
+
+
+class CallWatch:
+    """Records which adapter layers of a model are called, until ``end``."""
+
+    def __init__(self, model: nn.Module):
+        self.layers, self.called = adapter_layers(model), set()
+        self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers.values()]
+
+    def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
+        self.called.add(layer)
+
+    def end(self) -> list[str]:
+        """Remove the hooks; return the names of the layers that were not called, without experts, which a router
+        chooses."""
+        for handle in self.handles:
+            handle.remove()
+        return [name for name, layer in self.layers.items() if layer not in self.called and not _is_expert(name)]
 
 
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
@@ -177,9 +194,12 @@ def find_targets(
             )
         return {}
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
-    without_task = of_relative_positions(model) if layer_class(config.method).needs_task_ids else set()
+    needs_task_ids = layer_class(config.method).needs_task_ids
+    without_task = of_relative_positions(model) if needs_task_ids else set()
+    bypassed = _bypassed(model)
     if config.target_modules == "all-linear":
-        left_out = {*saved, output_head(model), *without_task}
+        left_out = {*saved, output_head(model), *without_task, *bypassed}
+        left_out |= {module for name, module in linears if needs_task_ids and _is_expert(name)}
         targets = _first_names((name, module) for name, module in linears if module not in left_out)
         if not targets:
             raise UserError("'all-linear' finds no linear layer to adapt in this model")
@@ -190,18 +210,17 @@ def find_targets(
             raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
         if hasattr(module, "_hf_hook"):  # of accelerate; the adapter of an offloaded layer would have no values either
             require_in_memory(f"the target {name}", module.weight)
-        for owner in model.modules():
-            if _bypasses(owner, name) and any(part is module for part in owner.modules()):
-                raise UserError(
-                    f"the layer {name} cannot carry an adapter: {type(owner).__name__} may use its weight without "
-                    "calling the layer; name other target modules"
-                )
+        if module in bypassed:
+            raise UserError(
+                f"the layer {name} cannot carry an adapter: {bypassed[module]} may use its weight without calling the "
+                "layer; name other target modules"
+            )
         if module in without_task:
             raise UserError(
                 f"the layer {name} projects relative positions too, which belong to no row, so their task is unknown; "
                 "leave it out, or pass all-linear, which leaves it out"
             )
-        if layer_class(config.method).needs_task_ids and _is_expert(name):
+        if needs_task_ids and _is_expert(name):
             raise UserError(
                 f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of "
                 "many rows in another order, so their task is unknown; leave experts out of target_modules"
@@ -281,13 +300,20 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _bypasses(owner: nn.Module, name: str) -> bool:
-    """Whether a module may read the weight of the layer ``name`` in it instead of calling it, bypassing any adapter.
+def _bypassed(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the linear layers whose weight their owner may read instead of calling them, bypassing any adapter, with
+    the name of the owner's class.
 
     torch's own attention always does, its encoder layer does in evaluation, and fused Mamba kernels do on GPUs.
     """
-    fused = "Mamba" in type(owner).__name__ and name.rpartition(".")[2] in ("x_proj", "dt_proj", "out_proj")
-    return fused or isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+    found = {}
+    for owner in model.modules():
+        kind, of_torch = type(owner).__name__, isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+        fused = ("x_proj", "dt_proj", "out_proj") if re.search("Mamba|Bamba|FalconH1", kind) else ()
+        for name, module in owner.named_modules() if of_torch else owner.named_children() if fused else ():
+            if is_linear(module) and (of_torch or name in fused):
+                found[module] = kind
+    return found
 
 
 def of_relative_positions(model: nn.Module) -> set[nn.Module]:
@@ -487,13 +513,9 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not injection.off and not _is_compiled(model):
             _refuse_drifting_averages(model)
-            for watcher in injection.watchers:  # left by an interrupted forward
-                watcher.remove()
-            injection.watchers = [
-                layer.register_forward_pre_hook(lambda called, _: injection.called.add(called))
-                for layer in adapter_layers(model).values()
-            ]
-            injection.unchecked = bool(injection.watchers)
+            if injection.watch:  # left by an interrupted forward
+                injection.watch.end()
+            injection.watch = CallWatch(model)
     return arguments, options
 
 
@@ -531,20 +553,17 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
     """End the route of the forward; raise ``UserError`` if the first training forward has not called a layer."""
     routing.leave_model()
     injection = model.mtl_lora_injection
-    if not injection.watchers:
+    if injection.watch is None:
         return
-    for watcher in injection.watchers:
-        watcher.remove()
-    called, injection.watchers, injection.called = injection.called, [], set()
+    watch, injection.watch = injection.watch, None
+    unused = watch.end()
     if output is None:  # the forward raised
         return
-    layers = adapter_layers(model)
-    unused = [name for name, layer in layers.items() if layer not in called and not _is_expert(name)]
     if unused and not injection.allow_unused:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
-            f"the adapter layer {unused[0]}{others} of {len(layers)} was not called in a training forward, so it would "
-            "keep its initial values; leave it out of target_modules, or, if other batches reach it, pass "
+            f"the adapter layer {unused[0]}{others} of {len(watch.layers)} was not called in a training forward, so it "
+            "would keep its initial values; leave it out of target_modules, or, if other batches reach it, pass "
             "allow_unused=True to inject"
         )
     injection.unchecked = False

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, targets_for
-from mtl_lora.adapter.layer import layer_class
+from mtl_lora.adapter.layer import is_linear, layer_class
 from mtl_lora.base_model import choose_attention
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.encode import CHAT
@@ -95,9 +95,9 @@ def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tup
     def percentage(names: Iterable[str]) -> str:
         return f"{100 * sum(weights[name] for name in names) / sum(weights.values()):.1f} % of the model's weights"
 
-    within, towers, asked = None, [], adapter.target_modules
+    within, towers, asked, head = None, [], adapter.target_modules, output_head(structure)
     if structure.config.get_text_config() is not structure.config:
-        within = {*structure.get_decoder().modules(), output_head(structure)}
+        within = {*structure.get_decoder().modules(), head}
         towers = [name for name in weights if structure.get_submodule(name.rpartition(".")[0]) not in within]
     targets = find_targets(structure, adapter, within)
     if towers:
@@ -105,7 +105,12 @@ def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tup
         where = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in towers))
         notes.append(f"text does not reach {where} ({percentage(towers)}), which get no adapter")
     fused = [name for name in fused_experts(structure) if name not in towers]
-    endings = {name.rpartition(".")[2] for name in targets}
+    endings, saved = ({name.rpartition(".")[2] for name in names} for names in (targets, adapter.modules_to_save))
+    if asked == "all-linear":
+        linear = [name for name, module in structure.named_modules() if is_linear(module) and module is not head]
+        left_out = {name.rpartition(".")[2] for name in linear if f"{name}.weight" not in towers} - endings - saved
+        if left_out:
+            notes.append(f"all-linear leaves out {', '.join(sorted(left_out))}, which cannot carry an adapter here")
     if fused and (asked == "all-linear" or not endings.isdisjoint(name.rpartition(".")[2] for name in fused)):
         notes.append(f"the experts are fused and get no adapter: {fused[0]} and others hold {percentage(fused)}")
     return adapter, notes

@@ -13,7 +13,7 @@ from mtl_lora.metrics import NOTHING, difference_text, interval_text, one_unit, 
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, gain_over
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
-from mtl_lora.text_table import Report, TextTable, told_apart
+from mtl_lora.text_table import Report, TextTable, shortened, told_apart
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 MAJORITY_LABEL, AVERAGE = "majority class", "Average"
@@ -263,7 +263,9 @@ def details(results: Results) -> TextTable:
         row.setdefault("F1", value_text(task.measured.get("f1")))
         # The most frequent answer first; a dash stands for texts without an answer.
         counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
-        shown = [f"{answer or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (len(counts) > 6)
+        shown = [f"{shortened(answer, 40) or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (
+            len(counts) > 6
+        )
         rows.append(row | {last: ", ".join(shown)})
     header = [*(measures | dict.fromkeys(key for row in rows for key in row if key != last)), last]
     header = [key for key in header if any(row.get(key, NOTHING) not in ("", NOTHING) for row in rows)]
