@@ -16,10 +16,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    BertGenerationConfig,
+    CpmAntConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    XLNetConfig,
 )
 from transformers.utils import logging
 
@@ -292,6 +295,13 @@ def test_an_encoder_that_lacks_a_weight_is_refused_and_the_weight_is_named(encod
     change_weights(folder, lambda tensors: tensors.update({layer: torch.zeros(5, 5)}))
     with pytest.raises(UserError, match=f"lacks {1 + 2 * pooled} of its weights, {prefix}"):
         as_encoder(folder).load("fp32")
+
+
+@pytest.mark.parametrize("config", [BertGenerationConfig, CpmAntConfig, XLNetConfig])
+def test_a_model_that_sees_the_tokens_after_a_position_is_no_causal_one(config, tmp_path):
+    config(vocab_size=40).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is an encoder"):
+        BaseModel(str(tmp_path)).config()
 
 
 def test_models_of_the_other_kind_are_refused(encoder, base):

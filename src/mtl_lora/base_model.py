@@ -121,7 +121,7 @@ class BaseModel:
         with hub_errors(self.name, self.kind):
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code, **fields)
         if self.kind == "vision":
-            config = getattr(config, "vision_config", config)
+            config = getattr(config, "vision_config", None) or config
         self._check_kind(config)
         return config
 
@@ -366,8 +366,9 @@ def _positions(base: BaseModel) -> int | None:
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
     """Return whether a model is bidirectional: transformers has a causal class for BERT too, for use as a decoder."""
-    both = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
-    return both and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
+    both = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
+    both |= {"bert-generation", "cpmant", "xlnet"}  # with a causal class only
+    return config.model_type in both and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
 
 
 def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False, kind: str = "causal_lm") -> PreTrainedModel:

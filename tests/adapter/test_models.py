@@ -261,16 +261,30 @@ def test_mixed_batch_generates_what_each_row_does_alone(architecture, beams):
     assert generate([0, 1, 2, 3]) == [generate([row])[0] for row in range(4)]
 
 
+class SparseIndexer(nn.Module):
+    """Chooses the tokens of a sparse attention; transformers runs such modules without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.wk = nn.Linear(8, 8)
+
+
+def test_all_linear_leaves_out_what_chooses_the_tokens_of_a_sparse_attention():
+    model = nn.ModuleDict({"indexer": SparseIndexer(), "q_proj": nn.Linear(8, 8)})
+    assert [*adapter_layers(mtl_lora.inject(model, adapter_config(target_modules="all-linear")))] == ["q_proj"]
+
+
 @pytest.mark.parametrize(
     ("build", "target"),
     [
         (lambda: nn.TransformerEncoderLayer(8, 2, 16), "linear1"),
         (lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), "out_proj"),
         (lambda: transformers.MambaForCausalLM(MAMBA), "x_proj"),
+        (lambda: nn.ModuleDict({"indexer": SparseIndexer()}), "wk"),
     ],
-    ids=["encoder layer", "attention", "Mamba"],
+    ids=["encoder layer", "attention", "Mamba", "indexer"],
 )
-def test_layer_whose_weight_is_read_past_an_adapter_is_refused(build, target):
+def test_layer_whose_adapter_would_be_bypassed_or_never_trained_is_refused(build, target):
     model = build()
     with pytest.raises(UserError, match=f"{target} cannot carry an adapter: "):
         mtl_lora.inject(model, adapter_config(target_modules=[target]))

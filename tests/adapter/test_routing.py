@@ -596,7 +596,7 @@ class Windows(torch.nn.Module):
 
 
 def test_missing_ids_raise():
-    with pytest.raises(UserError, match=r"needs task ids: call the model with task_ids=.*mtl_lora.route.use"):
+    with pytest.raises(UserError, match=r"needs task ids: call the whole model with task_ids=.*mtl_lora.route.use"):
         adapted_llama()(input_ids=tokens(2))
 
 
@@ -672,6 +672,23 @@ def test_inner_route_ends_with_its_block():
         with route.use(OTHER_IDS):
             assert torch.equal(route.current().task_ids, OTHER_IDS)
         assert torch.equal(route.current().task_ids, IDS)
+    assert route.current() is None
+
+
+def test_blocks_that_end_in_another_order_than_they_began_are_reported():
+    def request(task_ids):
+        with route.use(task_ids):
+            yield route.current().task_ids
+            yield route.current().task_ids
+
+    one, other = request(IDS), request(OTHER_IDS)
+    next(one), next(other)
+    assert torch.equal(next(one), OTHER_IDS)  # of the other block
+    with pytest.raises(UserError, match="do not await or yield inside"):
+        next(one, None)
+    with pytest.raises(UserError, match="do not await or yield inside"):
+        for _ in other:
+            pass
     assert route.current() is None
 
 

@@ -375,9 +375,93 @@ def test_a_sharded_model_is_refused(tmp_path):
         for each in (model, second):
             with pytest.raises(UserError, match="FSDP has sharded"):
                 mtl_lora.save(each, tmp_path)
+        with pytest.raises(UserError, match="divided among processes"):
+            mtl_lora.merge(second, TASKS[0])
+        assert mtl_lora.adapter_layers(second)
     finally:
         destroy_process_group()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_refused_where_processes_would_not_share_its_gradients():
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.fsdp import fully_shard
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        sharded = tiny_llama()
+        fully_shard(sharded.model.layers[0], mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        for model in (nn.parallel.DistributedDataParallel(tiny_llama()), sharded):
+            with pytest.raises(UserError, match="already prepared for several processes"):
+                mtl_lora.inject(model, adapter_config())
+            assert not mtl_lora.adapter_layers(model)
+    finally:
+        destroy_process_group()
+
+
+def test_an_averaged_model_is_saved_and_one_inside_another_module_is_not_turned_off(tmp_path):
+    model = adapted_llama()
+    mtl_lora.save(torch.optim.swa_utils.AveragedModel(model), tmp_path)
+    assert torch.equal(logits(mtl_lora.load(tiny_llama(), tmp_path)), logits(model))
+    with pytest.raises(UserError, match="not a module that contains it"), mtl_lora.disabled(nn.ModuleList([model])):
+        pass
+
+
+def test_an_adapter_layer_that_was_replaced_is_missed_when_saving(tmp_path):
+    model = adapted_llama()
+    model.model.layers[1].self_attn.q_proj = nn.Linear(16, 16)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.q_proj was replaced"):
+        mtl_lora.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_watches_a_base_layer_sees_what_it_would_see_without_the_adapter(method):
+    def watched(model, seen: list):
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+        return model
+
+    expected, found, everywhere = [], [], []
+    watched(tiny_llama(), expected)(input_ids=tokens(4))
+    model = randomise(mtl_lora.inject(watched(tiny_llama(), found), adapter_config(method)))
+    logits(model)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    layer = model.model.layers[0].self_attn.k_proj.base_layer
+    keep = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: everywhere.append(output) if module is layer else None
+    )
+    try:
+        logits(model)
+    finally:
+        keep.remove()
+    base, kept = tiny_llama(), []
+    base.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _, __, output: kept.append(output))
+    base(input_ids=tokens(4))
+    assert torch.equal(everywhere[0].view_as(kept[0]), kept[0])
+
+
+def test_only_one_of_forwards_at_the_same_time_looks_for_unused_layers():
+    model, inside = adapted_llama().train(), threading.Barrier(2)
+    found = []
+
+    def meet(*_):
+        inside.wait(timeout=30)
+
+    def step():
+        try:
+            model(input_ids=tokens(4), task_ids=TASKS, use_cache=False)
+        except UserError as error:
+            found.append(error)
+
+    model.model.embed_tokens.register_forward_hook(meet)
+
+    threads = [threading.Thread(target=step) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not found and not model.mtl_lora_injection.unchecked
 
 
 # ---- modules saved whole ----

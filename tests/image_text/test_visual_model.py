@@ -16,12 +16,16 @@ from transformers import (
     BartForConditionalGeneration,
     FalconH1Config,
     FalconH1ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PegasusConfig,
     PegasusForConditionalGeneration,
     RwkvConfig,
@@ -210,6 +214,17 @@ def test_a_mixed_batch_equals_one_row_at_a_time(model):
     # The box of a grid's cell is zero, and so is the gradient of its weight.
     still = [name for name, gradient in found.items() if not gradient.any()]
     assert still == ["visual_embedding.box.weight"]
+
+
+def test_the_window_of_a_local_attention_does_not_count_padding(tmp_path):
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, max_position_embeddings=64, initializer_range=0.4, sliding_window=4)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    model = visual.load(BaseModel(str(tmp_path), kind="text_generator"), IMAGES, "fp32").eval()
+    config = adapter_config(target_modules=TARGETS["llama"], modules_to_save=[])
+    randomise(mtl_lora.inject(model, visual.in_language_model(config, model)))
+    alone = [answer_losses(model, [row])[0] for row in rows()]
+    torch.testing.assert_close(answer_losses(model, rows()), alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -423,6 +438,8 @@ def test_an_encoder_decoder_of_another_family_is_refused():
 def test_a_causal_model_that_cannot_be_shown_images_is_refused():
     mixer = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_d_ssm": 32}
     models = [FalconH1ForCausalLM(FalconH1Config(**SIZES, **mixer)), RwkvForCausalLM(RwkvConfig(hidden_size=16))]
+    by_layer = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 2}
+    models.append(Gemma3nForCausalLM(Gemma3nTextConfig(**SIZES, **by_layer, head_dim=4, num_kv_shared_layers=0)))
     for model in models:
         with pytest.raises(UserError, match=f"a {model.config.model_type} cannot be shown images"):
             visual.with_images(model, IMAGES)

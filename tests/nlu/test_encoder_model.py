@@ -42,6 +42,7 @@ ARCHITECTURES = {
     "Deberta": ({"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, ["pooler", "classifier"]),
     "Electra": ({"embedding_size": 8}, ["classifier"]),
     "ModernBert": ({"global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}, ["head", "classifier"]),
+    "EuroBert": ({"num_key_value_heads": 2}, ["dense", "classifier"]),  # its heads see every token
     "Llama": ({"num_key_value_heads": 2}, ["score"]),
 }
 CASES = [("Bert", label) for label in METHODS] + [(name, "mtl_lora") for name in ARCHITECTURES if name != "Bert"]
@@ -134,7 +135,7 @@ def test_a_mixed_batch_equals_one_task_at_a_time(name, label, tmp_path):
         targets, _ = batch.pop("targets"), batch.pop("loss_weight")
         answers = plain(**batch).logits
         torch.testing.assert_close(logits[own, : task.outputs], answers, rtol=1e-10, atol=1e-10)
-        assert torch.isneginf(logits[own, task.outputs :]).all()
+        assert (logits[own, task.outputs :] <= torch.finfo(logits.dtype).min).all()
         if task.is_regression:
             one = F.mse_loss(answers[:, 0], targets, reduction="none")
         else:
@@ -163,6 +164,27 @@ def test_a_head_that_reads_the_last_position_is_refused_for_rows_are_padded_ther
     transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=16).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="reads the last position"):
         encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("Mra", {"num_attention_heads": 2}), ("Reformer", {"axial_pos_embds_dim": [8, 8]})]
+)
+def test_a_model_whose_classifier_is_of_no_use_is_refused(name, fields, tmp_path):
+    getattr(transformers, f"{name}Config")(vocab_size=40, hidden_size=16, **fields).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^{name}ForSequenceClassification .*; pass another --base_model"):
+        encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)
+
+
+def test_a_head_that_no_classifier_calls_gets_no_adapter(tmp_path):
+    transformers.EsmConfig(**SIZES, mask_token_id=4).save_pretrained(tmp_path)
+    base = BaseModel(str(tmp_path), kind="encoder")
+    base_tokens = transformers.EsmForSequenceClassification(transformers.EsmConfig.from_pretrained(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseModel, "structure", lambda self, **_: base_tokens)
+        model = encoder.structure(base, TASKS)
+    chosen = encoder.in_encoder(adapter_config(tasks=TASKS.names, target_modules="all-linear"), model)
+    names = mtl_lora.adapter_layers(mtl_lora.inject(model, chosen))
+    assert names and not any("contact_head" in name for name in names)
 
 
 def test_a_layer_that_sees_relative_positions_is_left_out_or_refused(tmp_path):

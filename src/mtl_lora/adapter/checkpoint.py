@@ -92,7 +92,8 @@ def adapter_tensors(model: nn.Module) -> State:
     """Return the tensors that a checkpoint of ``model`` holds, as the model uses them, not copied.
 
     Adapter parameters are named ``<module>.<parameter>``; tensors of modules saved whole keep their own names. Raises
-    ``UserError`` for a model without an adapter, and if a module saved whole was replaced or resized after ``inject``.
+    ``UserError`` for a model without an adapter, and if an adapter layer, or a module saved whole, was replaced or
+    resized after ``inject``.
     """
     injection = injection_of(model)
     if injection is None:
@@ -104,8 +105,12 @@ def adapter_tensors(model: nn.Module) -> State:
     for slot in injection.slots:
         if not any(module in there for module, _ in slot.places):
             raise UserError(f"the module of {slot.name} was replaced after inject; resize or replace it before inject")
-    layers = adapter_layers(model).items()
-    own = {f"{name}.{key}": value for name, layer in layers for key, value in layer.adapter_parameters().items()}
+    layers = adapter_layers(model)
+    if gone := [name for name in getattr(injection, "names", ()) if name not in layers]:
+        raise UserError(f"the adapter layer {gone[0]} was replaced after inject, and its weights are lost")
+    own = {
+        f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.adapter_parameters().items()
+    }
     return own | {slot.name: slot.get() for slot in injection.slots}
 
 
@@ -311,6 +316,12 @@ def load(
         base_model = _build_base(provenance, source, **options)
     elif provenance.system != "language":
         systems.part(provenance.system, "model").check_base(base_model, provenance, folder)
+    if folder is not None and not provenance.base_model and (name := _base_of(unwrap(base_model)).base_model):
+        warnings.warn(
+            f"{folder} names no base model (it was trained on a merged model, or on one that came from no files), so "
+            f"nothing shows whether it belongs to {name!r}",
+            stacklevel=2,
+        )
     if folder is not None and expected:
         found = _base_of(unwrap(base_model))
         if found.base_fingerprint is None:

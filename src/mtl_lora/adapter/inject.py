@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
@@ -28,6 +29,9 @@ from mtl_lora.adapter.layer import (
 from mtl_lora.adapter.saved import Slot, find_slots, named_modules, require_slots, train_slots, unwrap
 from mtl_lora.errors import UserError
 
+# Wrappers and mixins that collect the weights whose gradients processes share when they are made.
+_OF_SEVERAL_PROCESSES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
 
 @dataclasses.dataclass(eq=False)
 class Injection:
@@ -40,6 +44,7 @@ class Injection:
     layers: list[AdapterLayer]  # layers that override ``prepare``, without the output head
     allow_unused: bool  # whether a training forward may leave out adapter layers
     unchecked: bool = True  # whether no training forward has been checked for unused layers yet
+    names: list[str] = dataclasses.field(default_factory=list)  # of all adapter layers
     watch: "CallWatch | None" = None  # of the forward that is being checked
     handles: list = dataclasses.field(default_factory=list)  # handles of the model's hooks
     off: bool = False  # whether the model is inside ``disabled``
@@ -47,10 +52,10 @@ class Injection:
 
 
 class CallWatch:
-    """Records which adapter layers of a model are called, until ``end``."""
+    """Records which adapter layers of a model are called, until ``end``. thread: the one whose forward is watched."""
 
     def __init__(self, model: nn.Module):
-        self.layers, self.called = adapter_layers(model), set()
+        self.layers, self.called, self.thread = adapter_layers(model), set(), threading.current_thread()
         self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers.values()]
 
     def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
@@ -79,6 +84,12 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     was.
     """
     root, config = unwrap(model), copy.deepcopy(config)  # a copy, because the caller may change its own later
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if wrapper := next((name for name in _OF_SEVERAL_PROCESSES if name in classes), None):
+        raise UserError(
+            f"the model is already prepared for several processes ({wrapper}), which would not share the gradients of "
+            "adapter weights that are added now; put the adapter on first"
+        )
     if adapter_layers(root) or any(injection_of(module) for module in root.modules()):
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
@@ -105,6 +116,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         has_head=head in layers,
         layers=[each for each in layers.values() if _prepares(type(each)) and not each.is_head],
         allow_unused=allow_unused,
+        names=[*targets],
     )
     root.requires_grad_(False)
     for layer in layers.values():
@@ -196,9 +208,9 @@ def find_targets(
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
     needs_task_ids = layer_class(config.method).needs_task_ids
     without_task = of_relative_positions(model) if needs_task_ids else set()
-    bypassed = _bypassed(model)
+    unusable = _unusable(model)
     if config.target_modules == "all-linear":
-        left_out = {*saved, output_head(model), *without_task, *bypassed}
+        left_out = {*saved, output_head(model), *without_task, *unusable}
         left_out |= {module for name, module in linears if needs_task_ids and _is_expert(name)}
         targets = _first_names((name, module) for name, module in linears if module not in left_out)
         if not targets:
@@ -210,11 +222,8 @@ def find_targets(
             raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
         if hasattr(module, "_hf_hook"):  # of accelerate; the adapter of an offloaded layer would have no values either
             require_in_memory(f"the target {name}", module.weight)
-        if module in bypassed:
-            raise UserError(
-                f"the layer {name} cannot carry an adapter: {bypassed[module]} may use its weight without calling the "
-                "layer; name other target modules"
-            )
+        if module in unusable:
+            raise UserError(f"the layer {name} cannot carry an adapter: {unusable[module]}; name other target modules")
         if module in without_task:
             raise UserError(
                 f"the layer {name} projects relative positions too, which belong to no row, so their task is unknown; "
@@ -300,19 +309,22 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _bypassed(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the linear layers whose weight their owner may read instead of calling them, bypassing any adapter, with
-    the name of the owner's class.
+def _unusable(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the linear layers whose adapters would have no effect or never be trained, with the reason.
 
-    torch's own attention always does, its encoder layer does in evaluation, and fused Mamba kernels do on GPUs.
+    torch's own attention reads the weights of its layers instead of calling them, its encoder layer does so in
+    evaluation, and fused Mamba kernels on GPUs. The indexers of sparse attention run without gradients.
     """
     found = {}
     for owner in model.modules():
         kind, of_torch = type(owner).__name__, isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
         fused = ("x_proj", "dt_proj", "out_proj") if re.search("Mamba|Bamba|FalconH1", kind) else ()
-        for name, module in owner.named_modules() if of_torch else owner.named_children() if fused else ():
-            if is_linear(module) and (of_torch or name in fused):
-                found[module] = kind
+        if kind.endswith("Indexer"):
+            below, why = owner.named_modules(), f"{kind} runs without gradients"
+        else:
+            below = owner.named_modules() if of_torch else [(key, getattr(owner, key, None)) for key in fused]
+            why = f"{kind} may use its weight without calling the layer"
+        found |= {module: why for _, module in below if module is not None and is_linear(module)}
     return found
 
 
@@ -372,8 +384,8 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     transformers model ignores ``task_ids``, and ``generate`` refuses them.
 
     Raises ``UserError`` for an unknown task, for a model without an adapter, for a method without factors, for a base
-    weight that is quantised, offloaded or computed from other weights, for a merged weight that its dtype cannot hold,
-    and for a model with a head per task, naming what to use instead.
+    weight that is quantised, offloaded, divided among processes or computed from other weights, for a merged weight
+    that its dtype cannot hold, and for a model with a head per task, naming what to use instead.
     """
     # Everything that may raise comes before anything is changed.
     if task is not None and injection_of(model):
@@ -385,6 +397,11 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     for name, layer in layers.items():
         if "weight" not in layer.base_layer._parameters:
             raise UserError(f"the weight of {name} is computed from others, so no adapter can be merged into it")
+        if is_sharded(layer.base_layer.weight):
+            raise UserError(
+                f"the weight of {name} is divided among processes (ZeRO-3, FSDP); load the adapter on a whole model "
+                "and merge it there"
+            )
         require_in_memory(f"the weight of {name}", layer.base_layer.weight)
     merged = {layer.base_layer: layer.merged_weight(task) for layer in layers.values()}
     for name, weight in zip(layers, merged.values(), strict=True):
@@ -468,10 +485,15 @@ def _take_off(model: nn.Module, keep: bool) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """A context manager inside which the model is its base model: its output is that of the base bit for bit.
 
-    ``task_ids`` may still be passed and have no effect.
+    ``task_ids`` may still be passed and have no effect. Other threads see the base model too. Raises ``UserError`` for
+    a module that only contains the model.
     """
     layers = {layer: layer.base_layer for layer in adapter_layers(model).values()}
     injection = injection_of(model)
+    if layers and injection is None:
+        raise UserError(
+            "mtl_lora.disabled needs the model that mtl_lora.inject returned, not a module that contains it"
+        )
     slots = injection.slots if injection else []
     require_slots(slots)
     replace_modules(model, layers)
@@ -513,9 +535,12 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not injection.off and not _is_compiled(model):
             _refuse_drifting_averages(model)
-            if injection.watch:  # left by an interrupted forward
-                injection.watch.end()
-            injection.watch = CallWatch(model)
+            watch = injection.watch
+            # Of forwards that run at the same time, such as those of DataParallel's replicas, one is checked.
+            if watch is None or watch.thread is threading.current_thread() or not watch.thread.is_alive():
+                if watch:  # left by an interrupted forward
+                    watch.end()
+                injection.watch = CallWatch(model)
     return arguments, options
 
 
@@ -553,9 +578,10 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
     """End the route of the forward; raise ``UserError`` if the first training forward has not called a layer."""
     routing.leave_model()
     injection = model.mtl_lora_injection
-    if injection.watch is None:
+    watch = injection.watch
+    if watch is None or watch.thread is not threading.current_thread():
         return
-    watch, injection.watch = injection.watch, None
+    injection.watch = None
     unused = watch.end()
     if output is None:  # the forward raised
         return
@@ -563,7 +589,7 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
         others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
             f"the adapter layer {unused[0]}{others} of {len(watch.layers)} was not called in a training forward, so it "
-            "would keep its initial values; leave it out of target_modules, or, if other batches reach it, pass "
+            "would keep its initial values; name target_modules without it, or, if other batches reach it, pass "
             "allow_unused=True to inject"
         )
     injection.unchecked = False

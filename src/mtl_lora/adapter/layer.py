@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from mtl_lora import adapter
 from mtl_lora.adapter.config import SHARED_METHOD, AdapterConfig, Hyperparameters
@@ -108,9 +109,12 @@ def is_linear(module: nn.Module) -> bool:
     return (isinstance(module, nn.Linear | JoinedLinear) and not is_other) or is_conv1d(module)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a module has a hook that may keep its output, or that makes a view of it for the backward pass."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+def _is_observed(module: nn.Module) -> bool:
+    """Whether something may keep a module's output (a hook, a ``forward`` of its own), or make a view of it for the
+    backward pass."""
+    own = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's keeps nothing
+    return bool(own or replaced or torch_module._global_forward_hooks or torch_module._global_backward_hooks)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -312,7 +316,12 @@ class AdapterLayer(nn.Module):
         # Flattened before the base runs, not after: adding in place to a view of the base's output would make autograd
         # copy it.
         rows = x.reshape(-1, self.in_features)
-        return self.base_layer(rows), dropout(rows, self.dropout) if self.training and self.dropout else rows
+        # Hooks of the base layer see the shapes that they would see without the adapter.
+        base = self.base_layer
+        output = (
+            base(x).reshape(-1, self.out_features) if base._forward_hooks or base._forward_pre_hooks else base(rows)
+        )
+        return output, dropout(rows, self.dropout) if self.training and self.dropout else rows
 
     def as_streams(self, shared: torch.Tensor, tasks: torch.Tensor, x: Streams) -> Streams:
         """Return the outputs (N, d) and (T, N, d) as streams with the leading sizes of the input."""
@@ -325,7 +334,7 @@ class AdapterLayer(nn.Module):
         output: the base layer's, (N, d). dropped: dropout(x), (N, k). mixed: the result of ``mix``, (N, R).
         """
         up = self.up().to(output.dtype).T
-        if self.in_place and not _has_hooks(self.base_layer):
+        if self.in_place and not _is_observed(self.base_layer):
             return output.addmm_(mixed, up, alpha=self.scale)
         return torch.addmm(output, mixed, up, alpha=self.scale)
 

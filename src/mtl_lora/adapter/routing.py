@@ -229,6 +229,7 @@ class TaskCollator:
 class _Routes:
     """The current routes of one thread."""
 
+    depth: int = 0  # number of contexts that are entered
     outer: Route | None = None  # of ``use``
     model: BoundRoute | None = None  # of the running model
     backward: int = -1  # the backward pass in which ``outer`` was entered, -1 for none
@@ -259,11 +260,24 @@ class _RouteContext:
         self.before: list[tuple] = []  # the routes to restore, one entry for each time it is entered
 
     def __enter__(self) -> None:
-        self.before.append((_thread.routes.outer, _thread.routes.model, _thread.routes.backward))
-        _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.outer, self.model, _backward_pass()
+        routes = _thread.routes
+        self.before.append((routes.outer, routes.model, routes.backward, routes.depth))
+        routes.outer, routes.model, routes.backward = self.outer, self.model, _backward_pass()
+        routes.depth += 1
 
     def __exit__(self, *exception) -> None:
-        _thread.routes.outer, _thread.routes.model, _thread.routes.backward = self.before.pop()
+        routes = _thread.routes
+        *before, depth = self.before.pop()
+        routes.depth -= 1
+        if routes.depth == depth:
+            routes.outer, routes.model, routes.backward = before
+            return
+        if not routes.depth:
+            routes.outer, routes.model, routes.backward = None, None, -1
+        raise UserError(
+            "blocks of task ids did not end in the order in which they began, so forwards may have had the ids of "
+            "another block; do not await or yield inside `with mtl_lora.route.use(...)`, pass task_ids to the model"
+        )
 
 
 def use(task_ids) -> _RouteContext:
@@ -360,9 +374,9 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
             "gradient checkpointing of transformers"
         )
     raise UserError(
-        "this adapter needs task ids: call the model with task_ids=..., or inside `with mtl_lora.route.use(task_ids):` "
-        "(a Trainer drops the column unless remove_unused_columns=False, its collator unless it is a "
-        "mtl_lora.TaskCollator)"
+        "this adapter needs task ids: call the whole model with task_ids=..., or inside `with "
+        "mtl_lora.route.use(task_ids):` (a Trainer drops the column unless remove_unused_columns=False, its collator "
+        "unless it is a mtl_lora.TaskCollator)"
     )
 
 

@@ -27,6 +27,7 @@ _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "DeepSpeedEngine": "module",
+    "AveragedModel": "module",
 }
 
 

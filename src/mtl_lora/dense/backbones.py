@@ -171,7 +171,7 @@ class Swin(_Stages, swin.SwinModel):
     """Four stages, each except the last followed by patch merging, which also applies to the streams of the tasks."""
 
     def forward(self, pixel_values: torch.Tensor) -> list[Streams]:
-        (x, grid), found = self.embeddings(pixel_values), []
+        (x, grid), found = self.embeddings(pixel_values, interpolate_pos_encoding=True), []
         for stage in self.encoder.layers:
             for block in stage.blocks:
                 streams = block(x, grid)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import mtl_lora
@@ -74,6 +74,12 @@ def export_merged(
     for note in config.provenance_config.untrained_note([task]):
         print(note, file=sys.stderr)
     base = load_base(base_model, config, STORED if dtype == "auto" else dtype, in_4bit)
+    is_known = type(base.config) in AutoModelForCausalLM._model_mapping or hasattr(base.config, "auto_map")
+    if not heads and not is_known:
+        raise UserError(
+            f"{type(base).__name__} is a part of {base_model.name!r} that transformers cannot load alone; use the "
+            "checkpoint itself, or export it with the peft command"
+        )
     # An adapter trained on 4-bit weights fits their dequantised values, not the weights that they were quantised from.
     model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)
     if heads:

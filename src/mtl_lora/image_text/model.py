@@ -130,7 +130,8 @@ class VisualEmbedding(nn.Module):
 
 # Encoder-decoders whose encoder adds learned positions before an embedding norm, or relative positions as a bias.
 _JOINED = ("bart", "mbart", "plbart", "t5", "mt5", "umt5", "switch_transformers")
-_READS_PADDING = ("rwkv", "recurrent_gemma")  # an answer would depend on the other rows of its batch
+# Causal models whose answers would depend on the other rows of the batch.
+_READS_PADDING = ("git", "recurrent_gemma", "rwkv", "trocr", "xlstm")
 
 
 def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel:
@@ -138,7 +139,7 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
 
     Torch's global seed decides the initial weights. On the meta device the module has shapes only. If visual tokens are
     input embeddings, their initial scale is that of the text embeddings. Raises ``UserError`` for an encoder-decoder of
-    an unsupported family, and for a causal model that reads padding or generates from text alone.
+    an unsupported family, and for a causal model that reads padding or needs the ids of its tokens.
     """
     if text_first(model) and model.config.model_type not in _JOINED:
         known = ", ".join(_JOINED)
@@ -147,10 +148,13 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
             f"as text; pass a causal language model, or an encoder-decoder of the kinds {known}"
         )
     arguments = inspect.signature(model.prepare_inputs_for_generation).parameters
-    if model.config.model_type in _READS_PADDING or (not text_first(model) and "inputs_embeds" not in arguments):
+    needs_ids = "inputs_embeds" not in arguments or getattr(
+        model.config.get_text_config(), "hidden_size_per_layer_input", None
+    )
+    if model.config.model_type in _READS_PADDING or (not text_first(model) and needs_ids):
         raise UserError(
-            f"a {model.config.model_type} cannot be shown images, because it reads padding or generates from token ids "
-            "alone; pass another causal language model"
+            f"a {model.config.model_type} cannot be shown images, because it reads padding or needs the ids of its "
+            "tokens; pass another causal language model"
         )
     words = model.get_input_embeddings()
     with torch.device(model.device):
@@ -217,14 +221,15 @@ def joined(
 def reads_gaps(model: PreTrainedModel) -> bool:
     """Return whether padding between images and text would change a model's outputs.
 
-    A recurrent layer forgets on its way through a gap, the more the longer it is, and positions that are not passed
-    count it, so answers would depend on the other rows of a batch. Encoder-decoders have no gaps to close.
+    A recurrent layer forgets on its way through a gap, the more the longer it is; positions that are not passed and the
+    window of a local attention count it. So answers would depend on the other rows of a batch. Encoder-decoders have no
+    gaps to close.
     """
-    kinds = {*(getattr(model.config, "layer_types", None) or ())}
-    has_states = any(isinstance(module, nn.Conv1d) for module in model.modules()) or any(
-        not kind.endswith("_attention") or kind == "linear_attention" for kind in kinds
-    )
-    return not text_first(model) and (has_states or not accepts_argument(type(model), "position_ids"))
+    config = model.config.get_text_config()
+    kinds = {kind for name in ("layer_types", "attention_layers") for kind in getattr(config, name, None) or ()}
+    counts = kinds - {"full_attention", "global"} or getattr(config, "sliding_window", None)
+    has_states = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    return not text_first(model) and bool(counts or has_states or not accepts_argument(type(model), "position_ids"))
 
 
 def _without_gaps(mask: torch.Tensor) -> torch.Tensor:

@@ -242,8 +242,11 @@ class OptionScorer:
         if not fed.shape[1]:
             return output.logits[:, -1], None
         cache, whole_mask = output.get("past_key_values"), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
-        # A recurrent or convolutional state cannot be copied to other rows, or continued by several tokens at once.
-        if type(cache) is not DynamicCache or any(hasattr(layer, "conv_states") for layer in cache.layers):
+        # A recurrent or convolutional state cannot be copied to other rows, or continued by several tokens at once, and
+        # a model's own kind of layer may hold more than keys and values.
+        if type(cache) is not DynamicCache or any(
+            hasattr(layer, "conv_states") or type(layer).__module__ != DynamicLayer.__module__ for layer in cache.layers
+        ):
             again, cached = torch.cat([input_ids[rows], fed], dim=1), {"use_cache": False}
         else:
             cache.batch_select_indices(rows.to(device))
@@ -315,13 +318,19 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
     def last(rows: list[list[int]], fill: int) -> torch.Tensor:
         """The log-probabilities behind the first row, padded with the token ``fill``."""
         input_ids, mask = pad_left(rows, fill)
+        positions, start, cache = positions_of(mask), 0, {}
         with route.use(torch.tensor([task_id] * len(rows))):
-            output = model(
-                input_ids=input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                **_positions(model, positions_of(mask)),
-                **last_logits(model),
-            )
+            # The last token on a cache, as in generation, where a model may count the columns of the mask otherwise.
+            for end in (-1, None) if len(rows) > 1 else (None,):
+                output = model(
+                    input_ids=input_ids[:, start:end].to(model.device),
+                    attention_mask=mask[:, :end].to(model.device),
+                    **_positions(model, positions[:, start:end]),
+                    **last_logits(model),
+                    **cache,
+                )
+                if (found := output.get("past_key_values")) is not None:
+                    start, cache = -1, {"past_key_values": found}
         return at_least_float32(output.logits[0, -1]).log_softmax(dim=-1)
 
     padded = [tokens, tokens * 2]

@@ -23,12 +23,19 @@ from mtl_lora.base_model import BaseModel, at_least_float32
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
 
+# Model type -> why its classifier cannot be trained here.
+_UNUSABLE = {
+    "mra": "attends to nothing without its own CUDA kernel",
+    "reformer": "reads padding and hashes at random",
+}
+
 
 class TaskHeads(nn.ModuleList):
     """Replaces one module of a head by one module per task; each row gets the output of its task's module.
 
     forward: inputs (B, ...) to outputs (B, ..., C), where C is the largest number of outputs of any task. The outputs
-    that a task lacks are minus infinity, so softmax ignores them. Every module runs on every row, because they are
+    that a task lacks are the dtype's lowest number, so softmax ignores them (minus infinity times a mask of zeros would
+    be NaN). Every module runs on every row, because they are
     small: a task without rows gets a zero gradient, and the GPU need not be asked which rows belong to which task.
     """
 
@@ -46,7 +53,8 @@ class TaskHeads(nn.ModuleList):
     def forward(self, x: torch.Tensor, *arguments, **options) -> torch.Tensor:
         outputs = [head(x, *arguments, **options) for head in self]
         most = max(output.shape[-1] for output in outputs)
-        outputs = [F.pad(output, (0, most - output.shape[-1]), value=-torch.inf) for output in outputs]
+        lowest = torch.finfo(outputs[0].dtype).min
+        outputs = [F.pad(output, (0, most - output.shape[-1]), value=lowest) for output in outputs]
         ids = routing.task_ids_for(x, self)
         index = ids.view(1, -1, *[1] * (outputs[0].dim() - 1)).expand(1, *outputs[0].shape)
         return torch.stack(outputs).gather(0, index)[0]
@@ -55,11 +63,13 @@ class TaskHeads(nn.ModuleList):
 def head_names(model: PreTrainedModel) -> list[str]:
     """Return the names of the model's modules with weights that follow the encoder.
 
-    Raises ``UserError`` if there are none, for a head that reads the last position, and for an encoder-decoder, which
-    classifies at the last end-of-sequence token and needs the same number of them in every row.
+    Raises ``UserError`` if there are none, for an unusable model, for a head that reads the last position, and for an
+    encoder-decoder, which classifies at the last end-of-sequence token and needs the same number of them in every row.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder; pass a --base_model that is an encoder only")
+    if model.config.model_type in _UNUSABLE:
+        raise UserError(f"{type(model).__name__} {_UNUSABLE[model.config.model_type]}; pass another --base_model")
     if getattr(model.config, "summary_type", None) == "last":  # XLNet: whatever is there, even padding
         about = f"the head of {type(model).__name__} reads the last position, where rows have padding"
         raise UserError(f"{about}; pass another --base_model")
@@ -125,8 +135,9 @@ def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
     """Return the adapter configured for layers of the encoder, with the heads among ``modules_to_save``.
 
     ``all-linear`` leaves out the pooler, which belongs to the head although it is part of the encoder, and so stays
-    frozen. For every method it also leaves out the layers that project DeBERTa's relative positions, which belong to no
-    row and so to no task. Raises ``UserError`` as ``find_targets`` does.
+    frozen, and ESM's head for contacts, which no classifier calls. For every method it also leaves out the layers that
+    project DeBERTa's relative positions, which belong to no row and so to no task. Raises ``UserError`` as
+    ``find_targets`` does.
     """
     saved = list(dict.fromkeys([*head_names(model), *adapter.modules_to_save]))
     adapter = dataclasses.replace(adapter, modules_to_save=saved)
@@ -138,9 +149,9 @@ def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
 
 
 def _within(encoder: nn.Module) -> Iterator[nn.Module]:
-    """Iterate over the modules of an encoder except its pooler."""
+    """Iterate over the modules of an encoder except its pooler and ESM's head for contacts."""
     for name, module in encoder.named_modules():
-        if "pooler" not in name.split("."):
+        if {"pooler", "contact_head"}.isdisjoint(name.split(".")):
             yield module
 
 

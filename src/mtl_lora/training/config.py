@@ -63,7 +63,7 @@ class TrainingConfig(Config):
     lora_target_modules: list[str] = flag(
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         "linear layers to adapt, as a,b: names, name endings, or regular expressions that match a whole name; "
-        "all-linear: all but the output head",
+        "all-linear: all that can carry an adapter, except the output head",
         aliases=("target_modules",),
     )
     modules_to_save: list[str] = flag(
