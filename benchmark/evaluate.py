@@ -18,7 +18,7 @@ from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.evaluation import load_questions
 from mtl_lora.language.answering import continuations
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.questions import Question
@@ -69,9 +69,10 @@ def main() -> None:
 
 def prepared(checkpoint: str | Path, data_dir: str | Path, dtype: str) -> tuple[Evaluator, list[Question]]:
     """Return an evaluator with its model loaded, and the questions of all its tasks."""
-    config = EvalConfig(checkpoint=str(checkpoint), mode="both", dtype=dtype, max_new_tokens=8)
+    flags = {"mode": "both", "dtype": dtype, "max_new_tokens": 8, "data_dir": str(data_dir)}
+    config = EvalConfig(checkpoint=str(checkpoint), **flags)
     evaluator = Evaluator(config)
-    asked = load_questions(data_dir, evaluator.tasks, [], load_examples, evaluator.questions).questions
+    asked = load_questions(evaluator, load_examples).questions
     evaluator.prepare(dict.fromkeys(config.protocols, asked))
     evaluator.load()
     return evaluator, asked

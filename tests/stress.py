@@ -154,7 +154,7 @@ def write_inputs(work: Path) -> None:
         (work / f"{name}.json").write_text(json.dumps(part))
     for number in (1, 2):
         chance = random.Random(number)
-        for task in load_tasks_file(str(TASKS_FILE)):
+        for task in TaskSet.load(str(TASKS_FILE)):
             for part, count in (("train", 60), ("dev", 10), ("test", 10)):
                 rows = [{"text": f"{part} {chance.random()}", "label": chance.choice(task.options)}]
                 rows += [{"text": f"{part} {chance.random()}", "label": task.options[0]} for _ in range(count)]
@@ -597,7 +597,7 @@ if __name__ == "__main__":
     from mtl_lora.adapter.checkpoint import read_config, read_weights
     from mtl_lora.errors import UserError
     from mtl_lora.language.prepare.textclass import TASKS_FILE
-    from mtl_lora.language.tasks import load_tasks_file
+    from mtl_lora.language.tasks import TaskSet
     from mtl_lora.study import runner
 
     sys.exit(main())

@@ -19,7 +19,7 @@ from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
 from mtl_lora.evaluation import load_questions, plan_batches
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
 
@@ -163,7 +163,8 @@ def evaluator(tmp_path_factory) -> Evaluator:
     origin = checkpoint.Origin(SMOLLM2, base.fingerprint(), "alpaca", 256, COMMONSENSE.to_json())
     mtl_lora.save(model, folder, origin)
     del model
-    made = Evaluator(EvalConfig(checkpoint=str(folder), dtype="fp32", max_new_tokens=4))
+    questions = {"data_dir": str(QUICKSTART / "test"), "limit": 1}
+    made = Evaluator(EvalConfig(checkpoint=str(folder), dtype="fp32", max_new_tokens=4, **questions))
     made.load()
     return made
 
@@ -171,8 +172,7 @@ def evaluator(tmp_path_factory) -> Evaluator:
 @pytest.mark.slow(15)
 @pytest.mark.parametrize("mode", ["generate", "score"])
 def test_questions_of_all_tasks_get_the_same_answers_alone_and_in_batches(evaluator, mode):
-    data = QUICKSTART / "test", evaluator.tasks, []
-    asked = load_questions(*data, load_examples, evaluator.questions, limit=1).questions
+    asked = load_questions(evaluator, load_examples).questions
     evaluator.prepare({mode: asked})
     by_size, length = [], partial(evaluator.tokens, protocol=mode)
     for size in (1, 16):

@@ -34,6 +34,7 @@ GROUND = {
     "systems",
     "tasks",
     "text_table",
+    "tokens",
     "train_log",
     "version",
 }

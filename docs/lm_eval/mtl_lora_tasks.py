@@ -17,7 +17,7 @@ from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.language.encode import Encoded, Encoder
 from mtl_lora.language.examples import Example, load_examples
-from mtl_lora.language.tasks import COMMONSENSE, Task, load_tasks_file
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 DATA_DIR = Path(__file__).resolve().parents[2] / "data" / "commonsense" / "test"
 
@@ -42,7 +42,7 @@ def load(
     """
     if not (tokenizer or pretrained):
         raise UserError(f"the task {mtl_lora_task} needs the model's tokenizer; pass --model_args pretrained=...")
-    tasks = load_tasks_file(tasks_file) if tasks_file else COMMONSENSE
+    tasks = TaskSet.load(tasks_file) if tasks_file else COMMONSENSE
     task = tasks[mtl_lora_task]
     if not task.options:
         raise UserError(f"the task {task.name} is free text and has no options to score")

@@ -85,6 +85,7 @@ class EvaluationFlags(Config):
     check: bool = flag(False, "check every setting and the questions, then stop", affects="nothing")
 
     made_by = ""  # the command that makes the test sets of the default tasks
+    protocol = ""  # the only protocol, if there are not several
 
     def check_files(self) -> None:
         super().check_files()
@@ -100,6 +101,11 @@ class EvaluationFlags(Config):
     def knows_tasks(self) -> bool:
         """Whether the flags declare the tasks; ``made_by`` may not prepare those."""
         return bool(self.tasks_file or self.checkpoint)
+
+    @property
+    def protocols(self) -> dict[str, str]:
+        """The output folder of each protocol, that is each way of answering the questions."""
+        return {self.protocol: self.output_folder}
 
     @property
     def adapter(self) -> str | None:

@@ -25,12 +25,15 @@ def read_values(path: Path) -> list:
     return READERS.get(path.suffix.lower(), _json_values)(path)
 
 
-def read_examples(path: str | Path) -> list:
-    """Read a file of examples with ``read_values``; raises ``UserError`` for a file without examples."""
+def examples_of(
+    parse: Callable, path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False
+) -> list:
+    """Return the examples of a file, each made by ``parse(value, index, source, tasks, task, closed)``; raises
+    ``UserError`` for a file without examples."""
     values = read_values(Path(path))
     if not values:
         raise UserError(f"{path} holds no examples")
-    return values
+    return [parse(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
 
 
 def data_file(folder: str | Path, name: str) -> Path:

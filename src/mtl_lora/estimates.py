@@ -129,19 +129,3 @@ def percentile_interval(means: "numpy.ndarray") -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = numpy.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def intervals(differences: "dict[str, tuple[float, numpy.ndarray]]", scored: Sequence[str]) -> dict | None:
-    """Return differences with their percentile intervals: ``tasks`` by name, and their ``average``.
-
-    differences: by task, the difference and its values in the resamples, whose number is the same for all tasks. The
-    questions are resampled within each task (a stratified bootstrap), and every task weighs the same. ``average`` is
-    None unless ``scored`` names at least one task and all of them are in ``differences``. Returns None without
-    differences. A difference that is the same in all resamples has no interval, see ``Interval``.
-    """
-    tasks = {name: Difference(found, *percentile_interval(drawn)) for name, (found, drawn) in differences.items()}
-    if not scored or not {*scored} <= {*tasks}:
-        return {"tasks": tasks, "average": None} if tasks else None
-    center = statistics.fmean(tasks[name].difference for name in scored)
-    interval = percentile_interval(sum(differences[name][1] for name in scored) / len(scored))
-    return {"tasks": tasks, "average": Difference(center, *interval)}

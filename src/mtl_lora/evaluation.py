@@ -125,6 +125,7 @@ class Evaluator(abc.ABC):
             self.tasks = kind.from_json(provenance.task_set, f"the task set of {config.checkpoint}")
         else:
             self.tasks = kind.load(config.tasks_file) if config.tasks_file else default
+        self.made_by = getattr(config, "made_by", "") if self.tasks.names == default.names else ""
         adapted = self.adapter.adapter_config.tasks if self.adapter else []
         if adapted and adapted != self.tasks.names:
             raise UserError(
@@ -141,6 +142,7 @@ class Evaluator(abc.ABC):
         if name is None:
             raise UserError(f"{config.checkpoint} does not name its base model; pass --base_model")
         base = self.base_model = BaseModel(name, config.trust_remote_code, BASE_KINDS[self.system])
+        self.fitting: dict[tuple[str, str], int] = {}  # by task and protocol, the most tokens to try at once
         base.check_quantisation()
         self.load_in_4bit = provenance.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit
         require_package("load_in_4bit", "bitsandbytes", self.load_in_4bit)
@@ -242,17 +244,27 @@ class Evaluator(abc.ABC):
         """The tokens that a question uses of a batch's budget; also the measure of its GPU memory."""
         return len(question.prompt_ids)
 
-    @functools.cached_property
-    def _fitting(self) -> dict:
-        return {}
-
     def in_halves(self, answer: Callable[[list], list], questions: Sequence[Question], protocol: str) -> list[dict]:
-        """Return ``answer(questions)`` for one batch, split where it does not fit in the GPU's memory.
+        """Return ``answer(questions)`` for one batch; if it does not fit in the GPU's memory, answer it in halves.
 
-        A number of tokens that did not fit is not tried again for other batches of the same task and protocol.
+        A number of tokens that did not fit is not tried again for other batches of the same task and protocol. Raises
+        ``UserError`` where a single question does not fit.
         """
-        key = questions[0].task.name, protocol
-        return in_halves(answer, list(questions), functools.partial(self.tokens, protocol=protocol), self._fitting, key)
+        questions, key = list(questions), (questions[0].task.name, protocol)
+        size = len(questions) * max(self.tokens(each, protocol) for each in questions)
+        if len(questions) == 1 or size <= self.fitting.get(key, size):
+            try:
+                return answer(questions)
+            except torch.OutOfMemoryError:
+                if len(questions) == 1:
+                    way_out = "use a larger GPU or --dtype bf16"
+                    raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
+            # Outside the except block, because the error keeps the tensors of the failed forward pass alive.
+            self.fitting[key] = size // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        halves = questions[: len(questions) // 2], questions[len(questions) // 2 :]
+        return [line for half in halves for line in self.in_halves(answer, half, protocol)]
 
     @abc.abstractmethod
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
@@ -291,6 +303,13 @@ class Evaluator(abc.ABC):
         """Settings that ``results.json`` records in addition to ``settings``."""
         return {}
 
+    def questions(self, examples: Sequence, source: str | Path) -> list[Question]:
+        """Return examples as questions; raises ``UserError`` naming ``source`` and the example."""
+        raise NotImplementedError
+
+    def finish(self, asked: "QuestionSets", results: dict[str, Results]) -> None:  # noqa: B027
+        """Write whatever else belongs beside the results; called in the first process."""
+
 
 # ---- questions ----
 
@@ -306,35 +325,26 @@ class QuestionSets:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def load_questions(
-    data_dir: str | Path,
-    tasks: TaskSet,
-    chosen: Sequence[str],
-    load: Callable[..., list],
-    encode: Callable[[Sequence, Path], list[Question]],
-    limit: int = 0,
-    made_by: str = "",
-) -> QuestionSets:
-    """Read ``data_dir/<task>/test.json`` (or .jsonl, .csv ...) of the chosen tasks, or of all tasks if none is chosen.
+def load_questions(evaluator: Evaluator, load: Callable[..., list], chosen: Sequence[str] = ()) -> QuestionSets:
+    """Read ``data_dir/<task>/test.json`` (or .jsonl, .csv ...) of the tasks ``--tasks``, else ``chosen``, else all.
 
-    load: ``(path, tasks, task name, closed=True) -> examples``; encode: ``(examples, path) -> questions``. limit: use
-    only the first n examples of each task; 0: all. made_by: the command that makes the files, for errors.
-
-    Raises ``UserError`` for an unknown task, a missing file and a broken example.
+    load: ``(path, tasks, task name, closed=True) -> examples``. Raises ``UserError`` for an unknown task, a missing
+    file and a broken example.
     """
-    found = QuestionSets(str(Path(data_dir).resolve()))
-    for task in [tasks[name] for name in dict.fromkeys(chosen)] or list(tasks):
-        path = data_file(Path(data_dir) / task.name, "test")
+    config, tasks = evaluator.config, evaluator.tasks
+    found = QuestionSets(str(Path(config.data_dir).resolve()))
+    for task in [tasks[name] for name in dict.fromkeys(config.tasks or chosen)] or list(tasks):
+        path = data_file(Path(config.data_dir) / task.name, "test")
         if not path.is_file():
             raise UserError(
                 f"there is no test file {path}; "
-                + (f"make it with `{made_by}`, or " if made_by else "")
+                + (f"make it with `{evaluator.made_by}`, or " if evaluator.made_by else "")
                 + "pass --data_dir DIR, or --tasks with the tasks that have one"
             )
         with files.unchanged(path) as digest:
             examples = load(path, tasks, task.name, closed=True)
         found.sha256[task.name], found.sizes[task.name] = digest, len(examples)
-        found.questions += encode(examples[:limit] if limit else examples, path)
+        found.questions += evaluator.questions(examples[: config.limit or None], path)
     return found
 
 
@@ -363,30 +373,6 @@ def plan_batches(
             batches.append(rows[start : start + size])
             start += size
     return batches
-
-
-def in_halves(
-    answer: Callable[[list], list], rows: list, tokens: Callable[[Any], int], fitting: dict, key: object = None
-) -> list:
-    """Return ``answer(rows)``; if the rows do not fit in the GPU's memory together, answer them in halves.
-
-    tokens: returns the number of tokens of a row. fitting: by ``key``, the most tokens (with padding) to try at once;
-    updated after an out-of-memory error. Raises ``UserError`` where a single row does not fit.
-    """
-    size = len(rows) * max(map(tokens, rows))
-    if len(rows) == 1 or size <= fitting.get(key, size):
-        try:
-            return answer(rows)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                way_out = "use a larger GPU or --dtype bf16"
-                raise UserError(f"the GPU's memory does not hold a single question; {way_out}") from None
-        # Outside the except block, because the error keeps the tensors of the failed forward pass alive.
-        fitting[key] = size // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    middle = len(rows) // 2
-    return [line for part in (rows[:middle], rows[middle:]) for line in in_halves(answer, part, tokens, fitting, key)]
 
 
 def not_finite(what: str) -> UserError:
@@ -418,13 +404,27 @@ class NotANumber(LogitsProcessor):
 
 
 def evaluate(
-    evaluator: Evaluator, asked: QuestionSets, questions: Mapping[str, Sequence[Question]], folders: Mapping[str, str]
+    evaluator: Evaluator, asked: QuestionSets, questions: Mapping[str, Sequence[Question]] | None = None
 ) -> dict[str, Results]:
     """Answer every question that has no answer yet; write and return the results of each protocol.
 
-    questions, folders: by protocol; the caller has claimed the folders. Returns an empty dictionary with ``check`` and
+    questions: by protocol; None: the ``asked`` ones with every protocol. Returns an empty dictionary with ``check`` and
     on every process but the first.
     """
+    config = evaluator.config
+    questions = questions or dict.fromkeys(config.protocols, asked.questions)
+    folders = {protocol: config.protocols[protocol] for protocol in questions}
+    with contextlib.ExitStack() as stack:
+        for folder in () if config.check else dict.fromkeys([config.output_folder, *folders.values()]):
+            stack.enter_context(files.claimed(folder))
+        results = _evaluate(evaluator, asked, questions, folders)
+        if results:
+            evaluator.finish(asked, results)
+        return results
+
+
+def _evaluate(evaluator: Evaluator, asked: QuestionSets, questions: Mapping, folders: Mapping) -> dict[str, Results]:
+    """Run ``evaluate`` once the folders, by protocol, are claimed."""
     config = evaluator.config
     for folder in folders.values():
         require_own_settings(folder)
@@ -561,15 +561,6 @@ def result_of(question: Question, line: Mapping, labels: Sequence[str], **shown:
     probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
     by_label = {"scores": line["scores"], "probabilities": probabilities}
     return result | {name: dict(zip(labels, each, strict=True)) for name, each in by_label.items()}
-
-
-@contextlib.contextmanager
-def claimed_folders(config: Config, folders: Mapping[str, str]):
-    """Claim the output folder and the folders of the protocols for this command while the block runs."""
-    with contextlib.ExitStack() as stack:
-        for folder in () if config.check else dict.fromkeys([config.output_folder, *folders.values()]):
-            stack.enter_context(files.claimed(folder))
-        yield
 
 
 def check_results_stay(folder: str, questions: Sequence[Question], asked: QuestionSets) -> None:

@@ -154,11 +154,12 @@ def vqa_accuracy_official(text: str, target: Mapping[str, float] | Sequence[str]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric: (n >= 1 predictions, their targets, the task's labels) -> (value, standard error or None).
+    """A metric of n >= 1 predictions, their targets and the task's labels.
 
     ``rows(predictions, targets, labels)`` returns the per-question inputs of the metric, ``value_of(rows)`` its value,
-    and ``difference`` the value of B minus that of A. Tables show values times ``scale``: fractions in percent, others
-    in ``unit`` with ``digits`` decimals. Of two labels the last is the positive class.
+    ``estimate(rows)`` the value and its standard error or None, and ``difference`` the value of B minus that of A.
+    Tables show values times ``scale``: fractions in percent, others in ``unit`` with ``digits`` decimals. Of two labels
+    the last is the positive class.
 
     title: column heading. needs: what a task must have, see ``metrics_for``. lowest, highest: range of values. parts:
     names of the two metrics whose mean this is. target: key of a prediction line with the target. key: key of a
@@ -191,9 +192,6 @@ class Metric:
     def value(self, predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str] = ()) -> float:
         """Return the value without a standard error, so without resampling."""
         return self.value_of(self.rows(predictions, targets, labels))
-
-    def __call__(self, predictions, targets, labels=()) -> tuple[float, float | None]:
-        return self.estimate(self.rows(predictions, targets, labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,11 +314,16 @@ class Statistic(Metric):
 # ---- statistics: rows (n, c), counts (R, n) -> (R,) ----
 
 
-def _ratio(part: "numpy.ndarray", whole: "numpy.ndarray") -> "numpy.ndarray":
-    """part / whole, clipped to -1..1 against rounding errors; 0 where the whole is 0."""
+def _quotient(part: "numpy.ndarray", whole: "numpy.ndarray") -> "numpy.ndarray":
+    """part / whole; 0 where the whole is 0."""
     import numpy
 
-    return numpy.divide(part, whole, out=numpy.zeros(len(whole)), where=whole > 0).clip(-1, 1)
+    return numpy.divide(part, whole, out=numpy.zeros(part.shape), where=whole > 0)
+
+
+def _ratio(part: "numpy.ndarray", whole: "numpy.ndarray") -> "numpy.ndarray":
+    """``_quotient`` clipped to -1..1 against rounding errors."""
+    return _quotient(part, whole).clip(-1, 1)
 
 
 def _matthews(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
@@ -409,11 +412,9 @@ def _miou(rows: "numpy.ndarray", counts: "numpy.ndarray", present: bool = False)
     Columns: by class, the pixels that are true positives, then false positives, then false negatives. present: average
     only over the classes that some label in these images has.
     """
-    import numpy
-
     found, taken, missed = (counts @ rows).reshape(len(counts), 3, -1).swapaxes(0, 1)
     union = found + taken + missed
-    each = numpy.divide(found, union, out=numpy.zeros_like(union), where=union > 0)
+    each = _quotient(found, union)
     if not present:
         return each.mean(axis=1)
     return _quotient((each * (found + missed > 0)).sum(axis=1), (found + missed > 0).sum(axis=1))
@@ -421,13 +422,6 @@ def _miou(rows: "numpy.ndarray", counts: "numpy.ndarray", present: bool = False)
 
 def _miou_present(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     return _miou(rows, counts, present=True)
-
-
-def _quotient(part: "numpy.ndarray", whole: "numpy.ndarray") -> "numpy.ndarray":
-    """part / whole; 0 where the whole is 0."""
-    import numpy
-
-    return numpy.divide(part, whole, out=numpy.zeros(part.shape), where=whole > 0)
 
 
 def _by_threshold(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":

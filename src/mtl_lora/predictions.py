@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import json
 import reprlib
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError, within
-from mtl_lora.estimates import intervals
+from mtl_lora.estimates import Difference, percentile_interval
 from mtl_lora.metrics import METRICS, Mean, one_unit, title_of
 from mtl_lora.results import Fraction, Index, Reader, Results, Score
 from mtl_lora.text_table import shortened
@@ -187,16 +188,23 @@ def paired_answers(a: Results, b: Results, tasks: Sequence[str]) -> dict[str, Pa
 def differences(
     measured: Mapping[str, tuple[str, Sequence]], scored: Sequence[str], seed: int, resamples: int
 ) -> dict | None:
-    """The difference B minus A with its interval, by task and, if all tasks have one unit, averaged over ``scored``.
+    """The differences B minus A with their intervals: ``tasks`` by name and their ``average`` over ``scored``, which is
+    None unless all of these are measured and all tasks have one unit; None without tasks.
 
-    The result is that of ``estimates.intervals``. measured: for each task, its metric and one (rows of A, rows of B)
-    for each pair of runs; a task's difference is the mean over these pairs.
+    measured: for each task, its metric and one (rows of A, rows of B) for each pair of runs; a task's difference is the
+    mean over these pairs. The questions are resampled within each task (a stratified bootstrap), and every task weighs
+    the same. A difference that is the same in all resamples has no interval, see ``Interval``.
     """
     found = {
         task: METRICS[metric].difference(pairs, [seed, *task.encode()], resamples)
         for task, (metric, pairs) in measured.items()
     }
-    return intervals(found, scored if one_unit(metric for metric, _ in measured.values()) else ())
+    tasks = {name: Difference(value, *percentile_interval(drawn)) for name, (value, drawn) in found.items()}
+    average = None
+    if scored and {*scored} <= {*tasks} and one_unit(metric for metric, _ in measured.values()):
+        interval = percentile_interval(sum(found[name][1] for name in scored) / len(scored))
+        average = Difference(statistics.fmean(tasks[name].difference for name in scored), *interval)
+    return {"tasks": tasks, "average": average} if tasks else None
 
 
 def _shown(results: Results, key: str) -> str:

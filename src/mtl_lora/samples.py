@@ -4,7 +4,6 @@ import functools
 import random
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from mtl_lora import files
 from mtl_lora.data_files import data_file
@@ -12,38 +11,10 @@ from mtl_lora.errors import UserError
 from mtl_lora.results import Sample
 from mtl_lora.tasks import TaskSet
 
-
-class Example(Protocol):
-    """An example of any system; ``record`` returns the JSON object from which the system reads it back."""
-
-    task_id: int
-
-    def record(self) -> dict: ...
-
-
 SAMPLE_SEED = 0
 
 
-class Data(Protocol):
-    """The source of a study's examples and questions; a system's is ``examples.DATA``, called with its task set."""
-
-    def __init__(self, tasks: TaskSet): ...
-
-    def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
-        """Return the files that must exist: the training examples or, with ``names``, the test files of these tasks."""
-
-    def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
-        """Return at most ``most`` (0: all) training examples of each task, of the tasks ``only`` (empty: all). Raises
-        ``UserError`` for a task of ``only`` without examples."""
-
-    def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
-        """Return at most ``most`` (0: all) questions of each task in ``names``."""
-
-    def flags(self, sample: Sample, only: Collection[str]) -> dict[str, object]:
-        """Return the flags of a training run on the sample."""
-
-
-def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
+def sampled(examples: Sequence, most: int, task: str) -> list:
     """Return ``most`` examples (0: all) of one task in the file's order; a larger sample contains every smaller one."""
     order = list(range(len(examples)))
     random.Random(f"{SAMPLE_SEED} {task}").shuffle(order)
@@ -51,20 +22,24 @@ def sampled(examples: Sequence[Example], most: int, task: str) -> list[Example]:
 
 
 class Records:
-    """A ``Data`` whose examples are records of files, read by ``load``, a system's ``load_examples``.
+    """The source of a study's examples and questions: records of files, read by ``load``, a system's ``load_examples``.
 
-    A sample of all examples is the source file itself; any other sample is a file in ``folder``.
+    A sample of all examples is the source file itself; any other sample is a file in ``folder``. A system without
+    records has another class with these methods as its ``examples.DATA``.
     """
 
-    def __init__(self, load: Callable[..., Sequence[Example]], tasks: TaskSet):
+    def __init__(self, load: Callable[..., Sequence], tasks: TaskSet):
         self.load, self.tasks = load, tasks
         self._read = functools.cache(load)  # the training examples, once for all samples
 
     def files(self, source: Path, names: Sequence[str] | None = None) -> list[Path]:
+        """Return the files that must exist: the training examples or, with ``names``, the test files of these tasks."""
         return [source] if names is None else [data_file(source / name, "test") for name in names]
 
     def training(self, source: Path, folder: Path, most: int, only: Collection[str] = ()) -> Sample:
-        by_task: dict[str, list[Example]] = {name: [] for name in self.tasks.names}
+        """Return at most ``most`` (0: all) training examples of each task, of the tasks ``only`` (empty: all). Raises
+        ``UserError`` for a task of ``only`` without examples."""
+        by_task: dict[str, list] = {name: [] for name in self.tasks.names}
         for example in self._read(source, self.tasks):
             by_task[self.tasks[example.task_id].name].append(example)
         if missing := [name for name in only if not by_task[name]]:
@@ -77,6 +52,7 @@ class Records:
         return _sample(path, {"train": (source, path, chosen)}, most)
 
     def questions(self, source: Path, folder: Path, names: Sequence[str], most: int) -> Sample:
+        """Return at most ``most`` (0: all) questions of each task in ``names``."""
         path, sets = folder if most else source, {}
         for name in names:
             file, target = data_file(source / name, "test"), path / name / "test.json"
@@ -84,10 +60,11 @@ class Records:
         return _sample(path, sets, most)
 
     def flags(self, sample: Sample, only: Collection[str]) -> dict[str, object]:
+        """Return the flags of a training run on the sample."""
         return {"data_path": str(sample.path)}
 
 
-def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list[Example]]]], most: int) -> Sample:
+def _sample(path: Path, sets: dict[str, tuple[Path, Path, dict[str, list]]], most: int) -> Sample:
     """Return the sample at ``path``. sets: name -> (file to read, file to write, examples by task)."""
     sample = Sample({}, {}, {}, {}, path)
     for name, (source, target, by_task) in sets.items():

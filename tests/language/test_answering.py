@@ -23,7 +23,7 @@ from mtl_lora.language.answering import (
     takes_own_mask,
 )
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.examples import Example, load_examples
 from mtl_lora.language.questions import Question
 from mtl_lora.language.tasks import Task
@@ -280,7 +280,7 @@ def test_ties_go_to_the_lowest_option():
 
 @pytest.fixture(scope="module")
 def evaluator(trained):
-    made = Evaluator(EvalConfig(checkpoint=trained, dtype="fp64"))
+    made = Evaluator(EvalConfig(checkpoint=trained, dtype="fp64", data_dir=str(QUICKSTART / "test"), limit=2))
     made.load()
     return made
 
@@ -288,8 +288,7 @@ def evaluator(trained):
 @pytest.fixture
 def asked(evaluator) -> list[Question]:
     """Two questions of each task; made for each test, which may change them."""
-    data = QUICKSTART / "test", evaluator.tasks, []
-    return load_questions(*data, load_examples, evaluator.questions, limit=2).questions
+    return load_questions(evaluator, load_examples).questions
 
 
 def own(question: Question, *options: str) -> Question:

@@ -210,8 +210,7 @@ def test_instruction_and_input_are_one_message(chatting):
 @pytest.mark.slow
 def test_training_evaluation_and_prediction_use_the_template_that_the_checkpoint_holds(tiny_base, train, tmp_path):
     from mtl_lora.language import config
-    from mtl_lora.language.evaluate import Predictor
-    from mtl_lora.language.evaluator import Evaluator
+    from mtl_lora.language.evaluate import Evaluator, Predictor
 
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)

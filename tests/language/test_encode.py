@@ -222,9 +222,10 @@ def test_a_tokenizer_that_merges_its_special_tokens_with_the_text_is_refused(tok
         """Puts a token before a text that swallows the text's first one."""
 
         eos_token_id, name_or_path = tokenizer.eos_token_id, "merging"
+        added_tokens_decoder, all_special_ids, unk_token_id = {}, [101], None
 
         def __call__(self, text, add_special_tokens=True, **options):
-            return {"input_ids": [101] if add_special_tokens else [[7]]}
+            return {"input_ids": [101] if add_special_tokens else [7]}
 
     with pytest.raises(UserError, match=r"'merging'.*special tokens"):
         Encoder(Merging(), "alpaca", 256, COMMONSENSE)

@@ -21,8 +21,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions
 from mtl_lora.export.peft import export_peft
 from mtl_lora.language.config import EvalConfig, TrainConfig
-from mtl_lora.language.evaluate import run
-from mtl_lora.language.evaluator import Evaluator
+from mtl_lora.language.evaluate import Evaluator, run
 from mtl_lora.language.tasks import Task, TaskSet
 from mtl_lora.results import Results
 

@@ -11,7 +11,7 @@ from mtl_lora import UserError, artifacts, cli
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import load_examples, parse_example
 from mtl_lora.language.prepare import textclass
-from mtl_lora.language.tasks import TaskSet, load_tasks_file
+from mtl_lora.language.tasks import TaskSet
 from mtl_lora.nlu.tasks import TaskSet as EncoderTaskSet
 
 FILE = {
@@ -125,7 +125,7 @@ def test_free_text_has_no_labels():
 
 def test_the_text_classification_set_could_be_written_so():
     tasks = [
-        task.to_json() | {"question": textclass.QUESTIONS[task.name]} for task in load_tasks_file(textclass.TASKS_FILE)
+        task.to_json() | {"question": textclass.QUESTIONS[task.name]} for task in TaskSet.load(textclass.TASKS_FILE)
     ]
     tasks = TaskSet.from_json(tasks)
     for task in tasks:
@@ -163,4 +163,4 @@ def test_such_a_file_is_trained_evaluated_and_predicted(train, tmp_path, capsys)
     cli.main(["evaluate", f"--checkpoint={tmp_path / 'texts'}", f"--data_dir={tmp_path / 'test'}", "--mode=score"])
     results = json.loads((tmp_path / "texts" / artifacts.EVALUATION / artifacts.RESULTS).read_text())
     assert {name: task["n"] for name, task in results["tasks"].items()} == {"mood": 2, "same": 2}
-    assert load_tasks_file(tmp_path / "tasks.json") == TASKS
+    assert TaskSet.load(tmp_path / "tasks.json") == TASKS

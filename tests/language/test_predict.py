@@ -12,8 +12,8 @@ from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions
 from mtl_lora.language import Predictor
 from mtl_lora.language.config import EvalConfig
+from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.evaluate import run as evaluate
-from mtl_lora.language.evaluator import Evaluator
 
 
 def questions(task: str, count: int = 6) -> list[dict]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import in_halves, plan_batches
+from mtl_lora.evaluation import Evaluator, plan_batches
 from mtl_lora.language.answering import shared_prefix
 from mtl_lora.language.examples import Example
 from mtl_lora.language.questions import Question
@@ -16,6 +16,28 @@ from mtl_lora.language.tasks import COMMONSENSE
 
 few = settings(max_examples=30, deadline=None)
 SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 60)), min_size=1, max_size=40)
+
+
+class Row(int):
+    """A question of as many tokens as its number."""
+
+    class task:
+        name = ""
+
+
+class Halves(Evaluator):
+    """An evaluator without a model."""
+
+    build = task_result = answer = None
+
+    def tokens(self, question: Row, protocol: str) -> int:
+        return int(question)
+
+
+def in_halves(answer, rows: list[int], fitting: dict) -> list:
+    evaluator = Halves()
+    evaluator.fitting = fitting
+    return evaluator.in_halves(answer, [Row(row) for row in rows], "")
 
 
 def prompt_length(question: Question) -> int:
@@ -113,10 +135,10 @@ def test_a_batch_that_does_not_fit_in_memory_is_answered_in_parts_in_its_order(r
         answered.append(part)
         return [row + 1 for row in part]
 
-    assert in_halves(answer, rows, int, fitting) == [row + 1 for row in rows]
+    assert in_halves(answer, rows, fitting) == [row + 1 for row in rows]
     assert [row for part in answered for row in part] == rows
     failed.clear()
-    assert in_halves(answer, rows, int, fitting) == [row + 1 for row in rows] and not failed
+    assert in_halves(answer, rows, fitting) == [row + 1 for row in rows] and not failed
 
 
 def test_shorter_questions_are_answered_in_larger_batches_though_longer_ones_did_not_fit():
@@ -129,7 +151,7 @@ def test_shorter_questions_are_answered_in_larger_batches_though_longer_ones_did
         return part
 
     for rows in ([40] * 4, [5] * 16):
-        in_halves(answer, rows, int, fitting)
+        in_halves(answer, rows, fitting)
     assert parts == [2, 2, 16]
 
 
@@ -138,4 +160,4 @@ def test_a_question_too_large_for_the_memory_is_said_in_one_sentence():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(UserError, match="does not hold a single question"):
-        in_halves(answer, [1, 2, 3], int, {})
+        in_halves(answer, [1, 2, 3], {})

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mtl_lora.errors import UserError
-from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet, load_tasks_file
+from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 # ---- the eight tasks ----
 
@@ -146,7 +146,7 @@ OWN = TaskSet(
 def test_task_set_survives_a_trip_through_a_file(tasks, tmp_path):
     path = tmp_path / "tasks.json"
     path.write_text(json.dumps(tasks.to_json()), encoding="utf-8")
-    read = load_tasks_file(path)
+    read = TaskSet.load(path)
     assert read == tasks
     assert read.to_json() == json.loads(path.read_text()) == tasks.to_json()
 
@@ -154,7 +154,7 @@ def test_task_set_survives_a_trip_through_a_file(tasks, tmp_path):
 def test_tasks_file_may_be_a_bare_list_in_any_order(tmp_path):
     path = tmp_path / "tasks.json"
     path.write_text('[{"name": "b", "id": 1}, {"name": "a", "id": 0, "options": ["x", "y"]}]')
-    read = load_tasks_file(path)
+    read = TaskSet.load(path)
     assert read.names == ["a", "b"] and read.columns == ("a", "b")
     assert read["a"].options == ("x", "y")
 

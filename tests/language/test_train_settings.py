@@ -15,8 +15,8 @@ from mtl_lora.base_model import BaseModel, structure_of
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import load_questions
 from mtl_lora.language.config import EvalConfig, TrainConfig
+from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.evaluate import run as evaluate
-from mtl_lora.language.evaluator import Evaluator
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.language.train import in_language_model
@@ -54,9 +54,7 @@ def test_more_tokens_than_the_base_has_positions_are_refused_at_the_check(refuse
     longest = max(
         len(question.prompt_ids) + len(made.encoder.option_ids(question.task, option))
         for made in [Evaluator(EvalConfig(**asked))]
-        for question in load_questions(
-            QUICKSTART / "test", COMMONSENSE, ["boolq"], load_examples, made.questions
-        ).questions
+        for question in load_questions(made, load_examples).questions
         for option in question.options
     )
     for positions, fits in ((longest, True), (longest - 1, False)):

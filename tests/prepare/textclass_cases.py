@@ -8,11 +8,11 @@ from shared import PROJECT, git_blob
 
 from mtl_lora.language.examples import load_examples
 from mtl_lora.language.prepare.textclass import MANIFEST as MANIFEST_FILE
-from mtl_lora.language.tasks import load_tasks_file
+from mtl_lora.language.tasks import TaskSet
 
 PARTS = ("train", "dev", "test")
 FOLDER = PROJECT / "data" / "textclass"
-TASKS = load_tasks_file(FOLDER / "tasks.json")
+TASKS = TaskSet.load(FOLDER / "tasks.json")
 MANIFEST = json.loads(MANIFEST_FILE.read_text())
 # Texts that try the rules: white space, control characters that other readers take for line ends, latin-1, UTF-8 (whose
 # second byte may be a space of latin-1's), and the marker that evaluation reads a record's options from.

@@ -121,7 +121,7 @@ class AnswerConfig(answer_config.AnswerConfig):
 class EvalConfig(EvaluationFlags, AnswerConfig):
     """Everything that configures an evaluation."""
 
-    made_by = TrainConfig.made_by
+    made_by, protocol = TrainConfig.made_by, MAPS
 
     data_dir: str = flag(TrainConfig.data_path, "folder of images and maps, see train")
     split: str = flag("test", "evaluate the images of test or of train", choices=("test", "train"))
@@ -132,11 +132,6 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
         "also list the values under the names that the original prints, with mean angles as rmse",
         affects="nothing",
     )
-
-    @property
-    def protocols(self) -> dict[str, str]:
-        """The output folder of each protocol, that is each way of answering the questions."""
-        return {MAPS: self.output_folder}
 
     def closing_lines(self, found: Mapping) -> list[str]:
         if not self.official:

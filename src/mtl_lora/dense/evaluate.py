@@ -24,7 +24,7 @@ from mtl_lora.dense.sheet import map_of, rows_of, write_map, write_sheet
 from mtl_lora.dense.tasks import Task, TaskSet
 from mtl_lora.dense.transforms import Warp, image_tensor
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import QuestionSets, claimed_folders
+from mtl_lora.evaluation import QuestionSets
 from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
 
@@ -168,8 +168,10 @@ class Evaluator(evaluation.Evaluator):
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         return task_result(task, lines, self.config.official)
 
-    def write_sheet(self, path: Path) -> None:
+    def finish(self, asked: QuestionSets, results: dict[str, Results]) -> None:
         """Write a picture of the first images of the test set with their labels and maps."""
+        if not self.config.sheet:
+            return
         self.load()
         rows = []
         for index in range(min(self.config.sheet, len(self.data))):
@@ -178,7 +180,7 @@ class Evaluator(evaluation.Evaluator):
             tasks = [task for task in self.tasks if task.name in item["labels"]]
             found = {task.name: map_of(task, outputs[task.name][0]) for task in tasks}
             rows += rows_of(item["image"], tasks, found, item["labels"])
-        write_sheet(rows, path)
+        write_sheet(rows, Path(self.config.output_folder) / artifacts.SHEET)
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
@@ -187,13 +189,7 @@ def run(config: EvalConfig) -> dict[str, Results]:
     The returned dictionary is empty with ``check``, and on every process except the first.
     """
     evaluator = Evaluator(config)
-    asked = evaluator.ask()
-    questions = dict.fromkeys(config.protocols, asked.questions)
-    with claimed_folders(config, config.protocols):
-        found = evaluation.evaluate(evaluator, asked, questions, config.protocols)
-        if found and config.sheet:
-            evaluator.write_sheet(Path(config.output_folder) / artifacts.SHEET)
-    return found
+    return evaluation.evaluate(evaluator, evaluator.ask())
 
 
 # ---- prediction ----

@@ -13,7 +13,7 @@ from mtl_lora.results import Sample
 
 
 class Images:
-    """Reads the complete splits of a folder in place, without sampling. Arguments and errors as ``samples.Data``."""
+    """Reads the complete splits of a folder in place, without sampling. Arguments and errors as ``samples.Records``."""
 
     def __init__(self, tasks: TaskSet):
         self.tasks = tasks

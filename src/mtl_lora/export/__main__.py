@@ -9,7 +9,7 @@ from pathlib import Path
 from mtl_lora import cli
 from mtl_lora.config import DTYPES, REQUIRED, Config, flag
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.tasks import COMMONSENSE, load_tasks_file
+from mtl_lora.language.tasks import COMMONSENSE, TaskSet
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Command(Config):
         base = BaseModel(name) if name is not None else module.recorded_base(adapter)
         if "tasks_file" in values:
             path = values.pop("tasks_file")
-            values["tasks"] = load_tasks_file(path) if path else COMMONSENSE
+            values["tasks"] = TaskSet.load(path) if path else COMMONSENSE
         written = getattr(module, function)(base_model=dataclasses.replace(base, trust_remote_code=trust), **values)
         return written if isinstance(written, list) else [written]
 

@@ -157,7 +157,7 @@ class AnswerConfig(answer_config.AnswerConfig):
 class EvalConfig(EvaluationFlags, AnswerConfig):
     """Everything that configures an evaluation."""
 
-    made_by = TrainConfig.made_by
+    made_by, protocol = TrainConfig.made_by, ANSWER
 
     data_dir: str = flag("data/image_text/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)")
     shuffle_images: bool = flag(False, "ablation: replace every image by another image of the same task")
@@ -190,11 +190,6 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
         """Where predictions and results go; by default an ablation has its own folder beside the main results."""
         own = self.output_dir or self.images == OWN
         return super().output_folder + ("" if own else f"_{self.images or 'no'}_images")
-
-    @property
-    def protocols(self) -> dict[str, str]:
-        """The output folder of each protocol, that is each way of answering the questions."""
-        return {ANSWER: self.output_folder}
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.examples import Example, load_examples
 from mtl_lora.image_text.tasks import BY_TOKEN, Task, TaskSet
-from mtl_lora.training.rows import cached_rows, tokenizer_hash
+from mtl_lora.tokens import added_ids, common_prefix, control_ids
+from mtl_lora.training.rows import cached_rows, padded, tokenizer_hash
 
 if TYPE_CHECKING:
     from mtl_lora.image_text.features import FeatureStore
@@ -52,31 +53,16 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, cutoff_len: int, tasks: TaskSet):
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
         self.is_encoder_decoder = config.is_encoder_decoder
         self.decoder_start = getattr(config, "decoder_start_token_id", None)
         if self.is_encoder_decoder and self.decoder_start is None:
             raise UserError("the model's configuration has no decoder_start_token_id; set it in its config.json")
-        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
-        self.before, self.behind = self._special_tokens()
+        self._control, (self.before, behind) = control_ids(tokenizer), added_ids(tokenizer)
+        self.behind = behind if self.is_encoder_decoder else []  # the answer continues a causal model's prompt
         self._answers: dict[str, list[int]] = {}
         self.answer_start = self.before if self.is_encoder_decoder else []
         self.labels = {task.id: self._labels(task) for task in tasks}
-
-    def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """Return the ids that the tokenizer adds before and after a text; none after it for a causal model, whose
-        prompt the answer continues."""
-        (bare,), full = self._ids(["a"]), self.tokenizer("a")["input_ids"]
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :] if self.is_encoder_decoder else []
-        raise UserError(
-            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text next to them, so a "
-            "prompt cannot be cut; use another tokenizer"
-        )
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         if not (texts := list(texts)):  # tokenizers raise for an empty list
@@ -152,18 +138,14 @@ class Encoder:
         before, _, behind = texts
         # The letter next to them makes white space at their edge tokenise as it does in the prompt.
         opening, closing = self._ids([f"{before}a", f"a{behind}"])
-        head, tail = _alike(ids, opening), _alike(ids[::-1], closing[::-1]) if behind else 0
+        head = len(common_prefix([ids, opening]))
+        tail = len(common_prefix([ids[::-1], closing[::-1]])) if behind else 0
         if room - head - tail < LEAST_TEXT:
             raise UserError(
                 f"example {example.index}: {most} tokens leave no room for a text besides the {head + tail} of the "
                 f"prompt of {task.name}; raise its max_text, or --cutoff_len"
             )
         return ids[: room - tail] + ids[len(ids) - tail :]
-
-
-def _alike(first: Sequence[int], last: Sequence[int]) -> int:
-    """Return the number of leading ids that both sequences share."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
 
 
 def training_rows(
@@ -253,8 +235,8 @@ class Collator:
         texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)] if joined else prompts
         left = not answered and not self.is_encoder_decoder
         batch = {
-            "input_ids": _padded(texts, self.pad_token_id, left),
-            "attention_mask": _padded([[1] * len(text) for text in texts], 0, left),
+            "input_ids": padded(texts, self.pad_token_id, left=left),
+            "attention_mask": padded([[1] * len(text) for text in texts], 0, left=left),
             "task_ids": torch.tensor([int(row["task_id"]) for row in rows]),
         }
         if self.store is not None:
@@ -264,12 +246,12 @@ class Collator:
         if not answered:
             return batch
         if self.is_encoder_decoder:
-            batch["labels"] = _padded(answers, IGNORED)
+            batch["labels"] = padded(answers, IGNORED)
             shifted = [[self.decoder_start, *answer[:-1]] for answer in answers]
-            batch["decoder_input_ids"] = _padded(shifted, self.pad_token_id)
+            batch["decoder_input_ids"] = padded(shifted, self.pad_token_id)
         else:
             hidden = [[IGNORED] * len(prompt) for prompt in prompts]
-            batch["labels"] = _padded([[*a, *b] for a, b in zip(hidden, answers, strict=True)], IGNORED)
+            batch["labels"] = padded([[*a, *b] for a, b in zip(hidden, answers, strict=True)], IGNORED)
         scores = [row["scores"][index] for row, index in zip(rows, drawn, strict=True)]
         counts = [len(answer) for answer in answers]
         tokens = [self.mean_tokens.get(int(row["task_id"]), n) for row, n in zip(rows, counts, strict=True)]
@@ -284,14 +266,4 @@ class Collator:
         for row, ids in enumerate(images):
             for place, image in enumerate(ids):
                 features[row, place] = found[image]
-        return features, _padded([[1] * len(ids) * self.visual_tokens for ids in images], 0)
-
-
-def _padded(rows: Iterable[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
-    """Return rows of numbers as a tensor (B, length of the longest), padded with ``value``."""
-    rows = list(rows)
-    padded = torch.full((len(rows), max(map(len, rows))), value)
-    for index, row in enumerate(rows):
-        start = padded.shape[1] - len(row) if left else 0
-        padded[index, start : start + len(row)] = torch.as_tensor(row)
-    return padded
+        return features, padded([[1] * len(ids) * self.visual_tokens for ids in images], 0)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files, route
 from mtl_lora.errors import UserError, within
-from mtl_lora.evaluation import NotANumber, claimed_folders, load_questions
+from mtl_lora.evaluation import NotANumber, load_questions
 from mtl_lora.image_text import model as visual
 from mtl_lora.image_text import page
 from mtl_lora.image_text.captions import caption_rows, tokenizer_here
@@ -260,6 +260,13 @@ class Evaluator(evaluation.Evaluator):
                 found |= {question.key: line | row for question, line, row in zip(part, own, rows, strict=True)}
         return found
 
+    def finish(self, asked: evaluation.QuestionSets, results: dict[str, Results]) -> None:
+        shown, sources = self.page
+        if shown:
+            folder = Path(self.config.output_folder)
+            lines = evaluation.Predictions(folder).read()
+            page.write(folder / artifacts.PICTURES, results[ANSWER].name, shown, lines, sources)
+
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
         result, others = measure(task.metric_name, lines, task.labels), {}
         if task.answer == CAPTION:
@@ -289,19 +296,11 @@ def run(config: EvalConfig) -> dict[str, Results]:
             evaluator.shuffle(examples)  # of the whole file, so that replacements do not depend on --limit
         return examples
 
-    made_by = config.made_by if evaluator.tasks.names == OPEN_SETS.names else ""
-    data = config.data_dir, evaluator.tasks, config.tasks
-    asked = load_questions(*data, load, evaluator.questions, config.limit, made_by)
-    questions = dict.fromkeys(config.protocols, asked.questions)
+    asked = load_questions(evaluator, load)
     shown = page.evenly(evaluator.tasks, asked.questions, config.page)
     pictures = find_images(Path(config.pictures), "--pictures") if shown else {}
-    sources = page.sources(pictures, shown, config.pictures)
-    with claimed_folders(config, config.protocols):
-        results = evaluation.evaluate(evaluator, asked, questions, config.protocols)
-        if results and shown:
-            lines = evaluation.Predictions(Path(config.output_folder)).read()
-            page.write(Path(config.output_folder) / artifacts.PICTURES, results[ANSWER].name, shown, lines, sources)
-        return results
+    evaluator.page = shown, page.sources(pictures, shown, config.pictures)
+    return evaluation.evaluate(evaluator, asked)
 
 
 def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
-from mtl_lora.data_files import read_examples, task_id_of, text_of
+from mtl_lora.data_files import examples_of, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.tasks import CAPTION, CHOICE, Task, TaskSet
 from mtl_lora.samples import Records
@@ -44,21 +43,6 @@ class Example:
         return {key: value for key, value in fields.items() if value != ""} | self.extra
 
 
-def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file in any format of ``data_files.read_values``.
-
-    An example has ``image``, an id or a list of ids; ``text`` unless it is a caption; and ``answer``, a text, or
-    ``answers``, either soft scores by text or a list of texts that are all right. task: the task of all examples;
-    without it each example needs ``task`` or ``task_id``, unless there is only one task. closed: require an answer with
-    a score above 0 (evaluation). Raises ``UserError`` naming file, example and field.
-    """
-    values = read_examples(path)
-    return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
-
-
-DATA = functools.partial(Records, load_examples)  # where a study draws its samples
-
-
 def parse_example(
     value: object,
     index: int,
@@ -68,10 +52,12 @@ def parse_example(
     closed: bool = False,
     answered: bool = True,
 ) -> Example:
-    """Return one example from its JSON value; arguments and errors are those of ``load_examples``.
+    """Return one example from its JSON value; raises ``UserError`` naming ``source``, the example and the field.
 
-    source: the file that errors name. answered: False for an example to predict, whose answers are not needed and not
-    kept.
+    An example has ``image``, an id or a list of ids; ``text`` unless it is a caption; and ``answer``, a text, or
+    ``answers``, either soft scores by text or a list of texts that are all right. task: the task of all examples;
+    without it each example needs ``task`` or ``task_id``, unless there is only one task. closed: require an answer with
+    a score above 0 (evaluation). answered: False for an example to predict, whose answers are not needed and not kept.
     """
     where = f"{source}, example {index}"
     if not isinstance(value, dict):
@@ -154,3 +140,7 @@ def _score(score: object, answer: str, where: str) -> float:
     if not (type(score) in (int, float) and math.isfinite(score) and 0 <= score <= 1):
         raise UserError(f"{where}: the score of {answer!r:.80} is {score!r:.80}; it must be a number from 0 to 1")
     return float(score)
+
+
+load_examples = functools.partial(examples_of, parse_example)
+DATA = functools.partial(Records, load_examples)  # where a study draws its samples

@@ -35,8 +35,9 @@ from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits,
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import NotANumber, not_finite
 from mtl_lora.language.batches import pad_left
-from mtl_lora.language.encode import Encoder, common_prefix
+from mtl_lora.language.encode import Encoder
 from mtl_lora.language.questions import Question
+from mtl_lora.tokens import common_prefix
 
 _LEAST_PREFIX = 8  # tokens; with a shorter shared prompt prefix, copying its cache costs more than it saves
 _ATTENTION = ("sdpa", "eager")  # implementations that accept the caller's mask, (B, 1, Q, K)

@@ -16,6 +16,7 @@ from mtl_lora.base_model import at_least_float32
 from mtl_lora.language.prefix import Packer, forward_arguments, let_attention_share
 from mtl_lora.training.cuda_graphs import padded_length
 from mtl_lora.training.projection import logits_at
+from mtl_lora.training.rows import padded
 
 IGNORED = -100  # the label that torch's cross entropy skips
 _SIZES = 16  # the most sizes that ``supervised`` may have if batches must have few shapes
@@ -44,14 +45,12 @@ class Collator:
     lengths: Sequence[int] = ()
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        length = padded_length(max(len(row["input_ids"]) for row in rows), self.lengths)
-        input_ids = torch.full((len(rows), length), self.pad_token_id)
-        labels = torch.full_like(input_ids, IGNORED)
-        for index, row in enumerate(rows):
-            ids = torch.as_tensor(row["input_ids"])
-            start = 0 if self.train_on_inputs else row["prompt_length"]
-            input_ids[index, : len(ids)] = ids
-            labels[index, start : len(ids)] = ids[start:]
+        ids, starts = [list(row["input_ids"]) for row in rows], [int(row["prompt_length"]) for row in rows]
+        starts = [0] * len(rows) if self.train_on_inputs else starts
+        length = padded_length(max(map(len, ids)), self.lengths)
+        input_ids = padded(ids, self.pad_token_id, length)
+        hidden = ([IGNORED] * start + row[start:] for row, start in zip(ids, starts, strict=True))
+        labels = padded(hidden, IGNORED, length)
         task_ids = torch.tensor([int(row["task_id"]) for row in rows])
         supervised = supervised_positions(labels)
         weight = torch.tensor(float(len(supervised)))
@@ -75,16 +74,10 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) 
 
     prefix: the number of tokens of a shared prompt prefix, which stay at the left edge, with the padding after them.
     """
-    length = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, row in enumerate(rows):
-        ids = torch.as_tensor(row)
-        input_ids[index, :prefix] = ids[:prefix]
-        attention_mask[index, :prefix] = 1
-        input_ids[index, length - len(row) + prefix :] = ids[prefix:]
-        attention_mask[index, length - len(row) + prefix :] = 1
-    return input_ids, attention_mask
+    gaps = [max(map(len, rows)) - len(row) for row in rows]
+    ids = [[*row[:prefix], *[pad_token_id] * gap, *row[prefix:]] for row, gap in zip(rows, gaps, strict=True)]
+    mask = [[1] * prefix + [0] * gap + [1] * (len(row) - prefix) for row, gap in zip(rows, gaps, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 from mtl_lora.language.encode import template
-from mtl_lora.language.tasks import COMMONSENSE, TaskSet, load_tasks_file
+from mtl_lora.language.tasks import COMMONSENSE, TaskSet
 from mtl_lora.systems import SYSTEMS
 from mtl_lora.training.config import TrainingConfig
 
@@ -53,7 +53,7 @@ class TrainConfig(TrainingConfig):
         self.require("cuda_graphs", "off with --reuse_prefix always", not (self.cuda_graphs and shares))
 
     def read_tasks(self) -> TaskSet:
-        return load_tasks_file(self.tasks_file) if self.tasks_file else COMMONSENSE
+        return TaskSet.load(self.tasks_file) if self.tasks_file else COMMONSENSE
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -94,7 +94,7 @@ class AnswerConfig(answer_config.AnswerConfig):
         if self.peft:
             read_json(Path(self.peft, PEFT_CONFIG), "the PEFT configuration")
         if self.tasks_file:
-            load_tasks_file(self.tasks_file)
+            TaskSet.load(self.tasks_file)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -6,7 +6,6 @@ middle of its instruction.
 """
 
 import dataclasses
-import itertools
 import typing
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +13,7 @@ from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 from mtl_lora.language.examples import Example
 from mtl_lora.language.tasks import Task, TaskSet
+from mtl_lora.tokens import added_ids, common_prefix, control_ids
 
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,33 +186,18 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template_name: str, cutoff_len: int, tasks: TaskSet):
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        self._control = control_ids(tokenizer)
         self.tokenizer, self.cutoff_len, self.tasks = tokenizer, cutoff_len, tasks
-        self._control: set[int] = set()  # ids that no text may have
         if template_name == CHAT:  # which adds BOS and the end of an answer itself, and refuses control tokens
             self.template = ChatTemplate(tokenizer)
-            self.prefix, self.end_id = [], self.template.end_id
+            self.prefix, self.end_id, self._control = [], self.template.end_id, set()
         else:
             self.template = template(template_name)
-            self.prefix, self.end_id = self._special_prefix(), tokenizer.eos_token_id
-            special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-            self._control = {*tokenizer.all_special_ids, *special} - {tokenizer.unk_token_id}
+            self.prefix, self.end_id = added_ids(tokenizer)[0], tokenizer.eos_token_id
         self._answers: dict[str, list[int]] = {}
         self._chat_texts: dict[str, str] = {}  # answers as a chat template writes them
         self.reserves = {task.id: self._reserve(task) for task in tasks}
         self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
-
-    def _special_prefix(self) -> list[int]:
-        """The ids that the tokenizer puts before a text by itself (BOS); may be empty."""
-        bare, full = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start]
-        raise UserError(
-            f"the tokenizer {self.tokenizer.name_or_path!r} merges its special tokens with the text after them "
-            f"(ids {full} for 'a', {bare} without them), so a prompt cannot be cut; use another tokenizer"
-        )
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         # A control token spelled out in a text is split as text, or EOS in an instruction would end it; a chat template
@@ -299,9 +284,3 @@ class Encoder:
             )
         first = head + (kept + 1) // 2
         return ids[:first] + ids[len(ids) - tail - kept // 2 :]
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
-    """The longest common prefix of all rows."""
-    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
-    return [column[0] for column in same]

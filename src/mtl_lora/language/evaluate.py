@@ -1,16 +1,205 @@
 """``mtl-lora evaluate`` and ``predict`` for language models: by generated text, by the likeliest option, or by both."""
 
+import collections
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import safetensors
+from transformers import GenerationConfig, PreTrainedModel
+
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import Predictions, claimed_folders, evaluate, load_questions
+from mtl_lora.evaluation import likeliest, load_questions
+from mtl_lora.language import answering
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, EvalConfig, PredictConfig
-from mtl_lora.language.evaluator import Evaluator
-from mtl_lora.language.examples import load_examples
-from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.results import Results
+from mtl_lora.language.encode import Encoder
+from mtl_lora.language.examples import Example, load_examples, parse_example
+from mtl_lora.language.metrics import task_result
+from mtl_lora.language.questions import Question, encode_questions
+from mtl_lora.language.tasks import COMMONSENSE, Task
+from mtl_lora.results import Results, TaskResult, Trainable
+
+
+class Evaluator(evaluation.Evaluator):
+    """A language model, its prompt template and its tasks.
+
+    All settings are checked before the model is loaded; raises ``UserError`` for invalid ones.
+
+    adapter: the checkpoint's configuration; peft: the PEFT adapter; both are None for a base model alone. method,
+    method_title: the adapter's method and its title in tables, or None. template, cutoff_len, tasks: the checkpoint's,
+    else those of the flags.
+    """
+
+    system, version = "language", 1
+    one_by_one = False  # True for a model whose answers padding changes
+
+    def __init__(self, config: AnswerConfig):
+        self.config = config
+        origin = self.read_checkpoint()
+        self.peft = PeftAdapter(config.peft) if config.peft else None
+        if self.peft:
+            self.method, self.method_title = "peft_lora", "LoRA (PEFT)"
+        name = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
+        if name is None:
+            raise UserError(f"{config.checkpoint or config.peft} does not name its base model; pass --base_model")
+        known = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
+        self.refuse_flags(known)
+        self.template = origin.prompt_template or config.template or "alpaca"
+        self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
+        self.use_tasks(origin, COMMONSENSE)
+        self.use_base(name, origin)
+        tokenizer = self.base_model.tokenizer()
+        tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
+        self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
+        self.prefixes: dict[int, list[int]] = {}
+        self.caches: answering.PrefixCaches | None = None
+        self.scorer: answering.OptionScorer | None = None
+
+    def settings(self, protocol: str) -> dict:
+        settings = super().settings(protocol) | {"template": self.template}
+        if self.peft:
+            settings["adapter_sha256"] = self.peft.weights_sha256
+        if protocol != "score":
+            settings |= {"max_new_tokens": self.config.max_new_tokens, "num_beams": self.config.num_beams}
+        return settings
+
+    def prepare(self, questions: Mapping[str, Sequence[Question]]) -> None:
+        """Check the questions of each protocol, and find the prompt prefix that the questions of each task share."""
+        for question in questions.get("score", ()):
+            answering.continuations(question, self.encoder)
+        more = self.config.max_new_tokens
+        written = (len(each.prompt_ids) + more for each in questions.get("generate", ()))
+        way_out = f"a prompt and --max_new_tokens {more}; lower it"
+        self.base_model.check_positions(max(written, default=0), way_out)
+        self._note_long_answers(questions.get("generate", ()))
+        reserves = self.encoder.reserves
+        scored = (len(each.prompt_ids) + reserves[each.task.id] for each in questions.get("score", ()))
+        way_out = "a prompt and an option; pass a smaller --cutoff_len"
+        self.base_model.check_positions(max(scored, default=0), way_out)
+        prompts = collections.defaultdict(list)
+        for question in itertools.chain(*questions.values()):
+            prompts[question.task.id].append(question.prompt_ids)
+        self.prefixes = {task_id: answering.shared_prefix(rows) for task_id, rows in prompts.items()}
+        if self.caches is not None:
+            self.caches.use(self.prefixes)
+
+    def _note_long_answers(self, questions: Sequence[Question]) -> None:
+        """Note each task with questions whose answer has more tokens than are generated."""
+        most, found = self.config.max_new_tokens, collections.Counter()
+        for each in questions:
+            prefix = each.task.answer_prefix if each.options else ""
+            answers = [each.example.answer] if each.example.answer else each.options
+            # An answer is complete even if there is no room left for the token that ends it.
+            found[each.task.name] += any(len(self.encoder.answer_ids(prefix + text)) - 1 > most for text in answers)
+        self.note(
+            f"{count:,} questions of {name} have an answer with more tokens than --max_new_tokens {most}, which "
+            "therefore cannot be generated in full; raise it"
+            for name, count in (+found).items()
+        )
+
+    def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
+        """Encode examples as questions; raises ``UserError`` naming ``source`` and the example."""
+        return encode_questions(examples, self.tasks, self.encoder, source)
+
+    def to_predict(
+        self, values: Sequence[object], source: str, task: str | None, mode: str | None = None
+    ) -> dict[str, list[Question]]:
+        examples = evaluation.inputs(parse_example, values, source, self.tasks, task)
+        by_protocol: dict[str, list[Question]] = {}
+        for question in self.questions(examples, source) if examples else ():
+            by_protocol.setdefault(mode or ("score" if question.options else "generate"), []).append(question)
+        self.prepare(by_protocol)
+        return by_protocol
+
+    def result(self, question: Question, line: Mapping) -> dict:
+        return evaluation.result_of(question, line, question.options)
+
+    @property
+    def asked_tasks(self) -> Iterable[str]:
+        return [self.tasks[task_id].name for task_id in self.prefixes]
+
+    def build(self) -> PreTrainedModel:
+        model = self.base_model.load(self.config.dtype, self.load_in_4bit)
+        if self.peft:
+            model = self.peft.load(model)
+        # generate reads every setting it is not given (a repetition penalty, tokens to suppress) from here.
+        model.generation_config = GenerationConfig()
+        return model
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        if self.peft and not self.peft.is_unchanged():
+            raise UserError(f"{self.config.peft} was replaced while the model was loading; run the same command again")
+
+    def load(self) -> None:
+        if self.model is not None:
+            return
+        super().load()
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            # generate and ``logits_to_keep=1`` slice the last position out of (B, L, k). A CPU multiplies such a view
+            # by the (k, V) matrix row by row and copies the matrix each time: a third of an evaluation of SmolLM2-135M.
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
+        self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
+        tokenizer, task_id = self.encoder.tokenizer, next(iter(self.tasks)).id
+        probe = tokenizer("What is read first?")["input_ids"]
+        self.one_by_one = answering.reads_padding(self.model, probe, tokenizer.pad_token_id, task_id)
+        if self.one_by_one:
+            name = type(self.model).__name__
+            self.note([f"{name} does not ignore the padding before shorter rows, so questions are answered one by one"])
+
+    def tokens(self, question: Question, protocol: str) -> int:
+        prompt = len(question.prompt_ids)
+        if protocol != "score":
+            return prompt * self.config.num_beams
+        return max(prompt, sum(len(self.encoder.option_ids(question.task, option)) for option in question.options))
+
+    def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
+        """The prediction lines of a batch of questions of one task, with the model loaded."""
+        way = self._score if protocol == "score" else self._generate
+        parts = [[question] for question in questions] if self.one_by_one else [questions]
+        answers = [each for part in parts for each in self.in_halves(way, part, protocol)]
+        return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
+
+    def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
+        return task_result(task, lines)
+
+    def trainable(self) -> Trainable | None:
+        if not self.peft:
+            return super().trainable()
+        own, base = _sizes(self.peft.weights), _sizes(*self.base_model.weight_files())
+        # A module that is trained and saved in full replaces the base model's module of the same name.
+        return Trainable(sum(own.values()), sum((base | own).values()))
+
+    def adapter_json(self) -> dict | None:
+        return self.peft.settings if self.peft else super().adapter_json()
+
+    def results_settings(self, protocol: str) -> dict:
+        return {} if protocol == "score" else {"extraction": max(task.extraction for task in self.tasks)}
+
+    def finish(self, asked: evaluation.QuestionSets, results: dict[str, Results]) -> None:
+        if len(results) > 1:
+            lines = [evaluation.Predictions(self.config.protocols[protocol]).read() for protocol in results]
+            keys = [question.key for question in asked.questions if all(question.key in each for each in lines)]
+            value = agreement(keys, *lines)
+            files.write_json(Path(self.config.output_folder) / artifacts.AGREEMENT, value)
+
+    def _score(self, questions: Sequence[Question]) -> list[dict]:
+        scores = self.scorer.scores(questions)
+        answers = []
+        for question, values in zip(questions, scores, strict=True):
+            normalised = answering.per_token(question, self.encoder, values)
+            best, best_normalised = (question.options[likeliest(question, each)] for each in (values, normalised))
+            answers.append({"parsed": best, "normalised": best_normalised, "scores": values})
+        return answers
+
+    def _generate(self, questions: Sequence[Question]) -> list[dict]:
+        limits = self.config.max_new_tokens, self.config.num_beams
+        texts = answering.generate_answers(self.model, self.encoder, questions, *limits, self.caches)
+        return [question.answer_in(text) for question, text in zip(questions, texts, strict=True)]
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
@@ -20,23 +209,15 @@ def run(config: EvalConfig) -> dict[str, Results]:
     the protocols agree. Returns an empty dict with ``check``, and on every process but the first.
     """
     evaluator = Evaluator(config)
-    made_by = config.made_by if evaluator.tasks.names == COMMONSENSE.names else ""
-    data = config.data_dir, evaluator.tasks, config.tasks
-    asked = load_questions(*data, load_examples, evaluator.questions, config.limit, made_by)
+    asked = load_questions(evaluator, load_examples)
     questions = dict.fromkeys(config.protocols, asked.questions)
     if config.mode == "both":
         free_text = {question.task.name for question in asked.questions if not question.options}
         questions["score"] = [each for each in asked.questions if each.task.name not in free_text]
     # If all tasks are free text, there is nothing to score.
-    folders = {protocol: folder for protocol, folder in config.protocols.items() if questions[protocol]}
+    questions = {protocol: part for protocol, part in questions.items() if part}
     evaluator.prepare(questions)
-    with claimed_folders(config, folders):
-        results = evaluate(evaluator, asked, questions, folders)
-        if len(results) > 1:
-            lines = [Predictions(folder).read() for folder in folders.values()]
-            value = agreement((question.key for question in questions["score"]), *lines)
-            files.write_json(Path(config.output_folder) / artifacts.AGREEMENT, value)
-    return results
+    return evaluation.evaluate(evaluator, asked, questions)
 
 
 def agreement(
@@ -87,3 +268,71 @@ class Predictor(evaluation.Predictor):
 def predict(config: PredictConfig) -> None:
     """Answer every example of the input file that has no answer yet, then write the complete output file."""
     evaluation.predict(Evaluator(config), config.mode or "score, generate for free text", mode=config.mode)
+
+
+# ---- an adapter in PEFT's format ----
+
+
+class PeftAdapter:
+    """A LoRA adapter in PEFT's format; raises ``UserError`` unless it is saved as safetensors and peft is installed."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.weights = Path(folder), Path(folder) / artifacts.PEFT_WEIGHTS
+        self.settings = files.read_object(self.folder / artifacts.PEFT_CONFIG, "the PEFT configuration")
+        kind = self.settings.get("peft_type")
+        if kind != "LORA":
+            raise UserError(f"{self.folder / artifacts.PEFT_CONFIG} has peft_type {kind!r}; only LORA can be evaluated")
+        if self.settings.get("alora_invocation_tokens"):
+            raise UserError(
+                f"{self.folder} is an activated LoRA, which this evaluation would not activate; merge it first"
+            )
+        if not self.weights.is_file():
+            raise UserError(f"{self.folder} has no {self.weights.name}; other formats, such as .bin, are not read")
+        try:
+            import peft
+        except ImportError:
+            raise UserError("--peft needs the package peft; install it with `pip install peft`") from None
+        self._peft = peft
+        self.base_model = self.settings.get("base_model_name_or_path") or None
+        if not isinstance(self.base_model, str | None):
+            raise UserError(
+                f"{self.folder / artifacts.PEFT_CONFIG}: base_model_name_or_path must be a string; correct it"
+            )
+        self.weights_sha256 = files.sha256(self.weights)
+
+    def is_unchanged(self) -> bool:
+        """Whether the folder still holds the weights and settings that were read."""
+        again = PeftAdapter(self.folder)
+        return (again.weights_sha256, again.settings) == (self.weights_sha256, self.settings)
+
+    def load(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Have PEFT load the adapter into the layers of ``model``; raises ``UserError`` if they do not match."""
+        before = {name for name, _ in model.named_parameters()}
+        try:
+            wrapped = self._peft.PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
+        except (ValueError, RuntimeError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"PEFT cannot load {self.folder} ({str(error).splitlines()[0]})") from None
+        found = wrapped.get_base_model()
+        # PEFT ignores tensors that have no place in the model and initialises at random what the file lacks, so the
+        # names are compared here. The file may hold embeddings too.
+        needed = self._peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        needed, all_there = (
+            {name.removeprefix(artifacts.PEFT_PREFIX) for name in names} for names in (needed, wrapped.state_dict())
+        )
+        held = _sizes(self.weights).keys()
+        if other := sorted((needed - held) | (held - needed - all_there)):
+            raise UserError(f"{self.folder} and this base model do not match: {other[0]} is only in one of them")
+        if {name for name, _ in found.named_parameters()} == before:
+            raise UserError(f"{self.folder} adapts no layer of this model")
+        return found
+
+
+def _sizes(*paths: Path) -> dict[str, int]:
+    """The number of parameters of each tensor in safetensors files, by its name in the model."""
+    sizes = {}
+    for path in paths:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                shape = opened.get_slice(name).get_shape()
+                sizes[name.removeprefix(artifacts.PEFT_PREFIX)] = math.prod(shape)
+    return sizes

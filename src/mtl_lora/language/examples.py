@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
-from mtl_lora.data_files import label_of, read_examples, refuse_slips, task_id_of, text_of
+from mtl_lora.data_files import examples_of, label_of, refuse_slips, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.language.metrics import extract_answer
 from mtl_lora.language.tasks import Task, TaskSet
@@ -48,24 +47,6 @@ FIELDS = ("instruction", "input", "output", "answer", "task_id")
 ROLES = ("system", "user", "assistant")
 
 
-def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read a file of examples (see ``data_files.read_values``); raises ``UserError`` naming file, example and field.
-
-    An example has ``instruction`` and ``output``, or ``messages``, or, for a task with options, ``text`` and ``label``.
-    task: the task of all examples; without it each example has ``task_id`` or ``task``, unless there is only one task.
-    closed: as for evaluation, require an answer, which must be one of the example's options if it has any, and no
-    output.
-    """
-    values = read_examples(path)
-    return [parse_example(value, index, str(path), tasks, task, closed) for index, value in enumerate(values)]
-
-
-# ---- examples ----
-
-
-DATA = functools.partial(Records, load_examples)  # the data that studies sample from
-
-
 def parse_example(
     value: object,
     index: int,
@@ -75,10 +56,12 @@ def parse_example(
     closed: bool = False,
     answered: bool = True,
 ) -> Example:
-    """Build one example from its JSON value; arguments and errors are those of ``load_examples``.
+    """Build one example from its JSON value; raises ``UserError`` naming ``source``, the example and the field.
 
-    index, source: the place of the example, for errors. answered: False for an example to predict, whose ``output`` and
-    ``answer`` are neither needed nor kept.
+    An example has ``instruction`` and ``output``, or ``messages``, or, for a task with options, ``text`` and ``label``.
+    task: the task of all examples; without it each example has ``task_id`` or ``task``, unless there is only one task.
+    closed: as for evaluation, require an answer, which must be one of the example's options if it has any, and no
+    output. answered: False for an example to predict, whose ``output`` and ``answer`` are neither needed nor kept.
     """
     where = f"{source}, example {index}"
     if not isinstance(value, dict):
@@ -202,3 +185,7 @@ def _check_output(texts: dict[str, str], task: Task, options: Sequence[str], whe
             f"{where}: an evaluation would extract the answer {found!r} from the output {output!r}, not "
             f"{wanted}; make output and answer agree"
         )
+
+
+load_examples = functools.partial(examples_of, parse_example)
+DATA = functools.partial(Records, load_examples)  # the data that studies sample from

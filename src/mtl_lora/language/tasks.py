@@ -6,7 +6,6 @@ The eight commonsense tasks are the table below; any other task set is read from
 import dataclasses
 import re
 import typing
-from pathlib import Path
 
 from mtl_lora import tasks
 from mtl_lora.errors import UserError
@@ -140,11 +139,6 @@ class TaskSet(tasks.TaskSet[Task]):
     """Language tasks in id order (ids 0..T-1 without gaps); ``columns`` lists them in the order of results tables."""
 
     task_class = Task
-
-
-def load_tasks_file(path: str | Path) -> TaskSet:
-    """Read a task set from a JSON file; raises ``UserError`` naming the file and the fault."""
-    return TaskSet.load(path)
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:

@@ -68,9 +68,8 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
     data_dir: str = flag("data/glue/test", "folder with <task>/test.json (or .jsonl, .csv, .parquet)")
 
     @property
-    def protocols(self) -> dict[str, str]:
-        """The output folder of each protocol, that is each way of answering the questions."""
-        return {CLASSIFY if self.checkpoint else COSINE: self.output_folder}
+    def protocol(self) -> str:
+        return CLASSIFY if self.checkpoint else COSINE
 
 
 @dataclasses.dataclass(kw_only=True)

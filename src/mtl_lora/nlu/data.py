@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mtl_lora.nlu.examples import Example, load_examples
 from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.cuda_graphs import padded_length
-from mtl_lora.training.rows import cached_rows, tokenizer_hash
+from mtl_lora.training.rows import cached_rows, padded, tokenizer_hash
 
 # Increase it when the encoding of examples changes, so that caches of an older version are not read.
 _VERSION = 2
@@ -106,18 +106,12 @@ class Collator:
         self.pad_token_id, self.lengths = pad_token_id, lengths
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        length = padded_length(max(len(row["input_ids"]) for row in rows), self.lengths)
-        batch = {"input_ids": torch.full((len(rows), length), self.pad_token_id)}
-        batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
-        types = [row.get("token_type_ids") or [] for row in rows]
+        ids, types = [row["input_ids"] for row in rows], [row.get("token_type_ids") or [] for row in rows]
+        length = padded_length(max(map(len, ids)), self.lengths)
+        batch = {"input_ids": padded(ids, self.pad_token_id, length)}
+        batch["attention_mask"] = padded([[1] * len(each) for each in ids], 0, length)
         if any(types):
-            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
-        for index, row in enumerate(rows):
-            ids = row["input_ids"]
-            batch["input_ids"][index, : len(ids)] = torch.as_tensor(ids)
-            batch["attention_mask"][index, : len(ids)] = 1
-            if any(types):
-                batch["token_type_ids"][index, : len(ids)] = torch.as_tensor(types[index])
+            batch["token_type_ids"] = padded(types, 0, length)
         batch["task_ids"] = torch.tensor([int(row["task_id"]) for row in rows])
         batch["loss_weight"] = torch.tensor(float(len(rows)))
         if "target" in rows[0]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mtl_lora import evaluation, files
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import claimed_folders, load_questions
+from mtl_lora.evaluation import load_questions
 from mtl_lora.nlu import model as heads
 from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.data import Collator, Encoder
@@ -141,24 +141,15 @@ def run(config: EvalConfig) -> dict[str, Results]:
     The returned dictionary is empty with ``check``, and on every process except the first.
     """
     evaluator = Evaluator(config)
-    asked = load_questions(
-        config.data_dir,
-        evaluator.tasks,
-        config.tasks or ([] if config.checkpoint else _with_cosine(evaluator.tasks)),
-        load_examples,
-        evaluator.questions,
-        config.limit,
-        config.made_by if evaluator.tasks.names == GLUE.names else "",
-    )
+    chosen = [] if config.checkpoint or config.tasks else _with_cosine(evaluator.tasks)
+    asked = load_questions(evaluator, load_examples, chosen)
     for question in asked.questions if not config.checkpoint else ():
         if not question.task.is_regression or question.example.text_b is None:
             raise UserError(
                 f"without a checkpoint, the base model {evaluator.base_model.name!r} answers only regression tasks on "
                 f"pairs, and {question.task.name} is not one; leave it out of --tasks, or pass --checkpoint"
             )
-    questions = dict.fromkeys(config.protocols, asked.questions)
-    with claimed_folders(config, config.protocols):
-        return evaluation.evaluate(evaluator, asked, questions, config.protocols)
+    return evaluation.evaluate(evaluator, asked)
 
 
 def _with_cosine(tasks: TaskSet) -> list[str]:

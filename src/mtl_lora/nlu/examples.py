@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
-from mtl_lora.data_files import label_of, read_examples, refuse_slips, task_id_of, text_of
+from mtl_lora.data_files import examples_of, label_of, refuse_slips, task_id_of, text_of
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.samples import Records
@@ -34,27 +33,20 @@ class Example:
         return {key: value for key, value in fields.items() if value is not None} | self.extra
 
 
-def load_examples(path: str | Path, tasks: TaskSet, task: str | None = None, closed: bool = False) -> list[Example]:
-    """Read the examples of a file in any format of ``data_files.read_values``.
-
-    task: the task of all examples; without it each example needs ``task`` or ``task_id``, unless there is only one
-    task. closed: no effect here, where every example needs a label; other systems read it. Raises ``UserError`` naming
-    file, example and field.
-    """
-    values = read_examples(path)
-    return [parse_example(value, index, str(path), tasks, task) for index, value in enumerate(values)]
-
-
-DATA = functools.partial(Records, load_examples)  # where a study draws its samples
-
-
 def parse_example(
-    value: object, index: int, source: str, tasks: TaskSet, task: str | None = None, answered: bool = True
+    value: object,
+    index: int,
+    source: str,
+    tasks: TaskSet,
+    task: str | None = None,
+    closed: bool = False,
+    answered: bool = True,
 ) -> Example:
-    """Return one example from its JSON value; arguments and errors are those of ``load_examples``.
+    """Return one example from its JSON value; raises ``UserError`` naming ``source``, the example and the field.
 
-    source: the file that errors name. answered: False for an example to predict, whose label is not needed and not
-    kept.
+    task: the task of all examples; without it the example needs ``task`` or ``task_id``, unless there is only one task.
+    closed: no effect here, where every example needs a label. answered: False for an example to predict, whose label is
+    not needed and not kept.
     """
     where = f"{source}, example {index}"
     if not isinstance(value, dict):
@@ -89,3 +81,7 @@ def _label(value: dict, task: Task, where: str) -> str | float:
             f"{where}: the label {label!r:.80} must be a number from {low:g} to {high:g}, the range of {task.name}"
         )
     return number
+
+
+load_examples = functools.partial(examples_of, parse_example)
+DATA = functools.partial(Records, load_examples)  # where a study draws its samples

@@ -10,7 +10,6 @@ from pathlib import Path
 from mtl_lora import artifacts, cli, files
 from mtl_lora.errors import UserError
 from mtl_lora.results import Reader, Results, Sample, TaskResult, Trainable, trainable_text
-from mtl_lora.samples import Data
 from mtl_lora.study.config import FROM_TRAIN, ExperimentConfig, Grid
 from mtl_lora.systems import SYSTEMS, part
 
@@ -160,7 +159,7 @@ class Plan:
         sets = {"test": (Path(grid.evaluate["data_dir"]), grid.test_records)}
         if grid.search:
             sets["dev"] = Path(grid.search.data_dir), grid.search.records
-        self._data: Data = part(grid.system, "examples").DATA(grid.tasks)
+        self._data = part(grid.system, "examples").DATA(grid.tasks)
         tests = [path for source, _ in sets.values() for path in self._data.files(source, grid.scored)]
         for path in [*self._data.files(self._source), *tests]:
             if not path.is_file():

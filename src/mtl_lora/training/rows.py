@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow
 import pyarrow.compute
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from mtl_lora import files
@@ -127,6 +128,14 @@ def _add(digest, column: pyarrow.ChunkedArray) -> None:
             digest.update("".join(f"{text}\0" for text in chunk.to_pylist()).encode())
         else:
             digest.update(chunk.to_numpy(zero_copy_only=False).tobytes())
+
+
+def padded(rows: Iterable[Sequence[int]], value: int, length: int = 0, left: bool = False) -> torch.Tensor:
+    """Return rows of numbers as a tensor (B, L), padded with ``value``; L: ``length``, or the longest row's."""
+    rows = list(map(list, rows))
+    length = length or max(map(len, rows))
+    gaps = [[value] * (length - len(row)) for row in rows]
+    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
 
 
 def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:

@@ -19,7 +19,7 @@ from mtl_lora.config import Config, flag
 from mtl_lora.data_files import read_values
 from mtl_lora.data_sets import SPLITS, Manifest, content, existing, shuffled, write_sets
 from mtl_lora.errors import UserError
-from mtl_lora.language.tasks import Task, TaskSet, load_tasks_file
+from mtl_lora.language.tasks import Task, TaskSet
 
 MANIFEST = Path(__file__).with_name("textclass.json")
 TASKS_FILE = Path(__file__).with_name("textclass_tasks.json")
@@ -58,7 +58,7 @@ class Prepare(Config):
 
 def run(config: Prepare) -> None:
     """Read everything, check everything, and only then write; raises ``UserError``."""
-    tasks = load_tasks_file(str(TASKS_FILE))
+    tasks = TaskSet.load(TASKS_FILE)
     manifest = Manifest.load(config.manifest, tasks.names, MANIFEST)
     sets = {
         name: {part: [example(tasks[name], *pair) for pair in pairs] for part, pairs in parts.items()}
