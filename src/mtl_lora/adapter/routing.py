@@ -156,7 +156,7 @@ class BoundRoute:
         return self.task_ids if self.task_ids.dim() == 1 else None
 
     def ids_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the ids on the device of ``x``, a layer's input (B, ..., k) or (B L, k).
+        """Return the ids on the device of ``x``, a layer's input (B, ..., k), (B, 1, L, k) or (B L, k).
 
         Raises ``UserError`` if their shapes do not match.
         """
@@ -166,6 +166,8 @@ class BoundRoute:
             if self.blocks is not None:
                 self.blocks = dataclasses.replace(self.blocks, ids=moved(self.blocks.ids, x.device))
         if x.dim() > ids.dim() and x.shape[: ids.dim()] == ids.shape:
+            return ids
+        if x.dim() == 4 and x.shape[1] == 1 and ids.shape == (len(x), x.shape[2]):  # as of DeepSeek's latent attention
             return ids
         is_flattened = x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length
         if is_flattened and (ids.dim() == 1 or ids.shape[1] == self.length):

@@ -172,13 +172,7 @@ class Run:
         base.check_quantisation(training=True)
         # This precedes the Trainer's arguments, because ZeRO-3 partitions every model that is created after them.
         structure = self.structure()
-        if config.cuda_graphs and getattr(structure.config, "layerdrop", 0):
-            raise UserError(f"{config.base_model} skips layers at random (layerdrop); leave out --cuda_graphs")
-        try:
-            self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
-        except UserError as error:
-            own = str(error).split(maxsplit=1)[0].rstrip(":") in {flag.name for flag in type(config).flags()}
-            raise UserError(f"--{error}" if own else f"--lora_target_modules: {error}") from None
+        notes = self._configure_adapter(structure)
         self.arguments = training_arguments(config)
         distributed.check_deepspeed_values(self.arguments, one_process=config.check)
         digest = self.data_sha256()
@@ -189,30 +183,13 @@ class Run:
         self.check_rows(rows)
         self.encoded = rows_sha256(rows) if isinstance(rows, datasets.Dataset) else None
         self.train, held_out = split(rows, config.val_set_size, config.seed)
-        given = {flag.name for flag in config.flags() if getattr(config, flag.name) != flag.default}
-        if idle := sorted(given & self.unread):
-            notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         self.log(*notes)
-        task_ids = self.columns(self.train)["task_id"]
-        if config.cuda_graphs and not self.cuda_graphs:
-            self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
-        lengths, group_tasks = self.plan(structure)
-        sampler = self.sampler(lengths, task_ids, group_tasks)
+        sampler = self.sampler(*self._plan(structure))
         shortened = f"; {shortened_note(rows, self.limit(), self.shortened_at)}" if self.shortened_at else ""
         self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
         self.log(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
-        trained = {int(task_id) for task_id in counts.nonzero()[0]}
-        if trained == {*task_ids.tolist()}:  # not of images, which have several tasks under one id
-            steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * sampler.steps_per_epoch)
-            trained = sampler.tasks_met(steps)
-        untrained = [task.name for task in self.tasks if task.id not in trained]
-        if untrained:
-            where = " in these steps" if any(counts[self.tasks[name].id] for name in untrained) else ""
-            names = ", ".join(untrained)
-            self.log(
-                f"no training examples of {names}{where}: weights that only these tasks use keep their initial values"
-            )
+        untrained = self._untrained(sampler, counts)
         configuration = self.configuration(digest)
         if from_checkpoint:
             kind = type(config)
@@ -253,6 +230,49 @@ class Run:
             task_weights=self.task_weights,
             cuda_graphs=self.cuda_graphs,
         )
+        self._train(trainer, from_checkpoint)
+
+    def _configure_adapter(self, structure: PreTrainedModel) -> list[str]:
+        """Set the adapter's configuration for the model on the meta device; return notes to print."""
+        config = self.config
+        if config.cuda_graphs and getattr(structure.config, "layerdrop", 0):
+            raise UserError(f"{config.base_model} skips layers at random (layerdrop); leave out --cuda_graphs")
+        try:
+            self.adapter, notes = self.place_adapter(config.adapter_config(self.tasks), structure)
+        except UserError as error:
+            own = str(error).split(maxsplit=1)[0].rstrip(":") in {flag.name for flag in type(config).flags()}
+            raise UserError(f"--{error}" if own else f"--lora_target_modules: {error}") from None
+        given = {flag.name for flag in config.flags() if getattr(config, flag.name) != flag.default}
+        if idle := sorted(given & self.unread):
+            notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
+        return notes
+
+    def _plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return the arguments of ``sampler``."""
+        task_ids = self.columns(self.train)["task_id"]
+        if self.config.cuda_graphs and not self.cuda_graphs:
+            self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
+        lengths, group_tasks = self.plan(structure)
+        return lengths, task_ids, group_tasks
+
+    def _untrained(self, sampler: StepSampler, counts: np.ndarray) -> list[str]:
+        """Return the names of the tasks without an example in the run, and say them. counts: examples by task, (T,)."""
+        config, trained = self.config, {int(task_id) for task_id in counts.nonzero()[0]}
+        if trained == {*sampler.task_ids.tolist()}:  # not of images, which have several tasks under one id
+            steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * sampler.steps_per_epoch)
+            trained = sampler.tasks_met(steps)
+        untrained = [task.name for task in self.tasks if task.id not in trained]
+        if untrained:
+            where = " in these steps" if any(counts[self.tasks[name].id] for name in untrained) else ""
+            names = ", ".join(untrained)
+            self.log(
+                f"no training examples of {names}{where}: weights that only these tasks use keep their initial values"
+            )
+        return untrained
+
+    def _train(self, trainer: MultiTaskTrainer, from_checkpoint: Path | None) -> None:
+        """Train and save the adapter with its analysis; raises ``UserError`` if the GPU's memory is too small."""
+        config = self.config
         try:
             trainer.train(resume_from_checkpoint=str(from_checkpoint) if from_checkpoint else None)
         except torch.OutOfMemoryError:
