@@ -207,9 +207,17 @@ def hybrid() -> torch.nn.Module:
     return randomise(mtl_lora.inject(model, adapter_config(target_modules=["q_proj", "v_proj"]))).train()
 
 
-def test_a_model_with_convolutions_shares_none_on_request_either():
-    prefixes, line = prefixes_to_share("always", dataset(ROWS), hybrid(), 0.0)
-    assert not prefixes and "convolutions" in line
+def linear() -> torch.nn.Module:
+    """A model with a layer of linear attention."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 4}
+    return transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**sizes))
+
+
+@pytest.mark.parametrize("build", [hybrid, linear])
+def test_a_model_with_convolutions_or_linear_attention_shares_none_on_request_either(build):
+    prefixes, line = prefixes_to_share("always", dataset(ROWS), build(), 0.0)
+    assert not prefixes and "more than attention" in line
 
 
 def windowed() -> torch.nn.Module:

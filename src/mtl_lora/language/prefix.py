@@ -199,9 +199,11 @@ def prefixes_to_share(
         return {}, "prompt prefixes are not shared (--reuse_prefix never)"
     if not getattr(model, "_supports_attention_backend", False):
         return {}, f"prompt prefixes are not shared: {type(model).__name__} does not support another attention"
-    # A convolution mixes so few tokens that the change in losses may vanish in 16-bit rounding, unseen by the check.
-    if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
-        return {}, f"prompt prefixes are not shared: {type(model).__name__} mixes tokens by convolutions too"
+    # A convolution mixes so few tokens, and a linear attention forgets so fast, that the change in losses may vanish in
+    # 16-bit rounding, unseen by the check.
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if "linear_attention" in kinds or any(isinstance(each, torch.nn.Conv1d) for each in model.get_decoder().modules()):
+        return {}, f"prompt prefixes are not shared: {type(model).__name__} mixes tokens by more than attention"
     own = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if mode == "auto" and any([dropout, *own, getattr(model.config, "attention_dropout", 0)]):
         how = "--lora_dropout 0 is faster, and so is --reuse_prefix always, with one dropout mask for all rows"
