@@ -21,6 +21,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ProphetNetConfig,
+    ReformerConfig,
     RobertaConfig,
     XLNetConfig,
 )
@@ -295,6 +297,13 @@ def test_an_encoder_that_lacks_a_weight_is_refused_and_the_weight_is_named(encod
     change_weights(folder, lambda tensors: tensors.update({layer: torch.zeros(5, 5)}))
     with pytest.raises(UserError, match=f"lacks {1 + 2 * pooled} of its weights, {prefix}"):
         as_encoder(folder).load("fp32")
+
+
+@pytest.mark.parametrize("config", [ProphetNetConfig, ReformerConfig])
+def test_a_causal_model_that_reads_the_batch_is_refused(config, tmp_path):
+    config(vocab_size=40).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is of no use here: .*; pass the folder of a causal"):
+        BaseModel(str(tmp_path)).config()
 
 
 @pytest.mark.parametrize("config", [BertGenerationConfig, CpmAntConfig, XLNetConfig])

@@ -46,6 +46,11 @@ INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.s
 # Keys of config.json that do not affect what the model computes.
 _NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _SAMPLE_BYTES = 4096
+# Causal types that cannot be trained in batches, and why.
+_UNFIT = {
+    "prophetnet": "its outputs depend on the length of the longest row",
+    "reformer": "its training needs rows of one fixed length",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +136,9 @@ class BaseModel:
             raise UserError(
                 f"the model {self.name!r} does not read images ({config.model_type}); {KINDS[self.kind].way_out}"
             )
+        if self.kind == "causal_lm" and config.model_type in _UNFIT:
+            about = f"the model {self.name!r} is of no use here: {_UNFIT[config.model_type]} ({config.model_type})"
+            raise UserError(f"{about}; {KINDS[self.kind].way_out}")
         if self.kind in ("causal_lm", "text_generator") and _is_encoder(config):
             raise UserError(
                 f"the model {self.name!r} is an encoder ({config.model_type}), which does not predict the next token; "
