@@ -260,6 +260,11 @@ def test_a_predictor_that_is_constant_but_for_rounding_has_no_correlation():
     assert pearson.value([1e308, -1e308] * 25, targets) == pytest.approx(-1)
 
 
+def test_a_correlation_that_rounding_takes_beyond_one_is_one():
+    predictions = [0.1, 0.7, 3 * 0.3]  # whose correlation with their doubles comes to 1.0000000000000002
+    assert METRICS["pearson"].value(predictions, [2 * number for number in predictions]) == 1.0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_has_no_rank(value):
     with pytest.raises(UserError, match=f"answer 1 has {value}"):

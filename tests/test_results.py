@@ -98,6 +98,15 @@ def test_what_is_saved_is_loaded_from_the_file_or_its_folder(tmp_path):
         Results.load(tmp_path / "none")
 
 
+def test_results_that_name_no_adapter_stay_beside_a_checkpoint(tmp_path):
+    (tmp_path / "mtl_lora_config.json").write_text('{"weights_sha256": "new"}')
+    (tmp_path / "evaluation").mkdir()
+    for adapter, found in ((..., 1), ("new", 1), ("old", 0)):
+        results = Results.from_json(with_place(SCHEMA_2, "settings.adapter_sha256", adapter))
+        results.save(tmp_path / "evaluation" / "results.json")
+        assert len(Results.load_all(tmp_path, needed=False)) == found
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=9))
 @settings(deadline=None)
 def test_average_is_the_plain_mean_with_the_error_of_independent_means(pairs):
@@ -146,10 +155,17 @@ def test_groups_are_named_by_whatever_the_field_holds():
     assert {name: group.n for name, group in groups.items()} == {"x": 1, "1": 1, "['y']": 1, "{'z': 0}": 1, "0": 1}
 
 
-def test_a_score_without_error_beyond_one_is_read():
+@pytest.mark.parametrize("value", [3.0, 10 + 5e-10])  # 10 is the most that there is, but for rounding
+def test_a_score_without_error_beyond_one_is_read(value):
     record = with_place(with_place(SCHEMA_2, "average", ...), "tasks.qa", {"metric": "cider", "stderr": 0, "n": 3})
-    record["tasks"]["qa"]["value"] = 3.0
-    assert Results.from_json(record).tasks["qa"].stderr == 0
+    record["tasks"]["qa"]["value"] = value
+    found = Results.from_json(record).tasks["qa"]
+    assert (found.value, found.stderr) == (value, 0)
+
+
+def test_an_object_that_is_no_whole_result_is_kept_as_it_is():
+    nli = Results.from_json(with_place(SCHEMA_2, "tasks.nli.official", {"value": 0.25})).tasks["nli"]
+    assert nli.measured["official"] == {"value": 0.25} and "official" not in nli.others
 
 
 def test_numbers_have_correlations_and_no_majority_class():
@@ -195,8 +211,10 @@ def test_a_task_set_knows_order_titles_and_what_decides_an_answer():
         ("task_set", ...),
         ("task_set.tasks", [{"id": 0}]),
         ("task_set.tasks", [{"name": "../nli", "id": 0}]),
+        ("task_set.tasks", [{"name": "nli", "id": 0}, {"name": "nli", "id": 1}]),
         ("task_set.columns", 5),
         ("task_set.columns", ["nli"]),
+        ("task_set.columns", ["nli", "qa", "nli"]),
         ("tasks.nli", None),
         ("tasks.nli.VALUE", ...),
         ("tasks.nli.VALUE", 68.3),
@@ -205,6 +223,11 @@ def test_a_task_set_knows_order_titles_and_what_decides_an_answer():
         ("tasks.nli.stderr", ...),
         ("tasks.nli.n", True),
         ("tasks.nli.n", 0),
+        ("tasks.nli.n", 10.5),
+        ("tasks.nli.correct", 4.5),
+        ("tasks.nli.unparsed", 1.5),
+        ("tasks.nli.f1", "0.5"),
+        ("tasks.nli.predicted", {"yes": "3"}),
         ("tasks.nli.groups.easy.stderr", ...),
         ("tasks.nli.strict.VALUE", 2),
         ("tasks.third", {"metric": "accuracy", "accuracy": 1, "value": 1, "stderr": 0, "n": 1}),

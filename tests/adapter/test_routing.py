@@ -11,6 +11,7 @@ import pandas
 import pytest
 import torch
 import transformers
+from reference.architectures import OTHERS
 from reference.layers import assert_near
 from reference.tiny import (
     FACTORED,
@@ -239,11 +240,25 @@ def test_flattened_tokens_of_a_mixture_of_experts_keep_their_tasks(method):
     assert (mixed - logits(model, input_ids, OTHER_IDS)).abs().max() > 0.01
 
 
-def test_experts_that_see_tokens_in_an_order_of_their_own_are_refused_where_ids_are_needed():
-    model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.ModuleDict({"up": torch.nn.Linear(8, 8)})])})
-    with pytest.raises(UserError, match=r"experts.0.up cannot carry an adapter of the method mtl_lora"):
-        mtl_lora.inject(model, adapter_config(target_modules=["up"]))
-    mtl_lora.inject(model, adapter_config("lora", target_modules=["up"]))
+def with_layer(name: str) -> torch.nn.Module:
+    """A model with one linear layer of this name."""
+    model = torch.nn.Linear(8, 8)
+    for part in reversed(name.split(".")):
+        model = torch.nn.ModuleDict({part: model})
+    return model
+
+
+@pytest.mark.parametrize("name", ["experts.0.up", "mlp.experts.expert_3.wi"])  # the latter is Switch's
+def test_experts_that_see_tokens_in_an_order_of_their_own_are_refused_where_ids_are_needed(name):
+    with pytest.raises(UserError, match=f"{name} cannot carry an adapter of the method mtl_lora"):
+        mtl_lora.inject(with_layer(name), adapter_config(target_modules=[name]))
+    mtl_lora.inject(with_layer(name), adapter_config("lora", target_modules=[name]))
+
+
+@pytest.mark.parametrize("name", ["mlp.shared_expert.up", "mlp.experts_norm"])
+def test_what_is_named_like_experts_and_sees_every_token_is_none_of_them(name):
+    model = mtl_lora.inject(with_layer(name), adapter_config(target_modules=[name]))
+    assert list(mtl_lora.adapter_layers(model)) == [name]
 
 
 def test_adapted_output_head_is_routed_where_only_some_positions_are_projected():
@@ -528,6 +543,14 @@ def test_prompts_padded_at_the_right_are_refused_for_a_decoder():
         adapted_llama().generate(input_ids=tokens(4), attention_mask=mask, task_ids=TASKS)
 
 
+def test_prompts_of_an_encoder_decoder_may_be_padded_at_the_right():
+    (t5,) = (each for each in OTHERS if each.name == "T5")
+    model = mtl_lora.inject(t5.build(torch.float32), adapter_config(target_modules=["q"]))
+    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
+    found = model.generate(input_ids=tokens(2), attention_mask=mask, task_ids=TASKS[:2], max_new_tokens=2)
+    assert len(found) == 2
+
+
 def test_sampling_follows_the_seed():
     model, input_ids = adapted_llama(), tokens(4)
 
@@ -595,6 +618,17 @@ class Windows(torch.nn.Module):
         return self.qkv(x)
 
 
+class Flattening(torch.nn.Module):
+    """Gives its layer some positions of (B, L, k), flattened."""
+
+    def __init__(self, kept: int):
+        super().__init__()
+        self.kept, self.linear = kept, torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x[:, : self.kept].flatten(0, 1))
+
+
 def test_missing_ids_raise():
     with pytest.raises(UserError, match=r"needs task ids: call the whole model with task_ids=.*mtl_lora.route.use"):
         adapted_llama()(input_ids=tokens(2))
@@ -610,6 +644,15 @@ def test_windows_of_images_are_refused_since_their_rows_are_not_the_batch():
     model = mtl_lora.inject(Windows(), adapter_config(target_modules=["qkv"]))
     with pytest.raises(UserError, match=r"batch of shape \(16, 16\) does not match .* \(4,\)"):
         model(torch.randn(4, 8, 8, 6), task_ids=TASKS)
+
+
+@pytest.mark.parametrize(
+    ("kept", "task_ids"), [(2, IDS), (5, IDS[:, None].expand(4, 3))], ids=["fewer rows", "ids of another length"]
+)
+def test_flattened_rows_that_are_not_those_of_the_batch_are_refused(kept, task_ids):
+    model = mtl_lora.inject(Flattening(kept), adapter_config(target_modules=["linear"]))
+    with pytest.raises(UserError, match="does not match task_ids"):
+        model(torch.randn(4, 5, 4), task_ids=task_ids)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 14), (4, 1), (2, 7), (7, 4)], ids=str)

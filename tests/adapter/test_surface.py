@@ -45,7 +45,7 @@ from transformers import (
 import mtl_lora
 from mtl_lora import UserError, route
 from mtl_lora.adapter.checkpoint import WEIGHTS_NAME, adapter_state, adapter_tensors, read_config
-from mtl_lora.adapter.inject import trainable_parameters
+from mtl_lora.adapter.inject import fused_experts, trainable_parameters
 from mtl_lora.base_model import BaseModel
 
 
@@ -294,6 +294,22 @@ def test_layers_that_other_batches_reach_may_be_allowed(tmp_path):
     mtl_lora.load(ReadsWeight(), tmp_path, allow_unused=True)(torch.randn(2, 8), task_ids=[0, 1])
     with pytest.raises(UserError, match=r"dtype is an option of mtl_lora\.load\(folder\)"):
         mtl_lora.load(ReadsWeight(), tmp_path, dtype="bf16")
+
+
+class Mixture(nn.Module):
+    """A router would choose: here the first of two experts gets everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8)}) for _ in range(2))
+
+    def forward(self, x):
+        return self.experts[0]["up"](x)
+
+
+def test_an_expert_that_gets_no_token_is_no_layer_that_is_never_called():
+    model = mtl_lora.inject(Mixture(), adapter_config("lora", target_modules=["up"])).train()
+    assert model(torch.randn(2, 8)).shape == (2, 8)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -949,6 +965,12 @@ def test_routers_of_experts_are_no_linear_layers():
     mtl_lora.inject(model, adapter_config("lora", target_modules="all-linear"), allow_unused=True)
     assert not any("router" in name for name in mtl_lora.adapter_layers(model))
     assert logits(model).isfinite().all()
+
+
+def test_one_matrix_is_no_stack_of_experts():
+    model = nn.Module()
+    model.positions, model.stacked = nn.Parameter(torch.zeros(1, 5, 4)), nn.Parameter(torch.zeros(2, 5, 4))
+    assert [*fused_experts(model)] == ["stacked"]
 
 
 def test_a_model_without_the_folder_of_its_checkpoint_is_named():

@@ -125,6 +125,12 @@ def test_seed_fixes_the_mixture_logits_and_nothing_else(peft_folder, tmp_path):
     assert same[1] == {name for name in states[0] if not name.endswith("lora_w")}
 
 
+def test_an_import_leaves_torchs_generator_as_it_was(peft_folder, tmp_path):
+    before = torch.get_rng_state()
+    import_peft(peft_folder, tmp_path / "ours", FOUR)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_lora_to_peft_and_back_is_bit_for_bit_the_same(checkpoints, tmp_path):
     (folder,) = export_peft(checkpoints("gpt2", "lora"), tmp_path / "peft", ["maps"])
     back = import_peft(folder, tmp_path / "back", FOUR, "lora")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from reference.tiny import FACTORED, TASKS, adapted_llama, adapter_config, rando
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shared import PROJECT
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mtl_lora
@@ -25,7 +27,7 @@ from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
 from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
 from mtl_lora.export.model_card import model_card, read_scores
-from mtl_lora.export.peft import export_peft
+from mtl_lora.export.peft import export_peft, saved_modules
 from mtl_lora.language.tasks import Task, TaskSet
 from mtl_lora.results import Results, TaskNames, TaskResult
 
@@ -164,6 +166,14 @@ def test_modules_that_peft_cannot_save_can_be_merged(refused, command, bases, tm
     command("merge", checkpoint=checkpoint, task="maps", output=tmp_path / "merged")
     expected = logits(routed(bases[kind], checkpoint), "maps")
     assert difference(logits(load_base(tmp_path / "merged")), expected) < TOLERANCE
+
+
+def test_a_module_whose_name_ends_anothers_is_not_exported():
+    # PEFT takes every module whose name ends so, here the post_norm too.
+    base = nn.ModuleDict({"body": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "post_norm": nn.LayerNorm(4)})
+    adapter = adapter_config("lora", target_modules=["body"], modules_to_save=["norm"])
+    with pytest.raises(UserError, match=r"^post_norm of modules_to_save"):
+        saved_modules("checkpoint", SimpleNamespace(adapter_config=adapter), base)
 
 
 @pytest.mark.parametrize("kind, label", [("llama", "moelora"), ("gpt2", "dora"), ("gpt2", "mtl_lora")])

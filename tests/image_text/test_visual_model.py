@@ -35,7 +35,7 @@ from transformers import (
 from transformers import T5ForConditionalGeneration as T5Model
 
 import mtl_lora
-from mtl_lora import AdapterConfig, UserError
+from mtl_lora import AdapterConfig, Provenance, UserError
 from mtl_lora.adapter.checkpoint import read_config
 from mtl_lora.adapter.inject import trainable_parameters
 from mtl_lora.base_model import BaseModel, enable_checkpointing
@@ -426,6 +426,15 @@ def test_inputs_that_do_not_fit_are_one_sentence(tmp_path):
     model(**batch)
     with pytest.raises(UserError, match="pool"):
         VisualConfig(dim=DIM, grid=2, pool=3)
+
+
+def test_a_visual_embedding_for_other_images_is_not_taken_for_the_checkpoints():
+    images, model = VisualConfig(dim=DIM, grid=GRID), torch.nn.Module()
+    model.visual_embedding = visual.VisualEmbedding(images, 8)
+    own, other = (Provenance(system="image_text", model_settings=each.to_json()) for each in (images, IMAGES))
+    visual.check_base(model, own, "folder")
+    with pytest.raises(UserError, match="has no such module"):
+        visual.check_base(model, other, "folder")
 
 
 def test_an_encoder_decoder_of_another_family_is_refused():

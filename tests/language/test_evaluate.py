@@ -183,6 +183,14 @@ def test_a_base_model_alone_is_asked_as_a_training_asks_by_default(tiny_base):
     assert (made.template, made.cutoff_len) == (TrainConfig.template, TrainConfig.cutoff_len)
 
 
+@pytest.mark.parametrize(("recorded", "cutoff_len"), [(64, 64), (None, TrainConfig.cutoff_len)])
+def test_a_checkpoint_says_how_long_its_prompts_are(trained, tmp_path, edit_json, recorded, cutoff_len):
+    path = shutil.copytree(trained, tmp_path / "run") / "mtl_lora_config.json"
+    edit_json(path, provenance=json.loads(path.read_text())["provenance"] | {"cutoff_len": recorded})
+    evaluator = Evaluator(EvalConfig(checkpoint=str(tmp_path / "run")))
+    assert evaluator.cutoff_len == evaluator.encoder.cutoff_len == cutoff_len
+
+
 def test_results_name_the_latest_rules_of_extraction_that_one_of_their_tasks_needs():
     made = Evaluator.__new__(Evaluator)
     made.tasks = TaskSet((Task("free", 0), Task("mood", 1, ("happy", "sad"))))
@@ -580,6 +588,15 @@ def test_checkpoint_that_is_replaced_before_it_is_loaded_is_refused(evaluate, tr
     with pytest.raises(UserError, match="run was replaced"):
         evaluate("out", checkpoint=str(tmp_path / "run"), tasks=["boolq"], mode="score", overwrite=True)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == before
+
+
+def test_a_base_model_that_is_replaced_before_it_is_loaded_is_refused(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    evaluator = Evaluator(EvalConfig(base_model=str(base)))
+    state = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="was replaced during the run"):
+        evaluator.load()
 
 
 @pytest.mark.slow

@@ -123,6 +123,19 @@ def test_options_that_the_prefix_holds_are_not_read_out_of_it(options):
 
 
 @pytest.mark.parametrize(
+    ("prefix", "text", "answer"),
+    [
+        ("The answer, yes or no, is ", "Not no. The answer, yes or no, is yes.", "yes"),
+        ("The answer, yes or no, is ", "No. The answer, yes or no, is that.", "no"),
+        ("The answer is ", "No. The answer is yes.", "yes"),
+        ("The answer is ", "No. The answer is that.", "no"),
+    ],
+)
+def test_an_answer_stands_behind_the_prefix_or_else_before_it(prefix, text, answer):
+    assert extract_answer(Task("own", 0, YES, answer_prefix=prefix), text) == answer
+
+
+@pytest.mark.parametrize(
     ("prefix", "options", "text", "answer"),
     [
         ("is ", ("Paris", "London"), "This is Paris", "Paris"),

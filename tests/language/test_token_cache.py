@@ -19,7 +19,7 @@ from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training import rows
-from mtl_lora.training.rows import row_columns, shortened_note, split, tokenizer_hash
+from mtl_lora.training.rows import row_columns, rows_sha256, shortened_note, split, tokenizer_hash
 
 CUTOFF = 128
 RECORDS = [
@@ -237,6 +237,14 @@ def test_tokenizer_hash_is_of_what_the_tokenizer_does_not_of_where_it_lies(token
 
 def test_tokenizers_of_different_kinds_have_different_hashes(tokenizers):
     assert len({tokenizer_hash(tokenizer) for tokenizer in tokenizers.values()}) == len(tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [([[1, 2], [3]], [[1], [2, 3]]), (["ab", "c"], ["a", "bc"]), ([1, 2], [2, 1])], ids=str
+)
+def test_the_hash_of_rows_is_of_where_each_value_stands(one, other):
+    first, second = (rows_sha256(datasets.Dataset.from_dict({"x": values})) for values in (one, other))
+    assert first != second
 
 
 # ---- number columns and the note on shortened rows ----

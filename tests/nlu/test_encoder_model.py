@@ -4,6 +4,7 @@ All in float64, with weights that are random everywhere.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,14 @@ def test_losses_of_an_encoder_in_16_bits_are_taken_in_float32(tmp_path):
     model = built(base_of("Bert", tmp_path), "mtl_lora").bfloat16()
     losses, _, _ = encoder.TaskLosses(TASKS)(model, Collator(0)(rows(has_types=True)))
     assert losses.dtype == torch.float32
+
+
+def test_regressions_alone_have_a_loss_at_the_end_of_their_range_too():
+    """There the target is 1, which would be no label of one output."""
+    losses_of = encoder.TaskLosses(TaskSet((Task("rank", 0, regression=(1.0, 5.0)),)))
+    batch = {"task_ids": torch.tensor([0, 0]), "targets": torch.tensor([1.0, 0.5]), "input_ids": None}
+    losses, weights, _ = losses_of(lambda **_: SimpleNamespace(logits=torch.tensor([[0.5], [0.5]])), batch)
+    assert losses.tolist() == [0.25, 0.0] and weights.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("name, label", CASES)

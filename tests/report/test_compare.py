@@ -9,6 +9,7 @@ import math
 import statistics
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from report_cases import (
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import bootstrap_means, mcnemar_p
 from mtl_lora.metrics import p_text
+from mtl_lora.predictions import check_comparable, differences
 from mtl_lora.report.compare import compare
 from mtl_lora.results import Results
 
@@ -170,6 +172,15 @@ def test_average_interval_resamples_within_each_task(compared):
     assert interval(comparison.average.value) == pytest.approx((0.075 - half, 0.075 + half), abs=0.004)
 
 
+def test_differences_of_several_units_have_no_average():
+    of_words = ("accuracy", [([0.0, 1.0, 1.0], [1.0, 1.0, 1.0])])
+    of_depths = ("depth_rmse", [(np.array([[4.0, 1], [1, 1], [9, 1]]), np.array([[1.0, 1], [1, 1], [4, 1]]))])
+    mixed = differences({"first": of_words, "second": of_depths}, ["first", "second"], 0, 50)
+    assert mixed["average"] is None and {*mixed["tasks"]} == {"first", "second"}
+    alike = differences({"first": of_words, "second": of_words}, ["first", "second"], 0, 50)
+    assert alike["average"] is not None
+
+
 def test_interval_of_a_task_depends_on_seed_and_not_on_other_tasks(compared):
     f1 = [index / 50 for index in range(50)], [(index * 7 % 50) / 50 for index in range(50)]
     flags = [True] * 50
@@ -225,6 +236,17 @@ def test_other_protocol_data_or_tasks_are_not_comparable(compared, tmp_path, pla
     results = [tmp_path / run / "results.json" for run in "ab"]
     assert str(caught.value).startswith(f"{results[0]} and {results[1]} are not comparable: ")
     assert fact in str(caught.value)
+
+
+def test_captions_of_other_tokenizers_are_not_comparable(tmp_path):
+    cider = {"tasks__first__metric": "cider"}
+    a, b = (
+        Results.load(write_run(tmp_path / name, predictions_of(RIGHT_A), **cider, tasks__first__tokenizer=tokenizer))
+        for name, tokenizer in (("a", "ptb"), ("b", "plain"))
+    )
+    check_comparable(a, a, ["first"])
+    with pytest.raises(UserError, match="they measure first by cider, tokenizer ptb and cider, tokenizer plain"):
+        check_comparable(a, b, ["first"])
 
 
 def test_runs_are_compared_on_the_tasks_that_both_have_or_on_those_that_are_named(tmp_path, capsys):

@@ -233,6 +233,12 @@ def test_delta_m_is_relative_to_single_task_results(tmp_path, capsys):
         "not on the same test data: normals"
         in run_command(capsys, "table", together, "--baselines", ",".join([*alone[:3], str(fewer)]))[1]
     )
-    mistakes = [(alone[:3], "no result of normals"), ([*alone, alone[0]], "semseg, as another of --baselines")]
+    rmse = {"normals": {"metric": "rmse", "value": 17.97, "stderr": 0.01, "n": 9}}
+    mistakes = [
+        (alone[:3], "no result of normals"),
+        ([*alone, alone[0]], "semseg, as another of --baselines"),
+        ([*alone[:3], str(write("rmse", [("normals", 0)], tasks=rmse))], "measures normals by mean_angle and"),
+        ([*alone[:3], str(write("zero", [("normals", 0)]))], "needs baselines above 0"),
+    ]
     mistakes = [([together, "--baselines", ",".join(given)], fact) for given, fact in mistakes]
     assert_mistakes(capsys, "table", mistakes)

@@ -101,6 +101,19 @@ def test_results_that_cannot_be_compared_are_a_note_and_not_the_end_of_a_study(t
     assert "Not compared: Base - LoRA (" in (tmp_path / "study" / "table.md").read_text()
 
 
+def test_a_difference_that_can_be_made_again_is_no_longer_said_to_be_missing(tmp_path, edit_json):
+    plan = plan_of(tmp_path, grid(**TWO))
+    runs, writer, found = finished(plan, RIGHT), StudyWriter(plan), []
+    path = runs[0].jobs[0].folder / "results.json"
+    before = json.loads(path.read_text())["settings"]
+    for settings in (before | {"template": "plain"}, before):
+        edit_json(path, settings=settings)
+        writer._compared.cache_clear()  # as if by another writer; finished runs do not change under one
+        writer.write(runs)
+        found.append("Not compared" in (tmp_path / "study" / "table.md").read_text())
+    assert found == [True, False]
+
+
 def test_experiments_without_a_finished_run_are_left_out_and_named(tmp_path):
     study, text = study_of(tmp_path, {key: RIGHT[key] for key in (("Base", None), ("LoRA", 0))})
     assert list(by_name(study)) == ["Base", "LoRA"] and "LoRA 1 of 2, MTL-LoRA 0 of 2" in text
@@ -304,8 +317,8 @@ def test_shared_folder_has_every_number_and_no_weights_predictions_data_or_paths
     edit_json(shared / "study.json", experiments=[*experiments, {**experiments[0], "name": "More"}])
     with pytest.raises(UserError, match="holds 8 runs"):  # a part never replaces the whole
         collect(folder, shared)
-    edit_json(shared / "study.json", name="other")
-    with pytest.raises(UserError, match="'other'"):
+    edit_json(shared / "study.json", name="other", experiments=experiments)
+    with pytest.raises(UserError, match="holds 7 runs of 'other'"):
         collect(folder, shared)
 
 

@@ -386,3 +386,11 @@ def test_the_tasks_that_are_met_are_those_of_the_steps(options, steps):
         epoch, left = epoch + 1, left - sampler.steps_per_epoch
     assert sampler.tasks_met(steps) == met and sampler.epoch == 0
     assert steps > 1 or met != {*task_ids.tolist()}
+
+
+def test_a_task_left_out_of_the_first_epoch_is_met_in_a_later_one():
+    # Five tasks of one example each, of which an epoch takes four.
+    sampler = LengthGroupedBatchSampler(np.full(5, 10), np.arange(5), 2, seed=0, accumulation=2)
+    assert (sampler.steps_per_epoch, sampler.left_out) == (1, 1)
+    assert len(sampler.tasks_met(1)) == 4 and sampler.tasks_met(30) == {0, 1, 2, 3, 4}
+    assert sampler.epoch == 0

@@ -1,5 +1,6 @@
 """The loss of a step on a mixed batch: that of all logits, whatever the system, and however the batch is split."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -11,7 +12,7 @@ from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_gradients
 from torch import nn
 from transformers import Trainer
 
-from mtl_lora import AdapterConfig, Provenance, inject, route
+from mtl_lora import AdapterConfig, Provenance, files, inject, route
 from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
@@ -161,6 +162,10 @@ def test_the_trainer_gets_what_the_flags_say(tmp_path):
     assert (arguments.save_steps, arguments.save_total_limit, arguments.get_warmup_steps(8)) == (5, 2, 2)
 
 
+def test_the_trainer_leaves_no_mark_of_peft_on_the_model(tmp_path):
+    assert not make_trainer(tmp_path).model._hf_peft_config_loaded
+
+
 class Regression(nn.Module):
     """A model of another system: numbers in, numbers out."""
 
@@ -258,6 +263,21 @@ def test_loss_per_task_is_the_weighted_sum_since_the_last_reading():
     assert [part.tolist() for part in losses.read()] == [[0] * 4, [0] * 4]
 
 
+def test_sums_of_losses_lose_nothing_over_many_tokens():
+    losses = TaskLosses(1)
+    for weight in (2.0**24, 1.0, 1.0):  # float32 has no 2^24 + 1
+        losses.add(torch.tensor([1.0]), torch.tensor([weight]), torch.tensor([0]))
+    assert [part.item() for part in losses.read()] == [2**24 + 2] * 2
+
+
+def test_sums_of_losses_stay_in_their_memory_for_a_recorded_step():
+    losses = TaskLosses(2)
+    place = losses.sums.data_ptr()
+    losses.add(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([1]))
+    sums, _ = losses.read()
+    assert losses.sums.data_ptr() == place and sums.tolist() == [0, 3]
+
+
 def test_trainer_counts_a_step_to_its_tasks(tmp_path):
     trainer = make_trainer(tmp_path, batch_size=2, accumulation=4)
     losses, tasks = full_losses(adapted_llama(), batch_of())
@@ -276,6 +296,13 @@ def test_the_validation_loss_is_the_mean_over_all_tokens(tmp_path):
     for number, task in enumerate(TASKS):
         own = torch.tensor([each == number for each in tasks])
         assert found[f"eval_loss/{task}"] == pytest.approx(losses[own].mean().item(), rel=1e-6)
+
+
+def test_the_validation_loss_of_weighted_tasks_is_the_weighted_sum_of_their_means(tmp_path):
+    weights = [1.0, 2.0, 0.0, 0.5]
+    found = make_trainer(tmp_path, eval_dataset=encoded_rows(), task_weights=weights).evaluate()
+    means = [found[f"eval_loss/{task}"] for task in TASKS]
+    assert found["eval_loss"] == pytest.approx(sum(w * mean for w, mean in zip(weights, means, strict=True)))
 
 
 def test_a_collator_that_draws_takes_one_epoch_for_held_out_examples_and_then_goes_on_in_its_own(tmp_path):
@@ -303,3 +330,44 @@ def test_every_process_draws_dropout_masks_of_its_own():
             RankedDropout().on_train_begin(SimpleNamespace(seed=7, process_index=rank), None, None)
             draws.append(torch.rand(4).tolist())
     assert draws[0] == draws[2] != draws[1]
+
+
+# ---- saving ----
+
+
+def test_room_is_kept_for_the_adapter_and_for_a_checkpoint_that_is_to_come(tmp_path, monkeypatch):
+    trainer, asked = make_trainer(tmp_path), []
+    monkeypatch.setattr(files, "reserved", lambda folder, size: asked.append(size))
+    for to_come in (False, True):
+        trainer._reserve_room(checkpoints=to_come)
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    own = sum(weight.numel() * weight.element_size() for weight in trained)
+    assert asked == [own + 2**20, 4 * own + 2**20]
+
+
+def test_room_is_given_back_for_a_save_and_when_a_training_fails(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer._reserve_room(checkpoints=True)
+    trainer.save_model()
+    assert trainer.room is None
+
+    def fail(self, *arguments, **options):
+        assert trainer.room is not None
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Trainer, "train", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert trainer.room is None
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
+    def fail(self, model, trial):
+        (Path(self._get_output_dir(trial)) / "checkpoint-1").mkdir(parents=True)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", fail)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(OSError, match="no space left"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert not [*tmp_path.iterdir()]

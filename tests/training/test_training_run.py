@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_a_run_keeps_the_start_of_what_tasks_have_of_their_own(train, tiny_base)
     before = (folder / artifacts.ADAPTER_START).read_bytes()
     train("run", max_steps=2, save_step=1, resume_from_checkpoint=str(folder / "checkpoint-1"))
     assert (folder / artifacts.ADAPTER_START).read_bytes() == before
+
+
+def test_a_run_that_is_overwritten_leaves_no_start_to_one_that_has_none(train):
+    folder = train("run", max_steps=1)
+    assert (folder / artifacts.ADAPTER_START).is_file()
+    train("run", max_steps=1, adapter_name="lora", overwrite_output_dir=True)
+    assert not (folder / artifacts.ADAPTER_START).exists()
 
 
 @pytest.mark.parametrize("method", ["lora", "mtl_lora"])
@@ -340,17 +348,32 @@ def test_a_resume_state_that_is_not_whole_is_refused_and_later_checkpoints_stay(
     train("run", max_steps=3, save_step=1, resume_from_checkpoint=str(first))
 
 
-@pytest.mark.parametrize("name", ["run.json", "train_log.jsonl", "tensorboard/events"])
-def test_what_another_program_wrote_is_not_deleted(train, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("run.json", "{}"), ("run.json", '{"lr": 1}'), ("train_log.jsonl", "{}"), ("tensorboard/events", "{}")],
+)
+def test_what_another_program_wrote_is_not_deleted(train, tmp_path, name, text):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
-    path.write_text("{}")
+    path.write_text(text)
     with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no training wrote"):
         train("run", max_steps=1)
     elsewhere = str(train("elsewhere", max_steps=2, save_step=1) / "checkpoint-1")
     with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, which no training wrote"):
         train("run", max_steps=2, save_step=1, resume_from_checkpoint=elsewhere)
-    assert path.read_text() == "{}"
+    assert path.read_text() == text
+
+
+def test_a_flipped_bit_in_the_resume_state_is_refused(train):
+    checkpoint = train("run", max_steps=2, save_step=1) / "checkpoint-1"
+    path = checkpoint / "optimizer.pt"
+    with zipfile.ZipFile(path) as opened:
+        largest = max(opened.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 300] ^= 1  # a number of a moment; torch.load would read it without a word
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"missing or damaged resume state \(optimizer\.pt\)"):
+        train("run", max_steps=2, save_step=1, resume_from_checkpoint=str(checkpoint), check=True)
 
 
 def test_a_run_without_memory_for_its_activations_resumes_with_gradient_checkpointing(train):
@@ -419,6 +442,13 @@ def test_disk_without_room_for_the_adapter_is_refused_before_the_first_step(trai
     with pytest.raises(UserError, match="lacks room"):
         train("run", max_steps=1)
     assert not (tmp_path / "run" / artifacts.TRAIN_LOG).exists()
+
+
+def test_no_room_is_asked_for_a_checkpoint_after_the_last_step(train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "reserved", lambda folder, size: asked.append(size))
+    train("run", max_steps=2, save_step=1)
+    assert asked[0] == asked[1] > asked[2] > 2**20  # at the start, after the first checkpoint, after the last
 
 
 def test_resuming_another_run_leaves_the_folder_of_this_one(train, tmp_path):
@@ -520,3 +550,11 @@ def test_a_run_on_another_machine_that_would_go_on_otherwise_is_not_resumed(trai
     edit_json(folder / "run.json", **{key: value})
     with pytest.raises(UserError, match=f"cannot be resumed.*{fact}"):
         train("run", max_steps=1, save_step=1, resume_from_checkpoint="True")
+
+
+def test_a_check_in_one_process_does_not_compare_the_number_of_devices(train, edit_json):
+    folder = train("run", max_steps=1, save_step=1)
+    edit_json(folder / "run.json", world_size=2)
+    for rank in (0, 1):
+        shutil.copy(folder / "checkpoint-1" / "rng_state.pth", folder / "checkpoint-1" / f"rng_state_{rank}.pth")
+    train("run", max_steps=1, save_step=1, resume_from_checkpoint="True", check=True)
