@@ -481,7 +481,8 @@ def wrong(record: dict) -> list[str]:
     for name, value in record.items():
         if name not in ("parameters", "layers", "notes", "said", "reference"):
             look(name, value)
-    look("reference.not_causal", record["reference"]["not_causal"])
+    reference = record["reference"]
+    look("reference", reference if isinstance(reference, str) else {"not_causal": reference["not_causal"]})
     return found
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import mtl_lora
-from mtl_lora import route
+from mtl_lora import AdapterConfig, route
 from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import IGNORED, token_losses
@@ -289,6 +289,18 @@ def test_layer_whose_adapter_would_be_bypassed_or_never_trained_is_refused(build
     with pytest.raises(UserError, match=f"{target} cannot carry an adapter: "):
         mtl_lora.inject(model, adapter_config(target_modules=[target]))
     assert not adapter_layers(model)
+
+
+def test_an_earlier_checkpoint_with_adapters_on_such_layers_still_loads(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"indexer": SparseIndexer(), "q_proj": nn.Linear(8, 8)})
+
+    earlier = AdapterConfig.from_json(adapter_config(target_modules="all-linear").to_json())
+    mtl_lora.save(randomise(mtl_lora.inject(model(), earlier)), tmp_path / "earlier")
+    assert [*adapter_layers(mtl_lora.load(model(), tmp_path / "earlier"))] == ["indexer.wk", "q_proj"]
+    mtl_lora.save(mtl_lora.inject(model(), adapter_config(target_modules="all-linear")), tmp_path / "now")
+    assert [*adapter_layers(mtl_lora.load(model(), tmp_path / "now"))] == ["q_proj"]
 
 
 @pytest.mark.parametrize("target_modules", [["in_proj"], "all-linear"])

@@ -733,6 +733,12 @@ def test_blocks_that_end_in_another_order_than_they_began_are_reported():
         for _ in other:
             pass
     assert route.current() is None
+    one, other = request(IDS), request(OTHER_IDS)
+    next(one), next(other)
+    with pytest.raises(ValueError, match="its own"):  # an error on its way out is not replaced
+        one.throw(ValueError("its own"))
+    other.close()
+    assert route.current() is None
 
 
 @pytest.mark.parametrize("door", DOORS)

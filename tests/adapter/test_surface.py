@@ -419,7 +419,7 @@ def test_an_averaged_model_is_saved_and_one_inside_another_module_is_not_turned_
     model = adapted_llama()
     mtl_lora.save(torch.optim.swa_utils.AveragedModel(model), tmp_path)
     assert torch.equal(logits(mtl_lora.load(tiny_llama(), tmp_path)), logits(model))
-    with pytest.raises(UserError, match="not a module that contains it"), mtl_lora.disabled(nn.ModuleList([model])):
+    with pytest.raises(UserError, match="no part of it or module around it"), mtl_lora.disabled(nn.ModuleList([model])):
         pass
 
 
@@ -478,6 +478,19 @@ def test_only_one_of_forwards_at_the_same_time_looks_for_unused_layers():
     for thread in threads:
         thread.join(timeout=30)
     assert not found and not model.mtl_lora_injection.unchecked
+    assert not any(layer._forward_pre_hooks for layer in mtl_lora.adapter_layers(model).values())
+
+
+def test_a_model_whose_first_training_forward_was_interrupted_can_be_copied():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = adapted_llama().train()
+    handle = model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=tokens(4), task_ids=TASKS)
+    handle.remove()
+    assert torch.equal(logits(copy.deepcopy(model).eval()), logits(model.eval()))
 
 
 # ---- modules saved whole ----
@@ -968,9 +981,9 @@ def test_routers_of_experts_are_no_linear_layers():
 
 
 def test_one_matrix_is_no_stack_of_experts():
-    model = nn.Module()
-    model.positions, model.stacked = nn.Parameter(torch.zeros(1, 5, 4)), nn.Parameter(torch.zeros(2, 5, 4))
-    assert [*fused_experts(model)] == ["stacked"]
+    model = nn.ModuleDict({"experts": nn.Module(), "gate": nn.Conv1d(4, 4, 2)})
+    model.experts.one, model.experts.two = nn.Parameter(torch.zeros(1, 5, 4)), nn.Parameter(torch.zeros(2, 5, 4))
+    assert [*fused_experts(model)] == ["experts.two"]
 
 
 def test_a_model_without_the_folder_of_its_checkpoint_is_named():

@@ -60,6 +60,8 @@ class AdapterConfig(Config):
     task_modules: list[str] = dataclasses.field(metadata={"before": ()})
     hyperparameters: Hyperparameters
 
+    recorded = False  # whether it was read from a file, whose adapter layers are what they are
+
     def __init__(
         self,
         method: str = "mtl_lora",
@@ -150,7 +152,9 @@ class AdapterConfig(Config):
             own = {name: entry for name, entry in value.items() if name in names.intersection(_FORMAT_1)}
             value = {key: entry for key, entry in value.items() if key not in _FORMAT_1} | {"hyperparameters": own}
         own = declared.from_json(value["hyperparameters"], f"{source}, 'hyperparameters'", complete)
-        return super().from_json({**value, "hyperparameters": own}, source, complete)
+        config = super().from_json({**value, "hyperparameters": own}, source, complete)
+        config.recorded = True
+        return config
 
 
 def hyperparameter_flags() -> list[Flag]:

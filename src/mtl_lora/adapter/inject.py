@@ -51,11 +51,15 @@ class Injection:
     ties: tuple | None = None  # (was set on the instance, the original ``_tied_weights_keys``), if it was renamed
 
 
+_watching = threading.Lock()  # held while a forward looks whether another one is checked
+
+
 class CallWatch:
-    """Records which adapter layers of a model are called, until ``end``. thread: the one whose forward is watched."""
+    """Records which adapter layers of a model are called, until ``end``. thread: the ident of the thread that watches
+    its forward."""
 
     def __init__(self, model: nn.Module):
-        self.layers, self.called, self.thread = adapter_layers(model), set(), threading.current_thread()
+        self.layers, self.called, self.thread = adapter_layers(model), set(), threading.get_ident()
         self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers.values()]
 
     def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
@@ -94,6 +98,8 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
     targets = find_targets(root, config)
+    if config.target_modules == "all-linear" and not config.recorded and _unusable(root):
+        config.target_modules = targets_for(targets, root)  # the checkpoint says which layers these were
     for entry in config.task_modules:
         if not any(config.is_at(name, [entry]) for name in targets):
             raise UserError(f"task_modules: none of the {len(targets)} adapted layers is named {entry!r}")
@@ -208,7 +214,7 @@ def find_targets(
     saved = {module for slot in slots for module, key in slot.places if key == "weight"}
     needs_task_ids = layer_class(config.method).needs_task_ids
     without_task = of_relative_positions(model) if needs_task_ids else set()
-    unusable = _unusable(model)
+    unusable = {} if config.recorded else _unusable(model)  # earlier versions put adapters on some of these
     if config.target_modules == "all-linear":
         left_out = {*saved, output_head(model), *without_task, *unusable}
         left_out |= {module for name, module in linears if needs_task_ids and _is_expert(name)}
@@ -286,11 +292,8 @@ def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str
 def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights (E, d, k) that stack E experts in one parameter, which cannot carry an adapter, by name."""
     stacked = {name: weight for name, weight in model.named_parameters() if weight.dim() == 3 and len(weight) > 1}
-    return {
-        name: weight
-        for name, weight in stacked.items()
-        if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd)
-    }
+    owners = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in stacked}
+    return {name: weight for name, weight in stacked.items() if "expert" in f"{name} {owners[name]}".lower()}
 
 
 def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
@@ -492,7 +495,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     injection = injection_of(model)
     if layers and injection is None:
         raise UserError(
-            "mtl_lora.disabled needs the model that mtl_lora.inject returned, not a module that contains it"
+            "mtl_lora.disabled needs the model that mtl_lora.inject returned, no part of it or module around it"
         )
     slots = injection.slots if injection else []
     require_slots(slots)
@@ -535,12 +538,13 @@ def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[
         routing.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not injection.off and not _is_compiled(model):
             _refuse_drifting_averages(model)
-            watch = injection.watch
-            # Of forwards that run at the same time, such as those of DataParallel's replicas, one is checked.
-            if watch is None or watch.thread is threading.current_thread() or not watch.thread.is_alive():
-                if watch:  # left by an interrupted forward
-                    watch.end()
-                injection.watch = CallWatch(model)
+            with _watching:
+                # Of forwards that run at the same time, such as those of DataParallel's replicas, one is checked.
+                others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+                if injection.watch is None or injection.watch.thread not in others:
+                    if injection.watch:  # left by an interrupted forward
+                        injection.watch.end()
+                    injection.watch = CallWatch(model)
     return arguments, options
 
 
@@ -579,7 +583,7 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
     routing.leave_model()
     injection = model.mtl_lora_injection
     watch = injection.watch
-    if watch is None or watch.thread is not threading.current_thread():
+    if watch is None or watch.thread != threading.get_ident():
         return
     injection.watch = None
     unused = watch.end()

@@ -114,7 +114,8 @@ def _is_observed(module: nn.Module) -> bool:
     backward pass."""
     own = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's keeps nothing
-    return bool(own or replaced or torch_module._global_forward_hooks or torch_module._global_backward_hooks)
+    everywhere = torch_module._global_forward_hooks or torch_module._global_backward_hooks
+    return bool(own or replaced or everywhere or torch_module._global_backward_pre_hooks)
 
 
 def is_conv1d(module: nn.Module) -> bool:

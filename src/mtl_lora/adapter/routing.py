@@ -267,7 +267,7 @@ class _RouteContext:
         routes.outer, routes.model, routes.backward = self.outer, self.model, _backward_pass()
         routes.depth += 1
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, raised, *exception) -> None:
         routes = _thread.routes
         *before, depth = self.before.pop()
         routes.depth -= 1
@@ -276,6 +276,8 @@ class _RouteContext:
             return
         if not routes.depth:
             routes.outer, routes.model, routes.backward = None, None, -1
+        if raised is not None:
+            return
         raise UserError(
             "blocks of task ids did not end in the order in which they began, so forwards may have had the ids of "
             "another block; do not await or yield inside `with mtl_lora.route.use(...)`, pass task_ids to the model"

@@ -35,8 +35,8 @@ class TaskHeads(nn.ModuleList):
 
     forward: inputs (B, ...) to outputs (B, ..., C), where C is the largest number of outputs of any task. The outputs
     that a task lacks are the dtype's lowest number, so softmax ignores them (minus infinity times a mask of zeros would
-    be NaN). Every module runs on every row, because they are
-    small: a task without rows gets a zero gradient, and the GPU need not be asked which rows belong to which task.
+    be NaN). Every module runs on every row, because they are small: a task without rows gets a zero gradient, and the
+    GPU need not be asked which rows belong to which task.
     """
 
     is_head = False  # read by ``routing``: this module sees every row of the batch
