@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class UserError(ValueError):
@@ -35,6 +35,11 @@ def require_package(flag: str, package: str, wanted: bool = True) -> None:
     """Raise ``UserError`` if a package that a flag needs is not installed. wanted: whether the flag is set."""
     if wanted and importlib.util.find_spec(package) is None:
         raise UserError(f"--{flag} needs the package {package}; install it with `pip install {package}`")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Return the first of at least one name and the number of the others: ``q_proj and 2 others``."""
+    return f"{names[0]} and {len(names) - 1} others" if len(names) > 1 else names[0]
 
 
 EXIT_CODE = 2

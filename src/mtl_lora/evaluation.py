@@ -216,13 +216,8 @@ class Evaluator(abc.ABC):
         def end(*_) -> None:
             first.remove()
             if unused := watch.end():
-                more = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
-                self.note(
-                    [
-                        f"the adapter layer {unused[0]}{more} of {len(watch.layers)} has no effect here, because this "
-                        "model does not call it, so the answers are not those of the whole adapter"
-                    ]
-                )
+                about = "has no effect here, because this model does not call it"
+                self.note([f"{unused} {about}, so the answers are not those of the whole adapter"])
 
         first = self.model.register_forward_hook(end)
 

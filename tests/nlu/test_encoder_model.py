@@ -186,11 +186,7 @@ def test_a_model_whose_classifier_is_of_no_use_is_refused(name, fields, tmp_path
 
 def test_a_head_that_no_classifier_calls_gets_no_adapter(tmp_path):
     transformers.EsmConfig(**SIZES, mask_token_id=4).save_pretrained(tmp_path)
-    base = BaseModel(str(tmp_path), kind="encoder")
-    base_tokens = transformers.EsmForSequenceClassification(transformers.EsmConfig.from_pretrained(tmp_path))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BaseModel, "structure", lambda self, **_: base_tokens)
-        model = encoder.structure(base, TASKS)
+    model = encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)
     chosen = encoder.in_encoder(adapter_config(tasks=TASKS.names, target_modules="all-linear"), model)
     names = mtl_lora.adapter_layers(mtl_lora.inject(model, chosen))
     assert names and not any("contact_head" in name for name in names)

@@ -25,7 +25,7 @@ from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
 from mtl_lora.config import Config
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, first_of
 from mtl_lora.version import __version__
 
 FORMAT = 2  # format 1 can be read too: it calls "provenance" "origin", and its hyperparameters are not nested
@@ -153,8 +153,7 @@ def save(
     folder, root = Path(folder), unwrap(model)
     held = {id(tensor) for tensor in adapter_tensors(model).values()}
     if left := [name for name, weight in root.named_parameters() if weight.requires_grad and id(weight) not in held]:
-        others = f" and {len(left) - 1} others" if len(left) > 1 else ""
-        warnings.warn(f"{left[0]}{others} can be trained but is not saved; name it in modules_to_save", stacklevel=2)
+        warnings.warn(f"{first_of(left)} can be trained but is not saved; name it in modules_to_save", stacklevel=2)
     state = adapter_state(model) if state is None else state
     _require_numbers(state, f"the adapter cannot be saved to {folder}")
     if provenance is None:
@@ -224,14 +223,20 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.float() if half else tensor).cpu().contiguous()
 
 
+def _name_of(model: nn.Module) -> str:
+    """Return the name or folder that a model was loaded from; an empty string if it shows none."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if name and Path(name).is_dir():  # absolute, or by the name of an embedded model, whose folder is a cache
+        name = embedded.name_of(Path(name).resolve()) or str(Path(name).resolve())
+    return name
+
+
 def _base_of(model: nn.Module) -> Provenance:
     """Return the provenance that a model itself shows: the base it was loaded from and what its own modules record."""
-    name, fingerprint = getattr(getattr(model, "config", None), "_name_or_path", ""), None
+    name, fingerprint = _name_of(model), None
     own = next((each.base_provenance() for each in model.modules() if hasattr(each, "base_provenance")), {})
     if not name:
         return Provenance(**own)
-    if Path(name).is_dir():  # absolute, or by the model's name if it is an embedded one, whose folder is a cache
-        name = embedded.name_of(Path(name).resolve()) or str(Path(name).resolve())
     if importlib.util.find_spec("transformers") is not None:
         from mtl_lora.base_model import BaseModel
 
@@ -316,7 +321,7 @@ def load(
         base_model = _build_base(provenance, source, **options)
     elif provenance.system != "language":
         systems.part(provenance.system, "model").check_base(base_model, provenance, folder)
-    if folder is not None and not provenance.base_model and (name := _base_of(unwrap(base_model)).base_model):
+    if folder is not None and not provenance.base_model and (name := _name_of(unwrap(base_model))):
         warnings.warn(
             f"{folder} names no base model (it was trained on a merged model, or on one that came from no files), so "
             f"nothing shows whether it belongs to {name!r}",

@@ -27,7 +27,7 @@ from mtl_lora.adapter.layer import (
     task_index,
 )
 from mtl_lora.adapter.saved import Slot, find_slots, named_modules, require_slots, train_slots, unwrap
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, first_of
 
 # Wrappers and mixins that collect the weights whose gradients processes share when they are made.
 _OF_SEVERAL_PROCESSES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -65,12 +65,13 @@ class CallWatch:
     def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
         self.called.add(layer)
 
-    def end(self) -> list[str]:
-        """Remove the hooks; return the names of the layers that were not called, without experts, which a router
-        chooses."""
+    def end(self) -> str:
+        """Remove the hooks; return in words the layers that were not called, without experts (a router chooses these);
+        an empty string if there are none."""
         for handle in self.handles:
             handle.remove()
-        return [name for name, layer in self.layers.items() if layer not in self.called and not _is_expert(name)]
+        unused = [name for name, layer in self.layers.items() if layer not in self.called and not _is_expert(name)]
+        return f"the adapter layer {first_of(unused)} of {len(self.layers)}" if unused else ""
 
 
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
@@ -590,11 +591,9 @@ def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
     if output is None:  # the forward raised
         return
     if unused and not injection.allow_unused:
-        others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
         raise UserError(
-            f"the adapter layer {unused[0]}{others} of {len(watch.layers)} was not called in a training forward, so it "
-            "would keep its initial values; name target_modules without it, or, if other batches reach it, pass "
-            "allow_unused=True to inject"
+            f"{unused} was not called in a training forward, so it would keep its initial values; name target_modules "
+            "without it, or, if other batches reach it, pass allow_unused=True to inject"
         )
     injection.unchecked = False
 

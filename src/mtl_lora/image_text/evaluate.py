@@ -69,6 +69,7 @@ class Evaluator(evaluation.Evaluator):
 
     system, version = "image_text", 1
     comparability = Comparability(["mode", "base_fingerprint", "cutoff_len", "images"])
+    page: tuple[list[Question], dict]  # the questions that --page shows, and their pictures; set by ``run``
 
     def __init__(self, config: AnswerConfig):
         config.check_files()

@@ -263,9 +263,8 @@ def details(results: Results) -> TextTable:
         row.setdefault("F1", value_text(task.measured.get("f1")))
         # The most frequent answer first; a dash stands for texts without an answer.
         counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
-        shown = [f"{shortened(answer, 40) or NOTHING} {count}" for answer, count in counts[:6]] + ["..."] * (
-            len(counts) > 6
-        )
+        shown = [f"{shortened(answer, 40) or NOTHING} {count}" for answer, count in counts[:6]]
+        shown += ["..."] * (len(counts) > 6)
         rows.append(row | {last: ", ".join(shown)})
     header = [*(measures | dict.fromkeys(key for row in rows for key in row if key != last)), last]
     header = [key for key in header if any(row.get(key, NOTHING) not in ("", NOTHING) for row in rows)]
