@@ -33,9 +33,11 @@ class DoraLayer(LoraLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.register_buffer("base_squares", self.base_row_squares(), persistent=False)
-        self.lora_magnitude.copy_(self.base_squares.sqrt())
-        self.register_load_state_dict_post_hook(_renew_squares)
+        squares = self.base_row_squares()
+        self.lora_magnitude.copy_(squares.sqrt())
+        if not self.in_place:  # a forward cannot read W
+            self.register_buffer("base_squares", squares, persistent=False)
+            self.register_load_state_dict_post_hook(_renew_squares)
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
@@ -53,7 +55,9 @@ class DoraLayer(LoraLayer):
             projected = self.base_product(A.to(self.compute_dtype)).to(A.dtype)  # A W^T, (r, d)
             cross = (B * projected.T).sum(dim=1)
             own = ((B @ (A @ A.T)) * B).sum(dim=1)
-        return (self.base_squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
+        # W is read in every forward where it can be, because it may have been trained, pruned or cast in the meantime.
+        squares = self.base_row_squares() if self.in_place else self.base_squares
+        return (squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
 
     def keep_constants(self) -> None:
         self.kept_norm = self.norm()
@@ -72,6 +76,6 @@ class DoraLayer(LoraLayer):
 
 
 def _renew_squares(layer: DoraLayer, _) -> None:
-    """Recompute the row norms of W after a state dict, which may hold another base weight, was loaded."""
+    """Recompute the kept row norms of W after a state dict, which may hold another base weight, was loaded."""
     if not is_sharded(layer.base_layer.weight):
         layer.base_squares = layer.base_row_squares()
