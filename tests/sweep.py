@@ -39,8 +39,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import mtl_lora
 from mtl_lora import Provenance, route
-from mtl_lora.adapter.inject import adapter_layers, output_head
 from mtl_lora.adapter.layer import is_linear
+from mtl_lora.adapter.targets import adapter_layers, output_head
 from mtl_lora.base_model import BaseModel, choose_attention, with_pad_token
 from mtl_lora.errors import UserError
 from mtl_lora.export.merge import export_merged

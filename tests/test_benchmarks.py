@@ -16,7 +16,7 @@ from torch import nn
 from transformers import SwinConfig
 
 from mtl_lora import cli, route
-from mtl_lora.adapter.inject import layer_class
+from mtl_lora.adapter.layer import layer_class
 
 FOLDER = PROJECT / "benchmark"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text())

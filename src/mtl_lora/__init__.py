@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from mtl_lora.adapter.checkpoint import Provenance, load, save
     from mtl_lora.adapter.config import AdapterConfig
     from mtl_lora.adapter.inject import (
-        adapter_layers,
         disabled,
         inject,
         merge,
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
         unload,
     )
     from mtl_lora.adapter.routing import TaskCollator
+    from mtl_lora.adapter.targets import adapter_layers
     from mtl_lora.errors import UserError
 
 # The module of each public name. Modules are imported on first use, so that code without tensors (parsing a command
@@ -29,7 +29,7 @@ _MODULES = {
     "Provenance": "mtl_lora.adapter.checkpoint",
     "TaskCollator": "mtl_lora.adapter.routing",
     "UserError": "mtl_lora.errors",
-    "adapter_layers": "mtl_lora.adapter.inject",
+    "adapter_layers": "mtl_lora.adapter.targets",
     "disabled": "mtl_lora.adapter.inject",
     "inject": "mtl_lora.adapter.inject",
     "load": "mtl_lora.adapter.checkpoint",

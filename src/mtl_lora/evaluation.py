@@ -28,7 +28,7 @@ from transformers import LogitsProcessor
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, Provenance, read_config
-from mtl_lora.adapter.inject import CallWatch
+from mtl_lora.adapter.hooks import CallWatch
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.answer_config import AUTO
 from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process

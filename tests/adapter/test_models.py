@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mtl_lora
 from mtl_lora import AdapterConfig, route
-from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.targets import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.language.batches import IGNORED, token_losses
 from mtl_lora.training import projection

@@ -5,7 +5,7 @@ import torch
 from reference.tiny import adapted_llama, adapter_config, tiny_llama
 
 import mtl_lora
-from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.targets import adapter_layers
 
 IDS = torch.arange(12).view(3, 4) % 7
 

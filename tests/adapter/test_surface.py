@@ -45,7 +45,8 @@ from transformers import (
 import mtl_lora
 from mtl_lora import UserError, route
 from mtl_lora.adapter.checkpoint import WEIGHTS_NAME, adapter_state, adapter_tensors, read_config
-from mtl_lora.adapter.inject import fused_experts, trainable_parameters
+from mtl_lora.adapter.inject import trainable_parameters
+from mtl_lora.adapter.targets import fused_experts
 from mtl_lora.base_model import BaseModel
 
 

@@ -14,8 +14,8 @@ import torch
 
 from mtl_lora import artifacts, cli, files
 from mtl_lora.adapter.checkpoint import adapter_without_base, load_start, read_config
-from mtl_lora.adapter.inject import adapter_layers
 from mtl_lora.adapter.layer import AdapterLayer, layer_class
+from mtl_lora.adapter.targets import adapter_layers
 from mtl_lora.analysis import Analysis
 from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError, user_errors_to_exit_code

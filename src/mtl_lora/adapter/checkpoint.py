@@ -18,9 +18,10 @@ from torch import nn
 
 from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import adapter_layers, inject, injection_of, unload
+from mtl_lora.adapter.inject import inject, injection_of, unload
 from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes, parameter_shapes, require_in_memory
 from mtl_lora.adapter.saved import Slot, find_slots, require_slots, unwrap
+from mtl_lora.adapter.targets import adapter_layers
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
 from mtl_lora.artifacts import CHECKPOINT_CONFIG as CONFIG_NAME
 from mtl_lora.artifacts import CHECKPOINT_WEIGHTS as WEIGHTS_NAME
@@ -98,7 +99,7 @@ def adapter_tensors(model: nn.Module) -> State:
     injection = injection_of(model)
     if injection is None:
         raise UserError("the model carries no adapter; put one on with mtl_lora.inject")
-    if getattr(injection, "off", False):  # a model pickled by an earlier version lacks the attribute
+    if injection.off:
         raise UserError("the adapter is off inside mtl_lora.disabled; save it outside that block")
     there = set(unwrap(model).modules())
     require_slots(injection.slots)
@@ -106,7 +107,7 @@ def adapter_tensors(model: nn.Module) -> State:
         if not any(module in there for module, _ in slot.places):
             raise UserError(f"the module of {slot.name} was replaced after inject; resize or replace it before inject")
     layers = adapter_layers(model)
-    if gone := [name for name in getattr(injection, "names", ()) if name not in layers]:
+    if gone := [name for name in injection.names if name not in layers]:
         raise UserError(f"the adapter layer {gone[0]} was replaced after inject, and its weights are lost")
     own = {
         f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.adapter_parameters().items()

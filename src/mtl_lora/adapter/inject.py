@@ -1,33 +1,38 @@
-"""Put adapter layers on a model, find them, and disable, unload or merge them."""
+"""Put adapter layers on a model, and disable, unload or merge them."""
 
 import contextlib
 import copy
 import dataclasses
 import math
-import re
-import sys
-import threading
 import warnings
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig
+from mtl_lora.adapter.hooks import CallWatch, after_forward, before_forward
 from mtl_lora.adapter.layer import (
     AdapterLayer,
     is_conv1d,
-    is_linear,
     is_quantised,
     is_sharded,
     layer_class,
     require_in_memory,
     task_index,
 )
+from mtl_lora.adapter.overrides import ExpandInputs, Generate, SavePretrained, remove_overrides
 from mtl_lora.adapter.saved import Slot, find_slots, named_modules, require_slots, train_slots, unwrap
-from mtl_lora.errors import UserError, first_of
+from mtl_lora.adapter.targets import (
+    adapter_layers,
+    find_targets,
+    named_layers,
+    output_head,
+    replace_modules,
+    targets_for,
+    unusable_layers,
+)
+from mtl_lora.errors import UserError
 
 # Wrappers and mixins that collect the weights whose gradients processes share when they are made.
 _OF_SEVERAL_PROCESSES = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -45,33 +50,10 @@ class Injection:
     allow_unused: bool  # whether a training forward may leave out adapter layers
     unchecked: bool = True  # whether no training forward has been checked for unused layers yet
     names: list[str] = dataclasses.field(default_factory=list)  # of all adapter layers
-    watch: "CallWatch | None" = None  # of the forward that is being checked
+    watch: CallWatch | None = None  # of the forward that is being checked
     handles: list = dataclasses.field(default_factory=list)  # handles of the model's hooks
     off: bool = False  # whether the model is inside ``disabled``
     ties: tuple | None = None  # (was set on the instance, the original ``_tied_weights_keys``), if it was renamed
-
-
-_watching = threading.Lock()  # held while a forward looks whether another one is checked
-
-
-class CallWatch:
-    """Records which adapter layers of a model are called, until ``end``. thread: the ident of the thread that watches
-    its forward."""
-
-    def __init__(self, model: nn.Module):
-        self.layers, self.called, self.thread = adapter_layers(model), set(), threading.get_ident()
-        self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers.values()]
-
-    def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
-        self.called.add(layer)
-
-    def end(self) -> str:
-        """Remove the hooks; return in words the layers that were not called, without experts (a router chooses these);
-        an empty string if there are none."""
-        for handle in self.handles:
-            handle.remove()
-        unused = [name for name, layer in self.layers.items() if layer not in self.called and not _is_expert(name)]
-        return f"the adapter layer {first_of(unused)} of {len(self.layers)}" if unused else ""
 
 
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
@@ -99,7 +81,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         raise UserError("the model already carries an adapter; load a fresh base model, or merge it first")
     slots = find_slots(root, config.modules_to_save)
     targets = find_targets(root, config)
-    if config.target_modules == "all-linear" and not config.recorded and _unusable(root):
+    if config.target_modules == "all-linear" and not config.recorded and unusable_layers(root):
         config.target_modules = targets_for(targets, root)  # the checkpoint says which layers these were
     for entry in config.task_modules:
         if not any(config.is_at(name, [entry]) for name in targets):
@@ -131,12 +113,12 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     replace_modules(root, layers)
     train_slots(root, slots, config.modules_to_save)
     _rename_ties(root, injection)
-    for override in (routing.Generate, routing.ExpandInputs, *[routing.SavePretrained] * bool(layers)):
+    for override in (Generate, ExpandInputs, *[SavePretrained] * bool(layers)):
         if callable(getattr(root, override.name, None)):
             override(root)
     injection.handles = [
-        root.register_forward_pre_hook(_before_forward, with_kwargs=True),
-        root.register_forward_hook(_after_forward, always_call=True),
+        root.register_forward_pre_hook(before_forward, with_kwargs=True),
+        root.register_forward_hook(after_forward, always_call=True),
     ]
     return model
 
@@ -158,7 +140,7 @@ def _rename_ties(root: nn.Module, injection: Injection) -> None:
     ties = getattr(root, "_tied_weights_keys", None)
     if not isinstance(ties, dict):
         return
-    names = [name for name, _ in _named_layers(root)]
+    names = [name for name, _ in named_layers(root)]
     wrapped = {f"{name}.{key}": f"{name}.base_layer.{key}" for name in names for key in ("weight", "bias")}
     renamed = {wrapped.get(name, name): wrapped.get(source, source) for name, source in ties.items()}
     if renamed != ties:
@@ -167,8 +149,8 @@ def _rename_ties(root: nn.Module, injection: Injection) -> None:
 
 
 def _restore_ties(root: nn.Module, injection: Injection) -> None:
-    if ties := getattr(injection, "ties", None):  # a model pickled by an earlier version has none
-        own, root._tied_weights_keys = ties
+    if injection.ties:
+        own, root._tied_weights_keys = injection.ties
         injection.ties = None
         if not own:
             del root._tied_weights_keys
@@ -181,178 +163,6 @@ def _prepares(layer: type[AdapterLayer]) -> bool:
 def injection_of(model: nn.Module) -> Injection | None:
     """Return the state that ``inject`` keeps on a model; None for a model that carries no adapter."""
     return vars(unwrap(model)).get("mtl_lora_injection")
-
-
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Return the adapter layers of a model by module name, in the model's order; each once, by its first name."""
-    return _first_names(_named_layers(model))
-
-
-def _named_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    return ((name, module) for name, module in named_modules(model) if isinstance(module, AdapterLayer))
-
-
-def find_targets(
-    model: nn.Module, config: AdapterConfig, within: Container[nn.Module] | None = None
-) -> dict[str, nn.Module]:
-    """Return the linear layers that a configuration's ``target_modules`` selects, by name, in the model's order.
-
-    within: the modules to search; None for all.
-    Raises ``UserError`` for a name, ending or expression that matches no linear layer (listing those of the model); for
-    a layer whose owner would bypass an adapter, that task ids cannot reach, or that ``modules_to_save`` trains whole;
-    and for the method ``none``, which has no targets, without ``modules_to_save``.
-    """
-    linears = [(name, module) for name, module in named_modules(model) if is_linear(module)]
-    linears = [(name, module) for name, module in linears if within is None or module in within]
-    slots = find_slots(model, config.modules_to_save)
-    if not layer_class(config.method).adapts:
-        if not slots:
-            raise UserError(
-                "modules_to_save must name at least one module for the method none, which trains nothing else; '*' "
-                "selects every weight"
-            )
-        return {}
-    saved = {module for slot in slots for module, key in slot.places if key == "weight"}
-    needs_task_ids = layer_class(config.method).needs_task_ids
-    without_task = of_relative_positions(model) if needs_task_ids else set()
-    unusable = {} if config.recorded else _unusable(model)  # earlier versions put adapters on some of these
-    if config.target_modules == "all-linear":
-        left_out = {*saved, output_head(model), *without_task, *unusable}
-        left_out |= {module for name, module in linears if needs_task_ids and _is_expert(name)}
-        targets = _first_names((name, module) for name, module in linears if module not in left_out)
-        if not targets:
-            raise UserError("'all-linear' finds no linear layer to adapt in this model")
-    else:
-        targets = _matching(linears, config.target_modules, model)
-    for name, module in targets.items():
-        if module in saved:
-            raise UserError(f"{name} is both in target_modules and in modules_to_save; name it in one of them")
-        if hasattr(module, "_hf_hook"):  # of accelerate; the adapter of an offloaded layer would have no values either
-            require_in_memory(f"the target {name}", module.weight)
-        if module in unusable:
-            raise UserError(f"the layer {name} cannot carry an adapter: {unusable[module]}; name other target modules")
-        if module in without_task:
-            raise UserError(
-                f"the layer {name} projects relative positions too, which belong to no row, so their task is unknown; "
-                "leave it out, or pass all-linear, which leaves it out"
-            )
-        if needs_task_ids and _is_expert(name):
-            raise UserError(
-                f"the layer {name} cannot carry an adapter of the method {config.method}: an expert sees tokens of "
-                "many rows in another order, so their task is unknown; leave experts out of target_modules"
-            )
-    return targets
-
-
-def _matching(
-    linears: list[tuple[str, nn.Module]], target_modules: list[str] | str, model: nn.Module
-) -> dict[str, nn.Module]:
-    counted = Counter(name.rpartition(".")[2] for name, _ in linears)
-    there = ", ".join(f"{ending} ({count})" for ending, count in counted.items()) or "none"
-    whole = isinstance(target_modules, str)
-    found: set[nn.Module] = set()
-    for target in [target_modules] if whole else target_modules:
-        pattern = re.compile(rf"(.*\.)?{re.escape(target)}")
-        is_name = re.fullmatch(r"[\w.]+", target) or any(pattern.fullmatch(name) for name, _ in linears)
-        if whole or not is_name:
-            try:
-                pattern = re.compile(target)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise UserError(f"the target expression {target!r} is not a regular expression: {error}") from None
-        matching = {module for name, module in linears if pattern.fullmatch(name)}
-        if not matching:
-            if fused := [name for name in fused_experts(model) if pattern.fullmatch(name)]:
-                raise UserError(
-                    f"{target!r} names no linear layer but the fused weights of experts ({fused[0]}), which cannot "
-                    f"carry an adapter; this model has {there}"
-                )
-            about = " is named" if is_name and not whole else "'s whole name matches the expression"
-            example = f", for example {linears[0][0]}" if linears else ""
-            raise UserError(f"no linear layer{about} {target!r}; this model has {there}{example}")
-        found |= matching
-    return _first_names((name, module) for name, module in linears if module in found)
-
-
-def targets_for(names: Iterable[str], base: nn.Module | None) -> list[str] | str:
-    """Return ``target_modules`` that select exactly the modules ``names``, here and in PEFT.
-
-    Name endings if they match no other module of ``base``, else whole names, else a regular expression of whole names.
-    """
-    names = list(names)
-    if base is None:
-        return names
-    everything = [name for name, _ in base.named_modules()]
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    for targets in (endings, names):
-        ends = tuple(f".{target}" for target in targets)
-        if {name for name in everything if name in targets or name.endswith(ends)} == set(names):
-            return targets
-    return "|".join(re.escape(name) for name in names)
-
-
-def fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights (E, d, k) that stack E experts in one parameter, which cannot carry an adapter, by name."""
-    stacked = {name: weight for name, weight in model.named_parameters() if weight.dim() == 3 and len(weight) > 1}
-    owners = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in stacked}
-    return {name: weight for name, weight in stacked.items() if "expert" in f"{name} {owners[name]}".lower()}
-
-
-def _first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
-    """Return the modules by name, each once, under the first of its names."""
-    by_module: dict[nn.Module, str] = {}
-    for name, module in named:
-        by_module.setdefault(module, name)
-    return {name: module for module, name in by_module.items()}
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the layer that projects to the vocabulary, adapted or not; None for a model without one."""
-    try:
-        return getattr(model, "get_output_embeddings", lambda: None)()
-    except NotImplementedError:  # raised by a transformers model without an output head
-        return None
-
-
-def _unusable(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the linear layers whose adapters would have no effect or never be trained, with the reason.
-
-    torch's own attention reads the weights of its layers instead of calling them, its encoder layer does so in
-    evaluation, and fused Mamba kernels on GPUs. The indexers of sparse attention run without gradients.
-    """
-    found = {}
-    for owner in model.modules():
-        kind, of_torch = type(owner).__name__, isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer)
-        fused = ("x_proj", "dt_proj", "out_proj") if re.search("Mamba|Bamba|FalconH1", kind) else ()
-        if kind.endswith("Indexer"):
-            below, why = owner.named_modules(), f"{kind} runs without gradients"
-        else:
-            below = owner.named_modules() if of_torch else [(key, getattr(owner, key, None)) for key in fused]
-            why = f"{kind} may use its weight without calling the layer"
-        found |= {module: why for _, module in below if module is not None and is_linear(module)}
-    return found
-
-
-def of_relative_positions(model: nn.Module) -> set[nn.Module]:
-    """Return the layers that project DeBERTa's relative positions (arXiv 2006.03654), alone or together with tokens."""
-    found = set()
-    for owner in model.modules():
-        if getattr(owner, "relative_attention", False):
-            shared = ("query_proj", "key_proj") if getattr(owner, "share_att_key", False) else ()
-            named = owner.named_children()
-            found |= {module for name, module in named if name in shared or name.startswith("pos_")}
-    return found
-
-
-def _is_expert(name: str) -> bool:
-    return re.search(r"\bexperts\.\w*\d+\.", name) is not None
-
-
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Replace modules of a model, under every name that they have. replacements: from old to new module."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replacements:
-                setattr(parent, name, replacements[child])
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -476,7 +286,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
             slot.put(_in_place_of(slot.original, trained.detach().to(slot.original.dtype)))
         elif keep:
             slot.put(trained)
-    routing.remove_overrides(root)
+    remove_overrides(root)
     _restore_ties(root, injection)
     for handle in injection.handles:
         handle.remove()
@@ -518,95 +328,3 @@ def disabled(model: nn.Module) -> Iterator[None]:
         replace_modules(model, {base: layer for layer, base in layers.items()})
         if layers and injection:
             _rename_ties(unwrap(model), injection)
-
-
-# ---- the hooks of an injected model; they run outside the region that torch.compile compiles ----
-
-
-@torch._disable_dynamo
-def _before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[tuple, dict]:
-    """Take ``task_ids`` out of the call, set them as the current route, and set up the checks of a training forward."""
-    injection = model.mtl_lora_injection
-    task_ids = options.pop("task_ids", None)
-    inputs = (options.get("input_ids"), options.get("inputs_embeds"), *arguments[:1])
-    sample = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
-    keep = options.get("logits_to_keep") if injection.has_head else None
-    route = routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
-    if route is not None and (row_ids := route.row_ids) is not None:  # one tensor per token would need too much memory
-        # A model pickled by an earlier version has no such list.
-        route.prepared = _prepared(getattr(injection, "layers", ()), row_ids)
-    if model.training and torch.is_grad_enabled():
-        routing.follow_checkpointing(injection.checkpointed)
-        if injection.unchecked and not injection.off and not _is_compiled(model):
-            _refuse_drifting_averages(model)
-            with _watching:
-                # Of forwards that run at the same time, such as those of DataParallel's replicas, one is checked.
-                others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-                if injection.watch is None or injection.watch.thread not in others:
-                    if injection.watch:  # left by an interrupted forward
-                        injection.watch.end()
-                    injection.watch = CallWatch(model)
-    return arguments, options
-
-
-def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
-    """Return what ``AdapterLayer.prepare`` computes for the task ids (M,) of the rows of a forward, by layer.
-
-    Sharded layers are left out: they compute it themselves while their parameters are gathered.
-    """
-    groups: dict[tuple, list[AdapterLayer]] = {}
-    for layer in layers:
-        first = getattr(layer, layer.parameter_names[0])
-        if not is_sharded(first) and not first.is_meta:  # a weight that accelerate has offloaded is on meta
-            groups.setdefault(layer.prepared_alike(), []).append(layer)
-    return {
-        layer: tensor
-        for (_, device, *_), group in groups.items()
-        for layer, tensor in zip(group, group[0].prepare(group, routing.moved(task_ids, device)), strict=False)
-    }
-
-
-def _refuse_drifting_averages(model: nn.Module) -> None:
-    """Raise ``UserError`` for a frozen batch or instance norm whose running averages would change unsaved."""
-    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
-    for name, module in named_modules(model):
-        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        if tracks and module.training and module not in kept:
-            raise UserError(
-                f"the {type(module).__name__} {name} is frozen, but in training mode it changes its running averages, "
-                "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
-            )
-
-
-@torch._disable_dynamo
-def _after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
-    """End the route of the forward; raise ``UserError`` if the first training forward has not called a layer."""
-    routing.leave_model()
-    injection = model.mtl_lora_injection
-    watch = injection.watch
-    if watch is None or watch.thread != threading.get_ident():
-        return
-    injection.watch = None
-    unused = watch.end()
-    if output is None:  # the forward raised
-        return
-    if unused and not injection.allow_unused:
-        raise UserError(
-            f"{unused} was not called in a training forward, so it would keep its initial values; name target_modules "
-            "without it, or, if other batches reach it, pass allow_unused=True to inject"
-        )
-    injection.unchecked = False
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` runs the forward or a part of it.
-
-    Hooks of layers would then be compiled too, and the graph of one module may run for another without its hooks.
-    """
-    if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules()):
-        return True
-    frame, compilers = sys._getframe(), 0
-    while frame is not None:
-        compilers += frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
-        frame = frame.f_back
-    return compilers > 1  # one is the wrapper of the hook itself

@@ -7,12 +7,9 @@ model, so that two threads, or two forwards before one backward, cannot mix them
 layer's input. Models with activations (L, B, k) are not supported, and if L equals B this cannot be detected.
 """
 
-import contextlib
 import dataclasses
 import functools
-import inspect
 import threading
-import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
@@ -251,7 +248,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class _RouteContext:
+class RouteContext:
     """A context manager that makes routes current.
 
     It may be entered several times, because a graph that is retained is recomputed in every backward pass.
@@ -284,21 +281,21 @@ class _RouteContext:
         )
 
 
-def use(task_ids) -> _RouteContext:
+def use(task_ids) -> RouteContext:
     """Set the task ids of all forwards inside a block: ``with mtl_lora.route.use(["boolq", "piqa"]):``.
 
     task_ids: names, or whole numbers in 0..T-1, of shape (B,), one per row, or (B, L), one per token. Names are looked
     up in the tasks of the model that runs. Raises ``UserError`` for anything else.
     """
-    return _RouteContext(Route(task_ids))
+    return RouteContext(Route(task_ids))
 
 
-def use_blocks(blocks: Blocks) -> _RouteContext:
+def use_blocks(blocks: Blocks) -> RouteContext:
     """Set the task ids of all forwards inside a block, for a batch of one row of tokens, grouped by ``blocks``."""
     by_token = [
         ids[:, None].expand(size).reshape(-1) for ids, size in zip(blocks.split(blocks.ids), blocks.sizes, strict=True)
     ]
-    return _RouteContext(Route(torch.cat(by_token)[None], blocks))
+    return RouteContext(Route(torch.cat(by_token)[None], blocks))
 
 
 def current() -> Route | None:
@@ -306,13 +303,30 @@ def current() -> Route | None:
     return _thread.routes.outer
 
 
-def checkpoint_context() -> tuple[_RouteContext, _RouteContext]:
+def repeat_rows(repeats: int) -> None:
+    """Repeat every row of the current ``use`` block, if there is one, as ``generate`` repeats the rows of its batch."""
+    if _thread.routes.outer is not None and repeats > 1:
+        _thread.routes.outer = _thread.routes.outer.repeated(repeats)
+
+
+def captured(prepared: bool = True) -> Callable[[], RouteContext]:
+    """Return a function that makes a context manager inside which the present routes are current again.
+
+    prepared: whether layers may read there what ``prepare`` has computed for this forward.
+    """
+    outer, model = _thread.routes.outer, _thread.routes.model
+    if model is not None and not prepared:
+        model = dataclasses.replace(model, prepared={})
+    return functools.partial(RouteContext, outer, model)
+
+
+def checkpoint_context() -> tuple[RouteContext, RouteContext]:
     """Return the contexts that keep task ids when activations are recomputed.
 
     Pass this function as ``context_fn`` to a non-reentrant ``torch.utils.checkpoint.checkpoint`` around adapter layers.
     """
-    outer, model = _thread.routes.outer, _thread.routes.model
-    return _RouteContext(outer, model), _RouteContext(outer, model)
+    again = captured()
+    return again(), again()
 
 
 def enter_model(task_ids, tasks: list[str], like: torch.Tensor | None, keep) -> BoundRoute | None:
@@ -387,124 +401,3 @@ def _outside_a_model(tasks: list[str]) -> BoundRoute:
 def _backward_pass() -> int:
     """Return the id of the backward pass that runs in this thread; -1 if none does."""
     return torch._C._current_graph_task_id()
-
-
-# ---- methods of an injected model that are overridden ----
-
-
-class Override:
-    """A callable set on a module in place of its method ``name``.
-
-    An object, not a closure, so that an injected model can be pickled and copied.
-    """
-
-    name: str
-
-    def __init__(self, module: nn.Module):
-        self.module, self.before = module, vars(module).get(self.name)
-        setattr(module, self.name, self)
-
-    @property
-    def original(self) -> Callable:
-        """The method that the module has without this override."""
-        return self.before or inspect.getattr_static(type(self.module), self.name).__get__(self.module)
-
-
-def remove_overrides(model: nn.Module) -> None:
-    """Restore the original methods of all modules of a model."""
-    for module in model.modules():
-        for override in [value for value in vars(module).values() if isinstance(value, Override)]:
-            delattr(module, override.name)
-            if override.before is not None:
-                setattr(module, override.name, override.before)
-
-
-class Generate(Override):
-    """``generate`` with ``task_ids``, which hold for the whole call, because it calls an encoder on its own."""
-
-    name = "generate"
-
-    def __call__(self, *arguments, task_ids=None, **options):
-        mask, config = options.get("attention_mask"), getattr(self.module, "config", None)
-        is_decoder = isinstance(mask, torch.Tensor) and not getattr(config, "is_encoder_decoder", False)
-        if is_decoder and mask.dim() == 2 and not mask[:, -1].all():
-            raise UserError('generate would continue after padding; pad on the left: tokenizer.padding_side = "left"')
-        with _RouteContext(_thread.routes.outer if task_ids is None else Route(task_ids)):
-            return self.original(*arguments, **options)
-
-
-class SavePretrained(Override):
-    """``save_pretrained`` with a warning, because it writes weights under the names of wrapped layers."""
-
-    name = "save_pretrained"
-
-    def __call__(self, *arguments, **options):
-        if not self.module.mtl_lora_injection.off:
-            warnings.warn(
-                "save_pretrained writes the whole model under names that no plain model loads; save the adapter with "
-                "mtl_lora.save, or the model after mtl_lora.merge",
-                stacklevel=2,
-            )
-        return self.original(*arguments, **options)
-
-
-class ExpandInputs(Override):
-    """The step of ``generate`` that repeats the rows of a batch; it repeats the route as well."""
-
-    name = "_expand_inputs_for_generation"
-
-    def __call__(self, expand_size: int = 1, *arguments, **options):
-        if _thread.routes.outer is not None and expand_size > 1:
-            _thread.routes.outer = _thread.routes.outer.repeated(expand_size)
-        return self.original(expand_size, *arguments, **options)
-
-
-# State of a forward, besides its routes, that a recomputation needs. Each entry is called in the forward and returns a
-# function that makes the context manager to enter in the recomputation.
-recomputed: list[Callable[[], Callable[[], contextlib.AbstractContextManager]]] = []
-
-
-class Checkpointing(Override):
-    """Gradient checkpointing of transformers that restores the forward's routes in a recomputation, in any thread."""
-
-    name = "_gradient_checkpointing_func"
-
-    def __call__(self, run: Callable, *arguments, **options):
-        if torch.compiler.is_compiling():  # a compiled graph is recomputed as a graph
-            return self.before(run, *arguments, **options)
-        outer, model = _thread.routes.outer, _thread.routes.model
-        reentrant = getattr(self.before, "keywords", {}).get("use_reentrant", True)
-        if reentrant and model is not None:
-            # Each checkpointed block runs its own backward pass, and the first would free a graph that all share.
-            model = dataclasses.replace(model, prepared={})
-
-        again = [functools.partial(_RouteContext, outer, model), *(each() for each in recomputed)]
-
-        def routed(*arguments, **options):
-            with contextlib.ExitStack() as blocks:
-                for block in again:
-                    blocks.enter_context(block())
-                return run(*arguments, **options)
-
-        if reentrant:
-            arguments = _with_gradient(arguments)
-        return self.before(routed, *arguments, **options)
-
-
-def follow_checkpointing(modules: list[nn.Module]) -> None:
-    """Make the gradient checkpointing of these modules keep the routes; called before each training forward."""
-    for module in modules:
-        function = vars(module).get(Checkpointing.name)
-        if function is not None and type(function) is not Checkpointing:
-            Checkpointing(module)
-
-
-def _with_gradient(arguments: tuple) -> tuple:
-    """Return arguments of which at least one requires a gradient.
-
-    Without one, re-entrant checkpointing computes no gradients for the weights either.
-    """
-    tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    if not torch.is_grad_enabled() or not tensors or any(value.requires_grad for value in tensors):
-        return arguments
-    return tuple(value.detach().requires_grad_() if value is tensors[0] else value for value in arguments)

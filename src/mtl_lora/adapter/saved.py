@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter.layer import gathered, is_partitioned, is_quantised, is_sharded, require_in_memory
-from mtl_lora.adapter.routing import Override
+from mtl_lora.adapter.overrides import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 
@@ -205,8 +205,6 @@ class CastForward(Override):
     """
 
     name = "forward"
-
-    like: dict[torch.dtype, nn.Parameter] = {}  # noqa: RUF012 - for a model pickled by an earlier version
 
     def __init__(self, module: nn.Module, places: list[tuple[nn.Module, str, torch.dtype]], like: dict):
         super().__init__(module)

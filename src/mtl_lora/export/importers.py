@@ -12,8 +12,9 @@ from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.checkpoint import State, stand_in
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import inject, targets_for
+from mtl_lora.adapter.inject import inject
 from mtl_lora.adapter.layer import kaiming, layer_sizes
+from mtl_lora.adapter.targets import targets_for
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.export.peft import structure_if_known

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, adapter_without_base, read_config, read_weights, split_state
-from mtl_lora.adapter.inject import adapter_layers, fused_experts, targets_for
 from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class, positive
 from mtl_lora.adapter.saved import find_slots, whole_modules
+from mtl_lora.adapter.targets import adapter_layers, fused_experts, targets_for
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.export.model_card import error_text, model_card, read_scores, task_type

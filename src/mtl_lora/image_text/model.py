@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from mtl_lora.adapter import routing
+from mtl_lora.adapter import overrides
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets
 from mtl_lora.adapter.layer import gathered
 from mtl_lora.adapter.saved import unwrap
+from mtl_lora.adapter.targets import find_targets
 from mtl_lora.base_model import BaseModel, accepts_argument, positions_of
 from mtl_lora.config import Config
 from mtl_lora.errors import UserError
@@ -254,7 +254,7 @@ def _shown(visual: torch.Tensor | None) -> Iterator[None]:
 
 
 # Recomputed blocks (gradient checkpointing) need the visual tokens too, to know where the text ends.
-routing.recomputed.append(lambda: functools.partial(_shown, getattr(_running, "visual", None)))
+overrides.recomputed.append(lambda: functools.partial(_shown, getattr(_running, "visual", None)))
 
 
 @torch._disable_dynamo

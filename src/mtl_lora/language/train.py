@@ -9,8 +9,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.adapter.layer import is_linear, layer_class
+from mtl_lora.adapter.targets import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.base_model import choose_attention
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.encode import CHAT

@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.inject import find_targets, injection_of, merge, of_relative_positions, targets_for
+from mtl_lora.adapter.inject import injection_of, merge
 from mtl_lora.adapter.saved import unwrap
+from mtl_lora.adapter.targets import find_targets, of_relative_positions, targets_for
 from mtl_lora.base_model import BaseModel, at_least_float32
 from mtl_lora.errors import UserError
 from mtl_lora.nlu.tasks import Task, TaskSet

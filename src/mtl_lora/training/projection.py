@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter import routing
-from mtl_lora.adapter.inject import output_head
 from mtl_lora.adapter.saved import unwrap
+from mtl_lora.adapter.targets import output_head
 
 
 def logits_at(

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mtl_lora import artifacts, files, train_log
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.inject import adapter_layers
+from mtl_lora.adapter.targets import adapter_layers
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.cuda_graphs import GraphedSteps

@@ -1,0 +1,134 @@
+"""What an injected model does around its forward: it takes ``task_ids``, and the first forward is checked.
+
+The hooks run outside the region that ``torch.compile`` compiles.
+"""
+
+import sys
+import threading
+
+import torch
+from torch import nn
+
+from mtl_lora.adapter import overrides, routing
+from mtl_lora.adapter.layer import AdapterLayer, is_sharded
+from mtl_lora.adapter.saved import named_modules
+from mtl_lora.adapter.targets import adapter_layers, is_expert
+from mtl_lora.errors import UserError, first_of
+
+_watching = threading.Lock()  # held while a forward looks whether another one is checked
+
+
+class CallWatch:
+    """Records which adapter layers of a model are called, until ``end``. thread: the ident of the thread that watches
+    its forward."""
+
+    def __init__(self, model: nn.Module):
+        self.layers, self.called, self.thread = adapter_layers(model), set(), threading.get_ident()
+        self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers.values()]
+
+    def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
+        self.called.add(layer)
+
+    def end(self) -> str:
+        """Remove the hooks; return in words the layers that were not called, without experts (a router chooses these);
+        an empty string if there are none."""
+        for handle in self.handles:
+            handle.remove()
+        unused = [name for name, layer in self.layers.items() if layer not in self.called and not is_expert(name)]
+        return f"the adapter layer {first_of(unused)} of {len(self.layers)}" if unused else ""
+
+
+@torch._disable_dynamo
+def before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[tuple, dict]:
+    """Take ``task_ids`` out of the call, set them as the current route, and set up the checks of a training forward."""
+    injection = model.mtl_lora_injection
+    task_ids = options.pop("task_ids", None)
+    inputs = (options.get("input_ids"), options.get("inputs_embeds"), *arguments[:1])
+    sample = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
+    keep = options.get("logits_to_keep") if injection.has_head else None
+    route = routing.enter_model(task_ids, model.mtl_lora_config.tasks, sample, keep)
+    if route is not None and (row_ids := route.row_ids) is not None:  # one tensor per token would need too much memory
+        route.prepared = _prepared(injection.layers, row_ids)
+    if model.training and torch.is_grad_enabled():
+        overrides.follow_checkpointing(injection.checkpointed)
+        if injection.unchecked and not injection.off and not _is_compiled(model):
+            _refuse_drifting_averages(model)
+            _start_watch(model)
+    return arguments, options
+
+
+def _start_watch(model: nn.Module) -> None:
+    """Record which layers this forward calls, unless a forward in another thread is being recorded.
+
+    Of forwards that run at the same time, such as those of DataParallel's replicas, one is checked.
+    """
+    injection = model.mtl_lora_injection
+    with _watching:
+        others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        if injection.watch is None or injection.watch.thread not in others:
+            if injection.watch:  # left by an interrupted forward
+                injection.watch.end()
+            injection.watch = CallWatch(model)
+
+
+def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
+    """Return what ``AdapterLayer.prepare`` computes for the task ids (M,) of the rows of a forward, by layer.
+
+    Sharded layers are left out: they compute it themselves while their parameters are gathered.
+    """
+    groups: dict[tuple, list[AdapterLayer]] = {}
+    for layer in layers:
+        first = getattr(layer, layer.parameter_names[0])
+        if not is_sharded(first) and not first.is_meta:  # a weight that accelerate has offloaded is on meta
+            groups.setdefault(layer.prepared_alike(), []).append(layer)
+    return {
+        layer: tensor
+        for (_, device, *_), group in groups.items()
+        for layer, tensor in zip(group, group[0].prepare(group, routing.moved(task_ids, device)), strict=False)
+    }
+
+
+def _refuse_drifting_averages(model: nn.Module) -> None:
+    """Raise ``UserError`` for a frozen batch or instance norm whose running averages would change unsaved."""
+    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
+    for name, module in named_modules(model):
+        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if tracks and module.training and module not in kept:
+            raise UserError(
+                f"the {type(module).__name__} {name} is frozen, but in training mode it changes its running averages, "
+                "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
+            )
+
+
+@torch._disable_dynamo
+def after_forward(model: nn.Module, arguments: tuple, output: object) -> None:
+    """End the route of the forward; raise ``UserError`` if the first training forward has not called a layer."""
+    routing.leave_model()
+    injection = model.mtl_lora_injection
+    watch = injection.watch
+    if watch is None or watch.thread != threading.get_ident():
+        return
+    injection.watch = None
+    unused = watch.end()
+    if output is None:  # the forward raised
+        return
+    if unused and not injection.allow_unused:
+        raise UserError(
+            f"{unused} was not called in a training forward, so it would keep its initial values; name target_modules "
+            "without it, or, if other batches reach it, pass allow_unused=True to inject"
+        )
+    injection.unchecked = False
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs the forward or a part of it.
+
+    Hooks of layers would then be compiled too, and the graph of one module may run for another without its hooks.
+    """
+    if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules()):
+        return True
+    frame, compilers = sys._getframe(), 0
+    while frame is not None:
+        compilers += frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+        frame = frame.f_back
+    return compilers > 1  # one is the wrapper of the hook itself
