@@ -154,6 +154,43 @@ def test_gradients_of_each_row_by_a_transform_are_those_of_the_row_alone():
             torch.testing.assert_close(found[name][index], expected)
 
 
+def exported(model, *example):
+    return torch.export.export(model, example).module()
+
+
+def traced(model, *example):
+    return torch.jit.trace(model, example, check_trace=False)
+
+
+def over_rows(model, *example):
+    return lambda x, ids: torch.func.vmap(lambda row, task_id: model(row[None], task_id[None])[0])(x, ids)
+
+
+class WithIds(torch.nn.Module):
+    def __init__(self, method):
+        super().__init__()
+        layers = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.ReLU(), torch.nn.Linear(10, 12)).double()
+        config = adapter_config(method, target_modules=["0", "2"])
+        self.adapted = randomise(mtl_lora.inject(layers, config)).eval()
+
+    def forward(self, x, task_ids):
+        return self.adapted(x, task_ids=task_ids)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("way", [exported, traced, over_rows])
+@pytest.mark.parametrize("method", ROUTED)
+def test_traced_model_takes_other_ids_and_none_outside_the_range(method, way):
+    torch.manual_seed(0)
+    model, x = WithIds(method), torch.randn(4, 7, 12, dtype=torch.float64)
+    found = way(model, x, IDS)
+    for ids in (IDS, OTHER_IDS):
+        assert_near(found(x, ids), model(x, ids), 1e-12, str(ids))
+    for wrong in (-1, len(TASKS)):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+            found(x, torch.tensor([0, 1, 2, wrong]))
+
+
 def test_gradients_by_a_transform_take_dropout():
     model = mtl_lora.inject(tiny_llama(torch.float32), adapter_config(dropout=0.3)).train()
     trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}

@@ -111,8 +111,10 @@ class Route:
                 raise UserError(f"there is no task {error.args[0]!r}; {_listed(tasks)}") from None
             except (TypeError, ValueError):
                 raise UserError(f"{_RULE}, not {ids!r}") from None
-        if self._in_range_of == len(tasks) or not ids.numel() or is_traced():
+        if self._in_range_of == len(tasks) or not ids.numel():
             return ids
+        if is_traced():  # a negative id would select a task from the end; this one is out of range wherever it is used
+            return ids.where(ids >= 0, len(tasks))
         rule = f"outside 0 to {len(tasks) - 1}; {_listed(tasks)}"
         if ids.is_cuda:  # without waiting for the device
             message = f"a task id is {rule}".encode()[:250].decode(errors="ignore")  # torch refuses 255 bytes and more
@@ -126,9 +128,10 @@ class Route:
 
 
 def is_traced() -> bool:
-    """Whether ``torch.export`` or a ``torch.func`` transform runs the code, which then cannot read tensor values."""
+    """Whether ``torch.export``, ``torch.jit.trace`` or a ``torch.func`` transform runs the code, so that values of
+    tensors cannot be read, or only those of the example."""
     exporting = getattr(torch.compiler, "is_exporting", bool)  # the oldest supported torch lacks it
-    return exporting() or torch._C._functorch.peek_interpreter_stack() is not None
+    return exporting() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _listed(tasks: list[str]) -> str:
