@@ -279,6 +279,7 @@ LINES = {
     "no model": ("evaluate ~checkpoint", ["--checkpoint", "--peft", "--base_model"]),
     "two adapters": ("evaluate --peft=peft", ["--checkpoint", "--peft"]),
     "no checkpoint": ("evaluate --checkpoint=nowhere", ["nowhere", CHECKPOINT]),
+    "checkpoint on the hub": ("evaluate --checkpoint=me/mine", ["me/mine", "hf download me/mine --local-dir mine"]),
     "checkpoint a file": ("evaluate --checkpoint=train.json", ["train.json"]),
     "checkpoint a PEFT folder": ("evaluate --checkpoint=peft", ["peft", CHECKPOINT]),
     "template of a checkpoint": ("evaluate --template=plain", ["--template", "--checkpoint"]),

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_lora.artifacts import CHECKPOINT_CONFIG, EVALUATION
+from mtl_lora.artifacts import EVALUATION
 from mtl_lora.config import DTYPES, REQUIRED, Config, flag
 from mtl_lora.errors import UserError
+from mtl_lora.systems import checkpoint_config
 
 if TYPE_CHECKING:
     from mtl_lora.results import Results
@@ -56,8 +57,8 @@ class AnswerConfig(Config):
 
     def check_files(self) -> None:
         """Raise ``UserError`` for a missing file or folder; imports no model library."""
-        if self.checkpoint and not Path(self.checkpoint, CHECKPOINT_CONFIG).is_file():
-            raise UserError(f"{self.checkpoint} is not an MTL-LoRA checkpoint: it has no {CHECKPOINT_CONFIG}")
+        if self.checkpoint:
+            checkpoint_config(self.checkpoint)
 
 
 @dataclasses.dataclass(kw_only=True)

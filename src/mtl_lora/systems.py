@@ -6,6 +6,7 @@
 """
 
 import importlib
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,18 @@ def check(system: object) -> None:
     """Raise ``UserError`` for an unknown system."""
     if system not in SYSTEMS:
         raise UserError(f"--system must be one of {', '.join(SYSTEMS)}, not {system!r}")
+
+
+def checkpoint_config(folder: str | Path) -> Path:
+    """Return the path of a checkpoint's configuration; raises ``UserError`` if the folder has none."""
+    path = Path(folder) / artifacts.CHECKPOINT_CONFIG
+    if path.is_file():
+        return path
+    found = f"{folder} is not an MTL-LoRA checkpoint: it has no {path.name}"
+    if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        found = f"there is no folder {folder}; if it is a name on the Hugging Face hub, download it first with `hf "
+        found += f"download {folder} --local-dir {path.parent.name}` and pass that folder"
+    raise UserError(found)
 
 
 def of_checkpoint(folder: str | Path) -> str | None:

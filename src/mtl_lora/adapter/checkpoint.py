@@ -270,9 +270,7 @@ def _changed_weight(base: Provenance, model: nn.Module, slots: list[Slot]) -> st
 
 def read_config(folder: str | Path) -> CheckpointConfig:
     """Read and validate ``mtl_lora_config.json``; raises ``UserError`` naming the file and the problem."""
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(f"{folder} is not an MTL-LoRA checkpoint: it has no {CONFIG_NAME}")
+    path = systems.checkpoint_config(folder)
     value = files.read_json(path, "the checkpoint configuration")
     # The format first, because another format has other keys.
     found = value.get("format", FORMAT) if isinstance(value, dict) else FORMAT
