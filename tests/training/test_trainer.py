@@ -12,7 +12,7 @@ from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_gradients
 from torch import nn
 from transformers import Trainer
 
-from mtl_lora import AdapterConfig, Provenance, files, inject, route
+from mtl_lora import AdapterConfig, Provenance, adapter_layers, files, inject, route
 from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
@@ -122,6 +122,17 @@ def one_step(trainer: MultiTaskTrainer) -> tuple[float, dict[str, torch.Tensor]]
     assert len(batches) == steps
     loss = sum(trainer.training_step(trainer.model, batch, num_items).item() for batch in batches)
     return loss, adapter_gradients(trainer.model)
+
+
+def test_layers_that_get_no_gradient_are_named(tmp_path, capsys):
+    model = adapted_llama().train()
+    names = [name for name in adapter_layers(model) if name.startswith("model.layers.1.")]
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda layer, arguments, output: output.detach())
+    make_trainer(tmp_path, model=model).train()
+    told = [line for line in capsys.readouterr().err.splitlines() if "no gradient" in line]
+    assert len(told) == 1
+    assert f"{names[0]} and {len(names) - 1} others of {len(adapter_layers(model))}" in told[0]
 
 
 @pytest.mark.parametrize("train_on_inputs", [False, True], ids=["answers", "all tokens"])

@@ -24,8 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from mtl_lora import artifacts, files, train_log
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.targets import adapter_layers
-from mtl_lora.errors import UserError
+from mtl_lora.adapter.targets import adapter_layers, is_expert
+from mtl_lora.errors import UserError, first_of
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.cuda_graphs import GraphedSteps
 from mtl_lora.training.distributed import deepspeed_settings
@@ -152,7 +152,7 @@ class MultiTaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
-        for callback in (LogFile(self.args.output_dir), RankedDropout(), Progress()):
+        for callback in (LogFile(self.args.output_dir), RankedDropout(), GradientCheck(), Progress()):
             self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -410,6 +410,28 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class GradientCheck(TrainerCallback):
+    """Names the adapter layers that the first step calls but gives no gradient: they would keep their initial values.
+
+    Leaves out experts, which a router chooses, and runs under DeepSpeed, which keeps gradients elsewhere.
+    """
+
+    is_done = False
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.is_done or args.deepspeed or not state.is_world_process_zero:
+            return
+        self.is_done, layers = True, adapter_layers(model)
+        weights = {name: layer.adapter_parameters().values() for name, layer in layers.items() if not is_expert(name)}
+        unreached = [name for name, own in weights.items() if all(weight.grad is None for weight in own)]
+        if unreached:
+            tqdm.write(
+                f"note: the adapter layer {first_of(unreached)} of {len(layers)} got no gradient in the first step, so "
+                "nothing it computes reaches the loss; name target modules without it",
+                sys.stderr,
+            )
 
 
 class RankedDropout(TrainerCallback):
