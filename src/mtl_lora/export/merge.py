@@ -68,18 +68,19 @@ def export_merged(
             f"the base model {base_model.name!r} is quantised, so the adapter cannot be merged into its weights; pass "
             "--base_model with the model it was quantised from, or export with the peft command"
         )
+    structure = base_model.structure()
+    is_known = type(structure.config) in AutoModelForCausalLM._model_mapping or hasattr(structure.config, "auto_map")
+    if not heads and not is_known:
+        raise UserError(
+            f"{type(structure).__name__} is a part of {base_model.name!r} that transformers cannot load alone; use the "
+            "checkpoint itself, or export it with the peft command"
+        )
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.fingerprint(), checkpoint)
     in_4bit = config.provenance_config.load_in_4bit
     require_package("load_in_4bit", "bitsandbytes", in_4bit)
     for note in config.provenance_config.untrained_note([task]):
         print(note, file=sys.stderr)
     base = load_base(base_model, config, STORED if dtype == "auto" else dtype, in_4bit)
-    is_known = type(base.config) in AutoModelForCausalLM._model_mapping or hasattr(base.config, "auto_map")
-    if not heads and not is_known:
-        raise UserError(
-            f"{type(base).__name__} is a part of {base_model.name!r} that transformers cannot load alone; use the "
-            "checkpoint itself, or export it with the peft command"
-        )
     # An adapter trained on 4-bit weights fits their dequantised values, not the weights that they were quantised from.
     model = mtl_lora.load(base.dequantize() if in_4bit else base, checkpoint)
     if heads:
