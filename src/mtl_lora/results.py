@@ -161,6 +161,13 @@ class TaskResult:
         """Whether the adapter had no training examples of the task."""
         return bool(self.measured.get("untrained"))
 
+    def minus(self, other: "TaskResult") -> "TaskResult":
+        """This result minus another one; standard errors combine as for independent samples."""
+        stderr = None if None in (self.stderr, other.stderr) else math.hypot(self.stderr, other.stderr)
+        groups = {name: group.minus(other.groups[name]) for name, group in self.groups.items() if name in other.groups}
+        measured = {"untrained": self.untrained or other.untrained}
+        return TaskResult(self.metric, self.value - other.value, stderr, None, groups=groups, measured=measured)
+
     @classmethod
     def read_json(cls, reader: Reader, value: object, place: str, metric: str | None = None) -> "TaskResult":
         """Read from JSON; groups and other measures have the ``metric`` of their task unless they name another."""
@@ -412,6 +419,8 @@ class TaskNames:
         return {key: entry for key, entry in task.items() if key not in beside and entry}
 
 
+# Words in notes for settings whose name says too little.
+_SETTINGS_IN_WORDS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 _UNSAID = {"load_in_4bit": False}  # settings that are recorded only if they have another value than this
 
 
@@ -582,6 +591,25 @@ class Results:
             pairs = [(each.name, str(each.settings.get(key, _UNSAID.get(key)))) for each in having]
             found |= {key: pairs} if len({value for _, value in pairs}) > 1 else {}
         return found
+
+    @staticmethod
+    def protocol_notes(evaluations: "Sequence[Results]", alone: "Sequence[Results]" = ()) -> list[str]:
+        """Notes on the protocol, the base model and the settings that differ. alone: see ``differing_settings``."""
+        everyone, notes = [*evaluations, *alone], []
+        facts = {"mode": [(each.name, each.mode) for each in everyone]}
+        facts["base model"] = [(each.name, each.base_model) for each in everyone]
+        for key, pairs in Results.differing_settings(evaluations, alone).items():
+            facts[_SETTINGS_IN_WORDS.get(key, key)] = pairs
+        for word, pairs in facts.items():
+            values = {value for _, value in pairs}
+            if len(values) > 1:
+                known = [(name, value or "unknown") for name, value in pairs]
+                # A sha256 is cut short.
+                shown = [f"{name} {value[:12] if len(value) == 64 else value}" for name, value in known]
+                notes.append(f"Rows differ in {word}: {', '.join(shown)}.")
+            elif values != {None}:
+                notes.append(f"{word.capitalize()}: {values.pop()}.")
+        return notes
 
     @staticmethod
     def differ(evaluations: "Sequence[Results]") -> bool:

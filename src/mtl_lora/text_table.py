@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 _MOST_COLUMNS = 24
+Column = tuple[str, list[str]]  # the heading and the cells
 
 
 def markdown_text(text: str) -> str:
@@ -53,6 +54,12 @@ class TextTable:
     title: str
     header: list[str]
     rows: list[list[str]]
+
+    @classmethod
+    def of_columns(cls, title: str, columns: Sequence[Column]) -> "TextTable":
+        """Return a table from its columns."""
+        header, cells = zip(*columns, strict=True)
+        return cls(title, [*header], [[*row] for row in zip(*cells, strict=True)])
 
     def __post_init__(self):
         if len(self.header) > _MOST_COLUMNS:

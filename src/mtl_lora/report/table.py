@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
@@ -13,17 +12,13 @@ from mtl_lora.metrics import NOTHING, difference_text, interval_text, one_unit, 
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, gain_over
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
-from mtl_lora.text_table import Report, TextTable, shortened, told_apart
+from mtl_lora.text_table import Column, Report, TextTable, shortened, told_apart
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 MAJORITY_LABEL, AVERAGE = "majority class", "Average"
 OVER_QUESTIONS, OVER_SEEDS = f"{AVERAGE} (over questions)", f"{AVERAGE} (over seeds)"
+TRAINABLE, DELTA_M = "Trainable parameters, M (%)", "Delta_m, %"
 UNTRAINED = " (untrained)"
-TRAINABLE = "Trainable parameters, M (%)"
-DELTA_M = "Delta_m, %"
-_PROTOCOL = {"mode": "mode", "base model": "base_model"}  # facts that a note always gives -> field of the results
-# Words in notes for settings whose name says too little.
-_SETTINGS = {"base_fingerprint": "the base model's files", "tasks_sha256": "the tasks' options and patterns"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +46,11 @@ class Row:
         found = [cell.measured.get("unparsed") for cell in self.cells.values()]
         return statistics.fmean(found) if found and all(isinstance(value, float | int) for value in found) else None
 
+    @property
+    def groups(self) -> dict[str, Average]:
+        """The averages by group of questions; empty without an average."""
+        return self.average.groups if self.average else {}
+
     def text(self, value: TaskResult | Average | None) -> str:
         """A cell or an average of this row as text."""
         metric = getattr(value, "metric", next((cell.metric for cell in self.cells.values()), "accuracy"))
@@ -67,13 +67,14 @@ class Row:
         record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
         record["unparsed"] = self.unparsed
         record |= {} if self.delta_m is None else {"delta_m": self.delta_m}
-        values = {(f"{name} {m}", f"{name} stderr", f"{name} n"): self.cells.get(name) for name, m in metrics.items()}
-        values |= {("average", "average_stderr"): self.average}
-        means = self.average.groups if self.average else {}
-        values |= {(f"average of {name}", f"average of {name} stderr"): means.get(name) for name in groups}
-        for keys, value in values.items():
-            numbers = (getattr(value, field, None) for field in ("value", "stderr", "n"))
-            record |= dict(zip(keys, numbers, strict=False))
+        found = []  # each result, then its columns
+        for name, metric in metrics.items():
+            found.append((self.cells.get(name), f"{name} {metric}", f"{name} stderr", f"{name} n"))
+        found.append((self.average, "average", "average_stderr"))
+        found += [(self.groups.get(name), f"average of {name}", f"average of {name} stderr") for name in groups]
+        for result, *keys in found:
+            columns = zip(keys, ("value", "stderr", "n"), strict=False)  # an average has no n
+            record |= {key: getattr(result, field, None) for key, field in columns}
         return record
 
 
@@ -87,49 +88,64 @@ def build_table(
     results of single-task models, which together have every task once, to compute Delta_m of each row.
     Raises ``UserError`` if the task sets differ, or if an addition does not fit the results.
     """
-    task_set, others = results[0].task_set, published_rows() if published else []
     TaskNames.require_one(results, "one table needs")
     TaskNames.require_one_measure((each.path, each.tasks) for each in [*results, *baselines])
+    task_set, others = results[0].task_set, published_rows() if published else []
     if published and set(task_set.names) != set(others[0].cells):
         names = f"{results[0].path} has the tasks {', '.join(task_set.names)}"
         raise UserError(f"--published has results of the commonsense tasks only, and {names}; leave the flag out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first; pass at least two files, not 1")
-    columns = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
-    names = told_apart(*zip(*((each.name, each.mode, each.path and each.path.parent) for each in results), strict=True))
-    results, own = [dataclasses.replace(each, name=name) for each, name in zip(results, names, strict=True)], []
-    gains = _delta_m(results, baselines, columns) if baselines else [None] * len(results)
-    for result, gain in zip(results, gains, strict=True):
-        facts = {key: getattr(result, key) for key in ("method", "base_model", "mode", "trainable")}
-        average = result.average if {*columns} <= {*result.tasks} else None
-        own.append(Row(result.name, "result", result.tasks, average, **facts, delta_m=gain))
-    groups = list(dict.fromkeys(group for row in own if row.average for group in row.average.groups))
+    tasks = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
+    folders = [each.path and each.path.parent for each in results]
+    names = told_apart([each.name for each in results], [each.mode for each in results], folders)
+    results = [dataclasses.replace(each, name=name) for each, name in zip(results, names, strict=True)]
+    own = _result_rows(results, baselines, tasks)
     last = [_difference_row(own[0], own[-1])] if difference else []
-    rows, first = [*own, *others, *last], results[0]
-    known = {name: each for name, each in first.tasks.items() if each.majority is not None}  # numbers have no classes
-    if known:
-        cells = {name: TaskResult(each.metric, each.majority, None, each.n) for name, each in known.items()}
-        average = average_of(cells.values()) if own[0].average and len(known) == len(first.tasks) else None
-        rows.insert(0, Row(MAJORITY_LABEL, "majority", cells, average))
-    metrics = dict.fromkeys(columns, "accuracy")
-    metrics |= {name: cell.metric for row in rows for name, cell in row.cells.items()}
-    shown = [("Method", [row.name for row in rows]), (TRAINABLE, [trainable_text(row.trainable) for row in rows])]
-    shown += [(task_set.title(name, m), [row.text(row.cells.get(name)) for row in rows]) for name, m in metrics.items()]
+    rows = [*_majority_rows(results[0], own[0]), *own, *others, *last]
+    metrics = dict.fromkeys(tasks) | {name: cell.metric for row in rows for name, cell in row.cells.items()}
+    groups = list(dict.fromkeys(group for row in own for group in row.groups))
+    tables = [TextTable.of_columns("Results", _columns(rows, metrics, task_set, bool(baselines)))]
+    if groups:
+        cells = [[row.name, *(row.text(row.groups.get(group)) for group in groups)] for row in (*own, *last)]
+        tables.append(TextTable("Averages by group", ["Average by group", *groups], cells))
+    notes = [*_question_notes(results, tasks), *Results.protocol_notes(results, baselines)]
+    notes += [*_missing_notes(results, tasks, groups), *Results.notes(results)]
+    notes += [*_row_notes(results, rows), *_baseline_notes(results, baselines)]
+    return Report(tables, [row.record(metrics, groups) for row in rows], list(dict.fromkeys(notes)))
+
+
+def _columns(rows: Sequence[Row], metrics: dict[str, str], task_set: TaskNames, has_delta_m: bool) -> list[Column]:
+    """The columns of the results, in their order. metrics: by task."""
+    columns = [("Method", [row.name for row in rows]), (TRAINABLE, [trainable_text(row.trainable) for row in rows])]
+    for name, metric in metrics.items():
+        columns.append((task_set.title(name, metric), [row.text(row.cells.get(name)) for row in rows]))
     if one_unit(metrics.values()):
-        shown.append((AVERAGE, [row.text(row.average) for row in rows]))
+        columns.append((AVERAGE, [row.text(row.average) for row in rows]))
     # An unparsed answer is wrong in form, not in choice, so a gain of training may come from the format alone.
     if any(row.unparsed for row in rows):
-        shown.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
-    if baselines:
-        shown.append((DELTA_M, [value_text(row.delta_m, None, "delta_m", signed=True) for row in rows]))
-    header, texts = zip(*shown, strict=True)
-    tables = [TextTable("Results", [*header], [*map(list, zip(*texts, strict=True))])]
-    if groups:
-        averages = [(row, row.average.groups if row.average else {}) for row in (*own, *last)]
-        lines = [[row.name, *(row.text(found.get(group)) for group in groups)] for row, found in averages]
-        tables.append(TextTable("Averages by group", ["Average by group", *groups], lines))
-    notes = _notes(results, baselines, rows, columns, groups)
-    return Report(tables, [row.record(metrics, groups) for row in rows], notes)
+        columns.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
+    if has_delta_m:
+        columns.append((DELTA_M, [value_text(row.delta_m, None, "delta_m", signed=True) for row in rows]))
+    return columns
+
+
+def _result_rows(results: Sequence[Results], baselines: Sequence[Results], tasks: Sequence[str]) -> list[Row]:
+    """The row of each result, with an average only if it has every task."""
+    gains, rows = _delta_m(results, baselines, tasks) if baselines else [None] * len(results), []
+    for result, gain in zip(results, gains, strict=True):
+        facts = {key: getattr(result, key) for key in ("method", "base_model", "mode", "trainable")}
+        average = result.average if {*tasks} <= {*result.tasks} else None
+        rows.append(Row(result.name, "result", result.tasks, average, **facts, delta_m=gain))
+    return rows
+
+
+def _majority_rows(first: Results, row: Row) -> list[Row]:
+    """The majority class on the questions of ``first``, whose own row is ``row``; none without any classes."""
+    known = {name: task for name, task in first.tasks.items() if task.majority is not None}
+    cells = {name: TaskResult(task.metric, task.majority, None, task.n) for name, task in known.items()}
+    average = average_of(cells.values()) if row.average and len(cells) == len(first.tasks) else None
+    return [Row(MAJORITY_LABEL, "majority", cells, average)] if cells else []
 
 
 def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: Sequence[str]) -> list[float | None]:
@@ -148,15 +164,8 @@ def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: 
 
 
 def _difference_row(first: Row, last: Row) -> Row:
-    """Last minus first where both have a value; standard errors combine as for independent samples."""
-
-    def minus(a: TaskResult, b: TaskResult) -> TaskResult:
-        stderr = None if None in (a.stderr, b.stderr) else math.hypot(a.stderr, b.stderr)
-        groups = {name: minus(group, b.groups[name]) for name, group in a.groups.items() if name in b.groups}
-        measured = {"untrained": a.untrained or b.untrained}
-        return TaskResult(b.metric, b.value - a.value, stderr, None, groups=groups, measured=measured)
-
-    cells = {name: minus(cell, last.cells[name]) for name, cell in first.cells.items() if name in last.cells}
+    """Last minus first where both have a value."""
+    cells = {name: last.cells[name].minus(cell) for name, cell in first.cells.items() if name in last.cells}
     average = average_of(cells.values()) if first.average and last.average else None
     return Row("difference", "difference", cells, average)
 
@@ -172,105 +181,108 @@ def published_rows() -> list[Row]:
     return found
 
 
-def _notes(
-    results: Sequence[Results], baselines: Sequence[Results], rows: Sequence[Row], columns: list[str], groups: list[str]
-) -> list[str]:
-    """Say what the numbers are, what makes rows incomparable, and what a reader must know about single rows."""
-    first, last, kinds = results[0], results[-1], {row.kind for row in rows}
-    having = {name: found for name in columns if (found := [each for each in results if name in each.tasks])}
-    found = {name: [each.tasks[name] for each in evaluations] for name, evaluations in having.items()}
-    counts = {name: " or ".join(dict.fromkeys(str(task.n) for task in tasks)) for name, tasks in found.items()}
-    metrics = {task.metric for tasks in found.values() for task in tasks}
-    notes = [f"Questions: {', '.join(f'{name} {count}' for name, count in counts.items())}."]
-    notes.append(f"{units_text(metrics)}± is one standard error.")
+def _question_notes(results: Sequence[Results], tasks: Sequence[str]) -> Iterator[str]:
+    counts, metrics = [], set()
+    for name in tasks:
+        if having := [each.tasks[name] for each in results if name in each.tasks]:
+            numbers = dict.fromkeys(str(task.n) for task in having)
+            counts.append(f"{name} {' or '.join(numbers)}")
+            metrics |= {task.metric for task in having}
+    yield f"Questions: {', '.join(counts)}."
+    yield f"{units_text(metrics)}± is one standard error."
     if len(metrics) > 1 and one_unit(metrics):
-        notes.append(
-            "Average: the plain mean over tasks with different metrics; a task with two metrics counts with their mean."
-        )
-    if differing := [name for name in counts if Results.differ_in_questions(results, name)]:
-        notes.append(f"Rows are not on the same questions: {', '.join(differing)}.")
-    everyone = [*results, *baselines]
-    protocol = {word: [(each.name, getattr(each, key)) for each in everyone] for word, key in _PROTOCOL.items()}
-    differing = Results.differing_settings(results, baselines)
-    protocol |= {_SETTINGS.get(key, key): pairs for key, pairs in differing.items()}
-    for word, pairs in protocol.items():
-        if len(values := {value for _, value in pairs}) > 1:
-            known = ((name, value or "unknown") for name, value in pairs)
-            shown = (f"{name} {value[:12] if len(value) == 64 else value}" for name, value in known)  # hashes cut short
-            notes.append(f"Rows differ in {word}: {', '.join(shown)}.")
-        elif word in _PROTOCOL and values != {None}:
-            notes.append(f"{word.capitalize()}: {values.pop()}.")
+        mean = "the plain mean over tasks with different metrics; a task with two metrics counts with their mean"
+        yield f"Average: {mean}."
+    if differing := [name for name in tasks if Results.differ_in_questions(results, name)]:
+        yield f"Rows are not on the same questions: {', '.join(differing)}."
+
+
+def _missing_notes(results: Sequence[Results], tasks: Sequence[str], groups: Sequence[str]) -> Iterator[str]:
     for group in groups:
-        names = [name for name, tasks in found.items() if any(group in task.groups for task in tasks)]
-        if len(names) < len(columns):
-            notes.append(f"Group {group} is the average over {', '.join(names)} alone.")
-    if unasked := [name for name in first.task_set.columns if name not in columns]:
-        notes.append(f"Not evaluated: {', '.join(unasked)}.")
+        having = {name for each in results for name, task in each.tasks.items() if group in task.groups}
+        names = [name for name in tasks if name in having]
+        if len(names) < len(tasks):
+            yield f"Group {group} is the average over {', '.join(names)} alone."
+    if missing := [name for name in results[0].task_set.columns if name not in tasks]:
+        yield f"Not evaluated: {', '.join(missing)}."
     for each in results:
-        if missing := [name for name in columns if name not in each.tasks]:
-            notes.append(f"No average for {each.name}, which has no score for {', '.join(missing)}.")
-    notes += Results.notes(results)
-    if "majority" in kinds and any(len({task.majority for task in found[name]}) > 1 for name in first.tasks):
-        notes.append(f'"{MAJORITY_LABEL}" is on the questions of {first.name}.')
+        if missing := [name for name in tasks if name not in each.tasks]:
+            yield f"No average for {each.name}, which has no score for {', '.join(missing)}."
+
+
+def _row_notes(results: Sequence[Results], rows: Sequence[Row]) -> Iterator[str]:
+    first, last, kinds = results[0], results[-1], {row.kind for row in rows}
+    values = [{each.tasks[name].majority for each in results if name in each.tasks} for name in first.tasks]
+    if "majority" in kinds and any(len(of_task) > 1 for of_task in values):
+        yield f'"{MAJORITY_LABEL}" is on the questions of {first.name}.'
     if "published" in kinds:
         sources = " and ".join(dict.fromkeys(row.source for row in rows if row.source))
-        notes.append(
+        yield (
             "Published rows are runs by others on the base model that each row names, with their own target modules, "
             f"schedules and beams, on whole test sets, copied from {sources}; MTL-LoRA's published row is not included."
         )
     if "difference" in kinds:
-        notes.append(
+        yield (
             f"The difference is {last.name} (the last results file) minus {first.name} (the first), in percentage "
             "points where values are in percent; its standard error treats the questions of the two rows as "
             "independent."
         )
-    if baselines:
-        alone = {name: each for each in baselines for name in each.tasks if name in having}
-        if other := [name for name, each in alone.items() if Results.differ_in_questions([*results, each], name)]:
-            notes.append(f"Single-task results are not on the same test data: {', '.join(other)}.")
+
+
+def _baseline_notes(results: Sequence[Results], baselines: Sequence[Results]) -> Iterator[str]:
+    evaluated = {name for each in results for name in each.tasks}
+    alone = {name: each for each in baselines for name in each.tasks if name in evaluated}
+    if other := [name for name, each in alone.items() if Results.differ_in_questions([*results, each], name)]:
+        yield f"Single-task results are not on the same test data: {', '.join(other)}."
+    if alone:
         names = ", ".join(f"{name} {each.name}" for name, each in alone.items())
-        notes.append(
+        yield (
             f"{DELTA_M}: by how much a row is better than the single-task results, on average over tasks, relative to "
             f"each (arXiv 1904.08918): {names}."
         )
-    return [*dict.fromkeys(notes)]
 
 
 def details(results: Results) -> TextTable:
     """One evaluation with a line per task: its value, the majority class, other measures, the answers given; without
     columns that are empty for every task."""
     tasks, last = results.tasks, "Answers given"
-    rows, measures, found = [], {}, [(results.task_set.title(name), tasks[name]) for name in results.scored]
+    rows, header, found = [], {}, [(results.task_set.title(name), tasks[name]) for name in results.scored]
     if len(tasks) > 1 and len(metrics := {task.metric for task in tasks.values()}) == 1:
-        average, known = average_of(tasks.values()), [task.majority for task in tasks.values()]
-        facts = (sum(task.n for task in tasks.values()), None if None in known else statistics.fmean(known))
-        unparsed = {"unparsed": Row("", "", tasks, average).unparsed}
-        found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, *facts, measured=unparsed)))
+        average, n = average_of(tasks.values()), sum(task.n for task in tasks.values())
+        majority = [task.majority for task in tasks.values()]
+        majority = None if None in majority else statistics.fmean(majority)
+        measured = {"unparsed": Row("", "", tasks, average).unparsed}
+        found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, n, majority, measured=measured)))
     for name, task in found:
         own = value_text(task.value, task.stderr, task.metric) + UNTRAINED * task.untrained
-        row = {"Task": name, "Questions": f"{task.n:,}", title_of(task.metric): own}
-        parts = {key: other for key, other in task.others.items() if other.metric != task.metric}
-        row |= {title_of(key): value_text(other.value, other.stderr, other.metric) for key, other in parts.items()}
-        measures |= dict.fromkeys(row)
-        row["Majority class"] = value_text(task.majority, None, task.metric)
-        row["Unparsed"] = value_text(task.measured.get("unparsed"))
-        for key, other in ((key, other) for key, other in task.others.items() if key not in parts):
+        measures = {"Task": name, "Questions": f"{task.n:,}", title_of(task.metric): own}
+        rest = {"Majority class": value_text(task.majority, None, task.metric)}
+        rest["Unparsed"] = value_text(task.measured.get("unparsed"))
+        for key, other in task.others.items():
+            if other.metric != task.metric:  # a part of a metric that is a mean
+                measures[title_of(key)] = value_text(other.value, other.stderr, other.metric)
+                continue
             words = {"strict": "Strict", "acc_norm": "Length-normalised"}.get(key, key)
-            row[words] = value_text(other.value, None, other.metric)
-            row[f"{words} - {task.metric}"] = value_text(other.value - task.value, None, task.metric, signed=True)
+            rest[words] = value_text(other.value, None, other.metric)
+            rest[f"{words} - {task.metric}"] = value_text(other.value - task.value, None, task.metric, signed=True)
             if key == "strict":
-                row[f"{words} unparsed"] = value_text(other.measured.get("unparsed"))
-        row.setdefault("F1", value_text(task.measured.get("f1")))
-        # The most frequent answer first; a dash stands for texts without an answer.
-        counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
-        shown = [f"{shortened(answer, 40) or NOTHING} {count}" for answer, count in counts[:6]]
-        shown += ["..."] * (len(counts) > 6)
-        rows.append(row | {last: ", ".join(shown)})
-    header = [*(measures | dict.fromkeys(key for row in rows for key in row if key != last)), last]
+                rest[f"{words} unparsed"] = value_text(other.measured.get("unparsed"))
+        if "F1" not in measures:
+            rest["F1"] = value_text(task.measured.get("f1"))
+        rows.append(measures | rest | {last: _answers_given(task)})
+        header |= dict.fromkeys(measures)
+    header = [*(header | dict.fromkeys(key for row in rows for key in row if key != last)), last]
     header = [key for key in header if any(row.get(key, NOTHING) not in ("", NOTHING) for row in rows)]
     protocol = f" ({results.mode})" if results.mode else ""
     title = results.name.removesuffix(protocol) + protocol
     return TextTable(title, header, [[row.get(key, NOTHING) for key in header] for row in rows])
+
+
+def _answers_given(task: TaskResult) -> str:
+    """The most frequent answers with their counts; a dash stands for texts without an answer."""
+    counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
+    shown = [f"{shortened(answer, 40) or NOTHING} {count}" for answer, count in counts[:6]]
+    return ", ".join(shown + ["..."] * (len(counts) > 6))
 
 
 def examples(results: Results) -> TextTable:
@@ -299,7 +311,8 @@ def study_tables(study: Study) -> list[TextTable]:
         tables.append(_experiments(study, experiments, titles, f"Results{of}"))
         compared = [(each.name, each.against) for each in experiments if each.against]
         rows = [[f"{name} - {against.baseline}", *_differences(study, against, name)] for name, against in compared]
-        tables += [TextTable(f"Differences from the baseline{of}", ["Difference", *changes], rows)] if rows else []
+        if rows:
+            tables.append(TextTable(f"Differences from the baseline{of}", ["Difference", *changes], rows))
     if study.transfer:
         rows = [[row.label, row.alone or NOTHING, *_differences(study, row, row.experiment)] for row in study.transfer]
         header = ["Trained together", "Trained alone", *changes]
@@ -318,22 +331,25 @@ def study_tables(study: Study) -> list[TextTable]:
 
 def _experiments(study: Study, experiments: Sequence[Experiment], titles: Sequence[str], title: str) -> TextTable:
     """One row per experiment: mean ± standard deviation over seeds, or ± standard error if none has several seeds."""
+    metrics = {task: study.metric(task) for task in [*study.scored, *[None] * study.has_average]}
     has_interval = study.has_seeds and study.has_average
     header = ["Method", TRAINABLE, "Rank", "Learning rate", *titles] + ["95 % interval"] * has_interval
-    metrics, majority = {task: study.metric(task) for task in study.scored}, study.majority
-    metrics |= {None: study.metric(None)} if study.has_average else {}
-    rows = [[MAJORITY_LABEL, *[NOTHING] * 3, *(value_text(majority.get(t), None, m) for t, m in metrics.items())]]
-    rows[0] += [NOTHING] * has_interval
+    rows = []
+    if study.majority:
+        values = [value_text(study.majority.get(task), None, metric) for task, metric in metrics.items()]
+        rows.append([MAJORITY_LABEL, *[NOTHING] * 3, *values] + [NOTHING] * has_interval)
     for each in experiments:
-        settings = [NOTHING if value is None else f"{value:g}" for value in (each.rank, each.learning_rate)]
-        rows.append([each.name, trainable_text(each.trainable, each.adapters), *settings])
+        row = [each.name, trainable_text(each.trainable, each.adapters)]
+        row += [NOTHING if value is None else f"{value:g}" for value in (each.rank, each.learning_rate)]
         for task, metric in metrics.items():
             found = each.estimate(task) or Estimate(None)
             error = None if found.low is None else found.mean - found.low
             text = value_text(found.mean, found.sd if study.has_seeds else error, metric)
-            rows[-1].append(text + UNTRAINED * (task in each.untrained))
-        rows[-1] += [interval_text(each.summary.average, metrics[None])] if has_interval else []
-    return TextTable(title, header, rows if majority else rows[1:])
+            row.append(text + UNTRAINED * (task in each.untrained))
+        if has_interval:
+            row.append(interval_text(each.summary.average, metrics[None]))
+        rows.append(row)
+    return TextTable(title, header, rows)
 
 
 def _differences(study: Study, found: Differences, name: str) -> list[str]:
