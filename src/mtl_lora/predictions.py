@@ -51,6 +51,12 @@ class Paired:
     answers: list[tuple[Prediction, Prediction]]
     rows: tuple[Sequence, Sequence]
 
+    @property
+    def f1s(self) -> list[list[float]] | None:
+        """The F1 of every answer of A and of B; None if any answer has none."""
+        sides = [[answer.f1 for answer in side] for side in zip(*self.answers, strict=True)]
+        return None if any(None in side for side in sides) else sides
+
 
 def predictions_path(results: Results, task: str) -> Path:
     """The path of the predictions of one task."""
@@ -134,6 +140,20 @@ def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]
                     answer, said = (shortened(each, 160) for each in (line["answer"], said))
                     seen.add(right)
                     yield name, index, right, answer, said
+
+
+def shared_tasks(a: Results, b: Results, tasks: Sequence[str] = ()) -> list[str]:
+    """Return those of ``tasks`` that A and B have scores of, in column order; without ``tasks``, all of these.
+
+    Raises ``UserError`` if there is none, or if one of ``tasks`` is not among them.
+    """
+    shared = [name for name in a.scored if name in b.tasks]
+    if not shared:
+        raise UserError(f"{a.path} and {b.path} have no scored task in common")
+    if lacking := [name for name in tasks if name not in shared]:
+        scores = f"{', '.join(shared)}, but not of {', '.join(lacking)}"
+        raise UserError(f"{a.path} and {b.path} both have scores of {scores}")
+    return [name for name in shared if name in tasks] if tasks else shared
 
 
 def check_comparable(a: Results, b: Results, tasks: Sequence[str]) -> None:

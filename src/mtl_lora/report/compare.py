@@ -1,13 +1,11 @@
 """Comparison of two runs on the same questions: their difference by task and on average."""
 
-import itertools
 import statistics
 from collections.abc import Sequence
 
-from mtl_lora.errors import UserError
 from mtl_lora.estimates import CONFIDENCE, LEVEL, RESAMPLES, SEED, Difference, mcnemar_p
 from mtl_lora.metrics import METRICS, NOTHING, interval_text, p_text, scale_of, units_text, value_text
-from mtl_lora.predictions import differences, paired_answers
+from mtl_lora.predictions import Prediction, differences, paired_answers, shared_tasks
 from mtl_lora.report.table import AVERAGE
 from mtl_lora.results import Results
 from mtl_lora.text_table import Report, TextTable
@@ -23,36 +21,23 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
     McNemar's ``p`` (None where answers are not right or wrong), and ``f1`` of free text, like ``value``, or None.
     Raises ``UserError`` naming the difference if the two are not comparable, and for broken predictions.
     """
-    common = [name for name in a.scored if name in b.tasks]
-    if (lacking := [name for name in tasks if name not in common]) or not common:
-        shared = f"both have scores of {', '.join(common)}" if common else "have no scored task in common"
-        asked = f", but not of {', '.join(lacking)}" if common else ""
-        raise UserError(f"{a.path} and {b.path} {shared}{asked}")
-    paired = paired_answers(a, b, [name for name in common if not tasks or name in tasks])
-    answers = {task: each.answers for task, each in paired.items()}
+    paired = paired_answers(a, b, shared_tasks(a, b, tasks))
     measured = {task: (each.metric, each.rows) for task, each in paired.items()}
-    written = {
-        task: ("f1", [[each.f1 for each in side] for side in zip(*pairs, strict=True)])
-        for task, pairs in answers.items()
-        if paired[task].metric != "f1" and all(each.f1 is not None for pair in pairs for each in pair)
-    }
-    values, f1s = (_changes(found, list(answers), seed, resamples) for found in (measured, written))
+    written = {task: ("f1", each.f1s) for task, each in paired.items() if each.f1s and each.metric != "f1"}
+    values, f1s = (_changes(found, [*paired], seed, resamples) for found in (measured, written))
     rows, lines, records = {}, [], []
     for task, value in values.items():  # the last key, None, is the average; its counts pool the questions of all tasks
-        pairs = answers[task] if task else [*itertools.chain(*answers.values())]
-        judged = [pair for pair in pairs if None not in (pair[0].correct, pair[1].correct)]
-        only_a, only_b = (sum(pair[i].correct > pair[1 - i].correct for pair in judged) for i in (0, 1))
-        counts = {"only_a": only_a, "only_b": only_b, "p": mcnemar_p(only_a, only_b)}
-        rows[task] = row = {"n": len(pairs), "metric": paired[task].metric if task else None, "value": value}
-        row |= (counts if judged else dict.fromkeys(counts)) | {"f1": f1s.get(task)}
-        metric = row["metric"] or a.tasks[next(iter(paired))].metric  # there is an average only if all have one unit
-        shown = [f"{only_a:,}", f"{only_b:,}", p_text(row["p"])] if judged else [NOTHING] * 3
-        lines.append([a.task_set.title(task, metric) if task else AVERAGE, f"{len(pairs):,}"])
-        lines[-1] += [*_texts(value, metric), *shown, *(_texts(row["f1"], "f1") if f1s else [])]
-        records.append({"task": task} | {key: row[key] for key in ("n", "metric", "only_a", "only_b", "p")})
-        for key in ("value", "f1"):
-            changes = row[key] or dict.fromkeys(value)
-            records[-1] |= {f"{key} {part}": number for part, number in changes.items()}
+        pairs = paired[task].answers if task else [pair for each in paired.values() for pair in each.answers]
+        row = {"n": len(pairs), "metric": paired[task].metric if task else None, "value": value}
+        rows[task] = row = row | _one_sided(pairs) | {"f1": f1s.get(task)}
+        metric = row["metric"] or next(iter(paired.values())).metric  # there is an average only if all have one unit
+        title = a.task_set.title(task, metric) if task else AVERAGE
+        counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] else [NOTHING] * 3
+        f1_texts = _texts(row["f1"], "f1") if f1s else []
+        lines.append([title, f"{len(pairs):,}", *_texts(value, metric), *counts, *f1_texts])
+        record = {"task": task} | {key: row[key] for key in ("n", "metric", "only_a", "only_b", "p")}
+        record |= {f"value {part}": number for part, number in value.items()}
+        records.append(record | {f"f1 {part}": number for part, number in (row["f1"] or dict.fromkeys(value)).items()})
     header = ["Task", "Questions", "A", "B", "B - A", f"{LEVEL} interval", "Only A right", "Only B right", "p"]
     header += ["F1 A", "F1 B", "F1 B - A", f"F1 {LEVEL} interval"] if f1s else []
     notes = _notes(a, b, rows, seed, resamples)
@@ -60,9 +45,18 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
         side: {"name": run.name, "results": str(run.path), "base_model": run.base_model, "settings": run.settings}
         for side, run in (("a", a), ("b", b))
     }
-    value |= {"tasks": {name: rows[name] for name in answers}, "average": rows.get(None)}
+    value |= {"tasks": {name: rows[name] for name in paired}, "average": rows.get(None)}
     value |= {"confidence": CONFIDENCE, "resamples": resamples, "seed": seed, "notes": notes}
     return Report([TextTable("", header, lines)], records, notes, value)
+
+
+def _one_sided(pairs: Sequence[tuple[Prediction, Prediction]]) -> dict:
+    """The numbers of questions that only one answered right, and McNemar's p; None if no answer is right or wrong."""
+    judged = [(a.correct, b.correct) for a, b in pairs if None not in (a.correct, b.correct)]
+    if not judged:
+        return {"only_a": None, "only_b": None, "p": None}
+    only_a, only_b = judged.count((True, False)), judged.count((False, True))
+    return {"only_a": only_a, "only_b": only_b, "p": mcnemar_p(only_a, only_b)}
 
 
 def _changes(measured: dict[str, tuple], tasks: Sequence[str], seed: int, resamples: int) -> dict[str | None, dict]:
