@@ -306,17 +306,11 @@ def load_run(path: str | Path) -> Study:
     settings = reader.read(dict, training.get("settings", {}), "settings")
     training |= {"settings": {key: value for key, value in settings.items() if key not in unused}}
     found = Results.load_all(path, needed=False)
+    if not (found or log or analysis):
+        raise UserError(f"{folder} holds none of {', '.join([artifacts.STUDY, artifacts.RESULTS, *names[:2]])}")
     facts = {f"evaluation {each.mode}" if len(found) > 1 else "evaluation": each.to_json() for each in found}
     facts |= {"training": training, "adapter": adapter or (found[0].adapter if found else None)}
-    if not found:
-        if not (log or analysis):
-            raise UserError(f"{folder} holds none of {', '.join([artifacts.STUDY, artifacts.RESULTS, *names[:2]])}")
-        # The tasks of the training's configuration, else those that its analysis or log names.
-        adapts = Analysis.load(analysis) if analysis else None
-        known = adapts.tasks if adapts else [*filter(None, read_losses(log))] or ["task"]
-        listed = training.get("tasks") or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
-        task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
-        found = [Results(name=folder.absolute().name, method=adapts and adapts.method, tasks={}, task_set=task_set)]
+    found = found or [_without_values(folder, training.get("tasks"), log, analysis)]
     experiments, of_training = [], {"log": log and str(log), "analysis": analysis and str(analysis)}
     for results in found:
         run = Run(folder=str(folder), results=results.path and str(results.path), tasks=results.tasks, **of_training)
@@ -329,11 +323,21 @@ def load_run(path: str | Path) -> Study:
     return Study(name=found[0].name, task_set=found[0].task_set, experiments=experiments, path=folder, facts=facts)
 
 
+def _without_values(folder: Path, tasks: object, log: Path | None, analysis: Path | None) -> Results:
+    """What stands for the results of a training that was not evaluated; ``tasks`` are of its configuration."""
+    adapts = Analysis.load(analysis) if analysis else None
+    # Without a configuration, the tasks are those that the analysis or the log names.
+    known = adapts.tasks if adapts else [*filter(None, read_losses(log))] or ["task"]
+    listed = tasks or {"tasks": [{"name": name, "id": id} for id, name in enumerate(known)]}
+    task_set = TaskNames.from_json(listed, str(folder / artifacts.RUN_CONFIG))
+    return Results(name=folder.absolute().name, method=adapts and adapts.method, tasks={}, task_set=task_set)
+
+
 def load_studies(paths: Sequence[str | Path]) -> list[Study]:
     """Load the studies among ``paths``; all single runs together become one study, each as an experiment. Raises
     ``UserError`` for a folder without the files of a run, and for single runs with different tasks."""
     found = [load_run(path) for path in paths]
-    studies, single = ([study for study in found if bool(study.facts) == is_run] for is_run in (False, True))
+    studies, single = [each for each in found if not each.facts], [each for each in found if each.facts]
     TaskNames.require_one(single, "figures side by side need")
     TaskNames.require_one_measure((run.folder, run.tasks) for study in single for run in study.runs)
     pairs = [(experiment, study.path) for study in single for experiment in study.experiments]
