@@ -32,7 +32,9 @@ def compare(a: Results, b: Results, seed: int = SEED, resamples: int = RESAMPLES
         rows[task] = row = row | _one_sided(pairs) | {"f1": f1s.get(task)}
         metric = row["metric"] or next(iter(paired.values())).metric  # there is an average only if all have one unit
         title = a.task_set.title(task, metric) if task else AVERAGE
-        counts = [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] else [NOTHING] * 3
+        counts = (
+            [f"{row['only_a']:,}", f"{row['only_b']:,}", p_text(row["p"])] if row["p"] is not None else [NOTHING] * 3
+        )
         f1_texts = _texts(row["f1"], "f1") if f1s else []
         lines.append([title, f"{len(pairs):,}", *_texts(value, metric), *counts, *f1_texts])
         record = {"task": task} | {key: row[key] for key in ("n", "metric", "only_a", "only_b", "p")}
