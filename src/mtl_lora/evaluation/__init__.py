@@ -1,0 +1,37 @@
+"""Evaluation and prediction for any system: answer questions, resume after a kill, write ``results.json``.
+
+A system's ``Evaluator`` provides the model and its answers. Each answer is appended as one JSON line as soon as it is
+given, so a killed run can resume. Several processes share the questions.
+"""
+
+from mtl_lora.evaluation.answers import Predictions
+from mtl_lora.evaluation.evaluator import (
+    Evaluator,
+    NotANumber,
+    Question,
+    QuestionSets,
+    inputs,
+    likeliest,
+    load_questions,
+    not_finite,
+    plan_batches,
+    result_of,
+)
+from mtl_lora.evaluation.run import Predictor, evaluate, predict
+
+__all__ = [
+    "Evaluator",
+    "NotANumber",
+    "Predictions",
+    "Predictor",
+    "Question",
+    "QuestionSets",
+    "evaluate",
+    "inputs",
+    "likeliest",
+    "load_questions",
+    "not_finite",
+    "plan_batches",
+    "predict",
+    "result_of",
+]
