@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from nlu_cases import SIZES
+from nlu_cases import SIZES, make_tokenizer
 from reference.tiny import METHODS, adapter_config, randomise
 from reference.tiny import TASKS as TASKS_OF_ADAPTER
 from transformers import AutoModelForSequenceClassification
@@ -176,7 +176,12 @@ def test_a_head_that_reads_the_last_position_is_refused_for_rows_are_padded_ther
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"), [("Mra", {"num_attention_heads": 2}), ("Reformer", {"axial_pos_embds_dim": [8, 8]})]
+    ("name", "fields"),
+    [
+        ("Mra", {"num_attention_heads": 2}),
+        ("Reformer", {"axial_pos_embds_dim": [8, 8]}),
+        ("Tapas", {"num_attention_heads": 2}),
+    ],
 )
 def test_a_model_whose_classifier_is_of_no_use_is_refused(name, fields, tmp_path):
     getattr(transformers, f"{name}Config")(vocab_size=40, hidden_size=16, **fields).save_pretrained(tmp_path)
@@ -190,6 +195,17 @@ def test_a_head_that_no_classifier_calls_gets_no_adapter(tmp_path):
     chosen = encoder.in_encoder(adapter_config(tasks=TASKS.names, target_modules="all-linear"), model)
     names = mtl_lora.adapter_layers(mtl_lora.inject(model, chosen))
     assert names and not any("contact_head" in name for name in names)
+
+
+def test_the_padding_of_batches_is_known_where_a_model_of_text_and_images_reads_it(tmp_path):
+    """A decoder looks for the last token that is not padding; other padding would be taken for text."""
+    for own in (None, 7):
+        text = SIZES | {"num_key_value_heads": 2, "head_dim": 4, "pad_token_id": own}
+        vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        transformers.Gemma3Config(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+        make_tokenizer(tmp_path)
+        model = encoder.structure(BaseModel(str(tmp_path), kind="encoder"), TASKS)
+        assert model.config.get_text_config().pad_token_id == 0
 
 
 def test_a_layer_that_sees_relative_positions_is_left_out_or_refused(tmp_path):

@@ -91,7 +91,7 @@ def export_peft(
     if head_tasks:
         shared["task_type"] = "SEQ_CLS"
         plain = base_model.structure()
-        if getattr(plain.config, "pad_token_id", None) != base.config.pad_token_id:
+        if getattr(plain.config.get_text_config(), "pad_token_id", None) != base.config.pad_token_id:
             pad_token_id = base.config.pad_token_id
     shared["target_modules"] = targets_for(layers, plain if head_tasks else base)
     messages = config.provenance_config.untrained_note(names)

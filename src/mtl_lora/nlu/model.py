@@ -28,6 +28,7 @@ from mtl_lora.nlu.tasks import Task, TaskSet
 _UNUSABLE = {
     "mra": "attends to nothing without its own CUDA kernel",
     "reformer": "reads padding and hashes at random",
+    "tapas": "needs the columns and rows of a table's cells",
 }
 
 
@@ -108,10 +109,11 @@ def with_heads(model: PreTrainedModel, base: BaseModel, tasks: TaskSet) -> PreTr
     for name, modules in heads.items():
         setattr(model, name, TaskHeads(modules, tasks))
     model.config.num_labels = max(task.outputs for task in tasks)
+    of_text = model.config.get_text_config()  # in a model of text and more, decoders read the id there
     try:  # decoders find a row's last token by the id that pads batches, which may differ from their configuration's
-        model.config.pad_token_id = base.tokenizer().pad_token_id
+        model.config.pad_token_id = of_text.pad_token_id = base.tokenizer().pad_token_id
     except UserError:  # the folder has weights but no tokenizer
-        if getattr(model.config, "pad_token_id", None) is None:
+        if getattr(of_text, "pad_token_id", None) is None:
             raise
     return model
 
