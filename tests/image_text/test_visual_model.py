@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference.tiny import TASKS, adapter_config, randomise
+from sweeps.tiny import configure
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     FalconH1Config,
@@ -449,6 +451,8 @@ def test_a_causal_model_that_cannot_be_shown_images_is_refused():
     models = [FalconH1ForCausalLM(FalconH1Config(**SIZES, **mixer)), RwkvForCausalLM(RwkvConfig(hidden_size=16))]
     by_layer = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 2}
     models.append(Gemma3nForCausalLM(Gemma3nTextConfig(**SIZES, **by_layer, head_dim=4, num_kv_shared_layers=0)))
+    with torch.device("meta"):
+        models += [AutoModelForCausalLM.from_config(configure(kind)) for kind in ("blt", "deepseek_v4")]
     for model in models:
         with pytest.raises(UserError, match=f"a {model.config.model_type} cannot be shown images"):
             visual.with_images(model, IMAGES)

@@ -65,7 +65,7 @@ MORE = {
     "flaubert": {"emb_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
-    **{name: {"decoder_start_token_id": 0} for name in ("mt5", "switch_transformers", "t5", "umt5")},
+    **{name: {"decoder_start_token_id": 0} for name in ("mbart", "mt5", "plbart", "switch_transformers", "t5", "umt5")},
     **{name: {"head_dim": 8} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
@@ -73,6 +73,7 @@ MORE = {
     "lilt": {"hidden_size": 48},
     "luke": {"entity_vocab_size": 8, "entity_emb_size": 32},
     "mamba2": {"head_dim": 16},
+    "mistral4": {"head_dim": 12},
     "mobilebert": {  # without norms, so that wider layers would saturate its pooler
         "embedding_size": 32,
         "true_hidden_size": 32,

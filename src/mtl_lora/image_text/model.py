@@ -132,6 +132,8 @@ class VisualEmbedding(nn.Module):
 _JOINED = ("bart", "mbart", "plbart", "t5", "mt5", "umt5", "switch_transformers")
 # Causal models whose answers would depend on the other rows of the batch.
 _READS_PADDING = ("git", "recurrent_gemma", "rwkv", "trocr", "xlstm")
+# Causal models that choose experts or cut patches by the ids of their tokens.
+_NEEDS_IDS = ("blt", "deepseek_v4")
 
 
 def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel:
@@ -151,7 +153,7 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
     needs_ids = "inputs_embeds" not in arguments or getattr(
         model.config.get_text_config(), "hidden_size_per_layer_input", None
     )
-    if model.config.model_type in _READS_PADDING or (not text_first(model) and needs_ids):
+    if model.config.model_type in _READS_PADDING + _NEEDS_IDS or (not text_first(model) and needs_ids):
         raise UserError(
             f"a {model.config.model_type} cannot be shown images, because it reads padding or needs the ids of its "
             "tokens; pass another causal language model"
