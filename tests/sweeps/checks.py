@@ -14,8 +14,8 @@ from sweeps.tiny import build, configure
 
 import mtl_lora
 from mtl_lora import AdapterConfig, Provenance
-from mtl_lora.adapter.targets import adapter_layers, output_head
 from mtl_lora.adapter.layer import is_linear
+from mtl_lora.adapter.targets import adapter_layers, output_head
 from mtl_lora.base_model import KINDS, BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.systems import BASE_KINDS
