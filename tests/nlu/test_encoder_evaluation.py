@@ -9,16 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from good_inputs import run
-from nlu_cases import LABELLED
+from nlu_cases import LABELLED, SIZES, WORDS, make_tokenizer
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertModel, FNetConfig, FNetModel
 
 import mtl_lora
-from mtl_lora import language
+from mtl_lora import AdapterConfig, language
 from mtl_lora.adapter.checkpoint import read_config
+from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.nlu import Predictor
+from mtl_lora.nlu import model as heads
+from mtl_lora.nlu.config import EvalConfig, TrainConfig
+from mtl_lora.nlu.evaluate import Evaluator
 
 
 def evaluated(folder: Path, *arguments: str) -> dict[str, list[dict]]:
@@ -151,6 +155,33 @@ def test_an_encoder_alone_answers_by_the_cosine_of_mean_pooled_embeddings(encode
         cosine = F.cosine_similarity(first, second, dim=0).item()
         assert line["parsed"] == pytest.approx(1 + 4 * cosine, abs=1e-5)
     assert results(tmp_path / "cosine")["method"] is None
+
+
+@torch.no_grad()
+def test_a_text_is_answered_without_padding_because_some_encoders_read_it(glue, tmp_path):
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if key != "num_attention_heads"}
+    encoder = FNetModel(FNetConfig(**sizes, type_vocab_size=2)).eval()  # it takes no mask
+    encoder.save_pretrained(tmp_path / "fnet")
+    make_tokenizer(tmp_path / "fnet")
+    texts = [WORDS[3], " ".join(WORDS[:9]), " ".join(WORDS[9:12])]
+
+    config = TrainConfig(base_model=str(tmp_path / "fnet"), tasks_file=str(glue / "tasks.json"))
+    model = heads.load(BaseModel(config.base_model, kind="encoder"), config.task_set(), "fp32").eval()
+    adapter = AdapterConfig("lora", target_modules="all-linear", tasks=config.task_set().names)
+    mtl_lora.save(mtl_lora.inject(model, heads.in_encoder(adapter, model)), tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "fnet")
+    answers = Predictor(tmp_path / "adapter", dtype="fp32").predict(texts, task="place")
+    for text, answer in zip(texts, answers, strict=True):
+        alone = model(**tokenizer(text, return_tensors="pt"), task_ids=["place"]).logits[0, :3]
+        assert [*answer["scores"].values()] == pytest.approx(alone.tolist(), abs=1e-5)
+
+    evaluator = Evaluator(EvalConfig(base_model=config.base_model, tasks_file=config.tasks_file, data_dir="."))
+    evaluator.load()
+    embedded = evaluator._embeddings(texts)
+    for text, found in zip(texts, embedded, strict=True):
+        alone = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+        torch.testing.assert_close(found, alone)
 
 
 def test_runs_that_cut_elsewhere_or_nobody_knows_where_are_not_compared(answered, edit_json, tmp_path):

@@ -43,6 +43,15 @@ class Question(evaluation.Question):
         return self.line(line["parsed"], line.get("scores"))
 
 
+def of_equal_length(values: Sequence, rows: Sequence[Sequence[int]]) -> list[list]:
+    """Return ``values`` in groups whose token ids ``rows`` are of one length: without padding, which some encoders
+    read, and as fast, because a batch then has no token too many."""
+    groups: dict[int, list] = {}
+    for value, row in zip(values, rows, strict=True):
+        groups.setdefault(len(row), []).append(value)
+    return [*groups.values()]
+
+
 class Evaluator(evaluation.Evaluator):
     """An encoder and its tasks; raises ``UserError`` for bad settings before loading the model."""
 
@@ -91,7 +100,10 @@ class Evaluator(evaluation.Evaluator):
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        return self.in_halves(self._cosines if protocol == COSINE else self._classified, questions, protocol)
+        way, lines = self._cosines if protocol == COSINE else self._classified, {}
+        for part in of_equal_length(questions, [question.prompt_ids for question in questions]):
+            lines |= zip([question.key for question in part], self.in_halves(way, part, protocol), strict=True)
+        return [lines[question.key] for question in questions]
 
     def _batch(self, rows: Sequence[dict], task_id: int) -> dict[str, torch.Tensor]:
         batch = self.collator([row | {"task_id": task_id} for row in rows])
@@ -112,19 +124,21 @@ class Evaluator(evaluation.Evaluator):
 
     def _cosines(self, questions: list[Question]) -> list[dict]:
         """Answer with the cosine of the texts' mean-pooled embeddings (Reimers and Gurevych, arXiv 1908.10084)."""
-        sides = []
-        for field in ("text", "text_b"):
-            texts = [Example(getattr(question.example, field), None, None, 0, 0) for question in questions]
-            batch = self._batch(self.encoder.encode(texts), 0)
-            mask = batch["attention_mask"][..., None]
-            batch.pop("task_ids")
-            hidden = self.model.base_model(**batch).last_hidden_state
-            sides.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-        values = F.cosine_similarity(*sides).double().tolist()
+        sides = ([getattr(question.example, field) for question in questions] for field in ("text", "text_b"))
+        values = F.cosine_similarity(*map(self._embeddings, sides)).double().tolist()
         return [
             question.line(question.task.unscaled(value), None)
             for question, value in zip(questions, values, strict=True)
         ]
+
+    def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the mean-pooled embeddings of texts, (B, d)."""
+        rows, found = self.encoder.encode([Example(text, None, None, 0, 0) for text in texts]), {}
+        for part in of_equal_length(range(len(rows)), [row["input_ids"] for row in rows]):
+            batch = self._batch([rows[index] for index in part], 0)
+            batch.pop("task_ids")
+            found |= zip(part, self.model.base_model(**batch).last_hidden_state.mean(dim=1), strict=True)
+        return torch.stack([found[index] for index in range(len(rows))])
 
     def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
         if not self.adapter:
