@@ -189,7 +189,7 @@ def test_card_names_the_token_that_pads_batches_where_the_base_has_another(comma
     for own, named in ((padding, False), (None, True), (padding + 1, True)):  # a decoder's head reads the last token
         edit_json(base / "config.json", pad_token_id=own)
         (folder,) = command("peft", "--overwrite", checkpoint=checkpoint, base_model=base, output=tmp_path / "peft")
-        assert (f"    pad_token_id={padding},\n" in (Path(folder) / "README.md").read_text()) == named
+        assert (f"pad_token_id = {padding}\n" in (Path(folder) / "README.md").read_text()) == named
 
 
 @pytest.mark.parametrize("name", ["peft", "merge"])

@@ -173,7 +173,7 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")"""
         needed = "\nfrom mtl_lora.base_model import BaseModel"
     lines = [f'model = PeftModel.from_pretrained({auto}.from_pretrained(base), "this folder")']
     if task:
-        facts = {"num_labels": task.outputs} | ({} if pad_token_id is None else {"pad_token_id": pad_token_id})
+        facts = {"num_labels": task.outputs}
         # PEFT's configuration cannot hold these.
         if task.is_regression:
             facts["problem_type"] = "regression"
@@ -183,7 +183,10 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")"""
         facts["ignore_mismatched_sizes"] = True  # the base model may have a head of its own
         lines = [f"model = {auto}.from_pretrained(", "    base,"]
         lines += [f"    {name}={value!r}," for name, value in facts.items()]
-        lines += [")", 'model = PeftModel.from_pretrained(model, "this folder")']
+        lines += [")"]
+        if pad_token_id is not None:  # where a decoder reads it, also in a model of text and more
+            lines += [f"model.config.get_text_config().pad_token_id = {pad_token_id}"]
+        lines += ['model = PeftModel.from_pretrained(model, "this folder")']
     loading = "\n".join(lines)
     return f"""from peft import PeftModel
 from transformers import {auto}, AutoTokenizer{needed}
