@@ -89,6 +89,11 @@ class Flag:
         """Whether the flag must be passed."""
         return self.default is REQUIRED
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The flag's name and its aliases."""
+        return (self.name, *self.metadata.get("aliases", ()))
+
 
 class Config:
     """Base of every configuration: types are checked on construction, ``validate`` adds the rules between fields."""
@@ -162,7 +167,7 @@ class Config:
     def named(cls, values: dict, source: str) -> dict:
         """Return ``values`` under the flags' current names; raises ``UserError`` naming ``source`` for an unknown
         key."""
-        names = {name: flag.name for flag in cls.flags() for name in (flag.name, *flag.metadata.get("aliases", ()))}
+        names = {name: flag.name for flag in cls.flags() for name in flag.names}
         for key in values:
             if key not in names:
                 raise UserError(f"{source} has the unknown key {key!r}{closest(key, list(names))}")

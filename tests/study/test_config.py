@@ -60,6 +60,14 @@ BAD = [
     (experiments(search="LoRA"), [OTHER, "'LoRA'", "nothing is searched"]),
     (experiments(search="MTL-LoRA") | {"search": SEARCH}, [OTHER, "'MTL-LoRA'", "nothing is searched"]),
     (experiments(search="LoRA", train={"learning_rate": 1}) | {"search": SEARCH}, [OTHER, "searched flag itself"]),
+    (
+        grid(
+            {"name": "Other", "train": {}, "search": "Own"},
+            {"name": "Own", "train": {"rank": 2}},  # another name of the searched flag
+            search={**SEARCH, "flag": "lora_r", "values": [2, 4]},
+        ),
+        [OTHER, "'Own'", "nothing is searched"],
+    ),
     (grid(search={**SEARCH, "values": [0.1]}), ["search", "values", "at least two"]),
     (grid(search={**SEARCH, "flag": "rate"}), ["search", "unknown key 'rate'"]),
     (grid(search={**SEARCH, "flag": "seed"}), ["search", "seed", "set by the study"]),
@@ -84,7 +92,7 @@ def test_file_that_is_not_a_grid_is_refused(tmp_path, text):
 
 def test_experiments_take_the_grids_seeds_and_baseline_unless_they_have_their_own(tmp_path):
     read = read_grid(str(write_grid(tmp_path, grid({"name": "Own", "train": {}, "seeds": [7], "baseline": "Base"}))))
-    assert [each.seeds for each in read.experiments] == [[None], [0, 1], [0, 1], [7]]
+    assert [each.run_seeds for each in read.experiments] == [[None], [0, 1], [0, 1], [7]]
     assert [each.baseline for each in read.experiments] == ["LoRA", "", "LoRA", "Base"]
 
 
@@ -92,7 +100,7 @@ def test_search_leaves_alone_what_has_no_training_sets_the_flag_itself_or_opts_o
     more = [{"name": "Out", "train": {}, "search": False}, {"name": "As", "train": {}, "search": "LoRA"}]
     read = read_grid(str(write_grid(tmp_path, grid(*more, search=SEARCH))))
     searched = {each.name: each.search for each in read.experiments}
-    assert searched == {"Base": "", "LoRA": "LoRA", "MTL-LoRA": "", "Out": "", "As": "LoRA"}
+    assert searched == {"Base": False, "LoRA": "LoRA", "MTL-LoRA": False, "Out": False, "As": "LoRA"}
 
 
 def test_code_that_comes_with_a_base_runs_where_the_user_asks_for_it_alone(tmp_path):
@@ -173,4 +181,4 @@ def test_transfer_compares_equal_ranks_and_schedules():
         groups.setdefault(read.experiment(name).group, []).append((adapter.method, adapter.rank, adapter.scale))
     assert groups == {"rank 2": [("lora", 2, 2), ("lora", 2, 2), ("mtl_lora", 2, 2)]}
     assert [each.alone for each in read.experiments] == [True, False, False]
-    assert "max_steps" not in json.dumps(read.to_json())
+    assert "max_steps" not in json.dumps(read.content)

@@ -10,6 +10,7 @@ from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import UserError, within
 from mtl_lora.metrics import METRICS, one_unit
 from mtl_lora.systems import SYSTEMS, part
+from mtl_lora.tasks import TaskSet
 
 GRIDS = {path.stem: path for path in sorted(Path(__file__).with_name("grids").glob("*.json"))}
 # Flags that both commands have: a grid sets them once, in its train.
@@ -47,7 +48,7 @@ class StudyConfig(Config):
             raise UserError("--check stops before anything is written and --report writes; pass one")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class SearchConfig(Config):
     """How to choose the value of one training ``flag`` for each experiment: by short trainings on each of ``values``,
     scored on at most ``records`` (0: all) questions of each task of the development set ``data_dir``.
@@ -77,12 +78,11 @@ class SearchConfig(Config):
         self.require("values", "at least two different numbers", len(set(self.values)) == len(self.values) > 1)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Config):
     """One row of the table: one configuration over all seeds; with ``train`` null, the base model without training.
 
-    The grid completes it: ``baseline`` and ``search`` are then names of experiments or empty, and ``seeds`` lists the
-    seeds of its runs, [None] for the base model, in which nothing is random.
+    In a ``Grid``, what is in effect: ``baseline`` names an experiment or is empty, ``search`` names one or is False.
     """
 
     name: str
@@ -95,8 +95,17 @@ class ExperimentConfig(Config):
     search: bool | str = flag(True, "False: keep the searched flag as it is; an experiment's name: its chosen value")
     seeds: list[int] = flag([], "replace the grid's")
 
+    @property
+    def slug(self) -> str:
+        """The name as a folder."""
+        return re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_.")
+
+    @property
+    def run_seeds(self) -> list[int] | list[None]:
+        """The seeds of its runs; [None] for the base model, in which nothing is random."""
+        return [None] if self.train is None else self.seeds
+
     def validate(self) -> None:
-        self.slug = re.sub(r"[^a-z0-9.]+", "_", self.name.lower()).strip("_.")  # the name as a folder
         self.require("name", "a name with a letter or digit, not none", self.slug not in ("", "none", "null"))
         for key in ("only_tasks", "seeds"):
             self.require(key, "all different", not _repeated(getattr(self, key)))
@@ -107,13 +116,9 @@ class ExperimentConfig(Config):
             raise UserError("alone scores each training on its own task; leave out evaluate's tasks")
 
 
-@dataclasses.dataclass
-class Grid(Config):
-    """The description of a whole study; ``train`` and ``evaluate`` are the flags that all experiments share.
-
-    Validation turns ``search`` and ``experiments`` into ``SearchConfig`` and ``ExperimentConfig``, and adds ``tasks``
-    (the task set of all experiments) and ``scored`` (the names of the tasks in a complete average).
-    """
+@dataclasses.dataclass(frozen=True)
+class GridConfig(Config):
+    """What a grid file says; ``Grid`` is the study that it describes."""
 
     name: str
     about: str
@@ -130,9 +135,6 @@ class Grid(Config):
     test_records: int = flag(0, "most questions of each task, the same for all experiments; 0: all", min=0)
     search: dict | None = None
 
-    # The file, and its sha256 and content when it was read.
-    path, sha256, content = Path("grid.json"), "", {}
-
     def validate(self) -> None:
         self.require("name", "letters, digits, '_', '-' or '.'", bool(re.fullmatch(r"\w[\w.\-]*", self.name)))
         self.require("seeds", "at least one seed, all different", bool(self.seeds) and not _repeated(self.seeds))
@@ -142,63 +144,42 @@ class Grid(Config):
             program = []
         self.require("launcher", "a command such as python or torchrun --nproc_per_node 8", bool(program))
         self.require("experiments", "at least one experiment", bool(self.experiments))
-        flags = self._checked(self.train, "train", for_all=True)
+
+
+class Grid:
+    """A study as a grid file describes it, checked; ``train`` and ``evaluate`` are the flags of all experiments.
+
+    tasks: their task set. scored: the names of the tasks in a complete average. content: of the file when it was read.
+    """
+
+    def __init__(self, config: GridConfig, path: Path, sha256: str, content: dict, trust_remote_code: bool):
+        self.path, self.sha256, self.content = path, sha256, content
+        self.name, self.about, self.notes, self.system = config.name, config.about, config.notes, config.system
+        self.launcher, self.prepare = config.launcher, config.prepare
+        self.train_records, self.test_records = config.train_records, config.test_records
+        flags = self._checked(config.train, "train", for_all=True)
         train = self.flags_of("train").from_json(flags, "train")
         self.train = {"base_model": train.base_model, "data_path": train.data_path, **flags}
-        self.tasks = train.task_set()
-        flags = self._checked(self.evaluate, "evaluate", for_all=True)
+        self.tasks: TaskSet = train.task_set()
+        flags = self._checked(config.evaluate, "evaluate", for_all=True)
         evaluate = self.flags_of("evaluate").from_json({"checkpoint": "any", **flags}, "evaluate")
         self.evaluate = {"data_dir": evaluate.data_dir, **flags}
-        self.scored = evaluate.tasks or self.tasks.names
+        self.scored: list[str] = evaluate.tasks or self.tasks.names
         if len(evaluate.protocols) > 1:
             raise UserError("evaluate: mode is both, but a table shows one mode; choose generate or score")
-        if self.search is not None:
-            self.search = SearchConfig.from_json(self.search, "search")
-            with within("search"):
-                (self.search.flag,) = self._checked({self.search.flag: 0}, "train")
-                self.search.train = self._checked(self.search.train, "train")
-            metrics = {self.tasks[name].metric_name for name in self.scored}
-            if not one_unit(metrics) or any(METRICS[metric].lower_is_better for metric in metrics):
-                found = f"no average of the tasks' metrics ({', '.join(sorted(metrics))}) can be maximised"
-                raise UserError(f"search: {found}; leave out search, and set {self.search.flag} in train")
-            if Path(self.search.data_dir).resolve() == Path(evaluate.data_dir).resolve():
-                raise UserError(f"search: data_dir is {evaluate.data_dir}, the test sets; pass a development set")
-        self.experiments = [
+        self.search = None if config.search is None else self._search(config.search)
+        self.experiments = [  # as the file has them
             ExperimentConfig.from_json(value, f"experiment {value.get('name', index)!r}")
-            for index, value in enumerate(self.experiments)
+            for index, value in enumerate(config.experiments)
         ]
-        slugs = [experiment.slug for experiment in self.experiments]
-        groups = [experiment.group for experiment in self.experiments if experiment.alone]
+        slugs = [each.slug for each in self.experiments]
+        groups = [each.group for each in self.experiments if each.alone]
         for words, values in (("have the folder", slugs), ("with alone have the group", groups)):
             if repeated := _repeated(values):
                 raise UserError(f"two experiments {words} {repeated[0]!r}; they must differ")
-        for experiment in self.experiments:
-            with within(f"experiment {experiment.name!r}"):
-                self._complete(experiment, evaluate.tasks)
-
-    def _complete(self, experiment: ExperimentConfig, scored: list[str]) -> None:
-        """Check an experiment's flags and the names in it, and fill in the grid's baseline, seeds and search. scored:
-        the tasks that the grid's evaluate lists; empty: all."""
-        if experiment.train is not None:
-            experiment.train = self._checked(experiment.train, "train")
-        experiment.evaluate = self._checked(experiment.evaluate, "evaluate")
-        flags = {"checkpoint": "any", **self.evaluate, **experiment.evaluate}
-        named = self.flags_of("evaluate").from_json(flags, "evaluate").tasks if "tasks" in experiment.evaluate else []
-        own = [*named, *(experiment.only_tasks if experiment.alone else [])]
-        for task in [*experiment.only_tasks, *scored, *own]:
-            if self.tasks[task].name in own and scored and task not in scored:
-                raise UserError(f"{task} must be scored, but the grid's evaluate lists only the tasks {scored}")
-        baseline = experiment.baseline or self.baseline
-        experiment.baseline = self.experiment(baseline).name if baseline and baseline != experiment.name else ""
-        experiment.seeds = [None] if experiment.train is None else experiment.seeds or self.seeds
-        flag = self.search.flag if self.search else None
-        free = {each.name for each in self.experiments if flag and each.train is not None and flag not in each.train}
-        if isinstance(name := experiment.search, str):
-            if not {name, experiment.name} <= free or self.experiment(name).search not in (True, name):
-                found = f"search names {name!r}, for which nothing is searched, or train sets the searched flag itself"
-                raise UserError(f"{found}; leave out search, or the flag")
-        else:
-            experiment.search = experiment.name if experiment.search and experiment.name in free else ""
+        self.experiments = [self._in_effect(each, config) for each in self.experiments]
+        if trust_remote_code:
+            self.train["trust_remote_code"] = self.evaluate["trust_remote_code"] = True
 
     def experiment(self, name: str) -> ExperimentConfig:
         """Return an experiment by name; raises ``UserError`` that names the known ones."""
@@ -210,6 +191,51 @@ class Grid(Config):
     def flags_of(self, step: str) -> type[Config]:
         """Return the configuration class of ``train`` or ``evaluate`` in the grid's system."""
         return getattr(part(self.system, "config"), {"train": "TrainConfig", "evaluate": "EvalConfig"}[step])
+
+    def _search(self, value: dict) -> SearchConfig:
+        search = SearchConfig.from_json(value, "search")
+        with within("search"):
+            (flag,) = self._checked({search.flag: 0}, "train")
+            train = self._checked(search.train, "train")
+        metrics = {self.tasks[name].metric_name for name in self.scored}
+        if not one_unit(metrics) or any(METRICS[metric].lower_is_better for metric in metrics):
+            found = f"no average of the tasks' metrics ({', '.join(sorted(metrics))}) can be maximised"
+            raise UserError(f"search: {found}; leave out search, and set {flag} in train")
+        if Path(search.data_dir).resolve() == Path(self.evaluate["data_dir"]).resolve():
+            raise UserError(f"search: data_dir is {self.evaluate['data_dir']}, the test sets; pass a development set")
+        return dataclasses.replace(search, flag=flag, train=train)
+
+    def _in_effect(self, experiment: ExperimentConfig, config: GridConfig) -> ExperimentConfig:
+        """Return an experiment, checked, with what it takes from the grid and, by name, from other experiments."""
+        with within(f"experiment {experiment.name!r}"):
+            train = None if experiment.train is None else self._checked(experiment.train, "train")
+            evaluate = self._checked(experiment.evaluate, "evaluate")
+            flags = {"checkpoint": "any", **self.evaluate, **evaluate}
+            named = self.flags_of("evaluate").from_json(flags, "evaluate").tasks if "tasks" in evaluate else []
+            own, listed = [*named, *(experiment.only_tasks if experiment.alone else [])], self.evaluate.get("tasks", [])
+            for task in [*experiment.only_tasks, *listed, *own]:
+                if self.tasks[task].name in own and listed and task not in listed:
+                    raise UserError(f"{task} must be scored, but the grid's evaluate lists only the tasks {listed}")
+            baseline = experiment.baseline or config.baseline
+            baseline = self.experiment(baseline).name if baseline not in ("", experiment.name) else ""
+            search = self._search_of(experiment)
+        seeds = [] if train is None else experiment.seeds or config.seeds
+        found = {"train": train, "evaluate": evaluate, "baseline": baseline, "search": search, "seeds": seeds}
+        return dataclasses.replace(experiment, **found)
+
+    def _search_of(self, experiment: ExperimentConfig) -> str | bool:
+        """Return the name of the experiment whose search chooses the flag's value for ``experiment``, or False."""
+        flag = self.search.flag if self.search else None
+        names = {name for each in self.flags_of("train").flags() if each.name == flag for name in each.names}
+        trained = [each for each in self.experiments if names and each.train is not None]
+        free = {each.name for each in trained if not names & each.train.keys()}
+        searched = {each.name for each in trained if each.name in free and each.search in (True, each.name)}
+        name = experiment.search if isinstance(experiment.search, str) else experiment.name
+        is_searched = experiment.name in free and name in searched
+        if isinstance(experiment.search, str) and not is_searched:
+            found = f"search names {name!r}, for which nothing is searched, or train sets the searched flag itself"
+            raise UserError(f"{found}; leave out search, or the flag")
+        return name if is_searched else False
 
     def _checked(self, flags: dict, step: str, for_all: bool = False) -> dict:
         """Check a command's flags and return them under today's names. for_all: whether all experiments share them."""
@@ -231,11 +257,9 @@ def read_grid(name: str, trust_remote_code: bool = False) -> Grid:
         raise UserError(f"there is no grid file {name}; the package has the grids {', '.join(GRIDS)}")
     with files.unchanged(path) as digest:
         content = files.read_json(path, "the grid")
-    grid = Grid.from_json(content, f"the grid {path}")
-    grid.path, grid.sha256, grid.content = path, digest, content
-    for flags in (grid.train, grid.evaluate) if trust_remote_code else ():
-        flags["trust_remote_code"] = True
-    return grid
+    config = GridConfig.from_json(content, f"the grid {path}")
+    with within(f"the grid {path}"):
+        return Grid(config, path, digest, content, trust_remote_code)
 
 
 def _repeated(values: list) -> list:

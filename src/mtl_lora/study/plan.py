@@ -192,7 +192,7 @@ class Plan:
     def runs(self, experiment: ExperimentConfig, chosen: float | None = None) -> list[PlannedRun]:
         """Return the runs of all seeds; ``chosen``: the value that the search chose for its flag."""
         flags, runs = {} if chosen is None else {self.grid.search.flag: chosen}, []
-        for seed in experiment.seeds:
+        for seed in experiment.run_seeds:
             folder, label = self.folder / "runs" / experiment.slug, experiment.name
             if seed is not None:
                 folder, label = folder / f"seed{seed}", f"{label} seed {seed}"

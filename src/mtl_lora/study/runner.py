@@ -111,7 +111,7 @@ class Runner:
         """Return the jobs whose configuration is known, in the order in which to run them; checks their folders."""
         runs = self._runs(self.chosen)
         # Seed by seed, so that a study that is stopped early still compares all experiments.
-        runs.sort(key=lambda run: run.experiment.seeds.index(run.seed))
+        runs.sort(key=lambda run: run.experiment.run_seeds.index(run.seed))
         jobs = jobs_of(itertools.chain(*self.trials.values(), runs))
         for job in jobs:
             check_folder(job, self.overwrite)

@@ -223,7 +223,7 @@ def notes(study: model.Study, grid: Grid, mode: str, refused: Mapping[str, str])
         "value or the second has one that is not above 0.": has_differences and not study.has_average,
     }
     done = {each.name: len(each.runs) for each in study.experiments}
-    planned = [(each.name, done.get(each.name, 0), len(each.seeds)) for each in grid.experiments]
+    planned = [(each.name, done.get(each.name, 0), len(each.run_seeds)) for each in grid.experiments]
     seeds = {each.name: len(each.runs) for each in study.experiments if each.trained_on}
     asked = {"train": {name for each in study.experiments for name in each.trained_on or ()}, "test": {*study.scored}}
     searches = study.search.experiments if study.search else ()
