@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import importlib
 import json
+import shlex
 import sys
 import types
 import typing
@@ -249,6 +250,17 @@ def spelled(value: object) -> str:
         plain = not any(set(str(entry)) & set(",[](){}'\"") for entry in value)
         return ",".join(map(str, value)) if plain else json.dumps(value, ensure_ascii=False)
     return "none" if value is None else str(value)
+
+
+def command_line(command: str, flags: Mapping[str, object], launcher: str = "python") -> list[str]:
+    """Return the words that call a command of ``mtl-lora`` through a launcher; ``parse`` reads the flags back."""
+    words = shlex.split(launcher)
+    # DeepSpeed's launcher has its own flag for a module, and puts --local_rank before the command's name.
+    words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
+    words += ["mtl_lora", command]
+    for name, value in flags.items():
+        words += [f"--{name}", spelled(value)]
+    return words
 
 
 def _positional(flags: Mapping[str, Flag]) -> Flag | None:

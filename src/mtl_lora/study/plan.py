@@ -20,6 +20,26 @@ _KEPT_LATE = {"train.reuse_prefix"}  # earlier versions had these flags but did 
 
 
 @dataclasses.dataclass(frozen=True)
+class State:
+    """``job.json``: a job's configuration, how often each of its commands was started, and for each finished command
+    the duration of its last start in seconds."""
+
+    configuration: dict
+    starts: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> "State":
+        """Read the state from a job's folder; raises ``UserError`` naming the file and the key if it is broken."""
+        path = folder / STATE
+        return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
+
+    def save(self, folder: Path) -> None:
+        """Write the state to the job's folder."""
+        files.write_json(folder / STATE, dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
 class PlannedJob:
     """A job of a study: a training and its evaluation in one folder, or only an evaluation of the base model.
 
@@ -64,18 +84,13 @@ class PlannedJob:
 
     def command(self, step: str, launcher: str | None = None, **more) -> list[str]:
         """Return the words of a command line, with ``more`` flags; ``launcher`` replaces the study's."""
-        words = shlex.split(launcher or self.facts["launcher"])
-        # DeepSpeed's launcher has its own flag for a module, and puts --local_rank before the command's name.
-        words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
-        words += ["mtl_lora", step]
-        if "checkpoint" not in self.flags[step] and self.grid.system != next(iter(SYSTEMS)):
-            words += ["--system", self.grid.system]
-        for name, value in (self.flags[step] | more).items():
-            words += [f"--{name}", cli.spelled(value)]
-        return words
+        flags = self.flags[step] | more
+        if "checkpoint" not in flags and self.grid.system != next(iter(SYSTEMS)):
+            flags = {"system": self.grid.system, **flags}
+        return cli.command_line(step, flags, launcher or self.grid.launcher)
 
     @property
-    def state(self) -> "State | None":
+    def state(self) -> State | None:
         """The saved state; that of a finished training alone if only the evaluation's configuration differs, and None
         if the job was never started with this configuration."""
         if not (self.folder / STATE).is_file():
@@ -93,26 +108,6 @@ class PlannedJob:
         """Whether the job is done."""
         state = self.state
         return state is not None and "evaluate" in state.seconds and (self.folder / artifacts.RESULTS).is_file()
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """``job.json``: a job's configuration, how often each of its commands was started, and for each finished command
-    the duration of its last start in seconds."""
-
-    configuration: dict
-    starts: dict[str, int] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def load(cls, folder: Path) -> "State":
-        """Read the state from a job's folder; raises ``UserError`` naming the file and the key if it is broken."""
-        path = folder / STATE
-        return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
-
-    def save(self, folder: Path) -> None:
-        """Write the state to the job's folder."""
-        files.write_json(folder / STATE, dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,33 +151,35 @@ class Plan:
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
         self.grid, self.folder, self._source = grid, folder, Path(grid.train["data_path"])
-        sets = {"test": (Path(grid.evaluate["data_dir"]), grid.test_records)}
-        if grid.search:
-            sets["dev"] = Path(grid.search.data_dir), grid.search.records
         self._data = part(grid.system, "examples").DATA(grid.tasks)
-        tests = [path for source, _ in sets.values() for path in self._data.files(source, grid.scored)]
+        test, dev = Path(grid.evaluate["data_dir"]), Path(grid.search.data_dir) if grid.search else None
+        tests = [path for source in (test, dev) if source for path in self._data.files(source, grid.scored)]
         for path in [*self._data.files(self._source), *tests]:
             if not path.is_file():
                 way_out = f"make it with `{grid.prepare}`" if grid.prepare else "name another in the grid"
                 raise UserError(f"the data file {path} cannot be found; {way_out}")
         self.training()
-        questions = {
-            name: self._data.questions(source, folder / "data" / name, grid.scored, most)
-            for name, (source, most) in sets.items()
-        }
-        self.test, self.dev = questions["test"], questions.get("dev")
-        copied = self.dev.source_sha256.items() & self.test.source_sha256.items() if self.dev else ()
-        if shared := sorted(name for name, _ in copied):
-            found = f"{grid.search.data_dir} holds the same questions of {', '.join(shared)} as the test sets"
-            raise UserError(f"the grid {grid.path}, search: {found}; choose by a development set")
-        self._facts = {"launcher": grid.launcher, "the tasks (sha256)": grid.tasks.answers_sha256}
-        self._facts["the tasks' metrics"] = {task.name: task.metric_name for task in grid.tasks}
-        self._facts["the tasks' loss weights"] = {task.name: task.loss_weight for task in grid.tasks}
+        self.test = self._data.questions(test, folder / "data" / "test", grid.scored, grid.test_records)
+        self.dev = None
+        if grid.search:
+            self.dev = self._data.questions(dev, folder / "data" / "dev", grid.scored, grid.search.records)
+            copied = self.dev.source_sha256.items() & self.test.source_sha256.items()
+            if shared := sorted(name for name, _ in copied):
+                found = f"{grid.search.data_dir} holds the same questions of {', '.join(shared)} as the test sets"
+                raise UserError(f"the grid {grid.path}, search: {found}; choose by a development set")
+        self._facts = self._shared_facts(with_fingerprint)
+
+    def _shared_facts(self, with_fingerprint: bool) -> dict[str, object]:
+        """Return what decides the results of every job, except its flags and its data."""
+        facts = {"launcher": self.grid.launcher, "the tasks (sha256)": self.grid.tasks.answers_sha256}
+        facts["the tasks' metrics"] = {task.name: task.metric_name for task in self.grid.tasks}
+        facts["the tasks' loss weights"] = {task.name: task.loss_weight for task in self.grid.tasks}
         if with_fingerprint:
             from mtl_lora.base_model import BaseModel  # imports torch, which a study needs for nothing else
 
-            base = BaseModel(grid.train["base_model"], grid.train.get("trust_remote_code", False))
-            self._facts["the base model (fingerprint)"] = base.local_fingerprint()
+            base = BaseModel(self.grid.train["base_model"], self.grid.train.get("trust_remote_code", False))
+            facts["the base model (fingerprint)"] = base.local_fingerprint()
+        return facts
 
     @functools.cache  # noqa: B019 - a study has one plan, which lives as long as the study runs
     def training(self, only: tuple[str, ...] = ()) -> Sample:
@@ -238,8 +235,7 @@ class Plan:
             evaluate |= {"data_dir": str(test.path), "output_dir": str(place), "name": experiment.name}
             grid.flags_of("evaluate").from_json(evaluate, f"{where}, evaluate")
             steps["evaluate"] = evaluate
-            job_label = f"{label} {task}" if task else label
-            jobs.append(PlannedJob(grid, job_label, place, steps, data, self._facts))
+            jobs.append(PlannedJob(grid, f"{label} {task}" if task else label, place, steps, data, self._facts))
         return PlannedRun(experiment, flags["seed"], folder, jobs, grid.search and flags.get(grid.search.flag))
 
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:

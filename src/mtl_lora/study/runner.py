@@ -235,7 +235,7 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
 def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[None]:
     """Run one command of a job with its output in a log file; closing this generator ends the command."""
     log, commands = job.folder / f"{step}.out", [job.command(step, **flags)]
-    if job.facts["launcher"] != "python":
+    if job.grid.launcher != "python":
         # A launcher hides the message of a user error behind a traceback of its own, so check in one process first.
         commands.insert(0, job.command(step, "python", **flags, check=True))
     for command in commands:
