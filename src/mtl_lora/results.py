@@ -161,6 +161,11 @@ class TaskResult:
         """Whether the adapter had no training examples of the task."""
         return bool(self.measured.get("untrained"))
 
+    @property
+    def has_known_metric(self) -> bool:
+        """Whether this version knows the metric, and so whether more of it is better."""
+        return self.metric in METRICS
+
     def minus(self, other: "TaskResult") -> "TaskResult":
         """This result minus another one; standard errors combine as for independent samples."""
         stderr = None if None in (self.stderr, other.stderr) else math.hypot(self.stderr, other.stderr)

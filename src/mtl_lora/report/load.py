@@ -12,7 +12,7 @@ from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import METRICS, delta_m, one_unit
+from mtl_lora.metrics import delta_m, one_unit
 from mtl_lora.results import Reader, Results, Sample, TaskNames, TaskResult, Text, Trainable, average_of, object_of
 from mtl_lora.text_table import told_apart
 from mtl_lora.train_log import Losses, read_losses
@@ -39,7 +39,7 @@ def gain_over(alone: Mapping[str, TaskResult], tasks: Mapping[str, TaskResult], 
     result, or if its result in ``alone`` is not above 0 or has an unknown metric."""
     if not {*names} <= tasks.keys() & alone.keys():
         return None
-    if not all(alone[name].value > 0 and alone[name].metric in METRICS for name in names):
+    if not all(alone[name].value > 0 and alone[name].has_known_metric for name in names):
         return None
     values, baselines = ({name: side[name].value for name in names} for side in (tasks, alone))
     return delta_m(values, baselines, {name: tasks[name].metric for name in names})

@@ -8,16 +8,7 @@ from pathlib import Path
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Estimate
-from mtl_lora.metrics import (
-    METRICS,
-    NOTHING,
-    difference_text,
-    interval_text,
-    one_unit,
-    title_of,
-    units_text,
-    value_text,
-)
+from mtl_lora.metrics import NOTHING, difference_text, interval_text, one_unit, title_of, units_text, value_text
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, gain_over
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
@@ -166,7 +157,7 @@ def _delta_m(results: Sequence[Results], baselines: Sequence[Results], columns: 
         alone |= each.tasks
     if lacking := [name for name in columns if name not in alone]:
         raise UserError(f"--baselines have no result of {', '.join(lacking)}; add their single-task results")
-    if unknown := [f"{alone[name].metric} of {name}" for name in columns if alone[name].metric not in METRICS]:
+    if unknown := [f"{alone[name].metric} of {name}" for name in columns if not alone[name].has_known_metric]:
         raise UserError(
             f"Delta_m needs metrics that this version knows, not {', '.join(unknown)}; leave out --baselines"
         )
