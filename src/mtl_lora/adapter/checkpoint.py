@@ -315,37 +315,10 @@ def load(
         )
     config = read_config(source)
     provenance = config.provenance_config
-    expected = provenance.base_fingerprint
     if folder is None:
         base_model = _build_base(provenance, source, **options)
-    elif provenance.system != "language":
-        systems.part(provenance.system, "model").check_base(base_model, provenance, folder)
-    if folder is not None and not provenance.base_model and (name := _name_of(unwrap(base_model))):
-        warnings.warn(
-            f"{folder} names no base model (it was trained on a merged model, or on one that came from no files), so "
-            f"nothing shows whether it belongs to {name!r}",
-            stacklevel=2,
-        )
-    if folder is not None and expected:
-        found = _base_of(unwrap(base_model))
-        if found.base_fingerprint is None:
-            warnings.warn(
-                f"{folder} was trained on the base model {provenance.base_model!r}, with which this model cannot be "
-                "compared, because it was not loaded from files on this machine",
-                stacklevel=2,
-            )
-        if found.base_fingerprint not in (None, expected):
-            raise UserError(
-                f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
-                f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load {provenance.base_model!r}"
-            )
-        slots = find_slots(unwrap(base_model), config.adapter_config.modules_to_save)
-        if not provenance.load_in_4bit and (name := _changed_weight(found, base_model, slots)):
-            warnings.warn(
-                f"{folder} was trained on the files of {found.base_model!r}, and this model's {name} is not what they "
-                "hold",
-                stacklevel=2,
-            )
+    else:
+        _check_base(base_model, folder, config)
     state = read_weights(source, config)
     _check_size(config.adapter_config, state, str(Path(source) / WEIGHTS_NAME))
     model = inject(base_model, config.adapter_config, allow_unused)
@@ -356,6 +329,40 @@ def load(
         raise
     unwrap(model).mtl_lora_provenance = provenance
     return model
+
+
+def _check_base(model: nn.Module, folder: str | Path, config: CheckpointConfig) -> None:
+    """Raise ``UserError`` for a model that is not the base of a checkpoint; warn where nothing shows whether it is."""
+    provenance = config.provenance_config
+    if provenance.system != "language":
+        systems.part(provenance.system, "model").check_base(model, provenance, folder)
+    if not provenance.base_model and (name := _name_of(unwrap(model))):
+        warnings.warn(
+            f"{folder} names no base model (it was trained on a merged model, or on one that came from no files), so "
+            f"nothing shows whether it belongs to {name!r}",
+            stacklevel=3,
+        )
+    expected = provenance.base_fingerprint
+    if not expected:
+        return
+    found = _base_of(unwrap(model))
+    if found.base_fingerprint is None:
+        warnings.warn(
+            f"{folder} was trained on the base model {provenance.base_model!r}, with which this model cannot be "
+            "compared, because it was not loaded from files on this machine",
+            stacklevel=3,
+        )
+    elif found.base_fingerprint != expected:
+        raise UserError(
+            f"the checkpoint {folder} was trained on another base model than {found.base_model!r}: its fingerprint "
+            f"is {expected[:12]}..., not {found.base_fingerprint[:12]}...; load {provenance.base_model!r}"
+        )
+    slots = find_slots(unwrap(model), config.adapter_config.modules_to_save)
+    if not provenance.load_in_4bit and (name := _changed_weight(found, model, slots)):
+        warnings.warn(
+            f"{folder} was trained on the files of {found.base_model!r}, and this model's {name} is not what they hold",
+            stacklevel=3,
+        )
 
 
 def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: bool = False, **options) -> nn.Module:

@@ -98,15 +98,13 @@ def parse_example(
         texts["answer"] = extract_answer(tasks[task_id], texts["output"])
     # An option may have white space around it, to fit behind the answer prefix; the answer may leave it out.
     texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
-    if options and answered and texts["answer"] not in (options if closed else [*options, ""]):
-        raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
-    if closed and not texts["answer"].strip():
+    if closed and not texts["answer"].strip() and not options:
         way_out = "end with the assistant's answer" if has_messages else "write one"
         raise UserError(f"{where}: 'answer' is empty, so no prediction could be right; {way_out}")
-    if closed and not options:
+    if answered and options:
+        _check_option(texts, tasks[task_id], options, where, closed)
+    elif closed:
         _check_free_text(texts["answer"], tasks[task_id], where)
-    if options and answered and not closed:
-        _check_output(texts, tasks[task_id], options, where)
     return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if has_messages else ())
 
 
@@ -154,6 +152,14 @@ def _from_messages(value: dict, where: str) -> dict:
     if not turns or turns[-1]["role"] != "user":
         raise UserError(f"{where}: 'messages' must end with a user message, or with the assistant's answer to one")
     return {**value, **output, "instruction": turns.pop()["content"], "context": turns}
+
+
+def _check_option(texts: dict[str, str], task: Task, options: Sequence[str], where: str, closed: bool) -> None:
+    """Raise ``UserError`` unless the answer is one of the options and, for training, the output says it."""
+    if texts["answer"] not in (options if closed else [*options, ""]):
+        raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
+    if not closed:
+        _check_output(texts, task, options, where)
 
 
 def _check_free_text(answer: str, task: Task, where: str) -> None:
