@@ -683,6 +683,12 @@ def test_windows_of_images_are_refused_since_their_rows_are_not_the_batch():
         model(torch.randn(4, 8, 8, 6), task_ids=TASKS)
 
 
+def test_rows_on_the_second_axis_are_refused_with_a_way_out():
+    model = mtl_lora.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), adapter_config(target_modules=["0"]))
+    with pytest.raises(UserError, match=r"batch of shape \(7, 4\) does not match .* a method without task ids"):
+        model(torch.randn(7, 4, 4), task_ids=IDS)
+
+
 @pytest.mark.parametrize(
     ("kept", "task_ids"), [(2, IDS), (5, IDS[:, None].expand(4, 3))], ids=["fewer rows", "ids of another length"]
 )

@@ -172,9 +172,14 @@ class BoundRoute:
         is_flattened = x.dim() == 2 and self.length is not None and len(x) == len(ids) * self.length
         if is_flattened and (ids.dim() == 1 or ids.shape[1] == self.length):
             return ids
+        way_out = f"pass ids of shape {_SHAPES}"
+        if x.dim() == 3 and ids.dim() == 1 and x.shape[1] == len(ids):
+            way_out += (
+                "; if the model has its rows on the second axis, as Longformer, use a method without task ids, such as "
+                "lora, or leave this layer out of the target modules"
+            )
         raise UserError(
-            f"a batch of shape {tuple(x.shape[:-1])} does not match task_ids of shape {tuple(ids.shape)}; "
-            f"pass ids of shape {_SHAPES}"
+            f"a batch of shape {tuple(x.shape[:-1])} does not match task_ids of shape {tuple(ids.shape)}; {way_out}"
         )
 
 
