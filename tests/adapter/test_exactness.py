@@ -110,17 +110,19 @@ def test_dora_keeps_a_row_of_zeros(dtype):
     assert torch.equal(layer.merged_weight(), base.weight)
 
 
-@pytest.mark.parametrize("change", ["trained", "pruned", "cast"])
+@pytest.mark.parametrize("change", ["trained", "pruned", "cast", "widened"])
 def test_dora_follows_a_base_weight_that_changes(change):
     torch.manual_seed(0)
-    layer = make_layer("dora", nn.Linear(64, 10).double())
+    layer = make_layer("dora", nn.Linear(64, 10).to(torch.float32 if change == "widened" else torch.float64))
     if change == "trained":
         with torch.no_grad():
             layer.base_layer.weight += torch.randn_like(layer.base_layer.weight)
     elif change == "pruned":
         layer.base_layer.weight.data[:, ::2] = 0
-    else:
+    elif change == "cast":
         layer.base_layer.bfloat16().double()
+    else:
+        layer.double()
     x = torch.randn(3, 64, dtype=torch.float64)
     assert_near(layer(x), nn.functional.linear(x, layer.merged_weight(), layer.bias), 1e-12, "the output")
 

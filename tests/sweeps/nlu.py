@@ -36,6 +36,7 @@ ASKED = TASKS.names[:3]
 # Of each example the task, the words of its text and of its second text, and its label. (Two of three words make rows
 # of five tokens, which a convolution or a pooling may need.)
 EXAMPLES = [(0, 3, 0, "high"), (2, 9, 6, "lark"), (1, 5, 2, 1.5), (2, 4, 14, "owl"), (0, 14, 0, "low"), (1, 1, 11, 4.0)]
+EXAMPLES += [(0, 3, 0, "low"), (2, 4, 14, "lark"), (1, 5, 2, 3.0)]  # as long as others, with which they are answered
 
 
 def example(index: int) -> Example:

@@ -130,7 +130,7 @@ def test_layers_that_get_no_gradient_are_named(tmp_path, capsys):
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda layer, arguments, output: output.detach())
     make_trainer(tmp_path, model=model).train()
-    told = [line for line in capsys.readouterr().err.splitlines() if "no gradient" in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if "no gradient in the first step" in line]
     assert len(told) == 1
     assert f"{names[0]} and {len(names) - 1} others of {len(adapter_layers(model))}" in told[0]
 

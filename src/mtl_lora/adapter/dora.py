@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import Factors, is_sharded, positive, require_in_memory
+from mtl_lora.adapter.layer import Factors, is_sharded, positive, require_in_memory, row_squares
 from mtl_lora.adapter.lora import LoraLayer
 
 
@@ -56,7 +56,7 @@ class DoraLayer(LoraLayer):
             cross = (B * projected.T).sum(dim=1)
             own = ((B @ (A @ A.T)) * B).sum(dim=1)
         # W is read in every forward where it can be, because it may have been trained, pruned or cast in the meantime.
-        squares = self.base_row_squares() if self.in_place else self.base_squares
+        squares = row_squares(self._base_weight(), self.parameter_dtype) if self.in_place else self.base_squares
         return (squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
 
     def keep_constants(self) -> None:

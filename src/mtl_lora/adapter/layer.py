@@ -350,7 +350,7 @@ class AdapterLayer(nn.Module):
         factors = self.factors(task)
         merged = self._base_weight().to(factors.A.dtype) + factors.delta()
         if factors.magnitude is not None:
-            merged *= (factors.magnitude / positive(_row_squares(merged, merged.dtype).sqrt()))[:, None]
+            merged *= (factors.magnitude / positive(row_squares(merged, merged.dtype).sqrt()))[:, None]
         return merged.to(self.base_layer.weight.dtype)
 
     def _base_weight(self) -> torch.Tensor:
@@ -380,7 +380,7 @@ class AdapterLayer(nn.Module):
         weight = self.base_layer.weight
         if not is_quantised(weight):
             with gathered(weight):
-                return _row_squares(self._base_weight(), self.parameter_dtype)
+                return row_squares(self._base_weight(), self.parameter_dtype)
         # The base layer maps the unit vectors to the columns of its quantised weight.
         total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
         unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
@@ -434,8 +434,11 @@ def kaiming(parameter: torch.Tensor) -> None:
     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
 
 
-def _row_squares(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the squared norm of each row, (d, k) to (d,), without a second matrix of this size in memory."""
+def row_squares(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the squared norm of each row, (d, k) to (d,), in ``dtype`` or, if that is wider, the matrix's own."""
+    dtype = torch.promote_types(matrix.dtype, dtype)
+    if not matrix.is_contiguous():  # the transposed weight of a Conv1D, over which vector_norm is ten times slower
+        return matrix.to(dtype).square().sum(dim=1)
     return torch.linalg.vector_norm(matrix, dim=1, dtype=dtype).square()
 
 

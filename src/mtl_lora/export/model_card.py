@@ -183,10 +183,10 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")"""
         facts["ignore_mismatched_sizes"] = True  # the base model may have a head of its own
         lines = [f"model = {auto}.from_pretrained(", "    base,"]
         lines += [f"    {name}={value!r}," for name, value in facts.items()]
-        lines += [")"]
+        lines.append(")")
         if pad_token_id is not None:  # where a decoder reads it, also in a model of text and more
-            lines += [f"model.config.get_text_config().pad_token_id = {pad_token_id}"]
-        lines += ['model = PeftModel.from_pretrained(model, "this folder")']
+            lines.append(f"model.config.get_text_config().pad_token_id = {pad_token_id}")
+        lines.append('model = PeftModel.from_pretrained(model, "this folder")')
     loading = "\n".join(lines)
     return f"""from peft import PeftModel
 from transformers import {auto}, AutoTokenizer{needed}

@@ -45,7 +45,7 @@ class Question(evaluation.Question):
 
 def of_equal_length(values: Sequence, rows: Sequence[Sequence[int]]) -> list[list]:
     """Return ``values`` in groups whose token ids ``rows`` are of one length: without padding, which some encoders
-    read, and as fast, because a batch then has no token too many."""
+    read."""
     groups: dict[int, list] = {}
     for value, row in zip(values, rows, strict=True):
         groups.setdefault(len(row), []).append(value)
@@ -100,9 +100,12 @@ class Evaluator(evaluation.Evaluator):
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
-        way, lines = self._cosines if protocol == COSINE else self._classified, {}
+        if protocol == COSINE:
+            return self.in_halves(self._cosines, questions, protocol)
+        lines = {}
         for part in of_equal_length(questions, [question.prompt_ids for question in questions]):
-            lines |= zip([question.key for question in part], self.in_halves(way, part, protocol), strict=True)
+            answers = self.in_halves(self._classified, part, protocol)
+            lines |= zip([question.key for question in part], answers, strict=True)
         return [lines[question.key] for question in questions]
 
     def _batch(self, rows: Sequence[dict], task_id: int) -> dict[str, torch.Tensor]:
@@ -124,8 +127,8 @@ class Evaluator(evaluation.Evaluator):
 
     def _cosines(self, questions: list[Question]) -> list[dict]:
         """Answer with the cosine of the texts' mean-pooled embeddings (Reimers and Gurevych, arXiv 1908.10084)."""
-        sides = ([getattr(question.example, field) for question in questions] for field in ("text", "text_b"))
-        values = F.cosine_similarity(*map(self._embeddings, sides)).double().tolist()
+        texts = [getattr(question.example, field) for field in ("text", "text_b") for question in questions]
+        values = F.cosine_similarity(*self._embeddings(texts).chunk(2)).double().tolist()
         return [
             question.line(question.task.unscaled(value), None)
             for question, value in zip(questions, values, strict=True)

@@ -415,7 +415,8 @@ class Progress(TrainerCallback):
 class GradientCheck(TrainerCallback):
     """Names the adapter layers that the first step calls but gives no gradient: they would keep their initial values.
 
-    Leaves out experts, which a router chooses, and runs under DeepSpeed, which keeps gradients elsewhere.
+    Experts are left out, because a router chooses them. Under DeepSpeed, which keeps gradients elsewhere, nothing is
+    checked.
     """
 
     is_done = False
@@ -428,8 +429,8 @@ class GradientCheck(TrainerCallback):
         unreached = [name for name, own in weights.items() if all(weight.grad is None for weight in own)]
         if unreached:
             tqdm.write(
-                f"note: the adapter layer {first_of(unreached)} of {len(layers)} got no gradient in the first step, so "
-                "nothing it computes reaches the loss; name target modules without it",
+                f"note: no gradient in the first step for the adapter layer {first_of(unreached)} of {len(layers)}; if "
+                "its output never reaches the loss, name target modules without it",
                 sys.stderr,
             )
 
