@@ -427,7 +427,7 @@ class GradientCheck(TrainerCallback):
         self.is_done, layers = True, adapter_layers(model)
         weights = {name: layer.adapter_parameters().values() for name, layer in layers.items() if not is_expert(name)}
         unreached = [name for name, own in weights.items() if all(weight.grad is None for weight in own)]
-        if unreached:
+        if unreached and len(unreached) < len(weights):  # if none has a gradient, they are kept elsewhere
             tqdm.write(
                 f"note: no gradient in the first step for the adapter layer {first_of(unreached)} of {len(layers)}; if "
                 "its output never reaches the loss, name target modules without it",
