@@ -1,6 +1,6 @@
 """``mtl-lora evaluate`` and ``predict`` for encoders: a trained head answers, or the cosine of two embeddings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,13 +43,16 @@ class Question(evaluation.Question):
         return self.line(line["parsed"], line.get("scores"))
 
 
-def of_equal_length(values: Sequence, rows: Sequence[Sequence[int]]) -> list[list]:
-    """Return ``values`` in groups whose token ids ``rows`` are of one length: without padding, which some encoders
-    read."""
-    groups: dict[int, list] = {}
-    for value, row in zip(values, rows, strict=True):
-        groups.setdefault(len(row), []).append(value)
-    return [*groups.values()]
+def by_length(rows: Sequence[Sequence[int]], answer: Callable[[list[int]], Iterable]) -> list:
+    """Return an answer for each row of token ids: ``answer`` gets the positions of all rows of one length, so that its
+    batch needs no padding, which some encoders read."""
+    groups: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(len(row), []).append(index)
+    found = {}
+    for part in groups.values():
+        found |= zip(part, answer(part), strict=True)
+    return [found[index] for index in range(len(rows))]
 
 
 class Evaluator(evaluation.Evaluator):
@@ -102,11 +105,11 @@ class Evaluator(evaluation.Evaluator):
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         if protocol == COSINE:
             return self.in_halves(self._cosines, questions, protocol)
-        lines = {}
-        for part in of_equal_length(questions, [question.prompt_ids for question in questions]):
-            answers = self.in_halves(self._classified, part, protocol)
-            lines |= zip([question.key for question in part], answers, strict=True)
-        return [lines[question.key] for question in questions]
+
+        def classified(part: list[int]) -> list[dict]:
+            return self.in_halves(self._classified, [questions[index] for index in part], protocol)
+
+        return by_length([question.prompt_ids for question in questions], classified)
 
     def _batch(self, rows: Sequence[dict], task_id: int) -> dict[str, torch.Tensor]:
         batch = self.collator([row | {"task_id": task_id} for row in rows])
@@ -136,12 +139,14 @@ class Evaluator(evaluation.Evaluator):
 
     def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the mean-pooled embeddings of texts, (B, d)."""
-        rows, found = self.encoder.encode([Example(text, None, None, 0, 0) for text in texts]), {}
-        for part in of_equal_length(range(len(rows)), [row["input_ids"] for row in rows]):
+        rows = self.encoder.encode([Example(text, None, None, 0, 0) for text in texts])
+
+        def embedded(part: list[int]) -> torch.Tensor:
             batch = self._batch([rows[index] for index in part], 0)
             batch.pop("task_ids")
-            found |= zip(part, self.model.base_model(**batch).last_hidden_state.mean(dim=1), strict=True)
-        return torch.stack([found[index] for index in range(len(rows))])
+            return self.model.base_model(**batch).last_hidden_state.mean(dim=1)
+
+        return torch.stack(by_length([row["input_ids"] for row in rows], embedded))
 
     def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
         if not self.adapter:
