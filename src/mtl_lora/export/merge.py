@@ -68,13 +68,13 @@ def export_merged(
             f"the base model {base_model.name!r} is quantised, so the adapter cannot be merged into its weights; pass "
             "--base_model with the model it was quantised from, or export with the peft command"
         )
-    structure = base_model.structure()
-    is_known = type(structure.config) in AutoModelForCausalLM._model_mapping or hasattr(structure.config, "auto_map")
-    if not heads and not is_known:
-        raise UserError(
-            f"{type(structure).__name__} is a part of {base_model.name!r} that transformers cannot load alone; use the "
-            "checkpoint itself, or export it with the peft command"
-        )
+    if not heads:
+        part = base_model.structure()
+        if type(part.config) not in AutoModelForCausalLM._model_mapping and not hasattr(part.config, "auto_map"):
+            raise UserError(
+                f"{type(part).__name__} is a part of {base_model.name!r} that transformers cannot load alone; use the "
+                "checkpoint itself, or export it with the peft command"
+            )
     base_model.check_fingerprint(config.provenance_config.base_fingerprint, base_model.fingerprint(), checkpoint)
     in_4bit = config.provenance_config.load_in_4bit
     require_package("load_in_4bit", "bitsandbytes", in_4bit)
