@@ -12,8 +12,8 @@ from torch import nn
 from mtl_lora.adapter import overrides, routing
 from mtl_lora.adapter.layer import AdapterLayer, is_sharded
 from mtl_lora.adapter.saved import named_modules
-from mtl_lora.adapter.targets import adapter_layers, is_expert
-from mtl_lora.errors import UserError, first_of
+from mtl_lora.adapter.targets import adapter_layers, is_expert, layers_in_words
+from mtl_lora.errors import UserError
 
 _watching = threading.Lock()  # held while a forward looks whether another one is checked
 
@@ -35,7 +35,7 @@ class CallWatch:
         for handle in self.handles:
             handle.remove()
         unused = [name for name, layer in self.layers.items() if layer not in self.called and not is_expert(name)]
-        return f"the adapter layer {first_of(unused)} of {len(self.layers)}" if unused else ""
+        return layers_in_words(unused, self.layers) if unused else ""
 
 
 @torch._disable_dynamo

@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 
 from torch import nn
 
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import AdapterLayer, is_linear, layer_class, require_in_memory
 from mtl_lora.adapter.saved import find_slots, named_modules
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, first_of
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -171,6 +171,11 @@ def of_relative_positions(model: nn.Module) -> set[nn.Module]:
             named = owner.named_children()
             found |= {module for name, module in named if name in shared or name.startswith("pos_")}
     return found
+
+
+def layers_in_words(names: Sequence[str], layers: Collection[str]) -> str:
+    """Return some adapter layers, at least one, of all ``layers`` in words."""
+    return f"the adapter layer {first_of(names)} of {len(layers)}"
 
 
 def is_expert(name: str) -> bool:

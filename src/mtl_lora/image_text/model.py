@@ -149,11 +149,10 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
             f"images cannot be joined to a {model.config.model_type}, whose positions or norms may treat visual tokens "
             f"as text; pass a causal language model, or an encoder-decoder of the kinds {known}"
         )
-    arguments = inspect.signature(model.prepare_inputs_for_generation).parameters
-    needs_ids = "inputs_embeds" not in arguments or getattr(
-        model.config.get_text_config(), "hidden_size_per_layer_input", None
-    )
-    if model.config.model_type in _READS_PADDING + _NEEDS_IDS or (not text_first(model) and needs_ids):
+    kind, arguments = model.config.model_type, inspect.signature(model.prepare_inputs_for_generation).parameters
+    layer_embeddings = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None)
+    needs_ids = kind in _NEEDS_IDS or "inputs_embeds" not in arguments or layer_embeddings
+    if kind in _READS_PADDING or (not text_first(model) and needs_ids):
         raise UserError(
             f"a {model.config.model_type} cannot be shown images, because it reads padding or needs the ids of its "
             "tokens; pass another causal language model"

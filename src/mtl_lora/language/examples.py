@@ -98,12 +98,12 @@ def parse_example(
         texts["answer"] = extract_answer(tasks[task_id], texts["output"])
     # An option may have white space around it, to fit behind the answer prefix; the answer may leave it out.
     texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
-    if closed and not texts["answer"].strip() and not options:
-        way_out = "end with the assistant's answer" if has_messages else "write one"
-        raise UserError(f"{where}: 'answer' is empty, so no prediction could be right; {way_out}")
     if answered and options:
         _check_option(texts, tasks[task_id], options, where, closed)
     elif closed:
+        if not texts["answer"].strip():
+            way_out = "end with the assistant's answer" if has_messages else "write one"
+            raise UserError(f"{where}: 'answer' is empty, so no prediction could be right; {way_out}")
         _check_free_text(texts["answer"], tasks[task_id], where)
     return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if has_messages else ())
 

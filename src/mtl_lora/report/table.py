@@ -283,7 +283,7 @@ def details(results: Results) -> TextTable:
 
 
 def _answers_given(task: TaskResult) -> str:
-    """The most frequent answers with their counts; a dash stands for texts without an answer."""
+    """The answers that were given most often, with their counts; a dash stands for texts without an answer."""
     counts = sorted((task.measured.get("predicted") or {}).items(), key=lambda pair: (-pair[1], pair[0]))
     shown = [f"{shortened(answer, 40) or NOTHING} {count}" for answer, count in counts[:6]]
     return ", ".join(shown + ["..."] * (len(counts) > 6))

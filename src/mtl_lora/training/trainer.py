@@ -24,8 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from mtl_lora import artifacts, files, train_log
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.targets import adapter_layers, is_expert
-from mtl_lora.errors import UserError, first_of
+from mtl_lora.adapter.targets import adapter_layers, is_expert, layers_in_words
+from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.cuda_graphs import GraphedSteps
 from mtl_lora.training.distributed import deepspeed_settings
@@ -429,8 +429,8 @@ class GradientCheck(TrainerCallback):
         unreached = [name for name, own in weights.items() if all(weight.grad is None for weight in own)]
         if unreached and len(unreached) < len(weights):  # if none has a gradient, they are kept elsewhere
             tqdm.write(
-                f"note: no gradient in the first step for the adapter layer {first_of(unreached)} of {len(layers)}; if "
-                "its output never reaches the loss, name target modules without it",
+                f"note: no gradient in the first step for {layers_in_words(unreached, layers)}; if its output never "
+                "reaches the loss, name target modules without it",
                 sys.stderr,
             )
 
