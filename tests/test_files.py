@@ -377,6 +377,15 @@ def test_sigterm_unwinds_and_exits_as_a_shell_says_it():
     assert stopped.value.code == 143 and unwound and signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def interruptible():
+    """A shell lets what it starts in the background ignore SIGINT, these tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_that_native_code_turns_into_an_error_of_its_own_ends_as_the_signal(number, code):
     before = signal.getsignal(number)
@@ -390,6 +399,7 @@ def test_a_signal_that_native_code_turns_into_an_error_of_its_own_ends_as_the_si
         raise ValueError("of its own")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_inside_a_destructor_ends_the_command_too(capsys, number):
     class Dies:
@@ -397,14 +407,9 @@ def test_signal_inside_a_destructor_ends_the_command_too(capsys, number):
             os.kill(os.getpid(), number)
             time.sleep(0.01)
 
-    # A shell lets what it starts in the background ignore SIGINT, these tests too.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
-            Dies()
-            time.sleep(5)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SystemExit) as stopped, user_errors_to_exit_code():
+        Dies()
+        time.sleep(5)
     assert stopped.value.code == 128 + number and "Traceback" not in capsys.readouterr().err
 
 

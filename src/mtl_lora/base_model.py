@@ -443,6 +443,11 @@ def last_logits(model: torch.nn.Module, count: int = 1) -> dict[str, int]:
     return {"logits_to_keep": count} if accepts_argument(type(model), "logits_to_keep") else {}
 
 
+def cache_argument(model: torch.nn.Module) -> str:
+    """Return the name of a model's KV cache, as an argument and in the output; transformers 5.24 renamed it."""
+    return "cache" if accepts_argument(type(model), "cache") else "past_key_values"
+
+
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     """Return logits in a dtype precise enough for log-probabilities: float64 is kept, all else becomes float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

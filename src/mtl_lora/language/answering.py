@@ -31,7 +31,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mtl_lora import route
-from mtl_lora.base_model import accepts_argument, at_least_float32, last_logits, positions_of
+from mtl_lora.base_model import accepts_argument, at_least_float32, cache_argument, last_logits, positions_of
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import NotANumber, not_finite
 from mtl_lora.language.batches import pad_left
@@ -84,7 +84,8 @@ class PrefixCaches:
         if task_id not in self._caches:
             ids = torch.tensor([prefix], device=self.model.device)
             with route.use(torch.tensor([task_id])):
-                found = self.model(input_ids=ids, use_cache=True, **last_logits(self.model)).get("past_key_values")
+                output = self.model(input_ids=ids, use_cache=True, **last_logits(self.model))
+            found = output.get(cache_argument(self.model))
             self.usable = type(found) is DynamicCache and all(type(layer) is DynamicLayer for layer in found.layers)
             if not self.usable:
                 return None, 0
@@ -130,7 +131,7 @@ def generate_answers(
             attention_mask=attention_mask.to(model.device),
             generation_config=settings,
             logits_processor=[seen],
-            **({"past_key_values": cache} if cache else {}),
+            **({cache_argument(model): cache} if cache else {}),
         )
     if bool(seen.found):
         raise not_finite(f"the model gives logits for questions of {questions[0].task.name}")
@@ -230,19 +231,19 @@ class OptionScorer:
     # token (N, E, V).
 
     def _in_two_passes(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
-        device = self.model.device
+        device, cache_name = self.model.device, cache_argument(self.model)
         with route.use(task_ids):
             output = self.model(
                 input_ids=input_ids[:, start:].to(device),
                 attention_mask=mask.to(device),
                 **_positions(self.model, positions_of(mask)[:, start:]),
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_name: cache},
                 **last_logits(self.model),
             )
         if not fed.shape[1]:
             return output.logits[:, -1], None
-        cache, whole_mask = output.get("past_key_values"), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
+        cache, whole_mask = output.get(cache_name), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
         # A recurrent or convolutional state cannot be copied to other rows, or continued by several tokens at once, and
         # a model's own kind of layer may hold more than keys and values.
         if type(cache) is not DynamicCache or any(
@@ -251,7 +252,7 @@ class OptionScorer:
             again, cached = torch.cat([input_ids[rows], fed], dim=1), {"use_cache": False}
         else:
             cache.batch_select_indices(rows.to(device))
-            again, cached = fed, {"use_cache": True, "past_key_values": cache}
+            again, cached = fed, {"use_cache": True, cache_name: cache}
         with route.use(task_ids[rows]):
             later = self.model(
                 input_ids=again.to(device),
@@ -282,9 +283,9 @@ class OptionScorer:
                 input_ids=torch.cat([input_ids, tokens], dim=1)[:, start:].to(device),
                 attention_mask=hidden.to(device),
                 position_ids=positions[:, start:].to(device),
-                past_key_values=cache,
                 use_cache=cache is not None,
                 logits_to_keep=max(used) + 1,
+                **{cache_argument(self.model): cache},
             ).logits
         return logits[:, 0], logits[rows[:, None], (columns + 1).clamp(max=max(used))]
 
@@ -322,6 +323,7 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
         positions, start, cache = positions_of(mask), 0, {}
         with route.use(torch.tensor([task_id] * len(rows))):
             # The last token on a cache, as in generation, where a model may count the columns of the mask otherwise.
+            # Where all layers are recurrent, it takes no mask then.
             for end in (-1, None) if len(rows) > 1 else (None,):
                 output = model(
                     input_ids=input_ids[:, start:end].to(model.device),
@@ -330,8 +332,9 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
                     **last_logits(model),
                     **cache,
                 )
-                if (found := output.get("past_key_values")) is not None:
-                    start, cache = -1, {"past_key_values": found}
+                found = output.get(cache_argument(model))
+                if found is not None and not all(getattr(found, "is_linear", [False])):
+                    start, cache = -1, {cache_argument(model): found}
         return at_least_float32(output.logits[0, -1]).log_softmax(dim=-1)
 
     padded = [tokens, tokens * 2]
