@@ -227,8 +227,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest tests first, so that no worker is left with a long one when the others are done."""
+    """The longest tests first, so that no worker is left with a long one when the others are done.
+
+    A test that trains a model is a slow one.
+    """
+    for item in items:
+        if "train" in item.fixturenames and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.slow(1))
 
     def seconds(item) -> float:
         marker = item.get_closest_marker("slow")

@@ -582,6 +582,7 @@ def test_bad_input_is_one_sentence_with_exit_code_2_and_nothing_is_written(
     assert state(place) == before
 
 
+@pytest.mark.slow(1)
 def test_the_rows_are_bad_for_one_reason_alone(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     assert len(CASES) >= 300

@@ -235,6 +235,7 @@ def test_task_ids_are_spread_over_all_tasks():
 # ---- how it is measured ----
 
 
+@pytest.mark.slow(1)
 def test_sides_take_turns_piece_by_piece_and_the_first_round_is_not_kept():
     from measure import turns
 

@@ -78,6 +78,7 @@ def installed(into: Path) -> bool:
     return (into / "UNPACKED").exists()
 
 
+@pytest.mark.slow(1)
 def test_parts_are_at_most_the_size_and_join_to_the_archive_of_the_sums(small, tmp_path):
     lines = [line.split() for line in (small / "SHA256SUMS").read_text().splitlines()]
     joined = tmp_path / bundle.ARCHIVE

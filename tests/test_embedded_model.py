@@ -137,6 +137,7 @@ def test_wheel_that_was_carried_is_taken_without_network_and_checked_too(monkeyp
         embedded.model_folder(model)
 
 
+@pytest.mark.slow(1)
 def test_files_of_a_wheel_that_are_transformers_own_are_kept_as_they_are(monkeypatch, wheels):
     content = b"exact bytes"
     members = dict.fromkeys(("a/config.json", "a/model.safetensors"), hashlib.sha256(content).hexdigest())

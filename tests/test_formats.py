@@ -256,6 +256,7 @@ def test_the_report_reads_a_folder(path):
     assert read_folder(path).experiments
 
 
+@pytest.mark.slow(1)
 def test_an_evaluation_of_today_gives_the_predictions_of_then(tmp_path):
     asked = [*ASKED, "commonsense/questions", "--mode", "both"]
     evaluate(["--checkpoint", "checkpoints/mtl_lora", *asked, "--output_dir", str(tmp_path)])

@@ -13,6 +13,7 @@ from mtl_lora.adapter.dropout import dropout, dropped_positions
 STEP = 2.0**-16
 
 
+@pytest.mark.slow(1)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 2**16 - 1), st.integers(0, 2**31))
 def test_every_element_is_either_zero_or_divided_by_the_share_that_is_kept(shape, steps, seed):
     torch.manual_seed(seed)
@@ -86,6 +87,7 @@ def test_positions_are_different_ascending_and_within_the_count(count, p):
         assert not len(positions) or 0 <= positions[0] <= positions[-1] < count
 
 
+@pytest.mark.slow(1)
 def test_each_set_of_positions_is_as_likely_as_bernoulli_draws_make_it():
     torch.manual_seed(0)
     p, draws = 0.3, 5_000

@@ -662,6 +662,7 @@ class SlowHead(nn.Linear):
         return super().forward(x)
 
 
+@pytest.mark.slow(1)
 def test_threads_that_share_modules_saved_whole_do_not_see_each_others_casts():
     model = nn.Sequential(OrderedDict(body=nn.Linear(8, 8), head=SlowHead(8, 3))).bfloat16().eval()
     mtl_lora.inject(model, adapter_config(target_modules=["body"], modules_to_save=["head"]))

@@ -53,6 +53,7 @@ def evaluated(trained, folder, output, **flags):
     return found.get("maps")
 
 
+@pytest.mark.slow(1)
 def test_results_are_those_of_the_maps_that_are_saved(trained, folder, tmp_path):
     """Worked out again from the files of the maps and of the labels, pixel by pixel."""
     results = evaluated(trained, folder, tmp_path, save_maps=True, sheet=2, official=True)
@@ -226,6 +227,7 @@ def test_real_layouts_go_the_whole_way(made_once, tmp_path, monkeypatch, make, w
         assert (task.n, task.measured["unlabelled"]) == (2, 0)
 
 
+@pytest.mark.slow(1)
 def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, capsys):
     inputs = tmp_path / "in"
     inputs.mkdir()
@@ -266,6 +268,7 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
         Predictor(trained).predict(inputs / "a.png")
 
 
+@pytest.mark.slow(1)
 def test_maps_are_saved_at_the_size_of_their_images(trained, folder, tmp_path):
     evaluated(trained, folder, tmp_path, image_size=8, tasks=["things"], limit=1, save_maps=True)
     assert Image.open(tmp_path / "maps/things/1.png").size == (SIZE, SIZE)
@@ -313,6 +316,7 @@ def test_flag_that_cannot_be_is_named(trained, folder, tmp_path, flags, words):
         evaluated(trained, folder, tmp_path, **flags)
 
 
+@pytest.mark.slow(1)
 def test_task_without_any_label_is_named_and_nothing_is_written(trained, folder, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
     for id in "012":
@@ -324,6 +328,7 @@ def test_task_without_any_label_is_named_and_nothing_is_written(trained, folder,
     assert set(results.tasks) == {"things", "front"}
 
 
+@pytest.mark.slow(1)
 def test_every_metric_of_a_kind_is_measured(trained, folder, tmp_path):
     results = evaluated(trained, folder, tmp_path)
     for task in results.tasks.values():

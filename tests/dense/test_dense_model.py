@@ -247,6 +247,7 @@ def test_an_image_equals_its_row_of_a_batch(backbone):
             torch.testing.assert_close(alone, {name: each[index : index + 1] for name, each in whole.items()})
 
 
+@pytest.mark.slow(1)
 def test_checkpointing_of_blocks_changes_nothing():
     found = []
     for checkpointed in (False, True):
@@ -317,6 +318,7 @@ def test_swin_tiny_trains_what_the_original_trains(rank, low_rank, trained, trai
     assert trainable_parameters(swin_tiny("mtlora", rank, downsampler=True))[0] == trained_plus
 
 
+@pytest.mark.slow(1)
 def test_baselines_on_swin_tiny_train_what_they_say():
     backbone = sum(weight.numel() for weight in swin_tiny("none", 1).backbone.parameters())
     assert trainable_parameters(swin_tiny("none", 1))[0] == 1_946_624

@@ -171,6 +171,7 @@ def test_card_of_a_peft_folder_loads_what_the_checkpoint_computes(command, encod
         assert told["model"].config.num_labels == task.outputs
 
 
+@pytest.mark.slow(1)
 def test_card_says_what_the_outputs_mean(command, encoders, tmp_path, capsys):
     tone, rank, _ = command("peft", checkpoint=encoders("bert", "mtl_lora"), output=tmp_path / "peft")
     card = (Path(tone) / "README.md").read_text()
@@ -192,6 +193,7 @@ def test_card_names_the_token_that_pads_batches_where_the_base_has_another(comma
         assert (f"pad_token_id = {padding}\n" in (Path(folder) / "README.md").read_text()) == named
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", ["peft", "merge"])
 def test_range_that_no_head_can_hold_is_one_sentence(command, refused, encoders, tmp_path, name):
     words = {"task": "rank"} if name == "merge" else {"tasks": "rank"}
@@ -204,6 +206,7 @@ def test_range_that_no_head_can_hold_is_one_sentence(command, refused, encoders,
     assert_equal(outputs(model), own_outputs(checkpoint, from_zero["rank"], "fp32"), 1e-5)
 
 
+@pytest.mark.slow(1)
 def test_what_encoders_cannot_become_is_one_sentence(refused, encoders, edit_json, tmp_path):
     for name, words in (("peft", {}), ("merge", {"task": "rank"})):
         assert "HydraLoRA has no factors" in refused(name, checkpoint=encoders("bert", "hydralora"), **words)
@@ -223,6 +226,7 @@ def test_what_encoders_cannot_become_is_one_sentence(refused, encoders, edit_jso
 # ---- in Python ----
 
 
+@pytest.mark.slow(1)
 def test_model_with_heads_is_saved_copied_and_taken_apart(encoders, tmp_path):
     checkpoint = encoders("roberta", "mtl_lora")
     model = mtl_lora.load(checkpoint, dtype="fp32").eval()

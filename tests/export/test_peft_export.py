@@ -247,6 +247,7 @@ def test_what_peft_would_move_to_fused_experts_is_refused(tmp_path, targets, exp
             export_peft(tmp_path / "adapter", tmp_path / "peft", [TASKS[0]])
 
 
+@pytest.mark.slow(1)
 def test_the_line_that_serves_all_folders_in_vllm_or_the_reason_that_none_does(bases, checkpoints, tmp_path, capsys):
     def said(checkpoint, name, tasks=None, **flags) -> str:
         export_peft(checkpoint, tmp_path / name, tasks, **flags)

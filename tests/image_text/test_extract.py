@@ -161,6 +161,7 @@ def test_image_of_any_mode_is_read_upright(tmp_path):
     assert torch.equal(grey[0], grey[2]) and grey.float().std() > 10
 
 
+@pytest.mark.slow(1)
 def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypatch, capsys):
     model, whole, output = vision("dinov2"), tmp_path / "whole.h5", tmp_path / "out.h5"
     features(images, whole, model)
@@ -202,6 +203,7 @@ def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypat
         assert len(seen) == count
 
 
+@pytest.mark.slow(1)
 def test_features_of_images_that_are_replaced_are_not_taken_for_theirs(vision, tmp_path, monkeypatch):
     for number in range(66):  # of which a fingerprint reads every second
         picture(tmp_path / "images" / f"{number:02}.png", number, size=(4, 3))

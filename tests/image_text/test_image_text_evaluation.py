@@ -126,6 +126,7 @@ def test_answers_are_those_of_one_question_at_a_time_whatever_the_batch(
             assert line["parsed"] == ["false", "true"][scores[1] > scores[0]]
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_are_those_of_the_lines_by_hand(kind, answered, pictures):
     folder, lines = answered[kind]
@@ -193,6 +194,7 @@ def test_ablations_show_another_image_or_none_and_are_never_taken_for_the_real_t
     assert done.code == 2 and "another features, images" in done.sentence
 
 
+@pytest.mark.slow(1)
 def test_the_official_choice_is_by_the_first_token_behind_bos(alone, trained, pictures, tmp_path):
     data = [f"--checkpoint={trained['bart']}", f"--data_dir={pictures / 'test'}", "--tasks=nlvr"]
     lines = evaluated(tmp_path / "official", *data, "--official")
@@ -203,6 +205,7 @@ def test_the_official_choice_is_by_the_first_token_behind_bos(alone, trained, pi
         Predictor(trained["causal"], official=True)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_captions_are_searched_by_beams_and_open_answers_never(kind, answered, alone, trained, pictures, tmp_path):
     one, example = alone[kind], questions(pictures, "caption")[2]
@@ -222,6 +225,7 @@ def test_captions_are_searched_by_beams_and_open_answers_never(kind, answered, a
     assert [each["answer"] for each in vqa] == [line["parsed"] for line in answered[kind][1]["vqa"]]
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prediction_answers_as_the_evaluation_does(kind, answered, trained, pictures, tmp_path):
     _, lines = answered[kind]
@@ -294,6 +298,7 @@ def test_a_base_model_alone_reads_the_text(kind, bart, causal, pictures, tmp_pat
     assert found.method is None and found.settings["images"] == "none" and found.name.endswith(", no images")
 
 
+@pytest.mark.slow(1)
 def test_runs_are_compared_by_soft_accuracy_and_by_captions(answered, trained, pictures, tmp_path):
     folder, lines = answered["bart"]
     data = [f"--checkpoint={trained['bart']}", f"--data_dir={pictures / 'test'}"]

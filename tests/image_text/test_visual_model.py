@@ -354,6 +354,7 @@ def test_the_originals_numbers_of_trained_weights(tmp_path):
 # ---- keeping and taking off ----
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_gives_the_same_outputs_and_the_frozen_rows_again(name, tmp_path):
     model = built(base_folder(name, tmp_path / "base"), name)
@@ -446,6 +447,7 @@ def test_an_encoder_decoder_of_another_family_is_refused():
         visual.with_images(PegasusForConditionalGeneration(PegasusConfig(**sizes, **heads)), IMAGES)
 
 
+@pytest.mark.slow(1)
 def test_a_causal_model_that_cannot_be_shown_images_is_refused():
     mixer = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_d_ssm": 32}
     models = [FalconH1ForCausalLM(FalconH1Config(**SIZES, **mixer)), RwkvForCausalLM(RwkvConfig(hidden_size=16))]

@@ -161,6 +161,7 @@ def test_a_model_that_reads_padding_is_found_out(architecture):
         assert flat(found) == pytest.approx(flat(slow(model, asked)), abs=1e-4)
 
 
+@pytest.mark.slow(1)
 def test_questions_to_such_a_model_are_answered_one_by_one(evaluator, asked, monkeypatch):
     rows = []
     handle = evaluator.model.register_forward_pre_hook(
@@ -308,6 +309,7 @@ def slow_score(evaluator, question, option: str) -> float:
     return sum(logp[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1]))
 
 
+@pytest.mark.slow(1)
 def test_option_scores_the_log_probability_of_its_tokens_and_eos(evaluator, asked):
     asked.append(own(asked.pop(), "red", "red kite", "a very old red kite", "solution1", "solution10"))
     found = OptionScorer(evaluator.model, evaluator.encoder).scores(asked)
@@ -331,11 +333,13 @@ def slow_greedy(evaluator, question, tokens: int) -> str:
     return tokenizer.decode(ids[len(question.prompt_ids) :], skip_special_tokens=True)
 
 
+@pytest.mark.slow(1)
 def test_generation_in_mixed_batches_is_greedy_decoding_of_each_question_alone(evaluator, asked):
     texts = generate_answers(evaluator.model, evaluator.encoder, asked, 6)
     assert texts == [slow_greedy(evaluator, question, 6) for question in asked]
 
 
+@pytest.mark.slow(1)
 def test_beams_in_a_mixed_batch_are_those_of_each_question_alone(evaluator, asked):
     together = generate_answers(evaluator.model, evaluator.encoder, asked[::3], 6, 3)
     assert together == [generate_answers(evaluator.model, evaluator.encoder, [one], 6, 3)[0] for one in asked[::3]]

@@ -379,6 +379,7 @@ instructions = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow(1)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     instruction=instructions,

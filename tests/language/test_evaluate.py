@@ -66,6 +66,7 @@ def quickstart_test(task: str) -> list[dict]:
     return json.loads((QUICKSTART / "test" / task / "test.json").read_text())
 
 
+@pytest.mark.slow(1)
 def test_layers_that_the_model_does_not_call_are_named(evaluate, monkeypatch, capsys):
     build = Evaluator.build
 
@@ -84,6 +85,7 @@ def test_layers_that_the_model_does_not_call_are_named(evaluate, monkeypatch, ca
 # ---- what is written ----
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("mode", ["generate", "score"])
 def test_results_hold_what_was_measured_and_how(whole, mode):
     results, found = Results.load(whole / mode), lines(whole / mode)
@@ -108,6 +110,7 @@ def test_results_hold_what_was_measured_and_how(whole, mode):
 MTL_LORA = ("mtl_lora", "MTL-LoRA")
 
 
+@pytest.mark.slow(1)
 def test_both_protocols_run_one_after_the_other_and_their_agreement_is_counted(whole, evaluate, tmp_path):
     for mode in ("generate", "score"):
         assert evaluate(mode, mode=mode, tasks=FEW)[mode].tasks.items() <= Results.load(whole / mode).tasks.items()
@@ -119,6 +122,7 @@ def test_both_protocols_run_one_after_the_other_and_their_agreement_is_counted(w
     assert (agreement["all"], agreement["n"], len(agreement["tasks"])) == (sum(same) / 32, 32, 8)
 
 
+@pytest.mark.slow(1)
 def test_one_protocol_after_both_goes_on_with_its_part_of_them(trained, tmp_path):
     flags = {"checkpoint": str(shutil.copytree(trained, tmp_path / "run")), "tasks": ["boolq"], "output_dir": None}
     run(EvalConfig(**arguments(tmp_path, **flags, mode="both")))
@@ -243,6 +247,7 @@ def test_beams_reuse_a_prefix_too(evaluate, tmp_path):
     assert lines(tmp_path / "reused") == lines(tmp_path / "alone")
 
 
+@pytest.mark.slow(1)
 def test_generation_is_greedy_whatever_the_base_model_configures(evaluate, tiny_base, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
@@ -273,6 +278,7 @@ def of_peft(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow(1)
 def test_answers_are_of_one_scaling_of_an_adapter(evaluate, trained, of_peft, tmp_path, edit_json):
     """Of the same weights: somebody tries another alpha in the adapter's own file."""
     few = {"tasks": ["piqa"], "limit": 1, "mode": "score"}
@@ -323,6 +329,7 @@ def test_a_peft_folder_of_another_depth_is_refused(evaluate, of_peft, tiny_base,
         evaluate("out", checkpoint=None, base_model=str(base), peft=str(of_peft), tasks=["piqa"], limit=1)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("entry", ["model.norm", "lm_head"])
 def test_a_module_saved_whole_counts_once_among_all_parameters(evaluate, tiny_base, tmp_path, entry):
     from mtl_lora.export.peft import export_peft
@@ -344,6 +351,7 @@ def test_a_module_saved_whole_counts_once_among_all_parameters(evaluate, tiny_ba
 # ---- what an answer depends on ----
 
 
+@pytest.mark.slow(1)
 def test_a_changed_test_set_is_answered_again(evaluate, tmp_path):
     data = write_test_set(tmp_path / "data", quickstart_test("boolq"))
     before = evaluate("out", data_dir=data, tasks=["boolq"])["generate"]
@@ -353,6 +361,7 @@ def test_a_changed_test_set_is_answered_again(evaluate, tmp_path):
     assert after.tasks["boolq"].measured["correct"] <= 4 - before.tasks["boolq"].measured["correct"]
 
 
+@pytest.mark.slow(1)
 def test_lines_of_an_earlier_test_set_never_win_over_new_ones(evaluate, tmp_path):
     """Of several tasks, for the order in which files are read depends on the task's name."""
     for task in FEW:
@@ -365,6 +374,7 @@ def test_lines_of_an_earlier_test_set_never_win_over_new_ones(evaluate, tmp_path
     assert lines(tmp_path / "out") == lines(tmp_path / "fresh"), "lines beyond a test set that shrank are dropped"
 
 
+@pytest.mark.slow(1)
 def test_what_a_killed_launch_of_other_processes_left_never_wins_over_new_answers(evaluate, tmp_path):
     data = write_test_set(tmp_path / "data", quickstart_test("boolq")[:8])
     evaluate("out", data_dir=data, tasks=["boolq"], limit=0)
@@ -379,6 +389,7 @@ def test_what_a_killed_launch_of_other_processes_left_never_wins_over_new_answer
     assert lines(tmp_path / "out") == lines(tmp_path / "fresh")
 
 
+@pytest.mark.slow(1)
 def test_results_of_test_sets_elsewhere_stay(evaluate, tmp_path):
     few = {"tasks": ["boolq"], "limit": 2}
     before = evaluate("out", data_dir=write_test_set(tmp_path / "test", quickstart_test("boolq")[:4]), **few)
@@ -406,6 +417,7 @@ def test_texts_of_an_earlier_version_are_extracted_by_the_rules_of_today(evaluat
     assert results.tasks["boolq"].measured["correct"] == sum(one["correct"] for one in before if one["task"] == "boolq")
 
 
+@pytest.mark.slow(1)
 def test_answers_of_another_adapter_setting_or_protocol_do_not_mix(evaluate, tiny_base, tmp_path, edit_json):
     evaluate("out", tasks=FEW)
     for flags, name in (
@@ -504,6 +516,7 @@ def test_a_finished_evaluation_is_not_run_again(whole, trained, tmp_path, monkey
     }
 
 
+@pytest.mark.slow(1)
 def test_an_interrupted_evaluation_resumes_and_repairs_torn_lines(evaluate, tmp_path, monkeypatch):
     complete = evaluate("complete", tasks=FEW, limit=10, batch_size=5)["generate"]
     answered = []

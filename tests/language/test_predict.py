@@ -37,6 +37,7 @@ def predict(trained, tmp_path):
     return start
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("mode", ["score", "generate"])
 def test_predictions_are_the_answers_of_an_evaluation(predict, trained, tmp_path, mode):
     flags = {"data_dir": str(QUICKSTART / "test"), "tasks": ["ARC-Easy"], "limit": 6, "max_new_tokens": 6}
@@ -56,6 +57,7 @@ def test_predictions_are_the_answers_of_an_evaluation(predict, trained, tmp_path
         assert list(one["probabilities"].values()) == pytest.approx([math.exp(x) / total for x in line["scores"]])
 
 
+@pytest.mark.slow(1)
 def test_batches_and_mixed_tasks_change_no_answer_and_no_order(predict, tmp_path):
     mixed = [{**one, "task": task} for pair in zip(questions("boolq"), questions("piqa"), strict=True)
              for one, task in zip(pair, ("boolq", "piqa"), strict=True)]  # fmt: skip
@@ -120,6 +122,7 @@ def test_what_lies_beside_the_answers_neither_goes_nor_lets_them_be_replaced(pre
     assert (tmp_path / "out.jsonl").read_text() == before and other.read_text() == "mine"
 
 
+@pytest.mark.slow(1)
 def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, tmp_path, monkeypatch):
     examples, answer, answered = questions("boolq"), Evaluator.answer, []
     complete = predict(examples, task="boolq", batch_size=2, output=str(tmp_path / "complete.jsonl"))

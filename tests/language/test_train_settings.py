@@ -44,6 +44,7 @@ def refused(tiny_base, records_file, cache_dir, tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow(1)
 def test_more_tokens_than_the_base_has_positions_are_refused_at_the_check(refused, tiny_base, tmp_path, edit_json):
     base = shutil.copytree(tiny_base, tmp_path / "short")
     edit_json(base / "config.json", max_position_embeddings=64)

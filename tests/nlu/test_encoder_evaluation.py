@@ -44,6 +44,7 @@ def answered(trained, glue, tmp_path_factory) -> tuple[Path, dict[str, list[dict
     return folder, evaluated(folder, f"--checkpoint={trained}", f"--data_dir={glue / 'test'}")
 
 
+@pytest.mark.slow(1)
 def test_results_are_those_of_scikit_learn_and_scipy(answered, glue):
     folder, lines = answered
     targets = {
@@ -117,6 +118,7 @@ def test_a_prediction_answers_as_the_evaluation_does(answered, trained, glue, tm
                     assert found["answer"] == pytest.approx(line["parsed"], abs=1e-4)
 
 
+@pytest.mark.slow(1)
 def test_groups_of_a_test_set_that_were_changed_need_no_new_answers(trained, glue, tmp_path):
     data, folder = shutil.copytree(glue / "test", tmp_path / "test"), tmp_path / "answers"
     evaluated(folder, f"--checkpoint={trained}", f"--data_dir={data}")
@@ -157,6 +159,7 @@ def test_an_encoder_alone_answers_by_the_cosine_of_mean_pooled_embeddings(encode
     assert results(tmp_path / "cosine")["method"] is None
 
 
+@pytest.mark.slow(1)
 @torch.no_grad()
 def test_a_text_is_answered_without_padding_because_some_encoders_read_it(glue, tmp_path):
     torch.manual_seed(0)

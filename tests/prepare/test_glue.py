@@ -284,6 +284,7 @@ def no_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.mark.slow(1)
 def test_hub_gives_all_nine_tasks_and_the_kinds_of_mnli(run, world, hub, no_cache):
     printed = run("--hub", "--source", hub, "--manifest", MANIFEST_FILE, source=False)
     sets = written(world.output, TASKS)

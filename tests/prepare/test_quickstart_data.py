@@ -107,6 +107,7 @@ def accuracy_above_chance(split: str, kind: str, scores) -> float:
     return gained / math.sqrt(variance)
 
 
+@pytest.mark.slow(1)
 def test_the_generator_gives_the_committed_bytes():
     texts = generate.build()
     committed = {path.relative_to(FOLDER).as_posix() for path in FOLDER.glob("test/*/*")} | {"train.json"}
@@ -115,6 +116,7 @@ def test_the_generator_gives_the_committed_bytes():
         assert (FOLDER / name).read_bytes() == text.encode("utf-8"), name
 
 
+@pytest.mark.slow(1)
 def test_check_names_the_file_that_differs_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "FOLDER", tmp_path)
     (tmp_path / "train.json").write_text("[]\n")

@@ -38,6 +38,7 @@ def world(tmp_path):
 # --- raw files
 
 
+@pytest.mark.slow(1)
 def test_raw_files_are_split_as_the_rules_say(run, world):
     run()
     sets = written(world.output)
@@ -60,6 +61,7 @@ def test_output_is_the_same_every_time_and_printed_with_its_counts(run, world):
     assert run() == printed and (world.output / "train.json").read_bytes() == first
 
 
+@pytest.mark.slow(1)
 def test_limit_takes_so_many_of_each_task_and_a_larger_one_adds_to_them(run, world):
     run()
     whole = written(world.output)
@@ -167,6 +169,7 @@ def test_prepared_sets_are_never_written_over(run, prepared, capsys):
 # --- downloading, writing, flags
 
 
+@pytest.mark.slow(1)
 def test_files_are_downloaded_once_and_verified(run, refused, world, serve):
     server, downloads = serve(world.source), world.folder / "downloads"
     flags = ("--base_url", server.url, "--download_dir", downloads)

@@ -52,6 +52,7 @@ def texts(panel) -> list[str]:
 # ---- which there are, and as what files ----
 
 
+@pytest.mark.slow(1)
 def test_a_study_has_a_figure_of_everything_that_it_holds(drawings):
     assert list(drawings) == OF_A_STUDY
 
@@ -68,6 +69,7 @@ def test_a_training_and_an_evaluation_are_drawn_from_what_they_hold(write, tmp_p
     assert [path.name for path in (evaluation / "figures").iterdir()] == ["accuracy.png"]
 
 
+@pytest.mark.slow(1)
 def test_two_studies_and_runs_have_different_names(write, tmp_path, capsys):
     """A study that was collected has no logs and analyses: accuracy and transfer are left."""
     folders = []
@@ -87,6 +89,7 @@ def test_two_studies_and_runs_have_different_names(write, tmp_path, capsys):
     assert out.splitlines() == [str(output / f"{name}.svg") for name in names]
 
 
+@pytest.mark.slow(1)
 def test_figures_that_are_shared_are_without_those_of_adapters(study_folder, tmp_path):
     found = write_figures([str(study_folder)], str(tmp_path / "figures"), ["png"], analyses=False)
     assert [path.stem for path in found] == OF_A_STUDY[:3]
@@ -110,6 +113,7 @@ def test_a_name_with_a_number_is_not_given_twice():
     assert _numbered(["glue", "glue_2", "glue", "glue"]) == ["glue", "glue_2", "glue_3", "glue_4"]
 
 
+@pytest.mark.slow(1)
 def test_studies_of_one_name_do_not_replace_each_others_figures(tmp_path, capsys):
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
@@ -141,6 +145,7 @@ def test_every_mistake_ends_in_one_sentence(write, tmp_path, random, capsys, mon
     assert not (evaluation / "figures").exists()
 
 
+@pytest.mark.slow(1)
 def test_a_figure_is_the_same_bytes_whatever_the_day_and_the_users_settings(study, monkeypatch):
     base = study.experiments[0]
     base = dataclasses.replace(base, summary=Summary({"cr": base.summary.tasks["cr"]}))
@@ -202,6 +207,7 @@ def test_accuracy_is_drawn_where_it_is_with_interval_and_majority_class(study, d
     assert [label.get_text() for label in panels["CR"].get_yticklabels()][1:] == ["LoRA", "MTL-LoRA"]
 
 
+@pytest.mark.slow(1)
 def test_an_interval_far_wider_than_what_is_compared_is_cut(study):
     *others, last = study.experiments
     mean = last.summary.average.mean
@@ -272,6 +278,7 @@ def test_mixture_has_a_row_a_layer_and_the_weights_of_a_task_side_by_side(study,
     assert "seed 0" in drawings["mixture_mtl_lora"].title
 
 
+@pytest.mark.slow(1)
 def test_weights_that_are_all_alike_are_no_mixture_to_draw(study, drawings, tmp_path):
     folder = shutil.copytree(Path(study.path).parent, tmp_path / "study")
     for path in folder.rglob("adapter_analysis.json"):
@@ -283,6 +290,7 @@ def test_weights_that_are_all_alike_are_no_mixture_to_draw(study, drawings, tmp_
     assert not [drawing.name for drawing in draw(Study.load(folder)) if drawing.name.startswith("mixture")]
 
 
+@pytest.mark.slow(1)
 def test_names_stand_in_figures_as_they_are_and_apart(study, write, tmp_path, capsys):
     long = [dataclasses.replace(each, name="a" * 60 + str(number)) for number, each in enumerate(study.experiments)]
     (accuracy,) = (each for each in draw(dataclasses.replace(study, experiments=long)) if each.name == "accuracy")
@@ -311,6 +319,7 @@ def test_a_figure_whose_start_is_unknown_says_so(study, drawings, tmp_path):
         assert [title for title in panels_of(drawings[name]) if "start" in title]
 
 
+@pytest.mark.slow(1)
 def test_similarity_writes_the_mean_over_seeds_and_leaves_the_undefined_empty(study, drawings, tmp_path):
     analyses = [analysis_of(study, run) for run in study.experiments[2].runs]
     mean = np.mean([each.update_similarity for each in analyses], axis=0)
@@ -329,6 +338,7 @@ def test_similarity_writes_the_mean_over_seeds_and_leaves_the_undefined_empty(st
     assert texts(panel) == ["0.50", "", *["0.50"] * 6, "0.00"]
 
 
+@pytest.mark.slow(1)
 def test_many_tasks_have_colours_alone_and_the_caption_says_so(crowded):
     drawing = crowded["similarity_mtl_lora"]
     assert not any(texts(panel) for panel in drawing.figure.axes) and "up to 12 tasks" in drawing.caption

@@ -127,6 +127,7 @@ def test_runs_are_compared_by_each_tasks_own_metric(runs):
     assert average["only_a"] == sum(row["only_a"] or 0 for row in value["tasks"].values()) and average["n"] == 4 * N
 
 
+@pytest.mark.slow(1)
 def test_a_study_compares_them_over_its_seeds(runs):
     files = [(run / "results.json",) for run in runs]
     names = tuple(task["name"] for task in TASKS)

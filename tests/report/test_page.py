@@ -95,6 +95,7 @@ def test_what_a_study_holds_is_shown_as_text_and_never_as_markup(page):
     assert "<base" not in page and "<News" not in page and "<b>" not in page
 
 
+@pytest.mark.slow(1)
 def test_a_page_of_an_evaluation_is_the_same_bytes_every_time(write, tmp_path, capsys):
     folder, again = write(changed(EVALUATION, tasks__first__unparsed=0.01)), tmp_path / "again.html"
     assert run_command(capsys, "page", folder / "results.json", "--output", again) == (0, f"{again}\n", "")
@@ -133,6 +134,7 @@ def test_a_page_shows_answers_right_and_wrong_and_the_settings_of_its_own_method
     assert "num experts" not in text and "<i>" not in text
 
 
+@pytest.mark.slow(1)
 def test_a_page_of_a_training(tmp_path, random, capsys):
     tasks = {"tides": "Tides", "maps": "Maps"}
     (tmp_path / "train_log.jsonl").write_text(log_text(random, tasks))

@@ -127,6 +127,7 @@ def test_averages_are_over_the_tasks_that_were_asked_and_rows_of_one_name_have_t
     assert any(note.startswith("Not evaluated") and note.endswith(": first.") for note in table.notes)
 
 
+@pytest.mark.slow(1)
 def test_every_command_finds_the_results_of_a_checkpoints_folder(write, tmp_path, capsys):
     for mode in ("generate", "score"):
         (tmp_path / "evaluation").mkdir(exist_ok=True)

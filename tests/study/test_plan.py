@@ -24,6 +24,7 @@ from mtl_lora.study.plan import Plan, jobs_of
 NAMES = COMMONSENSE.names
 
 
+@pytest.mark.slow(1)
 def test_samples_have_equally_many_examples_of_every_task_and_name_their_files(tmp_path):
     plan = plan_of(tmp_path, grid(train_records=7, test_records=4))
     together, one_task = plan.training(), plan.training(("winogrande",))
@@ -259,6 +260,7 @@ def test_flag_that_an_earlier_version_did_not_keep_is_not_known(tmp_path):
     assert job.changes(job_of(tmp_path, grid()).configuration) == {key: ("auto", "always")}
 
 
+@pytest.mark.slow(1)
 def test_data_count_by_content_and_not_by_place(tmp_path):
     (tmp_path / "moved").mkdir()
     first, moved = job_of(tmp_path, grid()), job_of(tmp_path / "moved", grid())
@@ -267,6 +269,7 @@ def test_data_count_by_content_and_not_by_place(tmp_path):
     assert [*fewer.changes(first.configuration)] == ["the test data (sha256)", "the train data (sha256)"]
 
 
+@pytest.mark.slow(1)
 def test_titles_and_columns_of_tasks_do_not_count_but_their_options_do(tmp_path):
     tasks, configurations, path = COMMONSENSE.to_json(), [], tmp_path / "tasks.json"
     for change in ({}, {"title": "Yes or no"}, {"options": ["true", "false", "maybe"]}):

@@ -85,6 +85,7 @@ def test_other_configuration_is_refused_by_what_differs_unless_told_to_overwrite
     assert not refusal(now, overwrite=True) and now.state is None and job.is_finished
 
 
+@pytest.mark.slow(1)
 def test_training_is_kept_where_the_evaluation_alone_differs(job, tmp_path):
     finish(job, RIGHT)
     other = job_of(tmp_path, with_flags("evaluate", mode="generate"))
@@ -104,6 +105,7 @@ def test_folder_with_anything_but_the_job_is_refused_and_never_deleted(job, held
         assert held.split("/")[0] in refusal(job, overwrite) and "--output_dir" in refusal(job, overwrite)
 
 
+@pytest.mark.slow(1)
 def test_tasks_are_not_trained_alone_inside_a_joint_training(tmp_path):
     alone, joint = (job_of(tmp_path, grid({**ALONE, "alone": alone}), "Alone") for alone in (True, False))
     finish(joint, RIGHT)
@@ -180,6 +182,7 @@ def test_answers_of_weights_that_are_gone_go_before_they_are_trained_again(job, 
     assert job.state.starts == {"train": 2, "evaluate": 2} and not (job.folder / "predictions").exists()
 
 
+@pytest.mark.slow(1)
 def test_launcher_is_preceded_by_a_check_in_one_process(job, tmp_path, script):
     script("import sys; sys.exit('error: wrong' if '--check' in sys.argv else None)")
     with pytest.raises(JobFailed, match="error: wrong"):
@@ -232,6 +235,7 @@ def waiting_study(tmp_path):
     process.wait()
 
 
+@pytest.mark.slow(1)
 def test_ending_a_study_ends_its_command(waiting_study):
     process, folder = waiting_study
     process.terminate()
@@ -239,6 +243,7 @@ def test_ending_a_study_ends_its_command(waiting_study):
     assert not is_locked(folder)
 
 
+@pytest.mark.slow(1)
 def test_command_of_a_killed_study_keeps_the_folder(waiting_study):
     process, folder = waiting_study
     process.kill()
@@ -281,6 +286,7 @@ def two_jobs(tmp_path):
     return [run_of(plan, "LoRA", seed).jobs[0] for seed in (0, 1)]
 
 
+@pytest.mark.slow(1)
 def test_two_at_once_run_at_the_same_time(two_jobs, tmp_path, script):
     script(MEETS)
     done = {job.folder: state for job, state in execute_all(once(*two_jobs), TWO)}
@@ -289,6 +295,7 @@ def test_two_at_once_run_at_the_same_time(two_jobs, tmp_path, script):
     assert [(job.folder / "here").read_text() for job in two_jobs] == ["0", "1"]
 
 
+@pytest.mark.slow(1)
 def test_job_that_waited_for_another_starts_beside_those_that_run(tmp_path, script):
     plan = plan_of(tmp_path, grid(seeds=[0, 1, 2]))
     first, beside, waited = (run_of(plan, "LoRA", seed).jobs[0] for seed in (0, 1, 2))
@@ -300,6 +307,7 @@ def test_job_that_waited_for_another_starts_beside_those_that_run(tmp_path, scri
     assert waited.state.starts["train"] == beside.state.starts["train"] == 1
 
 
+@pytest.mark.slow(1)
 def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
     script(MEETS + ONE_FAILS)
     with pytest.raises(JobFailed, match=r"seed 1: .* the disk is full"):

@@ -119,6 +119,7 @@ def test_experiments_without_a_finished_run_are_left_out_and_named(tmp_path):
     assert list(by_name(study)) == ["Base", "LoRA"] and "LoRA 1 of 2, MTL-LoRA 0 of 2" in text
 
 
+@pytest.mark.slow(1)
 def test_tasks_trained_alone_are_one_run_and_give_the_transfer(tmp_path):
     study, text = study_of(tmp_path, RIGHT | RIGHT_ALONE, ALONE)
     alone = by_name(study)["Alone"]
@@ -149,6 +150,7 @@ def test_a_run_that_lacks_a_task_of_the_grid_has_no_average(tmp_path):
     assert (alone.runs[0].tasks["boolq"].value, alone.runs[0].average, alone.summary.average) == (0.5, None, None)
 
 
+@pytest.mark.slow(1)
 def test_scores_of_tasks_without_training_are_marked_and_their_examples_not_listed(tmp_path):
     part = {"name": "Part", "train": {"adapter_name": "lora"}, "only_tasks": ["boolq"]}
     own = {**TWO, "experiments": [part], "baseline": "Part"}
@@ -386,6 +388,7 @@ def test_an_evaluation_made_by_hand_takes_no_difference_away(tmp_path):
     assert by_name(Study.load(tmp_path / "study"))["MTL-LoRA"].against.average.difference == 0.25
 
 
+@pytest.mark.slow(1)
 def test_a_difference_without_a_common_seed_is_named_and_seeds_are_counted_where_they_differ(tmp_path):
     right = {key: RIGHT[key] for key in (("LoRA", 0), ("MTL-LoRA", 1))}
     study, text = study_of(tmp_path, right)

@@ -91,6 +91,7 @@ def test_the_plan_is_the_one_of_earlier_versions(plan, expected):
 # ---- every example once ----
 
 
+@pytest.mark.slow(1)
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 700),
@@ -116,6 +117,7 @@ def test_every_row_comes_once_an_epoch_to_one_process(rows, batch_size, accumula
     assert len(seen) == len(set(seen)) == rows - left_out
 
 
+@pytest.mark.slow(1)
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 500),
