@@ -320,7 +320,7 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
     def last(rows: list[list[int]], fill: int) -> torch.Tensor:
         """The log-probabilities behind the first row, padded with the token ``fill``."""
         input_ids, mask = pad_left(rows, fill)
-        positions, start, cache = positions_of(mask), 0, {}
+        positions, start, cache, cache_name = positions_of(mask), 0, {}, cache_argument(model)
         with route.use(torch.tensor([task_id] * len(rows))):
             # The last token on a cache, as in generation, where a model may count the columns of the mask otherwise.
             # Where all layers are recurrent, it takes no mask then.
@@ -332,9 +332,9 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
                     **last_logits(model),
                     **cache,
                 )
-                found = output.get(cache_argument(model))
+                found = output.get(cache_name)
                 if found is not None and not all(getattr(found, "is_linear", [False])):
-                    start, cache = -1, {cache_argument(model): found}
+                    start, cache = -1, {cache_name: found}
         return at_least_float32(output.logits[0, -1]).log_softmax(dim=-1)
 
     padded = [tokens, tokens * 2]
