@@ -518,6 +518,18 @@ class Network(nn.Module):
         return self.parts["head"](self.parts["body"](x) + self.shift)
 
 
+def test_only_a_frozen_norm_that_is_called_is_refused():
+    """A tower that a batch does not reach may hold batch norms; a refused forward changes no average."""
+    network = Network()
+    network.tower = nn.BatchNorm1d(8)
+    model = mtl_lora.inject(network, adapter_config(target_modules=["body.0"], tasks=["one"])).train()
+    with pytest.raises(UserError, match=r"the BatchNorm1d parts.body.1 is frozen"):
+        model(torch.randn(6, 8), task_ids=[0] * 6)
+    assert not model.parts["body"][1].running_mean.any()
+    model.parts["body"][1].eval()
+    model(torch.randn(6, 8), task_ids=[0] * 6)
+
+
 SAVED = {
     "a name": (["parts.head"], {"parts.head.0.weight", "parts.head.0.bias", "parts.head.1.weight", "parts.head.1.bias",
                                 "parts.head.2.weight", "parts.head.2.bias"}),

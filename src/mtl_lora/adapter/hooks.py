@@ -3,8 +3,10 @@
 The hooks run outside the region that ``torch.compile`` compiles.
 """
 
+import functools
 import sys
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -19,12 +21,18 @@ _watching = threading.Lock()  # held while a forward looks whether another one i
 
 
 class CallWatch:
-    """Records which adapter layers of a model are called, until ``end``. thread: the ident of the thread that watches
-    its forward."""
+    """Records which adapter layers of a model are called, until ``end``, and refuses norms whose averages would drift.
+
+    thread: the ident of the thread that watches its forward.
+    """
 
     def __init__(self, model: nn.Module):
         self.layers, self.called, self.thread = adapter_layers(model), set(), threading.get_ident()
         self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers.values()]
+        self.handles += [
+            norm.register_forward_pre_hook(functools.partial(_refuse_drifting_averages, name))
+            for name, norm in _drifting_norms(model)
+        ]
 
     def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
         self.called.add(layer)
@@ -36,6 +44,22 @@ class CallWatch:
             handle.remove()
         unused = [name for name, layer in self.layers.items() if layer not in self.called and not is_expert(name)]
         return layers_in_words(unused, self.layers) if unused else ""
+
+
+def _drifting_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The frozen batch and instance norms by name whose running averages a forward changes, unsaved."""
+    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
+    for name, module in named_modules(model):
+        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if tracks and module.training and module not in kept:
+            yield name, module
+
+
+def _refuse_drifting_averages(name: str, norm: nn.Module, arguments: tuple) -> None:
+    raise UserError(
+        f"the {type(norm).__name__} {name} is frozen, but in training mode it changes its running averages, "
+        "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
+    )
 
 
 @torch._disable_dynamo
@@ -52,7 +76,6 @@ def before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[t
     if model.training and torch.is_grad_enabled():
         overrides.follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not injection.off and not _is_compiled(model):
-            _refuse_drifting_averages(model)
             _start_watch(model)
     return arguments, options
 
@@ -86,18 +109,6 @@ def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Mod
         for (_, device, *_), group in groups.items()
         for layer, tensor in zip(group, group[0].prepare(group, routing.moved(task_ids, device)), strict=False)
     }
-
-
-def _refuse_drifting_averages(model: nn.Module) -> None:
-    """Raise ``UserError`` for a frozen batch or instance norm whose running averages would change unsaved."""
-    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
-    for name, module in named_modules(model):
-        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        if tracks and module.training and module not in kept:
-            raise UserError(
-                f"the {type(module).__name__} {name} is frozen, but in training mode it changes its running averages, "
-                "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
-            )
 
 
 @torch._disable_dynamo
