@@ -76,6 +76,11 @@ class LanguageChecks(Checks):
     types = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     exports = "peft", "merged_export", "merge", "unload"
 
+    def may_adapt(self, name: str) -> bool:
+        """Whether the layer belongs to the language model: others run with placeholders when there is only text."""
+        config, decoder = self.structure.config, self.structure.get_decoder()
+        return config.get_text_config() is config or self.structure.get_submodule(name) in set(decoder.modules())
+
     def save_tokenizer(self, model: torch.nn.Module) -> None:
         plain, options = TEMPLATES["plain"], [option for each in OPTIONS.values() for option in each]
         save_tokenizer(self.base, " ".join([plain.opening, plain.closing, "it is", *options]))

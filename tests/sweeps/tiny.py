@@ -54,6 +54,12 @@ MORE = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "distilbert": {"dim": 32, "hidden_dim": 40},
+    "dory": {  # a first, a repeated and a last layer
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "dots1": {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
@@ -63,9 +69,11 @@ MORE = {
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 32},
     "flaubert": {"emb_dim": 32},
+    "gemma3n": {"vision_config": {"architecture": "test_vit"}},  # of timm, which a text does not reach
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
     **{name: {"decoder_start_token_id": 0} for name in ("mbart", "mt5", "plbart", "switch_transformers", "t5", "umt5")},
+    **{name: {"unpadded_vocab_size": VOCABULARY} for name in ("inkling2_text", "inkling2_loop_text")},
     **{name: {"head_dim": 8} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
