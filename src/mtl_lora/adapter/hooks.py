@@ -21,18 +21,12 @@ _watching = threading.Lock()  # held while a forward looks whether another one i
 
 
 class CallWatch:
-    """Records which adapter layers of a model are called, until ``end``, and refuses norms whose averages would drift.
-
-    thread: the ident of the thread that watches its forward.
-    """
+    """Records which adapter layers of a model are called, until ``end``. thread: the ident of the thread that watches
+    its forward."""
 
     def __init__(self, model: nn.Module):
         self.layers, self.called, self.thread = adapter_layers(model), set(), threading.get_ident()
         self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers.values()]
-        self.handles += [
-            norm.register_forward_pre_hook(functools.partial(_refuse_drifting_averages, name))
-            for name, norm in _drifting_norms(model)
-        ]
 
     def _record(self, layer: AdapterLayer, arguments: tuple) -> None:
         self.called.add(layer)
@@ -44,22 +38,6 @@ class CallWatch:
             handle.remove()
         unused = [name for name, layer in self.layers.items() if layer not in self.called and not is_expert(name)]
         return layers_in_words(unused, self.layers) if unused else ""
-
-
-def _drifting_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The frozen batch and instance norms by name whose running averages a forward changes, unsaved."""
-    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
-    for name, module in named_modules(model):
-        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        if tracks and module.training and module not in kept:
-            yield name, module
-
-
-def _refuse_drifting_averages(name: str, norm: nn.Module, arguments: tuple) -> None:
-    raise UserError(
-        f"the {type(norm).__name__} {name} is frozen, but in training mode it changes its running averages, "
-        "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
-    )
 
 
 @torch._disable_dynamo
@@ -81,7 +59,8 @@ def before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[t
 
 
 def _start_watch(model: nn.Module) -> None:
-    """Record which layers this forward calls, unless a forward in another thread is being recorded.
+    """Record which layers this forward calls, unless a forward in another thread is being recorded, and refuse norms
+    whose averages would drift.
 
     Of forwards that run at the same time, such as those of DataParallel's replicas, one is checked.
     """
@@ -92,6 +71,10 @@ def _start_watch(model: nn.Module) -> None:
             if injection.watch:  # left by an interrupted forward
                 injection.watch.end()
             injection.watch = CallWatch(model)
+            injection.watch.handles += [
+                norm.register_forward_pre_hook(functools.partial(_refuse_drifting_averages, name))
+                for name, norm in _drifting_norms(model)
+            ]
 
 
 def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
@@ -109,6 +92,22 @@ def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Mod
         for (_, device, *_), group in groups.items()
         for layer, tensor in zip(group, group[0].prepare(group, routing.moved(task_ids, device)), strict=False)
     }
+
+
+def _drifting_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The frozen batch and instance norms by name whose running averages a forward changes, unsaved."""
+    kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
+    for name, module in named_modules(model):
+        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if tracks and module.training and module not in kept:
+            yield name, module
+
+
+def _refuse_drifting_averages(name: str, norm: nn.Module, arguments: tuple) -> None:
+    raise UserError(
+        f"the {type(norm).__name__} {name} is frozen, but in training mode it changes its running averages, "
+        "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
+    )
 
 
 @torch._disable_dynamo
