@@ -2,7 +2,7 @@
 # Runs the linter, then the tests in parallel workers. Creates or reuses the environment.
 #
 #   bash script/test.sh                      everything, including a small real run of the quick start
-#   bash script/test.sh fast                 without the tests marked slow, for the edit loop
+#   bash script/test.sh fast                 the edit loop: no test marked slow, at most three cases of a parametrised test
 #   bash script/test.sh [fast] ARGUMENT...   passes the arguments to pytest: tests/adapter, -k merge, -x
 #
 #   WORKERS   processes, one thread each   default: the CPU cores, at most 8
@@ -14,7 +14,7 @@ cd "${project:-.}"
 
 chosen=()
 if [ "${1:-}" = fast ]; then
-    chosen=(-m "not slow")
+    chosen=(-m "not slow" --cases 3)
     shift
 fi
 ruff check .

@@ -6,8 +6,9 @@ The workers of a parallel run share the folders that take time to make.
 import gc
 import json
 import os
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import image_text_cases
@@ -227,11 +228,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, help="run at most so many cases of every parametrised test")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> Iterator[None]:
     """The longest tests first, so that no worker is left with a long one when the others are done.
 
-    A test that trains a model is a slow one.
+    A test that trains a model is a slow one. ``--cases`` draws the same cases in every worker and every run.
     """
     for item in items:
         if "train" in item.fixturenames and item.get_closest_marker("slow") is None:
@@ -242,3 +247,13 @@ def pytest_collection_modifyitems(items: list) -> None:
         return 0 if marker is None else (*marker.args, 3)[0]
 
     items.sort(key=seconds, reverse=True)
+    yield
+    if most := config.getoption("cases"):
+        tests = {}
+        for item in items:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        kept = {
+            item for test, cases in tests.items() for item in random.Random(test).sample(cases, min(most, len(cases)))
+        }
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
