@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a table of GLUE: creates the environment, downloads the encoder minilm-l6 (83 MB) and the data of four
+# From nothing to a table of GLUE: creates the environment, downloads the encoder minilm-l6 (84 MB) and the data of four
 # tasks (SST-2, MRPC, STS-B, QQP), trains heads on the frozen encoder, LoRA, and MTL-LoRA with about as many trainable
 # parameters, and evaluates them and the majority class on whole test sets.
 #

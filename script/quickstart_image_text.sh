@@ -5,7 +5,7 @@
 #
 #   bash script/quickstart_image_text.sh [--captions]
 #
-# --captions adds captions of 1,000 photographs (Flickr8k, for research only; CIDEr). Needs Python 3.11 or newer, bash,
+# --captions adds captions of 991 photographs (Flickr8k, for research only; CIDEr). Needs Python 3.11 or newer, bash,
 # git, pip and about 4 GB of disk. Takes 15 minutes on two cores (measured: 14:54, avx512 without bf16) once the sets
 # are in a folder and the environment exists. docs/image_text.md has the table to expect. From easy-VQA only the
 # questions about colors and shapes are used: a text alone can only guess their answers, but answers many yes_no questions.

@@ -13,6 +13,7 @@ set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }
 sum() { sha256sum < "$1" | cut -d ' ' -f 1; }
+same() { [ -f "$2" ] && [ "$(sum "$1")" = "$(sum "$2")" ]; }
 keep() {  # keep FROM TO : copy; the file appears under its name complete or not at all
     { cp "$1" "$2.partial" && mv "$2.partial" "$2"; } || fail "$2 cannot be written; check whether its disk is full"
 }
@@ -26,14 +27,16 @@ content=(BUNDLE_COMMIT model project site)
 command -v "$python" > /dev/null || fail "$python was not found; name an interpreter with PYTHON=/path/to/python3"
 
 # The archive's line is the last one: without it the list is incomplete.
-archive_sum() { sed -n '$s/^\([0-9a-f]\{64\}\)  bundle\.tar$/\1/p' "$1"; }
+archive_sum() {
+    if [[ "$(tail -n 1 "$1")" =~ ^([0-9a-f]{64})"  bundle.tar"$ ]]; then echo "${BASH_REMATCH[1]}"; fi
+}
 if [ -f "$dir/SHA256SUMS" ]; then
     sent="$(archive_sum "$dir/SHA256SUMS")"
     [ -n "$sent" ] || fail "$dir/SHA256SUMS is cut off or was changed on the way (line ends); send it again unchanged"
     if [ -f "$into/UNPACKED" ] && [ "$(cat "$into/UNPACKED")" != "$sent" ]; then
         fail "$into holds another bundle; pass another folder"
     fi
-    cmp -s "$dir/SHA256SUMS" "$parts/SHA256SUMS" || keep "$dir/SHA256SUMS" "$parts/SHA256SUMS"
+    same "$dir/SHA256SUMS" "$parts/SHA256SUMS" || keep "$dir/SHA256SUMS" "$parts/SHA256SUMS"
 fi
 if [ -f "$into/UNPACKED" ]; then cat "$into/environment.sh"; exit 0; fi
 if [ ! -e "$work" ]; then  # otherwise an interrupted call left these
@@ -44,7 +47,7 @@ fi
 
 if [ ! -f "$parts/SHA256SUMS" ]; then
     for path in "$dir"/part-*[0-9]; do
-        if [ -f "$path" ] && ! cmp -s "$path" "$parts/${path##*/}"; then keep "$path" "$parts/${path##*/}"; fi
+        if [ -f "$path" ] && ! same "$path" "$parts/${path##*/}"; then keep "$path" "$parts/${path##*/}"; fi
     done
     echo "missing: SHA256SUMS, without which no part can be checked"
     exit 3

@@ -75,7 +75,9 @@ class EvaluationFlags(Config):
         group="questions and results",
     )
     output_dir: str | None = flag(
-        None, "folder for predictions and results.json; none: <checkpoint>/evaluation", affects="nothing"
+        None,
+        "folder for predictions and results.json; none: <checkpoint>/evaluation, of a base model alone output/<name>",
+        affects="nothing",
     )
     name: str | None = flag(
         None, "row label in tables; none: the title of the method, or the name of the base model", affects="nothing"

@@ -72,7 +72,7 @@ def settings_of(tmp_path, tiny_base, records_file, cache_dir):
             "val_set_size": 17,  # an odd number: one process has a row, and a batch, more than the other
             "logging_steps": 1,
             # Where a gradient is all but zero, Adam makes a step of this size of its rounding; from 1e-2 on that is
-            # more than the 1e-5 below.
+            # more than the tolerance of the weights.
             "learning_rate": 3e-3,
             "deepspeed": deepspeed.get(launch),
             **MORE.get(name, {}),

@@ -3,9 +3,10 @@
     mtl-lora prepare coco128                     fetch them from GitHub with git, about 50 MB
     mtl-lora prepare coco128 --source DIR        use DIR/coco, which must have the same bytes
 
-Writes a folder of images/, supercategory/, person/, thing/, boundary/, train.txt, test.txt and tasks.json: a --data_dir
-of training and evaluation; train2017 is train, val2017 is test. All four maps come from COCO's panoptic labels (CC BY
-4.0; the photographs have the licences of their owners on Flickr: fetch your own copy, do not redistribute them):
+Writes a folder of images/, supercategory/, person/, thing/, boundary/, train.txt, test.txt and tasks.json: the
+--data_path of training and --data_dir of evaluation; train2017 is train, val2017 is test. All four maps come from
+COCO's panoptic labels (CC BY 4.0; the photographs have the licences of their owners on Flickr: fetch your own copy, do
+not redistribute them):
 
     supercategory    of COCO's 133 categories, 27 groups
     person           other, person

@@ -3,9 +3,9 @@
     mtl-lora prepare scenes                                 500 training and 100 test images of 112 x 112 pixels
     mtl-lora prepare scenes --train 5000 --size 224 --seed 1
 
-Writes a folder of images/, semseg/, depth/, normals/, sal/, edge/, train.txt, test.txt and tasks.json: a --data_dir of
-training and evaluation. An image depends only on its seed, split and number. Coordinates are the camera's: x right, y
-down, z forward; the room has its floor at the largest y. The labels are:
+Writes a folder of images/, semseg/, depth/, normals/, sal/, edge/, train.txt, test.txt and tasks.json: the --data_path
+of training and --data_dir of evaluation. An image depends only on its seed, split and number. Coordinates are the
+camera's: x right, y down, z forward; the room has its floor at the largest y. The labels are:
 
     semseg    floor, wall, ceiling, box, sphere, cylinder, cone
     depth     z of the surface, in metres

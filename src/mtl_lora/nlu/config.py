@@ -11,6 +11,7 @@ from mtl_lora.training.config import TrainingConfig
 
 # The protocols: a trained head answers or, without a checkpoint, the cosine of the two texts' mean-pooled embeddings.
 CLASSIFY, COSINE = "classify", "cosine"
+NO_HEAD = "a prediction needs a trained head; pass --checkpoint DIR"
 
 
 @dataclasses.dataclass(init=False)
@@ -76,7 +77,13 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
+    base_model: str | None = flag(None, "where the checkpoint's base model is, if it has moved")
     input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples with text (and text_b)")
+
+    def validate(self) -> None:
+        if not self.checkpoint:
+            raise UserError(NO_HEAD)
+        super().validate()
 
 
 # The first line of each command's help.

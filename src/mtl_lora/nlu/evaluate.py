@@ -11,7 +11,7 @@ from mtl_lora import evaluation, files
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import load_questions
 from mtl_lora.nlu import model as heads
-from mtl_lora.nlu.config import CLASSIFY, COSINE, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
+from mtl_lora.nlu.config import CLASSIFY, COSINE, NO_HEAD, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.data import Collator, Encoder
 from mtl_lora.nlu.examples import Example, load_examples, parse_example
 from mtl_lora.nlu.tasks import GLUE, Task, TaskSet
@@ -150,7 +150,7 @@ class Evaluator(evaluation.Evaluator):
 
     def to_predict(self, values: Sequence[object], source: str, task: str | None) -> dict[str, list[Question]]:
         if not self.adapter:
-            raise UserError("a prediction needs a trained head; pass --checkpoint DIR")
+            raise UserError(NO_HEAD)
         return {CLASSIFY: self.questions(evaluation.inputs(parse_example, values, source, self.tasks, task), source)}
 
     def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:

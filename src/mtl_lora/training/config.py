@@ -210,7 +210,7 @@ class TrainingConfig(Config):
                 "batch_size",
             )
         # Without loss scaling, the gradients of fp16 activations underflow.
-        self.require("dtype", "bf16 or fp32 for training, or auto", self.dtype != "fp16")
+        self.require("dtype", "bf16, fp32 or fp64 for training, or auto", self.dtype != "fp16")
         self.require("warmup_ratio", "at least 0 and below 1", 0 <= self.warmup_ratio < 1)
         self.require("max_steps", "at least 1, or -1 to use num_epochs", self.max_steps >= 1 or self.max_steps == -1)
         if self.token_budget and self.length_pool != TrainingConfig.length_pool:
