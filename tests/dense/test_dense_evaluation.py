@@ -13,7 +13,7 @@ import mtl_lora
 from mtl_lora import UserError, cli
 from mtl_lora.dense import Predictor
 from mtl_lora.dense import evaluate as evaluation
-from mtl_lora.dense.config import EvalConfig, TrainConfig
+from mtl_lora.dense.config import EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.dense.sheet import map_of
 from mtl_lora.dense.tasks import Task
 from mtl_lora.dense.train import Collator, run
@@ -314,6 +314,11 @@ def test_a_map_has_the_likeliest_class_whatever_the_sign_of_its_scores():
 def test_flag_that_cannot_be_is_named(trained, folder, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         evaluated(trained, folder, tmp_path, **flags)
+
+
+def test_a_prediction_takes_no_batch_size():
+    with pytest.raises(UserError, match="batch_size has no effect"):
+        PredictConfig(checkpoint="run", input="images", output="maps", batch_size=4)
 
 
 @pytest.mark.slow(1)

@@ -21,7 +21,7 @@ from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.nlu import Predictor
 from mtl_lora.nlu import model as heads
-from mtl_lora.nlu.config import EvalConfig, TrainConfig
+from mtl_lora.nlu.config import EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.evaluate import Evaluator
 
 
@@ -86,6 +86,11 @@ def test_answers_are_those_of_the_model_one_text_at_a_time(answered, trained, en
                 else:
                     low, high = task["regression"]
                     assert found["parsed"] == pytest.approx(low + (high - low) * logits[0].item(), abs=1e-4)
+
+
+def test_an_encoder_without_a_trained_head_predicts_nothing():
+    with pytest.raises(UserError, match="--checkpoint DIR"):
+        PredictConfig(base_model="minilm-l6", input="pairs.jsonl", output="answers.jsonl")
 
 
 @pytest.mark.slow
