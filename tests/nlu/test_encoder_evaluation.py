@@ -93,6 +93,11 @@ def test_an_encoder_without_a_trained_head_predicts_nothing():
         PredictConfig(base_model="minilm-l6", input="pairs.jsonl", output="answers.jsonl")
 
 
+def test_a_misspelt_flag_of_a_predictor_is_named_as_the_command_names_it():
+    with pytest.raises(UserError, match=r"'batchsize'.*batch_size"):
+        Predictor("run", batchsize=4)
+
+
 @pytest.mark.slow
 def test_a_prediction_answers_as_the_evaluation_does(answered, trained, glue, tmp_path):
     _, lines = answered

@@ -141,8 +141,8 @@ def save(
 ) -> None:
     """Save the adapter of ``model`` to ``folder``.
 
-    Both files are written or neither, and a half-written folder never loads. Adapter weights in bf16 or fp16 are stored
-    as float32.
+    Both files are written or neither, and a half-written folder never loads: over an earlier adapter, a kill between
+    the two renames at the end leaves a folder that is refused. Adapter weights in bf16 or fp16 are stored as float32.
 
     provenance: by default the provenance that the adapter was loaded with, else the name of the base model, with its
         fingerprint if its files are on this machine.

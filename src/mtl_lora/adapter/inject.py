@@ -59,9 +59,9 @@ class Injection:
 def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) -> nn.Module:
     """Wrap the targeted linear layers in place, freeze all other weights, and return the model.
 
-    The model's forward and ``generate`` then take ``task_ids``: names, ids or a tensor, of shape (B,), one per row, or
-    (B, L), one per token. Gradient checkpointing keeps them, however it is turned on. A linear layer that has several
-    names in the model becomes one adapter layer under all of them.
+    The model's forward and ``generate`` then take ``task_ids``: names, ids or a tensor, of shape (B,), one per row; the
+    forward also of shape (B, L), one per token. Gradient checkpointing keeps them, however it is turned on. A linear
+    layer that has several names in the model becomes one adapter layer under all of them.
 
     allow_unused: whether a batch may leave out adapter layers. By default, the first forward in training mode raises
     ``UserError`` for an adapter layer that it does not call.

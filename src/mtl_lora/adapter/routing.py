@@ -1,10 +1,11 @@
 """Task routing: which task each row (or token) of the running batch belongs to.
 
 ``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up, and the block
-``with route.use(task_ids):`` take names, ids or a tensor: (B,), one per row, or (B, L), one per token. Before a model
-runs, a hook resolves names, checks the range and stores the ids where the layers read them: per thread, never on the
-model, so that two threads, or two forwards before one backward, cannot mix them up. B must be the first axis of every
-layer's input. Models with activations (L, B, k) are not supported, and if L equals B this cannot be detected.
+``with route.use(task_ids):`` take names, ids or a tensor: (B,), one per row, or, but for ``generate``, whose tokens are
+not known before, (B, L), one per token. Before a model runs, a hook resolves names, checks the range and stores the ids
+where the layers read them: per thread, never on the model, so that two threads, or two forwards before one backward,
+cannot mix them up. B must be the first axis of every layer's input. Models with activations (L, B, k) are not
+supported, and if L equals B this cannot be detected.
 """
 
 import dataclasses

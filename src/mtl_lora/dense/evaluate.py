@@ -201,8 +201,8 @@ class Predictor(evaluation.Predictor):
         predictor = Predictor("output/mtlora")
         predictor.predict(["a.jpg"])        # [{"semseg": (H, W) class indices, "normals": (H, W, 3), ...}]
 
-    checkpoint: output folder of a training run. flags: any other flag of ``mtl-lora predict``, by name. Raises
-    ``UserError`` as the command does.
+    checkpoint: output folder of a training run. flags: those of ``mtl-lora predict`` that say how to answer
+    (``base_model``, ``dtype``, ``image_size``). Raises ``UserError`` as the command does.
     """
 
     evaluator_class, config_class = Evaluator, AnswerConfig

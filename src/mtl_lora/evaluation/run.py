@@ -230,7 +230,8 @@ class Predictor:
 
     def __init__(self, checkpoint: str | Path | None = None, **flags):
         path = None if checkpoint is None else str(checkpoint)
-        self.evaluator = self.evaluator_class(self.config_class(checkpoint=path, **flags))
+        named = self.config_class.named({"checkpoint": path, **flags}, "the Predictor")
+        self.evaluator = self.evaluator_class(self.config_class(**named))
 
     def predict(self, examples: Sequence[Mapping | str], task: str | None = None, **how: object) -> list[dict]:
         """Return one result per example, in order. An example that is a string has only ``field``. task: the task of

@@ -325,8 +325,9 @@ class Predictor(evaluation.Predictor):
         predictor.predict([{"image": "17", "text": "Is there a circle?"}], task="easy_vqa")
         # [{"index": 0, "image": "17", "task": "easy_vqa", "answer": "yes", "text": "yes"}]
 
-    checkpoint: output folder of a training run, which names its base model, tasks and features. flags: any other flag
-    of ``mtl-lora predict``, by name. Raises ``UserError`` as the command does.
+    checkpoint: output folder of a training run, which names its base model, tasks and features. flags: those of
+    ``mtl-lora predict`` that say how to answer (``features``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as
+    the command does.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "image"

@@ -245,9 +245,9 @@ class Predictor(evaluation.Predictor):
         predictor.predict([{"instruction": "Is the sky blue?"}], task="boolq")
         # [{"index": 0, "task": "boolq", "answer": "true", "scores": {...}, "probabilities": {...}}]
 
-    checkpoint: adapter folder, which names its base model, prompt and tasks. flags: any other flag of
-    ``mtl-lora predict`` (``base_model``, ``peft``, ``tasks_file``, ``dtype``, ``batch_size`` ...), by name. Raises
-    ``UserError`` as the command does. A result with scored options has their ``scores`` (log-probabilities in nats) and
+    checkpoint: adapter folder, which names its base model, prompt and tasks. flags: those of ``mtl-lora predict`` that
+    say how to answer (``base_model``, ``peft``, ``tasks_file``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as
+    the command does. A result with scored options has their ``scores`` (log-probabilities in nats) and
     ``probabilities`` (normalised over the options); a result with generated text has ``text``.
     """
 

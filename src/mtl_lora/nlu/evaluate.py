@@ -194,8 +194,9 @@ class Predictor(evaluation.Predictor):
         predictor.predict([{"text": "A fine film."}], task="sst2")
         # [{"index": 0, "task": "sst2", "answer": "positive", "scores": {...}, "probabilities": {...}}]
 
-    checkpoint: output folder of a training run, which names its base model and tasks. flags: any other flag of
-    ``mtl-lora predict``, by name. Raises ``UserError`` as the command does.
+    checkpoint: output folder of a training run, which names its base model and tasks. flags: those of ``mtl-lora
+    predict`` that say how to answer (``base_model``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as the
+    command does.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "text"
