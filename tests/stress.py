@@ -16,6 +16,7 @@ each trial is a JSON line there, and those that it has already are not tried aga
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -36,6 +37,9 @@ os.environ |= {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a fork woul
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+LONGEST = 100  # seconds after which a command counts as hanging
+STACKS = tempfile.NamedTemporaryFile("a", suffix=".stacks")  # noqa: SIM115 - all forks write to it
 SIGNALS = {signal.SIGKILL: (-9,), signal.SIGINT: (130,), signal.SIGTERM: (143, -15)}
 # What two runs of one command may differ in: times, and flags that say how it was started.
 FREE = {"command", "resume_from_checkpoint", "overwrite_output_dir", "seconds", "starts"}
@@ -53,12 +57,19 @@ class Forked:
     def __init__(self, arguments: list[str], folder: Path, log: int, environment: dict, size_limit: int | None = None):
         assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the threads"
         self.began, self.returncode = time.monotonic(), None
+        # A signal before the child has its handlers would unwind this program there, and remove its working folder.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         self.pid = os.fork()
         if not self.pid:
-            self._run(arguments, folder, log, environment, size_limit)
+            code = 130  # of a KeyboardInterrupt after the command
+            try:
+                code = self._run(arguments, folder, log, environment, size_limit)
+            finally:
+                os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     @staticmethod
-    def _run(arguments: list[str], folder: Path, log: int, environment: dict, size_limit: int | None) -> None:
+    def _run(arguments: list[str], folder: Path, log: int, environment: dict, size_limit: int | None) -> int:
         code = 1
         try:
             os.setsid()
@@ -69,6 +80,7 @@ class Forked:
             sys.argv = ["mtl-lora", *arguments]
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             if size_limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size_limit, size_limit))
             cli.main(arguments)
@@ -81,13 +93,11 @@ class Forked:
             code = 130
         except BaseException:
             traceback.print_exc()
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        return code
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -97,14 +107,26 @@ class Forked:
         return self.returncode
 
     def wait(self, until: float = float("inf")) -> int | None:
-        """The exit code, or None at the time ``until``."""
+        """The exit code, or None at the time ``until``; raises ``Fault`` for a command that hangs."""
         while self.poll() is None and time.monotonic() < until:
+            if time.monotonic() > self.began + LONGEST:
+                self.abort()
+                raise Fault(f"a command does not end:\n{Path(STACKS.name).read_text()}")
             time.sleep(0.002)
         return self.returncode
 
     def terminate(self) -> None:
         if self.poll() is None:
             os.kill(self.pid, signal.SIGTERM)
+
+    def abort(self) -> None:
+        """End a command, and what it has started; each writes where it was to ``STACKS``."""
+        pids = [self.pid]
+        for pid in pids:
+            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        for pid in pids[::-1]:
+            os.kill(pid, signal.SIGUSR1)
+        os.waitpid(self.pid, 0)
 
 
 def start_forked(command: list[str], output, slot: dict) -> Forked:
@@ -448,9 +470,7 @@ class Stress:
                 processes.append(Forked(self.commands[name], folder, opened.fileno(), {}))
             if len(processes) == 1:
                 time.sleep(offset * chance.choice([0, 1]))
-        while None in [process.poll() for process in processes]:
-            time.sleep(0.002)
-        codes, texts = tuple(process.returncode for process in processes), [log.read_text() for log in logs]
+        codes, texts = tuple(process.wait() for process in processes), [log.read_text() for log in logs]
         for code, text in zip(codes, texts, strict=True):
             check_words(code, text)
         found = snapshot(folder)
@@ -557,6 +577,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     runner.start = start_forked
+    faulthandler.register(signal.SIGUSR1, file=STACKS, chain=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as work:
         stress = Stress(Path(work).resolve(), flags.seed)
         for kind, number in trials:
@@ -581,9 +602,13 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    import threading
+
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # no thread that watches the bars
+    # tqdm's own lock is shared by all forks: after a kill of its holder every later command would wait for ever.
+    tqdm.tqdm.set_lock(threading.RLock())
 
     # Everything that a command imports when it is called.
     import matplotlib.pyplot  # noqa: F401

@@ -19,6 +19,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -26,6 +27,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import tqdm
 import transformers
 from sweeps.checks import TOLERANCE, table
 from sweeps.image_text import ImageTextChecks
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=6, help="GiB for each")
     parser.add_argument("--dtypes", nargs="*", default=[*TOLERANCE], help="the first in which a model runs is used")
     flags = parser.parse_args()
+    tqdm.tqdm.set_lock(threading.RLock())  # tqdm's own is shared by all forks, even after a kill of its holder
     done = {record["kind"] for record in records(flags.log, flags.system)}
     asked = SYSTEMS[flags.system].types if flags.only is None else flags.only
     for kind in (kind for kind in asked if kind not in done):
