@@ -220,6 +220,23 @@ def test_model_that_ignores_the_mask_is_found_out_and_runs_twice(capsys):
     assert flat(scorer.scores(asked)) != pytest.approx(flat(slow(model, asked)), abs=1e-3)
 
 
+class Counting(type(tiny_llama())):
+    """Accepts position ids and counts the columns, padding and all."""
+
+    def forward(self, input_ids=None, position_ids=None, logits_to_keep=0, **options):
+        return super().forward(input_ids, logits_to_keep=logits_to_keep, **options)
+
+
+def test_model_that_counts_columns_reads_every_prompt_whole(capsys):
+    model, asked = tiny_llama(torch.float32), questions([1] * len(PROMPTS))
+    model.__class__ = Counting
+    caches = PrefixCaches(model, {1: PREFIX})
+    for _ in range(2):
+        scores = OptionScorer(model, Tokens(), caches).scores(asked)
+        assert flat(scores) == pytest.approx(flat(slow(model, asked)), abs=1e-4)
+    assert capsys.readouterr().err.count("Counting reads a prompt prefix") == 1
+
+
 def test_tables_hold_what_the_tests_above_need():
     assert {len(ANSWERS[option]) for options in OPTIONS for option in options} == {1, 2, 3, 4, 5}
     assert len({len(prompt) for prompt in PROMPTS}) == len(PROMPTS) <= len(TASKS)

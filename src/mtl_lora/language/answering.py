@@ -61,13 +61,14 @@ class PrefixCaches:
     Under task routing they depend on the task from the second layer on, so each task has a prefix of its own.
 
     prefixes: tokens by task id. In a left-padded row the prefix stands before the padding. It is reused only if this
-    position changes nothing: the model accepts position ids, no layer attends to a window of columns, and its cache
-    keeps every token.
+    position changes nothing: the model accepts position ids, no layer attends to a window of columns, its cache keeps
+    every token, and the first prefix gives the same probabilities from the cache as from the row.
     """
 
     def __init__(self, model: PreTrainedModel, prefixes: Mapping[int, Sequence[int]]):
         self.model = model
         self.usable = accepts_argument(type(model), "position_ids") and not has_local_layers(model)
+        self._checked = False
         self.use(prefixes)
 
     def use(self, prefixes: Mapping[int, Sequence[int]]) -> None:
@@ -87,12 +88,45 @@ class PrefixCaches:
                 output = self.model(input_ids=ids, use_cache=True, **last_logits(self.model))
             found = output.get(cache_argument(self.model))
             self.usable = type(found) is DynamicCache and all(type(layer) is DynamicLayer for layer in found.layers)
+            if self.usable and not self._checked:
+                self.usable = self._checked = self._agrees(found, prefix, task_id)
             if not self.usable:
                 return None, 0
             self._caches[task_id] = found
-        cache = copy.deepcopy(self._caches[task_id])
-        cache.batch_repeat_interleave(rows)
-        return cache, len(prefix)
+        return _repeated(self._caches[task_id], rows), len(prefix)
+
+    def _agrees(self, cache: DynamicCache, prefix: Sequence[int], task_id: int) -> bool:
+        """Whether tokens after the cached prefix, with padding between, get the probabilities that they get in a row.
+
+        A model may accept position ids and count the columns all the same.
+        """
+        row = [*prefix, *prefix[:2]]
+        ids, mask = pad_left([row, [*row, *prefix[:4]]], prefix[0], len(prefix))
+        whole = torch.tensor([row])
+        read = [(whole, torch.ones_like(whole), None, 0), (ids, mask, _repeated(cache, 2), len(prefix))]
+        found = []
+        for ids, mask, start_from, start in read:
+            with route.use(torch.tensor([task_id] * len(ids))):
+                output = self.model(
+                    input_ids=ids[:, start:].to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    **_positions(self.model, positions_of(mask)[:, start:]),
+                    **{cache_argument(self.model): start_from},
+                    **last_logits(self.model),
+                )
+            found.append(at_least_float32(output.logits[0, -1]).log_softmax(dim=-1))
+        if _differ(self.model, *found):
+            name = type(self.model).__name__
+            print(f"{name} reads a prompt prefix from a cache in another way, so none is reused", file=sys.stderr)
+            return False
+        return True
+
+
+def _repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A copy of a cache of one row with the same content in each of ``rows`` rows."""
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 # ---- generated text ----
@@ -343,7 +377,13 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
     # Which token pads decides nothing in a model that ignores padding, not even a rounding. A shape of its own rounds
     # otherwise in 16 bits, so there only a large difference shows positions that padding shifts.
     is_read = (beside - other)[likely].abs().max() > 1e-2
-    return bool(is_read or (alone - beside)[likely].abs().max() > (1.0 if model.dtype in _TOLERANCE else 1e-2))
+    return bool(is_read) or _differ(model, alone, beside)
+
+
+def _differ(model: PreTrainedModel, expected: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether log-probabilities (V,) differ by more than rounding where they are likely; False for NaN."""
+    likely = expected.topk(min(10, len(expected))).indices
+    return bool((expected - found)[likely].abs().max() > (1.0 if model.dtype in _TOLERANCE else 1e-2))
 
 
 def _visible(mask: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
