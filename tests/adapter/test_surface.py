@@ -68,6 +68,19 @@ def pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))  # noqa: S301
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task_ids": [["maps"] * 7] * 2}, "one for each row"),
+        ({"task_ids": torch.zeros(2, 7, dtype=torch.long)}, "one for each row"),
+        ({"task_ids": [0, 1], "attention_mask": torch.ones(2, 7).tril(5)}, "pad on the left"),
+    ],
+)
+def test_generate_refuses_ids_by_token_and_padding_on_the_right(options, message):
+    with pytest.raises(UserError, match=message):
+        adapted_llama().generate(tokens(2), **options)
+
+
 # ---- copies, and what is left when the adapter is gone ----
 
 

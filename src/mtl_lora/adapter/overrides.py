@@ -49,7 +49,10 @@ class Generate(Override):
         is_decoder = isinstance(mask, torch.Tensor) and not getattr(config, "is_encoder_decoder", False)
         if is_decoder and mask.dim() == 2 and not mask[:, -1].all():
             raise UserError('generate would continue after padding; pad on the left: tokenizer.padding_side = "left"')
-        with routing.RouteContext(routing.current() if task_ids is None else routing.Route(task_ids)):
+        route = routing.current() if task_ids is None else routing.Route(task_ids)
+        if task_ids is not None and route.by_token:
+            raise UserError("generate takes task_ids of shape (batch,), one for each row: new tokens have no ids")
+        with routing.RouteContext(route):
             return self.original(*arguments, **options)
 
 

@@ -84,6 +84,12 @@ class Route:
         # A copy, because the caller may overwrite its tensor with the next batch's ids before the backward pass.
         self.task_ids = task_ids.to(torch.long, copy=True)
 
+    @property
+    def by_token(self) -> bool:
+        """Whether every token has an id of its own, shape (B, L)."""
+        rows = self.task_ids
+        return not all(isinstance(row, str) for row in rows) if isinstance(rows, list) else rows.dim() == 2
+
     def repeated(self, repeats: int) -> "Route":
         """Return the route of a batch in which every row is repeated ``repeats`` times (beam search)."""
         if isinstance(self.task_ids, list):
