@@ -533,14 +533,34 @@ class Network(nn.Module):
 
 def test_only_a_frozen_norm_that_is_called_is_refused():
     """A tower that a batch does not reach may hold batch norms; a refused forward changes no average."""
-    network = Network()
-    network.tower = nn.BatchNorm1d(8)
+
+    class Tower(Network):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.BatchNorm1d(8)
+
+        def forward(self, x, image=None):
+            return super().forward(x if image is None else x + self.tower(image))
+
+    network = Tower()
     model = mtl_lora.inject(network, adapter_config(target_modules=["body.0"], tasks=["one"])).train()
     with pytest.raises(UserError, match=r"the BatchNorm1d parts.body.1 is frozen"):
         model(torch.randn(6, 8), task_ids=[0] * 6)
     assert not model.parts["body"][1].running_mean.any()
     model.parts["body"][1].eval()
     model(torch.randn(6, 8), task_ids=[0] * 6)
+    image = torch.randn(6, 8)
+    with pytest.raises(UserError, match="the BatchNorm1d tower is frozen"):
+        model(torch.randn(6, 8), image, task_ids=[0] * 6)
+    assert not model.tower.running_mean.any()
+    model.eval()(torch.randn(6, 8), image, task_ids=[0] * 6)
+    copied = copy.deepcopy(model).train()
+    copied.parts["body"][1].eval()
+    with pytest.raises(UserError, match="the BatchNorm1d tower is frozen"):
+        copied(torch.randn(6, 8), image, task_ids=[0] * 6)
+    with pytest.raises(UserError, match=r"the BatchNorm1d parts.body.1 is frozen"):
+        copied.train()(torch.randn(6, 8), task_ids=[0] * 6)
+    mtl_lora.unload(copied).train()(torch.randn(6, 8), image)
 
 
 SAVED = {

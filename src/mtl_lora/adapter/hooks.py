@@ -71,9 +71,12 @@ def _start_watch(model: nn.Module) -> None:
             if injection.watch:  # left by an interrupted forward
                 injection.watch.end()
             injection.watch = CallWatch(model)
-            injection.watch.handles += [
+            for handle in injection.norm_handles:  # of a forward that raised
+                handle.remove()
+            # They stay: a later batch may reach other norms, and a later train() undoes an eval().
+            injection.norm_handles = [
                 norm.register_forward_pre_hook(functools.partial(_refuse_drifting_averages, name))
-                for name, norm in _drifting_norms(model)
+                for name, norm in _frozen_norms(model)
             ]
 
 
@@ -94,20 +97,20 @@ def _prepared(layers: list[AdapterLayer], task_ids: torch.Tensor) -> dict[nn.Mod
     }
 
 
-def _drifting_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The frozen batch and instance norms by name whose running averages a forward changes, unsaved."""
+def _frozen_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The frozen batch and instance norms by name that have running averages."""
     kept = {module for slot in model.mtl_lora_injection.slots for module, key in slot.places if key == "running_mean"}
     for name, module in named_modules(model):
-        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        if tracks and module.training and module not in kept:
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module not in kept:
             yield name, module
 
 
 def _refuse_drifting_averages(name: str, norm: nn.Module, arguments: tuple) -> None:
-    raise UserError(
-        f"the {type(norm).__name__} {name} is frozen, but in training mode it changes its running averages, "
-        "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
-    )
+    if norm.training:
+        raise UserError(
+            f"the {type(norm).__name__} {name} is frozen, but in training mode it changes its running averages, "
+            "which a checkpoint would not hold; name it in modules_to_save, or call its eval() before each forward"
+        )
 
 
 @torch._disable_dynamo

@@ -52,6 +52,7 @@ class Injection:
     names: list[str] = dataclasses.field(default_factory=list)  # of all adapter layers
     watch: CallWatch | None = None  # of the forward that is being checked
     handles: list = dataclasses.field(default_factory=list)  # handles of the model's hooks
+    norm_handles: list = dataclasses.field(default_factory=list)  # and of those of its frozen batch norms
     off: bool = False  # whether the model is inside ``disabled``
     ties: tuple | None = None  # (was set on the instance, the original ``_tied_weights_keys``), if it was renamed
 
@@ -288,7 +289,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
             slot.put(trained)
     remove_overrides(root)
     _restore_ties(root, injection)
-    for handle in injection.handles:
+    for handle in (*injection.handles, *injection.norm_handles):
         handle.remove()
     for name in ("mtl_lora_config", "mtl_lora_injection", "mtl_lora_provenance"):
         if hasattr(root, name):
