@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import reprlib
+import statistics
 import sys
 import types
 import typing
@@ -300,10 +301,17 @@ class Trainable:
     adapter: Index
     total: Count
 
+    @classmethod
+    def mean(cls, counts: Sequence["Trainable | None"]) -> "Trainable | None":
+        """The mean of several models, rounded; None if one is unknown."""
+        if not counts or None in counts:
+            return None
+        return cls(*(round(statistics.fmean(getattr(each, key) for each in counts)) for key in ("adapter", "total")))
+
 
 def trainable_text(trainable: Trainable | None, adapters: int = 1) -> str:
     """``16.85 (0.25 %)``: millions of trainable parameters, and their proportion of all; if there are several
-    ``adapters``, their number and the size of each."""
+    ``adapters``, their number and the mean size of each."""
     if trainable is None:
         return NOTHING
     numbers = trainable.adapter / 1e6, 100 * trainable.adapter / trainable.total

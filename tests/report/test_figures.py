@@ -344,14 +344,19 @@ def test_many_tasks_have_colours_alone_and_the_caption_says_so(crowded):
     assert not any(texts(panel) for panel in drawing.figure.axes) and "up to 12 tasks" in drawing.caption
 
 
-def test_transfer_writes_difference_and_interval_bold_where_it_leaves_out_zero(study):
+@pytest.mark.parametrize(
+    ("over_seeds", "weight"),
+    [(None, "bold"), (Estimate(0.0123, 0.01, 0.001, 0.02), "bold"), (Estimate(0.0123, 0.01, -0.01, 0.03), "normal")],
+)
+def test_transfer_writes_difference_and_interval_bold_where_all_intervals_leave_out_zero(study, over_seeds, weight):
     tasks = {"cr": Difference(0.0123, 0.004, 0.0301), "sst5": Difference(-0.02, -0.05, 0.01)}
     row = Transfer(group="rank 2", experiment="LoRA", tasks=tasks | {"agnews": Difference(-0.0004)})
+    row = dataclasses.replace(row, over_seeds=over_seeds and Summary({"cr": over_seeds}))
     base = study.experiments[:1]
     _, drawing = draw(dataclasses.replace(study, transfer=[row], experiments=base))
     panel = drawing.figure.axes[0]
     assert texts(panel) == ["+1.2\n+0.4 to +3.0", "−2.0\n−5.0 to +1.0", "−0.0", ""]
-    assert [text.get_fontweight() for text in panel.texts] == ["bold", "normal", "normal", "normal"]
+    assert [text.get_fontweight() for text in panel.texts] == [weight, "normal", "normal", "normal"]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["rank 2: LoRA"]
     low, high = panel.collections[0].get_clim()
     assert -low == high == 2.0  # zero is the middle of the colours

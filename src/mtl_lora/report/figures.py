@@ -218,18 +218,20 @@ def _transfer(study: Study) -> Iterator[Drawing]:
     # Colours compare tasks, which needs one unit for all.
     if not study.transfer or not study.has_average or scale_of(study.metric(None)) != 100:
         return
-    caption = "Difference in percentage points, with its 95 % interval below; bold where the interval leaves out 0. "
-    caption += f"Red: worse together; blue: better. {' '.join(study.untrained_notes)}"
+    caption = "Difference in percentage points, its 95 % interval over the questions below; bold if that and the one "
+    caption += f"over seeds leave out 0. Red: worse together; blue: better. {' '.join(study.untrained_notes)}"
     labels, tasks = [row.label for row in study.transfer], [*study.scored, None]
     columns, metrics = [study.task_set.title(task) if task else AVERAGE for task in tasks], [*map(study.metric, tasks)]
     texts = np.full((len(labels), len(tasks)), "", dtype=object)
     matrix, bold = np.full(texts.shape, np.nan), set()
     for place in np.ndindex(texts.shape):
         row, task, metric = study.transfer[place[0]], tasks[place[1]], metrics[place[1]]
-        if cell := row.tasks.get(task) if task else row.average:
+        found = [side.tasks.get(task) if task else side.average for side in (row, row.over_seeds) if side]
+        if cell := found[0]:
             matrix[place] = 100 * cell.difference
             texts[place] = difference_text(cell, metric).replace(" (", "\n").rstrip(")").replace("-", "−")
-            bold |= {place} if cell.low is not None and not cell.low <= 0 <= cell.high else set()
+            if all(each.low is not None and not each.low <= 0 <= each.high for each in found if each):
+                bold.add(place)
     size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
     words = "transfer", "Trained together, minus trained alone", caption
     drawing, panels = _drawing(words, 1, size, margin, 1)

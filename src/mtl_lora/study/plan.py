@@ -202,7 +202,7 @@ class Plan:
         search = self.grid.search
         runs = [self._trial(name, value) for value in search.values]
         while all(job.is_finished for job in jobs_of(runs)):
-            best = min(runs, key=lambda run: (-run.mean, run.value)).value
+            best = min(runs, key=lambda run: (-round(run.mean, 12), run.value)).value  # equal up to the last bits
             further = search.beyond([run.value for run in runs], best)
             if further is None or len(runs) == len(search.values) + search.widen:
                 return runs, best

@@ -17,7 +17,7 @@ from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
 from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_tables
-from mtl_lora.results import Results, TaskNames
+from mtl_lora.results import Results, TaskNames, Trainable
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
 from mtl_lora.text_table import markdown_text
@@ -135,7 +135,7 @@ class StudyWriter:
             adapter = config.adapter_config(self.grid.tasks)
             facts |= {"method": adapter.method, "learning_rate": config.learning_rate, "adapters": len(first.jobs)}
             facts |= {"rank": adapter.rank if adapter.target_modules else None}
-            facts |= {"trainable": first.evaluations[0].trainable}
+            facts |= {"trainable": Trainable.mean([each.trainable for each in first.evaluations])}
             facts |= {"trained_on": [name for job in first.jobs for name in job.data["train"].records]}
         compared = self._against(found, experiment.baseline, experiment.name) if experiment.baseline else None
         against = compared and model.Differences(baseline=experiment.baseline, **compared)
