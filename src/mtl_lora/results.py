@@ -568,8 +568,8 @@ class Results:
         low: dict[tuple[str, ...], list[str]] = {}
         for each in evaluations:
             found += each.untrained_notes
-            known = {name: task for name, task in each.tasks.items() if None not in (task.majority, task.stderr)}
-            names = tuple(name for name, task in known.items() if task.value <= task.majority + 2 * task.stderr)
+            known = {name: task for name, task in each.tasks.items() if task.majority is not None}
+            names = tuple(name for name, task in known.items() if task.value <= task.majority + 2 * (task.stderr or 0))
             low.setdefault(names, []).append(each.name)
         words = "Not two standard errors above the majority class in"
         return found + [f"{words} {', '.join(tasks)}: {', '.join(rows)}." for tasks, rows in low.items() if tasks]

@@ -115,6 +115,9 @@ def test_a_note_names_the_tasks_that_are_not_above_the_majority_class_and_tells_
     assert note.startswith("Not two standard errors above the majority class in second: mtl_lora (")
     notes = table_of(changed(TUNED, tasks__first__value=0.65)).notes
     assert "Not two standard errors above the majority class in first, second: mtl_lora." in notes
+    # As a constant answer under Matthews: no resample of the questions gives another value.
+    notes = table_of(changed(TUNED, tasks__first__value=0.6, tasks__first__stderr=None)).notes
+    assert "Not two standard errors above the majority class in first, second: mtl_lora." in notes
     assert sum("from 4 bits" in note or "4-bit GGUF" in note for note in notes) == 1
 
 
@@ -149,6 +152,7 @@ def test_unparsed_answers_have_a_column_where_there_are_any(table_of):
     assert (rows["base"][-1], rows["silent"][-1], rows["majority class"][-1]) == ("75.0", "–", "–")
     assert (table.records[1]["unparsed"], table.records[2]["unparsed"]) == (0.75, None)
     assert table_of(changed(BASE, tasks__first__unparsed=0.5)).records[1]["unparsed"] is None  # of one task alone
+    assert table_of(said, changed(said, tasks__second=...)).records[2]["unparsed"] is None
     assert "Unparsed" not in table_of(changed(BASE, tasks__first__unparsed=0, tasks__second__unparsed=0)).markdown()
 
 
@@ -287,6 +291,7 @@ def test_csv_keeps_its_notes_off_the_output(write, capsys):
 
 def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, capsys):
     base, commonsense = write(BASE, "base"), write(COMMONSENSE_RESULTS, "commonsense")
+    other_metric = write(changed(COMMONSENSE_RESULTS, tasks__boolq__metric="matthews"), "other")
     broken, listed, missing = write("{", "broken"), write("[]", "listed"), tmp_path / "missing"
     mistakes = [
         ([], "results"),
@@ -298,6 +303,7 @@ def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, cap
         ([listed], "object"),
         ([base, commonsense], str(commonsense / "results.json")),
         ([base, "--published"], "--published"),
+        ([other_metric, "--published"], "accuracies"),
         ([base, "--difference"], "--difference"),
         ([base, "--output", base / "results.json" / "table.md"], str(base / "results.json" / "table.md")),
         ([base, "--output", base], "is a folder"),

@@ -233,8 +233,7 @@ def _transfer(study: Study) -> Iterator[Drawing]:
             if all(each.low is not None and not each.low <= 0 <= each.high for each in found if each):
                 bold.add(place)
     size, margin = (0.92 * len(columns), 0.46 * len(labels)), (_width(labels) + 1.4, 1.6)
-    words = "transfer", "Trained together, minus trained alone", caption
-    drawing, panels = _drawing(words, 1, size, margin, 1)
+    drawing, panels = _drawing(("transfer", "Trained together, minus trained alone", caption), 1, size, margin, 1)
     mesh = _heat_map(panels[0], matrix, labels, columns, max(1.0, float(np.nanmax(np.abs(matrix)))), texts, bold)
     drawing.figure.colorbar(mesh, ax=panels, **_BAR, label="percentage points")
     yield drawing

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mtl_lora.errors import UserError
@@ -40,10 +40,9 @@ class Row:
     trainable: Trainable | None = None
     delta_m: float | None = None
 
-    @property
-    def unparsed(self) -> float | None:
-        """The mean proportion of generated texts without an answer; None unless every task has it."""
-        found = [cell.measured.get("unparsed") for cell in self.cells.values()]
+    def unparsed(self, tasks: Iterable[str]) -> float | None:
+        """The mean proportion of generated texts without an answer; None unless every one of ``tasks`` has it."""
+        found = [self.cells[name].measured.get("unparsed") if name in self.cells else None for name in tasks]
         return statistics.fmean(found) if found and all(isinstance(value, float | int) for value in found) else None
 
     @property
@@ -65,7 +64,7 @@ class Row:
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
         record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
-        record["unparsed"] = self.unparsed
+        record["unparsed"] = self.unparsed(metrics)
         record |= {} if self.delta_m is None else {"delta_m": self.delta_m}
         found = []  # each result, then its columns
         for name, metric in metrics.items():
@@ -91,9 +90,10 @@ def build_table(
     TaskNames.require_one(results, "one table needs")
     TaskNames.require_one_measure((each.path, each.tasks) for each in [*results, *baselines])
     task_set, others = results[0].task_set, published_rows() if published else []
-    if published and set(task_set.names) != set(others[0].cells):
-        names = f"{results[0].path} has the tasks {', '.join(task_set.names)}"
-        raise UserError(f"--published has results of the commonsense tasks only, and {names}; leave the flag out")
+    measures = {task.metric for each in results for task in each.tasks.values()}
+    if published and (set(task_set.names), measures) != (set(others[0].cells), {"accuracy"}):
+        names = f"{results[0].path} has {', '.join(sorted(measures))} of the tasks {', '.join(task_set.names)}"
+        raise UserError(f"--published has accuracies of the commonsense tasks only, and {names}; leave the flag out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first; pass at least two files, not 1")
     tasks = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]
@@ -123,8 +123,8 @@ def _columns(rows: Sequence[Row], metrics: dict[str, str], task_set: TaskNames, 
     if one_unit(metrics.values()):
         columns.append((AVERAGE, [row.text(row.average) for row in rows]))
     # An unparsed answer is wrong in form, not in choice, so a gain of training may come from the format alone.
-    if any(row.unparsed for row in rows):
-        columns.append(("Unparsed", [value_text(row.unparsed) for row in rows]))
+    if any(unparsed := [row.unparsed(metrics) for row in rows]):
+        columns.append(("Unparsed", [value_text(value) for value in unparsed]))
     if has_delta_m:
         columns.append((DELTA_M, [value_text(row.delta_m, None, "delta_m", signed=True) for row in rows]))
     return columns
@@ -255,7 +255,7 @@ def details(results: Results) -> TextTable:
         average, n = average_of(tasks.values()), sum(task.n for task in tasks.values())
         majority = [task.majority for task in tasks.values()]
         majority = None if None in majority else statistics.fmean(majority)
-        measured = {"unparsed": Row("", "", tasks, average).unparsed}
+        measured = {"unparsed": Row("", "", tasks, average).unparsed(tasks)}
         found.append((AVERAGE, TaskResult(*metrics, average.value, average.stderr, n, majority, measured=measured)))
     for name, task in found:
         own = value_text(task.value, task.stderr, task.metric) + UNTRAINED * task.untrained

@@ -213,8 +213,8 @@ def notes(study: model.Study, grid: Grid, mode: str, refused: Mapping[str, str])
         f"Base model: {study.base_model}.{f' Mode: {mode}.' * bool(mode)} {units}{spread}.": True,
         "Differences: question by question, seed i against seed i (the base model against every seed); "
         f"{LEVEL} percentile intervals of {RESAMPLES:,} resamples of the questions within each task, seed {SEED}. They "
-        "say how far other questions could move a difference, not other seeds; "
-        "none where all are equal.": has_differences,
+        "say how far other questions could move a difference, not other seeds; none where all are equal. None is "
+        "widened for the number of comparisons.": has_differences,
         f"{OVER_SEEDS}: the mean of the averages' differences, seed i against seed i, with its {LEVEL} Student t "
         "interval: how far other seeds could move it, on the same questions. "
         f"{OVER_QUESTIONS}: as of the tasks.": study.compared_over_seeds,
