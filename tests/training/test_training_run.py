@@ -138,6 +138,12 @@ def test_own_tasks_are_trained_by_name(train, tmp_path):
     assert checkpoint.read_config(folder).adapter_config.tasks == ["sky", "free"]
 
 
+@pytest.mark.parametrize(("warmup", "steps", "said"), [(0.01, 1, True), (0.0, 1, False), (0.01, 2, False)])
+def test_a_run_that_only_warms_up_says_so(train, capsys, warmup, steps, said):
+    train("short", max_steps=steps, warmup_ratio=warmup)
+    assert ("learning rate 0, which trains nothing" in capsys.readouterr().err) == said
+
+
 @pytest.fixture
 def few(tmp_path) -> dict[str, str]:
     """Flags for twelve examples of a task, two of another and none of a third."""

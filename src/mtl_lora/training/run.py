@@ -265,9 +265,8 @@ class Run:
         if untrained:
             where = " in these steps" if any(counts[self.tasks[name].id] for name in untrained) else ""
             names = ", ".join(untrained)
-            self.log(
-                f"no training examples of {names}{where}: weights that only these tasks use keep their initial values"
-            )
+            kept = "keep their initial values" + " but for weight decay" * bool(config.weight_decay)
+            self.log(f"no training examples of {names}{where}: weights that only these tasks use {kept}")
         return untrained
 
     def _train(self, trainer: MultiTaskTrainer, from_checkpoint: Path | None) -> None:

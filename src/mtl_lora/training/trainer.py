@@ -391,7 +391,10 @@ class Progress(TrainerCallback):
 
     bar = tqdm(disable=True)  # an evaluation before any training also logs
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        if state.is_world_process_zero and state.max_steps == 1 and not any(lr_scheduler.get_last_lr()):
+            note = "the only step warms up, with learning rate 0, which trains nothing; pass --warmup_ratio 0"
+            tqdm.write(f"note: {note}", sys.stderr)
         shown, done = state.is_world_process_zero and sys.stderr.isatty(), state.global_step
         self.bar = tqdm(
             total=state.max_steps, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not shown
