@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ProphetNetConfig,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     ReformerConfig,
     RobertaConfig,
     XLNetConfig,
@@ -572,3 +574,15 @@ def test_cache_folder_that_cannot_be_made_names_the_variable(tmp_path, monkeypat
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"cannot be made .*; set MTL_LORA_CACHE"):
         assert BaseModel("smollm2-135m").path
+
+
+def test_a_mixture_of_experts_runs_in_float64(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "vocab_size": 50}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts_per_tok=2)).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 1, 4]])
+    with torch.no_grad():
+        found, expected = BaseModel(str(tmp_path)).load("fp64").eval()(ids).logits, model(ids).logits
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-5)

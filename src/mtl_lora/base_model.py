@@ -234,6 +234,8 @@ class BaseModel:
             raise UserError(
                 f"the model {self.name!r} lacks {len(missing)} of its weights, {missing[0]} among them; {kind.way_out}"
             )
+        if model.dtype == torch.float64 and "experts_implementation" not in options:
+            model.set_experts_implementation("eager")  # the default's grouped product of torch takes no float64
         return model
 
     def load_as(self, expected: str | None, source: str, **options) -> PreTrainedModel:
