@@ -211,6 +211,9 @@ def test_averages_by_group_follow_in_a_second_table_and_one_of_some_tasks_alone_
     assert rows["base"] == ["80.0 ± 2.1", "20.0 ± 2.8"]
     notes = table_of(changed(BASE, tasks__first__groups=GROUPS)).notes
     assert any("easy" in note and "first alone" in note for note in notes)
+    for other, count in ((TUNED, 0), (changed(grouped, tasks__second__groups={}), 2)):
+        notes = table_of(grouped, other).notes
+        assert sum("not of the same questions" in note for note in notes) == count  # easy and hard
 
 
 def test_the_difference_is_of_the_groups_that_both_rows_have(table_of):

@@ -203,10 +203,12 @@ def _question_notes(results: Sequence[Results], tasks: Sequence[str]) -> Iterato
 
 def _missing_notes(results: Sequence[Results], tasks: Sequence[str], groups: Sequence[str]) -> Iterator[str]:
     for group in groups:
-        having = {name for each in results for name, task in each.tasks.items() if group in task.groups}
-        names = [name for name in tasks if name in having]
+        having = [{name for name, task in each.tasks.items() if group in task.groups} for each in results]
+        names = [name for name in tasks if name in set().union(*having)]
         if len(names) < len(tasks):
             yield f"Group {group} is the average over {', '.join(names)} alone."
+        if any(own and own < {*names} and {*tasks} <= {*each.tasks} for own, each in zip(having, results, strict=True)):
+            yield f"Not every row has group {group} in the same tasks, so its averages are not of the same questions."
     if missing := [name for name in results[0].task_set.columns if name not in tasks]:
         yield f"Not evaluated: {', '.join(missing)}."
     for each in results:
@@ -227,9 +229,8 @@ def _row_notes(results: Sequence[Results], rows: Sequence[Row]) -> Iterator[str]
         )
     if "difference" in kinds:
         yield (
-            f"The difference is {last.name} (the last results file) minus {first.name} (the first), in percentage "
-            "points where values are in percent; its standard error treats the questions of the two rows as "
-            "independent."
+            f"The difference is {last.name} (the last file) minus {first.name} (the first), in percentage points where "
+            "values are in percent; its standard error treats the questions of the two rows as independent."
         )
 
 
