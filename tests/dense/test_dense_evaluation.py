@@ -13,7 +13,7 @@ import mtl_lora
 from mtl_lora import UserError, cli
 from mtl_lora.dense import Predictor
 from mtl_lora.dense import evaluate as evaluation
-from mtl_lora.dense.config import EvalConfig, PredictConfig, TrainConfig
+from mtl_lora.dense.config import EvalConfig, TrainConfig
 from mtl_lora.dense.sheet import map_of
 from mtl_lora.dense.tasks import Task
 from mtl_lora.dense.train import Collator, run
@@ -243,6 +243,8 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     assert (np.array(Image.open(tmp_path / "out/things/c.png")) == found[0]["things"]).all()
     assert np.allclose(np.load(tmp_path / "out/normal/b.npy"), found[1]["normal"], atol=1e-6)
     assert np.abs(np.array(Image.open(tmp_path / "out/front/a.png")) / 255 - found[0]["front"]).max() < 0.003
+    alone = Predictor(trained, batch_size=1).predict([inputs / "b.png"])[0]
+    assert all(np.allclose(alone[name], found[1][name], atol=1e-5) for name in alone)
     turned, exif = Image.open(inputs / "a.png"), Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter to the right
     turned.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
@@ -314,11 +316,6 @@ def test_a_map_has_the_likeliest_class_whatever_the_sign_of_its_scores():
 def test_flag_that_cannot_be_is_named(trained, folder, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         evaluated(trained, folder, tmp_path, **flags)
-
-
-def test_a_prediction_takes_no_batch_size():
-    with pytest.raises(UserError, match="batch_size has no effect"):
-        PredictConfig(checkpoint="run", input="images", output="maps", batch_size=4)
 
 
 @pytest.mark.slow(1)

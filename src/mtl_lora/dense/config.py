@@ -150,10 +150,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 class PredictConfig(PredictionFlags, AnswerConfig):
     """Everything that configures a prediction."""
 
-    idle = AnswerConfig.idle | {
-        "task": "has no effect with --system dense: every image gets the maps of all tasks",
-        "batch_size": "has no effect on a prediction with --system dense: images run one by one",
-    }
+    idle = AnswerConfig.idle | {"task": "has no effect with --system dense: every image gets the maps of all tasks"}
 
     input: str = flag(REQUIRED, "image, or folder of images")
     output: str = flag(REQUIRED, "folder for <task>/<image>.png or .npy, and sheet.png")

@@ -5,6 +5,7 @@ only with ``save_maps``.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from mtl_lora import artifacts, evaluation, files
 from mtl_lora.answer_config import AUTO
 from mtl_lora.config import is_number
 from mtl_lora.dense import model as dense
-from mtl_lora.dense.config import AnswerConfig, EvalConfig, PredictConfig, TrainConfig
+from mtl_lora.dense.config import MAPS, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.dense.data import DenseDataset, pixels_of
 from mtl_lora.dense.metrics import counts, task_result
 from mtl_lora.dense.sheet import map_of, rows_of, write_map, write_sheet
@@ -140,14 +142,22 @@ class Evaluator(evaluation.Evaluator):
         self, images: Sequence[str | Path | Image.Image]
     ) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]:
         """Yield each image as the model sees it (3, S, S), upright as its EXIF data say, and maps at its own size."""
-        size = self.image_size
-        for image in images:
-            opened = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(Path(image))
-            pixels, shape = pixels_of(opened, size)
-            shown = image_tensor(pixels, Warp(), size, shape)
+        first, *_ = self.tasks
+        for batch in self.batches([Question(first, index, "", "") for index in range(len(images))], MAPS):
+            read = {question.index: self._read(images[question.index]) for question in batch}
             self.load()
-            outputs = self.maps(shown[None])
-            yield shown, {task.name: map_of(task, outputs[task.name][0], shape) for task in self.tasks}
+            outputs = self.in_halves(functools.partial(self._outputs, read), batch, MAPS)
+            for (shown, shape), output in zip(read.values(), outputs, strict=True):
+                yield shown, {task.name: map_of(task, output[task.name], shape) for task in self.tasks}
+
+    def _read(self, image: str | Path | Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        opened = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(Path(image))
+        pixels, shape = pixels_of(opened, self.image_size)
+        return image_tensor(pixels, Warp(), self.image_size, shape), shape
+
+    def _outputs(self, read: Mapping[int, tuple], questions: Sequence[Question]) -> list[dict[str, torch.Tensor]]:
+        outputs = self.maps(torch.stack([read[question.index][0] for question in questions]))
+        return [dict(zip(outputs, rows, strict=True)) for rows in zip(*outputs.values(), strict=True)]
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         return self.in_halves(self._answers, questions, protocol)
@@ -228,7 +238,8 @@ def predict(config: PredictConfig) -> None:
         return
     rows, size = [], (evaluator.image_size,) * 2
     with files.atomic_directory(*output) as made:
-        for path, (shown, maps) in zip(paths, evaluator.predicted(paths), strict=True):
+        bar = tqdm(paths, unit=" images")
+        for path, (shown, maps) in zip(bar, evaluator.predicted(paths), strict=True):
             for task in evaluator.tasks:
                 write_map(maps[task.name], task, made / task.name / f"{path.stem}{task.suffix}")
             if len(rows) < config.sheet:
