@@ -225,7 +225,7 @@ def assert_alike(found: object, before: object, where: str) -> None:
 def test_the_report_reads_the_accuracies_of_a_results_file(folder):
     value = json.loads((Path(folder) / "results.json").read_text())
     tasks, average = scores(folder)
-    assert average == value["average"]["accuracy"]
+    assert average == pytest.approx(value["average"]["accuracy"], rel=1e-14)
     assert tasks == {
         name: {
             **{key: task.get(key) for key in ("accuracy", "n", "majority")},

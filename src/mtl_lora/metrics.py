@@ -227,10 +227,10 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
     """
 
     def error(values: Sequence[float]) -> float:
-        center = sum(values) / len(values)
-        return math.sqrt(sum((value - center) ** 2 for value in values)) / len(values)
+        center = statistics.fmean(values)
+        return math.sqrt(math.fsum((value - center) ** 2 for value in values)) / len(values)
 
-    center = sum(values) / len(values)
+    center = statistics.fmean(values)  # sum rounds in another way from Python 3.12 on
     if {*values} <= {0, 1}:
         return center, proportion_error(center, len(values))
     return center, max(error(values), error([*values, 0, 0, 1, 1]))

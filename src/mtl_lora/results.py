@@ -290,7 +290,7 @@ def average_of(results: Iterable[TaskResult]) -> Average:
         groups.setdefault(name, []).append(group)
     errors, count = [result.stderr for result in results], len(results)
     error = None if None in errors else math.hypot(*errors) / count
-    mean = sum(result.value for result in results) / count
+    mean = statistics.fmean(result.value for result in results)
     return Average(mean, error, count, {name: average_of(parts) for name, parts in groups.items()})
 
 
