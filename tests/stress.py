@@ -130,9 +130,14 @@ class Forked:
 
 
 def start_forked(command: list[str], output, slot: dict) -> Forked:
-    """In place of ``runner.start``: a fork of the study, which has its locks as any child."""
+    """In place of ``runner.start``: a fork of the study that holds the study's claims, as its commands do."""
     words = command[command.index("mtl_lora") + 1 :]
-    return Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
+    claims = [os.dup(number) for number in slot.get("pass_fds", ())]  # the originals are closed in a fork
+    try:
+        return Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
+    finally:
+        for number in claims:
+            os.close(number)
 
 
 PREFIX = "stress."  # of the working folder

@@ -176,22 +176,25 @@ def test_folder_is_replaced_where_the_system_cannot_swap_two(tmp_path, monkeypat
 
 # ---- one command at a time ----
 
+# The fork is as a worker of a data loader, which lives on for seconds after a kill of the command.
 HOLDS = """
-import sys, time
+import os, sys, time
 from mtl_lora import files
 with files.claimed(sys.argv[1]):
-    print(1, flush=True)
+    if not os.fork():
+        print(1, flush=True)
     time.sleep(60)
 """
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that has claimed tmp_path/out."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path / "out")], stdout=subprocess.PIPE)
+    """A process that has claimed tmp_path/out and has a fork."""
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline() == b"1\n"
     yield process
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -27,6 +27,17 @@ os.umask(UMASK)
 
 
 _RANDOM = "[!.]" * 8  # glob of the random part that tempfile puts between prefix and suffix
+_claims: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _leave_claims_to_parent() -> None:
+    # The workers of a data loader outlive a killed command by seconds, for which they would keep its locks.
+    while _claims:
+        os.close(_claims.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_claims_to_parent)
 
 
 @contextlib.contextmanager
@@ -36,8 +47,8 @@ def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
     The claim is a lock (flock) on ``.NAME.lock`` beside the output, which the system releases however the process ends.
     If the parent folder is not writable or is another file system, the output folder itself is locked. If locks are not
     available, a note on stderr says so. Files that a killed command left half-written beside the output are
-    removed. In a distributed launch only the first process claims the output. Yields a list with the lock's descriptor,
-    for child processes that must hold it too.
+    removed. In a distributed launch only the first process claims the output. Forks of the process do not hold the
+    claim. Yields a list with the lock's descriptor, for commands that must hold it too.
 
     wait: wait for the command that holds the lock, in every process. Otherwise raises ``UserError`` if another command
     holds it.
@@ -48,17 +59,20 @@ def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
     output = Path(output).resolve()
     made = [folder for folder in output.parents if not folder.exists()]
     descriptor, beside, held = _locked(output, wait)
+    _claims.add(descriptor)
     try:
         if held:
             remove_leftovers(output)
         yield [descriptor]
     finally:
-        if beside:
-            beside.unlink(missing_ok=True)  # while it is still locked, see ``_locked``
-        os.close(descriptor)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        if descriptor in _claims:  # not in a fork
+            _claims.remove(descriptor)
+            if beside:
+                beside.unlink(missing_ok=True)  # while it is still locked, see ``_locked``
+            os.close(descriptor)
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:

@@ -135,6 +135,16 @@ def test_what_cannot_be_is_refused(tiny_base, records_file, cache_dir, tmp_path,
         adapter_name="none", modules_to_save="haed"
     )
     assert "q_proj is both in target_modules and in modules_to_save" in refused(modules_to_save="*")
+    both = {"modules_to_save": "*", "lora_target_modules": "all-linear"}
+    assert "no linear layer that modules_to_save leaves" in refused(**both)
+
+
+def test_flags_of_an_adapter_are_named_as_unread(train, capsys):
+    flags = {"adapter_name": "none", "modules_to_save": ["lm_head"], "max_steps": 1}
+    train("none", **flags, lora_dropout=0.4, lora_r=5)
+    assert "none does not read --lora_dropout, --lora_r\n" in capsys.readouterr().err
+    train("lora", **flags | {"adapter_name": "lora"}, lora_dropout=0.4, lora_r=5)
+    assert "does not read --lora_" not in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_evaluated_analysed_and_exported(train, tiny_base, tmp_path):

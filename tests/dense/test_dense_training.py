@@ -229,6 +229,18 @@ def test_epoch_reaches_the_augmentation(tmp_path):
     assert torch.equal(data[1]["image"], data.item(1, 2)["image"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"length_pool": 1}, "--length_pool has no effect"),
+        ({"lr_scheduler_type": "linear", "min_lr_rate": 0.1}, "--min_lr_rate has no effect"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(swin, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        TrainConfig(base_model=swin, data_path=str(make_folder(tmp_path)), **flags)
+
+
 def test_defaults_are_those_of_the_original(swin, tmp_path):
     """300 epochs with 20 of warm-up, from 5e-7 to 5e-4 and down to 5e-6; scale 4 (arXiv 2403.20320)."""
     config = TrainConfig(base_model=swin, data_path=str(make_folder(tmp_path)), output_dir=str(tmp_path / "run"))

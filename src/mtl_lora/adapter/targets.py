@@ -50,6 +50,8 @@ def find_targets(
         left_out = {*saved, output_head(model), *without_task, *unusable}
         left_out |= {module for name, module in linears if needs_task_ids and is_expert(name)}
         targets = _first_names((name, module) for name, module in linears if module not in left_out)
+        if not targets and any(module in saved for _, module in linears):
+            raise UserError("'all-linear' finds no linear layer that modules_to_save leaves; name fewer modules there")
         if not targets:
             raise UserError("'all-linear' finds no linear layer to adapt in this model")
     else:

@@ -18,6 +18,7 @@ _NOT_FOR_DENSE = (
     "task",
     "cache_dir",
     "token_budget",
+    "length_pool",
     "sampling_temperature",
     "val_set_size",
     "load_in_4bit",
@@ -82,6 +83,8 @@ class TrainConfig(TrainingConfig):
     def validate(self) -> None:
         if self.drop_path is not None:
             self.require("drop_path", "at least 0 and below 1", 0 <= self.drop_path < 1)
+        if self.lr_scheduler_type != "cosine" and self.min_lr_rate != TrainConfig.min_lr_rate:
+            raise UserError("--min_lr_rate has no effect without --lr_scheduler_type cosine; leave it out")
         super().validate()
 
     def check_files(self) -> None:

@@ -243,7 +243,9 @@ class Run:
             own = str(error).split(maxsplit=1)[0].rstrip(":") in {flag.name for flag in type(config).flags()}
             raise UserError(f"--{error}" if own else f"--lora_target_modules: {error}") from None
         given = {flag.name for flag in config.flags() if getattr(config, flag.name) != flag.default}
-        if idle := sorted(given & self.unread):
+        of_adapters = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"}
+        unread = self.unread if layer_class(self.adapter.method).adapts else self.unread | of_adapters
+        if idle := sorted(given & unread):
             notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         return notes
 
