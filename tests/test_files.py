@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from mtl_lora import files
+from mtl_lora import artifacts, files
 from mtl_lora.errors import EXIT_CODE, UserError, user_errors_to_exit_code
 
 
@@ -437,3 +437,23 @@ def test_fault_of_the_program_keeps_its_traceback():
     with pytest.raises(ValueError, match="a bug") as caught, user_errors_to_exit_code():
         raise ValueError("a bug")
     assert type(caught.value) is ValueError
+
+
+# ---- the files of a training and of an evaluation ----
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_and_only_complete_ones_count(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-2", "checkpoint-best", "checkpoint-8a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / artifacts.RESUME_STATE).touch()
+    (tmp_path / "checkpoint-11").mkdir()
+    assert [path.name for path in artifacts.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (2, 9, 10, 100)]
+
+
+def test_an_evaluation_is_removed_whole_and_what_lies_beside_it_stays(tmp_path):
+    kept = {"run.json", "mtl_lora.safetensors", "train_log.jsonl", "maps/depth/1.npy"}
+    gone = {"results.json", "settings.json", "sheet.png", "pictures.html", "predictions/boolq.jsonl"}
+    for name in kept | gone:
+        files.write_text(tmp_path / name, "")
+    artifacts.remove_evaluation(tmp_path)
+    assert everything(tmp_path).keys() == kept

@@ -252,6 +252,13 @@ def test_without_spread_there_is_no_standard_error(name):
     assert value == pytest.approx(1) and error > 0.2  # two questions: half of all resamples are of one alone
 
 
+@pytest.mark.parametrize("name", ["pearson", "spearman", "pearson_and_spearman"])
+def test_spread_of_rounding_alone_is_no_standard_error(name):
+    targets = [number / 7 for number in range(50)]
+    value, error = of(METRICS[name], [0.1 * target + 0.7 for target in targets], targets)
+    assert value == pytest.approx(1) and error is None
+
+
 def test_a_predictor_that_is_constant_but_for_rounding_has_no_correlation():
     pearson, targets = METRICS["pearson"], [1e6, 2e6] * 25
     for predictions in ([0.1 + 0.2, 0.3] * 25, [1 / 3] * 50):

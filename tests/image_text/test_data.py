@@ -266,7 +266,29 @@ def test_rows_come_from_the_cache_unless_what_shapes_them_changes(bart, causal, 
     for other in (encoder_of(causal), encoder_of(bart, cutoff_len=31)):
         training_rows(path, other, tmp_path)
     assert len(list(tmp_path.glob("*.arrow"))) == 3
+    other = encoder_of(bart)
+    other.is_encoder_decoder = False  # a causal model with the same tokenizer
+    training_rows(path, other, tmp_path)
+    other = encoder_of(bart)
+    other.tokenizer.add_tokens(["zebra"])
+    training_rows(path, other, tmp_path)
+    assert len(list(tmp_path.glob("*.arrow"))) == 5
     assert len(rows) == len(load_examples(path, SET)) == 3 * len(examples("vqa", 16))
+
+
+def test_the_length_of_a_row_is_with_its_longest_answer(bart, tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{"image": "p0", "text": "what?", "answers": {"box": 1, "a red box": 0.5}}]))
+    (row,) = training_rows(path, encoder_of(bart), tmp_path, "vqa")
+    short, long = map(len, row["answers"])
+    assert short < long and row["length"] == len(row["prompt_ids"]) + long
+
+
+def test_a_file_that_names_no_task_is_not_taken_from_the_cache_as_of_another_one(bart, tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{"image": "p0", "text": "a box", "answer": "true"}]))
+    rows = [training_rows(path, encoder_of(bart), tmp_path, task) for task in ("vqa", "nlvr")]
+    assert [each["task_id"][0] for each in rows] == [0, 1]
 
 
 @pytest.mark.parametrize("model", ["bart", "causal"])

@@ -259,16 +259,18 @@ def test_images_that_cannot_be_read_are_named(refused, images, tmp_path, monkeyp
     for number, size in enumerate(((60, 30), (90, 90))):  # Pillow warns of the first and refuses the second
         picture(images / f"huge_{number}.png", 0, size)
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(images / "deep.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(images / "float.tif")
     sentence = refused()
     for words in (
         "text.png is not an image",
         "huge_0.png has more than 1,500",
         "huge_1.png has more",
         "deep.png has more than 8",
+        "float.tif has more than 8",
     ):
         assert words in sentence
     assert "a.JPG" not in sentence
-    for name in ("text.png", "huge_0.png", "huge_1.png", "deep.png"):
+    for name in ("text.png", "huge_0.png", "huge_1.png", "deep.png", "float.tif"):
         (images / name).unlink()
     cut = (images / "a.JPG").read_bytes()[:-600]
     (images / "a.JPG").write_bytes(cut)
@@ -289,7 +291,10 @@ def test_models_and_outputs_that_do_not_fit_are_refused(refused, images, vision,
     output = features(images, tmp_path / "out.h5", vision("dinov2"))
     assert "images of 28 pixels; pass --overwrite" in refused(size=42)
     assert "another model, " + vision("dinov2") in refused("clip")
-    picture(images / "f.png", 7)
+    added = picture(images / "f.png", 7)
+    assert "other images" in refused()
+    added.unlink()
+    (images / "e.png").rename(images / "z.png")  # the same pictures in the same order
     assert "other images" in refused()
     foreign = tmp_path / "notes.h5"
     foreign.write_text("mine")

@@ -50,6 +50,8 @@ def test_fingerprint_is_of_ids_and_features_not_of_files(both, tmp_path):
     other = write(tmp_path / "other.h5", {"a": random(1), "b.1": random(3)})
     assert FeatureStore([both[1], other]).fingerprint != first
     assert FeatureStore([moved]).fingerprint != first
+    renamed = write(tmp_path / "renamed.h5", {"a": random(1), "b.2": random(0)})
+    assert FeatureStore([both[1], renamed]).fingerprint != first
 
 
 def test_check_names_all_that_is_wrong_at_once(tmp_path):

@@ -48,6 +48,7 @@ LINES = {
     "flag of another system": ("evaluate --checkpoint= --base_model=bart --no_images", ["--system image_text"]),
     "no way to see": ("evaluate --checkpoint= --system=image_text --base_model=bart", ["--no_images", "--checkpoint"]),
     "features of another model": ("evaluate --features=wide.h5", ["wide.h5", "3 x 3", "5 numbers", "8"]),
+    "features of another grid": ("evaluate --features=coarse.h5", ["coarse.h5", "2 x 2", "3 x 3", "8 numbers"]),
     "features of another vision model": ("evaluate --features=other.h5", ["other.h5", "bbb at 98 pixels", "aaa at 98"]),
     "two vision models": (
         "train --features=features.h5,more.h5",
@@ -55,6 +56,8 @@ LINES = {
     ),
     "features and none": ("evaluate --no_images --features=features.h5", ["--no_images", "--features"]),
     "two ablations": ("evaluate --no_images --shuffle_images", ["--no_images", "--shuffle_images"]),
+    "page without pictures": ("evaluate --page=3", ["--page N", "--pictures DIR"]),
+    "pictures without a page": ("evaluate --pictures=.", ["--page N", "--pictures DIR"]),
     "image in a test set": ("evaluate --data_dir=lost", ["lost/vqa/test.json", "'p99'"]),
     "no right answer": ("evaluate --data_dir=open", ["open/vqa/test.json, example 1", "no answer"]),
     "one image to shuffle": ("evaluate --shuffle_images --data_dir=single --tasks=vqa", ["vqa", "one image"]),
@@ -85,6 +88,7 @@ def inputs(trained, bart, pictures, tmp_path_factory) -> Path:
     write(folder / "unnamed.json", [{"image": "p0", "text": "red?"}])
     write(folder / "long.json", [NLVR | {"text": "red box " * 90}])
     write_features(folder / "wide.h5", dim=5)
+    write_features(folder / "coarse.h5", grid=2)
     write_features(folder / "other.h5", made_by="bbb")
     write_features(folder / "more.h5", images=["p77"], made_by="bbb")
     for name, cells in {"oblong": 7, "mixed": 4}.items():

@@ -288,6 +288,13 @@ def test_a_text_is_cut_where_the_training_cut_it(trained, pictures, tmp_path):
     assert evaluator.encoder.cutoff_len == evaluator.settings("answer")["cutoff_len"] == 20
 
 
+def test_a_question_about_another_picture_is_another_question(trained, pictures):
+    evaluator = Predictor(trained["bart"], features=[str(pictures / "features.h5")]).evaluator
+    asked = [{"image": image, "text": "what is it?"} for image in ("p0", "p1", "p0")]
+    first, other, again = (each.prompt_sha256 for each in evaluator.to_predict(asked, "input", "vqa")["answer"])
+    assert first == again != other
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_model_alone_reads_the_text(kind, bart, causal, pictures, tmp_path):
     flags = ["--system=image_text", f"--base_model={dict(zip(KINDS, (bart, causal), strict=True))[kind]}"]

@@ -458,10 +458,11 @@ def tasks_file(folder: Path, *tasks: dict) -> str:
     return str(folder / "tasks.json")
 
 
-@pytest.mark.parametrize("tasks", [["piqa", "boolq"], ["boolq", "piqa"]], ids=["other order", "fewer"])
-def test_an_adapter_never_answers_for_tasks_that_are_not_its_own(evaluate, saved, tasks):
+@pytest.mark.parametrize("tasks", [["piqa", "boolq"], ["boolq"]], ids=["other order", "fewer"])
+def test_an_adapter_never_answers_for_tasks_that_are_not_its_own(evaluate, saved, tmp_path, tasks):
+    flags = {"tasks_file": tasks_file(tmp_path, MOODS, PAIRS), "template": "plain", "cutoff_len": 200}
     with pytest.raises(UserError, match=f"has weights for the tasks {', '.join(tasks)}, in this order"):
-        evaluate("out", checkpoint=saved(tasks))
+        evaluate("out", checkpoint=saved(tasks), **flags)
 
 
 def test_an_evaluation_keeps_doras_norms(tiny_base, tmp_path):

@@ -24,6 +24,8 @@ EXAMPLES = {
     "not a number": (CLOSENESS | {"label": float("nan")}, ["example 1", "nan", "1 to 5"]),
     "infinite": (CLOSENESS | {"label": "inf"}, ["'inf'", "1 to 5"]),
     "a word for a number": (CLOSENESS | {"label": "much"}, ["'much'", "1 to 5"]),
+    "true for a number": (CLOSENESS | {"label": True}, ["example 1", "True", "1 to 5"]),
+    "a list for a number": (CLOSENESS | {"label": [3]}, ["example 1", "[3]", "1 to 5"]),
     "end of the range as a word": (CLOSENESS | {"label": "5"}, []),
     "unknown task": (TONE | {"task": "mood"}, ["example 1", "'mood'", "tone 0"]),
     "no text": (TONE | {"text": " \t"}, ["example 1", "'text' is empty"]),
@@ -55,6 +57,7 @@ TASKS = {
     "one label": ({"labels": ["sad"]}, ["'tone'", "two different labels"]),
     "metric of numbers": ({"metric": "pearson"}, ["'pearson'", "matthews"]),
 }
+ALONE = "evaluate --checkpoint= --system=nlu --base_model=encoder --tasks_file=tasks.json"
 # A command line, completed, -> facts.
 LINES = {
     "cutoff beyond the positions": ("train --cutoff_len=64", ["40 positions", "--cutoff_len 64"]),
@@ -70,6 +73,11 @@ LINES = {
     "unknown task": ("evaluate --tasks=mood", ["'mood'", "tone 0"]),
     "no examples of a task": ("evaluate --data_dir=empty", ["empty/tone/test.json", "no examples"]),
     "label in a test set": ("evaluate --data_dir=wrong", ["wrong/tone/test.json, example 0", "'angry'"]),
+    "class without a checkpoint": (f"{ALONE} --tasks=place", ["regression tasks on pairs", "place is not one"]),
+    "single texts without a checkpoint": (
+        f"{ALONE} --tasks=closeness --data_dir=unpaired",
+        ["regression tasks on pairs", "closeness is not one"],
+    ),
     "no head of a task": ("evaluate --checkpoint=headless", ["headless", "classifier.1.weight"]),
     "head of another size": ("evaluate --checkpoint=narrow", ["narrow", "classifier.0.weight"]),
     "prediction of no task": ("predict --input=test/tone/unnamed.json", ["example 0", "'task_id'", "tone 0"]),
@@ -107,6 +115,7 @@ def inputs(trained, encoder, glue, tmp_path_factory) -> Path:
     for name, content in {"empty": [], "wrong": [TONE | {"label": "angry"}]}.items():
         shutil.copytree(folder / "test", folder / name)
         write(folder / name / "tone" / "test.json", content)
+    write(folder / "unpaired" / "closeness" / "test.json", [{**CLOSENESS, "text_b": None}])
     broken(folder, "headless", {"classifier.1.weight": None, "classifier.1.bias": None})
     broken(folder, "narrow", {"classifier.0.weight": slice(0, 1)})
     return folder

@@ -166,7 +166,8 @@ def test_an_encoder_alone_answers_by_the_cosine_of_mean_pooled_embeddings(encode
         first, second = (model(**text).last_hidden_state[0].mean(dim=0) for text in texts)
         cosine = F.cosine_similarity(first, second, dim=0).item()
         assert line["parsed"] == pytest.approx(1 + 4 * cosine, abs=1e-5)
-    assert results(tmp_path / "cosine")["method"] is None
+    found = results(tmp_path / "cosine")
+    assert found["method"] is None and found["settings"]["cutoff_len"] == 32
 
 
 @pytest.mark.slow(1)

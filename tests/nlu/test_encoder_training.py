@@ -157,6 +157,17 @@ def test_rows_of_other_settings_are_not_taken_from_the_cache(encoder, glue, tmp_
     assert len([*tmp_path.glob("*.arrow")]) == 3 and rows()[:] == first[:] and len([*tmp_path.glob("*.arrow")]) == 3
 
 
+def test_rows_of_another_tokenizer_or_task_are_not_taken_from_the_cache(encoder, tmp_path):
+    path, tasks, found = tmp_path / "train.json", TaskSet.from_json(LABELLED), []
+    path.write_text(json.dumps([{"text": "zebra", "label": 1}]))
+    for task, more in (("tone", []), ("place", []), ("tone", ["zebra"])):
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        tokenizer.add_tokens(more)
+        (row,) = training_rows(path, tokenizer, 32, tasks, tmp_path, task)
+        found.append((row["task_id"], row["input_ids"]))
+    assert [task_id for task_id, _ in found] == [0, 2, 0] and found[0][1] == found[1][1] != found[2][1]
+
+
 def test_numbers_of_another_range_are_not_taken_from_the_cache(encoder, glue, tmp_path):
     tokenizer, found = AutoTokenizer.from_pretrained(encoder), []
     for high in (5, 9):

@@ -36,7 +36,7 @@ FILES = {
     ],
     "vqa/v2_mscoco_val2014_annotations.json": {
         "annotations": [
-            {"question_id": number, "answers": [{"answer": answer} for answer in ["two", "2"] + ["a few"] * 8]}
+            {"question_id": number, "answers": [{"answer": answer} for answer in ["two", "2", " "] + ["a few"] * 7]}
             for number in (2, 3, 4)
         ]
     },
@@ -107,7 +107,7 @@ def test_four_tasks_become_examples_that_training_reads_with_features(run, world
     assert (len(store), store.grid, store.dim) == (36, 2, 3)
 
     vqa = {part: [example for example in found if example["task"] == "vqa"] for part, found in sets.items()}
-    answers = ["two", "2"] + ["a few"] * 8
+    answers = ["two", "2", " "] + ["a few"] * 7
     assert vqa == {
         "train": [
             {

@@ -242,6 +242,8 @@ def test_delta_m_is_relative_to_single_task_results(tmp_path, capsys):
         ([*alone[:3], str(write("zero", [("normals", 0)]))], "needs baselines above 0"),
     ]
     mistakes = [([together, "--baselines", ",".join(given)], fact) for given, fact in mistakes]
+    over_a_baseline = [together, "--baselines", ",".join(alone), "--output", alone[0]]
+    mistakes.append((over_a_baseline, "would be lost"))
     # A metric of a later version: nothing says whether more of it is better.
     later = {"normals": {"metric": "ndcg", "value": 0.5, "stderr": 0.01, "n": 9}}
     ours, theirs = (str(write(name, [("normals", 0)], tasks=later)) for name in ("ours", "theirs"))

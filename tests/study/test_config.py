@@ -69,10 +69,13 @@ BAD = [
         [OTHER, "'Own'", "nothing is searched"],
     ),
     (grid(search={**SEARCH, "values": [0.1]}), ["search", "values", "at least two"]),
+    (grid(search={**SEARCH, "records": -1}), ["search", "records", "-1"]),
+    (grid(search={**SEARCH, "widen": -1}), ["search", "widen", "-1"]),
     (grid(search={**SEARCH, "flag": "rate"}), ["search", "unknown key 'rate'"]),
     (grid(search={**SEARCH, "flag": "seed"}), ["search", "seed", "set by the study"]),
     (grid(search={**SEARCH, "train": {"cutoff_len": 9}}), ["search", "cutoff_len", "equal for all"]),
     (grid(search={**SEARCH, "data_dir": GRID["evaluate"]["data_dir"]}), ["search", "test sets", "development"]),
+    (grid(search={**SEARCH, "data_dir": f"{GRID['evaluate']['data_dir']}/../test/"}), ["search", "development set"]),
 ]
 
 

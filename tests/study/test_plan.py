@@ -256,6 +256,11 @@ def test_configuration_differs_only_where_a_result_could(tmp_path, step, flags, 
     assert now.changes(json.loads(json.dumps(before.configuration))) == changed
 
 
+def test_another_launcher_is_another_configuration(tmp_path):
+    before, now = job_of(tmp_path, grid()), job_of(tmp_path, grid(launcher="torchrun --nproc_per_node 2"))
+    assert now.changes(before.configuration) == {"launcher": ("python", "torchrun --nproc_per_node 2")}
+
+
 def test_flag_that_a_later_version_added_did_what_its_default_does(tmp_path):
     job, key = job_of(tmp_path, grid()), "train.use_rslora"
     earlier = {name: value for name, value in job.configuration.items() if name != key}

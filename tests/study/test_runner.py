@@ -96,6 +96,14 @@ def test_training_is_kept_where_the_evaluation_alone_differs(job, tmp_path):
     assert other.state is None, "a training that did not end is not kept"
 
 
+def test_training_is_not_kept_where_it_differs_beside_the_evaluation(job, tmp_path):
+    finish(job, RIGHT)
+    value = with_flags("evaluate", mode="generate")
+    value["train"]["lora_r"] = 8
+    other = job_of(tmp_path, value)
+    assert other.state is None and "repeat it" in refusal(other)
+
+
 @pytest.mark.parametrize("held", ["thesis.tex", "chapter/thesis.tex", "boolq/job.json"])
 def test_folder_with_anything_but_the_job_is_refused_and_never_deleted(job, held):
     path = job.folder / held
@@ -169,6 +177,21 @@ def test_a_half_done_evaluation_begins_anew_where_it_is_to_be_overwritten(job, s
         list(execute_all(once(job), [{}], overwrite))
     assert job.state.starts == {"train": 1, "evaluate": 2} and (job.folder / "mtl_lora.safetensors").is_file()
     assert (job.folder / "predictions").exists() != overwrite
+
+
+def test_a_kill_while_a_folder_is_emptied_leaves_no_job_that_counts_as_finished(job, tmp_path, monkeypatch):
+    finish(job, RIGHT)
+    now = job_of(tmp_path, with_flags(lora_r=8))
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.shutil, "rmtree", killed)
+    monkeypatch.setattr(type(job.folder), "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        next(runner.execute(now, {}))
+    assert (job.folder / "results.json").is_file() and not job.is_finished and not now.is_finished
+    assert job.state.seconds == {}
 
 
 def test_answers_of_weights_that_are_gone_go_before_they_are_trained_again(job, script):

@@ -101,6 +101,17 @@ def test_results_that_cannot_be_compared_are_a_note_and_not_the_end_of_a_study(t
     assert "Not compared: Base - LoRA (" in (tmp_path / "study" / "table.md").read_text()
 
 
+def test_runs_that_measure_a_task_by_other_metrics_are_in_no_study(tmp_path, edit_json):
+    plan = plan_of(tmp_path, grid(**TWO))
+    runs = finished(plan, RIGHT)
+    path = runs[-1].jobs[0].folder / "results.json"
+    tasks = json.loads(path.read_text())["tasks"]
+    edit_json(path, tasks=tasks | {"piqa": tasks["piqa"] | {"metric": "exact_match"}}, average=None)
+    with pytest.raises(UserError, match=r"measures piqa by accuracy .* by exact_match"):
+        StudyWriter(plan).write(runs)
+    assert not (tmp_path / "study" / "study.json").exists()
+
+
 def test_a_difference_that_can_be_made_again_is_no_longer_said_to_be_missing(tmp_path, edit_json):
     plan = plan_of(tmp_path, grid(**TWO))
     runs, writer, found = finished(plan, RIGHT), StudyWriter(plan), []
