@@ -123,10 +123,13 @@ class Forked:
         """End a command, and what it has started; each writes where it was to ``STACKS``."""
         pids = [self.pid]
         for pid in pids:
-            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            with contextlib.suppress(OSError):
+                pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
         for pid in pids[::-1]:
-            os.kill(pid, signal.SIGUSR1)
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGUSR1)
         os.waitpid(self.pid, 0)
+        self.returncode = -signal.SIGUSR1
 
 
 def start_forked(command: list[str], output, slot: dict) -> Forked:

@@ -59,13 +59,14 @@ def claimed(output: str | Path, wait: bool = False) -> Iterator[list[int]]:
     output = Path(output).resolve()
     made = [folder for folder in output.parents if not folder.exists()]
     descriptor, beside, held = _locked(output, wait)
+    owner = os.getpid()
     _claims.add(descriptor)
     try:
         if held:
             remove_leftovers(output)
         yield [descriptor]
     finally:
-        if descriptor in _claims:  # not in a fork
+        if os.getpid() == owner:  # not in a fork
             _claims.remove(descriptor)
             if beside:
                 beside.unlink(missing_ok=True)  # while it is still locked, see ``_locked``

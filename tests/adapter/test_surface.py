@@ -79,6 +79,9 @@ def pickled(model: nn.Module) -> nn.Module:
 def test_generate_refuses_ids_by_token_and_padding_on_the_right(options, message):
     with pytest.raises(UserError, match=message):
         adapted_llama().generate(tokens(2), **options)
+    if options.keys() == {"task_ids"}:
+        with pytest.raises(UserError, match=message), route.use(options["task_ids"]):
+            adapted_llama().generate(tokens(2))
 
 
 # ---- copies, and what is left when the adapter is gone ----

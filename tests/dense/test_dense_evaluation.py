@@ -243,7 +243,7 @@ def test_prediction_writes_maps_at_the_size_of_each_image(trained, tmp_path, cap
     assert (np.array(Image.open(tmp_path / "out/things/c.png")) == found[0]["things"]).all()
     assert np.allclose(np.load(tmp_path / "out/normal/b.npy"), found[1]["normal"], atol=1e-6)
     assert np.abs(np.array(Image.open(tmp_path / "out/front/a.png")) / 255 - found[0]["front"]).max() < 0.003
-    alone = Predictor(trained, batch_size=1).predict([inputs / "b.png"])[0]
+    alone = Predictor(trained, batch_size=1).predict(path for path in [inputs / "b.png"])[0]
     assert all(np.allclose(alone[name], found[1][name], atol=1e-5) for name in alone)
     turned, exif = Image.open(inputs / "a.png"), Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter to the right

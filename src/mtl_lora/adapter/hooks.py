@@ -73,7 +73,8 @@ def _start_watch(model: nn.Module) -> None:
             injection.watch = CallWatch(model)
             for handle in injection.norm_handles:  # of a forward that raised
                 handle.remove()
-            # They stay: a later batch may reach other norms, and a later train() undoes an eval().
+            # They stay, and refuse any forward in training mode from now on: a later batch may reach other norms, and a
+            # later train() undoes an eval(). Not from ``inject`` on, since norms may still be replaced (SyncBatchNorm).
             injection.norm_handles = [
                 norm.register_forward_pre_hook(functools.partial(_refuse_drifting_averages, name))
                 for name, norm in _frozen_norms(model)

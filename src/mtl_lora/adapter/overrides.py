@@ -50,7 +50,7 @@ class Generate(Override):
         if is_decoder and mask.dim() == 2 and not mask[:, -1].all():
             raise UserError('generate would continue after padding; pad on the left: tokenizer.padding_side = "left"')
         route = routing.current() if task_ids is None else routing.Route(task_ids)
-        if task_ids is not None and route.by_token:
+        if route is not None and route.by_token:
             raise UserError("generate takes task_ids of shape (batch,), one for each row: new tokens have no ids")
         with routing.RouteContext(route):
             return self.original(*arguments, **options)

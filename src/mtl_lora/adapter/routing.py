@@ -88,7 +88,7 @@ class Route:
     def by_token(self) -> bool:
         """Whether every token has an id of its own, shape (B, L)."""
         rows = self.task_ids
-        return not all(isinstance(row, str) for row in rows) if isinstance(rows, list) else rows.dim() == 2
+        return any(isinstance(row, list | tuple) for row in rows) if isinstance(rows, list) else rows.dim() == 2
 
     def repeated(self, repeats: int) -> "Route":
         """Return the route of a batch in which every row is repeated ``repeats`` times (beam search)."""

@@ -142,11 +142,12 @@ class Evaluator(evaluation.Evaluator):
         self, images: Sequence[str | Path | Image.Image]
     ) -> Iterator[tuple[torch.Tensor, dict[str, np.ndarray]]]:
         """Yield each image as the model sees it (3, S, S), upright as its EXIF data say, and maps at its own size."""
-        first, *_ = self.tasks
-        for batch in self.batches([Question(first, index, "", "") for index in range(len(images))], MAPS):
+        images, task = list(images), next(iter(self.tasks))  # one forward gives the maps of all tasks
+        for batch in self.batches([Question(task, index, "", "") for index in range(len(images))], MAPS):
             read = {question.index: self._read(images[question.index]) for question in batch}
             self.load()
             outputs = self.in_halves(functools.partial(self._outputs, read), batch, MAPS)
+            # Maps one image at a time: they have its own size, which may be a hundred times the model's.
             for (shown, shape), output in zip(read.values(), outputs, strict=True):
                 yield shown, {task.name: map_of(task, output[task.name], shape) for task in self.tasks}
 
@@ -157,7 +158,8 @@ class Evaluator(evaluation.Evaluator):
 
     def _outputs(self, read: Mapping[int, tuple], questions: Sequence[Question]) -> list[dict[str, torch.Tensor]]:
         outputs = self.maps(torch.stack([read[question.index][0] for question in questions]))
-        return [dict(zip(outputs, rows, strict=True)) for rows in zip(*outputs.values(), strict=True)]
+        # Not on the GPU, where the first half would take the room of the second.
+        return [{name: output[place].cpu() for name, output in outputs.items()} for place in range(len(questions))]
 
     def answer(self, questions: Sequence[Question], protocol: str) -> list[dict]:
         return self.in_halves(self._answers, questions, protocol)

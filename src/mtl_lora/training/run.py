@@ -243,9 +243,7 @@ class Run:
             own = str(error).split(maxsplit=1)[0].rstrip(":") in {flag.name for flag in type(config).flags()}
             raise UserError(f"--{error}" if own else f"--lora_target_modules: {error}") from None
         given = {flag.name for flag in config.flags() if getattr(config, flag.name) != flag.default}
-        of_adapters = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"}
-        unread = self.unread if layer_class(self.adapter.method).adapts else self.unread | of_adapters
-        if idle := sorted(given & unread):
+        if idle := sorted(given & self.unread):
             notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         return notes
 
@@ -301,9 +299,11 @@ class Run:
 
     @property
     def unread(self) -> set[str]:
-        """The hyperparameters that the method does not read, as they belong to other methods."""
-        read = {flag.name for flag in layer_class(self.adapter.method).Hyperparameters.flags()}
-        return self.config.hyperparameters.keys() - read
+        """The flags that the method does not read: hyperparameters of other methods, and without an adapter its own."""
+        method = layer_class(self.adapter.method)
+        of_adapters = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"}
+        hyperparameters = self.config.hyperparameters.keys() - {flag.name for flag in method.Hyperparameters.flags()}
+        return hyperparameters if method.adapts else hyperparameters | of_adapters
 
     def configuration(self, digest: str) -> dict:
         """Return the content of ``run.json``: the flags, and what they resolve to on this machine.

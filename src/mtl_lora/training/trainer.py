@@ -392,7 +392,8 @@ class Progress(TrainerCallback):
     bar = tqdm(disable=True)  # an evaluation before any training also logs
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        if state.is_world_process_zero and state.max_steps == 1 and not any(lr_scheduler.get_last_lr()):
+        only_step = state.max_steps == 1 and state.global_step == 0
+        if only_step and state.is_world_process_zero and not any(lr_scheduler.get_last_lr()):
             note = "the only step warms up, with learning rate 0, which trains nothing; pass --warmup_ratio 0"
             tqdm.write(f"note: {note}", sys.stderr)
         shown, done = state.is_world_process_zero and sys.stderr.isatty(), state.global_step
