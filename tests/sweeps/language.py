@@ -117,7 +117,7 @@ class LanguageChecks(Checks):
             return
         for reuse in (True, False):
             made = self.made
-            made.caches = PrefixCaches(made.model, made.prefixes) if reuse else None
+            made.caches = PrefixCaches(made.model, made.prefixes, not made.one_by_one) if reuse else None
             made.scorer = OptionScorer(made.model, made.encoder, made.caches)
             self.attempt(f"scores_{reuse}", self.scores, made)
             self.attempt(f"answers_{reuse}", self.answers, made)

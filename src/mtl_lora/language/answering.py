@@ -62,13 +62,14 @@ class PrefixCaches:
 
     prefixes: tokens by task id. In a left-padded row the prefix stands before the padding. It is reused only if this
     position changes nothing: the model accepts position ids, no layer attends to a window of columns, its cache keeps
-    every token, and padding after a cached prefix changes no probability (see ``counts_columns``).
+    every token, and, if rows are ``padded``, padding after a cached prefix changes no probability (see
+    ``counts_columns``).
     """
 
-    def __init__(self, model: PreTrainedModel, prefixes: Mapping[int, Sequence[int]]):
+    def __init__(self, model: PreTrainedModel, prefixes: Mapping[int, Sequence[int]], padded: bool = True):
         self.model = model
         self.usable = accepts_argument(type(model), "position_ids") and not has_local_layers(model)
-        self._checked = False
+        self._checked = not padded
         self.use(prefixes)
 
     def use(self, prefixes: Mapping[int, Sequence[int]]) -> None:

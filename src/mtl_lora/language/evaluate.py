@@ -142,14 +142,15 @@ class Evaluator(evaluation.Evaluator):
             # generate and ``logits_to_keep=1`` slice the last position out of (B, L, k). A CPU multiplies such a view
             # by the (k, V) matrix row by row and copies the matrix each time: a third of an evaluation of SmolLM2-135M.
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-        self.caches = answering.PrefixCaches(self.model, self.prefixes) if self.config.reuse_prefix else None
-        self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
         tokenizer, task_id = self.encoder.tokenizer, next(iter(self.tasks)).id
         probe = tokenizer("What is read first?")["input_ids"]
         self.one_by_one = answering.reads_padding(self.model, probe, tokenizer.pad_token_id, task_id)
         if self.one_by_one:
             name = type(self.model).__name__
             self.note([f"{name} does not ignore the padding before shorter rows, so questions are answered one by one"])
+        if self.config.reuse_prefix:
+            self.caches = answering.PrefixCaches(self.model, self.prefixes, padded=not self.one_by_one)
+        self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)
 
     def tokens(self, question: Question, protocol: str) -> int:
         prompt = len(question.prompt_ids)
