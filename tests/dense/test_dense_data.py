@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import json
 
@@ -179,6 +180,33 @@ def test_scale_brings_nearer_and_rotation_goes_against_the_clock():
     assert (smaller[[0, 4]] == 255).all() and smaller[2, 3] == 3  # what lies outside has no label
 
 
+@pytest.mark.parametrize("warp", [Warp(angle=20.0), Warp(True, -30.0, 1.25)])
+def test_an_image_that_is_no_square_is_turned_before_it_is_stretched(warp):
+    """In the image's own pixels the rows and columns of the result stay perpendicular, and as far apart as before."""
+    height, width, size = 30, 60, 12
+    places = warp.grid((height, width), size)[0] * torch.tensor([width / 2, height / 2])
+    right, down = places[0, 1] - places[0, 0], places[1, 0] - places[0, 0]
+    assert (right @ down).item() == pytest.approx(0, abs=1e-4)
+    expected = [width / size / warp.scale, height / size / warp.scale]
+    assert [right.norm().item(), down.norm().item()] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_lies_outside_of_a_map_has_no_label_to_the_pixel():
+    smaller = label_tensor(np.zeros((80, 80), np.uint8), SEMANTIC, Warp(scale=0.5), 80)
+    assert (smaller[20:60, 20:60] == 0).all() and (smaller == 0).sum() == 40 * 40
+
+
+def test_a_reduced_image_is_turned_as_the_whole_one_with_its_maps():
+    warp, reduced = Warp(angle=30.0), np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    expected = warp.grid((8, 16), 8)
+    pixels = torch.from_numpy(reduced).float().permute(2, 0, 1)[None]
+    there = torch.nn.functional.grid_sample(pixels, expected, "bicubic", "border", align_corners=False).clamp(0, 255)
+    found = image_tensor(reduced, warp, 8, shape=(8, 16)) * torch.tensor(STD)[:, None, None]
+    found = 255 * (found + torch.tensor(MEAN)[:, None, None])
+    inside = (expected[0].abs() < 1).all(dim=-1)
+    torch.testing.assert_close(found[:, inside], there[0][:, inside], rtol=0, atol=1e-3)
+
+
 def test_image_and_labels_of_any_size_stay_on_each_other(tmp_path):
     """A disc drawn into the image and into the labels is at the same place in both, whatever was drawn."""
     make_folder(tmp_path, count=4, size=64)
@@ -200,7 +228,10 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
     data.set_epoch(3)
     assert torch.equal(data[1]["image"], there["image"]) and not torch.equal(data.item(1, 4)["image"], there["image"])
     draws = [AUGMENTATIONS["nyud"].draw(0, 0, index) for index in range(60)]
-    assert {draw.scale for draw in draws} == {1.0, 1.2, 1.5} and {draw.flip for draw in draws} == {True, False}
+    scales = collections.Counter(draw.scale for draw in draws)
+    assert set(scales) == {1.0, 1.2, 1.5} and min(scales.values()) > 14, "each as often as the others"
+    assert {draw.flip for draw in draws} == {True, False}
+    assert draws != [AUGMENTATIONS["nyud"].draw(1, 0, index) for index in range(60)]
     turned = [AUGMENTATIONS["pascal"].draw(0, 0, index) for index in range(60)]
     assert min(draw.angle for draw in turned) < -15 and max(draw.angle for draw in turned) <= 20
     assert min(draw.scale for draw in turned) >= 0.75 and 1.2 < max(draw.scale for draw in turned) <= 1.25
@@ -276,6 +307,8 @@ def save_archive(path) -> None:
             "no image of train .* label of far, normal",
         ),
         (lambda root: write_text(root / "train.txt", "1", "1"), r"train\.txt names 1 twice"),
+        (lambda root: write_text(root / "train.txt", "1", "../1"), r"train\.txt names \.\./1, which is outside"),
+        (lambda root: write_text(root / "train.txt", "1", "/1"), r"train\.txt names /1, which is outside"),
         (lambda root: write_text(root / "train.txt"), r"train\.txt names no image"),
         (lambda root: (root / "train.txt").unlink(), r"train\.txt"),
         (lambda root: (root / "tasks.json").unlink(), "none of tasks.json"),
@@ -480,6 +513,20 @@ def test_colours_say_what_a_map_holds_and_black_is_no_label():
     assert picture_of(salient, np.array([[1.0, 0.0, 255.0]]))[0, :, 0].tolist() == [255, 40, 0]
     classes = picture_of(SEMANTIC, np.array([[0, 1, 3, 255]]))[0].tolist()
     assert classes[0] == [70, 70, 70] and classes[3] == [0, 0, 0] and len({*map(tuple, classes)}) == 4
+
+
+def test_a_map_may_have_a_third_axis_of_one_channel(tmp_path):
+    make_folder(tmp_path)
+    before = DenseDataset(tmp_path, "train", size=8)[0]["labels"]["far"]
+    write_npy(tmp_path / "far" / "1.npy", np.load(tmp_path / "far" / "1.npy")[..., None])
+    assert torch.equal(DenseDataset(tmp_path, "train", size=8)[0]["labels"]["far"], before)
+
+
+def test_normals_of_another_size_than_their_classes_are_named(tmp_path):
+    data = DenseDataset(make_pascal(tmp_path), "train")
+    write_png(tmp_path / "normals_distill" / f"{data.ids[0]}.png", np.full((4, 5, 3), 255))
+    with pytest.raises(UserError, match=r"\.png is \(4, 5\) high and wide, but .*\.mat is \(4, 6\)"):
+        data[0]
 
 
 def test_a_study_reads_the_list_of_the_split(tmp_path):

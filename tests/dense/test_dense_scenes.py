@@ -126,6 +126,19 @@ def test_salient_object_is_large_and_central():
     assert not salient(np.zeros((9, 9), int)).any()
 
 
+def test_no_object_stands_in_another():
+    """Some stand on top of others, and there is one place on each."""
+    raised = 0
+    for seed in range(60):
+        _, *bodies = scenes.draw_world(np.random.default_rng(seed)).bodies
+        for body in bodies:
+            others = [other for other in bodies if other is not body]
+            centres = [((body.centre - other.centre) @ other.rotation)[None] for other in others]
+            assert not any(inside(other.shape, at).any() for other, at in zip(others, centres, strict=True))
+        raised += max(body.centre[1] for body in bodies) - min(body.centre[1] for body in bodies) > 1
+    assert raised > 5
+
+
 def test_prepared_folder_has_the_same_bytes_however_many_are_made(tmp_path, capsys):
     options = ["--size", "24", "--seed", "5", "--test", "1"]
     for name, count in (("a", "2"), ("b", "3")):

@@ -50,6 +50,7 @@ def command(capsys):
     """Run an export in this process: ``command("peft", checkpoint=..., output=...)`` returns the lines it prints."""
 
     def run(*words: str, **flags) -> list[str]:
+        capsys.readouterr()  # what the test or a library that it loads wrote before, such as DeepSpeed's warning
         main(arguments(words, flags))
         return capsys.readouterr().out.splitlines()
 

@@ -28,6 +28,7 @@ from mtl_lora import Provenance, UserError
 from mtl_lora.artifacts import CHECKPOINT_CONFIG
 from mtl_lora.base_model import BaseModel
 from mtl_lora.export.merge import export_merged
+from mtl_lora.export.peft import export_peft
 from mtl_lora.nlu import model as encoder
 from mtl_lora.nlu.tasks import Task, TaskSet
 
@@ -168,7 +169,13 @@ def test_card_of_a_peft_folder_loads_what_the_checkpoint_computes(command, encod
         told = {}
         exec(code.replace("the folder of its base model", str(base)), told)  # noqa: S102 - as a reader copies it
         assert_equal(outputs(told["model"]), own_outputs(checkpoint, task, "fp32"), 1e-5)
-        assert told["model"].config.num_labels == task.outputs
+        config = told["model"].config
+        assert config.num_labels == task.outputs
+        if task.is_regression:
+            assert config.problem_type == "regression"
+        else:
+            assert config.id2label == dict(enumerate(task.labels))
+            assert config.label2id == {label: index for index, label in enumerate(task.labels)}
 
 
 @pytest.mark.slow(1)
@@ -179,8 +186,10 @@ def test_card_says_what_the_outputs_mean(command, encoders, tmp_path, capsys):
         assert fact in card
     assert f"transformers {transformers.__version__}" in card and mtl_lora.__version__ in card
     assert "from 1 to 5" in (Path(rank) / "README.md").read_text()
-    export_merged(encoders("bert", "mtl_lora"), tmp_path / "merged", "place")
-    assert "no training examples of place" in capsys.readouterr().err
+    for write, place in ((export_merged, "place"), (export_peft, ["place"])):
+        for overwrite in (False, True):
+            write(encoders("bert", "mtl_lora"), tmp_path / write.__name__, place, overwrite=overwrite)
+        assert capsys.readouterr().err.count("no training examples of place") == 2
 
 
 def test_card_names_the_token_that_pads_batches_where_the_base_has_another(command, encoders, edit_json, tmp_path):

@@ -86,6 +86,12 @@ def test_weight_that_its_dtype_cannot_hold_names_the_layer(refused, bases, tmp_p
     checkpoint = save_adapter(bases["llama"], tmp_path / "checkpoint", "lora", alpha=1e7)
     sentence = refused("merge", checkpoint=checkpoint, dtype="fp16")
     assert "the merged weight of model.layers.0.self_attn.q_proj is not finite in torch.float16" in sentence
+    model = load_base(bases["llama"])
+    mtl_lora.inject(model, adapter_config("lora", target_modules=["q_proj"], modules_to_save=["model.norm"]))
+    model.model.norm.weight.data.mul_(1e6)
+    mtl_lora.save(model, tmp_path / "whole", Provenance(bases["llama"]))
+    sentence = refused("merge", checkpoint=tmp_path / "whole", dtype="fp16")
+    assert "the merged weight of model.norm is not finite in torch.float16" in sentence
 
 
 def test_what_was_trained_in_4_bits_is_merged_into_what_these_stand_for(bases, tmp_path, monkeypatch):

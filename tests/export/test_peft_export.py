@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import mtl_lora
 from mtl_lora import Provenance, UserError
 from mtl_lora.adapter.checkpoint import read_config
-from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS
+from mtl_lora.artifacts import CHECKPOINT_CONFIG, CHECKPOINT_WEIGHTS, PEFT_WEIGHTS
 from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
 from mtl_lora.export.model_card import model_card, read_scores
@@ -151,6 +151,16 @@ def test_modules_saved_whole_are_modules_to_save_of_peft(bases, tmp_path):
         assert settings(folder)["modules_to_save"] == [*layers, "model.norm", "lm_head"]
 
 
+def test_a_module_inside_of_another_that_is_saved_whole_is_saved_with_it(bases, tmp_path):
+    entries = ["model.layers.1.self_attn", "model.layers.1.self_attn.o_proj"]
+    checkpoint = save_adapter(
+        bases["llama"], tmp_path / "checkpoint", "mtl_lora", modules_to_save=entries, target_modules=["up_proj"]
+    )
+    (folder,) = export_peft(checkpoint, tmp_path / "peft", ["maps"])
+    assert settings(folder)["modules_to_save"] == entries[:1]
+    assert peft_difference(bases["llama"], checkpoint, folder, "maps") < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "kind, entry, found",
     [
@@ -231,6 +241,16 @@ def test_a_smaller_plain_lora_is_the_closest_and_says_what_it_lacks(
         lost, whole = lost + S[2:].square().sum().item(), whole + S.square().sum().item()
     error = f"relative error of the update {(lost / whole) ** 0.5:.3g}"
     assert error in card(folder) and f"{folder}: rank 2, {error}" in capsys.readouterr().err
+    torch.randn(3)  # a large update is projected at random, but by the same draws in every export
+    (again,) = export_peft(checkpoint, tmp_path / "again", ["maps"], form="lora", rank=2)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(again / PEFT_WEIGHTS).items())
+
+
+def test_a_plain_lora_of_an_adapter_that_changes_nothing_lacks_nothing(bases, tmp_path):
+    model = mtl_lora.inject(load_base(bases["llama"]), adapter_config("mtl_lora", target_modules=["q_proj"]))
+    mtl_lora.save(model, tmp_path / "fresh", Provenance(bases["llama"]))
+    (folder,) = export_peft(tmp_path / "fresh", tmp_path / "peft", ["maps", "maps"], form="lora", rank=2)
+    assert "relative error of the update 0 " in card(folder)
 
 
 @pytest.mark.parametrize(("targets", "exported"), [(["q_proj"], True), (["q_proj", "gate_proj"], False)])
@@ -296,7 +316,7 @@ def write_results(folder: Path, checkpoint: Path, sha256: str | None = None) -> 
     ).save(folder / "results.json")
 
 
-def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path):
+def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path, monkeypatch):
     write_results(checkpoint / "evaluation", checkpoint)
     maps, birds = export_peft(checkpoint, tmp_path / "peft", ["maps", "birds"])
     assert "Result on maps: Accuracy 62.5 % ± 6.2 (n = 60, protocol `score`)." in card(maps)
@@ -310,6 +330,10 @@ def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path):
     assert "base_model:" not in card(maps), "which the hub takes for a name of its own"
     named = model_card("maps", read_config(checkpoint), "meta-llama/Llama-2-7b-hf", 3, None)
     assert 'base_model: "meta-llama/Llama-2-7b-hf"' in named and "base = 'meta-llama/Llama-2-7b-hf'" in named
+    monkeypatch.chdir(tmp_path)
+    Path("own/base").mkdir(parents=True)
+    found = model_card("maps", read_config(checkpoint), "own/base", 3, None)
+    assert "base_model:" not in found and "own/base" not in found, "a folder that looks like a name of the hub"
     embedded = model_card("maps", read_config(checkpoint), "minilm-l6", 3, None)
     assert MODELS["minilm-l6"].note in embedded and "BaseModel('minilm-l6').path" in embedded
 

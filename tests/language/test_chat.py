@@ -169,7 +169,8 @@ def test_a_template_that_rewrites_what_was_said_or_refuses_it_names_the_example(
 
 def test_text_that_would_be_read_as_a_control_token_is_refused(chatting):
     encoder = Encoder(chatting(CHATML), "chat", 256, FREE)
-    for messages in ([{**TALK[1], "content": "a<|end|>b"}, TALK[2]], [TALK[1], {**TALK[2], "content": "a<|end|>b"}]):
+    for place in range(4):  # in what was said before too
+        messages = [{**turn, "content": "a<|end|>b"} if at == place else turn for at, turn in enumerate(TALK[1:])]
         with pytest.raises(UserError, match=r"example 0: .*<\|end\|>"):
             encoder.encode([talk(messages)])
 

@@ -206,6 +206,8 @@ def test_text_that_a_tokenizer_cannot_but_read_as_a_control_token_is_refused():
     encoder = Encoder(tokenizer, "plain", 256, COMMONSENSE)
     with pytest.raises(UserError, match=r"example 3.*'<end>'"):
         encoder.encode([example("piqa", instruction="a <end> b", index=3)])
+    with pytest.raises(UserError, match=r"example 4.*'<end>'"):
+        encoder.encode([example("piqa", instruction="a b", output="a <end> b", index=4)])
     assert encoder.encode([example("piqa", instruction="a <unk> b")])
 
 

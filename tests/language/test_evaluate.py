@@ -22,6 +22,7 @@ from mtl_lora.evaluation import Predictions
 from mtl_lora.export.peft import export_peft
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import Evaluator, run
+from mtl_lora.language.examples import load_examples
 from mtl_lora.language.tasks import Task, TaskSet
 from mtl_lora.results import Results
 
@@ -643,7 +644,9 @@ def test_line_torn_inside_a_character_is_left_out(tmp_path):
     assert list(Predictions(tmp_path).read()) == [("own", 0)]
 
 
-@pytest.mark.parametrize("line", [{"task": "../other"}, {"task": ".."}, {"index": "x"}, {"index": True}, {"task": 5}])
+@pytest.mark.parametrize(
+    "line", [{"task": "../other"}, {"task": ".."}, {"index": "x"}, {"index": True}, {"index": -1}, {"task": 5}]
+)
 def test_a_line_whose_task_is_no_files_name_is_none(tmp_path, line):
     predictions = Predictions(tmp_path / "own")
     predictions.append([{"task": "own", "index": 0, **line}])
@@ -748,3 +751,26 @@ def test_greedy_answers_are_not_taken_for_those_of_beams(evaluate):
     evaluate("out", tasks=["boolq"], limit=1)
     with pytest.raises(UserError, match="another num_beams; pass another --output_dir"):
         evaluate("out", tasks=["boolq"], limit=1, num_beams=2)
+
+
+def test_a_setting_that_only_the_earlier_answers_have_is_another(evaluate, tmp_path, edit_json):
+    evaluate("out", tasks=["boolq"], limit=1)
+    edit_json(tmp_path / "out" / "settings.json", load_in_4bit=True)  # which is recorded only where it is on
+    with pytest.raises(UserError, match="another load_in_4bit"):
+        evaluate("out", tasks=["boolq"], limit=1)
+
+
+def test_a_task_that_is_named_twice_is_counted_once(evaluate):
+    assert evaluate("out", tasks=["boolq", "boolq"])["generate"].tasks["boolq"].n == 4
+
+
+def test_test_file_that_changes_while_it_is_read_is_refused(evaluate, tmp_path, monkeypatch):
+    def replaced_before(path, *arguments, **options):
+        write_test_set(tmp_path / "data", quickstart_test("boolq")[4:8])
+        return load_examples(path, *arguments, **options)
+
+    data = write_test_set(tmp_path / "data", quickstart_test("boolq")[:4])
+    monkeypatch.setattr("mtl_lora.language.evaluate.load_examples", replaced_before)
+    with pytest.raises(UserError, match=r"boolq/test\.json was changed while it was read"):
+        evaluate("out", data_dir=data, tasks=["boolq"])
+    assert not (tmp_path / "out" / "results.json").exists()

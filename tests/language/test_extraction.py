@@ -111,6 +111,12 @@ def test_options_with_signs_that_mean_something_in_a_pattern_are_found_as_they_a
     assert extract_answer(task, "the correct answer is x*y") == "x*y"
 
 
+def test_a_task_of_ones_own_with_the_name_of_another_is_read_as_ones_own():
+    own = Task("boolq", 0, ("no", "yes"))
+    assert not own.is_matched_by_pattern and extract_answer(own, "I know: yes") == "yes"
+    assert Task("sum", 0, ("1", "2"), answer_prefix="of 1 and 2 it is ").extraction == 3
+
+
 @pytest.mark.parametrize("options", [("correct", "incorrect"), ("answer", "no answer")])
 def test_options_that_the_prefix_holds_are_not_read_out_of_it(options):
     task = Task("own", 0, options)

@@ -96,6 +96,7 @@ def test_gaps_of_a_table_are_no_fields(tmp_path):
         ({"text": "x", "label": "good", "task": "mood", "instruction": "y"}, ["'text'", "'instruction'"]),
         ({"text": " ", "label": "good", "task": "mood"}, ["'text' is empty"]),
         ({"text": "x", "text_b": 5, "label": "no", "task": "same"}, ["'text_b'", "5"]),
+        ({"text": "x", "textB": "y", "label": "no", "task": "same"}, ["'textB'", "'text_b'"]),
         ({"text": "x", "label": "good"}, ["'task_id'"]),
     ],
 )

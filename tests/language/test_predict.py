@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from shared import QUICKSTART
 
-from mtl_lora import commands
+from mtl_lora import commands, files
+from mtl_lora.data_files import read_values
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions
 from mtl_lora.language import Predictor
@@ -108,6 +109,30 @@ def test_input_is_read_as_people_write_it(predict, tmp_path, content):
     (tmp_path / "given.json").write_bytes(content)
     results = predict([], input=str(tmp_path / "given.json"), task="boolq")
     assert [(one["index"], set(one["scores"])) for one in results] == [(0, {"true", "false"}), (1, {"true", "false"})]
+
+
+def test_fields_of_an_example_replace_none_of_its_answer(predict):
+    own = {"id": "a", "index": 7, "scores": "mine", "probabilities": "mine"}
+    written, chosen = (
+        predict([{"instruction": "a", **own}], task="boolq", mode=mode, overwrite=True)[0]
+        for mode in ("generate", "score")
+    )
+    assert (written["id"], written["index"]) == (chosen["id"], chosen["index"]) == ("a", 0)
+    assert not {"scores", "probabilities"} & set(written) and list(chosen["scores"]) == ["true", "false"]
+
+
+def test_second_prediction_to_an_output_is_refused_and_so_is_an_input_that_changes(predict, tmp_path, monkeypatch):
+    with files.claimed(tmp_path / "out.jsonl"), pytest.raises(UserError, match="in use"):
+        predict([{"instruction": "a"}], task="boolq")
+
+    def replaced_before(path):
+        path.write_text('{"instruction": "b"}')
+        return read_values(path)
+
+    monkeypatch.setattr("mtl_lora.evaluation.run.read_values", replaced_before)
+    with pytest.raises(UserError, match=r"input\.jsonl was changed while it was read"):
+        predict([{"instruction": "a"}], task="boolq")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_what_lies_beside_the_answers_neither_goes_nor_lets_them_be_replaced(predict, tmp_path):

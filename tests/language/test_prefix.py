@@ -279,6 +279,7 @@ def test_the_check_reads_the_longest_example_that_shares_a_prefix_and_another_of
     lengths, task_ids = np.array([5, 9, 30, 8, 7, 12]), np.array([0, 1, 2, 1, 1, 3])
     assert longest_pair(lengths, task_ids, {0: [1], 1: [1]}) == [3, 1]
     assert longest_pair(lengths, task_ids, {0: [1], 3: [1]}) == [5, 5]  # twice, and the two still share
+    assert len(probe()["supervised"]) == sum(len(row["input_ids"]) - 1 for row in ROWS[1:3]), "along whole rows"
 
 
 class DerivedAttention(LlamaAttention):

@@ -179,6 +179,9 @@ def test_differences_of_several_units_have_no_average():
     assert mixed["average"] is None and {*mixed["tasks"]} == {"first", "second"}
     alike = differences({"first": of_words, "second": of_words}, ["first", "second"], 0, 50)
     assert alike["average"] is not None
+    more = {"first": of_words, "unscored": ("accuracy", [([0.0, 0.0, 1.0], [0.0, 0.0, 0.0])])}
+    found = differences(more, ["first"], 0, 50)
+    assert found["average"] == found["tasks"]["first"] != found["tasks"]["unscored"]
 
 
 def test_interval_of_a_task_depends_on_seed_and_not_on_other_tasks(compared):
@@ -214,6 +217,8 @@ def test_swapping_the_runs_negates_every_difference(compared, answers, seed):
 
 OTHER_OPTIONS = changed(TWO_TASKS)
 OTHER_OPTIONS["tasks"][0]["options"] = ["yes", "no"]
+OTHER_PATTERN = changed(TWO_TASKS)
+OTHER_PATTERN["tasks"][1]["pattern"] = "yes|no"
 
 
 @pytest.mark.parametrize(
@@ -228,6 +233,7 @@ OTHER_OPTIONS["tasks"][0]["options"] = ["yes", "no"]
         ({"data__second": "other"}, "test data of second"),
         ({"data": {"first": "x", "second": "y"}}, "test data of first, second"),
         ({"task_set": OTHER_OPTIONS}, "for first"),
+        ({"task_set": OTHER_PATTERN}, "for second"),
     ],
 )
 def test_other_protocol_data_or_tasks_are_not_comparable(compared, tmp_path, places, fact):
@@ -320,15 +326,16 @@ def test_question_of_the_second_run_alone_names_its_line_and_the_limits(compared
     assert all(fact in str(caught.value) for fact in ("question 2 of first", place, "limit 0 and 4"))
 
 
-def test_answers_beyond_the_limit_that_the_results_count_are_left_out(tmp_path):
-    # A folder evaluated with limit 4, then again with limit 2, keeps all four lines.
-    fewer = {"metric": "accuracy", "value": 1.0, "stderr": 0.0, "n": 2}
+@pytest.mark.parametrize("limit", [1, 2])
+def test_answers_beyond_the_limit_that_the_results_count_are_left_out(tmp_path, limit):
+    # A folder evaluated with limit 4, then again with a smaller one, keeps all four lines.
+    fewer = {"tasks__first": {"metric": "accuracy", "value": 1.0, "stderr": 0.0, "n": limit}, "settings__limit": limit}
     two = [
-        write_run(tmp_path / name, predictions_of({"first": outcomes(flags)}), settings__limit=2, tasks__first=fewer)
+        write_run(tmp_path / name, predictions_of({"first": outcomes(flags)}), **fewer)
         for name, flags in (("a", "1100"), ("b", "1111"))
     ]
     row = numbers(*map(Results.load, two), resamples=100).tasks["first"]
-    assert (row.n, row.only_a, row.only_b) == (2, 0, 0)
+    assert (row.n, row.only_a, row.only_b) == (limit, 0, 0)
 
 
 def test_adapter_base_model_dtype_and_limit_may_differ_and_are_noted(compared):

@@ -309,6 +309,13 @@ def test_the_validation_loss_is_the_mean_over_all_tokens(tmp_path):
         assert found[f"eval_loss/{task}"] == pytest.approx(losses[own].mean().item(), rel=1e-6)
 
 
+def test_the_validation_loss_is_without_dropout_and_the_training_goes_on_with_it(tmp_path):
+    model = adapted_llama(dropout=0.5).train()
+    found = make_trainer(tmp_path, model=model, eval_dataset=encoded_rows()).evaluate()
+    losses, _ = full_losses(adapted_llama(), batch_of())
+    assert found["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-6) and model.training
+
+
 def test_the_validation_loss_of_weighted_tasks_is_the_weighted_sum_of_their_means(tmp_path):
     weights = [1.0, 2.0, 0.0, 0.5]
     found = make_trainer(tmp_path, eval_dataset=encoded_rows(), task_weights=weights).evaluate()

@@ -22,6 +22,7 @@ from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.distributed import prepare_process
+from mtl_lora.training.resume import check_same_run, check_state, checkpoint_to_resume
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -414,6 +415,8 @@ def test_checkpoint_of_another_run_is_not_resumed_whatever_lies_beside_it(train)
     (folder / "run.json").write_text(json.dumps(run))
     with pytest.raises(UserError, match="seed 1 -> 2"):
         train("run", max_steps=1, save_step=1, seed=2, resume_from_checkpoint="True")
+    (folder / "run.json").write_text(json.dumps(run | {"base_fingerprint": "other", "tasks": None}))
+    train("run", max_steps=1, save_step=1, seed=1, resume_from_checkpoint="True", check=True)
 
 
 def test_run_that_is_resumed_at_its_end_takes_no_further_step(train):
@@ -554,8 +557,12 @@ def test_a_run_whose_base_model_was_moved_is_resumed(train, tiny_base, tmp_path)
 def test_a_run_on_another_machine_that_would_go_on_otherwise_is_not_resumed(train, edit_json, key, value, fact):
     folder = train("run", max_steps=1, save_step=1)
     edit_json(folder / "run.json", **{key: value})
+    flags = {"max_steps": 1, "save_step": 1, "resume_from_checkpoint": "True"}
     with pytest.raises(UserError, match=f"cannot be resumed.*{fact}"):
-        train("run", max_steps=1, save_step=1, resume_from_checkpoint="True")
+        train("run", **flags)
+    if key == "dtype":  # of an earlier version, which did not record it
+        edit_json(folder / "run.json", dtype=None)
+        train("run", **flags, check=True)
 
 
 def test_a_check_in_one_process_does_not_compare_the_number_of_devices(train, edit_json):
@@ -563,4 +570,56 @@ def test_a_check_in_one_process_does_not_compare_the_number_of_devices(train, ed
     edit_json(folder / "run.json", world_size=2)
     for rank in (0, 1):
         shutil.copy(folder / "checkpoint-1" / "rng_state.pth", folder / "checkpoint-1" / f"rng_state_{rank}.pth")
-    train("run", max_steps=1, save_step=1, resume_from_checkpoint="True", check=True)
+    flags = {"max_steps": 1, "save_step": 1, "resume_from_checkpoint": "True", "check": True}
+    train("run", **flags)
+    (folder / "checkpoint-1" / "rng_state_1.pth").unlink()  # without it the second process would draw other masks
+    with pytest.raises(UserError, match=r"missing or damaged resume state \(rng_state_1\.pth\)"):
+        train("run", **flags)
+
+
+@pytest.mark.parametrize(("stage", "models", "optimisers"), [(0, 1, 0), (2, 1, 2), (3, 2, 2)])
+def test_every_file_of_a_deepspeed_state_must_be_there(train, edit_json, tmp_path, stage, models, optimisers):
+    folder = train("run", max_steps=1, save_step=1)
+    edit_json(folder / "run.json", world_size=2)
+    saved, settings = folder / "checkpoint-1", tmp_path / "settings.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(models)]
+    names += [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(optimisers)]
+    (saved / "global_step1").mkdir()
+    (saved / "latest").write_text("global_step1\n")
+    for path in [*(saved / f"rng_state_{rank}.pth" for rank in (0, 1)), *(saved / "global_step1" / n for n in names)]:
+        shutil.copy(saved / "scheduler.pt", path)
+    (saved / "optimizer.pt").unlink()
+    check_state(saved, str(settings))
+    for name in names:
+        whole = (saved / "global_step1" / name).rename(tmp_path / name)
+        with pytest.raises(UserError, match=r"missing or damaged resume state \(global_step1/.*states\.pt\)"):
+            check_state(saved, str(settings))
+        whole.rename(saved / "global_step1" / name)
+
+
+def test_a_file_or_folder_counts_as_the_same_only_where_its_content_is_known(train, edit_json):
+    """The DeepSpeed configuration and the base model, which may be at other paths."""
+    folder = train("run", max_steps=1, save_step=1)
+    run = json.loads((folder / "run.json").read_text())
+
+    def resume(flag: str, key: str, digest: str | None) -> None:
+        settings = {**run["settings"], flag: "elsewhere"}
+        check_same_run(folder / "checkpoint-1", {**run, "settings": settings, key: digest}, TrainConfig, lambda _: {})
+
+    resume("base_model", "base_fingerprint", run["base_fingerprint"])
+    edit_json(folder / "run.json", deepspeed_sha256="1")
+    resume("deepspeed", "deepspeed_sha256", "1")
+    for flag, key in (("base_model", "base_fingerprint"), ("deepspeed", "deepspeed_sha256")):
+        for digest in (None, "2"):
+            with pytest.raises(UserError, match=f"cannot be resumed.*{flag} .* -> 'elsewhere'"):
+                resume(flag, key, digest)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_and_one_that_is_overwritten_keeps_none(train):
+    folder = train("run", max_steps=3, save_step=1, save_total_limit=0)
+    config = TrainConfig(output_dir=str(folder), resume_from_checkpoint="True")
+    assert checkpoint_to_resume(config) == folder / "checkpoint-3"
+    (folder / artifacts.TENSORBOARD).mkdir()
+    train("run", max_steps=1, save_step=0, overwrite_output_dir=True)
+    assert not checkpoints(folder) and not (folder / artifacts.TENSORBOARD).exists()
