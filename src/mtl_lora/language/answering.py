@@ -84,10 +84,7 @@ class PrefixCaches:
         if not prefix or not self.usable:
             return None, 0
         if task_id not in self._caches:
-            ids = torch.tensor([prefix], device=self.model.device)
-            with route.use(torch.tensor([task_id])):
-                output = self.model(input_ids=ids, use_cache=True, **last_logits(self.model))
-            found = output.get(cache_argument(self.model))
+            found = _cached(self.model, prefix, task_id)
             self.usable = type(found) is DynamicCache and all(type(layer) is DynamicLayer for layer in found.layers)
             if self.usable and not self._checked:
                 self.usable = self._checked = not counts_columns(self.model, prefix, task_id)
@@ -238,14 +235,8 @@ class OptionScorer:
     def _in_two_passes(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
         device, cache_name = self.model.device, cache_argument(self.model)
         with route.use(task_ids):
-            output = self.model(
-                input_ids=input_ids[:, start:].to(device),
-                attention_mask=mask.to(device),
-                **_positions(self.model, positions_of(mask)[:, start:]),
-                use_cache=True,
-                **{cache_name: cache},
-                **last_logits(self.model),
-            )
+            positions = positions_of(mask)[:, start:]
+            output = _run(self.model, input_ids[:, start:], mask, positions, use_cache=True, **{cache_name: cache})
         if not fed.shape[1]:
             return output.logits[:, -1], None
         cache, whole_mask = output.get(cache_name), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
@@ -259,13 +250,8 @@ class OptionScorer:
             cache.batch_select_indices(rows.to(device))
             again, cached = fed, {"use_cache": True, cache_name: cache}
         with route.use(task_ids[rows]):
-            later = self.model(
-                input_ids=again.to(device),
-                attention_mask=whole_mask.to(device),
-                **_positions(self.model, positions_of(whole_mask)[:, -again.shape[1] :]),
-                **cached,
-                **last_logits(self.model, fed.shape[1]),
-            )
+            positions = positions_of(whole_mask)[:, -again.shape[1] :]
+            later = _run(self.model, again, whole_mask, positions, fed.shape[1], **cached)
         return output.logits[:, -1], later.logits[:, -fed.shape[1] :]
 
     def _in_one_pass(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
@@ -301,6 +287,24 @@ def _positions(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, tor
     return {"position_ids": positions.to(model.device)} if takes else {}
 
 
+def _run(model: PreTrainedModel, input_ids, mask, positions, count: int = 1, **options):
+    """The output for tokens (B, L) at their positions, with the logits of the last ``count``. mask: (B, columns)."""
+    return model(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        **_positions(model, positions),
+        **last_logits(model, count),
+        **options,
+    )
+
+
+def _cached(model: PreTrainedModel, prefix: Sequence[int], task_id: int):
+    """The cache that a model returns for a prompt prefix; None if it returns none."""
+    ids = torch.tensor([prefix], device=model.device)
+    with route.use(torch.tensor([task_id])):
+        return model(input_ids=ids, use_cache=True, **last_logits(model)).get(cache_argument(model))
+
+
 def takes_own_mask(model: PreTrainedModel) -> bool:
     """Whether a model appears to accept position ids and the caller's own mask, and none of its layers drops tokens."""
     if model.config._attn_implementation not in _ATTENTION or has_local_layers(model):
@@ -330,13 +334,7 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
             # The last token on a cache, as in generation, where a model may count the columns of the mask otherwise.
             # Where all layers are recurrent, it takes no mask then.
             for end in (-1, None) if len(rows) > 1 else (None,):
-                output = model(
-                    input_ids=input_ids[:, start:end].to(model.device),
-                    attention_mask=mask[:, :end].to(model.device),
-                    **_positions(model, positions[:, start:end]),
-                    **last_logits(model),
-                    **cache,
-                )
+                output = _run(model, input_ids[:, start:end], mask[:, :end], positions[:, start:end], **cache)
                 found = output.get(cache_name)
                 if found is not None and not all(getattr(found, "is_linear", [False])):
                     start, cache = -1, {cache_name: found}
@@ -371,29 +369,24 @@ def counts_columns(model: PreTrainedModel, tokens: Sequence[int], task_id: int) 
     the first ``_LEAST_PREFIX`` are cached. The measure is the Kullback-Leibler divergence in nats: in bf16 rounding
     gives some 1e-4, and a position that is off by 64 some 0.3 (SmolLM2-135M).
     """
-    prefix, cache_name = list(tokens[:_LEAST_PREFIX]), cache_argument(model)
+    prefix = list(tokens[:_LEAST_PREFIX])
 
-    def last(row: list[int], mask: list[int], start: int = 0, **cache) -> torch.Tensor:
-        output = model(
-            input_ids=torch.tensor([row[start:]], device=model.device),
-            attention_mask=torch.tensor([mask], device=model.device),
-            **_positions(model, positions_of(torch.tensor([mask]))[:, start:]),
-            **last_logits(model),
-            **cache,
-        )
+    def last(padding: int, start: int, **cache) -> torch.Tensor:
+        """The log-probabilities behind the prefix, ``padding`` columns and a token, computed from ``start`` on."""
+        row = torch.tensor([[*prefix, *[0] * padding, prefix[0]]])
+        mask = torch.tensor([[*[1] * len(prefix), *[0] * padding, 1]])
+        with route.use(torch.tensor([task_id])):
+            output = _run(model, row[:, start:], mask, positions_of(mask)[:, start:], **cache)
         return at_least_float32(output.logits[0, -1]).log_softmax(dim=-1)
 
-    with route.use(torch.tensor([task_id])):
-        expected = last([*prefix, prefix[0]], [1] * (len(prefix) + 1))
-        ids = torch.tensor([prefix], device=model.device)
-        cache = model(input_ids=ids, use_cache=True, **last_logits(model)).get(cache_name)
-        row, mask = [*prefix, *[0] * 64, prefix[0]], [*[1] * len(prefix), *[0] * 64, 1]
-        try:
-            found = last(row, mask, len(prefix), **{cache_name: cache})
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # such as a column beyond the table of positions
-            found = expected * torch.nan
+    expected = last(0, 0)
+    cache = _cached(model, prefix, task_id)
+    try:
+        found = last(64, len(prefix), **{cache_argument(model): cache})
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # such as a column beyond the table of positions
+        found = expected * torch.nan
     divergence = (expected.exp() * (expected - found))[expected.isfinite()].sum()  # without tokens of no probability
     if counts := not divergence <= (1e-2 if model.dtype in _TOLERANCE else 1e-4):
         name = type(model).__name__

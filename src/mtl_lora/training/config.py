@@ -15,7 +15,7 @@ from mtl_lora.systems import part
 from mtl_lora.tasks import TaskSet
 
 # Fields of ``AdapterConfig`` -> flags, which are named as in the reference implementation and in LLM-Adapters.
-_ADAPTER_FLAGS = {
+ADAPTER_FLAGS = {
     "method": "adapter_name",
     "rank": "lora_r",
     "alpha": "lora_alpha",
@@ -255,8 +255,8 @@ class TrainingConfig(Config):
         """Return the adapter's configuration; raises ``UserError`` that names the flag."""
         from mtl_lora.adapter.layer import layer_class
 
-        values = {field: getattr(self, name) for field, name in _ADAPTER_FLAGS.items()}
-        flags = _ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
+        values = {field: getattr(self, name) for field, name in ADAPTER_FLAGS.items()}
+        flags = ADAPTER_FLAGS | {name: name for name in self.hyperparameters}
         if len(targets := self.lora_target_modules) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
             values["target_modules"] = targets[0]  # all-linear, or a regular expression
         try:

@@ -24,7 +24,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.systems import BASE_KINDS
 from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
-from mtl_lora.training.config import TrainingConfig
+from mtl_lora.training.config import ADAPTER_FLAGS, TrainingConfig
 from mtl_lora.training.rows import counts_note, row_columns, rows_sha256, shortened_note, split
 from mtl_lora.training.sampler import LengthGroupedBatchSampler, StepSampler
 from mtl_lora.training.trainer import Batch, MultiTaskTrainer, training_arguments
@@ -301,7 +301,7 @@ class Run:
     def unread(self) -> set[str]:
         """The flags that the method does not read: hyperparameters of other methods, and without an adapter its own."""
         method = layer_class(self.adapter.method)
-        of_adapters = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"}
+        of_adapters = {*ADAPTER_FLAGS.values()} - {"adapter_name", "modules_to_save"}
         hyperparameters = self.config.hyperparameters.keys() - {flag.name for flag in method.Hyperparameters.flags()}
         return hyperparameters if method.adapts else hyperparameters | of_adapters
 
