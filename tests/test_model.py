@@ -315,6 +315,11 @@ def test_a_model_that_sees_the_tokens_after_a_position_is_no_causal_one(config, 
         BaseModel(str(tmp_path)).config()
 
 
+def test_an_unknown_kind_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"no kind of model 'decoder'.*causal_lm.*encoder.*vision"):
+        BaseModel("smollm2-135m", kind="decoder")
+
+
 def test_models_of_the_other_kind_are_refused(encoder, base):
     for load in ("load", "structure", "config"):
         with pytest.raises(UserError, match=r"is an encoder \(.*bert.*\), .*pass the folder of a causal"):

@@ -111,6 +111,10 @@ class BaseModel:
     trust_remote_code: bool = False
     kind: str = "causal_lm"
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"there is no kind of model {self.kind!r}; kind is one of {', '.join(KINDS)}")
+
     @property
     def path(self) -> str:
         """The name or folder to pass to transformers; an embedded model is first converted into the cache."""

@@ -294,7 +294,9 @@ def test_csv_keeps_its_notes_off_the_output(write, capsys):
 
 def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, capsys):
     base, commonsense = write(BASE, "base"), write(COMMONSENSE_RESULTS, "commonsense")
-    other_metric = write(changed(COMMONSENSE_RESULTS, tasks__boolq__metric="matthews"), "other")
+    boolq = COMMONSENSE_RESULTS["tasks"]["boolq"] | {"metric": "matthews"}
+    other_metric = write(changed(COMMONSENSE_RESULTS, tasks={"boolq": boolq}), "other")
+    without_boolq = write(changed(COMMONSENSE_RESULTS, tasks__boolq=...), "without_boolq")
     broken, listed, missing = write("{", "broken"), write("[]", "listed"), tmp_path / "missing"
     mistakes = [
         ([], "results"),
@@ -307,6 +309,7 @@ def test_every_mistake_ends_in_one_sentence_and_exit_code_2(write, tmp_path, cap
         ([base, commonsense], str(commonsense / "results.json")),
         ([base, "--published"], "--published"),
         ([other_metric, "--published"], "accuracies"),
+        ([without_boolq, other_metric, "--published"], f"{other_metric / 'results.json'} has"),
         ([base, "--difference"], "--difference"),
         ([base, "--output", base / "results.json" / "table.md"], str(base / "results.json" / "table.md")),
         ([base, "--output", base], "is a folder"),

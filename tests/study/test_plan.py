@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dense_cases import make_swin
 from image_text_cases import make_set, write_features
 from PIL import Image
 from shared import QUICKSTART, quickstart_records
@@ -17,6 +18,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.examples import DATA, load_examples
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet
+from mtl_lora.results import Trainable, trainable_text
 from mtl_lora.samples import sampled
 from mtl_lora.study.config import SearchConfig, read_grid
 from mtl_lora.study.plan import Plan, jobs_of
@@ -362,6 +364,20 @@ def test_images_are_read_where_they_lie_and_a_task_alone_is_named(tmp_path):
     later = jobs_of(dense_plan(tmp_path).runs(plan.grid.experiment("Alone")))
     changes = [list(job.changes(old.configuration)) for job, old in zip(later, alone, strict=True)]
     assert changes == [[], ["the train data (sha256)"]]
+
+
+@pytest.mark.slow
+def test_check_gives_the_mean_size_of_models_that_differ(tmp_path):
+    images_with_two_maps(tmp_path / "data")
+    make_swin(tmp_path / "swin")
+    train = {"base_model": str(tmp_path / "swin"), "data_path": str(tmp_path / "data"), "image_size": 64}
+    plan = dense_plan(tmp_path, train={**train, "tasks": ["semseg", "depth"]})
+    (run,) = plan.runs(plan.grid.experiment("Alone"))
+    counts = [Trainable(*plan.grid.flags_of("train")(**job.flags["train"]).count()) for job in run.jobs]
+    assert counts[0].adapter > counts[1].adapter  # a map of two classes and one of a single channel
+    of_both = trainable_text(Trainable.mean(counts), 2)
+    lines = list(plan.describe([plan.grid.experiment("Alone")], {}))
+    assert lines[1].startswith(f"Alone; jobs: 2, trainable parameters, M (%): {of_both}\n")
 
 
 def test_another_loss_weight_is_another_configuration(tmp_path):

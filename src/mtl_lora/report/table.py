@@ -90,10 +90,11 @@ def build_table(
     TaskNames.require_one(results, "one table needs")
     TaskNames.require_one_measure((each.path, each.tasks) for each in [*results, *baselines])
     task_set, others = results[0].task_set, published_rows() if published else []
-    measures = {task.metric for each in results for task in each.tasks.values()}
-    if published and (set(task_set.names), measures) != (set(others[0].cells), {"accuracy"}):
-        names = f"{results[0].path} has {', '.join(sorted(measures))} of the tasks {', '.join(task_set.names)}"
-        raise UserError(f"--published has accuracies of the commonsense tasks only, and {names}; leave the flag out")
+    for each in results if published else []:
+        measures = {task.metric for task in each.tasks.values()}
+        if (set(task_set.names), measures) != (set(others[0].cells), {"accuracy"}):
+            names = f"{each.path} has {', '.join(sorted(measures))} of the tasks {', '.join(task_set.names)}"
+            raise UserError(f"--published has accuracies of the commonsense tasks only, and {names}; leave it out")
     if difference and len(results) < 2:
         raise UserError("--difference is the last results file minus the first; pass at least two files, not 1")
     tasks = [name for name in task_set.columns if published or any(name in result.tasks for result in results)]

@@ -241,21 +241,20 @@ class Plan:
     def describe(self, chosen: Sequence[ExperimentConfig], trials: dict[str, list[PlannedRun]]) -> Iterator[str]:
         """Yield the lines that ``--check`` prints: every experiment's trainable parameters and command lines."""
         yield f"{self.grid.name}: {self.grid.about}"
-        jobs = {}
+        work, total = {}, 0
         for name, runs in trials.items():
-            values = ", ".join(f"{run.value:g}" for run in runs)
-            jobs[f"search of {self.grid.search.flag} for {name}: {values}"] = jobs_of(runs)
-        jobs |= {experiment.name: jobs_of(self.runs(experiment)) for experiment in chosen}
-        for name, found in jobs.items():
-            facts = f"{name}; jobs: {len(found)}"
+            work[f"search of {self.grid.search.flag} for {name}: {', '.join(f'{run.value:g}' for run in runs)}"] = runs
+        for name, runs in (work | {each.name: self.runs(each) for each in chosen}).items():
+            total += len(jobs := jobs_of(runs))
+            facts = f"{name}; jobs: {len(jobs)}"
             try:
-                if train := found[0].flags.get("train"):
-                    count = self.grid.flags_of("train")(**train).count()
-                    facts += f", trainable parameters, M (%): {trainable_text(Trainable(*count))}"
+                if trained := [job.flags["train"] for job in runs[0].jobs if "train" in job.flags]:
+                    counts = [Trainable(*self.grid.flags_of("train")(**flags).count()) for flags in trained]
+                    facts += f", trainable parameters, M (%): {trainable_text(Trainable.mean(counts), len(counts))}"
             except UserError as error:
                 facts += f", trainable parameters not counted ({error})"
-            yield "\n    ".join([facts, *found[0].commands])
-        yield f"every job's flags are valid; {sum(map(len, jobs.values()))} jobs in {self.folder}"
+            yield "\n    ".join([facts, *jobs[0].commands])
+        yield f"every job's flags are valid; {total} jobs in {self.folder}"
 
 
 def jobs_of(runs: Iterable[PlannedRun]) -> list[PlannedJob]:
