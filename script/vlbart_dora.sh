@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DoRA on VL-BART; its paper (arXiv 2402.09353) uses R 128 and ALPHA 128. Biases, layer norms and the visual embedding
 # are trained in full; batches of 300, warm-up 0.1. The published captions use 5 beams (BEAMS=5 for the evaluation).
+# The published training also sends the gradient through DoRA's norm, and decays its magnitude; here neither is done.
 # Needs, settings, time and score: script/vlbart_mlora.sh.
 #
 #   bash script/vlbart_dora.sh R ALPHA [flags of mtl-lora train --system image_text]

@@ -7,8 +7,7 @@
 # Adapts the queries and values of BART-base; biases, layer norms and the visual embedding are trained in full. Each
 # step has examples of one task: BATCH_SIZE for VQA, 100/60 of that for GQA, 20/60 for NLVR2 and 50/60 for captions.
 # Needs the four sets (data/vlbart) with CLIP features in the original's layout; runs in fp32 on one GPU. Time and
-# score: not measured. Three things differ from the original: weight decay spares norms and Lambda, AdamW's epsilon is
-# 1e-8 instead of 1e-6, and the 200 added words are not in the vocabulary. Other settings: script/recipe.sh.
+# score: not measured. What differs from the original: docs/image_text.md. Other settings: script/recipe.sh.
 #
 #   BASE_MODEL     facebook/bart-base, or another BART, T5 or causal language model
 #   DATASETS       folder with COCO, VG, GQA and nlvr      default datasets; FEATURES names the features directly

@@ -84,7 +84,7 @@ ORIGINAL = (
 )
 ORIGINAL_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.  \n"
+    "response that appropriately completes the request. \n"
     "\n"
     "                ### Instruction:\n"
     "                Name a bird.\n"

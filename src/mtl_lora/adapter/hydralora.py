@@ -19,7 +19,7 @@ class HydraLoraLayer(AdapterLayer):
     starts at zero.
 
     One product gives A x~ and G x~; the gate acts in rank space, and one product with [B_1 ... B_n] follows. The paper
-    has no dropout; its authors' code applies dropout to the input of A but not to that of the gate.
+    has no dropout; its authors' code drops the input of A, with a mask for each B_i, but not that of the gate.
     """
 
     method, title, paper = "hydralora", "HydraLoRA", "2404.19245"

@@ -133,13 +133,13 @@ _INPUT = ", paired with an input that provides further context"
 _REQUEST = ". Write a response that appropriately completes the request."
 
 
-def _template(trailing: str, margin: str) -> Template:
-    """Alpaca's template with other white space: ``trailing`` after the sentences, ``margin`` before each line."""
+def _template(trailing: str, trailing_with_input: str, margin: str) -> Template:
+    """Alpaca's template with other white space: a trailing one after the sentences, ``margin`` before each line."""
     section = f"\n{margin}\n{margin}"
-    opening = f"{trailing}\n\n{margin}### Instruction:\n{margin}"
+    opening = f"\n\n{margin}### Instruction:\n{margin}"
     return Template(
-        opening=_TASK + _REQUEST + opening,
-        opening_with_input=_TASK + _INPUT + _REQUEST + opening,
+        opening=_TASK + _REQUEST + trailing + opening,
+        opening_with_input=_TASK + _INPUT + _REQUEST + trailing_with_input + opening,
         input_marker=f"{section}### Input:\n{margin}",
         closing=f"{section}### Response:\n{margin}",
     )
@@ -147,10 +147,10 @@ def _template(trailing: str, margin: str) -> Template:
 
 TEMPLATES = {
     # Stanford Alpaca's layout, without superfluous white space, which would cost tokens.
-    "alpaca": _template("", ""),
-    # Byte for byte the prompt of LLM-Adapters and the original MTL-LoRA: two spaces after the sentence, and sections
-    # indented by 16 spaces, as are the blank lines between them.
-    "original": _template("  ", " " * 16),
+    "alpaca": _template("", "", ""),
+    # Byte for byte the prompt of LLM-Adapters and the original MTL-LoRA: two spaces after the sentence, one if there is
+    # an input, and sections indented by 16 spaces, as are the blank lines between them.
+    "original": _template("  ", " ", " " * 16),
     # For your own tasks with short texts, where the words of the other templates would be half of each row.
     "plain": Template(
         opening="Task:\n", opening_with_input="Task:\n", input_marker="\nInput:\n", closing="\nAnswer:\n"
