@@ -129,11 +129,7 @@ def test_broken_transfer_is_tried_again(server, get, broken, known):
 
 @pytest.mark.parametrize(
     ("always", "facts"),
-    [
-        (CUT, ["--source"]),
-        (WRONG, ["other bytes", git_blob(BODY[:-1] + b"?")]),
-        (reply(500, b""), ["500"]),
-    ],
+    [(CUT, ["--source"]), (WRONG, ["other bytes", git_blob(BODY[:-1] + b"?")]), (reply(500, b""), ["500"])],
     ids=["truncated", "wrong", "failing"],
 )
 def test_what_stays_broken_is_one_sentence_and_leaves_nothing(server, get, always, facts):

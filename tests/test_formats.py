@@ -1,6 +1,6 @@
 """Files of every format that was ever written are read, and give the numbers that they gave when they were written.
 
-``tests/fixtures/v1`` holds what version 0.1.0 wrote; its ``make.py`` says how. The paths in those files are relative
+``tests/fixtures/v1`` holds what version 0.1.0 wrote; its README.md says how. The paths in those files are relative
 to their folder, so the tests run inside it and write elsewhere.
 """
 

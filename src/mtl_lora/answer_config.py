@@ -21,6 +21,7 @@ class AnswerConfig(Config):
     """Which model answers the questions, and how it is run."""
 
     affects = "answers"
+    default_tasks = None  # the task set that neither a checkpoint nor ``tasks_file`` replaces
 
     checkpoint: str | None = flag(
         None, "checkpoint folder; it names its base model and tasks", affects="content", group="the model"
@@ -59,6 +60,13 @@ class AnswerConfig(Config):
         """Raise ``UserError`` for a missing file or folder; imports no model library."""
         if self.checkpoint:
             checkpoint_config(self.checkpoint)
+        if self.tasks_file:
+            type(self.default_tasks).load(self.tasks_file)
+
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the adapter, in which results go by default; None for a base model alone."""
+        return self.checkpoint
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,10 +77,7 @@ class EvaluationFlags(Config):
     """
 
     data_dir: str = flag(
-        "",
-        "folder with <task>/test.json (or .jsonl, .csv, .parquet)",
-        affects="content",
-        group="questions and results",
+        "", "folder with <task>/test.json (or .jsonl, .csv, .parquet)", affects="content", group="questions and results"
     )
     output_dir: str | None = flag(
         None,
@@ -93,7 +98,9 @@ class EvaluationFlags(Config):
     def check_files(self) -> None:
         super().check_files()
         if not Path(self.data_dir).is_dir():
-            made = f"make it with `{self.made_by}`, or " if self.made_by and not self.knows_tasks else ""
+            # ``made_by`` may not make the test sets of tasks that the flags declare.
+            own = self.tasks_file or self.checkpoint
+            made = f"make it with `{self.made_by}`, or " if self.made_by and not own else ""
             raise UserError(f"there is no folder {self.data_dir} with test sets; {made}pass --data_dir DIR")
 
     def closing_lines(self, found: Mapping[str, "Results"]) -> list[str]:
@@ -101,19 +108,9 @@ class EvaluationFlags(Config):
         return []
 
     @property
-    def knows_tasks(self) -> bool:
-        """Whether the flags declare the tasks; ``made_by`` may not prepare those."""
-        return bool(self.tasks_file or self.checkpoint)
-
-    @property
     def protocols(self) -> dict[str, str]:
         """The output folder of each protocol, that is each way of answering the questions."""
         return {self.protocol: self.output_folder}
-
-    @property
-    def adapter(self) -> str | None:
-        """The folder of the evaluated adapter, in which the results go by default; None for a base model alone."""
-        return self.checkpoint
 
     @property
     def output_folder(self) -> str:

@@ -198,7 +198,6 @@ def closest(word: str, known: list[str]) -> str:
 
     Each part of the word must be close to a part of the known word: eval_steps is not a misspelled max_steps.
     """
-
     plain = {each.casefold().replace("-", "_"): each for each in known}
     word = word.casefold().replace("-", "_")
 

@@ -119,15 +119,12 @@ def _parquet_rows(path: Path) -> list[dict]:
         with ParquetFile(path) as opened:
             rows = opened.read().to_pylist()
         rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
-        return json.loads(json.dumps(rows, default=_as_text))
+        # Cells that JSON has no type for, such as a date or text stored as bytes, become text.
+        text = json.dumps(rows, default=lambda cell: cell.decode() if isinstance(cell, bytes) else str(cell))
+        return json.loads(text)
     except (OSError, ValueError, NotImplementedError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the data file {path} cannot be read as parquet ({reason}); write it again") from None
-
-
-def _as_text(value: object) -> str:
-    """Convert a parquet cell that JSON has no type for, such as a date or text stored as bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 READERS: dict[str, Callable[[Path], list]] = {
@@ -151,18 +148,14 @@ def text_of(value: object, what: str) -> str:
     return value
 
 
-_OTHER_NAMES = {"text_b": ("textpair", "text2", "sentenceb", "sentence2", "question2", "hypothesis")}
+_LIKE_TEXT_B = ("textb", "textpair", "text2", "sentenceb", "sentence2", "question2", "hypothesis")
 
 
-def refuse_slips(value: Mapping, field: str, where: str) -> None:
-    """Raise ``UserError`` for a misspelling of the optional key ``field``.
-
-    A misspelling differs in case or punctuation only (textB), or is another common name for the field.
-    """
-    names = {field.replace("_", ""), *_OTHER_NAMES.get(field, ())}
-    plain = [key for key in value if isinstance(key, str) and re.sub(r"[\W_]", "", key).lower() in names]
-    if plain and field not in value:
-        raise UserError(f"{where} has the unknown field {plain[0]!r} (did you mean {field!r}?)")
+def refuse_slips(value: Mapping, where: str) -> None:
+    """Raise ``UserError`` for a misspelling of the optional key ``text_b`` (textB), or another common name for it."""
+    plain = [key for key in value if isinstance(key, str) and re.sub(r"[\W_]", "", key).lower() in _LIKE_TEXT_B]
+    if plain and "text_b" not in value:
+        raise UserError(f"{where} has the unknown field {plain[0]!r} (did you mean 'text_b'?)")
 
 
 def whole_number(value: object) -> object:

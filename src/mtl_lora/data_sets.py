@@ -68,7 +68,7 @@ def shuffled(entries: Iterable[Entry]) -> list[Entry]:
     return entries
 
 
-def sampled(entries: Sequence[Entry], count: int) -> tuple[list[Entry], list[Entry]]:
+def split_off(entries: Sequence[Entry], count: int) -> tuple[list[Entry], list[Entry]]:
     """Return (``count`` sampled entries, the others), both in their order; larger samples contain smaller ones."""
     chosen = set(shuffled(range(len(entries)))[:count])
     parts = [], []
@@ -95,7 +95,7 @@ def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: b
     empty = [f"{name}/{part}" for name, parts in sets.items() for part in SPLITS if not parts[part]]
     if empty:
         raise UserError(f"no example is left for {', '.join(empty)}; nothing was written")
-    train = {name: sampled(parts["train"], limit)[0] if limit else parts["train"] for name, parts in sets.items()}
+    train = {name: split_off(parts["train"], limit)[0] if limit else parts["train"] for name, parts in sets.items()}
     output = folder / "train.json"
     examples = {output: [example for part in train.values() for example in part]}
     for part in ("dev", "test"):

@@ -14,7 +14,7 @@ import statistics
 import string
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import SEED, Difference, Estimate, bootstrap_means, draws, proportion_error
@@ -206,9 +206,19 @@ class Mean(Metric):
         score = operator.eq if labels and self.score is same_text else self.score  # labels are not free text
         return [float(score(given, target)) for given, target in zip(predictions, targets, strict=True)]
 
-    written: ClassVar = list
-    value_of: ClassVar = staticmethod(statistics.fmean)
-    estimate: ClassVar = staticmethod(lambda rows: mean(rows))
+    @staticmethod
+    def written(values: Sequence[float]) -> list[float]:
+        """Return the rows that prediction lines hold."""
+        return list(values)
+
+    @staticmethod
+    def value_of(rows: Sequence[float]) -> float:
+        return statistics.fmean(rows)
+
+    @staticmethod
+    def estimate(rows: Sequence[float]) -> tuple[float, float]:
+        """Return the value and its standard error."""
+        return mean(rows)
 
     def difference(
         self, pairs: Sequence[tuple[list, list]], stream: Sequence[int], resamples: int
@@ -487,12 +497,7 @@ METRICS: dict[str, Metric] = {
     "pearson": Statistic("Pearson", "numbers", _numbers, _pearson, lowest=-1),
     "spearman": Statistic("Spearman", "numbers", _numbers, _spearman, lowest=-1),
     "pearson_and_spearman": Statistic(
-        "Pearson and Spearman",
-        "numbers",
-        _numbers,
-        _pearson_and_spearman,
-        parts=("pearson", "spearman"),
-        lowest=-1,
+        "Pearson and Spearman", "numbers", _numbers, _pearson_and_spearman, parts=("pearson", "spearman"), lowest=-1
     ),
     "vqa_accuracy": Mean("VQA accuracy", "answers", vqa_accuracy, "score", target="answers"),
     "vqa_accuracy_official": Mean("Official VQA accuracy", "answers", vqa_accuracy_official, "score", target="answers"),

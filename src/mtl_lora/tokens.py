@@ -1,7 +1,7 @@
 """What a tokenizer of transformers adds to a text, and where rows of ids begin alike; for systems that cut prompts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mtl_lora.errors import UserError
 
@@ -25,6 +25,13 @@ def added_ids(tokenizer) -> tuple[list[int], list[int]]:
         f"the tokenizer {tokenizer.name_or_path!r} merges its special tokens with the text next to them (ids {full} "
         f"for 'a', {bare} without them), so a prompt cannot be cut; use another tokenizer"
     )
+
+
+def refuse_control(tokenizer, control: set[int], ids: Iterable[int], index: int) -> None:
+    """Raise ``UserError`` for an example whose text this tokenizer always encodes as a control token."""
+    if found := control.intersection(ids):
+        token = tokenizer.convert_ids_to_tokens(found.pop())
+        raise UserError(f"example {index} contains {token!r}, a control token for this tokenizer; remove it")
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:

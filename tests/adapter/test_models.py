@@ -7,16 +7,7 @@ import torch
 import transformers
 from reference.architectures import ARCHITECTURES, OTHERS, Architecture
 from reference.layers import assert_near
-from reference.tiny import (
-    METHODS,
-    TASKS,
-    VOCABULARY,
-    adapter_config,
-    adapter_gradients,
-    randomise,
-    tiny_llama,
-    tokens,
-)
+from reference.tiny import METHODS, TASKS, VOCABULARY, adapter_config, adapter_gradients, randomise, tiny_llama, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -499,7 +499,7 @@ def test_checkpoint_that_does_not_fit_the_base_names_what_is_wrong(refused, base
 @pytest.mark.parametrize("name, words", [("peft", {"tasks": "maps,oceans"}), ("merge", {"task": "oceans"})])
 def test_unknown_task_lists_the_tasks(refused, checkpoints, name, words):
     sentence = refused(name, checkpoint=checkpoints("llama", "mtl_lora"), **words)
-    assert sentence == "there is no task 'oceans'; the adapter's tasks are tides, maps, birds, rivers"
+    assert sentence == "there is no task 'oceans'; the adapter's tasks are tides 0, maps 1, birds 2, rivers 3"
 
 
 @pytest.mark.parametrize("name, words", [("peft", {}), ("merge", {"task": "maps"})])

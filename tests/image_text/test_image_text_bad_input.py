@@ -34,10 +34,7 @@ LINES = {
     "another grid": ("train --features=mixed.h5", ["'p3'", "(4, 8)"]),
     "broken file": ("train --features=tasks.json", ["tasks.json"]),
     "pool above the grid": ("train --pool=4", ["pool", "3"]),
-    "cutoff beyond the positions": (
-        "train --cutoff_len=200 --data_path=long.json",
-        ["96 positions", "--pool"],
-    ),
+    "cutoff beyond the positions": ("train --cutoff_len=200 --data_path=long.json", ["96 positions", "--pool"]),
     "encoder": ("train --base_model=bert", ["bert", "encoder"]),
     "size of no task": ("train --task_batches=round_robin --task_batch_sizes=gqa=3", ["'gqa'", "vqa 0"]),
     "size of mixed batches": ("train --task_batch_sizes=vqa=4", ["--task_batches round_robin"]),

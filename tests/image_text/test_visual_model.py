@@ -91,19 +91,11 @@ MODELS = {
             **SPECIAL,
         ),
     ),
-    "llama": (
-        LlamaForCausalLM,
-        LlamaConfig(**SIZES, max_position_embeddings=64, initializer_range=0.4),
-    ),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, max_position_embeddings=64, initializer_range=0.4)),
     "mamba": (  # whose state passes over padding
         MambaForCausalLM,
         MambaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            state_size=4,
-            num_hidden_layers=2,
-            initializer_range=0.4,
-            **SPECIAL,
+            vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=0.4, **SPECIAL
         ),
     ),
 }

@@ -17,13 +17,7 @@ from mtl_lora.adapter.checkpoint import adapter_state
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.prefix import (
-    Packer,
-    let_attention_share,
-    longest_pair,
-    prefixes_to_share,
-    task_prefixes,
-)
+from mtl_lora.language.prefix import Packer, let_attention_share, longest_pair, prefixes_to_share, task_prefixes
 from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.language.train import LanguageRun
 

@@ -158,10 +158,7 @@ WRONG_RECORDS = {
     "a number": (spoil(input=3), "'input' must be a string, not 3"),
     "null": (spoil(output=None), "must be "),
     "blank": (spoil(instruction=" \n"), "'instruction' is empty"),
-    "another task's answer": (
-        spoil(answer="answer1"),
-        "'answer1' is not one of its options solution1",
-    ),
+    "another task's answer": (spoil(answer="answer1"), "'answer1' is not one of its options solution1"),
     "another output": (spoil(output="the correct answer is solution1"), "must be 'the correct answer is solution2'"),
 }
 

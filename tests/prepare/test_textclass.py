@@ -9,16 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from shared import git_blob
-from textclass_cases import (
-    FOLDER,
-    MANIFEST,
-    PARTS,
-    TASKS,
-    assert_sets_are_apart,
-    make_source,
-    obvious,
-    written,
-)
+from textclass_cases import FOLDER, MANIFEST, PARTS, TASKS, assert_sets_are_apart, make_source, obvious, written
 
 from mtl_lora import cli
 

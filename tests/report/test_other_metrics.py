@@ -67,7 +67,7 @@ def runs(tmp_path):
 def test_a_table_names_each_metric_and_shows_it_times_100(runs, capsys):
     rows = grid(run_command(capsys, "table", *runs)[1])
     assert rows["Method"][1:] == [
-        *("SST-2", "CoLA (Matthews)", "MRPC (Accuracy and F1)", "STS-B (Pearson and Spearman)", "Average"),
+        *("SST-2", "CoLA (Matthews)", "MRPC (Accuracy and F1)", "STS-B (Pearson and Spearman)", "Average")
     ]
     tasks = Results.load(runs[0]).tasks
     assert rows["a"][1:5] == [f"{100 * task.value:.1f} ± {100 * task.stderr:.1f}" for task in tasks.values()]

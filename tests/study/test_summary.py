@@ -13,16 +13,7 @@ from mtl_lora.estimates import bootstrap_means, percentile_interval
 from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study
 from mtl_lora.results import Results, TaskResult
-from mtl_lora.study.summary import (
-    RESAMPLES,
-    SEED,
-    StudyWriter,
-    collect,
-    compared,
-    delta_m_over,
-    render,
-    without_paths,
-)
+from mtl_lora.study.summary import RESAMPLES, SEED, StudyWriter, collect, compared, delta_m_over, render, without_paths
 
 TWO = {"evaluate": {**grid()["evaluate"], "tasks": ["boolq", "piqa"]}}
 RIGHT = {

@@ -23,12 +23,7 @@ def start(
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "VENV": "", "PATH": path, "PORT": free_port()}
     return subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, **threads, **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        command, cwd=cwd, env={**os.environ, **threads, **environment}, capture_output=True, text=True, timeout=timeout
     )
 
 

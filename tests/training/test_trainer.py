@@ -18,7 +18,7 @@ from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
-from mtl_lora.training.trainer import MultiTaskTrainer, RankedDropout, TaskLosses, training_arguments
+from mtl_lora.training.trainer import LossSums, MultiTaskTrainer, RankedDropout, training_arguments
 
 LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row
 PROMPTS = [4, 3, 5, 2, 5, 10, 1, 6]  # of which the prompt; the answers differ in length, as means over them would
@@ -107,12 +107,7 @@ def make_trainer(
         "tasks": TASKS,
         "train_dataset": encoded_rows(),
     }
-    return MultiTaskTrainer(
-        args=arguments,
-        sampler=sampler,
-        provenance=Provenance(),
-        **(language | options),
-    )
+    return MultiTaskTrainer(args=arguments, sampler=sampler, provenance=Provenance(), **(language | options))
 
 
 def one_step(trainer: MultiTaskTrainer) -> tuple[float, dict[str, torch.Tensor]]:
@@ -262,7 +257,7 @@ def test_weight_decay_spares_what_a_method_declares(tmp_path):
 
 
 def test_loss_per_task_is_the_weighted_sum_since_the_last_reading():
-    losses = TaskLosses(4)
+    losses = LossSums(4)
     first = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
     losses.add(first * 1, torch.tensor([1.0, 0.5, 1.0]), torch.tensor([2, 0, 2]))
     losses.add(torch.tensor([8.0]), torch.tensor([1.0]), torch.tensor([0]))
@@ -275,14 +270,14 @@ def test_loss_per_task_is_the_weighted_sum_since_the_last_reading():
 
 
 def test_sums_of_losses_lose_nothing_over_many_tokens():
-    losses = TaskLosses(1)
+    losses = LossSums(1)
     for weight in (2.0**24, 1.0, 1.0):  # float32 has no 2^24 + 1
         losses.add(torch.tensor([1.0]), torch.tensor([weight]), torch.tensor([0]))
     assert [part.item() for part in losses.read()] == [2**24 + 2] * 2
 
 
 def test_sums_of_losses_stay_in_their_memory_for_a_recorded_step():
-    losses = TaskLosses(2)
+    losses = LossSums(2)
     place = losses.sums.data_ptr()
     losses.add(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([1]))
     sums, _ = losses.read()

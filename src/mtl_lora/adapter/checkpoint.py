@@ -196,15 +196,20 @@ def load_start(layers: dict[str, nn.Module], folder: str | Path) -> bool:
     if not path.is_file():
         return False
     own = {f"{name}.{key}": (layer, key) for name, layer in layers.items() for key in layer.task_parameters}
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
+    state = read_tensors(path)
     if {name: tensor.shape for name, tensor in state.items()} != {n: getattr(*place).shape for n, place in own.items()}:
         raise UserError(f"{path} does not hold the initial values of the adapter beside it; delete it")
     for name, (layer, key) in own.items():
         setattr(layer, key, nn.Parameter(state[name].to(getattr(layer, key).dtype), requires_grad=False))
     return True
+
+
+def read_tensors(path: Path) -> State:
+    """Return the tensors of a safetensors file, on the CPU; raises ``UserError`` for another file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
 
 
 def _require_numbers(state: State, source: str) -> None:
@@ -396,10 +401,7 @@ def read_weights(folder: str | Path, config: CheckpointConfig) -> State:
             f"{path} is damaged (its sha256 is {digest[:12]}..., and {CONFIG_NAME} says "
             f"{config.weights_sha256[:12]}...); copy it again"
         )
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
+    state = read_tensors(path)
     _require_numbers(state, str(path))
     return state
 

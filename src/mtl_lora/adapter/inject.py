@@ -104,7 +104,7 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
         slots=slots,
         checkpointed=[module for module in root.modules() if hasattr(module, "gradient_checkpointing")],
         has_head=head in layers,
-        layers=[each for each in layers.values() if _prepares(type(each)) and not each.is_head],
+        layers=[each for each in layers.values() if each.prepares and not each.is_head],
         allow_unused=allow_unused,
         names=[*targets],
     )
@@ -155,10 +155,6 @@ def _restore_ties(root: nn.Module, injection: Injection) -> None:
         injection.ties = None
         if not own:
             del root._tied_weights_keys
-
-
-def _prepares(layer: type[AdapterLayer]) -> bool:
-    return layer.prepare.__func__ is not AdapterLayer.prepare.__func__
 
 
 def injection_of(model: nn.Module) -> Injection | None:

@@ -185,11 +185,13 @@ class AdapterLayer(nn.Module):
     task_parameters: tuple[str, ...] = ()  # what differs between tasks; the analysis compares it with its start
     no_decay: tuple[str, ...] = ()  # parameters without weight decay, because zero is not their neutral value
     Hyperparameters: type[Hyperparameters] = Hyperparameters  # the method's own settings
+    prepares = False  # whether the class has a ``prepare`` of its own
     is_head = False  # set by ``inject`` on the model's output head, which may see only some of the positions
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        if "prepare" not in cls.__dict__:  # the parent's ``prepare`` may not fit what this class computes
+        cls.prepares = "prepare" in cls.__dict__
+        if not cls.prepares:  # the parent's ``prepare`` may not fit what this class computes
             cls.prepare = AdapterLayer.prepare
         if "method" in cls.__dict__:
             known = _registered.setdefault(cls.method, cls)
@@ -279,7 +281,7 @@ class AdapterLayer(nn.Module):
         if self.needs_task_ids:
             raise NotImplementedError
         if task is not None:
-            self.task_index(task)
+            task_index(self.tasks, task)
         return Factors(self.down(), self.up(), self.scale)
 
     @classmethod
@@ -387,10 +389,6 @@ class AdapterLayer(nn.Module):
         for rows in unit.split(1024):
             total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
         return total
-
-    def task_index(self, task: str | int | None) -> int:
-        """Return the id of a task given by name or id; raises ``UserError`` listing the tasks for an unknown one."""
-        return task_index(self.tasks, task)
 
     @property
     def compute_dtype(self) -> torch.dtype:

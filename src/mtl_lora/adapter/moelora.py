@@ -8,7 +8,7 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
-from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming
+from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming, task_index
 from mtl_lora.config import flag
 
 _A_STD = 0.01  # standard deviation of the initial A_i
@@ -71,5 +71,5 @@ class MoeLoraLayer(AdapterLayer):
 
     def factors(self, task: str | int | None = None) -> Factors:
         """Return A and B with the gate of one task folded into B; raises ``UserError`` for an unknown task."""
-        index = torch.tensor([self.task_index(task)], device=self.lora_A.device)
+        index = torch.tensor([task_index(self.tasks, task)], device=self.lora_A.device)
         return Factors(self.lora_A, self.lora_B * self.gate(index), self.scale)

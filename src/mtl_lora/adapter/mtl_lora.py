@@ -9,7 +9,7 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
-from mtl_lora.adapter.layer import AdapterLayer, Factors, Streams, kaiming
+from mtl_lora.adapter.layer import AdapterLayer, Factors, Streams, kaiming, task_index
 from mtl_lora.config import flag
 
 LAMBDA_SHAPES = ("full", "diagonal", "identity")
@@ -135,7 +135,7 @@ class MtlLoraLayer(AdapterLayer):
 
     def factors(self, task: str | int | None = None) -> Factors:
         """Return A and B = [B_1 ... B_n] P_t for one task; raises ``UserError`` for an unknown task."""
-        index = torch.tensor([self.task_index(task)], device=self.lora_w.device)
+        index = torch.tensor([task_index(self.tasks, task)], device=self.lora_w.device)
         return Factors(self.lora_A, self.lora_B @ self.combined_transform(index)[0], self.scale)
 
 

@@ -33,12 +33,6 @@ class Blocks:
     ids: torch.Tensor
     sizes: tuple[tuple[int, int], ...]
 
-    @classmethod
-    def of_equal_rows(cls, ids: torch.Tensor, tokens: int) -> "Blocks":
-        """Return one block for ids of any shape in which every id covers the same number of tokens."""
-        ids = ids.reshape(-1)
-        return cls(ids, ((len(ids), tokens // max(len(ids), 1)),))
-
     def split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Split values of all rows, (M, ...), into one tensor (rows, ...) per block."""
         return values.split([rows for rows, _ in self.sizes])
@@ -385,8 +379,8 @@ def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
 def blocks_for(x: torch.Tensor, layer) -> Blocks:
     """Return the current task ids for the input ``x`` of a layer as blocks of rows; raises as ``task_ids_for``."""
     route = _route_of(layer)
-    ids = route.ids_for(x)
-    return route.blocks or Blocks.of_equal_rows(ids, x.shape[:-1].numel())
+    ids = route.ids_for(x).reshape(-1)  # each covers the same number of tokens
+    return route.blocks or Blocks(ids, ((len(ids), x.shape[:-1].numel() // max(len(ids), 1)),))
 
 
 def _route_of(layer) -> BoundRoute:

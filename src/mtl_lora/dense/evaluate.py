@@ -196,10 +196,7 @@ class Evaluator(evaluation.Evaluator):
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet, then write and return the results by protocol.
-
-    The returned dictionary is empty with ``check``, and on every process except the first.
-    """
+    """Evaluate as ``config`` says, see ``evaluation.evaluate``."""
     evaluator = Evaluator(config)
     return evaluation.evaluate(evaluator, evaluator.ask())
 

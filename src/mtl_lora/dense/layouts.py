@@ -4,8 +4,8 @@ A layout knows the files of an image and reads the map of a task. A pixel withou
 indices and of 0 and 1, a zero vector in normals, and 0 in depth. ``data`` checks what is read.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -13,9 +13,6 @@ from PIL import Image
 from mtl_lora import files
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet, shipped
 from mtl_lora.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 # ---- files ----
 
@@ -99,7 +96,7 @@ class Layout:
     def image(self, id: str) -> Path:
         return self.root / self.images / f"{id}.jpg"
 
-    def paths(self, task: Task, id: str) -> "Sequence[Path]":
+    def paths(self, task: Task, id: str) -> Sequence[Path]:
         """Return the files from which a task's map is read; raises ``UserError`` for a task that the layout lacks."""
         raise NotImplementedError
 
@@ -150,7 +147,7 @@ class Folder(Layout):
         return [self._existing(self.root / task.name, id, (".npy",) if task.kind == "depth" else (".png", ".npy"))]
 
     @staticmethod
-    def _existing(folder: Path, id: str, suffixes: "Sequence[str]") -> Path:
+    def _existing(folder: Path, id: str, suffixes: Sequence[str]) -> Path:
         named = [folder / f"{id}{suffix}" for suffix in suffixes]
         found = [path for path in named if path.is_file()] or named[:1]
         if len(found) > 1:

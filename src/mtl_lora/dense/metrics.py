@@ -78,13 +78,7 @@ def _edges(output: torch.Tensor, label: torch.Tensor, task: Task) -> list[float]
     return [edges(output, label).item(), float((label != IGNORE).sum())]
 
 
-_ROWS = {
-    "miou": _classes,
-    "saliency_miou": _saliency,
-    "edge_loss": _edges,
-    "mean_angle": _angles,
-    "depth_rmse": _depth,
-}
+_ROWS = {"miou": _classes, "saliency_miou": _saliency, "edge_loss": _edges, "mean_angle": _angles, "depth_rmse": _depth}
 # The names that the original prints for our metrics: its "rmse" of normals is the mean angle.
 _OFFICIAL = [("mIoU", "miou"), ("mIoU", "saliency_miou"), ("maxF", "max_f"), ("mean", "mean_angle")]
 _OFFICIAL += [("rmse", "mean_angle"), ("rmse", "depth_rmse")]

@@ -68,7 +68,6 @@ class Task(tasks.Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics that the task may have."""
         return KINDS[self.kind].metrics
 
     @property
@@ -88,7 +87,6 @@ class Task(tasks.Task):
 
     @property
     def metric_name(self) -> str:
-        """The metric in effect."""
         return self.metric or self.metrics[0]
 
     @property
@@ -101,8 +99,6 @@ class Task(tasks.Task):
 
 
 class TaskSet(tasks.TaskSet[Task]):
-    """Tasks in id order (ids 0..T-1 without gaps); ``columns`` names them in the order of a results table."""
-
     task_class = Task
 
     def only(self, names: typing.Sequence[str]) -> "TaskSet":

@@ -13,7 +13,6 @@ from mtl_lora.dense import model
 from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.losses import TaskLosses, known_values
-from mtl_lora.dense.tasks import TaskSet
 from mtl_lora.training.run import Run, train
 
 _PER_PROCESS = (
@@ -38,8 +37,6 @@ class Collator:
 
 class DenseRun(Run):
     """The training of a backbone with decoders. Its rows are the images of a ``DenseDataset``."""
-
-    task_set = TaskSet
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
@@ -84,9 +81,6 @@ class DenseRun(Run):
 
     def ends(self):
         return Collator(self.data), TaskLosses(self.tasks)
-
-    def provenance(self) -> dict[str, object]:
-        return {}
 
 
 RUN = DenseRun

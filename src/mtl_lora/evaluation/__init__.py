@@ -7,9 +7,9 @@ given, so a killed run can resume. Several processes share the questions.
 from mtl_lora.evaluation.answers import Predictions
 from mtl_lora.evaluation.evaluator import (
     Evaluator,
-    NotANumber,
     Question,
     QuestionSets,
+    generate,
     inputs,
     likeliest,
     load_questions,
@@ -21,12 +21,12 @@ from mtl_lora.evaluation.run import Predictor, evaluate, predict
 
 __all__ = [
     "Evaluator",
-    "NotANumber",
     "Predictions",
     "Predictor",
     "Question",
     "QuestionSets",
     "evaluate",
+    "generate",
     "inputs",
     "likeliest",
     "load_questions",

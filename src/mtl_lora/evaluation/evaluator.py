@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 import mtl_lora
 from mtl_lora import files
@@ -113,16 +113,16 @@ class Evaluator(abc.ABC):
             if value and getattr(self.config, flag) is not None:
                 raise UserError(f"--{flag} cannot be combined with --checkpoint: {self.config.checkpoint} defines it")
 
-    def use_tasks(self, provenance: Provenance, default: TaskSet) -> None:
-        """Set the tasks: the checkpoint's, else those of ``--tasks_file``, else the default.
+    def use_tasks(self, provenance: Provenance) -> None:
+        """Set the tasks: the checkpoint's, else those of ``--tasks_file``, else the default ones.
 
         Raises ``UserError`` unless they are the tasks that the adapter has weights for.
         """
-        config, kind = self.config, type(default)
+        config, default = self.config, self.config.default_tasks
         if provenance.task_set:
-            self.tasks = kind.from_json(provenance.task_set, f"the task set of {config.checkpoint}")
+            self.tasks = type(default).from_json(provenance.task_set, f"the task set of {config.checkpoint}")
         else:
-            self.tasks = kind.load(config.tasks_file) if config.tasks_file else default
+            self.tasks = type(default).load(config.tasks_file) if config.tasks_file else default
         self.made_by = getattr(config, "made_by", "") if self.tasks.names == default.names else ""
         adapted = self.adapter.adapter_config.tasks if self.adapter else []
         if adapted and adapted != self.tasks.names:
@@ -138,7 +138,7 @@ class Evaluator(abc.ABC):
         """
         config = self.config
         if name is None:
-            raise UserError(f"{config.checkpoint} does not name its base model; pass --base_model")
+            raise UserError(f"{config.adapter} does not name its base model; pass --base_model")
         base = self.base_model = BaseModel(name, config.trust_remote_code, BASE_KINDS[self.system])
         self.fitting: dict[tuple[str, str], int] = {}  # by task and protocol, the most tokens to try at once
         base.check_quantisation()
@@ -328,10 +328,7 @@ def load_questions(evaluator: Evaluator, load: Callable[..., list], chosen: Sequ
 
 
 def plan_batches(
-    questions: Sequence[Question],
-    batch_size: int | str,
-    token_budget: int,
-    length: Callable[[Question], int],
+    questions: Sequence[Question], batch_size: int | str, token_budget: int, length: Callable[[Question], int]
 ) -> list[list[Question]]:
     """Split questions into batches of at most ``batch_size`` questions, or with ``auto`` of ``token_budget`` tokens.
 
@@ -394,7 +391,7 @@ def likeliest(question: Question, scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-class NotANumber(LogitsProcessor):
+class _NotANumber(LogitsProcessor):
     """Remembers whether any logit was NaN; the flag stays on the GPU, so that tokens need no synchronisation."""
 
     found: torch.Tensor | bool = False
@@ -402,3 +399,19 @@ class NotANumber(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.found = self.found | scores.isnan().any()
         return scores
+
+
+def generate(
+    model: PreTrainedModel, task: Task, inputs: Mapping[str, object], task_ids: torch.Tensor, **settings
+) -> torch.Tensor:
+    """Return the ids that ``model.generate(**inputs)`` gives, greedily or by beam search, never by sampling.
+
+    settings: of transformers' ``GenerationConfig``. Raises ``UserError`` for NaN logits.
+    """
+    # A fresh configuration, because the base model's own may turn on sampling.
+    fresh, seen = GenerationConfig(do_sample=False, use_cache=True, **settings), _NotANumber()
+    with mtl_lora.route.use(task_ids):
+        output = model.generate(**inputs, generation_config=fresh, logits_processor=[seen])
+    if bool(seen.found):
+        raise not_finite(f"the model gives logits for questions of {task.name}")
+    return output

@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
@@ -114,11 +112,7 @@ def _read_pairs(folder: Path, r: int) -> State:
         if (folder / PEFT_PICKLE).is_file():
             raise UserError(f"{folder} has only the pickle {PEFT_PICKLE}; load it in PEFT and save it as safetensors")
         raise UserError(f"{folder} has no {artifacts.PEFT_WEIGHTS}; pass the folder of a PEFT LoRA")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
-    pairs = _renamed(path, tensors, _PEFT_TENSOR, "not part of a plain LoRA on linear layers")
+    pairs = _renamed(path, checkpoint.read_tensors(path), _PEFT_TENSOR, "not part of a plain LoRA on linear layers")
     _check_tensors(path, pairs, {"lora_A": (r, "k"), "lora_B": ("d", r)})
     return pairs
 

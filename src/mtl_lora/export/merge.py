@@ -11,11 +11,11 @@ import mtl_lora
 from mtl_lora import files
 from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.adapter.inject import require_finite
-from mtl_lora.adapter.layer import layer_class
+from mtl_lora.adapter.layer import layer_class, task_index
 from mtl_lora.base_model import STORED, BaseModel, cached_path, hub_errors, quiet_deepspeed
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.export.model_card import model_card, read_scores
-from mtl_lora.export.peft import CARD_NAME, base_for, check_task, load_base, tasks_of_heads
+from mtl_lora.export.peft import CARD_NAME, base_for, load_base, tasks_of_heads
 from mtl_lora.export.peft import recorded_base as recorded_base  # the command calls it on this module
 from mtl_lora.nlu.model import single_task
 
@@ -55,7 +55,7 @@ def export_merged(
         own = "a head" if heads else "weights"
         raise UserError(f"{method.title} has {own} for each task; pass --task, one of {', '.join(adapter.tasks)}")
     if task is not None:
-        check_task(adapter.tasks, task)
+        task_index(adapter.tasks, task)
     base_model = base_for(checkpoint, config, base_model)
     # Validate before loading the base model.
     inputs = [checkpoint, base_model.path]

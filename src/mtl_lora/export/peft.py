@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, adapter_without_base, read_config, read_weights, split_state
-from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class, positive
+from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class, positive, task_index
 from mtl_lora.adapter.saved import find_slots, whole_modules
 from mtl_lora.adapter.targets import adapter_layers, fused_experts, targets_for
 from mtl_lora.base_model import BaseModel
@@ -173,16 +173,10 @@ def choose_tasks(known: list[str], chosen: list[str] | None) -> list[str]:
     """Return the names of the folders to write; raises ``UserError`` for an unknown task or an unusable folder name."""
     names = list(dict.fromkeys(chosen or known or [FOR_ALL]))
     for name in names:
-        check_task(known or [FOR_ALL], name)
+        task_index(known or [FOR_ALL], name)
         if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
             raise UserError(f"the task {name!r} cannot name a folder; rename it in the checkpoint's tasks")
     return names
-
-
-def check_task(known: list[str], name: str) -> None:
-    """Raise ``UserError``, listing the known tasks, if ``name`` is not one of them."""
-    if name not in known:
-        raise UserError(f"there is no task {name!r}; the adapter's tasks are {', '.join(known) or 'none'}")
 
 
 def structure_if_known(base_model: BaseModel) -> nn.Module | None:

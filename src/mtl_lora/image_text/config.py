@@ -28,6 +28,7 @@ class TrainConfig(TrainingConfig):
 
     system = "image_text"
     idle = TrainingConfig.idle | {"cuda_graphs": "has no effect with --system image_text"}
+    default_tasks = OPEN_SETS
     made_by = "mtl-lora prepare image_text"
 
     base_model: str = flag("smollm2-135m", "name or folder of a causal language model or an encoder-decoder (BART, T5)")
@@ -91,9 +92,6 @@ class TrainConfig(TrainingConfig):
             sizes[tasks[name].name] = int(number)
         return sizes
 
-    def read_tasks(self) -> TaskSet:
-        return TaskSet.load(self.tasks_file) if self.tasks_file else OPEN_SETS
-
     def contents(self) -> dict[str, str | None]:
         return {_FEATURES: _fingerprint(tuple(self.features))}
 
@@ -107,6 +105,8 @@ class TrainConfig(TrainingConfig):
 @dataclasses.dataclass(kw_only=True)
 class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
+
+    default_tasks = OPEN_SETS
 
     base_model: str | None = flag(
         None,
@@ -137,8 +137,6 @@ class AnswerConfig(answer_config.AnswerConfig):
         super().check_files()
         if not self.checkpoint and self.images:
             raise UserError("a base model without a checkpoint sees no images; pass --no_images, or --checkpoint DIR")
-        if self.tasks_file:
-            TaskSet.load(self.tasks_file)
 
     def contents(self) -> dict[str, str | None]:
         return {_FEATURES: _fingerprint(tuple(self.features)) if self.features else "those of the training"}

@@ -8,7 +8,6 @@ import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -16,12 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mtl_lora.errors import UserError
 from mtl_lora.image_text.examples import Example, load_examples
+from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import BY_TOKEN, Task, TaskSet
-from mtl_lora.tokens import added_ids, common_prefix, control_ids
+from mtl_lora.tokens import added_ids, common_prefix, control_ids, refuse_control
 from mtl_lora.training.rows import cached_rows, padded, tokenizer_hash
-
-if TYPE_CHECKING:
-    from mtl_lora.image_text.features import FeatureStore
 
 # Increase it when the encoding of examples changes, so that caches of an older version are not read.
 _VERSION = 1
@@ -120,12 +117,7 @@ class Encoder:
                 row["scores"] = list(example.answers.values()) or [0.0]
                 removed += sum(max(len(ids) - most, 0) for ids in whole.values())
             used = itertools.chain(ids, *(each[len(self.answer_start) : -1] for each in row.get("answers", ())))
-            if found := self._control.intersection(used):
-                token = self.tokenizer.convert_ids_to_tokens(found.pop())
-                raise UserError(
-                    f"example {example.index} contains {token!r}, which is a control token for this tokenizer; "
-                    "remove it"
-                )
+            refuse_control(self.tokenizer, self._control, used, example.index)
             rows.append(row | {"removed": removed})
         return rows
 
@@ -205,7 +197,7 @@ class Collator:
     def __init__(
         self,
         encoder: Encoder,
-        store: "FeatureStore | None",
+        store: FeatureStore | None,
         visual_tokens: int,
         seed: int = 0,
         mean_tokens: Mapping[int, float] | None = None,

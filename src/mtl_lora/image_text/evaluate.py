@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from mtl_lora import artifacts, evaluation, files, route
+from mtl_lora import artifacts, evaluation, files
 from mtl_lora.errors import UserError, within
-from mtl_lora.evaluation import NotANumber, load_questions
+from mtl_lora.evaluation import load_questions
 from mtl_lora.image_text import model as visual
 from mtl_lora.image_text import page
 from mtl_lora.image_text.captions import caption_rows, tokenizer_here
@@ -18,7 +18,7 @@ from mtl_lora.image_text.config import ANSWER, OWN, SHUFFLED, AnswerConfig, Eval
 from mtl_lora.image_text.data import IGNORED, Collator, Encoder
 from mtl_lora.image_text.examples import Example, load_examples, parse_example
 from mtl_lora.image_text.features import FeatureStore
-from mtl_lora.image_text.tasks import CAPTION, CHOICE, OPEN_SETS, Task, TaskSet
+from mtl_lora.image_text.tasks import CAPTION, CHOICE, Task, TaskSet
 from mtl_lora.image_text.train import answer_losses
 from mtl_lora.images import find_images
 from mtl_lora.metrics import METRICS, mean, same_text, text_f1
@@ -76,7 +76,7 @@ class Evaluator(evaluation.Evaluator):
         self.config = config
         origin = self.read_checkpoint()
         self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
-        self.use_tasks(origin, OPEN_SETS)
+        self.use_tasks(origin)
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
         name = config.base_model or origin.base_model
         self.use_base(name, origin)
@@ -218,24 +218,21 @@ class Evaluator(evaluation.Evaluator):
     def _generated(self, questions: list[Question]) -> list[dict]:
         """Answer with generated text, greedily or by beam search, never by sampling."""
         task, tokenizer, encoder = questions[0].task, self.encoder.tokenizer, self.encoder
-        batch, seen, start = self._batch([question.row for question in questions]), NotANumber(), []
+        batch = self._batch([question.row for question in questions])
         if encoder.is_encoder_decoder:
             start = [encoder.decoder_start, *encoder.answer_start]
             batch["decoder_input_ids"] = torch.tensor([start] * len(questions), device=self.model.device)
-        # A new configuration, because that of the base model may ask for sampling.
-        settings = GenerationConfig(
+        output = evaluation.generate(
+            self.model,
+            task,
+            batch,
+            batch.pop("task_ids"),
             max_new_tokens=max(task.generated_tokens - len(encoder.answer_start), 1),
             num_beams=self.config.num_beams if task.answer == CAPTION else 1,
-            do_sample=False,
-            use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             decoder_start_token_id=encoder.decoder_start,
         )
-        with route.use(batch.pop("task_ids")):
-            output = self.model.generate(**batch, generation_config=settings, logits_processor=[seen])
-        if bool(seen.found):
-            raise evaluation.not_finite(f"the model gives logits for questions of {task.name}")
         said = 0 if encoder.is_encoder_decoder or "features" in batch else batch["input_ids"].shape[1]
         texts = tokenizer.batch_decode(output[:, said:], skip_special_tokens=True)
         return [
@@ -284,10 +281,7 @@ class Evaluator(evaluation.Evaluator):
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet, then write and return the results by protocol.
-
-    The returned dictionary is empty with ``check``, and on every process except the first.
-    """
+    """Evaluate as ``config`` says, see ``evaluation.evaluate``."""
     evaluator = Evaluator(config)
 
     def load(path: Path, tasks: TaskSet, task: str, closed: bool) -> list[Example]:

@@ -49,18 +49,15 @@ class VisualConfig(Config):
     size that made the features, see ``FeatureStore.source``, because another model's may have the same shape.
     """
 
-    dim: int
-    grid: int
+    dim: int = dataclasses.field(metadata={"min": 1})
+    grid: int = dataclasses.field(metadata={"min": 1})
     pool: int | None = None
-    images: int = 2
+    images: int = dataclasses.field(default=2, metadata={"min": 1})
     source: str | None = dataclasses.field(default=None, compare=False, metadata={"before": None})
 
     def validate(self) -> None:
-        for name in ("dim", "grid", "images"):
-            self.require(name, "at least 1", getattr(self, name) >= 1)
-        self.require(
-            "pool", f"1 to {self.grid}, the grid's cells per side", self.pool is None or 1 <= self.pool <= self.grid
-        )
+        fits = self.pool is None or 1 <= self.pool <= self.grid
+        self.require("pool", f"1 to {self.grid}, the grid's cells per side", fits)
 
     @property
     def tokens(self) -> int:
@@ -160,7 +157,8 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
     words = model.get_input_embeddings()
     with torch.device(model.device):
         visual = VisualEmbedding(config, words.embedding_dim).to(model.dtype)
-    norm = _embedding_norm(model)
+    # The norm that an encoder (BART's) applies to its embedded text but not to visual tokens.
+    norm = getattr(model.get_encoder(), "layernorm_embedding", None) if text_first(model) else None
     if model.device.type != "meta":
         known = (getattr(model.config, name, None) for name in ("init_std", "initializer_range"))
         spread = scale = next(filter(None, known), _SPREAD)
@@ -179,11 +177,6 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
             bias.register_forward_hook(_within_text)
     model.generate = Generate(model)
     return model
-
-
-def _embedding_norm(model: PreTrainedModel) -> nn.Module | None:
-    """Return the norm that an encoder applies to its embedded text but not to visual tokens; None if it has none."""
-    return getattr(model.get_encoder(), "layernorm_embedding", None) if text_first(model) else None
 
 
 def text_first(model: PreTrainedModel) -> bool:

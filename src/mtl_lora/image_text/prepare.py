@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mtl_lora.config import Config, closest, flag
-from mtl_lora.data_sets import SPLITS, Examples, Sizes, existing, sampled, write_sets
+from mtl_lora.data_sets import SPLITS, Examples, Sizes, existing, split_off, write_sets
 from mtl_lora.download import RemoteFolder
 from mtl_lora.errors import UserError
 from mtl_lora.files import atomic_directory, claimed, read_json, read_lines, read_object
@@ -101,14 +101,14 @@ def read_manifest(path: str, names: list[str]) -> tuple[list[RemoteFolder], Size
 
 def limited(examples: Examples, count: int) -> Examples:
     """Return the examples of ``count`` sampled images, or pairs of images, in the order of the examples."""
-    images = set(sampled(list(dict.fromkeys(str(example["image"]) for example in examples)), count)[0])
+    images = set(split_off(list(dict.fromkeys(str(example["image"]) for example in examples)), count)[0])
     return [example for example in examples if str(example["image"]) in images]
 
 
 def divided(examples: Examples, key: Callable[[dict], str]) -> tuple[Examples, Examples]:
     """Return (dev, train): dev has all examples of a tenth of the keys, train has the others."""
     keys = list(dict.fromkeys(map(key, examples)))
-    chosen = set(sampled(keys, len(keys) // DEV_PART)[0])
+    chosen = set(split_off(keys, len(keys) // DEV_PART)[0])
     parts = [], []
     for example in examples:
         parts[key(example) not in chosen].append(example)

@@ -58,14 +58,12 @@ class Task(tasks.Task):
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that the task may have."""
         if self.answer == CAPTION:
             return metrics_needing("references")
         return metrics_for(self.labels) + (metrics_needing("answers") if self.answer == OPEN else [])
 
     @property
     def metric_name(self) -> str:
-        """The metric in effect."""
         return self.metric or {OPEN: "exact_match", CHOICE: "accuracy", CAPTION: "cider"}[self.answer]
 
     @property
@@ -84,8 +82,6 @@ class Task(tasks.Task):
 
 
 class TaskSet(tasks.TaskSet[Task]):
-    """Tasks in id order (ids 0..T-1 without gaps); ``columns`` names them in the order of a results table."""
-
     task_class = Task
 
 

@@ -18,7 +18,6 @@ from mtl_lora.image_text import model
 from mtl_lora.image_text.config import ROUND_ROBIN, TrainConfig
 from mtl_lora.image_text.data import IGNORED, Collator, Encoder, mean_answer_tokens, training_rows
 from mtl_lora.image_text.features import FeatureStore
-from mtl_lora.image_text.tasks import TaskSet
 from mtl_lora.training.projection import logits_at
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.run import Run, train
@@ -29,7 +28,6 @@ from mtl_lora.training.trainer import Batch
 class ImageTextRun(Run):
     """The training of a language model that also sees images."""
 
-    task_set = TaskSet
     shortened_at = "the ends of their texts and answers"
 
     def __init__(self, config: TrainConfig):
@@ -100,8 +98,7 @@ class ImageTextRun(Run):
         by_name = {self.tasks[task_id].name: mean for task_id, mean in self.mean_tokens.items()}
         return {"features": self.store.fingerprint, "mean_answer_tokens": by_name}
 
-    @classmethod
-    def deciding_facts(cls, configuration: dict) -> dict[str, object]:
+    def deciding_facts(self, configuration: dict) -> dict[str, object]:
         return super().deciding_facts(configuration) | {"the features": configuration.get("features")}
 
     def provenance(self) -> dict[str, object]:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtl_lora.config import REQUIRED, Config, closest, flag
-from mtl_lora.data_sets import Examples, existing, sampled, write_sets
+from mtl_lora.data_sets import Examples, existing, split_off, write_sets
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 from mtl_lora.image_text.examples import parse_example
@@ -172,7 +172,7 @@ def read_gqa(source: Source) -> dict[str, Examples]:
         source.read(f"GQA/{part}.json", "gqa", part == "testdev", question) for part in ("train", "valid", "testdev")
     )
     images = list(dict.fromkeys(example["image"] for example in valid))
-    chosen = set(sampled(images, min(GQA_DEV_IMAGES, max(len(images) // 10, 1)))[0])
+    chosen = set(split_off(images, min(GQA_DEV_IMAGES, max(len(images) // 10, 1)))[0])
     dev = [example for example in valid if example["image"] in chosen]
     return {"train": train + [example for example in valid if example["image"] not in chosen], "dev": dev, "test": test}
 

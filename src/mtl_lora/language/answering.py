@@ -27,13 +27,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from mtl_lora import route
 from mtl_lora.base_model import accepts_argument, at_least_float32, cache_argument, last_logits, positions_of
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import NotANumber, not_finite
+from mtl_lora.evaluation import generate
 from mtl_lora.language.batches import pad_left
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.questions import Question
@@ -115,27 +115,13 @@ def generate_answers(
     tokenizer = encoder.tokenizer
     cache, start = caches.start(questions[0].task.id, len(questions) * num_beams) if caches else (None, 0)
     prompts = [question.prompt_ids for question in questions]
-    input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id, start)
-    # A fresh configuration, because the base model's own may turn on sampling.
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=[*{encoder.end_id, tokenizer.eos_token_id}],
-    )
-    seen = NotANumber()
-    with route.use(torch.tensor([question.task.id for question in questions])):
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=settings,
-            logits_processor=[seen],
-            **({cache_argument(model): cache} if cache else {}),
-        )
-    if bool(seen.found):
-        raise not_finite(f"the model gives logits for questions of {questions[0].task.name}")
+    input_ids, mask = pad_left(prompts, tokenizer.pad_token_id, start)
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+    inputs |= {cache_argument(model): cache} if cache else {}
+    task_ids = torch.tensor([question.task.id for question in questions])
+    settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "pad_token_id": tokenizer.pad_token_id}
+    settings["eos_token_id"] = [*{encoder.end_id, tokenizer.eos_token_id}]
+    output = generate(model, questions[0].task, inputs, task_ids, **settings)
     answers = output[:, input_ids.shape[1] :]
     # The token that ends a chat answer need not be one that ``skip_special_tokens`` removes, but EOS is.
     answers = answers.masked_fill(answers == encoder.end_id, tokenizer.eos_token_id)

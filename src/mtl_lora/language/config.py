@@ -11,7 +11,7 @@ from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 from mtl_lora.language.encode import template
-from mtl_lora.language.tasks import COMMONSENSE, TaskSet
+from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.systems import SYSTEMS
 from mtl_lora.training.config import TrainingConfig
 
@@ -23,6 +23,7 @@ class TrainConfig(TrainingConfig):
     """The configuration of a language model's training run."""
 
     system = "language"
+    default_tasks = COMMONSENSE
     made_by = "mtl-lora prepare commonsense"
 
     base_model: str = flag("smollm2-135m", "name or folder of any transformers causal LM; smollm2-135m is downloaded")
@@ -52,13 +53,12 @@ class TrainConfig(TrainingConfig):
         shares = self.reuse_prefix == "always"
         self.require("cuda_graphs", "off with --reuse_prefix always", not (self.cuda_graphs and shares))
 
-    def read_tasks(self) -> TaskSet:
-        return TaskSet.load(self.tasks_file) if self.tasks_file else COMMONSENSE
-
 
 @dataclasses.dataclass(kw_only=True)
 class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, with which prompt, and how it is run."""
+
+    default_tasks = COMMONSENSE
 
     checkpoint: str | None = flag(
         None, "adapter folder; it names its base model, prompt and tasks", group="the model and its prompt"
@@ -93,8 +93,10 @@ class AnswerConfig(answer_config.AnswerConfig):
         super().check_files()
         if self.peft:
             read_json(Path(self.peft, PEFT_CONFIG), "the PEFT configuration")
-        if self.tasks_file:
-            TaskSet.load(self.tasks_file)
+
+    @property
+    def adapter(self) -> str | None:
+        return self.checkpoint or self.peft
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -110,10 +112,6 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
         "score no free text",
         choices=MODES,
     )
-
-    @property
-    def adapter(self) -> str | None:
-        return self.checkpoint or self.peft
 
     @property
     def protocols(self) -> dict[str, str]:

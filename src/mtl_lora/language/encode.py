@@ -10,10 +10,10 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from mtl_lora.config import closest
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, within
 from mtl_lora.language.examples import Example
 from mtl_lora.language.tasks import Task, TaskSet
-from mtl_lora.tokens import added_ids, common_prefix, control_ids
+from mtl_lora.tokens import added_ids, common_prefix, control_ids, refuse_control
 
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -235,34 +235,25 @@ class Encoder:
         encoded = []
         for example, (parts, output), ids in zip(examples, texts, prompts, strict=True):
             answer = self.answer_ids(output) if with_answers else []
-            if found := self._control.intersection(ids) or self._control.intersection(answer[:-1]):
-                token = self.tokenizer.convert_ids_to_tokens(found.pop())
-                raise UserError(
-                    f"example {example.index} contains {token!r}, which this tokenizer encodes as a control token; "
-                    "remove it"
-                )
+            refuse_control(self.tokenizer, self._control, [*ids, *answer[:-1]], example.index)
             if len(answer) > self.cutoff_len:
                 raise UserError(
                     f"example {example.index}: the answer alone has {len(answer)} tokens, more than the cutoff_len "
                     f"{self.cutoff_len}; raise cutoff_len or shorten the output"
                 )
             room = self.cutoff_len - max(len(answer), self.reserves[example.task_id]) - len(self.prefix)
-            try:
+            with within(f"example {example.index}"):
                 prompt = self.prefix + self._shorten(ids, parts, room)
-            except UserError as error:
-                raise UserError(f"example {example.index}: {error}") from None
             encoded.append(Encoded(prompt, answer, example.task_id, len(self.prefix) + len(ids) - len(prompt)))
         return encoded
 
     def _texts(self, example: Example, with_answer: bool) -> tuple[tuple[str, str, str], str]:
         """The (opening, middle, closing) of an example's prompt, and its answer."""
         record = example.text()
-        try:
+        with within(f"example {example.index}"):
             parts = self.template.split(record)
             if with_answer and isinstance(self.template, ChatTemplate):
                 return parts, self.template.answer(record, "".join(parts), example.output)
-        except UserError as error:
-            raise UserError(f"example {example.index}: {error}") from None
         return parts, example.output
 
     def _shorten(self, ids: list[int], parts: tuple[str, str, str], room: int) -> list[int]:

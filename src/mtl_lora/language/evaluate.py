@@ -18,7 +18,7 @@ from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import Example, load_examples, parse_example
 from mtl_lora.language.metrics import task_result
 from mtl_lora.language.questions import Question, encode_questions
-from mtl_lora.language.tasks import COMMONSENSE, Task
+from mtl_lora.language.tasks import Task
 from mtl_lora.results import Results, TaskResult, Trainable
 
 
@@ -42,13 +42,11 @@ class Evaluator(evaluation.Evaluator):
         if self.peft:
             self.method, self.method_title = "peft_lora", "LoRA (PEFT)"
         name = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
-        if name is None:
-            raise UserError(f"{config.checkpoint or config.peft} does not name its base model; pass --base_model")
         known = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
         self.refuse_flags(known)
         self.template = origin.prompt_template or config.template or "alpaca"
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
-        self.use_tasks(origin, COMMONSENSE)
+        self.use_tasks(origin)
         self.use_base(name, origin)
         tokenizer = self.base_model.tokenizer()
         tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
@@ -204,10 +202,10 @@ class Evaluator(evaluation.Evaluator):
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet; writes the results and returns them by protocol.
+    """Evaluate as ``config`` says, see ``evaluation.evaluate``.
 
     With ``mode="both"`` each protocol has its own folder and results, and ``agreement.json`` beside them says how often
-    the protocols agree. Returns an empty dict with ``check``, and on every process but the first.
+    the protocols agree.
     """
     evaluator = Evaluator(config)
     asked = load_questions(evaluator, load_examples)

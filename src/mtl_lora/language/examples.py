@@ -99,7 +99,10 @@ def parse_example(
     # An option may have white space around it, to fit behind the answer prefix; the answer may leave it out.
     texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
     if answered and options:
-        _check_option(texts, tasks[task_id], options, where, closed)
+        if texts["answer"] not in (options if closed else [*options, ""]):
+            raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
+        if not closed:
+            _check_output(texts, tasks[task_id], options, where)
     elif closed:
         if not texts["answer"].strip():
             way_out = "end with the assistant's answer" if has_messages else "write one"
@@ -120,7 +123,7 @@ def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
         raise UserError(f"{where} has both 'text' and {both[0]!r}; keep only one of them")
     if not task.options:
         raise UserError(f"{where} has 'text', but the task {task.name} has no labels; write an 'instruction'")
-    refuse_slips(value, "text_b", where)
+    refuse_slips(value, where)
     texts = [text_of(value[key], f"{where}: {key!r}") for key in ("text", "text_b") if value.get(key) is not None]
     if not texts[0].strip():
         raise UserError(f"{where}: 'text' is empty")
@@ -152,14 +155,6 @@ def _from_messages(value: dict, where: str) -> dict:
     if not turns or turns[-1]["role"] != "user":
         raise UserError(f"{where}: 'messages' must end with a user message, or with the assistant's answer to one")
     return {**value, **output, "instruction": turns.pop()["content"], "context": turns}
-
-
-def _check_option(texts: dict[str, str], task: Task, options: Sequence[str], where: str, closed: bool) -> None:
-    """Raise ``UserError`` unless the answer is one of the options and, for training, the output says it."""
-    if texts["answer"] not in (options if closed else [*options, ""]):
-        raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
-    if not closed:
-        _check_output(texts, task, options, where)
 
 
 def _check_free_text(answer: str, task: Task, where: str) -> None:

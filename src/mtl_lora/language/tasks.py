@@ -65,7 +65,6 @@ class Task(tasks.Task):
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that the task may have."""
         return metrics_for(self.options)
 
     @property
@@ -108,12 +107,10 @@ class Task(tasks.Task):
 
     @property
     def metric_name(self) -> str:
-        """The metric in effect."""
         return self.metric or ("accuracy" if self.options else "exact_match")
 
     @property
     def extraction_key(self) -> tuple:
-        """Everything that the prompt and the answer extraction depend on; not the id, title and metric."""
         return self.options, self.answer_pattern, self.answer_prefix, *filter(None, [self.question])
 
     def instruction_of(self, text: str, text_b: str | None = None) -> str:
@@ -136,8 +133,6 @@ class Task(tasks.Task):
 
 
 class TaskSet(tasks.TaskSet[Task]):
-    """Language tasks in id order (ids 0..T-1 without gaps); ``columns`` lists them in the order of results tables."""
-
     task_class = Task
 
 

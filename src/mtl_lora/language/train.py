@@ -15,7 +15,6 @@ from mtl_lora.base_model import choose_attention
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.encode import CHAT
 from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
-from mtl_lora.language.tasks import TaskSet
 from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.run import Run, train
@@ -24,7 +23,6 @@ from mtl_lora.training.run import Run, train
 class LanguageRun(Run):
     """A training run of a causal language model."""
 
-    task_set = TaskSet
     shortened_at = "the middle of their instructions"
 
     def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
@@ -67,8 +65,7 @@ class LanguageRun(Run):
     def facts(self) -> dict[str, object]:
         return {"shared_prefixes": bool(self.prefixes)}
 
-    @classmethod
-    def deciding_facts(cls, configuration: dict) -> dict[str, object]:
+    def deciding_facts(self, configuration: dict) -> dict[str, object]:
         shared = configuration.get("shared_prefixes", False)
         return super().deciding_facts(configuration) | {"shared prompt prefixes, see --reuse_prefix": shared}
 

@@ -6,7 +6,7 @@ from mtl_lora import answer_config
 from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
 from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
-from mtl_lora.nlu.tasks import GLUE, TaskSet
+from mtl_lora.nlu.tasks import GLUE
 from mtl_lora.training.config import TrainingConfig
 
 # The protocols: a trained head answers or, without a checkpoint, the cosine of the two texts' mean-pooled embeddings.
@@ -19,6 +19,7 @@ class TrainConfig(TrainingConfig):
     """Everything that configures a training run of an encoder."""
 
     system = "nlu"
+    default_tasks = GLUE
     made_by = "mtl-lora prepare glue"
 
     base_model: str = flag("minilm-l6", "name or folder of any transformers encoder; minilm-l6 is downloaded")
@@ -34,13 +35,12 @@ class TrainConfig(TrainingConfig):
     )
     cutoff_len: int = flag(128, "maximum tokens of a text or pair; longer ones are truncated", min=4, group="the text")
 
-    def read_tasks(self) -> TaskSet:
-        return TaskSet.load(self.tasks_file) if self.tasks_file else GLUE
-
 
 @dataclasses.dataclass(kw_only=True)
 class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
+
+    default_tasks = GLUE
 
     base_model: str | None = flag(
         None,
@@ -53,11 +53,6 @@ class AnswerConfig(answer_config.AnswerConfig):
         super().validate()
         if not self.checkpoint and not self.base_model:
             raise UserError("pass --checkpoint DIR, or --base_model NAME for an encoder without fine-tuning")
-
-    def check_files(self) -> None:
-        super().check_files()
-        if self.tasks_file:
-            TaskSet.load(self.tasks_file)
 
 
 @dataclasses.dataclass(kw_only=True)

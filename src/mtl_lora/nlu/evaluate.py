@@ -14,7 +14,7 @@ from mtl_lora.nlu import model as heads
 from mtl_lora.nlu.config import CLASSIFY, COSINE, NO_HEAD, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.nlu.data import Collator, Encoder
 from mtl_lora.nlu.examples import Example, load_examples, parse_example
-from mtl_lora.nlu.tasks import GLUE, Task, TaskSet
+from mtl_lora.nlu.tasks import Task
 from mtl_lora.results import Comparability, Results, TaskResult, measure
 
 
@@ -66,7 +66,7 @@ class Evaluator(evaluation.Evaluator):
         self.config = config
         origin = self.read_checkpoint()
         self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
-        self.use_tasks(origin, GLUE)
+        self.use_tasks(origin)
         self.pairs = origin.pairs or {}
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
         self.use_base(config.base_model or origin.base_model, origin)
@@ -158,12 +158,9 @@ class Evaluator(evaluation.Evaluator):
 
 
 def run(config: EvalConfig) -> dict[str, Results]:
-    """Answer every question that has no answer yet, then write and return the results by protocol.
-
-    The returned dictionary is empty with ``check``, and on every process except the first.
-    """
+    """Evaluate as ``config`` says, see ``evaluation.evaluate``."""
     evaluator = Evaluator(config)
-    chosen = [] if config.checkpoint or config.tasks else _with_cosine(evaluator.tasks)
+    chosen = [task.name for task in evaluator.tasks if task.is_regression and not config.checkpoint]
     asked = load_questions(evaluator, load_examples, chosen)
     for question in asked.questions if not config.checkpoint else ():
         if not question.task.is_regression or question.example.text_b is None:
@@ -172,16 +169,6 @@ def run(config: EvalConfig) -> dict[str, Results]:
                 f"pairs, and {question.task.name} is not one; leave it out of --tasks, or pass --checkpoint"
             )
     return evaluation.evaluate(evaluator, asked)
-
-
-def _with_cosine(tasks: TaskSet) -> list[str]:
-    names = [task.name for task in tasks if task.is_regression]
-    if not names:
-        raise UserError(
-            "without a checkpoint, a base model answers only regression tasks on pairs, and no task is one; pass "
-            "--checkpoint"
-        )
-    return names
 
 
 # ---- prediction ----

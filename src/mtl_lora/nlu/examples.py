@@ -53,7 +53,7 @@ def parse_example(
         raise UserError(f"{where} must be an object with text, label and task, not {type(value).__name__}")
     if "text" not in value:
         raise UserError(f"{where} has no field 'text'")
-    refuse_slips(value, "text_b", where)
+    refuse_slips(value, where)
     text = text_of(value["text"], f"{where}: 'text'")
     if not text.strip():
         raise UserError(f"{where}: 'text' is empty")

@@ -7,7 +7,6 @@ layer). It has one output per label of the task, or a single output for a regres
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -147,15 +146,10 @@ def in_encoder(adapter: AdapterConfig, model: PreTrainedModel) -> AdapterConfig:
     if adapter.target_modules != "all-linear":
         find_targets(model, adapter)
         return adapter
-    targets = find_targets(model, adapter, set(_within(model.base_model)) - of_relative_positions(model.base_model))
+    named = model.base_model.named_modules()
+    within = {module for name, module in named if {"pooler", "contact_head"}.isdisjoint(name.split("."))}
+    targets = find_targets(model, adapter, within - of_relative_positions(model.base_model))
     return dataclasses.replace(adapter, target_modules=targets_for(targets, model))
-
-
-def _within(encoder: nn.Module) -> Iterator[nn.Module]:
-    """Iterate over the modules of an encoder except its pooler and ESM's head for contacts."""
-    for name, module in encoder.named_modules():
-        if {"pooler", "contact_head"}.isdisjoint(name.split(".")):
-            yield module
 
 
 # ---- a plain model for one task ----

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mtl_lora.config import Config, closest, flag
-from mtl_lora.data_sets import Examples, Manifest, Sets, content, existing, sampled, write_sets
+from mtl_lora.data_sets import Examples, Manifest, Sets, content, existing, split_off, write_sets
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.files import read_object, read_utf8
 from mtl_lora.nlu.tasks import Task
@@ -60,7 +60,7 @@ class Prepare(Config):
     hub: bool = flag(False, f"use complete tasks, also WNLI, from {HUB} on the Hugging Face hub or a copy in --source")
     tasks: list[str] = flag([], "only these tasks, as a,b, with ids in GLUE's order; empty: all")
     output_dir: str = flag("data/glue", "folder for train.json, tasks.json, dev/ and test/", place=True)
-    limit: int = flag(0, "maximum training examples per task; 0: all")
+    limit: int = flag(0, "maximum training examples per task; 0: all", min=0)
     download_dir: str = flag("data/glue/source", "folder where downloads are kept", place=True)
     base_url: str | None = flag(None, "URL of a mirror that has the manifest's paths; none: GitHub")
     manifest: str = flag(str(MANIFEST), "JSON file with path and hashes of each raw file, and the size of each split")
@@ -68,7 +68,6 @@ class Prepare(Config):
     def validate(self) -> None:
         if self.base_url and (self.source or self.hub):
             raise UserError("--base_url cannot be combined with --source or --hub; pass one of them")
-        self.require("limit", "at least 0 (0: all)", self.limit >= 0)
 
 
 def parse(task: Task, value: object, where: str) -> str | float:
@@ -230,7 +229,7 @@ def separated(sets: Sets) -> tuple[Sets, list[str]]:
         for part in set(parts) - {"test"}:
             parts[part] = [pair for pair in parts[part] if pair[0] not in tested]
         if "dev" not in parts:
-            parts["dev"], parts["train"] = sampled(parts["train"], min(len(parts["train"]) // DEV_PART, MOST_DEV))
+            parts["dev"], parts["train"] = split_off(parts["train"], min(len(parts["train"]) // DEV_PART, MOST_DEV))
     in_dev = {key for parts in found.values() for key, _ in parts["dev"]}
     separate, dropped = {}, []
     for name, parts in found.items():

@@ -66,7 +66,6 @@ class Task(tasks.Task):
 
     @property
     def metric_name(self) -> str:
-        """The metric in effect."""
         return self.metric or ("pearson" if self.is_regression else "accuracy")
 
     @property
@@ -85,8 +84,6 @@ class Task(tasks.Task):
 
 
 class TaskSet(tasks.TaskSet[Task]):
-    """Tasks in id order (ids 0..T-1 without gaps); ``columns`` names them in the order of a results table."""
-
     task_class = Task
 
 

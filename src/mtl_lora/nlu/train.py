@@ -8,14 +8,12 @@ from transformers import PreTrainedModel
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.nlu import model
 from mtl_lora.nlu.data import Collator, training_rows
-from mtl_lora.nlu.tasks import TaskSet
 from mtl_lora.training.run import Run, train
 
 
 class EncoderRun(Run):
     """The training of an encoder."""
 
-    task_set = TaskSet
     shortened_at = "their ends"
 
     def structure(self) -> PreTrainedModel:

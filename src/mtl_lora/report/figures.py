@@ -303,7 +303,7 @@ def _mixture(study: Study) -> Iterator[Drawing]:
                     by_module.setdefault(layer.rpartition(".")[2], []).append(row)
         if all(np.isnan(row).all() or np.ptp(row) == 0 for rows in modules.values() for row in rows):
             continue  # no mixture, equal or single weights everywhere, or NaN after a training that diverged
-        width, labels = len(row), [study.task_set.title(task) for task in analysis.tasks]
+        width, labels = len(next(iter(modules.values()))[0]), [study.task_set.title(task) for task in analysis.tasks]
         parts, apart = width // len(labels), -(-len(labels) // 24)
         title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")
         caption = "Each row is a layer, from the first (top) to the last. A task's columns are its weights of the "

@@ -72,7 +72,7 @@ class PlannedJob:
         flags = {step: self.grid.flags_of(step).flags() for step in self.flags}
         added = {f"{step}.{each.name}": each.default for step, known in flags.items() for each in known}
         free = {f"{step}.trust_remote_code" for step in self.flags}  # the base model's fingerprint is compared instead
-        keys = sorted((earlier.keys() | now.keys() - _KEPT_LATE) - free)
+        keys = sorted((earlier.keys() | (now.keys() - _KEPT_LATE)) - free)
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
         # Except for flags, whose keys have a dot, None means unknown: not on this machine, or not kept at that time.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}

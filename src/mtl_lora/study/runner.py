@@ -255,7 +255,9 @@ def _command(job: PlannedJob, step: str, flags: dict, slot: dict) -> Iterator[No
 def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, None, int]:
     """Run a command with its output in an open file, yielding while it runs; return its exit code. Closing this
     generator ends the command."""
-    process = start(command, output, slot)
+    program, *words = command
+    command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
     try:
         while process.poll() is None:
             yield
@@ -263,13 +265,6 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
     finally:
         process.terminate()
         process.wait()
-
-
-def start(command: Sequence[str], output, slot: dict) -> subprocess.Popen:
-    """Start a command with its output in an open file."""
-    program, *words = command
-    command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
 
 
 def environments(parallel: int) -> list[dict[str, str]]:

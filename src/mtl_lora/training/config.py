@@ -39,14 +39,11 @@ class TrainingConfig(Config):
     system = ""  # the package that the configuration belongs to
     has_streams = False  # whether the system's models return an output for each task from one input
     made_by = ""  # the command that makes the default data file, named by the error if the file is missing
+    default_tasks = None  # the task set without ``tasks_file``
 
     idle = dict.fromkeys(("task_rank", "task_scale", "shared_mode"), "belongs to MTLoRA, a method of --system dense")
 
-    base_model: str = flag(
-        "smollm2-135m",
-        "name or folder of the base model",
-        group="the model and the data",
-    )
+    base_model: str = flag("smollm2-135m", "name or folder of the base model", group="the model and the data")
     data_path: str = flag(
         "commonsense_170k_taskid.json",
         "training examples, a file in JSON, JSON lines, CSV or parquet",
@@ -249,7 +246,8 @@ class TrainingConfig(Config):
 
     def read_tasks(self) -> TaskSet:
         """Return the tasks that ``tasks_file`` declares or, without that file, the system's default tasks."""
-        raise NotImplementedError
+        default = self.default_tasks
+        return type(default).load(self.tasks_file) if self.tasks_file else default
 
     def adapter_config(self, tasks: TaskSet) -> AdapterConfig:
         """Return the adapter's configuration; raises ``UserError`` that names the flag."""

@@ -19,12 +19,7 @@ from mtl_lora.memory import keep_freed_memory
 from mtl_lora.training.config import TrainingConfig
 
 # Keys of a DeepSpeed configuration that take the values of flags instead of DeepSpeed's own defaults.
-_BY_FLAGS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
+_BY_FLAGS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
 def check_launch(config: TrainingConfig) -> None:

@@ -45,7 +45,6 @@ class Run:
     arguments: TrainingArguments
     train: datasets.Dataset
     encoded: str | None
-    task_set: type[TaskSet]
     shortened_at: str = ""  # where an example longer than the cutoff loses tokens; empty: the system has no cutoff
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
 
@@ -121,14 +120,13 @@ class Run:
         """Return the system's own entries of the run configuration."""
         return {}
 
-    @classmethod
-    def deciding_facts(cls, configuration: dict) -> dict[str, object]:
+    def deciding_facts(self, configuration: dict) -> dict[str, object]:
         """Return what besides the flags decides the weights in a run configuration, keyed by its wording in an error.
 
         Titles and columns of the tasks are left out, as they do not matter. A value is None where an earlier version
         did not record it.
         """
-        tasks = cls.task_set.from_json(configuration.get("tasks"), "the run configuration")
+        tasks = type(self.tasks).from_json(configuration.get("tasks"), "the run configuration")
         return {
             "the data file": configuration.get("data_sha256"),
             "the tasks": tasks.answers_sha256,
@@ -142,7 +140,7 @@ class Run:
 
     def provenance(self) -> dict[str, object]:
         """Return the system's own fields of ``checkpoint.Provenance``, which checkpoints record."""
-        raise NotImplementedError
+        return {}
 
     # ---- CUDA graphs ----
 
@@ -184,7 +182,10 @@ class Run:
         self.encoded = rows_sha256(rows) if isinstance(rows, datasets.Dataset) else None
         self.train, held_out = split(rows, config.val_set_size, config.seed)
         self.log(*notes)
-        sampler = self.sampler(*self._plan(structure))
+        if config.cuda_graphs and not self.cuda_graphs:
+            self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
+        lengths, group_tasks = self.plan(structure)
+        sampler = self.sampler(lengths, self.columns(self.train)["task_id"], group_tasks)
         shortened = f"; {shortened_note(rows, self.limit(), self.shortened_at)}" if self.shortened_at else ""
         self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
@@ -246,14 +247,6 @@ class Run:
         if idle := sorted(given & self.unread):
             notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         return notes
-
-    def _plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Return the arguments of ``sampler``."""
-        task_ids = self.columns(self.train)["task_id"]
-        if self.config.cuda_graphs and not self.cuda_graphs:
-            self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
-        lengths, group_tasks = self.plan(structure)
-        return lengths, task_ids, group_tasks
 
     def _untrained(self, sampler: StepSampler, counts: np.ndarray) -> list[str]:
         """Return the names of the tasks without an example in the run, and say them. counts: examples by task, (T,)."""

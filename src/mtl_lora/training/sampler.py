@@ -73,12 +73,12 @@ def stratified_order(
     return np.concatenate(examples)[np.argsort(np.concatenate(positions), kind="stable")]
 
 
-def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.ndarray, window: int) -> list[int]:
-    """Return an order of the steps (arrays of examples) in which any ``window`` steps keep each task's proportion.
+def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.ndarray) -> list[int]:
+    """Return an order of the steps (arrays of examples) in which any ``WINDOW`` steps keep each task's proportion.
 
     task_ids and weights: (examples,); an example counts by its weight, and steps should have similar weights. The order
     is greedy: among the next few hundred steps it takes the one that brings the running counts closest to the tasks'
-    proportions, and penalises most a step that lets the last ``window`` steps stray from them.
+    proportions, and penalises most a step that lets the last ``WINDOW`` steps stray from them.
     """
     if not steps:
         return []
@@ -93,8 +93,8 @@ def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.nd
     drifts, order = [np.zeros_like(excess[0])], []
     for _ in range(len(steps)):
         drift = candidates + drifts[-1]
-        stray = np.abs(drift - drifts[max(0, len(drifts) - window)]).max(axis=1)
-        over = np.maximum(stray - _AIM * window * size, 0)
+        stray = np.abs(drift - drifts[max(0, len(drifts) - WINDOW)]).max(axis=1)
+        over = np.maximum(stray - _AIM * WINDOW * size, 0)
         best = int(np.argmin((drift**2).sum(axis=1) + 10 * over * (size + over)))
         order.append(following[best])
         drifts.append(drift[best])
@@ -133,7 +133,7 @@ def plan_epoch(
         pooled = order[start : start + pool]
         pooled = pooled[np.argsort(lengths[pooled], kind="stable")]
         batches.extend(generator.permutation(pooled.reshape(-1, batch_size)))
-    batches = [batches[index] for index in balanced_order(batches, task_ids, np.ones(len(task_ids)), WINDOW)]
+    batches = [batches[index] for index in balanced_order(batches, task_ids, np.ones(len(task_ids)))]
     if len(rest):
         batches.append(rest[np.argsort(lengths[rest], kind="stable")])
     return batches
@@ -154,7 +154,7 @@ def plan_by_tokens(
     taken = taken[np.argsort(-lengths[taken], kind="stable")]
     steps = [step[::-1] for step in np.split(taken, np.cumsum(sizes)[:-1])] if sizes else []
     steps = [steps[index] for index in generator.permutation(len(steps))]
-    return [steps[index] for index in balanced_order(steps, task_ids, lengths, WINDOW)]
+    return [steps[index] for index in balanced_order(steps, task_ids, lengths)]
 
 
 def step_sizes(lengths: np.ndarray, token_budget: int, parts: int) -> list[int]:

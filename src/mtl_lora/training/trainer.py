@@ -4,13 +4,12 @@ The Trainer treats an injected model as a full model and saves adapters alone on
 therefore overridden: every ``checkpoint-N`` is an adapter checkpoint of this library plus the resume state.
 """
 
-import contextlib
 import functools
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +42,7 @@ Batch = Mapping[str, torch.Tensor]
 def training_arguments(config: TrainingConfig) -> TrainingArguments:
     """Return the Trainer's arguments; making them joins the process group of a distributed launch."""
     saving = "steps" if config.save_step else "no"
-    with _deepspeed_errors(config.deepspeed):
+    try:
         arguments = TrainingArguments(
             **{name: getattr(config, name) for name in _SAME_NAMES} | config.trainer_options(),
             per_device_train_batch_size=config.batch_size,
@@ -67,24 +66,17 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
             bf16=False,
             fp16=False,
         )
+    except Exception as error:  # DeepSpeed and accelerate read the configuration without validating it
+        if not config.deepspeed or isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"the DeepSpeed configuration {config.deepspeed} does not work here: {reason}") from None
     # With several GPUs and no launcher, the Trainer would use DataParallel, whose threads do not get the task ids.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
-@contextlib.contextmanager
-def _deepspeed_errors(name: str | None) -> Iterator[None]:
-    """Turn any error that DeepSpeed or accelerate raises for an unusable configuration into a ``UserError``."""
-    try:
-        yield
-    except Exception as error:  # they read the configuration without validating it
-        if not name or isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"the DeepSpeed configuration {name} does not work here: {reason}") from None
-
-
-class TaskLosses:
+class LossSums:
     """Sums of weighted losses and of weights by task since the last ``read``, on the device: no synchronisation."""
 
     def __init__(self, tasks: int, device: torch.device | str = "cpu"):
@@ -143,7 +135,7 @@ class MultiTaskTrainer(Trainer):
             super().__init__(data_collator=collator, **options)
         finally:
             model._hf_peft_config_loaded = before
-        self.task_losses = TaskLosses(len(self.tasks), self.args.device)
+        self.task_losses = LossSums(len(self.tasks), self.args.device)
         self.graphed: GraphedSteps | None = None
         if cuda_graphs:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -255,7 +247,7 @@ class MultiTaskTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Return the mean loss on held-out examples, over all and per task, exact for any split into batches."""
-        examples, losses = eval_dataset or self.eval_dataset, TaskLosses(len(self.tasks), self.args.device)
+        examples, losses = eval_dataset or self.eval_dataset, LossSums(len(self.tasks), self.args.device)
         lengths = np.zeros(len(examples)) if eval_dataset or self.eval_lengths is None else self.eval_lengths
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size

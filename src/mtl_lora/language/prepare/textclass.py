@@ -45,7 +45,7 @@ class Prepare(Config):
     source: str | None = flag(None, "folder with the raw files to read, such as data/custrev.all; none: download")
     prepared: str | None = flag(None, 'folder with <task>/{train,dev,test}.json of {"text", "label"} to read instead')
     output_dir: str = flag("data/textclass", "folder for train.json, tasks.json, dev/ and test/", place=True)
-    limit: int = flag(0, "maximum training examples per task; 0: all")
+    limit: int = flag(0, "maximum training examples per task; 0: all", min=0)
     download_dir: str = flag("data/textclass/source", "folder where downloads are kept", place=True)
     base_url: str | None = flag(None, "address of a mirror that holds the manifest's paths; none: GitHub")
     manifest: str = flag(str(MANIFEST), "JSON file with path and hashes of each raw file, and the size of each split")
@@ -53,7 +53,6 @@ class Prepare(Config):
     def validate(self) -> None:
         if sum(value is not None for value in (self.source, self.prepared, self.base_url)) > 1:
             raise UserError("--source and --prepared take a folder and --base_url downloads; pass one of them")
-        self.require("limit", "at least 0, which takes all", self.limit >= 0)
 
 
 def run(config: Prepare) -> None:
