@@ -167,6 +167,7 @@ def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, t
         predict(examples, task="boolq", batch_size=2, mode="generate")
     with pytest.raises(UserError, match="input_sha256"):
         predict(examples[:3], task="boolq", batch_size=2)
+    (tmp_path / "out.jsonl.partial" / ".settings.json.abcdefgh.partial").touch()  # of a kill while it was written
     monkeypatch.setattr(Evaluator, "answer", lambda self, *batch: answered.extend(batch[0]) or answer(self, *batch))
     assert predict(examples, task="boolq", batch_size=2) == complete
     assert len(answered) == 6

@@ -202,6 +202,7 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
             evaluator.load()  # may fail, so it comes before anything is deleted or written
         processes.barrier()  # the first process changes the folder only after all others have read it
         if processes.rank == 0:
+            files.remove_leftovers(partial)  # the claim of the output is for this folder too
             begin(partial, settings, config.overwrite)
         processes.barrier()
         for protocol, part in questions.items():
