@@ -1,12 +1,16 @@
-"""A method that a test declares in one class goes through training, evaluation and report like a built-in one."""
+"""A method that a test declares in one class goes through training, evaluation and report like a built-in one, and so
+does one that an installed package announces."""
 
 import dataclasses
 import json
+import re
+import sys
+import tomllib
 
 import pytest
 import torch
-from reference.tiny import adapted_llama, tiny_llama, tokens
-from shared import QUICKSTART
+from reference.tiny import TASKS, adapted_llama, tiny_llama, tokens
+from shared import PROJECT, QUICKSTART
 
 import mtl_lora
 from mtl_lora import UserError, artifacts, cli
@@ -102,3 +106,62 @@ def test_a_name_is_declared_once(toy):
             method, title = "toy", "Another"
 
     assert layer_class("toy") is toy
+
+
+# ---- a method of another package ----
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that puts a module on the path as ``pip`` installs the package of docs/own_method.md."""
+    page = (PROJECT / "docs" / "own_method.md").read_text()
+    project = tomllib.loads(*re.findall(r"```toml\n(.*?)```", page, re.S))["project"]
+    ((group, methods),) = project["entry-points"].items()
+
+    def put(code: str = re.findall(r"```python\n(.*?)```", page, re.S)[0]) -> None:
+        folder = tmp_path / "site"
+        (folder / "rank_gates-0.1.dist-info").mkdir(parents=True)
+        described = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        (folder / "rank_gates-0.1.dist-info" / "METADATA").write_text(described)
+        announced = "".join(f"{name} = {value}\n" for name, value in methods.items())
+        (folder / "rank_gates-0.1.dist-info" / "entry_points.txt").write_text(f"[{group}]\n{announced}")
+        (folder / "rank_gates.py").write_text(code)
+        monkeypatch.syspath_prepend(folder)
+        layer._import_methods.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    layer._registered.pop("rank_gates", None)
+    sys.modules.pop("rank_gates", None)
+    layer._import_methods.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_method_of_the_page_is_known_to_the_commands(install, tiny_base, records_file, cache_dir, tmp_path):
+    install()
+    run, output = tmp_path / "run", tmp_path / "peft"
+    flags = {"base_model": tiny_base, "data_path": records_file, "cache_dir": cache_dir, "output_dir": run}
+    flags |= {"adapter_name": "rank_gates", "max_steps": 3, "learning_rate": 1e-2, "dtype": "fp32"}
+    cli.main(["train", *(f"--{name}={value}" for name, value in flags.items())])
+    analysis = json.loads((run / artifacts.ADAPTER_ANALYSIS).read_text())
+    assert analysis["method_title"] == "Rank gates"
+    cli.main(["export", "peft", f"--checkpoint={run}", f"--output={output}", "--tasks=boolq"])
+    assert (output / "boolq" / artifacts.PEFT_WEIGHTS).is_file()
+
+
+def test_the_method_of_the_page_is_for_each_task_its_merged_model(install, tmp_path):
+    install()
+    ids = [0, 2, 1]
+    model, input_ids = adapted_llama("rank_gates"), tokens(3)
+    logits = model(input_ids=input_ids, task_ids=ids).logits
+    mtl_lora.save(model, tmp_path / "adapter")
+    for row, task in enumerate(ids):
+        merged = mtl_lora.merge(mtl_lora.load(tiny_llama(), tmp_path / "adapter"), TASKS[task])
+        assert torch.allclose(merged(input_ids=input_ids).logits[row], logits[row], rtol=1e-9)
+    assert not torch.allclose(model(input_ids=input_ids, task_ids=[1, 1, 1]).logits, logits)
+
+
+def test_a_package_whose_method_cannot_be_imported_is_named(install):
+    install("import a_package_that_is_not_there")
+    with pytest.raises(UserError, match=r"the package rank-gates cannot be imported .*not_there.*uninstall"):
+        layer.methods()

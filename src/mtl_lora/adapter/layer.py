@@ -10,7 +10,7 @@ R width of the layer's rank space (r, or n r), N the product of all sizes of x b
 import contextlib
 import dataclasses
 import functools
-import importlib
+import importlib.metadata
 import math
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -451,14 +451,24 @@ _registered: dict[str, type[AdapterLayer]] = {}
 
 
 @functools.cache
-def _import_built_in() -> None:
+def _import_methods() -> None:
+    """Import the methods of this package, and those that installed packages announce (docs/own_method.md)."""
     for module in pkgutil.iter_modules(adapter.__path__):
         importlib.import_module(f"{adapter.__name__}.{module.name}")
+    for announced in importlib.metadata.entry_points(group="mtl_lora.methods"):
+        try:
+            announced.load()
+        except Exception as error:
+            where = f"the method {announced.name} of the package {announced.dist.name}"
+            raise UserError(f"{where} cannot be imported ({error}); mend {announced.value}, or uninstall it") from error
 
 
 def methods() -> dict[str, type[AdapterLayer]]:
-    """Return every method's class by name: those of this package and any other subclass that declares ``method``."""
-    _import_built_in()
+    """Return every method's class by name: those of this package and any other subclass that declares ``method``.
+
+    Raises ``UserError`` for an installed package that announces a method which cannot be imported.
+    """
+    _import_methods()
     return dict(sorted(_registered.items()))
 
 
