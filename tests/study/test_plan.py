@@ -179,8 +179,8 @@ def test_a_search_goes_beyond_the_edge_at_which_its_best_lies(values, best, beyo
     assert found == beyond and type(found) is type(beyond)
 
 
-def test_of_equal_averages_the_search_takes_the_smaller_value(tmp_path):
-    search = {**SEARCH, "values": [0.01, 0.02], "data_dir": dev_set(tmp_path)}
+def test_of_equal_averages_the_search_takes_the_smaller_value_and_goes_no_further(tmp_path):
+    search = {**SEARCH, "values": [0.01, 0.02], "widen": 2, "data_dir": dev_set(tmp_path)}
     plan = plan_of(tmp_path, grid(search=search))
     # As floats, 0.3 + 0.0 is less than 0.1 + 0.2.
     right = [{"boolq": "1110000000", "piqa": "0000000000"}, {"boolq": "1000000000", "piqa": "1100000000"}]

@@ -224,10 +224,16 @@ def test_best_value_of_a_search_wins_and_of_equals_the_smaller(tmp_path, right, 
 
 
 @pytest.mark.parametrize(
-    ("right", "edge"),
-    [(("1111", "1000", "1000"), True), (("1000", "1111", "1000"), False), (("1000", "1000", "1111"), True)],
+    ("right", "edge", "tied"),
+    [
+        (("1111", "1000", "1000"), True, False),
+        (("1000", "1111", "1000"), False, False),
+        (("1000", "1000", "1111"), True, False),
+        (("1000", "1111", "1111"), False, True),
+        (("0000", "0000", "0000"), True, True),
+    ],
 )
-def test_a_search_whose_best_is_at_an_edge_is_a_note(tmp_path, right, edge):
+def test_a_search_whose_best_is_at_an_edge_or_not_alone_is_a_note(tmp_path, right, edge, tied):
     search = {**SEARCH, "values": [0.001, 0.002, 0.004], "data_dir": dev_set(tmp_path)}
     plan = plan_of(tmp_path, grid(**TWO, search=search))
     for trial, answers in zip(plan.trials("LoRA")[0], right, strict=True):
@@ -235,8 +241,9 @@ def test_a_search_whose_best_is_at_an_edge_is_a_note(tmp_path, right, edge):
     writer = StudyWriter(plan)
     writer.add_search("LoRA", *plan.trials("LoRA"))
     writer.write(finished(plan, {("LoRA", 0): RIGHT["LoRA", 0]}))
-    found = [note for note in Study.load(tmp_path / "study").notes if note.startswith("The search chose the smallest")]
-    assert [note.endswith("for: LoRA.") for note in found] == [True] * edge
+    notes = Study.load(tmp_path / "study").notes
+    for beginning, holds in (("The search chose the smallest", edge), ("The search found several values", tied)):
+        assert [note.endswith("for: LoRA.") for note in notes if note.startswith(beginning)] == [True] * holds
 
 
 # ---- one experiment against another, over seeds ----

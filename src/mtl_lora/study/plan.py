@@ -198,12 +198,13 @@ class Plan:
 
     def trials(self, name: str) -> tuple[list[PlannedRun], float | None]:
         """Return the search's short trainings for an experiment, one for each value, and the best value, None while
-        any is unfinished. When all are finished and the best is at an edge, one beyond that edge is added."""
+        any is unfinished. When all are finished and one is best and at an edge, one beyond that edge is added."""
         search = self.grid.search
         runs = [self._trial(name, value) for value in search.values]
         while all(job.is_finished for job in jobs_of(runs)):
-            best = min(runs, key=lambda run: (-round(run.mean, 12), run.value)).value  # equal up to the last bits
-            further = search.beyond([run.value for run in runs], best)
+            top = max(round(run.mean, 12) for run in runs)  # equal up to the last bits
+            best, *equal = sorted(run.value for run in runs if round(run.mean, 12) == top)
+            further = None if equal else search.beyond([run.value for run in runs], best)
             if further is None or len(runs) == len(search.values) + search.widen:
                 return runs, best
             try:
