@@ -58,3 +58,8 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
         if number and (folder / RESUME_STATE).is_file():
             found.append((int(number.group(1)), folder))
     return [folder for _, folder in sorted(found)]
+
+
+def is_study(path: str | Path) -> bool:
+    """Return whether the path is a study's file, or a folder that has one."""
+    return Path(path).name == STUDY or Path(path, STUDY).is_file()

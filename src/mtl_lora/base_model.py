@@ -31,7 +31,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import cached_file, logging
 
 from mtl_lora.adapter.layer import is_quantised, is_sharded
-from mtl_lora.artifacts import PEFT_CONFIG, PEFT_WEIGHTS
+from mtl_lora.artifacts import CHECKPOINT_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS
 from mtl_lora.config import DTYPES
 from mtl_lora.embedded import MODELS, model_folder
 from mtl_lora.errors import UserError
@@ -498,6 +498,9 @@ def hub_errors(name: str, kind: str = "causal_lm"):
                 f"the model {name!r} is gated: accept its licence on huggingface.co and log in with `hf auth login`, "
                 "or pass a folder that holds it"
             ) from None
+        for config, flag in ((CHECKPOINT_CONFIG, "--checkpoint"), (PEFT_CONFIG, "--peft")):
+            if Path(name, config).is_file():
+                raise UserError(f"{name} is an adapter, not a base model; pass it as {flag} {name}") from None
         first = str(error).strip().split("\n")[0]
         if name.startswith(("/", "./", "../")) and not Path(name).exists():  # the hub would only object to the name
             first = "there is no such folder"

@@ -291,7 +291,12 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
         if name in raw:
             raise UserError(f"the flag --{name} is given twice")
         raw[name] = value if equals else _value_after(flags[name], waiting, positional is not None)
+        if not raw[name] and name in _NEVER_EMPTY:
+            raise UserError(f"--{name} is empty; pass a value (is a variable of the shell unset?)")
     return raw, listed
+
+
+_NEVER_EMPTY = {"base_model", "checkpoint", "data_dir", "data_path", "input", "output", "output_dir"}
 
 
 def _value_after(flag: Flag, waiting: list[str], beside_positional: bool) -> str:

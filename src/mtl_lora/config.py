@@ -193,13 +193,45 @@ class Config:
             return cls(**value)
 
 
+# The names of other libraries (transformers' Trainer, TRL, PEFT) -> ours, of which the first known one is suggested.
+_ELSEWHERE = {
+    "per_device_train_batch_size": ["batch_size"],
+    "per_device_eval_batch_size": ["batch_size"],
+    "train_batch_size": ["batch_size"],
+    "num_train_epochs": ["num_epochs"],
+    "epochs": ["num_epochs"],
+    "lr": ["learning_rate"],
+    "save_steps": ["save_step"],
+    "gradient_checkpointing": ["use_gradient_checkpointing"],
+    "resume": ["resume_from_checkpoint"],
+    "bf16": ["dtype"],
+    "fp16": ["dtype"],
+    "model": ["base_model"],
+    "model_name": ["base_model"],
+    "model_name_or_path": ["base_model"],
+    "max_length": ["cutoff_len"],
+    "max_seq_length": ["cutoff_len"],
+    "dataset_name": ["data_path"],
+    "train_file": ["data_path"],
+    "r": ["lora_r", "rank"],
+    "lora_rank": ["lora_r"],
+    "lora_alpha": ["alpha"],
+    "lora_dropout": ["dropout"],
+    "use_dora": ["adapter_name"],
+    "peft_type": ["adapter_name", "method"],
+}
+
+
 def closest(word: str, known: list[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for a typing error, or a list of the known words unless it is long.
+    """Return `` (did you mean 'x'?)`` for a typing error or the name of another library, or a list of the known words
+    unless it is long.
 
     Each part of the word must be close to a part of the known word: eval_steps is not a misspelled max_steps.
     """
     plain = {each.casefold().replace("-", "_"): each for each in known}
     word = word.casefold().replace("-", "_")
+    for match in [plain[name] for name in _ELSEWHERE.get(word, ()) if name in plain]:
+        return f" (did you mean {match!r}?)"
 
     def alike(other: str) -> bool:
         return all(difflib.get_close_matches(part, other.split("_"), n=1) for part in word.split("_"))

@@ -97,11 +97,16 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if beside:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
         except BlockingIOError:
+            # A command that the holder has started may hold the lock too, and outlive it.
+            holder = os.pread(descriptor, 20, 0).decode() if beside else ""
             os.close(descriptor)
-            raise UserError(
-                f"{output} is in use by another command; wait for it to end, stop it, or choose another output"
-            ) from None
+            who = f" (process {holder}, or one that it has started)" if holder else ""
+            way_out = "wait for it to end, stop it, or choose another output"
+            raise UserError(f"{output} is in use by another command{who}; {way_out}") from None
         except (ImportError, OSError):
             held = False
             note = f"note: file locks are not available here; start no other command on {output} before this one ends"

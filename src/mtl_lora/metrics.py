@@ -544,6 +544,15 @@ def scale_of(metric: str) -> int:
     return METRICS[metric].scale if metric in METRICS else 1
 
 
+def range_of(metric: str) -> tuple[float, float]:
+    """The lowest and the highest value of a metric as figures show it, with a little room for a marker there."""
+    if metric not in METRICS:
+        return -math.inf, math.inf
+    low, high, scale = METRICS[metric].lowest, METRICS[metric].highest, METRICS[metric].scale
+    room = 0.02 * (high - low)
+    return (low - room) * scale, (high + room) * scale
+
+
 def percent(fraction: float, signed: bool = False) -> str:
     """A fraction in percent with one decimal, see ``_decimals``."""
     return _decimals(100 * fraction, 1, signed)

@@ -610,7 +610,9 @@ class Results:
         """Notes on the protocol, the base model and the settings that differ. alone: see ``differing_settings``."""
         everyone, notes = [*evaluations, *alone], []
         facts = {"mode": [(each.name, each.mode) for each in everyone]}
-        facts["base model"] = [(each.name, each.base_model) for each in everyone]
+        hashes = {each.settings.get("base_fingerprint") for each in everyone}
+        same = len(hashes) == 1 and None not in hashes  # one model may lie in two places
+        facts["base model"] = [(each.name, everyone[0].base_model if same else each.base_model) for each in everyone]
         for key, pairs in Results.differing_settings(evaluations, alone).items():
             facts[_SETTINGS_IN_WORDS.get(key, key)] = pairs
         for word, pairs in facts.items():

@@ -4,9 +4,16 @@ import dataclasses
 import html
 import json
 import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_lora.errors import UserError
+from mtl_lora.files import write_all
 
 FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
+SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
+SUFFIXES |= dict.fromkeys(("", ".md", ".markdown", ".txt"), "markdown")
 _MOST_COLUMNS = 24
 Column = tuple[str, list[str]]  # the heading and the cells
 
@@ -79,8 +86,8 @@ class TextTable:
         return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
     def latex(self) -> str:
-        """A booktabs tabular without the title."""
-        columns = "l" + "r" * (len(self.header) - 1)
+        """A booktabs tabular without the title; the text of a single column is wrapped to the page."""
+        columns = "l" + "r" * (len(self.header) - 1) if len(self.header) > 1 else r"@{}p{\linewidth}@{}"
         rows = [[" ".join(cell.split()).replace("−", "-") for cell in row] for row in self.rows]
         text = _frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
         text = text.translate({ord("<"): r"\textless{}", ord(">"): r"\textgreater{}", ord("|"): r"\textbar{}"})
@@ -97,22 +104,48 @@ class TextTable:
 class Report:
     """Tables of texts, records of the same numbers with every digit, and notes.
 
-    value: the JSON object; None: an object of the records and the notes.
+    value: the JSON object; None: an object of the records and the notes. titled: whether Markdown and LaTeX (in a
+    comment) name each table.
     """
 
     tables: list[TextTable]
     records: list[dict]
     notes: list[str]
     value: dict | None = None
+    titled: bool = False
+
+    def write(self, output: str | None, style: str | None, inputs: Sequence[Path]) -> None:
+        """Print the report, or write it to the file ``output``; notes go to stderr if the format has no place for them.
+
+        style: one of ``FORMATS``; None: by the suffix of ``output``. Raises ``UserError`` for a suffix that names no
+        format, and if ``output`` is one of ``inputs``.
+        """
+        path = Path(output or "")
+        if output and path.resolve() in {each.resolve() for each in inputs}:
+            raise UserError(f"--output {output} is one of the input files and would be lost; name another file")
+        style = style or SUFFIXES.get(path.suffix.lower())
+        if style is None:
+            way_out = f"pass --format, one of {', '.join(FORMATS)}"
+            raise UserError(f"--output {output} has a suffix that names no format; {way_out}")
+        text = getattr(self, style)()
+        if output:
+            write_all({path: text.encode()})
+        else:
+            print(text, end="")
+        if style == "csv":
+            # A warning that rows are not comparable must not be lost.
+            print("\n".join(self.notes), file=sys.stderr)
 
     def markdown(self) -> str:
         """Pipe tables, then the notes as a list."""
+        tables = [f"## {markdown_text(each.title)}\n\n" * self.titled + each.markdown() for each in self.tables]
         notes = "\n".join(f"- {markdown_text(note)}" for note in self.notes)
-        return "\n\n".join([*(table.markdown() for table in self.tables), notes]) + "\n"
+        return "\n\n".join([*tables, notes]) + "\n"
 
     def latex(self) -> str:
         """Booktabs tables; the last one holds the notes."""
-        return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in self._with_notes())
+        tables = [f"% {each.title or 'Notes'}\n" * self.titled + each.latex() for each in self._with_notes()]
+        return "% needs \\usepackage{booktabs}\n" + "\n".join(tables)
 
     def html(self) -> str:
         """Table elements; the last one holds the notes."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mtl_lora
-from mtl_lora import Provenance, UserError, route
+from mtl_lora import Provenance, UserError, artifacts, route
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, adapter_state
 
@@ -264,6 +264,13 @@ def test_half_a_checkpoint_is_refused(saved, name):
 
 def test_folder_that_is_not_there_is_refused(tmp_path):
     assert_refused(tmp_path / "nowhere", "not an MTL-LoRA checkpoint")
+
+
+def test_a_half_finished_training_names_its_last_checkpoint(tmp_path):
+    for name in ("checkpoint-4", "checkpoint-12"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / artifacts.RESUME_STATE).touch()
+    assert_refused(tmp_path, "is an unfinished training; .*--resume_from_checkpoint True.*checkpoint-12$")
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00\x01", "[" * 100_000], ids=["empty", "open", "bytes", "deep"])

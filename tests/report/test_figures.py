@@ -219,6 +219,18 @@ def test_an_interval_far_wider_than_what_is_compared_is_cut(study):
     assert low < min(points) and max(points) < high and high - low < 150
 
 
+@pytest.mark.slow(1)
+def test_intervals_of_two_seeds_do_not_reach_beyond_what_a_metric_can_be(study):
+    def wide(experiment):
+        cr = experiment.summary.tasks["cr"]
+        tasks = experiment.summary.tasks | {"cr": Estimate(cr.mean, 0.2, cr.mean - 3, cr.mean + 3)}
+        return dataclasses.replace(experiment, summary=dataclasses.replace(experiment.summary, tasks=tasks))
+
+    drawn = draw(dataclasses.replace(study, experiments=[*map(wide, study.experiments)]))[0]
+    low, high = panels_of(drawn)["CR"].get_xlim()
+    assert -5 < low < 0 and 100 < high < 105
+
+
 def test_an_experiment_has_one_colour_in_all_figures(drawings):
     losses = [line.get_color() for line in panels_of(drawings["training_loss"])["CR"].lines]
     accuracies = [bar.lines[0].get_color() for bar in panels_of(drawings["accuracy"])["CR"].containers]

@@ -23,12 +23,13 @@ from report_cases import (
     unescaped_pipes,
 )
 
+from mtl_lora import artifacts
 from mtl_lora.language.tasks import COMMONSENSE as COMMONSENSE_SET
 from mtl_lora.metrics import percent, value_text
 from mtl_lora.report.load import Study
 from mtl_lora.report.table import PUBLISHED_FILE, details, published_rows, study_tables
 from mtl_lora.results import Results, Trainable, trainable_text
-from mtl_lora.text_table import Report, TextTable
+from mtl_lora.text_table import Report, TextTable, markdown_text
 
 EXPECTED = """\
 | Method         | Trainable parameters, M (%) |       First |     second |     Average |
@@ -181,6 +182,7 @@ def test_the_majority_class_has_an_average_where_every_task_has_one(table_of):
         ({"mode": "generate"}, ["mode", "base score", "mtl_lora generate"]),
         ({"mode": ...}, ["mode", "base score", "mtl_lora unknown"]),
         ({"base_model": "llama"}, ["base model", "smollm2-135m", "llama"]),
+        ({"base_model": "elsewhere/smollm2", "settings": {"base_fingerprint": "a" * 64}}, []),  # the same files
         ({"settings": {"dtype": "fp64"}}, ["dtype", "base fp32, mtl_lora fp64"]),
         ({"settings": {"num_beams": 4}}, []),  # the other does not say
         ({"settings": {"load_in_4bit": True}}, ["load_in_4bit: base False, mtl_lora True"]),  # which is said if it is
@@ -363,6 +365,26 @@ def test_a_studys_tables_hold_its_numbers(study_folder):
         ["Development average", "0.001", "0.002"],
         ["LoRA", "50.0", "60.0 (chosen)"],
     )
+
+
+def test_a_studys_tables_come_in_every_format(study_folder, capsys, tmp_path):
+    study = Study.load(study_folder)
+    code, shown, _ = run_command(capsys, "table", study_folder)
+    assert code == 0 and [line for line in shown.splitlines() if line.startswith("## ")] == [
+        f"## {table.title}" for table in study_tables(study)
+    ]
+    assert all(table.markdown() in shown for table in study_tables(study))
+    assert all(f"- {markdown_text(note)}" in shown for note in study.notes)
+    assert run_command(capsys, "table", study_folder / artifacts.STUDY, "--output", tmp_path / "s.csv")[0] == 0
+    rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
+    means = {(row["experiment"], row["task"]): float(row["mean"]) for row in rows}
+    for each in study.experiments:
+        assert means[each.name, "average"] == each.estimate(None).mean
+        assert means[each.name, "cr"] == each.estimate("cr").mean
+    text = run_command(capsys, "table", study_folder, "--format", "latex")[1]
+    assert "% Results\n\\begin{tabular}{lrrr" in text and "% Notes\n\\begin{tabular}{@{}p{\\linewidth}@{}}" in text
+    for more in (["--difference"], ["--published"], [study_folder]):
+        assert_mistakes(capsys, "table", [([study_folder, *more], "pass its folder alone")])
 
 
 # ---- what holds for any table ----

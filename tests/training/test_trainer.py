@@ -10,7 +10,7 @@ import torch
 from reference.layers import assert_near
 from reference.tiny import TASKS, VOCABULARY, adapted_llama, adapter_gradients
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from mtl_lora import AdapterConfig, Provenance, adapter_layers, files, inject, route
 from mtl_lora.base_model import enable_checkpointing
@@ -18,7 +18,7 @@ from mtl_lora.language.batches import IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
-from mtl_lora.training.trainer import LossSums, MultiTaskTrainer, RankedDropout, training_arguments
+from mtl_lora.training.trainer import LossSums, MultiTaskTrainer, Progress, RankedDropout, training_arguments
 
 LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row
 PROMPTS = [4, 3, 5, 2, 5, 10, 1, 6]  # of which the prompt; the answers differ in length, as means over them would
@@ -384,3 +384,12 @@ def test_a_checkpoint_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="no space left"):
         trainer._save_checkpoint(trainer.model, None)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_resumed_training_says_since_when_its_mean_loss_is(capsys):
+    for began, words in ((0, "mean training loss 1.5000"), (4, "mean training loss (since step 4) 1.5000")):
+        progress, state = Progress(), TrainerState(global_step=began, max_steps=8)
+        progress.on_train_begin(None, state, None)
+        state.global_step = 8
+        progress.on_log(None, state, None, logs={"train_loss": 1.5})
+        assert f"step 8 of 8: {words}" in capsys.readouterr().err

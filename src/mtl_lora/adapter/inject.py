@@ -71,6 +71,9 @@ def inject(model: nn.Module, config: AdapterConfig, allow_unused: bool = False) 
     that task ids cannot reach, and for a model that already carries an adapter. A failed call leaves the model as it
     was.
     """
+    for value, kind in ((model, nn.Module), (config, AdapterConfig)):
+        if not isinstance(value, kind):
+            raise UserError(f"inject takes a model and an AdapterConfig, not {value!r:.60} as its {kind.__name__}")
     root, config = unwrap(model), copy.deepcopy(config)  # a copy, because the caller may change its own later
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     if wrapper := next((name for name in _OF_SEVERAL_PROCESSES if name in classes), None):

@@ -88,6 +88,8 @@ class TrainConfig(TrainingConfig):
         super().validate()
 
     def check_files(self) -> None:
+        if Path(self.data_path).is_file():
+            raise UserError(f"--data_path {self.data_path} is a file; pass the folder of the images and their maps")
         if not Path(self.data_path).is_dir():
             made = f"make it with `{self.made_by}`, or " if self.data_path == type(self).data_path else ""
             raise UserError(f"the folder {self.data_path} does not exist; {made}pass --data_path DIR")

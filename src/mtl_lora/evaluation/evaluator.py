@@ -315,11 +315,10 @@ def load_questions(evaluator: Evaluator, load: Callable[..., list], chosen: Sequ
     for task in [tasks[name] for name in dict.fromkeys(config.tasks or chosen)] or list(tasks):
         path = data_file(Path(config.data_dir) / task.name, "test")
         if not path.is_file():
-            raise UserError(
-                f"there is no test file {path}; "
-                + (f"make it with `{evaluator.made_by}`, or " if evaluator.made_by else "")
-                + "pass --data_dir DIR, or --tasks with the tasks that have one"
-            )
+            made = f"make it with `{evaluator.made_by}`, or " if evaluator.made_by else ""
+            own = "" if config.checkpoint or config.tasks_file else "--tasks_file FILE for your own tasks, "
+            way_out = f"{made}pass {own}--data_dir DIR, or --tasks with the tasks that have one"
+            raise UserError(f"there is no test file {path}; {way_out}")
         with files.unchanged(path) as digest:
             examples = load(path, tasks, task.name, closed=True)
         found.sha256[task.name], found.sizes[task.name] = digest, len(examples)

@@ -17,13 +17,11 @@ from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
 from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study, load_run
-from mtl_lora.report.table import build_table, details, examples, study_tables
+from mtl_lora.report.table import build_table, details, examples, study_report, study_tables
 from mtl_lora.results import Results, object_of
-from mtl_lora.text_table import FORMATS, Report, markdown_text
+from mtl_lora.text_table import FORMATS, markdown_text
 
 PAGE = "page.html"  # the template, and the default name of the page made from it
-SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
-SUFFIXES |= dict.fromkeys(("", ".md", ".markdown", ".txt"), "markdown")
 _RESULTS = f"results: each a {artifacts.RESULTS}, or the folder of an evaluation or of a checkpoint that was evaluated"
 
 
@@ -34,40 +32,25 @@ class Rendered(Config):
     format: str | None = flag(None, f"{', '.join(FORMATS)}; none: by the suffix of --output", choices=FORMATS)
     output: str | None = flag(None, "write to this file; none: print")
 
-    def hand_out(self, report: Report, inputs: Sequence[Path]) -> None:
-        """Print the report or write it to ``--output``; the notes go to stderr if the format has no place for them."""
-        output = Path(self.output or "")
-        if self.output and output.resolve() in {path.resolve() for path in inputs}:
-            raise UserError(f"--output {output} is one of the input files and would be lost; name another file")
-        style = self.format or SUFFIXES.get(output.suffix.lower())
-        if style is None:
-            way_out = f"pass --format, one of {', '.join(FORMATS)}"
-            raise UserError(f"--output {output} has a suffix that names no format; {way_out}")
-        text = getattr(report, style)()
-        if self.output:
-            write_all({output: text.encode()})
-        else:
-            print(text, end="")
-        if style == "csv":
-            # A warning that rows are not comparable must not be lost.
-            print("\n".join(report.notes), file=sys.stderr)
-
 
 @dataclasses.dataclass(kw_only=True)
 class TableConfig(Rendered):
-    """Results by task and on average, one row per evaluation."""
+    """Results by task and on average, one row per evaluation; of a study, its tables."""
 
-    results: list[str] = flag(REQUIRED, _RESULTS, positional=True)
+    results: list[str] = flag(REQUIRED, f"{_RESULTS}; or a single study", positional=True)
     published: bool = flag(False, "add rows of published results (commonsense tasks only)")
-    difference: bool = flag(
-        False, "add a row of the last minus the first; its standard error treats questions as independent"
-    )
+    difference: bool = flag(False, "add a row, last minus first; its standard error takes questions as independent")
     baselines: list[str] = flag([], "results of single-task models, as a,b, to add a column Delta_m (dense prediction)")
 
     def run(self) -> None:
+        if studies := [path for path in self.results if artifacts.is_study(path)]:
+            if len(self.results) > 1 or self.published or self.difference or self.baselines:
+                raise UserError(f"the tables of the study {studies[0]} take no other rows; pass its folder alone")
+            study = Study.load(studies[0])
+            return study_report(study).write(self.output, self.format, [study.path])
         results, baselines = _loaded(self.results), _loaded(self.baselines)
         report = build_table(results, self.published, self.difference, baselines)
-        self.hand_out(report, [result.path for result in [*results, *baselines]])
+        report.write(self.output, self.format, [result.path for result in [*results, *baselines]])
 
 
 def _loaded(paths: Sequence[str]) -> list[Results]:
@@ -108,7 +91,8 @@ class CompareConfig(Rendered):
             raise UserError(f"A has {modes[0]}, B has {modes[1]}, but a comparison is of one protocol; {way_out}")
         a, b = pairs[0] if pairs else (side[0] for side in sides)
         predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
-        self.hand_out(compare(a, b, self.seed, self.resamples, self.tasks), [a.path, b.path, *predictions])
+        report = compare(a, b, self.seed, self.resamples, self.tasks)
+        report.write(self.output, self.format, [a.path, b.path, *predictions])
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mtl_lora.errors import UserError
 from mtl_lora.files import write_all
-from mtl_lora.metrics import difference_text, scale_of, title_of, units_text
+from mtl_lora.metrics import difference_text, range_of, scale_of, title_of, units_text
 from mtl_lora.report.load import Study, analysis_of, load_studies, log_of
 from mtl_lora.report.table import AVERAGE, MAJORITY_LABEL
 
@@ -201,7 +201,10 @@ def _accuracy(study: Study) -> Iterator[Drawing]:
         # The interval over two seeds can be many times wider than all differences, so it does not set the limits.
         widths = [scale * (value.high - value.low) for _, value in values if value.low is not None]
         room = max(max(points) - min(points), statistics.median(widths or [0])) or math.inf
-        panel.set_xlim(*(min(max(edge, min(points) - room), max(points) + room) for edge in panel.get_xlim()))
+        lowest, highest = range_of(study.metric(task))
+        low = max(min(points) - room, min(lowest, *points))
+        high = min(max(points) + room, max(highest, *points))
+        panel.set_xlim(*(min(max(edge, low), high) for edge in panel.get_xlim()))
         named = [study.metric(task)] * (len(metrics) > 1)
         name = study.task_set.title(task, *named).replace(" (", "\n(") if task else AVERAGE
         panel.set_title(name, fontweight=None if task else "bold")

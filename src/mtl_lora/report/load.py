@@ -295,7 +295,7 @@ def load_run(path: str | Path) -> Study:
     """Load a study, or the folder of one training, evaluation or both as a study of a single run; raises ``UserError``
     for a folder without the files of a run."""
     path = Path(path)
-    if path.name == artifacts.STUDY or (path / artifacts.STUDY).is_file():
+    if artifacts.is_study(path):
         return Study.load(path)
     folder = path.parent if path.name == artifacts.RESULTS else path
     if not folder.is_dir():

@@ -303,6 +303,17 @@ def examples(results: Results) -> TextTable:
 # ---- studies ----
 
 
+def study_report(study: Study) -> Report:
+    """The tables of a study with its notes, and as records the mean of every experiment by task and on average."""
+    values = ((each.name, task, each.estimate(task)) for each in study.experiments for task in [*study.scored, None])
+    records = [
+        {"experiment": name, "task": task or "average", "metric": task and study.metric(task), **vars(value)}
+        for name, task, value in values
+        if value
+    ]
+    return Report(study_tables(study), records, study.notes, titled=True)
+
+
 def study_tables(study: Study) -> list[TextTable]:
     """The tables of a study: by group, scores and differences from the baseline; then transfer and the search."""
     tables, tasks = [], [study.task_set.title(task, study.metric(task)) for task in study.scored]

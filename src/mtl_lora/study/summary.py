@@ -228,8 +228,8 @@ def notes(study: model.Study, grid: Grid, mode: str, refused: Mapping[str, str])
     asked = {"train": {name for each in study.experiments for name in each.trained_on or ()}, "test": {*study.scored}}
     searches = study.search.experiments if study.search else ()
     at_edge = [each.name for each in searches if each.chosen in (each.candidates[0].value, each.candidates[-1].value)]
-    averages = {each.name: sorted(round(tried.dev, 12) for tried in each.candidates) for each in searches}
-    tied = [name for name, found in averages.items() if found[-2:-1] == found[-1:]]
+    averages = {each.name: [round(tried.dev, 12) for tried in each.candidates] for each in searches}
+    tied = [name for name, found in averages.items() if found.count(max(found)) > 1]
     earlier = {job.train_commit for run in study.runs for job in run.jobs} - {*study.commits, None}
     counts = {
         part: [f"{name} {n:,} of {sample.of[name]:,}" for name, n in sample.records.items() if name in asked[part]]

@@ -230,6 +230,8 @@ class TrainingConfig(Config):
 
     def check_files(self) -> None:
         """Raise ``UserError`` if the data file does not exist."""
+        if Path(self.data_path).is_dir():
+            raise UserError(f"--data_path {self.data_path} is a folder; pass a file of training examples")
         if not Path(self.data_path).is_file():
             made = f"make it with `{self.made_by}`, or " if self.made_by and not self.tasks_file else ""
             raise UserError(f"the data file {self.data_path} does not exist; {made}pass --data_path FILE")

@@ -382,16 +382,16 @@ class Progress(TrainerCallback):
     """Shows progress: on a terminal a progress bar with the latest loss, otherwise a line for every log line."""
 
     bar = tqdm(disable=True)  # an evaluation before any training also logs
+    began = 0  # the step at which this process began
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         only_step = state.max_steps == 1 and state.global_step == 0
         if only_step and state.is_world_process_zero and not any(lr_scheduler.get_last_lr()):
             note = "the only step warms up, with learning rate 0, which trains nothing; pass --warmup_ratio 0"
             tqdm.write(f"note: {note}", sys.stderr)
-        shown, done = state.is_world_process_zero and sys.stderr.isatty(), state.global_step
-        self.bar = tqdm(
-            total=state.max_steps, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not shown
-        )
+        self.began, how = state.global_step, {"desc": "training", "unit": "step", "dynamic_ncols": True}
+        shown = state.is_world_process_zero and sys.stderr.isatty()
+        self.bar = tqdm(total=state.max_steps, initial=self.began, disable=not shown, **how)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -399,7 +399,8 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.4f}")
-        names = {"eval_loss": "validation loss", "train_loss": "mean training loss"}
+        since = f" (since step {self.began})" if self.began else ""
+        names = {"eval_loss": "validation loss", "train_loss": f"mean training loss{since}"}
         for key, name in ({"loss": "loss", **names} if self.bar.disable else names).items():
             if key in logs and state.is_world_process_zero:
                 self.bar.write(f"step {state.global_step} of {state.max_steps}: {name} {logs[key]:.4f}", sys.stderr)
