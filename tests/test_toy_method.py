@@ -161,7 +161,18 @@ def test_the_method_of_the_page_is_for_each_task_its_merged_model(install, tmp_p
     assert not torch.allclose(model(input_ids=input_ids, task_ids=[1, 1, 1]).logits, logits)
 
 
-def test_a_package_whose_method_cannot_be_imported_is_named(install):
+def test_a_file_that_is_run_may_be_the_one_that_is_announced(install):
+    install()
+    known = layer.layer_class("rank_gates")
+    module = {"__name__": "__main__", "__module__": "__main__"}
+    again = type("RankGatesLayer", (AdapterLayer,), {**vars(known), **module, "__qualname__": known.__qualname__})
+    assert layer_class("rank_gates") is again
+
+
+def test_a_package_whose_method_cannot_be_imported_is_named(install, capsys):
     install("import a_package_that_is_not_there")
-    with pytest.raises(UserError, match=r"the package rank-gates cannot be imported .*not_there.*uninstall"):
-        layer.methods()
+    with pytest.raises(UserError, match=r"'rank_gates' is unknown.*if another package has it"):
+        layer_class("rank_gates")
+    note = capsys.readouterr().err
+    assert re.fullmatch(r"note: .*the package rank-gates cannot be imported .*not_there.*uninstall it\n", note)
+    assert layer_class("lora")

@@ -498,9 +498,10 @@ def hub_errors(name: str, kind: str = "causal_lm"):
                 f"the model {name!r} is gated: accept its licence on huggingface.co and log in with `hf auth login`, "
                 "or pass a folder that holds it"
             ) from None
-        for config, flag in ((CHECKPOINT_CONFIG, "--checkpoint"), (PEFT_CONFIG, "--peft")):
-            if Path(name, config).is_file():
-                raise UserError(f"{name} is an adapter, not a base model; pass it as {flag} {name}") from None
+        if Path(name, CHECKPOINT_CONFIG).is_file():
+            raise UserError(f"{name} is a checkpoint, not a base model; its {CHECKPOINT_CONFIG} names that") from None
+        if Path(name, PEFT_CONFIG).is_file():
+            raise UserError(f"{name} is an adapter of PEFT, not a base model; its {PEFT_CONFIG} names that") from None
         first = str(error).strip().split("\n")[0]
         if name.startswith(("/", "./", "../")) and not Path(name).exists():  # the hub would only object to the name
             first = "there is no such folder"

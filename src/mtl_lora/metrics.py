@@ -549,7 +549,7 @@ def range_of(metric: str) -> tuple[float, float]:
     if metric not in METRICS:
         return -math.inf, math.inf
     low, high, scale = METRICS[metric].lowest, METRICS[metric].highest, METRICS[metric].scale
-    room = 0.02 * (high - low)
+    room = 0.02 * min(high - low, 1)
     return (low - room) * scale, (high + room) * scale
 
 

@@ -57,7 +57,7 @@ def checkpoint_config(folder: str | Path) -> Path:
     if saved := artifacts.checkpoints(folder):
         found = f"{folder} is an unfinished training; resume it with --resume_from_checkpoint True, or pass {saved[-1]}"
     elif (path.parent / artifacts.PEFT_CONFIG).is_file():
-        found += ", but PEFT's; pass it as --peft, or import it with `mtl-lora export import-peft`"
+        found += ", but PEFT's; `mtl-lora export import-peft` makes one of it; language models are evaluated by --peft"
     if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         found = f"there is no folder {folder}; if it is a name on the Hugging Face hub, download it first with `hf "
         found += f"download {folder} --local-dir {path.parent.name}` and pass that folder"

@@ -187,6 +187,9 @@ def test_of_equal_averages_the_search_takes_the_smaller_value_and_goes_no_furthe
     for trial, by_task in zip(plan.trials("LoRA")[0], right, strict=True):
         finish(trial.jobs[0], by_task)
     assert plan.trials("LoRA")[1] == 0.01
+    finish(plan._trial("LoRA", 0.005).jobs[0], {"boolq": "1110000000", "piqa": "1000000000"})
+    tried, _ = plan.trials("LoRA")
+    assert [trial.value for trial in tried] == [0.01, 0.02, 0.005, 0.0025], "an earlier version went beyond the tie"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import math
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -195,7 +196,8 @@ class AdapterLayer(nn.Module):
             cls.prepare = AdapterLayer.prepare
         if "method" in cls.__dict__:
             known = _registered.setdefault(cls.method, cls)
-            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            modules = {known.__module__, cls.__module__}  # a file that is run is __main__ too
+            if known.__qualname__ != cls.__qualname__ or len(modules - {"__main__"}) > 1:
                 raise TypeError(f"two classes declare the method {cls.method!r}: {known!r} and {cls!r}")
             _registered[cls.method] = cls
 
@@ -458,16 +460,13 @@ def _import_methods() -> None:
     for announced in importlib.metadata.entry_points(group="mtl_lora.methods"):
         try:
             announced.load()
-        except Exception as error:
-            where = f"the method {announced.name} of the package {announced.dist.name}"
-            raise UserError(f"{where} cannot be imported ({error}); mend {announced.value}, or uninstall it") from error
+        except Exception as error:  # of another package's code, which only its own method needs
+            where = f"the method {announced.name} of the package {announced.dist.name} cannot be imported"
+            print(f"note: {where} ({error}); mend {announced.value}, or uninstall it", file=sys.stderr)
 
 
 def methods() -> dict[str, type[AdapterLayer]]:
-    """Return every method's class by name: those of this package and any other subclass that declares ``method``.
-
-    Raises ``UserError`` for an installed package that announces a method which cannot be imported.
-    """
+    """Return every method's class by name: those of this package and any other subclass that declares ``method``."""
     _import_methods()
     return dict(sorted(_registered.items()))
 
@@ -477,7 +476,8 @@ def layer_class(method: str) -> type[AdapterLayer]:
     known = methods()
     by_name = {alias: layer for layer in known.values() for alias in layer.aliases} | known
     if not isinstance(method, str) or method not in by_name:
-        raise UserError(f"method {method!r} is unknown{closest(method if isinstance(method, str) else '', [*by_name])}")
+        found = closest(method if isinstance(method, str) else "", [*by_name])
+        raise UserError(f"method {method!r} is unknown{found}; if another package has it, install or import that")
     return by_name[method]
 
 

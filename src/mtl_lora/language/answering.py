@@ -138,7 +138,7 @@ def continuations(question: Question, encoder: Encoder) -> tuple[list[int], list
     """
     task, options = question.task, question.options
     if not options:
-        way_out = "pass --mode generate or --mode both, or name the other tasks with --tasks"
+        way_out = "pass --mode generate, or leave the task out"
         raise UserError(f"the task {task.name} is free text and has no options to score; {way_out}")
     answers = [encoder.option_ids(task, option) for option in options]
     for index, answer in enumerate(answers):

@@ -204,13 +204,16 @@ class Plan:
         while all(job.is_finished for job in jobs_of(runs)):
             top = max(round(run.mean, 12) for run in runs)  # equal up to the last bits
             best, *equal = sorted(run.value for run in runs if round(run.mean, 12) == top)
-            further = None if equal else search.beyond([run.value for run in runs], best)
+            further = search.beyond([run.value for run in runs], best)
             if further is None or len(runs) == len(search.values) + search.widen:
                 return runs, best
             try:
-                runs.append(self._trial(name, further))
+                trial = self._trial(name, further)
             except UserError:  # the flag does not allow this value
                 return runs, best
+            if equal and not all(job.is_finished for job in trial.jobs):  # an earlier version went beyond a tie
+                return runs, best
+            runs.append(trial)
         return runs, None
 
     def _trial(self, name: str, value: float) -> PlannedRun:
