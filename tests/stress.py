@@ -30,6 +30,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
@@ -132,15 +133,22 @@ class Forked:
         self.returncode = -signal.SIGUSR1
 
 
-def start_forked(command: list[str], output, slot: dict) -> Forked:
-    """In place of ``runner.start``: a fork of the study that holds the study's claims, as its commands do."""
+def until_done_forked(command: list[str], output, slot: dict) -> Generator[None, None, int]:
+    """In place of ``runner.until_done``: a fork of the study that holds the study's claims, as its commands do."""
     words = command[command.index("mtl_lora") + 1 :]
     claims = [os.dup(number) for number in slot.get("pass_fds", ())]  # the originals are closed in a fork
     try:
-        return Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
+        process = Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
     finally:
         for number in claims:
             os.close(number)
+    try:
+        while process.poll() is None:
+            yield
+        return process.returncode
+    finally:
+        process.terminate()
+        process.wait()
 
 
 PREFIX = "stress."  # of the working folder
@@ -584,7 +592,8 @@ def main() -> int:
     done, began = {line["trial"] for line in lines}, time.monotonic()
     gc.collect()
     gc.freeze()
-    runner.start = start_forked
+    assert runner.until_done  # what is replaced
+    runner.until_done = until_done_forked
     faulthandler.register(signal.SIGUSR1, file=STACKS, chain=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as work:
         stress = Stress(Path(work).resolve(), flags.seed)

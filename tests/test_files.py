@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -201,7 +202,7 @@ def holder(tmp_path):
 def test_output_is_claimed_by_one_process_and_free_when_that_is_killed(tmp_path, holder):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for same in (tmp_path / "out", tmp_path / "link", tmp_path / "x" / ".." / "out"):
-        found = rf"^{tmp_path}/out is in use by another command \(process {holder.pid}, "
+        found = rf"^{tmp_path}/out is in use by another command \(process {holder.pid} on "
         with pytest.raises(UserError, match=found), files.claimed(same):
             raise AssertionError("it has another owner")
     with files.claimed(tmp_path / "other"):
@@ -222,7 +223,7 @@ def test_claim_that_waits_gets_the_output_afterwards(tmp_path, holder):
 
 def test_claim_leaves_no_folder_that_it_made_and_removes_what_a_kill_left(tmp_path):
     with files.claimed(tmp_path / "a" / "b" / "out"):
-        assert everything(tmp_path) == {"a/b/.out.lock": str(os.getpid()).encode()}
+        assert everything(tmp_path) == {"a/b/.out.lock": f"{os.getpid()} on {platform.node()}".encode()}
     assert list(tmp_path.iterdir()) == []
     mine = [".out.abcdefgh.partial/model", ".out.12345678.partial"]
     theirs = [".out.json.abcdefgh.partial", ".other.abcdefgh.partial", "out.partial"]

@@ -108,6 +108,16 @@ def test_a_name_is_declared_once(toy):
     assert layer_class("toy") is toy
 
 
+def test_settings_that_are_no_hyperparameters_are_refused_at_once():
+    with pytest.raises(TypeError, match=r"Plain.Hyperparameters must be a subclass"):
+
+        class Plain(AdapterLayer):
+            method, title = "plain", "Plain"
+            Hyperparameters = dataclasses.make_dataclass("Hyperparameters", [("strength", float, 1.0)])
+
+    assert "plain" not in layer.methods()
+
+
 # ---- a method of another package ----
 
 

@@ -30,6 +30,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of the names of the weights
 # a study
 STUDY = "study.json"
+STUDY_TABLE = "table.md"
 
 
 def remove_evaluation(folder: str | Path) -> None:

@@ -498,9 +498,10 @@ def hub_errors(name: str, kind: str = "causal_lm"):
                 f"the model {name!r} is gated: accept its licence on huggingface.co and log in with `hf auth login`, "
                 "or pass a folder that holds it"
             ) from None
-        if Path(name, CHECKPOINT_CONFIG).is_file():
+        is_whole = Path(name, "config.json").is_file()
+        if Path(name, CHECKPOINT_CONFIG).is_file() and not is_whole:
             raise UserError(f"{name} is a checkpoint, not a base model; its {CHECKPOINT_CONFIG} names that") from None
-        if Path(name, PEFT_CONFIG).is_file():
+        if Path(name, PEFT_CONFIG).is_file() and not is_whole:
             raise UserError(f"{name} is an adapter of PEFT, not a base model; its {PEFT_CONFIG} names that") from None
         first = str(error).strip().split("\n")[0]
         if name.startswith(("/", "./", "../")) and not Path(name).exists():  # the hub would only object to the name

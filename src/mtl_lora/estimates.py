@@ -60,6 +60,13 @@ class Estimate(Interval):
     low: float | None = None
     high: float | None = None
 
+    def record(self) -> dict[str, float | str | None]:
+        """The fields, and what ``low`` to ``high`` is."""
+        interval = (
+            f"{LEVEL} t interval over seeds" if self.sd is not None else "± one standard error over questions"
+        )
+        return {**vars(self), "interval": interval if self.low is not None else None}
+
     @classmethod
     def over_seeds(cls, values: Sequence[float]) -> "Estimate":
         """Mean, standard deviation (n - 1) and Student t interval of the mean; for a single value only the mean."""

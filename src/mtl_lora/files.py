@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -97,12 +98,9 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if beside:
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
         except BlockingIOError:
             # A command that the holder has started may hold the lock too, and outlive it.
-            holder = os.pread(descriptor, 20, 0).decode() if beside else ""
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") if beside else ""
             os.close(descriptor)
             who = f" (process {holder}, or one that it has started)" if holder else ""
             way_out = "wait for it to end, stop it, or choose another output"
@@ -114,6 +112,10 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
         # Its owner may have removed the file between our opening and locking it; such a lock protects nothing.
         with contextlib.suppress(FileNotFoundError):
             if beside is None or os.path.samestat(os.fstat(descriptor), beside.stat()):
+                if beside and held:
+                    with contextlib.suppress(OSError):  # a full disk
+                        os.ftruncate(descriptor, 0)
+                        os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
                 return descriptor, beside, held
         os.close(descriptor)
     raise UserError(f"{output} cannot be written ({problem}); choose a writable folder")

@@ -55,7 +55,9 @@ def checkpoint_config(folder: str | Path) -> Path:
         return path
     found = f"{folder} is not an MTL-LoRA checkpoint: it has no {path.name}"
     if saved := artifacts.checkpoints(folder):
-        found = f"{folder} is an unfinished training; resume it with --resume_from_checkpoint True, or pass {saved[-1]}"
+        found = (
+            f"{folder} is an unfinished training; pass {saved[-1]}, or resume it (train --resume_from_checkpoint True)"
+        )
     elif (path.parent / artifacts.PEFT_CONFIG).is_file():
         found += ", but PEFT's; `mtl-lora export import-peft` makes one of it; language models are evaluated by --peft"
     if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):

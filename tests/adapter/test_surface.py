@@ -1146,3 +1146,10 @@ assert not asked, asked
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert found.stdout == "trainable params: 144 || all params: 144 || trainable%: 100.0000\n"
+
+
+def test_inject_says_what_it_takes():
+    model, config = tiny_llama(), adapter_config("lora")
+    for arguments, words in (((config, model), "as its Module"), ((model, {"r": 8}), r"not \{'r': 8\} as its Adap")):
+        with pytest.raises(UserError, match=rf"inject takes a model and an AdapterConfig, .*{words}"):
+            mtl_lora.inject(*arguments)

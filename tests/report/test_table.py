@@ -381,10 +381,15 @@ def test_a_studys_tables_come_in_every_format(study_folder, capsys, tmp_path):
     for each in study.experiments:
         assert means[each.name, "average"] == each.estimate(None).mean
         assert means[each.name, "cr"] == each.estimate("cr").mean
+    intervals = {(row["experiment"], row["task"]): row["interval"] for row in rows}
+    assert intervals["MTL-LoRA", "average"] == "95 % t interval over seeds"
+    assert intervals["SmolLM2-135M <base> & no adapter", "cr"] == "± one standard error over questions"
     text = run_command(capsys, "table", study_folder, "--format", "latex")[1]
     assert "% Results\n\\begin{tabular}{lrrr" in text and "% Notes\n\\begin{tabular}{@{}p{\\linewidth}@{}}" in text
     for more in (["--difference"], ["--published"], [study_folder]):
         assert_mistakes(capsys, "table", [([study_folder, *more], "pass its folder alone")])
+    own_table = study_folder / artifacts.STUDY_TABLE
+    assert_mistakes(capsys, "table", [([study_folder, "--output", own_table], "would be lost")])
 
 
 # ---- what holds for any table ----

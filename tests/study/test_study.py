@@ -46,7 +46,7 @@ def grid_file(tmp_path_factory, tiny_base, cache_dir) -> Path:
             "tasks": ["boolq", "piqa"],
         },
         "search": {
-            "values": [0.01, 0.03],
+            "values": [0.03, 0.1],
             "data_dir": dev_set(folder),
             "records": 4,
             "widen": 1,
@@ -178,7 +178,7 @@ def test_check_starts_nothing_and_names_what_would_run(study, tmp_path, capsys):
     study(tmp_path / "study", "--check")
     text = capsys.readouterr().out
     assert "MTL-LoRA; jobs: 1, trainable parameters, M (%): 0.00" in text and "5 jobs in" in text
-    assert "search of learning_rate for MTL-LoRA: 0.01, 0.03; jobs: 2" in text
+    assert "search of learning_rate for MTL-LoRA: 0.03, 0.1; jobs: 2" in text
     assert "python -m mtl_lora train --base_model" in text and not (tmp_path / "study").exists()
 
 

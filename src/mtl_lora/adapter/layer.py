@@ -194,6 +194,8 @@ class AdapterLayer(nn.Module):
         cls.prepares = "prepare" in cls.__dict__
         if not cls.prepares:  # the parent's ``prepare`` may not fit what this class computes
             cls.prepare = AdapterLayer.prepare
+        if not issubclass(cls.Hyperparameters, Hyperparameters):
+            raise TypeError(f"{cls.__name__}.Hyperparameters must be a subclass of adapter.config.Hyperparameters")
         if "method" in cls.__dict__:
             known = _registered.setdefault(cls.method, cls)
             modules = {known.__module__, cls.__module__}  # a file that is run is __main__ too

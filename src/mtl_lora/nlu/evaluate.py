@@ -161,6 +161,9 @@ def run(config: EvalConfig) -> dict[str, Results]:
     """Evaluate as ``config`` says, see ``evaluation.evaluate``."""
     evaluator = Evaluator(config)
     chosen = [task.name for task in evaluator.tasks if task.is_regression and not config.checkpoint]
+    if not (chosen or config.checkpoint or config.tasks):
+        way_out = "answers only regression tasks on pairs, and no task is one; pass --checkpoint"
+        raise UserError(f"without a checkpoint, a base model {way_out}")
     asked = load_questions(evaluator, load_examples, chosen)
     for question in asked.questions if not config.checkpoint else ():
         if not question.task.is_regression or question.example.text_b is None:

@@ -47,7 +47,8 @@ class TableConfig(Rendered):
             if len(self.results) > 1 or self.published or self.difference or self.baselines:
                 raise UserError(f"the tables of the study {studies[0]} take no other rows; pass its folder alone")
             study = Study.load(studies[0])
-            return study_report(study).write(self.output, self.format, [study.path])
+            kept = [study.path, study.path.with_name(artifacts.STUDY_TABLE)]
+            return study_report(study).write(self.output, self.format, kept)
         results, baselines = _loaded(self.results), _loaded(self.baselines)
         report = build_table(results, self.published, self.difference, baselines)
         report.write(self.output, self.format, [result.path for result in [*results, *baselines]])

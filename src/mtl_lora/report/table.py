@@ -307,7 +307,7 @@ def study_report(study: Study) -> Report:
     """The tables of a study with its notes, and as records the mean of every experiment by task and on average."""
     values = ((each.name, task, each.estimate(task)) for each in study.experiments for task in [*study.scored, None])
     records = [
-        {"experiment": name, "task": task or "average", "metric": task and study.metric(task), **vars(value)}
+        {"experiment": name, "task": task or "average", "metric": task and study.metric(task), **value.record()}
         for name, task, value in values
         if value
     ]

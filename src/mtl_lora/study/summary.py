@@ -23,7 +23,6 @@ from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
 from mtl_lora.text_table import markdown_text
 from mtl_lora.train_log import last_step
 
-TABLE = "table.md"
 Runs = dict[str, list[PlannedRun]]  # the finished runs, by experiment
 Paths = tuple[Path, ...]  # the results files of a run
 _STEPS = ("train", "evaluate")
@@ -81,7 +80,7 @@ class StudyWriter:
         modes = " or ".join(dict.fromkeys(each.mode for each in evaluations if each.mode))
         study = dataclasses.replace(study, notes=[*grid.notes, *notes(study, grid, modes, self.refused)])
         files.write_json(plan.folder / artifacts.STUDY, study.to_json())
-        files.write_text(plan.folder / TABLE, render(study))
+        files.write_text(plan.folder / artifacts.STUDY_TABLE, render(study))
 
     def _run(self, planned: PlannedRun) -> model.Run:
         """Return the record of a finished run; with tasks trained alone it has a part per task, and their sums."""
@@ -276,7 +275,7 @@ def collect(folder: Path, target: Path) -> None:
     shown = {path: Path(path).name for path in re.findall(r'"(/[^"]*)"', json.dumps(study.grid, ensure_ascii=False))}
     shown |= {str(Path.cwd()): ".", str(folder.absolute()): f"output/study/{study.name}"}
     files.write_json(target / artifacts.STUDY, json.loads(without_paths(json.dumps(value, ensure_ascii=False), shown)))
-    files.write_text(target / TABLE, render(model.Study.load(target)))
+    files.write_text(target / artifacts.STUDY_TABLE, render(model.Study.load(target)))
     try:
         write_figures([str(folder)], str(target), ["png"], analyses=False)
     except (UserError, ModuleNotFoundError) as error:
