@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,6 +44,7 @@ INDEX_NAME, WEIGHTS_NAME, CONFIG_NAME = "model.safetensors.index.json", "model.s
 # Keys of config.json that do not affect what the model computes.
 _NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _SAMPLE_BYTES = 4096
+LOADING = threading.RLock()  # transformers changes global state while it loads: in two threads it then fails for good
 # Causal types that cannot be trained in batches, and why.
 _UNFIT = {
     "prophetnet": "its outputs depend on the length of the longest row",
@@ -482,6 +484,7 @@ def hub_errors(name: str, kind: str = "causal_lm"):
     """Turn anything that transformers or the hub raises for a model that cannot be loaded into a ``UserError``."""
     from huggingface_hub.errors import GatedRepoError
 
+    LOADING.acquire()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -509,6 +512,7 @@ def hub_errors(name: str, kind: str = "causal_lm"):
         raise UserError(f"the model {name!r} cannot be loaded ({first}); {KINDS[kind].way_out}") from None
     finally:
         logging.set_verbosity(verbosity)
+        LOADING.release()
 
 
 def cached_path(name: str, filename: str) -> Path | None:

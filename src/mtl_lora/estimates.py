@@ -62,9 +62,7 @@ class Estimate(Interval):
 
     def record(self) -> dict[str, float | str | None]:
         """The fields, and what ``low`` to ``high`` is."""
-        interval = (
-            f"{LEVEL} t interval over seeds" if self.sd is not None else "± one standard error over questions"
-        )
+        interval = f"{LEVEL} t interval over seeds" if self.sd is not None else "± one standard error over questions"
         return {**vars(self), "interval": interval if self.low is not None else None}
 
     @classmethod

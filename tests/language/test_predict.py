@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,17 @@ def test_base_model_alone_answers_own_tasks_each_in_its_way(tiny_base, tmp_path)
     found = predictor.predict([{"instruction": "A", "task": "free"}, {"instruction": "B", "task_id": 0, "input": None}])
     assert [set(one) & {"scores", "text"} for one in found] == [{"text"}, {"scores"}]
     assert set(found[1]["scores"]) == {"glad", "sad"} and found[1]["answer"] in ("glad", "sad")
+
+
+@pytest.mark.slow(1)
+def test_first_requests_in_several_threads_load_the_model_once(trained, monkeypatch):
+    examples, loaded, build = questions("boolq", 2), [], Evaluator.build
+    expected = Predictor(trained, dtype="fp32").predict(examples, task="boolq")
+    monkeypatch.setattr(Evaluator, "build", lambda self: loaded.append(self) or build(self))
+    predictor, start = Predictor(trained, dtype="fp32"), threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: start.wait() >= 0 and predictor.predict(examples, task="boolq"), range(4))]
+    assert found == [expected] * 4 and len(loaded) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from mtl_lora.adapter.checkpoint import CheckpointConfig, Provenance, read_confi
 from mtl_lora.adapter.hooks import CallWatch
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.answer_config import AUTO
-from mtl_lora.base_model import BaseModel, choose_dtype, device_for_this_process
+from mtl_lora.base_model import LOADING, BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.config import Config
 from mtl_lora.data_files import data_file
 from mtl_lora.errors import UserError, require_package
@@ -192,8 +192,11 @@ class Evaluator(abc.ABC):
 
     def load(self) -> None:
         """Build the model and move it to this process's device; does nothing if it is loaded already."""
-        if self.model is not None:
-            return
+        with LOADING:  # several threads may ask for the first answers
+            if self.model is None:
+                self._load()
+
+    def _load(self) -> None:
         if self.adapter:
             self.note(self.adapter.provenance_config.untrained_note(self.asked_tasks))
         device = device_for_this_process()
