@@ -13,7 +13,7 @@ from torch import nn
 import mtl_lora
 from mtl_lora import Provenance, UserError, artifacts, route
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, adapter_state
+from mtl_lora.adapter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, adapter_state, adapter_tensors
 
 FIRST = "model.layers.0.self_attn.q_proj"
 
@@ -428,3 +428,46 @@ def test_all_linear_leaves_out_the_output_head():
 def test_targets_are_whole_names_or_endings():
     model = mtl_lora.inject(tiny_llama(), adapter_config(target_modules=[FIRST, "mlp.down_proj"]))
     assert list(mtl_lora.adapter_layers(model)) == [FIRST, *(f"model.layers.{i}.mlp.down_proj" for i in (0, 1))]
+
+
+# ---- the start of another training ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_has_the_tasks_of_the_checkpoint_by_name_and_new_ones_as_they_were(tmp_path, method):
+    trained = adapted_llama(method)
+    mtl_lora.save(trained, tmp_path)
+    tasks = ["lakes", TASKS[2], TASKS[0], "hills", "seas"]  # new ones, others in another order, two gone
+    torch.manual_seed(3)
+    model = mtl_lora.inject(tiny_llama(), adapter_config(method, tasks=tasks, dropout=0.3))
+    fresh = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    assert checkpoint.start_from(model, tmp_path) == ["lakes", "hills", "seas"]
+    input_ids = tokens(2)
+    with torch.no_grad():
+        for task in tasks[1:3]:
+            given = model.eval()(input_ids=input_ids, task_ids=[task] * 2).logits
+            assert torch.equal(given, trained.eval()(input_ids=input_ids, task_ids=[task] * 2).logits)
+    for layer in mtl_lora.adapter_layers(model).values():
+        for name in layer.task_parameters:
+            if getattr(layer, name).shape[0] == len(tasks):
+                (own,) = [key for key, value in adapter_tensors(model).items() if value is getattr(layer, name)]
+                new = [0, 3, 4]
+                assert torch.equal(getattr(layer, name)[new], fresh[own][new])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 8}, "rank 4, not 8"),
+        ({"alpha": 3}, "alpha .*, not 3"),
+        ({"temperature": 0.3}, "hyperparameters .*not .*0.3"),
+        ({"target_modules": ["q_proj"]}, "has unknown model.layers"),
+    ],
+)
+def test_a_start_of_another_adapter_is_refused(tmp_path, changes, words):
+    mtl_lora.save(adapted_llama("mtl_lora", rank=4), tmp_path)
+    with pytest.raises(UserError, match=words):
+        checkpoint.start_from(mtl_lora.inject(tiny_llama(), adapter_config(**{"rank": 4, **changes})), tmp_path)
+    mtl_lora.save(adapted_llama("lora"), tmp_path / "lora")
+    with pytest.raises(UserError, match="method lora, not mtl_lora"):
+        checkpoint.start_from(adapted_llama("mtl_lora"), tmp_path / "lora")

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertModel, set_seed
 import mtl_lora
 from mtl_lora import AdapterConfig, adapter_layers
 from mtl_lora.base_model import BaseModel
+from mtl_lora.errors import UserError
 from mtl_lora.nlu import model as encoders
 from mtl_lora.nlu.config import TrainConfig
 from mtl_lora.nlu.data import Encoder, training_rows
@@ -184,3 +185,16 @@ def test_tokens_that_a_text_loses_are_counted_and_the_longer_of_two_loses_them(e
     assert [(len(row["input_ids"]), row["removed"]) for row in rows] == [(8, 3), (8, 5), (8, 5), (3, 0)]
     (bab,) = tokenizer("bab", add_special_tokens=False)["input_ids"]
     assert [row["input_ids"].count(bab) for row in rows] == [6, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_heads_are_trained_further_for_the_same_tasks_alone(train, tmp_path):
+    first = train("first")
+    before = weights(first)
+    after = weights(train("second", start_from=str(first), learning_rate=1e-9, max_steps=1))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(after[name], tensor, atol=1e-6) for name, tensor in before.items())
+    other = [LABELLED[0] | {"labels": ["glad", "sad"]}, *LABELLED[1:]]
+    (tmp_path / "other.json").write_text(json.dumps({"tasks": other}))
+    with pytest.raises(UserError, match="has heads for other tasks"):
+        train("third", start_from=str(first), tasks_file=str(tmp_path / "other.json"))

@@ -623,3 +623,45 @@ def test_a_run_goes_on_from_its_last_checkpoint_and_one_that_is_overwritten_keep
     (folder / artifacts.TENSORBOARD).mkdir()
     train("run", max_steps=1, save_step=0, overwrite_output_dir=True)
     assert not checkpoints(folder) and not (folder / artifacts.TENSORBOARD).exists()
+
+
+# ---- trained further ----
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_another_adapter_with_a_new_task(train, tmp_path, capsys):
+    def tasks_file(*names: str) -> str:
+        path = tmp_path / f"{len(names)}.json"
+        path.write_text(json.dumps({"tasks": [{"name": name, "id": index} for index, name in enumerate(names)]}))
+        return str(path)
+
+    def data_file(*names: str) -> str:
+        path = tmp_path / f"{len(names)}_data.json"
+        rows = [{"instruction": f"{name} {i}", "output": name, "task": name} for name in names for i in range(8)]
+        path.write_text(json.dumps(rows))
+        return str(path)
+
+    first = train("first", tasks_file=tasks_file("moods", "tides"), data_path=data_file("moods", "tides"), max_steps=6)
+    flags = {"tasks_file": tasks_file("birds", "tides", "moods"), "data_path": data_file("birds", "tides", "moods")}
+    flags |= {"start_from": str(first), "learning_rate": 1e-9, "save_step": 1, "max_steps": 2}
+    capsys.readouterr()
+    second = train("second", **flags)
+    assert f"started from {first}; new tasks: birds" in capsys.readouterr().err
+    before, after = weights(first), weights(second)
+    for name, tensor in before.items():
+        found = after[name][[2, 1]] if name.endswith(("lora_w", "lora_lambda")) else after[name]
+        assert torch.allclose(found, tensor, atol=1e-7) and len(after[name]) == len(tensor) + (found is not after[name])
+    assert losses(second)[0] < losses(first)[0]
+    alone = train("third", **flags | {"max_steps": 2})
+    shutil.rmtree(alone / "checkpoint-2")
+    assert_equal(weights(train("third", **flags, resume_from_checkpoint="True")), after)
+    with pytest.raises(UserError, match="the weights in --start_from"):
+        train("third", **flags | {"start_from": None}, resume_from_checkpoint=str(alone / "checkpoint-1"))
+    for other, words in (
+        ({"adapter_name": "lora"}, "method mtl_lora, not lora"),
+        ({"output_dir": str(first), "overwrite_output_dir": True}, "is in --output_dir"),
+        ({"start_from": str(tmp_path)}, "not an MTL-LoRA checkpoint"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train("fourth", **flags | other)
+    assert not (tmp_path / "fourth").exists()

@@ -4,6 +4,7 @@ The configuration holds the sha256 of the weights, because safetensors does not 
 are used only by exports for PEFT.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import math
@@ -449,6 +450,43 @@ def load_state(model: nn.Module, state: State, source: str) -> None:
             raise UserError(f"{problem} {name} has dtype {tensor.dtype}, not {own[name].dtype}{way_out}")
     for name, tensor in state.items():
         own[name].copy_(tensor)
+
+
+# ---- the start of another training ----
+
+
+def require_same_method(config: AdapterConfig, earlier: AdapterConfig, folder: str | Path) -> None:
+    """Raise ``UserError`` unless the checkpoint in ``folder``, of configuration ``earlier``, may be the start of an
+    adapter of ``config``: with the same method, rank, scale and hyperparameters."""
+    free = ("tasks", "dropout", "target_modules", "modules_to_save")  # layers and modules show in the weights' names
+    before, now = earlier.to_json(), config.to_json()
+    if other := [f"{key} {before[key]}, not {now[key]}" for key in now if key not in free and before[key] != now[key]]:
+        raise UserError(f"the checkpoint {folder} cannot be the start of this adapter: it has {'; '.join(other)}")
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, folder: str | Path) -> list[str]:
+    """Copy the weights of a checkpoint into the adapter of ``model``, as the start of another training.
+
+    What a method has for each task is copied by the name of the task: a task that the checkpoint lacks keeps its
+    initial values, and one that the model lacks is left out. Returns the names of the former. Raises ``UserError`` for
+    another method, rank, scale or hyperparameter, and for other layers or modules saved whole.
+    """
+    recorded, config = read_config(folder), unwrap(model).mtl_lora_config
+    earlier = recorded.adapter_config
+    require_same_method(config, earlier, folder)
+    longer = copy.deepcopy(config)
+    longer.tasks = [*config.tasks, ""]
+    shapes, of_more = parameter_shapes(config, 1, 1), parameter_shapes(longer, 1, 1)
+    by_task = {name for name, shape in shapes.items() if shape != of_more[name]}
+    state, places = read_weights(folder, recorded), {task: index for index, task in enumerate(earlier.tasks)}
+    for name, tensor in adapter_state(model).items():
+        if name.rpartition(".")[2] in by_task and name in state:
+            rows = dict(zip(config.tasks, tensor.to(state[name]), strict=True))
+            rows |= {task: state[name][places[task]] for task in rows.keys() & places.keys()}
+            state[name] = torch.stack([*rows.values()])
+    load_state(model, state, str(Path(folder) / WEIGHTS_NAME))
+    return [task for task in config.tasks if task not in places]
 
 
 # ---- without the base model ----

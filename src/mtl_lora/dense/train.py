@@ -38,6 +38,8 @@ class Collator:
 class DenseRun(Run):
     """The training of a backbone with decoders. Its rows are the images of a ``DenseDataset``."""
 
+    has_heads = True
+
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         self.task_weights = [float(task.weight) for task in self.tasks]

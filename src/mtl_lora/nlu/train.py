@@ -14,7 +14,7 @@ from mtl_lora.training.run import Run, train
 class EncoderRun(Run):
     """The training of an encoder."""
 
-    shortened_at = "their ends"
+    has_heads, shortened_at = True, "their ends"
 
     def structure(self) -> PreTrainedModel:
         # An evaluation uses this cutoff too, so the model must have that many positions even if training rows are

@@ -73,6 +73,13 @@ class TrainingConfig(Config):
     lambda_num: int | None = flag(
         None, "number of matrices Lambda_t, which must equal the number of tasks; none: that number"
     )
+    start_from: str | None = flag(
+        None,
+        "checkpoint of the same method to train further; its tasks are matched by name, and new ones may be added; "
+        "none: the method's own start",
+        affects="content",
+        aliases=("load_from_checkpoint",),
+    )
     trust_remote_code: bool = flag(False, "run the model code in the base model's repository")
 
     output_dir: str = flag(

@@ -47,6 +47,8 @@ class Run:
     encoded: str | None
     shortened_at: str = ""  # where an example longer than the cutoff loses tokens; empty: the system has no cutoff
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
+    has_heads = False  # whether the model has weights of its own for each task, besides the adapter's
+    start_sha256: str | None = None  # of the weights in ``start_from``
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
@@ -136,6 +138,7 @@ class Run:
             "the examples' tokens, which depend on tokenizer and chat template too": configuration.get("rows_sha256"),
             "the dtype that --dtype auto selects": configuration.get("dtype"),
             "the parameters without weight decay": configuration.get("no_decay", []),
+            "the weights in --start_from": configuration.get("start_sha256"),
         }
 
     def provenance(self) -> dict[str, object]:
@@ -171,6 +174,8 @@ class Run:
         # This precedes the Trainer's arguments, because ZeRO-3 partitions every model that is created after them.
         structure = self.structure()
         notes = self._configure_adapter(structure)
+        if config.start_from:
+            self.start_sha256 = self._check_start(config.start_from)
         self.arguments = training_arguments(config)
         distributed.check_deepspeed_values(self.arguments, one_process=config.check)
         digest = self.data_sha256()
@@ -248,6 +253,23 @@ class Run:
             notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         return notes
 
+    def _check_start(self, folder: str) -> str:
+        """Return the sha256 of the weights of a checkpoint that this training may start from; raises ``UserError`` for
+        one of another system, base model or adapter, and for one that this training would delete."""
+        found = checkpoint.read_config(folder)
+        origin = found.provenance_config
+        if origin.system != self.config.system:
+            raise UserError(f"--start_from {folder} is of --system {origin.system}; pass that")
+        if origin.base_fingerprint not in (None, self.base.fingerprint()):
+            raise UserError(f"--start_from {folder} is of another base model; pass --base_model {origin.base_model}")
+        checkpoint.require_same_method(self.adapter, found.adapter_config, folder)
+        known = origin.task_set and type(self.tasks).from_json(origin.task_set, f"the task set of {folder}")
+        if self.has_heads and (not known or known.answers_sha256 != self.tasks.answers_sha256):
+            raise UserError(f"--start_from {folder} has heads for other tasks than these, so only these can be trained")
+        if Path(folder).resolve().is_relative_to(Path(self.config.output_dir).resolve()):
+            raise UserError(f"--start_from {folder} is in --output_dir, which this training writes; name another one")
+        return found.weights_sha256
+
     def _untrained(self, sampler: StepSampler, counts: np.ndarray) -> list[str]:
         """Return the names of the tasks without an example in the run, and say them. counts: examples by task, (T,)."""
         config, trained = self.config, {int(task_id) for task_id in counts.nonzero()[0]}
@@ -317,6 +339,7 @@ class Run:
             "no_decay": list(layer.no_decay) if config.weight_decay else [],
             "world_size": self.arguments.world_size,
             "deepspeed_sha256": distributed.deepspeed_sha256(config.deepspeed),
+            "start_sha256": self.start_sha256,
             **self.facts(),
         }
 
@@ -328,6 +351,9 @@ class Run:
         with distributed.loading_base(config.dtype):
             model = self.load_base()
         mtl_lora.inject(model, self.adapter)
+        if self.start_sha256:
+            new = checkpoint.start_from(model, config.start_from)
+            self.log(f"started from {config.start_from}" + f"; new tasks: {', '.join(new)}" * bool(new))
         if config.use_gradient_checkpointing:
             enable_checkpointing(model)
         trainable, total = mtl_lora.trainable_parameters(model)
