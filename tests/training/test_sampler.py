@@ -272,6 +272,19 @@ def test_steps_do_not_come_in_order_of_length(options):
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 16}, {"token_budget": 2048}], ids=str)
+@pytest.mark.slow
+def test_the_beginning_of_an_epoch_has_examples_of_all_lengths(options):
+    """A run shorter than an epoch would otherwise train on a part of the data."""
+    lengths, task_ids = made_rows(16_000)
+    off = []
+    for seed in range(3):
+        first = np.concatenate([rows for (rows,) in steps_of(16_000, seed=seed, **options)][:100])
+        means = [[lengths[rows][task_ids[rows] == task].mean() for task in range(8)] for rows in (first, slice(None))]
+        off.append(np.divide(*means) - 1)
+    assert np.abs(np.mean(off, axis=0)).max() < {"batch_size": 0.1, "token_budget": 0.2}[next(iter(options))]
+
+
 def test_one_task_alone_does_not_come_in_order_of_length_either():
     lengths = np.random.default_rng(0).integers(35, 256, size=3200)
     means = [lengths[rows].mean() for rows in plan_epoch(lengths, np.zeros(3200, dtype=int), 16, 0, 0)]

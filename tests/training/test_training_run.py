@@ -22,7 +22,8 @@ from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.distributed import prepare_process
-from mtl_lora.training.resume import check_same_run, check_state, checkpoint_to_resume
+from mtl_lora.training.resume import check_same_run, check_state, checkpoint_to_resume, step_choices
+from mtl_lora.training.sampler import CANDIDATES, OLD_CANDIDATES
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -262,6 +263,16 @@ def test_a_resumed_run_saves_and_logs_as_its_own_flags_say(train):
     assert [path.name for path in sorted(folder.glob("checkpoint-*"))] == [f"checkpoint-{step}" for step in (2, 3, 4)]
     for key in ("loss", "eval_loss"):
         assert [line["step"] for line in log_lines(folder) if key in line] == [2, 3, 4]
+
+
+def test_a_run_that_is_resumed_keeps_the_order_of_steps_that_it_began_with(train, edit_json):
+    folder = train("run", max_steps=2, save_step=1)
+    first = checkpoints(folder)[0]
+    assert (step_choices(None), step_choices(first)) == (None, CANDIDATES)
+    edit_json(folder / artifacts.RUN_CONFIG, step_choices=None)  # as an earlier version wrote it
+    assert step_choices(first) == OLD_CANDIDATES
+    train("run", max_steps=2, save_step=1, resume_from_checkpoint=str(first))
+    assert json.loads((folder / artifacts.RUN_CONFIG).read_text())["step_choices"] == OLD_CANDIDATES
 
 
 def test_a_run_that_resumes_from_an_earlier_checkpoint_gives_up_the_later_ones(train):

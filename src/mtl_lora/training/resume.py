@@ -13,6 +13,7 @@ from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.distributed import zero_stage
+from mtl_lora.training.sampler import OLD_CANDIDATES
 
 _OWN_FILES = (
     artifacts.CHECKPOINT_CONFIG,
@@ -73,6 +74,17 @@ def _refuse_foreign_files(output: Path, more: str = "") -> None:
     if foreign := [name for name in names if (output / name).exists()]:
         listed = ", ".join(foreign)
         raise UserError(f"{output} holds {listed}, which no training wrote; pass another --output_dir{more}")
+
+
+def step_choices(checkpoint: Path | None) -> int | None:
+    """Return among how many steps the order of a run that is resumed chooses (``sampler.balanced_order``), as its
+    configuration records: another order would train on examples that the first part has had. None for a new run."""
+    if checkpoint is None:
+        return None
+    path = checkpoint.parent / artifacts.RUN_CONFIG
+    earlier = files.read_json(path, "the run configuration") if path.is_file() else {}
+    recorded = earlier.get("step_choices") if isinstance(earlier, dict) else None
+    return recorded if type(recorded) is int and recorded > 0 else OLD_CANDIDATES
 
 
 def check_same_run(

@@ -49,6 +49,7 @@ class Run:
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
     has_heads = False  # whether the model has weights of its own for each task, besides the adapter's
     start_sha256: str | None = None  # of the weights in ``start_from``
+    step_choices: int | None = None  # see ``balanced_order``; of a run that is resumed, what it began with
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
@@ -108,6 +109,7 @@ class Run:
             token_budget=config.token_budget,
             temperature=config.sampling_temperature,
             group_tasks=group_tasks,
+            choices=self.step_choices,
         )
 
     def load_base(self) -> PreTrainedModel:
@@ -170,6 +172,7 @@ class Run:
         """Train, or with ``check`` stop before the model is loaded; the caller has claimed the output folder."""
         config, base = self.config, self.base
         from_checkpoint = resume.checkpoint_to_resume(config)
+        self.step_choices = resume.step_choices(from_checkpoint)
         base.check_quantisation(training=True)
         # This precedes the Trainer's arguments, because ZeRO-3 partitions every model that is created after them.
         structure = self.structure()
@@ -191,6 +194,7 @@ class Run:
             self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
         lengths, group_tasks = self.plan(structure)
         sampler = self.sampler(lengths, self.columns(self.train)["task_id"], group_tasks)
+        self.step_choices = getattr(sampler, "choices", None)
         shortened = f"; {shortened_note(rows, self.limit(), self.shortened_at)}" if self.shortened_at else ""
         self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
@@ -340,6 +344,7 @@ class Run:
             "world_size": self.arguments.world_size,
             "deepspeed_sha256": distributed.deepspeed_sha256(config.deepspeed),
             "start_sha256": self.start_sha256,
+            "step_choices": self.step_choices,
             **self.facts(),
         }
 

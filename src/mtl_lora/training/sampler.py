@@ -16,9 +16,12 @@ from mtl_lora.training.config import TrainingConfig
 # Over any WINDOW steps of an epoch, each task stays within about two percentage points of its proportion of the
 # examples or, with a token budget, of the tokens.
 WINDOW = 50
-# The greedy order chooses the next step from this many candidates (more did not keep the proportions any better) and
-# aims slightly below the promised two percentage points.
-_CANDIDATES, _AIM = 512, 0.015
+# The greedy order chooses the next step from this many candidates. More keep the proportions no better, and put off the
+# steps of one task, which are the shortest and the longest, so that a run shorter than an epoch would hardly see these.
+# Steps of a token budget need more, above all those of fewer than eight examples.
+CANDIDATES, CANDIDATES_BY_TOKENS, CANDIDATES_OF_FEW = 32, 64, 192
+OLD_CANDIDATES = 512  # of versions that did not record the number; also where steps have examples of all lengths
+_AIM = 0.015  # slightly below the promised two percentage points
 
 
 def examples_per_task(counts: np.ndarray, temperature: float) -> np.ndarray:
@@ -73,11 +76,13 @@ def stratified_order(
     return np.concatenate(examples)[np.argsort(np.concatenate(positions), kind="stable")]
 
 
-def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.ndarray) -> list[int]:
+def balanced_order(
+    steps: list[np.ndarray], task_ids: np.ndarray, weights: np.ndarray, choices: int = CANDIDATES
+) -> list[int]:
     """Return an order of the steps (arrays of examples) in which any ``WINDOW`` steps keep each task's proportion.
 
     task_ids and weights: (examples,); an example counts by its weight, and steps should have similar weights. The order
-    is greedy: among the next few hundred steps it takes the one that brings the running counts closest to the tasks'
+    is greedy: among the next ``choices`` steps it takes the one that brings the running counts closest to the tasks'
     proportions, and penalises most a step that lets the last ``WINDOW`` steps stray from them.
     """
     if not steps:
@@ -88,7 +93,7 @@ def balanced_order(steps: list[np.ndarray], task_ids: np.ndarray, weights: np.nd
     sizes = counts.sum(axis=1, dtype=np.float64)
     size = float(sizes.mean())
     excess = counts - (sizes / size).astype(np.float32)[:, None] * counts.mean(axis=0)
-    following, waiting = list(range(len(steps)))[:_CANDIDATES], list(range(_CANDIDATES, len(steps)))[::-1]
+    following, waiting = list(range(len(steps)))[:choices], list(range(choices, len(steps)))[::-1]
     candidates = excess[following]
     drifts, order = [np.zeros_like(excess[0])], []
     for _ in range(len(steps)):
@@ -115,13 +120,14 @@ def plan_epoch(
     epoch: int,
     length_pool: int = TrainingConfig.length_pool,
     temperature: float = 1.0,
+    choices: int = CANDIDATES,
 ) -> list[np.ndarray]:
     """Return the indices of the examples of each global batch of an epoch; the last batch may be smaller.
 
     lengths (tokens) and task_ids: (examples,). batch_size: examples in an optimiser step over all processes.
     length_pool: number of batches whose examples are sorted by length together; with 1, every batch keeps each task's
     proportion. temperature: with 1, every example occurs once; otherwise the epoch has the same length, but
-    ``examples_per_task`` gives each task's number of examples.
+    ``examples_per_task`` gives each task's number of examples. choices: see ``balanced_order``.
     """
     generator = np.random.default_rng([seed, epoch])
     order = stratified_order(task_ids, temperature, seed, epoch, generator)
@@ -133,14 +139,21 @@ def plan_epoch(
         pooled = order[start : start + pool]
         pooled = pooled[np.argsort(lengths[pooled], kind="stable")]
         batches.extend(generator.permutation(pooled.reshape(-1, batch_size)))
-    batches = [batches[index] for index in balanced_order(batches, task_ids, np.ones(len(task_ids)))]
+    choices = choices if length_pool > 1 else OLD_CANDIDATES
+    batches = [batches[index] for index in balanced_order(batches, task_ids, np.ones(len(task_ids)), choices)]
     if len(rest):
         batches.append(rest[np.argsort(lengths[rest], kind="stable")])
     return batches
 
 
 def plan_by_tokens(
-    lengths: np.ndarray, task_ids: np.ndarray, token_budget: int, parts: int, seed: int, epoch: int
+    lengths: np.ndarray,
+    task_ids: np.ndarray,
+    token_budget: int,
+    parts: int,
+    seed: int,
+    epoch: int,
+    choices: int = CANDIDATES_BY_TOKENS,
 ) -> list[np.ndarray]:
     """Return the indices of the examples of each global batch: ``parts`` micro-batches of ``token_budget`` tokens.
 
@@ -154,7 +167,7 @@ def plan_by_tokens(
     taken = taken[np.argsort(-lengths[taken], kind="stable")]
     steps = [step[::-1] for step in np.split(taken, np.cumsum(sizes)[:-1])] if sizes else []
     steps = [steps[index] for index in generator.permutation(len(steps))]
-    return [steps[index] for index in balanced_order(steps, task_ids, lengths)]
+    return [steps[index] for index in balanced_order(steps, task_ids, lengths, choices)]
 
 
 def step_sizes(lengths: np.ndarray, token_budget: int, parts: int) -> list[int]:
@@ -261,6 +274,7 @@ class LengthGroupedBatchSampler(StepSampler):
         token_budget: int = 0,
         temperature: float = 1.0,
         group_tasks: bool = False,
+        choices: int | None = None,
     ):
         super().__init__(task_ids, seed, accumulation, world_size, rank)
         self.lengths, self.batch_size, self.group_tasks = np.asarray(lengths), batch_size, group_tasks
@@ -279,13 +293,16 @@ class LengthGroupedBatchSampler(StepSampler):
             self.steps_per_epoch = full + (rest >= self.parts)
         self.left_out = rest if rest < self.parts else 0
         self.require_steps()
+        by_tokens = CANDIDATES_BY_TOKENS if len(self.lengths) >= 8 * self.steps_per_epoch else CANDIDATES_OF_FEW
+        self.choices = choices or (by_tokens if token_budget else CANDIDATES)
 
     def steps(self) -> list[np.ndarray]:
-        data = self.lengths, self.task_ids
+        data, epoch = (self.lengths, self.task_ids), (self.seed, self.epoch)
         if self.token_budget:
-            steps = plan_by_tokens(*data, self.token_budget, self.parts, self.seed, self.epoch)
+            steps = plan_by_tokens(*data, self.token_budget, self.parts, *epoch, self.choices)
         else:
-            steps = plan_epoch(*data, self.global_batch_size, self.seed, self.epoch, self.length_pool, self.temperature)
+            how = self.length_pool, self.temperature, self.choices
+            steps = plan_epoch(*data, self.global_batch_size, *epoch, *how)
         if self.group_tasks:
             steps = [step[np.argsort(self.task_ids[step], kind="stable")] for step in steps]
         return steps[: self.steps_per_epoch]
