@@ -188,3 +188,11 @@ def test_interrupted_prediction_resumes_under_the_same_settings_alone(predict, t
     with pytest.raises(UserError, match=r"out.jsonl already exists; .*--overwrite"):
         predict(examples, task="boolq")
     assert predict(examples[:1], task="boolq", overwrite=True)[0]["answer"] == complete[0]["answer"]
+
+
+def test_questions_that_are_shortened_are_counted(predict, capsys):
+    long = {"instruction": "word " * 400}
+    predict([*questions("boolq", 2), long], task="boolq")
+    assert "1 of 3 questions are longer than the cutoff and were shortened\n" in capsys.readouterr().err
+    predict(questions("boolq", 2), task="boolq", overwrite=True)
+    assert "shortened" not in capsys.readouterr().err

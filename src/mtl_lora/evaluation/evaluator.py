@@ -56,6 +56,12 @@ class Question:
         raise NotImplementedError
 
 
+def shortened_note(questions: Sequence[Question]) -> list[str]:
+    """Return a line that says how many questions lost tokens to the cutoff; empty if none did."""
+    cut = sum(getattr(question, "row", {}).get("removed", 0) > 0 for question in questions)  # images have no row
+    return [f"{cut:,} of {len(questions):,} questions are longer than the cutoff and were shortened"] if cut else []
+
+
 @dataclasses.dataclass
 class QuestionSets:
     """The questions to answer. source: absolute path of the folder with the test files; sha256: hash of each task's

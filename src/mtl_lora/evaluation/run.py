@@ -26,7 +26,7 @@ from mtl_lora.evaluation.answers import (
     is_answered,
     require_own_settings,
 )
-from mtl_lora.evaluation.evaluator import Evaluator, Question, QuestionSets
+from mtl_lora.evaluation.evaluator import Evaluator, Question, QuestionSets, shortened_note
 from mtl_lora.results import Results, TaskNames
 from mtl_lora.version import __version__, checkout_commit
 
@@ -54,6 +54,7 @@ def evaluate(
 def _evaluate(evaluator: Evaluator, asked: QuestionSets, questions: Mapping, folders: Mapping) -> dict[str, Results]:
     """Run ``evaluate`` once the folders, by protocol, are claimed."""
     config = evaluator.config
+    evaluator.note(shortened_note(asked.questions))
     for folder in folders.values():
         require_own_settings(folder)
     if not config.overwrite:
@@ -194,6 +195,7 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
             raise UserError(f"{output} already exists; pass another --output, or --overwrite to replace it")
         check_settings(partial, settings, f"delete it, or pass another --output, or --overwrite to replace {output}")
     everything = [question for part in questions.values() for question in part]
+    evaluator.note(shortened_note(everything))
     if config.check:
         print(f"every setting is fine; {len(everything):,} examples", file=sys.stderr)
         return
@@ -234,6 +236,10 @@ class Predictor:
         named = self.config_class.named({"checkpoint": path, **flags}, "the Predictor")
         self.evaluator = self.evaluator_class(self.config_class(**named))
 
+    def load(self) -> None:
+        """Load the model now, as a service should before its first request, and not with the first examples."""
+        self.evaluator.load()
+
     def predict(self, examples: Sequence[Mapping | str], task: str | None = None, **how: object) -> list[dict]:
         """Return one result per example, in order. An example that is a string has only ``field``. task: the task of
         examples that name none."""
@@ -243,7 +249,7 @@ class Predictor:
         values = [dict(value) if isinstance(value, Mapping) else value for value in values]
         questions = self.evaluator.to_predict(values, "the examples", task, **how)
         if any(questions.values()):
-            self.evaluator.load()
+            self.load()
         answered = []
         for protocol, part in questions.items():
             for batch in self.evaluator.batches(part, protocol):

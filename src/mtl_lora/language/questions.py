@@ -63,7 +63,9 @@ def encode_questions(
         prompts = encoder.encode(examples, with_answers=False)
     except UserError as error:
         raise UserError(f"{source}, {error}") from None
-    return [
-        Question(tasks[example.task_id], example, encoded.prompt_ids, files.sha256_of(str(encoded.prompt_ids).encode()))
-        for example, encoded in zip(examples, prompts, strict=True)
-    ]
+    found = []
+    for example, encoded in zip(examples, prompts, strict=True):
+        digest = files.sha256_of(str(encoded.prompt_ids).encode())
+        row = {"removed": encoded.removed}
+        found.append(Question(tasks[example.task_id], example, encoded.prompt_ids, digest, row))
+    return found

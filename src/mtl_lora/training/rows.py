@@ -174,8 +174,8 @@ def shortened_note(rows: datasets.Dataset, limit: str, where: str) -> str:
 
 
 def counts_note(names: Sequence[str], counts: np.ndarray, held_out: np.ndarray | None, temperature: float) -> str:
-    """Return lines with the number of training and held-out examples of each task (T,), and with the tasks whose
-    examples an epoch repeats."""
+    """Return lines with the number of training and held-out examples of each task (T,), and with the passes over a
+    task's examples in an epoch, unless each is one."""
 
     def listed(counts: np.ndarray) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
@@ -184,7 +184,7 @@ def counts_note(names: Sequence[str], counts: np.ndarray, held_out: np.ndarray |
     if held_out is not None:
         lines.append(f"held out: {listed(held_out)}")
     passes = examples_per_task(counts, temperature) / np.maximum(counts, 1)
-    often = [f"{name} {times:.1f}" for name, times in zip(names, passes, strict=True) if times >= 2]
-    if often:
-        lines.append(f"passes over a task's examples in an epoch, by --sampling_temperature: {', '.join(often)}")
+    if temperature > 1:
+        each = ", ".join(f"{name} {times:.1f}" for name, times in zip(names, passes, strict=True))
+        lines.append(f"passes over a task's examples in an epoch, by --sampling_temperature: {each}")
     return "\n".join(lines)
