@@ -88,6 +88,8 @@ def test_a_run_learns_and_leaves_adapter_log_and_analysis(train, tiny_base, caps
     assert any(key.startswith("loss/") for key in log_lines(folder)[0])
     config = checkpoint.read_config(folder)
     assert (config.origin_config.prompt_template, config.origin_config.cutoff_len) == ("alpaca", 256)
+    data = config.provenance_config.train_settings["data_path"]
+    assert config.provenance_config.data_sha256 == files.sha256(data)
     analysis = json.loads((folder / artifacts.ADAPTER_ANALYSIS).read_text())
     assert analysis["adapter_sha256"] == config.weights_sha256
     assert len(analysis["layers"]) == 8

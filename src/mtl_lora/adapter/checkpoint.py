@@ -45,6 +45,7 @@ class Provenance(Config):
     cutoff_len: int | None = None  # in tokens
     task_set: dict | None = None  # TaskSet.to_json()
     train_settings: dict | None = None  # the flags of the training
+    data_sha256: str | None = None  # of the training data: the file, or for images what their folder holds
     commit: str | None = None  # of this project, if the adapter was trained from a git checkout
     system: str = "language"  # the subpackage that trained it
     base_class: str | None = None  # the base model's class in transformers

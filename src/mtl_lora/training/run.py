@@ -229,6 +229,7 @@ class Run:
                 base_fingerprint=configuration["base_fingerprint"],
                 task_set=self.tasks.to_json(),
                 train_settings=config.to_json(),
+                data_sha256=digest,
                 commit=checkout_commit(),
                 system=config.system,
                 untrained_tasks=untrained,
