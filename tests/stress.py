@@ -30,8 +30,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"}
 os.environ |= {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # a fork would lose its thread
@@ -133,22 +133,15 @@ class Forked:
         self.returncode = -signal.SIGUSR1
 
 
-def until_done_forked(command: list[str], output, slot: dict) -> Generator[None, None, int]:
-    """In place of ``runner.until_done``: a fork of the study that holds the study's claims, as its commands do."""
+def start_forked(command: list[str], *, stdout, env: dict = {}, pass_fds: tuple = (), **_) -> Forked:  # noqa: B006
+    """In place of the study's ``subprocess.Popen``: a fork that holds the study's claims, as its commands do."""
     words = command[command.index("mtl_lora") + 1 :]
-    claims = [os.dup(number) for number in slot.get("pass_fds", ())]  # the originals are closed in a fork
+    claims = [os.dup(number) for number in pass_fds]  # the originals are closed in a fork
     try:
-        process = Forked(words, Path.cwd(), output.fileno(), slot.get("env", {}))
+        return Forked(words, Path.cwd(), stdout.fileno(), env)
     finally:
         for number in claims:
             os.close(number)
-    try:
-        while process.poll() is None:
-            yield
-        return process.returncode
-    finally:
-        process.terminate()
-        process.wait()
 
 
 PREFIX = "stress."  # of the working folder
@@ -593,7 +586,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     assert runner.until_done  # what is replaced
-    runner.until_done = until_done_forked
+    runner.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": start_forked})
     faulthandler.register(signal.SIGUSR1, file=STACKS, chain=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as work:
         stress = Stress(Path(work).resolve(), flags.seed)
