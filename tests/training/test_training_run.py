@@ -668,10 +668,17 @@ def test_a_training_goes_on_from_another_adapter_with_a_new_task(train, tmp_path
         assert torch.allclose(found, tensor, atol=1e-7) and len(after[name]) == len(tensor) + (found is not after[name])
     assert losses(second)[0] < losses(first)[0]
     alone = train("third", **flags | {"max_steps": 2})
+    plain = train("plain", **flags | {"start_from": None}) / "checkpoint-1"
     shutil.rmtree(alone / "checkpoint-2")
     assert_equal(weights(train("third", **flags, resume_from_checkpoint="True")), after)
     with pytest.raises(UserError, match="the weights in --start_from"):
         train("third", **flags | {"start_from": None}, resume_from_checkpoint=str(alone / "checkpoint-1"))
+    with pytest.raises(UserError, match="start_from None -> "):
+        train("first", **{**flags, "output_dir": str(tmp_path / "plain")}, resume_from_checkpoint=str(plain))
+    capsys.readouterr()
+    kept = train("kept", **flags | {"data_path": data_file("birds"), "save_step": 0})
+    assert "no training examples of tides, moods: what only these tasks use stays" in capsys.readouterr().err
+    assert checkpoint.read_config(kept).provenance_config.untrained_tasks == []
     for other, words in (
         ({"adapter_name": "lora"}, "method mtl_lora, not lora"),
         ({"output_dir": str(first), "overwrite_output_dir": True}, "is in --output_dir"),

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import shlex
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -220,6 +221,10 @@ def _predict(evaluator: Evaluator, questions: Mapping[str, Sequence[Question]], 
             print(f"{len(results):,} answers in {output}", file=sys.stderr)
 
 
+# Threads take turns: the prompt prefixes that a language model's questions share belong to one request.
+_answering = threading.RLock()
+
+
 class Predictor:
     """Answers examples from Python; the model is loaded with the first of them.
 
@@ -247,12 +252,13 @@ class Predictor:
             raise UserError("predict takes a list of examples, not a single one; pass [example]")
         values = [{self.field: example} if isinstance(example, str) else example for example in examples]
         values = [dict(value) if isinstance(value, Mapping) else value for value in values]
-        questions = self.evaluator.to_predict(values, "the examples", task, **how)
-        if any(questions.values()):
-            self.load()
         answered = []
-        for protocol, part in questions.items():
-            for batch in self.evaluator.batches(part, protocol):
-                answered += zip(batch, self.evaluator.answer(batch, protocol), strict=True)
+        with _answering:
+            questions = self.evaluator.to_predict(values, "the examples", task, **how)
+            if any(questions.values()):
+                self.load()
+            for protocol, part in questions.items():
+                for batch in self.evaluator.batches(part, protocol):
+                    answered += zip(batch, self.evaluator.answer(batch, protocol), strict=True)
         answered.sort(key=lambda pair: pair[0].key[1])
         return [self.evaluator.result(*pair) for pair in answered]

@@ -131,10 +131,8 @@ class Evaluator(evaluation.Evaluator):
         if self.peft and not self.peft.is_unchanged():
             raise UserError(f"{self.config.peft} was replaced while the model was loading; run the same command again")
 
-    def load(self) -> None:
-        if self.model is not None:
-            return
-        super().load()
+    def _load(self) -> None:
+        super()._load()
         head = self.model.get_output_embeddings()
         if head is not None:
             # generate and ``logits_to_keep=1`` slice the last position out of (B, L, k). A CPU multiplies such a view

@@ -77,7 +77,6 @@ class TrainingConfig(Config):
         None,
         "checkpoint of the same method to train further; its tasks are matched by name, and new ones may be added; "
         "none: the method's own start",
-        affects="content",
         aliases=("load_from_checkpoint",),
     )
     trust_remote_code: bool = flag(False, "run the model code in the base model's repository")

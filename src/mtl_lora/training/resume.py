@@ -123,6 +123,8 @@ def check_same_run(
         free.add("base_model")  # the same model, perhaps at another path
     if earlier.get("deepspeed_sha256") == configuration["deepspeed_sha256"] is not None:
         free.add("deepspeed")  # the same settings, perhaps in another file
+    if earlier.get("start_sha256") == configuration["start_sha256"] is not None:
+        free.add("start_from")  # the same weights, perhaps at another path
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - free)

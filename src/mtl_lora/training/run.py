@@ -282,6 +282,14 @@ class Run:
             steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * sampler.steps_per_epoch)
             trained = sampler.tasks_met(steps)
         untrained = [task.name for task in self.tasks if task.id not in trained]
+        if self.start_sha256:
+            start = checkpoint.read_config(config.start_from)
+            before = {*start.adapter_config.tasks} - {*(start.provenance_config.untrained_tasks or ())}
+            if kept := [name for name in untrained if name in before]:
+                self.log(
+                    f"no training examples of {', '.join(kept)}: what only these tasks use stays that of --start_from"
+                )
+            untrained = [name for name in untrained if name not in before]
         if untrained:
             where = " in these steps" if any(counts[self.tasks[name].id] for name in untrained) else ""
             names = ", ".join(untrained)
