@@ -133,12 +133,12 @@ class Forked:
         self.returncode = -signal.SIGUSR1
 
 
-def start_forked(command: list[str], *, stdout, env: dict = {}, pass_fds: tuple = (), **_) -> Forked:  # noqa: B006
+def start_forked(command: list[str], *, stdout, env: dict | None = None, pass_fds: tuple = (), **_) -> Forked:
     """In place of the study's ``subprocess.Popen``: a fork that holds the study's claims, as its commands do."""
     words = command[command.index("mtl_lora") + 1 :]
     claims = [os.dup(number) for number in pass_fds]  # the originals are closed in a fork
     try:
-        return Forked(words, Path.cwd(), stdout.fileno(), env)
+        return Forked(words, Path.cwd(), stdout.fileno(), env or {})
     finally:
         for number in claims:
             os.close(number)
@@ -585,7 +585,6 @@ def main() -> int:
     done, began = {line["trial"] for line in lines}, time.monotonic()
     gc.collect()
     gc.freeze()
-    assert runner.until_done  # what is replaced
     runner.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": start_forked})
     faulthandler.register(signal.SIGUSR1, file=STACKS, chain=True)
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as work:

@@ -219,6 +219,7 @@ class Evaluator(evaluation.Evaluator):
         """Answer with generated text, greedily or by beam search, never by sampling."""
         task, tokenizer, encoder = questions[0].task, self.encoder.tokenizer, self.encoder
         batch = self._batch([question.row for question in questions])
+        task_ids = batch.pop("task_ids")
         if encoder.is_encoder_decoder:
             start = [encoder.decoder_start, *encoder.answer_start]
             batch["decoder_input_ids"] = torch.tensor([start] * len(questions), device=self.model.device)
@@ -226,7 +227,7 @@ class Evaluator(evaluation.Evaluator):
             self.model,
             task,
             batch,
-            batch.pop("task_ids"),
+            task_ids,
             max_new_tokens=max(task.generated_tokens - len(encoder.answer_start), 1),
             num_beams=self.config.num_beams if task.answer == CAPTION else 1,
             pad_token_id=tokenizer.pad_token_id,

@@ -16,7 +16,7 @@ from mtl_lora.metrics import one_unit, units_text
 from mtl_lora.predictions import differences, paired_answers
 from mtl_lora.report import load as model
 from mtl_lora.report.figures import write_figures
-from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_tables
+from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_report
 from mtl_lora.results import Results, TaskNames, Trainable
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
@@ -253,10 +253,7 @@ def notes(study: model.Study, grid: Grid, mode: str, refused: Mapping[str, str])
 
 def render(study: model.Study) -> str:
     """Return the text of table.md: the tables of a study, and its notes as a list."""
-    parts = [f"# {markdown_text(study.name)}", markdown_text(study.about)]
-    for table in study_tables(study):
-        parts += [f"## {markdown_text(table.title)}", table.markdown()]
-    return "\n\n".join([*parts, "\n".join(f"- {markdown_text(note)}" for note in study.notes)]) + "\n"
+    return f"# {markdown_text(study.name)}\n\n{markdown_text(study.about)}\n\n{study_report(study).markdown()}"
 
 
 def collect(folder: Path, target: Path) -> None:

@@ -48,7 +48,7 @@ class Run:
     shortened_at: str = ""  # where an example longer than the cutoff loses tokens; empty: the system has no cutoff
     task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
     has_heads = False  # whether the model has weights of its own for each task, besides the adapter's
-    start_sha256: str | None = None  # of the weights in ``start_from``
+    start: checkpoint.CheckpointConfig | None = None  # of the checkpoint ``start_from``
     step_choices: int | None = None  # see ``balanced_order``; of a run that is resumed, what it began with
 
     def __init__(self, config: TrainingConfig):
@@ -178,7 +178,7 @@ class Run:
         structure = self.structure()
         notes = self._configure_adapter(structure)
         if config.start_from:
-            self.start_sha256 = self._check_start(config.start_from)
+            self.start = self._read_start(config.start_from)
         self.arguments = training_arguments(config)
         distributed.check_deepspeed_values(self.arguments, one_process=config.check)
         digest = self.data_sha256()
@@ -258,9 +258,9 @@ class Run:
             notes = [*notes, f"{self.adapter.method} does not read {', '.join(f'--{name}' for name in idle)}"]
         return notes
 
-    def _check_start(self, folder: str) -> str:
-        """Return the sha256 of the weights of a checkpoint that this training may start from; raises ``UserError`` for
-        one of another system, base model or adapter, and for one that this training would delete."""
+    def _read_start(self, folder: str) -> checkpoint.CheckpointConfig:
+        """Return the configuration of a checkpoint that this training may start from; raises ``UserError`` for one of
+        another system, base model or adapter, and for one that this training would delete."""
         found = checkpoint.read_config(folder)
         origin = found.provenance_config
         if origin.system != self.config.system:
@@ -273,7 +273,7 @@ class Run:
             raise UserError(f"--start_from {folder} has heads for other tasks than these, so only these can be trained")
         if Path(folder).resolve().is_relative_to(Path(self.config.output_dir).resolve()):
             raise UserError(f"--start_from {folder} is in --output_dir, which this training writes; name another one")
-        return found.weights_sha256
+        return found
 
     def _untrained(self, sampler: StepSampler, counts: np.ndarray) -> list[str]:
         """Return the names of the tasks without an example in the run, and say them. counts: examples by task, (T,)."""
@@ -282,9 +282,8 @@ class Run:
             steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * sampler.steps_per_epoch)
             trained = sampler.tasks_met(steps)
         untrained = [task.name for task in self.tasks if task.id not in trained]
-        if self.start_sha256:
-            start = checkpoint.read_config(config.start_from)
-            before = {*start.adapter_config.tasks} - {*(start.provenance_config.untrained_tasks or ())}
+        if self.start:
+            before = {*self.start.adapter_config.tasks} - {*(self.start.provenance_config.untrained_tasks or ())}
             if kept := [name for name in untrained if name in before]:
                 self.log(
                     f"no training examples of {', '.join(kept)}: what only these tasks use stays that of --start_from"
@@ -352,7 +351,7 @@ class Run:
             "no_decay": list(layer.no_decay) if config.weight_decay else [],
             "world_size": self.arguments.world_size,
             "deepspeed_sha256": distributed.deepspeed_sha256(config.deepspeed),
-            "start_sha256": self.start_sha256,
+            "start_sha256": self.start and self.start.weights_sha256,
             "step_choices": self.step_choices,
             **self.facts(),
         }
@@ -365,7 +364,7 @@ class Run:
         with distributed.loading_base(config.dtype):
             model = self.load_base()
         mtl_lora.inject(model, self.adapter)
-        if self.start_sha256:
+        if self.start:
             new = checkpoint.start_from(model, config.start_from)
             self.log(f"started from {config.start_from}" + f"; new tasks: {', '.join(new)}" * bool(new))
         if config.use_gradient_checkpointing:
