@@ -7,7 +7,7 @@ from shared import write_set
 
 LABELLED = [
     {"name": "tone", "id": 0, "labels": ["sad", "glad"], "metric": "matthews"},
-    {"name": "closeness", "id": 1, "regression": [1, 5], "metric": "pearson_and_spearman"},
+    {"name": "closeness", "id": 1, "regression": [1, 5], "metric": "pearson_and_spearman", "weight": 3},
     {"name": "place", "id": 2, "labels": ["sea", "hill", "town"]},
 ]
 WORDS = [f"{first}{second}" for first in "bdfghklmn" for second in ("ab", "ek", "il", "om", "uz")]

@@ -19,13 +19,14 @@ class Task:
     """One task.
 
     name: key in files and flags. id: 0..T-1, the index of the task's adapter weights. title: column heading in tables.
-    metric: one of ``metrics``; empty: the system's default.
+    metric: one of ``metrics``; empty: the system's default. weight: the factor of the task's loss in training.
     """
 
     name: str
     id: int
     title: str = dataclasses.field(default="", kw_only=True)
     metric: str = dataclasses.field(default="", kw_only=True)
+    weight: float = dataclasses.field(default=1.0, kw_only=True)
 
     metrics: typing.ClassVar[typing.Container[str]] = ()  # the metrics that a task of the system may have
     also_known: typing.ClassVar[tuple[str, ...]] = ()  # other field names that a tasks file may use
@@ -41,6 +42,8 @@ class Task:
             raise UserError(
                 f"task {self.name!r} has the metric {self.metric!r}; it must be one of {', '.join(self.metrics)}"
             )
+        if type(self.weight) not in (int, float) or not 0 < self.weight < float("inf"):
+            raise UserError(f"task {self.name!r} has weight {self.weight!r}; it must be a number above 0")
         if not self.title:
             object.__setattr__(self, "title", self.name)
 
@@ -73,9 +76,9 @@ class Task:
         return cls(**entry)
 
     def to_json(self) -> dict:
-        """The entry of a tasks file that ``from_json`` reads back; an empty ``metric`` is left out."""
+        """The entry of a tasks file that ``from_json`` reads back; without an empty ``metric`` and a weight of 1."""
         entry = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        return {key: value for key, value in entry.items() if key != "metric" or value}
+        return {key: value for key, value in entry.items() if (key, value) not in (("metric", ""), ("weight", 1))}
 
     @property
     def metric_name(self) -> str:
@@ -83,13 +86,8 @@ class Task:
         raise NotImplementedError
 
     @property
-    def loss_weight(self) -> float:
-        """The factor by which the task's loss is multiplied in training."""
-        return 1.0
-
-    @property
     def extraction_key(self) -> tuple:
-        """Everything about the task that its answers depend on; not its id, title, metric or loss weight."""
+        """Everything about the task that its answers depend on; not its id, title, metric or weight."""
         raise NotImplementedError
 
 

@@ -24,6 +24,11 @@ SEMANTIC, DEPTH, NORMALS = (
 )
 
 
+def test_a_loss_weight_of_1_is_written_where_it_is_not_the_kinds():
+    tasks = TaskSet((Task("edges", 0, kind="edges", weight=1.0), Task("depth", 1, kind="depth")))
+    assert TaskSet.from_json(tasks.to_json()) == tasks and tasks["edges"].weight == 1
+
+
 def test_shipped_tasks_have_the_outputs_weights_and_metrics_of_the_paper():
     found = {task.name: (task.outputs, task.weight, task.metric_name) for task in shipped("pascal")}
     assert found == {

@@ -135,7 +135,7 @@ def test_pattern_of_ones_own_replaces_that_of_the_options():
 OWN = TaskSet(
     (
         Task("topic", 1, ("sport", "trade", "science"), title="Topic"),
-        Task("mood", 0, ("good", "bad"), pattern="good|bad|poor", answer_prefix="it sounds "),
+        Task("mood", 0, ("good", "bad"), pattern="good|bad|poor", answer_prefix="it sounds ", weight=2.5),
         Task("free-text_2.0", 2, metric="f1"),
     ),
     columns=("topic", "free-text_2.0", "mood"),

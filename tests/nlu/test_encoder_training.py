@@ -65,10 +65,11 @@ def plain_losses(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tens
                 inputs = tokenizer(record["text"], record.get("text_b"), return_tensors="pt")
                 answer = heads[task["id"]](bert(**inputs, task_ids=[task["name"]]).pooler_output)[0]
                 if "labels" in task:
-                    total += F.cross_entropy(answer, torch.tensor(task["labels"].index(record["label"])))
+                    loss = F.cross_entropy(answer, torch.tensor(task["labels"].index(record["label"])))
                 else:
                     low, high = task["regression"]
-                    total += (answer[0] - (record["label"] - low) / (high - low)) ** 2
+                    loss = (answer[0] - (record["label"] - low) / (high - low)) ** 2
+                total += task.get("weight", 1) * loss
             loss = total / len(indices)
             loss.backward()
             for weight in trained:  # of a task that is absent: AdamW then still moves its head by the momentum

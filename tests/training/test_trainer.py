@@ -196,8 +196,11 @@ def regression_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {**batch, "loss_weight": batch["weights"].sum()}
 
 
+@pytest.mark.parametrize("task_weights", [None, [1.0, 20, 0.3, 2.0]], ids=["equal tasks", "weighted tasks"])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4), (1, 8)])
-def test_a_system_with_weights_trains_on_their_mean_however_it_is_split(tmp_path, batch_size, accumulation):
+def test_a_system_with_weights_trains_on_their_mean_however_it_is_split(
+    tmp_path, batch_size, accumulation, task_weights
+):
     generator = torch.Generator().manual_seed(3)
     rows = [
         {
@@ -215,7 +218,8 @@ def test_a_system_with_weights_trains_on_their_mean_however_it_is_split(tmp_path
             if parameter.requires_grad and "lora_w" not in name:
                 parameter.normal_(generator=generator)
     losses, weights, task_ids = regression_losses(model, regression_batch(rows))
-    expected = (losses * weights).sum() / weights.sum()
+    of_tasks = torch.tensor([(task_weights or [1] * 4)[task] for task in task_ids], dtype=torch.float64)
+    expected = (losses * weights * of_tasks).sum() / weights.sum()
     expected.backward()
     reference = adapter_gradients(model)
     model.zero_grad()
@@ -227,6 +231,7 @@ def test_a_system_with_weights_trains_on_their_mean_however_it_is_split(tmp_path
         losses=regression_losses,
         collator=regression_batch,
         train_dataset=rows,
+        task_weights=task_weights,
     )
     loss, gradients = one_step(trainer)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
@@ -311,11 +316,17 @@ def test_the_validation_loss_is_without_dropout_and_the_training_goes_on_with_it
     assert found["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-6) and model.training
 
 
-def test_the_validation_loss_of_weighted_tasks_is_the_weighted_sum_of_their_means(tmp_path):
+@pytest.mark.parametrize("mean_by_task", [False, True])
+def test_the_validation_loss_of_weighted_tasks_is_their_weighted_sum(mean_by_task, tmp_path):
     weights = [1.0, 2.0, 0.0, 0.5]
-    found = make_trainer(tmp_path, eval_dataset=encoded_rows(), task_weights=weights).evaluate()
+    options = {"task_weights": weights, "mean_by_task": mean_by_task}
+    found = make_trainer(tmp_path, eval_dataset=encoded_rows(), **options).evaluate()
+    tokens = np.bincount(TASK_IDS, np.array(LENGTHS) - np.array(PROMPTS))
+    shares = [1] * 4 if mean_by_task else tokens / tokens.sum()
     means = [found[f"eval_loss/{task}"] for task in TASKS]
-    assert found["eval_loss"] == pytest.approx(sum(w * mean for w, mean in zip(weights, means, strict=True)))
+    assert found["eval_loss"] == pytest.approx(
+        sum(w * s * mean for w, s, mean in zip(weights, shares, means, strict=True))
+    )
 
 
 def test_a_collator_that_draws_takes_one_epoch_for_held_out_examples_and_then_goes_on_in_its_own(tmp_path):

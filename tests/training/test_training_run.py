@@ -336,6 +336,10 @@ def test_what_a_run_resumes_with_is_compared_by_what_decides_its_weights(train, 
     no_decay = before.pop("no_decay")  # as in a run of a version that decayed everything
     refused("the parameters without weight decay")
     before["no_decay"] = no_decay
+    (tmp_path / "tasks.json").write_text(
+        json.dumps(tasks | {"tasks": [tasks["tasks"][0] | {"weight": 2}, *tasks["tasks"][1:]]})
+    )
+    refused("the tasks' loss weights")
     tasks["tasks"][0]["options"].append("maybe")
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     refused("the tasks")

@@ -36,7 +36,7 @@ class Task(tasks.Task):
 
     kind: a key of ``KINDS``. Maps of ``semantic`` and ``parts`` hold class indices from 0, ``saliency`` and ``edges`` 0
     and 1, ``normals`` unit vectors (x right, y down), and ``depth`` numbers from 0 in the unit of the data. classes and
-    labels: number and names of the classes of a semantic or parts task. weight: of the loss in the sum over tasks.
+    labels: number and names of the classes of a semantic or parts task. weight: by default the kind's.
     """
 
     kind: str = dataclasses.field(default="", kw_only=True)
@@ -59,12 +59,11 @@ class Task(tasks.Task):
             )
         if self.weight is None:
             object.__setattr__(self, "weight", KINDS[self.kind].weight)
-        if type(self.weight) not in (int, float) or not 0 < self.weight < float("inf"):
-            raise UserError(f"task {self.name!r} has weight {self.weight!r}; it must be a number above 0")
         super().__post_init__()
 
     def to_json(self) -> dict:
-        return {key: value for key, value in super().to_json().items() if value or key == "id"}
+        entry = super().to_json() | {"weight": self.weight}  # also 1, which is not the default of every kind
+        return {key: value for key, value in entry.items() if value or key == "id"}
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -88,10 +87,6 @@ class Task(tasks.Task):
     @property
     def metric_name(self) -> str:
         return self.metric or self.metrics[0]
-
-    @property
-    def loss_weight(self) -> float:
-        return self.weight
 
     @property
     def extraction_key(self) -> tuple:

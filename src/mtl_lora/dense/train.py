@@ -10,7 +10,6 @@ from torch import nn
 from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.dense import model
-from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.losses import TaskLosses, known_values
 from mtl_lora.training.run import Run, train
@@ -38,11 +37,7 @@ class Collator:
 class DenseRun(Run):
     """The training of a backbone with decoders. Its rows are the images of a ``DenseDataset``."""
 
-    has_heads = True
-
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
-        self.task_weights = [float(task.weight) for task in self.tasks]
+    has_heads = mean_by_task = True
 
     def structure(self) -> model.DenseModel:
         return model.structure(self.base, self.tasks, self.config.image_size)

@@ -51,7 +51,7 @@ class Task(tasks.Task):
         return super().from_json(entry, where)
 
     def to_json(self) -> dict:
-        kept = ("name", "id", "title", "metric", "regression" if self.is_regression else "labels")
+        kept = ("name", "id", "title", "metric", "weight", "regression" if self.is_regression else "labels")
         return {key: value for key, value in super().to_json().items() if key in kept}
 
     @property

@@ -173,7 +173,7 @@ class Plan:
         """Return what decides the results of every job, except its flags and its data."""
         facts = {"launcher": self.grid.launcher, "the tasks (sha256)": self.grid.tasks.answers_sha256}
         facts["the tasks' metrics"] = {task.name: task.metric_name for task in self.grid.tasks}
-        facts["the tasks' loss weights"] = {task.name: task.loss_weight for task in self.grid.tasks}
+        facts["the tasks' loss weights"] = {task.name: task.weight for task in self.grid.tasks}
         if with_fingerprint:
             from mtl_lora.base_model import BaseModel  # imports torch, which a study needs for nothing else
 

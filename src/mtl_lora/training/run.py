@@ -46,7 +46,7 @@ class Run:
     train: datasets.Dataset
     encoded: str | None
     shortened_at: str = ""  # where an example longer than the cutoff loses tokens; empty: the system has no cutoff
-    task_weights: list[float] | None = None  # see ``MultiTaskTrainer``
+    mean_by_task = False  # see ``MultiTaskTrainer``
     has_heads = False  # whether the model has weights of its own for each task, besides the adapter's
     start: checkpoint.CheckpointConfig | None = None  # of the checkpoint ``start_from``
     step_choices: int | None = None  # see ``balanced_order``; of a run that is resumed, what it began with
@@ -134,7 +134,7 @@ class Run:
         return {
             "the data file": configuration.get("data_sha256"),
             "the tasks": tasks.answers_sha256,
-            "the tasks' loss weights": {task.name: task.loss_weight for task in tasks},
+            "the tasks' loss weights": {task.name: task.weight for task in tasks},
             "the base model's files": configuration.get("base_fingerprint"),
             "the base model's configuration": configuration.get("base_config"),
             "the examples' tokens, which depend on tokenizer and chat template too": configuration.get("rows_sha256"),
@@ -199,6 +199,8 @@ class Run:
         self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
         self.log(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
+        if weighted := [f"{task.name} {task.weight:g}" for task in self.tasks if task.weight != 1]:
+            self.log(f"loss weights: {', '.join(weighted)}")
         untrained = self._untrained(sampler, counts)
         configuration = self.configuration(digest)
         if from_checkpoint:
@@ -238,7 +240,8 @@ class Run:
             train_dataset=self.train,
             eval_dataset=held_out,
             eval_lengths=row_columns(held_out)["length"] if held_out else None,
-            task_weights=self.task_weights,
+            task_weights=[task.weight for task in self.tasks],
+            mean_by_task=self.mean_by_task,
             cuda_graphs=self.cuda_graphs,
         )
         self._train(trainer, from_checkpoint)

@@ -101,13 +101,14 @@ class MultiTaskTrainer(Trainer):
     """Trains an injected model of any system.
 
     losses: ``(model, batch) -> losses (N,), weights (N,), task ids (N,)``, where an entry is whatever the system counts
-    (a token, an example, a pixel). The loss of a step is the sum of the weighted losses divided by the sum of the
-    weights, over all micro-batches and processes of the step. collator: turns examples into a batch, which holds the
-    inputs of ``losses`` and the scalar ``loss_weight``, the sum of the weights that ``losses`` will return. tasks: task
-    names in id order. provenance: recorded in every checkpoint. eval_lengths: (examples,), by which ``eval_dataset`` is
-    sorted into batches. task_weights: (T,), for systems with a mean for each task: the loss of a step is then the sum
-    over tasks of the task's weight times its mean loss, and ``loss_weight`` is (T,). cuda_graphs: whether to record and
-    replay steps, which must have one micro-batch in one process, see ``GraphedSteps``.
+    (a token, an example, a pixel). The loss of a step is the sum of the losses, each times its weight and its task's
+    weight, divided by the sum of the entries' weights, over all micro-batches and processes of the step. Tasks' weights
+    are left out of the divisor, in which they would cancel if a step had one task. collator: turns examples into a
+    batch, which holds the inputs of ``losses`` and the scalar ``loss_weight``, the sum of the weights that ``losses``
+    will return. tasks: task names in id order. provenance: recorded in every checkpoint. eval_lengths: (examples,), by
+    which ``eval_dataset`` is sorted into batches. task_weights: (T,), by default ones. mean_by_task: the loss of a step
+    is the sum over tasks of the task's weight times its mean loss, and ``loss_weight`` is (T,). cuda_graphs: whether to
+    record and replay steps, which must have one micro-batch in one process, see ``GraphedSteps``.
     """
 
     def __init__(
@@ -120,12 +121,12 @@ class MultiTaskTrainer(Trainer):
         provenance: checkpoint.Provenance,
         eval_lengths: np.ndarray | None = None,
         task_weights: Sequence[float] | None = None,
+        mean_by_task: bool = False,
         cuda_graphs: bool = False,
         **options,
     ):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
-        self.eval_lengths = eval_lengths
-        self.task_weights = None if task_weights is None else torch.tensor(task_weights, dtype=torch.float32)
+        self.eval_lengths, self.mean_by_task = eval_lengths, mean_by_task
         self._began: int | None = None  # the step after which this process began to train; None before that
         self.room: BinaryIO | None = None
         # The Trainer refuses a base model in 4 or 8 bits unless it has adapters, which it recognises by PEFT's mark.
@@ -136,6 +137,8 @@ class MultiTaskTrainer(Trainer):
         finally:
             model._hf_peft_config_loaded = before
         self.task_losses = LossSums(len(self.tasks), self.args.device)
+        weights = [1.0] * len(self.tasks) if task_weights is None else task_weights
+        self.task_weights = torch.tensor(weights, dtype=torch.float64, device=self.args.device)
         self.graphed: GraphedSteps | None = None
         if cuda_graphs:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -192,9 +195,10 @@ class MultiTaskTrainer(Trainer):
         losses, weights, task_ids = self.losses(model, inputs)
         self.task_losses.add(losses, weights, task_ids)
         total = num_items_in_batch
-        if self.task_weights is not None:
+        if self.mean_by_task:
             # Divide the weights first: for a task without weight in the step, task_weights / total would overflow.
-            weights, total = weights / total[task_ids] * self.task_weights.to(total.device)[task_ids], 1.0
+            weights, total = weights / total[task_ids], 1.0
+        weights = weights * self.task_weights[task_ids].to(weights.dtype)
         return (losses * weights).sum() / total * self.accelerator.num_processes
 
     def floating_point_ops(self, inputs) -> int:
@@ -264,10 +268,8 @@ class MultiTaskTrainer(Trainer):
         self._collate_as_in(self.sampler.epoch)
         sums, weights = losses.read()
         key = f"{metric_key_prefix}_loss"
-        if self.task_weights is None:
-            mean = sums.sum() / weights.sum()
-        else:
-            mean = (sums / weights.clamp(min=torch.finfo(weights.dtype).tiny)) @ self.task_weights.double()
+        total = weights.clamp(min=torch.finfo(weights.dtype).tiny) if self.mean_by_task else weights.sum()
+        mean = (sums / total) @ self.task_weights.cpu()
         metrics = {key: mean.item(), **self._by_task(key, sums, weights)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
