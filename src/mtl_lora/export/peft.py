@@ -71,29 +71,17 @@ def export_peft(
     if form == "lora" and saved and not head_tasks:
         raise UserError(f"{checkpoint} has modules saved whole, which a plain LoRA cannot hold; use the merge command")
     heads = encoder.task_heads(base) if head_tasks else {}
-    has_experts = base is not None and fused_experts(base)  # before the adapter, which may have stacks of its own
-    adapter = adapter_without_base(checkpoint, config, base)
-    if form == "lora" and config.adapter_config.method == "dora":
-        is_double = any(layer.parameter_dtype == torch.float64 for layer in adapter_layers(adapter).values())
-        adapter = mtl_lora.load(load_base(base_model, config, "fp64" if is_double else "fp32"), checkpoint)
-    layers = adapter_layers(adapter)
-    lost = sorted({name.rpartition(".")[2] for name in layers} & _OF_EXPERTS)
-    if lost and has_experts:
-        about = (
-            f"PEFT would take {', '.join(lost)} for the base model's fused experts and drop this part of the adapter"
-        )
-        raise UserError(f"{about}; use the merge command")
-    shared = {"base_model_name_or_path": base_model.lasting_name, "modules_to_save": saved_names}
-    kind = task_type(config.provenance_config.base_class)
-    # For a classifier's task type PEFT also reads the head from the folder, so it is named only if one is saved.
-    shared["task_type"] = kind if saved_names or kind not in ("SEQ_CLS", "TOKEN_CLS") else None
+    layers = _layers(checkpoint, config, base_model, base, form)
+    plain = base_model.structure() if head_tasks else base  # the model that a user loads: an encoder has its own head
     pad_token_id = None
-    if head_tasks:
-        shared["task_type"] = "SEQ_CLS"
-        plain = base_model.structure()
-        if getattr(plain.config.get_text_config(), "pad_token_id", None) != base.config.pad_token_id:
-            pad_token_id = base.config.pad_token_id
-    shared["target_modules"] = targets_for(layers, plain if head_tasks else base)
+    if head_tasks and getattr(plain.config.get_text_config(), "pad_token_id", None) != base.config.pad_token_id:
+        pad_token_id = base.config.pad_token_id
+    shared = {
+        "base_model_name_or_path": base_model.lasting_name,
+        "modules_to_save": saved_names,
+        "task_type": _task_type(config, saved_names),
+        "target_modules": targets_for(layers, plain),
+    }
     messages = config.provenance_config.untrained_note(names)
     with files.atomic_directory(output, FILES, overwrite, [checkpoint], nested=True) as folder, ExitStack() as end:
         end.callback(closest_lora.cache_clear)  # it holds the layers
@@ -109,6 +97,36 @@ def export_peft(
         messages.append(serving(base_model, folders, found["r"], found["use_dora"], saved_names))
     print(*messages, sep="\n", file=sys.stderr)
     return folders
+
+
+def _layers(
+    checkpoint: str | Path, config: CheckpointConfig, base_model: BaseModel, base: nn.Module | None, form: str
+) -> dict[str, AdapterLayer]:
+    """Return the layers to export, with the base model's weights only where their factors need these.
+
+    base: the base model's structure, if known. Raises ``UserError`` for layers that PEFT would take for others.
+    """
+    has_experts = base is not None and fused_experts(base)  # before the adapter, which may have stacks of its own
+    adapter = adapter_without_base(checkpoint, config, base)
+    if form == "lora" and config.adapter_config.method == "dora":
+        is_double = any(layer.parameter_dtype == torch.float64 for layer in adapter_layers(adapter).values())
+        adapter = mtl_lora.load(load_base(base_model, config, "fp64" if is_double else "fp32"), checkpoint)
+    layers = adapter_layers(adapter)
+    if has_experts and (lost := sorted({name.rpartition(".")[2] for name in layers} & _OF_EXPERTS)):
+        about = f"PEFT would take {', '.join(lost)} for the base model's fused experts"
+        raise UserError(f"{about} and drop this part of the adapter; use the merge command")
+    return layers
+
+
+def _task_type(config: CheckpointConfig, saved: list[str] | None) -> str | None:
+    """Return PEFT's task type of a checkpoint with these modules saved whole, None for no type.
+
+    With a classifier's type PEFT also reads a head from the folder, so it is named only if one is saved.
+    """
+    if config.provenance_config.system == "nlu":
+        return "SEQ_CLS"
+    kind = task_type(config.provenance_config.base_class)
+    return kind if saved or kind not in ("SEQ_CLS", "TOKEN_CLS") else None
 
 
 # Names that PEFT moves to the experts' weights if a base model stacks these in one parameter.
