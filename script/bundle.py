@@ -235,7 +235,7 @@ def fetch(name: str, python: Version, folder: Path) -> Path:
 
 def pip(*arguments: str | Path) -> None:
     """Run pip; raises ``UserError`` with its last error."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no error given"]

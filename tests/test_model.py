@@ -527,6 +527,18 @@ def test_model_without_safetensors_has_no_fingerprint(base):
         BaseModel(str(base)).fingerprint()
 
 
+@pytest.mark.parametrize("cached", [{}, {"config.json": '{"model_type": "llama"}'}], ids=["nothing", "configuration"])
+def test_model_of_the_hub_that_cannot_be_reached_is_not_said_to_lack_weights(cached, tmp_path, monkeypatch):
+    folder = tmp_path / "models--a--b"
+    for path, text in {"refs/main": "abc", **{f"snapshots/abc/{name}": text for name, text in cached.items()}}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    for place in ("transformers.utils.hub.constants", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{place}.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"'a/b' cannot be loaded.*" + ("local cache" if cached else "cached files")):
+        BaseModel("a/b").fingerprint()
+
+
 def test_model_with_a_part_of_its_weights_missing_has_no_fingerprint(made, tmp_path):
     made.save_pretrained(tmp_path / "parts", max_shard_size="6KB")
     BaseModel(str(tmp_path / "parts")).weight_files()[1].unlink()

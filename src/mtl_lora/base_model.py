@@ -267,14 +267,21 @@ class BaseModel:
 
     def weight_files(self) -> list[Path]:
         """Return the model's safetensors files."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
         path = self.path
+        of_hub = not Path(path).is_dir()
+        if of_hub:
+            self.config()  # says why a model cannot be had
         with hub_errors(self.name, self.kind):
             names = {WEIGHTS_NAME}  # takes precedence over an index beside it, as in transformers
             if not cached_path(path, WEIGHTS_NAME) and (index := cached_path(path, INDEX_NAME)):
                 names = set(json.loads(index.read_text())["weight_map"].values())
             found = [cached_path(path, name) for name in sorted(names)]
-            if not found or None in found:  # raises the specific reason for a gated model or a missing network
-                cached_file(path, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+            if of_hub and (not found or None in found):
+                with contextlib.suppress(RemoteEntryNotFoundError):  # any other error names its reason
+                    hf_hub_download(path, WEIGHTS_NAME)
         if not found or None in found:
             raise UserError(
                 f"the model {self.name!r} has no safetensors weights; convert it with save_pretrained first"

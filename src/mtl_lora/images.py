@@ -12,6 +12,8 @@ from mtl_lora.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+# Not every format of Pillow: for PostScript it starts another program, whatever the file's ending.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ORIENTATION = 0x0112  # an EXIF tag
 _MOST_NAMED = 5  # broken images that an error lists
@@ -27,7 +29,7 @@ def is_turned(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             return opened.getexif().get(_ORIENTATION) in range(2, 9)
     except Exception:  # reported when the pixels are read
         return False
@@ -74,11 +76,11 @@ def require_readable(paths: Iterable[Path]) -> None:
     for path in paths:
         try:
             bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-            with bombs, Image.open(path) as opened:  # reads the header alone
+            with bombs, Image.open(path, formats=FORMATS) as opened:  # reads the header alone
                 if is_wide(opened):
                     broken.append(f"{path} has more than 8 bits per channel")
         except UnidentifiedImageError:
-            broken.append(f"{path} is not an image")
+            broken.append(f"{path} is not an image of {', '.join(FORMATS)}")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             broken.append(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels")
         except Exception as error:  # Pillow may raise anything for a broken file
@@ -95,7 +97,7 @@ def open_image(path: Path) -> "Image.Image":
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             if not is_wide(opened):
                 return on_white(ImageOps.exif_transpose(opened))
     except Exception as error:

@@ -20,7 +20,15 @@ Column = tuple[str, list[str]]  # the heading and the cells
 
 def markdown_text(text: str) -> str:
     """Return the text on one line, with characters escaped that would end a cell or start markup."""
-    return re.sub(r"[\\|*`<]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
+    return re.sub(r"[\\|*`<[]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
+
+
+def code_span(text: str) -> str:
+    """Return the text on one line as code in Markdown, whatever it holds."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def shortened(text: str, most: int) -> str:
@@ -42,7 +50,7 @@ def told_apart(names: Sequence[str], *facts: Sequence[object]) -> list[str]:
 
 
 def _no_formula(value: object) -> object:
-    formula = r"[=@\t\r]|[+-](?![\d.]+(?:[eE][+-]?\d+)?$)"  # a number with a sign is not a formula
+    formula = r"\s*[=@＝＠＋－]|[\t\r]|\s*[+-](?![\d.]+(?:[eE][+-]?\d+)?$)"  # a number with a sign is not a formula
     return f"'{value}" if isinstance(value, str) and re.match(formula, value) else value
 
 
@@ -88,8 +96,10 @@ class TextTable:
     def latex(self) -> str:
         """A booktabs tabular without the title; the text of a single column is wrapped to the page."""
         columns = "l" + "r" * (len(self.header) - 1) if len(self.header) > 1 else r"@{}p{\linewidth}@{}"
-        rows = [[" ".join(cell.split()).replace("−", "-") for cell in row] for row in self.rows]
-        text = _frame(rows, self.header).to_latex(index=False, escape=True, column_format=columns)
+        header, *rows = [
+            [" ".join(cell.split()).replace("−", "-") for cell in row] for row in (self.header, *self.rows)
+        ]
+        text = _frame(rows, header).to_latex(index=False, escape=True, column_format=columns)
         text = text.translate({ord("<"): r"\textless{}", ord(">"): r"\textgreater{}", ord("|"): r"\textbar{}"})
         # At the start of a line, LaTeX would read either as an argument of the line break or rule before it.
         return re.sub(r"(?m)^[\[*]", r"{\g<0>}", text)
@@ -144,7 +154,9 @@ class Report:
 
     def latex(self) -> str:
         """Booktabs tables; the last one holds the notes."""
-        tables = [f"% {each.title or 'Notes'}\n" * self.titled + each.latex() for each in self._with_notes()]
+        tables = [
+            f"% {' '.join(each.title.split()) or 'Notes'}\n" * self.titled + each.latex() for each in self._with_notes()
+        ]
         return "% needs \\usepackage{booktabs}\n" + "\n".join(tables)
 
     def html(self) -> str:
@@ -157,7 +169,7 @@ class Report:
     def csv(self) -> str:
         """The records, one column per key; None is empty."""
         # A spreadsheet would execute a text that begins like a formula.
-        records = [{key: _no_formula(value) for key, value in record.items()} for record in self.records]
+        records = [{_no_formula(key): _no_formula(value) for key, value in record.items()} for record in self.records]
         return _frame(records).to_csv(index=False, lineterminator="\n")
 
     def json(self) -> str:

@@ -193,6 +193,10 @@ def test_killed_command_resumes_where_it_was(images, vision, tmp_path, monkeypat
     assert seen == ["e"] and "out.h5 already holds the features of these 5 images" in capsys.readouterr().out
     # The rest of a command with another size is not taken for this one's.
     shutil.copy(output, partial)
+    with pytest.raises(mtl_lora.UserError, match=r"out.h5.partial was not written by this command"):
+        features(images, output, model, overwrite=True, size=42)
+    assert partial.read_bytes() == output.read_bytes()
+    partial.write_text('{"size": 28, "shape": [4, 16]}\n')
     features(images, output, model, overwrite=True, size=42)
     assert len(seen) == 6 and FeatureStore([output]).grid == 3
     # Another image of the same size in bytes is another image.
@@ -245,6 +249,11 @@ def refused(images, vision, tmp_path):
         return str(caught.value)
 
     return start
+
+
+def test_a_program_of_postscript_is_no_image_whatever_its_ending(refused, images):
+    (images / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert "drawing.png is not an image" in refused()
 
 
 def test_images_that_cannot_be_read_are_named(refused, images, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from mtl_lora.metrics import percent, value_text
 from mtl_lora.report.load import Study
 from mtl_lora.report.table import PUBLISHED_FILE, details, published_rows, study_tables
 from mtl_lora.results import Results, Trainable, trainable_text
-from mtl_lora.text_table import Report, TextTable, markdown_text
+from mtl_lora.text_table import Report, TextTable, code_span, markdown_text
 
 EXPECTED = """\
 | Method         | Trainable parameters, M (%) |       First |     second |     Average |
@@ -232,6 +232,9 @@ def test_latex_is_booktabs_with_every_text_escaped(table_of):
     assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == 2
     first = TextTable("", ["a", "b"], [["[x] small", "1"]]).latex()
     assert "\\midrule\n{[}x] small & 1" in first
+    lines = TextTable("a\n\\input{b}", ["a\n\\c", "d"], [["1", "2"]])
+    lines = Report([lines], [], [], titled=True).latex().splitlines()
+    assert "% a \\input{b}" in lines and "a \\textbackslash c & d \\\\" in lines
 
 
 def test_html_shows_whatever_a_name_holds_as_text(table_of):
@@ -437,8 +440,14 @@ def test_a_name_cannot_break_a_markdown_table(table_of, name):
 
 
 def test_a_name_is_no_formula_and_no_command_to_a_terminal():
-    names = ['=HYPERLINK("a")', "-2+3+cmd|'/C calc'!A0", "+1+A1", "\t=1", "@a"]
+    names = ['=HYPERLINK("a")', "-2+3+cmd|'/C calc'!A0", "+1+A1", "\t=1", "@a", " =1", "＝1"]
     records = [{"name": name, "delta": "-0.5", "value": -0.5} for name in names]
     rows = csv.DictReader(io.StringIO(Report([], records, []).csv()))
     assert [*rows] == [{"name": "'" + name, "delta": "-0.5", "value": "-0.5"} for name in names]
-    assert TextTable("", ["name"], [["a\x1b[2Jb\x07"]]).markdown().splitlines()[-1] == "| a [2Jb |"
+    assert Report([], [{"=1+1": 2}], []).csv().splitlines() == ["'=1+1", "2"]
+    assert TextTable("", ["name"], [["a\x1b[2Jb\x07"]]).markdown().splitlines()[-1] == r"| a \[2Jb |"
+
+
+@pytest.mark.parametrize("text, shown", [("a b\nc", "`a b c`"), ("`x", "`` `x ``"), ("a`` `b", "```a`` `b```")])
+def test_code_in_markdown_holds_any_text(text, shown):
+    assert code_span(text) == shown

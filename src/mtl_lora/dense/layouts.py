@@ -13,6 +13,7 @@ from PIL import Image
 from mtl_lora import files
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet, shipped
 from mtl_lora.errors import UserError
+from mtl_lora.images import FORMATS
 
 # ---- files ----
 
@@ -20,7 +21,7 @@ from mtl_lora.errors import UserError
 def read_image(path: Path) -> Image.Image:
     """Return the image in a file; raises ``UserError`` for a broken file."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             opened.load()
             return opened
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
@@ -24,6 +25,7 @@ from mtl_lora.metrics import METRICS, scale_of, title_of
 from mtl_lora.nlu.tasks import Task, TaskSet
 from mtl_lora.results import Results
 from mtl_lora.systems import part
+from mtl_lora.text_table import code_span, markdown_text
 from mtl_lora.version import __version__
 
 NOT_MEASURED = "not measured"
@@ -156,7 +158,7 @@ def _about_task(task: Task) -> str:
         low, high = task.regression
         outputs = f"A regression: the only logit is the predicted number, in a range from {low:g} to {high:g}."
     else:
-        outputs = f"Labels, in the order of the logits: {', '.join(f'{label!r}' for label in task.labels)}."
+        outputs = f"Labels, in the order of the logits: {_codes(task.labels)}."
     return f"\n{outputs} Metric: {title_of(task.metric_name)}.\n"
 
 
@@ -207,13 +209,17 @@ def _prompt(name: str | None) -> str:
     return f"\n{about}\n\n```python\n{text!r}\n```\n"
 
 
+def _codes(texts: Sequence[str]) -> str:
+    return ", ".join(code_span(repr(text)) for text in texts)
+
+
 def _answers(task: LanguageTask) -> str:
     """Describe how the answers in the training data are written, if the task declares it; else empty."""
-    parts = [f"An answer is one of {', '.join(f'`{option!r}`' for option in task.options)}."] if task.options else []
+    parts = [f"An answer is one of {_codes(task.options)}."] if task.options else []
     if task.options and task.answer_prefix:
-        parts.append(f"It follows `{task.answer_prefix!r}`.")
+        parts.append(f"It follows {_codes([task.answer_prefix])}.")
     if task.question:
-        parts.append(f"The instruction of a text is `{task.instruction_of('{text}')!r}`.")
+        parts.append(f"The instruction of a text is {_codes([task.instruction_of('{text}')])}.")
     return f"\n{' '.join(parts)}\n" if parts else ""
 
 
@@ -228,9 +234,9 @@ def _recipe(config: CheckpointConfig) -> str:
     for name, value in (provenance.train_settings or {}).items():
         if name in affecting and name not in without_row and not name.startswith("lora_"):
             rows[name] = value
-    return "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in (None, []))
-
-
-def _cell(value: object) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
+    texts = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for key, value in rows.items()
+        if value not in (None, [])
+    }
+    return "\n".join(f"| {key} | {markdown_text(text)} |" for key, text in texts.items())

@@ -208,6 +208,11 @@ def _extract(
                 opened.seek(0, os.SEEK_END)
             else:
                 if opened.seek(0, os.SEEK_END):
+                    opened.seek(0)
+                    if b'"shape"' not in opened.readline(10_000):
+                        raise UserError(
+                            f"{partial} was not written by this command; move it, or choose another --output"
+                        )
                     print(f"{partial} is of another model, size or folder, and is replaced", file=sys.stderr)
                 opened.seek(0)
                 opened.truncate()

@@ -63,7 +63,9 @@ def run(config: StudyConfig) -> None:
     with claimed(folder) as lock:
         if not config.report:
             # Commands inherit the lock, so a training that outlives a killed study still holds it.
-            runner.run([{"env": {**os.environ, **slot}, "pass_fds": lock} for slot in environments(config.parallel)])
+            # PYTHONSAFEPATH: modules are not taken from the current folder.
+            safe = {**os.environ, "PYTHONSAFEPATH": "1"}
+            runner.run([{"env": safe | slot, "pass_fds": lock} for slot in environments(config.parallel)])
         elif not runner.report():
             raise UserError(f"no run in {folder} is finished, so there is nothing to report")
     if config.collect:
