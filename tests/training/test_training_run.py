@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
-from mtl_lora.adapter.checkpoint import read_config
+from mtl_lora.adapter.checkpoint import read_config, read_weights
 from mtl_lora.artifacts import checkpoints
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
@@ -267,6 +267,24 @@ def test_a_resumed_run_saves_and_logs_as_its_own_flags_say(train):
     assert [path.name for path in sorted(folder.glob("checkpoint-*"))] == [f"checkpoint-{step}" for step in (2, 3, 4)]
     for key in ("loss", "eval_loss"):
         assert [line["step"] for line in log_lines(folder) if key in line] == [2, 3, 4]
+
+
+def test_the_checkpoint_of_the_lowest_validation_loss_is_kept_and_named(train, capsys):
+    # A rate that soon makes every loss larger than the start's.
+    flags = {"max_steps": 5, "save_step": 1, "save_total_limit": 1, "val_set_size": 8, "learning_rate": 30.0}
+    folder = train("run", **flags, lr_scheduler_type="constant_with_warmup", warmup_ratio=0.0, max_grad_norm=0.0)
+    lines = [line for line in log_lines(folder) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    best = min(lines, key=lambda line: line["eval_loss"])["step"]
+    assert best < 5 and [path.name for path in checkpoints(folder)] == [f"checkpoint-{best}", "checkpoint-5"]
+    assert f"the validation loss was lowest in {folder}/checkpoint-{best}" in capsys.readouterr().err
+    read_weights(folder / f"checkpoint-{best}", read_config(folder / f"checkpoint-{best}"))
+
+
+def test_the_last_checkpoint_has_a_validation_loss_too(train, capsys):
+    folder = train("run", max_steps=3, save_step=2, val_set_size=8)
+    assert [line["step"] for line in log_lines(folder) if "eval_loss" in line] == [2, 3]
+    assert "lowest" not in capsys.readouterr().err
 
 
 def test_a_run_that_is_resumed_keeps_the_order_of_steps_that_it_began_with(train, edit_json):

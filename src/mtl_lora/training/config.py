@@ -122,7 +122,12 @@ class TrainingConfig(Config):
 
     val_set_size: int = flag(0, "examples held out for a validation loss at each save; 0: none", min=0, group="the run")
     save_step: int = flag(200, "steps between checkpoints; 0: save only the final adapter", affects="nothing", min=0)
-    save_total_limit: int = flag(3, "number of latest checkpoints to keep; 0: all", affects="nothing", min=0)
+    save_total_limit: int = flag(
+        3,
+        "number of latest checkpoints to keep, beside the one of the lowest validation loss; 0: all",
+        affects="nothing",
+        min=0,
+    )
     logging_steps: int = flag(10, "steps between log lines", affects="nothing", min=1)
     seed: int = flag(42, "random seed for data order, initialisation and dropout", min=0, max=2**32 - 1)
     dtype: str = flag(

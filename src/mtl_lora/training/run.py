@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 import mtl_lora
-from mtl_lora import files
+from mtl_lora import artifacts, files
 from mtl_lora.adapter import checkpoint
 from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
@@ -316,6 +316,9 @@ class Run:
             write_analysis(config.output_dir)
         trainer.accelerator.wait_for_everyone()
         self.log(f"saved the adapter to {config.output_dir}")
+        best = trainer.best_checkpoint
+        if best and best.is_dir() and best != artifacts.checkpoints(config.output_dir)[-1]:
+            self.log(f"the validation loss was lowest in {best}, which can be evaluated like the adapter")
 
     def structure(self) -> PreTrainedModel:
         """Return the model that gets the adapter, on the meta device."""

@@ -334,11 +334,18 @@ class MultiTaskTrainer(Trainer):
             (complete,) = artifacts.checkpoints(staging)
             files.take_place(complete, Path(self.args.output_dir) / complete.name)
             shutil.rmtree(staging, ignore_errors=True)
-            kept = self.args.save_total_limit
+            kept, best = self.args.save_total_limit, self.best_checkpoint
             for folder in artifacts.checkpoints(self.args.output_dir)[: -kept or None] if kept else []:
-                artifacts.remove_checkpoint(folder)
+                if folder != best:
+                    artifacts.remove_checkpoint(folder)
         self._reserve_room(checkpoints=self.state.global_step < self.state.max_steps)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The folder of the checkpoint with the lowest validation loss, of equal ones the first; None without one."""
+        found = [(entry["eval_loss"], entry["step"]) for entry in self.state.log_history if "eval_loss" in entry]
+        return Path(self.args.output_dir) / f"checkpoint-{min(found)[1]}" if found else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
