@@ -4,6 +4,7 @@ stretch; with a sampling temperature or a token budget too.
 
 import itertools
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from sampler_rows import SHARES, made_rows
 
 from mtl_lora.errors import UserError
+from mtl_lora.training.rows import split
 from mtl_lora.training.sampler import (
     WINDOW,
     LengthGroupedBatchSampler,
@@ -387,3 +389,26 @@ def test_a_task_left_out_of_the_first_epoch_is_met_in_a_later_one():
     assert (sampler.steps_per_epoch, sampler.left_out) == (1, 1)
     assert len(sampler.tasks_met(1)) == 4 and sampler.tasks_met(30) == {0, 1, 2, 3, 4}
     assert sampler.epoch == 0
+
+
+# ---- held-out examples ----
+
+
+@pytest.mark.parametrize("count", [3, 10, 100, 996])
+def test_held_out_examples_are_of_every_task_in_its_proportion(count):
+    sizes = np.array([600, 300, 99, 1])
+    rows = datasets.Dataset.from_dict({"task_id": np.repeat(range(4), sizes), "number": range(1000)})
+    drawn = []
+    for seed in (0, 0, 1):
+        train, held_out = split(rows, count, seed)
+        drawn.append(held_out["number"][:])
+        assert sorted([*train["number"], *drawn[-1]]) == [*range(1000)] and len(held_out) == count
+        found = np.bincount(held_out["task_id"], minlength=4)
+        assert found[3] == 0 and found[:3].min() >= 1, "the only example of a task is for training"
+        assert np.abs(found - count * sizes / 1000).max() < 2
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_examples_that_earlier_versions_held_out_are_still_drawn():
+    rows = datasets.Dataset.from_dict({"task_id": [0] * 12 + [1] * 2, "number": range(14)})
+    assert split(rows, 7, 3, by_task=False)[1]["number"][:] == [0, 1, 2, 4, 9, 10, 13]

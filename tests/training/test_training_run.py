@@ -23,7 +23,7 @@ from mtl_lora.language.config import EvalConfig, TrainConfig
 from mtl_lora.language.evaluate import run
 from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.distributed import prepare_process
-from mtl_lora.training.resume import check_same_run, check_state, checkpoint_to_resume, step_choices
+from mtl_lora.training.resume import check_same_run, check_state, checkpoint_to_resume, data_plan
 from mtl_lora.training.sampler import CANDIDATES, OLD_CANDIDATES
 
 
@@ -287,14 +287,18 @@ def test_the_last_checkpoint_has_a_validation_loss_too(train, capsys):
     assert "lowest" not in capsys.readouterr().err
 
 
-def test_a_run_that_is_resumed_keeps_the_order_of_steps_that_it_began_with(train, edit_json):
-    folder = train("run", max_steps=2, save_step=1)
-    first = checkpoints(folder)[0]
-    assert (step_choices(None), step_choices(first)) == (None, CANDIDATES)
-    edit_json(folder / artifacts.RUN_CONFIG, step_choices=None)  # as an earlier version wrote it
-    assert step_choices(first) == OLD_CANDIDATES
-    train("run", max_steps=2, save_step=1, resume_from_checkpoint=str(first))
-    assert json.loads((folder / artifacts.RUN_CONFIG).read_text())["step_choices"] == OLD_CANDIDATES
+def test_a_run_that_is_resumed_keeps_the_held_out_examples_and_the_order_that_it_began_with(train, edit_json, capsys):
+    folder = train("run", max_steps=2, save_step=1, val_set_size=9)
+    first, drawn = checkpoints(folder)[0], capsys.readouterr().err
+    assert (data_plan(None), data_plan(first)) == ((None, True), (CANDIDATES, True))
+    # As an earlier version wrote it.
+    edit_json(folder / artifacts.RUN_CONFIG, step_choices=None, held_out_by_task=None)
+    assert data_plan(first) == (OLD_CANDIDATES, False)
+    train("run", max_steps=2, save_step=1, val_set_size=9, resume_from_checkpoint=str(first))
+    written = json.loads((folder / artifacts.RUN_CONFIG).read_text())
+    assert (written["step_choices"], written["held_out_by_task"]) == (OLD_CANDIDATES, False)
+    counts = [re.search("held out: .*", text)[0] for text in (drawn, capsys.readouterr().err)]
+    assert counts[0] != counts[1]
 
 
 def test_a_run_that_resumes_from_an_earlier_checkpoint_gives_up_the_later_ones(train):

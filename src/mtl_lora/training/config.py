@@ -120,7 +120,9 @@ class TrainingConfig(Config):
     weight_decay: float = flag(0.0, "AdamW weight decay; 0: off", min=0)
     max_grad_norm: float = flag(1.0, "norm to which gradients are clipped; 0: off", min=0)
 
-    val_set_size: int = flag(0, "examples held out for a validation loss at each save; 0: none", min=0, group="the run")
+    val_set_size: int = flag(
+        0, "examples of all tasks held out for a validation loss at each save; 0: none", min=0, group="the run"
+    )
     save_step: int = flag(200, "steps between checkpoints; 0: save only the final adapter", affects="nothing", min=0)
     save_total_limit: int = flag(
         3,

@@ -76,15 +76,20 @@ def _refuse_foreign_files(output: Path, more: str = "") -> None:
         raise UserError(f"{output} holds {listed}, which no training wrote; pass another --output_dir{more}")
 
 
-def step_choices(checkpoint: Path | None) -> int | None:
-    """Return among how many steps the order of a run that is resumed chooses (``sampler.balanced_order``), as its
-    configuration records: another order would train on examples that the first part has had. None for a new run."""
+def data_plan(checkpoint: Path | None) -> tuple[int | None, bool]:
+    """Return (``choices`` of ``sampler.balanced_order``, ``by_task`` of ``rows.split``) of a run that is resumed.
+
+    Its configuration records them: with others it would train on held-out examples, or on those that its first part has
+    had. (None, True) for a new run.
+    """
     if checkpoint is None:
-        return None
+        return None, True
     path = checkpoint.parent / artifacts.RUN_CONFIG
     earlier = files.read_json(path, "the run configuration") if path.is_file() else {}
-    recorded = earlier.get("step_choices") if isinstance(earlier, dict) else None
-    return recorded if type(recorded) is int and recorded > 0 else OLD_CANDIDATES
+    earlier = earlier if isinstance(earlier, dict) else {}
+    recorded = earlier.get("step_choices")
+    choices = recorded if type(recorded) is int and recorded > 0 else OLD_CANDIDATES
+    return choices, earlier.get("held_out_by_task") is True
 
 
 def check_same_run(

@@ -138,26 +138,34 @@ def padded(rows: Iterable[Sequence[int]], value: int, length: int = 0, left: boo
     return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
 
 
-def split(rows: datasets.Dataset, held_out: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def split(
+    rows: datasets.Dataset, held_out: int, seed: int, by_task: bool = True
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Return (training examples, held-out examples or None); the seed draws ``held_out`` of them for validation.
 
-    Every task keeps at least one training example. Raises ``UserError`` if too many are to be held out for that.
+    by_task: in proportion to the tasks' examples, and at least one of every task that has two or more, if ``held_out``
+    allows; False: whatever is drawn, as in earlier versions. Every task keeps at least one training example. Raises
+    ``UserError`` if too many are to be held out for that.
     """
     if not held_out:
         return rows, None
     if held_out >= len(rows):
         raise UserError(f"val_set_size must be below the number of examples, {len(rows)}, not {held_out}")
-    order, ids = np.random.default_rng(seed).permutation(len(rows)), row_columns(rows)["task_id"]
-    # The last example of each task in the drawn order stays in training; the next example is held out instead.
-    last = np.zeros(len(rows), dtype=bool)
-    last[[np.flatnonzero(ids[order] == task)[-1] for task in np.unique(ids)]] = True
-    drawn = np.flatnonzero(~last)[:held_out]
-    if len(drawn) < held_out:
+    order = np.random.default_rng(seed).permutation(len(rows))
+    ids = row_columns(rows)["task_id"][order]
+    # In the drawn order, the part of its task's examples before each; the last one of a task stays in training.
+    before = np.zeros(len(rows))
+    for task in np.unique(ids):
+        (own,) = np.nonzero(ids == task)
+        before[own] = np.arange(len(own)) / len(own) if by_task else 0
+        before[own[-1]] = 1
+    most = int((before < 1).sum())
+    if most < held_out:
         raise UserError(
-            f"val_set_size must be at most {len(drawn)}, so that each task keeps a training example, not {held_out}"
+            f"val_set_size must be at most {most}, so that each task keeps a training example, not {held_out}"
         )
     chosen = np.zeros(len(rows), dtype=bool)
-    chosen[order[drawn]] = True
+    chosen[order[np.argsort(before, kind="stable")[:held_out]]] = True
     return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
 
 

@@ -49,7 +49,9 @@ class Run:
     mean_by_task = False  # see ``MultiTaskTrainer``
     has_heads = False  # whether the model has weights of its own for each task, besides the adapter's
     start: checkpoint.CheckpointConfig | None = None  # of the checkpoint ``start_from``
-    step_choices: int | None = None  # see ``balanced_order``; of a run that is resumed, what it began with
+    # See ``balanced_order`` and ``rows.split``; of a run that is resumed, what it began with.
+    step_choices: int | None = None
+    held_out_by_task = True
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
@@ -172,7 +174,7 @@ class Run:
         """Train, or with ``check`` stop before the model is loaded; the caller has claimed the output folder."""
         config, base = self.config, self.base
         from_checkpoint = resume.checkpoint_to_resume(config)
-        self.step_choices = resume.step_choices(from_checkpoint)
+        self.step_choices, self.held_out_by_task = resume.data_plan(from_checkpoint)
         base.check_quantisation(training=True)
         # This precedes the Trainer's arguments, because ZeRO-3 partitions every model that is created after them.
         structure = self.structure()
@@ -188,7 +190,7 @@ class Run:
             rows = self.rows(digest)
         self.check_rows(rows)
         self.encoded = rows_sha256(rows) if isinstance(rows, datasets.Dataset) else None
-        self.train, held_out = split(rows, config.val_set_size, config.seed)
+        self.train, held_out = split(rows, config.val_set_size, config.seed, self.held_out_by_task)
         self.log(*notes)
         if config.cuda_graphs and not self.cuda_graphs:
             self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
@@ -359,6 +361,7 @@ class Run:
             "deepspeed_sha256": distributed.deepspeed_sha256(config.deepspeed),
             "start_sha256": self.start and self.start.weights_sha256,
             "step_choices": self.step_choices,
+            "held_out_by_task": self.held_out_by_task,
             **self.facts(),
         }
 
