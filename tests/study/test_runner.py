@@ -92,6 +92,9 @@ def test_training_is_kept_where_the_evaluation_alone_differs(job, tmp_path):
     assert "keep its training" in refusal(other) and not refusal(other, overwrite=True)
     expected = State(other.configuration, {"train": 1}, {"train": 10.0})
     assert other.state == expected and not other.is_finished and job.is_finished
+    weights = (job.folder / "mtl_lora.safetensors").rename(tmp_path / "weights")
+    assert other.state is None and "repeat it" in refusal(other), "a study that was copied without weights"
+    weights.rename(job.folder / "mtl_lora.safetensors")
     dataclasses.replace(job.state, seconds={}).save(job.folder)
     assert other.state is None, "a training that did not end is not kept"
 
@@ -148,21 +151,22 @@ def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, scri
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "flags"),
+    ("names", "flags"),
     [
-        (None, "--overwrite_output_dir True"),  # killed before its first checkpoint
-        ("trainer_state.json", "--resume_from_checkpoint True"),
-        ("half_written", "--overwrite_output_dir True"),
+        ([], "--overwrite_output_dir True"),  # killed before its first checkpoint
+        (["trainer_state.json", "mtl_lora.safetensors"], "--resume_from_checkpoint True"),
+        (["trainer_state.json"], "--overwrite_output_dir True"),  # copied without weights
+        (["mtl_lora.safetensors"], "--overwrite_output_dir True"),  # half removed
     ],
 )
-def test_next_start_resumes_from_the_last_complete_checkpoint(job, script, checkpoint, flags):
+def test_next_start_resumes_from_the_last_complete_checkpoint(job, script, names, flags):
     script("import sys; sys.exit(' '.join(sys.argv[-2:]))")
     for ending in (f"--output_dir {job.folder}", flags):
         with pytest.raises(JobFailed, match=f"ends with: {ending}$"):
             list(execute_all(once(job), [{}]))
-        if checkpoint:
+        for name in names:
             (job.folder / "checkpoint-2").mkdir(exist_ok=True)
-            (job.folder / "checkpoint-2" / checkpoint).write_text("{}")
+            (job.folder / "checkpoint-2" / name).write_text("{}")
     assert (job.folder / "train.out").read_text().count("$ python -m mtl_lora train") == 2
     assert job.state.starts == {"train": 2}
 

@@ -98,8 +98,8 @@ class PlannedJob:
         state = State.load(self.folder)
         if not (changes := self.changes(state.configuration)):
             return state
-        same_weights = all(key.startswith("evaluate") or key == "the test data (sha256)" for key in changes)
-        if not (same_weights and "train" in self.flags and "train" in state.seconds):
+        kept = "train" in state.seconds and (self.folder / artifacts.CHECKPOINT_WEIGHTS).is_file()
+        if not (kept and all(key.startswith("evaluate") or key == "the test data (sha256)" for key in changes)):
             return None
         return State(self.configuration, {"train": state.starts.get("train", 1)}, {"train": state.seconds["train"]})
 

@@ -63,8 +63,7 @@ def run(config: StudyConfig) -> None:
     with claimed(folder) as lock:
         if not config.report:
             # Commands inherit the lock, so a training that outlives a killed study still holds it.
-            # PYTHONSAFEPATH: modules are not taken from the current folder.
-            safe = {**os.environ, "PYTHONSAFEPATH": "1"}
+            safe = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules are not taken from the current folder
             runner.run([{"env": safe | slot, "pass_fds": lock} for slot in environments(config.parallel)])
         elif not runner.report():
             raise UserError(f"no run in {folder} is finished, so there is nothing to report")
@@ -221,7 +220,9 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
             sample.write()
         flags, started = {}, step in state.starts
         if step == "train" and started:
-            flags = {"resume_from_checkpoint" if artifacts.checkpoints(job.folder) else "overwrite_output_dir": True}
+            # A copy of the study may lack the weights.
+            saved = [one for one in artifacts.checkpoints(job.folder) if (one / artifacts.CHECKPOINT_WEIGHTS).is_file()]
+            flags = {"resume_from_checkpoint" if saved else "overwrite_output_dir": True}
         if step == "train" or overwrite or not started:
             # Remove the remains of an evaluation of other weights, or of another configuration if the training is kept.
             artifacts.remove_evaluation(job.folder)
