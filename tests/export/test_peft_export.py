@@ -334,7 +334,9 @@ def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path, monk
     Path("own/base").mkdir(parents=True)
     found = model_card("maps", read_config(checkpoint), "own/base", 3, None)
     assert "base_model:" not in found and "own/base" not in found, "a folder that looks like a name of the hub"
+    assert 'base_model: "gpt2"' in model_card("maps", read_config(checkpoint), "gpt2", 3, None)
     embedded = model_card("maps", read_config(checkpoint), "minilm-l6", 3, None)
+    assert "base_model:" not in embedded
     assert MODELS["minilm-l6"].note in embedded and "BaseModel('minilm-l6').path" in embedded
 
 

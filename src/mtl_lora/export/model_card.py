@@ -78,7 +78,8 @@ def task_type(base_class: str | None) -> str | None:
 
 def hub_name(base_model: str) -> str | None:
     """Return the name if it is a hub name, else None: a card must not contain a path, which means nothing elsewhere."""
-    return base_model if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists() else None
+    is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base_model) and base_model not in MODELS
+    return base_model if is_name and not Path(base_model).exists() else None
 
 
 def error_text(error: float | None) -> str:
