@@ -153,6 +153,11 @@ def test_positional_arguments_switches_and_earlier_names(arguments, expected):
     assert small(*arguments) == Small(**{"output": "o", **expected})
 
 
+def test_home_folder_is_written_as_in_a_shell(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert small("a", "--output=~/out").output == "/home/me/out" and small("a", "--output", "x~/o").output == "x~/o"
+
+
 @pytest.mark.parametrize(("word", "value"), [([], True), (["none"], None), (["False"], False)])
 def test_a_switch_that_may_be_left_to_the_checkpoint_is_true_alone(word, value):
     given = cli.parse(EvalConfig, ["--base_model", "b", "--load_in_4bit", *word, "--limit", "3"], ABOUT)

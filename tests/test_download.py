@@ -165,6 +165,10 @@ def test_a_file_outside_the_folder_is_refused(server, tmp_path, name):
     with pytest.raises(UserError, match=f"{name} would be written outside"):
         fetch_all(server.url, tmp_path / "in", {name: RemoteFile("task/train.json", BLOB)})
     assert not server.asked
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    fetch_all(server.url, tmp_path, {"data/train.json": RemoteFile("task/train.json", BLOB)})
+    assert (tmp_path / "disk" / "train.json").read_bytes() == BODY, "a link that the user made may lead elsewhere"
 
 
 def test_nobody_listening_is_one_sentence(get):

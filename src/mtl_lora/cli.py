@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import importlib
 import json
+import os
 import shlex
 import sys
 import types
@@ -290,7 +291,8 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
             raise UnknownFlag(f"unknown flag --{name}{closest(name, named) or '; --help lists the flags'}", name)
         if name in raw:
             raise UserError(f"the flag --{name} is given twice")
-        raw[name] = value if equals else _value_after(flags[name], waiting, positional is not None)
+        value = value if equals else _value_after(flags[name], waiting, positional is not None)
+        raw[name] = os.path.expanduser(value) if value.startswith("~/") else value  # shells leave it behind "="
         if not raw[name] and name in _NEVER_EMPTY:
             raise UserError(f"--{name} is empty; pass a value (is a variable of the shell unset?)")
     return raw, listed

@@ -58,7 +58,7 @@ def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> N
     """
     if not re.match(r"https?://[^/]", base_url):
         raise UserError(f"{base_url!r} is not an address to download from; it must begin with https:// or http://")
-    if outside := [name for name in files if not (folder / name).resolve().is_relative_to(folder.resolve())]:
+    if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(f"the file {outside[0]} would be written outside {folder}; correct its path in the manifest")
     missing = [name for name, file in files.items() if not ((folder / name).is_file() and file.matches(folder / name))]
     for name in missing:

@@ -6,6 +6,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.training.distributed import prepare_process
 from mtl_lora.training.resume import check_same_run, check_state, checkpoint_to_resume, data_plan
 from mtl_lora.training.sampler import CANDIDATES, OLD_CANDIDATES
+from mtl_lora.training.trainer import MultiTaskTrainer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -279,6 +281,13 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_kept_and_named(train, c
     assert best < 5 and [path.name for path in checkpoints(folder)] == [f"checkpoint-{best}", "checkpoint-5"]
     assert f"the validation loss was lowest in {folder}/checkpoint-{best}" in capsys.readouterr().err
     read_weights(folder / f"checkpoint-{best}", read_config(folder / f"checkpoint-{best}"))
+    # Of a run whose best checkpoint is gone, the lowest of those that are there.
+    shutil.rmtree(folder / f"checkpoint-{best}")
+    shutil.copytree(folder / "checkpoint-5", folder / "checkpoint-4")
+    state = json.loads((folder / "checkpoint-5" / artifacts.RESUME_STATE).read_text())
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=folder), state=SimpleNamespace(**state))
+    rest = min(lines[3:], key=lambda line: line["eval_loss"])["step"]
+    assert MultiTaskTrainer.best_checkpoint.fget(trainer) == folder / f"checkpoint-{rest}"
 
 
 def test_the_last_checkpoint_has_a_validation_loss_too(train, capsys):

@@ -319,7 +319,7 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         self.log(f"saved the adapter to {config.output_dir}")
         best = trainer.best_checkpoint
-        if best and best.is_dir() and best != artifacts.checkpoints(config.output_dir)[-1]:
+        if best and best != artifacts.checkpoints(best.parent)[-1]:
             self.log(f"the validation loss was lowest in {best}, which can be evaluated like the adapter")
 
     def structure(self) -> PreTrainedModel:

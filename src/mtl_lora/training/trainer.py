@@ -343,9 +343,12 @@ class MultiTaskTrainer(Trainer):
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The folder of the checkpoint with the lowest validation loss, of equal ones the first; None without one."""
-        found = [(entry["eval_loss"], entry["step"]) for entry in self.state.log_history if "eval_loss" in entry]
-        return Path(self.args.output_dir) / f"checkpoint-{min(found)[1]}" if found else None
+        """The checkpoint in the output folder with the lowest validation loss, of equal ones the first; None without
+        one."""
+        entries = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        losses = {f"checkpoint-{entry['step']}": entry["eval_loss"] for entry in entries}
+        found = [folder for folder in artifacts.checkpoints(self.args.output_dir) if folder.name in losses]
+        return min(found, key=lambda folder: losses[folder.name], default=None)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
