@@ -15,17 +15,18 @@ FORMATS = ("markdown", "csv", "latex", "html", "json")  # methods of ``Report``
 SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
 SUFFIXES |= dict.fromkeys(("", ".md", ".markdown", ".txt"), "markdown")
 _MOST_COLUMNS = 24
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 Column = tuple[str, list[str]]  # the heading and the cells
 
 
 def markdown_text(text: str) -> str:
-    """Return the text on one line, with characters escaped that would end a cell or start markup."""
-    return re.sub(r"[\\|*`<[]", r"\\\g<0>", " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()))
+    """Return the text on one line, with characters escaped that would end a cell or start code, a tag or a link."""
+    return re.sub(r"[\\|*`<[]", r"\\\g<0>", " ".join(_CONTROL.sub(" ", text).split()))
 
 
 def code_span(text: str) -> str:
-    """Return the text on one line as code in Markdown, whatever it holds."""
-    text = " ".join(text.split())
+    """Return the text on one line as code in Markdown, with its spaces, whatever it holds."""
+    text = _CONTROL.sub(" ", text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{space}{text}{space}{fence}"

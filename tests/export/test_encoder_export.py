@@ -35,7 +35,7 @@ from mtl_lora.nlu.tasks import Task, TaskSet
 THREE = TaskSet(
     (
         Task("tone.x", 0, labels=("sad", "glad"), metric="matthews"),
-        Task("rank", 1, regression=(1.0, 5.0)),
+        Task("rank", 1, regression=(1.0, 5.0), weight=3),
         Task("place", 2, labels=("sea", "hill", "town")),
     )
 )
@@ -182,7 +182,13 @@ def test_card_of_a_peft_folder_loads_what_the_checkpoint_computes(command, encod
 def test_card_says_what_the_outputs_mean(command, encoders, tmp_path, capsys):
     tone, rank, _ = command("peft", checkpoint=encoders("bert", "mtl_lora"), output=tmp_path / "peft")
     card = (Path(tone) / "README.md").read_text()
-    for fact in ("pipeline_tag: text-classification", "`'sad'`, `'glad'`", "Matthews", "| cutoff_len | 32 |"):
+    for fact in (
+        "pipeline_tag: text-classification",
+        "`'sad'`, `'glad'`",
+        "Matthews",
+        "| cutoff_len | 32 |",
+        "| loss weights | rank 3 |",
+    ):
         assert fact in card
     assert f"transformers {transformers.__version__}" in card and mtl_lora.__version__ in card
     assert "from 1 to 5" in (Path(rank) / "README.md").read_text()

@@ -448,6 +448,6 @@ def test_a_name_is_no_formula_and_no_command_to_a_terminal():
     assert TextTable("", ["name"], [["a\x1b[2Jb\x07"]]).markdown().splitlines()[-1] == r"| a \[2Jb |"
 
 
-@pytest.mark.parametrize("text, shown", [("a b\nc", "`a b c`"), ("`x", "`` `x ``"), ("a`` `b", "```a`` `b```")])
+@pytest.mark.parametrize("text, shown", [("a  b\nc", "`a  b c`"), ("`x", "`` `x ``"), ("a`` `b", "```a`` `b```")])
 def test_code_in_markdown_holds_any_text(text, shown):
     assert code_span(text) == shown

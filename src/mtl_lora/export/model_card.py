@@ -55,8 +55,10 @@ def _score(results: Results, task: str) -> str:
     metric = METRICS.get(result.metric)
     scale, unit = scale_of(result.metric), "" if metric is None or metric.lowest < 0 or metric.unit else " %"
     spread = "" if result.stderr is None else f" ± {scale * result.stderr:.1f}"
-    protocol = f", protocol `{results.mode}`" if results.mode else ""
-    return f"{title_of(result.metric)} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
+    protocol = f", protocol {code_span(results.mode)}" if results.mode else ""
+    return (
+        f"{markdown_text(title_of(result.metric))} {scale * result.value:.1f}{unit}{spread} (n = {result.n}{protocol})"
+    )
 
 
 def task_type(base_class: str | None) -> str | None:
@@ -131,13 +133,13 @@ tags:
 - mtl-lora
 ---
 
-# {task}: {method.title} as {title}
+# {markdown_text(task)}: {method.title} as {title}
 
 One task of an adapter trained with {method.title}{paper}.
 {form}. Written by mtl-lora {__version__} with
 transformers {transformers.__version__} from the weights with sha256 `{config.weights_sha256}`.
 
-Result on {task}{measured}: {score or NOT_MEASURED}.
+Result on {markdown_text(task)}{measured}: {score or NOT_MEASURED}.
 {_about_task(own) if own else ""}{about_base}
 ## Use
 
@@ -230,6 +232,8 @@ def _recipe(config: CheckpointConfig) -> str:
     rows |= rows.pop("hyperparameters").to_json()
     rows |= {"prompt template": provenance.prompt_template, "cutoff_len": provenance.cutoff_len}
     without_row = _WITHOUT_ROW | {flag.name for flag in hyperparameter_flags()}
+    weighted = [task for task in (provenance.task_set or {}).get("tasks", ()) if task.get("weight", 1) != 1]
+    rows["loss weights"] = [f"{task['name']} {task['weight']:g}" for task in weighted]
     rows["mtl-lora of the training"] = config.library_version
     affecting = part(provenance.system, "config").TrainConfig.names_affecting("weights")
     for name, value in (provenance.train_settings or {}).items():
