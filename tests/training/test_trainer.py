@@ -251,6 +251,13 @@ def test_a_step_without_any_weight_has_a_loss_of_zero(tmp_path):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+def test_the_weights_of_tasks_leave_the_loss_its_dtype(tmp_path):
+    model, batch = adapted_llama().float().train(), batch_of()
+    trainer = make_trainer(tmp_path, model=model, task_weights=[1.0, 2.0, 0.5, 3.0])
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["loss_weight"])
+    assert loss.dtype == token_losses(trainer.model, batch)[0].dtype == torch.float32
+
+
 def test_weight_decay_spares_what_a_method_declares(tmp_path):
     trainer = make_trainer(tmp_path)
     decayed, spared = trainer.create_optimizer().param_groups
