@@ -13,6 +13,8 @@ from mtl_lora import files
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError, within
 
+_LARGEST_WEIGHT = 1e30  # float32 holds its product with a loss
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -42,8 +44,9 @@ class Task:
             raise UserError(
                 f"task {self.name!r} has the metric {self.metric!r}; it must be one of {', '.join(self.metrics)}"
             )
-        if type(self.weight) not in (int, float) or not 0 < self.weight < float("inf"):
-            raise UserError(f"task {self.name!r} has weight {self.weight!r}; it must be a number above 0")
+        if type(self.weight) not in (int, float) or not 0 < self.weight <= _LARGEST_WEIGHT:
+            way_out = f"it must be a number above 0, at most {_LARGEST_WEIGHT:g}"
+            raise UserError(f"task {self.name!r} has weight {self.weight!r:.50}; {way_out}")
         if not self.title:
             object.__setattr__(self, "title", self.name)
 

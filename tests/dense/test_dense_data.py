@@ -52,7 +52,7 @@ def test_shipped_tasks_have_the_outputs_weights_and_metrics_of_the_paper():
         ({"kind": "depth", "classes": 3}, "no classes"),
         ({"kind": "semantic", "classes": 3, "labels": ["a", "b"]}, "3 classes and 2 labels"),
         ({"kind": "depth", "metric": "miou"}, "depth_rmse"),
-        ({"kind": "depth", "weight": 0}, "weight 0"),
+        *[({"kind": "depth", "weight": weight}, "weight") for weight in (0, -1, True, "2", float("inf"), 10**400)],
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,5 +1,6 @@
 """An exported folder is a plain PEFT LoRA that computes what the routed model computes; its card says what it is."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -337,7 +338,10 @@ def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path, monk
     assert 'base_model: "gpt2"' in model_card("maps", read_config(checkpoint), "gpt2", 3, None)
     embedded = model_card("maps", read_config(checkpoint), "minilm-l6", 3, None)
     assert "base_model:" not in embedded
-    hostile = model_card("<img src=x>", read_config(checkpoint), "gpt2", 3, None)
+    hostile = model_card(
+        "<img src=x>", dataclasses.replace(read_config(checkpoint), library_version="<b>"), "gpt2", 3, None
+    )
+    assert "| \\<b> |" in hostile
     assert "# \\<img src=x>:" in hostile and "Result on \\<img src=x>:" in hostile
     assert MODELS["minilm-l6"].note in embedded and "BaseModel('minilm-l6').path" in embedded
 

@@ -15,9 +15,11 @@ from PIL import Image
 import mtl_lora
 from mtl_lora import cli
 from mtl_lora.base_model import BaseModel
+from mtl_lora.dense.layouts import read_image
 from mtl_lora.errors import UserError
 from mtl_lora.image_text import extract
 from mtl_lora.image_text.features import FeatureStore
+from mtl_lora.images import open_image
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SMALL, "image_size": 28, "patch_size": 14}
@@ -254,6 +256,9 @@ def refused(images, vision, tmp_path):
 def test_a_program_of_postscript_is_no_image_whatever_its_ending(refused, images):
     (images / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "drawing.png is not an image" in refused()
+    for read in (open_image, read_image):
+        with pytest.raises(mtl_lora.UserError, match="cannot identify image file"):
+            read(images / "drawing.png")
 
 
 def test_images_that_cannot_be_read_are_named(refused, images, tmp_path, monkeypatch):

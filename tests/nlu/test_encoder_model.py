@@ -231,5 +231,10 @@ def test_all_linear_is_the_encoder_without_its_pooler(tmp_path):
     assert len(names) == 2 * 6 and all(name.startswith("bert.encoder.layer.") for name in names)
 
 
+def test_a_task_set_survives_a_trip_through_json():
+    tasks = TaskSet((Task("tone", 0, labels=("sad", "glad"), weight=0.5), Task("rank", 1, regression=(1.0, 5.0))))
+    assert TaskSet.from_json(tasks.to_json()) == tasks
+
+
 def test_a_task_without_a_metric_has_accuracy_or_pearsons_correlation():
     assert [task.metric_name for task in TASKS] == ["accuracy", "pearson", "accuracy", "accuracy"]

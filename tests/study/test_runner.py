@@ -129,10 +129,12 @@ def test_tasks_are_not_trained_alone_inside_a_joint_training(tmp_path):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """``python -m mtl_lora`` in a working folder is a script of the test's own: ``script(text)``."""
+    """``python -m mtl_lora`` is a script of the test's own, ``script(text)``, whatever lies in the working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    return (tmp_path / "mtl_lora.py").write_text
+    (tmp_path / "mtl_lora.py").write_text("raise SystemExit('error: a module of the current folder was run')")
+    (tmp_path / "modules").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    return (tmp_path / "modules" / "mtl_lora.py").write_text
 
 
 def test_failed_training_is_one_line_with_the_logs_place_and_its_error(job, script):
@@ -303,7 +305,8 @@ sys.exit("error: the disk is full")
 """
 
 
-TWO = [{"env": {**os.environ, "SLOT": str(slot)}} for slot in (0, 1)]
+def two_slots() -> list[dict]:
+    return [{"env": {**os.environ, "SLOT": str(slot)}} for slot in (0, 1)]
 
 
 @pytest.fixture
@@ -316,7 +319,7 @@ def two_jobs(tmp_path):
 @pytest.mark.slow(1)
 def test_two_at_once_run_at_the_same_time(two_jobs, tmp_path, script):
     script(MEETS)
-    done = {job.folder: state for job, state in execute_all(once(*two_jobs), TWO)}
+    done = {job.folder: state for job, state in execute_all(once(*two_jobs), two_slots())}
     assert done.keys() == {job.folder for job in two_jobs}
     assert all(state.seconds.keys() == {"train", "evaluate"} for state in done.values())
     assert [(job.folder / "here").read_text() for job in two_jobs] == ["0", "1"]
@@ -329,7 +332,7 @@ def test_job_that_waited_for_another_starts_beside_those_that_run(tmp_path, scri
     # Seed 1, which is started with seed 0, ends after seed 2 has started, and that waits for seed 0.
     script(MEETS.replace("while len", "while folder.name == 'seed1' and len").replace("< 2", "< 3"))
     lots = iter([[first, beside], [beside, waited]])
-    done = [job.folder for job, _ in execute_all(lambda: next(lots, ()), TWO)]
+    done = [job.folder for job, _ in execute_all(lambda: next(lots, ()), two_slots())]
     assert done[0] == first.folder and {*done[1:]} == {beside.folder, waited.folder}
     assert waited.state.starts["train"] == beside.state.starts["train"] == 1
 
@@ -338,7 +341,7 @@ def test_job_that_waited_for_another_starts_beside_those_that_run(tmp_path, scri
 def test_first_failure_ends_the_commands_beside_it(two_jobs, tmp_path, script):
     script(MEETS + ONE_FAILS)
     with pytest.raises(JobFailed, match=r"seed 1: .* the disk is full"):
-        list(execute_all(once(*two_jobs), TWO))
+        list(execute_all(once(*two_jobs), two_slots()))
     with pytest.raises(ProcessLookupError):
         os.kill(int((two_jobs[0].folder / "pid").read_text()), 0)
     assert "train" not in two_jobs[0].state.seconds

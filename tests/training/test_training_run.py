@@ -156,6 +156,7 @@ def few(tmp_path) -> dict[str, str]:
     """Flags for twelve examples of a task, two of another and none of a third."""
     names = ["mood", "sport", "rain"]
     tasks = [{"name": name, "id": index, "options": ["yes", "no"]} for index, name in enumerate(names)]
+    tasks[1]["weight"] = 2
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     example = {"output": "the correct answer is yes", "answer": "yes"}
     examples = [example | {"instruction": f"Is it {i}?", "task": names[i >= 12]} for i in range(14)]
@@ -170,6 +171,7 @@ def test_every_task_keeps_a_training_example_and_one_without_any_is_marked(train
     folder = train("few", **few, **options, val_set_size=7, seed=3)
     printed = capsys.readouterr().err
     assert "training examples: mood 6, sport 1, rain 0" in printed and "held out: mood 6, sport 1, rain 0" in printed
+    assert "loss weights: sport 2\n" in printed
     passes = printed.split("passes over a task's examples")[1].splitlines()[0]
     assert re.search(r"mood 0\.\d, sport \d\.\d, rain 0\.0$", passes)
     results = run(EvalConfig(checkpoint=str(folder), data_dir=str(tmp_path / "test"), tasks=["rain"], mode="score"))
@@ -288,6 +290,8 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_kept_and_named(train, c
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=folder), state=SimpleNamespace(**state))
     rest = min(lines[3:], key=lambda line: line["eval_loss"])["step"]
     assert MultiTaskTrainer.best_checkpoint.fget(trainer) == folder / f"checkpoint-{rest}"
+    trainer.state.log_history = [{"step": step, "eval_loss": 1.0} for step in (4, 5)]
+    assert MultiTaskTrainer.best_checkpoint.fget(trainer) == folder / "checkpoint-4", "of equal ones the first"
 
 
 def test_the_last_checkpoint_has_a_validation_loss_too(train, capsys):

@@ -63,8 +63,7 @@ def run(config: StudyConfig) -> None:
     with claimed(folder) as lock:
         if not config.report:
             # Commands inherit the lock, so a training that outlives a killed study still holds it.
-            safe = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules are not taken from the current folder
-            runner.run([{"env": safe | slot, "pass_fds": lock} for slot in environments(config.parallel)])
+            runner.run([{"env": {**os.environ, **slot}, "pass_fds": lock} for slot in environments(config.parallel)])
         elif not runner.report():
             raise UserError(f"no run in {folder} is finished, so there is nothing to report")
     if config.collect:
@@ -220,7 +219,6 @@ def execute(job: PlannedJob, slot: dict, overwrite: bool = False) -> Generator[N
             sample.write()
         flags, started = {}, step in state.starts
         if step == "train" and started:
-            # A copy of the study may lack the weights.
             saved = [one for one in artifacts.checkpoints(job.folder) if (one / artifacts.CHECKPOINT_WEIGHTS).is_file()]
             flags = {"resume_from_checkpoint" if saved else "overwrite_output_dir": True}
         if step == "train" or overwrite or not started:
@@ -259,7 +257,9 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
     """Run a command with its output in an open file, yielding while it runs; return its exit code. Closing this
     generator ends the command."""
     program, *words = command
-    command = [sys.executable, *_MODULES[program], *words] if program in _MODULES else command
+    if program in _MODULES:  # PYTHONSAFEPATH: whose modules are not taken from the current folder
+        command = [sys.executable, *_MODULES[program], *words]
+        slot = {**slot, "env": {**slot.get("env", os.environ), "PYTHONSAFEPATH": "1"}}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **slot)
     try:
         while process.poll() is None:
