@@ -354,11 +354,13 @@ class _Task:
     title: Text | None = None
     labels: list[str] | None = None
     options: list[str] | None = None
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskNames:
-    """The part of a task set that reports need: names in id order, columns in table order, titles by name.
+    """The part of a task set that reports need: names in id order, columns in table order, titles and loss weights by
+    name.
 
     value: the whole set as its system writes it, ``{"tasks": [{"name", "id", "title", ...}], "columns": [...]}``.
     """
@@ -367,6 +369,7 @@ class TaskNames:
     names: list[str]
     columns: list[str]
     titles: dict[str, str]
+    weights: dict[str, float]
 
     @classmethod
     def from_json(cls, value: object, source: str = "the task set") -> "TaskNames":
@@ -383,7 +386,11 @@ class TaskNames:
         columns = reader.read(list[str] | None, value.get("columns"), f"{place}.columns") or names
         if sorted(columns) != sorted(names):
             raise reader.wrong(f"{place}.columns", columns, f"each task once: {', '.join(names)}")
-        return cls(value, names, columns, {task.name: task.title or task.name for task in tasks})
+        titles, weights = (
+            {task.name: task.title or task.name for task in tasks},
+            {task.name: task.weight for task in tasks},
+        )
+        return cls(value, names, columns, titles, weights)
 
     @staticmethod
     def require_one(found: Sequence[typing.Any], what: str) -> None:
@@ -561,16 +568,23 @@ class Results:
 
     @staticmethod
     def notes(evaluations: "Sequence[Results]") -> list[str]:
-        """Notes for readers of these results: on embedded base models, tasks without training examples, and values that
-        are hardly above the majority class."""
+        """Notes for readers of these results: on embedded base models, tasks without training examples or with several
+        loss weights, and values that are hardly above the majority class."""
         found = dict.fromkeys(each.base_model for each in evaluations if each.base_model in MODELS)
         found = [f"{name}: {MODELS[name].note}" for name in found]
         low: dict[tuple[str, ...], list[str]] = {}
+        weights: dict[str, dict[float, list[str]]] = {}
         for each in evaluations:
             found += each.untrained_notes
+            for task in each.tasks if each.method else ():
+                weights.setdefault(task, {}).setdefault(each.task_set.weights[task], []).append(each.name)
             known = {name: task for name, task in each.tasks.items() if task.majority is not None}
             names = tuple(name for name, task in known.items() if task.value <= task.majority + 2 * (task.stderr or 0))
             low.setdefault(names, []).append(each.name)
+        for task, by_weight in weights.items():
+            if len(by_weight) > 1:
+                each = "; ".join(f"{weight:g} in {', '.join(rows)}" for weight, rows in by_weight.items())
+                found.append(f"The loss of {task} had different weights in training: {each}.")
         words = "Not two standard errors above the majority class in"
         return found + [f"{words} {', '.join(tasks)}: {', '.join(rows)}." for tasks, rows in low.items() if tasks]
 

@@ -102,6 +102,14 @@ def test_a_task_that_the_adapter_never_saw_has_no_plain_score(table_of):
         assert cells[1:3] == ["+25.0 ± 4.2", "-5.0 ± 5.0 (untrained)"]
 
 
+def test_rows_of_other_loss_weights_are_noted(table_of):
+    tasks = [TWO_TASKS["tasks"][0] | {"weight": 2.5}, TWO_TASKS["tasks"][1]]
+    weighted = changed(TUNED, name="weighted", task_set={"tasks": tasks})
+    (note,) = [note for note in table_of(BASE, TUNED, weighted).notes if "weights" in note]
+    assert note == "The loss of first had different weights in training: 1 in mtl_lora; 2.5 in weighted."
+    assert not any("weights" in note for note in table_of(changed(BASE, task_set={"tasks": tasks}), TUNED).notes)
+
+
 def test_rows_of_one_name_and_protocol_have_their_folders_in_notes_too(write, capsys):
     paths = [write(TUNED, "seed0"), write(changed(TUNED, tasks__first__untrained=True), "seed1")]
     code, out, _ = run_command(capsys, "table", *paths)
