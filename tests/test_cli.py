@@ -156,6 +156,16 @@ def test_positional_arguments_switches_and_earlier_names(arguments, expected):
 def test_home_folder_is_written_as_in_a_shell(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert small("a", "--output=~/out").output == "/home/me/out" and small("a", "--output", "x~/o").output == "x~/o"
+    assert small("~/a", "--output", "~/b\\1") == Small(files=["/home/me/a"], output="/home/me/b\\1")
+
+
+def test_home_folder_is_known_before_the_system_is_chosen_by_the_checkpoint(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mtl_lora_config.json").write_text('{"provenance": {"system": "nlu"}}')
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--checkpoint=~/own", "--system", "language"])
+    assert f"{tmp_path}/own belongs to the system nlu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("word", "value"), [([], True), (["none"], None), (["False"], False)])

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 import types
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
 
     options: passed on to the command's function.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = at_home(sys.argv[1:] if arguments is None else arguments)
     with user_errors_to_exit_code():
         if not arguments or arguments[0] in _HELP:
             print(_overview("COMMAND", COMMANDS), "mtl-lora --version prints the version", sep="\n")
@@ -197,7 +198,7 @@ def parse(
     ``UserError`` for an unknown, stray, repeated, missing or wrongly typed argument. ``--help`` prints every flag with
     its meaning, unit and default, and exits.
     """
-    values = dict(defaults or {})
+    values, arguments = dict(defaults or {}), at_home(arguments)
     flags = {
         flag.name: dataclasses.replace(flag, default=values.get(flag.name, flag.default))
         for flag in config_class.flags()
@@ -224,6 +225,12 @@ def parse(
         given = {argument.partition("=")[0] for argument in arguments}
         written = next((name for name in flag.metadata.get("aliases", ()) if f"--{name}" in given), flag.name)
         raise UserError(f"--{written}{str(error).removeprefix(flag.name)}", error.field) from None
+
+
+def at_home(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with a value's first ``~/`` as the home folder: behind ``=`` shells leave it as it is."""
+    home = os.path.expanduser("~")
+    return [re.sub(r"^(--[\w-]+=|)~(?=/)", lambda found: found[1] + home, argument) for argument in arguments]
 
 
 def help_text(flags: Sequence[Flag], about: str, idle: Collection[str] = ()) -> str:
@@ -291,8 +298,7 @@ def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[st
             raise UnknownFlag(f"unknown flag --{name}{closest(name, named) or '; --help lists the flags'}", name)
         if name in raw:
             raise UserError(f"the flag --{name} is given twice")
-        value = value if equals else _value_after(flags[name], waiting, positional is not None)
-        raw[name] = os.path.expanduser(value) if value.startswith("~/") else value  # shells leave it behind "="
+        raw[name] = value if equals else _value_after(flags[name], waiting, positional is not None)
         if not raw[name] and name in _NEVER_EMPTY:
             raise UserError(f"--{name} is empty; pass a value (is a variable of the shell unset?)")
     return raw, listed

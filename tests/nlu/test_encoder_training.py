@@ -197,5 +197,5 @@ def test_heads_are_trained_further_for_the_same_tasks_alone(train, tmp_path):
     assert all(torch.allclose(after[name], tensor, atol=1e-6) for name, tensor in before.items())
     other = [LABELLED[0] | {"labels": ["glad", "sad"]}, *LABELLED[1:]]
     (tmp_path / "other.json").write_text(json.dumps({"tasks": other}))
-    with pytest.raises(UserError, match="has heads for other tasks"):
+    with pytest.raises(UserError, match="has heads for the tasks tone, closeness, place; train exactly these"):
         train("third", start_from=str(first), tasks_file=str(tmp_path / "other.json"))

@@ -275,7 +275,10 @@ class Run:
         checkpoint.require_same_method(self.adapter, found.adapter_config, folder)
         known = origin.task_set and type(self.tasks).from_json(origin.task_set, f"the task set of {folder}")
         if self.has_heads and (not known or known.answers_sha256 != self.tasks.answers_sha256):
-            raise UserError(f"--start_from {folder} has heads for other tasks than these, so only these can be trained")
+            tasks = f"the tasks {', '.join(known.names)}" if known else "tasks that it does not record"
+            raise UserError(
+                f"--start_from {folder} has heads for {tasks}; train exactly these (with their labels), or leave it out"
+            )
         if Path(folder).resolve().is_relative_to(Path(self.config.output_dir).resolve()):
             raise UserError(f"--start_from {folder} is in --output_dir, which this training writes; name another one")
         return found
