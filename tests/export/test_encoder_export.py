@@ -180,7 +180,7 @@ def test_card_of_a_peft_folder_loads_what_the_checkpoint_computes(command, encod
 
 @pytest.mark.slow(1)
 def test_card_says_what_the_outputs_mean(command, encoders, tmp_path, capsys):
-    tone, rank, _ = command("peft", checkpoint=encoders("bert", "mtl_lora"), output=tmp_path / "peft")
+    tone, rank, place = command("peft", checkpoint=encoders("bert", "mtl_lora"), output=tmp_path / "peft")
     card = (Path(tone) / "README.md").read_text()
     for fact in (
         "pipeline_tag: text-classification",
@@ -192,9 +192,11 @@ def test_card_says_what_the_outputs_mean(command, encoders, tmp_path, capsys):
         assert fact in card
     assert f"transformers {transformers.__version__}" in card and mtl_lora.__version__ in card
     assert "from 1 to 5" in (Path(rank) / "README.md").read_text()
-    for write, place in ((export_merged, "place"), (export_peft, ["place"])):
+    told = ["no training examples of this task" in (Path(each) / "README.md").read_text() for each in (rank, place)]
+    assert told == [False, True]
+    for write, names in ((export_merged, "place"), (export_peft, ["place"])):
         for overwrite in (False, True):
-            write(encoders("bert", "mtl_lora"), tmp_path / write.__name__, place, overwrite=overwrite)
+            write(encoders("bert", "mtl_lora"), tmp_path / write.__name__, names, overwrite=overwrite)
         assert capsys.readouterr().err.count("no training examples of place") == 2
 
 

@@ -338,10 +338,12 @@ def test_card_has_result_recipe_prompt_and_use(bases, checkpoint, tmp_path, monk
     assert 'base_model: "gpt2"' in model_card("maps", read_config(checkpoint), "gpt2", 3, None)
     embedded = model_card("maps", read_config(checkpoint), "minilm-l6", 3, None)
     assert "base_model:" not in embedded
-    hostile = model_card(
-        "<img src=x>", dataclasses.replace(read_config(checkpoint), library_version="<b>"), "gpt2", 3, None
-    )
+    config = dataclasses.replace(read_config(checkpoint), library_version="<b>")
+    config.provenance["train_settings"] = {"start_from": "/home/me/run", "batch_size": 7}
+    hostile = model_card("<img src=x>", config, "gpt2", 3, None)
     assert "| \\<b> |" in hostile
+    assert "| started from | another checkpoint |" in hostile and "| batch_size | 7 |" in hostile
+    assert "/home/me" not in hostile and "started from" not in card(maps)
     assert "# \\<img src=x>:" in hostile and "Result on \\<img src=x>:" in hostile
     assert MODELS["minilm-l6"].note in embedded and "BaseModel('minilm-l6').path" in embedded
 

@@ -31,7 +31,7 @@ from mtl_lora.version import __version__
 NOT_MEASURED = "not measured"
 # Training flags without a row of their own: another row states them, or they are paths on the training machine.
 _WITHOUT_ROW = {"base_model", "adapter_name", "lambda_num", "use_rslora", "template", "cutoff_len", "deepspeed"}
-_WITHOUT_ROW |= {"trust_remote_code"}
+_WITHOUT_ROW |= {"trust_remote_code", "start_from"}
 _PIPELINES = {"AutoModelForSequenceClassification": "text-classification", "AutoModelForCausalLM": "text-generation"}
 
 
@@ -124,6 +124,7 @@ def model_card(
         title, library = f"a PEFT adapter of rank {rank}{error_text(error)}", "peft"
         pair = "a low-rank pair that equals it" if error is None else "the plain LoRA of this rank closest to it"
         form = f"It is written as {pair}, so that PEFT and programs that read PEFT's format run it\nwithout task ids"
+    untrained = " The adapter had no training examples of this task." if provenance.untrained_note([task]) else ""
     measured = "" if error is None else " (of the adapter before it was truncated)"
     paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
     return f"""---
@@ -139,7 +140,7 @@ One task of an adapter trained with {method.title}{paper}.
 {form}. Written by mtl-lora {__version__} with
 transformers {transformers.__version__} from the weights with sha256 `{config.weights_sha256}`.
 
-Result on {markdown_text(task)}{measured}: {score or NOT_MEASURED}.
+Result on {markdown_text(task)}{measured}: {score or NOT_MEASURED}.{untrained}
 {_about_task(own) if own else ""}{about_base}
 ## Use
 
@@ -232,6 +233,8 @@ def _recipe(config: CheckpointConfig) -> str:
     rows |= rows.pop("hyperparameters").to_json()
     rows |= {"prompt template": provenance.prompt_template, "cutoff_len": provenance.cutoff_len}
     without_row = _WITHOUT_ROW | {flag.name for flag in hyperparameter_flags()}
+    # Not its path, which means nothing elsewhere.
+    rows["started from"] = "another checkpoint" if (provenance.train_settings or {}).get("start_from") else None
     weighted = [task for task in (provenance.task_set or {}).get("tasks", ()) if task.get("weight", 1) != 1]
     rows["loss weights"] = [f"{task['name']} {task['weight']:g}" for task in weighted]
     rows["mtl-lora of the training"] = config.library_version
