@@ -273,6 +273,7 @@ def test_a_resumed_run_saves_and_logs_as_its_own_flags_say(train):
         assert [line["step"] for line in log_lines(folder) if key in line] == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_lowest_validation_loss_is_kept_and_named(train, capsys):
     # A rate that soon makes every loss larger than the start's.
     flags = {"max_steps": 5, "save_step": 1, "save_total_limit": 1, "val_set_size": 8, "learning_rate": 30.0}
@@ -294,6 +295,7 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_kept_and_named(train, c
     assert MultiTaskTrainer.best_checkpoint.fget(trainer) == folder / "checkpoint-4", "of equal ones the first"
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_has_a_validation_loss_too(train, capsys):
     folder = train("run", max_steps=3, save_step=2, val_set_size=8)
     assert [line["step"] for line in log_lines(folder) if "eval_loss" in line] == [2, 3]
