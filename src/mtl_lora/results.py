@@ -386,11 +386,8 @@ class TaskNames:
         columns = reader.read(list[str] | None, value.get("columns"), f"{place}.columns") or names
         if sorted(columns) != sorted(names):
             raise reader.wrong(f"{place}.columns", columns, f"each task once: {', '.join(names)}")
-        titles, weights = (
-            {task.name: task.title or task.name for task in tasks},
-            {task.name: task.weight for task in tasks},
-        )
-        return cls(value, names, columns, titles, weights)
+        titles = {task.name: task.title or task.name for task in tasks}
+        return cls(value, names, columns, titles, {task.name: task.weight for task in tasks})
 
     @staticmethod
     def require_one(found: Sequence[typing.Any], what: str) -> None:
@@ -583,8 +580,8 @@ class Results:
             low.setdefault(names, []).append(each.name)
         for task, by_weight in weights.items():
             if len(by_weight) > 1:
-                each = "; ".join(f"{weight:g} in {', '.join(rows)}" for weight, rows in by_weight.items())
-                found.append(f"The loss of {task} had different weights in training: {each}.")
+                listed = "; ".join(f"{weight:g} in {', '.join(rows)}" for weight, rows in by_weight.items())
+                found.append(f"The loss of {task} had different weights in training: {listed}.")
         words = "Not two standard errors above the majority class in"
         return found + [f"{words} {', '.join(tasks)}: {', '.join(rows)}." for tasks, rows in low.items() if tasks]
 

@@ -56,10 +56,10 @@ def answer_all(
     processes.barrier()  # no process appends before all have read
     waiting = [batch for batch in evaluator.batches(questions, protocol) if any(one.key not in done for one in batch)]
     if processes.rank == 0 and (kept := len(questions) - sum(map(len, waiting))):
-        of = (
-            f"{kept:,} answers in {folder} are kept" if waiting else f"no question is asked: {folder} holds all answers"
-        )
-        print(f"{of}; pass --overwrite True to replace them", file=sys.stderr)
+        note = f"{kept:,} answers in {folder} are kept"
+        if not waiting:
+            note = f"no question is asked: {folder} holds all answers"
+        print(f"{note}; pass --overwrite True to replace them", file=sys.stderr)
     own = waiting[processes.rank :: processes.count]
     if own:
         evaluator.load()

@@ -229,17 +229,18 @@ def _answers(task: LanguageTask) -> str:
 
 def _recipe(config: CheckpointConfig) -> str:
     adapter, provenance = config.adapter_config, config.provenance_config
+    settings = provenance.train_settings or {}
     rows = {field.name: getattr(adapter, field.name) for field in dataclasses.fields(adapter)}
     rows |= rows.pop("hyperparameters").to_json()
     rows |= {"prompt template": provenance.prompt_template, "cutoff_len": provenance.cutoff_len}
     without_row = _WITHOUT_ROW | {flag.name for flag in hyperparameter_flags()}
     # Not its path, which means nothing elsewhere.
-    rows["started from"] = "another checkpoint" if (provenance.train_settings or {}).get("start_from") else None
+    rows["started from"] = "another checkpoint" if settings.get("start_from") else None
     weighted = [task for task in (provenance.task_set or {}).get("tasks", ()) if task.get("weight", 1) != 1]
     rows["loss weights"] = [f"{task['name']} {task['weight']:g}" for task in weighted]
     rows["mtl-lora of the training"] = config.library_version
     affecting = part(provenance.system, "config").TrainConfig.names_affecting("weights")
-    for name, value in (provenance.train_settings or {}).items():
+    for name, value in settings.items():
         if name in affecting and name not in without_row and not name.startswith("lora_"):
             rows[name] = value
     texts = {
