@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import proportion_error
-from mtl_lora.metrics import ERROR_RESAMPLES, METRICS, mean, metrics_for, same_text, text_f1, value_text
+from mtl_lora.metrics import ERROR_RESAMPLES, METRICS, metrics_for, same_text, text_f1, value_text
 
 few = settings(max_examples=30, deadline=None)
 LABELS = ("no", "yes")
@@ -104,7 +104,7 @@ def test_the_standard_error_is_that_of_the_mean_of_zeros_and_ones_and_never_zero
     wald, agresti_coull = (
         statistics.pstdev(map(float, values)) / math.sqrt(len(values)) for values in (outcomes, [*outcomes, 0, 0, 1, 1])
     )
-    share, error = mean(outcomes)
+    share, error = METRICS["f1"].estimate(outcomes)
     assert share == sum(outcomes) / len(outcomes)
     assert error == pytest.approx(max(wald, agresti_coull)) == pytest.approx(proportion_error(share, len(outcomes)))
     assert error > 0
@@ -297,7 +297,7 @@ def test_a_difference_over_several_pairs_is_the_mean_of_theirs_in_every_resample
 
 def test_the_error_of_scores_that_are_mostly_none_or_all_is_no_smaller_than_their_own():
     scores = [0.0, 1.0] * 20 + [0.5]  # which two zeros and two ones among them spread no more, but make more
-    assert mean(scores)[1] == pytest.approx(statistics.pstdev(scores) / math.sqrt(41))
+    assert METRICS["f1"].estimate(scores)[1] == pytest.approx(statistics.pstdev(scores) / math.sqrt(41))
 
 
 @pytest.mark.parametrize(

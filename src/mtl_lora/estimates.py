@@ -38,8 +38,7 @@ class Interval:
 
     def __post_init__(self):
         if None in (self.low, self.high) or self.high - self.low < 1e-9:
-            for key in ("low", "high"):
-                object.__setattr__(self, key, None)
+            self.__dict__.update(low=None, high=None)
 
     @property
     def center(self) -> float:

@@ -7,6 +7,7 @@ imported only where it is needed.
 
 import collections
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Answer = str | float  # a label or free text; a number for regression
 ERROR_RESAMPLES = 1000  # resamples for a standard error
 NOTHING = "–"  # a table cell without a value
-MAPS = ("classes", "saliency", "edges", "angles", "depth")  # kinds of maps, as values of ``Metric.needs``
 
 # ---- free text ----
 
@@ -158,8 +158,8 @@ class Metric:
 
     ``rows(predictions, targets, labels)`` returns the per-question inputs of the metric, ``value_of(rows)`` its value,
     ``estimate(rows)`` the value and its standard error or None, and ``difference`` the value of B minus that of A.
-    Tables show values times ``scale``: fractions in percent, others in ``unit`` with ``digits`` decimals. Of two labels
-    the last is the positive class.
+    Tables show values times ``scale``, with ``digits`` decimals, in percent or in ``unit``. Of two labels the last is
+    the positive class.
 
     title: column heading. needs: what a task must have, see ``metrics_for``. lowest, highest: range of values. parts:
     names of the two metrics whose mean this is. target: key of a prediction line with the target. key: key of a
@@ -169,19 +169,20 @@ class Metric:
 
     title: str
     needs: str
-    lowest: int = dataclasses.field(default=0, kw_only=True)
-    highest: float = dataclasses.field(default=1, kw_only=True)
-    scale: int = dataclasses.field(default=100, kw_only=True)
-    unit: str = dataclasses.field(default="", kw_only=True)
-    digits: int = dataclasses.field(default=3, kw_only=True)
-    lower_is_better: bool = dataclasses.field(default=False, kw_only=True)
-    parts: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
-    target: str = dataclasses.field(default="answer", kw_only=True)
+    _: dataclasses.KW_ONLY
+    lowest: int = 0
+    highest: float = 1
+    scale: int = 100
+    unit: str = ""
+    digits: int = 1
+    lower_is_better: bool = False
+    parts: tuple[str, ...] = ()
+    target: str = "answer"
 
     @property
     def has_written_rows(self) -> bool:
-        """Whether the prediction lines hold the rows."""
-        return self.needs in ("references", *MAPS)
+        """Whether the prediction lines hold the rows: for captions and maps."""
+        return self.needs in ("references", "classes", "saliency", "edges", "angles", "depth")
 
     def of_lines(self, lines: Sequence[Mapping], labels: Sequence[str] = (), key: str = "parsed") -> Sequence:
         """Return the rows of prediction lines. key: the lines' key of the answers."""
@@ -209,7 +210,7 @@ class Mean(Metric):
     @staticmethod
     def written(values: Sequence[float]) -> list[float]:
         """Return the rows that prediction lines hold."""
-        return list(values)
+        return list(map(float, values))
 
     @staticmethod
     def value_of(rows: Sequence[float]) -> float:
@@ -217,8 +218,20 @@ class Mean(Metric):
 
     @staticmethod
     def estimate(rows: Sequence[float]) -> tuple[float, float]:
-        """Return the value and its standard error."""
-        return mean(rows)
+        """Return the value and its standard error.
+
+        For zeros and ones the error is ``estimates.proportion_error``. For others it is the larger of the error of the
+        values and the error with 0, 0, 1, 1 added, for the same reason.
+        """
+
+        def error(values: Sequence[float]) -> float:
+            center = statistics.fmean(values)
+            return math.sqrt(math.fsum((value - center) ** 2 for value in values)) / len(values)
+
+        value = statistics.fmean(rows)  # sum rounds in another way from Python 3.12 on
+        if {*rows} <= {0, 1}:
+            return value, proportion_error(value, len(rows))
+        return value, max(error(rows), error([*rows, 0, 0, 1, 1]))
 
     def difference(
         self, pairs: Sequence[tuple[list, list]], stream: Sequence[int], resamples: int
@@ -227,23 +240,6 @@ class Mean(Metric):
         each = zip(*([y - x for x, y in zip(a, b, strict=True)] for a, b in pairs), strict=True)
         values = [statistics.fmean(of_question) for of_question in each]
         return statistics.fmean(values), bootstrap_means(values, stream, resamples)
-
-
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """Return (mean, standard error) of n values.
-
-    For zeros and ones the error is ``estimates.proportion_error``. For others it is the larger of the error of the
-    values and the error with 0, 0, 1, 1 added, for the same reason.
-    """
-
-    def error(values: Sequence[float]) -> float:
-        center = statistics.fmean(values)
-        return math.sqrt(math.fsum((value - center) ** 2 for value in values)) / len(values)
-
-    center = statistics.fmean(values)  # sum rounds in another way from Python 3.12 on
-    if {*values} <= {0, 1}:
-        return center, proportion_error(center, len(values))
-    return center, max(error(values), error([*values, 0, 0, 1, 1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,9 +253,7 @@ class Statistic(Metric):
     spread, but the value is not certain.
     """
 
-    columns: (
-        Callable[[Sequence[Answer], Sequence[Answer], Sequence[str]], Sequence] | None
-    )  # None where the prediction lines hold the rows
+    columns: Callable[..., Sequence] | None  # as ``rows`` but (c, n); None where the prediction lines hold the rows
     of_counts: "Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray]"
     key: str = "parsed"
 
@@ -430,10 +424,6 @@ def _miou(rows: "numpy.ndarray", counts: "numpy.ndarray", present: bool = False)
     return _quotient((each * (found + missed > 0)).sum(axis=1), (found + missed > 0).sum(axis=1))
 
 
-def _miou_present(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    return _miou(rows, counts, present=True)
-
-
 def _by_threshold(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     """Return the means over images of intersection over union, precision and recall, (3, R, thresholds).
 
@@ -453,16 +443,15 @@ def _max_f(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     return _quotient(2 * precision * recall, precision + recall).max(axis=1)
 
 
-def _mean_of_sums(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
-    """The mean over all pixels. Columns: the sum over an image's pixels first, the number of pixels last."""
+def _mean_of_sums(rows: "numpy.ndarray", counts: "numpy.ndarray", column: int = 0) -> "numpy.ndarray":
+    """The mean over all pixels. Columns: sums over an image's pixels (see ``column``), the number of pixels last."""
     sums = counts @ rows
-    return _quotient(sums[:, 0], sums[:, -1])
+    return _quotient(sums[:, column], sums[:, -1])
 
 
 def _root_of_squares(rows: "numpy.ndarray", counts: "numpy.ndarray") -> "numpy.ndarray":
     """The root mean square. Columns: the sum of squares last but one, the number of pixels last."""
-    sums = counts @ rows
-    return _quotient(sums[:, -2], sums[:, -1]) ** 0.5
+    return _mean_of_sums(rows, counts, -2) ** 0.5
 
 
 def _classes(predictions: Sequence[Answer], targets: Sequence[Answer], labels: Sequence[str]) -> list[list[int]]:
@@ -484,7 +473,7 @@ def _numbers(predictions: Sequence[Answer], targets: Sequence[Answer], labels: S
 
 # ---- the metrics by name ----
 
-_ERROR = {"scale": 1, "lower_is_better": True}
+_ERROR = {"scale": 1, "lower_is_better": True, "digits": 3}
 METRICS: dict[str, Metric] = {
     "accuracy": Mean("Accuracy", "words", operator.eq, "correct"),
     "exact_match": Mean("Exact match", "words", same_text, "correct"),
@@ -504,7 +493,9 @@ METRICS: dict[str, Metric] = {
     "cider": Mean("CIDEr", "references", None, "cider", highest=10, unit="times 100"),
     "bleu4": Statistic("BLEU-4", "references", None, _bleu4, "bleu4"),
     "miou": Statistic("mIoU", "classes", None, _miou, "counts"),
-    "miou_present": Statistic("mIoU of present classes", "classes", None, _miou_present, "counts"),
+    "miou_present": Statistic(
+        "mIoU of present classes", "classes", None, functools.partial(_miou, present=True), "counts"
+    ),
     "saliency_miou": Statistic("Saliency mIoU", "saliency", None, _saliency_miou, "counts"),
     "max_f": Statistic("maxF", "saliency", None, _max_f, "counts"),
     "mean_angle": Statistic(
@@ -517,7 +508,7 @@ METRICS: dict[str, Metric] = {
         "Depth RMSE", "depth", None, _root_of_squares, "counts", highest=math.inf, **_ERROR, unit="in the data's unit"
     ),
     "edge_loss": Statistic(
-        "Edge loss", "edges", None, _mean_of_sums, "counts", highest=math.inf, **_ERROR, unit="in nats", digits=5
+        "Edge loss", "edges", None, _mean_of_sums, "counts", highest=math.inf, **_ERROR | {"digits": 5}, unit="in nats"
     ),
 }
 
@@ -553,11 +544,6 @@ def range_of(metric: str) -> tuple[float, float]:
     return (low - room) * scale, (high + room) * scale
 
 
-def percent(fraction: float, signed: bool = False) -> str:
-    """A fraction in percent with one decimal, see ``_decimals``."""
-    return _decimals(100 * fraction, 1, signed)
-
-
 def _decimals(number: float, digits: int, signed: bool) -> str:
     """A number with ``digits`` decimals.
 
@@ -570,15 +556,12 @@ def _decimals(number: float, digits: int, signed: bool) -> str:
 
 
 def value_text(value: float | None, spread: float | None = None, metric: str = "accuracy", signed: bool = False) -> str:
-    """``71.2 ± 0.8``, times 100 with one decimal, or unscaled with the metric's digits; a dash for None."""
+    """``71.2 ± 0.8``, with the metric's scale and digits; a dash for None."""
     if value is None:
         return NOTHING
-    digits = METRICS[metric].digits if metric in METRICS else 2 if metric == "delta_m" else 3
-    shown, error = (
-        percent(number or 0, sign) if scale_of(metric) == 100 else _decimals(number or 0, digits, sign)
-        for number, sign in ((value, signed), (spread, False))
-    )
-    return shown if spread is None else f"{shown} ± {error}"
+    scale, digits = scale_of(metric), METRICS[metric].digits if metric in METRICS else 2 if metric == "delta_m" else 3
+    shown = _decimals(scale * value, digits, signed)
+    return shown if spread is None else f"{shown} ± {_decimals(scale * spread, digits, False)}"
 
 
 def units_text(metrics: Collection[str]) -> str:
@@ -612,19 +595,3 @@ def one_unit(metrics: Iterable[str]) -> bool:
     """Return whether values of these metrics can be averaged: all are shown times 100, or there is only one metric."""
     metrics = {*metrics}
     return len(metrics) == 1 or all(scale_of(metric) == 100 for metric in metrics)
-
-
-def delta_m(values: Mapping[str, float], baselines: Mapping[str, float], metrics: Mapping[str, str]) -> float:
-    """Percent by which a model is better than its tasks' baselines, on average over tasks.
-
-    100 / T sum_t s_t (M_t - S_t) / S_t, with s_t = -1 where lower is better (Maninis et al., arXiv 1904.08918). values
-    (M_t), baselines (S_t) and metrics are by task. Raises ``ValueError`` for tasks that differ, an unknown metric, or a
-    baseline that is not above 0.
-    """
-    if not values or values.keys() != baselines.keys() or not values.keys() <= metrics.keys():
-        raise ValueError(f"tasks of values {[*values]}, baselines {[*baselines]} and metrics {[*metrics]} differ")
-    if wrong := [task for task in values if metrics[task] not in METRICS or not baselines[task] > 0]:
-        raise ValueError(f"{wrong} have an unknown metric or a baseline that is not above 0")
-    signs = {task: -1 if METRICS[metrics[task]].lower_is_better else 1 for task in values}
-    gains = [signs[task] * (value - baselines[task]) / baselines[task] for task, value in values.items()]
-    return 100 * statistics.fmean(gains)

@@ -6,9 +6,8 @@ import json
 import reprlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
-from mtl_lora import artifacts, files
+from mtl_lora import files
 from mtl_lora.errors import UserError, within
 from mtl_lora.estimates import Difference, percentile_interval
 from mtl_lora.metrics import METRICS, Mean, one_unit, title_of
@@ -58,18 +57,13 @@ class Paired:
         return None if any(None in side for side in sides) else sides
 
 
-def predictions_path(results: Results, task: str) -> Path:
-    """The path of the predictions of one task."""
-    return results.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
-
-
 def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
     """The predictions of ``task`` that ``results`` counts, by question index.
 
     Raises ``UserError`` naming the file and line for a missing or unreadable file, a torn line, a line that lacks a
     key, a question answered twice, and predictions that do not add up to the value in the results file.
     """
-    path, score, found = predictions_path(results, task), results.tasks[task], {}
+    path, score, found = results.predictions_path(task), results.tasks[task], {}
     metric = METRICS.get(score.metric)
     if metric is None:
         raise UserError(
@@ -114,10 +108,8 @@ def read_predictions(results: Results, task: str) -> dict[int, Prediction]:
 def _rows(results: Results, task: str, predictions: Sequence[Prediction]) -> Sequence:
     """The per-question inputs of the task's metric (see ``Metric.rows``), from the written scores or the answers."""
     metric = METRICS[results.tasks[task].metric]
-    if metric.has_written_rows:
+    if metric.has_written_rows or isinstance(metric, Mean):
         return metric.written([getattr(each, metric.key) for each in predictions])
-    if isinstance(metric, Mean):
-        return [float(getattr(each, metric.key)) for each in predictions]
     sides = ([getattr(each, key) for each in predictions] for key in ("parsed", "answer"))
     with within(f"{results.path}: {task}"):
         return metric.rows(*sides, results.task_set.labels(task))
@@ -130,7 +122,7 @@ def first_answers(results: Results) -> Iterator[tuple[str, int, bool, str, str]]
     to 160 characters.
     """
     for name in results.scored:
-        path, seen = predictions_path(results, name), set()
+        path, seen = results.predictions_path(name), set()
         for text in files.read_lines(path) if path.is_file() else ():
             # Skip a broken line: these predictions are only shown as examples.
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -247,18 +247,13 @@ def measure(
     result = dataclasses.replace(result, groups=found)
     if METRICS[metric].needs == "numbers" or METRICS[metric].has_written_rows:
         return result
-    ((most_frequent, _),) = _answers(targets).most_common(1)
+    counts = collections.Counter()
+    for target in targets:  # one answer, several answers, or soft scores by answer
+        counts.update([target] if isinstance(target, str) else target)
+    ((most_frequent, _),) = counts.most_common(1)
     majority = METRICS[metric].value([most_frequent] * len(lines), targets, labels)
     predicted = dict(sorted(collections.Counter(line["parsed"] for line in lines).items()))
     return dataclasses.replace(result, majority=majority, measured=result.measured | {"predicted": predicted})
-
-
-def _answers(targets: Sequence) -> collections.Counter:
-    """Count how often each answer is right. A target is one answer, several answers, or soft scores by answer."""
-    counts = collections.Counter()
-    for target in targets:
-        counts.update([target] if isinstance(target, str) else target)
-    return counts
 
 
 def _measured(metric: str, lines: Sequence[dict], labels: Sequence[str], key: str, measured: dict) -> TaskResult:
@@ -562,6 +557,10 @@ class Results:
         """The average over the tasks with a result; None where their metrics have different units."""
         results = self.tasks.values()
         return average_of(results) if one_unit(result.metric for result in results) else None
+
+    def predictions_path(self, task: str) -> Path:
+        """The path of the predictions of one task."""
+        return self.path.parent / artifacts.PREDICTIONS / f"{task}.jsonl"
 
     @staticmethod
     def notes(evaluations: "Sequence[Results]") -> list[str]:

@@ -16,7 +16,6 @@ SUFFIXES = {".csv": "csv", ".tex": "latex", ".json": "json", ".html": "html"}
 SUFFIXES |= dict.fromkeys(("", ".md", ".markdown", ".txt"), "markdown")
 _MOST_COLUMNS = 24
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-Column = tuple[str, list[str]]  # the heading and the cells
 
 
 def markdown_text(text: str) -> str:
@@ -70,12 +69,6 @@ class TextTable:
     title: str
     header: list[str]
     rows: list[list[str]]
-
-    @classmethod
-    def of_columns(cls, title: str, columns: Sequence[Column]) -> "TextTable":
-        """Return a table from its columns."""
-        header, cells = zip(*columns, strict=True)
-        return cls(title, [*header], [[*row] for row in zip(*cells, strict=True)])
 
     def __post_init__(self):
         if len(self.header) > _MOST_COLUMNS:

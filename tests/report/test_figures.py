@@ -303,6 +303,19 @@ def test_weights_that_are_all_alike_are_no_mixture_to_draw(study, drawings, tmp_
 
 
 @pytest.mark.slow(1)
+@pytest.mark.filterwarnings("error:invalid value")
+def test_an_equal_start_has_no_correlation_with_the_trained_mixture(study, tmp_path):
+    folder = shutil.copytree(Path(study.path).parent, tmp_path / "study")
+    for path in folder.rglob("adapter_analysis.json"):
+        value = json.loads(path.read_text())
+        if start := value.get("mixture_at_start"):
+            value["mixture_at_start"] = {name: [[0.333333] * len(row) for row in rows] for name, rows in start.items()}
+            path.write_text(json.dumps(value))
+    captions = [each.caption for each in draw(Study.load(folder)) if each.name.startswith("mixture")]
+    assert captions and not any("Correlation" in caption for caption in captions)
+
+
+@pytest.mark.slow(1)
 def test_names_stand_in_figures_as_they_are_and_apart(study, write, tmp_path, capsys):
     long = [dataclasses.replace(each, name="a" * 60 + str(number)) for number, each in enumerate(study.experiments)]
     (accuracy,) = (each for each in draw(dataclasses.replace(study, experiments=long)) if each.name == "accuracy")

@@ -223,7 +223,7 @@ def test_delta_m_is_relative_to_single_task_results(tmp_path, capsys):
     assert (rows["mtlora"][-1], rows["part"][-1]) == ("+2.54", "–")
     other = write("other", [("normals", 17.97)], data={"normals": "another"})
     assert (
-        "not on the same test data: normals"
+        "not on the test data of every row: normals"
         in run_command(capsys, "table", together, "--baselines", ",".join([*alone[:3], str(other)]))[1]
     )
     fewer = write("fewer", [("normals", 17.97)], settings={"dtype": "float32"})
@@ -231,7 +231,7 @@ def test_delta_m_is_relative_to_single_task_results(tmp_path, capsys):
     value["tasks"]["normals"]["n"] = 3  # the same test set, of which fewer were asked
     fewer.write_text(json.dumps(value))
     assert (
-        "not on the same test data: normals"
+        "not on the test data of every row: normals"
         in run_command(capsys, "table", together, "--baselines", ",".join([*alone[:3], str(fewer)]))[1]
     )
     rmse = {"normals": {"metric": "rmse", "value": 17.97, "stderr": 0.01, "n": 9}}

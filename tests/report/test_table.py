@@ -25,7 +25,7 @@ from report_cases import (
 
 from mtl_lora import artifacts
 from mtl_lora.language.tasks import COMMONSENSE as COMMONSENSE_SET
-from mtl_lora.metrics import percent, value_text
+from mtl_lora.metrics import value_text
 from mtl_lora.report.load import Study
 from mtl_lora.report.table import PUBLISHED_FILE, details, published_rows, study_tables
 from mtl_lora.results import Results, Trainable, trainable_text
@@ -59,15 +59,15 @@ def test_markdown_table_is_the_expected_text_for_old_and_new_results(write, caps
         (trainable_text(Trainable(460_800, 134_515_008)), "0.46 (0.34 %)"),
         (trainable_text(Trainable(1234, 135_000_000), 6), "6 x 0.0012 (0.00091 %)"),
         (trainable_text(Trainable(0, 10)), "0.00 (0.00 %)"),
-        (percent(0.683), "68.3"),
-        (percent(1), "100.0"),
-        (percent(0.012, signed=True), "+1.2"),
-        (percent(-0.031, signed=True), "-3.1"),
-        (percent(-4e-4, signed=True), "-0.0"),  # on the other side of no difference than
-        (percent(1e-4, signed=True), "+0.0"),
-        (percent(0.0, signed=True), "0.0"),
-        (percent(-1e-17, signed=True), "0.0"),
-        (percent(-1e-4), "0.0"),
+        (value_text(0.683), "68.3"),
+        (value_text(1), "100.0"),
+        (value_text(0.012, signed=True), "+1.2"),
+        (value_text(-0.031, signed=True), "-3.1"),
+        (value_text(-4e-4, signed=True), "-0.0"),  # on the other side of no difference than
+        (value_text(1e-4, signed=True), "+0.0"),
+        (value_text(0.0, signed=True), "0.0"),
+        (value_text(-1e-17, signed=True), "0.0"),
+        (value_text(-1e-4), "0.0"),
         (value_text(-4e-4, None, "rmse", signed=True), "-0.000"),
         (value_text(0.0, 0.0, "rmse", signed=True), "0.000 ± 0.000"),
         (value_text(2.5, 0.25, "rmse"), "2.500 ± 0.250"),

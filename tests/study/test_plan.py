@@ -187,9 +187,6 @@ def test_of_equal_averages_the_search_takes_the_smaller_value_and_goes_no_furthe
     for trial, by_task in zip(plan.trials("LoRA")[0], right, strict=True):
         finish(trial.jobs[0], by_task)
     assert plan.trials("LoRA")[1] == 0.01
-    finish(plan._trial("LoRA", 0.005).jobs[0], {"boolq": "1110000000", "piqa": "1000000000"})
-    tried, _ = plan.trials("LoRA")
-    assert [trial.value for trial in tried] == [0.01, 0.02, 0.005, 0.0025], "an earlier version went beyond the tie"
 
 
 @pytest.mark.slow
@@ -271,13 +268,6 @@ def test_flag_that_a_later_version_added_did_what_its_default_does(tmp_path):
     earlier = {name: value for name, value in job.configuration.items() if name != key}
     assert key in job.configuration and job.changes(earlier) == {}
     assert job_of(tmp_path, with_flags(use_rslora=True)).changes(earlier) == {key: (False, True)}
-
-
-def test_flag_that_an_earlier_version_did_not_keep_is_not_known(tmp_path):
-    job, key = job_of(tmp_path, with_flags(reuse_prefix="always")), "train.reuse_prefix"
-    earlier = {name: value for name, value in job.configuration.items() if name != key}
-    assert job.configuration[key] == "always" and job.changes(earlier) == {}
-    assert job.changes(job_of(tmp_path, grid()).configuration) == {key: ("auto", "always")}
 
 
 @pytest.mark.slow(1)

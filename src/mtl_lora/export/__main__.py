@@ -1,4 +1,4 @@
-"""``mtl-lora export peft | merge | import-peft | import-original``, also ``python -m mtl_lora.export``."""
+"""``mtl-lora export peft | merge | import-peft | import-original``: each command is a dataclass of its flags."""
 
 import dataclasses
 import importlib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtl_lora import cli
 from mtl_lora.config import DTYPES, REQUIRED, Config, flag
-from mtl_lora.errors import UserError, user_errors_to_exit_code
+from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import COMMONSENSE, TaskSet
 
 
@@ -105,13 +105,11 @@ class ImportOriginal(Command):
 COMMANDS = {"peft": ExportPeft, "merge": ExportMerged, "import-peft": ImportPeft, "import-original": ImportOriginal}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and print the folders that it wrote; a user error is one sentence and exit code 2."""
-    with user_errors_to_exit_code():
-        command = cli.parse_one_of("export", COMMANDS, sys.argv[1:] if arguments is None else arguments)
-        if command:
-            print(*command.run(), sep="\n")
+def main(arguments: Sequence[str]) -> None:
+    """Run one export command and print the folders that it wrote; raises ``UserError`` for a user's mistake."""
+    if command := cli.parse_one_of("export", COMMANDS, arguments):
+        print(*command.run(), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(["export", *sys.argv[1:]])

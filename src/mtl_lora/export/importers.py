@@ -27,13 +27,11 @@ _READ_OR_IDLE = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode", "auto_mapping", "peft_version"),
     *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-    *("runtime_config", "ensure_weight_tying"),
+    *("runtime_config", "ensure_weight_tying", "peft_type", "task_type"),
 }
 # Options and the values with which an adapter is a plain LoRA; every other option must be off. The initialisations
 # that are not listed also change the base model's weights.
 _PLAIN = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
     "revision": ("main",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
@@ -89,7 +87,7 @@ def _read_options(folder: Path) -> dict:
     options = files.read_object(path, "the PEFT configuration")
     if options.get("peft_type") != "LORA":
         raise UserError(f"{path} does not describe a LoRA: its peft_type must be LORA")
-    if options.get("task_type") not in (None, *_PLAIN["task_type"]):
+    if options.get("task_type") not in (None, "CAUSAL_LM"):
         raise UserError(
             f"{path} has the task_type {options['task_type']!r:.99}, but only a LoRA of a causal language model can be "
             "imported; train an encoder here with mtl-lora train --system nlu"

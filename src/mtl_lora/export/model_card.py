@@ -28,7 +28,6 @@ from mtl_lora.systems import part
 from mtl_lora.text_table import code_span, markdown_text
 from mtl_lora.version import __version__
 
-NOT_MEASURED = "not measured"
 # Training flags without a row of their own: another row states them, or they are paths on the training machine.
 _WITHOUT_ROW = {"base_model", "adapter_name", "lambda_num", "use_rslora", "template", "cutoff_len", "deepspeed"}
 _WITHOUT_ROW |= {"trust_remote_code", "start_from"}
@@ -140,7 +139,7 @@ One task of an adapter trained with {method.title}{paper}.
 {form}. Written by mtl-lora {__version__} with
 transformers {transformers.__version__} from the weights with sha256 `{config.weights_sha256}`.
 
-Result on {markdown_text(task)}{measured}: {score or NOT_MEASURED}.{untrained}
+Result on {markdown_text(task)}{measured}: {score or "not measured"}.{untrained}
 {_about_task(own) if own else ""}{about_base}
 ## Use
 

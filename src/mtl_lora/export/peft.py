@@ -76,10 +76,12 @@ def export_peft(
     pad_token_id = None
     if head_tasks and getattr(plain.config.get_text_config(), "pad_token_id", None) != base.config.pad_token_id:
         pad_token_id = base.config.pad_token_id
+    # With a classifier's type PEFT also reads a head from the folder, so it is named only if one is saved.
+    kind = "SEQ_CLS" if head_tasks else task_type(config.provenance_config.base_class)
     shared = {
         "base_model_name_or_path": base_model.lasting_name,
         "modules_to_save": saved_names,
-        "task_type": _task_type(config, saved_names),
+        "task_type": kind if saved_names or kind not in ("SEQ_CLS", "TOKEN_CLS") else None,
         "target_modules": targets_for(layers, plain),
     }
     messages = config.provenance_config.untrained_note(names)
@@ -116,17 +118,6 @@ def _layers(
         about = f"PEFT would take {', '.join(lost)} for the base model's fused experts"
         raise UserError(f"{about} and drop this part of the adapter; use the merge command")
     return layers
-
-
-def _task_type(config: CheckpointConfig, saved: list[str] | None) -> str | None:
-    """Return PEFT's task type of a checkpoint with these modules saved whole, None for no type.
-
-    With a classifier's type PEFT also reads a head from the folder, so it is named only if one is saved.
-    """
-    if config.provenance_config.system == "nlu":
-        return "SEQ_CLS"
-    kind = task_type(config.provenance_config.base_class)
-    return kind if saved or kind not in ("SEQ_CLS", "TOKEN_CLS") else None
 
 
 # Names that PEFT moves to the experts' weights if a base model stacks these in one parameter.
@@ -270,7 +261,7 @@ def _write_task(
     closest plain LoRA, or None to write factors equal to the adapter; the error is then None.
     """
     tensors, settings = {f"{artifacts.PEFT_PREFIX}{name}": tensor for name, tensor in saved.items()}, {}
-    lost = whole = 0.0
+    error = None
     with torch.no_grad():
         if rank is None:
             written = {name: layer.factors(task) for name, layer in layers.items()}
@@ -280,6 +271,7 @@ def _write_task(
                 for name, layer in layers.items()
             }
             lost, whole = (sum(each[place] for each in closest.values()) for place in (1, 2))
+            error = math.sqrt(lost / whole) if whole else 0.0
             largest = max(len(pair.A) for pair, _, _ in closest.values())
             written = {name: _padded(pair, largest) for name, (pair, _, _) in closest.items()}
     for name, factors in written.items():
@@ -294,7 +286,6 @@ def _write_task(
             raise UserError(f"PEFT stores one rank and scale for all layers, but {found}; pass --as lora --rank R")
         settings = own
     folder.mkdir()
-    error = None if rank is None else math.sqrt(lost / whole) if whole else 0.0
     metadata = {"format": "pt"} | ({} if error is None else {"relative_error": f"{error:.6g}"})
     save_file(tensors, folder / artifacts.PEFT_WEIGHTS, metadata=metadata)
     # In a model that has both kinds of layers, PEFT corrects fan_in_fan_out for each layer.

@@ -21,7 +21,7 @@ from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import CAPTION, CHOICE, Task, TaskSet
 from mtl_lora.image_text.train import answer_losses
 from mtl_lora.images import find_images
-from mtl_lora.metrics import METRICS, mean, same_text, text_f1
+from mtl_lora.metrics import METRICS, same_text, text_f1
 from mtl_lora.results import Comparability, Results, TaskResult, measure
 
 SHUFFLE_SEED = 0  # for --shuffle_images
@@ -276,7 +276,7 @@ class Evaluator(evaluation.Evaluator):
             groups: dict[str, list[bool]] = {}
             for line in lines:
                 groups.setdefault(str(line["group"]), []).append(line["correct"])
-            value, error = mean([float(all(each)) for each in groups.values()])
+            value, error = METRICS["accuracy"].estimate([float(all(each)) for each in groups.values()])
             others["consistency"] = TaskResult("accuracy", value, error, len(groups))
         return dataclasses.replace(result, others=result.others | others)
 

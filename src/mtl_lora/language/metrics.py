@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import re
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mtl_lora.metrics import mean
 from mtl_lora.results import TaskResult, measure
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def task_result(task: "Task", lines: Sequence[dict]) -> TaskResult:
         lines,
         task.options,
         unparsed=_proportion_empty(lines, "parsed"),
-        **({"f1": mean([line["f1"] for line in lines])[0]} if all("f1" in line for line in lines) else {}),
+        **({"f1": statistics.fmean(line["f1"] for line in lines)} if all("f1" in line for line in lines) else {}),
     )
     return dataclasses.replace(result, others=result.others | others)
 

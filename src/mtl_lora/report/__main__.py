@@ -13,7 +13,6 @@ from mtl_lora.config import REQUIRED, Config, flag
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import RESAMPLES, SEED
 from mtl_lora.files import write_all
-from mtl_lora.predictions import predictions_path
 from mtl_lora.report import figures
 from mtl_lora.report.compare import compare
 from mtl_lora.report.load import Study, load_run
@@ -91,7 +90,7 @@ class CompareConfig(Rendered):
             way_out = "pass --mode, or the path of one results file for each"
             raise UserError(f"A has {modes[0]}, B has {modes[1]}, but a comparison is of one protocol; {way_out}")
         a, b = pairs[0] if pairs else (side[0] for side in sides)
-        predictions = [predictions_path(run, task) for run in (a, b) for task in run.tasks]
+        predictions = [run.predictions_path(task) for run in (a, b) for task in run.tasks]
         report = compare(a, b, self.seed, self.resamples, self.tasks)
         report.write(self.output, self.format, [a.path, b.path, *predictions])
 

@@ -105,8 +105,8 @@ def _numbered(names: Sequence[str]) -> list[str]:
     """Return the names, with ``_2`` and so on appended to repeated ones."""
     found: list[str] = []
     for name in names:
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        found.append(next(each for each in itertools.chain([name], numbered) if each not in found))
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        found.append(next(each for each in candidates if each not in found))
     return found
 
 
@@ -311,18 +311,19 @@ def _mixture(study: Study) -> Iterator[Drawing]:
         title = f"Mixture weights, {experiment.name}" + (f", seed {run.seed}" if run.seed is not None else "")
         caption = "Each row is a layer, from the first (top) to the last. A task's columns are its weights of the "
         caption += f"{parts} up-projections or experts, which sum to 1 (equal weights: {1 / parts:.3g}). "
-        if started:
-            pair = [np.concatenate([np.ravel(rows) for rows in each.values()]) for each in (modules, started)]
-            caption += f"Correlation with the random start: {np.corrcoef(*pair)[0, 1]:.3f}."
-        else:
+        pair = [np.concatenate([np.ravel(rows) for rows in each.values()]) for each in (modules, started) if each]
+        if not started:
             caption += _NO_START
+        elif min(map(np.ptp, pair)) > 1e-5:  # files hold six decimals
+            caption += f"Correlation with the random start: {np.corrcoef(*pair)[0, 1]:.3f}."
         height = min(max(1.0, 0.085 * max(map(len, modules.values()))), 4) + 0.6 + 0.7 * _width(labels)
         size = (min(max(2.6, 0.12 * width + 0.6), 5.5), height)
         top = max(np.nanmax(rows) for rows in modules.values())
-        shown = [(name, rows, {"cmap": "cividis", "vmin": 0, "vmax": top}) for name, rows in modules.items()]
-        change = {"cmap": "RdBu", "vmin": -top, "vmax": top}
-        for at, (name, rows) in reversed(list(enumerate(started.items(), 1))):
-            shown.insert(at, (f"{name}, change from the start", np.subtract(modules[name], rows), change))
+        shown, change = [], {"cmap": "RdBu", "vmin": -top, "vmax": top}
+        for name, rows in modules.items():
+            shown.append((name, rows, {"cmap": "cividis", "vmin": 0, "vmax": top}))
+            if started:  # of the same layers
+                shown.append((f"{name}, change from the start", np.subtract(rows, started[name]), change))
         words = f"mixture_{_slug(experiment.name)}", title, caption
         drawing, panels = _drawing(words, len(shown), size, (1.6, 0.6), 2)
         for panel, (name, rows, colours) in zip(panels, shown, strict=True):

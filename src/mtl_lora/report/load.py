@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import operator
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from mtl_lora import artifacts, files
 from mtl_lora.analysis import Analysis
 from mtl_lora.errors import UserError
 from mtl_lora.estimates import Difference, Estimate
-from mtl_lora.metrics import delta_m, one_unit
+from mtl_lora.metrics import METRICS, one_unit
 from mtl_lora.results import Reader, Results, Sample, TaskNames, TaskResult, Text, Trainable, average_of, object_of
 from mtl_lora.text_table import told_apart
 from mtl_lora.train_log import Losses, read_losses
@@ -35,23 +37,26 @@ class Summary:
 
 
 def gain_over(alone: Mapping[str, TaskResult], tasks: Mapping[str, TaskResult], names: Sequence[str]) -> float | None:
-    """Return ``metrics.delta_m`` of ``tasks`` against ``alone`` over the tasks ``names``; None if one of these lacks a
-    result, or if its result in ``alone`` is not above 0 or has an unknown metric."""
+    """Return Delta_m, by how many percent ``tasks`` are better than ``alone``, on average over the tasks ``names``.
+
+    100 / T sum_t s_t (M_t - S_t) / S_t, with M_t of ``tasks``, S_t of ``alone``, and s_t = -1 where lower is better
+    (Maninis et al., arXiv 1904.08918). None if a task lacks a result, or its S_t is not above 0 or of unknown metric.
+    """
     if not {*names} <= tasks.keys() & alone.keys():
         return None
-    if not all(alone[name].value > 0 and alone[name].has_known_metric for name in names):
+    pairs = [(tasks[name].value, alone[name]) for name in names]
+    if not all(each.value > 0 and each.has_known_metric for _, each in pairs):
         return None
-    values, baselines = ({name: side[name].value for name in names} for side in (tasks, alone))
-    return delta_m(values, baselines, {name: tasks[name].metric for name in names})
+    signs = [-1 if METRICS[each.metric].lower_is_better else 1 for _, each in pairs]
+    gains = [(value - each.value) / each.value for value, each in pairs]
+    return 100 * statistics.fmean(map(operator.mul, signs, gains))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Differences:
-    """An experiment minus its ``baseline``, by task and on average, with intervals over the questions.
-
-    over_seeds: the differences of the values, seed by seed; None for a single pair of runs. delta_m: see
-    ``metrics.delta_m``, in percent, over the seeds; None where the tasks' values have an average.
-    """
+    """An experiment minus its ``baseline``, by task and on average, with intervals over the questions. over_seeds: the
+    differences of the values, seed by seed; None for a single pair of runs. delta_m: see ``gain_over``, over the seeds;
+    None where the tasks' values have an average."""
 
     baseline: str = ""
     tasks: dict[str, Difference]

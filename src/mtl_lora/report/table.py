@@ -12,7 +12,7 @@ from mtl_lora.metrics import NOTHING, difference_text, interval_text, one_unit, 
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, gain_over
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
-from mtl_lora.text_table import Column, Report, TextTable, shortened, told_apart
+from mtl_lora.text_table import Report, TextTable, shortened, told_apart
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
 MAJORITY_LABEL, AVERAGE = "majority class", "Average"
@@ -26,7 +26,7 @@ class Row:
     """One row of a table: results by task name (``cells``, without the missing ones) and their average.
 
     kind: ``result``, ``majority``, ``published`` or ``difference``. source: where a published row was copied from.
-    delta_m: see ``metrics.delta_m``; only for results that are compared with baselines.
+    delta_m: see ``load.gain_over``; only for results that are compared with baselines.
     """
 
     name: str
@@ -57,10 +57,8 @@ class Row:
         return text + UNTRAINED * getattr(value, "untrained", False)
 
     def record(self, metrics: dict[str, str], groups: Sequence[str]) -> dict:
-        """Return the row as a CSV record: its description, then value, standard error and questions of each task.
-
-        metrics: by task. A task's columns have two words (``boolq accuracy``), so that none collides with another.
-        """
+        """Return the row as a CSV record: its description, then value, standard error and questions of each task, whose
+        columns have two words (``boolq accuracy``), so that none collides with another. metrics: by task."""
         record = {key: getattr(self, key) for key in ("name", "kind", "method", "base_model", "mode", "source")}
         record["name"] = " ".join(self.name.split())
         record |= {f"trainable_{key}": getattr(self.trainable, key, None) for key in ("adapter", "total")}
@@ -106,7 +104,7 @@ def build_table(
     rows = [*_majority_rows(results[0], own[0]), *own, *others, *last]
     metrics = dict.fromkeys(tasks) | {name: cell.metric for row in rows for name, cell in row.cells.items()}
     groups = list(dict.fromkeys(group for row in own for group in row.groups))
-    tables = [TextTable.of_columns("Results", _columns(rows, metrics, task_set, bool(baselines)))]
+    tables = [_results_table(rows, metrics, task_set, bool(baselines))]
     if groups:
         cells = [[row.name, *(row.text(row.groups.get(group)) for group in groups)] for row in (*own, *last)]
         tables.append(TextTable("Averages by group", ["Average by group", *groups], cells))
@@ -116,8 +114,8 @@ def build_table(
     return Report(tables, [row.record(metrics, groups) for row in rows], list(dict.fromkeys(notes)))
 
 
-def _columns(rows: Sequence[Row], metrics: dict[str, str], task_set: TaskNames, has_delta_m: bool) -> list[Column]:
-    """The columns of the results, in their order. metrics: by task."""
+def _results_table(rows: Sequence[Row], metrics: dict[str, str], task_set: TaskNames, has_delta_m: bool) -> TextTable:
+    """The table of all rows, made column by column. metrics: by task."""
     columns = [("Method", [row.name for row in rows]), (TRAINABLE, [trainable_text(row.trainable) for row in rows])]
     for name, metric in metrics.items():
         columns.append((task_set.title(name, metric), [row.text(row.cells.get(name)) for row in rows]))
@@ -128,7 +126,8 @@ def _columns(rows: Sequence[Row], metrics: dict[str, str], task_set: TaskNames, 
         columns.append(("Unparsed", [value_text(value) for value in unparsed]))
     if has_delta_m:
         columns.append((DELTA_M, [value_text(row.delta_m, None, "delta_m", signed=True) for row in rows]))
-    return columns
+    header, cells = zip(*columns, strict=True)
+    return TextTable("Results", [*header], [[*row] for row in zip(*cells, strict=True)])
 
 
 def _result_rows(results: Sequence[Results], baselines: Sequence[Results], tasks: Sequence[str]) -> list[Row]:
@@ -239,7 +238,7 @@ def _baseline_notes(results: Sequence[Results], baselines: Sequence[Results]) ->
     evaluated = {name for each in results for name in each.tasks}
     alone = {name: each for each in baselines for name in each.tasks if name in evaluated}
     if other := [name for name, each in alone.items() if Results.differ_in_questions([*results, each], name)]:
-        yield f"Single-task results are not on the same test data: {', '.join(other)}."
+        yield f"Single-task results are not on the test data of every row: {', '.join(other)}."
     if alone:
         names = ", ".join(f"{name} {each.name}" for name, each in alone.items())
         yield (

@@ -16,7 +16,6 @@ from mtl_lora.systems import SYSTEMS, part
 STATE = "job.json"
 # For each command of a job: what a flag must affect to be part of the job's configuration.
 _DECIDING = {"train": "weights", "evaluate": "answers"}
-_KEPT_LATE = {"train.reuse_prefix"}  # earlier versions had these flags but did not keep them in job.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class PlannedJob:
         flags = {step: self.grid.flags_of(step).flags() for step in self.flags}
         added = {f"{step}.{each.name}": each.default for step, known in flags.items() for each in known}
         free = {f"{step}.trust_remote_code" for step in self.flags}  # the base model's fingerprint is compared instead
-        keys = sorted((earlier.keys() | (now.keys() - _KEPT_LATE)) - free)
+        keys = sorted((earlier.keys() | now.keys()) - free)
         pairs = {key: (earlier.get(key, added.get(key)), now.get(key)) for key in keys}
         # Except for flags, whose keys have a dot, None means unknown: not on this machine, or not kept at that time.
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and ("." in key or None not in pair)}
@@ -204,16 +203,13 @@ class Plan:
         while all(job.is_finished for job in jobs_of(runs)):
             top = max(round(run.mean, 12) for run in runs)  # equal up to the last bits
             best, *equal = sorted(run.value for run in runs if round(run.mean, 12) == top)
-            further = search.beyond([run.value for run in runs], best)
+            further = None if equal else search.beyond([run.value for run in runs], best)
             if further is None or len(runs) == len(search.values) + search.widen:
                 return runs, best
             try:
-                trial = self._trial(name, further)
+                runs.append(self._trial(name, further))
             except UserError:  # the flag does not allow this value
                 return runs, best
-            if equal and not all(job.is_finished for job in trial.jobs):  # an earlier version went beyond a tie
-                return runs, best
-            runs.append(trial)
         return runs, None
 
     def _trial(self, name: str, value: float) -> PlannedRun:

@@ -117,8 +117,7 @@ class StudyWriter:
             seconds={step: state.seconds.get(step) for step in _STEPS},
             starts={step: state.starts.get(step) for step in _STEPS},
             steps=last_step(paths["log"]) if "log" in paths else None,
-            # In checkpoints of format 1 the provenance is called origin.
-            train_commit=(adapter.get("provenance") or adapter.get("origin") or {}).get("commit"),
+            train_commit=(adapter.get("provenance") or {}).get("commit"),
             train_data_sha256=job.data["train"].sha256["train"] if "train" in job.data else None,
             adapter_sha256=results.settings.get("adapter_sha256"),
         )
