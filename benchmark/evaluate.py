@@ -18,10 +18,9 @@ from mtl_lora.errors import user_errors_to_exit_code
 from mtl_lora.evaluation import load_questions
 from mtl_lora.language.answering import continuations
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluate import Evaluator
+from mtl_lora.language.evaluate import Evaluator, Question
 from mtl_lora.language.examples import load_examples
-from mtl_lora.language.metrics import extract_answer
-from mtl_lora.language.questions import Question
+from mtl_lora.language.tasks import extract_answer
 
 
 def main() -> None:

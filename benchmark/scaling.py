@@ -23,7 +23,8 @@ from measure import compared, count, keep, markdown_table, parser, shown, shown_
 
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError, user_errors_to_exit_code
-from mtl_lora.language.token_cache import training_rows
+from mtl_lora.language.batches import training_rows
+from mtl_lora.language.encode import Encoder
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.sampler import plan_epoch
 
@@ -117,9 +118,8 @@ def work(job: Path) -> None:
     if len(times) != config.max_steps:
         raise RuntimeError(f"{len(times)} optimiser steps were seen where {config.max_steps} were asked for")
     tokenizer, tasks = BaseModel(config.base_model).tokenizer(), config.task_set()
-    facts = row_columns(
-        training_rows(config.data_path, tokenizer, config.template, config.cutoff_len, tasks, config.cache_dir)
-    )
+    encoder = Encoder(tokenizer, config.template, config.cutoff_len, tasks)
+    facts = row_columns(training_rows(config.data_path, encoder, config.cache_dir))
     settings = facts["length"], facts["task_id"], config.batch_size * processes, config.seed
     plans = (plan_epoch(*settings, epoch) for epoch in itertools.count())
     steps = (rows for plan in plans for rows in plan if len(rows) >= processes)  # training leaves out smaller ones

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import user_errors_to_exit_code
+from mtl_lora.language.batches import training_rows
+from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training.rows import row_columns
 
 CUTOFF = 256
@@ -83,7 +84,7 @@ def first_records(data_path: str, count: int, folder: Path) -> Path:
 
 def rows_of(data_path: Path, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> datasets.Dataset:
     """Return the encoded rows, as training has them."""
-    return training_rows(data_path, tokenizer, "alpaca", CUTOFF, COMMONSENSE, cache_dir)
+    return training_rows(data_path, Encoder(tokenizer, "alpaca", CUTOFF, COMMONSENSE), cache_dir)
 
 
 def check(data_path: Path, base_model: str, cache_dir: Path) -> None:

@@ -8,7 +8,7 @@ projected to the vocabulary.
 import torch
 
 from mtl_lora import route
-from mtl_lora.language.questions import Question
+from mtl_lora.language.evaluate import Question
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
 
 SPLITS = ("train", "dev", "test")
+DEV_PART, MOST_DEV = 10, 2000  # a missing dev set is sampled from the training set: one example in 10, at most 2,000
 Examples = list[dict]
 Sets = dict[str, dict[str, Examples]]  # task name, in order of task id -> split -> examples
 Sizes = dict[str, dict[str, int]]  # task name -> split -> known number of examples
@@ -84,6 +85,35 @@ def content(*texts: str) -> frozenset[str]:
     share film reviews, with different spaces, quotation marks and capitals.
     """
     return frozenset(re.sub(r"[\W_]+", "", text.casefold()) or text for text in texts) if all(texts) else frozenset()
+
+
+def separated(sets: Sets) -> tuple[Sets, list[str]]:
+    """Return the sets, each with a dev set and without overlap between splits, and a note of what was dropped.
+
+    No training example has the ``content`` of an example in any task's dev or test set, and no dev example has that of
+    a test example. A missing dev set is sampled from the rest of the training set. Examples with an empty text are
+    dropped too.
+    """
+
+    def keyed_by_content(examples: Examples) -> list[tuple[frozenset, dict]]:
+        return [(content(*(each[key] for key in ("text", "text_b") if key in each)), each) for each in examples]
+
+    keyed = {name: {part: keyed_by_content(given) for part, given in parts.items()} for name, parts in sets.items()}
+    held = {content("")}
+    for part in reversed(SPLITS):
+        for parts in keyed.values():
+            if part not in parts:
+                rest = [pair for pair in parts["train"] if pair[0] not in held]
+                parts[part], parts["train"] = split_off(rest, min(len(rest) // DEV_PART, MOST_DEV))
+            parts[part] = [pair for pair in parts[part] if pair[0] not in held]
+        held |= {key for parts in keyed.values() for key, _ in parts[part]}
+    found = {
+        name: {part: [each for _, each in pairs] for part, pairs in parts.items()} for name, parts in keyed.items()
+    }
+    lost = {name: sum(map(len, sets[name].values())) - sum(map(len, found[name].values())) for name in sets}
+    dropped = [f"{name} {count:,}" for name, count in lost.items() if count]
+    notes = [f"dropped because their texts are empty or in a dev or test set: {', '.join(dropped)}"] if dropped else []
+    return found, notes
 
 
 def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: bytes, kept: Iterable[Path] = ()) -> str:

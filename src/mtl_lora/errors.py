@@ -23,12 +23,12 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def within(place: str) -> Iterator[None]:
+def within(place: object, then: str = ": ") -> Iterator[None]:
     """Put a place, such as a file or an example, in front of the message of a ``UserError`` raised in the block."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{place}{then}{error}") from None
 
 
 def require_package(flag: str, package: str, wanted: bool = True) -> None:

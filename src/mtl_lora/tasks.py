@@ -6,7 +6,7 @@ Each system's ``Task`` subclass adds fields, such as the answers that the task a
 import dataclasses
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mtl_lora import files
@@ -92,6 +92,14 @@ class Task:
     def extraction_key(self) -> tuple:
         """Everything about the task that its answers depend on; not its id, title, metric or weight."""
         raise NotImplementedError
+
+
+def grouped(entries: Iterable, key: Callable) -> dict[typing.Any, list]:
+    """Return the entries by ``key(entry)``, each group and the groups in the entries' order."""
+    found = {}
+    for entry in entries:
+        found.setdefault(key(entry), []).append(entry)
+    return found
 
 
 Own = typing.TypeVar("Own", bound=Task)

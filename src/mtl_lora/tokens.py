@@ -1,7 +1,7 @@
 """What a tokenizer of transformers adds to a text, and where rows of ids begin alike; for systems that cut prompts."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mtl_lora.errors import UserError
 
@@ -38,3 +38,10 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
     """Return the longest common prefix of all rows."""
     same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     return [column[0] for column in same]
+
+
+def fixed_ends(ids: list[int], above: str, below: str, tokenise: Callable) -> tuple[int, int]:
+    """Return how many ids at the start and at the end of a prompt belong to the template's texts around its middle."""
+    # With a letter next to it, white space at the boundary is tokenised as in the prompt.
+    before, after = tokenise([f"{above}a", f"a{below}"])
+    return len(common_prefix([ids, before])), len(common_prefix([ids[::-1], after[::-1]])) if below else 0

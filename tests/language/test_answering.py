@@ -23,9 +23,8 @@ from mtl_lora.language.answering import (
     takes_own_mask,
 )
 from mtl_lora.language.config import EvalConfig
-from mtl_lora.language.evaluate import Evaluator
+from mtl_lora.language.evaluate import Evaluator, Question
 from mtl_lora.language.examples import Example, load_examples
-from mtl_lora.language.questions import Question
 from mtl_lora.language.tasks import Task
 
 # ---- scores on every architecture ----

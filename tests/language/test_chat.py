@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from transformers import AddedToken
 from mtl_lora.errors import UserError
 from mtl_lora.language.answering import generate_answers
 from mtl_lora.language.encode import FREE_TEXT_RESERVE, ChatTemplate, Encoder
+from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.examples import load_examples, parse_example
-from mtl_lora.language.questions import encode_questions
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
 
 FREE = TaskSet((Task("free", 0, answer_prefix=""),))
@@ -189,7 +190,7 @@ def test_an_end_token_that_is_not_special_ends_the_text_all_the_same(chatting, t
     encoder = Encoder(tokenizer, "chat", 128, FREE)
     assert encoder.end_id == tokenizer.convert_tokens_to_ids("<|over|>")
     example = parse_example({"instruction": "Name a bird.", "output": "A wren."}, 0, "own.json", FREE, "free")
-    (question,) = encode_questions([example], FREE, encoder, "own.json")
+    (question,) = Evaluator.questions(SimpleNamespace(tasks=FREE, encoder=encoder), [example], "own.json")
 
     class Model:
         device = torch.device("cpu")
@@ -211,7 +212,7 @@ def test_instruction_and_input_are_one_message(chatting):
 @pytest.mark.slow
 def test_training_evaluation_and_prediction_use_the_template_that_the_checkpoint_holds(tiny_base, train, tmp_path):
     from mtl_lora.language import config
-    from mtl_lora.language.evaluate import Evaluator, Predictor
+    from mtl_lora.language.evaluate import Predictor
 
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)

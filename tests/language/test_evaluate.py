@@ -199,7 +199,7 @@ def test_a_checkpoint_says_how_long_its_prompts_are(trained, tmp_path, edit_json
 def test_results_name_the_latest_rules_of_extraction_that_one_of_their_tasks_needs():
     made = Evaluator.__new__(Evaluator)
     made.tasks = TaskSet((Task("free", 0), Task("mood", 1, ("happy", "sad"))))
-    assert [task.extraction for task in made.tasks] == [5, 4]
+    assert [task.extraction for task in made.tasks] == [5, 5]
     assert made.results_settings("generate") == {"extraction": 5} and made.results_settings("score") == {}
 
 

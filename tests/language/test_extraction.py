@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtl_lora.language.evaluate import Evaluator, Question
 from mtl_lora.language.examples import Example
-from mtl_lora.language.metrics import extract_answer, strict_answer, task_result
-from mtl_lora.language.questions import Question
-from mtl_lora.language.tasks import COMMONSENSE, Task
+from mtl_lora.language.tasks import COMMONSENSE, Task, extract_answer, strict_answer
 
 few = settings(max_examples=30, deadline=None)
 texts = st.text(alphabet=st.sampled_from("aenoprstuw 0123456789\n.,:"), max_size=60)
@@ -95,8 +94,7 @@ MOODS = ("negative", "very negative", "neutral")
 )
 def test_options_of_ones_own_tasks_are_found_as_whole_words_and_numbers_first_behind_the_prefix(options, text, answer):
     assert extract_answer(Task("own", 0, options), text) == answer
-    changed = options != tuple(map(str.upper, options)) and options == tuple(map(str.lower, options))
-    assert Task("own", 0, options).extraction == (4 if changed else 2)
+    assert Task("own", 0, options).extraction == 5
     assert {task.extraction for task in COMMONSENSE} == {1}
 
 
@@ -114,13 +112,13 @@ def test_options_with_signs_that_mean_something_in_a_pattern_are_found_as_they_a
 def test_a_task_of_ones_own_with_the_name_of_another_is_read_as_ones_own():
     own = Task("boolq", 0, ("no", "yes"))
     assert not own.is_matched_by_pattern and extract_answer(own, "I know: yes") == "yes"
-    assert Task("sum", 0, ("1", "2"), answer_prefix="of 1 and 2 it is ").extraction == 3
+    assert Task("sum", 0, ("1", "2"), answer_prefix="of 1 and 2 it is ").extraction == 5
 
 
 @pytest.mark.parametrize("options", [("correct", "incorrect"), ("answer", "no answer")])
 def test_options_that_the_prefix_holds_are_not_read_out_of_it(options):
     task = Task("own", 0, options)
-    assert task.extraction == 4
+    assert task.extraction == 5
     for text in ("", " unclear", " the correct answer is"):
         assert extract_answer(task, f"the correct answer is{text}") == ""
     for option in options:
@@ -155,7 +153,7 @@ def test_prefixes_that_hold_no_option_are_taken_from_texts_as_before(prefix, opt
 
 
 @pytest.mark.parametrize(
-    ("prefix", "version"), [(" Answer: ", 2), ("Answer:\n", 2), ("\nAnswer: ", 2), ("Answer: ", 1), ("", 1)]
+    ("prefix", "version"), [(" Answer: ", 5), ("Answer:\n", 5), ("\nAnswer: ", 5), ("Answer: ", 1), ("", 1)]
 )
 def test_white_space_around_a_prefix_is_no_part_of_free_text(prefix, version):
     task = Task("free", 0, answer_prefix=prefix, metric="accuracy")
@@ -216,7 +214,7 @@ def line(answer, parsed, kind=None, **more):
 
 def test_a_result_counts_right_unparsed_and_majority_answers():
     lines = [line("a", "a", "easy"), line("a", "b", "hard"), line("b", "", "hard"), line("a", "a", "easy")]
-    result = task_result(OPTIONS, lines)
+    result = Evaluator.task_result(OPTIONS, lines)
     assert (result.metric, result.value, result.stderr, result.n) == ("accuracy", 0.5, 0.25, 4)
     assert result.majority == 0.75
     assert result.measured == {"correct": 2, "unparsed": 0.25, "predicted": {"": 1, "a": 2, "b": 1}}
@@ -224,12 +222,12 @@ def test_a_result_counts_right_unparsed_and_majority_answers():
 
 
 def test_a_result_has_the_other_measures_where_every_line_has_them():
-    strict = task_result(OPTIONS, [line("a", "a", strict="a"), line("a", "a", strict="")]).others["strict"]
+    strict = Evaluator.task_result(OPTIONS, [line("a", "a", strict="a"), line("a", "a", strict="")]).others["strict"]
     assert (strict.value, strict.stderr, strict.n) == (0.5, pytest.approx(0.5 / math.sqrt(2)), 2)
     assert strict.measured == {"unparsed": 0.5}
-    scored = task_result(OPTIONS, [line("a", "b", normalised="a"), line("b", "b", normalised="a")])
+    scored = Evaluator.task_result(OPTIONS, [line("a", "b", normalised="a"), line("b", "b", normalised="a")])
     assert scored.others["acc_norm"].value == 0.5
-    assert task_result(OPTIONS, [line("a", "a")]).others == {}
+    assert Evaluator.task_result(OPTIONS, [line("a", "a")]).others == {}
 
 
 @pytest.mark.parametrize(("metric", "correct"), [("", 3), ("accuracy", 1)])
@@ -239,14 +237,14 @@ def test_right_answers_of_free_text_are_those_that_its_metric_counts(metric, cor
     for answer, text in zip(["Paris", "dog", "London"], said, strict=True):
         question = Question(task, Example("Which?", "", answer, answer, 0, 0), [], "")
         lines.append(question.line(question.answer_in(text)))
-    result = task_result(task, lines)
+    result = Evaluator.task_result(task, lines)
     assert (result.value, result.measured["correct"]) == (pytest.approx(correct / 3), correct)
 
 
 def test_a_task_names_the_metric_that_decides_its_result():
     lines = [line("red kite", "red", f1=2 / 3), line("red kite", "the red kite.", f1=1.0)]
-    result = task_result(FREE, lines)
+    result = Evaluator.task_result(FREE, lines)
     assert (result.metric, result.value) == ("exact_match", 0.5)
     assert result.measured["f1"] == pytest.approx(5 / 6)
-    result = task_result(Task("free", 0, metric="f1"), lines)
+    result = Evaluator.task_result(Task("free", 0, metric="f1"), lines)
     assert (result.metric, result.value) == ("f1", pytest.approx(5 / 6))

@@ -15,10 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import mtl_lora
 from mtl_lora.adapter.checkpoint import adapter_state
 from mtl_lora.adapter.layer import layer_class
-from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
+from mtl_lora.language.batches import COLUMNS, CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.language.prefix import Packer, let_attention_share, longest_pair, prefixes_to_share, task_prefixes
-from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.language.train import LanguageRun
 
 PREFIXES = {0: [5, 6, 7, 8, 9], 1: [5, 6, 7, 1, 2, 3, 4], 2: [5, 6, 7, 8, 9]}  # those of 0 and 2 are equal; 3 has none

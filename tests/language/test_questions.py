@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Evaluator, plan_batches
 from mtl_lora.language.answering import shared_prefix
+from mtl_lora.language.evaluate import Question
 from mtl_lora.language.examples import Example
-from mtl_lora.language.questions import Question
 from mtl_lora.language.tasks import COMMONSENSE
 
 few = settings(max_examples=30, deadline=None)

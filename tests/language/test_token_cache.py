@@ -14,10 +14,10 @@ from text_cases import INSTRUCTIONS, example, record
 from transformers import AutoTokenizer
 
 from mtl_lora.errors import UserError
-from mtl_lora.language import token_cache
+from mtl_lora.language import batches as token_cache
+from mtl_lora.language.batches import training_rows
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
-from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training import rows
 from mtl_lora.training.rows import row_columns, rows_sha256, shortened_note, split, tokenizer_hash
 
@@ -45,7 +45,7 @@ def rows_of(tokenizers, tmp_path):
     def make(path=None, tokenizer=None, template="alpaca", cutoff=CUTOFF, tasks=COMMONSENSE, cache=None):
         tokenizer = tokenizer or tokenizers["llama3"]
         path, cache = path or tmp_path / "train.json", cache or tmp_path / "cache"
-        return training_rows(path, tokenizer, template, cutoff, tasks, cache)
+        return training_rows(path, Encoder(tokenizer, template, cutoff, tasks), cache)
 
     return make
 
@@ -298,7 +298,7 @@ def test_a_cache_that_was_cut_off_is_made_anew(rows_of, kept, capsys, tmp_path):
 def test_the_task_of_a_file_is_given_once(tokenizers, tmp_path):
     bare = [{key: value for key, value in one.items() if key != "task_id"} for one in RECORDS[:1]]
     (tmp_path / "bare.jsonl").write_text(json.dumps(bare))
-    arguments = tmp_path / "bare.jsonl", tokenizers["gpt2"], "plain", CUTOFF, COMMONSENSE, tmp_path / "cache"
+    arguments = tmp_path / "bare.jsonl", Encoder(tokenizers["gpt2"], "plain", CUTOFF, COMMONSENSE), tmp_path / "cache"
     assert training_rows(*arguments, task="boolq")[0]["task_id"] == COMMONSENSE["boolq"].id
     with pytest.raises(UserError, match="example 0 has no field 'task_id'"):
         training_rows(*arguments)

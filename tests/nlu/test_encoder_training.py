@@ -51,7 +51,7 @@ def plain_losses(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tens
     with open(config.data_path) as opened:
         records = json.load(opened)
     tokenizer, names = AutoTokenizer.from_pretrained(base), tasks.names
-    rows = row_columns(training_rows(config.data_path, tokenizer, config.cutoff_len, tasks, config.cache_dir))
+    rows = row_columns(training_rows(config.data_path, Encoder(tokenizer, config.cutoff_len), tasks, config.cache_dir))
     sampler = LengthGroupedBatchSampler(rows["length"], rows["task_id"], config.batch_size, config.seed)
     trained = [weight for weight in [*bert.parameters(), *heads.parameters()] if weight.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
@@ -149,7 +149,7 @@ def test_rows_of_other_settings_are_not_taken_from_the_cache(encoder, glue, tmp_
     def rows(cutoff_len: int = 32, **changes):
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         tasks = TaskSet.from_json([LABELLED[0] | changes, *LABELLED[1:]])
-        return training_rows(glue / "train.json", tokenizer, cutoff_len, tasks, tmp_path)
+        return training_rows(glue / "train.json", Encoder(tokenizer, cutoff_len), tasks, tmp_path)
 
     first, swapped = rows(), rows(labels=["glad", "sad"])
     of_tone = np.array(first["task_id"]) == 0
@@ -165,7 +165,7 @@ def test_rows_of_another_tokenizer_or_task_are_not_taken_from_the_cache(encoder,
     for task, more in (("tone", []), ("place", []), ("tone", ["zebra"])):
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         tokenizer.add_tokens(more)
-        (row,) = training_rows(path, tokenizer, 32, tasks, tmp_path, task)
+        (row,) = training_rows(path, Encoder(tokenizer, 32), tasks, tmp_path, task)
         found.append((row["task_id"], row["input_ids"]))
     assert [task_id for task_id, _ in found] == [0, 2, 0] and found[0][1] == found[1][1] != found[2][1]
 
@@ -174,7 +174,7 @@ def test_numbers_of_another_range_are_not_taken_from_the_cache(encoder, glue, tm
     tokenizer, found = AutoTokenizer.from_pretrained(encoder), []
     for high in (5, 9):
         tasks = TaskSet.from_json([LABELLED[0], LABELLED[1] | {"regression": [1, high]}, LABELLED[2]])
-        rows = training_rows(glue / "train.json", tokenizer, 32, tasks, tmp_path)
+        rows = training_rows(glue / "train.json", Encoder(tokenizer, 32), tasks, tmp_path)
         found.append(np.array(rows["target"])[np.array(rows["task_id"]) == 1])
     assert found[0].any() and np.allclose(found[0], 2 * found[1])
 

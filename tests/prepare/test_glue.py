@@ -12,9 +12,10 @@ import pytest
 from shared import PROJECT, git_blob
 
 from mtl_lora import cli
+from mtl_lora.data_sets import separated
 from mtl_lora.metrics import METRICS
 from mtl_lora.nlu.prepare import MANIFEST as MANIFEST_FILE
-from mtl_lora.nlu.prepare import TASKS_FILE, TEXTS, separated
+from mtl_lora.nlu.prepare import TASKS_FILE, TEXTS
 
 MANIFEST = json.loads(MANIFEST_FILE.read_text())
 TASKS = {task["name"]: task for task in json.loads(TASKS_FILE.read_text())["tasks"]}

@@ -15,14 +15,13 @@ from mtl_lora.base_model import BaseModel, choose_attention
 from mtl_lora.export.merge import export_merged
 from mtl_lora.export.peft import export_peft
 from mtl_lora.language.answering import OptionScorer, PrefixCaches, continuations
-from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
+from mtl_lora.language.batches import COLUMNS, CheckedLosses, Collator, sharing_probe, token_losses
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.encode import TEMPLATES
 from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.examples import Example
 from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
 from mtl_lora.language.tasks import Task, TaskSet
-from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.language.train import in_language_model
 
 OPTIONS = {"tides": ("high", "low", "very low"), "maps": ("a", "b c"), "birds": ("owl", "owl owl crow"), "rivers": ()}

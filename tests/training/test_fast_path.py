@@ -12,11 +12,11 @@ from transformers import set_seed
 
 import mtl_lora
 from mtl_lora.base_model import BaseModel
-from mtl_lora.language.batches import Collator
+from mtl_lora.language.batches import Collator, training_rows
 from mtl_lora.language.config import TrainConfig
+from mtl_lora.language.encode import Encoder
 from mtl_lora.language.prefix import task_prefixes
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
@@ -75,7 +75,7 @@ def test_fifty_losses_equal_those_of_the_plain_loop(train, gathering, tiny_base,
 
     config = TrainConfig(base_model=tiny_base, dtype="fp32", **FLAGS)
     tokenizer = BaseModel(tiny_base).tokenizer()
-    rows = training_rows(records_file, tokenizer, config.template, config.cutoff_len, COMMONSENSE, cache_dir)
+    rows = training_rows(records_file, Encoder(tokenizer, config.template, config.cutoff_len, COMMONSENSE), cache_dir)
     expected, weights = plain_losses(config, rows, tokenizer, gathering)
     assert len(found) == len(expected) == STEPS
     assert found == pytest.approx(expected, rel=0, abs=1e-5)

@@ -14,9 +14,8 @@ from transformers import Trainer, TrainerState
 
 from mtl_lora import AdapterConfig, Provenance, adapter_layers, files, inject, route
 from mtl_lora.base_model import enable_checkpointing
-from mtl_lora.language.batches import IGNORED, Collator, token_losses
+from mtl_lora.language.batches import COLUMNS, IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.token_cache import COLUMNS
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 from mtl_lora.training.trainer import LossSums, MultiTaskTrainer, Progress, RankedDropout, training_arguments
 

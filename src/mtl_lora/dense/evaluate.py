@@ -29,6 +29,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.evaluation import QuestionSets
 from mtl_lora.images import find_images, open_image, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
+from mtl_lora.tasks import grouped
 
 IMAGES, GPU_IMAGES = 4, 32  # images per batch with --batch_size auto, without and with a GPU
 
@@ -117,10 +118,8 @@ class Evaluator(evaluation.Evaluator):
         size = self.config.batch_size
         if size == AUTO:
             size = GPU_IMAGES if torch.cuda.is_available() else IMAGES
-        images: dict[int, list[Question]] = {}
-        for question in sorted(questions, key=lambda question: question.index):
-            images.setdefault(question.index, []).append(question)
-        parts = list(images.values())
+        ordered = sorted(questions, key=lambda question: question.index)
+        parts = list(grouped(ordered, lambda question: question.index).values())
         return [list(itertools.chain(*parts[start : start + size])) for start in range(0, len(parts), size)]
 
     def tokens(self, question: Question, protocol: str) -> int:

@@ -15,7 +15,6 @@ from mtl_lora.evaluation.evaluator import (
     load_questions,
     not_finite,
     plan_batches,
-    result_of,
 )
 from mtl_lora.evaluation.run import Predictor, evaluate, predict
 
@@ -33,5 +32,4 @@ __all__ = [
     "not_finite",
     "plan_batches",
     "predict",
-    "result_of",
 ]

@@ -27,7 +27,7 @@ from mtl_lora.errors import UserError, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable
 from mtl_lora.systems import BASE_KINDS
-from mtl_lora.tasks import Task, TaskSet
+from mtl_lora.tasks import Task, TaskSet, grouped
 
 ADAPTER_CONFIG, BASE_CONFIG = "adapter_config_sha256", "base_config_sha256"  # in settings.json
 
@@ -46,6 +46,11 @@ class Question:
     def key(self) -> tuple[str, int]:
         """(task name, example index), which is unique within an evaluation."""
         return self.task.name, self.example.index
+
+    @property
+    def options(self) -> Sequence[str]:
+        """The answers that can be scored; empty if there are none."""
+        return self.task.labels
 
     def answered_by(self, line: Mapping | None) -> bool:
         """Return whether a prediction line, perhaps of an earlier test set, answers exactly this prompt and target."""
@@ -96,6 +101,22 @@ class Evaluator(abc.ABC):
     method_title: str | None = None
     variant: str = ""  # of an ablation; appended to the name in tables
     comparability = Comparability()
+    default_cutoff_len: int  # where neither a checkpoint nor the flags set one
+
+    def __init__(self, config: Config, base_model: str | None = None):
+        """Check the settings and read the tasks and the base model, whose name may be elsewhere than in a checkpoint.
+
+        Raises ``UserError`` for a flag that the checkpoint defines.
+        """
+        self.config = config
+        origin = self.origin = self.read_checkpoint()
+        defined = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
+        for flag, value in defined.items():
+            if value and getattr(config, flag) is not None:
+                raise UserError(f"--{flag} cannot be combined with --checkpoint: {config.checkpoint} defines it")
+        self.use_tasks(origin)
+        self.cutoff_len = origin.cutoff_len or config.cutoff_len or self.default_cutoff_len
+        self.use_base(config.base_model or base_model or origin.base_model, origin)
 
     def read_checkpoint(self) -> Provenance:
         """Set adapter and method from ``--checkpoint``, if one is passed, and return the checkpoint's provenance.
@@ -112,12 +133,6 @@ class Evaluator(abc.ABC):
             raise UserError(f"{about}; leave out --system, and the command takes the checkpoint's")
         self.method, self.method_title = layer.method, layer.title
         return provenance
-
-    def refuse_flags(self, defined: Mapping[str, object]) -> None:
-        """Raise ``UserError`` for a passed flag that the checkpoint defines. defined: its values by flag, or None."""
-        for flag, value in defined.items():
-            if value and getattr(self.config, flag) is not None:
-                raise UserError(f"--{flag} cannot be combined with --checkpoint: {self.config.checkpoint} defines it")
 
     def use_tasks(self, provenance: Provenance) -> None:
         """Set the tasks: the checkpoint's, else those of ``--tasks_file``, else the default ones.
@@ -283,9 +298,21 @@ class Evaluator(abc.ABC):
         """
         raise NotImplementedError
 
-    def result(self, question: Question, line: Mapping) -> dict:
-        """Return the result of ``predict`` for one example, from its prediction line."""
-        return result_of(question, line, question.task.labels)
+    def result(self, question: Question, line: Mapping, **shown: object) -> dict:
+        """Return the result of ``predict`` for one example, from its prediction line.
+
+        Its keys are ``index`` (the example's position in the input), the fields ``shown``, the example's extra fields
+        unless they have the name of a key of the result, ``task`` and ``answer``. Scored options add ``scores`` and
+        ``probabilities`` by option; a generated answer adds its whole ``text``.
+        """
+        example = question.example
+        extra = {key: entry for key, entry in example.extra.items() if key not in ("index", "scores", "probabilities")}
+        result = {"index": example.index, **shown, **extra, "task": question.task.name, "answer": line["parsed"]}
+        if "scores" not in line:
+            return result | {key: line[key] for key in ("text",) if key in line}
+        probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
+        both = {"scores": line["scores"], "probabilities": probabilities}
+        return result | {name: dict(zip(question.options, each, strict=True)) for name, each in both.items()}
 
     def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
         """Return the lines of all questions, with the scores that depend on the other questions of a task added."""
@@ -345,10 +372,7 @@ def plan_batches(
     number of tokens of a question.
     """
     batches = []
-    by_task: dict[int, list[Question]] = {}
-    for question in questions:
-        by_task.setdefault(question.task.id, []).append(question)
-    for rows in by_task.values():
+    for rows in grouped(questions, lambda question: question.task.id).values():
         rows.sort(key=lambda question: (-length(question), question.key))
         start = 0
         while start < len(rows):
@@ -365,23 +389,6 @@ def inputs(parse: Callable, values: Sequence[object], source: str, tasks: TaskSe
     if task is not None:
         tasks[task]  # report an unknown task as an error of the flag, not of an example
     return [parse(value, index, source, tasks, task, answered=False) for index, value in enumerate(values)]
-
-
-def result_of(question: Question, line: Mapping, labels: Sequence[str], **shown: object) -> dict:
-    """Return the result of ``predict`` for one example, from its prediction line.
-
-    Its keys are ``index`` (the example's position in the input), the fields ``shown``, the example's extra fields
-    unless they have the name of a key of the result, ``task`` and ``answer``. Scored labels add ``scores`` and
-    ``probabilities`` by label; a generated answer adds its whole ``text``.
-    """
-    example = question.example
-    extra = {key: entry for key, entry in example.extra.items() if key not in ("index", "scores", "probabilities")}
-    result = {"index": example.index, **shown, **extra, "task": question.task.name, "answer": line["parsed"]}
-    if "scores" not in line:
-        return result | {key: line[key] for key in ("text",) if key in line}
-    probabilities = torch.tensor(line["scores"], dtype=torch.float64).softmax(dim=0).tolist()
-    by_label = {"scores": line["scores"], "probabilities": probabilities}
-    return result | {name: dict(zip(labels, each, strict=True)) for name, each in by_label.items()}
 
 
 def not_finite(what: str) -> UserError:

@@ -29,6 +29,7 @@ from mtl_lora.evaluation.answers import (
 )
 from mtl_lora.evaluation.evaluator import Evaluator, Question, QuestionSets, shortened_note
 from mtl_lora.results import Results, TaskNames
+from mtl_lora.tasks import grouped
 from mtl_lora.version import __version__, checkout_commit
 
 
@@ -129,9 +130,7 @@ def gather(evaluator: Evaluator, folder: str, asked: QuestionSets) -> dict[tuple
 def collect(evaluator: Evaluator, protocol: str, asked: QuestionSets, lines: Mapping[tuple[str, int], dict]) -> Results:
     """Return the results: what was measured, and everything needed to trace and repeat it."""
     config, adapter = evaluator.config, evaluator.adapter
-    by_task: dict[str, list[Question]] = {}
-    for question in asked.questions:
-        by_task.setdefault(question.task.name, []).append(question)
+    by_task = grouped(asked.questions, lambda question: question.task.name)
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     tasks = {
         name: evaluator.task_result(part[0].task, [lines[question.key] for question in part])

@@ -17,7 +17,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.image_text.examples import Example, load_examples
 from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.image_text.tasks import BY_TOKEN, Task, TaskSet
-from mtl_lora.tokens import added_ids, common_prefix, control_ids, refuse_control
+from mtl_lora.tokens import added_ids, control_ids, fixed_ends, refuse_control
 from mtl_lora.training.rows import cached_rows, padded, tokenizer_hash
 
 # Increase it when the encoding of examples changes, so that caches of an older version are not read.
@@ -127,11 +127,7 @@ class Encoder:
         room = most - len(self.before) - len(self.behind)
         if len(ids) <= room:
             return ids
-        before, _, behind = texts
-        # The letter next to them makes white space at their edge tokenise as it does in the prompt.
-        opening, closing = self._ids([f"{before}a", f"a{behind}"])
-        head = len(common_prefix([ids, opening]))
-        tail = len(common_prefix([ids[::-1], closing[::-1]])) if behind else 0
+        head, tail = fixed_ends(ids, texts[0], texts[2], self._ids)
         if room - head - tail < LEAST_TEXT:
             raise UserError(
                 f"example {example.index}: {most} tokens leave no room for a text besides the {head + tail} of the "

@@ -23,6 +23,7 @@ from mtl_lora.image_text.train import answer_losses
 from mtl_lora.images import find_images
 from mtl_lora.metrics import METRICS, same_text, text_f1
 from mtl_lora.results import Comparability, Results, TaskResult, measure
+from mtl_lora.tasks import grouped
 
 SHUFFLE_SEED = 0  # for --shuffle_images
 
@@ -67,19 +68,14 @@ class Question(evaluation.Question):
 class Evaluator(evaluation.Evaluator):
     """A language model with images and its tasks; raises ``UserError`` for bad settings before loading the model."""
 
-    system, version = "image_text", 1
+    system, version, default_cutoff_len = "image_text", 1, TrainConfig.cutoff_len
     comparability = Comparability(["mode", "base_fingerprint", "cutoff_len", "images"])
     page: tuple[list[Question], dict]  # the questions that --page shows, and their pictures; set by ``run``
 
     def __init__(self, config: AnswerConfig):
         config.check_files()
-        self.config = config
-        origin = self.read_checkpoint()
-        self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
-        self.use_tasks(origin)
-        self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
-        name = config.base_model or origin.base_model
-        self.use_base(name, origin)
+        super().__init__(config)
+        name = self.base_model.name
         self.encoder = Encoder(self.base_model.tokenizer(), self.base_model.config(), self.cutoff_len, self.tasks)
         if not self.encoder.is_encoder_decoder and visual.reads_gaps(self.base_model.structure()):
             self.version = 2  # 1 had padding between images and text
@@ -87,8 +83,8 @@ class Evaluator(evaluation.Evaluator):
             raise UserError(f"--official needs an encoder-decoder such as BART, which {name!r} is not; leave it out")
         if config.official:
             self._check_first_tokens()
-        self.images = visual.visual_config(origin) if self.adapter else None
-        self.store = self._store(origin.train_settings) if config.images else None
+        self.images = visual.visual_config(self.origin) if self.adapter else None
+        self.store = self._store(self.origin.train_settings) if config.images else None
         tokens = self.images.tokens if self.images else 0
         self.collator = Collator(self.encoder, self.store, tokens)
         self.others: dict[int, dict[str, str]] = {}  # with --shuffle_images, the replacement of each image by task id
@@ -148,10 +144,8 @@ class Evaluator(evaluation.Evaluator):
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
         """Return the examples as questions; raises ``UserError`` naming the example, or the images without features."""
-        try:
+        with within(source, ", "):
             rows = self.encoder.encode(examples, answered=False)
-        except UserError as error:
-            raise UserError(f"{source}, {error}") from None
         found = []
         for example, row in zip(examples, rows, strict=True):
             if self.store and len(example.images) > self.images.images:
@@ -246,13 +240,11 @@ class Evaluator(evaluation.Evaluator):
     def result(self, question: Question, line: Mapping) -> dict:
         images = question.example.images
         image = images[0] if len(images) == 1 else list(images)
-        return evaluation.result_of(question, line, question.task.labels, image=image)
+        return super().result(question, line, image=image)
 
     def complete(self, questions: Sequence[Question], lines: Mapping[tuple[str, int], dict]) -> dict:
-        found, by_task = dict(lines), {}
-        for question in questions:
-            by_task.setdefault(question.task.name, []).append(question)
-        for part in by_task.values():
+        found = dict(lines)
+        for part in grouped(questions, lambda question: question.task.name).values():
             if part[0].task.answer == CAPTION:
                 own = [lines[question.key] for question in part]
                 rows = caption_rows([each["parsed"] for each in own], [each["answers"] for each in own], self.tokenizer)
@@ -273,10 +265,9 @@ class Evaluator(evaluation.Evaluator):
             others[other] = measure(other, lines)
             result.measured["tokenizer"] = self.tokenizer
         elif task.answer == CHOICE and all("group" in line for line in lines):
-            groups: dict[str, list[bool]] = {}
-            for line in lines:
-                groups.setdefault(str(line["group"]), []).append(line["correct"])
-            value, error = METRICS["accuracy"].estimate([float(all(each)) for each in groups.values()])
+            groups = grouped(lines, lambda line: str(line["group"]))
+            consistent = [float(all(line["correct"] for line in part)) for part in groups.values()]
+            value, error = METRICS["accuracy"].estimate(consistent)
             others["consistency"] = TaskResult("accuracy", value, error, len(groups))
         return dataclasses.replace(result, others=result.others | others)
 

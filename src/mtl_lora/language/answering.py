@@ -33,11 +33,11 @@ from transformers.cache_utils import DynamicLayer
 from mtl_lora import route
 from mtl_lora.base_model import accepts_argument, at_least_float32, cache_argument, last_logits, positions_of
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import generate
+from mtl_lora.evaluation import Question, generate
 from mtl_lora.language.batches import pad_left
 from mtl_lora.language.encode import Encoder
-from mtl_lora.language.questions import Question
 from mtl_lora.tokens import common_prefix
+from mtl_lora.training.rows import padded
 
 _LEAST_PREFIX = 8  # tokens; with a shorter shared prompt prefix, copying its cache costs more than it saves
 _ATTENTION = ("sdpa", "eager")  # implementations that accept the caller's mask, (B, 1, Q, K)
@@ -201,16 +201,13 @@ class OptionScorer:
         input_ids, mask = pad_left(contexts, pad, start)
         rows = torch.tensor([row for row, part in enumerate(options) for _ in part])
         flat = [option for part in options for option in part]
-        length = max(len(option) for option in flat) - 1
-        fed, wanted = (
-            torch.tensor([(tokens + [pad] * length)[:length] for tokens in part], dtype=torch.long)
-            for part in ([option[:-1] for option in flat], [option[1:] for option in flat])
-        )
-        real = torch.arange(length) < torch.tensor([[len(option) - 1] for option in flat])
+        # An option may have one token, which leaves nothing to feed and a tensor of no type.
+        fed, wanted = (padded(part, pad).long() for part in ([each[:-1] for each in flat], [each[1:] for each in flat]))
+        real = torch.arange(fed.shape[1]) < torch.tensor([[len(option) - 1] for option in flat])
         run = self._in_one_pass if one_pass else self._in_two_passes
         first, later = run(input_ids, mask, cache, start, torch.tensor(task_ids), rows, fed, real)
         sums = _log_probability(first[rows], torch.tensor([option[0] for option in flat], device=device))
-        if length:
+        if fed.shape[1]:
             sums += (_log_probability(later, wanted.to(device)) * real.to(device)).sum(dim=1)
         return [part.tolist() for part in torch.split(sums.cpu(), [len(part) for part in options])]
 
@@ -220,25 +217,21 @@ class OptionScorer:
     # token (N, E, V).
 
     def _in_two_passes(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
-        device, cache_name = self.model.device, cache_argument(self.model)
-        with route.use(task_ids):
-            positions = positions_of(mask)[:, start:]
-            output = _run(self.model, input_ids[:, start:], mask, positions, use_cache=True, **{cache_name: cache})
+        output = _run(self.model, task_ids, input_ids[:, start:], mask, cache=cache, use_cache=True)
         if not fed.shape[1]:
             return output.logits[:, -1], None
-        cache, whole_mask = output.get(cache_name), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
+        cache, whole_mask = output.get(cache_argument(self.model)), torch.cat([mask[rows], real.to(mask.dtype)], dim=1)
         # A recurrent or convolutional state cannot be copied to other rows, or continued by several tokens at once, and
         # a model's own kind of layer may hold more than keys and values.
         if type(cache) is not DynamicCache or any(
             hasattr(layer, "conv_states") or type(layer).__module__ != DynamicLayer.__module__ for layer in cache.layers
         ):
-            again, cached = torch.cat([input_ids[rows], fed], dim=1), {"use_cache": False}
+            again, cache = torch.cat([input_ids[rows], fed], dim=1), None
         else:
-            cache.batch_select_indices(rows.to(device))
-            again, cached = fed, {"use_cache": True, cache_name: cache}
-        with route.use(task_ids[rows]):
-            positions = positions_of(whole_mask)[:, -again.shape[1] :]
-            later = _run(self.model, again, whole_mask, positions, fed.shape[1], **cached)
+            again = fed
+            cache.batch_select_indices(rows.to(self.model.device))
+        options = {"cache": cache, "use_cache": cache is not None}
+        later = _run(self.model, task_ids[rows], again, whole_mask, fed.shape[1], **options)
         return output.logits[:, -1], later.logits[:, -fed.shape[1] :]
 
     def _in_one_pass(self, input_ids, mask, cache, start, task_ids, rows, fed, real) -> tuple:
@@ -254,42 +247,32 @@ class OptionScorer:
         depths[at] = torch.arange(fed.shape[1]).expand_as(fed)[real]
         owners[at] = torch.arange(len(fed))[:, None].expand_as(fed)[real]
         positions = torch.cat([positions_of(mask), mask.sum(dim=1, keepdim=True) + depths], dim=1)
-        visible, dtype, device = _visible(mask, owners)[:, None, start:], self.model.dtype, self.model.device
+        visible, dtype = _visible(mask, owners)[:, None, start:], self.model.dtype
         hidden = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        with route.use(task_ids):
-            logits = self.model(
-                input_ids=torch.cat([input_ids, tokens], dim=1)[:, start:].to(device),
-                attention_mask=hidden.to(device),
-                position_ids=positions[:, start:].to(device),
-                use_cache=cache is not None,
-                logits_to_keep=max(used) + 1,
-                **{cache_argument(self.model): cache},
-            ).logits
+        together = torch.cat([input_ids, tokens], dim=1)[:, start:]
+        options = {"positions": positions[:, start:], "cache": cache, "use_cache": cache is not None}
+        logits = _run(self.model, task_ids, together, hidden, max(used) + 1, **options).logits
         return logits[:, 0], logits[rows[:, None], (columns + 1).clamp(max=max(used))]
 
 
-def _positions(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument position_ids, if the model accepts it."""
-    takes = accepts_argument(type(model), "position_ids")
-    return {"position_ids": positions.to(model.device)} if takes else {}
+def _run(model: PreTrainedModel, task_ids, input_ids, mask, count: int = 1, positions=None, cache=None, **options):
+    """The output for the tokens (B, L) of the last columns, with the logits of the last ``count``.
 
-
-def _run(model: PreTrainedModel, input_ids, mask, positions, count: int = 1, **options):
-    """The output for tokens (B, L) at their positions, with the logits of the last ``count``. mask: (B, columns)."""
-    return model(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        **_positions(model, positions),
-        **last_logits(model, count),
-        **options,
-    )
+    mask: (B, columns), or of one's own with ``positions``. positions: None for those of the mask.
+    """
+    if accepts_argument(type(model), "position_ids"):
+        positions = positions_of(mask)[:, -input_ids.shape[1] :] if positions is None else positions
+        options["position_ids"] = positions.to(model.device)
+    options |= {} if cache is None else {cache_argument(model): cache}
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+    with route.use(task_ids):
+        return model(**inputs, **last_logits(model, count), **options)
 
 
 def _cached(model: PreTrainedModel, prefix: Sequence[int], task_id: int):
     """The cache that a model returns for a prompt prefix; None if it returns none."""
-    ids = torch.tensor([prefix], device=model.device)
-    with route.use(torch.tensor([task_id])):
-        return model(input_ids=ids, use_cache=True, **last_logits(model)).get(cache_argument(model))
+    ids = torch.tensor([prefix])
+    return _run(model, torch.tensor([task_id]), ids, torch.ones_like(ids), use_cache=True).get(cache_argument(model))
 
 
 def takes_own_mask(model: PreTrainedModel) -> bool:
@@ -316,15 +299,14 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
     def last(rows: list[list[int]], fill: int) -> torch.Tensor:
         """The log-probabilities behind the first row, padded with the token ``fill``."""
         input_ids, mask = pad_left(rows, fill)
-        positions, start, cache, cache_name = positions_of(mask), 0, {}, cache_argument(model)
-        with route.use(torch.tensor([task_id] * len(rows))):
-            # The last token on a cache, as in generation, where a model may count the columns of the mask otherwise.
-            # Where all layers are recurrent, it takes no mask then.
-            for end in (-1, None) if len(rows) > 1 else (None,):
-                output = _run(model, input_ids[:, start:end], mask[:, :end], positions[:, start:end], **cache)
-                found = output.get(cache_name)
-                if found is not None and not all(getattr(found, "is_linear", [False])):
-                    start, cache = -1, {cache_name: found}
+        task_ids, start, cache = torch.tensor([task_id] * len(rows)), 0, None
+        # The last token on a cache, as in generation, where a model may count the columns of the mask otherwise. Where
+        # all layers are recurrent, it takes no mask then.
+        for end in (-1, None) if len(rows) > 1 else (None,):
+            output = _run(model, task_ids, input_ids[:, start:end], mask[:, :end], cache=cache)
+            found = output.get(cache_argument(model))
+            if found is not None and not all(getattr(found, "is_linear", [False])):
+                start, cache = -1, found
         return at_least_float32(output.logits[0, -1]).log_softmax(dim=-1)
 
     padded = [tokens, tokens * 2]
@@ -339,12 +321,12 @@ def reads_padding(model: PreTrainedModel, tokens: list[int], pad: int, task_id: 
 @torch.inference_mode()
 def ignores_positions(model: PreTrainedModel, tokens: Sequence[int], task_id: int) -> bool:
     """Whether another position of the last token changes nothing, although the model accepts position ids."""
-    ids, found = torch.tensor([tokens], device=model.device), []
+    ids, found = torch.tensor([tokens]), []
     for last in (len(tokens) - 1, 0):
         positions = torch.arange(len(tokens))[None]
         positions[0, -1] = last
-        with route.use(torch.tensor([task_id])):
-            found.append(model(input_ids=ids, **_positions(model, positions), **last_logits(model)).logits[0, -1])
+        output = _run(model, torch.tensor([task_id]), ids, torch.ones_like(ids), positions=positions)
+        found.append(output.logits[0, -1])
     return torch.equal(*found)
 
 
@@ -358,18 +340,17 @@ def counts_columns(model: PreTrainedModel, tokens: Sequence[int], task_id: int) 
     """
     prefix = list(tokens[:_LEAST_PREFIX])
 
-    def last(padding: int, start: int, **cache) -> torch.Tensor:
+    def last(padding: int, start: int, cache=None) -> torch.Tensor:
         """The log-probabilities behind the prefix, ``padding`` columns and a token, computed from ``start`` on."""
         row = torch.tensor([[*prefix, *[0] * padding, prefix[0]]])
         mask = torch.tensor([[*[1] * len(prefix), *[0] * padding, 1]])
-        with route.use(torch.tensor([task_id])):
-            output = _run(model, row[:, start:], mask, positions_of(mask)[:, start:], **cache)
+        output = _run(model, torch.tensor([task_id]), row[:, start:], mask, cache=cache)
         return at_least_float32(output.logits[0, -1]).log_softmax(dim=-1)
 
     expected = last(0, 0)
     cache = _cached(model, prefix, task_id)
     try:
-        found = last(64, len(prefix), **{cache_argument(model): cache})
+        found = last(64, len(prefix), cache)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # such as a column beyond the table of positions

@@ -1,9 +1,12 @@
-"""Padded batches of examples, and the token losses of a batch, for language models."""
+"""Training examples as cached rows and padded batches, and the token losses of a batch, for language models."""
 
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
@@ -13,14 +16,57 @@ from mtl_lora import route
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import at_least_float32
+from mtl_lora.language.encode import Encoder
+from mtl_lora.language.examples import Example, load_examples
 from mtl_lora.language.prefix import Packer, forward_arguments, let_attention_share
 from mtl_lora.training.cuda_graphs import padded_length
 from mtl_lora.training.projection import logits_at
-from mtl_lora.training.rows import padded
+from mtl_lora.training.rows import cached_rows, padded, tokenizer_hash
 
 IGNORED = -100  # the label that torch's cross entropy skips
 _SIZES = 16  # the most sizes that ``supervised`` may have if batches must have few shapes
 _PROBED = 512  # the most positions whose logits are compared; those of a whole long row may not fit on a GPU
+# Incremented when the encoding of examples changes, so that caches of older versions are not read.
+_VERSION = 2
+COLUMNS = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),  # prompt, answer, EOS
+        "prompt_length": datasets.Value("int32"),
+        "length": datasets.Value("int32"),
+        "task_id": datasets.Value("int32"),
+        "removed": datasets.Value("int32"),  # prompt tokens cut
+    }
+)
+
+
+def training_rows(
+    path: str | Path, encoder: Encoder, cache_dir: str | Path, task: str | None = None, digest: str | None = None
+) -> datasets.Dataset:
+    """The encoded examples of a data file, one per row (``COLUMNS``), from the cache if it has them.
+
+    task: as for ``load_examples``. digest: the file's sha256, if it is known. Raises ``UserError`` as ``load_examples``
+    and ``Encoder.encode`` do, and for an unwritable cache folder.
+    """
+    # Options and prefix decide the room kept for an answer; a question is part of the prompt of a ``text`` example; a
+    # pattern decides whether an output passes its check.
+    shaping = [[each.name, each.options, each.answer_prefix, each.question, each.pattern] for each in encoder.tasks]
+    template = repr(getattr(encoder.template, "source", encoder.template))
+    facts = [_VERSION, encoder.cutoff_len, shaping, tokenizer_hash(encoder.tokenizer), template, task]
+
+    def encode(examples: Sequence[Example]) -> dict[str, list]:
+        rows = encoder.encode(examples)
+        ids = [np.array(row.prompt_ids + row.answer_ids, dtype=np.int32) for row in rows]
+        return {
+            "input_ids": ids,
+            "prompt_length": [len(row.prompt_ids) for row in rows],
+            "length": [len(each) for each in ids],
+            "task_id": [row.task_id for row in rows],
+            "removed": [row.removed for row in rows],
+        }
+
+    return cached_rows(
+        path, facts, COLUMNS, cache_dir, lambda: load_examples(path, encoder.tasks, task), encode, digest
+    )
 
 
 @dataclasses.dataclass
@@ -51,22 +97,15 @@ class Collator:
         input_ids = padded(ids, self.pad_token_id, length)
         hidden = ([IGNORED] * start + row[start:] for row, start in zip(ids, starts, strict=True))
         labels = padded(hidden, IGNORED, length)
-        task_ids = torch.tensor([int(row["task_id"]) for row in rows])
-        supervised = supervised_positions(labels)
-        weight = torch.tensor(float(len(supervised)))
-        batch = {"input_ids": input_ids, "labels": labels, "task_ids": task_ids}
-        batch |= {"supervised": supervised, "loss_weight": weight}
+        task_ids, supervised = torch.tensor([int(row["task_id"]) for row in rows]), supervised_positions(labels)
+        batch = {"input_ids": input_ids, "labels": labels, "task_ids": task_ids, "supervised": supervised}
+        batch["loss_weight"] = torch.tensor(float(len(supervised)))
         if self.lengths:
-            batch |= _filled(supervised, -(-input_ids.numel() // _SIZES))
+            lacking = -len(supervised) % -(-input_ids.numel() // _SIZES)
+            batch["supervised"] = torch.cat([supervised, supervised[:1].expand(lacking)])
+            batch["weights"] = F.pad(torch.ones(len(supervised)), (0, lacking))
         packed = self.packer(rows, length, supervised) if self.packer else None
         return {**batch, "packed": packed} if packed else batch
-
-
-def _filled(supervised: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-    """supervised (N,) filled up to a multiple of ``step`` with its first position, and the weights: 0 where filled."""
-    lacking = -len(supervised) % step
-    weights = F.pad(torch.ones(len(supervised)), (0, lacking))
-    return {"supervised": torch.cat([supervised, supervised[:1].expand(lacking)]), "weights": weights}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

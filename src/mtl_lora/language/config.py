@@ -15,8 +15,6 @@ from mtl_lora.language.tasks import COMMONSENSE
 from mtl_lora.systems import SYSTEMS
 from mtl_lora.training.config import TrainingConfig
 
-MODES = (*PROTOCOLS, "both")
-
 
 @dataclasses.dataclass(init=False)
 class TrainConfig(TrainingConfig):
@@ -110,7 +108,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
         "generate",
         "generate: extract the answer from generated text; score: take the likeliest option; both: run both, but "
         "score no free text",
-        choices=MODES,
+        choices=(*PROTOCOLS, "both"),
     )
 
     @property

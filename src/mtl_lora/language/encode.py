@@ -13,7 +13,7 @@ from mtl_lora.config import closest
 from mtl_lora.errors import UserError, within
 from mtl_lora.language.examples import Example
 from mtl_lora.language.tasks import Task, TaskSet
-from mtl_lora.tokens import added_ids, common_prefix, control_ids, refuse_control
+from mtl_lora.tokens import added_ids, control_ids, fixed_ends, refuse_control
 
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,7 +197,6 @@ class Encoder:
         self._answers: dict[str, list[int]] = {}
         self._chat_texts: dict[str, str] = {}  # answers as a chat template writes them
         self.reserves = {task.id: self._reserve(task) for task in tasks}
-        self._fixed: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         # A control token spelled out in a text is split as text, or EOS in an instruction would end it; a chat template
@@ -260,13 +259,7 @@ class Encoder:
         """Cut ``ids`` in the middle of the instruction to at most ``room`` tokens; ``UserError`` if too few remain."""
         if len(ids) <= room:
             return ids
-        above, _, below = parts  # the template's own text around the instruction
-        if (above, below) not in self._fixed:
-            # With a letter next to it, white space at the boundary is tokenised as in the prompt.
-            before, after = self._ids([above + "a", "a" + below])
-            self._fixed[above, below] = before, after
-        before, after = self._fixed[above, below]
-        head, tail = len(common_prefix([ids, before])), len(common_prefix([ids[::-1], after[::-1]]))
+        head, tail = fixed_ends(ids, parts[0], parts[2], self._ids)
         kept = room - head - tail
         if kept < LEAST_INSTRUCTION:
             raise UserError(

@@ -1,8 +1,10 @@
 """``mtl-lora evaluate`` and ``predict`` for language models: by generated text, by the likeliest option, or by both."""
 
 import collections
+import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,16 +12,59 @@ import safetensors
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, require_package, within
 from mtl_lora.evaluation import likeliest, load_questions
 from mtl_lora.language import answering
-from mtl_lora.language.config import PROTOCOLS, AnswerConfig, EvalConfig, PredictConfig
+from mtl_lora.language.config import PROTOCOLS, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import Example, load_examples, parse_example
-from mtl_lora.language.metrics import task_result
-from mtl_lora.language.questions import Question, encode_questions
-from mtl_lora.language.tasks import Task
-from mtl_lora.results import Results, TaskResult, Trainable
+from mtl_lora.language.tasks import Task, extract_answer, strict_answer
+from mtl_lora.metrics import same_text, text_f1
+from mtl_lora.results import Results, TaskResult, Trainable, measure
+from mtl_lora.tasks import grouped
+
+
+class Question(evaluation.Question):
+    """One example prepared for a model."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The answers that this question allows; empty for free text."""
+        return self.task.options_of(self.example.instruction)
+
+    def answer_in(self, text: str) -> dict:
+        """The answer fields of a prediction line, extracted from generated text."""
+        answer = {"parsed": extract_answer(self.task, text), "text": text}
+        if self.options:
+            return answer | {"strict": strict_answer(self.task, self.options, text)}
+        return answer | {"f1": text_f1(answer["parsed"], self.example.answer)}
+
+    def line(self, answer: Mapping) -> dict:
+        """The question's prediction line: the target as ``answer``, whether it was met, and the given answer's fields.
+
+        answer: the result of ``answer_in`` or, from scoring, ``parsed``, ``normalised`` (the length-normalised choice)
+        and ``scores``.
+        """
+        target, parsed = self.example.answer, answer["parsed"]
+        as_written = self.options or self.task.metric_name == "accuracy"
+        correct = parsed == target if as_written else same_text(parsed, target)
+        line = {"task": self.task.name, "index": self.example.index, "answer": target, "correct": correct}
+        line |= {**answer, "prompt_sha256": self.prompt_sha256}
+        if "kind" in self.example.extra:
+            line["kind"] = self.example.extra["kind"]
+        return line
+
+    def answered_by(self, line: Mapping | None) -> bool:
+        """Whether a line answers this exact prompt and target; it may come from an earlier version of the test set."""
+        expected = self.prompt_sha256, self.example.answer
+        said = line and line.get("text", line.get("parsed"))
+        return isinstance(said, str) and (line.get("prompt_sha256"), line.get("answer")) == expected
+
+    def extract_again(self, line: dict) -> dict:
+        """A line of this question, with its answer extracted again by today's rules, or kept if it was scored."""
+        if "text" in line:
+            return self.line(self.answer_in(line["text"]))
+        return self.line({key: line[key] for key in ("parsed", "normalised", "scores") if key in line})
 
 
 class Evaluator(evaluation.Evaluator):
@@ -32,24 +77,17 @@ class Evaluator(evaluation.Evaluator):
     else those of the flags.
     """
 
-    system, version = "language", 1
+    system, version, default_cutoff_len = "language", 1, TrainConfig.cutoff_len
     one_by_one = False  # True for a model whose answers padding changes
 
     def __init__(self, config: AnswerConfig):
-        self.config = config
-        origin = self.read_checkpoint()
         self.peft = PeftAdapter(config.peft) if config.peft else None
+        super().__init__(config, self.peft and self.peft.base_model)
         if self.peft:
             self.method, self.method_title = "peft_lora", "LoRA (PEFT)"
-        name = config.base_model or (self.peft.base_model if self.peft else origin.base_model)
-        known = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
-        self.refuse_flags(known)
-        self.template = origin.prompt_template or config.template or "alpaca"
-        self.cutoff_len = origin.cutoff_len or config.cutoff_len or 256
-        self.use_tasks(origin)
-        self.use_base(name, origin)
+        self.template = self.origin.prompt_template or config.template or TrainConfig.template
         tokenizer = self.base_model.tokenizer()
-        tokenizer.chat_template = origin.chat_template or tokenizer.chat_template
+        tokenizer.chat_template = self.origin.chat_template or tokenizer.chat_template
         self.encoder = Encoder(tokenizer, self.template, self.cutoff_len, self.tasks)
         self.prefixes: dict[int, list[int]] = {}
         self.caches: answering.PrefixCaches | None = None
@@ -76,9 +114,8 @@ class Evaluator(evaluation.Evaluator):
         scored = (len(each.prompt_ids) + reserves[each.task.id] for each in questions.get("score", ()))
         way_out = "a prompt and an option; pass a smaller --cutoff_len"
         self.base_model.check_positions(max(scored, default=0), way_out)
-        prompts = collections.defaultdict(list)
-        for question in itertools.chain(*questions.values()):
-            prompts[question.task.id].append(question.prompt_ids)
+        by_task = grouped(itertools.chain(*questions.values()), lambda question: question.task.id)
+        prompts = {task_id: [each.prompt_ids for each in part] for task_id, part in by_task.items()}
         self.prefixes = {task_id: answering.shared_prefix(rows) for task_id, rows in prompts.items()}
         if self.caches is not None:
             self.caches.use(self.prefixes)
@@ -99,20 +136,24 @@ class Evaluator(evaluation.Evaluator):
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
         """Encode examples as questions; raises ``UserError`` naming ``source`` and the example."""
-        return encode_questions(examples, self.tasks, self.encoder, source)
+        with within(source, ", "):
+            prompts = self.encoder.encode(examples, with_answers=False)
+        found = []
+        for example, encoded in zip(examples, prompts, strict=True):
+            digest, row = files.sha256_of(str(encoded.prompt_ids).encode()), {"removed": encoded.removed}
+            found.append(Question(self.tasks[example.task_id], example, encoded.prompt_ids, digest, row))
+        return found
 
     def to_predict(
         self, values: Sequence[object], source: str, task: str | None, mode: str | None = None
     ) -> dict[str, list[Question]]:
+        if mode not in (None, *PROTOCOLS):
+            raise UserError(f"mode must be one of {', '.join(PROTOCOLS)}, or None, not {mode!r}")
         examples = evaluation.inputs(parse_example, values, source, self.tasks, task)
-        by_protocol: dict[str, list[Question]] = {}
-        for question in self.questions(examples, source) if examples else ():
-            by_protocol.setdefault(mode or ("score" if question.options else "generate"), []).append(question)
+        found = self.questions(examples, source) if examples else []
+        by_protocol = grouped(found, lambda each: mode or ("score" if each.options else "generate"))
         self.prepare(by_protocol)
         return by_protocol
-
-    def result(self, question: Question, line: Mapping) -> dict:
-        return evaluation.result_of(question, line, question.options)
 
     @property
     def asked_tasks(self) -> Iterable[str]:
@@ -161,8 +202,25 @@ class Evaluator(evaluation.Evaluator):
         answers = [each for part in parts for each in self.in_halves(way, part, protocol)]
         return [question.line(answer) for question, answer in zip(questions, answers, strict=True)]
 
-    def task_result(self, task: Task, lines: Sequence[dict]) -> TaskResult:
-        return task_result(task, lines)
+    @staticmethod
+    def task_result(task: Task, lines: Sequence[dict]) -> TaskResult:
+        """The result of ``results.measure``, and what ``Question.line`` gives besides:
+
+        - unparsed: the proportion of texts from which no answer was extracted.
+        - strict (generated options): the metric and ``unparsed`` if the whole text must be the answer.
+        - acc_norm (scored options): the metric of the length-normalised choice.
+        - f1 (free text): the mean token F1.
+        """
+
+        def measured(key: str, **more: float) -> TaskResult:
+            unparsed = sum(line[key] == "" for line in lines) / len(lines)
+            return measure(task.metric_name, lines, task.options, key, unparsed=unparsed, **more)
+
+        f1 = {"f1": statistics.fmean(line["f1"] for line in lines)} if all("f1" in line for line in lines) else {}
+        keys = {"strict": "strict", "acc_norm": "normalised"}
+        others = {name: measured(key) for name, key in keys.items() if all(key in line for line in lines)}
+        result = measured("parsed", **f1)
+        return dataclasses.replace(result, others=result.others | others)
 
     def trainable(self) -> Trainable | None:
         if not self.peft:
@@ -178,11 +236,16 @@ class Evaluator(evaluation.Evaluator):
         return {} if protocol == "score" else {"extraction": max(task.extraction for task in self.tasks)}
 
     def finish(self, asked: evaluation.QuestionSets, results: dict[str, Results]) -> None:
-        if len(results) > 1:
-            lines = [evaluation.Predictions(self.config.protocols[protocol]).read() for protocol in results]
-            keys = [question.key for question in asked.questions if all(question.key in each for each in lines)]
-            value = agreement(keys, *lines)
-            files.write_json(Path(self.config.output_folder) / artifacts.AGREEMENT, value)
+        """Of two protocols, write the proportion of questions to which both give the same answer."""
+        if len(results) < 2:
+            return
+        first, second = (evaluation.Predictions(self.config.protocols[protocol]).read() for protocol in results)
+        keys = [question.key for question in asked.questions if question.key in first and question.key in second]
+        same = {key: first[key]["parsed"] == second[key]["parsed"] for key in keys}
+        by_task = grouped(keys, lambda key: key[0])
+        tasks = {task: sum(same[key] for key in own) / len(own) for task, own in by_task.items()}
+        value = {"tasks": tasks, "all": sum(same.values()) / len(same), "n": len(same)}
+        files.write_json(Path(self.config.output_folder) / artifacts.AGREEMENT, value)
 
     def _score(self, questions: Sequence[Question]) -> list[dict]:
         scores = self.scorer.scores(questions)
@@ -209,27 +272,11 @@ def run(config: EvalConfig) -> dict[str, Results]:
     asked = load_questions(evaluator, load_examples)
     questions = dict.fromkeys(config.protocols, asked.questions)
     if config.mode == "both":
-        free_text = {question.task.name for question in asked.questions if not question.options}
-        questions["score"] = [each for each in asked.questions if each.task.name not in free_text]
+        questions["score"] = [question for question in asked.questions if question.options]
     # If all tasks are free text, there is nothing to score.
     questions = {protocol: part for protocol, part in questions.items() if part}
     evaluator.prepare(questions)
     return evaluation.evaluate(evaluator, asked, questions)
-
-
-def agreement(
-    asked: Iterable[tuple[str, int]], first: dict[tuple[str, int], dict], second: dict[tuple[str, int], dict]
-) -> dict:
-    """The fraction of the ``asked`` questions to which two protocols give the same answer, by task and over all."""
-    by_task: dict[str, list[bool]] = {}
-    for key in asked:
-        by_task.setdefault(key[0], []).append(first[key]["parsed"] == second[key]["parsed"])
-    same = [value for values in by_task.values() for value in values]
-    return {
-        "tasks": {task: sum(values) / len(values) for task, values in by_task.items()},
-        "all": sum(same) / len(same),
-        "n": len(same),
-    }
 
 
 # ---- prediction ----
@@ -246,20 +293,10 @@ class Predictor(evaluation.Predictor):
     say how to answer (``base_model``, ``peft``, ``tasks_file``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as
     the command does. A result with scored options has their ``scores`` (log-probabilities in nats) and
     ``probabilities`` (normalised over the options); a result with generated text has ``text``.
+    ``predict(..., mode=)`` takes ``score``, ``generate``, or None: score options and generate free text.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "instruction"
-
-    def predict(
-        self, examples: Sequence[Mapping | str], task: str | None = None, mode: str | None = None
-    ) -> list[dict]:
-        """As ``evaluation.Predictor.predict``.
-
-        mode: ``score``, ``generate``, or None: score questions with options and generate for free text.
-        """
-        if mode not in (None, *PROTOCOLS):
-            raise UserError(f"mode must be one of {', '.join(PROTOCOLS)}, or None, not {mode!r}")
-        return super().predict(examples, task, mode=mode)
 
 
 def predict(config: PredictConfig) -> None:
@@ -285,11 +322,7 @@ class PeftAdapter:
             )
         if not self.weights.is_file():
             raise UserError(f"{self.folder} has no {self.weights.name}; other formats, such as .bin, are not read")
-        try:
-            import peft
-        except ImportError:
-            raise UserError("--peft needs the package peft; install it with `pip install peft`") from None
-        self._peft = peft
+        require_package("peft", "peft")
         self.base_model = self.settings.get("base_model_name_or_path") or None
         if not isinstance(self.base_model, str | None):
             raise UserError(
@@ -304,15 +337,17 @@ class PeftAdapter:
 
     def load(self, model: PreTrainedModel) -> PreTrainedModel:
         """Have PEFT load the adapter into the layers of ``model``; raises ``UserError`` if they do not match."""
+        import peft
+
         before = {name for name, _ in model.named_parameters()}
         try:
-            wrapped = self._peft.PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
+            wrapped = peft.PeftModel.from_pretrained(model, str(self.folder), torch_device="cpu")
         except (ValueError, RuntimeError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
             raise UserError(f"PEFT cannot load {self.folder} ({str(error).splitlines()[0]})") from None
         found = wrapped.get_base_model()
         # PEFT ignores tensors that have no place in the model and initialises at random what the file lacks, so the
         # names are compared here. The file may hold embeddings too.
-        needed = self._peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        needed = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         needed, all_there = (
             {name.removeprefix(artifacts.PEFT_PREFIX) for name in names} for names in (needed, wrapped.state_dict())
         )

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from mtl_lora.data_files import examples_of, label_of, refuse_slips, task_id_of, text_of
 from mtl_lora.errors import UserError
-from mtl_lora.language.metrics import extract_answer
-from mtl_lora.language.tasks import Task, TaskSet
+from mtl_lora.language.tasks import Task, TaskSet, extract_answer
 from mtl_lora.metrics import METRICS
 from mtl_lora.samples import Records
 
@@ -44,6 +43,7 @@ class Example:
 
 
 FIELDS = ("instruction", "input", "output", "answer", "task_id")
+OF_ENCODERS = ("text", "text_b", "label")
 ROLES = ("system", "user", "assistant")
 
 
@@ -67,12 +67,11 @@ def parse_example(
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object with {', '.join(FIELDS)}, not {type(value).__name__}")
     extra = {key: entry for key, entry in value.items() if key not in (*FIELDS, "task", "messages")}
-    empty = {key for key, entry in extra.items() if entry is None} - {"text", "text_b", "label"}
     value = {key: entry for key, entry in value.items() if entry is not None}  # a null means that the field is absent
     has_messages = "messages" in value
     if "text" in value and value.keys().isdisjoint({"messages", *["output", "answer"] * answered}):
         value = _from_text(value, where, tasks[task_id_of(value, where, tasks, task)], answered)
-        extra = {key: entry for key, entry in extra.items() if key in value or key in empty}
+        extra = {key: entry for key, entry in extra.items() if key in value or key not in OF_ENCODERS}
     if has_messages:
         value = _from_messages(value, where)
     elif answered and not closed and "output" not in value and "answer" in value:
@@ -83,11 +82,11 @@ def parse_example(
         needed |= {"output": not closed, "answer": closed and not has_messages}
     texts = dict.fromkeys(FIELDS[:-1], "")
     for field, required in needed.items():
-        if required and field not in value:
+        if field in value:
+            texts[field] = text_of(value[field], f"{where}: {field!r}")
+        elif required:
             hint = " (the assistant's last message)" if has_messages else ""
             raise UserError(f"{where} has no field {field!r}{hint}")
-        if required or value.get(field) is not None:
-            texts[field] = text_of(value[field], f"{where}: {field!r}")
     if not (texts["instruction"] + texts["input"]).strip():
         raise UserError(f"{where}: 'instruction' is empty")
     if needed.get("output") and not texts["output"].strip():
@@ -131,7 +130,7 @@ def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
     if answered:
         label = label_of(value, task.options, where, task.name)
         fields |= {"output": task.answer_prefix + label, "answer": label}
-    return {key: entry for key, entry in value.items() if key not in ("text", "text_b", "label")} | fields
+    return {key: entry for key, entry in value.items() if key not in OF_ENCODERS} | fields
 
 
 def _from_messages(value: dict, where: str) -> dict:

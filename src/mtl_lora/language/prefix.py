@@ -201,11 +201,12 @@ def prefixes_to_share(
         return {}, f"prompt prefixes are not shared: {type(model).__name__} does not support another attention"
     # A convolution mixes so few tokens, and a linear attention forgets so fast, that the change in losses may vanish in
     # 16-bit rounding, unseen by the check.
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
     if "linear_attention" in kinds or any(isinstance(each, torch.nn.Conv1d) for each in model.get_decoder().modules()):
         return {}, f"prompt prefixes are not shared: {type(model).__name__} mixes tokens by more than attention"
     own = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    if mode == "auto" and any([dropout, *own, getattr(model.config, "attention_dropout", 0)]):
+    if mode == "auto" and any([dropout, *own, getattr(config, "attention_dropout", 0)]):
         how = "--lora_dropout 0 is faster, and so is --reuse_prefix always, with one dropout mask for all rows"
         return {}, f"prompt prefixes are not shared, because dropout is on ({how})"
     prefixes = task_prefixes(rows)

@@ -1,15 +1,17 @@
-"""Language tasks as data: the only place that defines their names, ids, options, answer patterns and metrics.
+"""Language tasks as data: the only place that defines their names, ids, options, answer patterns and metrics; and how
+an answer is extracted from generated text.
 
 The eight commonsense tasks are the table below; any other task set is read from a JSON file with the same fields.
 """
 
 import dataclasses
+import functools
 import re
 import typing
+from collections.abc import Sequence
 
 from mtl_lora import tasks
 from mtl_lora.errors import UserError
-from mtl_lora.language.metrics import in_any_case, whole_option
 from mtl_lora.metrics import metrics_for
 
 ANSWER_PREFIX = "the correct answer is "
@@ -40,9 +42,8 @@ class Task(tasks.Task):
     def __post_init__(self):
         self.require_texts("options", "none for free text")
         super().__post_init__()
-        self.require_text("pattern")
-        self.require_text("answer_prefix")
-        self.require_text("question")
+        for field in ("pattern", "answer_prefix", "question"):
+            self.require_text(field)
         try:
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError) as error:
@@ -82,23 +83,15 @@ class Task(tasks.Task):
 
     @property
     def extraction(self) -> int:
-        """The first version of the answer extraction rules that extracts this task's answers as today's rules do.
+        """The version of the extraction rules: 1 if version 0.1.0 judged this task's answers alike, else 5.
 
-        1: a pattern's first match, or a first line. 2: options as whole words; a first line after a prefix that begins
-        with white space or contains a line break. 3: options that the prefix contains too, such as "correct" in "the
-        correct answer is". 4: lower-case options in any case; the option "a", which may also be the article. 5: free
-        text compared with more of its signs, see ``metrics.free_text_words``.
+        Since then options are whole words, a prefix of free text may have white space, and free text is compared with
+        more of its signs, see ``metrics.free_text_words``.
         """
-        if not self.options and self.metric_name in ("exact_match", "f1"):
-            return 5
-        if self.is_matched_by_pattern:
-            return 1
-        has_case = any(option != option.upper() for option in self.options)
-        if (has_case and in_any_case(self.options)) or "a" in map(str.strip, self.options):
-            return 4
         if self.options:
-            return 3 if whole_option(self.options, self.answer_prefix) else 2
-        return 2 if self.has_white_prefix else 1
+            return 1 if self.is_matched_by_pattern else 5
+        is_new = self.metric_name in ("exact_match", "f1") or (self.has_white_prefix and not self.pattern)
+        return 5 if is_new else 1
 
     @property
     def has_white_prefix(self) -> bool:
@@ -154,3 +147,86 @@ COMMONSENSE = TaskSet(
     ),
     columns=("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"),
 )
+
+
+# ---- answer extraction ----
+
+
+def extract_answer(task: Task, text: str) -> str:
+    """The answer in generated text, or ``""`` if there is none.
+
+    - A task with a pattern, or one of the eight commonsense tasks: the pattern's first match, as in LLM-Adapters.
+    - Any other task with options: the first option that occurs as a whole word or number, preferably after the answer
+      prefix.
+    - Free text without a pattern: the first line, without the answer prefix.
+    """
+    text = text.strip()
+    if task.options and not task.is_matched_by_pattern:
+        prefix = task.answer_prefix.strip()
+        if whole_option(task.options, prefix):  # an option inside the prefix is not an answer
+            before, *behind = re.split(re.escape(prefix), text, flags=re.IGNORECASE)
+            parts = [*behind, before]
+        else:
+            found = re.search(re.escape(prefix), text, re.IGNORECASE) if prefix else None
+            parts = [text[found.end() :], text] if found else [text]
+        return next(filter(None, (whole_option(task.options, part) for part in parts)), "")
+    if task.answer_pattern:
+        match = re.search(task.answer_pattern, text)
+        return match.group(0) if match else ""
+    if task.has_white_prefix:
+        text = text.removeprefix(task.answer_prefix.lstrip()).lstrip()
+    lines = text.splitlines()
+    return lines[0].removeprefix(task.answer_prefix).strip() if lines else ""
+
+
+def whole_option(options: tuple[str, ...], text: str) -> str:
+    """The option that occurs first in a text; ``""`` for none.
+
+    If all options are lower-case and have two or more letters, case is ignored, since "Yes, ..." means yes. Otherwise,
+    as with May or A, an option in exactly its own case is looked for first, and only then one in any case.
+    """
+    in_any_case = all(len(option.strip()) > 1 and option == option.lower() for option in options)
+    for pattern in _whole_options(options)[in_any_case:]:
+        if match := pattern.search(text):
+            (index,) = (int(name[1:]) for name, value in match.groupdict().items() if value is not None)
+            return options[index]
+    return ""
+
+
+# A word character that, next to an option, makes it part of a longer word; scripts without spaces are excluded.
+_LETTER = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"
+
+
+@functools.cache
+def _whole_options(options: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+    """Two patterns that match options as whole words or numbers: in exactly their case, and in any case.
+
+    The group ``o<index>`` names the option. A single letter used as a word ("A dog", "I think", "it is a cat") is not
+    matched.
+    """
+    exact, any_case = [], []
+    for index in sorted(range(len(options)), key=lambda index: -len(options[index].strip())):  # the longest first
+        option = options[index].strip()
+        letter = len(option) == 1 and option.isalpha()
+        before, after = rf"(?<!{_LETTER})", rf"(?!{_LETTER})"
+        if option[0].isalnum():
+            before += r"(?<!\w[-'’])" + (r"(?<!\d[.,:/])(?<![-.\N{MINUS SIGN}])" if option[0].isdigit() else "")
+        if option[-1].isalnum():
+            after += r"(?![-'’]\w|[+#])" + (r"(?![.,:/]\d)" if option[-1].isdigit() else "")
+        written = rf"(?P<o{index}>{re.escape(option)})"
+        exact.append(before + written + after + (r"(?! (?!is\b)[a-z])" if option in ("A", "I", "a") else ""))
+        any_case.append(before + written + after + (r"(?=\s*(?:[).:]|$))" if letter else ""))
+    return re.compile("|".join(exact)), re.compile("|".join(any_case), re.IGNORECASE)
+
+
+def strict_answer(task: Task, options: Sequence[str], text: str) -> str:
+    """The option that makes up the whole text, or ``""`` if the text is anything else.
+
+    The task's answer prefix before the option and a full stop after it are allowed. Unlike ``extract_answer`` this
+    finds no option in ``answer12``, in a denial or in a list of all options.
+    """
+    given = text.strip().removeprefix(task.answer_prefix.strip()).strip()
+    for option in options:
+        if given in (option.strip(), f"{option.strip()}."):
+            return option
+    return ""

@@ -12,10 +12,9 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import is_linear, layer_class
 from mtl_lora.adapter.targets import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.base_model import choose_attention
-from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses
-from mtl_lora.language.encode import CHAT
+from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses, training_rows
+from mtl_lora.language.encode import CHAT, Encoder
 from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
-from mtl_lora.language.token_cache import training_rows
 from mtl_lora.training.rows import row_columns
 from mtl_lora.training.run import Run, train
 
@@ -29,10 +28,9 @@ class LanguageRun(Run):
         return in_language_model(adapter, structure)
 
     def rows(self, digest: str) -> datasets.Dataset:
-        config = self.config
-        self.tokenizer = self.base.tokenizer()
-        settings = config.template, config.cutoff_len, self.tasks, config.cache_dir, config.task
-        return training_rows(config.data_path, self.tokenizer, *settings, digest)
+        config, self.tokenizer = self.config, self.base.tokenizer()
+        encoder = Encoder(self.tokenizer, config.template, config.cutoff_len, self.tasks)
+        return training_rows(config.data_path, encoder, config.cache_dir, config.task, digest)
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         config, columns = self.config, row_columns(self.train)

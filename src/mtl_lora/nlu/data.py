@@ -63,8 +63,7 @@ def target_of(example: Example, tasks: TaskSet) -> float:
 
 def training_rows(
     path: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    cutoff_len: int,
+    encoder: Encoder,
     tasks: TaskSet,
     cache_dir: str | Path,
     task: str | None = None,
@@ -75,9 +74,8 @@ def training_rows(
     task: as in ``load_examples``. digest: the file's sha256, if known. Raises ``UserError`` as ``load_examples`` does,
     and if the cache folder cannot be written.
     """
-    encoder = Encoder(tokenizer, cutoff_len)
     shaping = [(task.name, task.labels, task.regression) for task in tasks]
-    facts = ["nlu", _VERSION, cutoff_len, shaping, tokenizer_hash(tokenizer), task]
+    facts = ["nlu", _VERSION, encoder.cutoff_len, shaping, tokenizer_hash(encoder.tokenizer), task]
 
     def encode(examples: Sequence[Example]) -> dict[str, list]:
         rows = encoder.encode(examples)

@@ -16,6 +16,7 @@ from mtl_lora.nlu.data import Collator, Encoder
 from mtl_lora.nlu.examples import Example, load_examples, parse_example
 from mtl_lora.nlu.tasks import Task
 from mtl_lora.results import Comparability, Results, TaskResult, measure
+from mtl_lora.tasks import grouped
 
 
 class Question(evaluation.Question):
@@ -46,11 +47,8 @@ class Question(evaluation.Question):
 def by_length(rows: Sequence[Sequence[int]], answer: Callable[[list[int]], Iterable]) -> list:
     """Return an answer for each row of token ids: ``answer`` gets the positions of all rows of one length, so that its
     batch needs no padding, which some encoders read."""
-    groups: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(len(row), []).append(index)
     found = {}
-    for part in groups.values():
+    for part in grouped(range(len(rows)), lambda index: len(rows[index])).values():
         found |= zip(part, answer(part), strict=True)
     return [found[index] for index in range(len(rows))]
 
@@ -58,18 +56,13 @@ def by_length(rows: Sequence[Sequence[int]], answer: Callable[[list[int]], Itera
 class Evaluator(evaluation.Evaluator):
     """An encoder and its tasks; raises ``UserError`` for bad settings before loading the model."""
 
-    system, version = "nlu", 1
+    system, version, default_cutoff_len = "nlu", 1, TrainConfig.cutoff_len
     token_budget, gpu_token_budget = 4096, 131072
     comparability = Comparability(["mode", "base_fingerprint", "cutoff_len"])
 
     def __init__(self, config: AnswerConfig):
-        self.config = config
-        origin = self.read_checkpoint()
-        self.refuse_flags({"tasks_file": origin.task_set, "cutoff_len": origin.cutoff_len})
-        self.use_tasks(origin)
-        self.pairs = origin.pairs or {}
-        self.cutoff_len = origin.cutoff_len or config.cutoff_len or TrainConfig.cutoff_len
-        self.use_base(config.base_model or origin.base_model, origin)
+        super().__init__(config)
+        self.pairs = self.origin.pairs or {}
         tokenizer = self.base_model.tokenizer()
         self.encoder, self.collator = Encoder(tokenizer, self.cutoff_len), Collator(tokenizer.pad_token_id)
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mtl_lora.config import Config, closest, flag
-from mtl_lora.data_sets import Examples, Manifest, Sets, content, existing, split_off, write_sets
+from mtl_lora.data_sets import Examples, Manifest, Sets, existing, separated, write_sets
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.files import read_object, read_utf8
 from mtl_lora.nlu.tasks import Task
@@ -27,7 +27,6 @@ from mtl_lora.nlu.tasks import Task
 MANIFEST = Path(__file__).with_name("glue.json")
 TASKS_FILE = Path(__file__).with_name("glue_tasks.json")
 HUB = "nyu-mll/glue"
-DEV_PART, MOST_DEV = 10, 2000  # a missing dev set is sampled from the training set: one example in 10, at most 2,000
 # The columns with a task's texts in the hub's tables; the column "label" has the label.
 TEXTS = {
     "cola": ["sentence"],
@@ -210,32 +209,3 @@ def examples(rows: Iterable[Row], task: Task, kind: str | None = None) -> Exampl
         example |= {"label": parse(task, label, where), "task": task.name}
         found.append(example | ({"kind": kind} if kind else {}))
     return found
-
-
-def separated(sets: Sets) -> tuple[Sets, list[str]]:
-    """Return the sets, each with a dev set and without overlap between splits, and a note of what was dropped.
-
-    No training example has the ``content`` of an example in any task's dev or test set, and no dev example has that of
-    a test example. A missing dev set is sampled from the rest of the training set. Examples with an empty text are
-    dropped too.
-    """
-    found = {}
-    for name, parts in sets.items():
-        fields = ("text", "text_b")[: len(TEXTS[name])]
-        keyed = {part: [(content(*map(each.get, fields)), each) for each in given] for part, given in parts.items()}
-        found[name] = {part: [pair for pair in pairs if pair[0]] for part, pairs in keyed.items()}
-    tested = {key for parts in found.values() for key, _ in parts["test"]}
-    for parts in found.values():
-        for part in set(parts) - {"test"}:
-            parts[part] = [pair for pair in parts[part] if pair[0] not in tested]
-        if "dev" not in parts:
-            parts["dev"], parts["train"] = split_off(parts["train"], min(len(parts["train"]) // DEV_PART, MOST_DEV))
-    in_dev = {key for parts in found.values() for key, _ in parts["dev"]}
-    separate, dropped = {}, []
-    for name, parts in found.items():
-        parts["train"] = [pair for pair in parts["train"] if pair[0] not in in_dev]
-        separate[name] = {part: [example for _, example in pairs] for part, pairs in parts.items()}
-        if lost := sum(map(len, sets[name].values())) - sum(map(len, separate[name].values())):
-            dropped.append(f"{name} {lost:,}")
-    notes = [f"dropped because their texts are empty or in a dev or test set: {', '.join(dropped)}"] if dropped else []
-    return separate, notes

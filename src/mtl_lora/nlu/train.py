@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.nlu import model
-from mtl_lora.nlu.data import Collator, training_rows
+from mtl_lora.nlu.data import Collator, Encoder, training_rows
 from mtl_lora.training.run import Run, train
 
 
@@ -26,10 +26,9 @@ class EncoderRun(Run):
         return model.in_encoder(adapter, structure), []
 
     def rows(self, digest: str) -> datasets.Dataset:
-        config = self.config
-        self.tokenizer = self.base.tokenizer()
-        settings = self.tokenizer, config.cutoff_len, self.tasks, config.cache_dir, config.task
-        return training_rows(config.data_path, *settings, digest)
+        config, self.tokenizer = self.config, self.base.tokenizer()
+        encoder = Encoder(self.tokenizer, config.cutoff_len)
+        return training_rows(config.data_path, encoder, self.tasks, config.cache_dir, config.task, digest)
 
     def load_base(self) -> PreTrainedModel:
         return model.load(self.base, self.tasks, self.config.dtype, self.config.load_in_4bit)

@@ -12,6 +12,7 @@ from mtl_lora.metrics import NOTHING, difference_text, interval_text, one_unit, 
 from mtl_lora.predictions import first_answers
 from mtl_lora.report.load import Differences, Experiment, Study, gain_over
 from mtl_lora.results import Average, Results, TaskNames, TaskResult, Trainable, average_of, trainable_text
+from mtl_lora.tasks import grouped
 from mtl_lora.text_table import Report, TextTable, shortened, told_apart
 
 PUBLISHED_FILE = Path(__file__).with_name("published_commonsense.json")
@@ -319,9 +320,7 @@ def study_tables(study: Study) -> list[TextTable]:
     titles = tasks + [AVERAGE] * study.has_average
     changes = [*tasks, OVER_QUESTIONS, OVER_SEEDS] if study.compared_over_seeds else titles
     changes = changes if study.has_average else [*tasks, DELTA_M]
-    groups: dict[str, list[Experiment]] = {}
-    for experiment in study.experiments if study.scored else ():
-        groups.setdefault(experiment.group, []).append(experiment)
+    groups = grouped(study.experiments if study.scored else (), lambda experiment: experiment.group)
     for group, experiments in groups.items():
         of = f", {group}" if len(groups) > 1 else ""
         tables.append(_experiments(study, experiments, titles, f"Results{of}"))

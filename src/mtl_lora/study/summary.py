@@ -20,6 +20,7 @@ from mtl_lora.report.table import DELTA_M, OVER_QUESTIONS, OVER_SEEDS, study_rep
 from mtl_lora.results import Results, TaskNames, Trainable
 from mtl_lora.study.config import ExperimentConfig, Grid
 from mtl_lora.study.plan import Plan, PlannedJob, PlannedRun
+from mtl_lora.tasks import grouped
 from mtl_lora.text_table import markdown_text
 from mtl_lora.train_log import last_step
 
@@ -52,10 +53,9 @@ class StudyWriter:
 
     def write(self, runs: Sequence[PlannedRun]) -> None:
         """Write both files for the finished runs, of which there must be at least one."""
-        grid, plan, search, found = self.grid, self.plan, None, {}
+        grid, plan, search = self.grid, self.plan, None
         self.refused.clear()
-        for run in runs:
-            found.setdefault(run.experiment.name, []).append(run)
+        found = grouped(runs, lambda run: run.experiment.name)
         if self._searches:
             facts = {key: getattr(grid.search, key) for key in ("flag", "data_dir", "seed", "train")}
             facts |= {"questions": plan.dev.records, "dev_data_sha256": plan.dev.sha256}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mtl_lora.config import Config, flag
 from mtl_lora.data_files import read_values
-from mtl_lora.data_sets import SPLITS, Manifest, content, existing, shuffled, write_sets
+from mtl_lora.data_sets import SPLITS, Manifest, Sets, existing, separated, shuffled, write_sets
 from mtl_lora.errors import UserError
 from mtl_lora.language.tasks import Task, TaskSet
 
@@ -60,19 +60,15 @@ def run(config: Prepare) -> None:
     tasks = TaskSet.load(TASKS_FILE)
     manifest = Manifest.load(config.manifest, tasks.names, MANIFEST)
     sets = {
-        name: {part: [example(tasks[name], *pair) for pair in pairs] for part, pairs in parts.items()}
+        name: {part: [example(tasks[name], **each) for each in given] for part, given in parts.items()}
         for name, parts in read_sets(config, tasks, manifest).items()
     }
     kept = [prepared_file(config, task, part) for task in tasks for part in SPLITS] if config.prepared else []
     print(write_sets(Path(config.output_dir), sets, manifest.sizes, config.limit, TASKS_FILE.read_bytes(), kept))
 
 
-def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> dict[str, dict[str, Pairs]]:
-    """Read the splits of every task; raises ``UserError``.
-
-    Texts with the same ``content`` as a text of any task's test set are left out of all train and dev sets, and those
-    with the same ``content`` as a dev text out of all train sets.
-    """
+def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> Sets:
+    """Read the splits of every task, as ``separated`` leaves them; raises ``UserError``."""
     if config.prepared:
         existing(config.prepared)
     else:
@@ -83,13 +79,8 @@ def read_sets(config: Prepare, tasks: TaskSet, manifest: Manifest) -> dict[str, 
             parts = {part: read_prepared(prepared_file(config, task, part), task) for part in SPLITS}
         else:
             parts = split({part: read_raw(folder / raw.path, task) for part, raw in manifest.files[task.name].items()})
-        sets[task.name] = parts
-    held = set()
-    for part in reversed(SPLITS):
-        for parts in sets.values():
-            parts[part] = [pair for pair in parts[part] if content(pair[0]) not in held]
-        held |= {content(text) for parts in sets.values() for text, _ in parts[part]}
-    return sets
+        sets[task.name] = {part: [{"text": text, "label": label} for text, label in parts[part]] for part in parts}
+    return separated(sets)[0]
 
 
 def read_raw(path: Path, task: Task) -> Pairs:
