@@ -193,7 +193,7 @@ def refuse_as_gated_without_a_cause(*arguments, **options):
 
 @pytest.mark.parametrize("refuse", [refuse_as_gated, refuse_as_gated_without_a_cause])
 def test_gated_model_says_how_to_get_access(monkeypatch, refuse):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     with pytest.raises(UserError) as caught:
         BaseModel("meta-llama/Llama-2-7b-hf").load()
     text = str(caught.value)

@@ -151,8 +151,8 @@ class BaseModel:
     def structure(self, **fields) -> PreTrainedModel:
         """Build the model on the meta device: every module and shape, no memory. fields: as for ``config``."""
         config = self.config(**fields)
-        with hub_errors(self.name, self.kind):
-            return structure_of(config, self.trust_remote_code, self.kind)
+        with hub_errors(self.name, self.kind), torch.device("meta"):
+            return KINDS[self.kind].auto_class_for(config).from_config(config, trust_remote_code=self.trust_remote_code)
 
     def check_quantisation(self, training: bool = False) -> None:
         """Raise ``UserError`` for quantised weights that cannot be read here or, with ``training``, be trained on."""
@@ -389,12 +389,6 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
     both = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
     both |= {"bert-generation", "cpmant", "xlnet"}  # with a causal class only
     return config.model_type in both and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder
-
-
-def structure_of(config: PreTrainedConfig, trust_remote_code: bool = False, kind: str = "causal_lm") -> PreTrainedModel:
-    """Build a model from its configuration on the meta device."""
-    with torch.device("meta"):
-        return KINDS[kind].auto_class_for(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def quiet_deepspeed() -> None:

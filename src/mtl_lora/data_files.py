@@ -192,12 +192,12 @@ def task_id_of(value: dict, where: str, tasks: TaskSet, task: str | None) -> int
     Raises ``UserError`` if they name no known task, or different ones.
     """
     found = []
-    if "task_id" in value:
+    if value.get("task_id") is not None:
         given = whole_number(value["task_id"])
         if type(given) is not int or not 0 <= given < len(tasks):
             raise UserError(f"{where}: task_id {value['task_id']!r:.50} is not one of the tasks {tasks.describe()}")
         found.append(given)
-    if "task" in value:
+    if value.get("task") is not None:
         if value["task"] not in tasks.names:
             raise UserError(f"{where}: task {value['task']!r} is not one of the tasks {tasks.describe()}")
         found.append(tasks[value["task"]].id)

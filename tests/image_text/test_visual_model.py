@@ -117,7 +117,7 @@ def base_folder(name: str, folder) -> BaseModel:
 def built(base: BaseModel, name: str, method: str = "mtl_lora"):
     """With a visual embedding and adapters of random weights."""
     torch.manual_seed(1)
-    model = visual.load(base, IMAGES, "fp64").eval()
+    model = visual.with_images(base.load("fp64"), IMAGES).eval()
     config = adapter_config(method, target_modules=TARGETS[name], modules_to_save=["*norm*.weight"])
     mtl_lora.inject(model, visual.in_language_model(config, model))
     randomise(model)
@@ -214,7 +214,7 @@ def test_the_window_of_a_local_attention_does_not_count_padding(tmp_path):
     torch.manual_seed(0)
     config = MistralConfig(**SIZES, max_position_embeddings=64, initializer_range=0.4, sliding_window=4)
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    model = visual.load(BaseModel(str(tmp_path), kind="text_generator"), IMAGES, "fp32").eval()
+    model = visual.with_images(BaseModel(str(tmp_path), kind="text_generator").load("fp32"), IMAGES).eval()
     config = adapter_config(target_modules=TARGETS["llama"], modules_to_save=[])
     randomise(mtl_lora.inject(model, visual.in_language_model(config, model)))
     alone = [answer_losses(model, [row])[0] for row in rows()]
@@ -317,7 +317,9 @@ BART_BASE.encoder_ffn_dim = BART_BASE.decoder_ffn_dim = 3072
 def bart_base(tmp_path, **adapter):
     """BART-base with the original's 36 images' cells of 2,048 numbers, an adapter on queries and values."""
     BART_BASE.save_pretrained(tmp_path)
-    model = visual.structure(BaseModel(str(tmp_path), kind="text_generator"), VisualConfig(dim=2048, grid=7, pool=6))
+    model = visual.with_images(
+        BaseModel(str(tmp_path), kind="text_generator").structure(), VisualConfig(dim=2048, grid=7, pool=6)
+    )
     config = AdapterConfig(tasks=TASKS, target_modules=["q_proj", "v_proj"], dropout=0, **adapter)
     return mtl_lora.inject(model, visual.in_language_model(config, model))
 

@@ -12,6 +12,7 @@ from mtl_lora.language.encode import Encoder
 from mtl_lora.language.examples import load_examples, parse_example
 from mtl_lora.language.prepare import textclass
 from mtl_lora.language.tasks import TaskSet
+from mtl_lora.nlu.examples import parse_example as parse_for_encoders
 from mtl_lora.nlu.tasks import TaskSet as EncoderTaskSet
 
 FILE = {
@@ -50,6 +51,13 @@ def test_a_record_is_the_one_written_by_hand_token_by_token(tokenizer):
     assert [each.instruction for each in read(unlabelled, answered=False)] == [each.instruction for each in expected]
     # An earlier file may hold further fields of these names.
     assert read([{**BY_HAND[0], "text": "raw", "label": 7}])[0].extra == {"text": "raw", "label": 7}
+
+
+def test_a_null_is_an_absent_field_in_both_systems():
+    for nothing in ({"task": "mood", "task_id": None}, {"task": None, "task_id": 0}):
+        record = {"text": "rain again", "label": "bad", **nothing}
+        encoded = parse_for_encoders(record, 0, "file", EncoderTaskSet.from_json(FILE))
+        assert read([record])[0].task_id == encoded.task_id == 0
 
 
 def test_one_tasks_file_serves_both_systems():

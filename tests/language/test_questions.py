@@ -30,6 +30,9 @@ class Halves(Evaluator):
 
     build = task_result = answer = None
 
+    def __init__(self):
+        self.fitting = {}
+
     def tokens(self, question: Row, protocol: str) -> int:
         return int(question)
 

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import transformers
+from reference.sizes import structure_of
 from shared import QUICKSTART
 
 import mtl_lora
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.base_model import BaseModel, structure_of
+from mtl_lora.base_model import BaseModel
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import load_questions
 from mtl_lora.language.config import EvalConfig, TrainConfig

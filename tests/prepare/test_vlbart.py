@@ -174,6 +174,11 @@ def test_some_tasks_need_their_own_files_alone(run, world):
     assert [len({each.images for each in train if each.task_id == task_id}) for task_id in (0, 1)] == [1, 1]
 
 
+def test_an_empty_list_of_tasks_is_all(run, world):
+    run("--tasks=")
+    assert len(TaskSet.load(world.output / "tasks.json").names) == 4
+
+
 def test_every_missing_or_malformed_file_is_named_at_once(refused, world):
     source = world.source
 

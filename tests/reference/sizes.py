@@ -1,13 +1,19 @@
 """The sizes of two real base models, and how many weights an adapter trains on them."""
 
-from transformers import LlamaConfig
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import mtl_lora
 from mtl_lora import AdapterConfig
-from mtl_lora.base_model import structure_of
 
 LLAMA_2_7B = 6_738_415_616
 SMOLLM2_135M = 134_515_008
+
+
+def structure_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model without memory, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def trained_and_all(config: LlamaConfig, tasks: int = 8, **settings) -> tuple[int, int]:

@@ -64,11 +64,11 @@ class ImageTextChecks(Checks):
         save_tokenizer(self.base, words, {"bos_token": "<begin>"}, rows=(around, "$A $B:1"))
 
     def read_structure(self) -> torch.nn.Module:
-        return visual.structure(self.handle(), IMAGES)
+        return visual.with_images(self.handle().structure(), IMAGES)
 
     def fresh(self) -> torch.nn.Module:
         torch.manual_seed(2)  # of the visual embedding
-        return visual.load(self.handle(), IMAGES, self.dtype).eval()
+        return visual.with_images(self.handle().load(self.dtype), IMAGES).eval()
 
     def place(self, adapter: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
         return visual.in_language_model(adapter, self.structure), []

@@ -12,7 +12,7 @@ from mtl_lora.dense.layouts import Layout, layout_of, read_image
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
 from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
-from mtl_lora.images import is_turned, is_wide, on_white
+from mtl_lora.images import is_turned, open_image
 
 _MOST_NAMED = 10  # files that one error names
 _PROBED = 16  # images whose maps are read and checked before any work starts
@@ -183,14 +183,8 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     An image that is much larger than ``size`` is reduced by a whole factor. Raises ``UserError`` for an image that is
     broken or has more than 8 bits per channel.
     """
-    name = image if isinstance(image, str | Path) else "an image"
-    image = image if isinstance(image, Image.Image) else read_image(Path(image))
-    if is_wide(image):
-        raise UserError(f"{name} has pixels of 16 or 32 bits (mode {image.mode}); convert it to 8 bits")
-    try:
-        image, shape = on_white(image), (image.height, image.width)
-    except OSError as error:
-        raise UserError(f"{name} is broken ({error})") from None
+    image = open_image(image if isinstance(image, Image.Image) else Path(image))
+    shape = image.height, image.width
     factor = min(shape) // size
     if factor > 1 and any(side % factor for side in shape):  # with ``reduce`` the last pixels would average fewer ones
         image = image.resize([side // factor for side in image.size], Image.Resampling.BOX)

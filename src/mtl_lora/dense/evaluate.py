@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from mtl_lora import artifacts, evaluation, files
@@ -27,7 +27,7 @@ from mtl_lora.dense.tasks import Task, TaskSet
 from mtl_lora.dense.transforms import Warp, image_tensor
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import QuestionSets
-from mtl_lora.images import find_images, open_image, require_readable
+from mtl_lora.images import find_images, require_readable
 from mtl_lora.results import Comparability, Results, TaskResult
 from mtl_lora.tasks import grouped
 
@@ -151,8 +151,7 @@ class Evaluator(evaluation.Evaluator):
                 yield shown, {task.name: map_of(task, output[task.name], shape) for task in self.tasks}
 
     def _read(self, image: str | Path | Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        opened = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(Path(image))
-        pixels, shape = pixels_of(opened, self.image_size)
+        pixels, shape = pixels_of(image, self.image_size)
         return image_tensor(pixels, Warp(), self.image_size, shape), shape
 
     def _outputs(self, read: Mapping[int, tuple], questions: Sequence[Question]) -> list[dict[str, torch.Tensor]]:
@@ -206,11 +205,8 @@ def run(config: EvalConfig) -> dict[str, Results]:
 class Predictor(evaluation.Predictor):
     """Predicts the maps of images in Python; the model is loaded on the first call.
 
-        predictor = Predictor("output/mtlora")
-        predictor.predict(["a.jpg"])        # [{"semseg": (H, W) class indices, "normals": (H, W, 3), ...}]
-
-    checkpoint: output folder of a training run. flags: those of ``mtl-lora predict`` that say how to answer
-    (``base_model``, ``dtype``, ``image_size``). Raises ``UserError`` as the command does.
+    predictor = Predictor("output/mtlora")
+    predictor.predict(["a.jpg"])        # [{"semseg": (H, W) class indices, "normals": (H, W, 3), ...}]
     """
 
     evaluator_class, config_class = Evaluator, AnswerConfig

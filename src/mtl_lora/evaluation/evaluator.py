@@ -52,9 +52,16 @@ class Question:
         """The answers that can be scored; empty if there are none."""
         return self.task.labels
 
+    @property
+    def target(self) -> dict:
+        """The keys of a prediction line that say what is right."""
+        return {"answer": self.example.answer}
+
     def answered_by(self, line: Mapping | None) -> bool:
         """Return whether a prediction line, perhaps of an earlier test set, answers exactly this prompt and target."""
-        raise NotImplementedError
+        said = line and line.get("text", line.get("parsed"))
+        expected = self.target | {"prompt_sha256": self.prompt_sha256}
+        return isinstance(said, str | float) and {key: line.get(key) for key in expected} == expected
 
     def extract_again(self, line: dict) -> dict:
         """Return this question's prediction line with the answer extracted again by the current rules."""

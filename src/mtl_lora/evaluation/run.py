@@ -227,8 +227,10 @@ _answering = threading.RLock()
 class Predictor:
     """Answers examples from Python; the model is loaded with the first of them.
 
-    A system's subclass names its ``Evaluator`` and ``AnswerConfig``, and the ``field`` that an example given as a
-    plain string stands for.
+    checkpoint: output folder of a training run, which names its base model and tasks. flags: those of ``mtl-lora
+    predict`` that say how to answer (``base_model``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as the
+    command does. A system's subclass names its ``Evaluator`` and ``AnswerConfig``, and the ``field`` that an example
+    given as a plain string stands for.
     """
 
     evaluator_class: type[Evaluator]

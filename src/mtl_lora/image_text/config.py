@@ -2,24 +2,18 @@
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
 
 from mtl_lora import answer_config
 from mtl_lora.answer_config import EvaluationFlags, PredictionFlags
 from mtl_lora.config import REQUIRED, flag
 from mtl_lora.errors import UserError
-from mtl_lora.image_text.tasks import CAPTION, OPEN_SETS, TaskSet
+from mtl_lora.image_text.tasks import OPEN_SETS, TaskSet
 from mtl_lora.training.config import TrainingConfig
-
-if TYPE_CHECKING:
-    from mtl_lora.image_text.features import FeatureStore
-    from mtl_lora.image_text.model import VisualConfig
 
 MIXED, ROUND_ROBIN = "mixed", "round_robin"
 ANSWER = "answer"  # the protocol: open answers and captions are generated, labels are scored
 OWN, SHUFFLED = "own", "shuffled"  # the images shown with a question; "": none
 _FEATURES = "the features (fingerprint)"
-TOKENIZERS = ("auto", "ptb", "simple")  # for scoring captions
 
 
 @dataclasses.dataclass(init=False)
@@ -95,12 +89,6 @@ class TrainConfig(TrainingConfig):
     def contents(self) -> dict[str, str | None]:
         return {_FEATURES: _fingerprint(tuple(self.features))}
 
-    def visual_config(self, store: "FeatureStore") -> "VisualConfig":
-        """Return the shape of the model's image input; raises ``UserError`` if ``pool`` exceeds the features' grid."""
-        from mtl_lora.image_text.model import VisualConfig
-
-        return VisualConfig(store.dim, store.grid, self.pool, self.images, store.source)
-
 
 @dataclasses.dataclass(kw_only=True)
 class AnswerConfig(answer_config.AnswerConfig):
@@ -130,13 +118,10 @@ class AnswerConfig(answer_config.AnswerConfig):
         if not self.checkpoint and not self.base_model:
             alone = "--system image_text --base_model NAME --no_images for a model without fine-tuning"
             raise UserError(f"pass --checkpoint DIR, or {alone}")
-        if self.no_images and self.features:
-            raise UserError("--no_images and --features cannot be combined; pass one")
-
-    def check_files(self) -> None:
-        super().check_files()
         if not self.checkpoint and self.images:
             raise UserError("a base model without a checkpoint sees no images; pass --no_images, or --checkpoint DIR")
+        if self.no_images and self.features:
+            raise UserError("--no_images and --features cannot be combined; pass one")
 
     def contents(self) -> dict[str, str | None]:
         return {_FEATURES: _fingerprint(tuple(self.features)) if self.features else "those of the training"}
@@ -145,10 +130,6 @@ class AnswerConfig(answer_config.AnswerConfig):
     def images(self) -> str:
         """Which images are shown with a question: ``OWN``, ``SHUFFLED``, or "" for none."""
         return "" if self.no_images else OWN
-
-    def measures_captions(self, tasks: TaskSet) -> bool:
-        """Return whether the command scores captions against references."""
-        return False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -162,7 +143,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
     caption_tokenizer: str = flag(
         "auto",
         "tokenizer for scoring captions: ptb, as in coco-caption (needs Java); simple; auto: ptb if it runs here",
-        choices=TOKENIZERS,
+        choices=("auto", "ptb", "simple"),
     )
     page: int = flag(
         0, "questions to show in pictures.html with their pictures and answers; 0: no page", min=0, affects="nothing"
@@ -179,9 +160,6 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
     @property
     def images(self) -> str:
         return SHUFFLED if self.shuffle_images else super().images
-
-    def measures_captions(self, tasks: TaskSet) -> bool:
-        return any(task.answer == CAPTION and task.name in (self.tasks or tasks.names) for task in tasks)
 
     @property
     def output_folder(self) -> str:

@@ -4,6 +4,7 @@ Prompt and answer are tokenised separately. An encoder-decoder encodes the promp
 language model reads pictures, prompt and answer as one sequence.
 """
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -170,6 +171,7 @@ def mean_answer_tokens(rows: datasets.Dataset, tasks: TaskSet) -> dict[int, floa
     return {task_id: total / count for task_id, (total, count) in sums.items() if count}
 
 
+@dataclasses.dataclass
 class Collator:
     """Collates rows into a batch: B rows, L tokens, at most I pictures per row with V visual tokens in all, G cells of
     D numbers per picture.
@@ -190,17 +192,12 @@ class Collator:
     decide which one is learned.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        store: FeatureStore | None,
-        visual_tokens: int,
-        seed: int = 0,
-        mean_tokens: Mapping[int, float] | None = None,
-    ):
-        self.store, self.visual_tokens, self.seed, self.epoch = store, visual_tokens, seed, 0
-        self.pad_token_id, self.decoder_start = encoder.tokenizer.pad_token_id, encoder.decoder_start
-        self.is_encoder_decoder, self.mean_tokens = encoder.is_encoder_decoder, dict(mean_tokens or {})
+    encoder: Encoder
+    store: FeatureStore | None
+    visual_tokens: int
+    seed: int = 0
+    mean_tokens: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which decides the answers that are drawn."""
@@ -215,28 +212,28 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         prompts, answers = [row["prompt_ids"] for row in rows], []
-        answered = "answers" in rows[0]
+        answered, encoder, pad = "answers" in rows[0], self.encoder, self.encoder.tokenizer.pad_token_id
         if answered:
             drawn = [self.drawn(row) for row in rows]
             answers = [row["answers"][index] for row, index in zip(rows, drawn, strict=True)]
-        joined = answered and not self.is_encoder_decoder
+        joined = answered and not encoder.is_encoder_decoder
         texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)] if joined else prompts
-        left = not answered and not self.is_encoder_decoder
+        left = not answered and not encoder.is_encoder_decoder
         batch = {
-            "input_ids": padded(texts, self.pad_token_id, left=left),
+            "input_ids": padded(texts, pad, left=left),
             "attention_mask": padded([[1] * len(text) for text in texts], 0, left=left),
             "task_ids": torch.tensor([int(row["task_id"]) for row in rows]),
         }
         if self.store is not None:
             batch["features"], seen = self._features([row["images"] for row in rows])
             masks = [batch["attention_mask"], seen]
-            batch["attention_mask"] = torch.cat(masks if self.is_encoder_decoder else masks[::-1], dim=1)
+            batch["attention_mask"] = torch.cat(masks if encoder.is_encoder_decoder else masks[::-1], dim=1)
         if not answered:
             return batch
-        if self.is_encoder_decoder:
+        if encoder.is_encoder_decoder:
             batch["labels"] = padded(answers, IGNORED)
-            shifted = [[self.decoder_start, *answer[:-1]] for answer in answers]
-            batch["decoder_input_ids"] = padded(shifted, self.pad_token_id)
+            shifted = [[encoder.decoder_start, *answer[:-1]] for answer in answers]
+            batch["decoder_input_ids"] = padded(shifted, pad)
         else:
             hidden = [[IGNORED] * len(prompt) for prompt in prompts]
             batch["labels"] = padded([[*a, *b] for a, b in zip(hidden, answers, strict=True)], IGNORED)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
@@ -33,7 +34,7 @@ class Question(evaluation.Question):
 
     @property
     def target(self) -> dict:
-        """The keys of a prediction line with the target: the best answer, and all answers if the metric needs them."""
+        """The best answer, and all answers if the metric needs them."""
         example, target = self.example, {"answer": self.example.answer}
         if METRICS[self.task.metric_name].needs == "references":
             return target | {"answers": list(example.annotators or example.answers)}  # annotators may repeat a caption
@@ -54,12 +55,6 @@ class Question(evaluation.Question):
         extra = {key: self.example.extra[key] for key in ("kind", "group") if key in self.example.extra}
         return line | said | {"prompt_sha256": self.prompt_sha256} | extra
 
-    def answered_by(self, line: Mapping | None) -> bool:
-        """Return whether a line, which may be from an earlier version of the test set, has this question and target."""
-        expected = {**self.target, "prompt_sha256": self.prompt_sha256}
-        is_valid = line is not None and isinstance(line.get("parsed"), str)
-        return is_valid and {key: line.get(key) for key in expected} == expected
-
     def extract_again(self, line: dict) -> dict:
         """Return the line scored again by the current rules."""
         return self.line(line["parsed"], **{key: line[key] for key in ("text", "scores") if key in line})
@@ -71,14 +66,12 @@ class Evaluator(evaluation.Evaluator):
     system, version, default_cutoff_len = "image_text", 1, TrainConfig.cutoff_len
     comparability = Comparability(["mode", "base_fingerprint", "cutoff_len", "images"])
     page: tuple[list[Question], dict]  # the questions that --page shows, and their pictures; set by ``run``
+    tokenizer: str  # with which captions are scored; set by ``run``
 
     def __init__(self, config: AnswerConfig):
-        config.check_files()
         super().__init__(config)
         name = self.base_model.name
         self.encoder = Encoder(self.base_model.tokenizer(), self.base_model.config(), self.cutoff_len, self.tasks)
-        if not self.encoder.is_encoder_decoder and visual.reads_gaps(self.base_model.structure()):
-            self.version = 2  # 1 had padding between images and text
         if config.official and not self.encoder.is_encoder_decoder:
             raise UserError(f"--official needs an encoder-decoder such as BART, which {name!r} is not; leave it out")
         if config.official:
@@ -89,7 +82,6 @@ class Evaluator(evaluation.Evaluator):
         self.collator = Collator(self.encoder, self.store, tokens)
         self.others: dict[int, dict[str, str]] = {}  # with --shuffle_images, the replacement of each image by task id
         self.variant = "" if config.images == OWN else f", {config.images or 'no'} images"
-        self.tokenizer = tokenizer_here(config.caption_tokenizer) if config.measures_captions(self.tasks) else None
 
     def _store(self, trained: Mapping | None) -> FeatureStore:
         """Return the features, by default those of the training; raises ``UserError`` if the model takes others."""
@@ -130,9 +122,8 @@ class Evaluator(evaluation.Evaluator):
             "official": config.official,
         }
 
-    def shuffle(self, examples: Iterable[Example]) -> None:
+    def shuffle(self, examples: Sequence[Example]) -> None:
         """Choose a replacement for each image among the images of a task. examples: all in the task's file."""
-        examples = list(examples)
         ids = sorted({image for example in examples for image in example.images})
         if len(ids) < 2:
             raise UserError(
@@ -148,13 +139,19 @@ class Evaluator(evaluation.Evaluator):
             rows = self.encoder.encode(examples, answered=False)
         found = []
         for example, row in zip(examples, rows, strict=True):
+            task, right = self.tasks[example.task_id], len(example.answers)
+            if right > 1 and METRICS[task.metric_name].target == "answer" and task.answer != CAPTION:
+                raise UserError(
+                    f"{source}, example {example.index} has {right} right answers, but {task.metric_name} compares "
+                    f'with one; declare "metric": "vqa_accuracy" for {task.name} in the tasks file'
+                )
             if self.store and len(example.images) > self.images.images:
                 more = f"{len(example.images)} images, but the model takes {self.images.images} at most"
                 raise UserError(f"{source}, example {example.index} has {more}; train with --images")
             others = self.others.get(example.task_id)
             row["images"] = [others[image] for image in example.images] if others else row["images"]
             digest = files.sha256_of(str([row["prompt_ids"], row["images"]]).encode())
-            found.append(Question(self.tasks[example.task_id], example, row["prompt_ids"], digest, row))
+            found.append(Question(task, example, row["prompt_ids"], digest, row))
         if self.store:
             with within(source):
                 self.store.check(image for row in rows for image in row["images"])
@@ -169,11 +166,11 @@ class Evaluator(evaluation.Evaluator):
         return len(question.prompt_ids) + images + max(answers, default=task.generated_tokens)
 
     def structure(self) -> PreTrainedModel:
-        return visual.structure(self.base_model, self.images)
+        return visual.with_images(super().structure(), self.images)
 
     def build(self) -> PreTrainedModel:
-        dtype = self.config.dtype, self.load_in_4bit
-        model = visual.load(self.base_model, self.images, *dtype) if self.adapter else self.base_model.load(*dtype)
+        model = self.base_model.load(self.config.dtype, self.load_in_4bit)
+        model = visual.with_images(model, self.images) if self.adapter else model
         # ``generate`` takes every option that it is not given, such as a repetition penalty, from this configuration.
         model.generation_config = GenerationConfig()
         return model
@@ -188,15 +185,12 @@ class Evaluator(evaluation.Evaluator):
         scored = questions[0].task.answer == CHOICE
         return self.in_halves(self._scored if scored else self._generated, questions, protocol)
 
-    def _batch(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        return {key: value.to(self.model.device) for key, value in self.collator(rows).items()}
-
     def _scored(self, questions: list[Question]) -> list[dict]:
         """Answer with the likeliest label, by the log-probability of its tokens with EOS, or with ``official`` of its
         first token only."""
         task, labels = questions[0].task, self.encoder.labels[questions[0].task.id]
         rows = [question.row | {"answers": [ids], "scores": [1.0]} for question in questions for ids in labels]
-        batch = self._batch(rows)
+        batch = send_to_device(self.collator(rows), self.model.device)
         losses, _, _ = answer_losses(self.model, batch)
         carries = batch["labels"] != IGNORED
         row, column = carries.nonzero().unbind(dim=1)
@@ -212,7 +206,7 @@ class Evaluator(evaluation.Evaluator):
     def _generated(self, questions: list[Question]) -> list[dict]:
         """Answer with generated text, greedily or by beam search, never by sampling."""
         task, tokenizer, encoder = questions[0].task, self.encoder.tokenizer, self.encoder
-        batch = self._batch([question.row for question in questions])
+        batch = send_to_device(self.collator([question.row for question in questions]), self.model.device)
         task_ids = batch.pop("task_ids")
         if encoder.is_encoder_decoder:
             start = [encoder.decoder_start, *encoder.answer_start]
@@ -278,27 +272,18 @@ def run(config: EvalConfig) -> dict[str, Results]:
 
     def load(path: Path, tasks: TaskSet, task: str, closed: bool) -> list[Example]:
         examples = load_examples(path, tasks, task, closed)
-        _check_answers(examples, tasks[task], path)
         if config.images == SHUFFLED:
             evaluator.shuffle(examples)  # of the whole file, so that replacements do not depend on --limit
         return examples
 
     asked = load_questions(evaluator, load)
+    if any(question.task.answer == CAPTION for question in asked.questions):
+        evaluator.tokenizer = tokenizer_here(config.caption_tokenizer)
     shown = page.evenly(evaluator.tasks, asked.questions, config.page)
-    pictures = find_images(Path(config.pictures), "--pictures") if shown else {}
+    ids = {image for question in shown for image in question.row["images"]}
+    pictures = find_images(Path(config.pictures), "--pictures", only=ids) if shown else {}
     evaluator.page = shown, page.sources(pictures, shown, config.pictures)
     return evaluation.evaluate(evaluator, asked)
-
-
-def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:
-    """Raise ``UserError`` for an example with several right answers if the task's metric compares with one."""
-    if METRICS[task.metric_name].target == "answer" and task.answer != CAPTION:
-        for example in examples:
-            if len(example.answers) > 1:
-                raise UserError(
-                    f"{path}, example {example.index} has {len(example.answers)} right answers, but {task.metric_name} "
-                    f'compares with one; declare "metric": "vqa_accuracy" for {task.name} in the tasks file'
-                )
 
 
 # ---- prediction ----
@@ -307,13 +292,9 @@ def _check_answers(examples: Sequence[Example], task: Task, path: Path) -> None:
 class Predictor(evaluation.Predictor):
     """Answers examples in Python; the model is loaded on the first call.
 
-        predictor = Predictor("output/pictures", features=["features.h5"])
-        predictor.predict([{"image": "17", "text": "Is there a circle?"}], task="easy_vqa")
-        # [{"index": 0, "image": "17", "task": "easy_vqa", "answer": "yes", "text": "yes"}]
-
-    checkpoint: output folder of a training run, which names its base model, tasks and features. flags: those of
-    ``mtl-lora predict`` that say how to answer (``features``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as
-    the command does.
+    predictor = Predictor("output/pictures", features=["features.h5"])
+    predictor.predict([{"image": "17", "text": "Is there a circle?"}], task="easy_vqa")
+    # [{"index": 0, "image": "17", "task": "easy_vqa", "answer": "yes", "text": "yes"}]
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "image"

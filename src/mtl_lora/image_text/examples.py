@@ -114,7 +114,10 @@ def _answers(value: dict, task: Task, where: str) -> dict[str, float]:
     elif isinstance(given, list) and given:
         answers = dict.fromkeys((_one(each, f"{where}: 'answers'") for each in given), 1.0)
     elif isinstance(given, dict):
-        answers = {_one(each, f"{where}: 'answers'"): _score(number, each, where) for each, number in given.items()}
+        answers = {}
+        for each, number in given.items():  # of answers that are equal but for the spaces around, the highest score
+            name, score = _one(each, f"{where}: 'answers'"), _score(number, each, where)
+            answers[name] = max(score, answers.get(name, 0))
         answers = {each: score for each, score in answers.items() if score}
     else:
         raise UserError(

@@ -8,14 +8,10 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from mtl_lora.errors import UserError
-
-if TYPE_CHECKING:
-    import h5py
 
 FEATURES = "features"  # the dataset in the group of an image id
 # Attributes of the HDF5 files that ``mtl-lora features`` writes.
@@ -36,13 +32,15 @@ class FeatureStore:
 
     def __init__(self, paths: Sequence[str | Path]):
         self._home: dict[str, Path] = {}  # the HDF5 file of each image id
-        self._files = [path for path in map(Path, paths) if not path.is_dir()]
-        self._opened: dict[tuple[int, Path], h5py.File] = {}  # by process id, as forks must not share a file position
+        self._notes: dict[Path, dict] = {}  # by file, the attributes that ``mtl-lora features`` wrote
+        self._opened = {}  # files by process id and path, as forks must not share a file position
         for path in map(Path, paths):
-            for image, home in _images(path):
-                if image in self._home:
-                    raise UserError(f"the image {image!r} is in {self._home[image]} and {home}; pass only one of them")
-                self._home[image] = home
+            images, self._notes[path] = _read(path)
+            if both := self._home.keys() & images:
+                image = min(both)
+                where = f"{self._home[image]} and {images[image]}"
+                raise UserError(f"the image {image!r} is in {where}; pass only one of them")
+            self._home |= images
         if not self._home:
             raise UserError(f"{', '.join(map(str, paths)) or 'no file'} holds no features")
 
@@ -87,11 +85,7 @@ class FeatureStore:
     @functools.cached_property
     def _shape(self) -> tuple[int, int]:
         """(G, D) of the first image."""
-        first = next(iter(self))
-        shape = self._dataset(first, lambda dataset: dataset.shape)
-        if problem := _not_a_grid(shape):
-            raise UserError(f"the features of {first!r} in {self._home[first]} {problem}")
-        return shape
+        return tuple(self[next(iter(self))].shape)
 
     @property
     def grid(self) -> int:
@@ -130,9 +124,9 @@ class FeatureStore:
         Raises ``UserError`` for two files with different models or sizes.
         """
         found = {}
-        for path, text in self._said(SETTINGS):
+        for path, notes in self._notes.items():
             with contextlib.suppress(KeyError, ValueError, TypeError):
-                made = json.loads(text)
+                made = json.loads(notes[SETTINGS])
                 found[f"{made['fingerprint'][:12]} at {made['size']} pixels"] = path
         if len(found) > 1:
             raise UserError(
@@ -150,39 +144,30 @@ class FeatureStore:
         digest = hashlib.sha256("\0".join(images).encode())
         for image in images[:: -(-len(images) // _SAMPLED)]:
             digest.update(self[image].numpy().tobytes())
-        digest.update("".join(sorted(text for _, text in self._said(CONTENT))).encode())
+        digest.update("".join(sorted(notes[CONTENT] for notes in self._notes.values() if CONTENT in notes)).encode())
         return digest.hexdigest()
 
-    def _said(self, attribute: str) -> Iterator[tuple[Path, str]]:
-        """Yield each file that ``mtl-lora features`` wrote, with the text of an attribute; other files have none."""
-        import h5py
 
-        for path in self._files:
-            with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path, "r") as opened:
-                text = opened.attrs.get(attribute)
-                if isinstance(text, str):
-                    yield path, text
+def _read(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the HDF5 file of each image in a file or folder, and the texts that ``mtl-lora features`` added to a file.
 
-
-def _images(path: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (image id, its HDF5 file) for all images in a file or folder; raises ``UserError`` for unreadable files."""
+    Raises ``UserError`` for unreadable files.
+    """
     import h5py
 
     if path.is_dir():
-        for entry in sorted(path.iterdir()):
-            if entry.suffix == ".h5" and not entry.name.startswith("."):
-                yield entry.stem, entry
-        return
+        entries = sorted(path.glob("[!.]*.h5"))
+        return {entry.stem: entry for entry in entries}, {}
     try:
         with h5py.File(path, "r") as opened:
-            images = list(opened)
+            notes = {name: opened.attrs.get(name) for name in (SETTINGS, CONTENT)}
+            return dict.fromkeys(opened, path), {name: text for name, text in notes.items() if isinstance(text, str)}
     except (OSError, RuntimeError) as error:  # h5py reports a damaged file as either
         reason = "there is no such file" if not path.exists() else " ".join(str(error).split())
         raise UserError(
             f"the features {path} cannot be read ({reason:.200}); pass an HDF5 file written by mtl-lora features, or a "
             "folder of <image id>.h5"
         ) from None
-    yield from ((image, path) for image in images)
 
 
 def _not_a_grid(shape: tuple[int, ...]) -> str:

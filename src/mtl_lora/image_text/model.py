@@ -175,7 +175,7 @@ def with_images(model: PreTrainedModel, config: VisualConfig) -> PreTrainedModel
     for part in model.get_encoder().modules() if text_first(model) else ():
         if isinstance(bias := getattr(part, "relative_attention_bias", None), nn.Module):
             bias.register_forward_hook(_within_text)
-    model.generate = Generate(model)
+    model.generate = functools.partial(_generate, model)
     return model
 
 
@@ -288,48 +288,30 @@ def _within_text(bias: nn.Module, arguments: tuple, output: torch.Tensor) -> tor
     return F.pad(output[: len(output) - count, : output.shape[1] - count], (0, 0, 0, count, 0, count))
 
 
-class Generate:
-    """Replaces a model's ``generate`` by one that takes features.
-
-    With features, a causal language model returns the new tokens only, an encoder-decoder its start token and the new
-    tokens. A class and not a closure, so that the model can be pickled and copied.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    @torch.no_grad()
-    def __call__(self, input_ids=None, features=None, attention_mask=None, **options):
-        plain = functools.partial(type(self.model).generate, self.model)
-        if features is None:
-            options |= {} if attention_mask is None else {"attention_mask": attention_mask}
-            return plain(input_ids, **options)
-        inputs, visual = joined(self.model, input_ids, features, attention_mask)
-        with _shown(visual):
-            return plain(**inputs, **options)
+@torch.no_grad()
+def _generate(model: PreTrainedModel, input_ids=None, features=None, attention_mask=None, **options):
+    """Replaces a model's ``generate``: with features, a causal language model returns the new tokens only, an
+    encoder-decoder its start token and the new tokens."""
+    plain = type(model).generate
+    if features is None:
+        options |= {} if attention_mask is None else {"attention_mask": attention_mask}
+        return plain(model, input_ids, **options)
+    inputs, visual = joined(model, input_ids, features, attention_mask)
+    with _shown(visual):
+        return plain(model, **inputs, **options)
 
 
 # ---- as a base model ----
 
 
-def load(base: BaseModel, config: VisualConfig, dtype: str = "auto", load_in_4bit: bool = False, **options):
-    """Return the language model with its weights and a freshly initialised visual embedding."""
-    return with_images(base.load(dtype, load_in_4bit, **options), config)
-
-
 def base_of(base: BaseModel, provenance: Provenance, **options) -> PreTrainedModel:
-    """Return the model with a visual embedding to which a checkpoint's adapter is added; options: as for ``load``."""
-    return load(base, visual_config(provenance), **options)
+    """Return the model with a visual embedding to which a checkpoint's adapter is added; options: of ``base.load``."""
+    return with_images(base.load(**options), visual_config(provenance))
 
 
 def visual_config(provenance: Provenance) -> VisualConfig:
     """Return the image input of a checkpoint's model; raises ``UserError`` if the checkpoint does not record it."""
     return VisualConfig.from_json(provenance.model_settings, "the checkpoint's 'model_settings'", complete=True)
-
-
-def structure(base: BaseModel, config: VisualConfig) -> PreTrainedModel:
-    """Return what ``load`` returns, on the meta device: every module and shape, but no memory."""
-    return with_images(base.structure(), config)
 
 
 def check_base(model: nn.Module, provenance: Provenance, folder: object) -> None:

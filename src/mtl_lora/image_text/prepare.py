@@ -19,12 +19,13 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable
 from pathlib import Path
 
 from mtl_lora.config import Config, closest, flag
-from mtl_lora.data_sets import SPLITS, Examples, Sizes, existing, split_off, write_sets
+from mtl_lora.data_sets import SPLITS, Examples, Sizes, content, existing, split_off, write_sets
 from mtl_lora.download import RemoteFolder
 from mtl_lora.errors import UserError
 from mtl_lora.files import atomic_directory, claimed, read_json, read_lines, read_object
@@ -105,10 +106,10 @@ def limited(examples: Examples, count: int) -> Examples:
     return [example for example in examples if str(example["image"]) in images]
 
 
-def divided(examples: Examples, key: Callable[[dict], str]) -> tuple[Examples, Examples]:
-    """Return (dev, train): dev has all examples of a tenth of the keys, train has the others."""
+def divided(examples: Examples, key: Callable[[dict], Hashable], most: int = sys.maxsize) -> tuple[Examples, Examples]:
+    """Return (dev, train): dev has all examples of a tenth of the keys, at least one key and at most ``most``."""
     keys = list(dict.fromkeys(map(key, examples)))
-    chosen = set(split_off(keys, len(keys) // DEV_PART)[0])
+    chosen = set(split_off(keys, min(most, max(len(keys) // DEV_PART, 1)))[0])
     parts = [], []
     for example in examples:
         parts[key(example) not in chosen].append(example)
@@ -159,9 +160,9 @@ def read_nlvr(folder: Path) -> tuple[Parts, Images]:
                 images[image] = files[image]
                 group = f"{part}-{identifier.split('-')[0]}"
                 found[part].append({"task": "nlvr", "image": image, "text": statement, "answer": label, "group": group})
-    tested = {sentence(example) for example in found["test"]}
-    others = [example for example in found["hidden"] + found["dev"] if sentence(example) not in tested]
-    dev, train = divided(others, sentence)
+    tested = {content(example["text"]) for example in found["test"]}
+    others = [example for example in found["hidden"] + found["dev"] if content(example["text"]) not in tested]
+    dev, train = divided(others, lambda example: content(example["text"]))
     return {"train": train, "dev": first_order(dev), "test": first_order(found["test"])}, images
 
 
@@ -177,11 +178,6 @@ def _statement(line: str, where: str) -> tuple[str, str, str]:
     raise UserError(f'{where} must have a sentence, an identifier such as 12-0 and the label "true" or "false"')
 
 
-def sentence(example: dict) -> str:
-    """Return the statement's letters and digits in lower case, which are equal for equal sentences."""
-    return re.sub(r"[\W_]+", "", example["text"].casefold())
-
-
 def first_order(examples: Iterable[dict]) -> Examples:
     """Return the examples whose picture has the boxes in the first order."""
     return [example for example in examples if example["image"].endswith("-0")]
@@ -192,23 +188,16 @@ def first_order(examples: Iterable[dict]) -> Examples:
 
 def read_flickr8k(folder: Path) -> tuple[Parts, Images]:
     """Return captions of photographs in Karpathy's split: one example per caption in train, per picture elsewhere."""
-    path = folder / "flickr8k" / "dataset_flickr8k.zip"
     images = {file.stem: file for file in (folder / "flickr8k" / "data" / "images").glob("*.jpg")}
-    found: Parts = {"train": [], "dev": [], "test": []}
-    for image, split, captions in karpathy(path):
-        if image in images:
-            example, part = {"task": "flickr8k", "image": image}, "dev" if split == "val" else split
-            if part == "train":
-                found["train"] += [example | {"answer": caption} for caption in captions]
-            else:
-                found[part].append(example | {"answers": captions})
-    return found, images
+    return karpathy(folder / "flickr8k" / "dataset_flickr8k.zip", "flickr8k", images), images
 
 
-def karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield (file name without extension, split, captions) of each picture in one of Karpathy's JSON files, or its zip.
+def karpathy(path: Path, task: str, images: Container[str] | None = None) -> Parts:
+    """Return the captions in one of Karpathy's JSON files, or its zip, in his split, with restval in train: one example
+    per caption in train, per picture elsewhere.
 
-    Raises ``UserError`` naming a malformed entry.
+    images: file names without extension, the only pictures to take; None: all. Raises ``UserError`` naming a malformed
+    entry.
     """
     if path.suffix == ".zip":
         try:
@@ -220,6 +209,7 @@ def karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
         value = read_object(path, "the captions")
     if not isinstance(value.get("images"), list):
         raise UserError(f'{path} must be an object with a list "images"')
+    found: Parts = {"train": [], "dev": [], "test": []}
     for index, entry in enumerate(value["images"]):
         try:
             captions = [" ".join(each["raw"].split()) for each in entry["sentences"]]
@@ -229,7 +219,14 @@ def karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
             wrong = True
         if wrong:
             raise UserError(f"{path}, image {index} must have filename, split and sentences, each with a raw text")
-        yield image, split, captions
+        if images is not None and image not in images:
+            continue
+        example = {"task": task, "image": image}
+        if split in ("train", "restval"):
+            found["train"] += [example | {"answer": caption} for caption in captions]
+        else:
+            found["dev" if split == "val" else "test"].append(example | {"answers": captions})
+    return found
 
 
 # The file names of these sets' pictures; any other file in images/ is the user's and must not be deleted.

@@ -1,7 +1,6 @@
 """Declarations of image-text tasks: the prompt for a picture, and the kind of answer."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from mtl_lora import tasks
@@ -85,9 +84,5 @@ class TaskSet(tasks.TaskSet[Task]):
     task_class = Task
 
 
-def _shipped(name: str) -> TaskSet:
-    return TaskSet.from_json(json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8")), name)
-
-
-VLBART = _shipped("vlbart_tasks.json")  # the four tasks of the original
-OPEN_SETS = _shipped("open_tasks.json")  # easy-VQA, NLVR and the Flickr8k subset
+VLBART = TaskSet.load(Path(__file__).with_name("vlbart_tasks.json"))  # the four tasks of the original
+OPEN_SETS = TaskSet.load(Path(__file__).with_name("open_tasks.json"))  # easy-VQA, NLVR and the Flickr8k subset

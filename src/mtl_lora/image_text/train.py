@@ -33,10 +33,11 @@ class ImageTextRun(Run):
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         self.store = FeatureStore(config.features)
-        self.images = config.visual_config(self.store)
+        size = self.store.dim, self.store.grid
+        self.images = model.VisualConfig(*size, config.pool, config.images, self.store.source)
 
     def structure(self) -> PreTrainedModel:
-        return model.structure(self.base, self.images)
+        return model.with_images(super().structure(), self.images)
 
     def place_adapter(self, adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:
         return model.in_language_model(adapter, structure), []
@@ -81,7 +82,7 @@ class ImageTextRun(Run):
         return RoundRobinSampler(task_ids, config.batch_sizes(self.tasks), config.seed, *split)
 
     def load_base(self) -> PreTrainedModel:
-        loaded = model.load(self.base, self.images, self.config.dtype, self.config.load_in_4bit)
+        loaded = model.with_images(super().load_base(), self.images)
         choose_attention(loaded, self.arguments.device, int(self._lengths(self.train).max()))
         return loaded
 

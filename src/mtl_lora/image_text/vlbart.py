@@ -25,11 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtl_lora.config import REQUIRED, Config, closest, flag
-from mtl_lora.data_sets import Examples, existing, split_off, write_sets
+from mtl_lora.data_sets import Examples, existing, write_sets
 from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 from mtl_lora.image_text.examples import parse_example
-from mtl_lora.image_text.prepare import karpathy, limited
+from mtl_lora.image_text.prepare import divided, karpathy, limited
 from mtl_lora.image_text.tasks import VLBART
 
 FEATURES = "clip_features/data_clip_RN101_att"
@@ -116,7 +116,7 @@ def run(config: Prepare) -> None:
     if unknown := [name for name in config.tasks if name not in VLBART.names]:
         raise UserError(f"--tasks names {unknown[0]!r}{closest(unknown[0], VLBART.names)}")
     source, sets = Source(existing(config.source)), {}
-    for name in (name for name in VLBART.names if name in config.tasks):
+    for name in (name for name in VLBART.names if name in (config.tasks or VLBART.names)):
         sets[name] = READERS[name](source)
         source.check_features(name, sets[name])
     source.check()
@@ -171,10 +171,8 @@ def read_gqa(source: Source) -> dict[str, Examples]:
     train, valid, test = (
         source.read(f"GQA/{part}.json", "gqa", part == "testdev", question) for part in ("train", "valid", "testdev")
     )
-    images = list(dict.fromkeys(example["image"] for example in valid))
-    chosen = set(split_off(images, min(GQA_DEV_IMAGES, max(len(images) // 10, 1)))[0])
-    dev = [example for example in valid if example["image"] in chosen]
-    return {"train": train + [example for example in valid if example["image"] not in chosen], "dev": dev, "test": test}
+    dev, others = divided(valid, lambda example: example["image"], GQA_DEV_IMAGES)
+    return {"train": train + others, "dev": dev, "test": test}
 
 
 def read_nlvr(source: Source) -> dict[str, Examples]:
@@ -193,18 +191,13 @@ def read_nlvr(source: Source) -> dict[str, Examples]:
 
 
 def read_captions(source: Source) -> dict[str, Examples]:
-    """Return captions in Karpathy's split, restval in train: one example per caption in train, per image elsewhere."""
-    name, found = "COCO/dataset_coco.json", {"train": [], "dev": [], "test": []}
+    """Return captions in Karpathy's split."""
+    name = "COCO/dataset_coco.json"
     try:
-        for image, split, captions in karpathy(source.folder / name):
-            example = {"task": "caption", "image": image}
-            if split in ("train", "restval"):
-                found["train"] += [example | {"answer": caption} for caption in captions]
-            else:
-                found["dev" if split == "val" else "test"].append(example | {"answers": captions})
+        return karpathy(source.folder / name, "caption")
     except UserError as error:
         source.wrong(name, str(error) if (source.folder / name).is_file() else "it is missing")
-    return found
+        return {}
 
 
 READERS = {"vqa": read_vqa, "gqa": read_gqa, "nlvr": read_nlvr, "caption": read_captions}

@@ -54,12 +54,6 @@ class Question(evaluation.Question):
             line["kind"] = self.example.extra["kind"]
         return line
 
-    def answered_by(self, line: Mapping | None) -> bool:
-        """Whether a line answers this exact prompt and target; it may come from an earlier version of the test set."""
-        expected = self.prompt_sha256, self.example.answer
-        said = line and line.get("text", line.get("parsed"))
-        return isinstance(said, str) and (line.get("prompt_sha256"), line.get("answer")) == expected
-
     def extract_again(self, line: dict) -> dict:
         """A line of this question, with its answer extracted again by today's rules, or kept if it was scored."""
         if "text" in line:
@@ -289,11 +283,9 @@ class Predictor(evaluation.Predictor):
         predictor.predict([{"instruction": "Is the sky blue?"}], task="boolq")
         # [{"index": 0, "task": "boolq", "answer": "true", "scores": {...}, "probabilities": {...}}]
 
-    checkpoint: adapter folder, which names its base model, prompt and tasks. flags: those of ``mtl-lora predict`` that
-    say how to answer (``base_model``, ``peft``, ``tasks_file``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as
-    the command does. A result with scored options has their ``scores`` (log-probabilities in nats) and
-    ``probabilities`` (normalised over the options); a result with generated text has ``text``.
-    ``predict(..., mode=)`` takes ``score``, ``generate``, or None: score options and generate free text.
+    A result with scored options has their ``scores`` (log-probabilities in nats) and ``probabilities`` (normalised over
+    the options); a result with generated text has ``text``. ``predict(..., mode=)`` takes ``score``, ``generate``, or
+    None: score options and generate free text.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "instruction"

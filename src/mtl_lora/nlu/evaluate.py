@@ -1,6 +1,6 @@
 """``mtl-lora evaluate`` and ``predict`` for encoders: a trained head answers, or the cosine of two embeddings."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,11 +33,9 @@ class Question(evaluation.Question):
         line["prompt_sha256"] = self.prompt_sha256
         return line | ({"kind": self.example.extra["kind"]} if "kind" in self.example.extra else {})
 
-    def answered_by(self, line: Mapping | None) -> bool:
-        """Return whether a line, which may be from an earlier version of the test set, has this text and this label."""
-        expected = self.prompt_sha256, self.example.label
-        is_valid = line is not None and isinstance(line.get("parsed"), float if self.task.is_regression else str)
-        return is_valid and (line.get("prompt_sha256"), line.get("answer")) == expected
+    @property
+    def target(self) -> dict:
+        return {"answer": self.example.label}
 
     def extract_again(self, line: dict) -> dict:
         """Return the line anew: a head's answer needs no extraction, but the example's ``kind`` may have changed."""
@@ -173,13 +171,9 @@ def run(config: EvalConfig) -> dict[str, Results]:
 class Predictor(evaluation.Predictor):
     """Answers examples in Python; the model is loaded on the first call.
 
-        predictor = Predictor("output/glue")
-        predictor.predict([{"text": "A fine film."}], task="sst2")
-        # [{"index": 0, "task": "sst2", "answer": "positive", "scores": {...}, "probabilities": {...}}]
-
-    checkpoint: output folder of a training run, which names its base model and tasks. flags: those of ``mtl-lora
-    predict`` that say how to answer (``base_model``, ``dtype``, ``batch_size`` ...). Raises ``UserError`` as the
-    command does.
+    predictor = Predictor("output/glue")
+    predictor.predict([{"text": "A fine film."}], task="sst2")
+    # [{"index": 0, "task": "sst2", "answer": "positive", "scores": {...}, "probabilities": {...}}]
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "text"

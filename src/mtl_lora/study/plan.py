@@ -31,7 +31,10 @@ class State:
     def load(cls, folder: Path) -> "State":
         """Read the state from a job's folder; raises ``UserError`` naming the file and the key if it is broken."""
         path = folder / STATE
-        return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
+        try:
+            return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
+        except UserError as error:  # such as that of 0.1.0
+            raise UserError(f"{error}; pass another --output_dir, or delete {folder}") from None
 
     def save(self, folder: Path) -> None:
         """Write the state to the job's folder."""
@@ -40,11 +43,9 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedJob:
-    """A job of a study: a training and its evaluation in one folder, or only an evaluation of the base model.
-
-    label: names the job in progress lines. flags: by command, ``train`` (absent for the base model) and ``evaluate``.
-    data: the samples that are read, by name. facts: what else decides the result, such as the launcher.
-    """
+    """A job of a study: a training and its evaluation in one folder, or only an evaluation of the base model. label:
+    names it in progress lines. flags: by command, ``train`` (absent for the base model) and ``evaluate``. data: the
+    samples that are read, by name. facts: what else decides the result, such as the launcher."""
 
     grid: Grid
     label: str
