@@ -14,7 +14,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from baselines.gathering import GatheringLayer
@@ -57,7 +56,7 @@ def main() -> None:
         "one pass."
     )
     record = {"dtype": str(dtype), "forward_only": arguments.forward, "rounds": arguments.rounds, "cases": cases}
-    keep(Path(__file__).stem, "\n\n".join(texts), record, arguments.results)
+    keep(__file__, "\n\n".join(texts), record, arguments)
 
 
 def shapes(text: str) -> list[list[int]]:

@@ -61,7 +61,7 @@ def main() -> None:
     titles = ("one model", "T models")
     head = ["tasks", *(f"images/s, {side}" for side in titles), "ratio", "95 % interval"]
     head += ["MB, one model", "MB, each of T"] + [f"trained, {side}" for side in titles]
-    keep("dense", markdown_table(head, lines), {"arguments": vars(arguments), "results": records}, arguments.results)
+    keep(__file__, markdown_table(head, lines), {"results": records}, arguments)
 
 
 def measured(sides: dict[str, list[nn.Module]], decoders: bool, arguments) -> dict:

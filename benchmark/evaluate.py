@@ -58,12 +58,7 @@ def main() -> None:
         f"{evaluator.model.dtype}; median (smallest to largest) of {arguments.rounds} rounds. Generated answers equal "
         f"the baseline's on {same[0]} of {same[1]} questions."
     )
-    keep(
-        Path(__file__).stem,
-        text,
-        {"questions": arguments.questions, "dtype": str(evaluator.model.dtype), "sides": results},
-        arguments.results,
-    )
+    keep(__file__, text, {"dtype": str(evaluator.model.dtype), "sides": results}, arguments)
 
 
 def prepared(checkpoint: str | Path, data_dir: str | Path, dtype: str) -> tuple[Evaluator, list[Question]]:

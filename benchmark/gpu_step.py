@@ -13,7 +13,6 @@ matrix product on the same card.
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import torch
 from footprint import megabytes, tensor_bytes
@@ -90,9 +89,8 @@ def main() -> None:
         f"{arguments.rounds} rounds of {arguments.steps} steps. Matrix peak: {peak / 1e12:.4g} TFLOP/s, squares of "
         f"{arguments.matrix}. Peak, MB: tensors of a step above all weights. Waits: whether a step waits for the GPU."
     )
-    settings = {name: value for name, value in vars(arguments).items() if name != "results"}
-    record = {"settings": settings, "linear_weights": linear_weights(base), "matrix_flops": peak, "sides": sides}
-    keep(Path(__file__).stem, text, record, arguments.results)
+    record = {"linear_weights": linear_weights(base), "matrix_flops": peak, "sides": sides}
+    keep(__file__, text, record, arguments)
 
 
 def compare_sides(base: nn.Module, names: list[str], batch: dict, steps: int, rounds: int) -> dict[str, Measured]:

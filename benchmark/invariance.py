@@ -59,7 +59,7 @@ def main() -> None:
     header = ["mode", "dtype", "against batches of 32", "questions", "answers differ", "largest score difference", "s"]
     text = markdown_table(header, lines) + "\n\n" + ("\n".join(flips) or "No answer differs in float32.")
     record = {"rows": [dict(zip(header, line, strict=True)) for line in lines], "flips": flips}
-    keep(Path(__file__).stem, text, record, arguments.results)
+    keep(__file__, text, record, arguments)
 
 
 def evaluate(arguments, folder: str, mode: str, name: str, dtype: str, limit: int, flags: list[str]) -> dict:

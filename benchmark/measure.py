@@ -198,14 +198,16 @@ def cpu_name() -> str:
     return f"{name}, {cores} core{'s' if cores != 1 else ''}"
 
 
-def keep(name: str, text: str, record: dict, folder: str) -> None:
-    """Print a table and a JSON line, and append them to this benchmark's files in ``folder`` (``--results``)."""
-    record = {"benchmark": name, **facts(), **record}
+def keep(script: str, text: str, record: dict, arguments: argparse.Namespace) -> None:
+    """Print a table and a JSON line, and append them to the script's files in the folder ``--results``."""
+    name, given = Path(script).stem, vars(arguments)
+    settings = {flag: value for flag, value in given.items() if flag not in ("results", "worker", "alone")}
+    record = {"benchmark": name, **facts(), "settings": settings, **record}
     print(f"\n{text}\n")
     print(json.dumps(record))
-    if folder.lower() == "none":
+    if arguments.results.lower() == "none":
         return
-    results = PROJECT / folder
+    results = PROJECT / arguments.results
     results.mkdir(parents=True, exist_ok=True)
     made_by = f"`{record['command']}`, commit {record['commit']}, {record['device']}, torch {record['torch']}"
     with (results / f"{name}.md").open("a") as file:

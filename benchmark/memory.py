@@ -13,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
@@ -132,9 +131,8 @@ def report(found: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
         f"\n\nA step on {shape} tokens, {arguments.base_model}, {facts['dtype']}, AdamW; MB are 10^6 bytes above the "
         f"loaded base model; median of {arguments.repeats} processes, of the process's growth (smallest to largest)."
     )
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("results", "alone")}
-    record = {"settings": settings, "shape": facts["shape"], "dtype": facts["dtype"], "sides": results}
-    keep(Path(__file__).stem, text, record, arguments.results)
+    record = {"shape": facts["shape"], "dtype": facts["dtype"], "sides": results}
+    keep(__file__, text, record, arguments)
 
 
 if __name__ == "__main__":

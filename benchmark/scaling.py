@@ -164,8 +164,7 @@ def report(launches: dict[str, tuple[int, int]], found: dict[str, list[dict]], a
         f"{arguments.batch_size} rows in all, {arguments.deepspeed or 'DDP'}; median (smallest to largest) of "
         f"{arguments.rounds} launches each."
     )
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("results", "worker")}
-    keep(Path(__file__).stem, text, {"settings": settings, "launches": results}, arguments.results)
+    keep(__file__, text, {"launches": results}, arguments)
 
 
 if __name__ == "__main__":

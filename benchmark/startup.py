@@ -69,9 +69,8 @@ def main() -> None:
         f"\n\n{total:,} records, {tokens:,} tokens, tokenizer of {arguments.base_model}, cutoff {CUTOFF}; median "
         f"(smallest to largest) of {arguments.rounds} rounds."
     )
-    settings = {name: value for name, value in vars(arguments).items() if name != "results"}
-    record = {"settings": settings, "records": total, "tokens": tokens, "sides": seconds}
-    keep(Path(__file__).stem, text, record, arguments.results)
+    record = {"records": total, "tokens": tokens, "sides": seconds}
+    keep(__file__, text, record, arguments)
 
 
 def first_records(data_path: str, count: int, folder: Path) -> Path:

@@ -8,7 +8,6 @@ All sides run in one process with the same base weights, dtype, threads and exam
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from batches import add_data, encoded_rows, make_batches, tokens_that_run
@@ -72,9 +71,8 @@ def main() -> None:
     )
     if arguments.memory:
         text += " Peak: tensors of a step on the longest batch, above weights and optimiser state."
-    settings = {name: value for name, value in vars(arguments).items() if name != "results"}
-    record = {"settings": settings, "dtype": str(base.dtype), "tokens": padded, "sides": results}
-    keep(Path(__file__).stem, text, record, arguments.results)
+    record = {"dtype": str(base.dtype), "tokens": padded, "sides": results}
+    keep(__file__, text, record, arguments)
 
 
 def work(side: Pipeline, plans: dict[str, list[dict]]) -> list[partial]:

@@ -27,7 +27,7 @@ from packaging.version import Version
 from mtl_lora import embedded
 from mtl_lora.cli import parse
 from mtl_lora.config import REQUIRED, Config, flag
-from mtl_lora.errors import UserError, files_within_reach, user_errors_to_exit_code
+from mtl_lora.errors import UserError, user_errors_to_exit_code
 from mtl_lora.files import atomic_directory, sha256
 from mtl_lora.language.prepare import commonsense
 from mtl_lora.version import checkout_commit
@@ -289,5 +289,5 @@ if __name__ == "__main__":
     os.environ.setdefault(
         "SOURCE_DATE_EPOCH", "315532800"
     )  # the first date that a wheel can hold: the same bytes again
-    with user_errors_to_exit_code(), files_within_reach():
+    with user_errors_to_exit_code():
         run(parse(Bundle, sys.argv[1:], __doc__))

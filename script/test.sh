@@ -23,4 +23,5 @@ ruff format --check .
 export OMP_NUM_THREADS=1
 workers="$(cores)"
 workers="${WORKERS:-$((workers < 8 ? workers : 8))}"
+unset PYTHONDONTWRITEBYTECODE  # or every worker would rewrite all asserts again
 python -m pytest -n "$workers" --dist worksteal ${chosen[@]+"${chosen[@]}"} "$@"

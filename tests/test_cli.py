@@ -10,7 +10,7 @@ import sys
 import pytest
 from shared import PROJECT
 
-from mtl_lora import cli, commands
+from mtl_lora import cli
 from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import EXIT_CODE, UserError
 from mtl_lora.export.__main__ import COMMANDS as EXPORTS
@@ -269,7 +269,7 @@ def test_a_system_without_its_flag_is_told_the_flag(capsys):
 def test_a_flag_of_another_system_is_left_out_where_the_checkpoint_decides():
     for flags, way_out in ((["--mode=score"], "pass --system"), (["--checkpoint=x", "--mode=score"], "leave the flag")):
         with pytest.raises(UserError) as caught:
-            commands.evaluate("nlu", flags)
+            cli.evaluate(["--system=nlu", *flags])
         one_sentence(caught, "--mode", "--system language", way_out)
 
 

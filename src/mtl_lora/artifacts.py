@@ -53,12 +53,9 @@ def remove_checkpoint(folder: Path) -> None:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the complete ``checkpoint-N`` folders of a training run, oldest first."""
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if number and (folder / RESUME_STATE).is_file():
-            found.append((int(number.group(1)), folder))
-    return [folder for _, folder in sorted(found)]
+    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{RESUME_STATE}") if path.is_file()]
+    numbered = [folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(numbered, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
 def is_study(path: str | Path) -> bool:

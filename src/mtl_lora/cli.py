@@ -11,16 +11,16 @@ import importlib
 import json
 import os
 import re
-import shlex
 import sys
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from mtl_lora.artifacts import RESULTS
 from mtl_lora.config import Config, Flag, closest, type_name
 from mtl_lora.errors import UserError, check_environment, user_errors_to_exit_code
-from mtl_lora.systems import SYSTEMS, check, of_checkpoint
+from mtl_lora.systems import SYSTEMS, check, of_checkpoint, part
 from mtl_lora.version import __version__
 
 _TRUE, _FALSE, _NONE = ("true", "1", "yes"), ("false", "0", "no"), ("none", "null", "")
@@ -29,28 +29,21 @@ _HELP = ("--help", "-h")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: its function, as ``module:function``, which is imported only when it is called, and a one-line help.
-
-    extra: the package's optional dependencies that the command needs. of_system: whether the function gets the system's
-    name as its first argument.
-    """
+    """A command: its function, as ``module:function``, which is imported only when it is called, a one-line help, and
+    the package's optional dependencies that it needs."""
 
     home: str
     about: str
     extra: str = "train"
-    of_system: bool = False
 
 
 COMMANDS = {
     "train": Command(
-        "mtl_lora.commands:train",
+        "mtl_lora.cli:train",
         f"fine-tune a base model on many tasks; --system: {', '.join(SYSTEMS)} (default: {next(iter(SYSTEMS))})",
-        of_system=True,
     ),
-    "evaluate": Command(
-        "mtl_lora.commands:evaluate", "score a checkpoint or a base model on test sets", of_system=True
-    ),
-    "predict": Command("mtl_lora.commands:predict", "answer the examples of a file with a checkpoint", of_system=True),
+    "evaluate": Command("mtl_lora.cli:evaluate", "score a checkpoint or a base model on test sets"),
+    "predict": Command("mtl_lora.cli:predict", "answer the examples of a file with a checkpoint"),
     "export": Command("mtl_lora.export.__main__:main", "export to PEFT LoRA or merged models, or import an adapter"),
     "report": Command("mtl_lora.report.__main__:main", "tables, comparisons, figures and a page of results", "report"),
     "study": Command(
@@ -92,12 +85,9 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
         if name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; see mtl-lora --help")
         module, _, function = COMMANDS[name].home.partition(":")
-        given = [rest]
-        if COMMANDS[name].of_system:
-            given = [*_system(rest)]
         check_environment()
         try:
-            getattr(importlib.import_module(module), function)(*given, **options)
+            getattr(importlib.import_module(module), function)(rest, **options)
         except ModuleNotFoundError as error:
             if (error.name or "mtl_lora").startswith("mtl_lora"):
                 raise
@@ -108,6 +98,66 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
 
 
 _BRINGS = {"PIL": "dense", "h5py": "image", "pooch": "data"}  # package -> the extra that brings it
+
+
+def _configuration(kind: str, about: str, arguments: list[str]) -> tuple[str, Config]:
+    """Return the system that ``--system`` or the checkpoint names, and the other arguments as its configuration
+    ``kind``; an error about a flag that only other systems have names those systems."""
+    if arguments and arguments[0] in SYSTEMS:
+        raise UserError(f"unexpected argument {arguments[0]!r}; write --system {arguments[0]}")
+    named, arguments = take("system", arguments)
+    checkpoint, _ = take("checkpoint", arguments)
+    trained = of_checkpoint(checkpoint) if checkpoint else None  # None: the code that reads it reports what is broken
+    if named is not None and trained not in (None, named):
+        check(named)
+        raise UserError(f"{checkpoint} belongs to the system {trained}; leave out --system {named}")
+    system = trained or next(iter(SYSTEMS)) if named is None else named
+    home = part(system, "config")
+    try:
+        return system, parse(getattr(home, kind), arguments, getattr(home, about))
+    except UnknownFlag as error:
+        of = {each: {flag.name for flag in getattr(part(each, "config"), kind).flags()} for each in SYSTEMS}
+        if not (others := [each for each in SYSTEMS if error.field in of[each]]):
+            raise
+        found = f"--{error.field} is a flag of --system {' and '.join(others)}, not of {system}"
+        if checkpoint is not None:
+            raise UserError(f"{found}, the system of the checkpoint; leave the flag out") from None
+        raise UserError(f"{found}; pass --system {' or '.join(others)}") from None
+
+
+def train(arguments: list[str]) -> None:
+    """Run ``mtl-lora train`` and ``finetune.py``."""
+    system, config = _configuration("TrainConfig", "TRAIN_ABOUT", arguments)
+    config.check_files()
+    run = part(system, "train").run
+    from mtl_lora.training.distributed import destroy_process_group, prepare_process
+
+    prepare_process(config)
+    run(config)
+    destroy_process_group()
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Run ``mtl-lora evaluate`` and ``commonsense_evaluate.py``; prints the results as tables at the end."""
+    system, config = _configuration("EvalConfig", "EVALUATE_ABOUT", arguments)
+    config.check_files()
+    found = part(system, "evaluate").run(config)
+    if not found:
+        return
+    from mtl_lora.report.__main__ import main as report
+
+    results = [f"{config.protocols[protocol]}/{RESULTS}" for protocol in found]
+    report(["table", *results])
+    print()
+    report(["details", *results])
+    print(*config.closing_lines(found), sep="\n", end="")
+
+
+def predict(arguments: list[str]) -> None:
+    """Run ``mtl-lora predict``."""
+    system, config = _configuration("PredictConfig", "PREDICT_ABOUT", arguments)
+    config.check_files()
+    part(system, "evaluate").predict(config)
 
 
 def prepare(arguments: Sequence[str], root: Path | None = None) -> None:
@@ -152,21 +202,6 @@ def _overview(what: str, table: Mapping[str, Command | type[Config]]) -> str:
     return "\n".join([*lines, "", f"{usage} --help lists the flags"])
 
 
-def _system(arguments: list[str]) -> tuple[str, list[str]]:
-    """Return the system that ``--system`` or the checkpoint names, and the other arguments."""
-    if arguments and arguments[0] in SYSTEMS:
-        raise UserError(f"unexpected argument {arguments[0]!r}; write --system {arguments[0]}")
-    system, rest = take("system", arguments)
-    checkpoint, _ = take("checkpoint", rest)
-    trained = of_checkpoint(checkpoint) if checkpoint else None
-    if system is None:  # a broken checkpoint is reported by the code that reads it
-        return trained or next(iter(SYSTEMS)), rest
-    check(system)
-    if trained not in (None, system):
-        raise UserError(f"{checkpoint} belongs to the system {trained}; leave out --system {system}")
-    return system, rest
-
-
 def take(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Return the value of ``--name``, or None if it is not given, and the other arguments.
 
@@ -206,9 +241,9 @@ def parse(
     if any(argument in _HELP for argument in arguments):
         print(help_text(list(flags.values()), about, config_class.idle))
         raise SystemExit(0)
-    raw, listed = _split(arguments, flags)
+    positional = next((flag for flag in flags.values() if flag.metadata.get("positional")), None)
+    raw, listed = _split(arguments, flags, positional)
     values |= {name: _convert(flags[name], text) for name, text in raw.items()}
-    positional = _positional(flags)
     if positional and listed:
         values[positional.name] = listed
     for flag in flags.values():
@@ -260,26 +295,11 @@ def spelled(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def command_line(command: str, flags: Mapping[str, object], launcher: str = "python") -> list[str]:
-    """Return the words that call a command of ``mtl-lora`` through a launcher; ``parse`` reads the flags back."""
-    words = shlex.split(launcher)
-    # DeepSpeed's launcher has its own flag for a module, and puts --local_rank before the command's name.
-    words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
-    words += ["mtl_lora", command]
-    for name, value in flags.items():
-        words += [f"--{name}", spelled(value)]
-    return words
-
-
-def _positional(flags: Mapping[str, Flag]) -> Flag | None:
-    """Return the flag that takes the positional arguments, if the configuration has one."""
-    return next((flag for flag in flags.values() if flag.metadata.get("positional")), None)
-
-
-def _split(arguments: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str], list[str]]:
+def _split(
+    arguments: Sequence[str], flags: Mapping[str, Flag], positional: Flag | None
+) -> tuple[dict[str, str], list[str]]:
     """Return the raw values by flag name, and the positional arguments."""
     aliases = {alias: flag.name for flag in flags.values() for alias in flag.metadata.get("aliases", ())}
-    positional = _positional(flags)
     named = [name for name in flags if flags[name] is not positional]
     raw, listed, waiting = {}, [], list(arguments)
     while waiting:

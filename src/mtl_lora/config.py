@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 
@@ -48,8 +49,6 @@ def _matches(value: object, expected: object) -> bool:
         return isinstance(value, list) and all(_matches(entry, element) for entry in value)
     if expected in (float, int):
         return is_number(value, whole=expected is int)
-    if expected is types.NoneType:
-        return value is None
     return type(value) is expected or (isinstance(value, Config) and isinstance(value, expected))
 
 
@@ -102,6 +101,7 @@ class Config:
     idle = {}  # noqa: RUF012 - flags without effect here, and why: they are refused and left out of the help
 
     @classmethod
+    @functools.cache
     def flags(cls) -> list[Flag]:
         """Return the fields that can be written as flags, with types and defaults, in order. A field that a subclass
         declares again inherits the metadata that it does not give itself."""

@@ -62,22 +62,37 @@ def user_errors_to_exit_code() -> Iterator[None]:
     the first add their local rank, because an error may concern that process alone.
     """
     try:
-        with _signals_unwind(), files_within_reach():
+        with _signals_unwind():
             try:
                 yield
             finally:
                 sys.stdout.flush()
-    except UserError as error:
-        rank = os.environ.get("LOCAL_RANK", "0")
-        sentence = str(error).replace("\n", "\\n")  # a flag's value may hold line ends
-        print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {sentence}", file=sys.stderr)
-        raise SystemExit(EXIT_CODE) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python would write again at its exit
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         print("stopped by the user", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if (sentence := _sentence(error)) is None:
+            raise
+        rank = os.environ.get("LOCAL_RANK", "0")
+        sentence = sentence.replace("\n", "\\n")  # a flag's value may hold line ends
+        print(f"error{f' on local rank {rank}' if rank != '0' else ''}: {sentence}", file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from None
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return what to tell the user of a ``UserError``, a full disk or another ``OSError``; None for a fault of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, UnicodeEncodeError):
+        text = f"{error.object[:50]!a} cannot be written as {error.encoding}"
+        return f"{text}; set PYTHONUTF8=1 or a UTF-8 locale"
+    if disk_is_full(error):
+        where = f" of {error.filename}" if getattr(error, "filename", None) else ""
+        return f"the disk{where} is full ({error}); free some space, then run the same command again"
+    return f"a file or folder cannot be used: {error}" if isinstance(error, OSError) else None
 
 
 @contextlib.contextmanager
@@ -119,26 +134,6 @@ def _signals_unwind() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def files_within_reach():
-    """Turn a full disk, or another ``OSError`` such as a missing permission, into a ``UserError``."""
-    try:
-        yield
-    except (BrokenPipeError, UserError):
-        raise
-    except UnicodeEncodeError as error:
-        text = f"{error.object[:50]!a} cannot be written as {error.encoding}"
-        raise UserError(f"{text}; set PYTHONUTF8=1 or a UTF-8 locale") from None
-    except Exception as error:
-        if disk_is_full(error):
-            where = f" of {error.filename}" if getattr(error, "filename", None) else ""
-            way_out = "free some space, then run the same command again"
-            raise UserError(f"the disk{where} is full ({error}); {way_out}") from None
-        if isinstance(error, OSError):
-            raise UserError(f"a file or folder cannot be used: {error}") from None
-        raise
 
 
 def check_environment() -> None:

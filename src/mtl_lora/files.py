@@ -145,18 +145,16 @@ def reserved(folder: str | Path, size: int) -> BinaryIO:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller closes it
-        try:
-            if shutil.disk_usage(folder).free < size:  # allocating would fill the disk for everybody before it fails
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if shutil.disk_usage(folder).free < size:  # allocating would fill the disk for everybody before it fails
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with contextlib.ExitStack() as on_error:
+            room = on_error.enter_context(tempfile.TemporaryFile(dir=folder))
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(room.fileno(), 0, size)
             else:
                 room.write(bytes(size))
                 room.flush()
-        except BaseException:
-            room.close()
-            raise
+            on_error.pop_all()
     except OSError as error:
         raise UserError(
             f"the disk of {folder} lacks room for the next save, {size / 2**20:,.1f} MiB ({error.strerror}); free some "
@@ -171,26 +169,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises ``UserError`` if the file cannot be written, and for a path that is a folder or a device.
     """
-    path, temporary = Path(path), None
+    path = Path(path)
     # A rename would replace a device such as /dev/null by a file, for everybody.
     if (os.path.exists(path) and not os.path.isfile(path)) or path.absolute().parent == Path("/dev"):
         raise UserError(f"{path} cannot be written because it is a folder or a device; pass the path of a file")
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            temporary = Path(name)
-            os.close(handle)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose a writable folder") from None
+    temporary = Path(name)
+    try:
+        os.close(handle)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         give_usual_permissions(temporary)
         temporary.replace(path)
     finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def give_usual_permissions(path: str | Path) -> None:

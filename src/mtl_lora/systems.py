@@ -14,14 +14,8 @@ from pathlib import Path
 from mtl_lora import artifacts, files
 from mtl_lora.errors import UserError
 
-SYSTEMS = {
-    "language": "causal language models that answer in words",
-    "nlu": "encoders with a head for each task: classification and regression of texts and pairs of texts",
-    "image_text": "language models that are shown images: questions, statements and captions",
-    "dense": "vision transformers with a decoder for each task: several maps of an image from one forward",
-}
-# The kind of each system's base models, a key of ``base_model.KINDS``.
-BASE_KINDS = {"language": "causal_lm", "nlu": "encoder", "image_text": "text_generator", "dense": "vision"}
+# The systems, and the kind of each one's base models, a key of ``base_model.KINDS``. The first is the default.
+SYSTEMS = {"language": "causal_lm", "nlu": "encoder", "image_text": "text_generator", "dense": "vision"}
 
 
 def part(system: str, name: str) -> types.ModuleType:

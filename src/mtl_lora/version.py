@@ -1,5 +1,6 @@
 """The library version and the checkout's commit, both recorded in every checkpoint and every results file."""
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
@@ -23,23 +24,12 @@ def checkout_commit(*without: str) -> str | None:
         environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
-    try:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         # An installed package lies in site-packages, so its parents[2] is not the top of a checkout.
-        if (
-            Path(git("rev-parse", "--show-toplevel")).resolve() != checkout
-            or not (checkout / "pyproject.toml").is_file()
-        ):
-            return _bundled_commit(checkout)
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "-uno", "--", ":/", *(f":(top,exclude){path}" for path in without))
-    except (OSError, subprocess.CalledProcessError):
-        return _bundled_commit(checkout)
-    return commit + ("+changes" if changed else "")
-
-
-def _bundled_commit(folder: Path) -> str | None:
-    """Return the commit in the file that a bundle puts beside its packages, or None without such a file."""
-    try:
-        return (folder / "BUNDLE_COMMIT").read_text().strip()
-    except OSError:
-        return None
+        top = Path(git("rev-parse", "--show-toplevel")).resolve()
+        if top == checkout and (checkout / "pyproject.toml").is_file():
+            changed = git("status", "--porcelain", "-uno", "--", ":/", *(f":(top,exclude){path}" for path in without))
+            return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    with contextlib.suppress(OSError):
+        return (checkout / "BUNDLE_COMMIT").read_text().strip()
+    return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from shared import QUICKSTART
 
-from mtl_lora import commands, files
+from mtl_lora import cli, files
 from mtl_lora.data_files import read_values
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions
@@ -34,7 +34,7 @@ def predict(trained, tmp_path):
         path.write_text("".join(json.dumps(example) + "\n" for example in examples))
         given = {"checkpoint": trained, "input": str(path), "output": str(tmp_path / "out.jsonl"), "dtype": "fp32"}
         given |= {"max_new_tokens": 6} | flags
-        commands.predict("language", [f"--{name}={value}" for name, value in given.items()])
+        cli.predict([f"--{name}={value}" for name, value in given.items()])
         return [json.loads(line) for line in Path(given["output"]).read_text().split("\n") if line]
 
     return start

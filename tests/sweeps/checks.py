@@ -18,7 +18,7 @@ from mtl_lora.adapter.layer import is_linear
 from mtl_lora.adapter.targets import adapter_layers, output_head
 from mtl_lora.base_model import KINDS, BaseModel
 from mtl_lora.errors import UserError
-from mtl_lora.systems import BASE_KINDS
+from mtl_lora.systems import SYSTEMS
 
 TOLERANCE = {"fp64": 1e-4, "fp32": 3e-3}  # norms and softmaxes of many models are taken in float32
 
@@ -138,12 +138,12 @@ class Checks:
         return True
 
     def handle(self) -> BaseModel:
-        return BaseModel(str(self.base), kind=BASE_KINDS[self.system])
+        return BaseModel(str(self.base), kind=SYSTEMS[self.system])
 
     def build(self) -> None:
         config = configure(self.kind)
         config.save_pretrained(self.base)
-        auto_class = KINDS[BASE_KINDS[self.system]].auto_class_for(config)
+        auto_class = KINDS[SYSTEMS[self.system]].auto_class_for(config)
         if type(config) not in auto_class._model_mapping:  # loading it is refused
             return
         model = build(config, auto_class)

@@ -380,7 +380,7 @@ def _build_base(provenance: Provenance, folder: str | Path, trust_remote_code: b
     from mtl_lora.base_model import BaseModel
 
     systems.check(provenance.system)
-    base = BaseModel(provenance.base_model, trust_remote_code, systems.BASE_KINDS[provenance.system])
+    base = BaseModel(provenance.base_model, trust_remote_code, systems.SYSTEMS[provenance.system])
     if provenance.base_fingerprint:
         base.check_fingerprint(provenance.base_fingerprint, base.fingerprint(), folder)
     options = {"load_in_4bit": provenance.load_in_4bit, **options}

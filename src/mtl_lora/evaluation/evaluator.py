@@ -26,7 +26,7 @@ from mtl_lora.data_files import data_file
 from mtl_lora.errors import UserError, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable
-from mtl_lora.systems import BASE_KINDS
+from mtl_lora.systems import SYSTEMS
 from mtl_lora.tasks import Task, TaskSet, grouped
 
 ADAPTER_CONFIG, BASE_CONFIG = "adapter_config_sha256", "base_config_sha256"  # in settings.json
@@ -167,7 +167,7 @@ class Evaluator(abc.ABC):
         config = self.config
         if name is None:
             raise UserError(f"{config.adapter} does not name its base model; pass --base_model")
-        base = self.base_model = BaseModel(name, config.trust_remote_code, BASE_KINDS[self.system])
+        base = self.base_model = BaseModel(name, config.trust_remote_code, SYSTEMS[self.system])
         self.fitting: dict[tuple[str, str], int] = {}  # by task and protocol, the most tokens to try at once
         base.check_quantisation()
         self.load_in_4bit = provenance.load_in_4bit if config.load_in_4bit is None else config.load_in_4bit

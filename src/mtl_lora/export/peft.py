@@ -26,7 +26,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.export.model_card import error_text, model_card, read_scores, task_type
 from mtl_lora.nlu import model as encoder
 from mtl_lora.nlu.tasks import TaskSet
-from mtl_lora.systems import BASE_KINDS, check
+from mtl_lora.systems import SYSTEMS, check
 
 CARD_NAME = "README.md"
 FILES = (artifacts.PEFT_CONFIG, artifacts.PEFT_WEIGHTS, CARD_NAME)
@@ -160,7 +160,7 @@ def base_for(checkpoint: str | Path, config: CheckpointConfig, given: BaseModel 
     if given is None and provenance.base_model is None:
         raise UserError(f"{checkpoint} does not record its base model; pass --base_model")
     kinds = {"SEQ_CLS": "encoder", "SEQ_2_SEQ_LM": "text_generator"}
-    kind = kinds.get(task_type(provenance.base_class), BASE_KINDS[provenance.system])
+    kind = kinds.get(task_type(provenance.base_class), SYSTEMS[provenance.system])
     return dataclasses.replace(given or BaseModel(provenance.base_model), kind=kind)
 
 

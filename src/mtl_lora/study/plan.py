@@ -87,7 +87,13 @@ class PlannedJob:
         flags = self.flags[step] | more
         if "checkpoint" not in flags and self.grid.system != next(iter(SYSTEMS)):
             flags = {"system": self.grid.system, **flags}
-        return cli.command_line(step, flags, launcher or self.grid.launcher)
+        words = shlex.split(launcher or self.grid.launcher)
+        # DeepSpeed's launcher has its own flag for a module, and puts --local_rank before the command's name.
+        words += ["--no_local_rank", "--module"] if Path(words[0]).name == "deepspeed" else ["-m"]
+        words += ["mtl_lora", step]
+        for name, value in flags.items():
+            words += [f"--{name}", cli.spelled(value)]
+        return words
 
     @property
     def state(self) -> State | None:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from mtl_lora import artifacts, cli
-from mtl_lora.errors import UserError, files_within_reach
+from mtl_lora.errors import UserError
 from mtl_lora.files import claimed, remove_leftovers
 from mtl_lora.metrics import value_text
 from mtl_lora.results import Results
@@ -37,8 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``mtl-lora study``: exit code 2 for a user error, 1 for a job that failed."""
     config = cli.parse(StudyConfig, arguments, StudyConfig.__doc__)
     try:
-        with files_within_reach():
-            run(config)
+        run(config)
     except JobFailed as error:
         raise SystemExit(f"error: {error}") from None  # printed to stderr, with exit code 1
 

@@ -169,7 +169,7 @@ class TrainingConfig(Config):
         defaults = {each.name: each.default for each in self.flags()}
         if unknown := values.keys() - defaults.keys():
             raise TypeError(f"{type(self).__name__} has no flag {', '.join(sorted(unknown))}")
-        values = defaults | values
+        values = copy.deepcopy(defaults) | values  # a list must not be shared
         own = {field.name for field in dataclasses.fields(self)}
         self.hyperparameters = {name: value for name, value in values.items() if name not in own}
         for name in own - {"hyperparameters"}:

@@ -21,7 +21,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
-from mtl_lora.systems import BASE_KINDS
+from mtl_lora.systems import SYSTEMS
 from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
 from mtl_lora.training.config import ADAPTER_FLAGS, TrainingConfig
@@ -55,7 +55,7 @@ class Run:
 
     def __init__(self, config: TrainingConfig):
         self.config, self.tasks = config, config.task_set()
-        self.base = BaseModel(config.base_model, config.trust_remote_code, BASE_KINDS[config.system])
+        self.base = BaseModel(config.base_model, config.trust_remote_code, SYSTEMS[config.system])
 
     # ---- what a system defines ----
 
