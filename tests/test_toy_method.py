@@ -15,6 +15,7 @@ from shared import PROJECT, QUICKSTART
 import mtl_lora
 from mtl_lora import UserError, artifacts, cli
 from mtl_lora.adapter import layer
+from mtl_lora.adapter.checkpoint import start_from
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, layer_class
 from mtl_lora.config import flag
@@ -52,7 +53,8 @@ def toy():
             return self.hyperparameters.strength * self.toy_U
 
     yield ToyLayer
-    del layer._registered["toy"]
+    for name in [name for name in layer._registered if name.endswith("toy")]:
+        del layer._registered[name]
 
 
 @pytest.mark.slow
@@ -75,6 +77,33 @@ def test_toy_method_is_trained_evaluated_and_reported(toy, tiny_base, records_fi
     capsys.readouterr()
     cli.main(["report", "table", str(scores)])
     assert results["name"] in capsys.readouterr().out
+
+
+def test_a_start_finds_the_tasks_of_a_methods_own_parameter_on_any_axis(toy, tmp_path):
+    class Gated(toy):
+        """Of each task its column of a gate on the rank."""
+
+        method, needs_task_ids, task_parameters = "gated_toy", True, ("toy_gate",)
+
+        @staticmethod
+        def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
+            return {**toy.shapes(config, k, d), "toy_gate": (config.rank, len(config.tasks))}
+
+        def reset_parameters(self) -> None:
+            super().reset_parameters()
+            torch.nn.init.ones_(self.toy_gate)
+
+    def model(tasks: list[str]) -> torch.nn.Module:
+        config = AdapterConfig("gated_toy", rank=2, tasks=tasks, target_modules=["0"])
+        return mtl_lora.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+
+    trained, swapped, longer = model(["a", "b"]), model(["b", "a"]), model(["c", "a", "b"])
+    with torch.no_grad():
+        trained[0].toy_gate.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    mtl_lora.save(trained, tmp_path)
+    assert start_from(swapped, tmp_path) == [] and start_from(longer, tmp_path) == ["c"]
+    assert swapped[0].toy_gate.tolist() == [[2, 1], [4, 3]]
+    assert longer[0].toy_gate.tolist() == [[1, 1, 2], [1, 3, 4]]
 
 
 def test_toy_method_is_saved_loaded_and_merged(toy, tmp_path):

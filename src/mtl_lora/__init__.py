@@ -21,24 +21,15 @@ if TYPE_CHECKING:
     from mtl_lora.adapter.targets import adapter_layers
     from mtl_lora.errors import UserError
 
-# The module of each public name. Modules are imported on first use, so that code without tensors (parsing a command
-# line, reading a results file) does not wait for torch.
-_MODULES = {
-    "AdapterConfig": "mtl_lora.adapter.config",
-    "Origin": "mtl_lora.adapter.checkpoint",  # the earlier name of Provenance
-    "Provenance": "mtl_lora.adapter.checkpoint",
-    "TaskCollator": "mtl_lora.adapter.routing",
-    "UserError": "mtl_lora.errors",
-    "adapter_layers": "mtl_lora.adapter.targets",
-    "disabled": "mtl_lora.adapter.inject",
-    "inject": "mtl_lora.adapter.inject",
-    "load": "mtl_lora.adapter.checkpoint",
-    "merge": "mtl_lora.adapter.inject",
-    "print_trainable_parameters": "mtl_lora.adapter.inject",
-    "route": "mtl_lora.route",
-    "save": "mtl_lora.adapter.checkpoint",
-    "trainable_parameters": "mtl_lora.adapter.inject",
-    "unload": "mtl_lora.adapter.inject",
+# The public names of each module. Modules are imported on first use, so that code without tensors (parsing a command
+# line, reading a results file) does not wait for torch. Origin is the earlier name of Provenance.
+_NAMES = {
+    "adapter.checkpoint": ("Origin", "Provenance", "load", "save"),
+    "adapter.config": ("AdapterConfig",),
+    "adapter.inject": ("disabled", "inject", "merge", "print_trainable_parameters", "trainable_parameters", "unload"),
+    "adapter.routing": ("TaskCollator",),
+    "adapter.targets": ("adapter_layers",),
+    "errors": ("UserError",),
 }
 
 __all__ = [
@@ -61,10 +52,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name not in _MODULES:
-        raise AttributeError(f"module 'mtl_lora' has no attribute {name!r}")
-    module = importlib.import_module(_MODULES[name])
-    return module if name == "route" else getattr(module, name)
+    if name == "route":
+        return importlib.import_module("mtl_lora.route")
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"mtl_lora.{module}"), name)
+    raise AttributeError(f"module 'mtl_lora' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -369,7 +369,7 @@ class BaseModel:
         if expected and found and found != expected:
             raise UserError(
                 f"{source} was trained on another base model than {self.name!r}: it records the fingerprint "
-                f"{expected[:12]}..., not {found[:12]}...; pass --base_model"
+                f"{expected[:12]}..., not {found[:12]}...; pass that model: --base_model, or load(base_model, folder)"
             )
 
 

@@ -259,6 +259,13 @@ def test_an_adapter_is_in_the_mode_of_its_model(training):
     assert torch.equal(logits(randomise(model)), logits(model)) != training
 
 
+@pytest.mark.parametrize("method", ["none", "mtl_lora"])
+def test_a_module_around_a_model_is_not_disabled_in_its_place(method):
+    around = nn.Sequential(adapted_llama(method, modules_to_save=["norm"]))
+    with pytest.raises(UserError, match="module around it"), mtl_lora.disabled(around):
+        pass
+
+
 def test_the_mode_that_is_set_while_an_adapter_is_disabled_holds_afterwards():
     model = adapted_llama(dropout=0.5).train()
     with mtl_lora.disabled(model):

@@ -89,7 +89,7 @@ def test_a_run_learns_and_leaves_adapter_log_and_analysis(train, tiny_base, caps
     assert curve[-1] < curve[0] - 0.5
     assert any(key.startswith("loss/") for key in log_lines(folder)[0])
     config = checkpoint.read_config(folder)
-    assert (config.origin_config.prompt_template, config.origin_config.cutoff_len) == ("alpaca", 256)
+    assert (config.provenance_config.prompt_template, config.provenance_config.cutoff_len) == ("alpaca", 256)
     data = config.provenance_config.train_settings["data_path"]
     assert config.provenance_config.data_sha256 == files.sha256(data)
     analysis = json.loads((folder / artifacts.ADAPTER_ANALYSIS).read_text())

@@ -20,7 +20,7 @@ from torch import nn
 from mtl_lora import embedded, files, systems
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.inject import inject, injection_of, unload
-from mtl_lora.adapter.layer import is_partitioned, layer_class, layer_sizes, parameter_shapes, require_in_memory
+from mtl_lora.adapter.layer import gathered, is_partitioned, layer_sizes, parameter_shapes, require_in_memory
 from mtl_lora.adapter.saved import Slot, find_slots, require_slots, unwrap
 from mtl_lora.adapter.targets import adapter_layers
 from mtl_lora.artifacts import ADAPTER_START as START_NAME
@@ -88,8 +88,6 @@ class CheckpointConfig(Config):
         """The provenance of the adapter, validated when the file was read."""
         return Provenance.from_json(self.provenance)
 
-    origin_config = provenance_config  # the earlier name
-
 
 def adapter_tensors(model: nn.Module) -> State:
     """Return the tensors that a checkpoint of ``model`` holds, as the model uses them, not copied.
@@ -129,12 +127,9 @@ def adapter_state(model: nn.Module) -> State:
             "FSDP has sharded this model, so its adapter cannot be saved; to spread a base over GPUs use DeepSpeed's "
             "ZeRO-3, or gather the tensors yourself and pass them as state"
         )
-    partitioned = [tensor for tensor in tensors.values() if is_partitioned(tensor)]
-    if not partitioned:
+    if not any(map(is_partitioned, tensors.values())):
         return {name: tensor.detach() for name, tensor in tensors.items()}
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned):
+    with gathered(*tensors.values()):
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
@@ -278,9 +273,8 @@ def _changed_weight(base: Provenance, model: nn.Module, slots: list[Slot]) -> st
 def read_config(folder: str | Path) -> CheckpointConfig:
     """Read and validate ``mtl_lora_config.json``; raises ``UserError`` naming the file and the problem."""
     path = systems.checkpoint_config(folder)
-    value = files.read_json(path, "the checkpoint configuration")
-    # The format first, because another format has other keys.
-    found = value.get("format", FORMAT) if isinstance(value, dict) else FORMAT
+    value = files.read_object(path, "the checkpoint configuration")
+    found = value.get("format", FORMAT)  # first, because another format has other keys
     if found not in (1, FORMAT):
         raise UserError(f"{path} has format {found}, and this version reads formats 1 and {FORMAT}; update mtl-lora")
     key = "origin" if found == 1 else "provenance"
@@ -422,8 +416,7 @@ def _check_size(config: AdapterConfig, state: State, source: str) -> None:
     """
     described = sum(map(math.prod, parameter_shapes(config, 1, 1).values()))  # of the smallest possible layer
     for name, sizes in layer_sizes(config, state).items():
-        own = config.at(name)
-        described += sum(map(math.prod, layer_class(own.method).shapes(own, *sizes).values()))
+        described += sum(map(math.prod, parameter_shapes(config.at(name), *sizes).values()))
     held = sum(tensor.numel() for tensor in state.values())
     if described > 10 * max(held, 10**7):
         found = f"{held:,} numbers, but {CONFIG_NAME} describes more than {described:,}"
@@ -479,13 +472,14 @@ def start_from(model: nn.Module, folder: str | Path) -> list[str]:
     longer = copy.deepcopy(config)
     longer.tasks = [*config.tasks, ""]
     shapes, of_more = parameter_shapes(config, 1, 1), parameter_shapes(longer, 1, 1)
-    by_task = {name for name, shape in shapes.items() if shape != of_more[name]}
+    changed = {name: [*map(int.__ne__, shape, of_more[name])] for name, shape in shapes.items()}
+    axes = {name: where.index(True) for name, where in changed.items() if True in where}  # of the tasks
     state, places = read_weights(folder, recorded), {task: index for index, task in enumerate(earlier.tasks)}
     for name, tensor in adapter_state(model).items():
-        if name.rpartition(".")[2] in by_task and name in state:
-            rows = dict(zip(config.tasks, tensor.to(state[name]), strict=True))
-            rows |= {task: state[name][places[task]] for task in rows.keys() & places.keys()}
-            state[name] = torch.stack([*rows.values()])
+        if name in state and (axis := axes.get(name.rpartition(".")[2])) is not None:
+            rows = dict(zip(config.tasks, tensor.to(state[name]).unbind(axis), strict=True))
+            rows |= {task: state[name].select(axis, places[task]) for task in rows.keys() & places.keys()}
+            state[name] = torch.stack([*rows.values()], dim=axis)
     load_state(model, state, str(Path(folder) / WEIGHTS_NAME))
     return [task for task in config.tasks if task not in places]
 
@@ -529,8 +523,6 @@ def stand_in(sizes: dict[str, tuple[int, int]]) -> nn.Module:
         *path, last = name.split(".")
         parent = root
         for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, nn.Linear(in_features, out_features, bias=False, device="meta"))
+            parent = parent._modules.setdefault(part, nn.Module())
+        parent._modules[last] = nn.Linear(in_features, out_features, bias=False, device="meta")
     return root

@@ -88,8 +88,7 @@ class AdapterConfig(Config):
             hyperparameters = hyperparameters.to_json()
         values = {**(hyperparameters or {}), **own}
         declared = [flag.name for flag in layer.Hyperparameters.flags()]
-        unknown = [name for name in values if name not in declared]
-        if unknown:
+        if unknown := [name for name in values if name not in declared]:
             known = [field.name for field in dataclasses.fields(self)][:-1] + declared
             raise UserError(f"{unknown[0]} is not a setting of the method {layer.method}{closest(unknown[0], known)}")
         self.hyperparameters = layer.Hyperparameters(**values)
@@ -113,7 +112,7 @@ class AdapterConfig(Config):
         alone = isinstance(self.target_modules, str) or "all-linear" not in self.target_modules
         self.require("target_modules", "names and expressions, or all-linear alone", alone)
         rule = f"the names of the tasks in id order, at least one, since {layer.title} has weights for each task"
-        self.require("tasks", rule, bool(self.tasks) or not layer.needs_task_ids)
+        self.require("tasks", rule, bool(self.tasks) or not (layer.needs_task_ids or layer.only_streams))
         self.require("modules_to_save", "names that are not empty", "" not in self.modules_to_save)
         layer.check_config(self)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.layer import Factors, is_sharded, positive, require_in_memory, row_squares
+from mtl_lora.adapter.layer import Factors, gathered, is_quantised, is_sharded, positive, require_in_memory, row_squares
 from mtl_lora.adapter.lora import LoraLayer
 
 
@@ -56,8 +56,39 @@ class DoraLayer(LoraLayer):
             cross = (B * projected.T).sum(dim=1)
             own = ((B @ (A @ A.T)) * B).sum(dim=1)
         # W is read in every forward where it can be, because it may have been trained, pruned or cast in the meantime.
-        squares = row_squares(self._base_weight(), self.parameter_dtype) if self.in_place else self.base_squares
+        squares = row_squares(self.base_weight(), self.parameter_dtype) if self.in_place else self.base_squares
         return (squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
+
+    @torch.no_grad()
+    def base_product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows W^T, (M, k) to (M, d); if the weight cannot be read, from the forward of the base layer."""
+        if self.in_place:
+            return F.linear(rows, self.base_weight())
+        if not is_quantised(self.base_layer.weight):
+            product = self.base_layer(rows)
+            return product if self.bias is None else product - self.bias.to(product.dtype)
+        # Without the bias, because (W x + b) - b loses what is small beside b. In training mode, because in evaluation
+        # bitsandbytes repacks weights on a CPU into a layout without gradients.
+        bias, training = self.base_layer.bias, self.base_layer.training
+        self.base_layer.bias, self.base_layer.training = None, True
+        try:
+            return self.base_layer(rows)
+        finally:
+            self.base_layer.bias, self.base_layer.training = bias, training
+
+    @torch.no_grad()
+    def base_row_squares(self) -> torch.Tensor:
+        """Return the squared norm of each row of the frozen weight, (d,); under ZeRO-3 all processes must call this."""
+        weight = self.base_layer.weight
+        if not is_quantised(weight):
+            with gathered(weight):
+                return row_squares(self.base_weight(), self.parameter_dtype)
+        # The base layer maps the unit vectors to the columns of its quantised weight.
+        total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
+        unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
+        for rows in unit.split(1024):
+            total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
+        return total
 
     def keep_constants(self) -> None:
         self.kept_norm = self.norm()

@@ -29,14 +29,11 @@ def dropped_positions(count: int, p: float) -> torch.Tensor:
     """
     expected = count * p
     draws = math.ceil(expected + 6 * math.sqrt(expected) + 6)  # nearly always enough
-    found, last = [], -1
-    while last < count:
-        gaps = torch.rand(draws, dtype=torch.float64).log_().div_(math.log1p(-p)).floor_()
-        # All gaps that reach beyond the end are equivalent, also the infinite one of u = 0.
-        positions = gaps.clamp_(max=count).add_(1).cumsum(0).long().add_(last)
-        found.append(positions)
-        last = int(positions[-1])
-    positions = torch.cat(found) if len(found) > 1 else found[0]
+    gaps = torch.rand(draws, dtype=torch.float64).log_().div_(math.log1p(-p)).floor_()
+    # All gaps that reach beyond the end are equivalent, also the infinite one of u = 0.
+    positions = gaps.clamp_(max=count).add_(1).cumsum(0).long().sub_(1)
+    if (rest := count - 1 - int(positions[-1])) > 0:
+        positions = torch.cat([positions, dropped_positions(rest, p).add_(count - rest)])
     return positions[: int(torch.searchsorted(positions, count))]
 
 

@@ -1,19 +1,22 @@
 """What an injected model does around its forward: it takes ``task_ids``, and the first forward is checked.
 
-The hooks run outside the region that ``torch.compile`` compiles.
+The hooks run outside the region that ``torch.compile`` compiles. Methods of the model are overridden, so that they take
+``task_ids`` or keep them.
 """
 
+import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-from mtl_lora.adapter import overrides, routing
+from mtl_lora.adapter import routing
 from mtl_lora.adapter.layer import AdapterLayer, is_sharded
-from mtl_lora.adapter.saved import named_modules
+from mtl_lora.adapter.saved import Override, named_modules
 from mtl_lora.adapter.targets import adapter_layers, is_expert, layers_in_words
 from mtl_lora.errors import UserError
 
@@ -52,7 +55,7 @@ def before_forward(model: nn.Module, arguments: tuple, options: dict) -> tuple[t
     if route is not None and (row_ids := route.row_ids) is not None:  # one tensor per token would need too much memory
         route.prepared = _prepared(injection.layers, row_ids)
     if model.training and torch.is_grad_enabled():
-        overrides.follow_checkpointing(injection.checkpointed)
+        follow_checkpointing(injection.checkpointed)
         if injection.unchecked and not injection.off and not _is_compiled(model):
             _start_watch(model)
     return arguments, options
@@ -146,3 +149,95 @@ def _is_compiled(model: nn.Module) -> bool:
         compilers += frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
         frame = frame.f_back
     return compilers > 1  # one is the wrapper of the hook itself
+
+
+# ---- overridden methods ----
+
+
+class Generate(Override):
+    """``generate`` with ``task_ids``, which hold for the whole call, because it calls an encoder on its own."""
+
+    name = "generate"
+
+    def __call__(self, *arguments, task_ids=None, **options):
+        mask, config = options.get("attention_mask"), getattr(self.module, "config", None)
+        is_decoder = isinstance(mask, torch.Tensor) and not getattr(config, "is_encoder_decoder", False)
+        if is_decoder and mask.dim() == 2 and not mask[:, -1].all():
+            raise UserError('generate would continue after padding; pad on the left: tokenizer.padding_side = "left"')
+        route = routing.current() if task_ids is None else routing.Route(task_ids)
+        if route is not None and route.by_token:
+            raise UserError("generate takes task_ids of shape (batch,), one for each row: new tokens have no ids")
+        with routing.RouteContext(route):
+            return self.original(*arguments, **options)
+
+
+class SavePretrained(Override):
+    """``save_pretrained`` with a warning, because it writes weights under the names of wrapped layers."""
+
+    name = "save_pretrained"
+
+    def __call__(self, *arguments, **options):
+        if not self.module.mtl_lora_injection.off:
+            warnings.warn(
+                "save_pretrained writes the whole model under names that no plain model loads; save the adapter with "
+                "mtl_lora.save, or the model after mtl_lora.merge",
+                stacklevel=2,
+            )
+        return self.original(*arguments, **options)
+
+
+class ExpandInputs(Override):
+    """The step of ``generate`` that repeats the rows of a batch; it repeats the route as well."""
+
+    name = "_expand_inputs_for_generation"
+
+    def __call__(self, expand_size: int = 1, *arguments, **options):
+        routing.repeat_rows(expand_size)
+        return self.original(expand_size, *arguments, **options)
+
+
+# State of a forward, besides its routes, that a recomputation needs. Each entry is called in the forward and returns a
+# function that makes the context manager to enter in the recomputation.
+recomputed: list[Callable[[], Callable[[], contextlib.AbstractContextManager]]] = []
+
+
+class Checkpointing(Override):
+    """Gradient checkpointing of transformers that restores the forward's routes in a recomputation, in any thread."""
+
+    name = "_gradient_checkpointing_func"
+
+    def __call__(self, run: Callable, *arguments, **options):
+        if torch.compiler.is_compiling():  # a compiled graph is recomputed as a graph
+            return self.before(run, *arguments, **options)
+        reentrant = getattr(self.before, "keywords", {}).get("use_reentrant", True)
+        # Each re-entrant block runs its own backward pass, and the first would free a graph that all share.
+        again = [routing.captured(prepared=not reentrant), *(each() for each in recomputed)]
+
+        def routed(*arguments, **options):
+            with contextlib.ExitStack() as blocks:
+                for block in again:
+                    blocks.enter_context(block())
+                return run(*arguments, **options)
+
+        if reentrant:
+            arguments = _with_gradient(arguments)
+        return self.before(routed, *arguments, **options)
+
+
+def follow_checkpointing(modules: list[nn.Module]) -> None:
+    """Make the gradient checkpointing of these modules keep the routes; called before each training forward."""
+    for module in modules:
+        function = vars(module).get(Checkpointing.name)
+        if function is not None and type(function) is not Checkpointing:
+            Checkpointing(module)
+
+
+def _with_gradient(arguments: tuple) -> tuple:
+    """Return arguments of which at least one requires a gradient.
+
+    Without one, re-entrant checkpointing computes no gradients for the weights either.
+    """
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not torch.is_grad_enabled() or not tensors or any(value.requires_grad for value in tensors):
+        return arguments
+    return tuple(value.detach().requires_grad_() if value is tensors[0] else value for value in arguments)

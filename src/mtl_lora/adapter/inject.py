@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mtl_lora.adapter.config import AdapterConfig
-from mtl_lora.adapter.hooks import CallWatch, after_forward, before_forward
+from mtl_lora.adapter.hooks import CallWatch, ExpandInputs, Generate, SavePretrained, after_forward, before_forward
 from mtl_lora.adapter.layer import (
     AdapterLayer,
     is_conv1d,
@@ -21,8 +21,7 @@ from mtl_lora.adapter.layer import (
     require_in_memory,
     task_index,
 )
-from mtl_lora.adapter.overrides import ExpandInputs, Generate, SavePretrained, remove_overrides
-from mtl_lora.adapter.saved import Slot, find_slots, named_modules, require_slots, train_slots, unwrap
+from mtl_lora.adapter.saved import Slot, find_slots, named_modules, remove_overrides, require_slots, train_slots, unwrap
 from mtl_lora.adapter.targets import (
     adapter_layers,
     find_targets,
@@ -167,14 +166,12 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of trainable parameters and of all parameters; a shared parameter counts once."""
-    sizes = [(_size(each), each.requires_grad) for each in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
-
-
-def _size(weight: torch.Tensor) -> int:
-    """Return the number of values of a weight, which may be partitioned (ZeRO-3) or packed (bitsandbytes, 4 bits)."""
-    packed = getattr(weight, "quant_state", None)
-    return math.prod(packed.shape) if packed is not None else getattr(weight, "ds_numel", weight.numel())
+    trainable = total = 0
+    for weight in model.parameters():
+        packed = getattr(weight, "quant_state", None)  # of bitsandbytes' 4 bits; ds_numel is of ZeRO-3's partitions
+        size = math.prod(packed.shape) if packed is not None else getattr(weight, "ds_numel", weight.numel())
+        trainable, total = trainable + size * weight.requires_grad, total + size
+    return trainable, total
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -207,8 +204,8 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     for name, module in named_modules(model):
         if instead := getattr(module, "merge_instead", None):
             raise UserError(f"{name} has a part for each task, and a merged model is for one task; use {instead}")
-    layers = adapter_layers(model)
-    for name, layer in layers.items():
+    merged = {}
+    for name, layer in adapter_layers(model).items():
         if "weight" not in layer.base_layer._parameters:
             raise UserError(f"the weight of {name} is computed from others, so no adapter can be merged into it")
         if is_sharded(layer.base_layer.weight):
@@ -217,20 +214,19 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
                 "and merge it there"
             )
         require_in_memory(f"the weight of {name}", layer.base_layer.weight)
-    merged = {layer.base_layer: layer.merged_weight(task) for layer in layers.values()}
-    for name, weight in zip(layers, merged.values(), strict=True):
-        require_finite(name, weight)
+        merged[layer.base_layer] = layer.merged_weight(task)
+        require_finite(name, merged[layer.base_layer])
     _take_off(model, keep=True)
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight
         base.weight = _in_place_of(base.weight, weight)
-    config, head = getattr(unwrap(model), "config", None), output_head(unwrap(model))
+    root, head = unwrap(model), output_head(unwrap(model))
+    config = getattr(root, "config", None)
     if getattr(config, "_name_or_path", ""):
-        # The next adapter must not record the original base as its own.
-        config._name_or_path = ""
+        config._name_or_path = ""  # the next adapter must not record the original base as its own
     tied = head is not None and getattr(config, "tie_word_embeddings", False)
-    if tied and head.weight is not unwrap(model).get_input_embeddings().weight:
-        _untie(unwrap(model), head)
+    if tied and head.weight is not root.get_input_embeddings().weight:
+        _untie(root, head)
     return model
 
 
@@ -291,8 +287,7 @@ def _take_off(model: nn.Module, keep: bool) -> None:
     for handle in (*injection.handles, *injection.norm_handles):
         handle.remove()
     for name in ("mtl_lora_config", "mtl_lora_injection", "mtl_lora_provenance"):
-        if hasattr(root, name):
-            delattr(root, name)
+        vars(root).pop(name, None)
 
 
 @contextlib.contextmanager
@@ -304,27 +299,26 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     layers = {layer: layer.base_layer for layer in adapter_layers(model).values()}
     injection = injection_of(model)
-    if layers and injection is None:
-        raise UserError(
-            "mtl_lora.disabled needs the model that mtl_lora.inject returned, no part of it or module around it"
-        )
-    slots = injection.slots if injection else []
-    require_slots(slots)
+    if injection is None:
+        if layers or any(injection_of(module) for module in model.modules()):
+            raise UserError(
+                "mtl_lora.disabled needs the model that mtl_lora.inject returned, no part of it or module around it"
+            )
+        yield
+        return
+    require_slots(injection.slots)
     replace_modules(model, layers)
-    trained = [slot.put_original() for slot in slots]
-    was_off = injection is not None and injection.off
-    if injection:
-        injection.off = True
-        _restore_ties(unwrap(model), injection)
+    trained = [slot.put_original() for slot in injection.slots]
+    was_off, injection.off = injection.off, True
+    _restore_ties(unwrap(model), injection)
     try:
         yield
     finally:
-        if injection:
-            injection.off = was_off
-        for slot, tensor in zip(slots, trained, strict=True):
+        injection.off = was_off
+        for slot, tensor in zip(injection.slots, trained, strict=True):
             slot.put(tensor)
         for layer, base in layers.items():
             layer.training = base.training  # the model may have changed its mode inside the block
         replace_modules(model, {base: layer for layer, base in layers.items()})
-        if layers and injection:
+        if layers:
             _rename_ties(unwrap(model), injection)

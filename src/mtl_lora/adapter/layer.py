@@ -49,6 +49,13 @@ class Factors:
         """Return delta W = scale * B @ A, (d, k)."""
         return self.scale * (self.B @ self.A)
 
+    def adapted(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the layer's weight (d, k) for the frozen weight (d, k)."""
+        weight = weight + self.delta()
+        if self.magnitude is None:
+            return weight
+        return weight * (self.magnitude / positive(row_squares(weight, weight.dtype).sqrt()))[:, None]
+
 
 class Streams(NamedTuple):
     """Activations of one input: ``shared`` (..., k), common to all tasks, and ``tasks`` (T, ..., k), one per task.
@@ -154,13 +161,14 @@ def require_in_memory(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def gathered(weight: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Return a context manager inside which a weight that ZeRO-3 has partitioned is gathered."""
-    if not is_partitioned(weight):
+def gathered(*weights: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Return a context manager inside which those of the weights that ZeRO-3 has partitioned are gathered."""
+    partitioned = [weight for weight in weights if is_partitioned(weight)]
+    if not partitioned:
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([weight])
+    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 class AdapterLayer(nn.Module):
@@ -313,6 +321,8 @@ class AdapterLayer(nn.Module):
         """Map x (..., k) to (..., d), or streams to streams."""
         if isinstance(x, Streams):
             return self.streams(x)
+        if self.only_streams:
+            raise UserError(f"a layer of {self.title} has one output per task, but this model reads only one output")
         output, dropped = self.base_and_dropped(x)
         z = F.linear(dropped, self.down().to(dropped.dtype))
         output = self.combine(output, dropped, self.mix(z, x).to(output.dtype))
@@ -354,45 +364,11 @@ class AdapterLayer(nn.Module):
         if is_quantised(self.base_layer.weight):
             raise UserError("an adapter cannot be merged into a quantised base; load the base in bf16 or float32")
         factors = self.factors(task)
-        merged = self._base_weight().to(factors.A.dtype) + factors.delta()
-        if factors.magnitude is not None:
-            merged *= (factors.magnitude / positive(row_squares(merged, merged.dtype).sqrt()))[:, None]
-        return merged.to(self.base_layer.weight.dtype)
+        return factors.adapted(self.base_weight().to(factors.A.dtype)).to(self.base_layer.weight.dtype)
 
-    def _base_weight(self) -> torch.Tensor:
+    def base_weight(self) -> torch.Tensor:
         """The frozen weight as (d, k)."""
         return self.base_layer.weight.T if is_conv1d(self.base_layer) else self.base_layer.weight
-
-    @torch.no_grad()
-    def base_product(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows W^T, (M, k) to (M, d); if the weight cannot be read, from the forward of the base layer."""
-        if self.in_place:
-            return F.linear(rows, self._base_weight())
-        if not is_quantised(self.base_layer.weight):
-            product = self.base_layer(rows)
-            return product if self.bias is None else product - self.bias.to(product.dtype)
-        # Without the bias, because (W x + b) - b loses what is small beside b. In training mode, because in evaluation
-        # bitsandbytes repacks weights on a CPU into a layout without gradients.
-        bias, training = self.base_layer.bias, self.base_layer.training
-        self.base_layer.bias, self.base_layer.training = None, True
-        try:
-            return self.base_layer(rows)
-        finally:
-            self.base_layer.bias, self.base_layer.training = bias, training
-
-    @torch.no_grad()
-    def base_row_squares(self) -> torch.Tensor:
-        """Return the squared norm of each row of the frozen weight, (d,); under ZeRO-3 all processes must call this."""
-        weight = self.base_layer.weight
-        if not is_quantised(weight):
-            with gathered(weight):
-                return row_squares(self._base_weight(), self.parameter_dtype)
-        # The base layer maps the unit vectors to the columns of its quantised weight.
-        total = torch.zeros(self.out_features, dtype=self.parameter_dtype, device=weight.device)
-        unit = torch.eye(self.in_features, dtype=self.compute_dtype, device=weight.device)
-        for rows in unit.split(1024):
-            total += self.base_product(rows).to(total.dtype).square().sum(dim=0)
-        return total
 
     @property
     def compute_dtype(self) -> torch.dtype:

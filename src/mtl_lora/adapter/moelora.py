@@ -11,8 +11,6 @@ from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Factors, kaiming, task_index
 from mtl_lora.config import flag
 
-_A_STD = 0.01  # standard deviation of the initial A_i
-
 
 class MoeLoraLayer(AdapterLayer):
     """y = W x + b + (alpha / r) sum_i g_ti B_i A_i dropout(x), i = 1..N, g_t = softmax(G e_t), t the row's task.
@@ -50,7 +48,7 @@ class MoeLoraLayer(AdapterLayer):
         }
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.lora_A, std=_A_STD)
+        nn.init.normal_(self.lora_A, std=0.01)
         nn.init.zeros_(self.lora_B)
         nn.init.normal_(self.lora_task_embedding)
         kaiming(self.lora_gate)

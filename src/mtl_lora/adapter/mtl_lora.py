@@ -67,11 +67,6 @@ class MtlLoraLayer(AdapterLayer):
             "lora_B": (d, n * r),
         }
 
-    @property
-    def diagonal(self) -> bool:
-        """Whether Lambda_t is stored as its diagonal."""
-        return self.hyperparameters.lambda_shape != "full"
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         own = self.hyperparameters
@@ -80,7 +75,7 @@ class MtlLoraLayer(AdapterLayer):
         self.lora_w.mul_(own.mixture_start if own.mixture == "learned" else 0)
         self.lora_w.requires_grad_(own.mixture == "learned")
         self.lora_lambda.requires_grad_(own.lambda_shape != "identity")
-        self.lora_lambda.copy_(torch.ones(self.rank) if self.diagonal else torch.eye(self.rank))
+        self.lora_lambda.copy_(torch.ones(self.rank) if self.lora_lambda.dim() == 2 else torch.eye(self.rank))
         nn.init.zeros_(self.lora_B)
 
     def mixture(self, task_ids: torch.Tensor) -> torch.Tensor:
@@ -90,7 +85,7 @@ class MtlLoraLayer(AdapterLayer):
     def task_transforms(self, task_ids: torch.Tensor) -> torch.Tensor:
         """Return Lambda_t for each task id, (M,) to (M, r, r)."""
         transforms = self.lora_lambda[task_ids]
-        return torch.diag_embed(transforms) if self.diagonal else transforms
+        return torch.diag_embed(transforms) if self.lora_lambda.dim() == 2 else transforms
 
     def combined_transform(self, task_ids: torch.Tensor) -> torch.Tensor:
         """Return P_t for each task id, (M,) to (M, n r, r); the cost does not grow with T."""

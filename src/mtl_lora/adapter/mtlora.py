@@ -9,7 +9,6 @@ from torch import nn
 from mtl_lora.adapter.config import AdapterConfig, Hyperparameters
 from mtl_lora.adapter.layer import AdapterLayer, Streams, kaiming
 from mtl_lora.config import flag
-from mtl_lora.errors import UserError
 
 MODES = ("matrix", "matrixv2", "addition")
 
@@ -39,11 +38,6 @@ class MtloraLayer(AdapterLayer):
         task_scale: float = flag(4.0, "scale of each task's own pair, a constant", above=0)
         shared_mode: str = flag("matrix", f"how shared and task outputs meet: {', '.join(MODES)}", choices=MODES)
 
-    @classmethod
-    def check_config(cls, config: AdapterConfig) -> None:
-        if not config.tasks:
-            raise UserError(f"tasks must be the names of the tasks, since {cls.title} has weights for each of them")
-
     @staticmethod
     def shapes(config: AdapterConfig, k: int, d: int) -> dict[str, tuple[int, ...]]:
         T, r, q = len(config.tasks), config.rank, config.task_rank
@@ -63,12 +57,6 @@ class MtloraLayer(AdapterLayer):
         for each in self.task_A:
             kaiming(each)
         nn.init.zeros_(self.task_B)
-
-    def forward(self, x: Streams) -> Streams:
-        """Map streams (..., k) to streams (..., d); raises ``UserError`` for a tensor."""
-        if not isinstance(x, Streams):
-            raise UserError(f"a layer of {self.title} has one output per task, but this model reads only one output")
-        return self.streams(x)
 
     def streams(self, x: Streams) -> Streams:
         own, T, mode = self.hyperparameters, len(self.tasks), self.hyperparameters.shared_mode

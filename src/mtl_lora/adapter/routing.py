@@ -1,11 +1,9 @@
 """Task routing: which task each row (or token) of the running batch belongs to.
 
-``model(..., task_ids=...)`` and ``model.generate(..., task_ids=...)``, which ``inject`` sets up, and the block
-``with route.use(task_ids):`` take names, ids or a tensor: (B,), one per row, or, but for ``generate``, whose tokens are
-not known before, (B, L), one per token. Before a model runs, a hook resolves names, checks the range and stores the ids
-where the layers read them: per thread, never on the model, so that two threads, or two forwards before one backward,
-cannot mix them up. B must be the first axis of every layer's input. Models with activations (L, B, k) are not
-supported, and if L equals B this cannot be detected.
+Before a model runs, a hook resolves the names in ``task_ids``, or in the ``use`` block around it, checks the range and
+stores the ids where the layers read them: per thread, never on the model, so that two threads, or two forwards before
+one backward, cannot mix them up. B must be the first axis of every layer's input. Models with activations (L, B, k) are
+not supported, and if L equals B this cannot be detected.
 """
 
 import dataclasses
@@ -368,32 +366,23 @@ def prepared_for(layer) -> torch.Tensor | None:
     return None if route is None else route.prepared.get(layer)
 
 
-def task_ids_for(x: torch.Tensor, layer) -> torch.Tensor:
-    """Return the current task ids, (B,) or (B, L), for the input ``x`` of a layer.
+def blocks_for(x: torch.Tensor, layer) -> Blocks:
+    """Return the current task ids for the input ``x`` of a layer as blocks of rows.
 
     Raises ``UserError`` if there are none or if their shape does not match ``x``.
     """
-    return _route_of(layer).ids_for(x)
-
-
-def blocks_for(x: torch.Tensor, layer) -> Blocks:
-    """Return the current task ids for the input ``x`` of a layer as blocks of rows; raises as ``task_ids_for``."""
     route = _route_of(layer)
     ids = route.ids_for(x).reshape(-1)  # each covers the same number of tokens
     return route.blocks or Blocks(ids, ((len(ids), x.shape[:-1].numel() // max(len(ids), 1)),))
 
 
 def _route_of(layer) -> BoundRoute:
-    route = _thread.routes.model
-    if route is None:
-        return _outside_a_model(layer.tasks)
-    return route.kept if layer.is_head and route.kept is not None else route
-
-
-def _outside_a_model(tasks: list[str]) -> BoundRoute:
-    """Return the route of a layer that is called outside the forward of its model: alone, or in a bare encoder."""
-    if _thread.routes.outer is not None and _thread.routes.backward == _backward_pass():
-        return _thread.routes.outer.bind(tasks)
+    outer, route = _thread.routes.outer, _thread.routes.model
+    if route is not None:
+        return route.kept if layer.is_head and route.kept is not None else route
+    # The layer is called outside the forward of its model: alone, or in a bare encoder.
+    if outer is not None and _thread.routes.backward == _backward_pass():
+        return outer.bind(layer.tasks)
     if _backward_pass() != -1:
         raise UserError(
             "a layer is recomputed in the backward pass without the task ids of its forward: pass use_reentrant=False "

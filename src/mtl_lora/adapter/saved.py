@@ -5,17 +5,17 @@ Each weight is replaced in its module by a trainable float32 copy; the frozen or
 first still that of the base.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from mtl_lora.adapter.layer import gathered, is_partitioned, is_quantised, is_sharded, require_in_memory
-from mtl_lora.adapter.overrides import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 
@@ -85,11 +85,8 @@ class Slot:
     def put_original(self) -> torch.Tensor:
         """Make the model use the frozen original; returns the tensor that it used before."""
         trained = self.get()
-        if self.like is not None:
-            dtype = self.like.dtype
-        else:
-            own = {self.original.dtype, _copy_dtype(self.original.dtype)} if self.is_weight else {self.original.dtype}
-            dtype = self.original.dtype if trained.dtype in own else trained.dtype
+        kept = self.is_weight and trained.dtype == _copy_dtype(self.original.dtype)
+        dtype = self.like.dtype if self.like is not None else self.original.dtype if kept else trained.dtype
         if (self.original.device, self.original.dtype) != (trained.device, dtype):  # the model was moved or cast
             self.original.data = self.original.data.to(trained.device, dtype)
         self.put(self.original)
@@ -148,7 +145,7 @@ def find_slots(model: nn.Module, entries: list[str]) -> list[Slot]:
                     slot.places.append((module, key))
     chosen: dict[int, str] = {}
     for entry in entries:
-        roots = tuple(f"{name}." if name else "" for name in whole_modules(model, [entry]))
+        roots = tuple(f"{name}." if name else "" for name in modules if _matches(name, entry))
         named = [name for name in by_name if name.startswith(roots)] if roots else []
         if not roots or _is_pattern(entry):
             named += [name for name, slot in by_name.items() if slot.is_weight and _matches(name, entry)]
@@ -193,6 +190,33 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
             CastForward(module, own, like)
 
 
+class Override:
+    """A callable set on a module in place of its method ``name``.
+
+    An object, not a closure, so that an injected model can be pickled and copied.
+    """
+
+    name: str
+
+    def __init__(self, module: nn.Module):
+        self.module, self.before = module, vars(module).get(self.name)
+        setattr(module, self.name, self)
+
+    @property
+    def original(self) -> Callable:
+        """The method that the module has without this override."""
+        return self.before or inspect.getattr_static(type(self.module), self.name).__get__(self.module)
+
+
+def remove_overrides(model: nn.Module) -> None:
+    """Restore the original methods of all modules of a model."""
+    for module in model.modules():
+        for override in [value for value in vars(module).values() if isinstance(value, Override)]:
+            delattr(module, override.name)
+            if override.before is not None:
+                setattr(module, override.name, override.before)
+
+
 # Held while a forward has cast weights in its modules: another thread would see them change during its own forward.
 _casting = threading.RLock()
 
@@ -216,23 +240,18 @@ class CastForward(Override):
         return inspect.signature(self.original)
 
     def __call__(self, *arguments, **options):
-        if torch.compiler.is_compiling():  # compiled code cannot use locks
-            return self._cast_and_call(*arguments, **options)
-        with _casting:
-            return self._cast_and_call(*arguments, **options)
-
-    def _cast_and_call(self, *arguments, **options):
-        masters = [(*place, place[0]._parameters[place[1]]) for place in self.places]
-        # A tensor that is not a parameter was already cast by the forward of an enclosing module. In a forward, ZeRO-3
-        # gathers only the module's own weights.
-        masters = [place for place in masters if isinstance(place[-1], nn.Parameter)]
-        masters = [place for place in masters if place[0] is self.module or not is_partitioned(place[-1])]
-        try:
-            for module, key, dtype, master in masters:
-                module._parameters[key] = master.to(self.like[dtype].dtype if dtype in self.like else dtype)
-            if self.before is not None:
-                return self.before(*arguments, **options)
-            return type(self.module).forward(self.module, *arguments, **options)
-        finally:
-            for module, key, _, master in masters:
-                module._parameters[key] = master
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _casting:  # compiled code cannot use locks
+            masters = [(*place, place[0]._parameters[place[1]]) for place in self.places]
+            # A tensor that is not a parameter was already cast by the forward of an enclosing module. In a forward,
+            # ZeRO-3 gathers only the module's own weights.
+            masters = [place for place in masters if isinstance(place[-1], nn.Parameter)]
+            masters = [place for place in masters if place[0] is self.module or not is_partitioned(place[-1])]
+            try:
+                for module, key, dtype, master in masters:
+                    module._parameters[key] = master.to(self.like[dtype].dtype if dtype in self.like else dtype)
+                if self.before is not None:
+                    return self.before(*arguments, **options)
+                return type(self.module).forward(self.module, *arguments, **options)
+            finally:
+                for module, key, _, master in masters:
+                    module._parameters[key] = master

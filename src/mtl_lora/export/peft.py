@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import mtl_lora
 from mtl_lora import artifacts, files
 from mtl_lora.adapter.checkpoint import CheckpointConfig, adapter_without_base, read_config, read_weights, split_state
-from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class, positive, task_index
+from mtl_lora.adapter.layer import AdapterLayer, Factors, is_conv1d, layer_class, task_index
 from mtl_lora.adapter.saved import find_slots, whole_modules
 from mtl_lora.adapter.targets import adapter_layers, fused_experts, targets_for
 from mtl_lora.base_model import BaseModel
@@ -313,10 +313,8 @@ def closest_lora(layer: AdapterLayer, task: str | None, rank: int) -> tuple[Fact
         U, S, V = torch.linalg.svd(factors.scale * R_up @ R_down.T, full_matrices=False)
         U, V, whole = up @ U, down @ V.T, S.square().sum()
     else:
-        weight = layer.base_layer.weight.double()
-        weight = weight.T if is_conv1d(layer.base_layer) else weight
-        merged = weight + factors.delta()
-        update = merged * (factors.magnitude / positive(merged.norm(dim=1)))[:, None] - weight
+        weight = layer.base_weight().double()
+        update = factors.adapted(weight) - weight
         if min(update.shape) > _LARGE:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

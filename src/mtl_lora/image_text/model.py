@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from mtl_lora.adapter import overrides
+from mtl_lora.adapter import hooks
 from mtl_lora.adapter.checkpoint import Provenance
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import gathered
@@ -248,7 +248,7 @@ def _shown(visual: torch.Tensor | None) -> Iterator[None]:
 
 
 # Recomputed blocks (gradient checkpointing) need the visual tokens too, to know where the text ends.
-overrides.recomputed.append(lambda: functools.partial(_shown, getattr(_running, "visual", None)))
+hooks.recomputed.append(lambda: functools.partial(_shown, getattr(_running, "visual", None)))
 
 
 @torch._disable_dynamo

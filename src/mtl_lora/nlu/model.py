@@ -56,7 +56,7 @@ class TaskHeads(nn.ModuleList):
         most = max(output.shape[-1] for output in outputs)
         lowest = torch.finfo(outputs[0].dtype).min
         outputs = [F.pad(output, (0, most - output.shape[-1]), value=lowest) for output in outputs]
-        ids = routing.task_ids_for(x, self)
+        ids = routing.blocks_for(x, self).ids
         index = ids.view(1, -1, *[1] * (outputs[0].dim() - 1)).expand(1, *outputs[0].shape)
         return torch.stack(outputs).gather(0, index)[0]
 
