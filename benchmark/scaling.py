@@ -97,8 +97,8 @@ def work(job: Path) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from mtl_lora.language.config import TrainConfig
-    from mtl_lora.language.train import run
     from mtl_lora.training.distributed import destroy_process_group, prepare_process
+    from mtl_lora.training.run import train as run
 
     times: list[float] = []
 

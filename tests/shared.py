@@ -35,9 +35,10 @@ def write_set(folder: Path, tasks: list[dict], train: list[dict], test: dict[str
 def start(system: str, settings: dict) -> Path:
     """Train in this process; returns the output folder."""
     from mtl_lora import systems
+    from mtl_lora.training.run import train
 
     config = systems.part(system, "config").TrainConfig(**settings)
-    systems.part(system, "train").run(config)
+    train(config)
     return Path(config.output_dir)
 
 

@@ -14,7 +14,6 @@ from mtl_lora import cli
 from mtl_lora.config import REQUIRED, Config, closest, flag
 from mtl_lora.errors import EXIT_CODE, UserError
 from mtl_lora.export.__main__ import COMMANDS as EXPORTS
-from mtl_lora.language.config import TRAIN_ABOUT as ABOUT
 from mtl_lora.language.config import EvalConfig, PredictConfig, TrainConfig
 from mtl_lora.report.__main__ import COMMANDS as REPORTS
 from mtl_lora.study.config import StudyConfig
@@ -23,7 +22,7 @@ from mtl_lora.version import __version__
 
 def parse(*arguments: str) -> TrainConfig:
     """The training configuration of a command line."""
-    return cli.parse(TrainConfig, list(arguments), ABOUT)
+    return cli.parse(TrainConfig, list(arguments), TrainConfig.__doc__)
 
 
 def one_sentence(caught: pytest.ExceptionInfo, *facts: str) -> None:
@@ -170,7 +169,7 @@ def test_home_folder_is_known_before_the_system_is_chosen_by_the_checkpoint(monk
 
 @pytest.mark.parametrize(("word", "value"), [([], True), (["none"], None), (["False"], False)])
 def test_a_switch_that_may_be_left_to_the_checkpoint_is_true_alone(word, value):
-    given = cli.parse(EvalConfig, ["--base_model", "b", "--load_in_4bit", *word, "--limit", "3"], ABOUT)
+    given = cli.parse(EvalConfig, ["--base_model", "b", "--load_in_4bit", *word, "--limit", "3"], TrainConfig.__doc__)
     assert (given.load_in_4bit, given.limit) == (value, 3)
 
 
@@ -216,12 +215,12 @@ def test_help_is_printed_without_work(arguments, capsys):
         parse(*arguments)
     assert caught.value.code == 0
     out, err = capsys.readouterr()
-    assert out.startswith(ABOUT) and err == ""
+    assert out.startswith(TrainConfig.__doc__) and err == ""
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, EvalConfig])
 def test_help_has_name_type_default_and_meaning_of_every_flag(config_class):
-    lines = cli.help_text(config_class.flags(), ABOUT).splitlines()
+    lines = cli.help_text(config_class.flags(), TrainConfig.__doc__).splitlines()
     for one in config_class.flags():
         (at,) = [n for n, line in enumerate(lines) if re.match(rf"  --{one.name}\b", line)]
         assert "default: " in lines[at] and lines[at + 1].strip() == one.metadata["help"] != ""
@@ -229,7 +228,7 @@ def test_help_has_name_type_default_and_meaning_of_every_flag(config_class):
 
 def test_help_groups_the_flags_in_one_style_and_without_marks():
     for config_class, first, groups in ((TrainConfig, "base_model", 6), (EvalConfig, "checkpoint", 4)):
-        lines = cli.help_text(config_class.flags(), ABOUT).splitlines()
+        lines = cli.help_text(config_class.flags(), TrainConfig.__doc__).splitlines()
         headings = [n for n, line in enumerate(lines) if re.fullmatch(r"\w.*:", line)][1:]
         assert len(headings) == groups and lines[headings[0] + 1].startswith(f"  --{first}")
     documented = [*REPORTS.values(), *EXPORTS.values()]
@@ -245,7 +244,7 @@ def test_a_list_comes_back_from_the_way_it_is_spelled(entries):
 
 @pytest.mark.parametrize("name", [one.name for one in TrainConfig.flags()])
 def test_default_as_help_spells_it_can_be_passed(name):
-    text = cli.help_text(TrainConfig.flags(), ABOUT)
+    text = cli.help_text(TrainConfig.flags(), TrainConfig.__doc__)
     shown = text.split(f"  --{name}")[1].split("default: ")[1].split(")\n")[0]
     assert parse(f"--{name}={shown}") == TrainConfig()
 

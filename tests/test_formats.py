@@ -33,7 +33,7 @@ def base_model():
 def train(arguments: list[str]) -> None:
     from mtl_lora import cli
     from mtl_lora.language.config import TrainConfig
-    from mtl_lora.language.train import run
+    from mtl_lora.training.run import train as run
 
     run(cli.parse(TrainConfig, arguments, ""))
 

@@ -22,6 +22,7 @@ class AnswerConfig(Config):
 
     affects = "answers"
     default_tasks = None  # the task set that neither a checkpoint nor ``tasks_file`` replaces
+    alone = ""  # the flags, besides --checkpoint, that name a model
 
     checkpoint: str | None = flag(
         None, "checkpoint folder; it names its base model and tasks", affects="content", group="the model"
@@ -55,6 +56,8 @@ class AnswerConfig(Config):
         self.require(
             "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
         )
+        if not self.adapter and not self.base_model:
+            raise UserError(f"pass --checkpoint DIR, {self.alone}")
 
     def check_files(self) -> None:
         """Raise ``UserError`` for a missing file or folder; imports no model library."""

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
 _BRINGS = {"PIL": "dense", "h5py": "image", "pooch": "data"}  # package -> the extra that brings it
 
 
-def _configuration(kind: str, about: str, arguments: list[str]) -> tuple[str, Config]:
+def _configuration(kind: str, arguments: list[str]) -> tuple[str, Config]:
     """Return the system that ``--system`` or the checkpoint names, and the other arguments as its configuration
     ``kind``; an error about a flag that only other systems have names those systems."""
     if arguments and arguments[0] in SYSTEMS:
@@ -111,10 +111,12 @@ def _configuration(kind: str, about: str, arguments: list[str]) -> tuple[str, Co
     if named is not None and trained not in (None, named):
         check(named)
         raise UserError(f"{checkpoint} belongs to the system {trained}; leave out --system {named}")
-    system = trained or next(iter(SYSTEMS)) if named is None else named
-    home = part(system, "config")
+    first, *rest = SYSTEMS
+    system = trained or first if named is None else named
+    wanted = getattr(part(system, "config"), kind)
+    also = f"\nThe other systems have flags of their own: --system {' or '.join(rest)}, with --help."
     try:
-        return system, parse(getattr(home, kind), arguments, getattr(home, about))
+        return system, parse(wanted, arguments, wanted.__doc__ + also * (system == first))
     except UnknownFlag as error:
         of = {each: {flag.name for flag in getattr(part(each, "config"), kind).flags()} for each in SYSTEMS}
         if not (others := [each for each in SYSTEMS if error.field in of[each]]):
@@ -127,10 +129,10 @@ def _configuration(kind: str, about: str, arguments: list[str]) -> tuple[str, Co
 
 def train(arguments: list[str]) -> None:
     """Run ``mtl-lora train`` and ``finetune.py``."""
-    system, config = _configuration("TrainConfig", "TRAIN_ABOUT", arguments)
+    _, config = _configuration("TrainConfig", arguments)
     config.check_files()
-    run = part(system, "train").run
     from mtl_lora.training.distributed import destroy_process_group, prepare_process
+    from mtl_lora.training.run import train as run
 
     prepare_process(config)
     run(config)
@@ -139,7 +141,7 @@ def train(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """Run ``mtl-lora evaluate`` and ``commonsense_evaluate.py``; prints the results as tables at the end."""
-    system, config = _configuration("EvalConfig", "EVALUATE_ABOUT", arguments)
+    system, config = _configuration("EvalConfig", arguments)
     config.check_files()
     found = part(system, "evaluate").run(config)
     if not found:
@@ -155,7 +157,7 @@ def evaluate(arguments: list[str]) -> None:
 
 def predict(arguments: list[str]) -> None:
     """Run ``mtl-lora predict``."""
-    system, config = _configuration("PredictConfig", "PREDICT_ABOUT", arguments)
+    system, config = _configuration("PredictConfig", arguments)
     config.check_files()
     part(system, "evaluate").predict(config)
 

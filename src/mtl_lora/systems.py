@@ -1,8 +1,8 @@
 """The systems: the kinds of base models and tasks with which adapters are trained. All are subpackages of one layout.
 
-``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig`` and the first lines of their help; ``train``: ``run``,
-``RUN``; ``evaluate``: ``run``, ``predict``, ``Predictor``; ``examples``: ``DATA``, from which a study takes samples
-(see ``samples``). The systems are named here and imported only when one is used; no module imports them all.
+``config``: ``TrainConfig``, ``EvalConfig``, ``PredictConfig``, whose docstrings are the first lines of their help;
+``train``: ``RUN``; ``evaluate``: ``run``, ``predict``, ``Predictor``; ``examples``: ``DATA``, from which a study takes
+samples (see ``samples``). The systems are named here and imported only when one is used; no module imports them all.
 """
 
 import importlib

@@ -6,7 +6,7 @@ Each system's ``Task`` subclass adds fields, such as the answers that the task a
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mtl_lora import files
@@ -30,7 +30,7 @@ class Task:
     metric: str = dataclasses.field(default="", kw_only=True)
     weight: float = dataclasses.field(default=1.0, kw_only=True)
 
-    metrics: typing.ClassVar[typing.Container[str]] = ()  # the metrics that a task of the system may have
+    metrics: typing.ClassVar[Sequence[str]] = ()  # the metrics that a task of the system may have, the default first
     also_known: typing.ClassVar[tuple[str, ...]] = ()  # other field names that a tasks file may use
 
     def __post_init__(self):
@@ -86,7 +86,7 @@ class Task:
     @property
     def metric_name(self) -> str:
         """The metric in effect."""
-        raise NotImplementedError
+        return self.metric or self.metrics[0]
 
     @property
     def extraction_key(self) -> tuple:

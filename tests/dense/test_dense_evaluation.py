@@ -14,12 +14,13 @@ from mtl_lora import UserError, cli
 from mtl_lora.dense import Predictor
 from mtl_lora.dense import evaluate as evaluation
 from mtl_lora.dense.config import EvalConfig, TrainConfig
-from mtl_lora.dense.sheet import map_of
+from mtl_lora.dense.evaluate import map_of
 from mtl_lora.dense.tasks import Task
-from mtl_lora.dense.train import Collator, run
+from mtl_lora.dense.train import Collator
 from mtl_lora.metrics import METRICS
 from mtl_lora.report.compare import compare
 from mtl_lora.results import Results
+from mtl_lora.training.run import train as run
 
 COUNT, SIZE = 5, 16
 

@@ -18,7 +18,6 @@ from mtl_lora.adapter.layer import Streams, layer_class
 from mtl_lora.base_model import BaseModel, enable_checkpointing
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.backbones import with_streams
-from mtl_lora.dense.decoders import Decoder
 from mtl_lora.dense.tasks import Task, TaskSet, shipped
 
 TASKS = TaskSet(
@@ -410,7 +409,7 @@ def test_windows_of_an_oblong_map_are_those_of_transformers():
 
 
 def test_averages_of_a_decoder_follow_each_batch_by_a_tenth():
-    decoder = Decoder([3, 4, 5, 6], 2).train()
+    decoder = dense.Decoder([3, 4, 5, 6], 2).train()
     maps = [torch.randn(2, channels, 4, 4) for channels in (3, 4, 5, 6)]
     seen = []
     decoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean(dim=(0, 2, 3))))
@@ -422,7 +421,7 @@ def test_averages_of_a_decoder_follow_each_batch_by_a_tenth():
 def test_a_decoder_equals_one_that_is_written_out():
     """Projections, the smaller maps enlarged behind the largest, a hidden layer, its norm, ReLU, the outputs."""
     generator = torch.Generator().manual_seed(0)
-    decoder = Decoder([3, 4, 5, 6], 2).double().eval()
+    decoder = dense.Decoder([3, 4, 5, 6], 2).double().eval()
     for tensor in decoder.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.3)

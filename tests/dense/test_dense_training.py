@@ -14,12 +14,13 @@ from transformers import SwinConfig, SwinModel, TrainingArguments, set_seed
 import mtl_lora
 from mtl_lora import UserError, cli
 from mtl_lora.base_model import BaseModel
-from mtl_lora.dense import losses as kinds
+from mtl_lora.dense import metrics as kinds
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
-from mtl_lora.dense.train import Collator, DenseRun, run
+from mtl_lora.dense.train import Collator, DenseRun
+from mtl_lora.training.run import train as run
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
 
 STEPS = 4
@@ -102,12 +103,12 @@ def test_loss_is_the_mean_over_labelled_values(kind):
     label[0, ..., :2, :] = IGNORE
     output = torch.randn(2, task.outputs, 5, 5, generator=draw, dtype=torch.float64, requires_grad=True)
     batch = {"pixel_values": None, "one": label}
-    loss, weight, _ = kinds.TaskLosses(tasks)(lambda _: {"one": output}, batch)
+    loss, weight, _ = kinds.task_losses(tasks, lambda _: {"one": output}, batch)
     parts = plain_loss(output, label, kind)
     torch.testing.assert_close(loss[0], sum(parts) / len(parts))
     assert weight.item() == len(parts) == (120 if kind == "normals" else 40)
     batch["one"] = torch.full_like(label, IGNORE)
-    loss, weight, _ = kinds.TaskLosses(tasks)(lambda _: {"one": output}, batch)
+    loss, weight, _ = kinds.task_losses(tasks, lambda _: {"one": output}, batch)
     loss.sum().backward()
     assert (loss.item(), weight.item()) == (0, 0) and not output.grad.any()
 

@@ -26,7 +26,7 @@ from mtl_lora.language.train import in_language_model
 @pytest.fixture
 def refused(tiny_base, records_file, cache_dir, tmp_path, monkeypatch):
     """Run training with settings that must be refused before the model is loaded; returns the sentence."""
-    from mtl_lora.language.train import run
+    from mtl_lora.training.run import train as run
 
     def load_no_model(*arguments, **options):
         raise AssertionError("the model must not be loaded with such settings")

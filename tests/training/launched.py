@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from mtl_lora import base_model, cli, systems
 from mtl_lora.adapter.layer import AdapterLayer
 from mtl_lora.training.distributed import destroy_process_group, prepare_process
+from mtl_lora.training.run import train
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -50,7 +51,7 @@ for settings in JOB["runs"]:
     system = settings.pop("system", "language")
     config = systems.part(system, "config").TrainConfig(**settings)
     prepare_process(config)
-    systems.part(system, "train").run(config)
+    train(config)
     unset_hf_deepspeed_config()  # transformers keeps a run's, and would make the next one's model by it
     if RANK == 0:
         (Path(settings["output_dir"]) / "facts.json").write_text(json.dumps(facts))

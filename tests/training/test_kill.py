@@ -16,7 +16,7 @@ from mtl_lora.artifacts import checkpoints
 KILLED = """
 import json, os, signal, sys
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.train import run
+from mtl_lora.training.run import train as run
 from mtl_lora.training.trainer import MultiTaskTrainer
 
 save = MultiTaskTrainer._save_optimizer_and_scheduler

@@ -11,8 +11,8 @@ from shared import PROJECT, free_port
 
 from mtl_lora.errors import UserError
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.train import run
 from mtl_lora.training.distributed import deepspeed_sha256
+from mtl_lora.training.run import train as run
 from mtl_lora.training.trainer import training_arguments
 
 

@@ -14,8 +14,8 @@ from shared import PROJECT, QUICKSTART
 
 from mtl_lora import cli
 from mtl_lora.language.config import TrainConfig
-from mtl_lora.language.train import run
 from mtl_lora.results import Results
+from mtl_lora.training.run import train as run
 
 METHODS = ("dora", "moelora", "mtl_lora")
 STEPS, MIDDLE = 4, 2  # an epoch is 3 steps, the last of them smaller

@@ -9,6 +9,7 @@ Shape legend: B batch, T tasks, N tokens, C channels, H and W of the image, h an
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,7 +18,6 @@ from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.swin import modeling_swin as swin
 
 from mtl_lora.adapter.layer import AdapterLayer, JoinedLinear, Streams
-from mtl_lora.dense.decoders import resized
 from mtl_lora.errors import UserError
 
 STAGES = 4
@@ -221,3 +221,8 @@ class Vit(_Stages, dinov2.Dinov2Model):
 def _as_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Reshape (B, N, C) to (B, C, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return maps (B, C, h, w) resized bilinearly to ``size``."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -18,7 +18,6 @@ when there are few images; its results are not comparable with COCO's leaderboar
 """
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from PIL import Image
 from mtl_lora.config import Config, flag
 from mtl_lora.data_sets import existing
 from mtl_lora.dense.layouts import changes, read_png
-from mtl_lora.dense.tasks import IGNORE
+from mtl_lora.dense.tasks import IGNORE, shipped
 from mtl_lora.download import RemoteFolder
 from mtl_lora.errors import UserError
 from mtl_lora.files import atomic_directory, read_object
@@ -54,10 +53,11 @@ def run(config: Prepare) -> None:
     folder = RemoteFolder.from_json(read_object(config.manifest, "the manifest"), f"the manifest {config.manifest}")
     source = existing(config.source) if config.source else Path(config.download_dir)
     folder.check(source) if config.source else folder.fetch(source, config.base_url)
-    counts, groups = {}, {name: index for index, name in enumerate(_tasks()[0]["labels"])}
+    counts, tasks = {}, shipped("coco128")
+    groups = {name: index for index, name in enumerate(tasks["supercategory"].labels)}
     output = config.output_dir, ["*.png", "*.jpg", "*.txt", "tasks.json"], config.overwrite, [source], True
     with atomic_directory(*output) as made:
-        for name in ("images", *(task["name"] for task in _tasks())):
+        for name in ("images", *tasks.names):
             (made / name).mkdir()
         for split, part in SPLITS.items():
             ids = write_split(source / folder.root, part, made, groups)
@@ -65,10 +65,6 @@ def run(config: Prepare) -> None:
             counts[split] = len(ids)
         shutil.copyfile(TASKS_FILE, made / "tasks.json")
     print(f"{counts['train']} training and {counts['test']} test images in {config.output_dir}")
-
-
-def _tasks() -> list[dict]:
-    return json.loads(TASKS_FILE.read_text())["tasks"]
 
 
 def write_split(root: Path, part: str, made: Path, groups: dict[str, int]) -> list[str]:

@@ -31,7 +31,7 @@ _WARMUP = 0.1  # the learning rate at which warm-up begins, as a fraction of the
 
 @dataclasses.dataclass(init=False)
 class TrainConfig(TrainingConfig):
-    """Everything that configures a training run on maps of images."""
+    """Train one vision transformer to predict several maps, with MTLoRA or another low-rank adapter."""
 
     system = "dense"
     has_streams = True
@@ -124,7 +124,7 @@ class AnswerConfig(answer_config.AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(EvaluationFlags, AnswerConfig):
-    """Everything that configures an evaluation."""
+    """Score the maps of a trained vision transformer."""
 
     made_by, protocol = TrainConfig.made_by, MAPS
 
@@ -153,7 +153,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
-    """Everything that configures a prediction."""
+    """Write the maps of images, and a picture of them, with a trained vision transformer."""
 
     idle = AnswerConfig.idle | {"task": "has no effect with --system dense: every image gets the maps of all tasks"}
 
@@ -165,9 +165,3 @@ class PredictConfig(PredictionFlags, AnswerConfig):
         AnswerConfig.check_files(self)
         if not Path(self.input).exists():
             raise UserError(f"the input {self.input} does not exist; pass an image or a folder of images as --input")
-
-
-# The first line of each command's help.
-TRAIN_ABOUT = "Train one vision transformer to predict several maps, with MTLoRA or another low-rank adapter."
-EVALUATE_ABOUT = "Score the maps of a trained vision transformer."
-PREDICT_ABOUT = "Write the maps of images, and a picture of them, with a trained vision transformer."

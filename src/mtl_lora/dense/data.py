@@ -1,30 +1,35 @@
 """The data set of dense prediction: images and label maps, checked, augmented and resized for the model."""
 
+import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
 from mtl_lora import files
 from mtl_lora.dense.layouts import Layout, layout_of, read_image
 from mtl_lora.dense.tasks import IGNORE, Task, TaskSet
-from mtl_lora.dense.transforms import AUGMENTATIONS, Warp, image_tensor, label_tensor
 from mtl_lora.errors import UserError
 from mtl_lora.images import is_turned, open_image
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, with which the base models normalise images
 _MOST_NAMED = 10  # files that one error names
 _PROBED = 16  # images whose maps are read and checked before any work starts
 
 
 class DenseDataset(Dataset):
-    """A data set whose items have ``image`` (3, S, S), ``labels`` by task name (see ``label_tensor``), and ``id``.
+    """A data set whose items have ``image`` (3, S, S), ``labels`` by task name (see ``label_tensor``), ``id``, and
+    ``shape``, the height and width of the image file.
 
     data_dir: see ``layouts``. split: train or test. tasks: the tasks to read; None: all tasks of the folder. size: S,
     the height and width of the model's images. augmentation: a key of ``AUGMENTATIONS``, or ``auto`` for the layout's;
     it depends on ``seed``, ``epoch`` and the index only. missing_labels: allow an image without the file of a task,
-    whose pixels are then all ``IGNORE``. limit: use the first n images; 0: all.
+    whose pixels are then all ``IGNORE``.
 
     Raises ``UserError`` naming the files that are missing, a malformed file, or a task without any label.
     """
@@ -38,7 +43,6 @@ class DenseDataset(Dataset):
         augmentation: str = "none",
         seed: int = 0,
         missing_labels: bool = False,
-        limit: int = 0,
     ):
         self.layout: Layout = layout_of(data_dir)
         self.tasks = tasks or self.layout.tasks
@@ -47,7 +51,7 @@ class DenseDataset(Dataset):
         self._hashes: dict[Path, str] = {}
         name = self.layout.augmentation if augmentation == "auto" else augmentation
         self.augmentation = AUGMENTATIONS[name]
-        self.ids = self.layout.ids(split)[: limit or None]
+        self.ids = self.layout.ids(split)
         self._check_files()
         self._check_tasks()
         self._probe()
@@ -67,26 +71,21 @@ class DenseDataset(Dataset):
         id = self.ids[index]
         warp = self.augmentation.draw(self.seed, epoch, index) if self.augmentation else Warp()
         pixels, shape = pixels_of(self.layout.image(id), self.size)
-        labels = {}
-        for task in self.tasks:
-            labels[task.name] = label_tensor(self.label(task, id, shape), task, warp, self.size)
-        return {"image": image_tensor(pixels, warp, self.size, shape), "labels": labels, "id": id}
-
-    def shape(self, index: int) -> tuple[int, int]:
-        """Return the height and width of an image file."""
-        image = read_image(self.layout.image(self.ids[index]))
-        return image.height, image.width
+        labels = {task.name: label_tensor(self.label(task, id, shape), task, warp, self.size) for task in self.tasks}
+        image = image_tensor(pixels, warp, self.size, shape)
+        return {"image": image, "labels": labels, "id": id, "shape": shape}
 
     def label(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
         """Return the checked map of a task. shape: the height and width of the image.
 
         With ``missing_labels`` a missing map has no label at any pixel.
         """
-        if self.missing_labels and not self._is_there(task, id):
+        if self.missing_labels and not self.is_there(task, id):
             return np.full((*shape, 3) if task.kind == "normals" else shape, _unlabelled(task), np.float32)
         return checked(self.layout.read(task, id, shape), task, str(self.layout.paths(task, id)[0]), shape)
 
-    def _is_there(self, task: Task, id: str) -> bool:
+    def is_there(self, task: Task, id: str) -> bool:
+        """Return whether an image has the files of a task's map."""
         return all(path.is_file() for path in self.layout.paths(task, id))
 
     # ---- checks before any work starts, and hashes ----
@@ -113,7 +112,7 @@ class DenseDataset(Dataset):
         """Raise ``UserError`` for missing files, and for an image that EXIF data rotate or mirror."""
         missing = [path for id in self.ids if not (path := self.layout.image(id)).is_file()]
         for task in self.tasks:
-            if not (self.missing_labels and any(self._is_there(task, id) for id in self.ids)):
+            if not (self.missing_labels and any(self.is_there(task, id) for id in self.ids)):
                 paths = itertools.chain(*(self.layout.paths(task, id) for id in self.ids))
                 missing += [path for path in paths if not path.is_file()]
         if missing := list(dict.fromkeys(missing)):
@@ -145,7 +144,7 @@ class DenseDataset(Dataset):
                 label = self.label(task, id, (image.height, image.width))
                 if (label != _unlabelled(task)).any():
                     unlabelled.pop(task.name, None)
-                if task.name in seen and self._is_there(task, id):
+                if task.name in seen and self.is_there(task, id):
                     seen[task.name].update(np.unique(label).tolist())
         if unlabelled:
             raise UserError(
@@ -236,3 +235,100 @@ def _checked_normals(normals: np.ndarray, where: str) -> np.ndarray:
             "to 1, or zero for a pixel without a label"
         )
     return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)
+
+
+# ---- an image and its maps, resampled together: flip, rotation, scale and the model's size in one step ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image. rotation: maximum angle in degrees, in either direction. scales: the scales
+    to draw from, or the ends of a range if ``between``."""
+
+    rotation: float = 0.0
+    scales: tuple[float, ...] = (1.0,)
+    between: bool = False
+
+    def draw(self, seed: int, epoch: int, index: int) -> "Warp":
+        """Return the augmentation of an image in an epoch: the same in every process, and after a resume."""
+        flip, turn, size = np.random.default_rng([seed, epoch, index]).random(3)
+        low, high = self.scales[0], self.scales[-1]
+        scale = low + (high - low) * size if self.between else self.scales[int(size * len(self.scales))]
+        return Warp(bool(flip < 0.5), (2 * turn - 1) * self.rotation, scale)
+
+
+# ``pascal`` and ``nyud`` are MTLoRA's (arXiv 2403.20320); ``flip`` is for images that are made at the model's size.
+AUGMENTATIONS = {
+    "none": None,
+    "flip": Augmentation(),
+    "pascal": Augmentation(20.0, (0.75, 1.25), between=True),
+    "nyud": Augmentation(scales=(1.0, 1.2, 1.5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Warp:
+    """A horizontal flip, then a counter-clockwise rotation in degrees and a scaling about the centre."""
+
+    flip: bool = False
+    angle: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def rotation(self) -> tuple[float, float]:
+        return math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
+
+    def grid(self, shape: tuple[int, int], size: int) -> torch.Tensor:
+        """Return each output pixel's position (1, size, size, 2), -1 to 1, in an image of this height and width."""
+        height, width = shape
+        centres = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+        x, y = centres[None, :] * width / self.scale, centres[:, None] * height / self.scale
+        cosine, sine = self.rotation
+        x, y = (cosine * x - sine * y) / width, (sine * x + cosine * y) / height
+        return torch.stack([-x if self.flip else x, y], dim=-1)[None].float()
+
+    def turn(self, normals: torch.Tensor) -> torch.Tensor:
+        """Return vectors (..., 3, H, W), x right and y down, flipped and rotated as the image."""
+        x, y, z = normals.unbind(-3)
+        x = -x if self.flip else x
+        cosine, sine = self.rotation
+        return torch.stack([cosine * x + sine * y, cosine * y - sine * x, z], dim=-3)
+
+
+def image_tensor(image: np.ndarray, warp: Warp, size: int, shape: tuple[int, int] | None = None) -> torch.Tensor:
+    """Return (3, size, size) from an RGB image (H, W, 3) of 0 to 255: resampled bicubically, black outside the image,
+    and normalised by ImageNet's mean and standard deviation. shape: of the image before it was reduced."""
+    pixels = torch.from_numpy(image).float().permute(2, 0, 1)[None]
+    grid = warp.grid(shape or image.shape[:2], size)
+    found = F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 255)
+    found = found * _inside(grid) / 255
+    return ((found - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])[0]
+
+
+def label_tensor(label: np.ndarray, task: Task, warp: Warp, size: int) -> torch.Tensor:
+    """Return a checked map (H, W) or (H, W, 3) at the model's size, with ``IGNORE`` outside it and without a label.
+
+    Maps of classes become whole numbers (size, size), others float32 (channels, size, size). Classes, saliency, edges
+    and depth are resampled from the nearest pixel, normals bicubically and then normalised. Depth is divided by the
+    scale, because a larger image appears nearer.
+    """
+    grid = warp.grid(label.shape[:2], size)
+    values = torch.from_numpy(np.ascontiguousarray(label)).float()
+    values = values.permute(2, 0, 1)[None] if task.kind == "normals" else values[None, None]
+    nearest = F.grid_sample(values, grid, mode="nearest", padding_mode="border", align_corners=False)[0]
+    known = _inside(grid)
+    if task.kind == "normals":
+        known = known & (nearest != 0).any(dim=0)
+        cubic = F.grid_sample(values, grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+        nearest = F.normalize(warp.turn(cubic), dim=0)
+        known = known & (nearest.norm(dim=0) > 0.5)  # neighbours that cancel each other give no direction
+    elif task.kind == "depth":
+        known = known & (nearest != 0)
+        nearest = nearest / warp.scale
+    found = torch.where(known, nearest, IGNORE)
+    return found[0].round().long() if task.has_classes else found
+
+
+def _inside(grid: torch.Tensor) -> torch.Tensor:
+    """Return the mask (size, size) of output pixels that lie in the image."""
+    return (grid[0].abs() <= 1 + 1e-6).all(dim=-1)

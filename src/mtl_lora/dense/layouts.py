@@ -97,19 +97,20 @@ class Layout:
     def image(self, id: str) -> Path:
         return self.root / self.images / f"{id}.jpg"
 
-    def paths(self, task: Task, id: str) -> Sequence[Path]:
+    def paths(self, task: Task, id: str) -> list[Path]:
         """Return the files from which a task's map is read; raises ``UserError`` for a task that the layout lacks."""
+        if task.kind not in (found := self.maps(id)):
+            lacks = f"has the layout {self.name}, which has no {task.kind} map for task {task.name!r}"
+            raise UserError(f"{self.root} {lacks}; leave it out")
+        return found[task.kind]
+
+    def maps(self, id: str) -> dict[str, list[Path]]:
+        """Return the files of an image's maps by kind."""
         raise NotImplementedError
 
     def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
         """Return the map of a task. shape: the height and width of the image."""
         raise NotImplementedError
-
-    def lacks(self, task: Task) -> UserError:
-        """Return the error for a task that the layout does not have."""
-        return UserError(
-            f"{self.root} has the layout {self.name}, which has no {task.kind} map for task {task.name!r}; leave it out"
-        )
 
     def ids(self, split: str) -> list[str]:
         """Return the ids of a split, in the order of its file; raises ``UserError``."""
@@ -134,7 +135,7 @@ class Folder(Layout):
     .npy, or PNG with values v for n = 2 v / 255 - 1.
     """
 
-    name, mark, augmentation = "a folder with tasks.json", "tasks.json", "flip"
+    mark, augmentation = "tasks.json", "flip"
     lists, test = ".", "test"
 
     @property
@@ -199,19 +200,16 @@ class PascalMT(Layout):
     images, lists = "JPEGImages", "ImageSets/Context"
     mark = lists
 
-    def paths(self, task: Task, id: str) -> list[Path]:
+    def maps(self, id: str) -> dict[str, list[Path]]:
         context = self.root / "pascal-context" / "trainval" / f"{id}.mat"
         segmented = [self.root / "semseg" / folder / f"{id}.png" for folder in ("VOC12", "pascal-context")]
-        found = {
+        return {
             "semantic": [next(filter(Path.is_file, segmented), segmented[0])],
             "parts": [self.root / "human_parts" / f"{id}.mat"],
             "saliency": [self.root / "sal_distill" / f"{id}.png"],
             "normals": [self.root / "normals_distill" / f"{id}.png", context],
             "edges": [context],
         }
-        if task.kind not in found:
-            raise self.lacks(task)
-        return found[task.kind]
 
     def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
         path, *more = self.paths(task, id)
@@ -288,11 +286,10 @@ class NyudMT(Layout):
     images, lists = "images", "gt_sets"
     mark = lists
 
-    def paths(self, task: Task, id: str) -> list[Path]:
-        folders = {"semantic": "segmentation", "edges": "edge", "normals": "normals", "depth": "depth"}
-        if task.kind not in folders:
-            raise self.lacks(task)
-        return [self.root / folders[task.kind] / f"{id}{'.png' if task.kind == 'semantic' else '.npy'}"]
+    def maps(self, id: str) -> dict[str, list[Path]]:
+        places = {"semantic": "segmentation/{}.png", "edges": "edge/{}.npy", "normals": "normals/{}.npy"}
+        places["depth"] = "depth/{}.npy"
+        return {kind: [self.root / place.format(id)] for kind, place in places.items()}
 
     def read(self, task: Task, id: str, shape: tuple[int, int]) -> np.ndarray:
         (path,) = self.paths(task, id)

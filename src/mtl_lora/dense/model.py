@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,10 +13,34 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.adapter.saved import unwrap
 from mtl_lora.base_model import BaseModel, enable_checkpointing
-from mtl_lora.dense.backbones import MERGING, TARGETS, TASK_TARGETS, TRAINED, with_streams
-from mtl_lora.dense.decoders import Decoder
+from mtl_lora.dense.backbones import MERGING, TARGETS, TASK_TARGETS, TRAINED, resized, with_streams
 from mtl_lora.dense.tasks import TaskSet
 from mtl_lora.errors import UserError
+
+WIDTHS = (18, 36, 72, 144)  # channels of a decoder's four maps after their projections
+HIDDEN = 4 * sum(WIDTHS)
+
+
+class Decoder(nn.Module):
+    """A task's decoder (the head of HRNet, arXiv 1908.07919): the backbone's four maps become one of the image's size.
+
+    Projects each map, resizes all to the size of the first, and applies a hidden layer with batch norm and outputs.
+
+    It computes in its own dtype, float32 or float64, whatever the backbone's dtype.
+    """
+
+    def __init__(self, channels: list[int], outputs: int):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Conv2d(k, d, 1, bias=False) for k, d in zip(channels, WIDTHS, strict=True))
+        self.hidden, self.norm = nn.Conv2d(sum(WIDTHS), HIDDEN, 1), nn.BatchNorm2d(HIDDEN, momentum=0.1)
+        self.output = nn.Conv2d(HIDDEN, outputs, 1)
+
+    def forward(self, maps: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+        """Return the output (B, outputs, *size) of four maps (B, C, h, w)."""
+        dtype = self.output.weight.dtype
+        found = [project(each.to(dtype)) for project, each in zip(self.projections, maps, strict=True)]
+        joined = torch.cat([found[0], *(resized(each, found[0].shape[-2:]) for each in found[1:])], dim=1)
+        return resized(self.output(F.relu(self.norm(self.hidden(joined)))), size)
 
 
 class Decoders(nn.ModuleList):

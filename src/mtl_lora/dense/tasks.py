@@ -85,10 +85,6 @@ class Task(tasks.Task):
         return ".npy" if self.kind in ("normals", "depth") else ".png"
 
     @property
-    def metric_name(self) -> str:
-        return self.metric or self.metrics[0]
-
-    @property
     def extraction_key(self) -> tuple:
         return self.kind, self.classes
 

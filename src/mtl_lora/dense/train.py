@@ -11,8 +11,8 @@ from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.dense import model
 from mtl_lora.dense.data import DenseDataset
-from mtl_lora.dense.losses import TaskLosses, known_values
-from mtl_lora.training.run import Run, train
+from mtl_lora.dense.metrics import known_values, task_losses
+from mtl_lora.training.run import Run
 
 _PER_PROCESS = (
     "batch norm without a GPU, and the balance of saliency's loss, use the images of one process only: two processes "
@@ -64,9 +64,7 @@ class DenseRun(Run):
             self.log(_PER_PROCESS)
 
     def task_counts(self, rows: DenseDataset) -> np.ndarray:
-        layout = rows.layout
-        has = [[all(path.is_file() for path in layout.paths(task, id)) for id in rows.ids] for task in self.tasks]
-        return np.array(has).sum(axis=1)
+        return np.array([sum(rows.is_there(task, id) for id in rows.ids) for task in self.tasks])
 
     def load_base(self) -> model.DenseModel:
         found = model.load(self.base, self.tasks, self.config.dtype)
@@ -77,8 +75,7 @@ class DenseRun(Run):
         return found
 
     def ends(self):
-        return Collator(self.data), TaskLosses(self.tasks)
+        return Collator(self.data), functools.partial(task_losses, self.tasks)
 
 
 RUN = DenseRun
-run = functools.partial(train, RUN)  # run(config) trains as a ``TrainConfig`` says

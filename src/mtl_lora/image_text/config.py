@@ -18,7 +18,7 @@ _FEATURES = "the features (fingerprint)"
 
 @dataclasses.dataclass(init=False)
 class TrainConfig(TrainingConfig):
-    """Everything that configures a training run on images and texts."""
+    """Fine-tune a language model on images with questions, statements and captions, with a low-rank adapter."""
 
     system = "image_text"
     idle = TrainingConfig.idle | {"cuda_graphs": "has no effect with --system image_text"}
@@ -95,6 +95,7 @@ class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
     default_tasks = OPEN_SETS
+    alone = "or --system image_text --base_model NAME --no_images for a model without fine-tuning"
 
     base_model: str | None = flag(
         None,
@@ -115,9 +116,6 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not self.checkpoint and not self.base_model:
-            alone = "--system image_text --base_model NAME --no_images for a model without fine-tuning"
-            raise UserError(f"pass --checkpoint DIR, or {alone}")
         if not self.checkpoint and self.images:
             raise UserError("a base model without a checkpoint sees no images; pass --no_images, or --checkpoint DIR")
         if self.no_images and self.features:
@@ -134,7 +132,7 @@ class AnswerConfig(answer_config.AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(EvaluationFlags, AnswerConfig):
-    """Everything that configures an evaluation."""
+    """Score a trained model on the test sets of its image-text tasks."""
 
     made_by, protocol = TrainConfig.made_by, ANSWER
 
@@ -170,15 +168,9 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
-    """Everything that configures a prediction."""
+    """Answer questions about images, or caption images, from a file of examples with a trained model."""
 
     input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples with image and, for questions, text")
-
-
-# The first line of each command's help.
-TRAIN_ABOUT = "Fine-tune a language model on images with questions, statements and captions, with a low-rank adapter."
-EVALUATE_ABOUT = "Score a trained model on the test sets of its image-text tasks."
-PREDICT_ABOUT = "Answer questions about images, or caption images, from a file of examples with a trained model."
 
 
 @functools.cache  # a study calls it for every job

@@ -20,7 +20,7 @@ from mtl_lora.image_text.data import IGNORED, Collator, Encoder, mean_answer_tok
 from mtl_lora.image_text.features import FeatureStore
 from mtl_lora.training.projection import logits_at
 from mtl_lora.training.rows import row_columns
-from mtl_lora.training.run import Run, train
+from mtl_lora.training.run import Run
 from mtl_lora.training.sampler import RoundRobinSampler, StepSampler
 from mtl_lora.training.trainer import Batch
 
@@ -107,7 +107,6 @@ class ImageTextRun(Run):
 
 
 RUN = ImageTextRun
-run = functools.partial(train, RUN)  # run(config) trains as a ``TrainConfig`` says
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

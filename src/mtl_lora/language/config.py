@@ -12,13 +12,12 @@ from mtl_lora.errors import UserError
 from mtl_lora.files import read_json
 from mtl_lora.language.encode import template
 from mtl_lora.language.tasks import COMMONSENSE
-from mtl_lora.systems import SYSTEMS
 from mtl_lora.training.config import TrainingConfig
 
 
 @dataclasses.dataclass(init=False)
 class TrainConfig(TrainingConfig):
-    """The configuration of a language model's training run."""
+    """Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter."""
 
     system = "language"
     default_tasks = COMMONSENSE
@@ -57,6 +56,7 @@ class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, with which prompt, and how it is run."""
 
     default_tasks = COMMONSENSE
+    alone = "--peft DIR, or --base_model NAME for a base model alone"
 
     checkpoint: str | None = flag(
         None, "adapter folder; it names its base model, prompt and tasks", group="the model and its prompt"
@@ -82,8 +82,6 @@ class AnswerConfig(answer_config.AnswerConfig):
         super().validate()
         if self.template is not None:
             template(self.template)
-        if not self.checkpoint and not self.peft and not self.base_model:
-            raise UserError("pass --checkpoint DIR, --peft DIR, or --base_model NAME for a base model alone")
         if self.checkpoint and self.peft:
             raise UserError("--checkpoint and --peft both name an adapter; pass only one")
 
@@ -99,7 +97,7 @@ class AnswerConfig(answer_config.AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(EvaluationFlags, AnswerConfig):
-    """The configuration of a language model's evaluation."""
+    """Score a checkpoint, or a base model alone, on the test sets of its tasks."""
 
     made_by = TrainConfig.made_by
 
@@ -132,7 +130,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
-    """The configuration of a language model's predictions."""
+    """Answer the examples of a file with a checkpoint, or with a base model alone."""
 
     input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples with instruction (and input)")
     mode: str | None = flag(
@@ -141,10 +139,3 @@ class PredictConfig(PredictionFlags, AnswerConfig):
         "for free text",
         choices=PROTOCOLS,
     )
-
-
-# The introductions of the commands' help.
-OTHERS = f"\nThe other systems have flags of their own: --system {' or '.join([*SYSTEMS][1:])}, with --help."
-TRAIN_ABOUT = f"Fine-tune a language model on many tasks with MTL-LoRA or another low-rank adapter.{OTHERS}"
-EVALUATE_ABOUT = f"Score a checkpoint, or a base model alone, on the test sets of its tasks.{OTHERS}"
-PREDICT_ABOUT = f"Answer the examples of a file with a checkpoint, or with a base model alone.{OTHERS}"

@@ -1,7 +1,6 @@
 """Training of language models: the encoded examples, the model, and losses with or without shared prompt prefixes."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 
 import datasets
@@ -16,7 +15,7 @@ from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, to
 from mtl_lora.language.encode import CHAT, Encoder
 from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
 from mtl_lora.training.rows import row_columns
-from mtl_lora.training.run import Run, train
+from mtl_lora.training.run import Run
 
 
 class LanguageRun(Run):
@@ -77,7 +76,6 @@ class LanguageRun(Run):
 
 
 RUN = LanguageRun
-run = functools.partial(train, RUN)
 
 
 def in_language_model(adapter: AdapterConfig, structure: PreTrainedModel) -> tuple[AdapterConfig, list[str]]:

@@ -16,7 +16,7 @@ NO_HEAD = "a prediction needs a trained head; pass --checkpoint DIR"
 
 @dataclasses.dataclass(init=False)
 class TrainConfig(TrainingConfig):
-    """Everything that configures a training run of an encoder."""
+    """Fine-tune an encoder with a head per task on many tasks, with MTL-LoRA or another low-rank adapter."""
 
     system = "nlu"
     default_tasks = GLUE
@@ -41,6 +41,7 @@ class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
     default_tasks = GLUE
+    alone = "or --base_model NAME for an encoder without fine-tuning"
 
     base_model: str | None = flag(
         None,
@@ -49,15 +50,10 @@ class AnswerConfig(answer_config.AnswerConfig):
     )
     cutoff_len: int | None = flag(None, "maximum tokens of a text or pair, if no checkpoint sets it; none: 128", min=4)
 
-    def validate(self) -> None:
-        super().validate()
-        if not self.checkpoint and not self.base_model:
-            raise UserError("pass --checkpoint DIR, or --base_model NAME for an encoder without fine-tuning")
-
 
 @dataclasses.dataclass(kw_only=True)
 class EvalConfig(EvaluationFlags, AnswerConfig):
-    """Everything that configures an evaluation."""
+    """Score a trained encoder on the test sets of its tasks."""
 
     made_by = TrainConfig.made_by
 
@@ -70,7 +66,7 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
 
 @dataclasses.dataclass(kw_only=True)
 class PredictConfig(PredictionFlags, AnswerConfig):
-    """Everything that configures a prediction."""
+    """Answer the examples in a file with a trained encoder."""
 
     base_model: str | None = flag(None, "where the checkpoint's base model is, if it has moved")
     input: str = flag(REQUIRED, "JSON, JSON lines, CSV or parquet file of examples with text (and text_b)")
@@ -79,9 +75,3 @@ class PredictConfig(PredictionFlags, AnswerConfig):
         if not self.checkpoint:
             raise UserError(NO_HEAD)
         super().validate()
-
-
-# The first line of each command's help.
-TRAIN_ABOUT = "Fine-tune an encoder with a head per task on many tasks, with MTL-LoRA or another low-rank adapter."
-EVALUATE_ABOUT = "Score a trained encoder on the test sets of its tasks."
-PREDICT_ABOUT = "Answer the examples in a file with a trained encoder."

@@ -65,10 +65,6 @@ class Task(tasks.Task):
         return len(self.labels) or 1
 
     @property
-    def metric_name(self) -> str:
-        return self.metric or ("pearson" if self.is_regression else "accuracy")
-
-    @property
     def extraction_key(self) -> tuple:
         return self.labels, self.regression
 

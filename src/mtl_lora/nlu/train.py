@@ -1,14 +1,12 @@
 """Training of encoders with an adapter in the encoder and a head per task, on batches that mix all tasks."""
 
-import functools
-
 import datasets
 from transformers import PreTrainedModel
 
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.nlu import model
 from mtl_lora.nlu.data import Collator, Encoder, training_rows
-from mtl_lora.training.run import Run, train
+from mtl_lora.training.run import Run
 
 
 class EncoderRun(Run):
@@ -43,4 +41,3 @@ class EncoderRun(Run):
 
 
 RUN = EncoderRun
-run = functools.partial(train, RUN)  # run(config) trains as a ``TrainConfig`` says

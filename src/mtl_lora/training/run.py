@@ -21,7 +21,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
 from mtl_lora.errors import UserError
-from mtl_lora.systems import SYSTEMS
+from mtl_lora.systems import SYSTEMS, part
 from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
 from mtl_lora.training.config import ADAPTER_FLAGS, TrainingConfig
@@ -386,13 +386,13 @@ class Run:
         return model
 
 
-def train(run: type[Run], config: TrainingConfig) -> None:
+def train(config: TrainingConfig) -> None:
     """Train as ``config`` says, or with ``check`` stop before the model is loaded.
 
     Raises ``UserError`` for every mistake that can be found before training. The caller must have prepared the process
     (``distributed.prepare_process``), and leaves the process group afterwards.
     """
-    one = run(config)
+    one = part(config.system, "train").RUN(config)
     distributed.check_launch(config)
     config.check_files()
     with nullcontext() if config.check else files.claimed(config.output_dir):
