@@ -47,7 +47,8 @@ class Task:
         if type(self.weight) not in (int, float) or not 0 < self.weight <= _LARGEST_WEIGHT:
             way_out = f"it must be a number above 0, at most {_LARGEST_WEIGHT:g}"
             raise UserError(f"task {self.name!r} has weight {self.weight!r:.50}; {way_out}")
-        if not self.title:
+        object.__setattr__(self, "weight", float(self.weight))
+        if not self.title.strip():
             object.__setattr__(self, "title", self.name)
 
     def require_text(self, field: str) -> None:

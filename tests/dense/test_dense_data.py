@@ -47,6 +47,7 @@ def test_shipped_tasks_have_the_outputs_weights_and_metrics_of_the_paper():
     ("fields", "words"),
     [
         ({"kind": "flow"}, "kind 'flow'"),
+        ({"kind": ["semantic"]}, r"kind \['semantic'\]"),
         ({"kind": "semantic"}, "0 classes"),
         ({"kind": "depth", "classes": 3}, "no classes"),
         ({"kind": "semantic", "classes": 3, "labels": ["a", "b"]}, "3 classes and 2 labels"),
@@ -276,6 +277,7 @@ def save_archive(path) -> None:
         (lambda root: write_npy(root / "far" / "1.npy", np.full((8, 8), np.nan)), r"far/1\.npy .*finite"),
         (lambda root: write_text(root / "far" / "1.npy", "x"), r"far/1\.npy cannot be read"),
         (lambda root: save_archive(root / "far" / "1.npy"), r"far/1\.npy cannot be read .*archive"),
+        (lambda root: write_text(root / "far" / "1.npy", "PK\x03\x04"), r"far/1\.npy cannot be read"),
         (
             lambda root: write_png(root / "images" / "1.jpg", np.ones((8, 8, 3))),
             r"1\.png and 1\.jpg are for the same image",

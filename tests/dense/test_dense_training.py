@@ -235,9 +235,10 @@ def test_epoch_reaches_the_augmentation(tmp_path):
     [
         ({"length_pool": 1}, "--length_pool has no effect"),
         ({"lr_scheduler_type": "linear", "min_lr_rate": 0.1}, "--min_lr_rate has no effect"),
+        ({"augmentation": "crop"}, "augmentation must be one of none, flip"),
     ],
 )
-def test_a_flag_without_effect_is_refused(swin, tmp_path, flags, words):
+def test_a_flag_without_effect_or_of_an_unknown_value_is_refused(swin, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         TrainConfig(base_model=swin, data_path=str(make_folder(tmp_path)), **flags)
 

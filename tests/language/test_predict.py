@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from shared import QUICKSTART
 
 from mtl_lora import cli, files
 from mtl_lora.data_files import read_values
 from mtl_lora.errors import UserError
 from mtl_lora.evaluation import Predictions
-from mtl_lora.language import Predictor
+from mtl_lora.language import Predictor, answering
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.evaluate import run as evaluate
@@ -108,6 +109,18 @@ def test_first_requests_in_several_threads_load_the_model_once(trained, monkeypa
     with ThreadPoolExecutor(4) as pool:
         found = [*pool.map(lambda _: start.wait() >= 0 and predictor.predict(examples, task="boolq"), range(4))]
     assert found == [expected] * 4 and len(loaded) == 1
+
+
+@pytest.mark.slow(1)
+def test_after_a_failed_load_the_next_request_loads_anew(trained, monkeypatch):
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    predictor = Predictor(trained, dtype="fp32")
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(answering, "reads_padding", out_of_memory)
+        predictor.predict(questions("boolq", 1), task="boolq")
+    assert predictor.predict(questions("boolq", 1), task="boolq")[0]["scores"]
 
 
 @pytest.mark.parametrize(

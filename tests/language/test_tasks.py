@@ -101,6 +101,11 @@ def test_free_text_task_has_no_options_and_no_pattern():
     assert task.answer_pattern == "" and task.title == "free"
 
 
+def test_a_blank_title_is_the_name_and_a_weight_of_any_size_is_a_number_that_results_take():
+    task = Task("free", 0, title="  ", weight=2**64)
+    assert task.title == "free" and type(task.weight) is float and task.weight == 2**64
+
+
 def test_metric_is_that_of_the_kind_of_answer_unless_the_task_names_one():
     assert [task.metric_name for task in OWN] == ["accuracy", "accuracy", "f1"]
     assert Task("free", 0).metric_name == "exact_match"

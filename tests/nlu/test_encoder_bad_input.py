@@ -53,6 +53,7 @@ TASKS = {
     "neither": ({"labels": None}, ["'tone'", "either", "regression"]),
     "range reversed": ({"labels": None, "regression": [5, 1]}, ["'tone'", "[5, 1]", "[low, high]"]),
     "range of words": ({"labels": None, "regression": ["a", "b"]}, ["'tone'", "[low, high]"]),
+    "range beyond numbers": ({"labels": None, "regression": [0, 10**400]}, ["'tone'", "[low, high]"]),
     "range not a number": ({"labels": None, "regression": [0, float("nan")]}, ["'tone'", "[low, high]"]),
     "one label": ({"labels": ["sad"]}, ["'tone'", "two different labels"]),
     "metric of numbers": ({"metric": "pearson"}, ["'pearson'", "matthews"]),

@@ -47,7 +47,11 @@ class TrainConfig(TrainingConfig):
     tasks_file: str | None = flag(None, "JSON file that declares the tasks; none: the folder's own")
     tasks: list[str] = flag([], "tasks to train, as a,b (one: a single-task model); empty: all", group="the images")
     image_size: int = flag(448, "height and width of the model's images, in pixels", min=8)
-    augmentation: str = flag("auto", "augmentation of training images: none, flip, pascal or nyud; auto: the layout's")
+    augmentation: str = flag(
+        "auto",
+        "augmentation of training images; auto: the layout's",
+        choices=("none", "flip", "pascal", "nyud", "auto"),
+    )
     missing_labels: bool = flag(False, "allow images without the map of a task, which then add nothing to its loss")
 
     adapter_name: str = flag("mtlora", "method")

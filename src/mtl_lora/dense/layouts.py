@@ -47,7 +47,7 @@ def read_npy(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive of arrays")
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except Exception as error:  # NumPy raises errors of many kinds for a broken file
         raise UserError(f"{path} cannot be read as a NumPy array ({error}); download or create it again") from None
     return _numbers(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 

@@ -45,7 +45,7 @@ class Task(tasks.Task):
     weight: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
-        if self.kind not in KINDS:
+        if self.kind not in [*KINDS]:  # a list, because the kind may be of any type
             raise UserError(f"task {self.name!r} has kind {self.kind!r}; it must be one of {', '.join(KINDS)}")
         self.require_texts("labels", "none")
         if self.labels and not self.classes:

@@ -222,7 +222,11 @@ class Evaluator(abc.ABC):
         """Build the model and move it to this process's device; does nothing if it is loaded already."""
         with LOADING:  # several threads may ask for the first answers
             if self.model is None:
-                self._load()
+                try:
+                    self._load()
+                except BaseException:  # the next call loads it anew, with all that comes after the model
+                    self.model = None
+                    raise
 
     def _load(self) -> None:
         if self.adapter:

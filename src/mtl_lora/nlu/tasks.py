@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import typing
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Task(tasks.Task):
     def _check_range(self) -> None:
         ends = self.regression
         numbers = isinstance(ends, list | tuple) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
-        if not numbers or not ends[0] < ends[1] or abs(ends[0]) + abs(ends[1]) == float("inf"):
+        if not (numbers and -sys.float_info.max / 2 <= ends[0] < ends[1] <= sys.float_info.max / 2):
             raise UserError(
                 f"task {self.name!r} has regression {ends!r}; it must be [low, high], two numbers with low < high"
             )
