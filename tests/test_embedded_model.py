@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from mtl_lora import embedded
 from mtl_lora.adapter import checkpoint
 from mtl_lora.base_model import BaseModel
 from mtl_lora.embedded import MODELS
-from mtl_lora.evaluation import load_questions, plan_batches
+from mtl_lora.evaluation import load_questions
 from mtl_lora.language.config import EvalConfig
 from mtl_lora.language.evaluate import Evaluator
 from mtl_lora.language.examples import load_examples
@@ -177,9 +176,10 @@ def evaluator(tmp_path_factory) -> Evaluator:
 def test_questions_of_all_tasks_get_the_same_answers_alone_and_in_batches(evaluator, mode):
     asked = load_questions(evaluator, load_examples).questions
     evaluator.prepare({mode: asked})
-    by_size, length = [], partial(evaluator.tokens, protocol=mode)
+    by_size = []
     for size in (1, 16):
-        lines = [line for batch in plan_batches(asked, size, 0, length) for line in evaluator.answer(batch, mode)]
+        evaluator.config.batch_size = size
+        lines = [line for batch in evaluator.batches(asked, mode) for line in evaluator.answer(batch, mode)]
         by_size.append({(line["task"], line["index"]): line.get("text", line["parsed"]) for line in lines})
     assert len(by_size[0]) == 8 and by_size[0] == by_size[1]
     assert len(set(by_size[0].values())) > 3, "a model that always says the same would pass any comparison"

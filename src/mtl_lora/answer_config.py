@@ -52,10 +52,8 @@ class AnswerConfig(Config):
     )
 
     def validate(self) -> None:
-        number = isinstance(self.batch_size, int)
-        self.require(
-            "batch_size", f"at least 1, or {AUTO}", self.batch_size >= 1 if number else self.batch_size == AUTO
-        )
+        valid = self.batch_size >= 1 if isinstance(self.batch_size, int) else self.batch_size == AUTO
+        self.require("batch_size", f"at least 1, or {AUTO}", valid)
         if not self.adapter and not self.base_model:
             raise UserError(f"pass --checkpoint DIR, {self.alone}")
 

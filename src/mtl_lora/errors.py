@@ -31,6 +31,12 @@ def within(place: object, then: str = ": ") -> Iterator[None]:
         raise UserError(f"{place}{then}{error}") from None
 
 
+def note(*lines: str) -> None:
+    """Print lines on stderr, from the first process of a launch only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
+
+
 def require_package(flag: str, package: str, wanted: bool = True) -> None:
     """Raise ``UserError`` if a package that a flag needs is not installed. wanted: whether the flag is set."""
     if wanted and importlib.util.find_spec(package) is None:

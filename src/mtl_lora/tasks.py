@@ -32,6 +32,7 @@ class Task:
 
     metrics: typing.ClassVar[Sequence[str]] = ()  # the metrics that a task of the system may have, the default first
     also_known: typing.ClassVar[tuple[str, ...]] = ()  # other field names that a tasks file may use
+    written: typing.ClassVar[tuple[str, ...]] = ()  # fields that ``to_json`` writes also where they have their default
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not files.NAME.fullmatch(self.name):
@@ -80,9 +81,12 @@ class Task:
         return cls(**entry)
 
     def to_json(self) -> dict:
-        """The entry of a tasks file that ``from_json`` reads back; without an empty ``metric`` and a weight of 1."""
-        entry = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        return {key: value for key, value in entry.items() if (key, value) not in (("metric", ""), ("weight", 1))}
+        """The entry of a tasks file that ``from_json`` reads back."""
+        entry = {}
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) != field.default or field.name in self.written:
+                entry[field.name] = list(value) if isinstance(value, tuple) else value
+        return entry
 
     @property
     def metric_name(self) -> str:

@@ -1,6 +1,7 @@
 """Questions, the batches in which they are answered, and the prompt prefix that they share."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora.errors import UserError
-from mtl_lora.evaluation import Evaluator, plan_batches
+from mtl_lora.evaluation import Evaluator
 from mtl_lora.language.answering import shared_prefix
 from mtl_lora.language.evaluate import Question
 from mtl_lora.language.examples import Example
@@ -43,8 +44,15 @@ def in_halves(answer, rows: list[int], fitting: dict) -> list:
     return evaluator.in_halves(answer, [Row(row) for row in rows], "")
 
 
-def prompt_length(question: Question) -> int:
-    return len(question.prompt_ids)
+def batched(made: list[Question], batch_size: int | str, budget: int) -> list[list[Question]]:
+    evaluator = Halves()
+    evaluator.config, evaluator.token_budget, evaluator.gpu_token_budget = (
+        SimpleNamespace(batch_size=batch_size),
+        budget,
+        budget,
+    )
+    evaluator.tokens = lambda question, protocol: len(question.prompt_ids)
+    return evaluator.batches(made, "")
 
 
 def questions(sizes: list[tuple[int, int]]) -> list[Question]:
@@ -58,7 +66,7 @@ def questions(sizes: list[tuple[int, int]]) -> list[Question]:
 @given(SIZES, st.one_of(st.integers(1, 9), st.just("auto")), st.integers(10, 200))
 def test_every_question_is_in_one_batch_of_its_task_the_longest_first(sizes, batch_size, budget):
     made = questions(sizes)
-    batches = plan_batches(made, batch_size, budget, prompt_length)
+    batches = batched(made, batch_size, budget)
     assert sorted(question.key for batch in batches for question in batch) == sorted(one.key for one in made)
     for batch in batches:
         assert len({question.task.id for question in batch}) == 1
@@ -75,10 +83,7 @@ def test_every_question_is_in_one_batch_of_its_task_the_longest_first(sizes, bat
 def test_the_batches_do_not_depend_on_the_order_of_the_questions(sizes):
     made = questions(sizes)
     shuffled = random.Random(0).sample(made, len(made))
-    planned = [
-        [[one.key for one in batch] for batch in plan_batches(given_, 4, 0, prompt_length)]
-        for given_ in (made, shuffled)
-    ]
+    planned = [[[one.key for one in batch] for batch in batched(given_, 4, 0)] for given_ in (made, shuffled)]
     assert sorted(planned[0]) == sorted(planned[1])
 
 

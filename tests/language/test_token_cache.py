@@ -276,13 +276,13 @@ def test_note_counts_shortened_examples_and_removed_tokens(rows_of):
     lost = [len(a["input_ids"]) - len(b["input_ids"]) for a, b in zip(whole, rows, strict=True)]
     assert 0 < sum(n > 0 for n in lost) < len(rows)
     facts = (f"{sum(n > 0 for n in lost)} of 16 ", "128 tokens", f" {sum(lost):,} tokens")
-    assert all(fact in shortened_note(rows, f"the cutoff of {CUTOFF} tokens", "their ends") for fact in facts)
-    assert shortened_note(whole, "the cutoff", "their ends").startswith("no example")
+    assert all(fact in shortened_note(rows, "the cutoff", CUTOFF, "their ends") for fact in facts)
+    assert shortened_note(whole, "the cutoff", 512, "their ends").startswith("no example")
 
 
 def test_note_is_about_the_selected_rows(rows_of):
     short = rows_of().filter(lambda row: row["removed"] == 0, load_from_cache_file=False)
-    assert shortened_note(short, "the cutoff", "their ends").startswith("no example")
+    assert shortened_note(short, "the cutoff", 512, "their ends").startswith("no example")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 0.5, -8])

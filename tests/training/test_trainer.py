@@ -1,7 +1,6 @@
 """The loss of a step on a mixed batch: that of all logits, whatever the system, and however the batch is split."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,7 +16,7 @@ from mtl_lora.base_model import enable_checkpointing
 from mtl_lora.language.batches import COLUMNS, IGNORED, Collator, token_losses
 from mtl_lora.language.config import TrainConfig
 from mtl_lora.training.sampler import LengthGroupedBatchSampler
-from mtl_lora.training.trainer import LossSums, MultiTaskTrainer, Progress, RankedDropout, training_arguments
+from mtl_lora.training.trainer import LossSums, MultiTaskTrainer, Progress, training_arguments
 
 LENGTHS = [5, 12, 7, 9, 6, 11, 8, 10]  # tokens a row
 PROMPTS = [4, 3, 5, 2, 5, 10, 1, 6]  # of which the prompt; the answers differ in length, as means over them would
@@ -353,13 +352,18 @@ def test_losses_of_a_model_in_16_bits_are_taken_in_float32():
     assert losses.dtype == torch.float32
 
 
-def test_every_process_draws_dropout_masks_of_its_own():
+def test_every_process_draws_dropout_masks_of_its_own(tmp_path, monkeypatch):
     draws = []
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda *_, **__: draws.append(torch.rand(4).tolist()))
     with torch.random.fork_rng(devices=[]):
         for rank in (0, 1, 0):
-            RankedDropout().on_train_begin(SimpleNamespace(seed=7, process_index=rank), None, None)
-            draws.append(torch.rand(4).tolist())
-    assert draws[0] == draws[2] != draws[1]
+            trainer = make_trainer(tmp_path)
+            monkeypatch.setattr(type(trainer.args), "process_index", rank)
+            trainer.state.max_steps = 2
+            trainer._run_epoch(epoch=0)
+            trainer._run_epoch(epoch=1)  # which goes on drawing
+    first, second = draws[::2], draws[1::2]
+    assert first[0] == first[2] != first[1] and second[0] not in first
 
 
 # ---- saving ----

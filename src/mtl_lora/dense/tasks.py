@@ -61,10 +61,6 @@ class Task(tasks.Task):
             object.__setattr__(self, "weight", KINDS[self.kind].weight)
         super().__post_init__()
 
-    def to_json(self) -> dict:
-        entry = super().to_json() | {"weight": self.weight}  # also 1, which is not the default of every kind
-        return {key: value for key, value in entry.items() if value or key == "id"}
-
     @property
     def metrics(self) -> tuple[str, ...]:
         return KINDS[self.kind].metrics

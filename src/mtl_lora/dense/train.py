@@ -12,6 +12,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.dense import model
 from mtl_lora.dense.data import DenseDataset
 from mtl_lora.dense.metrics import known_values, task_losses
+from mtl_lora.errors import note
 from mtl_lora.training.run import Run
 
 _PER_PROCESS = (
@@ -61,7 +62,7 @@ class DenseRun(Run):
 
     def check_rows(self, rows: DenseDataset) -> None:
         if self.arguments.world_size > 1:
-            self.log(_PER_PROCESS)
+            note(_PER_PROCESS)
 
     def task_counts(self, rows: DenseDataset) -> np.ndarray:
         return np.array([sum(rows.is_there(task, id) for id in rows.ids) for task in self.tasks])

@@ -4,7 +4,6 @@ A system's ``Evaluator`` provides the model and its answers. Each answer is appe
 given, so a killed run can resume. Several processes share the questions.
 """
 
-from mtl_lora.evaluation.answers import Predictions
 from mtl_lora.evaluation.evaluator import (
     Evaluator,
     Question,
@@ -14,9 +13,8 @@ from mtl_lora.evaluation.evaluator import (
     likeliest,
     load_questions,
     not_finite,
-    plan_batches,
 )
-from mtl_lora.evaluation.run import Predictor, evaluate, predict
+from mtl_lora.evaluation.run import Predictions, Predictor, evaluate, predict
 
 __all__ = [
     "Evaluator",
@@ -30,6 +28,5 @@ __all__ = [
     "likeliest",
     "load_questions",
     "not_finite",
-    "plan_batches",
     "predict",
 ]

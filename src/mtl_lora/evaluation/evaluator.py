@@ -2,11 +2,8 @@
 
 import abc
 import dataclasses
-import functools
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,11 @@ from mtl_lora.answer_config import AUTO
 from mtl_lora.base_model import LOADING, BaseModel, choose_dtype, device_for_this_process
 from mtl_lora.config import Config
 from mtl_lora.data_files import data_file
-from mtl_lora.errors import UserError, require_package
+from mtl_lora.errors import UserError, note, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable
 from mtl_lora.systems import SYSTEMS
-from mtl_lora.tasks import Task, TaskSet, grouped
+from mtl_lora.tasks import Task, TaskSet
 
 ADAPTER_CONFIG, BASE_CONFIG = "adapter_config_sha256", "base_config_sha256"  # in settings.json
 
@@ -151,7 +148,6 @@ class Evaluator(abc.ABC):
             self.tasks = type(default).from_json(provenance.task_set, f"the task set of {config.checkpoint}")
         else:
             self.tasks = type(default).load(config.tasks_file) if config.tasks_file else default
-        self.made_by = getattr(config, "made_by", "") if self.tasks.names == default.names else ""
         adapted = self.adapter.adapter_config.tasks if self.adapter else []
         if adapted and adapted != self.tasks.names:
             raise UserError(
@@ -179,12 +175,6 @@ class Evaluator(abc.ABC):
     def asked_tasks(self) -> Iterable[str]:
         """Names of the tasks to answer, as far as they are known before the model is loaded."""
         return self.tasks.names
-
-    @staticmethod
-    def note(lines: Iterable[str]) -> None:
-        """Print lines on stderr, from the first process only."""
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(*(f"{line}\n" for line in lines), sep="", end="", file=sys.stderr)
 
     def check_unchanged(self) -> None:
         """Raise ``UserError`` if the base model or the checkpoint changed after their hashes were read, since answers
@@ -230,7 +220,7 @@ class Evaluator(abc.ABC):
 
     def _load(self) -> None:
         if self.adapter:
-            self.note(self.adapter.provenance_config.untrained_note(self.asked_tasks))
+            note(*self.adapter.provenance_config.untrained_note(self.asked_tasks))
         device = device_for_this_process()
         keep_freed_memory(device.type)
         model = self.build()
@@ -250,7 +240,7 @@ class Evaluator(abc.ABC):
             first.remove()
             if unused := watch.end():
                 about = "has no effect here, because this model does not call it"
-                self.note([f"{unused} {about}, so the answers are not those of the whole adapter"])
+                note(f"{unused} {about}, so the answers are not those of the whole adapter")
 
         first = self.model.register_forward_hook(end)
 
@@ -263,10 +253,23 @@ class Evaluator(abc.ABC):
         """Return the base model with its weights, into which ``load`` injects the checkpoint's adapter."""
 
     def batches(self, questions: Sequence[Question], protocol: str) -> list[list[Question]]:
-        """The batches in which questions are answered; they do not depend on the process or on resuming."""
+        """The batches in which questions are answered; they do not depend on the process or on resuming.
+
+        A batch has questions of one task, the longest first, so they share a prompt prefix and need little padding: at
+        most ``batch_size`` questions, or with ``auto`` a budget of tokens, but at least one question.
+        """
         budget = self.gpu_token_budget if torch.cuda.is_available() else self.token_budget
-        length = functools.partial(self.tokens, protocol=protocol)
-        return plan_batches(questions, self.config.batch_size, budget, length)
+        batches, by_task, size = [], {}, self.config.batch_size
+        for question in questions:
+            by_task.setdefault(question.task.id, []).append(question)
+        for rows in by_task.values():
+            rows.sort(key=lambda question: (-self.tokens(question, protocol), question.key))
+            start = 0
+            while start < len(rows):
+                end = start + (max(budget // self.tokens(rows[start], protocol), 1) if size == AUTO else size)
+                batches.append(rows[start:end])
+                start = end
+        return batches
 
     def tokens(self, question: Question, protocol: str) -> int:
         """The tokens that a question uses of a batch's budget; also the measure of its GPU memory."""
@@ -362,7 +365,7 @@ def load_questions(evaluator: Evaluator, load: Callable[..., list], chosen: Sequ
     for task in [tasks[name] for name in dict.fromkeys(config.tasks or chosen)] or list(tasks):
         path = data_file(Path(config.data_dir) / task.name, "test")
         if not path.is_file():
-            made = f"make it with `{evaluator.made_by}`, or " if evaluator.made_by else ""
+            made = f"make it with `{config.made_by}`, or " if tasks.names == config.default_tasks.names else ""
             own = "" if config.checkpoint or config.tasks_file else "--tasks_file FILE for your own tasks, "
             way_out = f"{made}pass {own}--data_dir DIR, or --tasks with the tasks that have one"
             raise UserError(f"there is no test file {path}; {way_out}")
@@ -371,27 +374,6 @@ def load_questions(evaluator: Evaluator, load: Callable[..., list], chosen: Sequ
         found.sha256[task.name], found.sizes[task.name] = digest, len(examples)
         found.questions += evaluator.questions(examples[: config.limit or None], path)
     return found
-
-
-def plan_batches(
-    questions: Sequence[Question], batch_size: int | str, token_budget: int, length: Callable[[Question], int]
-) -> list[list[Question]]:
-    """Split questions into batches of at most ``batch_size`` questions, or with ``auto`` of ``token_budget`` tokens.
-
-    A batch has questions of one task, sorted by length (longest first), so they share a prompt prefix and need little
-    padding. Every batch has at least one question. The order of ``questions`` does not matter. length: returns the
-    number of tokens of a question.
-    """
-    batches = []
-    for rows in grouped(questions, lambda question: question.task.id).values():
-        rows.sort(key=lambda question: (-length(question), question.key))
-        start = 0
-        while start < len(rows):
-            longest = length(rows[start])
-            size = max(token_budget // longest, 1) if batch_size == AUTO else batch_size
-            batches.append(rows[start : start + size])
-            start += size
-    return batches
 
 
 def inputs(parse: Callable, values: Sequence[object], source: str, tasks: TaskSet, task: str | None) -> list:

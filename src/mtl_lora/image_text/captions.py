@@ -1,14 +1,12 @@
 """Score captions against their references for CIDEr and BLEU-4, with the scorers of pycocoevalcap."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, note
 
 PTB, SIMPLE = "ptb", "simple"
 _ENDINGS = r"n't|'(?:s|re|ve|ll|d|m)\b"
@@ -62,8 +60,7 @@ def tokenizer_here(wanted: str) -> str:
     except UserError as error:
         if wanted == PTB:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"captions are tokenised with the simple tokenizer: {error}", file=sys.stderr)
+        note(f"captions are tokenised with the simple tokenizer: {error}")
         return SIMPLE
     return PTB
 

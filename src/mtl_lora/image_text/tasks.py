@@ -34,6 +34,8 @@ class Task(tasks.Task):
     max_text: int = 0
     max_answer: int = 0
 
+    written = ("prompt", "answer", "labels", "loss", "max_text", "max_answer")
+
     def __post_init__(self):
         for field, allowed in (("answer", ANSWERS), ("loss", ("", BY_EXAMPLE, BY_TOKEN))):
             if getattr(self, field) not in allowed:

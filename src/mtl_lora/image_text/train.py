@@ -28,7 +28,7 @@ from mtl_lora.training.trainer import Batch
 class ImageTextRun(Run):
     """The training of a language model that also sees images."""
 
-    shortened_at = "the ends of their texts and answers"
+    shortened_at, limit = "the ends of their texts and answers", "the limits of its task or the cutoff"
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
@@ -55,9 +55,6 @@ class ImageTextRun(Run):
         self.store.check(itertools.chain.from_iterable(rows["images"]))
         longest = int(self._lengths(rows).max())
         self.base.check_positions(longest, "the longest example with its visual tokens; lower --cutoff_len, or --pool")
-
-    def limit(self) -> str:
-        return f"the limits of its task or {super().limit()}"
 
     def _lengths(self, rows: datasets.Dataset) -> np.ndarray:
         """Return the number of tokens of each example with its images, (N,)."""

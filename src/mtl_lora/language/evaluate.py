@@ -12,7 +12,7 @@ import safetensors
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
-from mtl_lora.errors import UserError, require_package, within
+from mtl_lora.errors import UserError, note, require_package, within
 from mtl_lora.evaluation import likeliest, load_questions
 from mtl_lora.language import answering
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
@@ -122,11 +122,11 @@ class Evaluator(evaluation.Evaluator):
             answers = [each.example.answer] if each.example.answer else each.options
             # An answer is complete even if there is no room left for the token that ends it.
             found[each.task.name] += any(len(self.encoder.answer_ids(prefix + text)) - 1 > most for text in answers)
-        self.note(
-            f"{count:,} questions of {name} have an answer with more tokens than --max_new_tokens {most}, which "
-            "therefore cannot be generated in full; raise it"
-            for name, count in (+found).items()
-        )
+        for name, count in (+found).items():
+            note(
+                f"{count:,} questions of {name} have an answer with more tokens than --max_new_tokens {most}, which "
+                "therefore cannot be generated in full; raise it"
+            )
 
     def questions(self, examples: Sequence[Example], source: str | Path) -> list[Question]:
         """Encode examples as questions; raises ``UserError`` naming ``source`` and the example."""
@@ -178,7 +178,7 @@ class Evaluator(evaluation.Evaluator):
         self.one_by_one = answering.reads_padding(self.model, probe, tokenizer.pad_token_id, task_id)
         if self.one_by_one:
             name = type(self.model).__name__
-            self.note([f"{name} does not ignore the padding before shorter rows, so questions are answered one by one"])
+            note(f"{name} does not ignore the padding before shorter rows, so questions are answered one by one")
         if self.config.reuse_prefix:
             self.caches = answering.PrefixCaches(self.model, self.prefixes, padded=not self.one_by_one)
         self.scorer = answering.OptionScorer(self.model, self.encoder, self.caches)

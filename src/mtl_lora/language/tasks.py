@@ -37,7 +37,7 @@ class Task(tasks.Task):
     answer_prefix: str = ANSWER_PREFIX
     question: str = ""
 
-    also_known = ("labels",)
+    also_known, written = ("labels",), ("options", "pattern", "answer_prefix")
 
     def __post_init__(self):
         self.require_texts("options", "none for free text")
@@ -60,9 +60,6 @@ class Task(tasks.Task):
             if "labels" in entry:
                 entry["options"] = entry.pop("labels")
         return super().from_json(entry, where)
-
-    def to_json(self) -> dict:
-        return {key: value for key, value in super().to_json().items() if key != "question" or value}
 
     @property
     def metrics(self) -> list[str]:

@@ -11,6 +11,7 @@ from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import is_linear, layer_class
 from mtl_lora.adapter.targets import find_targets, fused_experts, output_head, targets_for
 from mtl_lora.base_model import choose_attention
+from mtl_lora.errors import note
 from mtl_lora.language.batches import CheckedLosses, Collator, sharing_probe, token_losses, training_rows
 from mtl_lora.language.encode import CHAT, Encoder
 from mtl_lora.language.prefix import Packer, longest_pair, prefixes_to_share
@@ -33,10 +34,10 @@ class LanguageRun(Run):
 
     def plan(self, structure: PreTrainedModel) -> tuple[np.ndarray, bool]:
         config, columns = self.config, row_columns(self.train)
-        self.prefixes, note = {}, "prompt prefixes are not shared (--cuda_graphs)"
+        self.prefixes, about = {}, "prompt prefixes are not shared (--cuda_graphs)"
         if not self.cuda_graphs:
-            self.prefixes, note = prefixes_to_share(config.reuse_prefix, self.train, structure, self.adapter.dropout)
-        self.log(note)
+            self.prefixes, about = prefixes_to_share(config.reuse_prefix, self.train, structure, self.adapter.dropout)
+        note(about)
         lengths = columns["length"]
         if not config.token_budget:  # a token budget counts whole prompts
             shared = np.array([len(self.prefixes.get(task.id, ())) for task in self.tasks])

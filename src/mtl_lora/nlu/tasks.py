@@ -51,10 +51,6 @@ class Task(tasks.Task):
                 entry["labels"] = entry.pop("options")
         return super().from_json(entry, where)
 
-    def to_json(self) -> dict:
-        kept = ("name", "id", "title", "metric", "weight", "regression" if self.is_regression else "labels")
-        return {key: value for key, value in super().to_json().items() if key in kept}
-
     @property
     def is_regression(self) -> bool:
         """Whether the task predicts a number."""

@@ -189,15 +189,9 @@ class TrainingConfig(Config):
         the system's own flags after the adapter's."""
         from mtl_lora.adapter.layer import methods
 
-        own = {field.name for field in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(TrainingConfig)}
-        order = super().flags()
-        first = [each.name for each in order].index("output_dir")
-        order = [
-            *[each for each in order[:first] if each.name not in own],
-            *[each for each in order if each.name in own],
-            *[each for each in order[first:] if each.name not in own],
-        ]
-
+        shared = [field.name for field in dataclasses.fields(TrainingConfig)]
+        place = {name: 0 if index < shared.index("output_dir") else 2 for index, name in enumerate(shared)}
+        order = sorted(super().flags(), key=lambda each: place.get(each.name, 1))
         usable = {name: layer for name, layer in methods().items() if cls.has_streams or not layer.only_streams}
         names = [" or ".join((name, *layer.aliases)) + f" ({layer.title})" for name, layer in usable.items()]
         found = []

@@ -27,38 +27,27 @@ def logits_at(
     call. (``logits_to_keep`` takes such positions only from transformers 5.23 on, and as a mask, whose true entries the
     GPU has to count.) A model whose head is not found, or gets other inputs, projects every position.
     """
-    selection = _Selection(tuple(shape), positions, task_ids)
+    selected, thread = [], threading.get_ident()  # forwards of other threads are left alone
+
+    def select(head: nn.Module, args: tuple) -> tuple | None:
+        """Reduce the hidden states (B, L, k) to the ``positions``, as (1, N, k)."""
+        if threading.get_ident() != thread or not args or args[0].shape[:-1] != tuple(shape):
+            return None
+        selected.append(True)
+        routing.select_rows(task_ids[None])
+        return (args[0].flatten(0, 1).index_select(0, positions)[None], *args[1:])
+
     head = output_head(unwrap(model))
-    handle = head.register_forward_pre_hook(selection) if head is not None else None
+    handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
         logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
     finally:
         if handle:
             handle.remove()
-    if selection.selected:
+    if selected:
         return logits
     _say_that_all_is_projected(type(unwrap(model)))
     return logits.index_select(0, positions)
-
-
-class _Selection:
-    """A pre-hook of an output head that reduces its hidden states (B, L, k) to the ``positions``, as (1, N, k)."""
-
-    def __init__(self, shape: tuple[int, int], positions: torch.Tensor, task_ids: torch.Tensor):
-        self.shape, self.positions, self.task_ids = shape, positions, task_ids
-        self.selected, self.thread = False, threading.get_ident()  # forwards of other threads are left alone
-
-    def __call__(self, head: nn.Module, inputs: tuple) -> tuple | None:
-        if (
-            self.thread != threading.get_ident()
-            or not inputs
-            or inputs[0].dim() != 3
-            or inputs[0].shape[:2] != self.shape
-        ):
-            return None
-        self.selected = True
-        routing.select_rows(self.task_ids[None])
-        return (inputs[0].flatten(0, 1).index_select(0, self.positions)[None], *inputs[1:])
 
 
 @functools.cache

@@ -85,8 +85,7 @@ def data_plan(checkpoint: Path | None) -> tuple[int | None, bool]:
     if checkpoint is None:
         return None, True
     path = checkpoint.parent / artifacts.RUN_CONFIG
-    earlier = files.read_json(path, "the run configuration") if path.is_file() else {}
-    earlier = earlier if isinstance(earlier, dict) else {}
+    earlier = files.read_object(path, "the run configuration") if path.is_file() else {}
     recorded = earlier.get("step_choices")
     choices = recorded if type(recorded) is int and recorded > 0 else OLD_CANDIDATES
     return choices, earlier.get("held_out_by_task") is True
@@ -110,26 +109,23 @@ def check_same_run(
     path = checkpoint.parent / artifacts.RUN_CONFIG
     if not path.is_file():
         raise UserError(f"{checkpoint.parent} has no {artifacts.RUN_CONFIG}, so the settings cannot be compared")
-    earlier = files.read_json(path, "the run configuration")
-    if not isinstance(earlier, dict) or not isinstance(earlier.get("settings"), dict):
+    earlier = files.read_object(path, "the run configuration")
+    if not isinstance(earlier.get("settings"), dict):
         raise UserError(f"the run configuration {path} must be a JSON object with 'settings'")
     own = read_config(checkpoint).provenance_config
     known = {"tasks": own.task_set, "base_fingerprint": own.base_fingerprint}
     earlier |= {name: value for name, value in known.items() if value is not None}
     settings = earlier["settings"] | (own.train_settings or {})
     # A flag that was added since then counts as its default; a renamed flag is found by its alias.
-    names = {alias: flag.name for flag in flags.flags() for alias in flag.metadata.get("aliases", ())}
+    names = {name: flag.name for flag in flags.flags() for name in flag.names}
     before = {flag.name: flag.default for flag in flags.flags()}
     before |= {names.get(name, name): value for name, value in settings.items()}
     now = configuration["settings"]
     free = ({flag.name for flag in flags.flags()} - flags.names_affecting("weights")) | {*flags.idle}
     free |= {flag.name for flag in flags.flags() if flag.metadata.get("by_outcome")}
-    if earlier.get("base_fingerprint") == configuration.get("base_fingerprint") is not None:
-        free.add("base_model")  # the same model, perhaps at another path
-    if earlier.get("deepspeed_sha256") == configuration["deepspeed_sha256"] is not None:
-        free.add("deepspeed")  # the same settings, perhaps in another file
-    if earlier.get("start_sha256") == configuration["start_sha256"] is not None:
-        free.add("start_from")  # the same weights, perhaps at another path
+    # The same content, perhaps at another path.
+    content = {"base_model": "base_fingerprint", "deepspeed": "deepspeed_sha256", "start_from": "start_sha256"}
+    free |= {flag for flag, key in content.items() if earlier.get(key) == configuration[key] is not None}
     changed = [
         f"{name} {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - free)

@@ -169,9 +169,9 @@ def split(
     return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))
 
 
-def shortened_note(rows: datasets.Dataset, limit: str, where: str) -> str:
+def shortened_note(rows: datasets.Dataset, limit: str, cutoff_len: int, where: str) -> str:
     """Return a line that says how many examples the ``limit`` (in words) shortened, and ``where`` they lost tokens."""
-    removed = row_columns(rows)["removed"]
+    removed, limit = row_columns(rows)["removed"], f"{limit} of {cutoff_len} tokens"
     count = int((removed > 0).sum())
     if not count:
         return f"no example is longer than {limit}"

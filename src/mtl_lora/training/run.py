@@ -20,7 +20,7 @@ from mtl_lora.adapter.analysis import write_analysis
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.adapter.layer import layer_class
 from mtl_lora.base_model import BaseModel, choose_dtype, enable_checkpointing
-from mtl_lora.errors import UserError
+from mtl_lora.errors import UserError, note
 from mtl_lora.systems import SYSTEMS, part
 from mtl_lora.tasks import TaskSet
 from mtl_lora.training import distributed, resume
@@ -46,6 +46,7 @@ class Run:
     train: datasets.Dataset
     encoded: str | None
     shortened_at: str = ""  # where an example longer than the cutoff loses tokens; empty: the system has no cutoff
+    limit: str = "the cutoff"  # what shortens examples, in words
     mean_by_task = False  # see ``MultiTaskTrainer``
     has_heads = False  # whether the model has weights of its own for each task, besides the adapter's
     start: checkpoint.CheckpointConfig | None = None  # of the checkpoint ``start_from``
@@ -82,10 +83,6 @@ class Run:
         longest = int(row_columns(rows)["length"].max())
         way_out = f"the longest example; lower --cutoff_len, which is {self.config.cutoff_len}"
         self.base.check_positions(longest, way_out)
-
-    def limit(self) -> str:
-        """Return the limit that shortens examples, in words."""
-        return f"the cutoff of {self.config.cutoff_len} tokens"
 
     def task_counts(self, rows: datasets.Dataset) -> np.ndarray:
         """Return the number of examples of each task, (T,)."""
@@ -165,11 +162,6 @@ class Run:
 
     # ---- the run ----
 
-    def log(self, *lines: str) -> None:
-        """Print lines to stderr, from the first process only."""
-        if self.arguments.process_index == 0:
-            print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr, flush=True)
-
     def run(self) -> None:
         """Train, or with ``check`` stop before the model is loaded; the caller has claimed the output folder."""
         config, base = self.config, self.base
@@ -191,18 +183,19 @@ class Run:
         self.check_rows(rows)
         self.encoded = rows_sha256(rows) if isinstance(rows, datasets.Dataset) else None
         self.train, held_out = split(rows, config.val_set_size, config.seed, self.held_out_by_task)
-        self.log(*notes)
+        note(*notes)
         if config.cuda_graphs and not self.cuda_graphs:
-            self.log("--cuda_graphs has no effect here, because it needs a GPU and a single process")
+            note("--cuda_graphs has no effect here, because it needs a GPU and a single process")
         lengths, group_tasks = self.plan(structure)
         sampler = self.sampler(lengths, self.columns(self.train)["task_id"], group_tasks)
         self.step_choices = getattr(sampler, "choices", None)
-        shortened = f"; {shortened_note(rows, self.limit(), self.shortened_at)}" if self.shortened_at else ""
-        self.log(f"{sampler}\n{len(rows):,} examples{shortened}")
+        where = self.shortened_at
+        shortened = f"; {shortened_note(rows, self.limit, config.cutoff_len, where)}" if where else ""
+        note(f"{sampler}\n{len(rows):,} examples{shortened}")
         counts, held_counts = self.task_counts(self.train), self.task_counts(held_out) if held_out else None
-        self.log(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
+        note(counts_note(self.tasks.names, counts, held_counts, config.sampling_temperature))
         if weighted := [f"{task.name} {task.weight:g}" for task in self.tasks if task.weight != 1]:
-            self.log(f"loss weights: {', '.join(weighted)}")
+            note(f"loss weights: {', '.join(weighted)}")
         untrained = self._untrained(sampler, counts)
         configuration = self.configuration(digest)
         if from_checkpoint:
@@ -211,7 +204,7 @@ class Run:
             resume.check_state(from_checkpoint, config.deepspeed)
         if config.check:
             more = "" if several else "; a launch on N devices uses N such batches in a step"
-            self.log(f"every setting is fine{more}")
+            note(f"every setting is fine{more}")
             return
         model = self.build()
         base.check_unchanged(configuration["base_fingerprint"])
@@ -241,7 +234,6 @@ class Run:
             ),
             train_dataset=self.train,
             eval_dataset=held_out,
-            eval_lengths=row_columns(held_out)["length"] if held_out else None,
             task_weights=[task.weight for task in self.tasks],
             mean_by_task=self.mean_by_task,
             cuda_graphs=self.cuda_graphs,
@@ -293,15 +285,13 @@ class Run:
         if self.start:
             before = {*self.start.adapter_config.tasks} - {*(self.start.provenance_config.untrained_tasks or ())}
             if kept := [name for name in untrained if name in before]:
-                self.log(
-                    f"no training examples of {', '.join(kept)}: what only these tasks use stays that of --start_from"
-                )
+                note(f"no training examples of {', '.join(kept)}: what only these tasks use stays that of --start_from")
             untrained = [name for name in untrained if name not in before]
         if untrained:
             where = " in these steps" if any(counts[self.tasks[name].id] for name in untrained) else ""
             names = ", ".join(untrained)
             kept = "keep their initial values" + " but for weight decay" * bool(config.weight_decay)
-            self.log(f"no training examples of {names}{where}: weights that only these tasks use {kept}")
+            note(f"no training examples of {names}{where}: weights that only these tasks use {kept}")
         return untrained
 
     def _train(self, trainer: MultiTaskTrainer, from_checkpoint: Path | None) -> None:
@@ -320,10 +310,10 @@ class Run:
         if self.arguments.process_index == 0:
             write_analysis(config.output_dir)
         trainer.accelerator.wait_for_everyone()
-        self.log(f"saved the adapter to {config.output_dir}")
+        note(f"saved the adapter to {config.output_dir}")
         best = trainer.best_checkpoint
         if best and best != artifacts.checkpoints(best.parent)[-1]:
-            self.log(f"the validation loss was lowest in {best}, which can be evaluated like the adapter")
+            note(f"the validation loss was lowest in {best}, which can be evaluated like the adapter")
 
     def structure(self) -> PreTrainedModel:
         """Return the model that gets the adapter, on the meta device."""
@@ -378,11 +368,11 @@ class Run:
         mtl_lora.inject(model, self.adapter)
         if self.start:
             new = checkpoint.start_from(model, config.start_from)
-            self.log(f"started from {config.start_from}" + f"; new tasks: {', '.join(new)}" * bool(new))
+            note(f"started from {config.start_from}" + f"; new tasks: {', '.join(new)}" * bool(new))
         if config.use_gradient_checkpointing:
             enable_checkpointing(model)
         trainable, total = mtl_lora.trainable_parameters(model)
-        self.log(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+        note(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
         return model
 
 

@@ -221,15 +221,12 @@ class StepSampler(Sampler[list[int]]):
         self.set_epoch(0)
         return met
 
-    def require_steps(self, count: int | None = None, of_task: str = "") -> None:
-        """Raise ``UserError`` if there are too few examples for a step; by default ``count`` is all of them."""
-        if not self.steps_per_epoch:
-            count = len(self.task_ids) if count is None else count
-            raise UserError(
-                f"{count} training examples{of_task} are too few for a step of {self.accumulation} x "
-                f"{self.world_size} micro-batches (gradient_accumulation_steps x devices); lower "
-                "gradient_accumulation_steps or add examples"
-            )
+    def too_few(self, examples: str) -> UserError:
+        """Return the error for too few examples for a step. examples: their number, and their task if it is of one."""
+        return UserError(
+            f"{examples} are too few for a step of {self.accumulation} x {self.world_size} micro-batches "
+            "(gradient_accumulation_steps x devices); lower gradient_accumulation_steps or add examples"
+        )
 
     def _end_of_line(self) -> str:
         """Return the end of the line that describes the batches."""
@@ -251,12 +248,10 @@ class LengthGroupedBatchSampler(StepSampler):
     """Batches of examples of similar length from all tasks.
 
     A micro-batch has at most ``batch_size`` examples or, with a ``token_budget``, at most that many tokens including
-    padding (examples times the longest). The global batch of a step has ``batch_size * accumulation * world_size``
-    examples or ``accumulation * world_size`` token budgets. It is the same for any split of that product, so a single
-    process and several take the same steps. Its examples are sorted by length and distributed in consecutive runs, so
-    that processes working at the same time have similar work. With ``group_tasks`` they are sorted by task first, so
-    that a micro-batch has few tasks. If the last, smaller batch has too few examples for one in each micro-batch, it is
-    left out of the epoch.
+    padding (examples times the longest). The examples of a step are sorted by length and distributed in consecutive
+    runs, so that processes working at the same time have similar work. With ``group_tasks`` they are sorted by task
+    first, so that a micro-batch has few tasks. If the last, smaller step has too few examples for one in each
+    micro-batch, it is left out of the epoch.
 
     Raises ``UserError`` if that leaves no step at all, and for an example longer than the token budget.
     """
@@ -292,7 +287,8 @@ class LengthGroupedBatchSampler(StepSampler):
             full, rest = divmod(len(self.lengths), self.global_batch_size)
             self.steps_per_epoch = full + (rest >= self.parts)
         self.left_out = rest if rest < self.parts else 0
-        self.require_steps()
+        if not self.steps_per_epoch:
+            raise self.too_few(f"{len(self.lengths)} training examples")
         by_tokens = CANDIDATES_BY_TOKENS if len(self.lengths) >= 8 * self.steps_per_epoch else CANDIDATES_OF_FEW
         self.choices = choices or (by_tokens if token_budget else CANDIDATES)
 
@@ -341,9 +337,7 @@ class RoundRobinSampler(StepSampler):
         self.steps_per_epoch = sum(self.task_steps)
         for name, count, steps in zip(batch_sizes, counts, self.task_steps, strict=True):
             if count and not steps:
-                self.steps_per_epoch = 0
-                self.require_steps(int(count), f" of {name}")
-        self.require_steps()
+                raise self.too_few(f"{count} training examples of {name}")
 
     def steps(self) -> list[np.ndarray]:
         generator, steps = np.random.default_rng([self.seed, self.epoch]), []

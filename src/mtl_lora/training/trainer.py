@@ -28,6 +28,7 @@ from mtl_lora.errors import UserError
 from mtl_lora.training.config import TrainingConfig
 from mtl_lora.training.cuda_graphs import GraphedSteps
 from mtl_lora.training.distributed import deepspeed_settings
+from mtl_lora.training.rows import row_columns
 from mtl_lora.training.sampler import StepSampler
 
 # Copies of the trained weights in a checkpoint: the adapter and the two moments of AdamW, and with DeepSpeed up to two
@@ -105,10 +106,10 @@ class MultiTaskTrainer(Trainer):
     weight, divided by the sum of the entries' weights, over all micro-batches and processes of the step. Tasks' weights
     are left out of the divisor, in which they would cancel if a step had one task. collator: turns examples into a
     batch, which holds the inputs of ``losses`` and the scalar ``loss_weight``, the sum of the weights that ``losses``
-    will return. tasks: task names in id order. provenance: recorded in every checkpoint. eval_lengths: (examples,), by
-    which ``eval_dataset`` is sorted into batches. task_weights: (T,), by default ones. mean_by_task: the loss of a step
-    is the sum over tasks of the task's weight times its mean loss, and ``loss_weight`` is (T,). cuda_graphs: whether to
-    record and replay steps, which must have one micro-batch in one process, see ``GraphedSteps``.
+    will return. tasks: task names in id order. provenance: recorded in every checkpoint. task_weights: (T,), by default
+    ones. mean_by_task: the loss of a step is the sum over tasks of the task's weight times its mean loss, and
+    ``loss_weight`` is (T,). cuda_graphs: whether to record and replay steps, which must have one micro-batch in one
+    process, see ``GraphedSteps``.
     """
 
     def __init__(
@@ -119,14 +120,13 @@ class MultiTaskTrainer(Trainer):
         tasks: Sequence[str],
         sampler: StepSampler,
         provenance: checkpoint.Provenance,
-        eval_lengths: np.ndarray | None = None,
         task_weights: Sequence[float] | None = None,
         mean_by_task: bool = False,
         cuda_graphs: bool = False,
         **options,
     ):
         self.losses, self.tasks, self.sampler, self.provenance = losses, list(tasks), sampler, provenance
-        self.eval_lengths, self.mean_by_task = eval_lengths, mean_by_task
+        self.mean_by_task = mean_by_task
         self._began: int | None = None  # the step after which this process began to train; None before that
         self.room: BinaryIO | None = None
         # The Trainer refuses a base model in 4 or 8 bits unless it has adapters, which it recognises by PEFT's mark.
@@ -147,7 +147,7 @@ class MultiTaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
-        for callback in (LogFile(self.args.output_dir), RankedDropout(), GradientCheck(), Progress()):
+        for callback in (LogFile, GradientCheck, Progress):
             self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -208,6 +208,8 @@ class MultiTaskTrainer(Trainer):
     def _run_epoch(self, *arguments, epoch: int, **options) -> None:
         if self._began is None:
             self._began = self.state.global_step
+            # Each process draws its own dropout masks; the parameters were drawn before, the same in all processes.
+            torch.manual_seed(self.args.seed + self.args.process_index)
         # The Trainer checks only after a step whether it was the last; a run resumed at its end would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -249,10 +251,10 @@ class MultiTaskTrainer(Trainer):
         return {f"{key}/{task}": total / weight for task, total, weight in means if weight}
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(self, ignore_keys=None) -> dict[str, float]:
         """Return the mean loss on held-out examples, over all and per task, exact for any split into batches."""
-        examples, losses = eval_dataset or self.eval_dataset, LossSums(len(self.tasks), self.args.device)
-        lengths = np.zeros(len(examples)) if eval_dataset or self.eval_lengths is None else self.eval_lengths
+        examples, losses = self.eval_dataset, LossSums(len(self.tasks), self.args.device)
+        lengths = row_columns(examples)["length"]  # batches of similar length
         order = np.argsort(lengths, kind="stable")[self.args.process_index :: self.args.world_size]
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         model.eval()
@@ -267,10 +269,9 @@ class MultiTaskTrainer(Trainer):
         model.train()
         self._collate_as_in(self.sampler.epoch)
         sums, weights = losses.read()
-        key = f"{metric_key_prefix}_loss"
         total = weights.clamp(min=torch.finfo(weights.dtype).tiny) if self.mean_by_task else weights.sum()
         mean = (sums / total) @ self.task_weights.cpu()
-        metrics = {key: mean.item(), **self._by_task(key, sums, weights)}
+        metrics = {"eval_loss": mean.item(), **self._by_task("eval_loss", sums, weights)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -311,24 +312,21 @@ class MultiTaskTrainer(Trainer):
             checkpoint.save(self.model, output_dir or self.args.output_dir, self.provenance, state)
 
     def _get_output_dir(self, trial) -> str:
-        saving = getattr(self, "_saving", False)
-        return os.path.join(self.args.output_dir, artifacts.SAVING) if saving else self.args.output_dir
+        """Return the staging folder, in which the Trainer saves and, at its end, finds nothing to delete."""
+        return os.path.join(self.args.output_dir, artifacts.SAVING)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save to a staging folder and rename it when complete, so a run killed while saving resumes from the previous
         checkpoint."""
-        staging = Path(self.args.output_dir) / artifacts.SAVING
+        staging = Path(self._get_output_dir(trial))
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        finally:
-            self._saving = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (complete,) = artifacts.checkpoints(staging)
@@ -377,17 +375,14 @@ class MultiTaskTrainer(Trainer):
 class LogFile(TrainerCallback):
     """Appends every log line to ``train_log.jsonl``; a resumed run first drops the lines after its checkpoint."""
 
-    def __init__(self, output_dir: str | Path):
-        self.path = Path(output_dir) / artifacts.TRAIN_LOG
-
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed state has the earlier run's logging and saving intervals
         if state.is_world_process_zero:
-            train_log.drop_after(self.path, state.global_step)
+            train_log.drop_after(Path(args.output_dir) / artifacts.TRAIN_LOG, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            train_log.append(self.path, state.global_step, logs)
+            train_log.append(Path(args.output_dir) / artifacts.TRAIN_LOG, state.global_step, logs)
 
 
 class Progress(TrainerCallback):
@@ -442,10 +437,3 @@ class GradientCheck(TrainerCallback):
                 "reaches the loss, name target modules without it",
                 sys.stderr,
             )
-
-
-class RankedDropout(TrainerCallback):
-    """Gives each process its own dropout masks; the parameters were drawn before, the same in all processes."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        torch.manual_seed(args.seed + args.process_index)
