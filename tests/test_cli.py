@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -282,6 +283,16 @@ def test_help_leaves_out_the_flags_that_a_system_refuses(capsys):
 def test_the_command_says_its_version(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out == f"mtl-lora {__version__}\n"
+
+
+@pytest.mark.parametrize("given", [None, "0.5"])
+def test_a_progress_bar_in_a_log_file_is_written_every_ten_seconds_unless_told_otherwise(monkeypatch, given):
+    monkeypatch.setenv("TQDM_MININTERVAL", given or "")  # restored after the test, whatever the command sets
+    if given is None:
+        monkeypatch.delenv("TQDM_MININTERVAL")
+    with contextlib.suppress(SystemExit):
+        cli.main(["report", "--help"])
+    assert os.environ["TQDM_MININTERVAL"] == (given or "10")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

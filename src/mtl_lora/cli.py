@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None, **options) -> None:
             raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; see mtl-lora --help")
         module, _, function = COMMANDS[name].home.partition(":")
         check_environment()
+        if not sys.stderr.isatty():  # in a log file, every state of a progress bar stays
+            os.environ.setdefault("TQDM_MININTERVAL", "10")
         try:
             getattr(importlib.import_module(module), function)(rest, **options)
         except ModuleNotFoundError as error:

@@ -14,7 +14,7 @@ from text_cases import INSTRUCTIONS, example, record
 from transformers import AutoTokenizer
 
 from mtl_lora.errors import UserError
-from mtl_lora.language import batches as token_cache
+from mtl_lora.language import batches
 from mtl_lora.language.batches import training_rows
 from mtl_lora.language.encode import Encoder
 from mtl_lora.language.tasks import COMMONSENSE, Task, TaskSet
@@ -57,7 +57,7 @@ def no_tokenising(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("rows in the cache must not be tokenised again")
 
-    return lambda: monkeypatch.setattr(token_cache.Encoder, "encode", refuse)
+    return lambda: monkeypatch.setattr(batches.Encoder, "encode", refuse)
 
 
 def cached(tmp_path) -> list[str]:
@@ -83,7 +83,7 @@ def test_rows_are_what_the_encoder_gives(rows_of, tokenizers):
 def test_rows_longer_than_one_chunk_keep_their_order(rows_of, monkeypatch):
     whole = rows_of()[:]
     monkeypatch.setattr(rows, "_CHUNK", 3)
-    monkeypatch.setattr(token_cache, "_VERSION", "another")  # so that the cache is not read
+    monkeypatch.setattr(batches, "_VERSION", "another")  # so that the cache is not read
     assert rows_of()[:] == whole
 
 
@@ -169,7 +169,7 @@ def test_titles_and_columns_of_the_tasks_shape_nothing(rows_of, no_tokenising):
 
 
 def test_two_runs_that_encode_the_same_file_at_once_encode_it_once(rows_of, tmp_path, monkeypatch):
-    encode, both, calls = token_cache.Encoder.encode, threading.Barrier(2), []
+    encode, both, calls = batches.Encoder.encode, threading.Barrier(2), []
 
     def slow(self, examples):
         calls.append(examples)
@@ -180,21 +180,21 @@ def test_two_runs_that_encode_the_same_file_at_once_encode_it_once(rows_of, tmp_
         both.wait()
         return len(rows_of())
 
-    monkeypatch.setattr(token_cache.Encoder, "encode", slow)
+    monkeypatch.setattr(batches.Encoder, "encode", slow)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(start, range(2))) == [len(RECORDS)] * 2
     assert len(calls) == len(cached(tmp_path)) == 1
 
 
 def test_data_file_that_changes_while_it_is_read_is_refused(rows_of, tmp_path, monkeypatch):
-    load = token_cache.load_examples
+    load = batches.load_examples
 
     def replaced_before(path, *options):
         path.write_text(json.dumps(RECORDS[1:]))
         return load(path, *options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache, "load_examples", replaced_before)
+        patched.setattr(batches, "load_examples", replaced_before)
         with pytest.raises(UserError, match=r"train\.json was changed"):
             rows_of()
     assert cached(tmp_path) == [] and len(rows_of()) == len(RECORDS) - 1

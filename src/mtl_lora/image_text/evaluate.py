@@ -72,6 +72,8 @@ class Evaluator(evaluation.Evaluator):
         super().__init__(config)
         name = self.base_model.name
         self.encoder = Encoder(self.base_model.tokenizer(), self.base_model.config(), self.cutoff_len, self.tasks)
+        if not self.encoder.is_encoder_decoder and visual.reads_gaps(self.base_model.structure()):
+            self.version = 2  # 1 had padding between images and text
         if config.official and not self.encoder.is_encoder_decoder:
             raise UserError(f"--official needs an encoder-decoder such as BART, which {name!r} is not; leave it out")
         if config.official:
