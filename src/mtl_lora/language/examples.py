@@ -80,34 +80,27 @@ def parse_example(
     needed = {"instruction": not value.get("input"), "input": False}
     if answered:  # an evaluation needs the answer, training the output
         needed |= {"output": not closed, "answer": closed and not has_messages}
+    texts = _texts(value, needed, where, " (the assistant's last message)" if has_messages else "")
+    task_id = task_id_of(value, where, tasks, task)
+    if answered:
+        texts["answer"] = _answer(texts, tasks[task_id], closed, has_messages, where)
+    return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if has_messages else ())
+
+
+def _texts(value: dict, needed: dict[str, bool], where: str, hint: str) -> dict[str, str]:
+    """Return the text fields, empty where they are absent. needed: the fields to read, and whether they must be there;
+    hint: what a missing one is."""
     texts = dict.fromkeys(FIELDS[:-1], "")
     for field, required in needed.items():
         if field in value:
             texts[field] = text_of(value[field], f"{where}: {field!r}")
         elif required:
-            hint = " (the assistant's last message)" if has_messages else ""
             raise UserError(f"{where} has no field {field!r}{hint}")
     if not (texts["instruction"] + texts["input"]).strip():
         raise UserError(f"{where}: 'instruction' is empty")
     if needed.get("output") and not texts["output"].strip():
         raise UserError(f"{where}: 'output' is empty")
-    task_id = task_id_of(value, where, tasks, task)
-    options = tasks[task_id].options_of(texts["instruction"])
-    if closed and has_messages and not texts["answer"]:
-        texts["answer"] = extract_answer(tasks[task_id], texts["output"])
-    # An option may have white space around it, to fit behind the answer prefix; the answer may leave it out.
-    texts["answer"] = {option.strip(): option for option in options}.get(texts["answer"], texts["answer"])
-    if answered and options:
-        if texts["answer"] not in (options if closed else [*options, ""]):
-            raise UserError(f"{where}: the answer {texts['answer']!r} is not one of its options {'/'.join(options)}")
-        if not closed:
-            _check_output(texts, tasks[task_id], options, where)
-    elif closed:
-        if not texts["answer"].strip():
-            way_out = "end with the assistant's answer" if has_messages else "write one"
-            raise UserError(f"{where}: 'answer' is empty, so no prediction could be right; {way_out}")
-        _check_free_text(texts["answer"], tasks[task_id], where)
-    return Example(*texts.values(), task_id, index, extra, tuple(value.get("context", ())) if has_messages else ())
+    return texts
 
 
 def _from_text(value: dict, where: str, task: Task, answered: bool) -> dict:
@@ -156,6 +149,26 @@ def _from_messages(value: dict, where: str) -> dict:
     return {**value, **output, "instruction": turns.pop()["content"], "context": turns}
 
 
+def _answer(texts: dict[str, str], task: Task, closed: bool, has_messages: bool, where: str) -> str:
+    """Return an example's right answer; raises ``UserError`` if an evaluation could not find it."""
+    answer, options = texts["answer"], task.options_of(texts["instruction"])
+    if closed and has_messages and not answer:
+        answer = extract_answer(task, texts["output"])
+    # An option may have white space around it, to fit behind the answer prefix; the answer may leave it out.
+    answer = {option.strip(): option for option in options}.get(answer, answer)
+    if options:
+        if answer not in (options if closed else [*options, ""]):
+            raise UserError(f"{where}: the answer {answer!r} is not one of its options {'/'.join(options)}")
+        if not closed:
+            _check_output(texts["output"], answer, task, options, where)
+    elif closed:
+        if not answer.strip():
+            way_out = "end with the assistant's answer" if has_messages else "write one"
+            raise UserError(f"{where}: 'answer' is empty, so no prediction could be right; {way_out}")
+        _check_free_text(answer, task, where)
+    return answer
+
+
 def _check_free_text(answer: str, task: Task, where: str) -> None:
     """Raise ``UserError`` for an answer that no generated text could match in an evaluation."""
     found, metric = extract_answer(task, answer), task.metric_name
@@ -170,9 +183,9 @@ def _check_free_text(answer: str, task: Task, where: str) -> None:
         )
 
 
-def _check_output(texts: dict[str, str], task: Task, options: Sequence[str], where: str) -> None:
+def _check_output(output: str, answer: str, task: Task, options: Sequence[str], where: str) -> None:
     """Raise ``UserError`` if an evaluation would not extract the example's answer from the output."""
-    output, answer, prefix = texts["output"], texts["answer"], task.answer_prefix.strip()
+    prefix = task.answer_prefix.strip()
     if prefix not in output:  # scoring puts options after the prefix, which training would never show
         raise UserError(
             f"{where}: the output {output!r} lacks the task's answer prefix {prefix!r}; write it before "
