@@ -87,14 +87,14 @@ def require_readable(paths: Iterable[Path]) -> None:
         )
 
 
-def open_image(source: "Path | Image.Image") -> "Image.Image":
+def open_image(source: "str | Path | Image.Image") -> "Image.Image":
     """Return an image, or the one in a file, in RGB, rotated as its EXIF data say, with transparent parts on white.
 
     Raises ``UserError``.
     """
     from PIL import Image, ImageOps
 
-    is_file = isinstance(source, Path)
+    is_file = isinstance(source, str | Path)
     name = f"the image {source}" if is_file else "an image"
     try:
         with Image.open(source, formats=FORMATS) if is_file else contextlib.nullcontext(source) as opened:

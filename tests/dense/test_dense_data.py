@@ -9,9 +9,9 @@ from dense_cases import TASKS, make_folder, make_nyud, make_pascal, write_npy, w
 from PIL import Image
 
 from mtl_lora.dense.data import AUGMENTATIONS, MEAN, STD, DenseDataset, Warp, image_tensor, label_tensor, pixels_of
-from mtl_lora.dense.evaluate import picture_of
 from mtl_lora.dense.examples import Images
 from mtl_lora.dense.layouts import GROUP_OF_PART, NORMALS_CLASSES, Layout, boundaries, thin
+from mtl_lora.dense.pictures import picture_of
 from mtl_lora.dense.tasks import KINDS, Task, TaskSet, shipped
 from mtl_lora.dense.train import Collator
 from mtl_lora.errors import UserError

@@ -14,7 +14,7 @@ from mtl_lora import UserError, cli
 from mtl_lora.dense import Predictor
 from mtl_lora.dense import evaluate as evaluation
 from mtl_lora.dense.config import EvalConfig, TrainConfig
-from mtl_lora.dense.evaluate import map_of
+from mtl_lora.dense.pictures import map_of
 from mtl_lora.dense.tasks import Task
 from mtl_lora.dense.train import Collator
 from mtl_lora.metrics import METRICS

@@ -14,7 +14,7 @@ from transformers import SwinConfig, SwinModel, TrainingArguments, set_seed
 import mtl_lora
 from mtl_lora import UserError, cli
 from mtl_lora.base_model import BaseModel
-from mtl_lora.dense import metrics as kinds
+from mtl_lora.dense import losses as kinds
 from mtl_lora.dense import model as dense
 from mtl_lora.dense.config import TrainConfig
 from mtl_lora.dense.data import DenseDataset

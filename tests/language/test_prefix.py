@@ -174,6 +174,10 @@ def test_dropout_of_the_base_model_counts_as_dropout():
     llama = adapted_llama()  # whose attention has a dropout that is no module
     llama.config.attention_dropout = 0.1
     assert not prefixes_to_share("auto", dataset(ROWS), llama, 0.0)[0]
+    composite = adapted_llama()
+    assert prefixes_to_share("auto", dataset(ROWS), composite, 0.0)[0]
+    composite.config.get_text_config = lambda **_: SimpleNamespace(attention_dropout=0.1)
+    assert not prefixes_to_share("auto", dataset(ROWS), composite, 0.0)[0]
 
 
 @pytest.mark.parametrize(("method", "owners"), [("mtl_lora", [0, 1, 2]), ("lora", [0, 1, 0])])

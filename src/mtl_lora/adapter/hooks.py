@@ -16,7 +16,8 @@ from torch import nn
 
 from mtl_lora.adapter import routing
 from mtl_lora.adapter.layer import AdapterLayer, is_sharded
-from mtl_lora.adapter.saved import Override, named_modules
+from mtl_lora.adapter.override import Override
+from mtl_lora.adapter.saved import named_modules
 from mtl_lora.adapter.targets import adapter_layers, is_expert, layers_in_words
 from mtl_lora.errors import UserError
 

@@ -21,7 +21,8 @@ from mtl_lora.adapter.layer import (
     require_in_memory,
     task_index,
 )
-from mtl_lora.adapter.saved import Slot, find_slots, named_modules, remove_overrides, require_slots, train_slots, unwrap
+from mtl_lora.adapter.override import remove_overrides
+from mtl_lora.adapter.saved import Slot, find_slots, named_modules, require_slots, train_slots, unwrap
 from mtl_lora.adapter.targets import (
     adapter_layers,
     find_targets,
@@ -204,8 +205,8 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
     for name, module in named_modules(model):
         if instead := getattr(module, "merge_instead", None):
             raise UserError(f"{name} has a part for each task, and a merged model is for one task; use {instead}")
-    merged = {}
-    for name, layer in adapter_layers(model).items():
+    layers = adapter_layers(model)
+    for name, layer in layers.items():
         if "weight" not in layer.base_layer._parameters:
             raise UserError(f"the weight of {name} is computed from others, so no adapter can be merged into it")
         if is_sharded(layer.base_layer.weight):
@@ -214,8 +215,9 @@ def merge(model: nn.Module, task: str | int | None = None) -> nn.Module:
                 "and merge it there"
             )
         require_in_memory(f"the weight of {name}", layer.base_layer.weight)
-        merged[layer.base_layer] = layer.merged_weight(task)
-        require_finite(name, merged[layer.base_layer])
+    merged = {layer.base_layer: layer.merged_weight(task) for layer in layers.values()}
+    for name, weight in zip(layers, merged.values(), strict=True):
+        require_finite(name, weight)
     _take_off(model, keep=True)
     for base, weight in merged.items():
         weight = weight.T.contiguous() if is_conv1d(base) else weight

@@ -10,12 +10,13 @@ import dataclasses
 import fnmatch
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from mtl_lora.adapter.layer import gathered, is_partitioned, is_quantised, is_sharded, require_in_memory
+from mtl_lora.adapter.override import Override
 from mtl_lora.config import closest
 from mtl_lora.errors import UserError
 
@@ -188,33 +189,6 @@ def train_slots(model: nn.Module, slots: list[Slot], entries: list[str]) -> None
         own = [place for place in places if place[0] in below]
         if own:
             CastForward(module, own, like)
-
-
-class Override:
-    """A callable set on a module in place of its method ``name``.
-
-    An object, not a closure, so that an injected model can be pickled and copied.
-    """
-
-    name: str
-
-    def __init__(self, module: nn.Module):
-        self.module, self.before = module, vars(module).get(self.name)
-        setattr(module, self.name, self)
-
-    @property
-    def original(self) -> Callable:
-        """The method that the module has without this override."""
-        return self.before or inspect.getattr_static(type(self.module), self.name).__get__(self.module)
-
-
-def remove_overrides(model: nn.Module) -> None:
-    """Restore the original methods of all modules of a model."""
-    for module in model.modules():
-        for override in [value for value in vars(module).values() if isinstance(value, Override)]:
-            delattr(module, override.name)
-            if override.before is not None:
-                setattr(module, override.name, override.before)
 
 
 # Held while a forward has cast weights in its modules: another thread would see them change during its own forward.

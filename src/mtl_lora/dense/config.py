@@ -49,7 +49,7 @@ class TrainConfig(TrainingConfig):
     image_size: int = flag(448, "height and width of the model's images, in pixels", min=8)
     augmentation: str = flag(
         "auto",
-        "augmentation of training images; auto: the layout's",
+        "augmentation of training images: none, flip, pascal or nyud; auto: the layout's",
         choices=("none", "flip", "pascal", "nyud", "auto"),
     )
     missing_labels: bool = flag(False, "allow images without the map of a task, which then add nothing to its loss")

@@ -11,7 +11,7 @@ from mtl_lora import files
 from mtl_lora.adapter.config import AdapterConfig
 from mtl_lora.dense import model
 from mtl_lora.dense.data import DenseDataset
-from mtl_lora.dense.metrics import known_values, task_losses
+from mtl_lora.dense.losses import known_values, task_losses
 from mtl_lora.errors import note
 from mtl_lora.training.run import Run
 

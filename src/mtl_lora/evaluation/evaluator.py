@@ -24,7 +24,7 @@ from mtl_lora.errors import UserError, note, require_package
 from mtl_lora.memory import keep_freed_memory
 from mtl_lora.results import Comparability, Results, TaskResult, Trainable
 from mtl_lora.systems import SYSTEMS
-from mtl_lora.tasks import Task, TaskSet
+from mtl_lora.tasks import Task, TaskSet, grouped
 
 ADAPTER_CONFIG, BASE_CONFIG = "adapter_config_sha256", "base_config_sha256"  # in settings.json
 
@@ -259,10 +259,8 @@ class Evaluator(abc.ABC):
         most ``batch_size`` questions, or with ``auto`` a budget of tokens, but at least one question.
         """
         budget = self.gpu_token_budget if torch.cuda.is_available() else self.token_budget
-        batches, by_task, size = [], {}, self.config.batch_size
-        for question in questions:
-            by_task.setdefault(question.task.id, []).append(question)
-        for rows in by_task.values():
+        batches, size = [], self.config.batch_size
+        for rows in grouped(questions, lambda question: question.task.id).values():
             rows.sort(key=lambda question: (-self.tokens(question, protocol), question.key))
             start = 0
             while start < len(rows):

@@ -116,10 +116,10 @@ class AnswerConfig(answer_config.AnswerConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not self.checkpoint and self.images:
-            raise UserError("a base model without a checkpoint sees no images; pass --no_images, or --checkpoint DIR")
         if self.no_images and self.features:
             raise UserError("--no_images and --features cannot be combined; pass one")
+        if not self.checkpoint and self.images:
+            raise UserError("a base model without a checkpoint sees no images; pass --no_images, or --checkpoint DIR")
 
     def contents(self) -> dict[str, str | None]:
         return {_FEATURES: _fingerprint(tuple(self.features)) if self.features else "those of the training"}
@@ -149,11 +149,11 @@ class EvalConfig(EvaluationFlags, AnswerConfig):
     pictures: str | None = flag(None, "folder of the pictures for --page", affects="nothing")
 
     def validate(self) -> None:
-        super().validate()
         if bool(self.page) != bool(self.pictures):
             raise UserError("--page N and --pictures DIR need each other; pass both")
         if self.no_images and self.shuffle_images:
             raise UserError("--no_images and --shuffle_images cannot be combined; pass one")
+        super().validate()
 
     @property
     def images(self) -> str:

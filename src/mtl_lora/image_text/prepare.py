@@ -189,12 +189,14 @@ def first_order(examples: Iterable[dict]) -> Examples:
 def read_flickr8k(folder: Path) -> tuple[Parts, Images]:
     """Return captions of photographs in Karpathy's split: one example per caption in train, per picture elsewhere."""
     images = {file.stem: file for file in (folder / "flickr8k" / "data" / "images").glob("*.jpg")}
-    return karpathy(folder / "flickr8k" / "dataset_flickr8k.zip", "flickr8k", images), images
+    found: Parts = {"train": [], "dev": [], "test": []}
+    karpathy(folder / "flickr8k" / "dataset_flickr8k.zip", "flickr8k", found, images)
+    return found, images
 
 
-def karpathy(path: Path, task: str, images: Container[str] | None = None) -> Parts:
-    """Return the captions in one of Karpathy's JSON files, or its zip, in his split, with restval in train: one example
-    per caption in train, per picture elsewhere.
+def karpathy(path: Path, task: str, found: Parts, images: Container[str] | None = None) -> None:
+    """Add to ``found`` the captions in one of Karpathy's JSON files, or its zip, in his split, with restval in train:
+    one example per caption in train, per picture elsewhere.
 
     images: file names without extension, the only pictures to take; None: all. Raises ``UserError`` naming a malformed
     entry.
@@ -209,7 +211,6 @@ def karpathy(path: Path, task: str, images: Container[str] | None = None) -> Par
         value = read_object(path, "the captions")
     if not isinstance(value.get("images"), list):
         raise UserError(f'{path} must be an object with a list "images"')
-    found: Parts = {"train": [], "dev": [], "test": []}
     for index, entry in enumerate(value["images"]):
         try:
             captions = [" ".join(each["raw"].split()) for each in entry["sentences"]]
@@ -226,7 +227,6 @@ def karpathy(path: Path, task: str, images: Container[str] | None = None) -> Par
             found["train"] += [example | {"answer": caption} for caption in captions]
         else:
             found["dev" if split == "val" else "test"].append(example | {"answers": captions})
-    return found
 
 
 # The file names of these sets' pictures; any other file in images/ is the user's and must not be deleted.

@@ -192,12 +192,12 @@ def read_nlvr(source: Source) -> dict[str, Examples]:
 
 def read_captions(source: Source) -> dict[str, Examples]:
     """Return captions in Karpathy's split."""
-    name = "COCO/dataset_coco.json"
+    name, found = "COCO/dataset_coco.json", {"train": [], "dev": [], "test": []}
     try:
-        return karpathy(source.folder / name, "caption")
+        karpathy(source.folder / name, "caption", found)
     except UserError as error:
         source.wrong(name, str(error) if (source.folder / name).is_file() else "it is missing")
-        return {}
+    return found
 
 
 READERS = {"vqa": read_vqa, "gqa": read_gqa, "nlvr": read_nlvr, "caption": read_captions}

@@ -12,7 +12,7 @@ import safetensors
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtl_lora import artifacts, evaluation, files
-from mtl_lora.errors import UserError, note, require_package, within
+from mtl_lora.errors import UserError, note, within
 from mtl_lora.evaluation import likeliest, load_questions
 from mtl_lora.language import answering
 from mtl_lora.language.config import PROTOCOLS, AnswerConfig, EvalConfig, PredictConfig, TrainConfig
@@ -290,6 +290,11 @@ class Predictor(evaluation.Predictor):
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "instruction"
 
+    def predict(
+        self, examples: Sequence[Mapping | str], task: str | None = None, mode: str | None = None
+    ) -> list[dict]:
+        return super().predict(examples, task, mode=mode)
+
 
 def predict(config: PredictConfig) -> None:
     """Answer every example of the input file that has no answer yet, then write the complete output file."""
@@ -314,7 +319,10 @@ class PeftAdapter:
             )
         if not self.weights.is_file():
             raise UserError(f"{self.folder} has no {self.weights.name}; other formats, such as .bin, are not read")
-        require_package("peft", "peft")
+        try:
+            import peft  # noqa: F401 - it may be there but broken, which must be known before the model is loaded
+        except ImportError:
+            raise UserError("--peft needs the package peft; install it with `pip install peft`") from None
         self.base_model = self.settings.get("base_model_name_or_path") or None
         if not isinstance(self.base_model, str | None):
             raise UserError(

@@ -34,7 +34,7 @@ class State:
         try:
             return Reader(f"the state of a job {path}").read(cls, files.read_json(path, "the state of a job"))
         except UserError as error:  # such as that of 0.1.0
-            raise UserError(f"{error}; pass another --output_dir, or delete {folder}") from None
+            raise UserError(f"{error}; pass another --output_dir") from None
 
     def save(self, folder: Path) -> None:
         """Write the state to the job's folder."""
@@ -150,10 +150,8 @@ class PlannedRun:
 
 class Plan:
     """Plans the runs of a study in a folder; raises ``UserError`` for missing or wrong data and for wrong flags.
-
     with_fingerprint: make the fingerprint of the base model's weights, if they are on this machine, part of every job's
-    configuration. test and, for a search, dev: the questions, sampled into the folder, or else the user's own files.
-    """
+    configuration. test and, for a search, dev: the questions, sampled into the folder, or else the user's own files."""
 
     def __init__(self, grid: Grid, folder: Path, with_fingerprint: bool = False):
         self.grid, self.folder, self._source = grid, folder, Path(grid.train["data_path"])

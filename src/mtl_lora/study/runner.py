@@ -271,10 +271,8 @@ def until_done(command: Sequence[str], output, slot: dict) -> Generator[None, No
 
 def environments(parallel: int) -> list[dict[str, str]]:
     """Return the environment variables for each of ``parallel`` commands: its part of the CPU threads, and one GPU.
-
     The GPUs are those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi finds; fewer than commands are shared, since a
-    small model leaves a GPU mostly idle. A single command gets the whole machine. The user's own threads are kept.
-    """
+    small model leaves a GPU mostly idle. A single command gets the whole machine. The user's own threads are kept."""
     if parallel == 1:
         return [{}]
     gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
