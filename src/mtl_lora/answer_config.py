@@ -22,7 +22,7 @@ class AnswerConfig(Config):
 
     affects = "answers"
     default_tasks = None  # the task set that neither a checkpoint nor ``tasks_file`` replaces
-    alone = ""  # the flags, besides --checkpoint, that name a model
+    alone = ""  # the flags that name a model in place of --checkpoint, as the end of an error
 
     checkpoint: str | None = flag(
         None, "checkpoint folder; it names its base model and tasks", affects="content", group="the model"
@@ -55,7 +55,7 @@ class AnswerConfig(Config):
         valid = self.batch_size >= 1 if isinstance(self.batch_size, int) else self.batch_size == AUTO
         self.require("batch_size", f"at least 1, or {AUTO}", valid)
         if not self.adapter and not self.base_model:
-            raise UserError(f"pass --checkpoint DIR, {self.alone}")
+            raise UserError(f"pass --checkpoint DIR{self.alone}")
 
     def check_files(self) -> None:
         """Raise ``UserError`` for a missing file or folder; imports no model library."""

@@ -182,7 +182,7 @@ def pixels_of(image: str | Path | Image.Image, size: int) -> tuple[np.ndarray, t
     An image that is much larger than ``size`` is reduced by a whole factor. Raises ``UserError`` for an image that is
     broken or has more than 8 bits per channel.
     """
-    image = open_image(image if isinstance(image, Image.Image) else Path(image))
+    image = open_image(image)
     shape = image.height, image.width
     factor = min(shape) // size
     if factor > 1 and any(side % factor for side in shape):  # with ``reduce`` the last pixels would average fewer ones

@@ -204,8 +204,10 @@ def run(config: EvalConfig) -> dict[str, Results]:
 class Predictor(evaluation.Predictor):
     """Predicts the maps of images in Python; the model is loaded on the first call.
 
-    predictor = Predictor("output/mtlora")
-    predictor.predict(["a.jpg"])        # [{"semseg": (H, W) class indices, "normals": (H, W, 3), ...}]
+        predictor = Predictor("output/mtlora")
+        predictor.predict(["a.jpg"])        # [{"semseg": (H, W) class indices, "normals": (H, W, 3), ...}]
+
+    Its arguments are those of ``evaluation.Predictor``.
     """
 
     evaluator_class, config_class = Evaluator, AnswerConfig

@@ -116,7 +116,7 @@ class Evaluator(abc.ABC):
         origin = self.origin = self.read_checkpoint()
         defined = {"template": origin.prompt_template, "cutoff_len": origin.cutoff_len, "tasks_file": origin.task_set}
         for flag, value in defined.items():
-            if value and getattr(config, flag) is not None:
+            if value and getattr(config, flag, None) is not None:
                 raise UserError(f"--{flag} cannot be combined with --checkpoint: {config.checkpoint} defines it")
         self.use_tasks(origin)
         self.cutoff_len = origin.cutoff_len or config.cutoff_len or self.default_cutoff_len

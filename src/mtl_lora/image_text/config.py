@@ -95,7 +95,7 @@ class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
     default_tasks = OPEN_SETS
-    alone = "or --system image_text --base_model NAME --no_images for a model without fine-tuning"
+    alone = ", or --system image_text --base_model NAME --no_images for a model without fine-tuning"
 
     base_model: str | None = flag(
         None,

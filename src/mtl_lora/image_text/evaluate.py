@@ -294,9 +294,11 @@ def run(config: EvalConfig) -> dict[str, Results]:
 class Predictor(evaluation.Predictor):
     """Answers examples in Python; the model is loaded on the first call.
 
-    predictor = Predictor("output/pictures", features=["features.h5"])
-    predictor.predict([{"image": "17", "text": "Is there a circle?"}], task="easy_vqa")
-    # [{"index": 0, "image": "17", "task": "easy_vqa", "answer": "yes", "text": "yes"}]
+        predictor = Predictor("output/pictures", features=["features.h5"])
+        predictor.predict([{"image": "17", "text": "Is there a circle?"}], task="easy_vqa")
+        # [{"index": 0, "image": "17", "task": "easy_vqa", "answer": "yes", "text": "yes"}]
+
+    Its arguments are those of ``evaluation.Predictor``.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "image"

@@ -56,7 +56,7 @@ class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, with which prompt, and how it is run."""
 
     default_tasks = COMMONSENSE
-    alone = "--peft DIR, or --base_model NAME for a base model alone"
+    alone = ", --peft DIR, or --base_model NAME for a base model alone"
 
     checkpoint: str | None = flag(
         None, "adapter folder; it names its base model, prompt and tasks", group="the model and its prompt"

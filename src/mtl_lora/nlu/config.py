@@ -41,7 +41,7 @@ class AnswerConfig(answer_config.AnswerConfig):
     """The flags that evaluate and predict share: which model answers, and how."""
 
     default_tasks = GLUE
-    alone = "or --base_model NAME for an encoder without fine-tuning"
+    alone = ", or --base_model NAME for an encoder without fine-tuning"
 
     base_model: str | None = flag(
         None,

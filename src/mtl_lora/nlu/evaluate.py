@@ -171,9 +171,11 @@ def run(config: EvalConfig) -> dict[str, Results]:
 class Predictor(evaluation.Predictor):
     """Answers examples in Python; the model is loaded on the first call.
 
-    predictor = Predictor("output/glue")
-    predictor.predict([{"text": "A fine film."}], task="sst2")
-    # [{"index": 0, "task": "sst2", "answer": "positive", "scores": {...}, "probabilities": {...}}]
+        predictor = Predictor("output/glue")
+        predictor.predict([{"text": "A fine film."}], task="sst2")
+        # [{"index": 0, "task": "sst2", "answer": "positive", "scores": {...}, "probabilities": {...}}]
+
+    Its arguments are those of ``evaluation.Predictor``.
     """
 
     evaluator_class, config_class, field = Evaluator, AnswerConfig, "text"

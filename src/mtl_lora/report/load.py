@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import operator
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -47,9 +46,10 @@ def gain_over(alone: Mapping[str, TaskResult], tasks: Mapping[str, TaskResult], 
     pairs = [(tasks[name].value, alone[name]) for name in names]
     if not all(each.value > 0 and each.has_known_metric for _, each in pairs):
         return None
-    signs = [-1 if METRICS[each.metric].lower_is_better else 1 for _, each in pairs]
-    gains = [(value - each.value) / each.value for value, each in pairs]
-    return 100 * statistics.fmean(map(operator.mul, signs, gains))
+    gains = [
+        (-1 if METRICS[each.metric].lower_is_better else 1) * (value - each.value) / each.value for value, each in pairs
+    ]
+    return 100 * statistics.fmean(gains)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
